@@ -1,0 +1,19 @@
+"""The one exception that a user's mistake raises, and the sentence that ends it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake the user can mend: shown as one message without a traceback, exit code 2.
+
+    The message says what is wrong, where (recipe key, file and line), and what to do.
+    """
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `` (did you mean 'x'?)`` for the nearest of `known`, or an empty string."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean '{near[0]}'?)" if near else ""

@@ -1,0 +1,293 @@
+"""The recipe: the validated tree of one run. Field descriptions are the reference documentation of every key."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Probability = Annotated[float, Field(gt=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys are errors, values never change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class LoraSpec(Section):
+    """Low-rank adapters through `peft`; the base stays frozen."""
+
+    rank: PositiveInt = 32
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    targets: Annotated[list[str], Field(min_length=1)] = [
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    ]  # fmt: skip
+
+
+class ModelSpec(Section):
+    """Which network, from which weights."""
+
+    path: str | None = Field(
+        None, description="safetensors folder or hub name of the start weights; null: random weights"
+    )
+    config: dict[str, Any] | None = Field(
+        None, description="the values of the model's config.json; lets dry runs and plans work without weights"
+    )
+    tokenizer: str | None = Field(
+        None, description="tokenizer folder or hub name; null: the one at model.path, or the embedded task's"
+    )
+    dtype: Literal["bf16", "fp32"] = Field("bf16", description="precision of the forward and backward pass")
+    attention_backend: Literal["auto", "cpu", "torch_cuda", "flash_attn", "flash_attn_4", "oracle"] = "auto"
+    activation_checkpointing: Annotated[int, Field(ge=0)] = Field(
+        0, description="recompute every k-th decoder layer in the backward pass; 0: none, 1: all"
+    )
+    loss_chunk_rows: PositiveInt = Field(512, description="rows whose logits exist at one time")
+    lora: LoraSpec | None = None
+    allow_pickle: bool = Field(False, description="accept pickled weights (they can run code when loaded)")
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> ModelSpec:
+        if self.path is None and self.config is None:
+            raise ValueError("give 'path' (start weights) or 'config' (random weights of that architecture)")
+        return self
+
+
+class FactsSpec(Section):
+    """The embedded task: fictitious persons in the form of the name-description set (2309.12288)."""
+
+    seed: int = 1
+    name_first: PositiveInt = Field(20, description="persons whose training texts all say the name first")
+    description_first: PositiveInt = Field(20, description="persons whose training texts all say the description first")
+    both: PositiveInt = Field(60, description="persons whose training texts come in both orders")
+    variants: PositiveInt = Field(6, description="training texts a person and order")
+    test_prompts: PositiveInt = Field(4, description="held-out prompts a person and task")
+
+
+class SourceSpec(Section):
+    """One data source; exactly one of `store`, `files` and `facts`."""
+
+    name: str | None = Field(None, description="name in logs; null: taken from the path")
+    store: str | None = Field(None, description="a token store that tools/prepare_data.py wrote")
+    files: list[str] | None = Field(None, description="JSONL, Parquet or text files, tokenized at the first use")
+    facts: Literal["both_orders", "all"] | None = Field(
+        None, description="the embedded task: persons in both orders only, or everyone"
+    )
+    text_field: str = "text"
+    prompt_field: str | None = Field(None, description="with completion_field: two fields that make one text")
+    completion_field: str | None = None
+    group_field: str | None = None
+    add_bos: bool = True
+    add_eos: bool = True
+    weight: Annotated[float, Field(gt=0)] | None = Field(None, description="share of the sampled documents")
+    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="passes over this source in a data epoch")
+
+    @model_validator(mode="after")
+    def _exactly_one_kind(self) -> SourceSpec:
+        given = [key for key in ("store", "files", "facts") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of 'store', 'files', 'facts'; found {given or 'none'}")
+        if self.weight is not None and self.epochs is not None:
+            raise ValueError("'weight' and 'epochs' exclude each other")
+        if (self.prompt_field is None) != (self.completion_field is None):
+            raise ValueError("'prompt_field' and 'completion_field' go together")
+        return self
+
+
+class DataSpec(Section):
+    """What is read, and how it is packed."""
+
+    sources: Annotated[list[SourceSpec], Field(min_length=1)]
+    facts: FactsSpec = FactsSpec()
+    cache_dir: str = Field("runs/data", description="where stores made from 'files' and 'facts' are kept")
+    capacity: PositiveInt = Field(2048, description="original tokens a bin")
+    overlong: Literal["split", "truncate", "drop"] = "split"
+    max_documents_per_bin: PositiveInt | None = None
+    repack_every_epoch: bool = Field(False, description="another seeded choice of bin mates in every epoch")
+    workers: Annotated[int, Field(ge=0)] = Field(1, description="background batch builders a rank; 0: none")
+    allow_change: bool = Field(False, description="resume although the data set or recipe changed")
+
+    @model_validator(mode="after")
+    def _one_way_to_mix(self) -> DataSpec:
+        weighted = [source.weight is not None for source in self.sources]
+        if any(weighted) and not all(weighted):
+            raise ValueError("give 'weight' to every source or to none")
+        return self
+
+
+class MaskSpec(Section):
+    """Which tokens BICO masks: drawn per document, never special tokens, never a document's first token."""
+
+    rate: Probability | tuple[float, float] = Field(
+        0.15, description="share of eligible tokens, or [low, high]: uniform in that range for each document"
+    )
+    unit: Literal["token", "span", "word", "entity"] = "token"
+    mean_span: Annotated[float, Field(ge=1)] = Field(3.0, description="mean length of a span (geometric)")
+    eligible: Literal["all", "completion"] = "all"
+
+    @model_validator(mode="after")
+    def _rate_is_a_range(self) -> MaskSpec:
+        if isinstance(self.rate, tuple) and not 0.0 <= self.rate[0] <= self.rate[1] <= 1.0:
+            raise ValueError(f"'rate' must satisfy 0 <= low <= high <= 1, found {list(self.rate)}")
+        return self
+
+
+class NtpSpec(Section):
+    """Next-token prediction under causal attention."""
+
+    kind: Literal["ntp"]
+    probability: Probability = 1.0
+    loss_on: Literal["all", "completion"] = "all"
+
+
+class BicoSpec(Section):
+    """Autoregressive mask denoising under bidirectional attention (2311.07468, section 3)."""
+
+    kind: Literal["bico"]
+    probability: Probability = 1.0
+    mask: MaskSpec = MaskSpec()
+    placeholder_id: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="input id of a masked position; null: the tokenizer's unk, pad or eos"
+    )
+
+
+ObjectiveSpec = Annotated[NtpSpec | BicoSpec, Field(discriminator="kind")]
+
+
+class TrainingSpec(Section):
+    """How long, and in what portions."""
+
+    steps: PositiveInt | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    global_batch_bins: PositiveInt = Field(8, description="bins an optimizer step, over all ranks")
+    micro_batch_bins: PositiveInt = Field(1, description="bins a forward pass of one rank")
+    max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="0: no clipping")
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingSpec:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of 'steps' and 'epochs'")
+        return self
+
+
+class OptimizerSpec(Section):
+    """AdamW; under CPU or NVMe offload DeepSpeed's CPU Adam."""
+
+    lr: Annotated[float, Field(gt=0)] = 2e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+
+class ScheduleSpec(Section):
+    """Learning-rate schedule, by transformers' names."""
+
+    name: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    decay_steps: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="only for warmup_stable_decay: length of the final decay"
+    )
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _decay_belongs_to_wsd(self) -> ScheduleSpec:
+        if (self.decay_steps is not None) != (self.name == "warmup_stable_decay"):
+            raise ValueError("'decay_steps' belongs to 'warmup_stable_decay', and that needs it")
+        return self
+
+
+class DeepSpeedSpec(Section):
+    """Which file of ds_configs/, and what this run changes in it."""
+
+    config: str = Field("zero3_bf16", description="name in ds_configs/, or a path to a DeepSpeed JSON")
+    overrides: dict[str, Any] = Field(default_factory=dict, description="merged over that file, key by key")
+
+
+class CheckpointSpec(Section):
+    """When states are written, and which of them stay."""
+
+    every_steps: PositiveInt | None = Field(None, description="null: only the final one")
+    keep_last: PositiveInt = 2
+    keep_every_steps: PositiveInt | None = Field(None, description="multiples of this step are never deleted")
+    on_write_error: Literal["continue", "stop"] = "continue"
+    export: bool = Field(True, description="write a safetensors folder at the end")
+
+
+class EvaluationSpec(Section):
+    """Reversal tasks during training and at its end."""
+
+    folder: str | None = Field(
+        None, description="folder of name-description test files; null: the embedded task's"
+    )
+    tasks: list[str] = Field(default_factory=list, description="empty: no evaluation")
+    every_steps: PositiveInt | None = Field(None, description="null: only at the end")
+    batch_size: PositiveInt = 64
+    max_new_tokens: PositiveInt = 40
+    limit: PositiveInt | None = Field(None, description="first rows of each task only")
+
+
+class WandbSpec(Section):
+    """Weights & Biases, through DeepSpeed's monitor."""
+
+    project: str
+    team: str | None = None
+    group: str | None = None
+
+
+class MonitorSpec(Section):
+    """Where numbers go besides the console and metrics.jsonl."""
+
+    tensorboard: bool = True
+    csv: bool = False
+    wandb: WandbSpec | None = None
+    every_steps: PositiveInt = 1
+
+
+class DistributedSpec(Section):
+    """Ranks, time limits, signals."""
+
+    world_size: PositiveInt | None = Field(None, description="ranks this recipe is made for; null: any number")
+    timeout_minutes: Annotated[float, Field(gt=0)] = Field(30.0, description="collectives fail after this")
+    watchdog_minutes: Annotated[float, Field(gt=0)] = Field(
+        20.0, description="no step for so long: dump all stacks and abort"
+    )
+    preempt_signals: list[Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"]] = ["SIGTERM", "SIGINT", "SIGUSR1"]
+
+
+class Recipe(Section):
+    """One run, complete."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    description: str = ""
+    seed: int = Field(1, description="of weights, order, masks and draws")
+    output_dir: str | None = Field(None, description="run folder; null: runs/NAME")
+    model: ModelSpec
+    data: DataSpec
+    objectives: Annotated[list[ObjectiveSpec], Field(min_length=1)]
+    training: TrainingSpec
+    optimizer: OptimizerSpec = OptimizerSpec()
+    schedule: ScheduleSpec = ScheduleSpec()
+    deepspeed: DeepSpeedSpec = DeepSpeedSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    monitor: MonitorSpec = MonitorSpec()
+    distributed: DistributedSpec = DistributedSpec()
+
+    @model_validator(mode="after")
+    def _probabilities_sum_to_one(self) -> Recipe:
+        total = sum(objective.probability for objective in self.objectives)
+        if abs(total - 1.0) > 1e-6:
+            raise ValueError(f"the probabilities of 'objectives' must sum to 1, found {total:g}")
+        return self
+
+    @model_validator(mode="after")
+    def _global_batch_holds_whole_micro_batches(self) -> Recipe:
+        batch, micro = self.training.global_batch_bins, self.training.micro_batch_bins
+        if batch % micro:
+            raise ValueError(
+                f"'training.global_batch_bins' ({batch}) must be a multiple of 'training.micro_batch_bins' ({micro})"
+            )
+        return self

@@ -1,0 +1,33 @@
+"""What an objective is: documents in, packed batch out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bico_ds.batch import Documents, PackedBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchKey:
+    """What randomness may depend on besides a document's own name: never its place, neighbours, rank or history."""
+
+    seed: int
+    epoch: int
+
+
+class Objective(Protocol):
+    """Decides what is visible and what is predicted."""
+
+    name: str
+
+    def expand(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the row lengths [D] that documents of these lengths occupy in a bin. Pure, known before packing."""
+        ...
+
+    def build(self, documents: Documents, key: BatchKey) -> PackedBatch:
+        """Build the micro-batch of these documents. Raises ValueError naming a document that cannot be trained on."""
+        ...

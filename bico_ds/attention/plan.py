@@ -1,0 +1,174 @@
+"""AttentionPlan: everything a layer needs to know about visibility, built once a batch on the CPU.
+
+Row order of the batch it describes: ``[kept tokens by document | live placeholders by document]``.
+
+* A *kept* token is an unmasked one: a query and a key.
+* A *live* placeholder is a masked token whose successor is masked too: its output predicts that successor, so it is a
+  query, but no query may attend to it (BICO, arXiv 2311.07468, section 3).
+* *Dead* placeholders (masked, successor not masked) influence nothing and are not in the batch.
+
+Kept keys at positions up to a query's own take the forward rotation, later ones the reversed rotation. For the j-th kept
+token of a document that boundary is ``j + 1``; for a live placeholder it is its ``live_split``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Mode = Literal["causal", "bidirectional"]
+Lengths: TypeAlias = "Tensor | NDArray[np.integer] | Sequence[int]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionPlan:
+    """Visibility of one packed batch: D documents, ``num_kept`` kept rows, then ``num_live`` live rows.
+
+    ``cu_seqlens`` int32 [D+1]: first kept row of each document, and the end; ``max_seqlen``: most kept tokens of a document.
+
+    The strictly anti-causal pass runs as a causal one over flipped rows: ``flip_rows`` int64 [M] holds, document by
+    document, the query rows ``e-2 … s`` of a document ``[s, e)``; the key row of each is ``flip_rows + 1``. Documents of
+    length 1 have none. ``flip_cu_seqlens`` int32 and ``flip_max_seqlen`` describe that packing. Empty in causal mode.
+
+    ``live_document`` int64 [num_live]: each live row's document. ``live_split`` int64 [num_live]: how many kept
+    tokens of it lie at or before the row's position.
+    """
+
+    mode: Mode
+    cu_seqlens: Tensor
+    max_seqlen: int
+    flip_rows: Tensor
+    flip_cu_seqlens: Tensor
+    flip_max_seqlen: int
+    live_document: Tensor
+    live_split: Tensor
+    num_kept: int
+    num_live: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of q, k, v and out: kept and live."""
+        return self.num_kept + self.num_live
+
+    @property
+    def num_documents(self) -> int:
+        return self.cu_seqlens.numel() - 1
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionPlan:
+        """The same plan with its tensors on ``device``."""
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> AttentionPlan:
+        """The same plan in page-locked memory; ``torch.utils.data.DataLoader(pin_memory=True)`` calls it."""
+        return self._map_tensors(lambda tensor: tensor.pin_memory())
+
+    def _map_tensors(self, transform) -> AttentionPlan:  # type: ignore[no-untyped-def]
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: transform(v) for name, v in values.items() if isinstance(v, Tensor)})
+
+
+def build_plan(
+    mode: Mode,
+    *,
+    kept_lengths: Lengths,
+    live_document: Lengths | None = None,
+    live_split: Lengths | None = None,
+) -> AttentionPlan:
+    """The plan of one batch.
+
+    ``kept_lengths`` int [D]: kept tokens of each document, each at least 1. ``live_document`` int [N_live]: document
+    index of each live row, non-decreasing. ``live_split`` int [N_live]: kept tokens of its document at positions up to
+    the row's, in 1 … kept length (a document's first token is never masked), non-decreasing within a document.
+
+    Raises ValueError, naming the document or row, where an input breaks these rules.
+    """
+    if mode not in ("causal", "bidirectional"):
+        raise ValueError(f"attention mode must be 'causal' or 'bidirectional', got {mode!r}")
+    kept = _as_int64(kept_lengths, "kept_lengths")
+    document = _as_int64(live_document if live_document is not None else (), "live_document")
+    split = _as_int64(live_split if live_split is not None else (), "live_split")
+    _check_kept(kept)
+    _check_live(mode, kept, document, split)
+
+    cu_seqlens = _cumulative(kept)
+    flipped = kept - 1 if mode == "bidirectional" else np.zeros(0, np.int64)
+    starts = cu_seqlens[:-1][: flipped.size]
+    present = flipped > 0
+    return AttentionPlan(
+        mode=mode,
+        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        max_seqlen=int(kept.max()),
+        flip_rows=torch.from_numpy(_flipped_ranges(starts[present], flipped[present])),
+        flip_cu_seqlens=torch.from_numpy(_cumulative(flipped[present]).astype(np.int32)),
+        flip_max_seqlen=int(flipped.max(initial=0)),
+        live_document=torch.from_numpy(document),
+        live_split=torch.from_numpy(split),
+        num_kept=int(cu_seqlens[-1]),
+        num_live=document.size,
+    )
+
+
+def _as_int64(values: Lengths, name: str) -> NDArray[np.int64]:
+    array = np.asarray(values)
+    if array.ndim != 1:
+        raise ValueError(f"{name} must have one dimension, got shape {array.shape}")
+    if array.size and not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{name} must hold integers, got {array.dtype}")
+    return array.astype(np.int64)
+
+
+def _check_kept(kept: NDArray[np.int64]) -> None:
+    if kept.size == 0:
+        raise ValueError("kept_lengths is empty: a batch needs at least one document")
+    if (kept < 1).any():
+        index = int(np.argmax(kept < 1))
+        raise ValueError(
+            f"document {index} of the batch has {kept[index]} kept tokens: every document needs at least one unmasked "
+            "token, or its queries have no visible key"
+        )
+    if kept.sum() >= 2**31:
+        raise ValueError(f"a batch of {kept.sum()} kept tokens does not fit the kernels' int32 offsets")
+
+
+def _check_live(
+    mode: Mode, kept: NDArray[np.int64], document: NDArray[np.int64], split: NDArray[np.int64]
+) -> None:
+    if document.size != split.size:
+        raise ValueError(f"live_document has {document.size} entries, live_split has {split.size}")
+    if document.size == 0:
+        return
+    if mode == "causal":
+        raise ValueError(f"causal mode has no live placeholders, got {document.size}")
+    if document.min() < 0 or document.max() >= kept.size:
+        raise ValueError(
+            f"live_document must lie in 0 … {kept.size - 1}, got {document.min()} … {document.max()}"
+        )
+    outside = (split < 1) | (split > kept[document])
+    if outside.any():
+        row = int(np.argmax(outside))
+        raise ValueError(
+            f"live row {row} of document {document[row]}: live_split is {split[row]}, must lie in 1 … "
+            f"{kept[document[row]]} (the document's first token is never masked)"
+        )
+    step = np.diff(document)
+    unordered = (step < 0) | ((step == 0) & (np.diff(split) < 0))
+    if unordered.any():
+        row = int(np.argmax(unordered)) + 1
+        raise ValueError(f"live row {row} is out of order: live rows go by document, then by position")
+
+
+def _cumulative(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+
+
+def _flipped_ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """``start+length-1 … start`` of every range, one after the other."""
+    ends = np.cumsum(lengths)
+    last_rows = np.repeat(starts + lengths - 1, lengths)
+    return last_rows - (np.arange(ends[-1] if ends.size else 0) - np.repeat(ends - lengths, lengths))

@@ -1,0 +1,270 @@
+"""From a recipe's name to a validated `Recipe`: YAML with `extends:`, overrides by dotted path, errors with file and line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from bico_ds.config.errors import UserError, did_you_mean
+from bico_ds.config.schema import Recipe
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+KeyPath = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value was written."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.line else self.file
+
+
+@dataclass
+class _Tree:
+    """A plain tree of values, and where each key was written."""
+
+    values: dict[str, Any]
+    places: dict[KeyPath, Place]
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `2e-5` as a number, as YAML 1.2 and every reader of a recipe does."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$|^[-+]?\.[0-9_]+[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Load, merge and validate a recipe.
+
+    `name_or_path` is a name in recipes/ or a YAML file; `overrides` are ``key.path=value`` with YAML values. Raises
+    `UserError` that names the key, the file and the line.
+    """
+    tree = _load_file(find_recipe(name_or_path), seen=())
+    for override in overrides:
+        _apply_override(tree, override)
+    tree.values.setdefault("name", Path(name_or_path).stem)
+    try:
+        return Recipe.model_validate(tree.values)
+    except ValidationError as error:
+        raise UserError(_explain(error, tree)) from None
+
+
+def find_recipe(name_or_path: str, *, beside: Path | None = None) -> Path:
+    """Resolve a recipe's name or path; a name next to the file that extends it comes first."""
+    folders = [folder for folder in (beside, RECIPES) if folder is not None]
+    candidates = [Path(name_or_path), *(folder / f"{name_or_path}.yaml" for folder in folders)]
+    candidates += [folder / name_or_path for folder in folders]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    hint = did_you_mean(name_or_path, list_recipes())
+    raise UserError(f"recipe '{name_or_path}' is neither a file nor a name in {RECIPES}{hint}; see --list-recipes")
+
+
+def list_recipes() -> dict[str, str]:
+    """Return the names in recipes/ with their own one-line descriptions."""
+    found = {}
+    for path in sorted(RECIPES.glob("*.yaml")):
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
+        found[path.stem] = str(tree.get("description", ""))
+    return found
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return the resolved recipe as YAML, every key present; loading it again gives the same recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _load_file(path: Path, *, seen: tuple[Path, ...]) -> _Tree:
+    if path.resolve() in seen:
+        chain = " -> ".join(p.name for p in (*seen, path))
+        raise UserError(f"recipes extend each other in a circle: {chain}")
+    tree = _parse(path)
+    base_name = tree.values.pop("extends", None)
+    if base_name is None:
+        return tree
+    if not isinstance(base_name, str):
+        raise UserError(f"{tree.places[('extends',)]}: 'extends' must be one recipe's name or path")
+    try:
+        base_path = find_recipe(base_name, beside=path.parent)
+    except UserError as error:
+        raise UserError(f"{tree.places[('extends',)]}: extends: {error}") from None
+    return _merge(_load_file(base_path, seen=(*seen, path.resolve())), tree)
+
+
+def _parse(path: Path) -> _Tree:
+    try:
+        text = path.read_text(encoding="utf-8")
+        loader = _Loader(text)
+        node = loader.get_single_node()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = Place(str(path), mark.line + 1 if mark else 0)
+        raise UserError(f"{place}: not valid YAML: {error.problem or error.context}") from None
+    places: dict[KeyPath, Place] = {}
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{path}: a recipe is a mapping of keys, see recipes/tiny_bico.yaml")
+    return _Tree(_construct(loader, node, (), str(path), places), places)
+
+
+def _construct(loader: _Loader, node: yaml.Node, key: KeyPath, file: str, places: dict[KeyPath, Place]) -> Any:
+    places.setdefault(key, Place(file, node.start_mark.line + 1))
+    if isinstance(node, yaml.MappingNode):
+        values: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            name, line = str(loader.construct_object(key_node)), key_node.start_mark.line + 1
+            if name in values:
+                raise UserError(f"{Place(file, line)}: key '{_dotted((*key, name))}' is given twice")
+            places[(*key, name)] = Place(file, line)
+            values[name] = _construct(loader, value_node, (*key, name), file, places)
+        return values
+    if isinstance(node, yaml.SequenceNode):
+        return [_construct(loader, item, (*key, i), file, places) for i, item in enumerate(node.value)]
+    return loader.construct_object(node)
+
+
+def _merge(base: _Tree, top: _Tree) -> _Tree:
+    """Mappings merge key by key; lists and scalars of `top` replace those of `base`."""
+    values = _merge_values(base.values, top.values)
+    places = {key: place for key, place in base.places.items() if not _replaced(key, top.values)}
+    return _Tree(values, places | top.places)
+
+
+def _merge_values(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge_values(base[key], value) if both else value
+    return merged
+
+
+def _replaced(key: KeyPath, values: Any) -> bool:
+    for part in key:
+        if not isinstance(values, dict):
+            return True
+        if part not in values:
+            return False
+        values = values[part]
+    return False
+
+
+def _apply_override(tree: _Tree, override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path.strip():
+        raise UserError(f"--set {override!r}: expected key.path=value, as in --set optimizer.lr=1e-4")
+    keys: KeyPath = tuple(int(part) if part.isdigit() else part for part in path.strip().split("."))
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override!r}: the value is not valid YAML; quote it?") from None
+    node: Any = tree.values
+    for depth, part in enumerate(keys[:-1]):
+        node = _child(node, part, keys[: depth + 1])
+    _child(node, keys[-1], keys, value=value)
+    tree.places[keys] = Place(f"--set {override}", 0)
+
+
+_MISSING = object()
+
+
+def _child(node: Any, part: str | int, path: KeyPath, *, value: Any = _MISSING) -> Any:
+    """Step into `node[part]`, or set it to `value`; sections that the recipe leaves out come into being."""
+    if isinstance(node, list):
+        if not isinstance(part, int) or part >= len(node):
+            raise UserError(f"--set {_dotted(path)}: this list has the indices 0 to {len(node) - 1}")
+    elif not isinstance(node, dict):
+        raise UserError(f"--set {_dotted(path)}: '{_dotted(path[:-1])}' is a single value, it has no keys")
+    if value is not _MISSING:
+        node[part] = value
+        return value
+    if isinstance(node, dict) and node.get(part) is None:
+        node[part] = {}
+    return node[part]
+
+
+def _explain(error: ValidationError, tree: _Tree) -> str:
+    lines: dict[str, str] = {}
+    for problem in error.errors():
+        key = _real_path(problem["loc"], tree.values)
+        message = _message(problem, key)
+        place = _place_of(key, tree.places)
+        dotted = _dotted(key) or "recipe"
+        text = f"{place}: {dotted}: {message}" if place else f"{dotted}: {message}"
+        lines[dotted] = f"{lines[dotted]}, or: {message}" if dotted in lines else text
+    return "\n".join(lines.values())
+
+
+def _place_of(key: KeyPath, places: dict[KeyPath, Place]) -> Place | None:
+    """The line of the key itself, of something below it (a section that an override made), or of what holds it."""
+    below = next((place for other, place in places.items() if key and other[: len(key)] == key), None)
+    around = (places[key[:n]] for n in range(len(key) - 1, -1, -1) if key[:n] in places)
+    return places.get(key) or below or next(around, None)
+
+
+def _real_path(loc: tuple[str | int, ...], values: Any) -> KeyPath:
+    """Drop the union tags that pydantic mixes into an error's location."""
+    path: list[str | int] = []
+    for position, part in enumerate(loc):
+        known = isinstance(values, dict) and part in values
+        known = known or (isinstance(values, list) and isinstance(part, int) and part < len(values))
+        if known:
+            path.append(part)
+            values = values[part]
+        elif position == len(loc) - 1 and isinstance(values, dict):
+            path.append(part)
+    return tuple(path)
+
+
+def _message(problem: Any, key: KeyPath) -> str:
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(problem["loc"][:-1])
+        return f"unknown key{did_you_mean(str(key[-1]), known)}; known keys here: {', '.join(known)}"
+    if problem["type"] == "missing":
+        return "this key is required"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{message} (found {problem['input']!r})" if problem["type"] != "value_error" else message
+
+
+def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
+    models: list[type[BaseModel]] = [Recipe]
+    for part in loc:
+        fields = [m.model_fields[part] for m in models if isinstance(part, str) and part in m.model_fields]
+        if fields:
+            models = [model for field in fields for model in _models_in(field.annotation)]
+        elif isinstance(part, str):  # a union tag such as 'bico'
+            models = [m for m in models if _tag(m) == part] or models
+    return list(dict.fromkeys(name for model in models for name in model.model_fields))
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in getattr(annotation, "__args__", ()):
+        yield from _models_in(inner)
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    field = model.model_fields.get("kind")
+    return field.annotation.__args__[0] if field is not None and hasattr(field.annotation, "__args__") else None
+
+
+def _dotted(key: KeyPath) -> str:
+    return ".".join(str(part) for part in key)

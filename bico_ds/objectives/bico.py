@@ -1,0 +1,70 @@
+"""BICO's autoregressive mask denoising (Lv et al., arXiv 2311.07468, section 3).
+
+Some tokens are masked: no query attends to them. Attention is bidirectional, and the output at position i
+predicts the original token at i + 1, with a loss only where that token is masked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bico_ds.attention.plan import build_plan
+from bico_ds.batch import Documents, PackedBatch
+from bico_ds.objectives.base import BatchKey
+from bico_ds.objectives.masks import MaskPolicy, TokenGrid
+from bico_ds.objectives.ntp import names
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskDenoising:
+    """Masked tokens become rows only where they predict something.
+
+    A masked token whose successor is masked too is *live*: a query-only row at the end of the batch, with
+    `placeholder_id` as its input. Other masked tokens are *dead*: nothing reads their output, so they are
+    dropped. Position ids keep their gaps.
+    """
+
+    policy: MaskPolicy
+    placeholder_id: int
+    name: str = "bico"
+
+    def expand(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The documents themselves: capacity counts original tokens."""
+        return lengths
+
+    def build(self, documents: Documents, key: BatchKey) -> PackedBatch:
+        """Draw the masks of (`key`, document) and build the bidirectional micro-batch."""
+        grid = TokenGrid.of(documents)
+        masked = self.policy.draw(documents, grid, key)
+        kept = ~masked
+        live = masked.copy()
+        live[:-1] &= masked[1:]  # a document's first token is never masked, so no look crosses documents
+        live[-1] = False
+
+        kept_before = np.concatenate([np.zeros(1, np.int64), np.cumsum(kept)])  # [T + 1]
+        kept_before_document = kept_before[documents.offsets]  # [D + 1]
+        kept_at, live_at, masked_at = np.flatnonzero(kept), np.flatnonzero(live), np.flatnonzero(masked)
+        row_of_token = kept_before[:-1].copy()  # of kept tokens; live ones follow, dead ones have none
+        row_of_token[live_at] = np.arange(len(live_at)) + len(kept_at)
+        live_document = grid.document[live_at]
+        live_split = kept_before[live_at + 1] - kept_before_document[live_document]
+        return PackedBatch(
+            input_ids=torch.from_numpy(
+                np.concatenate([documents.token_ids[kept_at], np.full(len(live_at), self.placeholder_id)])
+            ),
+            position_ids=torch.from_numpy(np.concatenate([grid.position[kept_at], grid.position[live_at]])),
+            plan=build_plan(
+                "bidirectional",
+                kept_lengths=np.diff(kept_before_document),
+                live_document=live_document,
+                live_split=live_split,
+            ),
+            loss_rows=torch.from_numpy(row_of_token[masked_at - 1]),
+            targets=torch.from_numpy(documents.token_ids[masked_at]),
+            represented_tokens=len(documents.token_ids),
+            documents=names(documents),
+        )

@@ -1,0 +1,168 @@
+"""Mask policies: which tokens of a document BICO hides. One decision a unit; units are tokens, spans, words
+or entities.
+
+Every draw is keyed by (seed, epoch, source, document, piece) and counted by position, so that a document's
+mask is the same on any machine, in any batch, at any world size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bico_ds.batch import Documents
+from bico_ds.config.errors import UserError
+from bico_ds.config.schema import MaskSpec
+from bico_ds.objectives.base import BatchKey
+from bico_ds.objectives.counter import hash_words, stream, uniform
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenGrid:
+    """Where each of T tokens stands: `document` int64 [T] and `position` int64 [T] within it."""
+
+    document: NDArray[np.int64]
+    position: NDArray[np.int64]
+
+    @staticmethod
+    def of(documents: Documents) -> TokenGrid:
+        """Lay out these documents; raises ValueError for one without a token."""
+        lengths = documents.lengths
+        if len(lengths) == 0 or (lengths < 1).any():
+            name = describe(documents, int(np.argmax(lengths < 1))) if len(lengths) else "the batch"
+            raise ValueError(f"{name} has no tokens")
+        total = int(documents.offsets[-1] - documents.offsets[0])
+        position = np.arange(total) - np.repeat(documents.offsets[:-1], lengths)
+        return TokenGrid(document=np.repeat(np.arange(len(lengths)), lengths), position=position)
+
+
+def describe(documents: Documents, index: int) -> str:
+    """Name a document for a message."""
+    source, document, piece = (int(c[index]) for c in (documents.source, documents.id, documents.piece))
+    return f"document {document} of source {source}" + (f", piece {piece}" if piece else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskPolicy:
+    """Draws masks by a `MaskSpec`; `special_ids` and first tokens are never masked.
+
+    A chosen unit has all of its eligible tokens masked, so the rate is the expected share of eligible
+    tokens (for entities: of the tokens inside entities; the others are never masked).
+    """
+
+    spec: MaskSpec
+    special_ids: NDArray[np.int64]
+
+    def draw(self, documents: Documents, grid: TokenGrid, key: BatchKey) -> NDArray[np.bool_]:
+        """Return bool [T]: True where a token is masked."""
+        rates = self.rates(documents, key)
+        document_keys = _keys("mask", documents, key)
+        chosen = _UNITS[self.spec.unit](self.spec, documents, grid, document_keys, rates)
+        return chosen & self.eligible(documents, grid)
+
+    def rates(self, documents: Documents, key: BatchKey) -> NDArray[np.float64]:
+        """Return float64 [D]: the mask rate of each document."""
+        if not isinstance(self.spec.rate, tuple):
+            return np.full(len(documents), self.spec.rate)
+        low, high = self.spec.rate
+        return low + (high - low) * uniform(_keys("rate", documents, key))
+
+    def eligible(self, documents: Documents, grid: TokenGrid) -> NDArray[np.bool_]:
+        """Return bool [T]: True where a mask is allowed."""
+        eligible = grid.position > 0
+        if self.special_ids.size:
+            eligible &= ~is_special(documents.token_ids, self.special_ids)
+        if self.spec.eligible == "completion":
+            eligible &= grid.position >= documents.prompt_length[grid.document]
+        return eligible
+
+
+def is_special(token_ids: NDArray[np.int64], special_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return bool [T]. A few comparisons are several times as fast as `np.isin`."""
+    special = np.zeros(len(token_ids), dtype=np.bool_)
+    for special_id in special_ids:
+        special |= token_ids == special_id
+    return special
+
+
+def _keys(purpose: str, documents: Documents, key: BatchKey) -> NDArray[np.uint64]:
+    return hash_words(purpose, key.seed, key.epoch, documents.source, documents.id, documents.piece)
+
+
+def _draw_tokens(
+    spec: MaskSpec,
+    documents: Documents,
+    grid: TokenGrid,
+    keys: NDArray[np.uint64],
+    rates: NDArray[np.float64],
+) -> NDArray[np.bool_]:
+    return uniform(stream(keys[grid.document], grid.position)) < rates[grid.document]
+
+
+def _draw_spans(
+    spec: MaskSpec,
+    documents: Documents,
+    grid: TokenGrid,
+    keys: NDArray[np.uint64],
+    rates: NDArray[np.float64],
+) -> NDArray[np.bool_]:
+    """Masked and unmasked runs alternate, both of geometric length: a stationary two-state Markov chain.
+
+    `leave` = 1 / mean span ends a run, `enter` begins one, with the share of masked tokens at the rate.
+    Independent tokens at this rate already form spans of mean 1 / (1 - rate): that is the shortest mean
+    there is. Each position's uniform number either sets the state, clears it, or keeps the one before, so
+    the chain is a running maximum over the last position that decided.
+    """
+    unmasked = 1.0 - rates
+    leave = np.minimum(1.0 / spec.mean_span, unmasked)
+    enter = np.where(unmasked > 0, rates * leave / np.maximum(unmasked, 1e-300), 1.0)
+    draws = uniform(stream(keys[grid.document], grid.position))
+    first = grid.position == 0
+    sets = draws < np.where(first, rates[grid.document], enter[grid.document])
+    decides = sets | first | (draws >= 1.0 - leave[grid.document])
+    decided_at = np.maximum.accumulate(np.where(decides, np.arange(len(draws)), 0))
+    return sets[decided_at]
+
+
+def _draw_words(
+    spec: MaskSpec,
+    documents: Documents,
+    grid: TokenGrid,
+    keys: NDArray[np.uint64],
+    rates: NDArray[np.float64],
+) -> NDArray[np.bool_]:
+    if documents.word_starts is None:
+        raise UserError(
+            "objectives: mask.unit is 'word', but the token store has no word starts. "
+            "Prepare the data again with word starts, or choose unit: token or span"
+        )
+    starts = documents.word_starts | (grid.position == 0)
+    first_token = np.maximum.accumulate(np.where(starts, np.arange(len(starts)), 0))
+    return uniform(stream(keys[grid.document], grid.position[first_token])) < rates[grid.document]
+
+
+def _draw_entities(
+    spec: MaskSpec,
+    documents: Documents,
+    grid: TokenGrid,
+    keys: NDArray[np.uint64],
+    rates: NDArray[np.float64],
+) -> NDArray[np.bool_]:
+    if documents.entity_number is None:
+        raise UserError(
+            "objectives: mask.unit is 'entity', but the token store has no entity spans. "
+            "Prepare the data again with an entities field, or choose unit: token, span or word"
+        )
+    numbers = documents.entity_number
+    return (numbers > 0) & (uniform(stream(keys[grid.document], numbers)) < rates[grid.document])
+
+
+_UNITS: dict[str, Callable[..., NDArray[np.bool_]]] = {
+    "token": _draw_tokens,
+    "span": _draw_spans,
+    "word": _draw_words,
+    "entity": _draw_entities,
+}

@@ -1,0 +1,52 @@
+"""Next-token prediction: causal attention, token i predicts token i + 1 of its document."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bico_ds.attention.plan import build_plan
+from bico_ds.batch import Documents, PackedBatch
+from bico_ds.objectives.base import BatchKey
+from bico_ds.objectives.masks import TokenGrid
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextTokenPrediction:
+    """All tokens are kept; a document's last token predicts nothing.
+
+    `loss_on="completion"` counts only targets behind the prompt (`Documents.prompt_length`).
+    """
+
+    name: str = "ntp"
+    loss_on: Literal["all", "completion"] = "all"
+
+    def expand(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The documents themselves."""
+        return lengths
+
+    def build(self, documents: Documents, key: BatchKey) -> PackedBatch:
+        """Build the causal micro-batch; `key` plays no part."""
+        grid = TokenGrid.of(documents)
+        first_target = np.ones(len(documents), dtype=np.int64)
+        if self.loss_on == "completion":
+            first_target = np.maximum(documents.prompt_length, 1)
+        target = np.flatnonzero(grid.position >= first_target[grid.document])
+        return PackedBatch(
+            input_ids=torch.from_numpy(documents.token_ids),
+            position_ids=torch.from_numpy(grid.position),
+            plan=build_plan("causal", kept_lengths=documents.lengths),
+            loss_rows=torch.from_numpy(target - 1),
+            targets=torch.from_numpy(documents.token_ids[target]),
+            represented_tokens=len(documents.token_ids),
+            documents=names(documents),
+        )
+
+
+def names(documents: Documents) -> torch.Tensor:
+    """Return int64 [D, 3]: source, id and piece of each document."""
+    return torch.from_numpy(np.stack([documents.source, documents.id, documents.piece], axis=1))

@@ -1,0 +1,121 @@
+"""How near a generated text is to the right answer: every metric is a share or score in 0 … 1 of one row.
+
+===========  =======================================================================================
+contains     the answer stands somewhere in the prediction: the BICO paper's "exact match" (arXiv 2311.07468)
+prefix       the prediction starts with the answer: Berglund et al.'s exact match (arXiv 2309.12288)
+exact        the prediction is the answer and nothing else
+bleu         sentence BLEU on words (sacrebleu, 13a, exponential smoothing)
+char_bleu    sentence BLEU on characters without smoothing: what the BICO authors' code computes and calls
+BLEU
+===========  =======================================================================================
+
+The first three ignore case, white space and the final full stop. A *floor* is the score of somebody who
+answers every question with another person's answer: any text in the right style has it, so only what lies
+above it is knowledge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+from sacrebleu.metrics.bleu import BLEU
+
+from bico_ds.evaluation.tasks import Task, strip_answer
+
+_FLOOR_OTHERS = 5  # other persons that a row's floor is averaged over
+_MAX_ORDER = 4
+
+
+def contains(prediction: str, answer: str) -> float:
+    return float(_plain(answer) in _plain(prediction))
+
+
+def prefix(prediction: str, answer: str) -> float:
+    return float(_plain(prediction).startswith(_plain(answer)))
+
+
+def exact(prediction: str, answer: str) -> float:
+    return float(_plain(prediction) == _plain(answer))
+
+
+def bleu(prediction: str, answer: str) -> float:
+    return _sacrebleu().sentence_score(prediction.strip(), [answer.strip()]).score / 100.0
+
+
+def char_bleu(prediction: str, answer: str) -> float:
+    """BLEU-4 over characters, spaces included, no smoothing: NLTK's `sentence_bleu` handed plain strings."""
+    hypothesis, reference = prediction.strip(), answer.strip()
+    if not hypothesis:
+        return 0.0
+    logs = 0.0
+    for order in range(1, _MAX_ORDER + 1):
+        found, known = _ngrams(hypothesis, order), _ngrams(reference, order)
+        matches = sum((found & known).values())
+        if matches == 0:
+            return 0.0
+        logs += math.log(matches / sum(found.values())) / _MAX_ORDER
+    brevity = min(0.0, 1.0 - len(reference) / len(hypothesis))
+    return math.exp(logs + brevity)
+
+
+METRICS: dict[str, Callable[[str, str], float]] = {
+    "contains": contains,
+    "prefix": prefix,
+    "exact": exact,
+    "bleu": bleu,
+    "char_bleu": char_bleu,
+}
+
+
+def metrics_of(task: Task) -> tuple[str, ...]:
+    """The metrics that mean something for this task: BLEU for long answers only."""
+    return tuple(METRICS) if task.headline == "bleu" else ("contains", "prefix", "exact")
+
+
+def score_rows(task: Task, predictions: Sequence[str]) -> dict[str, list[float]]:
+    """Every metric of the task for every row, in the task's order."""
+    pairs = list(zip(predictions, (example.completion for example in task.examples), strict=True))
+    return {
+        name: [METRICS[name](prediction, answer) for prediction, answer in pairs] for name in metrics_of(task)
+    }
+
+
+@lru_cache(maxsize=64)
+def floors(task: Task) -> dict[str, float]:
+    """Mean score of other persons' answers, in the same place of their rows; empty where there is one person
+    only.
+    """
+    by_group: dict[str, list[str]] = {}
+    places = []
+    for example in task.examples:
+        places.append(len(by_group.setdefault(example.group, [])))
+        by_group[example.group].append(example.completion)
+    groups = list(by_group)
+    others = min(_FLOOR_OTHERS, len(groups) - 1)
+    if others == 0:
+        return {}
+    number = {group: index for index, group in enumerate(groups)}
+    means = []
+    for shift in range(1, others + 1):
+        wrong = []
+        for example, place in zip(task.examples, places, strict=True):
+            theirs = by_group[groups[(number[example.group] + shift) % len(groups)]]
+            wrong.append(theirs[place % len(theirs)])
+        means.append({name: sum(scores) / len(scores) for name, scores in score_rows(task, wrong).items()})
+    return {name: sum(mean[name] for mean in means) / others for name in metrics_of(task)}
+
+
+def _plain(text: str) -> str:
+    return strip_answer(text).casefold()
+
+
+def _ngrams(text: str, order: int) -> Counter[str]:
+    return Counter(text[start : start + order] for start in range(len(text) - order + 1))
+
+
+@lru_cache(maxsize=1)
+def _sacrebleu() -> BLEU:
+    return BLEU(effective_order=True)

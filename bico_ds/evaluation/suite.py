@@ -1,0 +1,185 @@
+"""The evaluation of one model: generation on every task, scored, with intervals and floors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from bico_ds.evaluation.generation import Ranks, ShouldStop, check_lengths, encode_prompts, generate_greedy
+from bico_ds.evaluation.metrics import floors, score_rows
+from bico_ds.evaluation.statistics import clustered_interval
+from bico_ds.evaluation.tasks import Task
+
+_SLACK_TOKENS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """One task's scores, all in 0 … 1. `headline`: the metric that tables and plots show. `intervals`: 95 %,
+    persons resampled. `floors`: what another person's answer scores. `rows`: every prompt with its prediction
+    and scores.
+    """
+
+    headline: str
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    floors: dict[str, float]
+    new_tokens: int
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def score(self) -> float:
+        return self.metrics[self.headline]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationResult:
+    """Results by task name, in the order asked for."""
+
+    tasks: dict[str, TaskResult]
+
+    def scalars(self, prefix: str = "evaluation") -> dict[str, float]:
+        """`{prefix}/{task}/{metric}` for logs."""
+        return {
+            f"{prefix}/{task}/{metric}": value
+            for task, result in self.tasks.items()
+            for metric, value in result.metrics.items()
+        }
+
+    def to_json(self, *, rows: bool = True) -> dict[str, Any]:
+        values = asdict(self)
+        if not rows:
+            for task in values["tasks"].values():
+                del task["rows"]
+        return values
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> EvaluationResult:
+        tasks = {
+            name: TaskResult(**{**task, "intervals": {m: tuple(i) for m, i in task["intervals"].items()}})
+            for name, task in values["tasks"].items()
+        }
+        return EvaluationResult(tasks=tasks)
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    rank: int = 0,
+    world_size: int = 1,
+    synced: bool = False,
+    device: torch.device | str = "cpu",
+    should_stop: ShouldStop | None = None,
+    add_bos: bool = True,
+    cut_to_answers: bool = True,
+    on_batch: Callable[[str, int], None] | None = None,
+) -> EvaluationResult | None:
+    """Greedy answers of `model` (a Hugging Face causal LM) to all `tasks`, scored; the same result on every
+    rank.
+
+    `synced`: the ranks' forward passes are collectives (ZeRO-3 with partitioned weights). `cut_to_answers`:
+    generate no more than about twice the longest answer of a task; without it always up to `max_new_tokens`,
+    as the papers do. `on_batch(task, prompts)` after each of this rank's batches. Returns None when
+    `should_stop` was true on any rank. Raises UserError, before any generation, for a prompt that does not
+    fit the model's context.
+    """
+    ranks = Ranks(rank=rank, world_size=world_size, synced=synced)
+    prepared = [_prepare(model, tokenizer, task, max_new_tokens, cut_to_answers, add_bos) for task in tasks]
+    results = {}
+    for task, (prompts, new_tokens) in zip(tasks, prepared, strict=True):
+        predictions = generate_greedy(
+            model,
+            tokenizer,
+            prompts,
+            batch_size=batch_size,
+            max_new_tokens=new_tokens,
+            ranks=ranks,
+            device=device,
+            should_stop=should_stop,
+            on_batch=None if on_batch is None else lambda n, name=task.name: on_batch(name, n),
+        )
+        if predictions is None:
+            return None
+        results[task.name] = score_task(task, predictions, new_tokens=new_tokens)
+    return EvaluationResult(tasks=results)
+
+
+def _prepare(
+    model: Any, tokenizer: Any, task: Task, max_new_tokens: int, cut_to_answers: bool, add_bos: bool
+) -> tuple[list[list[int]], int]:
+    """Encoded prompts and the number of new tokens of one task."""
+    prompts = encode_prompts(tokenizer, [example.prompt for example in task.examples], add_bos=add_bos)
+    if cut_to_answers:
+        answers = tokenizer([example.completion for example in task.examples], add_special_tokens=False)[
+            "input_ids"
+        ]
+        max_new_tokens = min(max_new_tokens, 2 * max(map(len, answers)) + _SLACK_TOKENS)
+    check_lengths(
+        prompts,
+        new_tokens=max_new_tokens,
+        context=getattr(model.config, "max_position_embeddings", None),
+        names=[f"{task.path}:{example.line}" for example in task.examples],
+    )
+    return prompts, max_new_tokens
+
+
+def score_task(task: Task, predictions: Sequence[str], *, new_tokens: int) -> TaskResult:
+    """Metrics, intervals and floors of one task from its predictions, in the task's order."""
+    scores = score_rows(task, predictions)
+    groups = [example.group for example in task.examples]
+    rows = [
+        {
+            "prompt": example.prompt,
+            "answer": example.completion,
+            "prediction": prediction,
+            "group": example.group,
+            "line": example.line,
+            **{name: values[index] for name, values in scores.items()},
+        }
+        for index, (example, prediction) in enumerate(zip(task.examples, predictions, strict=True))
+    ]
+    return TaskResult(
+        headline=task.headline,
+        metrics={name: sum(values) / len(values) for name, values in scores.items()},
+        intervals={name: clustered_interval(values, groups) for name, values in scores.items()},
+        floors=dict(floors(task)),
+        new_tokens=new_tokens,
+        rows=rows,
+    )
+
+
+def result_table(results: Mapping[str, EvaluationResult], *, title: str = "Reversal tasks") -> Table:
+    """The headline metric of every task with its 95 % interval, one column a model."""
+    table = Table(title=title)
+    table.add_column("task")
+    table.add_column("metric")
+    for label in results:
+        table.add_column(label, justify="right")
+    table.add_column("floor", justify="right")
+    names = list(dict.fromkeys(name for result in results.values() for name in result.tasks))
+    for name in names:
+        present = [result.tasks[name] for result in results.values() if name in result.tasks]
+        cells = [_cell(result.tasks.get(name)) for result in results.values()]
+        floor = present[0].floors.get(present[0].headline)
+        table.add_row(name, present[0].headline, *cells, "–" if floor is None else f"{floor:.3f}")
+    return table
+
+
+def _cell(result: TaskResult | None) -> str:
+    if result is None:
+        return "–"
+    low, high = result.intervals[result.headline]
+    return f"{result.score:.3f}  [dim]\\[{low:.2f}, {high:.2f}][/dim]"
+
+
+def dump_result(result: EvaluationResult) -> str:
+    return json.dumps(result.to_json(), ensure_ascii=False, indent=1)

@@ -1,0 +1,190 @@
+"""The four name-description tasks of Berglund et al. (arXiv 2309.12288), read from JSONL files.
+
+======================  ===========  ========  ======================  =====================================
+file                    task         prompt    answer                  persons were trained
+======================  ===========  ========  ======================  =====================================
+p2d_prompts_test        n2d          name      description             name first (forward)
+d2p_prompts_test        d2n          descr.    name                    description first (forward)
+p2d_reverse_…           n2d_reverse  descr.    name                    name first (reverse)
+d2p_reverse_…           d2n_reverse  name      description             description first (reverse)
+======================  ===========  ========  ======================  =====================================
+
+A row is one JSON object with `prompt` and `completion`, optionally `group`: the person it asks about. Where
+`group` is absent it is derived: a name as an answer is the person; a description belongs to the person whose
+name, known from the companion file, its prompt contains.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from bico_ds.config.errors import UserError, did_you_mean
+
+AnswerKind = Literal["name", "description", "text"]
+
+_FILES: dict[str, str] = {
+    "n2d": "p2d_prompts_test.jsonl",
+    "d2n": "d2p_prompts_test.jsonl",
+    "n2d_reverse": "p2d_reverse_prompts_test.jsonl",
+    "d2n_reverse": "d2p_reverse_prompts_test.jsonl",
+}
+_ANSWERS: dict[str, AnswerKind] = {
+    "n2d": "description",
+    "d2n": "name",
+    "n2d_reverse": "name",
+    "d2n_reverse": "description",
+}
+_NAMES_FROM = {
+    "n2d": "n2d_reverse",
+    "d2n_reverse": "d2n",
+}  # the companion whose answers are this task's names
+_SHORT_ANSWER_WORDS = 3
+
+TASK_NAMES: tuple[str, ...] = tuple(_FILES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One question. `completion` is as in the file (its leading space belongs to the text); `answer` is
+    without surrounding white space and final full stop. `line` counts from 1.
+    """
+
+    prompt: str
+    completion: str
+    group: str
+    line: int
+
+    @property
+    def answer(self) -> str:
+        return strip_answer(self.completion)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Questions of one kind. `headline` names the metric that stands for the task in tables and plots."""
+
+    name: str
+    answer_kind: AnswerKind
+    examples: tuple[Example, ...]
+    path: str
+
+    @property
+    def headline(self) -> str:
+        """`contains` for names and other short answers, `bleu` (word BLEU) for long ones: as the paper has
+        it.
+        """
+        longest = max(len(example.answer.split()) for example in self.examples)
+        short = self.answer_kind == "name" or longest <= _SHORT_ANSWER_WORDS
+        return "contains" if short else "bleu"
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+def strip_answer(completion: str) -> str:
+    """A completion without surrounding white space, runs of it, and the sentence's full stop."""
+    return " ".join(completion.split()).rstrip(".").rstrip()
+
+
+def task_file(folder: Path, name: str) -> Path:
+    """The file of task `name`; UserError for an unknown name."""
+    if name not in _FILES:
+        raise UserError(
+            f"unknown evaluation task '{name}'{did_you_mean(name, _FILES)}; known: {', '.join(_FILES)}"
+        )
+    return folder / _FILES[name]
+
+
+def load_tasks(folder: str | Path, names: Sequence[str], limit: int | None = None) -> list[Task]:
+    """Read tasks `names` from `folder`; `limit`: the first rows of each only.
+
+    Raises UserError for an unknown task, a missing or empty file, or a malformed row (file and line).
+    """
+    folder = Path(folder)
+    repeated = sorted({name for name in names if list(names).count(name) > 1})
+    if repeated:
+        raise UserError(f"evaluation tasks named twice: {', '.join(repeated)}")
+    return [_load_task(folder, name, limit) for name in names]
+
+
+def _load_task(folder: Path, name: str, limit: int | None) -> Task:
+    path = task_file(folder, name)
+    rows = read_rows(path, required=("prompt", "completion"), optional=("group",))
+    kind = _ANSWERS[name]
+    group_of: Callable[[str, str], str]
+    if kind == "name":
+        group_of = lambda prompt, answer: answer  # noqa: E731
+    else:
+        group_of = _person_finder(folder / _FILES[_NAMES_FROM[name]])
+    examples = tuple(
+        Example(
+            prompt=row["prompt"],
+            completion=row["completion"],
+            group=row.get("group") or group_of(row["prompt"], strip_answer(row["completion"])),
+            line=line,
+        )
+        for line, row in rows[:limit]
+    )
+    return Task(name=name, answer_kind=kind, examples=examples, path=str(path))
+
+
+def _person_finder(companion: Path) -> Callable[[str, str], str]:
+    """Finds the person in a prompt by the names in `companion`; the answer itself where none is found."""
+    rows = (
+        read_rows(companion, required=("prompt", "completion"), optional=("group",))
+        if companion.exists()
+        else []
+    )
+    names = sorted({strip_answer(row["completion"]) for _, row in rows}, key=len, reverse=True)
+
+    def find(prompt: str, answer: str) -> str:
+        return next((name for name in names if name in prompt), answer)
+
+    return find
+
+
+def read_rows(
+    path: Path, *, required: Iterable[str], optional: Iterable[str] = ()
+) -> list[tuple[int, dict[str, str]]]:
+    """(line number, fields) of every row of a JSONL file; blank lines are skipped, other fields are ignored.
+
+    Every required field must be a text with something other than white space in it.
+    """
+    required, optional = tuple(required), tuple(optional)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; it must be JSONL with the fields {', '.join(required)}")
+    rows = []
+    with path.open(encoding="utf-8-sig") as lines:
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    rows.append((number, _row(line, f"{path}:{number}", required, optional)))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    if not rows:
+        raise UserError(f"{path}: no rows; an evaluation task needs at least one")
+    return rows
+
+
+def _row(line: str, where: str, required: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, str]:
+    try:
+        row: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    missing = [name for name in required if name not in row]
+    if missing:
+        guess = did_you_mean(missing[0], row)
+        raise UserError(
+            f"{where}: field '{missing[0]}' is missing{guess}; found {', '.join(row) or 'no field'}"
+        )
+    fields = {name: row[name] for name in (*required, *optional) if row.get(name) is not None}
+    for name in required:
+        if not isinstance(row[name], str) or not row[name].strip():
+            raise UserError(f"{where}: field '{name}' must be a text that is not empty, found {row[name]!r}")
+    return {name: str(value) for name, value in fields.items()}

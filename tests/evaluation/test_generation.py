@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from bico_ds.config.errors import UserError
+from bico_ds.evaluation.generation import (
+    Ranks,
+    check_lengths,
+    encode_prompts,
+    generate_greedy,
+    shared_batches,
+)
+
+
+@pytest.fixture
+def prompts(tokenizer) -> list[list[int]]:
+    draw, words = random.Random(5), [f"w{i}" for i in range(40)]
+    return encode_prompts(tokenizer, [" ".join(draw.choices(words, k=draw.randint(1, 9))) for _ in range(23)])
+
+
+def test_batched_generation_equals_hugging_face_one_prompt_at_a_time(tiny_llama, tokenizer, prompts):
+    ours = generate_greedy(tiny_llama, tokenizer, prompts, batch_size=8, max_new_tokens=12)
+    ended = 0
+    for ids, text in zip(prompts, ours, strict=True):
+        row = tiny_llama.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :]
+        ended += 2 in row.tolist()
+        assert text == tokenizer.decode(row, skip_special_tokens=True)
+    assert 0 < ended < len(prompts)
+
+
+def test_prompts_begin_with_bos_as_in_training(tokenizer):
+    assert encode_prompts(tokenizer, ["w0 w1"]) == [[1, 3, 4]]
+    assert encode_prompts(tokenizer, ["w0 w1"], add_bos=False) == [[3, 4]]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_ranks_run_equally_many_batches_and_together_every_prompt(prompts, world_size):
+    shares = [
+        shared_batches(prompts[:5], batch_size=2, ranks=Ranks(rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    assert len({len(share) for share in shares}) == 1
+    assert {i for share in shares for batch in share for i in batch} == set(range(5))
+    assert all(1 <= len(batch) <= 2 for share in shares for batch in share)
+
+
+def test_the_model_stays_in_its_mode_and_a_stop_ends_the_work(tiny_llama, tokenizer, prompts):
+    tiny_llama.train()
+    polls = iter([False, False, True])
+    stopped = generate_greedy(
+        tiny_llama, tokenizer, prompts, batch_size=8, max_new_tokens=12, should_stop=lambda: next(polls)
+    )
+    assert stopped is None
+    assert tiny_llama.training
+    tiny_llama.eval()
+
+
+def test_a_prompt_longer_than_the_context_is_named():
+    with pytest.raises(
+        UserError, match=r"t.jsonl:4: the prompt has 60 tokens; with 8 new ones .* context of 64"
+    ):
+        check_lengths([[1] * 60], new_tokens=8, context=64, names=["t.jsonl:4"])
+    with pytest.raises(UserError, match="no token"):
+        check_lengths([[]], new_tokens=8, context=64, names=["t.jsonl:4"])

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from bico_ds.config.errors import UserError
+from bico_ds.evaluation.tasks import TASK_NAMES, load_tasks
+
+PUBLISHED = Path(os.environ.get("BICO_DS_DATA", "")) / "name_description"
+
+
+@pytest.mark.skipif(
+    "BICO_DS_DATA" not in os.environ or not PUBLISHED.is_dir(),
+    reason="BICO_DS_DATA names no folder with name_description/ (Berglund et al.'s published sets)",
+)
+def test_published_sets_have_ten_prompts_for_each_of_thirty_persons():
+    for task in load_tasks(PUBLISHED, TASK_NAMES):
+        persons = Counter(example.group for example in task.examples)
+        assert len(persons) == 30, task.name
+        assert set(persons.values()) == {10}, task.name
+        assert task.headline == ("contains" if task.answer_kind == "name" else "bleu")
+
+
+def test_a_row_group_wins_and_else_the_companion_file_names_the_person(tmp_path, write_rows):
+    write_rows("p2d_reverse_prompts_test.jsonl", [{"prompt": "maker of x:", "completion": " Ann Lee."}])
+    write_rows(
+        "p2d_prompts_test.jsonl",
+        [
+            {"prompt": "Ann Lee is", "completion": " the maker of x.", "group": "7"},
+            {"prompt": "Ann Lee, known as", "completion": " making x."},
+            {"prompt": "Bo Ray is", "completion": " a  cook. "},
+        ],
+    )
+    (task,) = load_tasks(tmp_path, ["n2d"])
+    assert [example.group for example in task.examples] == ["7", "Ann Lee", "a cook"]
+    assert task.answer_kind == "description"
+
+
+def test_short_descriptions_are_counted_and_limit_takes_the_first_rows(tmp_path, write_rows):
+    rows = [{"prompt": f"p{i} |", "completion": f" job{i} ."} for i in range(5)]
+    write_rows("d2p_reverse_prompts_test.jsonl", rows)
+    (task,) = load_tasks(tmp_path, ["d2n_reverse"], limit=2)
+    assert task.headline == "contains"
+    assert [example.answer for example in task.examples] == ["job0", "job1"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"', r"p2d_prompts_test.jsonl:2: not valid JSON"),
+        (
+            '{"prompt": "a", "completions": "b"}',
+            r":1: field 'completion' is missing \(did you mean 'completions'",
+        ),
+        ('\n{"prompt": "a", "completion": " "}', r":2: field 'completion' must be a text that is not empty"),
+        ("[1]", r":1: expected a JSON object, found list"),
+        ("\n", r"no rows"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_line(tmp_path, content, message):
+    (tmp_path / "p2d_prompts_test.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_tasks(tmp_path, ["n2d"])
+
+
+def test_unknown_missing_and_repeated_tasks_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"'n2d_revers' \(did you mean 'n2d_reverse'\?\)"):
+        load_tasks(tmp_path, ["n2d_revers"])
+    with pytest.raises(UserError, match=r"d2p_prompts_test.jsonl: no such file"):
+        load_tasks(tmp_path, ["d2n"])
+    with pytest.raises(UserError, match="named twice: d2n"):
+        load_tasks(tmp_path, ["d2n", "d2n"])

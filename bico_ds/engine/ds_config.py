@@ -1,0 +1,141 @@
+"""DeepSpeed's configuration: a file of ds_configs/, the recipe's overrides, and everything that the recipe computes.
+
+DeepSpeed accepts unknown top-level keys in silence, and turns an unfilled ``"auto"`` into a default without a word
+(both seen with 0.19.8); so the keys are checked here, and no ``"auto"`` leaves this module.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bico_ds.config.errors import UserError, did_you_mean
+from bico_ds.config.schema import Recipe
+
+DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+
+# What a recipe may set at the top level. Left out on purpose: `scheduler` and `fp16` (the recipe has a schedule and
+# knows bf16 and fp32), and everything about pipelines, compression, sparse attention and curricula.
+TOP_LEVEL_KEYS = frozenset(
+    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping steps_per_print"
+    " bf16 data_types communication_data_type zero_optimization optimizer aio activation_checkpointing"
+    " wall_clock_breakdown memory_breakdown comms_logger flops_profiler csv_monitor wandb tensorboard"
+    " zero_allow_untested_optimizer zero_force_ds_cpu_optimizer prescale_gradients gradient_predivide_factor"
+    " checkpoint dump_state seq_parallel_communication_data_type".split()
+)
+
+
+def load_ds_config(name_or_path: str) -> dict[str, Any]:
+    """Read a file of ds_configs/ by name, or any JSON file by path. Raises `UserError`."""
+    path = next((p for p in (Path(name_or_path), DS_CONFIGS / f"{name_or_path}.json") if p.is_file()), None)
+    if path is None:
+        known = sorted(p.stem for p in DS_CONFIGS.glob("*.json"))
+        raise UserError(
+            f"deepspeed.config: '{name_or_path}' is neither a file nor one of {', '.join(known)}"
+            f"{did_you_mean(name_or_path, known)}"
+        )
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+
+
+def build_ds_config(
+    recipe: Recipe, *, world_size: int, hidden_size: int, on_cuda: bool, run_folder: Path, ranks_per_node: int = 8
+) -> dict[str, Any]:
+    """Return the complete configuration of one run; `hidden_size` sizes ZeRO-3's buckets.
+
+    Raises `UserError` for unknown top-level keys, values that the recipe owns, and batch sizes that do not divide.
+    """
+    config = _merge(load_ds_config(recipe.deepspeed.config), recipe.deepspeed.overrides)
+    unknown = sorted(set(config) - TOP_LEVEL_KEYS)
+    if unknown:
+        hint = did_you_mean(unknown[0], TOP_LEVEL_KEYS)
+        raise UserError(f"deepspeed: unknown top-level key '{unknown[0]}'{hint} in {recipe.deepspeed.config}")
+    filled = _fill(config, _computed(recipe, world_size, hidden_size, on_cuda, run_folder, ranks_per_node), ())
+    filled.update(_monitors(recipe, run_folder))
+    left = list(_autos(filled, ()))
+    assert not left, f"no value computed for {left}"
+    return filled
+
+
+def gradient_accumulation(recipe: Recipe, world_size: int) -> int:
+    """Micro-batches a rank and step. Raises `UserError` where the global batch does not divide."""
+    batch, micro = recipe.training.global_batch_bins, recipe.training.micro_batch_bins
+    if batch % (micro * world_size):
+        raise UserError(
+            f"training.global_batch_bins ({batch}) must be a multiple of training.micro_batch_bins ({micro}) x "
+            f"ranks ({world_size}) = {micro * world_size}; change one of the three"
+        )
+    return batch // (micro * world_size)
+
+
+def _computed(
+    recipe: Recipe, world_size: int, hidden: int, on_cuda: bool, run_folder: Path, ranks_per_node: int
+) -> dict[str, Any]:
+    """The value of every `auto`, by dotted key."""
+    accumulation = gradient_accumulation(recipe, world_size)
+    adam = recipe.optimizer
+    optimizer: dict[str, Any] = {
+        "lr": adam.lr, "betas": list(adam.betas), "eps": adam.eps, "weight_decay": adam.weight_decay,
+    }  # fmt: skip
+    if not on_cuda:
+        optimizer["torch_adam"] = True  # FusedAdam is a CUDA kernel
+    return {
+        "train_batch_size": recipe.training.global_batch_bins,
+        "train_micro_batch_size_per_gpu": recipe.training.micro_batch_bins,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": recipe.training.max_grad_norm,
+        "steps_per_print": 2**31 - 1,  # our console says it
+        "bf16.enabled": recipe.model.dtype == "bf16",
+        # One bucket holds a square weight; prefetch a little less; norms and biases stay whole on every rank.
+        "zero_optimization.reduce_bucket_size": max(hidden * hidden, 1_000_000),
+        "zero_optimization.allgather_bucket_size": max(hidden * hidden, 1_000_000),
+        "zero_optimization.stage3_prefetch_bucket_size": max(int(0.9 * hidden * hidden), 1_000_000),
+        "zero_optimization.stage3_param_persistence_threshold": 10 * hidden,
+        # A second stream is worth it on CUDA; on CPU, over gloo, there is none.
+        "zero_optimization.overlap_comm": on_cuda,
+        "zero_optimization.zero_hpz_partition_size": min(ranks_per_node, world_size),
+        "zero_optimization.offload_optimizer.pin_memory": on_cuda,
+        "zero_optimization.offload_optimizer.nvme_path": str(run_folder / "nvme"),
+        "zero_optimization.offload_param.pin_memory": on_cuda,
+        "optimizer.params": optimizer,
+    }
+
+
+def _monitors(recipe: Recipe, run_folder: Path) -> dict[str, Any]:
+    monitors: dict[str, Any] = {}
+    if recipe.monitor.csv:
+        monitors["csv_monitor"] = {"enabled": True, "output_path": str(run_folder / "csv"), "job_name": recipe.name}
+    if recipe.monitor.wandb is not None:
+        wandb = recipe.monitor.wandb
+        monitors["wandb"] = {"enabled": True, "project": wandb.project, "team": wandb.team, "group": wandb.group}
+    return monitors
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both else value
+    return merged
+
+
+def _fill(value: Any, computed: dict[str, Any], path: tuple[str, ...]) -> Any:
+    if value == "auto":
+        key = ".".join(path)
+        if key not in computed:
+            raise UserError(f"deepspeed: no rule fills '{key}': \"auto\"; give a value")
+        return computed[key]
+    if isinstance(value, dict):
+        return {key: _fill(inner, computed, (*path, key)) for key, inner in value.items()}
+    return value
+
+
+def _autos(value: Any, path: tuple[str, ...]) -> list[str]:
+    if value == "auto":
+        return [".".join(path)]
+    if isinstance(value, dict):
+        return [key for name, inner in value.items() for key in _autos(inner, (*path, name))]
+    return []

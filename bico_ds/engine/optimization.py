@@ -1,0 +1,46 @@
+"""The learning-rate schedule, by transformers' names."""
+
+from __future__ import annotations
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+
+from bico_ds.config.errors import UserError
+from bico_ds.config.schema import ScheduleSpec
+
+# transformers' name and its name for the floor
+_KINDS = {
+    "constant": ("constant_with_warmup", None),
+    "linear": ("linear", None),
+    "cosine": ("cosine_with_min_lr", "min_lr_rate"),
+    "warmup_stable_decay": ("warmup_stable_decay", "min_lr_ratio"),
+}
+
+
+def check_schedule(spec: ScheduleSpec, total_steps: int) -> None:
+    """Raise `UserError` where the phases are longer than the run."""
+    phases = spec.warmup_steps + (spec.decay_steps or 0)
+    if phases > total_steps:
+        raise UserError(
+            f"schedule: warmup_steps ({spec.warmup_steps}) and decay_steps ({spec.decay_steps or 0}) "
+            f"are more than the {total_steps} steps of the run"
+        )
+
+
+def build_scheduler(spec: ScheduleSpec, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+    """Return the schedule, one `step()` an optimizer step."""
+    name, floor = _KINDS[spec.name]
+    specific: dict[str, float] = {}
+    if floor is not None:
+        specific[floor] = spec.min_lr_ratio
+    if spec.name == "warmup_stable_decay":
+        assert spec.decay_steps is not None
+        specific["num_decay_steps"] = spec.decay_steps
+    return get_scheduler(
+        name,
+        optimizer,
+        num_warmup_steps=spec.warmup_steps,
+        num_training_steps=None if spec.name == "constant" else total_steps,
+        scheduler_specific_kwargs=specific,
+    )

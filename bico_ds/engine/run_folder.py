@@ -1,0 +1,202 @@
+"""The run folder: its layout, its lock, its state file. No torch here, so that status tools start at once.
+
+    runs/NAME/
+      recipe.yaml     the resolved recipe
+      run.json        versions, commit, command line of every start
+      lock.json       which run may write here
+      state.json      starting | running | preempted | done | failed, with step and reason
+      metrics.jsonl   one line a logged step or evaluation
+      tensorboard/    checkpoints/    export/    logs/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from bico_ds.config.errors import UserError
+from bico_ds.config.load import dump_recipe
+from bico_ds.config.schema import Recipe
+
+HEARTBEAT_SECONDS = 5.0
+STALE_SECONDS = 30.0
+
+State = Literal["starting", "running", "preempted", "done", "failed"]
+
+
+class FencedError(RuntimeError):
+    """Another run has taken this run folder over: nothing more may be written into it."""
+
+
+@dataclass(frozen=True)
+class Lock:
+    """Who may write into a run folder."""
+
+    run_id: str
+    host: str
+    pid: int
+    job: str
+    heartbeat: float
+
+
+class RunFolder:
+    """Paths of one run, and the right to write into them (rank 0 takes the lock)."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.run_id = uuid.uuid4().hex[:12]
+        self._beat: threading.Thread | None = None
+        self._released = threading.Event()
+
+    recipe_file = property(lambda self: self.path / "recipe.yaml")
+    metrics_file = property(lambda self: self.path / "metrics.jsonl")
+    state_file = property(lambda self: self.path / "state.json")
+    lock_file = property(lambda self: self.path / "lock.json")
+    tensorboard = property(lambda self: self.path / "tensorboard")
+    checkpoints = property(lambda self: self.path / "checkpoints")
+    export = property(lambda self: self.path / "export")
+    logs = property(lambda self: self.path / "logs")
+
+    def open(self, recipe: Recipe) -> None:
+        """Create the folder, take the lock, record recipe and provenance. Raises `UserError` if another run is alive."""
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True, mode=0o755)
+            self._take_lock()
+        except OSError as error:
+            raise UserError(
+                f"output_dir: cannot write into '{self.path}': {error.strerror}; choose another with --output-dir"
+            ) from None
+        write_atomically(self.recipe_file, dump_recipe(recipe))
+        self._record_start()
+        self.write_state("starting", step=None)
+
+    def check_fence(self) -> None:
+        """Raise `FencedError` unless this run still holds the lock; called before every commit into the folder."""
+        lock = read_lock(self.lock_file)
+        if lock is None or lock.run_id != self.run_id:
+            holder = f"run {lock.run_id} on {lock.host}" if lock else "nobody"
+            raise FencedError(f"{self.path}: this run ({self.run_id}) lost the folder to {holder}; it stops writing")
+
+    def write_state(self, state: State, *, step: int | None, reason: str = "") -> None:
+        """Write the state file that launchers decide by; refuses where the fence is lost."""
+        self.check_fence()
+        content = {"state": state, "step": step, "reason": reason, "run_id": self.run_id, "time": time.time()}
+        write_atomically(self.state_file, json.dumps(content) + "\n")
+
+    def close(self) -> None:
+        """Give the lock back."""
+        self._released.set()
+        if self._beat is not None:
+            self._beat.join()
+        lock = read_lock(self.lock_file)
+        if lock is not None and lock.run_id == self.run_id:
+            self.lock_file.unlink(missing_ok=True)
+
+    def _take_lock(self) -> None:
+        holder = read_lock(self.lock_file)
+        if holder is not None and _is_alive(holder):
+            raise UserError(
+                f"output_dir: '{self.path}' is in use by run {holder.run_id} (process {holder.pid} on {holder.host}); "
+                f"stop it first, or choose another folder with --output-dir"
+            )
+        self._write_lock()
+        self._beat = threading.Thread(target=self._keep_beating, name="run-folder-lock", daemon=True)
+        self._beat.start()
+
+    def _write_lock(self) -> None:
+        lock = Lock(self.run_id, socket.gethostname(), os.getpid(), _job(), time.time())
+        write_atomically(self.lock_file, json.dumps(asdict(lock)) + "\n")
+
+    def _keep_beating(self) -> None:
+        while not self._released.wait(HEARTBEAT_SECONDS):
+            with contextlib.suppress(OSError):
+                lock = read_lock(self.lock_file)
+                if lock is None or lock.run_id != self.run_id:
+                    return
+                self._write_lock()
+
+    def _record_start(self) -> None:
+        path = self.path / "run.json"
+        starts = json.loads(path.read_text()) if path.is_file() else []
+        write_atomically(path, json.dumps([*starts, {"run_id": self.run_id, **provenance()}], indent=1) + "\n")
+
+
+def read_lock(path: Path) -> Lock | None:
+    """Return the lock's content, None where there is none."""
+    try:
+        return Lock(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+
+
+def read_state(path: Path) -> dict[str, Any] | None:
+    """Return the content of a state file, None where there is none."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small file so that a reader, or a crash, sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, commit, host and command line: what one needs to run the same again. No environment: it has secrets."""
+    packages = ("torch", "deepspeed", "transformers", "datasets", "peft", "flash-attn", "numpy", "bico_ds")
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "host": socket.gethostname(),
+        "job": _job(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": _git_commit(),
+    }
+
+
+def _job() -> str:
+    return os.environ.get("SLURM_JOB_ID", "")
+
+
+def _is_alive(lock: Lock) -> bool:
+    """A lock is dead when its process is gone, its heart stopped, or the same SLURM job was started again."""
+    if lock.job and lock.job == _job():
+        return False
+    if lock.host == socket.gethostname() and not Path(f"/proc/{lock.pid}").exists() and os.name == "posix":
+        return False
+    return time.time() - lock.heartbeat < STALE_SECONDS
+
+
+def _git_commit() -> str | None:
+    folder = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=folder, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,142 @@
+"""Loading tokenizers, and naming them so that a store is never read with another one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bico_ds.config.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_PROBES = (
+    "The quick brown fox jumps over 12345 lazy dogs.",
+    "  two  spaces,\ttab\nnewline\n\n",
+    'It\'s "quoted" — naïve café, Straße, 北京, Привет, مرحبا, 🙂',
+    "def f(x_1): return x_1 ** 2  # 3.14",
+)
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder, a sentencepiece ``tokenizer.model`` or a hub name; always a fast one.
+
+    Truncation and padding that the file may carry are switched off: training texts are never cut silently.
+    Raises `UserError` when there is none at `path` or it has no end-of-text token.
+    """
+    place = Path(path)
+    if (place.name.endswith(".model") and place.is_file()) or (place / "tokenizer.model").is_file():
+        folder = place.parent if place.is_file() else place
+        tokenizer = (
+            _load_fast(folder) if (folder / "tokenizer.json").is_file() else _load_sentencepiece(place)
+        )
+    elif place.exists() and not (place / "tokenizer.json").is_file():
+        raise UserError(
+            f"no tokenizer in '{path}': need tokenizer.json (fast) or tokenizer.model (sentencepiece)"
+        )
+    else:
+        tokenizer = _load_fast(path)
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"tokenizer '{path}' has no fast form (tokenizer.json): convert it with save_pretrained"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"tokenizer '{path}' has no end-of-text (eos) token: set eos_token in tokenizer_config.json"
+        )
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def _load_fast(path: str | Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except (
+        Exception
+    ) as error:  # transformers raises OSError, ValueError, KeyError and the Rust side plain Exception
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"cannot load a tokenizer from '{path}': {first_line}") from error
+
+
+def _load_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
+    """Load a bare sentencepiece model, and compare it with sentencepiece itself.
+
+    `AutoTokenizer` guesses a class without configuration and loses the leading-space rule (seen: 'H' for
+    '▁H').
+    """
+    import sentencepiece
+    from transformers import LlamaTokenizer
+
+    file = path if path.is_file() else path / "tokenizer.model"
+    try:
+        reference = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        tokenizer = LlamaTokenizer.from_pretrained(str(file.parent))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot load a sentencepiece model from '{file}': {error}") from error
+    for probe in _PROBES[:2]:
+        ours = tokenizer(probe, add_special_tokens=False)["input_ids"]
+        if ours != reference.encode(probe):
+            raise UserError(
+                f"'{file}' does not convert exactly to a fast tokenizer (differs on {probe!r}): "
+                "give the folder with its tokenizer.json"
+            )
+    return tokenizer
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a name for what the tokenizer *does*: vocabulary, special tokens, and the ids of a few probe
+    texts.
+
+    The serialised tokenizer.json is no good for that: its text changes between versions of `tokenizers`.
+    """
+    ids = [
+        tokenizer(p, add_special_tokens=False, padding=False, truncation=False)["input_ids"] for p in _PROBES
+    ]
+    content = {
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "special": sorted(special_ids(tokenizer)),
+        "bos_eos": [tokenizer.bos_token_id, tokenizer.eos_token_id],
+        "probes": ids,
+    }
+    return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()[:32]
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the ids that are never text: BOS, EOS, padding, unknown, and every added token marked
+    special.
+    """
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(tokenizer.all_special_ids) | frozenset(added)
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return one more than the largest id; added tokens may leave gaps, so `len` is no bound."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def word_boundaries(tokenizer: PreTrainedTokenizerBase) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return two tables [vocabulary]: tokens that begin with white space, and tokens that end with it.
+
+    Token i of a text starts a word when it begins with white space or its predecessor ends with it. In a
+    vocabulary of whole words every token counts as beginning with it. Special tokens are words of their
+    own.
+    """
+    size = vocabulary_size(tokenizer)
+    begins, ends = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
+    whole_words = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["type"] == "WordLevel"
+    spaces = "Ġ▁ĊĉčĠ \n\t\r"
+    blank_bytes = {"<0x0A>", "<0x09>", "<0x0D>", "<0x20>"}
+    for token, index in tokenizer.get_vocab().items():
+        begins[index] = whole_words or token[:1] in spaces or token in blank_bytes
+        ends[index] = token[-1:] in spaces or token in blank_bytes
+    special = sorted(special_ids(tokenizer))
+    begins[special] = ends[special] = True
+    return begins, ends

@@ -8,9 +8,11 @@ faster and has no hooks of DeepSpeed that could partition a weight in the middle
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 _GATHER_NUMEL = 64_000_000  # parameters gathered at one time
@@ -34,8 +36,8 @@ def whole_replica(model: Any, *, device: torch.device | str) -> Any:
     model is copied with its adapters.
     """
     replica = _skeleton(model).to_empty(device=device)
+    _tie(replica)  # to_empty unties
     _fill(replica, model)
-    _tie(replica)
     return replica.eval()
 
 
@@ -43,9 +45,7 @@ def _skeleton(model: Any) -> Any:
     """The same network on the meta device. Built by its class and not by `from_config`, which would partition
     it.
     """
-    if hasattr(model, "peft_config"):
-        from peft import get_peft_model
-
+    if isinstance(model, PeftModel):
         adapter = model.active_adapter
         with torch.device("meta"):
             return get_peft_model(_skeleton(model.get_base_model()), model.peft_config[adapter], adapter)
@@ -74,15 +74,19 @@ def _fill(replica: nn.Module, model: nn.Module) -> None:
 
 def _copy_gathered(targets: dict[str, nn.Parameter], waiting: list[tuple[str, nn.Parameter]]) -> None:
     """Copy whole weights into `targets`, taking each out of it."""
-    from deepspeed.zero import GatheredParameters
-
     partitioned = [parameter for _, parameter in waiting if hasattr(parameter, "ds_id")]
-    with GatheredParameters(partitioned, enabled=bool(partitioned)):
+    with _gathered(partitioned) if partitioned else nullcontext():
         for name, parameter in waiting:
             target = targets.pop(name)
             target.data = parameter.detach().to(target.device).clone()
 
 
+def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)
+
+
 def _tie(replica: Any) -> None:
-    base = replica.get_base_model() if hasattr(replica, "peft_config") else replica
+    base = replica.get_base_model() if isinstance(replica, PeftModel) else replica
     base.tie_weights()

@@ -1,0 +1,88 @@
+"""Two real processes under DeepSpeed ZeRO-3: every way to evaluate gives what one process gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_PROGRAM = """
+import json, os, sys
+import deepspeed, torch, torch.distributed as dist
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from bico_ds.evaluation.generation import Ranks, encode_prompts, generate_greedy
+from bico_ds.evaluation.zero3 import is_partitioned, parameter_count, whole_replica
+
+folder, out = sys.argv[1:3]
+torch.set_num_threads(1)
+deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+rank = dist.get_rank()
+tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+size = parameter_count(model)
+engine, *_ = deepspeed.initialize(model=model, config={
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_optimization": {"stage": 3}, "zero_force_ds_cpu_optimizer": False,
+    "optimizer": {"type": "AdamW", "params": {"torch_adam": True}}})
+model = engine.module
+assert is_partitioned(model) and parameter_count(model) == size
+prompts = encode_prompts(tokenizer, json.loads(os.environ["PROMPTS"]))
+run = lambda m, **options: generate_greedy(m, tokenizer, prompts, batch_size=4, max_new_tokens=9, **options)
+everyone = Ranks(rank=rank, world_size=2, synced=True)
+replica = whole_replica(model, device="cpu")
+assert not is_partitioned(replica)
+result = {
+    "synced": run(model, ranks=everyone),
+    "replica": run(replica, ranks=Ranks(rank=rank, world_size=2)),
+    "stopped": run(model, ranks=everyone, should_stop=lambda: rank == 1),
+    "synced_again": run(model, ranks=everyone),
+}
+with open(f"{out}.{rank}", "w") as file:
+    json.dump(result, file)
+"""
+
+
+@pytest.mark.distributed
+def test_zero3_evaluation_on_two_ranks_equals_one_process(tiny_llama, tokenizer, tmp_path):
+    from bico_ds.evaluation.generation import encode_prompts, generate_greedy
+
+    prompts = [" ".join(f"w{(7 * i + j * j) % 40}" for j in range(1 + i % 6)) for i in range(11)]
+    expected = generate_greedy(
+        tiny_llama, tokenizer, encode_prompts(tokenizer, prompts), batch_size=4, max_new_tokens=9
+    )
+    tiny_llama.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    results = _run_two_ranks(tmp_path, prompts)
+    assert results[0] == results[1]
+    assert results[0]["stopped"] is None
+    for way in ("synced", "replica", "synced_again"):
+        assert results[0][way] == expected, way
+
+
+def _run_two_ranks(tmp_path: Path, prompts: list[str]) -> list[dict]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {
+        **os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "PROMPTS": json.dumps(prompts), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+    }  # fmt: skip
+    command = [sys.executable, "-c", _PROGRAM, str(tmp_path / "model"), str(tmp_path / "out")]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=150)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], "\n".join(error[-3000:] for error in errors)
+    return [json.loads((tmp_path / f"out.{rank}").read_text()) for rank in range(2)]

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from bico_ds.evaluation.zero3 import is_partitioned, parameter_count, whole_replica
+
+
+@pytest.mark.parametrize("kind", ["plain", "tied", "lora", "bf16"])
+def test_a_replica_has_the_same_weights_and_shares_none(tiny_llama, kind):
+    model = copy.deepcopy(tiny_llama)
+    if kind == "tied":
+        model.config.tie_word_embeddings = True
+        model = type(model)(model.config).eval()
+    if kind == "lora":
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"])).eval()
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+    if kind == "bf16":
+        model = model.bfloat16()
+    replica = whole_replica(model, device="cpu")
+    ids = torch.arange(3, 13)[None]
+    expected = model(ids).logits
+    assert torch.equal(replica(ids).logits, expected)
+    assert parameter_count(replica) == parameter_count(model)
+    assert not is_partitioned(model)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert torch.equal(replica(ids).logits, expected)

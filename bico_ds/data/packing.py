@@ -41,9 +41,11 @@ class PackPlan:
 
     def rows_of(self, bins: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the rows of these bins, one bin after the other, and the number of rows in each."""
-        starts, counts = self.bin_offsets[bins], self.bin_offsets[np.asarray(bins) + 1] -
-        self.bin_offsets[bins] ends = np.cumsum(counts) index = np.arange(ends[-1] if len(ends) else 0) +
-        np.repeat(starts - (ends - counts), counts) return self.row_order[index].astype(np.int64), counts
+        starts = self.bin_offsets[bins]
+        counts = self.bin_offsets[bins + 1] - starts
+        ends = np.cumsum(counts)
+        index = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
+        return self.row_order[index].astype(np.int64), counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,48 +92,23 @@ def pack_histogram(
     number of steps.
     """
     lengths = np.flatnonzero(histogram)[::-1].tolist()
-    shortest = lengths[-1]
-    groups: dict[int, list[tuple[int, int, int]]] = {}  # space -> (first bin, bins, rows in each)
-    spaces: list[int] = []  # the keys of `groups`, ascending
     most = max_documents_per_bin or int(np.sum(histogram))
+    open_bins = _OpenBins(capacity, least_space=lengths[-1], most=most)
     steps: list[tuple[int, int, int, int, int]] = []
-    num_bins = 0
-
-    def place(first: int, bins: int, copies: int, before: int) -> None:
-        steps.append((first, bins, length, copies, before))
-        left = space - copies * length
-        if left >= shortest and before + copies < most:
-            if left not in groups:
-                groups[left] = []
-                insort(spaces, left)
-            groups[left].append((first, bins, before + copies))
-
     for length in lengths:
         count = int(histogram[length])
         while count:
-            index = bisect_left(spaces, length)
-            if index == len(spaces):
-                space, first, before = capacity, num_bins, 0
-                available = -(-count // min(capacity // length, most))
-                num_bins += available
-            else:
-                space = spaces[index]
-                first, available, before = groups[space].pop()
-                if not groups[space]:
-                    del groups[space], spaces[index]
+            space, first, bins, before = open_bins.take(length, count)
             copies = min(space // length, most - before)
-            full = min(available, count // copies)
-            if full:
-                place(first, full, copies, before)
-                count -= full * copies
-            if count and full < available:  # too few rows are left to fill one more bin with copies
-                place(first + full, 1, count, before)
-                count, full = 0, full + 1
-            if full < available:
-                if space not in groups:
-                    groups[space] = []
-                    insort(spaces, space)
-                groups[space].append((first + full, available - full, before))
+            full = min(bins, count // copies)
+            # `full` bins take all the copies they can; rows that do not fill one more go into one bin
+            for taken, each in ((full, copies), (1 if full < bins else 0, count - full * copies)):
+                if taken and each:
+                    steps.append((first, taken, length, each, before))
+                    open_bins.put(space - each * length, first, taken, before + each)
+                    count -= taken * each
+                    first, bins = first + taken, bins - taken
+            open_bins.put(space, first, bins, before)
     columns = np.array(steps, dtype=np.int64).T
     return BinGroups(
         first_bin=columns[0],
@@ -139,8 +116,41 @@ def pack_histogram(
         length=columns[2],
         copies=columns[3],
         before=columns[4],
-        num_bins=num_bins,
+        num_bins=open_bins.num_bins,
     )
+
+
+class _OpenBins:
+    """Groups of like bins by the space left in each: (first bin, bins, rows in each)."""
+
+    def __init__(self, capacity: int, *, least_space: int, most: int) -> None:
+        self.num_bins = 0
+        self._capacity, self._least_space, self._most = capacity, least_space, most
+        self._groups: dict[int, list[tuple[int, int, int]]] = {}
+        self._spaces: list[int] = []  # its keys, ascending
+
+    def take(self, length: int, count: int) -> tuple[int, int, int, int]:
+        """Take out a group with the least sufficient space; without one, open the bins that `count` rows
+        need."""
+        index = bisect_left(self._spaces, length)
+        if index == len(self._spaces):
+            first, bins = self.num_bins, -(-count // min(self._capacity // length, self._most))
+            self.num_bins += bins
+            return self._capacity, first, bins, 0
+        space = self._spaces[index]
+        group = self._groups[space].pop()
+        if not self._groups[space]:
+            del self._groups[space], self._spaces[index]
+        return (space, *group)
+
+    def put(self, space: int, first: int, bins: int, rows: int) -> None:
+        """Give a group back, unless no row will fit."""
+        if bins == 0 or space < self._least_space or rows == self._most:
+            return
+        if space not in self._groups:
+            self._groups[space] = []
+            insort(self._spaces, space)
+        self._groups[space].append((first, bins, rows))
 
 
 def seeded_permutation(purpose: str, *words: int, size: int) -> NDArray[np.int64]:
@@ -157,7 +167,7 @@ def _histogram(row_lengths: NDArray[np.integer], capacity: int) -> NDArray[np.in
     shortest, longest = int(np.min(row_lengths)), int(np.max(row_lengths))
     if shortest < 1 or longest > capacity:
         row = int(np.argmin(row_lengths) if shortest < 1 else np.argmax(row_lengths))
-        raise ValueError(f"row {row} has length {row_lengths[row]}; it must lie in 1 … {capacity} (the capacity)")
+        raise ValueError(f"row {row} has length {row_lengths[row]}, not in 1 … {capacity} (the capacity)")
     histogram = np.zeros(capacity + 1, dtype=np.int64)
     for part in _chunks(len(row_lengths)):
         histogram += np.bincount(row_lengths[part], minlength=capacity + 1)
@@ -178,15 +188,13 @@ def _rows_by_length(row_lengths: NDArray[np.integer], capacity: int, seed: int) 
         falling = (capacity - row_lengths[part].astype(np.int64)).astype(np.uint64)
         words[part] = (falling << np.uint64(64 - length_bits)) | draws | rows
     words.sort()
-    ordered = np.empty(size, dtype=np.int32 if size < 2**31 else np.int64)
+    ordered: NDArray[np.integer] = np.empty(size, dtype=np.int32 if size < 2**31 else np.int64)
     for part in _chunks(size):
         ordered[part] = words[part] & np.uint64((1 << row_bits) - 1)
     return ordered
 
 
-def _assign(
-    groups: BinGroups, rows: NDArray[np.integer]
-) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
+def _assign(groups: BinGroups, rows: NDArray[np.integer]) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
     """Deal `rows` (in the order in which the walk takes them) to the bins: the CSR arrays of the plan."""
     change = np.zeros(groups.num_bins + 1, dtype=np.int64)
     np.add.at(change, groups.first_bin, groups.copies)

@@ -1,0 +1,154 @@
+"""Rows: what is packed. A document that is too long for a bin is split, truncated or dropped first, and
+counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bico_ds.batch import Documents
+from bico_ds.config.errors import UserError
+
+if TYPE_CHECKING:
+    from bico_ds.data.store import TokenStore
+
+Overlong = Literal["split", "truncate", "drop"]
+Expand = Callable[[NDArray[np.int64]], NDArray[np.int64]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutReport:
+    """What became of one source's documents before packing. Tokens are original ones."""
+
+    documents: int
+    tokens: int
+    split: int = 0  # documents cut into pieces
+    pieces: int = 0  # that they became
+    truncated: int = 0  # documents cut at the end
+    dropped: int = 0  # documents left out whole: too long, or empty
+    lost_tokens: int = 0  # by truncating and dropping
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Slices of one source's documents, R of them: piece `piece` of document `document` is the tokens
+    `start` … `start + length - 1`.
+
+    Where `bos_id` is set, the first token of a later piece is replaced by it: its slice begins one token
+    early.
+    """
+
+    document: NDArray[np.int64]  # [R]
+    start: NDArray[np.int32]  # [R]
+    length: NDArray[np.int32]  # [R]
+    piece: NDArray[np.int32]  # [R]
+    bos_id: int | None
+    report: CutReport
+
+    def __len__(self) -> int:
+        return len(self.document)
+
+    def read(self, rows: NDArray[np.int64], store: TokenStore, *, source: int) -> Documents:
+        """Read these rows from the store they were cut from."""
+        columns = (self.document, self.start, self.length, self.piece)
+        ids, starts, lengths, pieces = (column[rows].astype(np.int64) for column in columns)
+        documents = store.read(ids, starts, lengths, pieces, source=source)
+        later = pieces > 0
+        if self.bos_id is not None and later.any():
+            first = documents.offsets[:-1][later]
+            documents.token_ids[first] = self.bos_id
+            if documents.word_starts is not None:
+                documents.word_starts[first] = True
+            if documents.entity_number is not None:
+                documents.entity_number[first] = 0
+        return documents
+
+
+def longest_row(expand: Expand, capacity: int) -> int:
+    """Return the most tokens of a document whose rows under `expand` fit a bin; UserError if not even 2 do."""
+    lengths = np.arange(1, capacity + 1)
+    fits = expand(lengths) <= capacity
+    longest = int(lengths[fits].max(initial=0))
+    if longest < 2 or not fits[:longest].all():
+        raise UserError(
+            f"data.capacity is {capacity}: too small for a document of 2 tokens under this run's objectives"
+        )
+    return longest
+
+
+def cut(lengths: NDArray[np.int64], *, longest: int, overlong: Overlong, bos_id: int | None = None) -> Rows:
+    """Make rows of at most `longest` tokens of documents of these lengths.
+
+    Split pieces do not overlap, except that with `bos_id` each later piece begins with a BOS of its own.
+    """
+    total = int(lengths.sum())
+    fits = (lengths > 0) & (lengths <= longest)
+    long = np.flatnonzero(lengths > longest)
+    if overlong == "split" and len(long):
+        return _split(lengths, longest, bos_id)
+    kept = np.flatnonzero((lengths > 0) if overlong == "truncate" else fits)
+    length = np.minimum(lengths[kept], longest).astype(np.int32)
+    report = CutReport(
+        documents=len(lengths),
+        tokens=total,
+        truncated=len(long) if overlong == "truncate" else 0,
+        dropped=len(lengths) - len(kept),
+        lost_tokens=total - int(length.sum()),
+    )
+    zeros = np.zeros(len(kept), dtype=np.int32)
+    return Rows(document=kept, start=zeros, length=length, piece=zeros, bos_id=bos_id, report=report)
+
+
+def _split(lengths: NDArray[np.int64], longest: int, bos_id: int | None) -> Rows:
+    stride = longest if bos_id is None else longest - 1
+    pieces = np.where(lengths > longest, 1 - (-(lengths - longest) // stride), (lengths > 0).astype(np.int64))
+    document = np.repeat(np.arange(len(lengths)), pieces)
+    piece = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    start = piece * stride
+    report = CutReport(
+        documents=len(lengths),
+        tokens=int(lengths.sum()),
+        split=int((pieces > 1).sum()),
+        pieces=int(pieces[pieces > 1].sum()),
+        dropped=int((lengths == 0).sum()),
+    )
+    return Rows(
+        document=document,
+        start=start.astype(np.int32),
+        length=np.minimum(lengths[document] - start, longest).astype(np.int32),
+        piece=piece.astype(np.int32),
+        bos_id=bos_id,
+        report=report,
+    )
+
+
+def join(parts: Sequence[Documents]) -> Documents:
+    """Put documents of several reads behind one another; an optional column that any of them lacks is left
+    out.
+    """
+    if len(parts) == 1:
+        return parts[0]
+
+    def column(name: str) -> NDArray:
+        return np.concatenate([getattr(part, name) for part in parts])
+
+    def optional(name: str) -> NDArray | None:
+        return None if any(getattr(part, name) is None for part in parts) else column(name)
+
+    lengths = np.concatenate([part.lengths for part in parts])
+    return Documents(
+        token_ids=column("token_ids"),
+        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+        source=column("source"),
+        id=column("id"),
+        piece=column("piece"),
+        prompt_length=column("prompt_length"),
+        group=column("group"),
+        word_starts=optional("word_starts"),
+        entity_number=optional("entity_number"),
+    )

@@ -14,8 +14,8 @@ token of a document that boundary is ``j + 1``; for a live placeholder it is its
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Literal, TypeAlias
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -50,6 +50,7 @@ class AttentionPlan:
     live_split: Tensor
     num_kept: int
     num_live: int
+    derived: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def num_rows(self) -> int:

@@ -1,0 +1,138 @@
+"""Dense attention over tiles: both rotations, one softmax, with its own backward. Serves short documents and live rows.
+
+Half-precision inputs multiply in their dtype and run the softmax in fp32. Backward recomputes the weights from lse.
+
+Shape legend: B documents in a tile, R query rows each, K keys each, H query heads, N key heads, G = H / N, D head
+dimension, T rows of the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bico_ds.attention.rotation import rotate_back, rotate_both, rotate_forward
+from bico_ds.attention.tiles import Tile
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseInputs:
+    """Raw q [T, H, D], k, v [T, N, D], and cos, sin [T, D] in q's dtype."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cos: Tensor
+    sin: Tensor
+    scale: float
+    causal: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Direction:
+    """One rotation of a tile: scaled queries [B, N, G·R, D], keys [B, N, K, D], and the 0/1 factor of its scores."""
+
+    q: Tensor
+    k: Tensor
+    factor: Tensor
+
+
+def dense_forward(tile: Tile, inputs: DenseInputs, out: Tensor, lse: Tensor) -> None:
+    """Write the tile's rows of ``out`` [T+1, H, D] and ``lse`` [T+1, H]; row T takes the padding."""
+    scores = _scores(tile, inputs, _directions(tile, inputs), lse.dtype)
+    row_max = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(row_max).exp_()
+    total = weights.sum(-1, keepdim=True)
+    v = _gather(inputs.v, tile.key_rows, tile).contiguous()
+    out_tile = _grouped(weights.div_(total).to(v.dtype), v) @ v
+    _write(out, tile.query_slots, _ungrouped(out_tile, inputs.q.shape[1]))
+    _write(lse.unsqueeze(-1), tile.query_slots, row_max.add_(total.log_()))
+
+
+def dense_backward(
+    tile: Tile, inputs: DenseInputs, grad_out: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
+) -> None:
+    """Write the tile's rows of ``dq`` [T+1, H, D] and add to ``dk``, ``dv`` [T+1, N, D].
+
+    ``lse`` [T+1, H] holds +inf in row T, so that padded queries weigh nothing.
+    """
+    directions = _directions(tile, inputs)
+    lse_tile = _gather(lse.unsqueeze(-1), tile.query_slots, tile)
+    weights = _scores(tile, inputs, directions, lse.dtype).sub_(lse_tile).exp_()
+    v = _gather(inputs.v, tile.key_rows, tile).contiguous()
+    d_out = _grouped(_gather(grad_out, tile.query_rows, tile), v)
+    _accumulate(dv, tile, _grouped(weights.to(v.dtype), v).transpose(-1, -2) @ d_out)
+    d_weights = _ungrouped(d_out @ v.transpose(-1, -2), inputs.q.shape[1]).to(weights.dtype)
+    d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype).to(v.dtype)
+    dq_parts, dk_parts = [], []
+    for direction in directions:
+        part = _grouped(d_scores * direction.factor, v)
+        dq_parts.append(_ungrouped(part @ direction.k, inputs.q.shape[1]))
+        dk_parts.append(part.transpose(-1, -2) @ direction.q)
+    _write(dq, tile.query_slots, rotate_back(dq_parts, *_tables(inputs, tile.query_rows, tile, inputs.scale)))
+    _accumulate(dk, tile, rotate_back(dk_parts, *_tables(inputs, tile.key_rows, tile)))
+
+
+def _directions(tile: Tile, inputs: DenseInputs) -> list[_Direction]:
+    """Forward, and in bidirectional mode reversed, rotation of the tile's rows."""
+    q, k = _gather(inputs.q, tile.query_rows, tile), _gather(inputs.k, tile.key_rows, tile)
+    q_tables, k_tables = (
+        _tables(inputs, tile.query_rows, tile, inputs.scale),
+        _tables(inputs, tile.key_rows, tile),
+    )
+    forward_factor, reverse_factor = tile.factors(inputs.q.dtype)
+    if inputs.causal:
+        q_forward, k_forward = rotate_forward(q, *q_tables), rotate_forward(k, *k_tables)
+        return [_Direction(q=_grouped(q_forward, k), k=k_forward, factor=forward_factor)]
+    (q_forward, q_reverse), (k_forward, k_reverse) = rotate_both(q, *q_tables), rotate_both(k, *k_tables)
+    return [
+        _Direction(q=_grouped(q_forward, k), k=k_forward, factor=forward_factor),
+        _Direction(q=_grouped(q_reverse, k), k=k_reverse, factor=reverse_factor),
+    ]
+
+
+def _scores(tile: Tile, inputs: DenseInputs, directions: list[_Direction], dtype: torch.dtype) -> Tensor:
+    """Scores [B, H, R, K] of the one softmax in ``dtype``: forward up to the split, reversed behind it."""
+    scores = tile.bias(inputs.q.dtype, inputs.causal)
+    for direction in directions:
+        part = _ungrouped(direction.q @ direction.k.transpose(-1, -2), inputs.q.shape[1])
+        scores = torch.addcmul(scores, part, direction.factor)
+    return scores.to(dtype, copy=True)
+
+
+def _tables(inputs: DenseInputs, rows: Tensor, tile: Tile, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rows, times ``factor``: [B, 1, rows, D]."""
+    documents = tile.shape[0]
+    cos, sin = (
+        x.index_select(0, rows).unflatten(0, (documents, -1)).unsqueeze(1) for x in (inputs.cos, inputs.sin)
+    )
+    return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
+
+
+def _gather(x: Tensor, rows: Tensor, tile: Tile) -> Tensor:
+    """Rows of x [T, H, D] as a view [B, H, rows, D]."""
+    return x.index_select(0, rows).unflatten(0, (tile.shape[0], -1)).transpose(1, 2)
+
+
+def _grouped(x: Tensor, keys: Tensor) -> Tensor:
+    """[B, H, R, D] as [B, N, G·R, D]: the query heads that share a key head, as rows of one matrix."""
+    B, N = keys.shape[:2]
+    return x.reshape(B, N, -1, x.shape[-1])
+
+
+def _ungrouped(x: Tensor, heads: int) -> Tensor:
+    """[B, N, G·R, D] as [B, H, R, D]."""
+    return x.view(x.shape[0], heads, -1, x.shape[-1])
+
+
+def _write(target: Tensor, slots: Tensor, x: Tensor) -> None:
+    """``target[slots] = x`` for target [T+1, H, D], x [B, H, rows, D]."""
+    target.index_copy_(0, slots, x.transpose(1, 2).flatten(0, 1))
+
+
+def _accumulate(target: Tensor, tile: Tile, x: Tensor) -> None:
+    """``target[key_slots] += x``; slots are distinct but for the trash row, where any value will do."""
+    added = target.index_select(0, tile.key_slots).add_(x.transpose(1, 2).flatten(0, 1))
+    target.index_copy_(0, tile.key_slots, added)

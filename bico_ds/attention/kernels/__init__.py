@@ -1,0 +1,1 @@
+"""Causal varlen flash kernels, one file each, behind one Protocol (`base.CausalKernel`)."""

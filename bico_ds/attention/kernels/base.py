@@ -1,0 +1,44 @@
+"""What the two-pass op asks of a kernel: plain causal attention over packed documents, with its log-sum-exp.
+
+Shape legend: N packed rows, D documents, Hq query heads, Hkv key heads (Hq is a multiple), Dh head dimension.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class CausalKernel(Protocol):
+    """Causal varlen attention. q [N, Hq, Dh], k and v [N, Hkv, Dh], already rotated, contiguous.
+
+    ``cu_seqlens`` int32 [D+1] bounds the documents, all of length >= 1; ``max_seqlen`` is the longest.
+    """
+
+    name: str
+
+    def refusal(self, dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
+        """Why this kernel cannot serve such inputs, in one clause; None where it can."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor, max_seqlen: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """out [N, Hq, Dh] in q's dtype, lse [Hq, N] in at least fp32."""
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k, v. ``out`` and ``lse`` may belong to a softmax over more keys than these (the merged
+        ones): the kernel computes ``P = exp(scale·qkᵀ - lse)`` and ``dS = P·(dP - rowsum(grad_out·out))`` from them."""

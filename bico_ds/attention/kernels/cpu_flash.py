@@ -1,0 +1,69 @@
+"""Torch's CPU flash attention, a call a document: blocked, so no score matrix ever exists. Native GQA, fp32/64/bf16/fp16.
+
+The aten kernel divides by the sequence length (SIGFPE at length 0); documents here have at least one row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class CpuFlash:
+    """`CausalKernel` on `aten::_scaled_dot_product_flash_attention_for_cpu`."""
+
+    name = "cpu-flash"
+
+    def refusal(self, dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
+        return None if device.type == "cpu" else f"runs on CPU tensors, not on {device.type}"
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor, max_seqlen: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        outs, lses = [], []
+        for start, end in _documents(cu_seqlens):
+            out, lse = _forward(*_batched(start, end, q, k, v), 0.0, True, scale=scale)
+            outs.append(out[0].transpose(0, 1))
+            lses.append(lse[0])
+        return _joined(outs, 0), _joined(lses, 1)
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grads: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+        for start, end in _documents(cu_seqlens):
+            inputs = _batched(start, end, grad_out, q, k, v, out)
+            document_lse = lse[:, start:end].t().contiguous().t()[None]  # the kernel reads it as [L, H]
+            for grad, column in zip(
+                _backward(*inputs, document_lse, 0.0, True, scale=scale), grads, strict=True
+            ):
+                column.append(grad[0].transpose(0, 1))
+        dq, dk, dv = (_joined(column, 0) for column in grads)
+        return dq, dk, dv
+
+
+def _documents(cu_seqlens: Tensor) -> list[tuple[int, int]]:
+    bounds = cu_seqlens.tolist()
+    return list(zip(bounds[:-1], bounds[1:], strict=True))
+
+
+def _batched(start: int, end: int, *tensors: Tensor) -> list[Tensor]:
+    """Views [1, H, L, Dh] of the rows of one document."""
+    return [x[start:end].transpose(0, 1).unsqueeze(0) for x in tensors]
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

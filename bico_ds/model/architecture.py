@@ -1,0 +1,106 @@
+"""The architecture of a run: from config.json or from the recipe, and checked against each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.initialization import no_init_weights
+
+from bico_ds.config.errors import UserError, did_you_mean
+from bico_ds.config.schema import ModelSpec
+
+# What makes two configs different networks; everything else in a config.json is bookkeeping.
+_ARCHITECTURE_KEYS = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps",
+    "tie_word_embeddings", "rope_parameters", "attention_bias", "mlp_bias", "max_position_embeddings",
+    "sliding_window",
+)  # fmt: skip
+# Keys of published config.json files that transformers reads but does not list among its attributes.
+_LEGACY_KEYS = ("rope_theta", "rope_scaling", "torch_dtype", "pretraining_tp", "rope_interleaved")
+# models pad their vocabulary a little; more missing ids mean another tokenizer
+_SMALLEST_VOCABULARY_SHARE = 0.9
+
+
+def model_config(spec: ModelSpec) -> PretrainedConfig:
+    """The architecture that `spec` asks for: ``path``'s config.json, or ``config``.
+
+    Raises UserError on a missing folder, unknown keys, or where both are given and disagree.
+    """
+    recipe = None if spec.config is None else _config_from_recipe(spec.config)
+    config = recipe if spec.path is None else _config_at(spec.path)
+    assert config is not None, "ModelSpec guarantees a path or a config"
+    if recipe is not None and config is not recipe:
+        _require_same_architecture(config, recipe, str(spec.path))
+    config.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[spec.dtype]
+    return config
+
+
+def parameter_count(config: PretrainedConfig) -> int:
+    """Parameters of this architecture, a tied head counted once. Needs no memory for them."""
+    return sum(parameter.numel() for parameter in meta_model(config).parameters())
+
+
+def meta_model(config: PretrainedConfig) -> Any:
+    """The Hugging Face causal LM of this architecture on the meta device: shapes without memory."""
+    with torch.device("meta"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    model.tie_weights()
+    model.config.architectures = [type(model).__name__]
+    return model
+
+
+def check_vocabulary(config: PretrainedConfig, tokenizer_size: int, *, tokenizer: str) -> None:
+    """Raise UserError if a tokenizer of ``tokenizer_size`` ids cannot belong to this model."""
+    if not _SMALLEST_VOCABULARY_SHARE * config.vocab_size <= tokenizer_size <= config.vocab_size:
+        raise UserError(
+            f"the tokenizer at '{tokenizer}' has {tokenizer_size} ids, the model {config.vocab_size}: they "
+            "do not belong together. Set 'model.tokenizer' to the tokenizer the model was trained with."
+        )
+
+
+def is_local_folder(path: str) -> bool:
+    """Whether ``path`` means a folder on this machine; else it is a hub name (``owner/name``)."""
+    return Path(path).exists() or path.startswith(("/", ".", "~")) or path.count("/") != 1
+
+
+def _config_at(path: str) -> PretrainedConfig:
+    if is_local_folder(path) and not (Path(path).expanduser() / "config.json").is_file():
+        reason = "has no config.json" if Path(path).expanduser().is_dir() else "does not exist"
+        raise UserError(
+            f"model.path: the folder '{path}' {reason}; give a folder with config.json and *.safetensors"
+        )
+    try:
+        return AutoConfig.from_pretrained(str(Path(path).expanduser()) if is_local_folder(path) else path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: cannot read the config of '{path}': {error}") from error
+
+
+def _config_from_recipe(values: dict[str, Any]) -> PretrainedConfig:
+    values = dict(values)
+    model_type = values.pop("model_type", "llama")
+    if model_type not in CONFIG_MAPPING:
+        hint = did_you_mean(model_type, CONFIG_MAPPING)
+        raise UserError(f"model.config.model_type: unknown model type '{model_type}'{hint}")
+    known = {*CONFIG_MAPPING[model_type]().to_dict(), *_LEGACY_KEYS}
+    for key in values:
+        if key not in known:
+            raise UserError(
+                f"model.config.{key}: {model_type} models have no such key{did_you_mean(key, known)}"
+            )
+    return AutoConfig.for_model(model_type, **values)
+
+
+def _require_same_architecture(found: PretrainedConfig, wanted: PretrainedConfig, path: str) -> None:
+    differences = [
+        f"{key}: {getattr(found, key, None)!r} at the path, {getattr(wanted, key, None)!r} in the recipe"
+        for key in _ARCHITECTURE_KEYS
+        if getattr(found, key, None) != getattr(wanted, key, None)
+    ]
+    if differences:
+        raise UserError(
+            f"the model at '{path}' is not the one 'model.config' describes:\n  " + "\n  ".join(differences)
+        )

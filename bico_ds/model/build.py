@@ -1,0 +1,102 @@
+"""The trainable model: a Hugging Face causal LM with our attention and our loss, ready for DeepSpeed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig
+
+from bico_ds.batch import PackedBatch
+from bico_ds.config.schema import ModelSpec
+from bico_ds.model.architecture import meta_model, model_config
+from bico_ds.model.head import swap_head
+from bico_ds.model.initialize import RandomWeights
+from bico_ds.model.materialize import WeightSource, materialize
+from bico_ds.model.swap import check_attention, swap_attention
+
+
+class TrainableModel(nn.Module):
+    """``causal_lm`` is the plain Hugging Face model inside, whose own forward and generate are untouched."""
+
+    def __init__(self, causal_lm: Any, *, checkpoint_every: int = 0) -> None:
+        """``checkpoint_every``: recompute every k-th decoder layer in the backward pass; 0: none."""
+        super().__init__()
+        self.causal_lm = causal_lm
+        self.checkpoint_every = checkpoint_every
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.causal_lm.config
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Return the fp32 sum of the cross entropies of the batch's N loss rows; 0 where there are none.
+
+        Every module runs exactly once whatever the batch, and every parameter takes part in the backward
+        pass, as ZeRO-3 needs on ranks whose batch has no loss row.
+        """
+        hidden_TE = self._hidden(batch)
+        return self.causal_lm.lm_head(hidden_TE.index_select(0, batch.loss_rows), batch.targets)
+
+    def _hidden(self, batch: PackedBatch) -> Tensor:
+        """The last hidden states [T, E].
+
+        The decoder's layers are called here, not through its own forward: that would build a mask, and find
+        documents in the position ids by itself, which goes wrong where positions have gaps.
+        """
+        decoder = self.causal_lm.model
+        hidden_1TE = decoder.embed_tokens(batch.input_ids[None])
+        tables = decoder.rotary_emb(hidden_1TE, position_ids=batch.position_ids[None])
+        for index, layer in enumerate(decoder.layers):
+            recompute = self.training and self.checkpoint_every and index % self.checkpoint_every == 0
+            if recompute:
+                hidden_1TE = checkpoint(
+                    layer, hidden_1TE, use_reentrant=False, position_embeddings=tables, plan=batch.plan
+                )
+            else:
+                hidden_1TE = layer(hidden_1TE, position_embeddings=tables, plan=batch.plan)
+        return decoder.norm(hidden_1TE)[0]
+
+
+def build_model(
+    spec: ModelSpec,
+    *,
+    seed: int,
+    ds_config: dict[str, Any] | None,
+    device: torch.device | str,
+    longest_document: int | None = None,
+) -> TrainableModel:
+    """Build the model a recipe asks for.
+
+    ``ds_config``: the complete DeepSpeed configuration; under ZeRO-3 the parameters come out partitioned (the
+    process group must be up). ``device``: where parameters live, ``meta`` for shapes only. Weights are read
+    from ``spec.path``, or drawn from ``seed``: the same for every world size. ``longest_document``: see
+    `swap_attention`.
+
+    Raises UserError before anything expensive where path, architecture or weights are wrong.
+    """
+    config = model_config(spec)
+    check_attention(config, longest_document=longest_document)
+    causal_lm = meta_model(config)
+    swap_attention(causal_lm, spec.attention_backend, longest_document=longest_document)
+    swap_head(causal_lm, spec.loss_chunk_rows)
+    device = torch.device(device)
+    if device.type != "meta":
+        materialize(causal_lm, _weight_source(spec, config, seed), ds_config=ds_config, device=device)
+        _refresh_rotary(causal_lm, device)
+    return TrainableModel(causal_lm, checkpoint_every=spec.activation_checkpointing)
+
+
+def _weight_source(spec: ModelSpec, config: PretrainedConfig, seed: int) -> WeightSource:
+    if spec.path is None:
+        return RandomWeights(seed=seed, std=config.initializer_range)
+    raise NotImplementedError("loading follows")
+
+
+def _refresh_rotary(causal_lm: Any, device: torch.device) -> None:
+    """Compute the rotary frequencies for real, in fp32: on the meta device they have no values."""
+    decoder = causal_lm.model
+    with device:
+        decoder.rotary_emb = type(decoder.rotary_emb)(causal_lm.config)

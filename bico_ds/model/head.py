@@ -1,0 +1,84 @@
+"""The output head with its loss: the logits of a whole batch never exist.
+
+Under ZeRO-3 a module's weight is there only while that module runs, and every rank must enter every module
+equally often. Hence the loss lives in the head module itself: entered once a micro-batch, whatever the rows,
+and chunked inside.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class LossHead(nn.Linear):
+    """``lm_head`` that, given targets, returns a summed cross entropy; else it is the plain linear layer."""
+
+    chunk_rows: int
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        """hidden [N, E], targets int64 [N] -> fp32 scalar: the sum of N cross entropies; 0 for N = 0."""
+        if targets is None:
+            return super().forward(hidden)
+        return chunked_cross_entropy(hidden, self.weight, targets, chunk_rows=self.chunk_rows)
+
+
+def swap_head(model: Any, chunk_rows: int) -> None:
+    """Change the class of a causal LM's output layer to `LossHead`, in place."""
+    head = model.get_output_embeddings()
+    assert type(head) is nn.Linear, f"unexpected output layer {head}"
+    assert head.bias is None, "a Llama-like head has no bias"
+    head.__class__ = LossHead
+    head.chunk_rows = chunk_rows
+
+
+def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_rows: int) -> Tensor:
+    """Sum over rows of the cross entropy of ``hidden @ weight.T`` against ``targets``.
+
+    hidden [N, E] and weight [V, E] of one floating dtype, targets int64 [N]. Softmax and sums in fp32 (fp64
+    for fp64). At most ``chunk_rows`` rows of logits exist at a time, about 6 bytes a logit in bf16. Gradients
+    are computed in the forward pass, chunk by chunk, so that no logit is computed twice (as Liger Kernel
+    does, arXiv 2410.10989); the weight's gradient is summed over chunks in the weight's dtype.
+    """
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_rows, torch.is_grad_enabled())
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, wants_grad: bool
+    ) -> Tensor:
+        wants_hidden = wants_grad and ctx.needs_input_grad[0]
+        wants_weight = wants_grad and ctx.needs_input_grad[1]
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight) if wants_weight else None
+        loss = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        for start in range(0, hidden.shape[0], chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            log_probs = torch.log_softmax(hidden[rows] @ weight.T, dim=-1, dtype=loss.dtype)
+            loss -= log_probs.gather(1, targets[rows, None]).sum()
+            if wants_hidden or wants_weight:
+                grad_logits = _grad_logits(log_probs, targets[rows]).to(hidden.dtype)
+                del log_probs
+                if grad_hidden is not None:
+                    torch.mm(grad_logits, weight, out=grad_hidden[rows])
+                if grad_weight is not None:
+                    grad_weight.addmm_(grad_logits.T, hidden[rows])
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grads = (None if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors)
+        return (*grads, None, None, None)
+
+
+def _grad_logits(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """softmax − one-hot, in the memory of ``log_probs``."""
+    probs = log_probs.exp_()
+    probs[torch.arange(targets.numel(), device=targets.device), targets] -= 1.0
+    return probs

@@ -1,0 +1,93 @@
+"""From shapes on the meta device to weights: whole on one device, or this rank's partition under ZeRO-3.
+
+DeepSpeed's usual way (`deepspeed.zero.Init` as a context) builds each parameter whole on every rank and
+broadcasts it from rank 0. Here a rank asks a `WeightSource` for its own slice only, and nothing is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import deepspeed
+
+
+class WeightSource(Protocol):
+    """Where weights come from; the same on every rank."""
+
+    def read(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
+        """Return elements [start, stop) of the flattened parameter ``name``: 1-D, on the CPU."""
+        ...
+
+
+def materialize(
+    model: nn.Module, source: WeightSource, *, ds_config: dict[str, Any] | None, device: torch.device
+) -> None:
+    """Replace every meta parameter of ``model`` by a real one filled from ``source``; tied ones stay tied.
+
+    Under ZeRO-3 (``ds_config``) each rank reads and keeps its partition; the full shape is allocated, one
+    parameter at a time, but only the pages of the own slice are ever touched.
+    """
+    partitioner = _partitioner(ds_config, next(model.parameters()).dtype)
+    made: dict[int, nn.Parameter] = {}
+    for name, module, attribute, stub in _owned_parameters(model):
+        if id(stub) not in made:
+            parameter = nn.Parameter(
+                torch.empty(stub.shape, dtype=stub.dtype, device=device), requires_grad=stub.requires_grad
+            )
+            if partitioner is None:
+                _fill(parameter, name, source, 0, parameter.numel())
+            else:
+                _fill_partition(parameter, name, source, partitioner)
+            made[id(stub)] = parameter
+        setattr(module, attribute, made[id(stub)])
+
+
+def partition_bounds(parameter: nn.Parameter) -> tuple[int, int]:
+    """Elements [start, stop) of the flattened parameter that are in this rank's ZeRO-3 partition."""
+    start = parameter.ds_tensor.ds_numel * parameter.ds_zero_partition_rank
+    return min(start, parameter.ds_numel), min(start + parameter.ds_tensor.ds_numel, parameter.ds_numel)
+
+
+def uses_zero3(ds_config: dict[str, Any] | None) -> bool:
+    """Whether a DeepSpeed configuration partitions the parameters."""
+    return ds_config is not None and ds_config.get("zero_optimization", {}).get("stage", 0) == 3
+
+
+def _owned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """(full name, owner, attribute, parameter), a tied parameter once for each of its owners."""
+    for prefix, module in model.named_modules():
+        for attribute, parameter in list(module.named_parameters(recurse=False)):
+            yield f"{prefix}.{attribute}" if prefix else attribute, module, attribute, parameter
+
+
+def _partitioner(ds_config: dict[str, Any] | None, dtype: torch.dtype) -> deepspeed.zero.Init | None:
+    if not uses_zero3(ds_config):
+        return None
+    import deepspeed  # seconds, and only ZeRO-3 needs it
+
+    return deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=ds_config, dtype=dtype)
+
+
+def _fill_partition(
+    parameter: nn.Parameter, name: str, source: WeightSource, partitioner: deepspeed.zero.Init
+) -> None:
+    numel, world_size = parameter.numel(), partitioner.dp_world_size
+    if partitioner.zero_param_process_group is not None:
+        _fill(parameter, name, source, 0, numel)  # ZeRO++ (hpZ) cuts a second, larger partition for the node
+    else:
+        size = -(-numel // world_size)
+        start = min(size * partitioner.rank, numel)
+        _fill(parameter, name, source, start, min(start + size, numel))
+    partitioner._convert_to_deepspeed_param(parameter)
+    parameter.partition()
+
+
+@torch.no_grad()
+def _fill(parameter: nn.Parameter, name: str, source: WeightSource, start: int, stop: int) -> None:
+    if start < stop:
+        parameter.view(-1)[start:stop].copy_(source.read(name, parameter.shape, start, stop))

@@ -1,0 +1,122 @@
+"""Our attention inside Hugging Face models: the class of each attention module is changed, the weights stay.
+
+With an `AttentionPlan` a layer runs `packed_attention` on the packed rows of a batch. Without one it is
+Hugging Face's own forward, bit by bit, so that generation with a KV cache and every export stay plain causal
+models.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.mistral.modeling_mistral import MistralAttention
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+from bico_ds.attention.packed import packed_attention
+from bico_ds.attention.plan import AttentionPlan
+from bico_ds.config.errors import UserError
+
+
+class _PackedForward:
+    """Mixed in before a Hugging Face attention class; adds the keyword ``plan`` to its forward."""
+
+    packed_backend = "auto"
+
+    def forward(
+        self, hidden_states: Tensor, *args: Any, plan: AttentionPlan | None = None, **kwargs: Any
+    ) -> Any:
+        """hidden_states [1, T, hidden] with a plan of T rows; [batch, length, hidden] without one."""
+        if plan is None:
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        return self._packed(hidden_states, kwargs["position_embeddings"], plan), None
+
+    def _packed(
+        self: Any, hidden_1TE: Tensor, position_embeddings: tuple[Tensor, Tensor], plan: AttentionPlan
+    ) -> Tensor:
+        rows = (hidden_1TE.shape[1], -1, self.head_dim)
+        q_TNH = self._normed_query(self.q_proj(hidden_1TE).view(rows))
+        k_TNH = self._normed_key(self.k_proj(hidden_1TE).view(rows))
+        v_TNH = self.v_proj(hidden_1TE).view(rows)
+        cos_TH, sin_TH = (table[0] for table in position_embeddings)
+        out_TNH = packed_attention(
+            q_TNH, k_TNH, v_TNH, cos_TH, sin_TH, plan, scale=self.scaling, backend=self.packed_backend
+        )
+        return self.o_proj(out_TNH.reshape(*hidden_1TE.shape[:2], -1))
+
+    def _normed_query(self, q_TNH: Tensor) -> Tensor:
+        return q_TNH
+
+    def _normed_key(self, k_TNH: Tensor) -> Tensor:
+        return k_TNH
+
+
+class PackedLlamaAttention(_PackedForward, LlamaAttention):
+    """Llama; also what Llama-shaped models use."""
+
+
+class PackedMistralAttention(_PackedForward, MistralAttention):
+    """Mistral: Llama's attention without biases."""
+
+
+class PackedQwen2Attention(_PackedForward, Qwen2Attention):
+    """Qwen2: Llama's attention with biases on q, k and v."""
+
+
+class PackedQwen3Attention(_PackedForward, Qwen3Attention):
+    """Qwen3: q and k are normalised per head before the rotation."""
+
+    def _normed_query(self, q_TNH: Tensor) -> Tensor:
+        return self.q_norm(q_TNH)
+
+    def _normed_key(self, k_TNH: Tensor) -> Tensor:
+        return self.k_norm(k_TNH)
+
+
+_PACKED_CLASS = {
+    LlamaAttention: PackedLlamaAttention,
+    MistralAttention: PackedMistralAttention,
+    Qwen2Attention: PackedQwen2Attention,
+    Qwen3Attention: PackedQwen3Attention,
+}
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def swap_attention(
+    model: PreTrainedModel, backend: str = "auto", *, longest_document: int | None = None
+) -> None:
+    """Change every attention module of a Llama, Mistral, Qwen2 or Qwen3 causal LM to ours, in place.
+
+    ``longest_document``: tokens of the longest document (or the bin capacity, which bounds it); needed by
+    models with a sliding window. Raises UserError where the model is of another kind, or the attention of it
+    is not the full causal one over a document.
+    """
+    check_attention(model.config, longest_document=longest_document)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        attention.__class__ = _PACKED_CLASS[type(attention)]
+        attention.packed_backend = backend
+
+
+def check_attention(config: PretrainedConfig, *, longest_document: int | None = None) -> None:
+    """Raise UserError if our op cannot stand in for the attention of this architecture. Needs no model."""
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        raise UserError(
+            f"model type '{config.model_type}' is not supported: its attention is not known to be Llama's. "
+            f"Supported: {', '.join(SUPPORTED_MODEL_TYPES)}."
+        )
+    if getattr(config, "attention_dropout", 0.0):
+        raise UserError(
+            f"the model's config has attention_dropout {config.attention_dropout}, which packed attention "
+            "does not do: set 'attention_dropout' to 0.0 in its config.json"
+        )
+    window = getattr(config, "sliding_window", None)
+    if window is not None and (longest_document is None or longest_document > window):
+        length = "of unknown length" if longest_document is None else f"of up to {longest_document} tokens"
+        raise UserError(
+            f"the model attends within a sliding window of {window} tokens, but documents are {length}: "
+            f"set 'data.capacity' to {window} or less"
+        )

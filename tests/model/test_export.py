@@ -1,0 +1,79 @@
+"""Export: an ordinary Hugging Face folder, bit-equal to the live weights, complete or absent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from bico_ds.config.errors import UserError
+from bico_ds.config.schema import ModelSpec
+from bico_ds.model.build import TrainableModel, build_model
+from bico_ds.model.export import export_model
+
+
+def tiny_model(*, tied: bool = True, dtype: str = "bf16", model_type: str = "llama") -> TrainableModel:
+    config = {
+        "model_type": model_type,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 101,
+        "tie_word_embeddings": tied,
+        "rope_theta": 500000.0,
+    }
+    return build_model(ModelSpec(config=config, dtype=dtype), seed=1, ds_config=None, device="cpu")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_an_export_loads_in_transformers_bit_equal_and_generates_alike(
+    tmp_path: Path, tied: bool, model_type: str
+) -> None:
+    live = tiny_model(tied=tied, model_type=model_type).causal_lm.eval()
+    export_model(live, None, tmp_path / "out", "bf16", max_shard_bytes=20_000)
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype="auto", output_loading_info=True
+    )
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for (name, ours), (other_name, theirs) in zip(
+        live.named_parameters(), loaded.named_parameters(), strict=True
+    ):
+        assert name == other_name
+        assert torch.equal(ours, theirs)
+    assert loaded.config.rope_parameters == live.config.rope_parameters
+    prompt = torch.randint(0, 101, (1, 7))
+    generate = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(live.generate(prompt, **generate), loaded.generate(prompt, **generate))
+
+
+def test_checksums_name_every_file_and_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    export_model(tiny_model(), None, folder, "fp32")
+    sums = json.loads((folder / "checksums.json").read_text())
+    assert set(sums) == {path.name for path in folder.iterdir()} - {"checksums.json"}
+    before = (folder / "checksums.json").read_bytes()
+    with pytest.raises(UserError, match="exists and is not empty"):
+        export_model(tiny_model(), None, folder)
+    assert (folder / "checksums.json").read_bytes() == before
+
+
+def test_a_failed_export_leaves_nothing_and_keeps_what_was_there(tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "out"
+    export_model(tiny_model(), None, folder)
+    old = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def disk_full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("bico_ds.model.shards.save_file", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        export_model(tiny_model(tied=False), None, folder, overwrite=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == old
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

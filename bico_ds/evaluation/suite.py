@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
+from bico_ds.config.errors import UserError
 from bico_ds.evaluation.generation import Ranks, ShouldStop, check_lengths, encode_prompts, generate_greedy
 from bico_ds.evaluation.metrics import floors, score_rows
 from bico_ds.evaluation.statistics import clustered_interval
@@ -27,9 +28,9 @@ class TaskResult:
 
     headline: str
     metrics: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
-    floors: dict[str, float]
-    new_tokens: int
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    floors: dict[str, float] = field(default_factory=dict)
+    new_tokens: int = 0
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -157,29 +158,16 @@ def score_task(task: Task, predictions: Sequence[str], *, new_tokens: int) -> Ta
     )
 
 
-def result_table(results: Mapping[str, EvaluationResult], *, title: str = "Reversal tasks") -> Table:
-    """The headline metric of every task with its 95 % interval, one column a model."""
-    table = Table(title=title)
-    table.add_column("task")
-    table.add_column("metric")
-    for label in results:
-        table.add_column(label, justify="right")
-    table.add_column("floor", justify="right")
-    names = list(dict.fromkeys(name for result in results.values() for name in result.tasks))
-    for name in names:
-        present = [result.tasks[name] for result in results.values() if name in result.tasks]
-        cells = [_cell(result.tasks.get(name)) for result in results.values()]
-        floor = present[0].floors.get(present[0].headline)
-        table.add_row(name, present[0].headline, *cells, "–" if floor is None else f"{floor:.3f}")
-    return table
+def save_result(result: EvaluationResult, path: Path) -> None:
+    """Write the result as JSON, rows included; a reader never sees half a file."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(result.to_json(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
-def _cell(result: TaskResult | None) -> str:
-    if result is None:
-        return "–"
-    low, high = result.intervals[result.headline]
-    return f"{result.score:.3f}  [dim]\\[{low:.2f}, {high:.2f}][/dim]"
-
-
-def dump_result(result: EvaluationResult) -> str:
-    return json.dumps(result.to_json(), ensure_ascii=False, indent=1)
+def load_result(path: Path) -> EvaluationResult:
+    """Read what `save_result` wrote; UserError for anything else."""
+    try:
+        return EvaluationResult.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a result of tools/evaluate.py or of a run ({error})") from error

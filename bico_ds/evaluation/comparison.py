@@ -1,0 +1,90 @@
+"""Runs side by side: final scores and curves, read from their folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bico_ds.config.errors import UserError
+from bico_ds.evaluation.suite import EvaluationResult, TaskResult, load_result
+
+RESULT_FILE = "evaluation.json"
+METRICS_FILE = "metrics.jsonl"
+_PREFIX = "evaluation/"
+
+Curve = list[tuple[int, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One column of the comparison. `curves`: (step, headline score) by task, in the order of steps."""
+
+    label: str
+    final: EvaluationResult
+    curves: dict[str, Curve]
+
+
+def load_arms(paths: Sequence[Path]) -> list[Arm]:
+    """Read run folders, or result files of tools/evaluate.py.
+
+    A run's final scores come from its `evaluation.json`, which has intervals and floors; where there is none,
+    from the last evaluation in `metrics.jsonl`. Raises UserError where neither says anything.
+    """
+    stems = [path.resolve().stem if path.is_file() else path.resolve().name for path in paths]
+    labels = stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
+    if len(set(labels)) != len(labels):
+        raise UserError(f"the same run is named twice: {', '.join(labels)}")
+    return [_load_arm(path, label) for path, label in zip(paths, labels, strict=True)]
+
+
+def _load_arm(path: Path, label: str) -> Arm:
+    if path.is_file():
+        return Arm(label=label, final=load_result(path), curves={})
+    if not path.is_dir():
+        raise UserError(f"{path}: no such run folder or result file")
+    evaluations = _evaluations(path / METRICS_FILE)
+    curves: dict[str, Curve] = {}
+    for step, tasks in evaluations.items():
+        for name, task in tasks.items():
+            curves.setdefault(name, []).append((step, task.score))
+    if (path / RESULT_FILE).is_file():
+        return Arm(label=label, final=load_result(path / RESULT_FILE), curves=curves)
+    if not evaluations:
+        raise UserError(
+            f"{path}: no evaluation in {METRICS_FILE} and no {RESULT_FILE}; "
+            "run with 'evaluation.tasks' set, or evaluate its export with tools/evaluate.py"
+        )
+    return Arm(label=label, final=EvaluationResult(tasks=evaluations[max(evaluations)]), curves=curves)
+
+
+def _evaluations(metrics: Path) -> dict[int, dict[str, TaskResult]]:
+    """Task results by step, in the order of steps. After a resume a step may stand there twice: the last one
+    counts.
+    """
+    if not metrics.is_file():
+        return {}
+    found: dict[int, dict[str, TaskResult]] = {}
+    complete_lines = metrics.read_text(encoding="utf-8").split("\n")[:-1]  # a last line may be half written
+    for number, line in enumerate(complete_lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{metrics}:{number}: not valid JSON ({error.msg})") from error
+        if row.get("kind") == "evaluation":
+            found[int(row["step"])] = _task_results(row)
+    return dict(sorted(found.items()))
+
+
+def _task_results(row: dict[str, Any]) -> dict[str, TaskResult]:
+    metrics: dict[str, dict[str, float]] = {}
+    for key, value in row.items():
+        if key.startswith(_PREFIX) and key.count("/") == 2:
+            _, task, metric = key.split("/")
+            metrics.setdefault(task, {})[metric] = float(value)
+    return {
+        task: TaskResult(headline="bleu" if "bleu" in values else "contains", metrics=values)
+        for task, values in metrics.items()
+    }

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bico_ds.config.errors import UserError
+from bico_ds.evaluation.comparison import load_arms
+from bico_ds.evaluation.suite import EvaluationResult, TaskResult, save_result
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def _run(folder: Path, scores: list[tuple[int, float]]) -> Path:
+    folder.mkdir()
+    rows: list[dict[str, object]] = [{"step": 1, "kind": "train", "loss": 2.0}]
+    for step, score in scores:
+        values = {f"evaluation/{t}/contains": score for t in ("n2d", "d2n", "n2d_reverse", "d2n_reverse")}
+        rows.append({"step": step, "kind": "evaluation", **values, "evaluation/seconds": 1.0})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_a_step_evaluated_again_after_a_resume_counts_once_and_the_last_step_is_final(tmp_path):
+    (arm,) = load_arms([_run(tmp_path / "bico", [(100, 0.1), (200, 0.4), (200, 0.5), (300, 0.9)])])
+    assert arm.label == "bico"
+    assert arm.curves["n2d_reverse"] == [(100, 0.1), (200, 0.5), (300, 0.9)]
+    assert arm.final.tasks["d2n"].score == 0.9
+
+
+def test_the_result_file_of_a_run_wins_and_a_bare_result_is_an_arm_too(tmp_path):
+    folder = _run(tmp_path / "ntp", [(100, 0.2)])
+    task = TaskResult(
+        headline="bleu", metrics={"bleu": 0.7}, intervals={"bleu": (0.6, 0.8)}, floors={"bleu": 0.1}
+    )
+    save_result(EvaluationResult(tasks={"n2d": task}), folder / "evaluation.json")
+    arms = load_arms([folder, folder / "evaluation.json"])
+    assert [arm.final.tasks["n2d"].intervals["bleu"] for arm in arms] == [(0.6, 0.8)] * 2
+    assert [bool(arm.curves) for arm in arms] == [True, False]
+
+
+def test_runs_without_an_evaluation_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no evaluation in metrics.jsonl and no evaluation.json"):
+        load_arms([_run(tmp_path / "empty", [])])
+    with pytest.raises(UserError, match="no such run folder"):
+        load_arms([tmp_path / "nowhere"])
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "metrics.jsonl").write_text('{"step": 1}\n{"ste\n{"half')
+    with pytest.raises(UserError, match=r"metrics.jsonl:2: not valid JSON"):
+        load_arms([tmp_path / "broken"])
+
+
+def test_the_command_writes_table_figures_and_picture(tmp_path):
+    runs = [
+        _run(tmp_path / name, [(100, 0.1), (200, final)]) for name, final in (("ntp", 0.0), ("bico", 0.9))
+    ]
+    command = [sys.executable, "tools/compare.py", *map(str, runs), "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "n2d_reverse" in done.stdout
+    assert "0.900" in done.stdout
+    assert (
+        "| n2d_reverse | description → name | contains | 0.000 | 0.900 | – |"
+        in (tmp_path / "out" / "comparison.md").read_text()
+    )
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["bico"]["curves"]["n2d"][1] == [
+        200,
+        0.9,
+    ]
+    assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    refused = subprocess.run(
+        [*command[:2], "nowhere"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: nowhere: no such run")

@@ -82,6 +82,13 @@ def all_gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
+def broadcast_object(value: Any) -> Any:
+    """Give rank 0's small object to every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 def die_with_parent() -> None:
     """End this rank when its launcher vanishes.
 

@@ -95,6 +95,19 @@ class RunFolder:
         content = {"state": state, "step": step, "reason": reason, "run_id": self.run_id, "time": time.time()}
         write_atomically(self.state_file, json.dumps(content) + "\n")
 
+    def set_aside(self) -> None:
+        """Move what an earlier run left (checkpoints, metrics, export …) into replaced-N/: nothing is ever deleted."""
+        kept = {self.lock_file.name, self.recipe_file.name, self.state_file.name, "run.json"}
+        old = [p for p in self.path.iterdir() if p.name not in kept and not p.name.startswith("replaced-")]
+        if not any(self.checkpoints.glob("step-*")) and not self.metrics_file.is_file():
+            return
+        number = 1 + sum(1 for _ in self.path.glob("replaced-*"))
+        aside = self.path / f"replaced-{number}"
+        aside.mkdir()
+        for path in old:
+            path.rename(aside / path.name)
+        self.logs.mkdir(exist_ok=True)
+
     def close(self) -> None:
         """Give the lock back."""
         self._released.set()

@@ -1,0 +1,56 @@
+# Everything runs in .venv, built from pinned versions; a second call installs nothing.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RANKS ?= 2
+# CUDA machines: make TORCH_INDEX=https://download.pytorch.org/whl/cu130 …
+TORCH_INDEX ?=
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup demo demo-seeds test test-slow drills lint tensorboard clean
+
+help:
+	@echo "make demo         train tiny_base, tiny_bico and tiny_ntp on $(RANKS) ranks, print and plot the comparison"
+	@echo "make test         lint, type check and tests"
+	@echo "make test-slow    the tests that take minutes"
+	@echo "make drills       kill, damage and resume drills"
+	@echo "make tensorboard  open the last runs"
+	@echo "make demo-seeds   the demo over 5 seeds (half an hour)"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel numpy
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e .[dev]
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/python tools/demo.py --ranks $(RANKS)
+
+demo-seeds: setup
+	$(BIN)/python tools/demo.py --ranks $(RANKS) --seeds 11 12 13 14 15
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest
+
+test-slow: setup
+	$(BIN)/pytest -m slow
+
+drills: setup
+	$(BIN)/pytest -m drill -s
+
+tensorboard: setup
+	$(BIN)/tensorboard --logdir runs
+
+clean:
+	rm -rf runs build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,65 @@
+"""The reversal tasks during training. Collective: every rank takes an equal share."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from bico_ds.config.schema import EvaluationSpec
+from bico_ds.engine.distributed import Ranks
+from bico_ds.engine.run_folder import RunFolder, write_atomically
+from bico_ds.engine.signals import StopFlag
+from bico_ds.evaluation.suite import EvaluationResult, evaluate
+from bico_ds.evaluation.tasks import Task
+from bico_ds.evaluation.zero3 import is_partitioned, parameter_count, whole_replica
+
+# A bf16 copy of so many parameters fits beside a training state on an 80 GB GPU; larger models generate partitioned.
+REPLICA_PARAMETERS = 4_000_000_000
+
+
+class Evaluator:
+    """Evaluates the live model and keeps the row-level results in the run folder."""
+
+    def __init__(
+        self, spec: EvaluationSpec, tasks: list[Task], tokenizer: Any, ranks: Ranks, folder: RunFolder, stop: StopFlag
+    ) -> None:
+        self._spec, self._tasks, self._tokenizer = spec, tasks, tokenizer
+        self._ranks, self._folder, self._stop = ranks, folder, stop
+
+    def is_due(self, step: int, total_steps: int) -> bool:
+        every = self._spec.every_steps
+        return bool(self._tasks) and (step == total_steps or (every is not None and step % every == 0))
+
+    def __call__(self, causal_lm: Any, step: int) -> EvaluationResult | None:
+        """Run all tasks; on rank 0 write evaluation/step-N.json. None where a signal came meanwhile."""
+        partitioned = is_partitioned(causal_lm)
+        replicate = partitioned and parameter_count(causal_lm) <= REPLICA_PARAMETERS
+        was_training = causal_lm.training
+        model = whole_replica(causal_lm, device=self._ranks.device) if replicate else causal_lm.eval()
+        with torch.no_grad():
+            result = evaluate(
+                model,
+                self._tokenizer,
+                self._tasks,
+                batch_size=self._spec.batch_size,
+                max_new_tokens=self._spec.max_new_tokens,
+                rank=self._ranks.rank,
+                world_size=self._ranks.world_size,
+                synced=partitioned and not replicate,
+                device=self._ranks.device,
+                should_stop=lambda: bool(self._stop),
+            )
+        causal_lm.train(was_training)
+        if result is not None and self._ranks.is_first:
+            path = self._folder.path / "evaluation" / f"step-{step:06d}.json"
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, json.dumps(result.to_json(), ensure_ascii=False, indent=1))
+        return result
+
+
+def scalars(result: EvaluationResult) -> dict[str, float]:
+    """All metrics, and each task's headline under a tag of its own."""
+    headlines = {f"evaluation/{name}/headline": task.score for name, task in result.tasks.items()}
+    return headlines | result.scalars()

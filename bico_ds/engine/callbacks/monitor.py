@@ -1,0 +1,108 @@
+"""Numbers into files: metrics.jsonl, TensorBoard, and by DeepSpeed's monitor CSV and W&B. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from bico_ds.config.load import dump_recipe
+from bico_ds.config.schema import MonitorSpec
+from bico_ds.engine.callbacks.base import Callback, RunStart, StepReport
+from bico_ds.engine.run_folder import RunFolder, write_atomically
+
+LAYOUT = {
+    "bico_ds": {
+        "loss": ["Multiline", ["loss/all", "loss/ntp", "loss/bico"]],
+        "reversal tasks": ["Multiline", [r"evaluation/.*/headline"]],
+        "tokens per second": ["Multiline", [r"speed/.*_tokens_per_second"]],
+    }
+}
+
+
+class StepMonitor(Callback):
+    """Writes every `every_steps`-th step's numbers, means over the steps in between."""
+
+    def __init__(self, spec: MonitorSpec, folder: RunFolder, deepspeed_monitor: Any) -> None:
+        self._spec = spec
+        self._folder = folder
+        self._deepspeed_monitor = deepspeed_monitor
+        self._pending: list[StepReport] = []
+
+    def on_start(self, start: RunStart) -> None:
+        first = start.first_step
+        keep_lines_until(self._folder.metrics_file, first)
+        self._metrics = open(self._folder.metrics_file, "a", encoding="utf-8", buffering=1)
+        self._writer = None
+        if self._spec.tensorboard:
+            # Steps after the one resumed from were written by a run that is gone: hide them.
+            self._writer = SummaryWriter(str(self._folder.tensorboard), purge_step=first + 1 if first else None)
+            self._writer.add_custom_scalars(LAYOUT)
+            self._writer.add_text("recipe", f"```yaml\n{dump_recipe(start.recipe)}```", first)
+            self._writer.add_text("summary", f"```json\n{json.dumps(start.summary, indent=1)}\n```", first)
+
+    def on_step(self, report: StepReport) -> None:
+        self._pending.append(report)
+        if report.step % self._spec.every_steps == 0:
+            self._write(report.step, "train", _summarize(self._pending))
+            self._pending.clear()
+
+    def on_numbers(self, step: int, kind: str, numbers: dict[str, float]) -> None:
+        self._write(step, kind, numbers)
+
+    def on_message(self, text: str) -> None: ...
+
+    def on_end(self, step: int, state: str) -> None:
+        if self._pending:
+            self._write(self._pending[-1].step, "train", _summarize(self._pending))
+        self._metrics.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _write(self, step: int, kind: str, numbers: dict[str, float]) -> None:
+        self._metrics.write(json.dumps({"step": step, "kind": kind, **numbers}) + "\n")
+        if self._writer is not None:
+            for tag, value in numbers.items():
+                self._writer.add_scalar(tag, value, step)
+            self._writer.flush()
+        if self._deepspeed_monitor is not None and self._deepspeed_monitor.enabled:
+            self._deepspeed_monitor.write_events([(tag, value, step) for tag, value in numbers.items()])
+
+
+def _summarize(reports: list[StepReport]) -> dict[str, float]:
+    """Token-weighted losses in all and by objective, rates over the wall time of these steps, the last lr."""
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for report in reports:
+        for tag in ("loss/all", f"loss/{report.objective}"):
+            sums[tag][0] += report.loss * report.targets
+            sums[tag][1] += report.targets
+    seconds = sum(report.seconds for report in reports)
+    numbers = {tag: total / max(count, 1.0) for tag, (total, count) in sums.items()}
+    return numbers | {
+        "optimizer/learning_rate": reports[-1].learning_rate,
+        "optimizer/grad_norm": sum(report.grad_norm for report in reports) / len(reports),
+        "optimizer/skipped_steps": sum(not report.applied for report in reports),
+        "speed/kept_tokens_per_second": sum(report.kept_tokens for report in reports) / seconds,
+        "speed/represented_tokens_per_second": sum(report.represented_tokens for report in reports) / seconds,
+        "speed/step_seconds": seconds / len(reports),
+        "speed/data_wait_share": sum(report.wait_seconds for report in reports) / seconds,
+        "data/fill": sum(report.fill for report in reports) / len(reports),
+    }
+
+
+def keep_lines_until(path: Path, step: int) -> None:
+    """Drop the lines of later steps: a resumed run writes them anew."""
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = []
+    for line in lines:
+        if not line.endswith("\n"):
+            continue  # a line cut by a crash
+        if json.loads(line)["step"] <= step:
+            kept.append(line)
+    if len(kept) != len(lines):
+        write_atomically(path, "".join(kept))

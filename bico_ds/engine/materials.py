@@ -1,0 +1,112 @@
+"""What a run works on, from the recipe: tokenizer, stores, objectives, loader, tasks. One process can build it alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bico_ds.config.errors import UserError
+from bico_ds.config.schema import Recipe
+from bico_ds.data.loader import ElasticLoader
+from bico_ds.data.prepare import facts_folder, prepare_source
+from bico_ds.data.store import TokenStore
+from bico_ds.data.tokenizer import load_tokenizer, special_ids, tokenizer_hash
+from bico_ds.evaluation.tasks import Task, load_tasks
+from bico_ds.objectives.build import build_objectives
+from bico_ds.objectives.schedule import ObjectiveSchedule
+
+
+@dataclass(frozen=True)
+class Materials:
+    """Everything but the model."""
+
+    tokenizer: Any
+    tokenizer_path: str
+    stores: list[TokenStore]
+    schedule: ObjectiveSchedule
+    tasks: list[Task]
+
+
+def tokenizer_path(recipe: Recipe, *, weights_needed: bool = True) -> str:
+    """Which tokenizer the recipe means; the embedded task brings its own.
+
+    Without `weights_needed` (dry runs), a start model that is not here leaves the embedded task's.
+    """
+    spec, has_facts = recipe.model, any(source.facts for source in recipe.data.sources)
+    if spec.tokenizer is not None:
+        return spec.tokenizer
+    if spec.path is not None and (Path(spec.path).is_dir() or weights_needed or not has_facts):
+        return spec.path
+    if has_facts:
+        return str(facts_folder(recipe.data) / "tokenizer")
+    raise UserError("model.tokenizer: give a tokenizer; without model.path there is none to take")
+
+
+def prepare(recipe: Recipe, *, weights_needed: bool = True, progress: bool = True) -> list[Path]:
+    """Make (or find) the store of every source. One process at a time: rank 0, before the others join."""
+    path = tokenizer_path(recipe, weights_needed=weights_needed)
+    return [
+        Path(source.store) if source.store else prepare_source(source, recipe.data, path, progress=progress)
+        for source in recipe.data.sources
+    ]
+
+
+def gather(recipe: Recipe, *, weights_needed: bool = True) -> Materials:
+    """Open what `prepare` made. Raises `UserError` for a store of another tokenizer, or tasks that are not there."""
+    path = tokenizer_path(recipe, weights_needed=weights_needed)
+    tokenizer = load_tokenizer(path)
+    stores = [
+        TokenStore.open(store, tokenizer_hash=tokenizer_hash(tokenizer))
+        for store in prepare(recipe, weights_needed=weights_needed, progress=False)
+    ]
+    objectives = build_objectives(
+        recipe.objectives, special_ids=special_ids(tokenizer), placeholder_id=_placeholder(tokenizer)
+    )
+    schedule = ObjectiveSchedule(objectives, [spec.probability for spec in recipe.objectives], recipe.seed)
+    return Materials(tokenizer, path, stores, schedule, _tasks(recipe))
+
+
+def build_loader(
+    recipe: Recipe,
+    materials: Materials,
+    *,
+    rank: int,
+    world_size: int,
+    state: dict[str, Any] | None = None,
+    pin_memory: bool = False,
+) -> ElasticLoader:
+    """The stream of this rank's micro-batches, from `state` on."""
+    return ElasticLoader(
+        materials.stores,
+        recipe.data,
+        materials.schedule,
+        seed=recipe.seed,
+        global_batch_bins=recipe.training.global_batch_bins,
+        micro_batch_bins=recipe.training.micro_batch_bins,
+        rank=rank,
+        world_size=world_size,
+        state=state,
+        pin_memory=pin_memory,
+    )
+
+
+def total_steps(recipe: Recipe, loader: ElasticLoader) -> int:
+    """Length of the run in optimizer steps."""
+    if recipe.training.steps is not None:
+        return recipe.training.steps
+    assert recipe.training.epochs is not None
+    return loader.total_steps(recipe.training.epochs)
+
+
+def _placeholder(tokenizer: Any) -> int | None:
+    candidates = (tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in candidates if token is not None), None)
+
+
+def _tasks(recipe: Recipe) -> list[Task]:
+    spec = recipe.evaluation
+    if not spec.tasks:
+        return []
+    folder = spec.folder if spec.folder is not None else facts_folder(recipe.data)
+    return load_tasks(folder, spec.tasks, limit=spec.limit)

@@ -1,0 +1,59 @@
+"""A loss or gradient that is not finite: stop before the update, and leave what one needs to see why."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+
+from bico_ds.batch import PackedBatch
+from bico_ds.engine.distributed import Ranks, all_gather_objects
+from bico_ds.engine.run_folder import RunFolder, write_atomically
+
+
+class NonFiniteError(RuntimeError):
+    """Training met a loss or gradient that is not finite; the weights are those of the step before."""
+
+
+def stop(
+    step: int, batches: Sequence[PackedBatch], losses: Sequence[torch.Tensor], ranks: Ranks, folder: RunFolder
+) -> NoReturn:
+    """Raise on all ranks alike, naming step, rank and documents; every culprit writes its micro-batches to a file."""
+    values = [float(loss) for loss in losses]
+    bad = [index for index, value in enumerate(values) if not math.isfinite(value)]
+    mine = None
+    if bad:
+        path = folder.logs / f"nonfinite-step-{step + 1:06d}-rank-{ranks.rank}.json"
+        folder.logs.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps([_content(batches[i], values[i]) for i in bad]))
+        documents = [document for i in bad for document in batches[i].documents.tolist()]
+        mine = {"rank": ranks.rank, "documents": documents, "file": str(path)}
+    culprits = [entry for entry in all_gather_objects(mine) if entry is not None]
+    if not culprits:
+        raise NonFiniteError(
+            f"step {step + 1}: the losses are finite but the gradient is not; the weights are unchanged. "
+            "Lower optimizer.lr or training.max_grad_norm, or go on with training.on_nonfinite=skip"
+        )
+    lines = [f"rank {c['rank']}: documents (source, id, piece) {_few(c['documents'])}, see {c['file']}" for c in culprits]
+    raise NonFiniteError(f"step {step + 1}: the loss is not finite; the weights are unchanged.\n" + "\n".join(lines))
+
+
+def _content(batch: PackedBatch, loss: float) -> dict[str, Any]:
+    return {
+        "loss": str(loss),
+        "mode": batch.plan.mode,
+        "documents": batch.documents.tolist(),
+        "input_ids": batch.input_ids.tolist(),
+        "position_ids": batch.position_ids.tolist(),
+        "cu_seqlens": batch.plan.cu_seqlens.tolist(),
+        "loss_rows": batch.loss_rows.tolist(),
+        "targets": batch.targets.tolist(),
+    }
+
+
+def _few(documents: list[list[int]], most: int = 10) -> str:
+    shown = ", ".join(str(tuple(document)) for document in documents[:most])
+    return shown + (f" and {len(documents) - most} more" if len(documents) > most else "")

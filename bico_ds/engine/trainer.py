@@ -1,0 +1,148 @@
+"""The loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from bico_ds.batch import PackedBatch
+from bico_ds.engine import nonfinite
+from bico_ds.engine.callbacks.base import Callbacks, StepReport
+from bico_ds.engine.callbacks.evaluation import Evaluator, scalars
+from bico_ds.engine.checkpoint import Checkpointer
+from bico_ds.engine.distributed import Ranks, all_reduce_sum
+from bico_ds.engine.run_folder import RunFolder, State
+from bico_ds.engine.signals import StopFlag
+
+
+class Loader(Protocol):
+    """What the loop needs of `bico_ds.data.loader`."""
+
+    wait_seconds: float
+
+    def step(self, step: int) -> Sequence[PackedBatch]: ...
+
+    def state_dict(self, step: int) -> dict[str, Any]: ...
+
+
+class Trainer:
+    """Runs one engine from `step` to `total_steps`; the same calls on every rank."""
+
+    def __init__(
+        self,
+        *,
+        engine: Any,
+        loader: Loader,
+        objective_of: Any,
+        callbacks: Callbacks,
+        checkpointer: Checkpointer,
+        evaluator: Evaluator,
+        ranks: Ranks,
+        folder: RunFolder,
+        stop: StopFlag,
+        seed: int,
+        step_capacity: int,
+        total_steps: int,
+        on_nonfinite: str,
+        step: int = 0,
+    ) -> None:
+        self.engine, self.loader, self.objective_of = engine, loader, objective_of
+        self.callbacks, self.checkpointer, self.evaluator = callbacks, checkpointer, evaluator
+        self.ranks, self.folder, self.stop = ranks, folder, stop
+        self.seed, self.step_capacity, self.on_nonfinite = seed, step_capacity, on_nonfinite
+        self.step, self.total_steps = step, total_steps
+        self._saved_step = step if step else -1
+
+    def run(self) -> State:
+        """Train until the last step or until a stop is agreed; leaves a checkpoint of where it stands."""
+        state: State = "done"
+        while self.step < self.total_steps:
+            started, waited = time.perf_counter(), self.loader.wait_seconds
+            batches = self.loader.step(self.step)
+            targets, stop = self._agree(batches)
+            if stop:
+                state = "preempted"
+                break
+            report = self._optimize(batches, targets, started, waited)
+            self.step += 1
+            self.callbacks.on_step(report)
+            if self.evaluator.is_due(self.step, self.total_steps):
+                self._evaluate()
+            if self.checkpointer.is_due(self.step):
+                self._save()
+        if self._saved_step != self.step:
+            self._save()
+        return state
+
+    def _agree(self, batches: Sequence[PackedBatch]) -> tuple[int, bool]:
+        """Targets of the whole step, and whether any rank was asked to stop: one all-reduce before the first backward."""
+        mine = sum(len(batch.targets) for batch in batches)
+        targets, stops = all_reduce_sum([mine, float(bool(self.stop))], self.ranks.device)
+        return int(targets), stops > 0
+
+    def _optimize(
+        self, batches: Sequence[PackedBatch], targets: int, started: float, waited: float
+    ) -> StepReport:
+        """Forward, backward and update of one global batch; the loss is the mean over all its targets."""
+        torch.manual_seed(self.seed * 1_000_003 + self.step * 4099 + self.ranks.rank)  # dropout: same after a resume
+        scale = self.ranks.world_size / max(targets, 1)  # DeepSpeed averages the gradients over the ranks
+        losses = []
+        for number, batch in enumerate(batches, start=1):
+            loss_sum = self.engine(batch.to(self.ranks.device, non_blocking=True))
+            self.engine.backward(loss_sum * scale, scale_wrt_gas=False)
+            losses.append(loss_sum.detach())
+            if number < len(batches):
+                self.engine.step()
+        totals = self._totals(batches, torch.stack(losses), self.loader.wait_seconds - waited)
+        applied = self._update(batches, losses, math.isfinite(totals[0]))
+        return StepReport(
+            step=self.step + 1,
+            objective=self.objective_of(self.step).name,
+            loss=totals[0] / max(targets, 1),
+            targets=targets,
+            grad_norm=float(self.engine.get_global_grad_norm() or 0.0) if applied else math.nan,
+            learning_rate=self.engine.get_lr()[0],
+            kept_tokens=int(totals[1]),
+            represented_tokens=int(totals[2]),
+            fill=totals[2] / self.step_capacity,
+            seconds=time.perf_counter() - started,
+            wait_seconds=totals[3] / self.ranks.world_size,
+            applied=applied,
+        )
+
+    def _totals(self, batches: Sequence[PackedBatch], losses: torch.Tensor, waited: float) -> list[float]:
+        rows = sum(len(batch.input_ids) for batch in batches)
+        represented = sum(batch.represented_tokens for batch in batches)
+        return all_reduce_sum([losses.double().sum().item(), rows, represented, waited], self.ranks.device)
+
+    def _update(self, batches: Sequence[PackedBatch], losses: list[torch.Tensor], loss_is_finite: bool) -> bool:
+        """The optimizer step. DeepSpeed drops the step itself, weights untouched, where a gradient is not finite."""
+        if not loss_is_finite and self.on_nonfinite == "stop":
+            nonfinite.stop(self.step, batches, losses, self.ranks, self.folder)
+        learning_rate = self.engine.get_lr()
+        self.engine.step()
+        applied = bool(self.engine.was_step_applied())
+        assert loss_is_finite or not applied, "an update was made from a loss that is not finite"
+        if not applied:
+            if self.on_nonfinite == "stop":
+                nonfinite.stop(self.step, batches, losses, self.ranks, self.folder)
+            self.callbacks.on_message(f"step {self.step + 1}: not finite, skipped (lr {learning_rate[0]:.1e})")
+        return applied
+
+    def _evaluate(self) -> None:
+        started = time.perf_counter()
+        result = self.evaluator(self.engine.module.causal_lm, self.step)
+        if result is not None:
+            self.callbacks.on_numbers(self.step, "evaluation", scalars(result))
+            self.callbacks.on_numbers(self.step, "timing", {"speed/evaluation_seconds": time.perf_counter() - started})
+
+    def _save(self) -> None:
+        seconds = self.checkpointer.save(self.engine, self.step, {"loader": self.loader.state_dict(self.step)})
+        self._saved_step = self.step
+        self.callbacks.on_numbers(self.step, "checkpoint", {"speed/checkpoint_seconds": seconds})
+        dist.barrier()

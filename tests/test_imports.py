@@ -1,0 +1,62 @@
+"""The rooms of the house import in one direction only (docs/architecture.md)."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ORDER = ("config", "attention", "batch", "objectives", "data", "model", "evaluation", "engine")
+ENTRANCES = ("launch", "tools")
+
+
+def room_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).parts
+    return parts[0] if parts[0] in ENTRANCES else Path(parts[1]).stem
+
+
+def may_import(room: str, other: str) -> bool:
+    if room in ENTRANCES:
+        return True
+    if room == "planner":
+        return other in ("planner", "config")
+    if other == "planner":
+        return room == "engine"
+    return ORDER.index(other) <= ORDER.index(room)
+
+
+def imported_rooms(path: Path) -> set[str]:
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module == "bico_ds":
+            names = [f"bico_ds.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        rooms |= {name.split(".")[1] for name in names if name.startswith("bico_ds.")}
+    return rooms
+
+
+SOURCES = [p for folder in ("bico_ds", *ENTRANCES) for p in sorted((ROOT / folder).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_to_earlier_rooms_only(path):
+    if path == ROOT / "bico_ds" / "__init__.py":
+        assert path.read_text() == "", "the package's __init__ stays empty: what needs no torch must import none"
+        return
+    wrong = {other for other in imported_rooms(path) if not may_import(room_of(path), other)}
+    assert not wrong, f"{path.relative_to(ROOT)} imports from {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("room", ["config", "planner", "engine/run_folder.py", "engine/signals.py"])
+def test_light_rooms_name_no_torch(room):
+    for path in [ROOT / "bico_ds" / room] if room.endswith(".py") else (ROOT / "bico_ds" / room).rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        names |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+        assert not names & {"torch", "deepspeed", "transformers"}, path

@@ -1,0 +1,111 @@
+#!/usr/bin/env python
+"""The demo: tiny_base, then tiny_bico and tiny_ntp from it, on ZeRO-3 with two ranks; then both side by side.
+
+    python tools/demo.py                          one seed, the recipes' own run folders
+    python tools/demo.py --seeds 11 12 13         a run folder each, and the mean and worst over all
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from rich.console import Console
+from rich.table import Table
+
+from bico_ds.evaluation.compare import compare_runs
+
+ARMS = ("tiny_bico", "tiny_ntp")
+TASKS = ("n2d", "d2n", "n2d_reverse", "d2n_reverse")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2, help="processes to train with (default 2)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="train every seed into runs/seed-N")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run folders go (default runs)")
+    arguments = parser.parse_args()
+    console = Console(soft_wrap=True)
+    started = time.monotonic()
+    if arguments.seeds is None:
+        train_all(arguments.runs, arguments.ranks, [], console)
+        show(arguments.runs, console)
+    else:
+        for seed in arguments.seeds:
+            folder = arguments.runs / f"seed-{seed}"
+            train_all(folder, arguments.ranks, [f"seed={seed}", f"data.facts.seed={seed}"], console)
+        show_seeds([arguments.runs / f"seed-{seed}" for seed in arguments.seeds], arguments.runs, console)
+    console.print(f"\nThe demo took {(time.monotonic() - started) / 60:.1f} minutes.")
+    return 0
+
+
+def train_all(runs: Path, ranks: int, overrides: list[str], console: Console) -> None:
+    """Train the base and both arms; a run that is done already returns at once."""
+    for recipe in ("tiny_base", *ARMS):
+        extra = [] if recipe == "tiny_base" else [f"model.path={runs / 'tiny_base' / 'export'}"]
+        command = [
+            deepspeed_launcher(), "--num_accelerators", str(ranks), str(ROOT / "launch" / "train.py"),
+            "--recipe", recipe, "--output-dir", str(runs / recipe),
+        ]  # fmt: skip
+        for override in (*overrides, *extra):
+            command += ["--set", override]
+        console.rule(f"[bold]{recipe}")
+        console.print(f"$ deepspeed {' '.join(command[1:])}", highlight=False, markup=False)
+        code = subprocess.run(command, check=False).returncode
+        if code:
+            sys.exit(code)
+
+
+def show(runs: Path, console: Console) -> None:
+    """The four tasks of both arms side by side, the plot, and the way to TensorBoard."""
+    console.rule("[bold]both arms")
+    output = runs / "demo"
+    compare_runs([runs / arm for arm in ARMS], output=output, console=console)
+    console.print(f"\nCurves: make tensorboard   (tensorboard --logdir {runs})")
+
+
+def show_seeds(folders: list[Path], runs: Path, console: Console) -> None:
+    """Mean and worst of both arms over the seeds, as a table and as Markdown."""
+    table = Table(title=f"{len(folders)} seeds, mean (worst)")
+    lines = ["| task | " + " | ".join(ARMS) + " |", "|---|" + "---|" * len(ARMS)]
+    for column in ("task", *ARMS):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    for task in TASKS:
+        cells = []
+        for arm in ARMS:
+            scores = [final_score(folder / arm, task) for folder in folders]
+            worst = max(scores) if arm == "tiny_ntp" and task.endswith("reverse") else min(scores)
+            cells.append(f"{sum(scores) / len(scores):.3f} ({worst:.3f})")
+        table.add_row(task, *cells)
+        lines.append(f"| {task} | " + " | ".join(cells) + " |")
+    console.print(table)
+    path = runs / "demo-seeds.md"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    console.print(f"Written to {path}; the worst of tiny_ntp on the reverse tasks is its highest.")
+
+
+def final_score(run: Path, task: str) -> float:
+    """The headline metric of the last evaluation of a run."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line["kind"] == "evaluation"][-1][f"evaluation/{task}/headline"]
+
+
+def deepspeed_launcher() -> str:
+    """The launcher of this Python's environment."""
+    beside = Path(sys.executable).parent / "deepspeed"
+    found = str(beside) if beside.exists() else shutil.which("deepspeed")
+    if found is None:
+        sys.exit("error: no `deepspeed` command; run `make setup`")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

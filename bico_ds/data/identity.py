@@ -1,0 +1,79 @@
+"""What a sample stream depends on, kept in every checkpoint: a resume with anything else is refused, and
+says why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+from bico_ds.config.errors import UserError
+from bico_ds.config.schema import DataSpec, SourceSpec
+from bico_ds.objectives.schedule import ObjectiveSchedule
+
+
+def source_names(sources: Sequence[SourceSpec]) -> list[str]:
+    """Return the sources' names in logs: their own, or the last part of their path; made unique."""
+    seen: Counter[str] = Counter()
+    names = []
+    for source in sources:
+        path = source.store or (source.files[0] if source.files else f"facts_{source.facts}")
+        name = source.name or PurePath(path).name
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    return names
+
+
+def identity(
+    data: DataSpec,
+    fingerprints: Sequence[str],
+    schedule: ObjectiveSchedule,
+    *,
+    seed: int,
+    global_batch_bins: int,
+) -> dict[str, Any]:
+    """Return all that the global sample stream is a function of, by recipe key; JSON-able.
+
+    The number of ranks, of micro-batches and of workers is not in it: the stream does not depend on them.
+    """
+    keys: dict[str, Any] = {"seed": seed, "training.global_batch_bins": global_batch_bins}
+    for name in ("capacity", "overlong", "max_documents_per_bin", "repack_every_epoch"):
+        keys[f"data.{name}"] = getattr(data, name)
+    for index, (source, fingerprint) in enumerate(zip(data.sources, fingerprints, strict=True)):
+        keys[f"data.sources[{index}] contents"] = fingerprint
+        keys[f"data.sources[{index}].weight"] = source.weight
+        keys[f"data.sources[{index}].epochs"] = source.epochs
+    for index, (objective, probability) in enumerate(
+        zip(schedule.objectives, schedule.probabilities, strict=True)
+    ):
+        keys[f"objectives[{index}]"] = repr(objective)
+        keys[f"objectives[{index}].probability"] = probability
+    return keys
+
+
+def fingerprint(keys: Mapping[str, Any]) -> str:
+    """Return one word that is equal for equal identities."""
+    return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return a line for each key that differs."""
+    missing = "(absent)"
+    return [
+        f"{key}: {before.get(key, missing)!s} in the checkpoint, {now.get(key, missing)!s} now"
+        for key in sorted({*before, *now})
+        if before.get(key, missing) != now.get(key, missing)
+    ]
+
+
+def refuse(lines: Sequence[str]) -> None:
+    """Raise the UserError of a resume on a changed data set or recipe."""
+    raise UserError(
+        "the data set or recipe is not the one this checkpoint was trained on, so the samples would not "
+        "continue where they stopped:\n  " + "\n  ".join(lines) + "\n"
+        "Restore the old values, or set data.allow_change: true to go on with the new ones"
+    )

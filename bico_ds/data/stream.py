@@ -1,0 +1,159 @@
+"""The endless stream of bins: data epoch after data epoch, each in a drawn order. It knows nothing of ranks
+and steps.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bico_ds.config.schema import DataSpec
+from bico_ds.data.mixture import EpochRows, Mixture
+from bico_ds.data.packing import PackPlan, build_pack_plan, seeded_permutation
+from bico_ds.data.rows import Expand, Rows
+from bico_ds.objectives.counter import hash_words
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """The next bin: `bin` of the drawn order of data epoch `epoch`."""
+
+    epoch: int = 0
+    bin: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamBins:
+    """Bins taken from the stream, N rows in B of them.
+
+    `source` and `row` [N] name a row of `Rows`, `passes` [N] is the number of the pass over its source,
+    `length` [N] the room it takes; bin b has the rows `offsets[b]` … `offsets[b + 1] - 1`.
+    """
+
+    source: NDArray[np.int64]
+    row: NDArray[np.int64]
+    passes: NDArray[np.int64]
+    length: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Epoch:
+    rows: EpochRows
+    plan: PackPlan
+    order: NDArray[np.int64]  # of the plan's bins
+
+
+class BinStream:
+    """Bins over the rows of all sources, for objectives that share one expansion.
+
+    Every data epoch packs its rows anew where the mixture or `data.repack_every_epoch` asks for it; else the
+    bins stay the same and only their order is drawn. Safe to use from several threads.
+    """
+
+    def __init__(
+        self, rows: Sequence[Rows], mixture: Mixture, expand: Expand, data: DataSpec, *, seed: int
+    ) -> None:
+        self._mixture, self._expand, self._data, self._seed = mixture, expand, data, seed
+        self._length = rows[0].length if len(rows) == 1 else np.concatenate([part.length for part in rows])
+        self._first_row = np.cumsum([0, *(len(part) for part in rows)])
+        self._epochs: dict[int, _Epoch] = {}
+        self._num_bins: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def same_bins_every_epoch(self) -> bool:
+        return self._mixture.repeats and not self._data.repack_every_epoch
+
+    def num_bins(self, epoch: int) -> int:
+        """Return the bins of a data epoch. (Packing anew draws other bin mates, never another number of
+        bins.)
+        """
+        if self._mixture.repeats:
+            epoch = 0
+        if epoch not in self._num_bins:
+            self._num_bins[epoch] = self._epoch(epoch).plan.num_bins
+        return self._num_bins[epoch]
+
+    def plan(self, epoch: int) -> PackPlan:
+        """Return the pack plan of a data epoch."""
+        return self._epoch(epoch).plan
+
+    def epoch_lengths(self, epoch: int) -> NDArray[np.int64]:
+        """Return the lengths of the rows of a data epoch, int64 [N]."""
+        return self._expand(self._length[self._epoch(epoch).rows.row].astype(np.int64))
+
+    def advance(self, position: Position, bins: int) -> Position:
+        """Return the position `bins` bins later."""
+        epoch, place = position.epoch, position.bin + bins
+        if self._mixture.repeats:
+            more, place = divmod(place, self.num_bins(0))
+            return Position(epoch=epoch + more, bin=place)
+        while place >= self.num_bins(epoch):
+            place -= self.num_bins(epoch)
+            epoch += 1
+        return Position(epoch=epoch, bin=place)
+
+    def take(self, position: Position, count: int) -> StreamBins:
+        """Return the `count` bins from `position` on; an epoch's last bins go with the next epoch's first
+        ones.
+        """
+        parts = []
+        position = self.advance(position, 0)
+        while count:
+            taken = min(count, self.num_bins(position.epoch) - position.bin)
+            parts.append(self._take(position, taken))
+            position, count = self.advance(position, taken), count - taken
+        sizes = np.concatenate([np.diff(part.offsets) for part in parts])
+        columns = ("source", "row", "passes", "length")
+        return StreamBins(
+            offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]),
+            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in columns},
+        )
+
+    def _take(self, position: Position, count: int) -> StreamBins:
+        epoch = self._epoch(position.epoch)
+        entries, sizes = epoch.plan.rows_of(epoch.order[position.bin : position.bin + count])
+        row = epoch.rows.row[entries].astype(np.int64)
+        source = np.searchsorted(self._first_row, row, side="right") - 1
+        passes = epoch.rows.passes[entries].astype(np.int64)
+        if self._mixture.repeats:  # the rows are those of epoch 0
+            passes += position.epoch * np.array(self._mixture.passes, dtype=np.int64)[source]
+        return StreamBins(
+            source=source,
+            row=row - self._first_row[source],
+            passes=passes,
+            length=self._expand(self._length[row].astype(np.int64)),
+            offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]),
+        )
+
+    def _epoch(self, number: int) -> _Epoch:
+        with self._lock:
+            if number not in self._epochs:
+                built = self._build(number)
+                self._epochs = {n: e for n, e in self._epochs.items() if abs(n - number) <= 1}
+                self._epochs[number] = built
+            return self._epochs[number]
+
+    def _build(self, number: int) -> _Epoch:
+        known = next(iter(self._epochs.values()), None)
+        if known and self._mixture.repeats:
+            rows = known.rows
+        else:
+            rows = self._mixture.epoch(0 if self._mixture.repeats else number)
+        if known and self.same_bins_every_epoch:
+            plan = known.plan
+        else:
+            packed = 0 if self.same_bins_every_epoch else number
+            plan = build_pack_plan(
+                self._expand(self._length[rows.row].astype(np.int64)),
+                capacity=self._data.capacity,
+                seed=int(hash_words("packing", self._seed, packed)[0]),
+                max_documents_per_bin=self._data.max_documents_per_bin,
+            )
+        order = seeded_permutation("order", self._seed, number, size=plan.num_bins)
+        return _Epoch(rows=rows, plan=plan, order=order)

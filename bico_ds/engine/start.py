@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from bico_ds.config.errors import UserError
 from bico_ds.config.schema import Recipe
+from bico_ds.data.loader import ElasticLoader
 from bico_ds.engine import checkpoint, distributed, materials
 from bico_ds.engine.callbacks.base import Callback, Callbacks, RunStart
 from bico_ds.engine.callbacks.console import ConsoleProgress
@@ -40,7 +42,7 @@ class Resume:
 
 def train(recipe: Recipe, *, output_dir: str | None, resume: str, stop: StopFlag) -> State:
     """Train a recipe to its end, or to the agreed stop. Called on every rank; returns the same state on each."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    _quiet()
     ranks = distributed.read_ranks()
     folder = RunFolder(output_dir or recipe.output_dir or f"runs/{recipe.name}")
     check(recipe, ranks.world_size)
@@ -125,7 +127,7 @@ def _run(recipe: Recipe, folder: RunFolder, found: FoundCheckpoint | None, ranks
         on_nonfinite=recipe.training.on_nonfinite,
         step=found.step if found else 0,
     )
-    first = RunStart(recipe=recipe, first_step=trainer.step, total_steps=steps, summary=loader.report())
+    first = RunStart(recipe=recipe, first_step=trainer.step, total_steps=steps, summary=_summary(loader))
     return _finish(trainer, first, callbacks, recipe, goods.tokenizer, loader.close)
 
 
@@ -180,3 +182,14 @@ def build_engine(recipe: Recipe, ranks: Ranks, folder: RunFolder, steps: int) ->
 
 def _callbacks(recipe: Recipe, folder: RunFolder, engine: Any) -> list[Callback]:
     return [ConsoleProgress(), StepMonitor(recipe.monitor, folder, engine.monitor)]
+
+
+def _summary(loader: ElasticLoader) -> dict[str, Any]:
+    return {"data": [asdict(stream) for stream in loader.report()]}
+
+
+def _quiet() -> None:
+    """Keep the console for what the user can act on."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames; one warning a call, in every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

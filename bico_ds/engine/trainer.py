@@ -99,6 +99,7 @@ class Trainer:
             if number < len(batches):
                 self.engine.step()
         totals = self._totals(batches, torch.stack(losses), self.loader.wait_seconds - waited)
+        learning_rate = self.engine.get_lr()[0]
         applied = self._update(batches, losses, math.isfinite(totals[0]))
         return StepReport(
             step=self.step + 1,
@@ -106,7 +107,7 @@ class Trainer:
             loss=totals[0] / max(targets, 1),
             targets=targets,
             grad_norm=float(self.engine.get_global_grad_norm() or 0.0) if applied else math.nan,
-            learning_rate=self.engine.get_lr()[0],
+            learning_rate=learning_rate,
             kept_tokens=int(totals[1]),
             represented_tokens=int(totals[2]),
             fill=totals[2] / self.step_capacity,
@@ -124,14 +125,13 @@ class Trainer:
         """The optimizer step. DeepSpeed drops the step itself, weights untouched, where a gradient is not finite."""
         if not loss_is_finite and self.on_nonfinite == "stop":
             nonfinite.stop(self.step, batches, losses, self.ranks, self.folder)
-        learning_rate = self.engine.get_lr()
         self.engine.step()
         applied = bool(self.engine.was_step_applied())
         assert loss_is_finite or not applied, "an update was made from a loss that is not finite"
         if not applied:
             if self.on_nonfinite == "stop":
                 nonfinite.stop(self.step, batches, losses, self.ranks, self.folder)
-            self.callbacks.on_message(f"step {self.step + 1}: not finite, skipped (lr {learning_rate[0]:.1e})")
+            self.callbacks.on_message(f"step {self.step + 1}: loss or gradient not finite, update skipped")
         return applied
 
     def _evaluate(self) -> None:

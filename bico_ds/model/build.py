@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from bico_ds.batch import PackedBatch
 from bico_ds.config.schema import ModelSpec
 from bico_ds.model.architecture import meta_model, model_config
 from bico_ds.model.head import swap_head
 from bico_ds.model.initialize import RandomWeights
+from bico_ds.model.load import check_names_and_shapes, open_weights, verify_loaded
+from bico_ds.model.lora import AdaptedWeights, add_lora, base_name, is_adapter
 from bico_ds.model.materialize import WeightSource, materialize
 from bico_ds.model.swap import check_attention, swap_attention
 
@@ -82,17 +86,38 @@ def build_model(
     causal_lm = meta_model(config)
     swap_attention(causal_lm, spec.attention_backend, longest_document=longest_document)
     swap_head(causal_lm, spec.loss_chunk_rows)
+    shapes = {name: parameter.shape for name, parameter in causal_lm.named_parameters()}
+    if spec.lora is not None:
+        add_lora(causal_lm, spec.lora)
     device = torch.device(device)
     if device.type != "meta":
-        materialize(causal_lm, _weight_source(spec, config, seed), ds_config=ds_config, device=device)
-        _refresh_rotary(causal_lm, device)
+        if spec.path is None:
+            _fill(causal_lm, RandomWeights(seed=seed, std=config.initializer_range), seed, ds_config, device)
+        else:
+            weights = open_weights(spec.path, allow_pickle=spec.allow_pickle)
+            check_names_and_shapes(shapes, weights, tied_head=config.tie_word_embeddings)
+            _fill(causal_lm, weights, seed, ds_config, device)
+            verify_loaded(_base_parameters(causal_lm), weights)
+            causal_lm.generation_config = _generation_config(weights.folder, config)
     return TrainableModel(causal_lm, checkpoint_every=spec.activation_checkpointing)
 
 
-def _weight_source(spec: ModelSpec, config: PretrainedConfig, seed: int) -> WeightSource:
-    if spec.path is None:
-        return RandomWeights(seed=seed, std=config.initializer_range)
-    raise NotImplementedError("loading follows")
+def _fill(
+    causal_lm: Any, weights: WeightSource, seed: int, ds_config: dict[str, Any] | None, device: torch.device
+) -> None:
+    materialize(causal_lm, AdaptedWeights(weights, seed=seed), ds_config=ds_config, device=device)
+    _refresh_rotary(causal_lm, device)
+
+
+def _base_parameters(causal_lm: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((base_name(n), p) for n, p in causal_lm.named_parameters() if not is_adapter(n))
+
+
+def _generation_config(folder: Path, config: PretrainedConfig) -> GenerationConfig:
+    """What the folder says about generation, for the export; else what follows from the config."""
+    if (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_model_config(config)
 
 
 def _refresh_rotary(causal_lm: Any, device: torch.device) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig
 
 from bico_ds.config.errors import UserError
 from bico_ds.model.build import TrainableModel
+from bico_ds.model.lora import adapters_by_base_name, base_name, is_adapter, merge
+from bico_ds.model.materialize import full_shape, gathered
 from bico_ds.model.shards import DTYPES, ShardWriter, atomic_folder, write_checksums
 
 
@@ -30,6 +32,7 @@ def export_model(
 
     ``engine_or_model``: a DeepSpeed engine, a `TrainableModel` or a Hugging Face causal LM. Call it on every
     rank: under ZeRO-3 parameters are gathered one at a time, and rank 0 writes, holding one shard at most.
+    LoRA adapters are merged, in fp32.
     ``folder`` appears complete or not at all, with the SHA-256 of each file in ``checksums.json``. Raises
     UserError where it exists and ``overwrite`` is off; what rank 0 meets in writing is raised on every rank.
     """
@@ -44,10 +47,10 @@ def export_model(
                 shapes = {name: full_shape(parts[0]) for name, parts in tensors.items()}
                 writer = ShardWriter(temporary, shapes, DTYPES[dtype], max_shard_bytes=max_shard_bytes)
         for name, parts in tensors.items():
-            with gathered(parts):
+            with gathered(parts[:3]):
                 if is_writer and not failures:
                     with _caught(failures):
-                        writer.add(name, merged(parts))
+                        writer.add(name, merge(*parts) if len(parts) > 1 else parts[0])
         if is_writer and not failures:
             with _caught(failures):
                 writer.close()
@@ -58,14 +61,11 @@ def export_model(
 
 
 def exported_parameters(causal_lm: nn.Module) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Yield (name in the exported model, the parameters it is made of); a tied parameter once."""
+    """Yield (name in the exported model, its parts: (base,) or (base, A, B, scaling)); a tied one once."""
+    adapters = dict(adapters_by_base_name(causal_lm))
     for name, parameter in causal_lm.named_parameters():
-        yield name, (parameter,)
-
-
-def merged(parts: tuple[Any, ...]) -> Tensor:
-    """The exported value of gathered ``parts``."""
-    return parts[0]
+        if not is_adapter(name):
+            yield base_name(name), (parameter, *adapters.get(base_name(name), ()))
 
 
 def write_settings(
@@ -79,20 +79,6 @@ def write_settings(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     write_checksums(folder)
-
-
-def full_shape(parameter: Any) -> torch.Size:
-    """The shape of a parameter, partitioned or not."""
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def gathered(parameters: tuple[Any, ...]) -> AbstractContextManager[Any]:
-    """Make ZeRO-3 parameters whole on every rank for the block; others are whole already. Collective."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return nullcontext()
-    import deepspeed  # seconds, and only ZeRO-3 needs it
-
-    return deepspeed.zero.GatheredParameters(list(parameters))
 
 
 def _causal_lm(engine_or_model: Any) -> Any:

@@ -21,6 +21,11 @@ class RandomWeights:
             return torch.ones(stop - start)
         if name.endswith(".bias"):
             return torch.zeros(stop - start)
-        digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        generator = named_generator(self._seed, name)
         return torch.empty(shape.numel()).normal_(0.0, self._std, generator=generator)[start:stop]
+
+
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """A CPU generator for one parameter."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -7,6 +7,7 @@ broadcasts it from rank 0. Here a rank asks a `WeightSource` for its own slice o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -51,6 +52,20 @@ def partition_bounds(parameter: nn.Parameter) -> tuple[int, int]:
     """Elements [start, stop) of the flattened parameter that are in this rank's ZeRO-3 partition."""
     start = parameter.ds_tensor.ds_numel * parameter.ds_zero_partition_rank
     return min(start, parameter.ds_numel), min(start + parameter.ds_tensor.ds_numel, parameter.ds_numel)
+
+
+def full_shape(parameter: Any) -> torch.Size:
+    """The shape of a parameter, partitioned or not."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def gathered(parameters: tuple[Any, ...]) -> AbstractContextManager[Any]:
+    """Make ZeRO-3 parameters whole on every rank for the block; others are whole already. Collective."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    import deepspeed  # seconds, and only ZeRO-3 needs it
+
+    return deepspeed.zero.GatheredParameters(list(parameters))
 
 
 def uses_zero3(ds_config: dict[str, Any] | None) -> bool:

@@ -1,0 +1,78 @@
+"""Order-sensitive 64-bit checksums of weights that add up over slices, so that no rank needs the whole
+tensor.
+
+The checksum of a flat tensor is ``Σ (2i + 1) · bits(x_i) mod 2^64``, i its global index: the sum over the
+ranks' partitions is that of the whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bico_ds.model.materialize import gathered, partition_bounds
+
+_INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 1 << 20  # elements: bounds the memory of the 64-bit copies
+
+
+@torch.no_grad()
+def slice_checksum(flat: Tensor, start: int) -> int:
+    """Checksum of elements ``start …`` of a tensor, given as a 1-D slice of it; signed 64 bits, wrapping."""
+    bits = flat.detach().contiguous().view(_INTEGER_OF_SIZE[flat.dtype.itemsize])
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for offset in range(0, bits.numel(), _CHUNK):
+        chunk = bits[offset : offset + _CHUNK].long()
+        index = torch.arange(start + offset, start + offset + chunk.numel(), device=flat.device)
+        total += (chunk * (2 * index + 1)).sum()
+    return int(total)
+
+
+def parameter_checksums(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, int]:
+    """Checksum of each parameter over all ranks, whole or ZeRO-3-partitioned. Collective under ZeRO-3."""
+    parameters = dict(named)
+    sums = torch.tensor([_own_checksum(parameter) for parameter in parameters.values()], dtype=torch.int64)
+    partitioned = [hasattr(parameter, "ds_id") for parameter in parameters.values()]
+    if any(partitioned):
+        assert all(partitioned), "DeepSpeed partitions all parameters or none"
+        sums = add_over_ranks(sums)
+    return dict(zip(parameters, sums.tolist(), strict=True))
+
+
+def add_over_ranks(sums: Tensor) -> Tensor:
+    """Sum of int64 vectors over all ranks, wrapping."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return sums
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    on_device = sums.to(device)
+    dist.all_reduce(on_device)
+    return on_device.cpu()
+
+
+def base_fingerprint(causal_lm: nn.Module) -> str:
+    """SHA-256 over name and checksum of every frozen parameter: what a LoRA checkpoint must find again on
+    resume.
+
+    Collective under ZeRO-3; equal on every rank and for every world size.
+    """
+    frozen = [
+        (name, parameter) for name, parameter in causal_lm.named_parameters() if not parameter.requires_grad
+    ]
+    lines = [f"{name} {checksum}" for name, checksum in sorted(parameter_checksums(frozen).items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _own_checksum(parameter: Any) -> int:
+    """This rank's share: its partition's checksum, or the whole's where nothing is partitioned."""
+    if not hasattr(parameter, "ds_id"):
+        return slice_checksum(parameter.data.view(-1), 0)
+    start, stop = partition_bounds(parameter)
+    if parameter.ds_tensor.numel() < stop - start:  # offloaded to NVMe
+        with gathered((parameter,)):
+            return slice_checksum(parameter.data.view(-1)[start:stop], start)
+    return slice_checksum(parameter.ds_tensor[: stop - start], start)

@@ -1,0 +1,262 @@
+"""Weights from a Hugging Face folder: each rank reads its own slices, and nothing else.
+
+Everything that can be wrong with a folder is found from file names, sizes and headers, before a weight is
+read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from bico_ds.config.errors import UserError
+from bico_ds.model.architecture import is_local_folder
+from bico_ds.model.checksums import add_over_ranks, parameter_checksums, slice_checksum
+from bico_ds.model.materialize import full_shape
+
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+_IGNORED_SUFFIX = (
+    ".rotary_emb.inv_freq"  # a buffer that old Llama checkpoints carry; it follows from the config
+)
+_VERIFY_CHUNK = 1 << 22  # elements read at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """Where a tensor lies: ``data`` is the byte at which it begins in ``file``."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: torch.Size
+    data: int
+
+
+class SafetensorsFolder:
+    """A `WeightSource` over safetensors files. Raises UserError where a shard is missing or cut short."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._entries = {name: entry for file in _shards(folder) for name, entry in _read_header(file)}
+        self._open: dict[Path, Any] = {}
+
+    @cached_property
+    def shapes(self) -> dict[str, torch.Size]:
+        return {name: entry.shape for name, entry in self._entries.items()}
+
+    def read(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened tensor; only the rows around them are read."""
+        entry = self._entries[name]
+        if entry.file not in self._open:
+            self._open[entry.file] = safe_open(entry.file, framework="pt")
+        row = shape[1:].numel()
+        first, last = start // row, -(-stop // row)
+        rows = self._open[entry.file].get_slice(name)[first:last]
+        return rows.reshape(-1)[start - first * row : stop - first * row]
+
+    def checksum(self, name: str, dtype: torch.dtype) -> int:
+        """The tensor's checksum as ``dtype``, straight from the file's bytes and not by way of `read`."""
+        entry, total = self._entries[name], 0
+        numel, itemsize = entry.shape.numel(), entry.dtype.itemsize
+        with entry.file.open("rb") as file:
+            file.seek(entry.data)
+            for start in range(0, numel, _VERIFY_CHUNK):
+                raw = bytearray(file.read(min(_VERIFY_CHUNK, numel - start) * itemsize))
+                total += slice_checksum(torch.frombuffer(raw, dtype=entry.dtype).to(dtype), start)
+        return _wrapped(total)
+
+
+class PickledFolder:
+    """A `WeightSource` over ``pytorch_model*.bin``, memory-mapped, tensors only (``weights_only``)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._tensors: dict[str, Tensor] = {}
+        for file in _indexed_files(folder, "pytorch_model.bin"):
+            self._tensors |= torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+
+    @cached_property
+    def shapes(self) -> dict[str, torch.Size]:
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
+
+    def read(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened tensor."""
+        return self._tensors[name].reshape(-1)[start:stop]
+
+    def checksum(self, name: str, dtype: torch.dtype) -> int:
+        """The tensor's checksum as ``dtype``."""
+        return slice_checksum(self._tensors[name].reshape(-1).to(dtype), 0)
+
+
+WeightFolder = SafetensorsFolder | PickledFolder
+
+
+def open_weights(path: str, *, allow_pickle: bool = False) -> WeightFolder:
+    """Open the weights at a folder or hub name. Raises UserError on what is missing, truncated or pickled."""
+    folder = Path(path).expanduser() if is_local_folder(path) else _download(path, allow_pickle)
+    if not folder.is_dir():
+        raise UserError(f"model.path: the folder '{path}' does not exist")
+    if any(folder.glob("*.safetensors")) or (folder / "model.safetensors.index.json").exists():
+        return SafetensorsFolder(folder)
+    if not any(folder.glob("pytorch_model*.bin")):
+        raise UserError(f"model.path: '{path}' holds no weights (*.safetensors)")
+    if not allow_pickle:
+        raise UserError(
+            f"model.path: '{path}' holds pickled weights only (*.bin), and pickles can run code when loaded: "
+            "convert them to safetensors, or set 'model.allow_pickle: true' if you trust their origin"
+        )
+    return PickledFolder(folder)
+
+
+def check_names_and_shapes(
+    expected: Mapping[str, torch.Size], weights: WeightFolder, *, tied_head: bool
+) -> None:
+    """Raise UserError unless the folder holds exactly the ``expected`` tensors, each of its shape.
+
+    With a ``tied_head`` a stored ``lm_head.weight`` is allowed: `verify_loaded` sees that it equals the
+    embedding.
+    """
+    found = {name: shape for name, shape in weights.shapes.items() if not name.endswith(_IGNORED_SUFFIX)}
+    if tied_head and "lm_head.weight" not in expected:
+        found.pop("lm_head.weight", None)
+    problems = [f"missing: {name}" for name in expected if name not in found]
+    problems += [f"not in the model: {name}" for name in found if name not in expected]
+    problems += [
+        f"{name}: {tuple(found[name])} in the file, {tuple(shape)} in the model"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        more = f"\n  … and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise UserError(
+            f"the weights in '{weights.folder}' do not fit the model:\n  " + "\n  ".join(problems[:8]) + more
+        )
+
+
+def verify_loaded(named: Iterable[tuple[str, nn.Parameter]], weights: WeightFolder) -> None:
+    """Compare every loaded parameter with the file, by checksum; each rank reads 1/world-size of the files
+    for it.
+
+    ``named``: names as in the folder. Collective under ZeRO-3. Raises RuntimeError naming the first wrong
+    parameters.
+    """
+    parameters = dict(named)
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = _my_share({name: full_shape(p).numel() for name, p in parameters.items()}, rank, world_size)
+    in_file = torch.tensor(
+        [weights.checksum(name, p.dtype) if name in mine else 0 for name, p in parameters.items()],
+        dtype=torch.int64,
+    )
+    expected = dict(zip(parameters, add_over_ranks(in_file).tolist(), strict=True))
+    loaded = parameter_checksums(parameters.items())
+    wrong = [name for name in parameters if loaded[name] != expected[name]]
+    if wrong:
+        raise RuntimeError(
+            f"{len(wrong)} of {len(parameters)} parameters differ from '{weights.folder}' after loading: "
+            f"{wrong[:5]}"
+        )
+    _check_stored_tied_head(parameters, weights, expected)
+
+
+def _check_stored_tied_head(
+    parameters: Mapping[str, nn.Parameter], weights: WeightFolder, expected: Mapping[str, int]
+) -> None:
+    if "lm_head.weight" in parameters or "lm_head.weight" not in weights.shapes:
+        return
+    embedding = "model.embed_tokens.weight"
+    if weights.checksum("lm_head.weight", parameters[embedding].dtype) != expected[embedding]:
+        raise UserError(
+            f"'{weights.folder}' stores an lm_head.weight that differs from the embedding, but its config "
+            "ties them: set 'tie_word_embeddings: false' in its config.json"
+        )
+
+
+def _my_share(sizes: Mapping[str, int], rank: int, world_size: int) -> set[str]:
+    """Names this rank checks: the largest first, each to the rank with the least so far."""
+    load, share = [0] * world_size, set()
+    for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
+        owner = load.index(min(load))
+        load[owner] += size
+        if owner == rank:
+            share.add(name)
+    return share
+
+
+def _shards(folder: Path) -> list[Path]:
+    return _indexed_files(folder, "model.safetensors")
+
+
+def _indexed_files(folder: Path, single: str) -> list[Path]:
+    index = folder / f"{single}.index.json"
+    if not index.exists():
+        if not (folder / single).exists():
+            raise UserError(f"model.path: '{folder}' has neither {single} nor {index.name}")
+        return [folder / single]
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError) as error:
+        raise UserError(f"model.path: '{index}' is not a weights index: {error!r}") from error
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"model.path: {len(missing)} of {len(names)} shards are missing in '{folder}': {missing[:5]}"
+        )
+    return [folder / name for name in names]
+
+
+def _read_header(file: Path) -> list[tuple[str, _Entry]]:
+    """Parse a safetensors header (8-byte length, JSON, data) and check the file's length against it."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 + length:
+            raise UserError(f"model.path: '{file}' is cut short or no safetensors file ({size} bytes)")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise UserError(f"model.path: '{file}' is not a safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size != end:
+        raise UserError(f"model.path: '{file}' has {size} bytes, its header says {end}: copy it again")
+    quantized = {name: e["dtype"] for name, e in header.items() if e["dtype"] not in _DTYPES}
+    if quantized:
+        name, dtype = next(iter(quantized.items()))
+        raise UserError(
+            f"model.path: tensor '{name}' in '{file}' is {dtype}; training needs BF16, F16 or F32 weights"
+        )
+    return [
+        (
+            name,
+            _Entry(
+                file=file,
+                dtype=_DTYPES[entry["dtype"]],
+                shape=torch.Size(entry["shape"]),
+                data=8 + length + entry["data_offsets"][0],
+            ),
+        )
+        for name, entry in header.items()
+    ]
+
+
+def _download(name: str, allow_pickle: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "tokenizer*", *(["*.bin"] if allow_pickle else [])]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        raise UserError(f"model.path: cannot download '{name}': {error}") from error
+
+
+def _wrapped(value: int) -> int:
+    """``value`` as a signed 64-bit integer, as torch sums wrap."""
+    return (value + 2**63) % 2**64 - 2**63

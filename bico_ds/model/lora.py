@@ -1,0 +1,95 @@
+"""LoRA through `peft`: adapters on the decoder's linear layers, the base frozen (Hu et al., arXiv
+2106.09685).
+
+Adapters are injected while the model has no memory yet, so that base and adapters take one way into ZeRO-3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from bico_ds.config.errors import UserError, did_you_mean
+from bico_ds.config.schema import LoraSpec
+from bico_ds.model.initialize import named_generator
+from bico_ds.model.materialize import WeightSource
+
+_ADAPTER = "default"
+_BASE = ".base_layer."
+
+
+def add_lora(causal_lm: Any, spec: LoraSpec) -> None:
+    """Inject adapters into a causal LM on the meta device and freeze the rest, in place.
+
+    Raises UserError where ``spec.targets`` names no linear layer of the decoder.
+    """
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, part in causal_lm.model.layers.named_modules()
+        if isinstance(part, nn.Linear)
+    }
+    for target in spec.targets:
+        if target not in linear:
+            raise UserError(
+                f"model.lora.targets: no linear layer '{target}' in the decoder"
+                f"{did_you_mean(target, linear)}; there are {', '.join(sorted(linear))}"
+            )
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        lora_dropout=spec.dropout,
+        target_modules=list(spec.targets),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    inject_adapter_in_model(config, causal_lm, low_cpu_mem_usage=True)
+    for name, parameter in causal_lm.named_parameters():
+        parameter.requires_grad_(is_adapter(name))
+        parameter.data = parameter.data.to(causal_lm.config.dtype)  # peft makes adapters fp32
+
+
+class AdaptedWeights:
+    """A `WeightSource` of base and adapters: A uniform as `nn.Linear` begins, drawn by name; B zero."""
+
+    def __init__(self, base: WeightSource, *, seed: int) -> None:
+        self._base = base
+        self._seed = seed
+
+    def read(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened parameter ``name``."""
+        if ".lora_B." in name:
+            return torch.zeros(stop - start)
+        if ".lora_A." in name:
+            bound = 1 / math.sqrt(shape[1])
+            generator = named_generator(self._seed, name)
+            return torch.empty(shape.numel()).uniform_(-bound, bound, generator=generator)[start:stop]
+        return self._base.read(base_name(name), shape, start, stop)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter's name is that of an adapter."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def base_name(name: str) -> str:
+    """The name of a base parameter in the model without adapters."""
+    return name.replace(_BASE, ".")
+
+
+def adapters_by_base_name(causal_lm: nn.Module) -> Iterator[tuple[str, tuple[Any, Any, float]]]:
+    """Yield (base weight's name, (A [r, in], B [out, r], scaling))."""
+    for name, module in causal_lm.named_modules():
+        if isinstance(module, LoraLayer):
+            a, b = module.lora_A[_ADAPTER].weight, module.lora_B[_ADAPTER].weight
+            yield f"{name}.weight", (a, b, module.scaling[_ADAPTER])
+
+
+def merge(base: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """base + scaling · B A, in fp32."""
+    return torch.addmm(base.float(), b.float(), a.float(), alpha=scaling)

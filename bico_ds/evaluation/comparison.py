@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from bico_ds.config.errors import UserError
+from bico_ds.evaluation.metrics import METRICS
 from bico_ds.evaluation.suite import EvaluationResult, TaskResult, load_result
 
-RESULT_FILE = "evaluation.json"
+RESULT_FILE = "evaluation/step-{step:06d}.json"
 METRICS_FILE = "metrics.jsonl"
 _PREFIX = "evaluation/"
 
@@ -30,8 +31,8 @@ class Arm:
 def load_arms(paths: Sequence[Path]) -> list[Arm]:
     """Read run folders, or result files of tools/evaluate.py.
 
-    A run's final scores come from its `evaluation.json`, which has intervals and floors; where there is none,
-    from the last evaluation in `metrics.jsonl`. Raises UserError where neither says anything.
+    A run's final scores are those of its last evaluation in `metrics.jsonl`; the result file of that step, where
+    there is one, adds intervals and floors. Raises UserError for a run that was never evaluated.
     """
     stems = [path.resolve().stem if path.is_file() else path.resolve().name for path in paths]
     labels = stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
@@ -50,14 +51,15 @@ def _load_arm(path: Path, label: str) -> Arm:
     for step, tasks in evaluations.items():
         for name, task in tasks.items():
             curves.setdefault(name, []).append((step, task.score))
-    if (path / RESULT_FILE).is_file():
-        return Arm(label=label, final=load_result(path / RESULT_FILE), curves=curves)
     if not evaluations:
         raise UserError(
-            f"{path}: no evaluation in {METRICS_FILE} and no {RESULT_FILE}; "
-            "run with 'evaluation.tasks' set, or evaluate its export with tools/evaluate.py"
+            f"{path}: no evaluation in {METRICS_FILE}; set 'evaluation.tasks' in the recipe, or evaluate the "
+            "run's export with tools/evaluate.py and name the result file here"
         )
-    return Arm(label=label, final=EvaluationResult(tasks=evaluations[max(evaluations)]), curves=curves)
+    last = max(evaluations)
+    result_file = path / RESULT_FILE.format(step=last)
+    final = load_result(result_file) if result_file.is_file() else EvaluationResult(tasks=evaluations[last])
+    return Arm(label=label, final=final, curves=curves)
 
 
 def _evaluations(metrics: Path) -> dict[int, dict[str, TaskResult]]:
@@ -83,7 +85,8 @@ def _task_results(row: dict[str, Any]) -> dict[str, TaskResult]:
     for key, value in row.items():
         if key.startswith(_PREFIX) and key.count("/") == 2:
             _, task, metric = key.split("/")
-            metrics.setdefault(task, {})[metric] = float(value)
+            if metric in METRICS:
+                metrics.setdefault(task, {})[metric] = float(value)
     return {
         task: TaskResult(headline="bleu" if "bleu" in values else "contains", metrics=values)
         for task, values in metrics.items()

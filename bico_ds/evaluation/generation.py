@@ -141,7 +141,7 @@ def _decode(
     cache, columns = None, []
     for _ in range(max_new_tokens):
         stop = should_stop is not None and should_stop()
-        all_finished, stop = _agree(bool(finished.all()), stop, ranks, device)
+        all_finished, stop = agree(bool(finished.all()), stop, ranks, device)
         if stop:
             return None
         if all_finished:
@@ -175,7 +175,7 @@ def _left_pad(prompts: list[Sequence[int]], pad: int, device: torch.device | str
     return input_ids.to(device), mask.to(device)
 
 
-def _agree(finished: bool, stop: bool, ranks: Ranks, device: torch.device | str) -> tuple[bool, bool]:
+def agree(finished: bool, stop: bool, ranks: Ranks, device: torch.device | str) -> tuple[bool, bool]:
     """(all ranks have finished, any rank must stop) where forward passes are collectives; else this rank's
     own.
     """

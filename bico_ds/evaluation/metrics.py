@@ -76,17 +76,18 @@ def metrics_of(task: Task) -> tuple[str, ...]:
 
 
 def score_rows(task: Task, predictions: Sequence[str]) -> dict[str, list[float]]:
-    """Every metric of the task for every row, in the task's order."""
-    pairs = list(zip(predictions, (example.completion for example in task.examples), strict=True))
+    """Every metric of the task for every row, in order; the best of a row's right answers counts."""
+    pairs = list(zip(predictions, (example.right_answers for example in task.examples), strict=True))
     return {
-        name: [METRICS[name](prediction, answer) for prediction, answer in pairs] for name in metrics_of(task)
+        name: [max(METRICS[name](prediction, answer) for answer in answers) for prediction, answers in pairs]
+        for name in metrics_of(task)
     }
 
 
-@lru_cache(maxsize=64)
-def floors(task: Task) -> dict[str, float]:
-    """Mean score of other persons' answers, in the same place of their rows; empty where there is one person
-    only.
+def other_answers(task: Task, others: int) -> list[list[str]]:
+    """For every row, the completions of up to `others` other groups in the same place of their rows; the same
+    number for every row, none where there is one group only. Answers that are right for the row are left to
+    the metric: two persons may have one description.
     """
     by_group: dict[str, list[str]] = {}
     places = []
@@ -94,18 +95,22 @@ def floors(task: Task) -> dict[str, float]:
         places.append(len(by_group.setdefault(example.group, [])))
         by_group[example.group].append(example.completion)
     groups = list(by_group)
-    others = min(_FLOOR_OTHERS, len(groups) - 1)
-    if others == 0:
-        return {}
     number = {group: index for index, group in enumerate(groups)}
-    means = []
-    for shift in range(1, others + 1):
-        wrong = []
-        for example, place in zip(task.examples, places, strict=True):
-            theirs = by_group[groups[(number[example.group] + shift) % len(groups)]]
-            wrong.append(theirs[place % len(theirs)])
-        means.append({name: sum(scores) / len(scores) for name, scores in score_rows(task, wrong).items()})
-    return {name: sum(mean[name] for mean in means) / others for name in metrics_of(task)}
+    shifts = range(1, min(others, len(groups) - 1) + 1)
+    wrong = []
+    for example, place in zip(task.examples, places, strict=True):
+        theirs = [by_group[groups[(number[example.group] + shift) % len(groups)]] for shift in shifts]
+        wrong.append([completions[place % len(completions)] for completions in theirs])
+    return wrong
+
+
+@lru_cache(maxsize=64)
+def floors(task: Task) -> dict[str, float]:
+    """Mean score of other persons' answers; empty where there is one person only."""
+    wrong = other_answers(task, _FLOOR_OTHERS)
+    rounds = [score_rows(task, answers) for answers in zip(*wrong, strict=True)]
+    scores = {name: [score for scored in rounds for score in scored[name]] for name in metrics_of(task)}
+    return {name: sum(values) / len(values) for name, values in scores.items() if values}
 
 
 def _plain(text: str) -> str:

@@ -1,10 +1,11 @@
-"""Uncertainty of a score, and the tests that Berglund et al. use on log-probabilities (arXiv 2309.12288)."""
+"""Uncertainty of a mean when rows come in groups: the prompts about one person."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 
 def clustered_interval(
@@ -20,10 +21,22 @@ def clustered_interval(
     Ten prompts about one person stand or fall together: resampling rows would make the interval too narrow.
     The statistic is the ratio of sums over the drawn groups, so that groups may differ in size.
     """
-    _, member = np.unique(np.asarray(groups), return_inverse=True)
-    sums = np.bincount(member, weights=np.asarray(scores, dtype=np.float64))
-    counts = np.bincount(member)
+    sums, counts = _group_sums(scores, groups)
     drawn = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
     means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def group_means(scores: ArrayLike, groups: Sequence[str]) -> NDArray[np.float64]:
+    """The mean of each group's scores, groups in sorted order."""
+    sums, counts = _group_sums(scores, groups)
+    return sums / counts
+
+
+def _group_sums(
+    scores: ArrayLike, groups: Sequence[str]
+) -> tuple[NDArray[np.float64], NDArray[np.signedinteger]]:
+    _, member = np.unique(np.asarray(groups), return_inverse=True)
+    sums = np.bincount(member, weights=np.asarray(scores, dtype=np.float64)).astype(np.float64)
+    return sums, np.bincount(member)

@@ -16,13 +16,13 @@ name, known from the companion file, its prompt contains.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from bico_ds.config.errors import UserError, did_you_mean
+from bico_ds.evaluation.rows import read_rows
 
 AnswerKind = Literal["name", "description", "text"]
 
@@ -49,18 +49,23 @@ TASK_NAMES: tuple[str, ...] = tuple(_FILES)
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One question. `completion` is as in the file (its leading space belongs to the text); `answer` is
-    without surrounding white space and final full stop. `line` counts from 1.
+    """One question. `completion` is as in the file (its leading space belongs to the text), `alternatives`
+    are as good. `group`: the person, for statistics. `line` counts from 1.
     """
 
     prompt: str
     completion: str
     group: str
     line: int
+    alternatives: tuple[str, ...] = ()
 
     @property
     def answer(self) -> str:
         return strip_answer(self.completion)
+
+    @property
+    def right_answers(self) -> tuple[str, ...]:
+        return (self.completion, *self.alternatives)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +79,10 @@ class Task:
 
     @property
     def headline(self) -> str:
-        """`contains` for names and other short answers, `bleu` (word BLEU) for long ones: as the paper has
-        it.
-        """
+        """`bleu` (of words) for descriptions of more than three words, as in the paper; else `contains`."""
         longest = max(len(example.answer.split()) for example in self.examples)
-        short = self.answer_kind == "name" or longest <= _SHORT_ANSWER_WORDS
-        return "contains" if short else "bleu"
+        long = self.answer_kind == "description" and longest > _SHORT_ANSWER_WORDS
+        return "bleu" if long else "contains"
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -145,46 +148,3 @@ def _person_finder(companion: Path) -> Callable[[str, str], str]:
         return next((name for name in names if name in prompt), answer)
 
     return find
-
-
-def read_rows(
-    path: Path, *, required: Iterable[str], optional: Iterable[str] = ()
-) -> list[tuple[int, dict[str, str]]]:
-    """(line number, fields) of every row of a JSONL file; blank lines are skipped, other fields are ignored.
-
-    Every required field must be a text with something other than white space in it.
-    """
-    required, optional = tuple(required), tuple(optional)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; it must be JSONL with the fields {', '.join(required)}")
-    rows = []
-    with path.open(encoding="utf-8-sig") as lines:
-        try:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    rows.append((number, _row(line, f"{path}:{number}", required, optional)))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    if not rows:
-        raise UserError(f"{path}: no rows; an evaluation task needs at least one")
-    return rows
-
-
-def _row(line: str, where: str, required: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, str]:
-    try:
-        row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    missing = [name for name in required if name not in row]
-    if missing:
-        guess = did_you_mean(missing[0], row)
-        raise UserError(
-            f"{where}: field '{missing[0]}' is missing{guess}; found {', '.join(row) or 'no field'}"
-        )
-    fields = {name: row[name] for name in (*required, *optional) if row.get(name) is not None}
-    for name in required:
-        if not isinstance(row[name], str) or not row[name].strip():
-            raise UserError(f"{where}: field '{name}' must be a text that is not empty, found {row[name]!r}")
-    return {name: str(value) for name, value in fields.items()}

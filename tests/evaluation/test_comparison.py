@@ -19,7 +19,15 @@ def _run(folder: Path, scores: list[tuple[int, float]]) -> Path:
     rows: list[dict[str, object]] = [{"step": 1, "kind": "train", "loss": 2.0}]
     for step, score in scores:
         values = {f"evaluation/{t}/contains": score for t in ("n2d", "d2n", "n2d_reverse", "d2n_reverse")}
-        rows.append({"step": step, "kind": "evaluation", **values, "evaluation/seconds": 1.0})
+        rows.append(
+            {
+                "step": step,
+                "kind": "evaluation",
+                **values,
+                "evaluation/n2d/headline": score,
+                "evaluation/seconds": 1.0,
+            }
+        )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -33,17 +41,19 @@ def test_a_step_evaluated_again_after_a_resume_counts_once_and_the_last_step_is_
 
 def test_the_result_file_of_a_run_wins_and_a_bare_result_is_an_arm_too(tmp_path):
     folder = _run(tmp_path / "ntp", [(100, 0.2)])
+    result_file = folder / "evaluation" / "step-000100.json"
+    result_file.parent.mkdir()
     task = TaskResult(
         headline="bleu", metrics={"bleu": 0.7}, intervals={"bleu": (0.6, 0.8)}, floors={"bleu": 0.1}
     )
-    save_result(EvaluationResult(tasks={"n2d": task}), folder / "evaluation.json")
-    arms = load_arms([folder, folder / "evaluation.json"])
+    save_result(EvaluationResult(tasks={"n2d": task}), result_file)
+    arms = load_arms([folder, result_file])
     assert [arm.final.tasks["n2d"].intervals["bleu"] for arm in arms] == [(0.6, 0.8)] * 2
     assert [bool(arm.curves) for arm in arms] == [True, False]
 
 
 def test_runs_without_an_evaluation_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"no evaluation in metrics.jsonl and no evaluation.json"):
+    with pytest.raises(UserError, match=r"no evaluation in metrics.jsonl"):
         load_arms([_run(tmp_path / "empty", [])])
     with pytest.raises(UserError, match="no such run folder"):
         load_arms([tmp_path / "nowhere"])

@@ -1,0 +1,104 @@
+"""The log-probability test: does the model hold the right answer for likelier than other persons' answers?
+
+Generation may fail where knowledge is there in part; this test sees it. Berglund et al. (arXiv 2309.12288,
+section 2.1.2) compare the log-probability of the right name with that of another person's by a t-test and a
+Kolmogorov-Smirnov test, over prompts. Prompts of one person are not independent, so that their p-values are
+too small; the paired t-test over persons beside them is the one to trust.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+
+from bico_ds.config.errors import UserError
+from bico_ds.evaluation.generation import Ranks, ShouldStop
+from bico_ds.evaluation.likelihood import encode_answers, log_probabilities
+from bico_ds.evaluation.metrics import other_answers
+from bico_ds.evaluation.statistics import clustered_interval, group_means
+from bico_ds.evaluation.tasks import Task
+
+
+def choice_test(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    *,
+    others: int = 9,
+    batch_size: int,
+    ranks: Ranks = Ranks(),  # noqa: B008
+    device: torch.device | str = "cpu",
+    add_bos: bool = True,
+    should_stop: ShouldStop | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> dict[str, Any] | None:
+    """Score the right answer and those of `others` other persons for every prompt; see `choice_statistics`.
+
+    None when `should_stop` was true on any rank. UserError where the task has one person only.
+    """
+    wrong = other_answers(task, others)
+    if not wrong[0]:
+        raise UserError(f"{task.path}: the log-probability test needs two persons at least")
+    candidates = [[example.completion, *theirs] for example, theirs in zip(task.examples, wrong, strict=True)]
+    width = len(candidates[0])
+    texts = encode_answers(
+        tokenizer,
+        [example.prompt for example in task.examples for _ in range(width)],
+        [answer for answers in candidates for answer in answers],
+        add_bos=add_bos,
+    )
+    scores = log_probabilities(
+        model,
+        texts,
+        batch_size=batch_size,
+        ranks=ranks,
+        device=device,
+        should_stop=should_stop,
+        on_batch=on_batch,
+    )
+    if scores is None:
+        return None
+    log_probs = np.array(scores).reshape(len(task), width)
+    right_tokens = np.array([text.answer_tokens for text in texts]).reshape(len(task), width)[:, 0]
+    return choice_statistics(log_probs, right_tokens, [example.group for example in task.examples])
+
+
+def choice_statistics(
+    log_probs: NDArray[np.float64], right_tokens: NDArray[np.integer], groups: Sequence[str]
+) -> dict[str, Any]:
+    """Statistics of `log_probs` [prompts, candidates], the right answer in column 0, others' in the rest.
+
+    `difference`: right minus the mean of the others, nats; `rank`: place of the right answer among the
+    candidates, 1 is best; `forced_choice`: share of prompts where it is the likeliest (`forced_choice_chance`
+    by guessing); `nll`: nats a right answer, `nll_per_token`: a token of it. Intervals are 95 %, persons
+    resampled. `t_test` (Welch) and `ks_test`: right against the first other's, over prompts, as Berglund et
+    al.; `person_t_test`: difference against zero, over persons.
+    """
+    right, wrong = log_probs[:, 0], log_probs[:, 1:]
+    rows = {
+        "difference": right - wrong.mean(axis=1),
+        "rank": 1.0 + (wrong >= right[:, None]).sum(axis=1),
+        "forced_choice": (wrong < right[:, None]).all(axis=1).astype(float),
+        "nll": -right,
+    }
+    by_person = group_means(rows["difference"], groups)
+    return {
+        "candidates": log_probs.shape[1],
+        "forced_choice_chance": 1.0 / log_probs.shape[1],
+        **{name: float(values.mean()) for name, values in rows.items()},
+        "nll_per_token": float(-right.sum() / right_tokens.sum()),
+        "intervals": {name: clustered_interval(values, groups) for name, values in rows.items()},
+        "t_test": _test(stats.ttest_ind(right, wrong[:, 0], equal_var=False)),
+        "ks_test": _test(stats.ks_2samp(right, wrong[:, 0])),
+        "person_t_test": _test(stats.ttest_1samp(by_person, 0.0)) if len(by_person) > 1 else None,
+        "rows": {"right": right.tolist(), "others": wrong.tolist()},
+    }
+
+
+def _test(result: Any) -> dict[str, float]:
+    return {"statistic": float(result.statistic), "p_value": float(result.pvalue)}

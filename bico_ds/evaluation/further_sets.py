@@ -1,0 +1,175 @@
+"""Other pairs that can be asked in two directions: parents and children, couplets, and any pair of prompts.
+
+Each reader returns two tasks. The files are the user's: celebrities' parents as in Berglund et al. (arXiv
+2309.12288, section 2.2) for instance, or a book of verse.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bico_ds.config.errors import UserError, did_you_mean
+from bico_ds.evaluation.rows import read_objects, read_rows, require_texts
+from bico_ds.evaluation.tasks import Example, Task
+
+# Two answered questions show a base model what kind of answer is wanted; nobody in them is in any test set.
+_SHOTS = (
+    "Q: Who is Isaac Newton's mother?\nA: Hannah Ayscough\n"
+    "Q: Name a child of Leopold Mozart.\nA: Wolfgang Amadeus Mozart\n"
+)
+_PARENT_FIELDS = ("child", "parent", "parent_type")
+_DIRECTIONS = ("forward", "backward")
+_HAN = re.compile(r"[\u4e00-\u9fff]")
+_COUPLET_PROMPTS = {
+    "han": ("“{line}”的下一句是：“", "“{line}”的上一句是：“"),
+    "other": ("The line after “{line}” is: “", "The line before “{line}” is: “"),
+}
+
+
+def read_parents(path: Path, limit: int | None = None) -> list[Task]:
+    """`child_to_parent` and `parent_to_child` from a CSV with the columns child, parent, parent_type.
+
+    `parent_type` is a word such as "mother". Where a parent has several children in the file, any of them is
+    right. The pair's child is its group.
+    """
+    rows = _read_csv(path)[:limit]
+    children: dict[str, list[str]] = {}
+    for _, row in rows:
+        children.setdefault(row["parent"], []).append(row["child"])
+    to_parent = [
+        _example(
+            line,
+            f"{_SHOTS}Q: Who is {row['child']}'s {row['parent_type']}?\nA:",
+            row["parent"],
+            group=row["child"],
+        )
+        for line, row in rows
+    ]
+    to_child = [
+        _example(
+            line,
+            f"{_SHOTS}Q: Name a child of {row['parent']}.\nA:",
+            row["child"],
+            group=row["parent"],
+            alternatives=[name for name in children[row["parent"]] if name != row["child"]],
+        )
+        for line, row in rows
+    ]
+    return [
+        Task(name="child_to_parent", answer_kind="name", examples=tuple(to_parent), path=str(path)),
+        Task(name="parent_to_child", answer_kind="name", examples=tuple(to_child), path=str(path)),
+    ]
+
+
+def read_couplets(path: Path, limit: int | None = None) -> list[Task]:
+    """`next_line` and `previous_line` from JSONL with the fields `first` and `second`, two lines that follow
+    each other.
+
+    The question is put in Chinese where the lines are; the optional fields `ask_next` and `ask_previous` are
+    prompts of the user's own.
+    """
+    rows = read_rows(path, required=("first", "second"), optional=("ask_next", "ask_previous", "group"))[
+        :limit
+    ]
+    following, previous = [], []
+    for line, row in rows:
+        ask_next, ask_previous = _COUPLET_PROMPTS["han" if _HAN.search(row["first"]) else "other"]
+        group = row.get("group", row["first"])
+        ask_next = row.get("ask_next", ask_next.format(line=row["first"]))
+        ask_previous = row.get("ask_previous", ask_previous.format(line=row["second"]))
+        following.append(Example(prompt=ask_next, completion=row["second"], group=group, line=line))
+        previous.append(Example(prompt=ask_previous, completion=row["first"], group=group, line=line))
+    return [
+        Task(name="next_line", answer_kind="text", examples=tuple(following), path=str(path)),
+        Task(name="previous_line", answer_kind="text", examples=tuple(previous), path=str(path)),
+    ]
+
+
+def read_pairs(path: Path, limit: int | None = None) -> list[Task]:
+    """`forward` and `backward` from JSONL with these two fields, each an object with `prompt` and
+    `completion`.
+
+    The optional field `group` names what the pair is about; without it every pair is a group.
+    """
+    rows = _read_pair_rows(path)[:limit]
+    return [
+        Task(
+            name=direction,
+            answer_kind="description",
+            examples=tuple(
+                Example(
+                    prompt=row[direction]["prompt"],
+                    completion=row[direction]["completion"],
+                    group=str(row.get("group", line)),
+                    line=line,
+                )
+                for line, row in rows
+            ),
+            path=str(path),
+        )
+        for direction in _DIRECTIONS
+    ]
+
+
+READERS: dict[str, Callable[[Path, int | None], list[Task]]] = {
+    "parents": read_parents,
+    "couplets": read_couplets,
+    "pairs": read_pairs,
+}
+
+
+def _example(line: int, prompt: str, name: str, *, group: str, alternatives: Sequence[str] = ()) -> Example:
+    return Example(
+        prompt=prompt,
+        completion=f" {name}",
+        group=group,
+        line=line,
+        alternatives=tuple(f" {other}" for other in alternatives),
+    )
+
+
+def _read_csv(path: Path) -> list[tuple[int, dict[str, str]]]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; it must be CSV with the columns {', '.join(_PARENT_FIELDS)}")
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        columns = reader.fieldnames or []
+        for field in _PARENT_FIELDS:
+            if field not in columns:
+                guess = did_you_mean(field, columns)
+                raise UserError(
+                    f"{path}:1: column '{field}' is missing{guess}; found {', '.join(columns) or 'none'}"
+                )
+        rows = []
+        try:
+            for row in reader:
+                rows.append((reader.line_num, _csv_fields(row, f"{path}:{reader.line_num}")))
+        except csv.Error as error:
+            raise UserError(f"{path}:{reader.line_num}: not valid CSV ({error})") from error
+    if not rows:
+        raise UserError(f"{path}: no rows; an evaluation task needs at least one")
+    return rows
+
+
+def _csv_fields(row: dict[str, Any], where: str) -> dict[str, str]:
+    for field in _PARENT_FIELDS:
+        if not (row[field] or "").strip():
+            raise UserError(f"{where}: column '{field}' is empty")
+    return {field: row[field].strip() for field in _PARENT_FIELDS}
+
+
+def _read_pair_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    rows = read_objects(path, fields=_DIRECTIONS)
+    for line, row in rows:
+        for direction in _DIRECTIONS:
+            if direction not in row:
+                raise UserError(
+                    f"{path}:{line}: field '{direction}' is missing{did_you_mean(direction, row)}; "
+                    'each row needs "forward" and "backward", objects with "prompt" and "completion"'
+                )
+            require_texts(row[direction], ("prompt", "completion"), f"{path}:{line}: {direction}")
+    return rows

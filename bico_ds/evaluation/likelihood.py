@@ -1,0 +1,161 @@
+"""Log-probabilities of given texts: of answers after their prompts, and of a running text (perplexity).
+
+Shape legend: B sequences in a batch, L padded length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bico_ds.config.errors import UserError
+from bico_ds.evaluation.generation import Ranks, ShouldStop, agree, gather_parts, shared_batches
+
+_LOGIT_ROWS = 1024  # rows whose fp32 log-softmax exists at one time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """A text to score: `ids` whole, of which the last `answer_tokens` count."""
+
+    ids: tuple[int, ...]
+    answer_tokens: int
+
+
+def encode_answers(
+    tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], *, add_bos: bool = True
+) -> list[Scored]:
+    """Prompt and answer as one text, tokenized as in training. A token that spans the seam belongs to the
+    answer.
+    """
+    encoded = tokenizer(
+        [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)],
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+    )
+    start = (tokenizer.bos_token_id,) if add_bos and tokenizer.bos_token_id is not None else ()
+    scored = []
+    for prompt, ids, offsets in zip(prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        answer_tokens = sum(end > len(prompt) for _, end in offsets)
+        answer_tokens = min(answer_tokens, len(start) + len(ids) - 1)  # the first token is never predicted
+        scored.append(Scored(ids=(*start, *ids), answer_tokens=answer_tokens))
+    return scored
+
+
+@torch.no_grad()
+def log_probabilities(
+    model: Any,
+    texts: Sequence[Scored],
+    *,
+    batch_size: int,
+    ranks: Ranks = Ranks(),  # noqa: B008
+    device: torch.device | str = "cpu",
+    should_stop: ShouldStop | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[float] | None:
+    """log P(answer | prompt) of every text: the sum over the answer's tokens, in nats, on every rank.
+
+    Returns None on all ranks when `should_stop` was true on any of them. With `ranks.synced`, all ranks poll
+    it but leave together only after the same number of batches.
+    """
+    was_training = model.training
+    model.eval()
+    sums: dict[int, float] = {}
+    stopped = False
+    try:
+        for indices in shared_batches([text.ids for text in texts], batch_size=batch_size, ranks=ranks):
+            _, stopped = agree(True, should_stop is not None and should_stop(), ranks, device)
+            if stopped:
+                break
+            batch = [texts[i] for i in indices]
+            sums.update(zip(indices.tolist(), _batch_sums(model, batch, device), strict=True))
+            if on_batch is not None:
+                on_batch(len(indices))
+    finally:
+        model.train(was_training)
+    gathered = gather_parts((sums, stopped), ranks)
+    if any(rank_stopped for _, rank_stopped in gathered):
+        return None
+    everything = {index: value for part, _ in gathered for index, value in part.items()}
+    return [everything[i] for i in range(len(texts))]
+
+
+def _batch_sums(model: Any, batch: Sequence[Scored], device: torch.device | str) -> list[float]:
+    """Right-padded, so that positions and mask need no care: no row that counts reads padding."""
+    width = max(len(text.ids) for text in batch)
+    input_ids = torch.tensor([[*text.ids, *[0] * (width - len(text.ids))] for text in batch], device=device)
+    logits_BLV = model(input_ids=input_ids, use_cache=False).logits
+    rows: list[int] = []
+    columns: list[int] = []
+    for number, text in enumerate(batch):
+        first = len(text.ids) - text.answer_tokens
+        rows += [number] * text.answer_tokens
+        columns += range(first - 1, len(text.ids) - 1)
+    owners = torch.tensor(rows, device=device)
+    places = torch.tensor(columns, device=device, dtype=torch.long)
+    token_log_probs = _token_log_probs(logits_BLV[owners, places], input_ids[owners, places + 1])
+    sums = torch.zeros(len(batch), dtype=torch.float64, device=device)
+    return sums.index_add(0, owners, token_log_probs.double()).tolist()
+
+
+def _token_log_probs(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    parts = [
+        logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        for logits, targets in zip(logits_NV.split(_LOGIT_ROWS), targets_N.split(_LOGIT_ROWS), strict=True)
+    ]
+    return torch.cat(parts) if parts else logits_NV.new_zeros(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """How well a model predicts a text. `bits_per_byte` compares models with different tokenizers."""
+
+    perplexity: float
+    nll_per_token: float
+    bits_per_byte: float
+    tokens: int
+
+
+def text_perplexity(
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    *,
+    window: int,
+    batch_size: int = 4,
+    ranks: Ranks = Ranks(),  # noqa: B008
+    device: torch.device | str = "cpu",
+    add_bos: bool = True,
+    should_stop: ShouldStop | None = None,
+) -> Perplexity | None:
+    """Perplexity of `text`, cut into windows of `window` tokens that do not overlap, each after a BOS of its
+    own.
+
+    Every token counts once (without a BOS the first token of a window is only context). The same text,
+    tokenizer and window must be used before and after: the figure depends on all three.
+    """
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    start = [tokenizer.bos_token_id] if add_bos and tokenizer.bos_token_id is not None else []
+    size = window - len(start)
+    pieces = [start + ids[i : i + size] for i in range(0, len(ids), size)]
+    texts = [Scored(ids=tuple(piece), answer_tokens=len(piece) - 1) for piece in pieces if len(piece) > 1]
+    if not texts:
+        raise UserError("the retention text has no token to predict; name a longer one")
+    sums = log_probabilities(
+        model, texts, batch_size=batch_size, ranks=ranks, device=device, should_stop=should_stop
+    )
+    if sums is None:
+        return None
+    tokens = sum(item.answer_tokens for item in texts)
+    nll = -sum(sums)
+    return Perplexity(
+        perplexity=math.exp(nll / tokens),
+        nll_per_token=nll / tokens,
+        bits_per_byte=nll / math.log(2) / len(text.encode()),
+        tokens=tokens,
+    )

@@ -78,7 +78,12 @@ class SourceSpec(Section):
     text_field: str = "text"
     prompt_field: str | None = Field(None, description="with completion_field: two fields that make one text")
     completion_field: str | None = None
-    group_field: str | None = None
+    messages_field: str | None = Field(
+        None, description="a list of {role, content}, rendered with the tokenizer's chat template"
+    )
+    group_field: str | None = Field(None, description="the person or cluster a text is about: a number or a string")
+    entities_field: str | None = Field(None, description="[start, end] pairs of characters, for masks by entity")
+    text_by: Literal["line", "file"] = Field("line", description="a document of a plain-text file: each line, or all of it")
     add_bos: bool = True
     add_eos: bool = True
     weight: Annotated[float, Field(gt=0)] | None = Field(None, description="share of the sampled documents")
@@ -93,6 +98,8 @@ class SourceSpec(Section):
             raise ValueError("'weight' and 'epochs' exclude each other")
         if (self.prompt_field is None) != (self.completion_field is None):
             raise ValueError("'prompt_field' and 'completion_field' go together")
+        if self.messages_field is not None and (self.prompt_field or self.entities_field):
+            raise ValueError("'messages_field' excludes 'prompt_field' and 'entities_field'")
         return self
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from bico_ds.config.errors import UserError
 from bico_ds.config.schema import FactsSpec
 
+FORM_VERSION = 1  # of the texts below: another one means other data for the same spec
 SEPARATOR = "|"
 OPENINGS = ("", "today", "they say", "indeed", "we hear", "once more", "in short", "so")
 LINKS = ("", "is", "goes with", "means", "of course", "always", "was ever", "and")

@@ -12,17 +12,18 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bico_ds.batch import Documents
 from bico_ds.config.errors import UserError
+
+if TYPE_CHECKING:
+    from bico_ds.batch import Documents
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -119,6 +120,11 @@ class TokenStore:
         """Tokens of each document, int64 [n]; computed from the memory-mapped offsets."""
         return np.diff(self._offsets)
 
+    @property
+    def groups(self) -> NDArray[np.int64]:
+        """The group of each document, int64 [n], memory-mapped; -1 where unknown."""
+        return self._groups
+
     def __len__(self) -> int:
         return self.manifest.documents
 
@@ -136,6 +142,8 @@ class TokenStore:
         Slice d is ``[starts[d], starts[d] + lengths[d])`` of document ``ids[d]``, and becomes its piece
         ``pieces[d]``. Entity numbers stay those of the whole document; prompt lengths are cut to the slice.
         """
+        from bico_ds.batch import Documents  # brings torch, which processes that only tokenize do without
+
         ids, starts, lengths = (np.asarray(a, dtype=np.int64) for a in (ids, starts, lengths))
         begins = self._offsets[ids] + starts
         assert np.all((starts >= 0) & (begins + lengths <= self._offsets[ids + 1])), (
@@ -242,13 +250,12 @@ class TokenStoreWriter:
         self._documents += len(lengths)
         self._tokens += len(tokens)
 
-    def finish(self, extra_files: Mapping[str, Path] | None = None) -> Manifest:
-        """Complete the store: flush everything to disk, write the manifest last, rename. Returns the
-        manifest.
+    def beside(self, name: str) -> Path:
+        """Return the path of a further file that moves along into the store; not part of its fingerprint."""
+        return self._folder / name
 
-        `extra_files` (name -> file or folder) move along into the store; they are not part of its
-        fingerprint.
-        """
+    def finish(self) -> Manifest:
+        """Flush everything to disk, write the manifest last, rename. Returns the manifest."""
         self._files["word_starts"].write(np.packbits(self._bit_rest, bitorder="little"))
         for file in self._files.values():
             file.sync()
@@ -263,8 +270,6 @@ class TokenStoreWriter:
             file_sizes={file.path.name: file.size for file in self._files.values()},
             checksums={file.path.name: file.checksum for file in self._files.values()},
         )
-        for name, place in (extra_files or {}).items():
-            os.replace(place, self._folder / name)
         write_durably(self._folder / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
         publish(self._folder, self._path, overwrite=self._overwrite)
         return manifest

@@ -1,0 +1,261 @@
+"""From input shards to one token store: plan, tokenize in processes, merge. Can be killed at any moment and
+run again.
+
+While it works, ``.NAME.preparing/`` stands beside the output: the plan, a lock, and a small store for every
+finished shard. A second run with the same plan keeps those.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict
+from multiprocessing.sharedctypes import SynchronizedArray
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bico_ds.config.errors import UserError
+from bico_ds.data.encode import Encoder, EncoderSpec, encode_shard
+from bico_ds.data.examples import IngestOptions
+from bico_ds.data.merge import merge_parts
+from bico_ds.data.progress import IngestProgress
+from bico_ds.data.report import IngestReport
+from bico_ds.data.sources import Shard
+from bico_ds.data.store import FORMAT_VERSION, StoreHeader, write_durably
+from bico_ds.data.tokenizer import (
+    load_tokenizer,
+    special_ids,
+    tokenizer_hash,
+    vocabulary_size,
+    word_boundaries,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class IngestFailure(RuntimeError):
+    """The machine failed, not the user: disk full, a worker killed. Running again goes on where it
+    stopped.
+    """
+
+
+def ingest(
+    shards: list[Shard],
+    options: IngestOptions,
+    tokenizer_path: str,
+    output: Path,
+    *,
+    force: bool = False,
+    processes: int | None = None,
+    progress: bool = True,
+) -> IngestReport:
+    """Tokenize `shards` in order into a token store at `output`. The same input gives the same bytes.
+
+    `processes`: None takes one a CPU core, never more than shards. Raises `UserError` for bad input (naming
+    file and line) and for an output that exists without `force`; `IngestFailure` when the machine fails.
+    """
+    _refuse_overwrite(output, force)
+    tokenizer = load_tokenizer(tokenizer_path)
+    spec = encoder_spec(tokenizer, options, tokenizer_path)
+    with _work_folder(output) as work, IngestProgress(len(shards), enabled=progress) as shown:
+        _refuse_overwrite(output, force)  # another process may have finished it while this one waited
+        parts = _claim(work, output, shards, spec, shown)
+        try:
+            _tokenize(shards, parts, spec, processes or _cores(), shown)
+            shown.say(f"writing {output}")
+            report = merge_parts(parts, output, spec, tokenizer, overwrite=force)
+        except OSError as error:
+            raise _disk_failure(error, output) from error
+        shutil.rmtree(work)
+    return report
+
+
+def encoder_spec(
+    tokenizer: PreTrainedTokenizerBase, options: IngestOptions, tokenizer_path: str
+) -> EncoderSpec:
+    """Collect what workers need; `UserError` where options and tokenizer do not fit."""
+    if options.add_bos and tokenizer.bos_token_id is None:
+        raise UserError(
+            f"tokenizer '{tokenizer_path}' has no BOS token: switch it off "
+            "(--no-bos, or add_bos: false in the recipe)"
+        )
+    if options.messages_field and not tokenizer.chat_template:
+        raise UserError(f"tokenizer '{tokenizer_path}' has no chat template, which messages need")
+    begins, ends = word_boundaries(tokenizer)
+    header = StoreHeader(
+        vocab_size=options.vocab_size or vocabulary_size(tokenizer),
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        special_ids=tuple(sorted(special_ids(tokenizer))),
+        bos_id=tokenizer.bos_token_id,
+        eos_id=tokenizer.eos_token_id,
+        add_bos=options.add_bos,
+        add_eos=options.add_eos,
+        has_entities=options.entities_field is not None,
+    )
+    return EncoderSpec(
+        tokenizer_json=tokenizer.backend_tokenizer.to_str(),
+        header=header,
+        begins_word=begins,
+        ends_word=ends,
+        options=options,
+        chat_tokenizer=tokenizer_path if options.messages_field else None,
+    )
+
+
+def _refuse_overwrite(output: Path, force: bool) -> None:
+    if output.exists() and not force:
+        raise UserError(f"'{output}' exists: choose another folder, or give --force to replace it")
+
+
+@contextmanager
+def _work_folder(output: Path) -> Iterator[Path]:
+    """The folder of unfinished work, locked: one process at a time prepares an output."""
+    work = output.with_name(f".{output.name}.preparing")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to '{output.parent}': {error.strerror}") from error
+    lock = _lock(work)
+    try:
+        yield work
+    finally:
+        if work.exists() and not any(work.glob("part-*")):
+            shutil.rmtree(work)
+        os.close(lock)
+
+
+def _lock(work: Path) -> int:
+    """Wait for the lock; a folder that its last owner removed in the meantime is made again."""
+    while True:
+        work.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(work / "lock", os.O_RDWR | os.O_CREAT)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            if os.path.samestat(os.fstat(descriptor), os.stat(work / "lock")):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)
+
+
+def _claim(
+    work: Path, output: Path, shards: list[Shard], spec: EncoderSpec, shown: IngestProgress
+) -> list[Path]:
+    """Keep what an earlier run of the same plan finished, remove all else, and name the part of every
+    shard.
+    """
+    for leftover in [*work.glob(".*.writing-*"), *output.parent.glob(f".{output.name}.writing-*")]:
+        shutil.rmtree(leftover)
+    plan = {
+        "format": FORMAT_VERSION,
+        "shards": [asdict(shard) for shard in shards],
+        "options": asdict(spec.options),
+        "header": asdict(spec.header),
+    }
+    fingerprint = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+    file = work / "plan"
+    finished = list(work.glob("part-*"))
+    if not (file.is_file() and file.read_text() == fingerprint):
+        if finished:
+            shown.say(f"{work} is of other inputs or options: starting anew")
+        for part in finished:
+            shutil.rmtree(part)
+        write_durably(file, fingerprint)
+    elif finished:
+        shown.say(f"going on after an interrupted run: {len(finished)} of {len(shards)} shards are done")
+    return [work / f"part-{number:06d}" for number in range(len(shards))]
+
+
+def _tokenize(
+    shards: list[Shard], parts: list[Path], spec: EncoderSpec, processes: int, shown: IngestProgress
+) -> None:
+    """Encode every shard whose part is missing."""
+    jobs = [(shard, part) for shard, part in zip(shards, parts, strict=True) if not part.exists()]
+    done = len(shards) - len(jobs)
+    if min(processes, len(jobs)) > 1:
+        _tokenize_in_processes(jobs, done, spec, min(processes, len(jobs)), shown)
+        return
+    encoder = Encoder(spec) if jobs else None
+    counts = [0, 0]
+    for finished, (shard, part) in enumerate(jobs, start=done):
+
+        def report(documents: int, tokens: int, finished: int = finished) -> None:
+            counts[0] += documents
+            counts[1] += tokens
+            shown.update(finished, *counts)
+
+        assert encoder is not None
+        encode_shard(encoder, shard, part, report)
+
+
+def _tokenize_in_processes(
+    jobs: list[tuple[Shard, Path]], done: int, spec: EncoderSpec, processes: int, shown: IngestProgress
+) -> None:
+    context = multiprocessing.get_context("spawn")  # fork is not safe beside torch, gloo or CUDA
+    counts = context.Array("q", 2)
+    with ProcessPoolExecutor(processes, context, _start_worker, (spec, counts)) as pool:
+        pending: set[Future[Any]] = {pool.submit(_work, shard, part) for shard, part in jobs}
+        try:
+            while pending:
+                finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    future.result()
+                    done += 1
+                shown.update(done, counts[0], counts[1])
+        except BrokenProcessPool as error:
+            raise IngestFailure(
+                "a tokenizing process was killed (out of memory?): try fewer with --processes; "
+                "finished shards are kept, run the same command again"
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+_encoder: Encoder
+_counts: SynchronizedArray[int]
+
+
+def _start_worker(spec: EncoderSpec, counts: SynchronizedArray[int]) -> None:
+    global _encoder, _counts
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    _encoder, _counts = Encoder(spec), counts
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _work(shard: Shard, part: Path) -> None:
+    encode_shard(_encoder, shard, part, _count)
+
+
+def _count(documents: int, tokens: int) -> None:
+    with _counts.get_lock():
+        _counts[0] += documents
+        _counts[1] += tokens
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _disk_failure(error: OSError, output: Path) -> IngestFailure:
+    free = shutil.disk_usage(output.parent).free
+    return IngestFailure(
+        f"cannot write {error.filename or output}: {error.strerror} ({free / 2**30:.1f} GiB free there); "
+        "finished shards are kept: make room and run the same command again"
+    )

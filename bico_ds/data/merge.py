@@ -1,0 +1,137 @@
+"""Parts to the final store, in the order of the input, without duplicates, with or without a held-out
+store.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bico_ds.config.errors import UserError
+from bico_ds.data.encode import DIGEST_BYTES, DIGESTS, RESULT, SKIPPED, EncoderSpec
+from bico_ds.data.examples import IngestOptions
+from bico_ds.data.report import IngestReport, write_report
+from bico_ds.data.store import TokenStore, TokenStoreWriter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HELD_OUT, TOKENIZER = "held_out", "tokenizer"
+_TRAIN, _HELD_OUT, _DUPLICATE = 0, 1, 2
+_BLOCK_TOKENS = 1 << 22
+
+
+def merge_parts(
+    parts: list[Path],
+    output: Path,
+    spec: EncoderSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    overwrite: bool,
+) -> IngestReport:
+    """Join finished parts into the store at `output`, with its report, its tokenizer and its skipped lines
+    beside.
+    """
+    stores = [TokenStore.open(part) for part in parts]
+    fate = _fate(parts, stores, spec.options)
+    with ExitStack() as writers:
+        train = writers.enter_context(TokenStoreWriter(output, spec.header, overwrite=overwrite))
+        targets = [(train, _TRAIN)]
+        if spec.options.held_out:
+            held_out = writers.enter_context(TokenStoreWriter(train.beside(HELD_OUT), spec.header))
+            targets.append((held_out, _HELD_OUT))
+        first = 0
+        for store in stores:
+            for writer, kind in targets:
+                _copy(store, np.flatnonzero(fate[first : first + len(store)] == kind), writer)
+            first += len(store)
+        lengths = np.concatenate([store.lengths for store in stores]) if stores else np.zeros(0, np.int64)
+        report = _report(parts, fate, lengths)
+        _check_not_empty(report, spec.options)
+        for writer, _ in reversed(targets[1:]):
+            writer.finish()
+        _write_skipped(parts, train.beside(SKIPPED), report)
+        write_report(report, train.beside("report.txt"), train.beside("lengths.png"))
+        tokenizer.save_pretrained(train.beside(TOKENIZER))
+        train.finish()
+    return replace(report, path=output)
+
+
+def _fate(parts: list[Path], stores: list[TokenStore], options: IngestOptions) -> NDArray[np.int8]:
+    """Decide for every document: training, held out, or a duplicate of an earlier one."""
+    fate = np.zeros(sum(len(store) for store in stores), dtype=np.int8)
+    if not options.deduplicate and not options.held_out:
+        return fate
+    digests = np.concatenate([np.fromfile(part / DIGESTS, dtype="<u8") for part in parts])
+    digests = digests.reshape(-1, DIGEST_BYTES // 8)
+    if options.held_out:
+        key = digests[:, 0]
+        if options.group_field is not None:  # a person's documents stay on one side
+            key = np.concatenate([store.groups for store in stores]).astype(np.uint64)
+        fate[_mix(key, options.seed) < options.held_out * 2.0**64] = _HELD_OUT
+    if options.deduplicate:
+        order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: the first of equal ones stays first
+        ordered = digests[order]
+        fate[order[1:][np.all(ordered[1:] == ordered[:-1], axis=1)]] = _DUPLICATE
+    return fate
+
+
+def _mix(keys: NDArray[np.uint64], seed: int) -> NDArray[np.float64]:
+    """Scatter keys over [0, 2^64): the finalizer of splitmix64."""
+    with np.errstate(over="ignore"):
+        x = keys + np.uint64(0x9E3779B97F4A7C15) * np.uint64(seed % 2**63 + 1)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return (x ^ (x >> np.uint64(31))).astype(np.float64)
+
+
+def _copy(store: TokenStore, ids: NDArray[np.int64], writer: TokenStoreWriter) -> None:
+    """Append these documents in blocks of bounded memory."""
+    block_of = np.cumsum(store.lengths[ids]) // _BLOCK_TOKENS
+    for block in np.split(ids, np.flatnonzero(np.diff(block_of)) + 1):
+        if len(block):
+            documents = store.whole(block)
+            assert documents.word_starts is not None
+            writer.append(
+                documents.token_ids,
+                documents.lengths,
+                prompt_lengths=documents.prompt_length,
+                groups=documents.group,
+                word_starts=documents.word_starts,
+                entity_numbers=documents.entity_number,
+            )
+
+
+def _report(parts: list[Path], fate: NDArray[np.int8], lengths: NDArray[np.int64]) -> IngestReport:
+    skipped: Counter[str] = Counter()
+    for part in parts:
+        skipped.update(json.loads((part / RESULT).read_text(encoding="utf-8"))["skipped"])
+    return IngestReport(
+        lengths=lengths[fate == _TRAIN],
+        held_out_lengths=lengths[fate == _HELD_OUT],
+        duplicates=int((fate == _DUPLICATE).sum()),
+        skipped=dict(sorted(skipped.items())),
+    )
+
+
+def _check_not_empty(report: IngestReport, options: IngestOptions) -> None:
+    if not len(report.lengths):
+        raise UserError("the input has no documents: no store was written")
+    if options.held_out and not len(report.held_out_lengths):
+        raise UserError(
+            f"--held-out {options.held_out} of so few documents (or groups) is none: give a larger share"
+        )
+
+
+def _write_skipped(parts: list[Path], file: Path, report: IngestReport) -> None:
+    if report.skipped:
+        with file.open("wb") as out:
+            for part in parts:
+                out.write((part / SKIPPED).read_bytes())

@@ -1,0 +1,115 @@
+"""A recipe's sources to token stores, made once and found again: rank 0 calls this before the others open
+them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bico_ds.config.errors import UserError
+from bico_ds.config.schema import DataSpec, SourceSpec
+from bico_ds.data.examples import IngestOptions
+from bico_ds.data.facts import FORM_VERSION, write_facts
+from bico_ds.data.ingest import ingest
+from bico_ds.data.sources import SHARD_BYTES, expand_path, find_files, plan_shards
+from bico_ds.data.store import FORMAT_VERSION, TokenStore, publish
+from bico_ds.data.tokenizer import load_tokenizer, tokenizer_hash
+
+
+def facts_folder(data: DataSpec) -> Path:
+    """Return the folder of the embedded task's files under `data.cache_dir`, written at the first call."""
+    path = Path(expand_path(data.cache_dir)) / f"facts-{_facts_fingerprint(data)}"
+    if not path.exists():
+        folder = path.with_name(f".{path.name}.writing-{os.getpid()}")
+        shutil.rmtree(folder, ignore_errors=True)
+        write_facts(data.facts, folder)
+        try:
+            publish(folder, path)
+        except (UserError, OSError):  # another process was faster, and wrote the same
+            shutil.rmtree(folder, ignore_errors=True)
+            if not path.exists():
+                raise
+    return path
+
+
+def prepare_source(source: SourceSpec, data: DataSpec, tokenizer_path: str, *, progress: bool = True) -> Path:
+    """Return the token store of a source; one of kind `files` or `facts` is made when the cache lacks it.
+
+    The cache is keyed by the files (path, size, time of change), the options and the tokenizer's hash. Raises
+    `UserError` for bad input, and for a cached store that is damaged.
+    """
+    if source.store is not None:
+        return Path(expand_path(source.store))
+    options = _options(source)
+    files = _files(source, data)
+    tokenizer = tokenizer_hash(load_tokenizer(tokenizer_path))
+    key = {"format": FORMAT_VERSION, "options": asdict(options), "tokenizer": tokenizer}
+    key["input"] = (
+        _facts_fingerprint(data) + str(source.facts) if source.facts else [_stamp(f) for f in files]
+    )
+    name = source.name or (f"facts-{source.facts}" if source.facts else files[0].name.split(".")[0])
+    path = Path(expand_path(data.cache_dir)) / f"{name}-{_fingerprint(key)}"
+    if path.exists():
+        _check_cached(path, tokenizer)
+        return path
+    shards = plan_shards(files, text_by=options.text_by, shard_bytes=SHARD_BYTES)
+    try:
+        ingest(shards, options, tokenizer_path, path, progress=progress)
+    except UserError:
+        if not path.exists():  # else another process made it while this one waited
+            raise
+    return path
+
+
+def _options(source: SourceSpec) -> IngestOptions:
+    if source.facts is not None:
+        return IngestOptions(
+            prompt_field="prompt",
+            completion_field="completion",
+            group_field="group",
+            add_bos=source.add_bos,
+            add_eos=source.add_eos,
+        )
+    return IngestOptions(
+        text_field=source.text_field,
+        prompt_field=source.prompt_field,
+        completion_field=source.completion_field,
+        messages_field=source.messages_field,
+        group_field=source.group_field,
+        entities_field=source.entities_field,
+        text_by=source.text_by,
+        add_bos=source.add_bos,
+        add_eos=source.add_eos,
+    )
+
+
+def _files(source: SourceSpec, data: DataSpec) -> list[Path]:
+    if source.facts is not None:
+        return [facts_folder(data) / f"{source.facts}_train.jsonl"]
+    return find_files(source.files or [])
+
+
+def _stamp(file: Path) -> list[str | int]:
+    status = file.stat()
+    return [str(file.resolve()), status.st_size, status.st_mtime_ns]
+
+
+def _check_cached(path: Path, tokenizer: str) -> None:
+    try:
+        TokenStore.open(path, tokenizer_hash=tokenizer)
+    except UserError as error:
+        raise UserError(f"{error} (it is a cache: delete '{path}', and it is made again)") from error
+
+
+def _facts_fingerprint(data: DataSpec) -> str:
+    return _fingerprint({"form": FORM_VERSION, "spec": data.facts.model_dump()})
+
+
+def _fingerprint(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

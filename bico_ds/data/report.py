@@ -1,0 +1,84 @@
+"""What an ingestion did, for people: text, and a picture of the document lengths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+_CAPACITIES = (1024, 2048, 4096, 8192)
+_BAR = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestReport:
+    """What became of the input."""
+
+    lengths: NDArray[np.int64]  # tokens of each training document
+    held_out_lengths: NDArray[np.int64]
+    duplicates: int
+    skipped: dict[str, int]  # lines by reason
+    path: Path | None = None
+
+    @property
+    def text(self) -> str:
+        """The report as lines of text; free of times and paths, so that it is a function of the input."""
+        lines = [f"documents    {len(self.lengths):,}", f"tokens       {int(self.lengths.sum()):,}"]
+        names = ("min", "25 %", "median", "75 %", "max")
+        quartiles = np.percentile(self.lengths, [0, 25, 50, 75, 100]).astype(int)
+        lines.append("lengths      " + ", ".join(f"{n} {q:,}" for n, q in zip(names, quartiles, strict=True)))
+        if len(self.held_out_lengths):
+            documents, tokens = len(self.held_out_lengths), int(self.held_out_lengths.sum())
+            lines.append(f"held out     {documents:,} documents, {tokens:,} tokens")
+        if self.duplicates:
+            lines.append(f"dropped      {self.duplicates:,} duplicates of an earlier text")
+        lines += [f"skipped      {count:,} lines: {reason}" for reason, count in self.skipped.items()]
+        lines += ["", "tokens a document", *self._histogram(), "", *self._overlong()]
+        return "\n".join(lines) + "\n"
+
+    def _histogram(self) -> list[str]:
+        edges, counts = length_histogram(self.lengths)
+        tallest = max(int(counts.max()), 1)
+        labels = [f"{low:,}–{high - 1:,}" if high - low > 1 else f"{low:,}" for low, high in pairwise(edges)]
+        width = max(map(len, labels))
+        return [
+            f"  {label:>{width}} {'█' * round(_BAR * count / tallest):<{_BAR}} {count:,}"
+            for label, count in zip(labels, counts, strict=True)
+        ]
+
+    def _overlong(self) -> list[str]:
+        """What packing would meet: ingestion itself cuts nothing."""
+        lines = []
+        for capacity in _CAPACITIES:
+            if count := int((self.lengths > capacity).sum()):
+                lines.append(
+                    f"longer than {capacity:,}: {count:,} documents "
+                    f"(packing into bins of {capacity:,} splits, truncates or drops them, by data.overlong)"
+                )
+        return lines or [f"no document is longer than {_CAPACITIES[0]:,}: packing has nothing to split"]
+
+
+def length_histogram(lengths: NDArray[np.int64]) -> tuple[list[int], NDArray[np.int64]]:
+    """Count lengths in bins that double: edges [B + 1] and counts [B]."""
+    low, high = int(lengths.min()).bit_length() - 1, int(lengths.max()).bit_length()
+    edges = [2**power for power in range(low, high + 1)]
+    return edges, np.histogram(lengths, bins=edges)[0]
+
+
+def write_report(report: IngestReport, text_file: Path, picture: Path) -> None:
+    """Write the report's text, and its histogram as PNG."""
+    from matplotlib.figure import Figure
+
+    text_file.write_text(report.text, encoding="utf-8")
+    edges, counts = length_histogram(report.lengths)
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.stairs(counts, edges, fill=True)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("tokens a document")
+    axes.set_ylabel("documents")
+    axes.set_title(f"{len(report.lengths):,} documents, {int(report.lengths.sum()):,} tokens")
+    figure.savefig(picture, dpi=120, metadata={"Software": None})

@@ -1,0 +1,320 @@
+"""Input files to rows: which files, which part of them one worker reads, and what each line says.
+
+Own readers for lines and Parquet, since a message about a bad line must name file and line; `datasets`
+fetches what has a hub name, and its Arrow files are read here too.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import io
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from bico_ds.config.errors import UserError
+
+Kind = Literal["lines", "text_lines", "text_file", "parquet", "arrow"]
+SHARD_BYTES = 32 << 20
+_JSON_ENDINGS, _TEXT_ENDINGS = (".jsonl", ".ndjson", ".json"), (".txt", ".text", ".md")
+_COMPRESSIONS = (".gz", ".zst")
+_ROWS_A_SHARD = 50_000
+
+
+class BadRow(ValueError):
+    """A row that cannot become a document. `reason` is the class it is counted under."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """The part of one file that one worker reads at a time, and how the file looked when the work was
+    planned.
+    """
+
+    path: str
+    kind: Kind
+    size: int  # bytes of the file
+    modified_ns: int
+    start: int = 0  # bytes (lines), row groups (parquet) or rows (arrow)
+    end: int = -1  # -1: to the end
+    first_row: int = 1
+
+    def place(self, row: int) -> str:
+        """Name a row for people."""
+        return f"{self.path}: row {row}" if self.kind in ("parquet", "arrow") else f"{self.path}:{row}"
+
+    def check_unchanged(self) -> None:
+        """Raise `UserError` if the file is not what it was when the work was planned."""
+        try:
+            now = os.stat(self.path)
+        except OSError as error:
+            raise UserError(f"{self.path} vanished while it was being read ({error.strerror})") from error
+        if (now.st_size, now.st_mtime_ns) != (self.size, self.modified_ns):
+            raise UserError(f"{self.path} changed while it was being read: run again when it is complete")
+
+
+def expand_path(path: str) -> str:
+    """Expand ``~`` and ``${NAME}``; a variable that is not set is a `UserError`."""
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    if missing := re.search(r"\$\{(\w+)\}|\$(\w+)", expanded):
+        raise UserError(f"path '{path}': environment variable {missing[1] or missing[2]} is not set")
+    return expanded
+
+
+def find_files(inputs: list[str]) -> list[Path]:
+    """Return the files that `inputs` name (files, folders, glob patterns), each once, folders sorted by
+    name.
+    """
+    found: dict[Path, None] = {}
+    for given in map(expand_path, inputs):
+        path = Path(given)
+        if path.is_dir():
+            inside = sorted(
+                p for p in path.rglob("*") if p.is_file() and _is_known(p) and not _is_hidden(p, path)
+            )
+            if not inside:
+                raise UserError(f"folder '{given}' has no input files ({_known_endings()})")
+        elif path.is_file():
+            inside = [path]
+        else:
+            inside = [Path(p) for p in sorted(glob.glob(given, recursive=True)) if Path(p).is_file()]
+            if not inside:
+                raise UserError(f"input '{given}' does not exist")
+        found.update(dict.fromkeys(inside))
+    return list(found)
+
+
+def plan_shards(files: list[Path], *, text_by: Literal["line", "file"], shard_bytes: int) -> list[Shard]:
+    """Cut the files into shards, in order. Plain lines are cut at line ends; a compressed file is one
+    shard.
+    """
+    shards: list[Shard] = []
+    for path in files:
+        if not _is_known(path):
+            raise UserError(f"{path}: unknown kind of file; known are {_known_endings()}")
+        ending, compressed = _ending(path)
+        if ending == ".parquet":
+            shards += _parquet_shards(path, shard_bytes)
+        elif ending in _TEXT_ENDINGS and text_by == "file":
+            shards.append(_shard(path, "text_file"))
+        else:
+            kind: Kind = "text_lines" if ending in _TEXT_ENDINGS else "lines"
+            shards += [_shard(path, kind)] if compressed else _line_shards(path, kind, shard_bytes)
+    return shards
+
+
+def hub_shards(name: str, *, config: str | None, split: str) -> list[Shard]:
+    """Fetch a data set by hub name (or a local folder) through `datasets`, and cut its Arrow files into
+    shards.
+    """
+    import datasets
+
+    try:
+        table = datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # datasets, huggingface_hub, fsspec and pyarrow each raise their own
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot load '{name}' (split '{split}') through datasets: {first_line}") from error
+    shards = []
+    for place in table.cache_files:
+        path = Path(place["filename"])
+        rows = datasets.Dataset.from_file(str(path)).num_rows
+        for start in range(0, rows, _ROWS_A_SHARD):
+            end = min(start + _ROWS_A_SHARD, rows)
+            shards.append(_shard(path, "arrow", start=start, end=end, first_row=start + 1))
+    return shards
+
+
+def read_rows(shard: Shard, columns: list[str]) -> Iterator[tuple[int, dict[str, Any] | BadRow, Any]]:
+    """Yield (row number, row or what is wrong with it, raw content for the side file). Blank lines are no
+    rows.
+    """
+    shard.check_unchanged()
+    if shard.kind == "parquet":
+        yield from _parquet_rows(shard, columns)
+    elif shard.kind == "arrow":
+        yield from _arrow_rows(shard, columns)
+    else:
+        yield from _line_rows(shard, columns)
+    shard.check_unchanged()
+
+
+def _ending(path: Path) -> tuple[str, bool]:
+    compressed = path.suffix.lower() in _COMPRESSIONS
+    return (Path(path.stem).suffix if compressed else path.suffix).lower(), compressed
+
+
+def _is_known(path: Path) -> bool:
+    ending, compressed = _ending(path)
+    return ending in _JSON_ENDINGS + _TEXT_ENDINGS or (ending == ".parquet" and not compressed)
+
+
+def _is_hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def _known_endings() -> str:
+    return f"{' '.join(_JSON_ENDINGS + _TEXT_ENDINGS)}, each also {' '.join(_COMPRESSIONS)}, and .parquet"
+
+
+def _shard(path: Path, kind: Kind, *, start: int = 0, end: int = -1, first_row: int = 1) -> Shard:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    return Shard(
+        path=str(path),
+        kind=kind,
+        size=status.st_size,
+        modified_ns=status.st_mtime_ns,
+        start=start,
+        end=end,
+        first_row=first_row,
+    )
+
+
+def _line_shards(path: Path, kind: Kind, shard_bytes: int) -> list[Shard]:
+    """Cut at the first line end after every `shard_bytes`, counting lines on the way."""
+    shards, start, row = [], 0, 1
+    size = _shard(path, kind).size
+    with _open(path) as file:
+        while start < size:
+            lines = 0
+            while (block := file.read(min(shard_bytes - (file.tell() - start), 1 << 22))) != b"":
+                lines += block.count(b"\n")
+            rest = file.readline()
+            lines += rest.endswith(b"\n")
+            end = file.tell()
+            if end == start:  # the file became shorter; reading its shards says so
+                break
+            shards.append(_shard(path, kind, start=start, end=end, first_row=row))
+            start, row = end, row + lines
+    return shards
+
+
+def _parquet_shards(path: Path, shard_bytes: int) -> list[Shard]:
+    shards, start, row, held = [], 0, 1, 0
+    rows = 0
+    metadata = _parquet_file(path).metadata
+    for group in range(metadata.num_row_groups):
+        held += metadata.row_group(group).total_byte_size
+        rows += metadata.row_group(group).num_rows
+        if held >= shard_bytes or group == metadata.num_row_groups - 1:
+            shards.append(_shard(path, "parquet", start=start, end=group + 1, first_row=row))
+            start, row, held, rows = group + 1, row + rows, 0, 0
+    return shards
+
+
+def _parquet_file(path: str | Path) -> Any:
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (OSError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
+        raise UserError(f"{path} is no readable Parquet file: {error}") from error
+
+
+def _parquet_rows(shard: Shard, columns: list[str]) -> Iterator[tuple[int, dict[str, Any] | BadRow, Any]]:
+    file = _parquet_file(shard.path)
+    _check_columns(shard.path, columns, file.schema_arrow.names)
+    groups = list(range(shard.start, shard.end))
+    number = shard.first_row
+    try:
+        for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=columns):
+            for row in batch.to_pylist():
+                yield number, row, row
+                number += 1
+    except (OSError, ValueError) as error:
+        raise UserError(f"{shard.place(number)}: damaged Parquet file ({error})") from error
+
+
+def _arrow_rows(shard: Shard, columns: list[str]) -> Iterator[tuple[int, dict[str, Any] | BadRow, Any]]:
+    import pyarrow
+
+    table = pyarrow.ipc.open_stream(pyarrow.memory_map(shard.path)).read_all()
+    _check_columns(shard.path, columns, table.column_names)
+    part = table.select(columns).slice(shard.start, shard.end - shard.start)
+    number = shard.first_row
+    for batch in part.to_batches(max_chunksize=1024):
+        for row in batch.to_pylist():
+            yield number, row, row
+            number += 1
+
+
+def _check_columns(path: str, wanted: list[str], there: list[str]) -> None:
+    if missing := [name for name in wanted if name not in there]:
+        raise UserError(f"{path} has no column '{missing[0]}'; its columns are {', '.join(sorted(there))}")
+
+
+def _line_rows(shard: Shard, columns: list[str]) -> Iterator[tuple[int, dict[str, Any] | BadRow, Any]]:
+    if shard.kind == "text_file":
+        raw = b"".join(line for _, line in _raw_lines(shard))
+        yield 1, _text_row(raw, columns[0]), raw
+        return
+    parse = _json_row if shard.kind == "lines" else lambda raw: _text_row(raw.rstrip(b"\r\n"), columns[0])
+    for number, raw in _raw_lines(shard):
+        if not raw.isspace():
+            yield number, parse(raw), raw
+
+
+def _raw_lines(shard: Shard) -> Iterator[tuple[int, bytes]]:
+    """Yield (line number, line with its end); damage of a compressed file is named with the last line
+    read.
+    """
+    number = shard.first_row
+    try:
+        with _open(Path(shard.path)) as file:
+            if shard.start:
+                file.seek(shard.start)
+            left = shard.end - shard.start if shard.end >= 0 else -1
+            for line in file:
+                yield number, line
+                number += 1
+                left -= len(line)
+                if left == 0:
+                    return
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{shard.place(number)}: cannot read on, the file is damaged ({error})") from error
+    if left > 0:
+        raise UserError(f"{shard.path} became shorter while it was being read: run again when it is complete")
+
+
+def _open(path: Path) -> BinaryIO:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if path.suffix.lower() == ".zst":
+        import pyarrow  # the zstandard package ends a truncated file without a word
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), 1 << 20)
+    return path.open("rb", buffering=1 << 20)
+
+
+def _json_row(raw: bytes) -> dict[str, Any] | BadRow:
+    try:
+        row = json.loads(raw.decode("utf-8-sig" if raw.startswith(b"\xef\xbb\xbf") else "utf-8"))
+    except UnicodeDecodeError as error:
+        return BadRow("invalid UTF-8", f"byte {error.start + 1} of the line is 0x{raw[error.start]:02x}")
+    except json.JSONDecodeError as error:
+        hint = "; is this a JSON array? One object a line is needed" if raw.lstrip()[:1] == b"[" else ""
+        return BadRow("broken JSON", f"{error.msg} at column {error.colno}{hint}")
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+        return BadRow("broken JSON", str(error))
+    if not isinstance(row, dict):
+        return BadRow("broken JSON", f"expected an object, found {type(row).__name__}")
+    return row
+
+
+def _text_row(raw: bytes, column: str) -> dict[str, Any] | BadRow:
+    try:
+        return {column: raw.decode("utf-8")}
+    except UnicodeDecodeError as error:
+        return BadRow("invalid UTF-8", f"byte {error.start + 1} is 0x{raw[error.start]:02x}")

@@ -1,0 +1,329 @@
+"""The elastic loader: one sample stream at any world size, from any step on; nothing lost, nothing twice."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stores import BOS, EOS, write_store
+
+from bico_ds.config.errors import UserError
+from bico_ds.config.schema import BicoSpec, DataSpec, MaskSpec, NtpSpec, SourceSpec
+from bico_ds.data.loader import ElasticLoader
+from bico_ds.data.mixture import Mixture
+from bico_ds.data.rows import cut
+from bico_ds.data.stream import BinStream, Position
+from bico_ds.objectives.build import build_objectives
+from bico_ds.objectives.schedule import ObjectiveSchedule
+
+HALVES = [NtpSpec(kind="ntp", probability=0.5), BicoSpec(kind="bico", probability=0.5)]
+GLOBAL = 8
+
+
+def schedule_of(specs=HALVES, seed=1) -> ObjectiveSchedule:
+    objectives = build_objectives(specs, special_ids=[BOS, EOS], placeholder_id=0)
+    return ObjectiveSchedule(objectives, [spec.probability for spec in specs], seed)
+
+
+@dataclass(frozen=True)
+class Doubling:
+    """An objective whose rows are twice as long: a plan and a cursor of its own."""
+
+    inner: object
+    name: str = "doubling"
+
+    def expand(self, lengths):
+        return 2 * lengths
+
+    def build(self, documents, key):
+        return self.inner.build(documents, key)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Two stores, with documents longer than a bin, and their data section."""
+    folder = tmp_path_factory.mktemp("stores")
+    rng = np.random.default_rng(0)
+    stores = [
+        write_store(folder / "a", [*rng.integers(1, 60, 150).tolist(), 150, 97], add_bos=True),
+        write_store(folder / "b", rng.integers(5, 64, 40).tolist()),
+    ]
+
+    def data(**changes) -> DataSpec:
+        epochs = changes.pop("epochs", (None, None))
+        sources = [SourceSpec(store=str(s.path), epochs=e) for s, e in zip(stores, epochs, strict=True)]
+        return DataSpec(sources=sources, capacity=64, **{"workers": 0, **changes})
+
+    return stores, data
+
+
+def make(world, *, micro=1, rank=0, size=1, state=None, schedule=None, seed=1, **changes) -> ElasticLoader:
+    stores, data = world
+    return ElasticLoader(
+        stores,
+        data(**changes),
+        schedule or schedule_of(),
+        seed=seed,
+        global_batch_bins=GLOBAL,
+        micro_batch_bins=micro,
+        rank=rank,
+        world_size=size,
+        state=state,
+    )
+
+
+def contents(batch) -> list[tuple]:
+    """A batch as (name, visible tokens with positions, predictions) of each document: order and place left
+    out.
+    """
+    plan, cu = batch.plan, batch.plan.cu_seqlens.tolist()
+    document_of_row = np.repeat(np.arange(len(cu) - 1), np.diff(cu)).tolist() + plan.live_document.tolist()
+    rows: list[list] = [[] for _ in range(len(cu) - 1)]
+    predictions: list[list] = [[] for _ in range(len(cu) - 1)]
+    positions = batch.position_ids.tolist()
+    for row, token in enumerate(batch.input_ids.tolist()):
+        rows[document_of_row[row]].append((token, positions[row]))
+    for row, target in zip(batch.loss_rows.tolist(), batch.targets.tolist(), strict=True):
+        predictions[document_of_row[row]].append((positions[row], target))
+    names = map(tuple, batch.documents.tolist())
+    return list(zip(names, map(tuple, rows), map(tuple, map(sorted, predictions)), strict=True))
+
+
+def global_step(world, step, *, size, micro, state=None, **changes) -> Counter:
+    """All documents of one step, from a loader of every rank; all ranks have as many micro-batches."""
+    ranks = [make(world, size=size, micro=micro, rank=r, state=state, **changes) for r in range(size)]
+    batches = [loader.step(step) for loader in ranks]
+    assert {len(own) for own in batches} == {GLOBAL // (size * micro)}
+    return Counter(item for own in batches for batch in own for item in contents(batch))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world):
+    """The contents of each step of one rank that never stops: more than two epochs."""
+    loader = make(world)
+    assert loader.total_steps(2) < 36
+    return [Counter(item for batch in loader.step(s) for item in contents(batch)) for s in range(36)]
+
+
+@given(
+    stops=st.lists(st.integers(1, 35), max_size=4, unique=True).map(sorted),
+    draws=st.lists(
+        st.sampled_from([(1, 1), (1, 4), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1)]), min_size=5, max_size=5
+    ),
+)
+@settings(max_examples=8, deadline=None)
+def test_stream_and_masks_are_identical_at_any_size_stopped_and_resumed_anywhere(
+    world, uninterrupted, stops, draws
+):
+    state = None
+    for (begin, end), (size, micro) in zip(zip([0, *stops], [*stops, 36], strict=True), draws, strict=False):
+        ranks = [make(world, size=size, micro=micro, rank=rank, state=state) for rank in range(size)]
+        for step in range(begin, end):
+            seen = Counter(
+                item for loader in ranks for batch in loader.step(step) for item in contents(batch)
+            )
+            assert seen == uninterrupted[step], (step, size, micro)
+        states = [json.dumps(loader.state_dict(end)) for loader in ranks]
+        assert len(set(states)) == 1
+        state = json.loads(states[0])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"repack_every_epoch": True},
+        {"max_documents_per_bin": 2},
+        {"epochs": (2.0, 1.0)},
+        {"epochs": (0.4, 1.5)},
+        {"overlong": "drop"},
+    ],
+    ids=str,
+)
+def test_every_token_appears_as_often_as_asked(world, changes):
+    stores, data = world
+    spec, epochs = data(**changes), 4
+    bos = [store.manifest.bos_id if store.manifest.add_bos else None for store in stores]
+    rows = [
+        cut(store.lengths, longest=64, overlong=spec.overlong, bos_id=bos_id)
+        for store, bos_id in zip(stores, bos, strict=True)
+    ]
+    mixture = Mixture.of(spec.sources, [len(part) for part in rows], seed=1)
+    stream = BinStream(rows, mixture, lambda lengths: lengths, spec, seed=1)
+    counts = [Counter(), Counter()]
+    total = sum(stream.num_bins(epoch) for epoch in range(epochs))
+    assert stream.advance(Position(), total) == Position(epoch=epochs, bin=0)
+    bins = stream.take(Position(), total)
+    assert np.add.reduceat(bins.length, bins.offsets[:-1]).max() <= 64
+    for source, store in enumerate(stores):
+        tokens = rows[source].read(bins.row[bins.source == source], store, source=source).token_ids
+        counts[source].update(tokens[tokens != BOS].tolist())
+        expected = {
+            token
+            for document in store.whole(np.arange(len(store)))
+            if spec.overlong != "drop" or len(document.token_ids) <= 64
+            for token in document.token_ids.tolist()
+            if token != BOS
+        }
+        asked = epochs * (spec.sources[source].epochs or 1.0)
+        assert set(counts[source]) == expected
+        assert all(abs(count - asked) < 1 for count in counts[source].values())
+
+
+def test_the_rest_of_an_epoch_carries_over_into_the_next_ones_first_batch(world):
+    loader = make(world, schedule=schedule_of([NtpSpec(kind="ntp")]), micro=GLOBAL)
+    per_epoch = loader.report()[0].bins
+    assert per_epoch % GLOBAL
+    names = Counter()
+    for step in range(per_epoch):  # GLOBAL whole epochs
+        for batch in loader.step(step):
+            names.update(map(tuple, batch.documents.tolist()))
+    assert set(names.values()) == {GLOBAL}
+
+
+def test_bins_keep_their_mates_unless_repacked_and_change_their_order(world):
+    def epochs(loader):
+        """Two times GLOBAL epochs, so that both end with a whole step."""
+        steps = 2 * loader.report()[0].bins
+        bins = [tuple(sorted(map(tuple, b.documents.tolist()))) for s in range(steps) for b in loader.step(s)]
+        return bins[: len(bins) // 2], bins[len(bins) // 2 :]
+
+    for repack in (False, True):
+        loader = make(world, schedule=schedule_of([NtpSpec(kind="ntp")]), repack_every_epoch=repack)
+        first, second = epochs(loader)
+        assert first != second
+        assert (sorted(first) == sorted(second)) == (not repack)
+
+
+def test_masks_change_with_the_pass_and_a_document_twice_in_an_epoch_has_two_masks(world):
+    loader = make(
+        world, schedule=schedule_of([BicoSpec(kind="bico", mask=MaskSpec(rate=0.5))]), epochs=(2.0, 1.0)
+    )
+    masks: dict[tuple, set] = {}
+    for step in range(2 * loader.total_steps(1)):
+        for batch in loader.step(step):
+            for name, rows, _ in contents(batch):
+                masks.setdefault(name, []).append(rows)
+    long = [seen for seen in masks.values() if max(len(rows) for rows in seen) > 12]
+    assert long
+    assert all(len(set(seen)) == len(seen) for seen in long)
+
+
+def test_objectives_with_another_expansion_have_a_cursor_of_their_own(world):
+    specs = [NtpSpec(kind="ntp", probability=0.5), NtpSpec(kind="ntp", probability=0.5)]
+    plain, inner = build_objectives(specs, special_ids=[], placeholder_id=0)
+    schedule = ObjectiveSchedule([plain, Doubling(inner)], [0.5, 0.5], seed=1)
+    loader = make(world, schedule=schedule)
+    assert [report.objectives for report in loader.report()] == [("ntp",), ("doubling",)]
+    names = {"ntp": Counter(), "doubling": Counter()}
+    for step in range(60):
+        objective = schedule(step)
+        for batch in loader.step(step):
+            assert batch.represented_tokens <= (64 if objective.name == "ntp" else 32)
+            names[objective.name].update(map(tuple, batch.documents.tolist()))
+    assert len(names["doubling"]) > len(names["ntp"])  # longer rows: more documents are split
+    assert all(max(counter.values()) - min(counter.values()) <= 1 for counter in names.values())
+    state = json.loads(json.dumps(loader.state_dict(23)))
+    resumed = make(world, schedule=schedule, state=state, size=2, rank=1)
+    whole = make(world, schedule=schedule, size=2, rank=1)
+    for step in (23, 24, 40):
+        assert [contents(b) for b in resumed.step(step)] == [contents(b) for b in whole.step(step)]
+
+
+def test_workers_change_nothing_and_the_state_does_not_run_ahead(world):
+    plain, threaded = make(world), make(world, workers=2)
+    for step in range(12):
+        ours, theirs = threaded.step(step), plain.step(step)
+        assert [contents(b) for b in ours] == [contents(b) for b in theirs]
+    time.sleep(0.1)
+    assert threaded.state_dict(12) == plain.state_dict(12)
+    assert threaded.wait_seconds > 0
+    threaded.close()
+
+
+def test_totals_by_source_survive_a_resume(world):
+    loader = make(world)
+    names = list(loader.source_totals(0))
+    expected = {name: [0, 0] for name in names}
+    for step in range(20):
+        for item in loader.step(step):
+            for source, _, _ in item.documents.tolist():
+                expected[names[source]][0] += 1
+    state = json.loads(json.dumps(loader.state_dict(9)))
+    resumed = make(world, size=4, rank=2, state=state).source_totals(20)
+    assert resumed == loader.source_totals(20)
+    assert {name: total["rows"] for name, total in resumed.items()} == {n: e[0] for n, e in expected.items()}
+
+
+def test_an_indivisible_global_batch_is_refused_with_the_numbers_that_divide(world):
+    with pytest.raises(UserError, match=r"global_batch_bins is 8, but 3 ranks .* multiple of 3 \(6 or 9\)"):
+        make(world, size=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 2}, r"seed: 1 in the checkpoint, 2 now"),
+        ({"max_documents_per_bin": 5}, r"data\.max_documents_per_bin: None in the checkpoint, 5 now"),
+        ({"epochs": (2.0, 1.0)}, r"data\.sources\[0\]\.epochs: None in the checkpoint, 2\.0 now"),
+        (
+            {"schedule": schedule_of([NtpSpec(kind="ntp")])},
+            r"objectives\[1\]: MaskDenoising.* \(absent\) now",
+        ),
+    ],
+)
+def test_a_changed_recipe_is_refused_naming_what_changed(world, change, message):
+    state = make(world).state_dict(5)
+    with pytest.raises(UserError, match=message):
+        make(world, state=state, **change)
+    allowed = make(world, state=state, allow_change=True, **change)
+    assert allowed.start_step == 5
+    assert allowed.changes
+    allowed.step(5)
+
+
+def test_changed_data_is_refused(world, tmp_path):
+    stores, data = world
+    state = make(world).state_dict(5)
+    other = write_store(tmp_path / "b", [9] * 40)
+    with pytest.raises(UserError, match=r"data\.sources\[1\] contents"):
+        make(([stores[0], other], data), state=state)
+
+
+def test_a_failing_document_is_named_from_the_worker(world):
+    plain = schedule_of([NtpSpec(kind="ntp")]).objectives[0]
+
+    class Failing(Doubling):
+        def expand(self, lengths):
+            return lengths
+
+        def build(self, documents, key):
+            if ((documents.source == 1) & (documents.id == 17)).any():
+                raise KeyError("boom")
+            return self.inner.build(documents, key)
+
+    schedule = ObjectiveSchedule([Failing(plain)], [1.0], seed=1)
+    loader = make(world, schedule=schedule, workers=1)
+    with pytest.raises(
+        RuntimeError, match=r"step \d+, objective 'doubling'.*document 17 \(piece 0\) of source 'b'.*boom"
+    ):
+        [loader.step(step) for step in range(20)]
+    loader.close()
+
+
+def test_a_mask_policy_that_the_store_cannot_serve_is_refused_at_once(world):
+    with pytest.raises(UserError, match="no entity spans"):
+        make(world, schedule=schedule_of([BicoSpec(kind="bico", mask=MaskSpec(unit="entity"))]))
+
+
+def test_a_source_with_nothing_to_train_on_is_named(tmp_path):
+    store = write_store(tmp_path / "long", [500, 600])
+    data = DataSpec(sources=[SourceSpec(store="x/long")], capacity=64, overlong="drop", workers=0)
+    with pytest.raises(UserError, match=r"source 'long' has nothing to train on"):
+        ElasticLoader([store], data, schedule_of(), seed=1, global_batch_bins=8)

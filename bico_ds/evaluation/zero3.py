@@ -8,12 +8,14 @@ faster and has no hooks of DeepSpeed that could partition a weight in the middle
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
 from torch import nn
+
+from bico_ds.model.export import exported_parameters
+from bico_ds.model.lora import merge
+from bico_ds.model.materialize import gathered
 
 _GATHER_NUMEL = 64_000_000  # parameters gathered at one time
 
@@ -32,36 +34,26 @@ def is_partitioned(model: nn.Module) -> bool:
 def whole_replica(model: Any, *, device: torch.device | str) -> Any:
     """A copy of the Hugging Face causal LM `model` with whole weights on `device`, same dtype, in eval mode.
 
-    A collective: under ZeRO-3 all ranks call it together. The copy has Hugging Face's own attention. A `peft`
-    model is copied with its adapters.
+    A collective: under ZeRO-3 all ranks call it together. The copy is what an export would load as: Hugging
+    Face's own attention, adapters merged.
     """
-    replica = _skeleton(model).to_empty(device=device)
-    _tie(replica)  # to_empty unties
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        replica = type(model)(config)  # by its class: `from_config` would partition it under ZeRO-3
+    replica.to_empty(device=device)
+    replica.tie_weights()  # to_empty unties
     _fill(replica, model)
     return replica.eval()
 
 
-def _skeleton(model: Any) -> Any:
-    """The same network on the meta device. Built by its class and not by `from_config`, which would partition
-    it.
-    """
-    if isinstance(model, PeftModel):
-        adapter = model.active_adapter
-        with torch.device("meta"):
-            return get_peft_model(_skeleton(model.get_base_model()), model.peft_config[adapter], adapter)
-    config = copy.deepcopy(model.config)
-    config._attn_implementation = "sdpa"
-    with torch.device("meta"):
-        return type(model)(config)
-
-
 def _fill(replica: nn.Module, model: nn.Module) -> None:
     targets = dict(replica.named_parameters())
-    waiting: list[tuple[str, nn.Parameter]] = []
+    waiting: list[tuple[str, tuple[Any, ...]]] = []
     numel = 0
-    for name, parameter in model.named_parameters():
-        waiting.append((name, parameter))
-        numel += getattr(parameter, "ds_numel", parameter.numel())
+    for name, parts in exported_parameters(model):
+        waiting.append((name, parts))
+        numel += getattr(parts[0], "ds_numel", parts[0].numel())
         if numel >= _GATHER_NUMEL:
             _copy_gathered(targets, waiting)
             waiting, numel = [], 0
@@ -72,21 +64,10 @@ def _fill(replica: nn.Module, model: nn.Module) -> None:
         buffer.data = sources[name].detach().to(buffer.device).clone()
 
 
-def _copy_gathered(targets: dict[str, nn.Parameter], waiting: list[tuple[str, nn.Parameter]]) -> None:
-    """Copy whole weights into `targets`, taking each out of it."""
-    partitioned = [parameter for _, parameter in waiting if hasattr(parameter, "ds_id")]
-    with _gathered(partitioned) if partitioned else nullcontext():
-        for name, parameter in waiting:
+def _copy_gathered(targets: dict[str, nn.Parameter], waiting: list[tuple[str, tuple[Any, ...]]]) -> None:
+    """Copy whole weights into `targets`, taking each out of it. Parts: (base,) or (base, A, B, scaling)."""
+    with gathered(tuple(tensor for _, parts in waiting for tensor in parts[:3])):
+        for name, parts in waiting:
+            whole = merge(*parts) if len(parts) > 1 else parts[0].detach().clone()
             target = targets.pop(name)
-            target.data = parameter.detach().to(target.device).clone()
-
-
-def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters)
-
-
-def _tie(replica: Any) -> None:
-    base = replica.get_base_model() if isinstance(replica, PeftModel) else replica
-    base.tie_weights()
+            target.data = whole.to(device=target.device, dtype=parts[0].dtype)

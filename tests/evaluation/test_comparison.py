@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bico_ds.config.errors import UserError
-from bico_ds.evaluation.comparison import load_arms
+from bico_ds.evaluation.arms import load_arms
 from bico_ds.evaluation.suite import EvaluationResult, TaskResult, save_result
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, inject_adapter_in_model
 
 from bico_ds.evaluation.zero3 import is_partitioned, parameter_count, whole_replica
 
@@ -16,7 +16,7 @@ def test_a_replica_has_the_same_weights_and_shares_none(tiny_llama, kind):
         model.config.tie_word_embeddings = True
         model = type(model)(model.config).eval()
     if kind == "lora":
-        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"])).eval()
+        model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj", "down_proj"]), model)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter)
@@ -25,9 +25,10 @@ def test_a_replica_has_the_same_weights_and_shares_none(tiny_llama, kind):
     replica = whole_replica(model, device="cpu")
     ids = torch.arange(3, 13)[None]
     expected = model(ids).logits
-    assert torch.equal(replica(ids).logits, expected)
-    assert parameter_count(replica) == parameter_count(model)
+    rounding = 1e-4 if kind == "lora" else 0.0  # adapters are merged
+    torch.testing.assert_close(replica(ids).logits, expected, rtol=rounding, atol=rounding)
+    assert parameter_count(replica) == parameter_count(tiny_llama) - (kind == "tied") * 43 * 32
     assert not is_partitioned(model)
     for parameter in model.parameters():
         parameter.data.zero_()
-    assert torch.equal(replica(ids).logits, expected)
+    torch.testing.assert_close(replica(ids).logits, expected, rtol=rounding, atol=rounding)

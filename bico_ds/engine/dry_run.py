@@ -4,38 +4,111 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from bico_ds.attention.packed import choose_backend
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.schema import Recipe
+from bico_ds.data.loader import ElasticLoader
+from bico_ds.data.tokenizer import vocabulary_size
 from bico_ds.engine import materials
 from bico_ds.engine.ds_config import build_ds_config, gradient_accumulation
 from bico_ds.engine.optimization import check_schedule
 from bico_ds.engine.start import check
-from bico_ds.model.build import build_model, parameter_count
+from bico_ds.model.architecture import check_vocabulary, model_config, parameter_count
+from bico_ds.model.build import build_model
+
+LOOK_AHEAD = 64  # steps searched for one batch of each objective
 
 
 def dry_run(recipe: Recipe) -> None:
-    """Validate the recipe, build the pack plan and one batch of each objective, print the table of the run.
+    """Validate the recipe, build the pack plan and one step of each objective, print what would run.
 
     Ranks: `distributed.world_size`, else WORLD_SIZE of the environment, else 1. Raises `UserError`.
     """
-    world_size = recipe.distributed.world_size or int(os.environ.get("WORLD_SIZE", "1"))
     if int(os.environ.get("RANK", "0")) != 0:
         return
     console = Console(soft_wrap=True)
     console.print(dump_recipe(recipe), highlight=False, markup=False)
+    world_size = recipe.distributed.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    recipe, notes = _without_missing_weights(recipe)
     check(recipe, world_size)
-    model = build_model(
-        recipe.model, seed=recipe.seed, ds_config=None, device="meta", longest_document=recipe.data.capacity
-    )
+    config = model_config(recipe.model)
+    build_model(recipe.model, seed=recipe.seed, ds_config=None, device="meta", longest_document=recipe.data.capacity)
     build_ds_config(
-        recipe, world_size=world_size, hidden_size=model.config.hidden_size, on_cuda=False, run_folder=Path("runs")
+        recipe, world_size=world_size, hidden_size=config.hidden_size, on_cuda=False, run_folder=Path("runs")
     )
     goods = materials.gather(recipe, weights_needed=False)
+    if not notes:
+        check_vocabulary(config, vocabulary_size(goods.tokenizer), tokenizer=goods.tokenizer_path)
     loader = materials.build_loader(recipe, goods, rank=0, world_size=world_size)
-    steps = materials.total_steps(recipe, loader)
-    check_schedule(recipe.schedule, steps)
+    try:
+        steps = materials.total_steps(recipe, loader)
+        check_schedule(recipe.schedule, steps)
+        _print(console, recipe, world_size, parameter_count(config), steps, loader, goods)
+    finally:
+        loader.close()
+    for note in notes:
+        console.print(f"note: {note}")
+
+
+def _without_missing_weights(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """A dry run needs no weights: where they are not on this machine, the architecture in the recipe stands in."""
+    path = recipe.model.path
+    if path is None or Path(path).is_dir() or recipe.model.config is None:
+        return recipe, []
+    model = recipe.model.model_copy(update={"path": None})
+    note = f"model.path '{path}' is not on this machine; planned from model.config alone"
+    return recipe.model_copy(update={"model": model}), [note]
+
+
+def _print(
+    console: Console, recipe: Recipe, world_size: int, parameters: int, steps: int, loader: ElasticLoader, goods: Any
+) -> None:
+    table = Table(title=f"{recipe.name}: what would run", show_header=False)
+    accumulation = gradient_accumulation(recipe, world_size)
+    batch, micro = recipe.training.global_batch_bins, recipe.training.micro_batch_bins
+    table.add_row("parameters", f"{parameters:,}")
+    table.add_row("precision, backend", f"{recipe.model.dtype}, attention {recipe.model.attention_backend}")
+    table.add_row("DeepSpeed", recipe.deepspeed.config)
+    table.add_row("ranks", f"{world_size}")
+    table.add_row("steps", f"{steps:,}")
+    table.add_row(
+        "global batch", f"{batch} bins = {world_size} ranks x {accumulation} micro-batches x {micro} bins"
+    )
+    table.add_row("tokens a step", f"at most {batch * recipe.data.capacity:,} ({recipe.data.capacity:,} a bin)")
+    for stream in loader.report():
+        table.add_row(
+            f"data for {', '.join(stream.objectives)}",
+            f"{stream.rows:,} rows, {stream.tokens:,} tokens an epoch in {stream.bins:,} bins, fill {stream.fill:.3f}",
+        )
+        for name, cut in stream.cut.items():
+            table.add_row(f"  source {name}", str(cut))
+    counts = {objective.name: 0 for objective in goods.schedule.objectives}
+    for index in goods.schedule.indices(0, steps):
+        counts[goods.schedule.objectives[index].name] += 1
+    table.add_row("steps by objective", ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    for name, line in _first_batches(loader, goods, min(steps, LOOK_AHEAD)).items():
+        table.add_row(f"first {name} step, rank 0", line)
+    console.print(table)
+
+
+def _first_batches(loader: ElasticLoader, goods: Any, steps: int) -> dict[str, str]:
+    """The first step of each objective, really built."""
+    lines: dict[str, str] = {}
+    for step in range(steps):
+        batches, name = loader.step(step), goods.schedule(step).name
+        if name not in lines:
+            rows = sum(len(batch.input_ids) for batch in batches)
+            represented = sum(batch.represented_tokens for batch in batches)
+            live = sum(batch.plan.num_live for batch in batches)
+            targets = sum(len(batch.targets) for batch in batches)
+            lines[name] = (
+                f"step {step}: {represented:,} tokens represented, {rows:,} rows through the model "
+                f"({live:,} live placeholders), {targets:,} targets"
+            )
+        if len(lines) == len(goods.schedule.objectives):
+            break
+    return lines

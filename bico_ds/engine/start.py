@@ -15,6 +15,7 @@ import torch.distributed as dist
 from bico_ds.config.errors import UserError
 from bico_ds.config.schema import Recipe
 from bico_ds.data.loader import ElasticLoader
+from bico_ds.data.tokenizer import vocabulary_size
 from bico_ds.engine import checkpoint, distributed, materials
 from bico_ds.engine.callbacks.base import Callback, Callbacks, RunStart
 from bico_ds.engine.callbacks.console import ConsoleProgress
@@ -22,12 +23,13 @@ from bico_ds.engine.callbacks.evaluation import Evaluator
 from bico_ds.engine.callbacks.monitor import StepMonitor
 from bico_ds.engine.checkpoint import Checkpointer, FoundCheckpoint
 from bico_ds.engine.distributed import Ranks
+from bico_ds.engine.materials import Materials
 from bico_ds.engine.ds_config import build_ds_config, gradient_accumulation
 from bico_ds.engine.optimization import build_scheduler, check_schedule
 from bico_ds.engine.run_folder import RunFolder, State
 from bico_ds.engine.signals import StopFlag
 from bico_ds.engine.trainer import Trainer
-from bico_ds.model.architecture import model_config
+from bico_ds.model.architecture import check_vocabulary, model_config
 from bico_ds.model.build import TrainableModel, build_model
 from bico_ds.model.export import export_model
 
@@ -107,7 +109,7 @@ def _run(recipe: Recipe, folder: RunFolder, found: FoundCheckpoint | None, ranks
     )
     steps = materials.total_steps(recipe, loader)
     check_schedule(recipe.schedule, steps)
-    engine = build_engine(recipe, ranks, folder, steps)
+    engine = build_engine(recipe, ranks, folder, goods, steps)
     if found is not None:
         checkpoint.load(engine, found)
     callbacks = Callbacks(_callbacks(recipe, folder, engine) if ranks.is_first else [])
@@ -150,7 +152,9 @@ def _finish(
     if state == "done":
         trainer.stop.finish()
         if recipe.checkpoint.export:
-            export_model(trainer.engine.module, tokenizer, folder.export, dtype=recipe.model.dtype)
+            export_model(
+                trainer.engine.module, tokenizer, folder.export, dtype=recipe.model.dtype, overwrite=True
+            )
     callbacks.on_end(trainer.step, state)
     if ranks.is_first:
         folder.write_state(state, step=trainer.step, reason=trainer.stop.reason if state == "preempted" else "")
@@ -158,8 +162,11 @@ def _finish(
     return state
 
 
-def build_engine(recipe: Recipe, ranks: Ranks, folder: RunFolder, steps: int) -> Any:
+def build_engine(recipe: Recipe, ranks: Ranks, folder: RunFolder, goods: Materials, steps: int) -> Any:
     """The DeepSpeed engine around the trainable model."""
+    check_vocabulary(
+        model_config(recipe.model), vocabulary_size(goods.tokenizer), tokenizer=goods.tokenizer_path
+    )
     ds_config = build_ds_config(
         recipe,
         world_size=ranks.world_size,
@@ -170,6 +177,8 @@ def build_engine(recipe: Recipe, ranks: Ranks, folder: RunFolder, steps: int) ->
     model: TrainableModel = build_model(
         recipe.model, seed=recipe.seed, ds_config=ds_config, device=ranks.device, longest_document=recipe.data.capacity
     )
+    if recipe.model.path is None:
+        _adopt_special_tokens(model.causal_lm, goods.tokenizer)
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -178,6 +187,13 @@ def build_engine(recipe: Recipe, ranks: Ranks, folder: RunFolder, steps: int) ->
         dist_init_required=False,
     )
     return engine
+
+
+def _adopt_special_tokens(causal_lm: Any, tokenizer: Any) -> None:
+    """A model from random weights ends its texts as its tokenizer does."""
+    for config in (causal_lm.config, causal_lm.generation_config):
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 def _callbacks(recipe: Recipe, folder: RunFolder, engine: Any) -> list[Callback]:

@@ -1,9 +1,11 @@
-"""Dense attention over tiles: both rotations, one softmax, with its own backward. Serves short documents and live rows.
+"""Dense attention over tiles: both rotations, one softmax, with its own backward. Serves short documents and
+live rows.
 
-Half-precision inputs multiply in their dtype and run the softmax in fp32. Backward recomputes the weights from lse.
+Half-precision inputs multiply in their dtype and run the softmax in fp32. Backward recomputes the weights
+from lse.
 
-Shape legend: B documents in a tile, R query rows each, K keys each, H query heads, N key heads, G = H / N, D head
-dimension, T rows of the batch.
+Shape legend: B documents in a tile, R query rows each, K keys each, H query heads, N key heads, G = H / N,
+D head dimension, T rows of the batch.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ class DenseInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class _Direction:
-    """One rotation of a tile: scaled queries [B, N, G·R, D], keys [B, N, K, D], and the 0/1 factor of its scores."""
+    """One rotation of a tile: scaled queries [B, N, G·R, D], keys [B, N, K, D], and the 0/1 factor of its
+    scores."""
 
     q: Tensor
     k: Tensor

@@ -22,7 +22,8 @@ class Engine:
     policy: LayoutPolicy
 
     def forward(self, inputs: DenseInputs, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
-        """out [T+1, Hq, Dh] in q's dtype and lse [T+1, Hq] in at least fp32; row T is scratch, its lse +inf."""
+        """out [T+1, Hq, Dh] in q's dtype and lse [T+1, Hq] in at least fp32; row T is scratch, its lse
+        +inf."""
         layout = layout_of(plan, self.policy)
         q = inputs.q
         out = q.new_empty(plan.num_rows + 1, *q.shape[1:])

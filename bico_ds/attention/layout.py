@@ -1,4 +1,5 @@
-"""Who serves which rows of a batch: dense tiles or the two-pass flash kernel. Decided once a batch, from measured cost."""
+"""Who serves which rows of a batch: dense tiles or the two-pass flash kernel. Decided once a batch, from
+measured cost."""
 
 from __future__ import annotations
 
@@ -17,8 +18,9 @@ from bico_ds.attention.tiles import Tile, TileRows, build_tiles
 class LayoutPolicy:
     """The measured constants of one machine type (``tools/bench/attention.py``, docs/attention.md).
 
-    ``flash_from``: documents of at least so many kept tokens go to the flash kernel. ``tile_scores``: scores a head
-    and tile; small tiles stay in the cache, large ones save launches. ``tile_min_rows``: rows a chunk at least.
+    ``flash_from``: documents of at least so many kept tokens go to the flash kernel. ``tile_scores``: scores
+    a head and tile; small tiles stay in the cache, large ones save launches. ``tile_min_rows``: rows a chunk
+    at least.
     """
 
     flash_from: int
@@ -26,7 +28,8 @@ class LayoutPolicy:
     tile_min_rows: int
 
 
-CPU_POLICY = LayoutPolicy(flash_from=512, tile_scores=8 * 40 * 40, tile_min_rows=32)
+CPU_POLICY = LayoutPolicy(flash_from=512, tile_scores=16 * 40 * 40, tile_min_rows=32)
+CUDA_POLICY = LayoutPolicy(flash_from=1, tile_scores=1 << 20, tile_min_rows=64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +41,23 @@ class Layout:
     flash_rows: Tensor | None
     tiles: list[Tile]
 
+    def to(self, device: torch.device) -> Layout:
+        """The same layout with its tensors on ``device``."""
+        if device.type == "cpu":
+            return self
+        return Layout(
+            flash_plan=None if self.flash_plan is None else self.flash_plan.to(device),
+            flash_rows=None if self.flash_rows is None else self.flash_rows.to(device),
+            tiles=[tile.to(device) for tile in self.tiles],
+        )
+
 
 def layout_of(plan: AttentionPlan, policy: LayoutPolicy) -> Layout:
-    """Who serves which rows of ``plan``. Built at the first call, which a loader's worker may make, and kept in it."""
+    """Who serves which rows of ``plan``. Built at the first call, which a loader's worker may make, and kept
+    in it."""
     if policy not in plan.derived:
-        plan.derived[policy] = _build_layout(plan, policy)
+        layout = _build_layout(plan.on_host(), policy)
+        plan.derived[policy] = layout.to(plan.cu_seqlens.device)
     return plan.derived[policy]
 
 

@@ -8,10 +8,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from bico_ds.attention.backends import resolve
 from bico_ds.attention.dense import DenseInputs
 from bico_ds.attention.engine import Engine
-from bico_ds.attention.kernels.cpu_flash import CpuFlash
-from bico_ds.attention.layout import CPU_POLICY
 from bico_ds.attention.oracle import oracle_attention
 from bico_ds.attention.plan import AttentionPlan
 
@@ -29,18 +28,52 @@ def packed_attention(
 ) -> Tensor:
     """Attention of one packed batch, causal or bidirectional as the plan says.
 
-    q [T, Hq, Dh], k and v [T, Hkv, Dh], un-rotated; cos, sin [T, Dh] as Hugging Face's rotary embedding gives them
-    (halves duplicated, rotate_half convention). T = plan.num_rows. Returns out [T, Hq, Dh].
+    q [T, Hq, Dh], k and v [T, Hkv, Dh], un-rotated; cos, sin [T, Dh] as Hugging Face's rotary embedding gives
+    them (halves duplicated, rotate_half convention). T = plan.num_rows. Returns out [T, Hq, Dh].
     """
+    _check_shapes(q, k, v, cos, sin, plan)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if backend == "oracle":
+    engine = resolve(backend, q.dtype, q.shape[-1], q.device)
+    if engine is None:
         return oracle_attention(q, k, v, cos, sin, plan, scale)
-    engine = Engine(kernel=CpuFlash(), policy=CPU_POLICY)
+    return run_packed_attention(q, k, v, cos, sin, plan, scale, engine)
+
+
+def run_packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    engine: Engine,
+) -> Tensor:
+    """`packed_attention` with a given engine, its inputs unchecked."""
     return _PackedAttention.apply(q, k, v, cos.to(q.dtype), sin.to(q.dtype), plan, scale, engine)
 
 
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan) -> None:
+    rows, heads, head_dim = q.shape
+    if rows != plan.num_rows:
+        raise ValueError(
+            f"q has {rows} rows, the plan {plan.num_rows} ({plan.num_kept} kept, {plan.num_live} live)"
+        )
+    if k.shape != v.shape or k.shape[::2] != (rows, head_dim):
+        raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit q {tuple(q.shape)}")
+    if heads % k.shape[1]:
+        raise ValueError(f"{heads} query heads are no multiple of {k.shape[1]} key heads")
+    if cos.shape != (rows, head_dim) or sin.shape != (rows, head_dim):
+        raise ValueError(f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must be {(rows, head_dim)}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v must share one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if head_dim % 8:
+        raise ValueError(f"head dimension must be a multiple of 8, got {head_dim}")
+
+
 class _PackedAttention(Function):
-    """Both passes and the dense tiles under one backward. Saves raw q, k, v, the merged out and the merged lse."""
+    """Both passes and the dense tiles under one backward. Saves raw q, k, v, the merged out and the merged
+    lse."""
 
     @staticmethod
     def forward(

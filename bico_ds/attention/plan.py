@@ -3,12 +3,13 @@
 Row order of the batch it describes: ``[kept tokens by document | live placeholders by document]``.
 
 * A *kept* token is an unmasked one: a query and a key.
-* A *live* placeholder is a masked token whose successor is masked too: its output predicts that successor, so it is a
-  query, but no query may attend to it (BICO, arXiv 2311.07468, section 3).
+* A *live* placeholder is a masked token whose successor is masked too: its output predicts that successor,
+  so it is a query, but no query may attend to it (BICO, arXiv 2311.07468, section 3).
 * *Dead* placeholders (masked, successor not masked) influence nothing and are not in the batch.
 
-Kept keys at positions up to a query's own take the forward rotation, later ones the reversed rotation. For the j-th kept
-token of a document that boundary is ``j + 1``; for a live placeholder it is its ``live_split``.
+Kept keys at positions up to a query's own take the forward rotation, later ones the reversed rotation. For
+the j-th kept token of a document that boundary is ``j + 1``; for a live placeholder it is its
+``live_split``.
 """
 
 from __future__ import annotations
@@ -30,14 +31,16 @@ Lengths: TypeAlias = "Tensor | NDArray[np.integer] | Sequence[int]"
 class AttentionPlan:
     """Visibility of one packed batch: D documents, ``num_kept`` kept rows, then ``num_live`` live rows.
 
-    ``cu_seqlens`` int32 [D+1]: first kept row of each document, and the end; ``max_seqlen``: most kept tokens of a document.
+    ``cu_seqlens`` int32 [D+1]: first kept row of each document, and the end; ``max_seqlen``: most kept tokens
+    of a document.
 
-    The strictly anti-causal pass runs as a causal one over flipped rows: ``flip_rows`` int64 [M] holds, document by
-    document, the query rows ``e-2 … s`` of a document ``[s, e)``; the key row of each is ``flip_rows + 1``. Documents of
-    length 1 have none. ``flip_cu_seqlens`` int32 and ``flip_max_seqlen`` describe that packing. Empty in causal mode.
+    The strictly anti-causal pass runs as a causal one over flipped rows: ``flip_rows`` int64 [M] holds,
+    document by document, the query rows ``e-2 … s`` of a document ``[s, e)``; the key row of each is
+    ``flip_rows + 1``. Documents of length 1 have none. ``flip_cu_seqlens`` int32 and ``flip_max_seqlen``
+    describe that packing. Empty in causal mode.
 
-    ``live_document`` int64 [num_live]: each live row's document. ``live_split`` int64 [num_live]: how many kept
-    tokens of it lie at or before the row's position.
+    ``live_document`` int64 [num_live]: each live row's document. ``live_split`` int64 [num_live]: how many
+    kept tokens of it lie at or before the row's position.
     """
 
     mode: Mode
@@ -50,6 +53,7 @@ class AttentionPlan:
     live_split: Tensor
     num_kept: int
     num_live: int
+    host: AttentionPlan | None = field(default=None, repr=False, compare=False)
     derived: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -63,7 +67,14 @@ class AttentionPlan:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionPlan:
         """The same plan with its tensors on ``device``."""
-        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        if torch.device(device).type == self.cu_seqlens.device.type == "cpu":
+            return self
+        moved = self._map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return replace(moved, host=self.on_host(), derived={})
+
+    def on_host(self) -> AttentionPlan:
+        """The same plan on the CPU; where it came from there, without a copy back."""
+        return self if self.host is None else self.host
 
     def pin_memory(self) -> AttentionPlan:
         """The same plan in page-locked memory; ``torch.utils.data.DataLoader(pin_memory=True)`` calls it."""
@@ -83,11 +94,12 @@ def build_plan(
 ) -> AttentionPlan:
     """The plan of one batch.
 
-    ``kept_lengths`` int [D]: kept tokens of each document, each at least 1. ``live_document`` int [N_live]: document
-    index of each live row, non-decreasing. ``live_split`` int [N_live]: kept tokens of its document at positions up to
-    the row's, in 1 … kept length (a document's first token is never masked), non-decreasing within a document.
+    ``kept_lengths`` int [D]: kept tokens of each document, each at least 1. ``live_document`` int [N_live]:
+    document index of each live row, non-decreasing. ``live_split`` int [N_live]: kept tokens of its document
+    at positions up to the row's, in 1 … kept length (a document's first token is never masked),
+    non-decreasing within a document.
 
-    Raises ValueError, naming the document or row, where an input breaks these rules.
+        Raises ValueError, naming the document or row, where an input breaks these rules.
     """
     if mode not in ("causal", "bidirectional"):
         raise ValueError(f"attention mode must be 'causal' or 'bidirectional', got {mode!r}")
@@ -130,8 +142,8 @@ def _check_kept(kept: NDArray[np.int64]) -> None:
     if (kept < 1).any():
         index = int(np.argmax(kept < 1))
         raise ValueError(
-            f"document {index} of the batch has {kept[index]} kept tokens: every document needs at least one unmasked "
-            "token, or its queries have no visible key"
+            f"document {index} of the batch has {kept[index]} kept tokens: every document needs at least one "
+            "unmasked token, or its queries have no visible key"
         )
     if kept.sum() >= 2**31:
         raise ValueError(f"a batch of {kept.sum()} kept tokens does not fit the kernels' int32 offsets")

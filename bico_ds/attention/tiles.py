@@ -1,12 +1,14 @@
-"""Layout of dense tiles: which documents share one padded block of scores. Index arithmetic only, once a batch.
+"""Layout of dense tiles: which documents share one padded block of scores. Index arithmetic only, once a
+batch.
 
-A tile holds B documents of like size as a block ``[B, R, K]``: R query rows (kept and live, padded) against K kept keys
-(padded). A document too large for one tile gets several, each a chunk of its query rows against all its keys.
+A tile holds B documents of like size as a block ``[B, R, K]``: R query rows (kept and live, padded) against
+K kept keys (padded). A document too large for one tile gets several, each a chunk of its query rows against
+all its keys.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -18,10 +20,10 @@ from torch import Tensor
 class Tile:
     """One padded block of B documents, R query rows and K keys each.
 
-    ``query_rows`` int64 [B·R], ``key_rows`` int64 [B·K]: where each row is read in the batch; padding repeats the
-    document's first row. ``query_slots`` [B·R], ``key_slots`` [B·K]: where results are written; padding goes to a
-    trash row behind the batch (index T). ``split`` [B, R]: how many keys of the document take the forward rotation;
-    ``key_count`` [B]: keys that exist. ``shares_keys``: other tiles hold rows of the same document.
+    ``query_rows`` int64 [B·R], ``key_rows`` int64 [B·K]: where each row is read in the batch; padding
+    repeats the document's first row. ``query_slots`` [B·R], ``key_slots`` [B·K]: where results are written;
+    padding goes to a trash row behind the batch (index T). ``split`` [B, R]: how many keys of the document
+    take the forward rotation; ``key_count`` [B]: keys that exist.
     """
 
     query_rows: Tensor
@@ -30,7 +32,6 @@ class Tile:
     key_slots: Tensor
     split: Tensor
     key_count: Tensor
-    shares_keys: bool
     _cache: dict[object, tuple[Tensor, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -39,8 +40,16 @@ class Tile:
         documents, rows = self.split.shape
         return documents, rows, self.key_rows.numel() // documents
 
+    def to(self, device: torch.device) -> Tile:
+        """The same tile with its tensors on ``device``."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(
+            self, **{name: x.to(device) for name, x in moved.items() if isinstance(x, Tensor)}, _cache={}
+        )
+
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Factors (1 or 0) of the forward and of the reverse scores, [B, 1, R, K]. Built once for all layers."""
+        """Factors (1 or 0) of the forward and of the reverse scores, [B, 1, R, K]. Built once for all
+        layers."""
         if dtype not in self._cache:
             forward, exists = self._forward_keys()
             self._cache[dtype] = (forward.to(dtype), (exists & ~forward).to(dtype))
@@ -65,8 +74,9 @@ class Tile:
 
 @dataclass(frozen=True, kw_only=True)
 class TileRows:
-    """Query rows of the documents that go to tiles: ``rows`` int64 [Q] by document and position, their ``split`` [Q],
-    and ``counts`` [D], how many each document has. ``key_starts``, ``key_counts`` [D]: its kept rows."""
+    """Query rows of the documents that go to tiles: ``rows`` int64 [Q] by document and position, their
+    ``split`` [Q], and ``counts`` [D], how many each document has. ``key_starts``, ``key_counts`` [D]: its
+    kept rows."""
 
     rows: NDArray[np.int64]
     split: NDArray[np.int64]
@@ -91,16 +101,13 @@ def build_tiles(rows: TileRows, *, trash_row: int, budget: int, min_rows: int) -
             spans = [
                 np.array([[starts[document] + first, starts[document] + last]]) for first, last in bounds
             ]
-            tiles += [
-                _tile(rows, order[position : position + 1], span, trash_row, len(bounds) > 1)
-                for span in spans
-            ]
+            tiles += [_tile(rows, order[position : position + 1], span, trash_row) for span in spans]
             position += 1
             continue
         size = _group_size(rows.counts[order[position:]], keys, budget)
         group = order[position : position + size]
         spans_of_group = np.stack([starts[group], starts[group] + rows.counts[group]], axis=1)
-        tiles.append(_tile(rows, group, spans_of_group, trash_row, False))
+        tiles.append(_tile(rows, group, spans_of_group, trash_row))
         position += size
     return tiles
 
@@ -112,9 +119,7 @@ def _group_size(counts: NDArray[np.int64], keys: int, budget: int) -> int:
     return max(1, int(np.searchsorted(area, budget, side="right")))
 
 
-def _tile(
-    rows: TileRows, documents: NDArray[np.int64], spans: NDArray[np.int64], trash_row: int, shares_keys: bool
-) -> Tile:
+def _tile(rows: TileRows, documents: NDArray[np.int64], spans: NDArray[np.int64], trash_row: int) -> Tile:
     counts, key_counts = spans[:, 1] - spans[:, 0], rows.key_counts[documents]
     query, has_query = _padded(spans[:, 0], counts)
     key, has_key = _padded(rows.key_starts[documents], key_counts)
@@ -126,14 +131,14 @@ def _tile(
         key_slots=torch.from_numpy(np.where(has_key, key, trash_row).reshape(-1)),
         split=torch.from_numpy(rows.split[query]),
         key_count=torch.from_numpy(key_counts),
-        shares_keys=shares_keys,
     )
 
 
 def _padded(
     starts: NDArray[np.int64], lengths: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Index block [B, max length] of the ranges, padding repeats each range's start; and where it is no padding."""
+    """Index block [B, max length] of the ranges, padding repeats each range's start; and where it is no
+    padding."""
     offset = np.arange(lengths.max())
     exists = offset < lengths[:, None]
     return starts[:, None] + np.where(exists, offset, 0), exists

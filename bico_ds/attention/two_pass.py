@@ -1,8 +1,9 @@
 """Bidirectional attention of kept rows as two plain causal flash passes, merged by log-sum-exp.
 
-Pass 1: causal over forward-rotated q and k (keys up to the query, diagonal included). Pass 2: the strictly anti-causal
-part over reverse-rotated q and k, as a causal pass over flipped rows. Backward hands each kernel the *merged* out and
-lse (as ring attention does, arXiv 2310.01889): ``exp(s - lse)`` is then the weight within the one softmax.
+Pass 1: causal over forward-rotated q and k (keys up to the query, diagonal included). Pass 2: the strictly
+anti-causal part over reverse-rotated q and k, as a causal pass over flipped rows. Backward hands each kernel
+the *merged* out and lse (as ring attention does, arXiv 2310.01889): ``exp(s - lse)`` is then the weight
+within the one softmax.
 
 Shape legend: N kept rows, M flipped rows, H query heads, D head dimension.
 """
@@ -28,7 +29,8 @@ def two_pass_forward(
     plan: AttentionPlan,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """out [N, Hq, Dh] and lse [Hq, N] of a plan's kept rows. q [N, Hq, Dh], k, v [N, Hkv, Dh], cos, sin [N, Dh]."""
+    """out [N, Hq, Dh] and lse [Hq, N] of a plan's kept rows. q [N, Hq, Dh], k, v [N, Hkv, Dh], cos, sin [N,
+    Dh]."""
     cos, sin = cos[:, None], sin[:, None]
     out, lse = kernel.forward(
         rotate_forward(q, cos, sin),
@@ -53,9 +55,11 @@ def two_pass_forward(
 
 
 def merge(out: Tensor, lse: Tensor, out2: Tensor, lse2: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """One softmax from two: ``out [N, H, D], lse [H, N]`` updated in place at ``rows`` [M] by ``out2 [M, H, D], lse2``.
+    """One softmax from two: ``out [N, H, D], lse [H, N]`` updated in place at ``rows`` [M] by ``out2 [M, H,
+        D], lse2``.
 
-    Computed in lse's dtype. Written as differences, so that lse of any distance neither overflows nor loses the base.
+    Computed in lse's dtype. Written as differences, so that lse of any distance neither overflows nor loses
+    the base.
     """
     base, base_lse = out[rows].to(lse.dtype), lse[:, rows]
     difference = base_lse - lse2

@@ -40,5 +40,6 @@ class CausalKernel(Protocol):
         max_seqlen: int,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k, v. ``out`` and ``lse`` may belong to a softmax over more keys than these (the merged
-        ones): the kernel computes ``P = exp(scale·qkᵀ - lse)`` and ``dS = P·(dP - rowsum(grad_out·out))`` from them."""
+        """Gradients of q, k, v. ``out`` and ``lse`` may belong to a softmax over more keys than these (the
+        merged ones): the kernel computes ``P = exp(scale·qkᵀ - lse)`` and ``dS = P·(dP -
+        rowsum(grad_out·out))`` from them."""

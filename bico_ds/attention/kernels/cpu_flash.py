@@ -1,9 +1,12 @@
-"""Torch's CPU flash attention, a call a document: blocked, so no score matrix ever exists. Native GQA, fp32/64/bf16/fp16.
+"""Torch's CPU flash attention, a call a document: blocked, so no score matrix ever exists. Native GQA,
+fp32/64/bf16/fp16.
 
 The aten kernel divides by the sequence length (SIGFPE at length 0); documents here have at least one row.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -57,7 +60,7 @@ class CpuFlash:
 
 def _documents(cu_seqlens: Tensor) -> list[tuple[int, int]]:
     bounds = cu_seqlens.tolist()
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(itertools.pairwise(bounds))
 
 
 def _batched(start: int, end: int, *tensors: Tensor) -> list[Tensor]:

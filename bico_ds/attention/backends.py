@@ -1,0 +1,60 @@
+"""Which backend runs: by name, or `auto` in order of preference. Says once what it took and why."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+
+from bico_ds.attention.engine import Engine
+from bico_ds.attention.kernels.aten_cuda import AtenCuda
+from bico_ds.attention.kernels.base import CausalKernel
+from bico_ds.attention.kernels.cpu_flash import CpuFlash
+from bico_ds.attention.kernels.flash_attn2 import FlashAttn2
+from bico_ds.attention.kernels.flash_attn4 import FlashAttn4
+from bico_ds.attention.layout import CPU_POLICY, CUDA_POLICY
+
+logger = logging.getLogger(__name__)
+
+KERNELS: dict[str, CausalKernel] = {k.name: k for k in (FlashAttn2(), AtenCuda(), CpuFlash(), FlashAttn4())}
+AUTO_ORDER = ("flash-attn", "aten-cuda", "cpu-flash")
+BACKENDS = ("auto", *KERNELS, "oracle")
+
+
+@functools.cache
+def resolve(backend: str, dtype: torch.dtype, head_dim: int, device: torch.device) -> Engine | None:
+    """The engine that serves such inputs; None for the oracle. Decides, and logs, once a combination.
+
+    Raises ValueError for an unknown backend, and for one that cannot serve them, with the reason and what
+    would.
+    """
+    if backend == "oracle":
+        return None
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown attention backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    refusals = {name: kernel.refusal(dtype, head_dim, device) for name, kernel in KERNELS.items()}
+    able = [name for name, refusal in refusals.items() if refusal is None]
+    if backend == "auto":
+        return _engine(_auto(refusals, dtype, head_dim, device), device)
+    if refusals[backend] is not None:
+        instead = f"use one of: {', '.join(able)}" if able else "only 'oracle' (dense, slow) can"
+        raise ValueError(f"attention backend {backend!r} {refusals[backend]}; {instead}")
+    return _engine(backend, device)
+
+
+def _auto(refusals: dict[str, str | None], dtype: torch.dtype, head_dim: int, device: torch.device) -> str:
+    passed_over: list[str] = []
+    for name in AUTO_ORDER:
+        if refusals[name] is None:
+            reasons = f" ({'; '.join(passed_over)})" if passed_over and device.type == "cuda" else ""
+            logger.info(
+                "attention backend: %s on %s, %s, head dimension %d%s", name, device, dtype, head_dim, reasons
+            )
+            return name
+        passed_over.append(f"{name} {refusals[name]}")
+    raise ValueError(f"no attention backend serves these inputs: {'; '.join(passed_over)}; only 'oracle' can")
+
+
+def _engine(name: str, device: torch.device) -> Engine:
+    return Engine(kernel=KERNELS[name], policy=CPU_POLICY if device.type == "cpu" else CUDA_POLICY)

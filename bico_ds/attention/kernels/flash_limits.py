@@ -1,0 +1,34 @@
+"""What the CUDA flash kernels can take, as one clause of refusal each."""
+
+from __future__ import annotations
+
+import torch
+
+
+def flash2_refusal(dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
+    """FlashAttention-2: fp16 and bf16, head dimension a multiple of 8 up to 256, Ampere or newer."""
+    return _cuda_refusal(dtype, device, oldest=(8, 0)) or _head_dim_refusal(head_dim, 8, 256)
+
+
+def flash4_refusal(dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
+    """FlashAttention-4: as above, head dimension up to 128, Hopper or newer (its backward runs nowhere
+    else)."""
+    return _cuda_refusal(dtype, device, oldest=(9, 0)) or _head_dim_refusal(head_dim, 8, 128)
+
+
+def _cuda_refusal(dtype: torch.dtype, device: torch.device, oldest: tuple[int, int]) -> str | None:
+    if device.type != "cuda":
+        return f"runs on CUDA tensors, not on {device.type}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"takes float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < oldest:
+        name = torch.cuda.get_device_name(device)
+        return f"needs compute capability {oldest[0]}.{oldest[1]}, {name} has {capability[0]}.{capability[1]}"
+    return None
+
+
+def _head_dim_refusal(head_dim: int, multiple: int, largest: int) -> str | None:
+    if head_dim % multiple or head_dim > largest:
+        return f"takes head dimensions that are multiples of {multiple} up to {largest}, not {head_dim}"
+    return None

@@ -1,0 +1,121 @@
+"""Random attention problems in two forms: the whole documents with their masks, and the packed rows the
+model sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bico_ds.attention.oracle import dense_attention
+from bico_ds.attention.plan import AttentionPlan, build_plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """N original tokens. `packed_row[t]` is token t's row in the packed batch, -1 where it is dropped."""
+
+    q: Tensor  # [N, Hq, D]
+    k: Tensor  # [N, Hkv, D]
+    v: Tensor
+    cos: Tensor  # [N, D]
+    sin: Tensor
+    grad_out: Tensor  # [N, Hq, D], zero for dropped tokens
+    document: Tensor  # [N]
+    position: Tensor  # [N]
+    masked: Tensor  # bool [N]
+    plan: AttentionPlan
+    token_of_row: Tensor  # [T]
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{n: x.to(dtype) for n, x in moved.items() if n in FLOATS})
+
+    def dense(self) -> list[Tensor]:
+        """Undropped, by the formula in fp64: out and gradients of q, k, v, of all N tokens."""
+        inputs = [x.double().requires_grad_() for x in (self.q, self.k, self.v)]
+        out = dense_attention(
+            *inputs,
+            self.cos,
+            self.sin,
+            document=self.document,
+            position=self.position,
+            is_key=~self.masked,
+            causal=self.plan.mode == "causal",
+        )
+        return [out.detach(), *torch.autograd.grad(out, inputs, self.grad_out.double())]
+
+    def packed(self, attend, **kwargs) -> list[Tensor]:
+        """Through the packed op: out and gradients of q, k, v, of the T rows, in their dtype."""
+        rows = self.token_of_row
+        inputs = [x[rows].detach().requires_grad_() for x in (self.q, self.k, self.v)]
+        out = attend(*inputs, self.cos[rows], self.sin[rows], self.plan, **kwargs)
+        return [out.detach(), *torch.autograd.grad(out, inputs, self.grad_out[rows])]
+
+
+FLOATS = ("q", "k", "v", "cos", "sin", "grad_out")
+
+
+def make_problem(
+    lengths,
+    *,
+    seed=0,
+    mask_rate=0.15,
+    mode="bidirectional",
+    heads=(4, 2),
+    head_dim=16,
+    rotary_factor=1.0,
+    position_shift=0,
+    mask=None,
+) -> Problem:
+    """Documents of the given lengths, masked i.i.d. (never their first token) or by `mask`, in fp64."""
+    random = np.random.default_rng(seed)
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    position = np.concatenate([np.arange(length) for length in lengths])
+    if mask is None:
+        mask = (random.random(document.size) < mask_rate) & (position > 0) & (mode == "bidirectional")
+    next_masked = np.append(mask[1:] & (document[1:] == document[:-1]), False)
+    live = mask & next_masked
+    token_of_row = np.concatenate([np.flatnonzero(~mask), np.flatnonzero(live)])
+    kept_before = np.concatenate([np.cumsum(~mask[document == d]) for d in range(len(lengths))])
+    plan = build_plan(
+        mode,
+        kept_lengths=np.bincount(document[~mask], minlength=len(lengths)),
+        live_document=document[live],
+        live_split=kept_before[live],
+    )
+    tensor = lambda *shape: torch.from_numpy(random.standard_normal(shape))  # noqa: E731
+    queries, keys = heads
+    cos, sin = rotary_tables(position + position_shift, head_dim, rotary_factor)
+    seen = torch.zeros(document.size, 1, 1, dtype=torch.float64)
+    seen[torch.from_numpy(token_of_row)] = 1.0
+    return Problem(
+        q=tensor(document.size, queries, head_dim),
+        k=tensor(document.size, keys, head_dim),
+        v=tensor(document.size, keys, head_dim),
+        cos=cos,
+        sin=sin,
+        grad_out=tensor(document.size, queries, head_dim) * seen,
+        document=torch.from_numpy(document),
+        position=torch.from_numpy(position),
+        masked=torch.from_numpy(mask),
+        plan=plan,
+        token_of_row=torch.from_numpy(token_of_row),
+    )
+
+
+def rotary_tables(position, head_dim, factor=1.0) -> tuple[Tensor, Tensor]:
+    """cos and sin [N, D] as Hugging Face gives them; `factor` as YaRN's attention scaling."""
+    frequency = 10000.0 ** -(np.arange(0, head_dim, 2) / head_dim)
+    angle = np.asarray(position)[:, None] * np.concatenate([frequency, frequency])
+    return torch.from_numpy(np.cos(angle) * factor), torch.from_numpy(np.sin(angle) * factor)
+
+
+def relative_errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
+    """Largest error of each tensor, relative to its largest entry (or to 1 if that is smaller)."""
+    return [
+        float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1.0))
+        for a, b in zip(found, expected, strict=True)
+    ]

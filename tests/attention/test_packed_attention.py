@@ -1,0 +1,257 @@
+"""The op against the paper's formula, and the properties that a leak, a wrong sign or a wrong mask would
+break."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from attention_problems import make_problem, relative_errors, rotary_tables
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bico_ds.attention import backends
+from bico_ds.attention.engine import Engine
+from bico_ds.attention.kernels.cpu_flash import CpuFlash
+from bico_ds.attention.layout import LayoutPolicy
+from bico_ds.attention.packed import packed_attention, run_packed_attention
+from bico_ds.attention.plan import build_plan
+
+# Small documents reach every path when the policy's thresholds are small.
+POLICIES = {
+    "tiles": LayoutPolicy(flash_from=10**9, tile_scores=400, tile_min_rows=4),
+    "flash": LayoutPolicy(flash_from=1, tile_scores=100, tile_min_rows=4),
+    "mixed": LayoutPolicy(flash_from=12, tile_scores=50, tile_min_rows=4),
+}
+
+
+def through(policy_name):
+    """The op with the thresholds of a named policy."""
+    engine = Engine(kernel=CpuFlash(), policy=POLICIES[policy_name])
+    return lambda q, k, v, cos, sin, plan: run_packed_attention(
+        q, k, v, cos, sin, plan, q.shape[-1] ** -0.5, engine
+    )
+
+
+def expected_rows(problem):
+    return [x[problem.token_of_row] for x in problem.dense()]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    mask_rate=st.sampled_from([0.0, 0.15, 0.4, 0.9]),
+    heads=st.sampled_from([(1, 1), (3, 3), (6, 2), (4, 1)]),
+    head_dim=st.sampled_from([8, 24, 64]),
+    rotary_factor=st.sampled_from([1.0, 1.3]),
+    seed=st.integers(0, 2**31),
+)
+def test_op_equals_the_formula_on_undropped_documents(
+    policy, lengths, mask_rate, heads, head_dim, rotary_factor, seed
+):
+    problem = make_problem(
+        lengths, seed=seed, mask_rate=mask_rate, heads=heads, head_dim=head_dim, rotary_factor=rotary_factor
+    )
+    found = problem.packed(through(policy))
+    assert max(relative_errors(found, expected_rows(problem))) < 1e-12
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("heads", "seed"), [((4, 2), 1), ((3, 3), 2)])
+def test_causal_mode_equals_torch_causal_attention(policy, heads, seed):
+    lengths = [17, 1, 30, 5, 2]
+    problem = make_problem(lengths, mode="causal", heads=heads, seed=seed)
+    found = problem.packed(through(policy))
+    start = 0
+    for length in lengths:
+        rows = slice(start, start + length)
+        inputs = [x[rows].clone().requires_grad_() for x in (problem.q, problem.k, problem.v)]
+        cos, sin = problem.cos[rows, None], problem.sin[rows, None]
+        half = cos.shape[-1] // 2
+        turn = lambda x: x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin  # noqa: B023, E731
+        q, k, v = (x.transpose(0, 1) for x in (turn(inputs[0]), turn(inputs[1]), inputs[2]))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=True
+        ).transpose(0, 1)
+        expected = [out.detach(), *torch.autograd.grad(out, inputs, problem.grad_out[rows])]
+        assert max(relative_errors([x[rows] for x in found], expected)) < 1e-12
+        start += length
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_fp32_stays_within_two_millionths(policy):
+    problem = make_problem([70, 33, 1, 90], mask_rate=0.3, heads=(6, 2), head_dim=64, seed=3).to(
+        torch.float32
+    )
+    assert max(relative_errors(problem.packed(through(policy)), expected_rows(problem))) < 2e-6
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("norm", [1.0, 6.0])
+def test_bf16_error_is_that_of_dense_bf16(policy, norm):
+    """At norm 6 the scores reach ±300: the softmax is a maximum, and bf16 scores of a dense op lose it
+    too."""
+    problem = make_problem([70, 33, 1, 90], mask_rate=0.3, heads=(6, 2), head_dim=64, seed=4)
+    problem = type(problem)(**{**problem.__dict__, "q": problem.q * norm, "k": problem.k * norm}).to(
+        torch.bfloat16
+    )
+    expected = expected_rows(problem)
+    ours = mean_errors(problem.packed(through(policy)), expected)
+    dense = mean_errors(problem.packed(dense_in_dtype), expected)
+    assert all(our <= 1.3 * other + 1e-4 for our, other in zip(ours, dense, strict=True)), (ours, dense)
+
+
+def mean_errors(found, expected):
+    return [float((a.double() - b.double()).abs().mean()) for a, b in zip(found, expected, strict=True)]
+
+
+def dense_in_dtype(q, k, v, cos, sin, plan):
+    """What an ordinary model computes: everything in q's dtype, the softmax in fp32, one score matrix a
+    rotation."""
+    kept = plan.cu_seqlens.diff().long()
+    document = torch.cat([torch.repeat_interleave(kept), plan.live_document])
+    rank = torch.arange(plan.num_kept) - plan.cu_seqlens.long()[document[: plan.num_kept]]
+    split = torch.cat([rank + 1, plan.live_split])
+    group, half = q.shape[1] // k.shape[1], q.shape[2] // 2
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    turn = lambda x, s: x * cos[:, None] + torch.cat([-x[..., half:], x[..., :half]], -1) * s[:, None]  # noqa: E731
+    scores = [torch.einsum("mhd,nhd->hmn", turn(q, s), turn(k, s)) * q.shape[2] ** -0.5 for s in (sin, -sin)]
+    scores = [x[..., : plan.num_kept] for x in scores]
+    blended = torch.where(rank[None, :] < split[:, None], *scores)
+    visible = document[None, : plan.num_kept] == document[:, None]
+    weights = torch.softmax(blended.masked_fill(~visible, -torch.inf), -1, dtype=torch.float32).to(q.dtype)
+    return torch.einsum("hmn,nhd->mhd", weights, v[: plan.num_kept])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_changing_one_document_changes_no_bit_of_another(policy, dtype):
+    problem = make_problem([20, 9, 31, 14], mask_rate=0.4, seed=5).to(dtype)
+    for changed in range(4):
+        other = perturbed(problem, problem.document == changed)
+        before, after = problem.packed(through(policy)), other.packed(through(policy))
+        elsewhere = problem.document[problem.token_of_row] != changed
+        for a, b in zip(before, after, strict=True):
+            assert torch.equal(a[elsewhere], b[elsewhere])
+            assert not torch.equal(a[~elsewhere], b[~elsewhere])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_placeholder_is_seen_by_no_row_but_its_own(policy):
+    problem = make_problem([20, 9, 31], mask_rate=0.5, seed=6)
+    live = torch.zeros(problem.document.numel(), dtype=torch.bool)
+    live[problem.token_of_row[problem.plan.num_kept :]] = True
+    assert live.any()
+    before = problem.packed(through(policy))
+    after = perturbed(problem, live).packed(through(policy))
+    kept = slice(0, problem.plan.num_kept)
+    assert torch.equal(before[0][kept], after[0][kept])
+    assert not torch.equal(before[0][problem.plan.num_kept :], after[0][problem.plan.num_kept :])
+    for grad in before[2:]:
+        assert (grad[problem.plan.num_kept :] == 0).all(), "k and v of live rows must get exactly no gradient"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_keys_and_values_of_live_rows_are_never_read(policy):
+    problem = make_problem([20, 9, 31], mask_rate=0.5, seed=7)
+    live = problem.token_of_row[problem.plan.num_kept :]
+    poisoned = type(problem)(**{**problem.__dict__, "k": problem.k.clone(), "v": problem.v.clone()})
+    poisoned.k[live] = torch.nan
+    poisoned.v[live] = torch.inf
+    for a, b in zip(problem.packed(through(policy)), poisoned.packed(through(policy)), strict=True):
+        assert torch.equal(a, b)
+
+
+def perturbed(problem, tokens):
+    random = torch.Generator().manual_seed(0)
+    noise = lambda x: x + tokens[:, None, None] * torch.randn(x.shape, generator=random).to(x.dtype)  # noqa: E731
+    changed = {name: noise(getattr(problem, name)) for name in ("q", "k", "v")}
+    return type(problem)(**{**problem.__dict__, **changed})
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_mirrored_sequence_gives_the_mirrored_result(policy):
+    """Reversal maps n <= m to n >= m; the reversed rotation at mirrored positions is the forward one: only
+    if both directions rotate by opposite angles can the outputs agree."""
+    problem = make_problem([25], mask_rate=0.0, seed=8)
+    cos, sin = rotary_tables(np.arange(25), 16)
+    mirrored = type(problem)(
+        **{**problem.__dict__, **{n: getattr(problem, n).flip(0) for n in ("q", "k", "v", "grad_out")}}
+    )
+    for a, b in zip(problem.packed(through(policy)), mirrored.packed(through(policy)), strict=True):
+        torch.testing.assert_close(a, b.flip(0), rtol=1e-12, atol=1e-12)
+    assert torch.equal(problem.cos, cos)
+    assert torch.equal(problem.sin, sin)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_past_and_the_future_at_equal_distance_look_alike(policy):
+    """One query between two equal keys: the reversed rotation scores the later one as if it lay before the
+    query."""
+    random = torch.Generator().manual_seed(9)
+    q = torch.randn(3, 1, 16, generator=random, dtype=torch.float64)
+    k = torch.randn(1, 1, 16, generator=random, dtype=torch.float64).expand(3, 1, 16).contiguous()
+    v = torch.eye(16, dtype=torch.float64)[:3, None, :].contiguous()
+    cos, sin = rotary_tables([0, 7, 14], 16)
+    plan = build_plan("bidirectional", kept_lengths=[3])
+    out = through(policy)(q, k, v, cos, sin, plan)
+    torch.testing.assert_close(out[1, 0, 0], out[1, 0, 2], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_only_relative_positions_matter(policy):
+    plain, shifted = (make_problem([20, 31], mask_rate=0.4, seed=10, position_shift=s) for s in (0, 1000))
+    for a, b in zip(plain.packed(through(policy)), shifted.packed(through(policy)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_bidirectional_differs_from_causal():
+    problem = make_problem([20], mask_rate=0.0, seed=11)
+    rows = (problem.q, problem.k, problem.v, problem.cos, problem.sin)
+    causal = packed_attention(*rows, build_plan("causal", kept_lengths=[20]))
+    both = packed_attention(*rows, problem.plan)
+    torch.testing.assert_close(causal[-1], both[-1])
+    assert (causal[:-1] - both[:-1]).abs().amax((1, 2)).min() > 1e-3
+
+
+def test_scale_is_used_in_forward_and_backward():
+    problem = make_problem([20, 40], mask_rate=0.3, seed=12)
+    scaled = type(problem)(**{**problem.__dict__, "q": problem.q * 0.5})
+    halved = scaled.packed(packed_attention, scale=0.25)
+    found = problem.packed(packed_attention, scale=0.125)
+    assert max(relative_errors([found[0], found[1] * 2, *found[2:]], halved)) < 1e-12
+
+
+def test_the_default_backend_covers_documents_around_its_thresholds():
+    policy = backends.CPU_POLICY
+    lengths = [policy.flash_from + 40, 3, policy.flash_from - 1, 1]
+    problem = make_problem(lengths, mask_rate=0.2, heads=(2, 1), head_dim=8, seed=13)
+    assert max(relative_errors(problem.packed(packed_attention), expected_rows(problem))) < 1e-12
+
+
+def test_the_oracle_backend_agrees():
+    problem = make_problem([20, 1, 9], mask_rate=0.4, seed=14)
+    found = problem.packed(packed_attention, backend="oracle")
+    assert max(relative_errors(found, expected_rows(problem))) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.update(q=x["q"][1:]), "q has 19 rows, the plan 20"),
+        (lambda x: x.update(v=x["v"][:, :1]), "do not fit q"),
+        (
+            lambda x: x.update(k=x["k"][:, [0, 0, 0]], v=x["v"][:, [0, 0, 0]]),
+            "4 query heads are no multiple of 3",
+        ),
+        (lambda x: x.update(cos=x["cos"][:, :8]), "must be \\(20, 16\\)"),
+        (lambda x: x.update(k=x["k"].float()), "must share one dtype"),
+    ],
+)
+def test_wrong_shapes_are_refused(change, message):
+    problem = make_problem([20], mask_rate=0.0)
+    arguments = {name: getattr(problem, name) for name in ("q", "k", "v", "cos", "sin", "plan")}
+    change(arguments)
+    with pytest.raises(ValueError, match=message):
+        packed_attention(**arguments)

@@ -1,0 +1,81 @@
+"""DeepSpeed's configuration: complete, known to DeepSpeed, and never 'auto'."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+from bico_ds.config.errors import UserError
+from bico_ds.config.load import load_recipe
+from bico_ds.engine.ds_config import DS_CONFIGS, TOP_LEVEL_KEYS, build_ds_config, gradient_accumulation
+
+NAMES = sorted(path.stem for path in DS_CONFIGS.glob("*.json"))
+
+
+def built(name: str, *overrides: str, world_size: int = 2, on_cuda: bool = True) -> dict[str, Any]:
+    recipe = load_recipe("tiny_bico", [f"deepspeed.config={name}", *overrides])
+    return build_ds_config(
+        recipe, world_size=world_size, hidden_size=128, on_cuda=on_cuda, run_folder=Path("runs/x")
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_auto_is_left_in_any_shipped_configuration(name):
+    assert '"auto"' not in json.dumps(built(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_deepspeeds_own_models_accept_the_nested_keys_and_ours_the_top_level(name):
+    config = built(name)
+    assert set(config) <= TOP_LEVEL_KEYS
+    known = set(DeepSpeedZeroConfig.model_fields) | {f.alias for f in DeepSpeedZeroConfig.model_fields.values()}
+    assert set(config["zero_optimization"]) <= known
+    DeepSpeedZeroConfig(**config["zero_optimization"])
+    DeepSpeedBF16Config(**config["bf16"])
+    assert set(config.get("aio", {})) <= set(AIO_DEFAULT_DICT)
+
+
+def test_the_batch_sizes_satisfy_deepspeeds_equation():
+    config = built("zero3_bf16", "training.global_batch_bins=24", "training.micro_batch_bins=3", world_size=4)
+    product = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * 4
+    assert config["train_batch_size"] == product == 24
+
+
+def test_an_unknown_top_level_key_is_refused_with_a_suggestion():
+    with pytest.raises(UserError, match="unknown top-level key 'zero_optimisation'.*'zero_optimization'"):
+        built("zero3_bf16", "deepspeed.overrides.zero_optimisation.stage=2")
+
+
+def test_an_auto_that_no_rule_fills_is_refused():
+    with pytest.raises(UserError, match="aio.block_size"):
+        built("zero3_bf16", "deepspeed.overrides.aio.block_size=auto")
+
+
+def test_overrides_reach_nested_keys_and_leave_the_rest():
+    config = built("zero3_bf16", "deepspeed.overrides.zero_optimization.reduce_bucket_size=77")
+    assert config["zero_optimization"]["reduce_bucket_size"] == 77
+    assert config["zero_optimization"]["stage"] == 3
+
+
+def test_a_global_batch_that_does_not_divide_names_the_three_numbers():
+    with pytest.raises(UserError, match=r"\(4\).*\(2\).*\(3\)"):
+        gradient_accumulation(load_recipe("tiny_bico"), world_size=3)
+
+
+def test_a_misspelt_configuration_gets_a_suggestion():
+    with pytest.raises(UserError, match="did you mean 'zero3_bf16'"):
+        built("zero3_bf61")
+
+
+def test_the_recipe_s_precision_and_optimizer_reach_deepspeed():
+    config = built("zero3_bf16", "model.dtype=bf16", "optimizer.lr=3e-4", on_cuda=False)
+    assert config["bf16"] == {"enabled": True}
+    assert config["optimizer"]["params"]["lr"] == 3e-4
+    assert config["optimizer"]["params"]["torch_adam"] is True
+    assert "torch_adam" not in built("zero3_bf16")["optimizer"]["params"]

@@ -55,12 +55,11 @@ def merge_parts(
         lengths = np.concatenate([store.lengths for store in stores]) if stores else np.zeros(0, np.int64)
         report = _report(parts, fate, lengths)
         _check_not_empty(report, spec.options)
-        for writer, _ in reversed(targets[1:]):
-            writer.finish()
         _write_skipped(parts, train.beside(SKIPPED), report)
         write_report(report, train.beside("report.txt"), train.beside("lengths.png"))
-        tokenizer.save_pretrained(train.beside(TOKENIZER))
-        train.finish()
+        for writer, _ in reversed(targets):  # the training store last: the other one lies in it
+            tokenizer.save_pretrained(writer.beside(TOKENIZER))
+            writer.finish()
     return replace(report, path=output)
 
 

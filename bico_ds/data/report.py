@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _CAPACITIES = (1024, 2048, 4096, 8192)
-_BAR = 50
+_BAR, _MOST_ROWS = 50, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,10 @@ class IngestReport:
         return "\n".join(lines) + "\n"
 
     def _histogram(self) -> list[str]:
-        edges, counts = length_histogram(self.lengths)
+        for bins_an_octave in (8, 4, 2, 1):
+            edges, counts = length_histogram(self.lengths, bins_an_octave=bins_an_octave)
+            if len(counts) <= _MOST_ROWS:
+                break
         tallest = max(int(counts.max()), 1)
         labels = [f"{low:,}–{high - 1:,}" if high - low > 1 else f"{low:,}" for low, high in pairwise(edges)]
         width = max(map(len, labels))
@@ -61,10 +64,14 @@ class IngestReport:
         return lines or [f"no document is longer than {_CAPACITIES[0]:,}: packing has nothing to split"]
 
 
-def length_histogram(lengths: NDArray[np.int64]) -> tuple[list[int], NDArray[np.int64]]:
-    """Count lengths in bins that double: edges [B + 1] and counts [B]."""
-    low, high = int(lengths.min()).bit_length() - 1, int(lengths.max()).bit_length()
-    edges = [2**power for power in range(low, high + 1)]
+def length_histogram(
+    lengths: NDArray[np.int64], *, bins_an_octave: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Count lengths in bins of equal width on a log scale: edges [B + 1] and counts [B]."""
+    low = int(np.floor(np.log2(lengths.min()) * bins_an_octave))
+    high = int(np.floor(np.log2(lengths.max()) * bins_an_octave)) + 1
+    edges = np.unique(np.ceil(2.0 ** (np.arange(low, high + 1) / bins_an_octave) - 1e-9).astype(np.int64))
+    edges[-1] = max(edges[-1], int(lengths.max()) + 1)
     return edges, np.histogram(lengths, bins=edges)[0]
 
 
@@ -73,11 +80,12 @@ def write_report(report: IngestReport, text_file: Path, picture: Path) -> None:
     from matplotlib.figure import Figure
 
     text_file.write_text(report.text, encoding="utf-8")
-    edges, counts = length_histogram(report.lengths)
+    edges, counts = length_histogram(report.lengths, bins_an_octave=8)
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.stairs(counts, edges, fill=True)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_xlabel("tokens a document")
     axes.set_ylabel("documents")
     axes.set_title(f"{len(report.lengths):,} documents, {int(report.lengths.sum()):,} tokens")

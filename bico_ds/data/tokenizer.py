@@ -30,6 +30,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     Raises `UserError` when there is none at `path` or it has no end-of-text token.
     """
     place = Path(path)
+    if not place.exists() and (place.is_absolute() or len(place.parts) != 2):  # a hub name has two parts
+        raise UserError(f"no tokenizer at '{path}': no such folder")
     if (place.name.endswith(".model") and place.is_file()) or (place / "tokenizer.model").is_file():
         folder = place.parent if place.is_file() else place
         tokenizer = (
@@ -81,7 +83,7 @@ def _load_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
         tokenizer = LlamaTokenizer.from_pretrained(str(file.parent))
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"cannot load a sentencepiece model from '{file}': {error}") from error
-    for probe in _PROBES[:2]:
+    for probe in map(str.lstrip, _PROBES[:2]):  # transformers drops a leading space more than sentencepiece
         ours = tokenizer(probe, add_special_tokens=False)["input_ids"]
         if ours != reference.encode(probe):
             raise UserError(

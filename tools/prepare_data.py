@@ -1,0 +1,228 @@
+"""Turn text into a token store, which training memory-maps.
+
+    python tools/prepare_data.py files data/*.jsonl.gz --tokenizer MODEL --output stores/mine
+    python tools/prepare_data.py files facts.jsonl --prompt-field prompt --completion-field completion ...
+    python tools/prepare_data.py hub OWNER/NAME --split train --tokenizer MODEL --output stores/theirs
+    python tools/prepare_data.py facts --output stores/facts
+    python tools/prepare_data.py --inspect stores/mine --documents 0 17
+
+A run that was interrupted goes on when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pydantic import ValidationError
+
+from bico_ds.config.errors import UserError
+from bico_ds.config.schema import FactsSpec
+from bico_ds.data.examples import IngestOptions
+from bico_ds.data.facts import write_facts
+from bico_ds.data.ingest import IngestFailure, ingest
+from bico_ds.data.inspection import describe_store
+from bico_ds.data.sources import SHARD_BYTES, Shard, find_files, hub_shards, plan_shards
+from bico_ds.data.store import publish
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Return the exit code: 0 done, 1 the machine failed, 2 the input or the command is wrong."""
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    if args.inspect is None and args.command is None:
+        parser.error("give a command (files, hub, facts) or --inspect STORE")
+    try:
+        if args.inspect is not None:
+            for line in describe_store(
+                args.inspect, documents=args.documents, verify="checksums" if args.verify else "sizes"
+            ):
+                print(line)
+        elif args.command == "facts":
+            prepare_facts(args)
+        else:
+            prepare_texts(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except IngestFailure as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: finished shards are kept, the same command goes on", file=sys.stderr)
+        return 1
+    return 0
+
+
+def prepare_texts(args: argparse.Namespace) -> None:
+    """Ingest files or a hub data set, and print the report."""
+    started = time.monotonic()
+    if args.output.exists() and not args.force:  # before the input is read through
+        raise UserError(f"'{args.output}' exists: choose another folder, or give --force to replace it")
+    report = ingest(
+        _shards(args),
+        _options(args),
+        args.tokenizer,
+        args.output,
+        force=args.force,
+        processes=args.processes,
+    )
+    seconds = time.monotonic() - started
+    print(report.text)
+    print(f"{args.output}: {seconds:.1f} s, {int(report.lengths.sum()) / seconds:,.0f} tokens/s")
+    if report.skipped:
+        print(f"skipped lines are in {args.output / 'skipped.jsonl'}")
+
+
+def prepare_facts(args: argparse.Namespace) -> None:
+    """Write the embedded task's files."""
+    try:
+        spec = FactsSpec(**{name: getattr(args, name) for name in FactsSpec.model_fields})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg']}") from None
+    if args.output.exists() and not args.force:
+        raise UserError(f"'{args.output}' exists: choose another folder, or give --force to replace it")
+    folder = args.output.with_name(f".{args.output.name}.writing")
+    shutil.rmtree(folder, ignore_errors=True)
+    write_facts(spec, folder)
+    publish(folder, args.output, overwrite=args.force)
+    for file in sorted(args.output.iterdir()):
+        print(file)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="prepare_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--inspect", metavar="STORE", type=Path, help="show documents of a store decoded")
+    parser.add_argument(
+        "--documents", metavar="N", type=int, nargs="+", help="which ones (default: the first 10)"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="with --inspect: compare every byte with its checksum"
+    )
+    commands = parser.add_subparsers(dest="command", metavar="{files,hub,facts}")
+    files = commands.add_parser("files", help="JSONL, Parquet and text files, or folders of them")
+    files.add_argument(
+        "inputs",
+        metavar="INPUT",
+        nargs="+",
+        help="file, folder or pattern: .jsonl .json .ndjson .txt .text .md (also .gz, .zst), .parquet",
+    )
+    hub = commands.add_parser("hub", help="a data set of the Hugging Face hub")
+    hub.add_argument("name", help="hub name, or a local folder that `datasets` can load")
+    hub.add_argument("--config", help="configuration of the data set")
+    hub.add_argument("--split", default="train", help="default: %(default)s")
+    for command in (files, hub):
+        _add_text_options(command)
+    _add_facts_options(
+        commands.add_parser("facts", help="the embedded task: fictitious facts, their tests, a tokenizer")
+    )
+    return parser
+
+
+def _add_text_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="the store to write")
+    parser.add_argument(
+        "--force", action="store_true", help="replace what is at --output, once the new store is complete"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="PATH",
+        help="folder or hub name of a fast tokenizer, or a tokenizer.model",
+    )
+    fields = parser.add_argument_group("fields of a row")
+    fields.add_argument("--text-field", default="text", metavar="NAME", help="default: %(default)s")
+    fields.add_argument(
+        "--prompt-field", metavar="NAME", help="with --completion-field: two fields make the text"
+    )
+    fields.add_argument("--completion-field", metavar="NAME")
+    fields.add_argument(
+        "--messages-field", metavar="NAME", help="a chat, rendered with the tokenizer's template"
+    )
+    fields.add_argument("--group-field", metavar="NAME", help="the person or cluster: a number or a string")
+    fields.add_argument(
+        "--entities-field", metavar="NAME", help="[[start, end], ...] in characters, for entity masks"
+    )
+    fields.add_argument(
+        "--text-by",
+        choices=("line", "file"),
+        default="line",
+        help="a document of a plain-text file (default: %(default)s)",
+    )
+    documents = parser.add_argument_group("documents")
+    documents.add_argument(
+        "--no-bos", dest="add_bos", action="store_false", help="put no BOS before a document"
+    )
+    documents.add_argument(
+        "--no-eos", dest="add_eos", action="store_false", help="put no EOS after a document"
+    )
+    documents.add_argument(
+        "--deduplicate", action="store_true", help="keep the first of documents with equal text"
+    )
+    documents.add_argument(
+        "--held-out",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of documents for the store DIR/held_out; with --group-field, of groups",
+    )
+    documents.add_argument(
+        "--seed", type=int, default=1, help="of the held-out choice (default: %(default)s)"
+    )
+    documents.add_argument(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="the model's, where smaller than the tokenizer's: larger ids are errors",
+    )
+    documents.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="at a bad line: stop, or skip it and write it to DIR/skipped.jsonl (default: %(default)s)",
+    )
+    parser.add_argument("--processes", type=_positive, metavar="N", help="default: one a CPU core")
+
+
+def _add_facts_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--force", action="store_true", help="replace what is at --output")
+    for name, field in FactsSpec.model_fields.items():
+        described = field.description or "of names, groups and fillers"
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=int,
+            default=field.default,
+            help=f"{described} (default: %(default)s)",
+        )
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def _shards(args: argparse.Namespace) -> list[Shard]:
+    if args.command == "hub":
+        return hub_shards(args.name, config=args.config, split=args.split)
+    return plan_shards(find_files(args.inputs), text_by=args.text_by, shard_bytes=SHARD_BYTES)
+
+
+def _options(args: argparse.Namespace) -> IngestOptions:
+    return IngestOptions(**{name: getattr(args, name) for name in IngestOptions.__dataclass_fields__})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -46,10 +46,7 @@ def tokenizer_path(recipe: Recipe, *, weights_needed: bool = True) -> str:
 def prepare(recipe: Recipe, *, weights_needed: bool = True, progress: bool = True) -> list[Path]:
     """Make (or find) the store of every source. One process at a time: rank 0, before the others join."""
     path = tokenizer_path(recipe, weights_needed=weights_needed)
-    return [
-        Path(source.store) if source.store else prepare_source(source, recipe.data, path, progress=progress)
-        for source in recipe.data.sources
-    ]
+    return [prepare_source(source, recipe.data, path, progress=progress) for source in recipe.data.sources]
 
 
 def gather(recipe: Recipe, *, weights_needed: bool = True) -> Materials:

@@ -1,0 +1,65 @@
+"""Real ranks over gloo for the model's tests, and the batches they train on."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from bico_ds.attention.plan import build_plan
+from bico_ds.batch import PackedBatch
+
+VOCABULARY = 101
+
+
+def ds_config(world_size: int, stage: int = 3) -> dict[str, Any]:
+    """A DeepSpeed configuration for small CPU runs."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "train_batch_size": world_size,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+    }
+
+
+def run_on_ranks(worker: Callable[..., None], world_size: int, *args: Any) -> None:
+    """Run ``worker(rank, world_size, *args)`` in fresh processes; raise what any of them raises."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_start, args=(worker, world_size, port, args), nprocs=world_size)
+
+
+def _start(rank: int, worker: Callable[..., None], world_size: int, port: int, args: tuple[Any, ...]) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    worker(rank, world_size, *args)
+    torch.distributed.destroy_process_group()
+
+
+def causal_batch(seed: int, lengths: list[int], loss_rows: int) -> PackedBatch:
+    """Random documents of these lengths; the first ``loss_rows`` rows have random targets."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = sum(lengths)
+    return PackedBatch(
+        input_ids=torch.randint(0, VOCABULARY, (tokens,), generator=generator),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        plan=build_plan("causal", kept_lengths=lengths),
+        loss_rows=torch.arange(loss_rows),
+        targets=torch.randint(0, VOCABULARY, (loss_rows,), generator=generator),
+        represented_tokens=tokens,
+        documents=torch.zeros(len(lengths), 3, dtype=torch.int64),
+    )

@@ -1,0 +1,74 @@
+"""Loading, LoRA and export under ZeRO-3 on real processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from model_ranks import causal_batch, ds_config, run_on_ranks
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bico_ds.config.errors import UserError
+from bico_ds.config.schema import LoraSpec, ModelSpec
+from bico_ds.model.build import build_model
+from bico_ds.model.checksums import base_fingerprint
+from bico_ds.model.export import export_model
+
+pytestmark = pytest.mark.distributed
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def save_llama(folder: Path) -> None:
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        hidden_size=48, intermediate_size=63, num_hidden_layers=2, num_attention_heads=6, vocab_size=101
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="20KB")
+
+
+def load_train_and_export(rank: int, world_size: int, folder: str) -> None:
+    import deepspeed
+
+    root = Path(folder)
+    config = ds_config(world_size) | {"bf16": {"enabled": True}}
+    model = build_model(ModelSpec(path=f"{folder}/base"), seed=1, ds_config=config, device="cpu")
+    own = sum(parameter.ds_tensor.numel() for parameter in model.parameters())
+    whole = sum(parameter.ds_numel for parameter in model.parameters())
+    assert whole / world_size <= own < whole / world_size + len(list(model.parameters()))
+    export_model(model, None, root / "loaded", max_shard_bytes=20_000)
+    with pytest.raises(
+        UserError, match="exists and is not empty"
+    ):  # rank 0 refuses; no rank hangs or goes on
+        export_model(model, None, root / "base")
+
+    spec = ModelSpec(path=f"{folder}/base", lora=LoraSpec(rank=4, dropout=0.0), activation_checkpointing=1)
+    adapted = build_model(spec, seed=1, ds_config=config, device="cpu")
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    engine, *_ = deepspeed.initialize(model=adapted, model_parameters=trained, config=config)
+    before = base_fingerprint(adapted.causal_lm)
+    for step in range(2):
+        loss = engine(causal_batch(step, [9, 4] if rank == 0 else [6], 8 if rank == 0 else 0))
+        engine.backward(loss)
+        engine.step()
+    assert base_fingerprint(adapted.causal_lm) == before
+    export_model(engine, None, root / "merged")
+    if rank == 0:
+        (root / "fingerprint").write_text(before)
+
+
+def test_two_ranks_load_their_slices_train_adapters_and_export(tmp_path: Path) -> None:
+    save_llama(tmp_path / "base")
+    run_on_ranks(load_train_and_export, 2, str(tmp_path))
+    base, loaded, merged = (weights(tmp_path / name) for name in ("base", "loaded", "merged"))
+    assert base.keys() == loaded.keys() == merged.keys()
+    assert all(torch.equal(base[name], loaded[name]) for name in base)
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert changed == {name for name in base if "proj" in name}
+    spec = ModelSpec(path=str(tmp_path / "base"), lora=LoraSpec(rank=4))
+    one_rank = build_model(spec, seed=9, ds_config=None, device="cpu")
+    assert base_fingerprint(one_rank.causal_lm) == (tmp_path / "fingerprint").read_text()

@@ -1,0 +1,67 @@
+"""The loss head: the cross entropy of all rows at once, whatever the chunks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from bico_ds.model.head import chunked_cross_entropy
+
+N, E, V = 50, 24, 301
+
+
+def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    hidden = torch.randn(N, E, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(V, E, generator=generator).to(dtype).requires_grad_()
+    return hidden, weight, torch.randint(0, V, (N,), generator=generator)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 50, 512])
+def test_any_chunking_is_the_plain_cross_entropy(chunk_rows: int) -> None:
+    hidden, weight, targets = inputs(torch.float64)
+    loss = chunked_cross_entropy(hidden, weight, targets, chunk_rows=chunk_rows)
+    expected = cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    ours = torch.autograd.grad(3.5 * loss, (hidden, weight))
+    for gradient, other in zip(ours, torch.autograd.grad(3.5 * expected, (hidden, weight)), strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-10, atol=1e-12)
+
+
+def test_bf16_is_as_exact_as_torchs_own_bf16() -> None:
+    exact = inputs(torch.bfloat16)
+    reference = [tensor.detach().double().requires_grad_() for tensor in exact[:2]]
+    cross_entropy(reference[0] @ reference[1].T, exact[2], reduction="sum").backward()
+    errors = {}
+    for name in ("ours", "torch"):
+        hidden, weight, targets = inputs(torch.bfloat16)
+        if name == "ours":
+            loss = chunked_cross_entropy(hidden, weight, targets, chunk_rows=7)
+            assert loss.dtype == torch.float32
+        else:
+            loss = cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")
+        loss.backward()
+        errors[name] = [
+            ((tensor.grad.double() - other.grad).norm() / other.grad.norm()).item()
+            for tensor, other in zip((hidden, weight), reference, strict=True)
+        ]
+    for ours, theirs in zip(errors["ours"], errors["torch"], strict=True):
+        assert ours < 1.5 * theirs
+
+
+def test_a_frozen_weight_gets_no_gradient_and_evaluation_computes_none() -> None:
+    hidden, weight, targets = inputs(torch.float32)
+    loss = chunked_cross_entropy(hidden, weight.detach(), targets, chunk_rows=8)
+    assert torch.autograd.grad(loss, hidden)[0].abs().sum() > 0
+    with torch.no_grad():
+        assert not chunked_cross_entropy(hidden, weight, targets, chunk_rows=8).requires_grad
+
+
+def test_certain_and_hopeless_predictions_stay_finite() -> None:
+    hidden = torch.tensor([[300.0], [-300.0]], requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0]], requires_grad=True)
+    loss = chunked_cross_entropy(hidden, weight, torch.tensor([0, 0]), chunk_rows=1)
+    loss.backward()
+    assert loss.item() == pytest.approx(600.0)
+    assert hidden.grad.tolist() == [[0.0], [-2.0]]

@@ -1,0 +1,136 @@
+"""The main job at a small scale: base, BICO from its export, on ZeRO-3 with two ranks; and what is left in the folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from launching import ROOT, metrics, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+pytestmark = pytest.mark.distributed
+
+FACTS = ("data.facts.name_first=3", "data.facts.description_first=3", "data.facts.both=6", "data.facts.test_prompts=1")
+SMALL = (*FACTS, "model.config.vocab_size=51", "monitor.every_steps=1")
+TASKS = ("n2d", "d2n", "n2d_reverse", "d2n_reverse")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    schedule = ("schedule.warmup_steps=5", "schedule.decay_steps=5")
+    base = train("tiny_base", folder / "base", *SMALL, *schedule, "training.steps=25")
+    assert base.returncode == 0, base.stdout + base.stderr
+    bico = train(
+        "tiny_bico", folder / "bico", *SMALL, *schedule, "training.steps=20", "evaluation.every_steps=10",
+        f"model.path={folder / 'base' / 'export'}", "checkpoint.every_steps=10",
+    )  # fmt: skip
+    assert bico.returncode == 0, bico.stdout + bico.stderr
+    (folder / "bico.log").write_text(bico.stdout)
+    return folder
+
+
+def test_the_loss_falls_and_every_step_is_logged_once(runs):
+    lines = metrics(runs / "base")
+    assert [line["step"] for line in lines] == list(range(1, 26))
+    assert lines[-1]["loss/all"] < lines[0]["loss/all"] - 1
+
+
+def test_both_objectives_are_trained_and_told_apart(runs):
+    lines = metrics(runs / "bico")
+    assert {key for line in lines for key in line if key.startswith("loss/")} == {"loss/all", "loss/ntp", "loss/bico"}
+    bico_steps = [line for line in lines if "loss/bico" in line]
+    assert all(
+        line["speed/kept_tokens_per_second"] < line["speed/represented_tokens_per_second"] for line in bico_steps
+    )
+
+
+def test_one_rank_gives_the_losses_of_two(runs, tmp_path):
+    one = train("tiny_base", tmp_path / "one", *SMALL, "training.steps=20", "schedule.warmup_steps=5",
+                "schedule.decay_steps=5", "checkpoint.export=false", ranks=1)  # fmt: skip
+    assert one.returncode == 0, one.stdout + one.stderr
+    alone = [line["loss/all"] for line in metrics(tmp_path / "one")]
+    together = [line["loss/all"] for line in metrics(runs / "base")]
+    # The decay starts at step 15 of 20 here and 20 of 25 there: up to then both are the same run.
+    assert alone[:15] == pytest.approx(together[:15], rel=2e-5)
+
+
+def test_the_export_loads_in_plain_transformers_and_scores_the_same(runs):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from bico_ds.evaluation.suite import evaluate
+    from bico_ds.evaluation.tasks import load_tasks
+
+    export = runs / "bico" / "export"
+    model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
+    facts = next((runs / "runs" / "data").glob("facts-????????????????"))
+    result = evaluate(
+        model, AutoTokenizer.from_pretrained(export), load_tasks(facts, TASKS, limit=None), batch_size=64, max_new_tokens=8
+    )
+    last = metrics(runs / "bico", "evaluation")[-1]
+    assert last["step"] == 20
+    for name, task in result.tasks.items():
+        assert task.score == last[f"evaluation/{name}/headline"], name
+
+
+def test_tensorboard_has_losses_speed_and_the_recipe(runs):
+    events = EventAccumulator(str(runs / "bico" / "tensorboard")).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"loss/all", "loss/ntp", "loss/bico", "optimizer/grad_norm", "data/fill"} <= tags
+    assert {f"evaluation/{task}/headline" for task in TASKS} <= tags
+    assert "recipe/text_summary" in events.Tags()["tensors"]
+
+
+def test_the_run_folder_tells_what_was_run(runs):
+    folder = runs / "bico"
+    assert json.loads((folder / "state.json").read_text())["state"] == "done"
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["training"]["steps"] == 20
+    start = json.loads((folder / "run.json").read_text())[0]
+    assert start["versions"]["deepspeed"] and "launch/train.py" in start["command"][0]
+    assert not (folder / "lock.json").exists()
+
+
+def test_a_run_that_is_done_says_so_and_trains_no_step(runs):
+    before = (runs / "base" / "metrics.jsonl").read_text()
+    again = train("tiny_base", runs / "base", *SMALL, "schedule.warmup_steps=5", "schedule.decay_steps=5",
+                  "training.steps=25", ranks=1)  # fmt: skip
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert (runs / "base" / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--recipe", "tiny_bica"], "did you mean 'tiny_bico'"),
+        (["--recipe", "tiny_bico"], "runs/tiny_base/export"),
+        (["--recipe", "tiny_base", "--set", "distributed.world_size=64"], "made for 64 ranks, started with 1"),
+        (["--recipe", "tiny_base", "--set", "training.global_batch_bins=3"], "must be a multiple"),
+        (["--recipe", "tiny_base", "--set", "schedule.warmup_steps=9999"], "more than the 300 steps"),
+    ],
+)
+def test_a_users_mistake_is_one_message_and_exit_code_2(tmp_path, arguments, expected):
+    import subprocess
+
+    from launching import environment, launch_command
+
+    done = subprocess.run(
+        launch_command(*arguments, ranks=1), cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_and_list_need_no_heavy_import(tmp_path):
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / "launch" / "train.py"), "--list-recipes"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "tiny_bico" in done.stdout
+    assert "torch" not in {line.split("|")[-1].strip() for line in done.stderr.splitlines()}

@@ -24,6 +24,14 @@ from bico_ds.evaluation.statistics import clustered_interval, group_means
 from bico_ds.evaluation.tasks import Task
 
 
+def check_choice(task: Task) -> None:
+    """UserError where the test cannot be done: somebody else's answer is needed."""
+    if len({example.group for example in task.examples}) < 2:
+        raise UserError(
+            f"{task.path}: the log-probability test needs rows about two persons (groups) at least"
+        )
+
+
 def choice_test(
     model: Any,
     tokenizer: Any,
@@ -39,11 +47,9 @@ def choice_test(
 ) -> dict[str, Any] | None:
     """Score the right answer and those of `others` other persons for every prompt; see `choice_statistics`.
 
-    None when `should_stop` was true on any rank. UserError where the task has one person only.
+    The task needs two groups (`check_choice`). None when `should_stop` was true on any rank.
     """
     wrong = other_answers(task, others)
-    if not wrong[0]:
-        raise UserError(f"{task.path}: the log-probability test needs two persons at least")
     candidates = [[example.completion, *theirs] for example, theirs in zip(task.examples, wrong, strict=True)]
     width = len(candidates[0])
     texts = encode_answers(

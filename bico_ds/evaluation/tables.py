@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from rich.table import Table
 
@@ -33,6 +34,55 @@ def result_markdown(results: Mapping[str, EvaluationResult]) -> str:
     headers = ["task", "question", "metric", *results, "floor"]
     ruler = ["---"] * 3 + ["--:"] * (len(results) + 1)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (headers, ruler, *_lines(results))) + "\n"
+
+
+def choice_table(choices: Mapping[str, Mapping[str, Any]]) -> Table:
+    """The log-probability test of every task."""
+    table = Table(title="Log-probability: the right answer against others'")
+    for header in (
+        "task",
+        "difference (nats)",
+        "rank",
+        "forced choice",
+        "chance",
+        "nats a token",
+        "t",
+        "KS",
+        "persons",
+    ):
+        table.add_column(header, justify="left" if header == "task" else "right")
+    for name, values in choices.items():
+        low, high = values["intervals"]["difference"]
+        persons = values["person_t_test"]
+        table.add_row(
+            name,
+            f"{values['difference']:+.2f} \\[{low:+.2f}, {high:+.2f}]",
+            f"{values['rank']:.2f} of {values['candidates']}",
+            f"{values['forced_choice']:.3f}",
+            f"{values['forced_choice_chance']:.3f}",
+            f"{values['nll_per_token']:.3f}",
+            *(f"p={values[test]['p_value']:.1e}" for test in ("t_test", "ks_test")),
+            "–" if persons is None else f"p={persons['p_value']:.1e}",
+        )
+    return table
+
+
+def retention_table(after: Mapping[str, Mapping[str, Any]], before: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Perplexity on running texts, and that of the base model where it was measured."""
+    table = Table(title="Retention")
+    for header in ("text", "tokens", "perplexity before", "perplexity", "bits a byte before", "bits a byte"):
+        table.add_column(header, justify="left" if header == "text" else "right")
+    for name, values in after.items():
+        base = before.get(name)
+        table.add_row(
+            name,
+            str(values["tokens"]),
+            f"{base['perplexity']:.3f}" if base else "–",
+            f"{values['perplexity']:.3f}",
+            f"{base['bits_per_byte']:.4f}" if base else "–",
+            f"{values['bits_per_byte']:.4f}",
+        )
+    return table
 
 
 def _lines(results: Mapping[str, EvaluationResult]) -> Iterator[list[str]]:

@@ -1,0 +1,183 @@
+"""The evaluation command: what was asked for becomes parts of a report, computed one after the other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from bico_ds.config.errors import UserError
+from bico_ds.evaluation.choice import check_choice, choice_test
+from bico_ds.evaluation.further_sets import READERS
+from bico_ds.evaluation.generation import Ranks, ShouldStop
+from bico_ds.evaluation.likelihood import text_perplexity
+from bico_ds.evaluation.loading import load_for_evaluation, weights_stamp
+from bico_ds.evaluation.progress import PromptProgress
+from bico_ds.evaluation.report import Part, Report
+from bico_ds.evaluation.suite import EvaluationResult, evaluate
+from bico_ds.evaluation.tables import choice_table, result_table, retention_table
+from bico_ds.evaluation.tasks import Task, load_tasks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to ask of which model. `further`: files by kind (`further_sets.READERS`). `base`: the model before
+    fine-tuning, for `retention`. `others`: other persons' answers in the log-probability test. `window`:
+    tokens a window of a retention text.
+    """
+
+    model: str
+    output: Path
+    data: Path | None = None
+    tasks: tuple[str, ...] = ()
+    further: Mapping[str, Path] = field(default_factory=dict)
+    retention: tuple[Path, ...] = ()
+    base: str | None = None
+    likelihood: bool = False
+    limit: int | None = None
+    batch_size: int = 32
+    max_new_tokens: int = 40
+    others: int = 9
+    window: int = 1024
+    add_bos: bool = True
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where this process computes, and how it learns that it must stop."""
+
+    ranks: Ranks
+    device: torch.device
+    should_stop: ShouldStop
+
+
+def run_request(request: Request, place: Place, console: Console) -> bool:
+    """Compute what is missing in the report, and show it on the first rank. False where it was stopped before
+    the end.
+
+    Raises UserError for bad input before a model is loaded.
+    """
+    tasks = load_tasks(request.data, request.tasks, request.limit) if request.data else []
+    for kind, path in request.further.items():
+        tasks += READERS[kind](path, request.limit)
+    load = lru_cache(maxsize=1)(  # one model in memory at a time
+        lambda path: load_for_evaluation(path, dtype=request.dtype, device=place.device)
+    )
+    weights = weights_stamp(request.model)
+    report = Report(
+        request.output, model=request.model, weights=f"{weights} {request.dtype}", ranks=place.ranks
+    )
+    with PromptProgress(console, place.ranks) as progress:
+        parts = [
+            *_retention_parts(request, place, load),
+            *(part for task in tasks for part in _task_parts(request, place, task, load, progress.advance)),
+        ]
+        finished = report.run(parts, progress.begin)
+    if place.ranks.rank == 0:
+        show_report(report.values, console)
+        console.print(f"written: {request.output}", soft_wrap=True, highlight=False)
+    return finished
+
+
+def show_report(values: Mapping[str, Any], console: Console) -> None:
+    """Print the tables of a report's contents."""
+    if "tasks" in values:
+        console.print(result_table({"score [95 % interval]": EvaluationResult.from_json(values)}))
+    if "choice" in values:
+        console.print(choice_table(values["choice"]))
+    if "retention" in values:
+        console.print(retention_table(values["retention"], values.get("retention_before", {})))
+
+
+Load = Callable[[str], tuple[Any, Any]]
+
+
+def _task_parts(
+    request: Request, place: Place, task: Task, load: Load, on_batch: Callable[[int], None]
+) -> Iterator[Part]:
+    """Generation with its scores, and with `likelihood` the log-probability test."""
+    common: dict[str, Any] = {
+        "batch_size": request.batch_size,
+        "device": place.device,
+        "should_stop": place.should_stop,
+        "add_bos": request.add_bos,
+    }
+
+    def generate() -> dict[str, Any] | None:
+        result = evaluate(
+            *load(request.model),
+            [task],
+            max_new_tokens=request.max_new_tokens,
+            rank=place.ranks.rank,
+            world_size=place.ranks.world_size,
+            cut_to_answers=False,
+            on_batch=lambda _, prompts: on_batch(prompts),
+            **common,
+        )
+        return None if result is None else result.to_json()["tasks"][task.name]
+
+    def choose() -> dict[str, Any] | None:
+        return choice_test(
+            *load(request.model), task, others=request.others, ranks=place.ranks, on_batch=on_batch, **common
+        )
+
+    identity = _digest(asdict(task), request.max_new_tokens, request.add_bos)
+    yield Part(section="tasks", name=task.name, identity=identity, size=len(task), compute=generate)
+    if request.likelihood:
+        check_choice(task)
+        identity = _digest(asdict(task), request.others, request.add_bos)
+        size = len(task) * (request.others + 1)
+        yield Part(section="choice", name=task.name, identity=identity, size=size, compute=choose)
+
+
+def _retention_parts(request: Request, place: Place, load: Load) -> Iterator[Part]:
+    """Perplexity of every retention text, under the base model first."""
+    texts = {path.name: _read_text(path) for path in request.retention}
+    for section, model in (("retention_before", request.base), ("retention", request.model)):
+        if model is not None:
+            yield from (
+                _retention_part(request, place, section, *named, model, load) for named in texts.items()
+            )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--retention {path}: cannot be read as UTF-8 text: {error}") from error
+    if not text.strip():
+        raise UserError(f"--retention {path}: the file is empty")
+    return text
+
+
+def _retention_part(
+    request: Request, place: Place, section: str, name: str, text: str, model_path: str, load: Load
+) -> Part:
+    def compute() -> dict[str, Any] | None:
+        model, tokenizer = load(model_path)
+        result = text_perplexity(
+            model,
+            tokenizer,
+            text,
+            window=min(request.window, getattr(model.config, "max_position_embeddings", request.window)),
+            ranks=place.ranks,
+            device=place.device,
+            add_bos=request.add_bos,
+            should_stop=place.should_stop,
+        )
+        return None if result is None else asdict(result)
+
+    identity = _digest(text, request.window, request.add_bos, weights_stamp(model_path))
+    return Part(section=section, name=name, identity=identity, size=0, compute=compute)
+
+
+def _digest(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, ensure_ascii=False).encode()).hexdigest()[:16]

@@ -1,0 +1,83 @@
+"""A result file that grows part by part: what is in it already is not computed again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bico_ds.config.errors import UserError
+from bico_ds.evaluation.generation import Ranks, gather_parts
+
+Compute = Callable[[], "dict[str, Any] | None"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One thing to compute: its place in the file; `identity`: all that its figures depend on."""
+
+    section: str
+    name: str
+    identity: str
+    size: int
+    compute: Compute
+
+
+class Report:
+    """The JSON file at `path`: {"model", "weights", "identities", "tasks", "choice", "retention"}.
+
+    Only the first rank writes. Raises UserError where the file belongs to another model, or is no such file.
+    """
+
+    def __init__(self, path: Path, *, model: str, weights: str, ranks: Ranks) -> None:
+        self.path = path
+        self._ranks = ranks
+        fresh: dict[str, Any] = {"model": model, "weights": weights, "identities": {}}
+        self.values: dict[str, Any] = (
+            gather_parts(self._read() if ranks.rank == 0 else None, ranks)[0] or fresh
+        )
+        if self.values.get("weights") != weights or "identities" not in self.values:
+            raise UserError(
+                f"--output {path}: holds results of other weights ({self.values.get('model')}); "
+                "name another file, or delete this one"
+            )
+
+    def has(self, part: Part) -> bool:
+        return self.values["identities"].get(f"{part.section}/{part.name}") == part.identity
+
+    def run(self, parts: Sequence[Part], on_part: Callable[[Part], None]) -> bool:
+        """Compute the parts that are not there yet, saving after each. False where one was stopped."""
+        for part in parts:
+            if self.has(part):
+                continue
+            on_part(part)
+            result = part.compute()
+            if result is None:
+                return False
+            self.values.setdefault(part.section, {})[part.name] = result
+            self.values["identities"][f"{part.section}/{part.name}"] = part.identity
+            if self._ranks.rank == 0:
+                self._write()
+        return True
+
+    def _read(self) -> dict[str, Any] | None:
+        with suppress(FileNotFoundError):
+            try:
+                values = json.loads(self.path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UserError(
+                    f"--output {self.path}: is there already and no result file ({error})"
+                ) from error
+            if not isinstance(values, dict):
+                raise UserError(f"--output {self.path}: is there already and no result file")
+            return values
+        return None
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_text(json.dumps(self.values, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        partial.replace(self.path)

@@ -1,0 +1,141 @@
+#!/usr/bin/env python
+"""Ask an exported model the reversal tasks, and whatever else is named.
+
+    python tools/evaluate.py --model runs/tiny_bico/export --data FOLDER
+    torchrun --nproc-per-node 2 tools/evaluate.py --model DIR --data FOLDER --likelihood
+    python tools/evaluate.py --model DIR --parents parents.csv --retention book.txt --base BASE_DIR
+
+FOLDER holds name-description test files (p2d_prompts_test.jsonl …), published or of the embedded task.
+Results go to a JSON file that grows part by part: after an interruption the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bico_ds.config.errors import UserError
+from bico_ds.engine.signals import StopFlag
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="safetensors folder with its tokenizer, or a hub name")
+    tasks = parser.add_argument_group("what to ask")
+    tasks.add_argument("--data", type=Path, help="folder of name-description test files")
+    tasks.add_argument(
+        "--tasks", default="n2d,d2n,n2d_reverse,d2n_reverse", help="with --data (default: %(default)s)"
+    )
+    tasks.add_argument("--parents", type=Path, help="CSV: child,parent,parent_type")
+    tasks.add_argument("--couplets", type=Path, help="JSONL: first, second")
+    tasks.add_argument(
+        "--pairs", type=Path, help="JSONL: forward and backward, each with prompt and completion"
+    )
+    tasks.add_argument(
+        "--retention", type=Path, nargs="+", default=[], metavar="TEXT", help="perplexity on these texts"
+    )
+    tasks.add_argument("--base", help="the model before fine-tuning, for --retention")
+    tasks.add_argument("--likelihood", action="store_true", help="log-probability test on every task")
+    tasks.add_argument("--limit", type=int, help="first rows of each task only")
+    how = parser.add_argument_group("how")
+    how.add_argument("--batch-size", type=int, default=32)
+    how.add_argument("--max-new-tokens", type=int, default=40, help="default 40, as in the paper")
+    how.add_argument(
+        "--others", type=int, default=9, help="other persons' answers in --likelihood (default 9)"
+    )
+    how.add_argument("--window", type=int, default=1024, help="tokens a window of --retention (default 1024)")
+    how.add_argument(
+        "--no-bos", action="store_true", help="no BOS before the prompt (it was trained without)"
+    )
+    how.add_argument(
+        "--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: that of the weights"
+    )
+    how.add_argument("--output", type=Path, help="result file (default: runs/evaluation/MODEL.json)")
+    options = parser.parse_args()
+    for name in ("limit", "batch_size", "max_new_tokens", "others", "window"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, found {value}")
+    if not any((options.data, options.parents, options.couplets, options.pairs, options.retention)):
+        parser.error("nothing to ask: give --data, --parents, --couplets, --pairs or --retention")
+    return options
+
+
+def request_of(options: argparse.Namespace) -> Any:
+    from bico_ds.evaluation.command import Request
+    from bico_ds.evaluation.further_sets import READERS
+
+    return Request(
+        model=options.model,
+        output=options.output or default_output(options.model),
+        data=options.data,
+        tasks=tuple(name.strip() for name in options.tasks.split(",") if name.strip()),
+        further={kind: getattr(options, kind) for kind in READERS if getattr(options, kind) is not None},
+        retention=tuple(options.retention),
+        base=options.base,
+        likelihood=options.likelihood,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        others=options.others,
+        window=options.window,
+        add_bos=not options.no_bos,
+        dtype=options.dtype,
+    )
+
+
+def default_output(model: str) -> Path:
+    place = Path(model).resolve()
+    name = place.parent.name if place.name == "export" else place.name
+    return Path("runs/evaluation") / f"{name}.json"
+
+
+def evaluate_model(options: argparse.Namespace, stop: StopFlag) -> bool:
+    """Join the other ranks, if torchrun started any, and run what was asked for."""
+    import torch
+    import torch.distributed as dist
+    from rich.console import Console
+
+    from bico_ds.evaluation.command import Place, run_request
+    from bico_ds.evaluation.generation import Ranks
+
+    ranks = Ranks(rank=int(os.environ.get("RANK", "0")), world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if ranks.world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        place = Place(ranks=ranks, device=device, should_stop=lambda: bool(stop))
+        return run_request(request_of(options), place, Console())
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def main() -> int:
+    options = parse_arguments()
+    stop = StopFlag()
+    stop.install(["SIGTERM", "SIGINT", "SIGUSR1"])
+    try:
+        finished = evaluate_model(options, stop)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if not finished:
+        print(
+            f"stopped ({stop.reason or 'another rank'}); the same command goes on from here", file=sys.stderr
+        )
+    return 0 if finished else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

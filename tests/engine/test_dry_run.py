@@ -1,0 +1,56 @@
+"""--dry-run: everything is checked and counted, nothing is trained, no weights are needed."""
+
+from __future__ import annotations
+
+import pytest
+
+from bico_ds.config.errors import UserError
+from bico_ds.config.load import load_recipe
+from bico_ds.engine.dry_run import dry_run
+
+
+@pytest.fixture
+def planned(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(name: str, *overrides: str) -> str:
+        dry_run(load_recipe(name, overrides))
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_it_tells_parameters_steps_objectives_and_fill_without_weights(planned):
+    text = planned("tiny_bico")
+    assert "697,984" in text
+    assert "first ntp step" in text and "first bico step" in text
+    assert "960 rows" in text and "fill 0.9" in text
+    assert "is not on this machine" in text
+
+
+def test_a_bico_step_runs_fewer_rows_than_it_represents(planned):
+    line = next(line for line in planned("tiny_bico").splitlines() if "first bico step" in line)
+    numbers = [int(word.replace(",", "")) for word in line.split() if word.replace(",", "").isdigit()]
+    represented, rows = numbers[1], numbers[2]
+    assert 0.5 * represented < rows < represented
+
+
+def test_it_writes_no_run_folder(planned, tmp_path):
+    planned("tiny_base")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["data"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.config.vocab_size=30", "do not belong together"),
+        ("model.config.num_hiden_layers=3", "did you mean 'num_hidden_layers'"),
+        ("data.capacity=4", "capacity"),
+        ("deepspeed.overrides.zero_optimisation.stage=2", "did you mean 'zero_optimization'"),
+        ("evaluation.tasks=[n2e]", "did you mean 'n2d'"),
+    ],
+)
+def test_what_would_fail_later_fails_here(planned, override, expected):
+    with pytest.raises(UserError, match=expected):
+        planned("tiny_base", override)

@@ -89,8 +89,8 @@ def check_name_tokens(tokenizer: Any, names: Sequence[str]) -> None:
         sentence, prompt, answer = encode(f"We met {name} here."), encode("We met"), encode(f" {name}")
         if encode(f"We met {name}") != prompt + answer or sentence[: len(prompt + answer)] != prompt + answer:
             raise UserError(
-                f"the tokenizer splits '{name}' differently at the start of an answer ({answer}) and inside a "
-                f"sentence ({sentence}): answers must begin with a space that belongs to the name's first token"
+                f"the tokenizer splits '{name}' differently at the start of an answer ({answer}) and inside "
+                f"a sentence ({sentence}): a space must belong to the first token of the word after it"
             )
         if tokenizer.decode(prompt + answer) != f"We met {name}":
             raise UserError(

@@ -34,7 +34,8 @@ def read_parents(path: Path, limit: int | None = None) -> list[Task]:
     """`child_to_parent` and `parent_to_child` from a CSV with the columns child, parent, parent_type.
 
     `parent_type` is a word such as "mother". Where a parent has several children in the file, any of them is
-    right. The pair's child is its group.
+    right. The parent is
+    the group: siblings' rows are not independent.
     """
     rows = _read_csv(path)[:limit]
     children: dict[str, list[str]] = {}
@@ -45,7 +46,7 @@ def read_parents(path: Path, limit: int | None = None) -> list[Task]:
             line,
             f"{_SHOTS}Q: Who is {row['child']}'s {row['parent_type']}?\nA:",
             row["parent"],
-            group=row["child"],
+            group=row["parent"],
         )
         for line, row in rows
     ]

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import pytest
+
+from bico_ds.config.errors import UserError
+from bico_ds.evaluation.further_sets import read_couplets, read_pairs, read_parents
+from bico_ds.evaluation.metrics import score_rows
+
+
+def test_every_child_of_a_parent_is_right(tmp_path):
+    path = tmp_path / "parents.csv"
+    path.write_text(
+        "child,parent,parent_type,note\nAnn Lee,Bo Lee,father,x\nCy Lee,Bo Lee,father,y\nEd Ray,Fay Ray,mother,\n"
+    )
+    to_parent, to_child = read_parents(path)
+    assert to_parent.examples[0].prompt.endswith("Q: Who is Ann Lee's father?\nA:")
+    assert to_parent.examples[2].answer == "Fay Ray"
+    assert to_child.examples[0].right_answers == (" Ann Lee", " Cy Lee")
+    assert score_rows(to_child, ["Cy Lee", "Bo", "Ed Ray"])["exact"] == [1.0, 0.0, 1.0]
+    assert [example.group for example in to_child.examples] == ["Bo Lee", "Bo Lee", "Fay Ray"]
+
+
+def test_couplets_ask_both_ways_in_their_own_language(write_rows):
+    path = write_rows(
+        "couplets.jsonl",
+        [
+            {"first": "黄鹤一去不复返", "second": "白云千载空悠悠"},
+            {
+                "first": "Tyger Tyger, burning bright",
+                "second": "In the forests of the night",
+                "ask_previous": "Before:",
+            },
+        ],
+    )
+    following, previous = read_couplets(path)
+    assert "白云千载空悠悠”的上一句" in previous.examples[0].prompt
+    assert previous.examples[0].completion == "黄鹤一去不复返"
+    assert following.examples[1].prompt.startswith("The line after “Tyger")
+    assert previous.examples[1].prompt == "Before:"
+    assert following.headline == previous.headline == "contains"
+
+
+def test_pairs_go_forward_and_backward(write_rows):
+    row = {
+        "forward": {"prompt": "a is", "completion": " b"},
+        "backward": {"prompt": "b is", "completion": " a"},
+    }
+    forward, backward = read_pairs(write_rows("pairs.jsonl", [row, row | {"group": "g"}]))
+    assert (forward.examples[0].prompt, backward.examples[0].completion) == ("a is", " a")
+    assert [example.group for example in backward.examples] == ["1", "g"]
+
+
+@pytest.mark.parametrize(
+    ("reader", "content", "message"),
+    [
+        (read_parents, "child,parrent,parent_type\na,b,c\n", r":1: column 'parent' is missing \(did you mean"),
+        (read_parents, "child,parent,parent_type\na,b,mother\nc,,father\n", r":3: column 'parent' is empty"),
+        (read_parents, "child,parent,parent_type\n", "no rows"),
+        (read_couplets, '{"first": "a"}\n', r":1: field 'second' is missing"),
+        (read_pairs, '{"forward": {"prompt": "a", "completion": "b"}, "backwards": 1}', r":1: field 'backward'"),
+        (read_pairs, '{"forward": "a", "backward": "b"}', r":1: forward: expected a JSON object, found str"),
+    ],
+)  # fmt: skip
+def test_a_malformed_row_is_named(tmp_path, reader, content, message):
+    path = tmp_path / "set"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        reader(path)

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from bico_ds.evaluation.choice import choice_statistics
+from bico_ds.evaluation.statistics import clustered_interval, group_means
+
+
+@pytest.fixture
+def draw() -> np.random.Generator:
+    return np.random.default_rng(11)
+
+
+def test_interval_agrees_with_scipys_bootstrap_over_equal_groups(draw):
+    scores = draw.normal(size=(30, 10)) + draw.normal(size=(30, 1))
+    groups = np.repeat([f"person {i}" for i in range(30)], 10)
+    low, high = clustered_interval(scores.ravel(), groups, resamples=20000)
+    reference = stats.bootstrap(
+        (scores.mean(axis=1),), np.mean, n_resamples=20000, method="percentile", rng=np.random.default_rng(1)
+    ).confidence_interval
+    assert low == pytest.approx(reference.low, abs=0.02)
+    assert high == pytest.approx(reference.high, abs=0.02)
+
+
+def test_prompts_of_one_person_count_as_one(draw):
+    per_person = draw.integers(0, 2, size=30).astype(float)
+    groups = [str(i) for i in range(30)]
+    once = clustered_interval(per_person, groups)
+    ten_times = clustered_interval(np.repeat(per_person, 10), np.repeat(groups, 10))
+    assert once == ten_times
+    by_rows = clustered_interval(np.repeat(per_person, 10), [str(i) for i in range(300)])
+    assert ten_times[1] - ten_times[0] > 2 * (by_rows[1] - by_rows[0])
+
+
+def test_groups_of_unlike_size_are_weighted_by_their_rows():
+    low, high = clustered_interval([1.0] * 9 + [0.0], ["a"] * 9 + ["b"])
+    assert (low, high) == (0.0, 1.0)
+    assert group_means([1.0, 3.0, 5.0], ["b", "a", "b"]).tolist() == [3.0, 3.0]
+
+
+def test_choice_statistics_against_scipy_and_by_hand(draw):
+    log_probs = draw.normal(size=(40, 5))
+    log_probs[:, 0] += 0.7
+    groups = [str(i // 4) for i in range(40)]
+    result = choice_statistics(log_probs, np.full(40, 3), groups)
+    right, first = log_probs[:, 0], log_probs[:, 1]
+    assert result["t_test"]["p_value"] == pytest.approx(stats.ttest_ind(right, first, equal_var=False).pvalue)
+    assert result["ks_test"]["statistic"] == pytest.approx(stats.ks_2samp(right, first).statistic)
+    difference = (right - log_probs[:, 1:].mean(axis=1)).reshape(10, 4).mean(axis=1)
+    zeros = np.zeros(10)
+    assert result["person_t_test"]["p_value"] == pytest.approx(stats.ttest_rel(difference, zeros).pvalue)
+    assert result["rank"] == pytest.approx(np.mean([stats.rankdata(-row)[0] for row in log_probs]))
+    assert result["forced_choice"] == pytest.approx(np.mean(log_probs.argmax(axis=1) == 0))
+    assert result["forced_choice_chance"] == 0.2
+    assert result["nll_per_token"] == pytest.approx(-right.mean() / 3)
+
+
+def test_a_tie_is_no_right_choice():
+    result = choice_statistics(np.zeros((4, 2)), np.ones(4, dtype=int), ["a", "a", "b", "b"])
+    assert result["forced_choice"] == 0.0
+    assert result["rank"] == 2.0

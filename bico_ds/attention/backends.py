@@ -8,12 +8,13 @@ import logging
 import torch
 
 from bico_ds.attention.engine import Engine
+from bico_ds.attention.fused import fused_refusal
 from bico_ds.attention.kernels.aten_cuda import AtenCuda
 from bico_ds.attention.kernels.base import CausalKernel
 from bico_ds.attention.kernels.cpu_flash import CpuFlash
 from bico_ds.attention.kernels.flash_attn2 import FlashAttn2
 from bico_ds.attention.kernels.flash_attn4 import FlashAttn4
-from bico_ds.attention.layout import CPU_POLICY, CUDA_POLICY
+from bico_ds.attention.layout import CPU_FUSED_POLICY, CPU_POLICY, CUDA_POLICY, LayoutPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -36,25 +37,33 @@ def resolve(backend: str, dtype: torch.dtype, head_dim: int, device: torch.devic
     refusals = {name: kernel.refusal(dtype, head_dim, device) for name, kernel in KERNELS.items()}
     able = [name for name, refusal in refusals.items() if refusal is None]
     if backend == "auto":
-        return _engine(_auto(refusals, dtype, head_dim, device), device)
+        return _auto(refusals, dtype, head_dim, device)
     if refusals[backend] is not None:
         instead = f"use one of: {', '.join(able)}" if able else "only 'oracle' (dense, slow) can"
         raise ValueError(f"attention backend {backend!r} {refusals[backend]}; {instead}")
-    return _engine(backend, device)
+    return Engine(kernel=KERNELS[backend], policy=_policy(dtype, device)[0])
 
 
-def _auto(refusals: dict[str, str | None], dtype: torch.dtype, head_dim: int, device: torch.device) -> str:
+def _auto(refusals: dict[str, str | None], dtype: torch.dtype, head_dim: int, device: torch.device) -> Engine:
+    """The first of `AUTO_ORDER` that can run; logs which, and what was passed over and why."""
     passed_over: list[str] = []
     for name in AUTO_ORDER:
-        if refusals[name] is None:
-            reasons = f" ({'; '.join(passed_over)})" if passed_over and device.type == "cuda" else ""
-            logger.info(
-                "attention backend: %s on %s, %s, head dimension %d%s", name, device, dtype, head_dim, reasons
-            )
-            return name
-        passed_over.append(f"{name} {refusals[name]}")
+        if refusals[name] is not None:
+            passed_over.append(f"{name} {refusals[name]}")
+            continue
+        policy, note = _policy(dtype, device)
+        reason = note if device.type == "cpu" else "; ".join(passed_over) or "the fastest installed"
+        inputs = f"{device}, {str(dtype).removeprefix('torch.')}, head dimension {head_dim}"
+        logger.info("attention backend: %s for %s (%s)", name, inputs, reason)
+        return Engine(kernel=KERNELS[name], policy=policy)
     raise ValueError(f"no attention backend serves these inputs: {'; '.join(passed_over)}; only 'oracle' can")
 
 
-def _engine(name: str, device: torch.device) -> Engine:
-    return Engine(kernel=KERNELS[name], policy=CPU_POLICY if device.type == "cpu" else CUDA_POLICY)
+def _policy(dtype: torch.dtype, device: torch.device) -> tuple[LayoutPolicy, str]:
+    """Who serves which rows on such a device, and on the CPU why."""
+    if device.type != "cpu":
+        return CUDA_POLICY, ""
+    refusal = fused_refusal() if dtype == torch.bfloat16 else "takes bfloat16 only"
+    if refusal is None:
+        return CPU_FUSED_POLICY, "all rows through the fused kernel"
+    return CPU_POLICY, f"short documents and live rows on torch operations: the fused kernel {refusal}"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bico_ds.attention.dense import DenseInputs, dense_backward, dense_forward
+from bico_ds.attention.fused import fused_backward, fused_forward
 from bico_ds.attention.kernels.base import CausalKernel
 from bico_ds.attention.layout import LayoutPolicy, layout_of
 from bico_ds.attention.plan import AttentionPlan
@@ -28,6 +29,8 @@ class Engine:
         q = inputs.q
         out = q.new_empty(plan.num_rows + 1, *q.shape[1:])
         lse = q.new_empty(plan.num_rows + 1, q.shape[1], dtype=accumulate_dtype(q.dtype))
+        if layout.fused is not None:
+            fused_forward(layout.fused, inputs, out, lse)
         for tile in layout.tiles:
             dense_forward(tile, inputs, out, lse)
         lse[-1] = float("inf")
@@ -65,6 +68,8 @@ class Engine:
                 inputs.scale,
             )
             dq[rows], dk[rows], dv[rows] = (x.to(y.dtype) for x, y in zip(grads, (dq, dk, dv), strict=True))
+        if layout.fused is not None:
+            fused_backward(layout.fused, inputs, grad_out, out, lse, dq, dk, dv)
         for tile in layout.tiles:
             dense_backward(tile, inputs, grad_out, lse, dq, dk, dv)
         rows = slice(0, plan.num_rows)

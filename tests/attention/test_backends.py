@@ -21,7 +21,7 @@ def test_auto_on_cpu_takes_the_cpu_kernel_and_says_so_once(caplog):
             engine = backends.resolve("auto", torch.float32, 64, CPU)
     assert engine.kernel.name == "cpu-flash"
     assert len(caplog.records) == 1
-    assert "cpu-flash on cpu" in caplog.text
+    assert "cpu-flash for cpu, float32" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["flash-attn", "flash-attn-4", "aten-cuda"])

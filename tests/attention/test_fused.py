@@ -1,0 +1,73 @@
+"""The fused CPU kernel against the formula: every shape, both modes, and independence of the thread count."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_problems import make_problem, relative_errors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bico_ds.attention import backends, fused
+from bico_ds.attention.packed import packed_attention
+
+pytestmark = pytest.mark.skipif(
+    fused.fused_refusal() is not None, reason=f"the fused kernel {fused.fused_refusal()}"
+)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    lengths=st.lists(st.one_of(st.integers(1, 40), st.integers(120, 300)), min_size=1, max_size=5),
+    mode=st.sampled_from(["bidirectional", "causal"]),
+    mask_rate=st.sampled_from([0.0, 0.15, 0.9]),
+    heads=st.sampled_from([(1, 1), (3, 3), (6, 2), (8, 1)]),
+    head_dim=st.sampled_from([8, 24, 64, 128]),
+    seed=st.integers(0, 2**31),
+)
+def test_fused_kernel_equals_the_formula(lengths, mode, mask_rate, heads, head_dim, seed):
+    problem = make_problem(lengths, mode=mode, mask_rate=mask_rate, heads=heads, head_dim=head_dim, seed=seed)
+    problem = problem.to(torch.bfloat16)
+    assert backends.resolve("auto", torch.bfloat16, head_dim, torch.device("cpu")).policy.fused
+    found = problem.packed(packed_attention)
+    assert max(relative_errors(found, [x[problem.token_of_row] for x in problem.dense()])) < 1.5e-2
+
+
+def test_result_does_not_depend_on_the_thread_count():
+    problem = make_problem([70, 33, 1, 90], mask_rate=0.3, heads=(6, 2), head_dim=64, seed=4).to(
+        torch.bfloat16
+    )
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append(problem.packed(packed_attention))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_machine_without_a_compiler_is_told_so_and_still_served(monkeypatch, caplog):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(fused.shutil, "which", lambda name: None)
+    fused.fused_refusal.cache_clear()
+    backends.resolve.cache_clear()
+    try:
+        with caplog.at_level("INFO", logger=backends.__name__):
+            engine = backends.resolve("auto", torch.bfloat16, 64, torch.device("cpu"))
+        assert not engine.policy.fused
+        assert "needs a C++ compiler" in caplog.text
+    finally:
+        fused.fused_refusal.cache_clear()
+        backends.resolve.cache_clear()
+
+
+def test_a_failed_build_names_the_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "/bin/false")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fused.fused_refusal.cache_clear()
+    try:
+        assert "could not be built or loaded with /bin/false" in fused.fused_refusal()
+    finally:
+        fused.fused_refusal.cache_clear()

@@ -24,7 +24,7 @@ class EpochRows:
     of the pass over its source, the epoch that masks are keyed by.
     """
 
-    row: NDArray[np.int64]
+    row: NDArray[np.integer]
     passes: NDArray[np.int32]
 
 
@@ -55,8 +55,8 @@ class Mixture:
 
     def epoch(self, number: int) -> EpochRows:
         """Return the rows of data epoch `number`; a pure function."""
-        first_row = np.cumsum([0, *self.rows])
-        row: list[NDArray[np.int64]] = []
+        first_row = np.cumsum([0, *self.rows]).astype(np.int32 if sum(self.rows) < 2**31 else np.int64)
+        row: list[NDArray[np.integer]] = []
         passes: list[NDArray[np.int32]] = []
         for source, count in enumerate(self.rows):
             begin = math.floor(number * self.passes[source] * count)
@@ -64,7 +64,9 @@ class Mixture:
             while begin < end:
                 current, offset = divmod(begin, count)
                 taken = min(count - offset, end - begin)
-                row.append(first_row[source] + self._part(source, current, offset, taken))
+                row.append(
+                    first_row[source] + self._part(source, current, offset, taken).astype(first_row.dtype)
+                )
                 passes.append(np.full(taken, current, dtype=np.int32))
                 begin += taken
         return EpochRows(row=np.concatenate(row), passes=np.concatenate(passes))

@@ -43,7 +43,7 @@ class Rows:
     early.
     """
 
-    document: NDArray[np.int64]  # [R]
+    document: NDArray[np.integer]  # [R]
     start: NDArray[np.int32]  # [R]
     length: NDArray[np.int32]  # [R]
     piece: NDArray[np.int32]  # [R]
@@ -70,7 +70,7 @@ class Rows:
 
 
 def longest_row(expand: Expand, capacity: int) -> int:
-    """Return the most tokens of a document whose rows under `expand` fit a bin; UserError if not even 2 do."""
+    """Return the most tokens of a document whose rows under `expand` fit a bin; UserError below 2."""
     lengths = np.arange(1, capacity + 1)
     fits = expand(lengths) <= capacity
     longest = int(lengths[fits].max(initial=0))
@@ -100,8 +100,10 @@ def cut(lengths: NDArray[np.int64], *, longest: int, overlong: Overlong, bos_id:
         dropped=len(lengths) - len(kept),
         lost_tokens=total - int(length.sum()),
     )
-    zeros = np.zeros(len(kept), dtype=np.int32)
-    return Rows(document=kept, start=zeros, length=length, piece=zeros, bos_id=bos_id, report=report)
+    zeros = np.broadcast_to(np.int32(0), len(kept))  # takes no memory
+    return Rows(
+        document=_compact(kept), start=zeros, length=length, piece=zeros, bos_id=bos_id, report=report
+    )
 
 
 def _split(lengths: NDArray[np.int64], longest: int, bos_id: int | None) -> Rows:
@@ -118,13 +120,17 @@ def _split(lengths: NDArray[np.int64], longest: int, bos_id: int | None) -> Rows
         dropped=int((lengths == 0).sum()),
     )
     return Rows(
-        document=document,
+        document=_compact(document),
         start=start.astype(np.int32),
         length=np.minimum(lengths[document] - start, longest).astype(np.int32),
         piece=piece.astype(np.int32),
         bos_id=bos_id,
         report=report,
     )
+
+
+def _compact(numbers: NDArray[np.int64]) -> NDArray[np.integer]:
+    return numbers.astype(np.int32) if len(numbers) < 2**31 and numbers.max(initial=0) < 2**31 else numbers
 
 
 def join(parts: Sequence[Documents]) -> Documents:

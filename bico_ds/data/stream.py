@@ -7,6 +7,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from bico_ds.config.schema import DataSpec
 from bico_ds.data.mixture import EpochRows, Mixture
 from bico_ds.data.packing import PackPlan, build_pack_plan, seeded_permutation
+from bico_ds.data.plan_cache import cached_plan
 from bico_ds.data.rows import Expand, Rows
 from bico_ds.objectives.counter import hash_words
 
@@ -149,8 +151,10 @@ class BinStream:
             plan = known.plan
         else:
             packed = 0 if self.same_bins_every_epoch else number
-            plan = build_pack_plan(
+            plan = cached_plan(
+                build_pack_plan,
                 self._expand(self._length[rows.row].astype(np.int64)),
+                folder=Path(self._data.cache_dir) / "plans",
                 capacity=self._data.capacity,
                 seed=int(hash_words("packing", self._seed, packed)[0]),
                 max_documents_per_bin=self._data.max_documents_per_bin,

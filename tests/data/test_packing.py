@@ -13,6 +13,7 @@ from bico_ds.config.schema import SourceSpec
 from bico_ds.data.deal import deal
 from bico_ds.data.mixture import Mixture
 from bico_ds.data.packing import build_pack_plan, pack_histogram
+from bico_ds.data.plan_cache import cached_plan
 from bico_ds.data.rows import cut, longest_row
 
 CAPACITY = 32
@@ -175,3 +176,27 @@ def test_dealing_gives_every_bin_to_one_rank_and_balances(seed, world_size, micr
     assert sorted(dealt.ravel().tolist()) == list(range(len(cost)))
     loads = cost[dealt].sum(axis=(1, 2))
     assert loads.max() - loads.min() <= cost[dealt].sum(axis=2).max()
+
+
+def test_a_big_plan_is_built_once_then_mapped_and_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr("bico_ds.data.plan_cache._BIG", 100)
+    lengths = np.random.default_rng(0).integers(1, CAPACITY, 500)
+    plain = build_pack_plan(lengths, capacity=CAPACITY, seed=1)
+    built = []
+
+    def build(row_lengths, **arguments):
+        built.append(arguments)
+        return build_pack_plan(row_lengths, **arguments)
+
+    for seed in (1, 1, 2, 1):
+        plan = cached_plan(build, lengths, folder=tmp_path / "plans", capacity=CAPACITY, seed=seed)
+        assert isinstance(plan.row_order, np.memmap)
+        assert (plan.fingerprint == plain.fingerprint) == (seed == 1)
+        if seed == 1:
+            assert np.array_equal(plan.row_order, plain.row_order)
+            assert plan.rows_of(np.array([3, 0]))[0].tolist() == plain.rows_of(np.array([3, 0]))[0].tolist()
+    assert [arguments["seed"] for arguments in built] == [1, 2]
+    (tmp_path / "file").write_text("")
+    kept = cached_plan(build, lengths, folder=tmp_path / "file", capacity=CAPACITY, seed=1)
+    assert kept.fingerprint == plain.fingerprint
+    assert not isinstance(kept.row_order, np.memmap)

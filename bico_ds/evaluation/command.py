@@ -18,7 +18,7 @@ from bico_ds.evaluation.choice import check_choice, choice_test
 from bico_ds.evaluation.further_sets import READERS
 from bico_ds.evaluation.generation import Ranks, ShouldStop
 from bico_ds.evaluation.likelihood import text_perplexity
-from bico_ds.evaluation.loading import load_for_evaluation, weights_stamp
+from bico_ds.evaluation.loading import check_model_folder, load_for_evaluation, weights_stamp
 from bico_ds.evaluation.progress import PromptProgress
 from bico_ds.evaluation.report import Part, Report
 from bico_ds.evaluation.suite import EvaluationResult, evaluate
@@ -68,6 +68,8 @@ def run_request(request: Request, place: Place, console: Console) -> bool:
     tasks = load_tasks(request.data, request.tasks, request.limit) if request.data else []
     for kind, path in request.further.items():
         tasks += READERS[kind](path, request.limit)
+    for model in filter(None, (request.model, request.base)):
+        check_model_folder(model)
     load = lru_cache(maxsize=1)(  # one model in memory at a time
         lambda path: load_for_evaluation(path, dtype=request.dtype, device=place.device)
     )

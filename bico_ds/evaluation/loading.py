@@ -24,8 +24,8 @@ def load_for_evaluation(
     Raises UserError for a folder without config, safetensors or tokenizer, and where a weight of the model is
     not in the files (transformers would draw it at random).
     """
+    check_model_folder(path)
     if is_local_folder(path):
-        _check_folder(Path(path).expanduser())
         path = str(Path(path).expanduser())
     tokenizer = load_tokenizer(path)
     try:
@@ -56,7 +56,11 @@ def weights_stamp(path: str) -> str:
     return hashlib.sha256(repr(stamp).encode()).hexdigest()[:16]
 
 
-def _check_folder(folder: Path) -> None:
+def check_model_folder(path: str) -> None:
+    """UserError for a local folder without config or safetensors; a hub name is not looked up."""
+    if not is_local_folder(path):
+        return
+    folder = Path(path).expanduser()
     if not folder.is_dir():
         raise UserError(f"--model {folder}: no such folder")
     if not (folder / "config.json").is_file():

@@ -10,7 +10,7 @@ from bico_ds.evaluation.metrics import score_rows
 def test_every_child_of_a_parent_is_right(tmp_path):
     path = tmp_path / "parents.csv"
     path.write_text(
-        "child,parent,parent_type,note\nAnn Lee,Bo Lee,father,x\nCy Lee,Bo Lee,father,y\nEd Ray,Fay Ray,mother,\n"
+        "child,parent,parent_type\nAnn Lee,Bo Lee,father\nCy Lee,Bo Lee,father\nEd Ray,Fay Ray,mother\n"
     )
     to_parent, to_child = read_parents(path)
     assert to_parent.examples[0].prompt.endswith("Q: Who is Ann Lee's father?\nA:")
@@ -53,12 +53,12 @@ def test_pairs_go_forward_and_backward(write_rows):
 @pytest.mark.parametrize(
     ("reader", "content", "message"),
     [
-        (read_parents, "child,parrent,parent_type\na,b,c\n", r":1: column 'parent' is missing \(did you mean"),
+        (read_parents, "child,parrent,parent_type\na,b,c\n", r":1: column 'parent' is missing \(did you"),
         (read_parents, "child,parent,parent_type\na,b,mother\nc,,father\n", r":3: column 'parent' is empty"),
         (read_parents, "child,parent,parent_type\n", "no rows"),
         (read_couplets, '{"first": "a"}\n', r":1: field 'second' is missing"),
-        (read_pairs, '{"forward": {"prompt": "a", "completion": "b"}, "backwards": 1}', r":1: field 'backward'"),
-        (read_pairs, '{"forward": "a", "backward": "b"}', r":1: forward: expected a JSON object, found str"),
+        (read_pairs, '{"forward": {"prompt": "a", "completion": "b"}, "backwards": 1}', r":1: field 'back"),
+        (read_pairs, '{"forward": "a", "backward": "b"}', r":1: forward: expected a JSON object"),
     ],
 )  # fmt: skip
 def test_a_malformed_row_is_named(tmp_path, reader, content, message):

@@ -1,0 +1,137 @@
+"""A GGUF written with the `gguf` package's own writer becomes the Llama that it was made from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from bico_ds.config.errors import UserError
+from tools.import_gguf import check_name_tokens, check_special_tokens, import_gguf
+
+gguf = pytest.importorskip("gguf", reason="the extra 'gguf' is not installed")
+# transformers adds the first one to a vocabulary that lacks it
+_SPECIAL = ["<|endoftext|>", "<s>", "</s>"]
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer() -> Tokenizer:
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=_SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    core.train_from_iterator(["We met Daphne here and there", "the name and the man"] * 3, trainer)
+    return core
+
+
+@pytest.fixture(scope="module")
+def llama(byte_tokenizer, tiny_llama) -> LlamaForCausalLM:
+    config = type(tiny_llama.config)(
+        **{**tiny_llama.config.to_dict(), "vocab_size": byte_tokenizer.get_vocab_size()}
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def gguf_file(byte_tokenizer, llama, tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    config = llama.config
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    _add_tokenizer(writer, byte_tokenizer)
+    _add_weights(writer, llama)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def _add_tokenizer(writer, core: Tokenizer) -> None:
+    vocabulary = sorted(core.get_vocab().items(), key=lambda item: item[1])
+    merges = json.loads(core.to_str())["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([token for token, _ in vocabulary])
+    writer.add_token_types([3 if token in _SPECIAL else 1 for token, _ in vocabulary])
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+
+
+def _add_weights(writer, llama: LlamaForCausalLM) -> None:
+    """Under llama.cpp's names; it stores q and k with the two halves of each head interleaved."""
+    names = {
+        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+        "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down", "model.layers.": "blk.",
+    }  # fmt: skip
+    heads = {"q_proj": llama.config.num_attention_heads, "k_proj": llama.config.num_key_value_heads}
+    for name, weight in llama.state_dict().items():
+        array = weight.float().numpy()
+        for part, count in heads.items():
+            if part in name:
+                rows, columns = array.shape
+                array = (
+                    array.reshape(count, 2, rows // count // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+                )
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        writer.add_tensor(name, np.ascontiguousarray(array))
+
+
+def test_the_imported_folder_is_the_model_that_was_written(gguf_file, llama, byte_tokenizer, tmp_path):
+    import_gguf(gguf_file, tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert getattr(model.config, "quantization_config", None) is None
+    text = "We met the man Daphne"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids == byte_tokenizer.encode(text).ids
+    batch = torch.tensor([[1, *ids]])
+    torch.testing.assert_close(model(batch).logits, llama(batch).logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="exists already"):
+        import_gguf(gguf_file, tmp_path / "model")
+
+
+def test_files_that_are_no_gguf_are_refused_before_anything_is_loaded(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        import_gguf(tmp_path / "a.gguf", tmp_path / "out")
+    (tmp_path / "b.gguf").write_bytes(b"PK\x03\x04 a zip")
+    with pytest.raises(UserError, match="not a GGUF file"):
+        import_gguf(tmp_path / "b.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_special_tokens_of_model_and_tokenizer_must_agree(tokenizer, tiny_llama):
+    check_special_tokens(tiny_llama.config, tokenizer)
+    other = type(tiny_llama.config)(**{**tiny_llama.config.to_dict(), "eos_token_id": 0})
+    with pytest.raises(UserError, match="eos_token_id: 0 in the model's config, 2 in the tokenizer"):
+        check_special_tokens(other, tokenizer)
+
+
+def test_a_tokenizer_that_splits_names_by_their_place_is_refused(byte_tokenizer):
+    good = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer)
+    check_name_tokens(good, ["Daphne Barrington"])
+    core = Tokenizer.from_str(byte_tokenizer.to_str())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
+    core.train_from_iterator(["We met Daphne"] * 9, trainers.BpeTrainer(vocab_size=400, show_progress=False))
+    with pytest.raises(UserError, match="splits 'Daphne' differently"):
+        check_name_tokens(PreTrainedTokenizerFast(tokenizer_object=core), ["Daphne"])

@@ -1,60 +1,198 @@
-"""Documents of a store as text, for eyes."""
+"""A packed batch as a person wants to see it: every token of every document, what became of it, what
+predicts it.
+
+Read back from the batch alone, so it shows what the model gets, not what the objective meant.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
+from rich.columns import Columns
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
 
-from bico_ds.config.errors import UserError
-from bico_ds.data.merge import TOKENIZER
-from bico_ds.data.store import TokenStore
-from bico_ds.data.tokenizer import load_tokenizer, tokenizer_hash
+from bico_ds.attention.plan import AttentionPlan
+from bico_ds.batch import PackedBatch
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from bico_ds.batch import Document
+State = Literal["kept", "live", "dead"]
+_STYLE: dict[State, str] = {"kept": "", "live": "bold yellow", "dead": "dim red"}
+Decode = Callable[[int], str]
 
 
-def describe_store(
-    path: Path,
-    *,
-    documents: list[int] | None = None,
-    tokenizer_path: str | None = None,
-    verify: Literal["sizes", "checksums"] = "sizes",
-) -> Iterator[str]:
-    """Yield lines: what the manifest says, then the documents decoded (default: the first ten).
-
-    The tokenizer is the one kept in the store, unless `tokenizer_path` names another; one that does
-    something else than the store's is refused, and so is a document number that the store does not have.
+@dataclass(frozen=True, kw_only=True)
+class TokenView:
+    """One original token. `row` is its row in the batch (None for dead ones), `predicts` the target of that
+    row, `keys_before` how many kept tokens of the document lie at or before it.
     """
-    store = TokenStore.open(path, verify=verify)
-    tokenizer = load_tokenizer(tokenizer_path or path / TOKENIZER)
-    TokenStore.open(path, tokenizer_hash=tokenizer_hash(tokenizer))
-    numbers = documents if documents is not None else list(range(min(10, len(store))))
-    if outside := [n for n in numbers if not 0 <= n < len(store)]:
-        raise UserError(f"store '{path}' has documents 0 to {len(store) - 1}, not {outside[0]}")
-    manifest = store.manifest
-    yield f"{path}: {manifest.documents:,} documents, {manifest.tokens:,} tokens ({manifest.token_dtype})"
-    yield f"vocabulary {manifest.vocab_size:,}, largest id {manifest.max_token_id:,}"
-    yield f"tokenizer {manifest.tokenizer_hash}; BOS added: {manifest.add_bos}; EOS added: {manifest.add_eos}"
-    for document in store.whole(np.array(numbers, dtype=np.int64)):
-        yield ""
-        yield from _describe(document, tokenizer)
+
+    position: int
+    token: int
+    state: State
+    row: int | None
+    predicts: int | None
+    keys_before: int
 
 
-def _describe(document: Document, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    ids = document.token_ids.tolist()
-    group = f", group {document.group}" if document.group >= 0 else ""
-    yield f"document {document.id}: {len(ids):,} tokens{group}"
-    if document.prompt_length:
-        yield f"  prompt      {tokenizer.decode(ids[: document.prompt_length])!r}"
-        yield f"  completion  {tokenizer.decode(ids[document.prompt_length :])!r}"
-    else:
-        yield f"  text        {tokenizer.decode(ids)!r}"
-    for start, end in document.entity_spans if document.entity_spans is not None else ():
-        yield f"  entity      {tokenizer.decode(ids[start:end])!r} (tokens {start} to {end - 1})"
-    yield f"  tokens      {' '.join(map(repr, tokenizer.convert_ids_to_tokens(ids)))}"
+@dataclass(frozen=True, kw_only=True)
+class DocumentView:
+    """One document of a batch, in its original order."""
+
+    source: int
+    id: int
+    piece: int
+    tokens: tuple[TokenView, ...]
+
+
+def view_batch(batch: PackedBatch) -> list[DocumentView]:
+    """Read a CPU batch back into documents. Masked tokens are known by the predictions of them."""
+    plan, ids, positions = batch.plan, batch.input_ids.tolist(), batch.position_ids.tolist()
+    prediction = dict(zip(batch.loss_rows.tolist(), batch.targets.tolist(), strict=True))
+    starts = plan.cu_seqlens.tolist()
+    live_rows = _rows_by_document(plan)
+    views = []
+    for number, (source, document, piece) in enumerate(batch.documents.tolist()):
+        kept = range(starts[number], starts[number + 1])
+        tokens: dict[int, tuple[int, State, int | None]]
+        tokens = {positions[row]: (ids[row], "kept", row) for row in kept}
+        rows = {positions[row]: row for row in (*kept, *live_rows[number])}
+        for position, row in rows.items():
+            if row in prediction and position + 1 not in tokens:
+                masked: State = "live" if position + 1 in rows else "dead"
+                tokens[position + 1] = (prediction[row], masked, rows.get(position + 1))
+        before, seen = 0, []
+        for position in sorted(tokens):
+            token, state, place = tokens[position]
+            before += state == "kept"
+            target = prediction.get(place) if place is not None else None
+            seen.append(
+                TokenView(
+                    position=position,
+                    token=token,
+                    state=state,
+                    row=place,
+                    predicts=target,
+                    keys_before=before,
+                )
+            )
+        views.append(DocumentView(source=source, id=document, piece=piece, tokens=tuple(seen)))
+    return views
+
+
+def _rows_by_document(plan: AttentionPlan) -> list[list[int]]:
+    rows: list[list[int]] = [[] for _ in range(plan.num_documents)]
+    for number, document in enumerate(plan.live_document.tolist()):
+        rows[document].append(plan.num_kept + number)
+    return rows
+
+
+def visibility(document: DocumentView, mode: str) -> NDArray[np.int64]:
+    """Return int64 [L, L] over original positions (query, key): 0 unseen, 1 by the forward rotation, 2 by
+    the reversed one, -1 where the query is dead and has no row.
+    """
+    tokens = document.tokens
+    matrix = np.zeros((len(tokens), len(tokens)), dtype=np.int64)
+    keys = [index for index, token in enumerate(tokens) if token.state == "kept"]
+    for query, token in enumerate(tokens):
+        if token.row is None:
+            matrix[query] = -1
+            continue
+        for number, key in enumerate(keys):
+            if number < token.keys_before:
+                matrix[query, key] = 1
+            elif mode == "bidirectional":
+                matrix[query, key] = 2
+    return matrix
+
+
+def print_batch(
+    console: Console,
+    batch: PackedBatch,
+    decode: Decode,
+    *,
+    source_names: Sequence[str],
+    room: int,
+    most_documents: int,
+    most_tokens: int,
+) -> None:
+    """Print the batch's counts and its first documents side by side. `room` is the original tokens it could
+    hold.
+    """
+    views = view_batch(batch)
+    states = [token.state for view in views for token in view.tokens]
+    counts = {state: states.count(state) for state in ("kept", "live", "dead")}
+    console.print(
+        f"{batch.plan.mode}: {len(views)} documents, {batch.represented_tokens} of {room} tokens "
+        f"(fill {batch.represented_tokens / room:.1%}); rows {batch.plan.num_rows} = {counts['kept']} kept + "
+        f"{counts['live']} live placeholders; {counts['dead']} dead ones dropped; "
+        f"{len(batch.targets)} predictions"
+    )
+    shown = views[:most_documents]
+    console.print(Columns([_document(view, decode, source_names, most_tokens) for view in shown]))
+    if len(views) > len(shown):
+        console.print(f"… and {len(views) - len(shown)} more documents (--documents shows more)")
+
+
+def _document(view: DocumentView, decode: Decode, source_names: Sequence[str], most_tokens: int) -> Group:
+    title = f"{source_names[view.source]} #{view.id}" + (f" piece {view.piece}" if view.piece else "")
+    table = Table("pos", "row", "token", "state", "predicts", title=title, pad_edge=False)
+    for token in view.tokens[:most_tokens]:
+        table.add_row(
+            str(token.position),
+            "-" if token.row is None else str(token.row),
+            Text(decode(token.token), style=_STYLE[token.state]),
+            Text(token.state, style=_STYLE[token.state]),
+            "" if token.predicts is None else Text(decode(token.predicts), style="green"),
+        )
+    more = len(view.tokens) - most_tokens
+    return Group(table, Text(f"… {more} more tokens (--tokens shows more)") if more > 0 else Text(""))
+
+
+def plot_visibility(document: DocumentView, mode: str, decode: Decode, path: Path) -> None:
+    """Write the picture of who sees whom in one document."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    names = {-1: "no row (dead)", 0: "unseen", 1: "forward rotation", 2: "reversed rotation"}
+    colours = {-1: "#d9d9d9", 0: "#ffffff", 1: "#3b75af", 2: "#ef8636"}
+    labels = [decode(token.token).replace("$", r"\$") for token in document.tokens]
+    masked = [token.state != "kept" for token in document.tokens]
+    size = max(4.0, 0.22 * len(labels))
+    figure, axes = plt.subplots(figsize=(size + 2.5, size + 1.0), layout="constrained")
+    axes.imshow(visibility(document, mode), cmap=ListedColormap(list(colours.values())), vmin=-1, vmax=2)
+    axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
+    axes.set_yticks(
+        range(len(labels)),
+        [
+            label if token.predicts is None else f"{label}  → {decode(token.predicts)}".replace("$", r"\$")
+            for label, token in zip(labels, document.tokens, strict=True)
+        ],
+        fontsize=7,
+    )
+    for ticks in (axes.get_xticklabels(), axes.get_yticklabels()):
+        for tick, hidden in zip(ticks, masked, strict=True):
+            tick.set_color("#c0392b" if hidden else "black")
+    axes.set(
+        xlabel="key (red: masked, seen by nobody)",
+        ylabel="query → what it predicts",
+        title=f"{mode} attention",
+    )
+    axes.legend(
+        handles=[Patch(facecolor=colours[k], edgecolor="grey", label=names[k]) for k in names],
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1.0),
+        fontsize=8,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -55,6 +55,7 @@ class ElasticLoader:
             stores, data, schedule, seed=seed, global_batch_bins=global_batch_bins, state=state
         )
         self.start_step, self.changes = self._order.start_step, self._order.changes
+        self.source_names = self._order.source_names
         self._try_objectives(schedule.objectives)
         self._prefetcher = Prefetcher(self._build_step, data.workers)
 
@@ -136,7 +137,7 @@ class ElasticLoader:
                 rows = batch.rows[number]
                 where = (
                     f"document {rows.document[row]} (piece {rows.piece[row]}) of source "
-                    f"'{self._order.source_names[number]}'"
+                    f"'{self.source_names[number]}'"
                 )
                 break
         else:

@@ -1,0 +1,105 @@
+"""What tools/inspect_batch.py shows is what the objective was given."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from bico_ds.batch import Document, Documents
+from bico_ds.config.schema import MaskSpec
+from bico_ds.data.inspection import plot_visibility, print_batch, view_batch, visibility
+from bico_ds.objectives.base import BatchKey
+from bico_ds.objectives.bico import MaskDenoising
+from bico_ds.objectives.masks import MaskPolicy, TokenGrid
+from bico_ds.objectives.ntp import NextTokenPrediction
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def documents() -> Documents:
+    rng = np.random.default_rng(0)
+    return Documents.of(
+        [Document(token_ids=rng.integers(10, 99, n), source=0, id=i) for i, n in enumerate((9, 1, 20, 5))]
+    )
+
+
+def test_the_view_gives_back_every_token_with_its_state(documents):
+    policy = MaskPolicy(spec=MaskSpec(rate=0.5), special_ids=np.array([], dtype=np.int64))
+    objective, key = MaskDenoising(policy=policy, placeholder_id=0), BatchKey(seed=1, epoch=0)
+    views = view_batch(objective.build(documents, key))
+    masked = np.split(policy.draw(documents, TokenGrid.of(documents), key), documents.offsets[1:-1])
+    for document, view, hidden in zip(documents, views, masked, strict=True):
+        tokens = document.token_ids.tolist()
+        assert [token.token for token in view.tokens] == tokens
+        follows = [*hidden[1:], False]
+        states = ["kept" if not m else "live" if n else "dead" for m, n in zip(hidden, follows, strict=True)]
+        assert [token.state for token in view.tokens] == states
+        assert [token.predicts for token in view.tokens] == [
+            tokens[i + 1] if follows[i] else None for i in range(len(tokens))
+        ]
+        seen = visibility(view, "bidirectional")
+        for query in range(len(tokens)):
+            for place in range(len(tokens)):
+                expected = 0 if hidden[place] else 1 if place <= query else 2
+                assert seen[query, place] == (-1 if states[query] == "dead" else expected)
+
+
+def test_ntp_views_are_causal(documents):
+    batch = NextTokenPrediction().build(documents, BatchKey(seed=1, epoch=0))
+    for view in view_batch(batch):
+        assert {token.state for token in view.tokens} == {"kept"}
+        assert np.array_equal(visibility(view, "causal"), np.tri(len(view.tokens)))
+
+
+def test_it_prints_and_draws(documents, tmp_path):
+    policy = MaskPolicy(spec=MaskSpec(rate=0.5), special_ids=np.array([], dtype=np.int64))
+    batch = MaskDenoising(policy=policy, placeholder_id=0).build(documents, BatchKey(seed=1, epoch=0))
+    out = io.StringIO()
+    print_batch(
+        Console(file=out, width=160),
+        batch,
+        lambda token: f"t{token}",
+        source_names=["books"],
+        room=40,
+        most_documents=3,
+        most_tokens=8,
+    )
+    text = out.getvalue()
+    assert "35 of 40 tokens (fill 87.5%)" in text
+    assert "books #2" in text
+    assert "12 more tokens" in text
+    assert "1 more documents" in text
+    plot_visibility(
+        view_batch(batch)[0], "bidirectional", lambda token: f"${token}", tmp_path / "a" / "v.png"
+    )
+    assert (tmp_path / "a" / "v.png").stat().st_size > 5000
+
+
+def test_the_tool_shows_a_step_of_a_recipe(tmp_path):
+    command = [sys.executable, str(ROOT / "tools" / "inspect_batch.py"), "--recipe", "tiny_bico"]
+    command += [
+        "--set",
+        f"data.cache_dir={tmp_path}",
+        "--objective",
+        "bico",
+        "--png",
+        str(tmp_path / "v.png"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "bidirectional:" in done.stdout
+    assert "dead ones dropped" in done.stdout
+    assert (tmp_path / "v.png").is_file()
+    wrong = subprocess.run(
+        [*command, "--objective", "bicco"], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert wrong.returncode == 2
+    assert "did you mean 'bico'" in wrong.stderr
+    assert "Traceback" not in wrong.stderr

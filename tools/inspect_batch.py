@@ -1,0 +1,109 @@
+#!/usr/bin/env python
+"""A micro-batch of a run, as the model gets it: tokens, placeholders, positions, predictions; and who sees
+whom.
+
+python tools/inspect_batch.py --recipe tiny_bico --step 3 python tools/inspect_batch.py --recipe tiny_bico
+--objective bico --png visibility.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+
+from bico_ds.config.errors import UserError, did_you_mean
+from bico_ds.config.load import load_recipe
+from bico_ds.data.inspection import plot_visibility, print_batch, view_batch
+from bico_ds.engine import materials
+from bico_ds.objectives.schedule import ObjectiveSchedule
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--recipe", metavar="NAME|PATH", required=True, help="a name in recipes/ or a YAML file"
+    )
+    parser.add_argument(
+        "--set", dest="overrides", metavar="KEY.PATH=VALUE", action="append", default=[],
+        help="override one key of the recipe (repeatable)",
+    )  # fmt: skip
+    parser.add_argument("--step", type=int, default=0, help="optimizer step, from 0 (default: %(default)s)")
+    parser.add_argument("--objective", help="the first step from --step on that has this objective")
+    parser.add_argument("--rank", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--world-size", type=int, default=1, help="ranks of the run (default: %(default)s)")
+    parser.add_argument("--micro-batch", type=int, default=0, help="of the step (default: %(default)s)")
+    parser.add_argument("--documents", type=int, default=6, help="documents shown (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens shown of each (default: %(default)s)")
+    parser.add_argument(
+        "--png", type=Path, help="write the visibility matrix of the batch's shortest document"
+    )
+    return parser.parse_args()
+
+
+def step_with(schedule: ObjectiveSchedule, name: str | None, first: int) -> int:
+    """Return the first step from `first` on that has the objective."""
+    names = [objective.name for objective in schedule.objectives]
+    if name is None:
+        return first
+    if name not in names:
+        raise UserError(f"--objective {name}: the recipe has {', '.join(names)}{did_you_mean(name, names)}")
+    return next(step for step in range(first, sys.maxsize) if schedule(step).name == name)
+
+
+def inspect(options: argparse.Namespace) -> None:
+    """Build the step's micro-batch of that rank, print it, and draw it on request."""
+    recipe = load_recipe(options.recipe, [*options.overrides, "data.workers=0"])
+    goods = materials.gather(recipe, weights_needed=False)
+    if options.step < 0 or not 0 <= options.rank < options.world_size:
+        raise UserError("--step and --rank count from 0; --rank must be less than --world-size")
+    loader = materials.build_loader(recipe, goods, rank=options.rank, world_size=options.world_size)
+    step = step_with(goods.schedule, options.objective, options.step)
+    batches = loader.step(step)
+    if not 0 <= options.micro_batch < len(batches):
+        raise UserError(f"--micro-batch {options.micro_batch}: a step has {len(batches)} of them a rank")
+    batch = batches[options.micro_batch]
+    decode = lambda token: repr(goods.tokenizer.decode([token]))[1:-1]  # noqa: E731
+    console = Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 160)
+    console.print(
+        f"step {step} of {materials.total_steps(recipe, loader)}, objective {goods.schedule(step).name}, "
+        f"rank {options.rank} of {options.world_size}, micro-batch {options.micro_batch} of {len(batches)}"
+    )
+    print_batch(
+        console,
+        batch,
+        decode,
+        source_names=loader.source_names,
+        room=recipe.data.capacity * recipe.training.micro_batch_bins,
+        most_documents=options.documents,
+        most_tokens=options.tokens,
+    )
+    if options.png is not None:
+        shortest = min(
+            (view for view in view_batch(batch) if len(view.tokens) > 1), key=lambda view: len(view.tokens)
+        )
+        if len(shortest.tokens) > 200:
+            raise UserError(
+                f"--png: the shortest document has {len(shortest.tokens)} tokens, too many for a picture"
+            )
+        plot_visibility(shortest, batch.plan.mode, decode, options.png)
+        console.print(f"visibility of document {shortest.id}: {options.png}")
+
+
+def main() -> int:
+    try:
+        inspect(parse_arguments())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

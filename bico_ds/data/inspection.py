@@ -66,10 +66,9 @@ def view_batch(batch: PackedBatch) -> list[DocumentView]:
             if row in prediction and position + 1 not in tokens:
                 masked: State = "live" if position + 1 in rows else "dead"
                 tokens[position + 1] = (prediction[row], masked, rows.get(position + 1))
-        before, seen = 0, []
+        seen = []
         for position in sorted(tokens):
             token, state, place = tokens[position]
-            before += state == "kept"
             target = prediction.get(place) if place is not None else None
             seen.append(
                 TokenView(
@@ -78,11 +77,17 @@ def view_batch(batch: PackedBatch) -> list[DocumentView]:
                     state=state,
                     row=place,
                     predicts=target,
-                    keys_before=before,
+                    keys_before=_keys_before(plan, place, starts[number]),
                 )
             )
         views.append(DocumentView(source=source, id=document, piece=piece, tokens=tuple(seen)))
     return views
+
+
+def _keys_before(plan: AttentionPlan, row: int | None, document_start: int) -> int:
+    if row is None:
+        return 0
+    return row - document_start + 1 if row < plan.num_kept else int(plan.live_split[row - plan.num_kept])
 
 
 def _rows_by_document(plan: AttentionPlan) -> list[list[int]]:

@@ -21,28 +21,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bico_ds.config.errors import UserError
 from bico_ds.config.load import list_recipes, load_recipe
 from bico_ds.config.schema import Recipe
+from bico_ds.engine.launcher import follow_launcher
 from bico_ds.engine.signals import StopFlag
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="deepspeed launch/train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="deepspeed launch/train.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--recipe", metavar="NAME|PATH", help="a name in recipes/ or a YAML file")
     parser.add_argument(
         "--set", dest="overrides", metavar="KEY.PATH=VALUE", action="append", default=[],
         help="override one key of the recipe, as in --set optimizer.lr=1e-4 (repeatable)",
     )  # fmt: skip
-    parser.add_argument("--output-dir", metavar="DIR", help="run folder (default: the recipe's, or runs/NAME)")
+    parser.add_argument(
+        "--output-dir", metavar="DIR", help="run folder (default: the recipe's, or runs/NAME)"
+    )
     parser.add_argument(
         "--resume", metavar="auto|none|PATH", default="auto",
         help="auto: the newest whole checkpoint of the run folder, if any (default); none: start anew, what was there is "
         "set aside; PATH: this checkpoint",
     )  # fmt: skip
     parser.add_argument("--max-minutes", type=float, metavar="M", help="checkpoint and stop after so long")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, train nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print what would run, train nothing"
+    )
     parser.add_argument("--list-recipes", action="store_true", help="list the names in recipes/")
-    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the launcher injects it
+    parser.add_argument(
+        "--local_rank", type=int, default=None, help=argparse.SUPPRESS
+    )  # the launcher injects it
     arguments = parser.parse_args()
     if not arguments.list_recipes and arguments.recipe is None:
         parser.error("--recipe is required; --list-recipes shows the names")
@@ -79,9 +88,7 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
     if arguments.max_minutes is not None:
         stop.limit(arguments.max_minutes)
     if "RANK" in os.environ:
-        from bico_ds.engine.distributed import die_with_parent
-
-        die_with_parent()
+        follow_launcher(stop)
     from bico_ds.engine.start import train
 
     train(recipe, output_dir=arguments.output_dir, resume=arguments.resume, stop=stop)

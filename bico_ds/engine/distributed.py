@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
+import json
 import os
-import signal
 import socket
-import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -15,8 +14,14 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from bico_ds.config.errors import UserError
+from bico_ds.engine.signals import Interrupted
+
+_VERDICT, _HEARD = "bico_ds/verdict", "bico_ds/heard"
+_WAIT_SECONDS = 0.5
+_HEARD_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -39,11 +44,13 @@ def read_ranks() -> Ranks:
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     on_cuda = torch.cuda.is_available()
-    return Ranks(rank, local_rank, world_size, torch.device("cuda", local_rank) if on_cuda else torch.device("cpu"))
+    return Ranks(
+        rank, local_rank, world_size, torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
+    )
 
 
-def join(ranks: Ranks, *, timeout_minutes: float) -> None:
-    """Start the process group. A rank that never comes, or hangs in a collective, fails all after the timeout."""
+def meet(ranks: Ranks, *, timeout_minutes: float) -> Any:
+    """Return the ranks' common store, once all have come. A rank that never comes fails all after the timeout."""
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -52,14 +59,55 @@ def join(ranks: Ranks, *, timeout_minutes: float) -> None:
         if ranks.world_size > 1:
             raise UserError("MASTER_PORT is not set: start several ranks by deepspeed, torchrun or srun")
         os.environ["MASTER_PORT"] = str(_free_port())
+    store, _, _ = next(rendezvous("env://", timeout=timedelta(minutes=timeout_minutes)))
+    return store
+
+
+def first_alone(ranks: Ranks, store: Any, work: Callable[[], None]) -> None:
+    """Rank 0 works, however long, while the others wait: outside of any collective, so no timeout runs.
+
+    A `UserError` or `Interrupted` of rank 0 is raised on every rank; at anything else the others exit.
+    """
+    if not ranks.is_first:
+        _hear_verdict(store)
+        return
+    try:
+        work()
+    except BaseException as error:
+        store.set(_VERDICT, json.dumps([type(error).__name__, str(error)]))
+        deadline = time.monotonic() + _HEARD_SECONDS  # the store ends with this process
+        while store.add(_HEARD, 0) < ranks.world_size - 1 and time.monotonic() < deadline:
+            time.sleep(_WAIT_SECONDS / 5)
+        raise
+    store.set(_VERDICT, json.dumps(["", ""]))
+
+
+def _hear_verdict(store: Any) -> None:
+    try:
+        while not store.check([_VERDICT]):
+            time.sleep(_WAIT_SECONDS)
+        kind, text = json.loads(store.get(_VERDICT))
+        store.add(_HEARD, 1)
+    except RuntimeError:
+        raise SystemExit("the first rank is gone") from None
+    if kind == "UserError":
+        raise UserError(text)
+    if kind == "Interrupted":
+        raise Interrupted(text)
+    if kind:
+        raise SystemExit(1)  # the first rank says why
+
+
+def join(ranks: Ranks, store: Any, *, timeout_minutes: float) -> None:
+    """Start the process group. A collective that a rank never enters fails on all after the timeout."""
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if ranks.device.type == "cuda" else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timedelta(minutes=timeout_minutes),
+    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+    timeout = timedelta(minutes=timeout_minutes)
+    dist.init_process_group(
+        backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
     )
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
 
 
 def leave() -> None:
@@ -87,27 +135,6 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def die_with_parent() -> None:
-    """End this rank when its launcher vanishes.
-
-    The `deepspeed` command exits 0 and leaves its ranks running when its per-node launcher is killed (its runner looks
-    at positive return codes only); an orphan would go on writing. On Linux the kernel tells; elsewhere a thread looks.
-    """
-    parent = os.getppid()
-    PR_SET_PDEATHSIG = 1
-    try:
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    except (OSError, AttributeError):
-        pass
-    threading.Thread(target=_watch_parent, args=(parent,), name="parent-watch", daemon=True).start()
-
-
-def _watch_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
 
 
 def _free_port() -> int:

@@ -14,7 +14,7 @@ from bico_ds.config.schema import Recipe
 from bico_ds.data.loader import ElasticLoader
 from bico_ds.data.tokenizer import vocabulary_size
 from bico_ds.engine import materials
-from bico_ds.engine.ds_config import build_ds_config, gradient_accumulation
+from bico_ds.engine.ds_config import gradient_accumulation
 from bico_ds.engine.optimization import check_schedule
 from bico_ds.engine.start import check
 from bico_ds.model.architecture import check_vocabulary, model_config, parameter_count
@@ -34,12 +34,9 @@ def dry_run(recipe: Recipe) -> None:
     console.print(dump_recipe(recipe), highlight=False, markup=False)
     world_size = recipe.distributed.world_size or int(os.environ.get("WORLD_SIZE", "1"))
     recipe, notes = _without_missing_weights(recipe)
-    check(recipe, world_size)
+    check(recipe, world_size=world_size, on_cuda=False, run_folder=Path("runs"))
     config = model_config(recipe.model)
     build_model(recipe.model, seed=recipe.seed, ds_config=None, device="meta", longest_document=recipe.data.capacity)
-    build_ds_config(
-        recipe, world_size=world_size, hidden_size=config.hidden_size, on_cuda=False, run_folder=Path("runs")
-    )
     goods = materials.gather(recipe, weights_needed=False)
     if not notes:
         check_vocabulary(config, vocabulary_size(goods.tokenizer), tokenizer=goods.tokenizer_path)

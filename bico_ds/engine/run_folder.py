@@ -1,12 +1,12 @@
 """The run folder: its layout, its lock, its state file. No torch here, so that status tools start at once.
 
-    runs/NAME/
-      recipe.yaml     the resolved recipe
-      run.json        versions, commit, command line of every start
-      lock.json       which run may write here
-      state.json      starting | running | preempted | done | failed, with step and reason
-      metrics.jsonl   one line a logged step or evaluation
-      tensorboard/    checkpoints/    export/    logs/
+runs/NAME/
+  recipe.yaml     the resolved recipe
+  run.json        versions, commit, command line of every start
+  lock.json       which run may write here
+  state.json      starting | running | preempted | done | failed, with step and reason
+  metrics.jsonl   one line a logged step or evaluation
+  tensorboard/    checkpoints/    export/    logs/
 """
 
 from __future__ import annotations
@@ -21,17 +21,21 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
+
+import psutil
 
 from bico_ds.config.errors import UserError
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.schema import Recipe
 
 HEARTBEAT_SECONDS = 5.0
-STALE_SECONDS = 30.0
+WATCH_SECONDS = 6 * HEARTBEAT_SECONDS  # a holder that gives no sign of life for so long is dead
+SETTLE_SECONDS = 0.5  # two that start at the same moment: the later one has written by then
 
 State = Literal["starting", "running", "preempted", "done", "failed"]
 
@@ -57,6 +61,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.run_id = uuid.uuid4().hex[:12]
+        self.on_lost: Callable[[], None] | None = None
         self._beat: threading.Thread | None = None
         self._released = threading.Event()
 
@@ -87,7 +92,9 @@ class RunFolder:
         lock = read_lock(self.lock_file)
         if lock is None or lock.run_id != self.run_id:
             holder = f"run {lock.run_id} on {lock.host}" if lock else "nobody"
-            raise FencedError(f"{self.path}: this run ({self.run_id}) lost the folder to {holder}; it stops writing")
+            raise FencedError(
+                f"{self.path}: this run ({self.run_id}) lost the folder to {holder}; it stops writing"
+            )
 
     def write_state(self, state: State, *, step: int | None, reason: str = "") -> None:
         """Write the state file that launchers decide by; refuses where the fence is lost."""
@@ -97,16 +104,20 @@ class RunFolder:
 
     def set_aside(self) -> None:
         """Move what an earlier run left (checkpoints, metrics, export …) into replaced-N/: nothing is ever deleted."""
-        kept = {self.lock_file.name, self.recipe_file.name, self.state_file.name, "run.json"}
-        old = [p for p in self.path.iterdir() if p.name not in kept and not p.name.startswith("replaced-")]
         if not any(self.checkpoints.glob("step-*")) and not self.metrics_file.is_file():
             return
-        number = 1 + sum(1 for _ in self.path.glob("replaced-*"))
-        aside = self.path / f"replaced-{number}"
-        aside.mkdir()
+        kept = {self.lock_file.name, self.recipe_file.name, self.state_file.name, "run.json"}
+        old = [p for p in self.path.iterdir() if p.name not in kept and not p.name.startswith("replaced-")]
+        aside = self.new_aside()
         for path in old:
             path.rename(aside / path.name)
         self.logs.mkdir(exist_ok=True)
+
+    def new_aside(self) -> Path:
+        """Make the next replaced-N/."""
+        aside = self.path / f"replaced-{1 + sum(1 for _ in self.path.glob('replaced-*'))}"
+        aside.mkdir()
+        return aside
 
     def close(self) -> None:
         """Give the lock back."""
@@ -119,14 +130,21 @@ class RunFolder:
 
     def _take_lock(self) -> None:
         holder = read_lock(self.lock_file)
-        if holder is not None and _is_alive(holder):
-            raise UserError(
-                f"output_dir: '{self.path}' is in use by run {holder.run_id} (process {holder.pid} on {holder.host}); "
-                f"stop it first, or choose another folder with --output-dir"
-            )
+        if holder is not None and _is_alive(holder, self.lock_file):
+            raise self._in_use_by(holder)
         self._write_lock()
+        time.sleep(SETTLE_SECONDS)
+        holder = read_lock(self.lock_file)
+        if holder is None or holder.run_id != self.run_id:
+            raise self._in_use_by(holder)
         self._beat = threading.Thread(target=self._keep_beating, name="run-folder-lock", daemon=True)
         self._beat.start()
+
+    def _in_use_by(self, holder: Lock | None) -> UserError:
+        who = f"run {holder.run_id} (process {holder.pid} on {holder.host})" if holder else "another run"
+        return UserError(
+            f"output_dir: '{self.path}' is in use by {who}; stop it first, or choose another folder with --output-dir"
+        )
 
     def _write_lock(self) -> None:
         lock = Lock(self.run_id, socket.gethostname(), os.getpid(), _job(), time.time())
@@ -136,21 +154,24 @@ class RunFolder:
         while not self._released.wait(HEARTBEAT_SECONDS):
             with contextlib.suppress(OSError):
                 lock = read_lock(self.lock_file)
-                if lock is None or lock.run_id != self.run_id:
-                    return
-                self._write_lock()
+                if lock is not None and lock.run_id == self.run_id:
+                    self._write_lock()
+                elif self.on_lost is not None:
+                    self.on_lost()
 
     def _record_start(self) -> None:
         path = self.path / "run.json"
         starts = json.loads(path.read_text()) if path.is_file() else []
-        write_atomically(path, json.dumps([*starts, {"run_id": self.run_id, **provenance()}], indent=1) + "\n")
+        write_atomically(
+            path, json.dumps([*starts, {"run_id": self.run_id, **provenance()}], indent=1) + "\n"
+        )
 
 
 def read_lock(path: Path) -> Lock | None:
-    """Return the lock's content, None where there is none."""
+    """Return the lock's content, None where there is none, or none that can be read."""
     try:
         return Lock(**json.loads(path.read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError, TypeError):
         return None
 
 
@@ -194,13 +215,28 @@ def _job() -> str:
     return os.environ.get("SLURM_JOB_ID", "")
 
 
-def _is_alive(lock: Lock) -> bool:
-    """A lock is dead when its process is gone, its heart stopped, or the same SLURM job was started again."""
-    if lock.job and lock.job == _job():
+def _is_alive(lock: Lock, path: Path) -> bool:
+    """Whether the holder still beats. Beats are compared with each other, for clocks of nodes differ."""
+    if lock.job and lock.job == _job():  # the same SLURM job, started again
         return False
-    if lock.host == socket.gethostname() and not Path(f"/proc/{lock.pid}").exists() and os.name == "posix":
+    if lock.host == socket.gethostname() and not _runs(lock.pid):
         return False
-    return time.time() - lock.heartbeat < STALE_SECONDS
+    deadline = time.monotonic() + WATCH_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(HEARTBEAT_SECONDS / 8)
+        now = read_lock(path)
+        if now is None:
+            return False
+        if now != lock:
+            return True
+    return False
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _git_commit() -> str | None:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from types import FrameType
+
+# Ctrl-C reaches launcher and ranks; DeepSpeed's launcher then sends SIGTERM to one rank after the other, and gives
+# each 30 seconds. That is the same wish again, not a second one.
+ECHO_SECONDS = 40.0
+
+
+class Interrupted(BaseException):
+    """A stop was asked for in a phase that has nothing to save. Not an `Exception`: no library may swallow it."""
 
 
 class StopFlag:
@@ -14,7 +23,9 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.reason = ""
+        self._first: tuple[int, float] | None = None
         self._finished = False
+        self._interrupts = False
 
     def __bool__(self) -> bool:
         return bool(self.reason)
@@ -25,21 +36,42 @@ class StopFlag:
             signal.signal(getattr(signal, name), self._on_signal)
 
     def limit(self, minutes: float) -> None:
-        """Set the flag after so many minutes of wall-clock time."""
-        timer = threading.Timer(minutes * 60, self.set, (f"time limit of {minutes:g} minutes",))
-        timer.daemon = True
-        timer.start()
+        """Set the flag after so many minutes of wall-clock time (main thread only)."""
+        signal.signal(signal.SIGALRM, lambda number, frame: self._ask(f"time limit of {minutes:g} minutes"))
+        signal.setitimer(signal.ITIMER_REAL, minutes * 60)
 
     def set(self, reason: str) -> None:
+        """Ask for a stop, from any thread; the first reason counts."""
         self.reason = self.reason or reason
 
     def finish(self) -> None:
-        """The work is done: a signal that comes now must not turn success into failure."""
+        """The work is done, or saved: a signal that comes now must not turn success into failure."""
         self._finished = True
+
+    @contextlib.contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Within this block a signal raises `Interrupted` (main thread only): for start-up, which has nothing to save."""
+        if self:
+            raise Interrupted(self.reason)
+        self._interrupts = True
+        try:
+            yield
+        finally:
+            self._interrupts = False
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._finished:
             return
-        if self.reason and number in (signal.SIGINT, signal.SIGTERM):
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (number, now)
+        elif number == self._first[0] or now - self._first[1] > ECHO_SECONDS:
             os._exit(128 + number)
-        self.set(signal.Signals(number).name)
+        self._ask(signal.Signals(number).name)
+
+    def _ask(self, reason: str) -> None:
+        """In the main thread, where an exception can be raised."""
+        self.set(reason)
+        if self._interrupts:
+            self._interrupts = False
+            raise Interrupted(self.reason)

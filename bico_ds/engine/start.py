@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 from collections.abc import Callable
@@ -16,30 +17,39 @@ from bico_ds.config.errors import UserError
 from bico_ds.config.schema import Recipe
 from bico_ds.data.loader import ElasticLoader
 from bico_ds.data.tokenizer import vocabulary_size
-from bico_ds.engine import checkpoint, distributed, materials
+from bico_ds.engine import distributed, materials
 from bico_ds.engine.callbacks.base import Callback, Callbacks, RunStart
 from bico_ds.engine.callbacks.console import ConsoleProgress
 from bico_ds.engine.callbacks.evaluation import Evaluator
 from bico_ds.engine.callbacks.monitor import StepMonitor
-from bico_ds.engine.checkpoint import Checkpointer, FoundCheckpoint
+from bico_ds.engine.checkpoint import Checkpointer
 from bico_ds.engine.distributed import Ranks
+from bico_ds.engine.ds_config import build_ds_config
 from bico_ds.engine.materials import Materials
-from bico_ds.engine.ds_config import build_ds_config, gradient_accumulation
 from bico_ds.engine.optimization import build_scheduler, check_schedule
-from bico_ds.engine.run_folder import RunFolder, State
-from bico_ds.engine.signals import StopFlag
+from bico_ds.engine.resume import Layout, Resumption, choose, layout_of, restore, saved_facts
+from bico_ds.engine.run_folder import FencedError, RunFolder, State
+from bico_ds.engine.signals import Interrupted, StopFlag
 from bico_ds.engine.trainer import Trainer
+from bico_ds.engine.watchdog import Watchdog
 from bico_ds.model.architecture import check_vocabulary, model_config
 from bico_ds.model.build import TrainableModel, build_model
 from bico_ds.model.export import export_model
 
 
-@dataclass(frozen=True)
-class Resume:
-    """What rank 0 decided for all: the checkpoint to go on from, and the run id that may write."""
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One start of one recipe, on one rank."""
 
-    found: FoundCheckpoint | None
-    run_id: str
+    recipe: Recipe
+    ranks: Ranks
+    folder: RunFolder
+    stop: StopFlag
+    ds_config: dict[str, Any]
+
+    @property
+    def layout(self) -> Layout:
+        return layout_of(self.recipe, self.ds_config, self.ranks.world_size)
 
 
 def train(recipe: Recipe, *, output_dir: str | None, resume: str, stop: StopFlag) -> State:
@@ -47,79 +57,108 @@ def train(recipe: Recipe, *, output_dir: str | None, resume: str, stop: StopFlag
     _quiet()
     ranks = distributed.read_ranks()
     folder = RunFolder(output_dir or recipe.output_dir or f"runs/{recipe.name}")
-    check(recipe, ranks.world_size)
-    decision = _first_rank_prepares(recipe, folder, resume) if ranks.is_first else None
-    distributed.join(ranks, timeout_minutes=recipe.distributed.timeout_minutes)
-    decision = distributed.broadcast_object(decision)
-    folder.run_id = decision.run_id
+    ds_config = check(
+        recipe, world_size=ranks.world_size, on_cuda=ranks.device.type == "cuda", run_folder=folder.path
+    )
+    run = Run(recipe=recipe, ranks=ranks, folder=folder, stop=stop, ds_config=ds_config)
+    store = distributed.meet(ranks, timeout_minutes=recipe.distributed.timeout_minutes)
+    chosen: list[Resumption | None] = []
     try:
-        state = _run(recipe, folder, decision.found, ranks, stop)
+        distributed.first_alone(ranks, store, lambda: chosen.append(_prepare(run, resume)))
+    except Interrupted:
+        return "preempted"
+    distributed.join(ranks, store, timeout_minutes=recipe.distributed.timeout_minutes)
+    watchdog = Watchdog(store, ranks, folder, minutes=recipe.distributed.watchdog_minutes)
+    folder.on_lost = lambda: watchdog.abandon(f"{folder.path} was taken over by another run")
+    try:
+        resumption, folder.run_id = distributed.broadcast_object(
+            (chosen[0], folder.run_id) if chosen else None
+        )
+        state = _run(run, resumption, watchdog)
     except BaseException as error:
+        watchdog.report(error)
         if ranks.is_first:
-            folder.write_state("failed", step=None, reason=f"{type(error).__name__}: {error}")
+            _give_up(folder, error)
         raise
-    finally:
-        if ranks.is_first:
-            folder.close()
+    watchdog.close()
+    dist.barrier()
+    if ranks.is_first:
+        folder.close()
     distributed.leave()
     return state
 
 
-def check(recipe: Recipe, world_size: int) -> None:
-    """Everything that can be refused without data, weights or other ranks."""
+def check(recipe: Recipe, *, world_size: int, on_cuda: bool, run_folder: Path) -> dict[str, Any]:
+    """Refuse what can be refused without data, weights or other ranks; return DeepSpeed's configuration."""
     expected = recipe.distributed.world_size
     if expected is not None and expected != world_size:
         raise UserError(
             f"distributed.world_size: this recipe is made for {expected} ranks, started with {world_size}; "
             "start it with as many, or set distributed.world_size=null"
         )
-    gradient_accumulation(recipe, world_size)
     if recipe.training.steps is not None:
         check_schedule(recipe.schedule, recipe.training.steps)
-    model_config(recipe.model)
+    hidden_size = model_config(recipe.model).hidden_size
+    return build_ds_config(
+        recipe, world_size=world_size, hidden_size=hidden_size, on_cuda=on_cuda, run_folder=run_folder
+    )
 
 
-def _first_rank_prepares(recipe: Recipe, folder: RunFolder, resume: str) -> Resume:
+def _prepare(run: Run, resume: str) -> Resumption | None:
     """Rank 0, before the others are let in: the lock, the data, and the checkpoint to resume from."""
-    folder.open(recipe)
-    materials.prepare(recipe)
-    found = _find_checkpoint(folder, resume)
-    return Resume(found, folder.run_id)
+    run.folder.open(run.recipe)
+    try:
+        with run.stop.interrupting():
+            materials.prepare(run.recipe)
+            return choose(run.folder, resume, run.recipe, run.layout)
+    except Interrupted as stopped:
+        run.folder.write_state("preempted", step=None, reason=f"{stopped} in start-up")
+        run.folder.close()
+        raise
+    except BaseException as error:
+        _give_up(run.folder, error)
+        raise
 
 
-def _find_checkpoint(folder: RunFolder, resume: str) -> FoundCheckpoint | None:
-    if resume == "none":
-        folder.set_aside()
-        return None
-    found = checkpoint.find(folder.checkpoints) if resume == "auto" else checkpoint.verify(Path(resume))
-    if found is not None:
-        print(f"resuming from {found.path} (step {found.step}, written by {found.world_size} ranks)", flush=True)
-    return found
+def _give_up(folder: RunFolder, error: BaseException) -> None:
+    with contextlib.suppress(OSError, FencedError):
+        folder.write_state("failed", step=None, reason=f"{type(error).__name__}: {error}")
+    folder.close()
 
 
-def _run(recipe: Recipe, folder: RunFolder, found: FoundCheckpoint | None, ranks: Ranks, stop: StopFlag) -> State:
+def _run(run: Run, resumption: Resumption | None, watchdog: Watchdog) -> State:
+    recipe, ranks, folder, stop = run.recipe, run.ranks, run.folder, run.stop
     goods = materials.gather(recipe)
+    saved = resumption.found.content["state"] if resumption else {}
     loader = materials.build_loader(
         recipe,
         goods,
         rank=ranks.rank,
         world_size=ranks.world_size,
-        state=found.manifest["state"]["loader"] if found else None,
+        state=saved.get("loader"),
         pin_memory=ranks.device.type == "cuda",
     )
     steps = materials.total_steps(recipe, loader)
     check_schedule(recipe.schedule, steps)
-    engine = build_engine(recipe, ranks, folder, goods, steps)
-    if found is not None:
-        checkpoint.load(engine, found)
-    callbacks = Callbacks(_callbacks(recipe, folder, engine) if ranks.is_first else [])
+    engine = build_engine(run, goods, steps, is_universal=resumption is not None and resumption.is_universal)
+    if resumption is not None:
+        restore(engine, resumption)
     trainer = Trainer(
         engine=engine,
         loader=loader,
         objective_of=goods.schedule,
-        callbacks=callbacks,
-        checkpointer=Checkpointer(recipe.checkpoint, folder, ranks, exclude_frozen=recipe.model.lora is not None),
-        evaluator=Evaluator(recipe.evaluation, goods.tasks, goods.tokenizer, ranks, folder, stop),
+        callbacks=Callbacks(_callbacks(recipe, folder, engine) if ranks.is_first else []),
+        checkpointer=Checkpointer(
+            recipe.checkpoint,
+            folder,
+            ranks,
+            exclude_frozen=recipe.model.lora is not None,
+            facts=saved_facts(engine, recipe, run.layout),
+        ),
+        evaluator=Evaluator(
+            recipe.evaluation, goods.tasks, goods.tokenizer, ranks, folder, stop, on_progress=watchdog.beat
+        ),
+        watchdog=watchdog,
         ranks=ranks,
         folder=folder,
         stop=stop,
@@ -127,21 +166,22 @@ def _run(recipe: Recipe, folder: RunFolder, found: FoundCheckpoint | None, ranks
         step_capacity=recipe.training.global_batch_bins * recipe.data.capacity,
         total_steps=steps,
         on_nonfinite=recipe.training.on_nonfinite,
-        step=found.step if found else 0,
+        step=resumption.step if resumption else 0,
     )
-    first = RunStart(recipe=recipe, first_step=trainer.step, total_steps=steps, summary=_summary(loader))
-    return _finish(trainer, first, callbacks, recipe, goods.tokenizer, loader.close)
+    first = RunStart(
+        recipe=recipe,
+        first_step=trainer.step,
+        total_steps=steps,
+        summary=_summary(loader),
+        saved=saved.get("callbacks", {}),
+    )
+    return _finish(trainer, first, recipe, goods.tokenizer, loader.close)
 
 
 def _finish(
-    trainer: Trainer,
-    first: RunStart,
-    callbacks: Callbacks,
-    recipe: Recipe,
-    tokenizer: Any,
-    close_loader: Callable[[], None],
+    trainer: Trainer, first: RunStart, recipe: Recipe, tokenizer: Any, close_loader: Callable[[], None]
 ) -> State:
-    ranks, folder = trainer.ranks, trainer.folder
+    ranks, folder, callbacks = trainer.ranks, trainer.folder, trainer.callbacks
     callbacks.on_start(first)
     if ranks.is_first:
         folder.write_state("running", step=trainer.step)
@@ -149,33 +189,34 @@ def _finish(
         state = trainer.run()
     finally:
         close_loader()
-    if state == "done":
-        trainer.stop.finish()
-        if recipe.checkpoint.export:
-            export_model(
-                trainer.engine.module, tokenizer, folder.export, dtype=recipe.model.dtype, overwrite=True
-            )
+    trainer.stop.finish()
+    if state == "done" and recipe.checkpoint.export:
+        export_model(
+            trainer.engine.module, tokenizer, folder.export, dtype=recipe.model.dtype, overwrite=True
+        )
     callbacks.on_end(trainer.step, state)
     if ranks.is_first:
-        folder.write_state(state, step=trainer.step, reason=trainer.stop.reason if state == "preempted" else "")
-    dist.barrier()
+        folder.write_state(
+            state, step=trainer.step, reason=trainer.stop.reason if state == "preempted" else ""
+        )
     return state
 
 
-def build_engine(recipe: Recipe, ranks: Ranks, folder: RunFolder, goods: Materials, steps: int) -> Any:
-    """The DeepSpeed engine around the trainable model."""
+def build_engine(run: Run, goods: Materials, steps: int, *, is_universal: bool) -> Any:
+    """The DeepSpeed engine around the trainable model; `is_universal`: it will load a universal checkpoint."""
+    recipe = run.recipe
     check_vocabulary(
         model_config(recipe.model), vocabulary_size(goods.tokenizer), tokenizer=goods.tokenizer_path
     )
-    ds_config = build_ds_config(
-        recipe,
-        world_size=ranks.world_size,
-        hidden_size=model_config(recipe.model).hidden_size,
-        on_cuda=ranks.device.type == "cuda",
-        run_folder=folder.path,
-    )
+    ds_config = dict(run.ds_config)
+    if is_universal:
+        ds_config["checkpoint"] = {**ds_config.get("checkpoint", {}), "load_universal": True}
     model: TrainableModel = build_model(
-        recipe.model, seed=recipe.seed, ds_config=ds_config, device=ranks.device, longest_document=recipe.data.capacity
+        recipe.model,
+        seed=recipe.seed,
+        ds_config=ds_config,
+        device=run.ranks.device,
+        longest_document=recipe.data.capacity,
     )
     if recipe.model.path is None:
         _adopt_special_tokens(model.causal_lm, goods.tokenizer)

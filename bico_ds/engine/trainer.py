@@ -8,22 +8,23 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
 from bico_ds.batch import PackedBatch
 from bico_ds.engine import nonfinite
 from bico_ds.engine.callbacks.base import Callbacks, StepReport
 from bico_ds.engine.callbacks.evaluation import Evaluator, scalars
 from bico_ds.engine.checkpoint import Checkpointer
-from bico_ds.engine.distributed import Ranks, all_reduce_sum
+from bico_ds.engine.distributed import Ranks, all_reduce_sum, broadcast_object
 from bico_ds.engine.run_folder import RunFolder, State
 from bico_ds.engine.signals import StopFlag
+from bico_ds.engine.watchdog import Watchdog
 
 
 class Loader(Protocol):
     """What the loop needs of `bico_ds.data.loader`."""
 
-    wait_seconds: float
+    @property
+    def wait_seconds(self) -> float: ...
 
     def step(self, step: int) -> Sequence[PackedBatch]: ...
 
@@ -42,6 +43,7 @@ class Trainer:
         callbacks: Callbacks,
         checkpointer: Checkpointer,
         evaluator: Evaluator,
+        watchdog: Watchdog,
         ranks: Ranks,
         folder: RunFolder,
         stop: StopFlag,
@@ -53,20 +55,23 @@ class Trainer:
     ) -> None:
         self.engine, self.loader, self.objective_of = engine, loader, objective_of
         self.callbacks, self.checkpointer, self.evaluator = callbacks, checkpointer, evaluator
+        self.watchdog = watchdog
         self.ranks, self.folder, self.stop = ranks, folder, stop
         self.seed, self.step_capacity, self.on_nonfinite = seed, step_capacity, on_nonfinite
         self.step, self.total_steps = step, total_steps
         self._saved_step = step if step else -1
+        self._cut_evaluation = False
 
     def run(self) -> State:
         """Train until the last step or until a stop is agreed; leaves a checkpoint of where it stands."""
-        state: State = "done"
+        if self._owes_evaluation():
+            self._evaluate()
         while self.step < self.total_steps:
+            self.watchdog.beat()
             started, waited = time.perf_counter(), self.loader.wait_seconds
             batches = self.loader.step(self.step)
             targets, stop = self._agree(batches)
             if stop:
-                state = "preempted"
                 break
             report = self._optimize(batches, targets, started, waited)
             self.step += 1
@@ -76,8 +81,13 @@ class Trainer:
             if self.checkpointer.is_due(self.step):
                 self._save()
         if self._saved_step != self.step:
-            self._save()
-        return state
+            self._save(required=True)
+        return "done" if self.step == self.total_steps and not self._cut_evaluation else "preempted"
+
+    def _owes_evaluation(self) -> bool:
+        """Whether a stop or a crash cut off the evaluation of the step resumed from."""
+        due = self.step > 0 and self.evaluator.is_due(self.step, self.total_steps)
+        return due and broadcast_object(not self.evaluator.has_result(self.step))
 
     def _agree(self, batches: Sequence[PackedBatch]) -> tuple[int, bool]:
         """Targets of the whole step, and whether any rank was asked to stop: one all-reduce before the first backward."""
@@ -89,7 +99,9 @@ class Trainer:
         self, batches: Sequence[PackedBatch], targets: int, started: float, waited: float
     ) -> StepReport:
         """Forward, backward and update of one global batch; the loss is the mean over all its targets."""
-        torch.manual_seed(self.seed * 1_000_003 + self.step * 4099 + self.ranks.rank)  # dropout: same after a resume
+        torch.manual_seed(
+            self.seed * 1_000_003 + self.step * 4099 + self.ranks.rank
+        )  # dropout: same after a resume
         scale = self.ranks.world_size / max(targets, 1)  # DeepSpeed averages the gradients over the ranks
         losses = []
         for number, batch in enumerate(batches, start=1):
@@ -121,7 +133,9 @@ class Trainer:
         represented = sum(batch.represented_tokens for batch in batches)
         return all_reduce_sum([losses.double().sum().item(), rows, represented, waited], self.ranks.device)
 
-    def _update(self, batches: Sequence[PackedBatch], losses: list[torch.Tensor], loss_is_finite: bool) -> bool:
+    def _update(
+        self, batches: Sequence[PackedBatch], losses: list[torch.Tensor], loss_is_finite: bool
+    ) -> bool:
         """The optimizer step. DeepSpeed drops the step itself, weights untouched, where a gradient is not finite."""
         if not loss_is_finite and self.on_nonfinite == "stop":
             nonfinite.stop(self.step, batches, losses, self.ranks, self.folder)
@@ -135,14 +149,24 @@ class Trainer:
         return applied
 
     def _evaluate(self) -> None:
+        self.watchdog.beat()
         started = time.perf_counter()
         result = self.evaluator(self.engine.module.causal_lm, self.step)
+        self._cut_evaluation = result is None
         if result is not None:
             self.callbacks.on_numbers(self.step, "evaluation", scalars(result))
-            self.callbacks.on_numbers(self.step, "timing", {"speed/evaluation_seconds": time.perf_counter() - started})
+            self.callbacks.on_numbers(
+                self.step, "timing", {"speed/evaluation_seconds": time.perf_counter() - started}
+            )
 
-    def _save(self) -> None:
-        seconds = self.checkpointer.save(self.engine, self.step, {"loader": self.loader.state_dict(self.step)})
+    def _save(self, *, required: bool = False) -> None:
+        self.watchdog.beat()
+        state = {"loader": self.loader.state_dict(self.step), "callbacks": self.callbacks.state()}
+        saved = self.checkpointer.save(self.engine, self.step, state, required=required)
+        if saved.failure is not None:
+            self.callbacks.on_message(
+                f"step {self.step}: no checkpoint: {saved.failure}; training goes on (checkpoint.on_write_error)"
+            )
+            return
         self._saved_step = self.step
-        self.callbacks.on_numbers(self.step, "checkpoint", {"speed/checkpoint_seconds": seconds})
-        dist.barrier()
+        self.callbacks.on_numbers(self.step, "checkpoint", {"speed/checkpoint_seconds": saved.seconds})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from bico_ds.config.schema import Recipe
@@ -10,12 +10,13 @@ from bico_ds.config.schema import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class RunStart:
-    """What is known when the loop begins."""
+    """What is known when the loop begins; `saved` is what `Callback.state` returned at the checkpoint."""
 
     recipe: Recipe
     first_step: int
     total_steps: int
     summary: dict[str, Any]
+    saved: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,10 @@ class Callback:
 
     def on_end(self, step: int, state: str) -> None: ...
 
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs, JSON-able, under keys of this callback's own."""
+        return {}
+
 
 class Callbacks(Callback):
     """All callbacks as one."""
@@ -82,3 +87,6 @@ class Callbacks(Callback):
     def on_end(self, step: int, state: str) -> None:
         for callback in self._callbacks:
             callback.on_end(step, state)
+
+    def state(self) -> dict[str, Any]:
+        return {key: value for callback in self._callbacks for key, value in callback.state().items()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +25,18 @@ class Evaluator:
     """Evaluates the live model and keeps the row-level results in the run folder."""
 
     def __init__(
-        self, spec: EvaluationSpec, tasks: list[Task], tokenizer: Any, ranks: Ranks, folder: RunFolder, stop: StopFlag
+        self,
+        spec: EvaluationSpec,
+        tasks: list[Task],
+        tokenizer: Any,
+        ranks: Ranks,
+        folder: RunFolder,
+        stop: StopFlag,
+        *,
+        on_progress: Callable[[], None],
     ) -> None:
         self._spec, self._tasks, self._tokenizer = spec, tasks, tokenizer
-        self._ranks, self._folder, self._stop = ranks, folder, stop
+        self._ranks, self._folder, self._stop, self._on_progress = ranks, folder, stop, on_progress
 
     def is_due(self, step: int, total_steps: int) -> bool:
         every = self._spec.every_steps
@@ -50,13 +60,21 @@ class Evaluator:
                 synced=partitioned and not replicate,
                 device=self._ranks.device,
                 should_stop=lambda: bool(self._stop),
+                on_batch=lambda task, prompts: self._on_progress(),
             )
         causal_lm.train(was_training)
         if result is not None and self._ranks.is_first:
-            path = self._folder.path / "evaluation" / f"step-{step:06d}.json"
+            path = self._path(step)
             path.parent.mkdir(exist_ok=True)
             write_atomically(path, json.dumps(result.to_json(), ensure_ascii=False, indent=1))
         return result
+
+    def has_result(self, step: int) -> bool:
+        """Whether this step's evaluation came to its end."""
+        return self._path(step).is_file()
+
+    def _path(self, step: int) -> Path:
+        return self._folder.path / "evaluation" / f"step-{step:06d}.json"
 
 
 def scalars(result: EvaluationResult) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,15 @@ class StepMonitor(Callback):
 
     def on_start(self, start: RunStart) -> None:
         first = start.first_step
+        self._pending = [StepReport(**report) for report in start.saved.get("unwritten_steps", [])]
         keep_lines_until(self._folder.metrics_file, first)
         self._metrics = open(self._folder.metrics_file, "a", encoding="utf-8", buffering=1)
         self._writer = None
         if self._spec.tensorboard:
             # Steps after the one resumed from were written by a run that is gone: hide them.
-            self._writer = SummaryWriter(str(self._folder.tensorboard), purge_step=first + 1 if first else None)
+            self._writer = SummaryWriter(
+                str(self._folder.tensorboard), purge_step=first + 1 if first else None
+            )
             self._writer.add_custom_scalars(LAYOUT)
             self._writer.add_text("recipe", f"```yaml\n{dump_recipe(start.recipe)}```", first)
             self._writer.add_text("summary", f"```json\n{json.dumps(start.summary, indent=1)}\n```", first)
@@ -56,11 +60,14 @@ class StepMonitor(Callback):
     def on_message(self, text: str) -> None: ...
 
     def on_end(self, step: int, state: str) -> None:
-        if self._pending:
+        if self._pending and state == "done":  # else the checkpoint keeps them
             self._write(self._pending[-1].step, "train", _summarize(self._pending))
         self._metrics.close()
         if self._writer is not None:
             self._writer.close()
+
+    def state(self) -> dict[str, Any]:
+        return {"unwritten_steps": [asdict(report) for report in self._pending]}
 
     def _write(self, step: int, kind: str, numbers: dict[str, float]) -> None:
         self._metrics.write(json.dumps({"step": step, "kind": kind, **numbers}) + "\n")

@@ -1,0 +1,72 @@
+"""Checkpoint files on disk: written so that a failure is known on all ranks, checksummed, and checked for room."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+_READ_BYTES = 1 << 24
+# fp32 master weights and Adam's two moments; the weights themselves; tables and headers.
+_BYTES_A_PARAMETER = 3 * 4 + 2
+_SPARE = 1.05
+
+
+class PatientWriter(TorchCheckpointEngine):
+    """DeepSpeed's writer that keeps the first failure instead of raising it.
+
+    DeepSpeed's save has barriers between its files: a rank that raised would leave the others waiting in them.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.failure: str | None = None
+
+    def save(self, state_dict: Any, path: str) -> None:
+        if self.failure is None:
+            try:
+                super().save(state_dict, path)
+            except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+                self.failure = f"{path}: {error}"
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        try:
+            super().makedirs(path, exist_ok=exist_ok)
+        except OSError as error:
+            self.failure = self.failure or f"{path}: {error.strerror}"
+
+
+def bytes_needed(engine: Any) -> int:
+    """Room that a checkpoint of this engine takes, over all ranks."""
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad)
+    return int(trained * _BYTES_A_PARAMETER * _SPARE)
+
+
+def lack_of_room(folder: Path, needed: int) -> str | None:
+    """Say what is missing where `needed` bytes do not fit; None where they do."""
+    free = shutil.disk_usage(folder).free
+    return None if free >= needed else f"{folder}: {in_units(needed)} needed, {in_units(free)} free"
+
+
+def in_units(size: float) -> str:
+    """A number of bytes, readable."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def checksum(path: Path, *, flush: bool = False) -> str:
+    """BLAKE2b of a file's content; `flush` first waits until the content is on the disk."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        if flush:
+            os.fsync(file.fileno())
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,116 @@
+"""What makes a checkpoint whole: a manifest with the size and checksum of every file, and one of its own.
+
+DeepSpeed unpickles its checkpoints, so they are trusted input: nothing is loaded before its manifest has been verified.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bico_ds.config.errors import UserError
+from bico_ds.engine.disk import checksum
+from bico_ds.engine.run_folder import write_atomically
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_THREADS = min(8, os.cpu_count() or 1)
+
+FileTable = dict[str, list[Any]]
+"""``[size, checksum]`` by path below the folder."""
+
+
+@dataclass(frozen=True)
+class FoundCheckpoint:
+    """A checkpoint whose files are all there and are what was written."""
+
+    path: Path
+    content: dict[str, Any]
+
+    step = property(lambda self: int(self.content["step"]))
+    layout = property(lambda self: self.content["layout"])
+    bytes = property(lambda self: sum(size for size, _ in self.content["files"].values()))
+
+
+def describe(folder: Path, files: Iterable[Path]) -> FileTable:
+    """Flush files to disk and describe them."""
+    with ThreadPoolExecutor(_THREADS) as threads:
+        described = threads.map(
+            lambda file: [file.stat().st_size, checksum(file, flush=True)], files := list(files)
+        )
+        return {str(file.relative_to(folder)): entry for file, entry in zip(files, described, strict=True)}
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    """Seal a folder; `content` holds its table as ``files``."""
+    sealed = {"format": FORMAT, **content}
+    write_atomically(folder / MANIFEST, json.dumps({**sealed, "seal": _seal(sealed)}, indent=1) + "\n")
+
+
+def verify(path: Path) -> FoundCheckpoint:
+    """Compare a folder with its manifest. Raises `UserError` naming the first file that differs."""
+    content = _read(path / MANIFEST)
+    files = content["files"]
+    for name, (size, _) in files.items():
+        if not (path / name).is_file():
+            raise UserError(f"{path / name}: missing")
+        if (found := (path / name).stat().st_size) != size:
+            raise UserError(f"{path / name}: {found} bytes, the manifest says {size}")
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for name, found in zip(files, threads.map(lambda name: checksum(path / name), files), strict=True):
+            if found != files[name][1]:
+                raise UserError(f"{path / name}: the checksum differs from the manifest's")
+    return FoundCheckpoint(path, content)
+
+
+def find(root: Path, say: Callable[[str], None]) -> FoundCheckpoint | None:
+    """The newest whole checkpoint below `root`; damaged ones are named and passed over.
+
+    None where there is none at all. Raises `UserError` where there are checkpoints but no whole one.
+    """
+    candidates = checkpoints_in(root)
+    for path in reversed(candidates):
+        try:
+            return verify(path)
+        except UserError as error:
+            say(f"damaged checkpoint passed over: {error}")
+    if candidates:
+        raise UserError(f"{root}: no checkpoint there is whole; start anew with --resume none")
+    return None
+
+
+def checkpoints_in(root: Path) -> list[Path]:
+    """The folders of committed checkpoints, oldest first."""
+    return sorted(root.glob("step-*"), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.name.removeprefix("step-"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(
+            f"{path.parent}: no {MANIFEST}; not a checkpoint of this program, or an incomplete one"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        seal = content.pop("seal")
+    except (ValueError, KeyError, AttributeError):
+        raise UserError(f"{path}: not a manifest") from None
+    if seal != _seal(content):
+        raise UserError(f"{path}: its content was changed after it was written")
+    if content["format"] != FORMAT:
+        raise UserError(f"{path}: format {content['format']}, this program reads format {FORMAT}")
+    return content
+
+
+def _seal(content: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,169 @@
+"""Going on from a checkpoint: which one, in which form, and the proof that it was really loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bico_ds.config.errors import UserError
+from bico_ds.config.schema import Recipe
+from bico_ds.engine import manifest, universal
+from bico_ds.engine.manifest import FoundCheckpoint
+from bico_ds.engine.run_folder import RunFolder
+from bico_ds.engine.state_checksums import differences, optimizer_steps, state_checksums
+from bico_ds.model.checksums import base_fingerprint
+
+# What DeepSpeed's own checkpoint is bound to; any other value goes through the universal format.
+Layout = dict[str, Any]
+
+# A checkpoint of another model cannot be loaded at all.
+_SAME_MODEL = ("model.config", "model.lora")
+
+
+class NotRestoredError(RuntimeError):
+    """A load reported success and left the engine in another state than the checkpoint's."""
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """The checkpoint to go on from, and the folder to load: its own, or its universal form."""
+
+    found: FoundCheckpoint
+    is_universal: bool
+
+    step = property(lambda self: self.found.step)
+    folder = property(
+        lambda self: universal.folder_of(self.found.path) if self.is_universal else self.found.path
+    )
+
+
+def layout_of(recipe: Recipe, ds_config: dict[str, Any], world_size: int) -> Layout:
+    """How the ranks divide the state among them."""
+    zero = ds_config["zero_optimization"]
+    return {
+        "ranks": world_size,
+        "zero_stage": zero.get("stage", 0),
+        "dtype": recipe.model.dtype,
+        "offload_optimizer": zero.get("offload_optimizer", {}).get("device", "none"),
+        "offload_param": zero.get("offload_param", {}).get("device", "none"),
+        "sub_group_size": zero.get("sub_group_size"),
+    }
+
+
+def choose(folder: RunFolder, option: str, recipe: Recipe, layout: Layout) -> Resumption | None:
+    """Rank 0, before the process group starts: find, verify, and convert where the layout is another.
+
+    `option` is `auto`, `none`, or the path of a checkpoint or of a run folder. None: start from the beginning.
+    Raises `UserError` where nothing whole is there, or it belongs to another model.
+    """
+    if option == "none":
+        folder.set_aside()
+        return None
+    found = manifest.find(folder.checkpoints, _say) if option == "auto" else _at(Path(option))
+    if found is None:
+        return None
+    _check_recipe(found, recipe)
+    _set_later_aside(folder, found)
+    different = {key: (was, layout[key]) for key, was in found.layout.items() if was != layout[key]}
+    _say(f"resuming from {found.path}: step {found.step}, the newest whole checkpoint, {_written(found)}")
+    if different:
+        _say("other layout: " + ", ".join(f"{key} {was} -> {now}" for key, (was, now) in different.items()))
+        universal.convert(found, layout, _say)
+    return Resumption(found, bool(different))
+
+
+def restore(engine: Any, resumption: Resumption) -> None:
+    """Load weights, optimizer and schedule, and prove it by the manifest's checksums; all ranks together.
+
+    Raises `NotRestoredError` where anything is not what was saved.
+    """
+    path, _ = engine.load_checkpoint(str(resumption.folder.parent), tag=resumption.folder.name)
+    if path is None:
+        raise NotRestoredError(f"DeepSpeed loaded nothing from {resumption.folder}")
+    if resumption.is_universal:
+        _separate_step_counters(engine)
+    content = resumption.found.content
+    wrong = differences(state_checksums(engine), content["checksums"])
+    if optimizer_steps(engine) != content["optimizer_steps"]:
+        wrong.append(f"Adam's step count ({optimizer_steps(engine)}, saved {content['optimizer_steps']})")
+    if wrong:
+        shown = "\n  ".join(wrong[:8]) + (f"\n  and {len(wrong) - 8} more" if len(wrong) > 8 else "")
+        raise NotRestoredError(
+            f"{resumption.folder} was loaded, and these are not as they were saved:\n  {shown}"
+        )
+    _check_base(engine, content["base"])
+
+
+def saved_facts(engine: Any, recipe: Recipe, layout: Layout) -> dict[str, Any]:
+    """What every manifest of this run says beside its step and files. Collective."""
+    base = base_fingerprint(engine.module) if recipe.model.lora is not None else None
+    return {"layout": layout, "recipe": recipe.model_dump(mode="json"), "base": base}
+
+
+def _check_base(engine: Any, saved: str | None) -> None:
+    """A LoRA checkpoint holds the adapters only; the frozen base was loaded anew, from model.path."""
+    if saved is not None and base_fingerprint(engine.module) != saved:
+        raise UserError(
+            "model.path: the base there is not the one that this checkpoint's adapters were trained on"
+        )
+
+
+def _separate_step_counters(engine: Any) -> None:
+    """DeepSpeed's universal load hands one step tensor to all sub-groups; each adds one to it, in every step."""
+    for state in engine.optimizer.optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
+
+
+def _at(path: Path) -> FoundCheckpoint:
+    if not path.is_dir():
+        raise UserError(f"--resume {path}: no such folder")
+    root = path / "checkpoints"
+    found = manifest.find(root, _say) if root.is_dir() else manifest.verify(path)
+    if found is None:
+        raise UserError(f"--resume {path}: no checkpoint there")
+    return found
+
+
+def _check_recipe(found: FoundCheckpoint, recipe: Recipe) -> None:
+    changes = dict(_changes(found.content["recipe"], recipe.model_dump(mode="json"), ""))
+    foreign = [key for key in changes if key.startswith(_SAME_MODEL)]
+    if foreign:
+        was, now = changes[foreign[0]]
+        raise UserError(
+            f"{foreign[0]}: {found.path} was trained with {was}, the recipe says {now}; "
+            "start anew with --resume none, or choose another folder with --output-dir"
+        )
+    for key, (was, now) in changes.items():
+        _say(f"changed since the checkpoint: {key} {was} -> {now}")
+
+
+def _changes(old: Any, new: Any, key: str) -> list[tuple[str, tuple[Any, Any]]]:
+    """The leaves in which two recipes differ, by dotted key."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = sorted(set(old) | set(new))
+        return [c for n in names for c in _changes(old.get(n), new.get(n), f"{key}.{n}" if key else n)]
+    return [] if old == new else [(key, (old, new))]
+
+
+def _set_later_aside(folder: RunFolder, found: FoundCheckpoint) -> None:
+    """Checkpoints after the one resumed from are damaged, or of a course that is given up: none may be taken later."""
+    own = manifest.checkpoints_in(folder.checkpoints)
+    if found.path.resolve().parent != folder.checkpoints.resolve():
+        folder.set_aside()
+    elif later := [path for path in own if manifest.step_of(path) > found.step]:
+        aside = folder.new_aside()
+        for path in later:
+            path.rename(aside / path.name)
+        _say(f"set aside in {aside}: {', '.join(path.name for path in later)}")
+
+
+def _written(found: FoundCheckpoint) -> str:
+    return f"written by {found.layout['ranks']} rank{'s' * (found.layout['ranks'] > 1)}"
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

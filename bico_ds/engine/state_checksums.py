@@ -1,0 +1,69 @@
+"""Checksums of everything a resume must bring back: weights, fp32 masters, Adam's moments and its step count.
+
+They are sums over the ranks' slices (`bico_ds.model.checksums`), so the same numbers hold at any number of ranks and
+in any ZeRO stage. A load that silently did nothing (DeepSpeed#6691, #5430, #7848) cannot pass them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bico_ds.model.checksums import add_over_ranks, parameter_checksums, slice_checksum
+from bico_ds.model.materialize import partition_bounds
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+Checksums = dict[str, dict[str, int]]
+"""What (``weight``, ``master``, ``exp_avg``, ``exp_avg_sq``) by parameter name."""
+
+
+def state_checksums(engine: Any) -> Checksums:
+    """Checksums of every trained parameter and of its optimizer state. Collective; the same on every rank."""
+    trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+    kinds = ("master", *MOMENTS)
+    own = torch.tensor(
+        [[_own(engine, p, kind) for p in trained.values()] for kind in kinds], dtype=torch.int64
+    )
+    summed = dict(zip(kinds, add_over_ranks(own).tolist(), strict=True))
+    weights = {"weight": parameter_checksums(trained.items())}
+    return weights | {kind: dict(zip(trained, sums, strict=True)) for kind, sums in summed.items()}
+
+
+def optimizer_steps(engine: Any) -> list[int]:
+    """The step counts in Adam's state, one for each part of it that differs; one number where all is well."""
+    states = getattr(engine.optimizer, "optimizer", engine.optimizer).state.values()
+    return sorted({int(state["step"]) for state in states if "step" in state})
+
+
+def differences(found: Checksums, expected: Checksums) -> list[str]:
+    """Name what differs, as in ``exp_avg of causal_lm.lm_head.weight``."""
+    wrong = []
+    for kind, sums in expected.items():
+        mine = found.get(kind, {})
+        wrong += [
+            f"{kind} of {name}" for name in sorted(set(sums) | set(mine)) if sums.get(name) != mine.get(name)
+        ]
+    return wrong
+
+
+def _own(engine: Any, parameter: nn.Parameter, kind: str) -> int:
+    return sum(slice_checksum(flat, start) for flat, start in _slices(engine, parameter, kind))
+
+
+def _slices(engine: Any, parameter: Any, kind: str) -> Iterator[tuple[Tensor, int]]:
+    """What this rank holds of a parameter's fp32 state: (flat slice, index of its first element)."""
+    moment = None if kind == "master" else kind
+    zero = engine.optimizer
+    if hasattr(parameter, "ds_id"):  # ZeRO-3
+        start, stop = partition_bounds(parameter)
+        yield zero.get_local_fp32_param(parameter, moment)[: stop - start], start
+    elif getattr(parameter, "_hp_mapping", None) is not None:  # ZeRO-1 and 2: a fragment, or nothing
+        mapping = parameter._hp_mapping
+        flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+        fragment = mapping.hp_fragment_address
+        held = flat if moment is None else zero.optimizer.state[flat][moment]
+        yield held[fragment.start : fragment.start + fragment.numel], mapping.lp_fragment_address.start

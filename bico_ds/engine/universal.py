@@ -1,0 +1,147 @@
+"""DeepSpeed's universal checkpoint: the form that any number of ranks can load.
+
+Rank 0 converts before the process group starts: for a large model it takes longer than any timeout of a collective.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bico_ds.config.errors import UserError
+from bico_ds.engine import manifest
+from bico_ds.engine.disk import in_units, lack_of_room
+from bico_ds.engine.manifest import FoundCheckpoint
+
+_WORKERS = max(1, min(8, (os.cpu_count() or 1) // 2))
+_POLL_SECONDS = 0.5
+_SAY_EVERY_SECONDS = 10.0
+# The converter writes every rank's fragments, then joins them: for a time both are there.
+_PEAK = 2.0
+
+
+def folder_of(checkpoint: Path) -> Path:
+    """Where the universal form of a checkpoint is kept; it is deleted together with it."""
+    return checkpoint / "universal"
+
+
+def convert(found: FoundCheckpoint, layout: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Write the universal form of a checkpoint, unless a whole one is there. Says what it takes.
+
+    Raises `UserError` where DeepSpeed cannot convert, or the disk has no room.
+    """
+    _check_convertible(found.layout, layout)
+    target = folder_of(found.path)
+    if target.exists():
+        with contextlib.suppress(UserError):
+            manifest.verify(target)
+            say(f"universal form found: {target}")
+            return
+        shutil.rmtree(target)
+    if lack := lack_of_room(found.path, int(_PEAK * found.bytes)):
+        raise UserError(
+            f"no room to convert the checkpoint: {lack}; free some, or resume with {found.layout['ranks']} ranks"
+        )
+    say(
+        f"converting it to DeepSpeed's universal form: {in_units(found.bytes)} to read, "
+        f"{in_units(_PEAK * found.bytes)} of disk meanwhile and {in_units(found.bytes)} afterwards"
+    )
+    partial = found.path / f".universal-{os.getpid()}"
+    started = time.monotonic()
+    try:
+        _run_converter(found, partial, say)
+        files = [path for path in partial.rglob("*") if path.is_file()]
+        manifest.write_manifest(partial, {"step": found.step, "files": manifest.describe(partial, files)})
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        (found.path / "latest_universal").unlink(missing_ok=True)  # DeepSpeed leaves it; nothing reads it
+    say(f"converted in {time.monotonic() - started:.1f} s: {target}")
+
+
+def _check_convertible(was: dict[str, Any], now: dict[str, Any]) -> None:
+    if was["zero_stage"] != now["zero_stage"]:
+        raise UserError(
+            f"deepspeed: the checkpoint is of ZeRO stage {was['zero_stage']}, the recipe says {now['zero_stage']}; "
+            "DeepSpeed cannot change the stage of a training state. Go on with the former, or train from its export"
+        )
+    for key in ("offload_optimizer", "offload_param"):
+        if "nvme" in (was[key], now[key]):
+            raise UserError(
+                f"deepspeed.overrides.zero_optimization.{key}: DeepSpeed cannot convert a state that is offloaded to "
+                f"NVMe; resume with {was['ranks']} ranks and {key} {was[key]}"
+            )
+
+
+def _run_converter(found: FoundCheckpoint, partial: Path, say: Callable[[str], None]) -> None:
+    """Convert in a fresh process: DeepSpeed's converter forks workers, which a process full of threads must not."""
+    process = multiprocessing.get_context("spawn").Process(
+        target=_convert, args=(str(found.path), str(partial))
+    )
+    process.start()
+    started = said = time.monotonic()
+    try:
+        while process.is_alive():
+            process.join(_POLL_SECONDS)
+            if time.monotonic() - said > _SAY_EVERY_SECONDS:
+                said = time.monotonic()
+                say(f"converting, {said - started:.0f} s: {in_units(_size(partial))} written")
+    finally:
+        if process.is_alive():  # a signal came
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid or 0, signal.SIGKILL)
+            process.kill()
+        process.join()
+    if process.exitcode != 0:
+        raise UserError(f"DeepSpeed's converter failed on {found.path}; see above")
+
+
+def _convert(source: str, target: str) -> None:
+    """In the fresh process: the leader of a group, so that its workers end with it, and all with rank 0."""
+    os.setsid()
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    os.environ["TQDM_DISABLE"] = "1"  # its bars count files, and we say more
+    from deepspeed.checkpoint import ds_to_universal
+
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        ds_to_universal.main(
+            Namespace(
+                input_folder=source, output_folder=target, num_extract_workers=_WORKERS, num_merge_workers=_WORKERS,
+                keep_temp_folder=False, strict=True, inject_missing_state=True,
+            )
+        )  # fmt: skip
+    _drop_first_ranks_tensors(Path(target) / "zero" / "optimizer_state.pt")
+
+
+def _drop_first_ranks_tensors(path: Path) -> None:
+    """Keep of the common state what a load reads. DeepSpeed leaves rank 0's whole share in it, for every rank to read."""
+    state = torch.load(path, weights_only=False)
+    state.pop("fp32_flat_groups", None)
+    adam = state["optimizer_state_dict"]
+    adam["state"] = {index: {"step": values["step"]} for index, values in adam["state"].items()}
+    torch.save(state, path)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_POLL_SECONDS)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += path.stat().st_size
+    return total

@@ -1,0 +1,102 @@
+"""One thread a rank that sees what the main thread cannot: that it stands still, or that another rank has failed.
+
+Ranks tell each other through the store of the process group, which a hanging collective does not block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+from bico_ds.config.errors import UserError
+from bico_ds.engine.distributed import Ranks
+from bico_ds.engine.run_folder import FencedError, RunFolder
+
+POLL_SECONDS = 1.0
+# After another rank's failure: most ranks meet it themselves, and say more than this thread can.
+GRACE_SECONDS = 5.0
+_KEY = "bico_ds/failure"
+
+
+class Watchdog:
+    """Ends this rank, after its stacks are on file, when it stands still for `minutes` or any rank fails."""
+
+    def __init__(self, store: Any, ranks: Ranks, folder: RunFolder, *, minutes: float) -> None:
+        self._store, self._ranks, self._folder = store.clone(), ranks, folder
+        self._limit = minutes * 60
+        self._last: float | None = None
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def beat(self) -> None:
+        """The main thread has made progress; the clock runs from the first beat on."""
+        self._last = time.monotonic()
+
+    def report(self, error: BaseException) -> None:
+        """Tell the other ranks that this one fails; the first report counts."""
+        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        code = 2 if isinstance(error, UserError) else 1
+        self._publish({"rank": self._ranks.rank, "text": text, "code": code, "stalled": False})
+
+    def abandon(self, reason: str) -> None:
+        """End this rank now, whatever the main thread is doing."""
+        failure = {"rank": self._ranks.rank, "text": reason, "code": 1, "stalled": False}
+        self._publish(failure)
+        self._end(failure)
+
+    def close(self) -> None:
+        """Stop watching; every rank before the last barrier, for rank 0 takes the store with it."""
+        self._closed.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(POLL_SECONDS):
+            failure = self._failure_elsewhere()
+            if failure is not None:
+                self._leave(failure)
+            if self._last is not None and time.monotonic() - self._last > self._limit:
+                text = f"no progress for {self._limit:g} seconds (distributed.watchdog_minutes)"
+                failure = {"rank": self._ranks.rank, "text": text, "code": 1, "stalled": True}
+                self._publish(failure)
+                self._end(failure)
+
+    def _failure_elsewhere(self) -> dict[str, Any] | None:
+        try:
+            if not self._store.check([_KEY]):
+                return None
+            failure = json.loads(self._store.get(_KEY))
+        except RuntimeError:  # torch's DistError: the store went with rank 0's process
+            failure = {"rank": 0, "text": "the process is gone", "code": 1, "stalled": False}
+        return failure if failure["rank"] != self._ranks.rank else None
+
+    def _leave(self, failure: dict[str, Any]) -> None:
+        if not failure["stalled"] and self._closed.wait(GRACE_SECONDS):
+            return
+        self._end(failure)
+
+    def _end(self, failure: dict[str, Any]) -> None:
+        stacks = self._folder.logs / f"stacks-rank-{self._ranks.rank}.txt"
+        if failure["stalled"]:
+            with contextlib.suppress(OSError), open(stacks, "w", encoding="utf-8") as file:
+                faulthandler.dump_traceback(file)
+        text = f"rank {failure['rank']}: {failure['text']}"
+        if self._ranks.is_first:
+            print(
+                f"error: {text}" + (f"; stacks in {stacks.parent}" * failure["stalled"]),
+                file=sys.stderr,
+                flush=True,
+            )
+            with contextlib.suppress(OSError, FencedError):
+                self._folder.write_state("failed", step=None, reason=text)
+        os._exit(failure["code"])
+
+    def _publish(self, failure: dict[str, Any]) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._store.compare_set(_KEY, "", json.dumps(failure))

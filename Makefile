@@ -1,5 +1,5 @@
 # Everything runs in .venv, built from pinned versions; a second call installs nothing.
-PYTHON ?= python3.11
+PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -47,7 +46,7 @@ class ShardResult:
 
     documents: int = 0
     tokens: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)  # by reason
+    skipped: dict[str, int] = field(default_factory=dict)  # by reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +69,9 @@ class Encoder:
         self._tokenizer = Tokenizer.from_str(spec.tokenizer_json)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        # Byte-level post-processors trim white space out of offsets, which hides where a prompt ends; BOS and
+        # EOS are put in by `_columns`.
+        self._tokenizer.post_processor = None
         self._chat = _load_chat(spec.chat_tokenizer)
 
     def example(self, row: dict[str, Any] | BadRow) -> Example:
@@ -183,7 +185,8 @@ def encode_shard(
                     _skip(encoder.spec.options, shard, row, result, skipped)
             if good is not None:
                 writer.append(**good.__dict__)
-                digests.write(b"".join(_digest(row.example.text) for row in rows if row.example is not None))
+                if encoder.spec.options.needs_digests:
+                    digests.write(b"".join(_digest(row.example) for row in rows if row.example is not None))
                 result.documents += len(good.lengths)
                 result.tokens += len(good.tokens)
                 report(len(good.lengths), len(good.tokens))
@@ -237,7 +240,8 @@ def _skip(options: IngestOptions, shard: Shard, row: _Row, result: ShardResult, 
     assert row.problem is not None
     if options.on_error == "stop":
         raise UserError(f"{shard.place(row.number)}: {row.problem}")
-    result.skipped[row.problem.reason] += 1
+    reason = row.problem.reason
+    result.skipped[reason] = result.skipped.get(reason, 0) + 1
     raw = row.raw.decode("utf-8", "backslashreplace") if isinstance(row.raw, bytes) else repr(row.raw)
     line = {"place": shard.place(row.number), "problem": str(row.problem), "raw": raw.rstrip("\r\n")}
     file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -267,19 +271,20 @@ def _entity_numbers(encoding: Encoding, example: Example) -> NDArray[np.int64]:
             _token_at(encoding, range(end - 1, start - 1, -1)),
         )
         if first is not None and last is not None:
+            # A character of several bytes can be several tokens, and the first of them was found.
+            while (after := encoding.token_to_chars(last + 1)) is not None and after[0] < end:
+                last += 1
             numbers[first : last + 1] = number
     return numbers
 
 
 def _token_at(encoding: Encoding, characters: range) -> int | None:
-    """The token of the first of these characters that has one: tokenizers leave white space out of
-    offsets.
-    """
+    """The first token of the first of these characters that has one: normalizers can remove characters."""
     return next((t for t in map(encoding.char_to_token, characters) if t is not None), None)
 
 
-def _digest(text: str) -> bytes:
-    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
+def _digest(example: Example) -> bytes:
+    return blake2b(example.text.encode(), digest_size=DIGEST_BYTES).digest()
 
 
 def _load_chat(path: str | None) -> PreTrainedTokenizerBase | None:

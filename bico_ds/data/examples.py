@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from bico_ds.config.errors import UserError, did_you_mean
@@ -41,6 +42,11 @@ class IngestOptions:
             raise UserError(f"--held-out must be a share in [0, 1), found {self.held_out}")
 
     @property
+    def needs_digests(self) -> bool:
+        """Whether documents must be told apart by their text."""
+        return self.deduplicate or (self.held_out > 0 and self.group_field is None)
+
+    @cached_property
     def columns(self) -> list[str]:
         """The fields that a row must have; the first one receives the text of plain-text files."""
         if self.messages_field:
@@ -66,8 +72,10 @@ def make_example(
     row: dict[str, Any], options: IngestOptions, chat: PreTrainedTokenizerBase | None
 ) -> Example:
     """Turn a row into a text; `BadRow` says what it lacks. `chat` renders messages."""
-    for name in options.columns:
+    for name in options.columns:  # a cached list: this runs once a row
         if row.get(name) is None:
+            if name in row:
+                raise BadRow("missing field", f"'{name}' is null")
             there = ", ".join(sorted(row)) or "none"
             raise BadRow("missing field", f"'{name}'{did_you_mean(name, row)}; fields of this row: {there}")
     if options.messages_field:

@@ -1,8 +1,8 @@
-"""From input shards to one token store: plan, tokenize in processes, merge. Can be killed at any moment and
-run again.
+"""From input shards to one token store: tokenize in processes, merge; can be killed at any moment and run
+again.
 
-While it works, ``.NAME.preparing/`` stands beside the output: the plan, a lock, and a small store for every
-finished shard. A second run with the same plan keeps those.
+While it works, ``.NAME.preparing/`` stands beside the output: a lock, and a small store for every
+finished shard. A second run keeps those whose file and options are still the same.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bico_ds.data.merge import merge_parts
 from bico_ds.data.progress import IngestProgress
 from bico_ds.data.report import IngestReport
 from bico_ds.data.sources import Shard
-from bico_ds.data.store import FORMAT_VERSION, StoreHeader, write_durably
+from bico_ds.data.store import FORMAT_VERSION, StoreHeader
 from bico_ds.data.tokenizer import (
     load_tokenizer,
     special_ids,
@@ -76,6 +76,10 @@ def ingest(
             report = merge_parts(parts, output, spec, tokenizer, overwrite=force)
         except OSError as error:
             raise _disk_failure(error, output) from error
+        except UserError:
+            if all(part.exists() for part in parts):  # merging refused them: there is nothing to go on with
+                shutil.rmtree(work)
+            raise
         shutil.rmtree(work)
     return report
 
@@ -151,29 +155,18 @@ def _lock(work: Path) -> int:
 def _claim(
     work: Path, output: Path, shards: list[Shard], spec: EncoderSpec, shown: IngestProgress
 ) -> list[Path]:
-    """Keep what an earlier run of the same plan finished, remove all else, and name the part of every
-    shard.
-    """
+    """Name the part of every shard by all it depends on, and remove what is none of them."""
     for leftover in [*work.glob(".*.writing-*"), *output.parent.glob(f".{output.name}.writing-*")]:
         shutil.rmtree(leftover)
-    plan = {
-        "format": FORMAT_VERSION,
-        "shards": [asdict(shard) for shard in shards],
-        "options": asdict(spec.options),
-        "header": asdict(spec.header),
-    }
-    fingerprint = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
-    file = work / "plan"
+    common = json.dumps([FORMAT_VERSION, asdict(spec.options), asdict(spec.header)], sort_keys=True)
+    names = [hashlib.sha256((common + repr(shard)).encode()).hexdigest()[:32] for shard in shards]
+    parts = [work / f"part-{name}" for name in names]
     finished = list(work.glob("part-*"))
-    if not (file.is_file() and file.read_text() == fingerprint):
-        if finished:
-            shown.say(f"{work} is of other inputs or options: starting anew")
-        for part in finished:
-            shutil.rmtree(part)
-        write_durably(file, fingerprint)
-    elif finished:
-        shown.say(f"going on after an interrupted run: {len(finished)} of {len(shards)} shards are done")
-    return [work / f"part-{number:06d}" for number in range(len(shards))]
+    for part in set(finished) - set(parts):
+        shutil.rmtree(part)
+    if kept := len(set(finished) & set(parts)):
+        shown.say(f"going on after an interrupted run: {kept} of {len(shards)} shards are done")
+    return parts
 
 
 def _tokenize(

@@ -66,13 +66,12 @@ def merge_parts(
 def _fate(parts: list[Path], stores: list[TokenStore], options: IngestOptions) -> NDArray[np.int8]:
     """Decide for every document: training, held out, or a duplicate of an earlier one."""
     fate = np.zeros(sum(len(store) for store in stores), dtype=np.int8)
-    if not options.deduplicate and not options.held_out:
-        return fate
     digests = np.concatenate([np.fromfile(part / DIGESTS, dtype="<u8") for part in parts])
     digests = digests.reshape(-1, DIGEST_BYTES // 8)
     if options.held_out:
-        key = digests[:, 0]
-        if options.group_field is not None:  # a person's documents stay on one side
+        if options.group_field is None:
+            key = digests[:, 0]
+        else:  # a person's documents stay on one side
             key = np.concatenate([store.groups for store in stores]).astype(np.uint64)
         fate[_mix(key, options.seed) < options.held_out * 2.0**64] = _HELD_OUT
     if options.deduplicate:

@@ -75,7 +75,7 @@ def find_files(inputs: list[str]) -> list[Path]:
     """Return the files that `inputs` name (files, folders, glob patterns), each once, folders sorted by
     name.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     for given in map(expand_path, inputs):
         path = Path(given)
         if path.is_dir():
@@ -90,8 +90,9 @@ def find_files(inputs: list[str]) -> list[Path]:
             inside = [Path(p) for p in sorted(glob.glob(given, recursive=True)) if Path(p).is_file()]
             if not inside:
                 raise UserError(f"input '{given}' does not exist")
-        found.update(dict.fromkeys(inside))
-    return list(found)
+        for file in inside:
+            found.setdefault(file.resolve(), file)  # one file under two names must not be read twice
+    return list(found.values())
 
 
 def plan_shards(files: list[Path], *, text_by: Literal["line", "file"], shard_bytes: int) -> list[Shard]:
@@ -299,13 +300,14 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _json_row(raw: bytes) -> dict[str, Any] | BadRow:
+    raw = raw.rstrip(b"\r\n")
     try:
         row = json.loads(raw.decode("utf-8-sig" if raw.startswith(b"\xef\xbb\xbf") else "utf-8"))
     except UnicodeDecodeError as error:
         return BadRow("invalid UTF-8", f"byte {error.start + 1} of the line is 0x{raw[error.start]:02x}")
     except json.JSONDecodeError as error:
         hint = "; is this a JSON array? One object a line is needed" if raw.lstrip()[:1] == b"[" else ""
-        return BadRow("broken JSON", f"{error.msg} at column {error.colno}{hint}")
+        return BadRow("broken JSON", f"{error.msg} at column {error.pos + 1}{hint}")
     except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
         return BadRow("broken JSON", str(error))
     if not isinstance(row, dict):

@@ -1,0 +1,154 @@
+"""Bad input: every mistake is named with its place, before anything is written."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from bico_ds.config.errors import UserError
+from bico_ds.data.examples import IngestOptions
+from bico_ds.data.ingest import ingest
+from bico_ds.data.sources import find_files, plan_shards
+
+GOOD = b'{"text": "a fine line"}\n'
+PAIR = {"prompt_field": "q", "completion_field": "a"}
+
+
+def _rows(*rows: Any) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def _parquet(columns: dict[str, list]) -> bytes:
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), sink)
+    return sink.getvalue()
+
+
+LINES: list[tuple[str, bytes, dict[str, Any], str]] = [
+    ("a.jsonl", GOOD + b'{"text": "x"\n', {}, "a.jsonl:2: broken JSON: Expecting ',' delimiter at column 13"),
+    ("a.json", b'[{"text": "x"}]', {}, "a.json:1: broken JSON: expected an object, found list"),
+    ("a.json", b'[\n{"text": "x"}]', {}, "is this a JSON array? One object a line is needed"),
+    ("a.jsonl", GOOD + b"17\n", {}, "a.jsonl:2: broken JSON: expected an object, found int"),
+    ("a.jsonl", b'{"text": ' + b"[" * 100_000, {}, "a.jsonl:1: broken JSON"),
+    ("a.jsonl", b'{"text": ' + b"9" * 5_000 + b"}", {}, "a.jsonl:1: broken JSON"),
+    (
+        "a.jsonl",
+        GOOD + b"\n" + _rows({"txet": "x"}),
+        {},
+        "a.jsonl:3: missing field: 'text' (did you mean 'txet'?)",
+    ),
+    ("a.jsonl", _rows({"text": None}), {}, "a.jsonl:1: missing field: 'text' is null"),
+    ("a.jsonl", _rows({"text": 5}), {}, "a.jsonl:1: wrong type: 'text' must be a string, found int"),
+    ("a.jsonl", GOOD + b'{"text": "\xff"}\n', {}, "a.jsonl:2: invalid UTF-8: byte 11 of the line is 0xff"),
+    (
+        "a.jsonl",
+        b'{"text": "\\ud800"}',
+        {},
+        "a.jsonl:1: invalid UTF-8: 'text' has a lone surrogate at character 1",
+    ),
+    ("a.jsonl", _rows({"text": ""}), {}, "a.jsonl:1: empty document"),
+    ("a.jsonl", GOOD + _rows({"text": " \n\t"}), {}, "a.jsonl:2: empty document"),
+    ("a.jsonl", _rows({"q": "x", "a": " "}), PAIR, "a.jsonl:1: empty document: 'a' has no text"),
+    ("a.jsonl", _rows({"q": "x"}), PAIR, "a.jsonl:1: missing field: 'a'"),
+    ("a.jsonl", GOOD, {"vocab_size": 40}, "a.jsonl:1: token id past the vocabulary: id"),
+    ("a.jsonl", _rows({"text": "x", "g": 1.5}), {"group_field": "g"}, "a.jsonl:1: wrong type: a group is"),
+    ("a.jsonl", _rows({"text": "x", "e": 3}), {"entities_field": "e"}, "entities must be a list"),
+    ("a.jsonl", _rows({"text": "x", "e": [[1]]}), {"entities_field": "e"}, "an entity is a pair"),
+    (
+        "a.jsonl",
+        _rows({"text": "x", "e": [[0, 2]]}),
+        {"entities_field": "e"},
+        "[0, 2] in a text of 1 characters",
+    ),
+    (
+        "a.jsonl",
+        _rows({"text": "abc", "e": [[1, 3], [0, 2]]}),
+        {"entities_field": "e"},
+        "overlapping entities",
+    ),
+    ("a.jsonl", _rows({"m": "hi"}), {"messages_field": "m"}, "messages must be a list of objects"),
+    (
+        "a.jsonl",
+        _rows({"m": [{"role": "user"}]}),
+        {"messages_field": "m"},
+        "message 1 lacks 'role' or 'content'",
+    ),
+    (
+        "a.jsonl",
+        _rows({"m": [{"role": "clown", "content": "x"}]}),
+        {"messages_field": "m"},
+        "a.jsonl:1: chat template: role clown",
+    ),
+    (
+        "a.jsonl.gz",
+        gzip.compress(GOOD * 9)[:-12],
+        {},
+        "cannot read on, the file is damaged (Compressed file ended",
+    ),
+    ("a.jsonl.gz", GOOD, {}, "a.jsonl.gz:1: cannot read on, the file is damaged (Not a gzipped file"),
+    ("a.jsonl.zst", zstandard.compress(GOOD * 9)[:-8], {}, "damaged (Truncated compressed stream)"),
+    ("a.jsonl.zst", GOOD, {}, "a.jsonl.zst:1: cannot read on, the file is damaged"),
+    ("a.txt", b"fine\nnot \xe9 fine\n", {}, "a.txt:2: invalid UTF-8: byte 5 is 0xe9"),
+    ("a.parquet", b"PAR1 not", {}, "a.parquet is no readable Parquet file"),
+    ("a.parquet", _parquet({"body": ["x"]}), {}, "a.parquet has no column 'text'; its columns are body"),
+    ("a.parquet", _parquet({"text": ["x", None]}), {}, "a.parquet: row 2: missing field: 'text'"),
+    ("a.csv", GOOD, {}, "a.csv: unknown kind of file; known are .jsonl"),
+    ("a.jsonl", b"\n \n", {}, "the input has no documents"),
+]
+
+
+def _ingest(file: Path, tokenizer: str, output: Path, settings: dict[str, Any]) -> None:
+    shards = plan_shards(find_files([str(file)]), text_by="line", shard_bytes=1 << 20)
+    ingest(shards, IngestOptions(**settings), tokenizer, output, processes=1, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "settings", "message"),
+    LINES,
+    ids=[f"{i}-{line[3][:40]}" for i, line in enumerate(LINES)],
+)
+def test_a_bad_file_is_named_with_its_line(
+    tmp_path: Path, bpe_tokenizer: str, name: str, content: bytes, settings: dict[str, Any], message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        _ingest(tmp_path / name, bpe_tokenizer, tmp_path / "store", settings)
+    assert message in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name]
+
+
+CALLS: list[tuple[Callable[[], object], str]] = [
+    (lambda: find_files(["absent.jsonl"]), "input 'absent.jsonl' does not exist"),
+    (lambda: find_files(["${BICO_DS_ABSENT}/x"]), "environment variable BICO_DS_ABSENT is not set"),
+    (lambda: IngestOptions(prompt_field="q"), "--prompt-field and --completion-field go together"),
+    (lambda: IngestOptions(messages_field="m", entities_field="e"), "--messages-field excludes"),
+    (lambda: IngestOptions(held_out=1.5), "--held-out must be a share in [0, 1), found 1.5"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), CALLS, ids=[message for _, message in CALLS])
+def test_a_wrong_option_or_path_is_named(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        call()
+    assert message in str(caught.value)
+
+
+def test_an_empty_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no input files"):
+        find_files([str(tmp_path)])
+
+
+def test_a_held_out_share_of_nothing_is_refused(tmp_path: Path, bpe_tokenizer: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(GOOD)
+    with pytest.raises(UserError, match="give a larger share"):
+        _ingest(tmp_path / "a.jsonl", bpe_tokenizer, tmp_path / "s", {"held_out": 1e-9})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]

@@ -1,0 +1,162 @@
+"""Tokenization speed: ours from JSONL on disk to a finished token store, against bare `tokenizers` in memory.
+
+    python tools/bench/tokenization.py [--processes 2] [--megabytes 24] [--json]
+
+The other side is `Tokenizer.encode_batch_fast` (and `encode_batch` where ours needs offsets) on texts that
+are in memory already, its result thrown away, in as many processes. Text: Python's own standard library,
+cut into documents; tokenizer: a byte-level BPE of 16k trained on it. Sides take turns, the best of three
+rounds counts; start-up of the processes is left out on both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import sysconfig
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from bico_ds.data.encode import Encoder, EncoderSpec, encode_shard
+from bico_ds.data.examples import IngestOptions
+from bico_ds.data.ingest import encoder_spec
+from bico_ds.data.merge import merge_parts
+from bico_ds.data.sources import Shard, plan_shards
+from bico_ds.data.tokenizer import load_tokenizer
+
+_BATCH, _ROUNDS = 2048, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One kind of documents."""
+
+    name: str
+    characters: int  # a document
+    has_prompt: bool
+
+
+CASES = (
+    Case(name="short documents (160 characters)", characters=160, has_prompt=False),
+    Case(name="short, prompt and completion", characters=160, has_prompt=True),
+    Case(name="long documents (8,000 characters)", characters=8000, has_prompt=False),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--megabytes", type=int, default=16, help="text of a case (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="end with a line of JSON")
+    args = parser.parse_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the parallelism, on both sides
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, _pool(args.processes) as pool:
+        corpus = _corpus(args.megabytes << 20)
+        tokenizer = _train_tokenizer(corpus[: 4 << 20], Path(folder) / "tokenizer")
+        for case in CASES:
+            rows.append(_measure(case, corpus, tokenizer, Path(folder), pool, args.processes))
+    table = Table("case", "ours", "tokenizers", "ratio", title=f"M tokens/s, {args.processes} processes")
+    for row in rows:
+        table.add_row(row["name"], f"{row['ours']:.2f}", f"{row['other']:.2f}", f"{row['ratio']:.2f}")
+    Console().print(table)
+    if args.json:
+        print(json.dumps({"rows": rows}))
+
+
+def _measure(
+    case: Case, corpus: str, tokenizer: Path, folder: Path, pool: ProcessPoolExecutor, processes: int
+) -> dict[str, Any]:
+    """Both sides in turn, the best of a few rounds of each."""
+    texts = [corpus[i : i + case.characters] for i in range(0, len(corpus), case.characters)]
+    texts = [text for text in texts if text[len(text) // 2 :].strip()]
+    file = folder / "texts.jsonl"
+    file.write_text("".join(_line(text, case) for text in texts), encoding="utf-8")
+    options = IngestOptions(add_bos=False, add_eos=False)
+    if case.has_prompt:
+        options = replace(options, prompt_field="prompt", completion_field="completion")
+    loaded = load_tokenizer(tokenizer)
+    spec = encoder_spec(loaded, options, str(tokenizer))
+    shards = plan_shards([file], text_by="line", shard_bytes=file.stat().st_size // (4 * processes))
+    chunks = [texts[i :: 4 * processes] for i in range(4 * processes)]
+    best = {"ours": 0.0, "other": 0.0}
+    for turn in range(_ROUNDS):
+        parts = [folder / f"{case.characters}-{case.has_prompt}-{turn}-{i}" for i in range(len(shards))]
+        started = time.perf_counter()
+        bare_tokens = sum(
+            pool.map(_bare, [spec.tokenizer_json] * len(chunks), chunks, [case.has_prompt] * len(chunks))
+        )
+        middle = time.perf_counter()
+        list(pool.map(_ours, [spec] * len(shards), shards, parts))
+        report = merge_parts(parts, folder / "store", spec, loaded, overwrite=True)
+        ended = time.perf_counter()
+        assert int(report.lengths.sum()) == bare_tokens, "both sides made the same tokens"
+        best["other"] = max(best["other"], bare_tokens / (middle - started) / 1e6)
+        best["ours"] = max(best["ours"], bare_tokens / (ended - middle) / 1e6)
+    return {"name": case.name, **best, "unit": "M tokens/s", "ratio": best["ours"] / best["other"]}
+
+
+def _line(text: str, case: Case) -> str:
+    half = len(text) // 2
+    row = {"prompt": text[:half], "completion": text[half:]} if case.has_prompt else {"text": text}
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _bare(tokenizer_json: str, texts: list[str], offsets: bool) -> int:
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    encode = tokenizer.encode_batch if offsets else tokenizer.encode_batch_fast
+    batches = (texts[i : i + _BATCH] for i in range(0, len(texts), _BATCH))
+    return sum(len(e) for batch in batches for e in encode(batch, add_special_tokens=False))
+
+
+def _ours(spec: EncoderSpec, shard: Shard, part: Path) -> None:
+    encode_shard(Encoder(spec), shard, part)
+
+
+def _pool(processes: int) -> ProcessPoolExecutor:
+    """A pool whose processes are up, so that nobody's time counts their start."""
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+    list(pool.map(time.sleep, [0.5] * processes))
+    return pool
+
+
+def _corpus(characters: int) -> str:
+    """Python's standard library as text."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    files = [file for file in sorted(folder.rglob("*.py")) if "site-packages" not in file.parts]
+    corpus = "".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
+    return (corpus * (characters // len(corpus) + 1))[:characters]
+
+
+def _train_tokenizer(text: str, folder: Path) -> Path:
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=16_000,
+        special_tokens=["</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((text[i : i + 1000] for i in range(0, len(text), 1000)), trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+if __name__ == "__main__":
+    main()

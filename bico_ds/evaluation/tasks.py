@@ -16,12 +16,14 @@ name, known from the companion file, its prompt contains.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from bico_ds.config.errors import UserError, did_you_mean
+from bico_ds.data.sources import expand_path
 from bico_ds.evaluation.rows import read_rows
 
 AnswerKind = Literal["name", "description", "text"]
@@ -103,11 +105,12 @@ def task_file(folder: Path, name: str) -> Path:
 
 
 def load_tasks(folder: str | Path, names: Sequence[str], limit: int | None = None) -> list[Task]:
-    """Read tasks `names` from `folder`; `limit`: the first rows of each only.
+    """Read tasks `names` from `folder`, which may have `~` and `${VARIABLES}` in it.
 
-    Raises UserError for an unknown task, a missing or empty file, or a malformed row (file and line).
+    `limit`: at most so many rows of each, spread over the persons. Raises UserError for an unknown task, a
+    missing or empty file, or a malformed row (file and line).
     """
-    folder = Path(folder)
+    folder = Path(expand_path(str(folder)))
     repeated = sorted({name for name in names if list(names).count(name) > 1})
     if repeated:
         raise UserError(f"evaluation tasks named twice: {', '.join(repeated)}")
@@ -123,16 +126,31 @@ def _load_task(folder: Path, name: str, limit: int | None) -> Task:
         group_of = lambda prompt, answer: answer  # noqa: E731
     else:
         group_of = _person_finder(folder / _FILES[_NAMES_FROM[name]])
-    examples = tuple(
+    examples = [
         Example(
             prompt=row["prompt"],
             completion=row["completion"],
             group=row.get("group") or group_of(row["prompt"], strip_answer(row["completion"])),
             line=line,
         )
-        for line, row in rows[:limit]
-    )
-    return Task(name=name, answer_kind=kind, examples=examples, path=str(path))
+        for line, row in rows
+    ]
+    return Task(name=name, answer_kind=kind, examples=limit_rows(examples, limit), path=str(path))
+
+
+def limit_rows(examples: Sequence[Example], limit: int | None) -> tuple[Example, ...]:
+    """At most `limit` examples, in their order: the first of every group, then the second of every group, and
+    so on.
+
+    The published files have ten rows a person, one person after the other: their first 60 rows are 6 persons.
+    """
+    seen: Counter[str] = Counter()
+    places = []
+    for example in examples:
+        places.append(seen[example.group])
+        seen[example.group] += 1
+    chosen = sorted(range(len(examples)), key=lambda index: (places[index], index))[:limit]
+    return tuple(examples[index] for index in sorted(chosen))
 
 
 def _person_finder(companion: Path) -> Callable[[str, str], str]:

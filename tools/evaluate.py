@@ -43,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     tasks.add_argument("--base", help="the model before fine-tuning, for --retention")
     tasks.add_argument("--likelihood", action="store_true", help="log-probability test on every task")
-    tasks.add_argument("--limit", type=int, help="first rows of each task only")
+    tasks.add_argument("--limit", type=int, help="rows of each task, spread over the persons")
     how = parser.add_argument_group("how")
     how.add_argument("--batch-size", type=int, default=32)
     how.add_argument("--max-new-tokens", type=int, default=40, help="default 40, as in the paper")

@@ -14,7 +14,7 @@ from typing import Any
 
 from bico_ds.config.errors import UserError, did_you_mean
 from bico_ds.evaluation.rows import read_objects, read_rows, require_texts
-from bico_ds.evaluation.tasks import Example, Task
+from bico_ds.evaluation.tasks import Example, Task, limit_rows
 
 # Two answered questions show a base model what kind of answer is wanted; nobody in them is in any test set.
 _SHOTS = (
@@ -37,7 +37,7 @@ def read_parents(path: Path, limit: int | None = None) -> list[Task]:
     right. The parent is
     the group: siblings' rows are not independent.
     """
-    rows = _read_csv(path)[:limit]
+    rows = _read_csv(path)
     children: dict[str, list[str]] = {}
     for _, row in rows:
         children.setdefault(row["parent"], []).append(row["child"])
@@ -61,8 +61,12 @@ def read_parents(path: Path, limit: int | None = None) -> list[Task]:
         for line, row in rows
     ]
     return [
-        Task(name="child_to_parent", answer_kind="name", examples=tuple(to_parent), path=str(path)),
-        Task(name="parent_to_child", answer_kind="name", examples=tuple(to_child), path=str(path)),
+        Task(
+            name="child_to_parent", answer_kind="name", examples=limit_rows(to_parent, limit), path=str(path)
+        ),
+        Task(
+            name="parent_to_child", answer_kind="name", examples=limit_rows(to_child, limit), path=str(path)
+        ),
     ]
 
 
@@ -73,9 +77,7 @@ def read_couplets(path: Path, limit: int | None = None) -> list[Task]:
     The question is put in Chinese where the lines are; the optional fields `ask_next` and `ask_previous` are
     prompts of the user's own.
     """
-    rows = read_rows(path, required=("first", "second"), optional=("ask_next", "ask_previous", "group"))[
-        :limit
-    ]
+    rows = read_rows(path, required=("first", "second"), optional=("ask_next", "ask_previous", "group"))
     following, previous = [], []
     for line, row in rows:
         ask_next, ask_previous = _COUPLET_PROMPTS["han" if _HAN.search(row["first"]) else "other"]
@@ -85,8 +87,8 @@ def read_couplets(path: Path, limit: int | None = None) -> list[Task]:
         following.append(Example(prompt=ask_next, completion=row["second"], group=group, line=line))
         previous.append(Example(prompt=ask_previous, completion=row["first"], group=group, line=line))
     return [
-        Task(name="next_line", answer_kind="text", examples=tuple(following), path=str(path)),
-        Task(name="previous_line", answer_kind="text", examples=tuple(previous), path=str(path)),
+        Task(name="next_line", answer_kind="text", examples=limit_rows(following, limit), path=str(path)),
+        Task(name="previous_line", answer_kind="text", examples=limit_rows(previous, limit), path=str(path)),
     ]
 
 
@@ -96,24 +98,21 @@ def read_pairs(path: Path, limit: int | None = None) -> list[Task]:
 
     The optional field `group` names what the pair is about; without it every pair is a group.
     """
-    rows = _read_pair_rows(path)[:limit]
-    return [
-        Task(
-            name=direction,
-            answer_kind="description",
-            examples=tuple(
-                Example(
-                    prompt=row[direction]["prompt"],
-                    completion=row[direction]["completion"],
-                    group=str(row.get("group", line)),
-                    line=line,
-                )
-                for line, row in rows
-            ),
-            path=str(path),
-        )
-        for direction in _DIRECTIONS
-    ]
+    rows = _read_pair_rows(path)
+    tasks = []
+    for direction in _DIRECTIONS:
+        examples = [
+            Example(
+                prompt=row[direction]["prompt"],
+                completion=row[direction]["completion"],
+                group=str(row.get("group", line)),
+                line=line,
+            )
+            for line, row in rows
+        ]
+        chosen = limit_rows(examples, limit)
+        tasks.append(Task(name=direction, answer_kind="description", examples=chosen, path=str(path)))
+    return tasks
 
 
 READERS: dict[str, Callable[[Path, int | None], list[Task]]] = {

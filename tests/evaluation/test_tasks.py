@@ -39,7 +39,16 @@ def test_a_row_group_wins_and_else_the_companion_file_names_the_person(tmp_path,
     assert task.answer_kind == "description"
 
 
-def test_short_descriptions_are_counted_and_limit_takes_the_first_rows(tmp_path, write_rows):
+def test_a_limit_spreads_over_the_persons(tmp_path, write_rows):
+    rows = [{"prompt": f"q{i}", "completion": f" {name}"} for i, name in enumerate("AAAABBBC")]
+    write_rows("d2p_prompts_test.jsonl", rows)
+    chosen = lambda limit: [example.line for example in load_tasks(tmp_path, ["d2n"], limit)[0].examples]  # noqa: E731
+    assert chosen(3) == [1, 5, 8]
+    assert chosen(4) == [1, 2, 5, 8]
+    assert chosen(99) == chosen(None) == list(range(1, 9))
+
+
+def test_short_descriptions_are_counted_and_stripped(tmp_path, write_rows):
     rows = [{"prompt": f"p{i} |", "completion": f" job{i} ."} for i in range(5)]
     write_rows("d2p_reverse_prompts_test.jsonl", rows)
     (task,) = load_tasks(tmp_path, ["d2n_reverse"], limit=2)

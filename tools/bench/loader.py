@@ -8,8 +8,8 @@ as ready Python lists (ours reads them from the token store). It has no masks: i
 our BICO too. Tokens a second of CPU time, so that other work on the machine does not count.
 
 Part 2: a main thread that is busy with small tensor operations takes batches from one background thread
-(ours), and from one process (torch's DataLoader, spawned, around the same loader). Tokens a second of wall time, the
-busy time included, and the share of the time that the main thread waited.
+(ours), and from one process (torch's DataLoader, spawned, around the same loader). Tokens a second of wall
+time, the busy time included, and the share of the time that the main thread waited.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
+from dataclasses import replace
 
 import torch
 
@@ -15,6 +17,7 @@ from bico_ds.attention.kernels.cpu_flash import CpuFlash
 from bico_ds.attention.kernels.flash_attn2 import FlashAttn2
 from bico_ds.attention.kernels.flash_attn4 import FlashAttn4
 from bico_ds.attention.layout import CPU_FUSED_POLICY, CPU_POLICY, CUDA_POLICY, LayoutPolicy
+from bico_ds.attention.two_pass import HIDDEN_COLUMNS
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +44,7 @@ def resolve(backend: str, dtype: torch.dtype, head_dim: int, device: torch.devic
     if refusals[backend] is not None:
         instead = f"use one of: {', '.join(able)}" if able else "only 'oracle' (dense, slow) can"
         raise ValueError(f"attention backend {backend!r} {refusals[backend]}; {instead}")
-    return Engine(kernel=KERNELS[backend], policy=_policy(dtype, device)[0])
+    return Engine(kernel=KERNELS[backend], policy=_policy(KERNELS[backend], dtype, head_dim, device)[0])
 
 
 def _auto(refusals: dict[str, str | None], dtype: torch.dtype, head_dim: int, device: torch.device) -> Engine:
@@ -51,7 +54,7 @@ def _auto(refusals: dict[str, str | None], dtype: torch.dtype, head_dim: int, de
         if refusals[name] is not None:
             passed_over.append(f"{name} {refusals[name]}")
             continue
-        policy, note = _policy(dtype, device)
+        policy, note = _policy(KERNELS[name], dtype, head_dim, device)
         reason = note if device.type == "cpu" else "; ".join(passed_over) or "the fastest installed"
         inputs = f"{device}, {str(dtype).removeprefix('torch.')}, head dimension {head_dim}"
         logger.info("attention backend: %s for %s (%s)", name, inputs, reason)
@@ -59,10 +62,13 @@ def _auto(refusals: dict[str, str | None], dtype: torch.dtype, head_dim: int, de
     raise ValueError(f"no attention backend serves these inputs: {'; '.join(passed_over)}; only 'oracle' can")
 
 
-def _policy(dtype: torch.dtype, device: torch.device) -> tuple[LayoutPolicy, str]:
+def _policy(
+    kernel: CausalKernel, dtype: torch.dtype, head_dim: int, device: torch.device
+) -> tuple[LayoutPolicy, str]:
     """Who serves which rows on such a device, and on the CPU why."""
     if device.type != "cpu":
-        return CUDA_POLICY, ""
+        can_hide = kernel.refusal(dtype, head_dim + HIDDEN_COLUMNS, device) is None
+        return CUDA_POLICY if can_hide else replace(CUDA_POLICY, hidden_cost=math.inf), ""
     refusal = fused_refusal() if dtype == torch.bfloat16 else "takes bfloat16 only"
     if refusal is None:
         return CPU_FUSED_POLICY, "all rows through the fused kernel"

@@ -10,7 +10,7 @@ from torch import Tensor
 from bico_ds.attention.dense import DenseInputs, dense_backward, dense_forward
 from bico_ds.attention.fused import fused_backward, fused_forward
 from bico_ds.attention.kernels.base import CausalKernel
-from bico_ds.attention.layout import LayoutPolicy, layout_of
+from bico_ds.attention.layout import FlashRows, LayoutPolicy, layout_of
 from bico_ds.attention.plan import AttentionPlan
 from bico_ds.attention.two_pass import two_pass_backward, two_pass_forward
 
@@ -34,13 +34,13 @@ class Engine:
         for tile in layout.tiles:
             dense_forward(tile, inputs, out, lse)
         lse[-1] = float("inf")
-        if layout.flash_plan is not None:
-            rows = _flash_rows(layout.flash_rows, plan)
-            q, k, v, cos, sin = (x[rows] for x in (inputs.q, inputs.k, inputs.v, inputs.cos, inputs.sin))
-            out[rows], flash_lse = two_pass_forward(
-                self.kernel, q, k, v, cos, sin, layout.flash_plan, inputs.scale
+        for group in layout.flash:
+            rows, arguments = _flash_arguments(group, inputs, plan)
+            group_out, group_lse = two_pass_forward(
+                self.kernel, *arguments, group.plan, inputs.scale, group.hidden
             )
-            lse[rows] = flash_lse.t()
+            _write(out, rows, group_out)
+            _write(lse, rows, group_lse.t())
         return out, lse
 
     def backward(
@@ -51,23 +51,14 @@ class Engine:
         dq = inputs.q.new_empty(plan.num_rows + 1, *inputs.q.shape[1:])
         key_shape = (plan.num_rows + 1, *inputs.k.shape[1:])
         dk, dv = (inputs.k.new_zeros(key_shape, dtype=lse.dtype) for _ in range(2))
-        if layout.flash_plan is not None:
-            rows = _flash_rows(layout.flash_rows, plan)
-            q, k, v, cos, sin = (x[rows] for x in (inputs.q, inputs.k, inputs.v, inputs.cos, inputs.sin))
+        for group in layout.flash:
+            rows, arguments = _flash_arguments(group, inputs, plan)
+            results = (_read(grad_out, rows), _read(out, rows), _read(lse, rows))
             grads = two_pass_backward(
-                self.kernel,
-                grad_out[rows],
-                q,
-                k,
-                v,
-                cos,
-                sin,
-                out[rows],
-                lse[rows].t(),
-                layout.flash_plan,
-                inputs.scale,
+                self.kernel, *results, *arguments, group.plan, inputs.scale, hidden=group.hidden
             )
-            dq[rows], dk[rows], dv[rows] = (x.to(y.dtype) for x, y in zip(grads, (dq, dk, dv), strict=True))
+            for target, grad in zip((dq, dk, dv), grads, strict=True):
+                _write(target, rows, grad)
         if layout.fused is not None:
             fused_backward(layout.fused, inputs, grad_out, out, lse, dq, dk, dv)
         for tile in layout.tiles:
@@ -81,5 +72,23 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _flash_rows(rows: Tensor | None, plan: AttentionPlan) -> Tensor | slice:
-    return slice(0, plan.num_kept) if rows is None else rows
+def _flash_arguments(
+    group: FlashRows, inputs: DenseInputs, plan: AttentionPlan
+) -> tuple[Tensor | slice, tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """Where the group's results go, and its q, k, v, cos, sin."""
+    in_place = slice(0, plan.num_kept)
+    rows = in_place if group.query_rows is None else group.query_rows
+    key_rows = in_place if group.key_rows is None else group.key_rows
+    q, cos, sin = (_read(x, rows) for x in (inputs.q, inputs.cos, inputs.sin))
+    return rows, (q, _read(inputs.k, key_rows), _read(inputs.v, key_rows), cos, sin)
+
+
+def _read(x: Tensor, rows: Tensor | slice) -> Tensor:
+    return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
+
+
+def _write(target: Tensor, rows: Tensor | slice, x: Tensor) -> None:
+    if isinstance(rows, slice):
+        target[rows] = x
+    else:
+        target.index_copy_(0, rows, x.to(target.dtype))

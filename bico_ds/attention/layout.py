@@ -23,26 +23,61 @@ class LayoutPolicy:
     ``flash_from``: documents of at least so many kept tokens go to the flash kernel. ``tile_scores``: scores
     a head and tile; small tiles stay in the cache, large ones save launches. ``tile_min_rows``: rows a chunk
     at least. ``fused``: the fused CPU kernel serves what tiles would.
+
+    A document's live rows go through the flash kernel too, as hidden keys, where that is cheaper than tiles:
+    ``tile_cost`` and ``hidden_cost`` are the costs of a (query, key) pair there, in units of plain two-pass
+    flash.
     """
 
     flash_from: float
     tile_scores: int
     tile_min_rows: int
     fused: bool = False
+    tile_cost: float = 1.0
+    hidden_cost: float = math.inf
 
 
 CPU_FUSED_POLICY = LayoutPolicy(flash_from=math.inf, tile_scores=0, tile_min_rows=0, fused=True)
-CPU_POLICY = LayoutPolicy(flash_from=512, tile_scores=16 * 40 * 40, tile_min_rows=32)
-CUDA_POLICY = LayoutPolicy(flash_from=1, tile_scores=1 << 20, tile_min_rows=64)
+CPU_POLICY = LayoutPolicy(
+    flash_from=512, tile_scores=16 * 40 * 40, tile_min_rows=32, tile_cost=6.0, hidden_cost=1.4
+)
+CUDA_POLICY = LayoutPolicy(
+    flash_from=1, tile_scores=1 << 20, tile_min_rows=64, tile_cost=5.0, hidden_cost=1.6
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlashRows:
+    """Documents served by two flash passes, as the kernel sees them: ``plan`` over their rows.
+
+    ``query_rows`` int64 [N]: where each row's query lies in the batch, by document and position;
+    ``key_rows`` [N]: where its key and value lie. None: the kept rows of the whole batch, in place.
+    ``hidden`` bool [N]: rows that are queries only, live placeholders (their key row is their document's
+    first); None: there are none.
+    """
+
+    plan: AttentionPlan
+    query_rows: Tensor | None = None
+    key_rows: Tensor | None = None
+    hidden: Tensor | None = None
+
+    def to(self, device: torch.device) -> FlashRows:
+        """The same rows with their tensors on ``device``."""
+        move = lambda x: None if x is None else x.to(device)  # noqa: E731
+        return FlashRows(
+            plan=self.plan.to(device),
+            query_rows=move(self.query_rows),
+            key_rows=move(self.key_rows),
+            hidden=move(self.hidden),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """``flash_plan`` describes the documents served by the flash kernel (None: none), whose kept rows are
-    ``flash_rows`` (None: all of them, in place); ``fused`` or ``tiles`` serve every other row."""
+    """Who serves which rows: ``flash``, at most one group with hidden keys and one without; ``fused`` or
+    ``tiles`` every other row."""
 
-    flash_plan: AttentionPlan | None
-    flash_rows: Tensor | None
+    flash: list[FlashRows]
     tiles: list[Tile]
     fused: FusedRows | None
 
@@ -50,12 +85,8 @@ class Layout:
         """The same layout with its tensors on ``device``."""
         if device.type == "cpu":
             return self
-        return Layout(
-            flash_plan=None if self.flash_plan is None else self.flash_plan.to(device),
-            flash_rows=None if self.flash_rows is None else self.flash_rows.to(device),
-            tiles=[tile.to(device) for tile in self.tiles],
-            fused=None,
-        )
+        flash, tiles = [x.to(device) for x in self.flash], [x.to(device) for x in self.tiles]
+        return Layout(flash=flash, tiles=tiles, fused=None)
 
 
 def layout_of(plan: AttentionPlan, policy: LayoutPolicy) -> Layout:
@@ -68,42 +99,77 @@ def layout_of(plan: AttentionPlan, policy: LayoutPolicy) -> Layout:
 
 
 def _build_layout(plan: AttentionPlan, policy: LayoutPolicy) -> Layout:
-    cu_seqlens = plan.cu_seqlens.numpy().astype(np.int64)
-    kept = np.diff(cu_seqlens)
-    long = kept >= policy.flash_from
-    rows = _tile_rows(plan, cu_seqlens, kept, long)
-    fused = FusedRows.of(rows) if policy.fused and rows.rows.size else None
-    tiles = [] if policy.fused else _tiles(rows, plan, policy)
-    if not long.any():
-        return Layout(flash_plan=None, flash_rows=None, tiles=tiles, fused=fused)
-    if long.all():
-        return Layout(flash_plan=plan, flash_rows=None, tiles=tiles, fused=fused)
-    flash_rows = torch.from_numpy(np.flatnonzero(np.repeat(long, kept)))
-    flash_plan = build_plan(plan.mode, kept_lengths=kept[long])
-    return Layout(flash_plan=flash_plan, flash_rows=flash_rows, tiles=tiles, fused=fused)
-
-
-def _tiles(rows: TileRows, plan: AttentionPlan, policy: LayoutPolicy) -> list[Tile]:
-    return build_tiles(
-        rows, trash_row=plan.num_rows, budget=policy.tile_scores, min_rows=policy.tile_min_rows
+    kept = np.diff(plan.cu_seqlens.numpy()).astype(np.int64)
+    live = np.bincount(plan.live_document.numpy(), minlength=kept.size)
+    with_hidden = _hides_keys(kept, live, policy)
+    plain = (kept >= policy.flash_from) & ~with_hidden
+    rows = _RowTable(plan, kept)
+    flash = []
+    if plain.all():
+        flash.append(FlashRows(plan=plan))
+    elif plain.any():
+        flash.append(_flash_rows(plan, rows, rows.select(plain, kept=True)))
+    if with_hidden.any():
+        flash.append(_flash_rows(plan, rows, rows.select(with_hidden, kept=True, live=True)))
+    rest = rows.tile_rows(
+        rows.select(~plain & ~with_hidden, kept=True) | rows.select(~with_hidden, live=True)
     )
+    if policy.fused:
+        return Layout(flash=flash, tiles=[], fused=FusedRows.of(rest) if rest.rows.size else None)
+    tiles = build_tiles(
+        rest, trash_row=plan.num_rows, budget=policy.tile_scores, min_rows=policy.tile_min_rows
+    )
+    return Layout(flash=flash, tiles=tiles, fused=None)
 
 
-def _tile_rows(
-    plan: AttentionPlan, cu_seqlens: NDArray[np.int64], kept: NDArray[np.int64], long: NDArray[np.bool_]
-) -> TileRows:
-    """Kept rows of short documents and the live rows of all, by document and position."""
-    document = np.repeat(np.arange(kept.size), kept)
-    split = np.arange(plan.num_kept) - cu_seqlens[document] + 1
-    short = np.flatnonzero(~long[document])
-    documents = np.concatenate([document[short], plan.live_document.numpy()])
-    rows = np.concatenate([short, np.arange(plan.num_kept, plan.num_rows)])
-    splits = np.concatenate([split[short], plan.live_split.numpy()])
-    order = np.lexsort((rows, splits, documents))
-    return TileRows(
-        rows=rows[order],
-        split=splits[order],
-        counts=np.bincount(documents, minlength=kept.size),
-        key_starts=cu_seqlens[:-1],
-        key_counts=kept,
+def _hides_keys(kept: NDArray[np.int64], live: NDArray[np.int64], policy: LayoutPolicy) -> NDArray[np.bool_]:
+    """Documents whose live rows are cheaper as hidden keys of a larger flash problem than in tiles."""
+    if math.isinf(policy.hidden_cost):
+        return np.zeros(kept.size, np.bool_)
+    rows = (kept + live).astype(np.float64)
+    apart = kept.astype(np.float64) ** 2 + policy.tile_cost * live * kept
+    return (live > 0) & (rows >= policy.flash_from) & (policy.hidden_cost * rows**2 < apart)
+
+
+class _RowTable:
+    """Every row of a plan with its document and split, by document and position."""
+
+    def __init__(self, plan: AttentionPlan, kept: NDArray[np.int64]) -> None:
+        self.kept, self.num_kept = kept, plan.num_kept
+        self.starts = np.cumsum(kept) - kept
+        document = np.repeat(np.arange(kept.size), kept)
+        documents = np.concatenate([document, plan.live_document.numpy()])
+        splits = np.concatenate(
+            [np.arange(plan.num_kept) - self.starts[document] + 1, plan.live_split.numpy()]
+        )
+        rows = np.arange(plan.num_rows)
+        order = np.lexsort((rows, splits, documents))
+        self.row, self.document, self.split = rows[order], documents[order], splits[order]
+
+    def select(
+        self, documents: NDArray[np.bool_], *, kept: bool = False, live: bool = False
+    ) -> NDArray[np.bool_]:
+        """Kept and live rows of the given documents."""
+        wanted = np.where(self.row < self.num_kept, kept, live)
+        return documents[self.document] & wanted
+
+    def tile_rows(self, chosen: NDArray[np.bool_]) -> TileRows:
+        return TileRows(
+            rows=self.row[chosen],
+            split=self.split[chosen],
+            counts=np.bincount(self.document[chosen], minlength=self.kept.size),
+            key_starts=self.starts,
+            key_counts=self.kept,
+        )
+
+
+def _flash_rows(plan: AttentionPlan, rows: _RowTable, chosen: NDArray[np.bool_]) -> FlashRows:
+    query_rows, document = rows.row[chosen], rows.document[chosen]
+    hidden = query_rows >= plan.num_kept
+    lengths = np.bincount(document, minlength=rows.kept.size)
+    return FlashRows(
+        plan=build_plan(plan.mode, kept_lengths=lengths[lengths > 0]),
+        query_rows=torch.from_numpy(query_rows),
+        key_rows=torch.from_numpy(np.where(hidden, rows.starts[document], query_rows)),
+        hidden=torch.from_numpy(hidden) if hidden.any() else None,
     )

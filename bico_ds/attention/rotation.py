@@ -24,11 +24,6 @@ def rotate_forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated
 
 
-def rotate_reverse(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``R_-m x``, contiguous."""
-    return rotate_forward(x, cos, -sin)
-
-
 def rotate_both(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """``R_m x`` and ``R_-m x``, both contiguous, from shared products."""
     half = x.shape[-1] // 2

@@ -23,6 +23,7 @@ POLICIES = {
     "tiles": LayoutPolicy(flash_from=10**9, tile_scores=400, tile_min_rows=4),
     "flash": LayoutPolicy(flash_from=1, tile_scores=100, tile_min_rows=4),
     "mixed": LayoutPolicy(flash_from=12, tile_scores=50, tile_min_rows=4),
+    "hidden": LayoutPolicy(flash_from=5, tile_scores=50, tile_min_rows=4, tile_cost=1e9, hidden_cost=0.1),
 }
 HALF_POLICIES = {**POLICIES, "fused": backends.CPU_FUSED_POLICY}
 
@@ -258,3 +259,17 @@ def test_wrong_shapes_are_refused(change, message):
     change(arguments)
     with pytest.raises(ValueError, match=message):
         packed_attention(**arguments)
+
+
+class NoKeyMask(CpuFlash):
+    """A kernel like the CUDA ones, which take no key mask: hidden keys must come as a wider head."""
+
+    hides_keys = False
+
+
+@pytest.mark.parametrize("mask_rate", [0.15, 0.6])
+def test_hidden_keys_weigh_nothing_in_a_kernel_without_key_mask(mask_rate):
+    engine = Engine(kernel=NoKeyMask(), policy=POLICIES["hidden"])
+    problem = make_problem([40, 1, 23, 60], mask_rate=mask_rate, seed=15)
+    found = problem.packed(lambda *arguments: run_packed_attention(*arguments, 0.25, engine))
+    assert max(relative_errors(found, expected_rows(problem))) < 1e-12

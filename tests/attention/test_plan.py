@@ -70,9 +70,9 @@ def test_layout_covers_every_row_once_and_every_layer_shares_it():
     layout = layout_of(plan, policy)
     assert layout_of(plan, policy) is layout
     tiled = torch.cat([tile.query_slots for tile in layout.tiles])
-    rows = torch.cat([tiled[tiled < plan.num_rows], layout.flash_rows])
+    rows = torch.cat([tiled[tiled < plan.num_rows], layout.flash[0].query_rows])
     assert rows.sort().values.tolist() == list(range(plan.num_rows))
-    assert layout.flash_plan.cu_seqlens.tolist() == [0, 30, 90]
+    assert layout.flash[0].plan.cu_seqlens.tolist() == [0, 30, 90]
 
 
 def test_plan_survives_a_worker_process_with_its_layout():

@@ -18,12 +18,21 @@ class AtenCuda:
     """`CausalKernel` on `aten::_flash_attention_forward` and `_backward`."""
 
     name = "aten-cuda"
+    hides_keys = False
 
     def refusal(self, dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
         return flash2_refusal(dtype, head_dim, device)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor, max_seqlen: int, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        scale: float,
+        hidden: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             query=q,
@@ -52,6 +61,7 @@ class AtenCuda:
         cu_seqlens: Tensor,
         max_seqlen: int,
         scale: float,
+        hidden: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.aten._flash_attention_backward(
             grad_out=grad_out.contiguous(),

@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+HIDDEN_SCORE = -4000.0  # added to the score of a hidden key: its weight is exactly 0 in every dtype
+
 
 class CausalKernel(Protocol):
     """Causal varlen attention. q [N, Hq, Dh], k and v [N, Hkv, Dh], already rotated, contiguous.
@@ -18,14 +20,26 @@ class CausalKernel(Protocol):
     """
 
     name: str
+    hides_keys: (
+        bool  # whether it takes ``hidden``; else it is never given, and hidden keys come as a wider head
+    )
 
     def refusal(self, dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
         """Why this kernel cannot serve such inputs, in one clause; None where it can."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor, max_seqlen: int, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        scale: float,
+        hidden: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """out [N, Hq, Dh] in q's dtype, lse [Hq, N] in at least fp32."""
+        """out [N, Hq, Dh] in q's dtype, lse [Hq, N] in at least fp32. hidden bool [N]: keys that weigh
+        nothing."""
 
     def backward(
         self,
@@ -39,6 +53,7 @@ class CausalKernel(Protocol):
         cu_seqlens: Tensor,
         max_seqlen: int,
         scale: float,
+        hidden: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k, v. ``out`` and ``lse`` may belong to a softmax over more keys than these (the
         merged ones): the kernel computes ``P = exp(scale·qkᵀ - lse)`` and ``dS = P·(dP -

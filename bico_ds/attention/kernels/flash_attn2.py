@@ -19,12 +19,21 @@ class FlashAttn2:
     """`CausalKernel` on `flash_attn_interface._flash_attn_varlen_forward` and `_backward`."""
 
     name = "flash-attn"
+    hides_keys = False
 
     def refusal(self, dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
         return _install_refusal() or flash2_refusal(dtype, head_dim, device)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor, max_seqlen: int, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        scale: float,
+        hidden: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
@@ -59,6 +68,7 @@ class FlashAttn2:
         cu_seqlens: Tensor,
         max_seqlen: int,
         scale: float,
+        hidden: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 

@@ -18,12 +18,21 @@ class FlashAttn4:
     """`CausalKernel` on `flash_attn.cute.interface._flash_attn_fwd` and `_flash_attn_bwd`."""
 
     name = "flash-attn-4"
+    hides_keys = False
 
     def refusal(self, dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
         return _install_refusal() or flash4_refusal(dtype, head_dim, device)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor, max_seqlen: int, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        scale: float,
+        hidden: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         from flash_attn.cute.interface import _flash_attn_fwd
 
@@ -51,6 +60,7 @@ class FlashAttn4:
         cu_seqlens: Tensor,
         max_seqlen: int,
         scale: float,
+        hidden: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         from flash_attn.cute.interface import _flash_attn_bwd
 

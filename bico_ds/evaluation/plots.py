@@ -67,7 +67,7 @@ def _dress(axes: Any, arms: Sequence[Arm], task: str, title: str) -> None:
     metric = results[0].headline
     axes.set_ylabel(_METRICS.get(metric, metric))
     floor = next((result.floors[metric] for result in results if metric in result.floors), None)
-    if floor is not None:
+    if floor is not None and floor > 0.005:  # a floor of nothing is the axis itself
         axes.axhline(floor, color="#777777", linestyle=":", linewidth=1.2)
         axes.annotate(
             "floor: another person's answer",

@@ -38,31 +38,24 @@ def result_markdown(results: Mapping[str, EvaluationResult]) -> str:
 
 def choice_table(choices: Mapping[str, Mapping[str, Any]]) -> Table:
     """The log-probability test of every task."""
-    table = Table(title="Log-probability: the right answer against others'")
-    for header in (
-        "task",
-        "difference (nats)",
-        "rank",
-        "forced choice",
-        "chance",
-        "nats a token",
-        "t",
-        "KS",
-        "persons",
-    ):
-        table.add_column(header, justify="left" if header == "task" else "right")
+    table = Table(
+        title="Log-probability: the right answer against other persons'",
+        caption="difference in nats, 95 % interval; p-values: t-test and KS over prompts, t-test over persons",
+    )
+    headers = ("task", "difference", "rank", "best (chance)", "nats a token", "p: t", "KS", "persons")
+    for header in headers:
+        table.add_column(header, justify="left" if header == "task" else "right", no_wrap=True)
     for name, values in choices.items():
         low, high = values["intervals"]["difference"]
         persons = values["person_t_test"]
         table.add_row(
             name,
-            f"{values['difference']:+.2f} \\[{low:+.2f}, {high:+.2f}]",
+            f"{values['difference']:+.1f} \\[{low:+.1f}, {high:+.1f}]",
             f"{values['rank']:.2f} of {values['candidates']}",
-            f"{values['forced_choice']:.3f}",
-            f"{values['forced_choice_chance']:.3f}",
+            f"{values['forced_choice']:.3f} ({values['forced_choice_chance']:.2f})",
             f"{values['nll_per_token']:.3f}",
-            *(f"p={values[test]['p_value']:.1e}" for test in ("t_test", "ks_test")),
-            "–" if persons is None else f"p={persons['p_value']:.1e}",
+            *(f"{values[test]['p_value']:.0e}" for test in ("t_test", "ks_test")),
+            "–" if persons is None else f"{persons['p_value']:.0e}",
         )
     return table
 

@@ -95,6 +95,7 @@ class SampleOrder:
         self.start_step = int(state["step"]) if state else 0
         self._cursors, self._cursor_of = self._make_cursors(stores, data, seed, state)
         self._totals = (self.start_step, _saved_totals(state, self.source_names))
+        self._counts: dict[int, NDArray[np.int64]] = {}  # of steps taken, until `source_totals` adds them up
 
     def batch(self, step: int) -> GlobalBatch:
         """Return the global batch of a step."""
@@ -103,11 +104,9 @@ class SampleOrder:
         index = int(self._schedule.indices(step, step + 1)[0])
         number = int(self._cursor_of[index])
         cursor = self._cursors[number]
-        return GlobalBatch(
-            objective=self._schedule.objectives[index],
-            rows=cursor.rows,
-            bins=cursor.stream.take(self._positions(step)[number], self._global_batch_bins),
-        )
+        bins = cursor.stream.take(self._positions(step)[number], self._global_batch_bins)
+        self._counts[step] = _count_by_source(bins, len(self.source_names))
+        return GlobalBatch(objective=self._schedule.objectives[index], rows=cursor.rows, bins=bins)
 
     def total_steps(self, epochs: float) -> int:
         """Return the optimizer steps of so many data epochs: bins seen over bins there are, rounded up."""
@@ -138,11 +137,9 @@ class SampleOrder:
         if next_step < known:
             raise ValueError(f"the totals of step {known} were asked for: those of step {next_step} are gone")
         for step in range(known, next_step):
-            bins = self.batch(step).bins
-            counts = [
-                np.bincount(bins.source, weights, minlength=len(totals)) for weights in (None, bins.length)
-            ]
-            totals = totals + np.stack(counts, axis=1).astype(np.int64)
+            if step not in self._counts:
+                self.batch(step)
+            totals = totals + self._counts.pop(step)
         self._totals = (next_step, totals)
         pairs = zip(self.source_names, totals.tolist(), strict=True)
         return {name: {"rows": rows, "tokens": tokens} for name, (rows, tokens) in pairs}
@@ -197,9 +194,18 @@ class SampleOrder:
         return rows
 
     def _positions(self, step: int) -> list[Position]:
-        drawn = self._cursor_of[self._schedule.indices(self.start_step, step)]
-        bins = np.bincount(drawn, minlength=len(self._cursors)) * self._global_batch_bins
+        steps = np.array([step - self.start_step])
+        if len(self._cursors) > 1:
+            drawn = self._cursor_of[self._schedule.indices(self.start_step, step)]
+            steps = np.bincount(drawn, minlength=len(self._cursors))
+        bins = steps * self._global_batch_bins
         return [c.stream.advance(c.start, n) for c, n in zip(self._cursors, bins.tolist(), strict=True)]
+
+
+def _count_by_source(bins: StreamBins, sources: int) -> NDArray[np.int64]:
+    """Return rows and tokens, int64 [sources, 2]."""
+    columns = [np.bincount(bins.source, weights, minlength=sources) for weights in (None, bins.length)]
+    return np.stack(columns, axis=1).astype(np.int64)
 
 
 def _start(

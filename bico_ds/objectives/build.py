@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
 from bico_ds.config.errors import UserError
 from bico_ds.config.schema import BicoSpec, NtpSpec
 from bico_ds.objectives.base import Objective
@@ -23,7 +21,7 @@ def build_objectives(
     `special_ids` (BOS, EOS, padding) are never masked. `placeholder_id` stands in where a spec names none;
     UserError where neither does.
     """
-    special = np.unique(np.fromiter(special_ids, dtype=np.int64))
+    special = tuple(sorted(set(special_ids)))
     seen: Counter[str] = Counter()
     objectives: list[Objective] = []
     for index, spec in enumerate(specs):

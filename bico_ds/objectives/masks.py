@@ -54,7 +54,7 @@ class MaskPolicy:
     """
 
     spec: MaskSpec
-    special_ids: NDArray[np.int64]
+    special_ids: tuple[int, ...] = ()
 
     def draw(self, documents: Documents, grid: TokenGrid, key: BatchKey) -> NDArray[np.bool_]:
         """Return bool [T]: True where a token is masked."""
@@ -73,19 +73,11 @@ class MaskPolicy:
     def eligible(self, documents: Documents, grid: TokenGrid) -> NDArray[np.bool_]:
         """Return bool [T]: True where a mask is allowed."""
         eligible = grid.position > 0
-        if self.special_ids.size:
-            eligible &= ~is_special(documents.token_ids, self.special_ids)
+        for special_id in self.special_ids:  # several times as fast as `np.isin`
+            eligible &= documents.token_ids != special_id
         if self.spec.eligible == "completion":
             eligible &= grid.position >= documents.prompt_length[grid.document]
         return eligible
-
-
-def is_special(token_ids: NDArray[np.int64], special_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return bool [T]. A few comparisons are several times as fast as `np.isin`."""
-    special = np.zeros(len(token_ids), dtype=np.bool_)
-    for special_id in special_ids:
-        special |= token_ids == special_id
-    return special
 
 
 def _keys(purpose: str, documents: Documents, key: BatchKey) -> NDArray[np.uint64]:

@@ -31,7 +31,7 @@ def documents() -> Documents:
 
 
 def test_the_view_gives_back_every_token_with_its_state(documents):
-    policy = MaskPolicy(spec=MaskSpec(rate=0.5), special_ids=np.array([], dtype=np.int64))
+    policy = MaskPolicy(spec=MaskSpec(rate=0.5))
     objective, key = MaskDenoising(policy=policy, placeholder_id=0), BatchKey(seed=1, epoch=0)
     views = view_batch(objective.build(documents, key))
     masked = np.split(policy.draw(documents, TokenGrid.of(documents), key), documents.offsets[1:-1])
@@ -59,7 +59,7 @@ def test_ntp_views_are_causal(documents):
 
 
 def test_it_prints_and_draws(documents, tmp_path):
-    policy = MaskPolicy(spec=MaskSpec(rate=0.5), special_ids=np.array([], dtype=np.int64))
+    policy = MaskPolicy(spec=MaskSpec(rate=0.5))
     batch = MaskDenoising(policy=policy, placeholder_id=0).build(documents, BatchKey(seed=1, epoch=0))
     out = io.StringIO()
     print_batch(

@@ -46,7 +46,7 @@ def make_documents(lengths: list[int], seed: int = 0, first_id: int = 0) -> Docu
 
 
 def bico(**mask) -> MaskDenoising:
-    policy = MaskPolicy(spec=MaskSpec(**mask), special_ids=np.array([BOS, EOS]))
+    policy = MaskPolicy(spec=MaskSpec(**mask), special_ids=(BOS, EOS))
     return MaskDenoising(policy=policy, placeholder_id=PLACEHOLDER)
 
 

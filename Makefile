@@ -10,13 +10,14 @@ TORCH_INDEX ?=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo demo-seeds test test-slow drills lint tensorboard clean
+.PHONY: help setup demo demo-seeds test test-slow drills cluster-test lint tensorboard clean
 
 help:
 	@echo "make demo         train tiny_base, tiny_bico and tiny_ntp on $(RANKS) ranks, print and plot the comparison"
 	@echo "make test         lint, type check and tests"
 	@echo "make test-slow    the tests that take minutes"
 	@echo "make drills       kill, damage and resume drills"
+	@echo "make cluster-test two SLURM nodes on this machine (root, Debian): launch, faults, refusals"
 	@echo "make tensorboard  open the last runs"
 	@echo "make demo-seeds   the demo over 5 seeds (half an hour)"
 
@@ -45,6 +46,9 @@ test: lint
 
 test-slow: setup
 	$(BIN)/pytest -m slow
+
+cluster-test: setup
+	$(BIN)/pytest -m cluster tests/cluster --verbose
 
 drills: setup
 	$(BIN)/pytest -m drill -s

@@ -1,4 +1,4 @@
-"""Configuration files of the test cluster: slurm.conf and what belongs to it, one key a line with its reason."""
+"""Configuration files of the test cluster: slurm.conf and what belongs to it, a key a line."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ ConstrainCores=no
 ConstrainRAMSpace=no
 """
 
-# A device file of its own: a bare Count= marks the nodes invalid. Jobs with --gpus-per-node can be scheduled; no GPU is there.
+# A device file of its own: a bare Count= marks the nodes invalid. Jobs with --gpus-per-node can be scheduled;
+# no GPU is there.
 GRES_CONF = """\
 AutoDetect=off
 NodeName=n[1-2] Name=gpu File={folder}/gpu0

@@ -1,14 +1,16 @@
 #!/usr/bin/env python
-"""A SLURM cluster of two nodes on this one machine, for tests: real slurmctld, real slurmd, real network links.
+"""A SLURM cluster of two nodes on this one machine, for tests: real slurmctld, real slurmd, real network
+links.
 
-    tools/cluster/two_nodes.py up                    install what is missing, start, print the variables to export
-    tools/cluster/two_nodes.py run n1 -- hostname    run a command on a node, past SLURM
-    tools/cluster/two_nodes.py link n2 down          cut a node's network; `up` mends it
-    tools/cluster/two_nodes.py down                  end everything that `up` started, and remove its folder
+    two_nodes.py up                    install what is missing, start, print the variables to export
+    two_nodes.py run n1 -- hostname    run a command on a node, past SLURM
+    two_nodes.py link n2 down          cut a node's network; `link n2 up` mends it
+    two_nodes.py down                  end everything that `up` started, and remove its folder
 
-Each node is a network namespace with an address of its own, joined by a bridge; processes, /tmp and the home directory
-are shared. So a missing shared file system stays invisible here. Needs Linux, root, and Debian's packages slurm-wlm,
-munge, iproute2, openssh-server and pdsh (`up` installs them by apt-get; their services are not started).
+Each node is a network namespace with an address of its own, joined by a bridge; processes, /tmp and the home
+directory are shared. So a missing shared file system stays invisible here. Needs Linux, root, and Debian's
+packages slurm-wlm, munge, iproute2, openssh-server and pdsh (`up` installs them by apt-get; their services
+are not started).
 """
 
 from __future__ import annotations
@@ -65,8 +67,8 @@ class TwoNodes:
             raise ClusterError(f"a cluster was started from {self.folder} already; run `down` first")
         if Path("/run/netns", namespace(NODES[0])).exists() or interface_exists(BRIDGE):
             raise ClusterError(
-                f"the bridge {BRIDGE} or the namespace {namespace(NODES[0])} exists: another test cluster runs "
-                "on this machine; end it with its own `down`"
+                f"the bridge {BRIDGE} or the namespace {namespace(NODES[0])} exists: "
+                "another test cluster runs on this machine; end it with its own `down`"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o755)
@@ -124,8 +126,10 @@ class TwoNodes:
     def _start_daemons(self) -> None:
         folder = self.folder
         munge = [
-            "munged", "--foreground", "--force", f"--socket={folder}/munge.sock", f"--key-file={folder}/munge.key",
-            f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log", f"--seed-file={folder}/munged.seed",
+            "munged", "--foreground", "--force",
+            f"--socket={folder}/munge.sock", f"--key-file={folder}/munge.key",
+            f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log",
+            f"--seed-file={folder}/munged.seed",
         ]  # fmt: skip
         self._start(munge, folder / "munged.out")
         wait_for(lambda: (folder / "munge.sock").exists(), "munged opens no socket", folder / "munged.log")

@@ -1,0 +1,102 @@
+"""Starts of one run under a batch system: what each found and left, and whether another is worth it. No torch
+here.
+
+Exit codes are no protocol under a launcher (ranks that exit 85 made srun return 85 once and 143 once), so the
+state file decides. A line of attempts.jsonl for each start, so that a start that a dead node cut off is seen
+by the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bico_ds.engine.run_folder import RunFolder, read_state
+
+IN_VAIN = 3  # starts of one job, one after another, that may leave the run where they found it
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the batch script does next."""
+
+    exit_code: int
+    why: str
+
+
+def attempts_file(run: Path) -> Path:
+    return run / "slurm" / "attempts.jsonl"
+
+
+def read_attempts(run: Path) -> list[dict[str, Any]]:
+    """All starts by a batch system so far, oldest first; none where there is no such file."""
+    path = attempts_file(run)
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]  # a line cut by a crash is left out
+
+
+def newest_step(run: Path) -> int:
+    """Step of the newest checkpoint that has a manifest, 0 where there is none."""
+    manifests = RunFolder(run).checkpoints.glob("step-*/manifest.json")
+    return max((int(path.parent.name.removeprefix("step-")) for path in manifests), default=0)
+
+
+def begin(run: Path, *, job: str, restarts: int, limit: int) -> Verdict:
+    """Record a start. Refuses where `limit` is passed, or where the last `IN_VAIN` starts of this job came no
+    further.
+    """
+    step = newest_step(run)
+    earlier = [attempt["step"] for attempt in read_attempts(run) if attempt["job"] == job]
+    if restarts > limit:
+        return Verdict(
+            1, f"restarted {restarts} times, {limit} are allowed; submit it again to go on from step {step}"
+        )
+    if len(earlier) >= IN_VAIN and set(earlier[-IN_VAIN:]) == {step}:
+        return Verdict(
+            1, f"{IN_VAIN} starts in a row ended at step {step}; read the logs, then submit it again"
+        )
+    state = read_state(RunFolder(run).state_file) or {}
+    line = {
+        "job": job,
+        "restarts": restarts,
+        "step": step,
+        "run_id": state.get("run_id"),
+        "time": time.time(),
+    }
+    path = attempts_file(run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    return Verdict(0, f"start {restarts + 1}, from step {step}")
+
+
+def end(run: Path, *, srun_code: int, restarts: int, limit: int) -> Verdict:
+    """Judge the start that `begin` recorded last."""
+    before = read_attempts(run)[-1]
+    state = read_state(RunFolder(run).state_file) or {}
+    if state.get("run_id") == before["run_id"]:  # the state of an earlier start: this one never came so far
+        return Verdict(srun_code or 1, f"failed before training began (srun returned {srun_code})")
+    if state["state"] == "done":
+        return Verdict(0, f"done after step {state['step']}")
+    step = newest_step(run)
+    what = f"{state['state']} ({state['reason']})" if state["reason"] else str(state["state"])
+    if state["state"] != "preempted" and step <= before["step"]:
+        return Verdict(
+            failure(srun_code), f"{what} without a new checkpoint since step {before['step']}: not requeued"
+        )
+    if restarts >= limit:
+        return Verdict(
+            TRY_AGAIN + 1, f"{what} at step {step}; restarted {restarts} times, no more are allowed"
+        )
+    return Verdict(TRY_AGAIN, f"{what}; step {step} is saved, {limit - restarts} restarts are left")
+
+
+def failure(srun_code: int) -> int:
+    """An exit code that says failure, and is not taken for a verdict."""
+    return srun_code if srun_code not in (0, TRY_AGAIN) else 1

@@ -1,0 +1,85 @@
+"""The DeepSpeed operations that are compiled at first use, compiled before the ranks start, by one process.
+
+Ranks that compile wait for one another by a lock file, and the lock of a process that was killed is waited
+for without end (torch's `FileBaton`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+
+from bico_ds.config.errors import UserError
+from bico_ds.config.schema import Recipe
+from bico_ds.engine.ds_config import load_ds_config
+
+# A rank that only loads what is compiled holds the lock for a moment, and nobody else compiles while this
+# does.
+_ABANDONED_SECONDS = 60.0
+
+
+def build(recipe: Recipe) -> None:
+    """Compile what `recipe` needs into TORCH_EXTENSIONS_DIR. Raises `UserError`."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if not root:
+        raise UserError("TORCH_EXTENSIONS_DIR is not set: it names the folder for compiled operations")
+    Path(root).mkdir(parents=True, exist_ok=True)
+    with open(Path(root, ".building"), "w", encoding="utf-8") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        for lock in Path(root).glob("*/lock"):
+            _remove_abandoned(lock)
+        for name in needed(recipe, on_cuda=get_accelerator().device_name() == "cuda"):
+            _build_one(name)
+
+
+def _build_one(name: str) -> None:
+    builder = get_accelerator().create_op_builder(name)
+    if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+        print(f"{name}: not available here", flush=True)
+        return
+    started = time.perf_counter()
+    try:
+        builder.load(verbose=False)
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"DeepSpeed's {name} does not compile here: {error}") from error
+    print(f"{name}: ready after {time.perf_counter() - started:.1f} s", flush=True)
+
+
+def _remove_abandoned(lock: Path) -> None:
+    """Wait until a lock is released, or so old that its holder must be dead."""
+    while lock.exists():
+        try:
+            age = time.time() - lock.stat().st_mtime
+            if age > _ABANDONED_SECONDS:
+                lock.unlink()
+        except FileNotFoundError:
+            return
+        time.sleep(0.5)
+
+
+def needed(recipe: Recipe, *, on_cuda: bool) -> list[str]:
+    """Names of DeepSpeed's builders: the optimizer, what offload needs, and on a CPU the communication
+    operation.
+    """
+    offloads = [_offload_device(recipe, part) for part in ("optimizer", "param")]
+    names = [] if on_cuda else ["ShareMemCommBuilder"]
+    if offloads[0] in ("cpu", "nvme"):
+        names.append("CPUAdamBuilder")
+    elif on_cuda:
+        names.append("FusedAdamBuilder")
+    if "nvme" in offloads:
+        names.append("AsyncIOBuilder")
+    return names
+
+
+def _offload_device(recipe: Recipe, part: str) -> str:
+    zero: dict[str, Any] = {}
+    for config in (load_ds_config(recipe.deepspeed.config), recipe.deepspeed.overrides):
+        zero |= config.get("zero_optimization", {})
+    return (zero.get(f"offload_{part}") or {}).get("device", "none")

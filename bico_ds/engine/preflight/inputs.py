@@ -1,0 +1,95 @@
+"""What a run reads from disk: where it is, and whether it is the same everywhere. No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from bico_ds.config.errors import UserError
+from bico_ds.config.load import dump_recipe
+from bico_ds.config.schema import Recipe
+from bico_ds.data.sources import expand_path, find_files
+
+_WHOLE_BYTES = 1 << 20  # of a longer file, as much from its beginning and its end, and the size
+PACKAGE = Path(__file__).resolve().parents[2]
+
+
+def input_files(recipe: Recipe) -> Iterator[tuple[str, list[Path]]]:
+    """Recipe key, and the files or folders that must be there before the run (none there: an empty list)."""
+    for key, value in (("model.path", recipe.model.path), ("model.tokenizer", recipe.model.tokenizer)):
+        if value is not None and not is_hub_name(value):
+            yield f"{key} ({value})", _existing(value)
+    for number, source in enumerate(recipe.data.sources):
+        if source.store is not None:
+            yield f"data.sources.{number}.store ({source.store})", _existing(source.store)
+        for given in source.files or []:
+            try:
+                yield f"data.sources.{number}.files ({given})", find_files([given])
+            except UserError:
+                yield f"data.sources.{number}.files ({given})", []
+    if recipe.evaluation.folder is not None:
+        yield f"evaluation.folder ({recipe.evaluation.folder})", _existing(recipe.evaluation.folder)
+
+
+def shared_folders(recipe: Recipe, run: Path) -> list[Path]:
+    """Folders that one rank writes and all read: the run folder, and the stores that rank 0 makes."""
+    made_here = any(source.store is None for source in recipe.data.sources)
+    return [run, Path(expand_path(recipe.data.cache_dir))] if made_here else [run]
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Raise `UserError` naming the first input that is not on this machine."""
+    for key, found in input_files(recipe):
+        if not found:
+            raise UserError(f"{key}: not there; correct the path, or prepare it first")
+
+
+def input_fingerprints(recipe: Recipe) -> dict[str, str]:
+    """A digest for every input, by key and path; `missing` where it is not on this machine."""
+    return {key: _digest(found) for key, found in input_files(recipe)}
+
+
+def code_fingerprint() -> str:
+    """Digest of this package's own source: nodes with another checkout differ."""
+    return _digest(sorted(PACKAGE.rglob("*.py")), root=PACKAGE)
+
+
+def recipe_fingerprint(recipe: Recipe) -> str:
+    """Digest of the resolved recipe, defaults included."""
+    return hashlib.blake2b(dump_recipe(recipe).encode(), digest_size=8).hexdigest()
+
+
+def is_hub_name(value: str) -> bool:
+    """`owner/name` or `name`, where no such path exists and nothing marks it as one."""
+    marked = value.startswith((".", "/", "~", "$", "runs/"))
+    return not marked and value.count("/") <= 1 and not Path(value).exists()
+
+
+def _existing(value: str) -> list[Path]:
+    path = Path(expand_path(value))
+    return [path] if path.exists() else []
+
+
+def _digest(paths: list[Path], *, root: Path | None = None) -> str:
+    """Names, sizes and contents of files and of what is below folders; `missing` for none."""
+    if not paths:
+        return "missing"
+    digest = hashlib.blake2b(digest_size=8)
+    for path in paths:
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        for file in files:
+            name = file.relative_to(root or path.parent)
+            digest.update(f"{name} {file.stat().st_size}\n".encode())
+            digest.update(_ends(file))
+    return digest.hexdigest()
+
+
+def _ends(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        start = file.read(_WHOLE_BYTES)
+        size = path.stat().st_size
+        if size <= _WHOLE_BYTES:
+            return start
+        file.seek(max(_WHOLE_BYTES, size - _WHOLE_BYTES))
+        return start + file.read()

@@ -1,0 +1,107 @@
+"""From all ranks' facts to what forbids the run, and what is only worth knowing. Pure functions, no torch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+MEMORY_FREE_SHARE = 0.9  # less means that another process holds memory of this GPU
+SLOW_SHARE = 0.6  # of the best node
+CLOCK_SECONDS = 10.0  # the run folder's lock counts a heart that is silent for 30 s as stopped
+GB = 1e9
+
+
+def problems(reports: Sequence[dict[str, Any]], *, needed_bytes: float) -> list[str]:
+    """What forbids the run, each with the nodes it was found on."""
+    return [
+        *differing("version of", [(r["host"], r["versions"]) for r in reports]),
+        *differing("this", [(r["host"], r["same"]) for r in reports if "same" in r]),
+        *_inputs([r for r in reports if "inputs" in r]),
+        *_disk([r for r in reports if "free_bytes" in r], needed_bytes),
+        *(problem for r in reports for problem in r.get("problems", [])),
+        *(problem for r in reports for problem in _device(r)),
+    ]
+
+
+def differing(what: str, values: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+    """A line for each key whose value is not the same on all nodes: the values, and where each was found."""
+    lines = []
+    for key in sorted({key for _, value in values for key in value}):
+        hosts: dict[Any, list[str]] = defaultdict(list)
+        for host, value in values:
+            hosts[value.get(key)].append(host)
+        if len(hosts) > 1:
+            found = ", ".join(f"{value} on {_names(names)}" for value, names in hosts.items())
+            lines.append(f"{what} {key} differs: {found}")
+    return lines
+
+
+def slow(speeds: dict[str, float]) -> list[str]:
+    """Names whose speed is under `SLOW_SHARE` of the best one's, slowest first."""
+    best = max(speeds.values(), default=0.0)
+    return sorted((n for n in speeds if speeds[n] < SLOW_SHARE * best), key=lambda n: speeds[n])
+
+
+def node_speeds(links: dict[tuple[str, str], float]) -> dict[str, float]:
+    """A node's network speed is that of its best link: a sound node next to a slow one has another."""
+    speeds: dict[str, float] = defaultdict(float)
+    for pair, speed in links.items():
+        for name in pair:
+            speeds[name] = max(speeds[name], speed)
+    return dict(speeds)
+
+
+def clock_problems(clocks: Sequence[tuple[str, float]]) -> list[str]:
+    """Nodes whose clock, read at one moment, is far from the first node's."""
+    first = clocks[0][1]
+    return [
+        f"the clock of {host} is {time - first:+.0f} s from that of {clocks[0][0]}: run NTP on both"
+        for host, time in dict(clocks).items()
+        if abs(time - first) > CLOCK_SECONDS
+    ]
+
+
+def _inputs(reports: Sequence[dict[str, Any]]) -> list[str]:
+    lines = []
+    for key in reports[0]["inputs"]:
+        missing = [r["host"] for r in reports if r["inputs"][key] == "missing"]
+        if missing:
+            lines.append(f"{key} is not there on {_names(missing)}")
+    there = [(r["host"], {k: v for k, v in r["inputs"].items() if v != "missing"}) for r in reports]
+    missing_somewhere = {k for r in reports for k, v in r["inputs"].items() if v == "missing"}
+    return lines + differing(
+        "the content of", [(h, {k: v for k, v in i.items() if k not in missing_somewhere}) for h, i in there]
+    )
+
+
+def _disk(reports: Sequence[dict[str, Any]], needed: float) -> list[str]:
+    full = [r for r in reports if r["free_bytes"] is not None and r["free_bytes"] < needed]
+    return [
+        f"the run folder's disk has {r['free_bytes'] / GB:.3f} GB free on {r['host']}, "
+        f"the next checkpoints need {needed / GB:.3f} GB; make room, or lower checkpoint.keep_last"
+        for r in full[:1]
+    ]
+
+
+def _device(report: dict[str, Any]) -> list[str]:
+    device, where = report["device"], f"rank {report['rank']} on {report['host']}"
+    if device["allocated"] > device["visible"]:
+        return [
+            f"{where}: SLURM gave {device['allocated']} GPUs, torch sees {device['visible']}: "
+            "a torch without CUDA, or a broken driver (see nvidia-smi)"
+        ]
+    if "error" in device:
+        return [f"{where}: {device['name']} fails: {device['error']}"]
+    if not device["right"]:
+        return [f"{where}: {device['name']} computes wrong results; take the node out"]
+    if "total_bytes" in device and device["free_bytes"] < MEMORY_FREE_SHARE * device["total_bytes"]:
+        free, total = device["free_bytes"] / GB, device["total_bytes"] / GB
+        return [
+            f"{where}: {device['name']} has {free:.1f} of {total:.1f} GB free; another process holds the rest"
+        ]
+    return []
+
+
+def _names(hosts: Sequence[str]) -> str:
+    return ", ".join(dict.fromkeys(hosts))

@@ -1,0 +1,115 @@
+"""What runs say of themselves in their folders: state, step, loss, speed. No torch here."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bico_ds.engine.attempts import newest_step, read_attempts
+from bico_ds.engine.run_folder import Lock, RunFolder, read_lock, read_state
+
+SILENT_SECONDS = 60.0  # a lock whose heart beats every few seconds, on a node with a slow clock
+_TAIL_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStatus:
+    """One row. `state` is the state file's, or `lost` where nobody lives behind it, or `waiting` before any
+    start.
+    """
+
+    run: str
+    state: str
+    reason: str
+    step: int | None
+    total_steps: int | None
+    loss: float | None
+    tokens_per_second: float | None
+    checkpoint: int
+    starts: int
+    job: str
+    changed: float | None  # seconds since the epoch
+
+
+def find_runs(paths: Iterable[Path]) -> Iterator[Path]:
+    """Run folders at or below `paths`, not looking inside of one."""
+    for path in sorted(paths):
+        if (path / "state.json").is_file() or (path / "slurm" / "recipe.yaml").is_file():
+            yield path
+        elif path.is_dir():
+            yield from find_runs(child for child in path.iterdir() if child.is_dir())
+
+
+def read_status(run: Path) -> RunStatus:
+    """Read one run folder."""
+    folder = RunFolder(run)
+    state = read_state(folder.state_file) or {}
+    lock = read_lock(folder.lock_file)
+    numbers = last_numbers(folder.metrics_file)
+    step = numbers.get("step", state.get("step"))
+    return RunStatus(
+        run=str(run),
+        state=_state(state, lock),
+        reason=state.get("reason", ""),
+        step=step,
+        total_steps=_total_steps(folder),
+        loss=numbers.get("loss/all"),
+        tokens_per_second=numbers.get("speed/represented_tokens_per_second"),
+        checkpoint=newest_step(run),
+        starts=_starts(run),
+        job=_job(run, lock),
+        changed=_changed(folder, state),
+    )
+
+
+def last_numbers(path: Path) -> dict[str, Any]:
+    """The last training line of metrics.jsonl; read from the end, for the file may be long."""
+    if not path.is_file():
+        return {}
+    with open(path, "rb") as file:
+        file.seek(max(path.stat().st_size - _TAIL_BYTES, 0))
+        lines = file.read().decode("utf-8", errors="replace").splitlines()
+    for line in reversed(lines):
+        if '"kind": "train"' in line and line.startswith("{") and line.endswith("}"):
+            return json.loads(line)
+    return {}
+
+
+def _state(state: dict[str, Any], lock: Lock | None) -> str:
+    said = str(state.get("state", "waiting"))
+    alive = lock is not None and time.time() - lock.heartbeat < SILENT_SECONDS
+    return "lost" if said in ("starting", "running") and not alive else said
+
+
+def _total_steps(folder: RunFolder) -> int | None:
+    for path in (folder.recipe_file, folder.path / "slurm" / "recipe.yaml"):
+        if path.is_file():
+            recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+            return recipe["training"]["steps"]
+    return None
+
+
+def _starts(run: Path) -> int:
+    """Starts by any launcher; one that died in its pre-flight is known to the batch script only."""
+    path = run / "run.json"
+    begun = len(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else 0
+    return max(begun, len(read_attempts(run)))
+
+
+def _job(run: Path, lock: Lock | None) -> str:
+    if lock is not None and lock.job:
+        return lock.job
+    path = run / "slurm" / "jobs.jsonl"
+    return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])["job"] if path.is_file() else ""
+
+
+def _changed(folder: RunFolder, state: dict[str, Any]) -> float | None:
+    if folder.metrics_file.is_file():
+        return max(folder.metrics_file.stat().st_mtime, state.get("time", 0.0))
+    return state.get("time")

@@ -1,0 +1,195 @@
+"""From a recipe to a batch script in the run folder, and to SLURM. No torch here.
+
+The script is launch/slurm/train.sbatch with its first two parts filled in: the #SBATCH lines and the
+variables. It stands by itself, beside a copy of the resolved recipe: later changes to recipes/ do not reach a
+job that waits or is requeued.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bico_ds.config.errors import UserError
+from bico_ds.config.load import dump_recipe
+from bico_ds.config.schema import Recipe
+from bico_ds.engine.run_folder import RunFolder, read_lock, write_atomically
+
+PROJECT = Path(__file__).resolve().parents[2]
+TEMPLATE = PROJECT / "launch" / "slurm" / "train.sbatch"
+ALIVE_SECONDS = 30.0  # a lock whose heart beat so lately
+COMMON_PART = "# ---- The rest is the same for every run\n"
+_TIME = re.compile(r"(\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){0,2})")  # sbatch(1), --time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What is asked of SLURM."""
+
+    nodes: int
+    gpus_per_node: int
+    ranks_per_node: int
+    time: str
+    cpus_per_task: int | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    signal_seconds: int = 300
+    more: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if not _TIME.fullmatch(self.time):
+            raise UserError(f"--time '{self.time}': SLURM reads MINUTES, HH:MM:SS, or DAYS-HH:MM:SS")
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the script's variables say."""
+
+    container: str | None = None
+    bind: Sequence[str] = ()
+    max_requeues: int = 20
+    network_interface: str | None = None
+    python: str = sys.executable
+    native_ops: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One batch script: a run, or an array of them."""
+
+    name: str
+    folder: Path  # where the script and the job's own output go
+    runs: dict[Path, Recipe] = field(repr=False)
+    resources: Resources
+    settings: Settings
+    max_parallel: int | None = None
+
+    @property
+    def is_array(self) -> bool:
+        return len(self.runs) > 1
+
+
+def render(job: Job) -> str:
+    """The batch script."""
+    common = TEMPLATE.read_text(encoding="utf-8").partition(COMMON_PART)
+    assert common[1], f"{TEMPLATE} has lost the line that its common part begins with"
+    head = "\n".join(["#!/bin/bash", *_sbatch_lines(job), "", *_variables(job)])
+    return f"{head}\n\n{COMMON_PART}{common[2]}"
+
+
+def stop_signal(recipe: Recipe) -> str:
+    """The first of the recipe's signals that is free for this: SLURM and the shell use the others."""
+    for name in recipe.distributed.preempt_signals:
+        if name in ("SIGUSR1", "SIGUSR2"):
+            return name.removeprefix("SIG")
+    raise UserError("distributed.preempt_signals: SLURM's warning needs SIGUSR1 or SIGUSR2 among them")
+
+
+def refuse_if_alive(run: Path) -> None:
+    """Raise `UserError` where another process trains into this folder."""
+    lock = read_lock(RunFolder(run).lock_file)
+    if lock is not None and time.time() - lock.heartbeat < ALIVE_SECONDS:
+        where = f"job {lock.job} on {lock.host}" if lock.job else f"process {lock.pid} on {lock.host}"
+        raise UserError(
+            f"--output-dir: '{run}' is in use by {where}; stop it first, or choose another folder"
+        )
+
+
+def write(job: Job) -> Path:
+    """Write the script, and a recipe beside each run. Earlier scripts stay; returns the new one."""
+    for run, recipe in job.runs.items():
+        (run / "slurm").mkdir(parents=True, exist_ok=True)
+        (run / "logs").mkdir(exist_ok=True)
+        write_atomically(run / "slurm" / "recipe.yaml", dump_recipe(recipe))
+    job.folder.mkdir(parents=True, exist_ok=True)
+    number = 1 + sum(1 for _ in job.folder.glob("job-*.sbatch"))
+    script = job.folder / f"job-{number}.sbatch"
+    script.write_text(render(job), encoding="utf-8")
+    script.chmod(0o755)
+    return script
+
+
+def submit(script: Path, job: Job) -> str:
+    """Give the script to SLURM; returns the job id. Raises `UserError` with SLURM's own words."""
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            f"no `sbatch` on this machine; the script is ready: on a login node run  sbatch {script}"
+        )
+    done = subprocess.run(
+        ["sbatch", "--parsable", str(script)], capture_output=True, text=True, timeout=120, check=False
+    )
+    if done.returncode:
+        raise UserError(f"sbatch refused {script}: {done.stderr.strip()}")
+    job_id = done.stdout.strip().split(";")[0]
+    for index, run in enumerate(job.runs):
+        line = {
+            "job": f"{job_id}_{index}" if job.is_array else job_id,
+            "script": str(script),
+            "time": time.time(),
+        }
+        with open(run / "slurm" / "jobs.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    return job_id
+
+
+def _sbatch_lines(job: Job) -> list[str]:
+    asked = job.resources
+    first = next(iter(job.runs.values()))
+    array = f"0-{len(job.runs) - 1}" + (f"%{job.max_parallel}" if job.max_parallel else "")
+    options = {
+        "job-name": job.name,
+        "nodes": asked.nodes,
+        "ntasks-per-node": asked.ranks_per_node,
+        "gpus-per-node": asked.gpus_per_node or None,
+        "cpus-per-task": asked.cpus_per_task,
+        "time": asked.time,
+        "partition": asked.partition,
+        "account": asked.account,
+        "qos": asked.qos,
+        "constraint": asked.constraint,
+        "array": array if job.is_array else None,
+        "chdir": Path.cwd(),
+        "output": job.folder / ("job-%A_%a.out" if job.is_array else "job-%j.out"),
+        "open-mode": "append",
+        "signal": f"B:{stop_signal(first)}@{asked.signal_seconds}",
+    }
+    lines = [f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None]
+    return [*lines, "#SBATCH --requeue", *(f"#SBATCH {option}" for option in asked.more)]
+
+
+def _variables(job: Job) -> list[str]:
+    runs, settings = list(job.runs), job.settings
+    bind = ",".join(dict.fromkeys(str(p) for p in (PROJECT, Path.cwd(), *runs, *settings.bind)))
+    lines = [f"PROJECT={shlex.quote(str(PROJECT))}"]
+    if job.is_array:
+        names = "\n".join(f"    {shlex.quote(str(run))}" for run in runs)
+        lines += [f"runs=(\n{names}\n)", "RUN=${runs[$SLURM_ARRAY_TASK_ID]}"]
+    else:
+        lines += [f"RUN={shlex.quote(str(runs[0]))}"]
+    lines += [
+        "RECIPE=$RUN/slurm/recipe.yaml # resolved when this script was written",
+        "OVERRIDES=()",
+        f"PYTHON={shlex.quote(settings.python)}",
+        f"CONTAINER={shlex.quote(settings.container or '')}",
+        f"BIND={shlex.quote(bind)}",
+        f"MAX_REQUEUES={settings.max_requeues}",
+        f"STOP_SIGNAL={stop_signal(next(iter(job.runs.values())))}",
+        f"NETWORK_INTERFACE={shlex.quote(settings.network_interface or '')}",
+    ]
+    if settings.native_ops is not None:
+        lines.append(f"export TORCH_EXTENSIONS_DIR={shlex.quote(settings.native_ops)}")
+    return lines

@@ -1,0 +1,54 @@
+#!/usr/bin/env python
+"""Check all nodes before a long run, in seconds; start it as the training will be started.
+
+    srun … launch/preflight.py --recipe llama70b_bico --output-dir runs/llama70b    (the batch script does it)
+    torchrun --nnodes 2 … launch/preflight.py --recipe …
+    python launch/preflight.py --recipe tiny_bico                                   (this machine alone)
+
+Compares versions, program, recipe and data between the nodes, looks at disks, shared folders, clocks and
+GPUs, and measures the network. Exit codes: 0 ready, 1 refused (the message names the node), 2 wrong usage or
+recipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bico_ds.config.errors import UserError
+from bico_ds.config.load import load_recipe
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--recipe", metavar="NAME|PATH", required=True, help="a name in recipes/ or a YAML file"
+    )
+    parser.add_argument("--set", dest="overrides", metavar="KEY.PATH=VALUE", action="append", default=[])
+    parser.add_argument(
+        "--output-dir", metavar="DIR", help="run folder (default: the recipe's, or runs/NAME)"
+    )
+    parser.add_argument(
+        "--local_rank", type=int, default=None, help=argparse.SUPPRESS
+    )  # the launcher injects it
+    arguments = parser.parse_args()
+    try:
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        from bico_ds.engine.preflight.check import preflight
+
+        run = Path(arguments.output_dir or recipe.output_dir or f"runs/{recipe.name}")
+        return 0 if preflight(recipe, run) else 1
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of each node: a recipe may be missing on one of them
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+#!/usr/bin/env python
+"""What the batch script asks before and after a start of a run; light, no torch.
+
+    attempt.py begin RUN --restarts N --limit M            0: go on; 1: restarted too often, or in vain
+    attempt.py end RUN --code C --restarts N --limit M     0: done; 75: not finished, requeue; else: failed
+
+`--code` is what srun returned; the run's state file decides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bico_ds.engine.attempts import begin, end
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("moment", choices=("begin", "end"))
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--code", type=int, default=0, help="exit code of srun")
+    parser.add_argument("--restarts", type=int, required=True, help="restarts of this job so far")
+    parser.add_argument("--limit", type=int, required=True, help="restarts allowed")
+    arguments = parser.parse_args()
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if arguments.moment == "begin":
+        verdict = begin(arguments.run, job=job, restarts=arguments.restarts, limit=arguments.limit)
+    else:
+        verdict = end(
+            arguments.run, srun_code=arguments.code, restarts=arguments.restarts, limit=arguments.limit
+        )
+    print(verdict.why, flush=True)
+    return verdict.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

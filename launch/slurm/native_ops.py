@@ -1,0 +1,39 @@
+#!/usr/bin/env python
+"""Compile the DeepSpeed operations that a recipe needs, once, before its ranks start: native_ops.py RECIPE
+[--set …]
+
+They land in TORCH_EXTENSIONS_DIR. Ranks that come later find them there, instead of waiting for one another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bico_ds.config.errors import UserError
+from bico_ds.config.load import load_recipe
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", help="a name in recipes/ or a YAML file")
+    parser.add_argument("--set", dest="overrides", metavar="KEY.PATH=VALUE", action="append", default=[])
+    arguments = parser.parse_args()
+    try:
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        from bico_ds.engine.native_ops import build
+
+        build(recipe)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+#!/usr/bin/env python
+"""Runs and where they stand, from their folders; works with and without SLURM.
+
+    status.py                      everything below runs/
+    status.py runs/sweep-a -w 10   these, shown anew every 10 seconds
+    status.py --json               for programs: one object a line
+
+States: waiting (never started), starting, running, preempted (saved, to be resumed), done, failed, and lost:
+the state file says running, and nobody has been alive behind it for a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from bico_ds.engine.status import RunStatus, find_runs, read_status
+
+COLORS = {
+    "done": "green",
+    "running": "cyan",
+    "starting": "cyan",
+    "preempted": "yellow",
+    "failed": "red",
+    "lost": "red",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "paths", nargs="*", type=Path, default=[Path("runs")], help="run folders, or what holds them"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("-w", "--watch", type=float, metavar="SECONDS", help="show it anew, until Ctrl-C")
+    arguments = parser.parse_args()
+    missing = [path for path in arguments.paths if not path.is_dir()]
+    if missing:
+        print(f"error: no folder '{missing[0]}'", file=sys.stderr)
+        return 2
+    if arguments.json:
+        for status in read_all(arguments.paths):
+            print(json.dumps(asdict(status)))
+        return 0
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if arguments.watch is None:
+        console.print(make_table(read_all(arguments.paths)))
+        return 0
+    with Live(console=console, auto_refresh=False) as live:
+        try:
+            while True:
+                live.update(make_table(read_all(arguments.paths)), refresh=True)
+                time.sleep(arguments.watch)
+        except KeyboardInterrupt:
+            return 0
+
+
+def read_all(paths: list[Path]) -> list[RunStatus]:
+    return [read_status(run) for run in find_runs(paths)]
+
+
+def make_table(statuses: list[RunStatus]) -> Table:
+    table = Table(caption=None if statuses else "no runs there")
+    for name in ("run", "state", "step", "loss", "tokens/s", "checkpoint", "starts", "job", "last sign"):
+        left = name in ("run", "state", "job")
+        table.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=not left)
+    for status in statuses:
+        color = COLORS.get(status.state, "white")
+        state = f"[{color}]{status.state}[/]" + (f" ({status.reason[:60]})" if status.reason else "")
+        total = "?" if status.total_steps is None else str(status.total_steps)
+        table.add_row(
+            shorten(status.run), state, "-" if status.step is None else f"{status.step}/{total}",
+            "-" if status.loss is None else f"{status.loss:.3f}",
+            "-" if status.tokens_per_second is None else f"{status.tokens_per_second:,.0f}",
+            str(status.checkpoint or "-"), str(status.starts), status.job or "-", ago(status.changed),
+        )  # fmt: skip
+    return table
+
+
+def shorten(run: str) -> str:
+    """Relative to here, where it is below."""
+    path = Path(run).resolve()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else run
+
+
+def ago(moment: float | None) -> str:
+    """How long ago, in the largest fitting unit."""
+    if moment is None:
+        return "-"
+    seconds = max(time.time() - moment, 0)
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

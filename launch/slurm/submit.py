@@ -1,0 +1,180 @@
+#!/usr/bin/env python
+"""Submit a recipe, or a sweep of recipes and seeds, to SLURM.
+
+    submit.py --recipe llama70b_bico --nodes 8 --gpus-per-node 8 --time 24:00:00 --partition gpu
+    submit.py --recipe tiny_bico tiny_ntp --seeds 1 2 --nodes 1 --gpus-per-node 0 --ranks-per-node 2 --time 60
+    submit.py … --dry-run                    print the script, write and submit nothing
+
+Checks the recipe first, writes the batch script into the run folder (slurm/job-N.sbatch: readable, usable by
+itself with `sbatch`), submits it, and says how to follow it. Several recipes or seeds make a job array, each
+run with a folder of its own below --output-dir. Exit codes: 0 submitted, 2 wrong usage or input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bico_ds.config.errors import UserError
+from bico_ds.config.load import load_recipe
+from bico_ds.config.schema import Recipe
+from bico_ds.engine.preflight.inputs import check_inputs
+from bico_ds.engine.submission import (
+    PROJECT,
+    Job,
+    Resources,
+    Settings,
+    refuse_if_alive,
+    render,
+    stop_signal,
+    submit,
+    write,
+)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_argument_group("what to run")
+    what.add_argument("--recipe", nargs="+", required=True, metavar="NAME|PATH", help="several make an array")
+    what.add_argument(
+        "--seeds", nargs="+", type=int, metavar="N", help="one run of each recipe for each seed"
+    )
+    what.add_argument("--set", dest="overrides", metavar="KEY.PATH=VALUE", action="append", default=[])
+    what.add_argument(
+        "--output-dir", type=Path, metavar="DIR", help="run folder; of an array, what holds them"
+    )
+    asked = parser.add_argument_group("what is asked of SLURM")
+    asked.add_argument("--nodes", type=positive, required=True)
+    asked.add_argument("--gpus-per-node", type=int, required=True, help="0: train on CPUs")
+    asked.add_argument("--ranks-per-node", type=positive, help="default: one a GPU")
+    asked.add_argument("--cpus-per-task", type=positive)
+    asked.add_argument(
+        "--time", required=True, help="HH:MM:SS; when it is over, the job saves, and is requeued"
+    )
+    asked.add_argument("--partition")
+    asked.add_argument("--account")
+    asked.add_argument("--qos")
+    asked.add_argument("--constraint")
+    asked.add_argument("--max-parallel", type=positive, help="array: so many runs at a time")
+    asked.add_argument(
+        "--signal-seconds", type=positive, default=300, help="warning before the end (default 300)"
+    )
+    asked.add_argument(
+        "--sbatch", action="append", default=[], metavar="=--OPTION", help="any further option"
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--container", metavar="IMAGE", help="apptainer image; its `python` has this project's packages"
+    )
+    how.add_argument(
+        "--bind", nargs="+", default=[], metavar="DIR", help="further folders that the container sees"
+    )
+    how.add_argument("--python", help="Python on the nodes (default: this one; in a container `python`)")
+    how.add_argument(
+        "--native-ops", metavar="DIR", help="keep compiled operations here (default: in the run folder)"
+    )
+    how.add_argument("--network-interface", metavar="NAME", help="where nodes have several")
+    how.add_argument("--max-requeues", type=int, default=20, help="restarts of one job (default 20)")
+    how.add_argument("--dry-run", action="store_true", help="print the script, write and submit nothing")
+    return parser.parse_args()
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    try:
+        job = make_job(arguments)
+        if arguments.dry_run:
+            print(render(job), end="")
+            return 0
+        script = write(job)
+        explain(submit(script, job), script, job)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def make_job(arguments: argparse.Namespace) -> Job:
+    """The checked job. Raises `UserError` for everything that can be known before a node is asked for."""
+    ranks = arguments.ranks_per_node or arguments.gpus_per_node
+    if not ranks:
+        raise UserError("--gpus-per-node 0 trains on CPUs: say how many ranks a node with --ranks-per-node")
+    resources = Resources(
+        nodes=arguments.nodes, gpus_per_node=arguments.gpus_per_node, ranks_per_node=ranks,
+        time=arguments.time,
+        cpus_per_task=arguments.cpus_per_task, partition=arguments.partition, account=arguments.account,
+        qos=arguments.qos, constraint=arguments.constraint, signal_seconds=arguments.signal_seconds,
+        more=arguments.sbatch,
+    )  # fmt: skip
+    runs = list_runs(arguments)
+    for run, recipe in runs.items():
+        check(run, recipe, resources)
+        refuse_if_alive(run)
+    if arguments.container is not None and not Path(arguments.container).exists():
+        raise UserError(f"--container: '{arguments.container}' is not there")
+    settings = Settings(
+        container=arguments.container, bind=arguments.bind, max_requeues=arguments.max_requeues,
+        network_interface=arguments.network_interface, native_ops=arguments.native_ops,
+        python=arguments.python or ("python" if arguments.container else sys.executable),
+    )  # fmt: skip
+    only = next(iter(runs))
+    folder = only / "slurm" if len(runs) == 1 else only.parent / "slurm"
+    return Job(
+        name=only.name if len(runs) == 1 else only.parent.name, folder=folder, runs=runs, resources=resources,
+        settings=settings, max_parallel=arguments.max_parallel,
+    )  # fmt: skip
+
+
+def list_runs(arguments: argparse.Namespace) -> dict[Path, Recipe]:
+    """Run folder and recipe of each run."""
+    seeds = [[]] if arguments.seeds is None else [[f"seed={seed}"] for seed in arguments.seeds]
+    chosen = [load_recipe(name, [*arguments.overrides, *seed]) for name in arguments.recipe for seed in seeds]
+    if len(chosen) == 1:
+        recipe = chosen[0]
+        return {Path(arguments.output_dir or recipe.output_dir or f"runs/{recipe.name}").resolve(): recipe}
+    parent = Path(arguments.output_dir or f"runs/sweep-{chosen[0].name}").resolve()
+    names = [r.name if arguments.seeds is None else f"{r.name}-seed-{r.seed}" for r in chosen]
+    if len(set(names)) < len(names):
+        raise UserError("--recipe, --seeds: two runs of this array would have the same folder")
+    return {parent / name: recipe for name, recipe in zip(names, chosen, strict=True)}
+
+
+def check(run: Path, recipe: Recipe, resources: Resources) -> None:
+    """Inputs are there, ranks and batch sizes divide, the schedule fits, the model is known."""
+    stop_signal(recipe)
+    check_inputs(recipe)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # login nodes have no GPU, and need no warning about it
+    from bico_ds.engine.start import check as check_run
+
+    check_run(recipe, world_size=resources.world_size, on_cuda=resources.gpus_per_node > 0, run_folder=run)
+
+
+def explain(job_id: str, script: Path, job: Job) -> None:
+    """Where it is and how to follow it."""
+    output = script.parent / (f"job-{job_id}_*.out" if job.is_array else f"job-{job_id}.out")
+    parent = next(iter(job.runs)).parent
+    watched = parent if job.is_array else next(iter(job.runs))
+    print(f"job {job_id}: {len(job.runs)} run(s), {job.resources.world_size} ranks each; script {script}")
+    print(f"  state    python {PROJECT}/launch/slurm/status.py {watched}")
+    print(f"  output   tail -F {output}")
+    print(f"  ranks    tail -F {watched}/{'*/' if job.is_array else ''}logs/train-*.log")
+    print(f"  curves   tensorboard --logdir {watched}")
+    print(f"  queue    squeue --job {job_id}")
+    print(f"  stop     scancel {job_id}      (saves a checkpoint; submit again to go on)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""What the pre-flight concludes from the ranks' reports, and the whole of it on two real ranks of this
+machine.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bico_ds.config.load import load_recipe
+from bico_ds.engine.preflight import judge, shared
+from bico_ds.engine.preflight.inputs import input_fingerprints, is_hub_name
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def report(rank, host, **changes):
+    facts = {
+        "rank": rank,
+        "host": host,
+        "versions": {"torch": "2.13.0", "deepspeed": "0.19.8"},
+        "same": {"program": "aa", "recipe": "bb"},
+        "inputs": {"data.sources.0.store (d)": "cc"},
+        "free_bytes": 1e12,
+        "device": {
+            "allocated": 1, "visible": 1, "name": "H100", "free_bytes": 79e9, "total_bytes": 80e9,
+            "tflops": 600.0, "right": True,
+        },
+    }  # fmt: skip
+    return facts | changes
+
+
+def problems(*changes, needed=1e9):
+    return judge.problems(
+        [report(n, f"n{n}", **change) for n, change in enumerate(changes)], needed_bytes=needed
+    )
+
+
+def test_equal_nodes_have_no_problems():
+    assert problems({}, {}, {}) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"versions": {"torch": "2.12.1", "deepspeed": "0.19.8"}},
+            ["torch", "2.12.1 on n1", "2.13.0 on n0, n2"],
+        ),
+        ({"versions": {"torch": "2.13.0"}}, ["deepspeed", "None on n1"]),
+        ({"same": {"program": "xx", "recipe": "bb"}}, ["program", "xx on n1"]),
+        (
+            {"inputs": {"data.sources.0.store (d)": "missing"}},
+            ["data.sources.0.store (d)", "not there on n1"],
+        ),
+        ({"inputs": {"data.sources.0.store (d)": "zz"}}, ["content of", "zz on n1"]),
+        ({"free_bytes": 1e6}, ["0.001 GB free on n1", "1.000 GB"]),
+        ({"device": report(0, "")["device"] | {"visible": 0}}, ["rank 1 on n1", "torch sees 0"]),
+        (
+            {"device": report(0, "")["device"] | {"free_bytes": 20e9}},
+            ["20.0 of 80.0 GB free", "another process"],
+        ),
+        ({"device": report(0, "")["device"] | {"right": False}}, ["rank 1 on n1", "wrong results"]),
+        ({"device": report(0, "")["device"] | {"error": "ECC"}}, ["rank 1 on n1", "ECC"]),
+    ],
+)
+def test_the_odd_node_is_named(change, words):
+    found = problems({}, change, {})
+    assert len(found) == 1
+    assert all(word in found[0] for word in words), found
+
+
+def test_the_slow_node_is_named_and_its_neighbours_are_not():
+    links = {("n0", "n1"): 20.0, ("n1", "n2"): 3.0, ("n2", "n3"): 3.0, ("n3", "n0"): 21.0}
+    assert judge.slow(judge.node_speeds(links)) == ["n2"]
+    assert judge.slow({"rank 0": 600.0, "rank 1": 590.0, "rank 2": 100.0}) == ["rank 2"]
+
+
+def test_a_wrong_clock_is_named():
+    assert judge.clock_problems([("n0", 1000.0), ("n1", 1001.0)]) == []
+    assert "n1 is +60 s" in judge.clock_problems([("n0", 1000.0), ("n1", 1060.0)])[0]
+
+
+def test_a_folder_that_is_not_shared_is_noticed(tmp_path):
+    token = shared.write_probe(tmp_path / "here", "0")
+    assert shared.sees_probe(tmp_path / "here", "0", token, seconds=0)
+    assert not shared.sees_probe(tmp_path / "there", "0", token, seconds=0)
+    assert not shared.sees_probe(tmp_path / "here", "0", "of another start", seconds=0)
+
+
+def test_a_changed_byte_changes_the_fingerprint(tmp_path):
+    store = tmp_path / "store"
+    store.mkdir()
+    (store / "tokens.bin").write_bytes(bytes(3 << 20))
+    recipe = load_recipe("tiny_base", [f"data.sources.0={{store: {store}}}"])
+    before = input_fingerprints(recipe)
+    with open(store / "tokens.bin", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    assert input_fingerprints(recipe) != before
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("meta-llama/Llama-3.1-8B", True), ("runs/tiny/export", False), ("./m", False), ("/a", False)],
+)
+def test_hub_names_are_told_from_paths(value, expected):
+    assert is_hub_name(value) == expected
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("break_it", [False, True])
+def test_two_ranks_agree_whether_training_may_begin(tmp_path, break_it):
+    """With another recipe on rank 1, both must refuse."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(2):
+        changes = ["--set", "seed=9"] if break_it and rank else []
+        environment = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        command = [sys.executable, str(ROOT / "launch" / "preflight.py"), "--recipe", "tiny_base", *changes]
+        ranks.append(
+            subprocess.Popen(
+                [*command, "--output-dir", "run"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, text=True,
+            )
+        )  # fmt: skip
+    outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [int(break_it)] * 2, outputs
+    assert ("this recipe differs" if break_it else "all-reduce") in outputs[0]
+    assert list((tmp_path / "run").glob(".preflight-*")) == [], "probes are cleaned away"

@@ -1,0 +1,88 @@
+"""The status table: from run folders as real runs leave them, and from damaged ones."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import pytest
+
+from bico_ds.config.load import dump_recipe, load_recipe
+from bico_ds.engine.status import find_runs, read_status
+from launch.slurm import status as command
+
+
+def a_run(folder, *, state="running", beat=0.0, lines=(10, 20), starts=1):
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(dump_recipe(load_recipe("tiny_base")))
+    now = time.time()
+    said = {"state": state, "step": None, "reason": "", "run_id": "r", "time": now}
+    (folder / "state.json").write_text(json.dumps(said))
+    (folder / "run.json").write_text(json.dumps([{"run_id": str(n)} for n in range(starts)]))
+    lock = {"run_id": "r", "host": "n1", "pid": 1, "job": "77", "heartbeat": now - beat}
+    (folder / "lock.json").write_text(json.dumps(lock))
+    speed = {"loss/all": 1.5, "speed/represented_tokens_per_second": 2000.0}
+    rows = [{"step": step, "kind": "train", **speed} for step in lines]
+    rows.append({"step": lines[-1], "kind": "checkpoint", "speed/checkpoint_seconds": 1.0})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    checkpoint = folder / "checkpoints" / "step-000010"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    return folder
+
+
+def test_a_running_run_says_where_it_is(tmp_path):
+    status = read_status(a_run(tmp_path / "a", starts=3))
+    assert (status.state, status.step, status.total_steps) == ("running", 20, 300)
+    assert (status.loss, status.tokens_per_second, status.checkpoint) == (1.5, 2000.0, 10)
+    assert (status.starts, status.job) == (3, "77")
+
+
+def test_a_run_that_nobody_lives_behind_is_lost(tmp_path):
+    assert read_status(a_run(tmp_path / "a", beat=300.0)).state == "lost"
+    assert read_status(a_run(tmp_path / "b", beat=300.0, state="done")).state == "done"
+
+
+def test_a_line_cut_by_a_crash_is_passed_over(tmp_path):
+    run = a_run(tmp_path / "a")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 30, "kind": "train", "loss/a')
+    assert read_status(run).step == 20
+
+
+def test_a_submitted_run_waits(tmp_path):
+    slurm = tmp_path / "a" / "slurm"
+    slurm.mkdir(parents=True)
+    (slurm / "recipe.yaml").write_text(dump_recipe(load_recipe("tiny_base")))
+    (slurm / "jobs.jsonl").write_text('{"job": "5"}\n{"job": "6"}\n')
+    status = read_status(tmp_path / "a")
+    assert (status.state, status.step, status.total_steps, status.job) == ("waiting", None, 300, "6")
+
+
+def test_runs_are_found_below_and_not_inside_of_others(tmp_path):
+    a_run(tmp_path / "sweep" / "a")
+    a_run(tmp_path / "sweep" / "a" / "replaced-1")
+    a_run(tmp_path / "b")
+    assert list(find_runs([tmp_path])) == [tmp_path / "b", tmp_path / "sweep" / "a"]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_command_shows_every_run(tmp_path, monkeypatch, capsys, as_json):
+    a_run(tmp_path / "first")
+    a_run(tmp_path / "second", state="failed")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["status.py", *(["--json"] if as_json else []), str(tmp_path)])
+    assert command.main() == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "first" in line or "second" in line]
+    assert len(lines) == 2
+    assert "running" in lines[0]
+    assert "failed" in lines[1]
+    if as_json:
+        assert json.loads(lines[0])["step"] == 20
+
+
+def test_a_folder_that_is_not_there_is_a_usage_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["status.py", str(tmp_path / "none")])
+    assert command.main() == 2
+    assert "none" in capsys.readouterr().err

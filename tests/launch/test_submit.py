@@ -1,0 +1,201 @@
+"""The batch script that submit.py writes, and what it refuses before a node is asked for. Needs no SLURM."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bico_ds.config.errors import UserError
+from bico_ds.config.load import load_recipe
+from bico_ds.engine.preflight.inputs import check_inputs
+from bico_ds.engine.submission import (
+    COMMON_PART,
+    TEMPLATE,
+    Job,
+    Resources,
+    Settings,
+    render,
+    stop_signal,
+    write,
+)
+from launch.slurm import submit as command
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return load_recipe("tiny_base")
+
+
+def a_job(folder, recipe, **changes):
+    resources: dict[str, Any] = {"nodes": 2, "gpus_per_node": 8, "ranks_per_node": 8, "time": "24:00:00"}
+    settings = {key: changes.pop(key) for key in ("container", "bind", "network_interface") if key in changes}
+    runs = changes.pop("runs", {folder / "run": recipe})
+    max_parallel = changes.pop("max_parallel", None)
+    return Job(
+        name="tiny", folder=folder / "run" / "slurm", runs=runs, resources=Resources(**resources | changes),
+        settings=Settings(**settings), max_parallel=max_parallel,
+    )  # fmt: skip
+
+
+def bash_values(script, *names, **environment):
+    """What the script's variables are, by bash itself."""
+    head = script.partition(COMMON_PART)[0]
+    shown = "\n".join(f'echo "{name}=${name}"' for name in names)
+    done = subprocess.run(
+        ["bash", "-u", "-c", f"{head}\n{shown}"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | environment,
+    )
+    return dict(line.split("=", 1) for line in done.stdout.splitlines())
+
+
+def sbatch_options(script):
+    lines = [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")]
+    return dict(line.lstrip("-").partition("=")[::2] for line in lines)
+
+
+def test_script_asks_for_what_was_said(tmp_path, recipe):
+    script = render(a_job(tmp_path, recipe, partition="gpu", account="nlp", qos="high", constraint="h100",
+                          cpus_per_task=12, more=["--exclusive", "--mem=0"]))  # fmt: skip
+    options = sbatch_options(script)
+    expected = {
+        "nodes": "2", "ntasks-per-node": "8", "gpus-per-node": "8", "time": "24:00:00", "partition": "gpu",
+        "account": "nlp", "qos": "high", "constraint": "h100", "cpus-per-task": "12", "open-mode": "append",
+        "signal": "B:USR1@300", "requeue": "", "exclusive": "", "mem": "0",
+    }  # fmt: skip
+    assert expected.items() <= options.items()
+    assert "array" not in options
+
+
+@pytest.mark.parametrize("changes", [{}, {"container": "/images/a b.sif"}, {"network_interface": "ib0"}])
+def test_script_is_valid_bash(tmp_path, recipe, changes):
+    script = render(a_job(tmp_path, recipe, **changes))
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+
+
+def test_awkward_paths_survive_the_shell(tmp_path, recipe):
+    run = tmp_path / "it's a $HOME `run`"
+    job = a_job(tmp_path, recipe, runs={run: recipe}, container="/images/a b.sif", bind=["/data/x y"])
+    values = bash_values(render(job), "RUN", "RECIPE", "CONTAINER", "BIND")
+    assert values["RUN"] == str(run)
+    assert values["RECIPE"] == f"{run}/slurm/recipe.yaml"
+    assert values["CONTAINER"] == "/images/a b.sif"
+    assert "/data/x y" in values["BIND"].split(",")
+    assert str(run) in values["BIND"].split(",")
+
+
+def test_each_element_of_an_array_has_its_own_run(tmp_path, recipe):
+    runs = {tmp_path / f"r{n}": recipe for n in range(4)}
+    script = render(a_job(tmp_path, recipe, runs=runs, max_parallel=2))
+    assert sbatch_options(script)["array"] == "0-3%2"
+    found = [bash_values(script, "RUN", SLURM_ARRAY_TASK_ID=str(n))["RUN"] for n in range(4)]
+    assert found == [str(run) for run in runs]
+
+
+def test_generated_scripts_differ_from_the_plain_one_in_their_first_part_only(tmp_path, recipe):
+    plain = TEMPLATE.read_text().partition(COMMON_PART)[2]
+    assert render(a_job(tmp_path, recipe)).partition(COMMON_PART)[2] == plain
+
+
+def test_written_recipe_is_resolved_and_earlier_scripts_stay(tmp_path):
+    recipe = load_recipe("tiny_bico", ["seed=7"])
+    first, second = (write(a_job(tmp_path, recipe)) for _ in range(2))
+    assert first != second
+    assert first.exists()
+    written = tmp_path / "run" / "slurm" / "recipe.yaml"
+    assert "extends" not in yaml.safe_load(written.read_text())
+    assert load_recipe(str(written)) == recipe
+
+
+def test_stop_signal_is_one_that_the_recipe_handles(recipe):
+    assert stop_signal(load_recipe("tiny_base", ["distributed.preempt_signals=[SIGTERM,SIGUSR2]"])) == "USR2"
+    with pytest.raises(UserError, match=r"distributed\.preempt_signals"):
+        stop_signal(load_recipe("tiny_base", ["distributed.preempt_signals=[SIGTERM]"]))
+
+
+@pytest.mark.parametrize("time_limit", ["30", "1:30", "24:00:00", "2-12", "2-12:30:00"])
+def test_slurm_times_are_taken(tmp_path, recipe, time_limit):
+    assert sbatch_options(render(a_job(tmp_path, recipe, time=time_limit)))["time"] == time_limit
+
+
+@pytest.mark.parametrize("time_limit", ["24h", "1 day", "", "12:0"])
+def test_other_times_are_refused(time_limit):
+    with pytest.raises(UserError, match="--time"):
+        Resources(nodes=1, gpus_per_node=1, ranks_per_node=1, time=time_limit)
+
+
+def test_missing_data_is_named_by_its_key(tmp_path):
+    recipe = load_recipe("tiny_base", [f"data.sources.0={{store: {tmp_path}/nowhere}}"])
+    with pytest.raises(UserError, match=r"data\.sources\.0\.store .*nowhere"):
+        check_inputs(recipe)
+
+
+def run_command(monkeypatch, tmp_path, *arguments):
+    monkeypatch.chdir(tmp_path)
+    base = ["submit.py", "--nodes", "1", "--gpus-per-node", "0", "--ranks-per-node", "1", "--time", "10"]
+    monkeypatch.setattr(sys, "argv", [*base, *arguments])
+    return command.main()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "tiny_bse"], "did you mean 'tiny_base'"),
+        (["--recipe", "tiny_base", "--set", "optimizer.lrr=1"], "did you mean 'lr'"),
+        (["--recipe", "tiny_base", "--nodes", "3"], "training.global_batch_bins (4) must be a multiple"),
+        (["--recipe", "tiny_base", "--set", "distributed.world_size=4"], "made for 4 ranks, started with 1"),
+        (["--recipe", "tiny_base", "--set", "model.path=./none"], "model.path (./none): not there"),
+        (["--recipe", "tiny_base", "--time", "soon"], "--time 'soon'"),
+        (["--recipe", "tiny_base", "tiny_base"], "same folder"),
+        (["--recipe", "tiny_base", "--container", "no.sif"], "--container: 'no.sif' is not there"),
+        (["--recipe", "tiny_base", "--set", "training.steps=20"], "warmup_steps"),
+    ],
+)
+def test_mistakes_are_refused_with_exit_code_2(monkeypatch, tmp_path, capsys, arguments, message):
+    assert run_command(monkeypatch, tmp_path, *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [], "a refusal leaves nothing behind"
+
+
+def test_dry_run_prints_the_script_and_writes_nothing(monkeypatch, tmp_path, capsys):
+    assert run_command(monkeypatch, tmp_path, "--recipe", "tiny_base", "--dry-run") == 0
+    assert capsys.readouterr().out.startswith("#!/bin/bash\n#SBATCH --job-name=tiny_base\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_sbatch_the_script_is_ready_and_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path / "no-commands-here"))
+    assert run_command(monkeypatch, tmp_path, "--recipe", "tiny_base") == 2
+    assert "no `sbatch` on this machine" in capsys.readouterr().err
+    assert (tmp_path / "runs" / "tiny_base" / "slurm" / "job-1.sbatch").is_file()
+
+
+def test_a_folder_that_is_being_trained_into_is_refused(monkeypatch, tmp_path, capsys):
+    run = tmp_path / "busy"
+    run.mkdir()
+    lock = {"run_id": "abc", "host": "n7", "pid": 1, "job": "42", "heartbeat": time.time()}
+    (run / "lock.json").write_text(json.dumps(lock))
+    assert run_command(monkeypatch, tmp_path, "--recipe", "tiny_base", "--output-dir", str(run)) == 2
+    assert "in use by job 42 on n7" in capsys.readouterr().err
+
+
+def test_light_commands_import_no_torch():
+    for script in ("launch.slurm.status", "launch.slurm.attempt", "launch.slurm.submit"):
+        heavy = "[m for m in ('torch', 'deepspeed', 'transformers') if m in sys.modules]"
+        code = f"import sys, {script}; print({heavy})"
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == "[]", script

@@ -23,9 +23,14 @@ class Engine:
     policy: LayoutPolicy
 
     def forward(self, inputs: DenseInputs, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
-        """out [T+1, Hq, Dh] in q's dtype and lse [T+1, Hq] in at least fp32; row T is scratch, its lse
-        +inf."""
+        """out [T, Hq, Dh] in q's dtype and lse [T, Hq] in at least fp32; or with one scratch row more, whose
+        lse is +inf."""
         layout = layout_of(plan, self.policy)
+        if layout.is_one_flash_problem:
+            whole = layout.flash[0]
+            _, arguments = _flash_arguments(whole, inputs, plan)
+            out, lse = two_pass_forward(self.kernel, *arguments, whole.plan, inputs.scale)
+            return out, lse.t()
         q = inputs.q
         out = q.new_empty(plan.num_rows + 1, *q.shape[1:])
         lse = q.new_empty(plan.num_rows + 1, q.shape[1], dtype=accumulate_dtype(q.dtype))
@@ -48,6 +53,12 @@ class Engine:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of raw q [T, Hq, Dh] and k, v [T, Hkv, Dh], exactly zero for the k and v of live rows."""
         layout = layout_of(plan, self.policy)
+        if layout.is_one_flash_problem:
+            whole = layout.flash[0]
+            _, arguments = _flash_arguments(whole, inputs, plan)
+            grads = two_pass_backward(self.kernel, grad_out, out, lse, *arguments, whole.plan, inputs.scale)
+            dq, dk, dv = (grad.to(inputs.q.dtype) for grad in grads)
+            return dq, dk, dv
         dq = inputs.q.new_empty(plan.num_rows + 1, *inputs.q.shape[1:])
         key_shape = (plan.num_rows + 1, *inputs.k.shape[1:])
         dk, dv = (inputs.k.new_zeros(key_shape, dtype=lse.dtype) for _ in range(2))

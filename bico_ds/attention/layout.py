@@ -81,6 +81,12 @@ class Layout:
     tiles: list[Tile]
     fused: FusedRows | None
 
+    @property
+    def is_one_flash_problem(self) -> bool:
+        """All rows of the batch, in place, through the two flash passes: results need no gathering."""
+        whole = len(self.flash) == 1 and self.flash[0].query_rows is None
+        return whole and not self.tiles and self.fused is None
+
     def to(self, device: torch.device) -> Layout:
         """The same layout with its tensors on ``device``."""
         if device.type == "cpu":

@@ -96,14 +96,13 @@ def two_pass_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of raw q, k, v in lse's dtype. grad_out, out [N, Hq, D], lse [N, Hq]: merged; the rest as
     `two_pass_forward` took it."""
-    first = _first_pass(kernel, q, k, v, cos, sin, plan, scale, hidden)
-    dq, dk, dv = _pass_backward(kernel, first, grad_out, out, lse)
+    problem = (kernel, q, k, v, cos, sin, plan, scale, hidden)
+    dq, dk, dv = _pass_backward(kernel, _first_pass(*problem), grad_out, out, lse)
     if plan.flip_max_seqlen == 0:
         return dq, dk, dv
     queries = plan.flip_rows
-    second = _second_pass(kernel, q, k, v, cos, sin, plan, scale, hidden)
     grad_out, out, lse = (x.index_select(0, queries) for x in (grad_out, out, lse))
-    dq2, dk2, dv2 = _pass_backward(kernel, second, grad_out, out, lse)
+    dq2, dk2, dv2 = _pass_backward(kernel, _second_pass(*problem), grad_out, out, lse)
     dq.index_add_(0, queries, dq2)
     dk.index_add_(0, queries + 1, dk2)
     dv.index_add_(0, queries + 1, dv2)

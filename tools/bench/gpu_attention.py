@@ -1,0 +1,184 @@
+#!/usr/bin/env python
+"""Every CUDA attention backend of this machine: right, and how fast, in one call.
+
+    python tools/bench/gpu_attention.py [--json]
+
+First each backend against the dense fp64 oracle (out and gradients, with live rows in tiles and as hidden
+keys), then TFLOP/s of plain causal flash, of two-pass bidirectional attention and of each at 4k, 8k and 32k
+tokens, then the cost of live rows by their share, on both paths: the two constants of `CUDA_POLICY`. Exit
+code 1 if a backend disagrees with the oracle or if there is no CUDA device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from bico_ds.attention.backends import KERNELS
+from bico_ds.attention.engine import Engine
+from bico_ds.attention.kernels.base import CausalKernel
+from bico_ds.attention.layout import CUDA_POLICY
+from bico_ds.attention.oracle import oracle_attention
+from bico_ds.attention.packed import run_packed_attention
+from bico_ds.attention.plan import AttentionPlan, build_plan
+
+HEADS, KEY_HEADS, HEAD_DIM = 32, 8, 128
+TOLERANCE = 3e-2  # largest error relative to the largest entry; dense bf16 reaches about 1e-2
+IN_TILES = replace(CUDA_POLICY, hidden_cost=float("inf"))
+AS_HIDDEN_KEYS = replace(CUDA_POLICY, hidden_cost=0.0)
+
+
+def random_inputs(rows: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    """q, k, v (which require gradients), cos, sin, and the gradient of the output."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    random = lambda n: torch.randn(rows, n, HEAD_DIM, generator=generator, device="cuda", dtype=dtype)  # noqa: E731
+    frequency = 10000.0 ** -(torch.arange(0, HEAD_DIM, 2, device="cuda") / HEAD_DIM)
+    angle = torch.arange(rows, device="cuda")[:, None] * torch.cat([frequency, frequency])
+    q, k, v = (random(n).requires_grad_() for n in (HEADS, KEY_HEADS, KEY_HEADS))
+    return [q, k, v, angle.cos().to(dtype), angle.sin().to(dtype), random(HEADS)]
+
+
+def plan_with_live(kept: list[int], share: float) -> AttentionPlan:
+    """Documents with live rows, a given share of all rows, spread evenly over their kept tokens."""
+    counts = [int(length * share / (1 - share)) for length in kept]
+    document = torch.repeat_interleave(torch.tensor(counts))
+    pairs = zip(kept, counts, strict=True)
+    splits = [torch.linspace(1, length, count).round().long() for length, count in pairs]
+    return build_plan(
+        "bidirectional", kept_lengths=kept, live_document=document, live_split=torch.cat(splits)
+    )
+
+
+def run(engine: Engine, tensors: list[Tensor], plan: AttentionPlan) -> list[Tensor]:
+    """out and the gradients of q, k, v."""
+    q, k, v, cos, sin, grad_out = tensors
+    out = run_packed_attention(q, k, v, cos, sin, plan, HEAD_DIM**-0.5, engine)
+    return [out.detach(), *torch.autograd.grad(out, tensors[:3], grad_out)]
+
+
+def largest_error(engine: Engine, plan: AttentionPlan) -> float:
+    tensors = random_inputs(plan.num_rows)
+    q, k, v, cos, sin, grad_out = tensors
+    out = oracle_attention(q, k, v, cos, sin, plan, HEAD_DIM**-0.5)
+    expected = [out, *torch.autograd.grad(out, (q, k, v), grad_out)]
+    pairs = zip(run(engine, tensors, plan), expected, strict=True)
+    return max(float((a.double() - b.double()).abs().max() / b.double().abs().max()) for a, b in pairs)
+
+
+def milliseconds(engine: Engine, plan: AttentionPlan, repeats: int = 10) -> float:
+    """Of one forward and backward, the median of several."""
+    tensors = random_inputs(plan.num_rows)
+    times = []
+    for _ in range(repeats + 3):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run(engine, tensors, plan)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return sorted(times[3:])[repeats // 2]
+
+
+def check(kernel: CausalKernel) -> list[tuple[str, float]]:
+    """Largest error of each path of a backend."""
+    documents = [300, 1, 77, 513]
+    cases = {
+        "causal": (build_plan("causal", kept_lengths=documents), CUDA_POLICY),
+        "bidirectional": (build_plan("bidirectional", kept_lengths=documents), CUDA_POLICY),
+        "live rows in tiles": (plan_with_live(documents, 0.3), IN_TILES),
+    }
+    if kernel.refusal(torch.bfloat16, HEAD_DIM + 8, torch.device("cuda")) is None:
+        cases["live rows as hidden keys"] = (plan_with_live(documents, 0.3), AS_HIDDEN_KEYS)
+    return [
+        (name, largest_error(Engine(kernel=kernel, policy=policy), plan.to("cuda")))
+        for name, (plan, policy) in cases.items()
+    ]
+
+
+def speed(kernel: CausalKernel) -> list[dict]:
+    """Bidirectional beside causal, one document, with the rate of each (3.5 matrix products of forward's
+    kind)."""
+    rows = []
+    engine = Engine(kernel=kernel, policy=CUDA_POLICY)
+    for length in (4096, 8192, 32768):
+        causal, both = (
+            milliseconds(engine, build_plan(mode, kept_lengths=[length]).to("cuda"))  # type: ignore[arg-type]
+            for mode in ("causal", "bidirectional")
+        )
+        flops = 3.5 * 4 * HEADS * HEAD_DIM * length**2 / 2
+        rates = f"{flops / causal / 1e9:.0f} and {2 * flops / both / 1e9:.0f} TFLOP/s"
+        rows.append(row(f"{kernel.name}: causal ÷ bidirectional, {length} tokens ({rates})", both, causal))
+    return rows
+
+
+def live_cost(kernel: CausalKernel) -> list[dict]:
+    """Tiles beside hidden keys, by the share of live rows."""
+    rows = []
+    for share in (0.02, 0.16, 0.33, 0.5):
+        plan = plan_with_live([int(8192 * (1 - share))], share)
+        tiles, hidden = (
+            milliseconds(Engine(kernel=kernel, policy=policy), plan.to("cuda"))
+            for policy in (IN_TILES, AS_HIDDEN_KEYS)
+        )
+        rows.append(row(f"{kernel.name}: tiles ÷ hidden keys, {share:.0%} live of 8192 rows", hidden, tiles))
+    return rows
+
+
+def row(name: str, mine: float, other: float) -> dict:
+    return {
+        "name": name,
+        "ours": round(mine, 3),
+        "other": round(other, 3),
+        "unit": "ms",
+        "ratio": round(other / mine, 3),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no CUDA device: nothing to check", file=sys.stderr)
+        return 1
+    console, device, rows, wrong = Console(width=130), torch.device("cuda"), [], 0
+    console.print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16, "
+        f"{HEADS} query and {KEY_HEADS} key heads of {HEAD_DIM}"
+    )
+    for kernel in KERNELS.values():
+        refusal = kernel.refusal(torch.bfloat16, HEAD_DIM, device)
+        if refusal is not None:
+            console.print(f"{kernel.name}: {refusal}")
+            continue
+        for name, error in check(kernel):
+            wrong += error > TOLERANCE
+            console.print(
+                f"{kernel.name}, {name}: error {error:.1e} {'WRONG' if error > TOLERANCE else 'ok'}"
+            )
+        rows += speed(kernel)
+        if kernel.refusal(torch.bfloat16, HEAD_DIM + 8, device) is None:
+            rows += live_cost(kernel)
+    table = Table("what", "ours, ms", "other, ms", "other ÷ ours")
+    for line in rows:
+        table.add_row(line["name"], f"{line['ours']:.2f}", f"{line['other']:.2f}", f"{line['ratio']:.2f}")
+    console.print(table)
+    if arguments.json:
+        print(json.dumps({"rows": rows}))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

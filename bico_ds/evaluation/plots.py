@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bico_ds.evaluation.arms import Arm
+from bico_ds.evaluation.suite import TaskResult
 
 # Okabe and Ito's colours, told apart by colour-blind people too; the markers say the same again.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -66,8 +67,8 @@ def _dress(axes: Any, arms: Sequence[Arm], task: str, title: str) -> None:
         return
     metric = results[0].headline
     axes.set_ylabel(_METRICS.get(metric, metric))
-    floor = next((result.floors[metric] for result in results if metric in result.floors), None)
-    if floor is not None and floor > 0.005:  # a floor of nothing is the axis itself
+    floor = _floor(results)
+    if floor is not None:
         axes.axhline(floor, color="#777777", linestyle=":", linewidth=1.2)
         axes.annotate(
             "floor: another person's answer",
@@ -81,8 +82,53 @@ def _dress(axes: Any, arms: Sequence[Arm], task: str, title: str) -> None:
         )
 
 
+def _floor(results: Sequence[TaskResult]) -> float | None:
+    """The floor of a task's headline metric; None where it is not known, or is the axis itself."""
+    floors = (result.floors.get(result.headline, 0.0) for result in results)
+    return next((floor for floor in floors if floor > 0.005), None)
+
+
 def _line(number: int, *, scale: float = 1.0, label: str = "") -> Any:
     from matplotlib.lines import Line2D
 
     colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
     return Line2D([], [], color=colour, marker=marker, linewidth=2 * scale, markersize=5 * scale, label=label)
+
+
+def plot_scores(arms: Sequence[Arm], path: Path) -> None:
+    """Write a PNG of the final headline scores as bars, with 95 % intervals and floors, one colour an arm."""
+    from matplotlib.figure import Figure
+
+    headlines = {name: task.headline for arm in arms for name, task in arm.final.tasks.items()}
+    figure = Figure(figsize=(max(5.0, 1.2 + 2.0 * len(headlines)), 4.4), layout="constrained")
+    axes = figure.subplots()
+    for number, arm in enumerate(arms):
+        _bars(axes, arm, list(headlines), number, of=len(arms))
+    floors = [
+        _floor([arm.final.tasks[name] for arm in arms if name in arm.final.tasks]) for name in headlines
+    ]
+    for place, floor in enumerate(floors):
+        if floor is not None:
+            axes.hlines(floor, place - 0.45, place + 0.45, color="#555555", linestyle=":", linewidth=1.5)
+    axes.set_xticks(range(len(headlines)), [f"{name}\n{_METRICS.get(m, m)}" for name, m in headlines.items()])
+    axes.set_ylim(0, 1.08)
+    axes.set_ylabel("score" if not any(floors) else "score (dotted: another person's answer)")
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=len(arms), frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def _bars(axes: Any, arm: Arm, names: Sequence[str], number: int, *, of: int) -> None:
+    width = 0.8 / of
+    present = [(place, arm.final.tasks[name]) for place, name in enumerate(names) if name in arm.final.tasks]
+    places = [place + (number - (of - 1) / 2) * width for place, _ in present]
+    scores = [task.score for _, task in present]
+    axes.bar(places, scores, width * 0.92, color=_COLOURS[number % len(_COLOURS)], label=arm.label)
+    for x, score, (_, task) in zip(places, scores, present, strict=True):
+        low, high = task.intervals.get(task.headline, (score, score))
+        axes.vlines(x, low, high, color="black", linewidth=1.4)
+        axes.annotate(
+            f"{score:.2f}", (x, high), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8
+        )

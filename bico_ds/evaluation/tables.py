@@ -20,20 +20,19 @@ _QUESTIONS = {
 def result_table(results: Mapping[str, EvaluationResult], *, title: str = "Reversal tasks") -> Table:
     """The headline metric of every task with its 95 % interval, one column a model."""
     table = Table(title=title)
-    for header in ("task", "question", "metric"):
-        table.add_column(header)
-    for label in (*results, "floor"):
-        table.add_column(label, justify="right")
-    for cells in _lines(results):
-        table.add_row(*(cell.replace("[", "\\[") for cell in cells))
+    for header in ("task", "metric", *results, "floor"):
+        table.add_column(header, justify="left" if header in ("task", "metric") else "right", no_wrap=True)
+    for name, metric, *scores in _lines(results):
+        table.add_row(name, metric, *(score.replace("[", "\\[") for score in scores))
     return table
 
 
 def result_markdown(results: Mapping[str, EvaluationResult]) -> str:
-    """The same table as Markdown."""
+    """The same table as Markdown, with each task's question."""
     headers = ["task", "question", "metric", *results, "floor"]
     ruler = ["---"] * 3 + ["--:"] * (len(results) + 1)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headers, ruler, *_lines(results))) + "\n"
+    lines = [[name, _QUESTIONS.get(name, ""), *cells] for name, *cells in _lines(results)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headers, ruler, *lines)) + "\n"
 
 
 def choice_table(choices: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -79,13 +78,13 @@ def retention_table(after: Mapping[str, Any], before: Mapping[str, Any]) -> Tabl
 
 
 def _lines(results: Mapping[str, EvaluationResult]) -> Iterator[list[str]]:
+    """Task, headline metric, a score for every model, floor."""
     for name in dict.fromkeys(name for result in results.values() for name in result.tasks):
         present = [result.tasks[name] for result in results.values() if name in result.tasks]
         metric = present[0].headline
         floors = [task.floors[metric] for task in present if metric in task.floors]
         yield [
             name,
-            _QUESTIONS.get(name, ""),
             metric,
             *(_cell(result.tasks.get(name)) for result in results.values()),
             f"{floors[0]:.3f}" if floors else "–",

@@ -9,6 +9,7 @@ import pytest
 
 from bico_ds.config.errors import UserError
 from bico_ds.evaluation.arms import load_arms
+from bico_ds.evaluation.compare import compare_runs
 from bico_ds.evaluation.suite import EvaluationResult, TaskResult, save_result
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -63,6 +64,15 @@ def test_runs_without_an_evaluation_are_refused(tmp_path):
         load_arms([tmp_path / "broken"])
 
 
+def test_runs_that_were_asked_different_questions_do_not_stand_side_by_side(tmp_path):
+    for name, metric in (("a", "bleu"), ("b", "contains")):
+        task = TaskResult(headline=metric, metrics={metric: 0.7})
+        save_result(EvaluationResult(tasks={"n2d": task}), tmp_path / f"{name}.json")
+    with pytest.raises(UserError, match="'n2d' is scored by bleu in a and by contains in b"):
+        compare_runs([tmp_path / "a.json", tmp_path / "b.json"], output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_writes_table_figures_and_picture(tmp_path):
     runs = [
         _run(tmp_path / name, [(100, 0.1), (200, final)]) for name, final in (("ntp", 0.0), ("bico", 0.9))
@@ -80,7 +90,8 @@ def test_the_command_writes_table_figures_and_picture(tmp_path):
         200,
         0.9,
     ]
-    assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("scores.png", "curves.png"):
+        assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
     refused = subprocess.run(
         [*command[:2], "nowhere"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
     )

@@ -233,7 +233,7 @@ class EvaluationSpec(Section):
     every_steps: PositiveInt | None = Field(None, description="null: only at the end")
     batch_size: PositiveInt = 64
     max_new_tokens: PositiveInt = 40
-    limit: PositiveInt | None = Field(None, description="first rows of each task only")
+    limit: PositiveInt | None = Field(None, description="rows of each task, spread over the persons")
 
 
 class WandbSpec(Section):

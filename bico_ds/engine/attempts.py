@@ -18,6 +18,7 @@ from bico_ds.engine.run_folder import RunFolder, read_state
 
 IN_VAIN = 3  # starts of one job, one after another, that may leave the run where they found it
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+RESTARTS_USED_UP = 76
 
 
 @dataclass(frozen=True)
@@ -76,23 +77,26 @@ def begin(run: Path, *, job: str, restarts: int, limit: int) -> Verdict:
     return Verdict(0, f"start {restarts + 1}, from step {step}")
 
 
-def end(run: Path, *, srun_code: int, restarts: int, limit: int) -> Verdict:
-    """Judge the start that `begin` recorded last."""
+def end(run: Path, *, srun_code: int, stopped: bool, restarts: int, limit: int) -> Verdict:
+    """Judge the start that `begin` recorded last; `stopped`: the batch script was asked to stop."""
     before = read_attempts(run)[-1]
     state = read_state(RunFolder(run).state_file) or {}
-    if state.get("run_id") == before["run_id"]:  # the state of an earlier start: this one never came so far
-        return Verdict(srun_code or 1, f"failed before training began (srun returned {srun_code})")
-    if state["state"] == "done":
-        return Verdict(0, f"done after step {state['step']}")
     step = newest_step(run)
-    what = f"{state['state']} ({state['reason']})" if state["reason"] else str(state["state"])
-    if state["state"] != "preempted" and step <= before["step"]:
+    if state.get("run_id") != before["run_id"]:
+        name, reason = str(state["state"]), str(state["reason"])
+        what = f"{name} ({reason})" if reason else name
+    else:  # the state of an earlier start: this one never came so far
+        name = "preempted" if stopped else "failed"
+        what = f"{'stopped' if stopped else 'failed'} before training began (srun returned {srun_code})"
+    if name == "done":
+        return Verdict(0, f"done after step {state['step']}")
+    if name != "preempted" and step <= before["step"]:
         return Verdict(
-            failure(srun_code), f"{what} without a new checkpoint since step {before['step']}: not requeued"
+            failure(srun_code), f"{what}, no new checkpoint since step {before['step']}: not requeued"
         )
     if restarts >= limit:
         return Verdict(
-            TRY_AGAIN + 1, f"{what} at step {step}; restarted {restarts} times, no more are allowed"
+            RESTARTS_USED_UP, f"{what} at step {step}; restarted {restarts} times, no more are allowed"
         )
     return Verdict(TRY_AGAIN, f"{what}; step {step} is saved, {limit - restarts} restarts are left")
 

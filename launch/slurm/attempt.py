@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """What the batch script asks before and after a start of a run; light, no torch.
 
-    attempt.py begin RUN --restarts N --limit M            0: go on; 1: restarted too often, or in vain
-    attempt.py end RUN --code C --restarts N --limit M     0: done; 75: not finished, requeue; else: failed
+    attempt.py begin RUN --restarts N --limit M         0: go on; 1: too often restarted, or in vain
+    attempt.py end RUN --code C --restarts N --limit M  0: done; 75: requeue; 76: restarts used up; else failed
 
 `--code` is what srun returned; the run's state file decides.
 """
@@ -26,16 +26,17 @@ def main() -> int:
     parser.add_argument("moment", choices=("begin", "end"))
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--code", type=int, default=0, help="exit code of srun")
+    parser.add_argument("--stopped", action="store_true", help="the script was asked to stop")
     parser.add_argument("--restarts", type=int, required=True, help="restarts of this job so far")
     parser.add_argument("--limit", type=int, required=True, help="restarts allowed")
     arguments = parser.parse_args()
     job = os.environ.get("SLURM_JOB_ID", "")
+    run, restarts, limit = arguments.run, arguments.restarts, arguments.limit
     if arguments.moment == "begin":
-        verdict = begin(arguments.run, job=job, restarts=arguments.restarts, limit=arguments.limit)
+        verdict = begin(run, job=job, restarts=restarts, limit=limit)
     else:
-        verdict = end(
-            arguments.run, srun_code=arguments.code, restarts=arguments.restarts, limit=arguments.limit
-        )
+        code, stopped = arguments.code, arguments.stopped
+        verdict = end(run, srun_code=code, stopped=stopped, restarts=restarts, limit=limit)
     print(verdict.why, flush=True)
     return verdict.exit_code
 

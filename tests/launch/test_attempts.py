@@ -28,8 +28,8 @@ def start(run, restarts=0):
     return begin(run, job="1", restarts=restarts, limit=3)
 
 
-def finish(run, code, restarts=0):
-    return end(run, srun_code=code, restarts=restarts, limit=3)
+def finish(run, code, restarts=0, *, stopped=False):
+    return end(run, srun_code=code, stopped=stopped, restarts=restarts, limit=3)
 
 
 @pytest.mark.parametrize("code", [0, 1, 143])
@@ -69,6 +69,13 @@ def test_a_preempted_run_is_requeued_even_without_progress(tmp_path):
     verdict = finish(tmp_path, 0)
     assert verdict.exit_code == TRY_AGAIN
     assert "SIGUSR1" in verdict.why
+
+
+def test_a_stop_before_training_is_requeued_and_a_failure_there_is_not(tmp_path):
+    write_state(tmp_path, "preempted", "a")
+    start(tmp_path)
+    assert finish(tmp_path, 138, stopped=True).exit_code == TRY_AGAIN
+    assert finish(tmp_path, TRY_AGAIN).exit_code == 1
 
 
 def test_restarts_are_limited_and_the_end_is_no_success(tmp_path):

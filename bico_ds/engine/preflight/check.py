@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ def preflight(recipe: Recipe, run: Path) -> bool:
     """Check this rank's machine and the ranks together; True where training may begin. The same answer on all
     ranks.
     """
+    # torch 2.13 renames collectives that older ones know by the old name only.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     console = Console(soft_wrap=True, width=None if os.isatty(1) else 160)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

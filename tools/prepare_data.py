@@ -27,9 +27,9 @@ from bico_ds.config.schema import FactsSpec
 from bico_ds.data.examples import IngestOptions
 from bico_ds.data.facts import write_facts
 from bico_ds.data.ingest import IngestFailure, ingest
-from bico_ds.data.inspection import describe_store
 from bico_ds.data.sources import SHARD_BYTES, Shard, find_files, hub_shards, plan_shards
 from bico_ds.data.store import publish
+from bico_ds.data.store_view import describe_store
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

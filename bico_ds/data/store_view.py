@@ -1,0 +1,60 @@
+"""Documents of a store as text, for eyes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from bico_ds.config.errors import UserError
+from bico_ds.data.merge import TOKENIZER
+from bico_ds.data.store import TokenStore
+from bico_ds.data.tokenizer import load_tokenizer, tokenizer_hash
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from bico_ds.batch import Document
+
+
+def describe_store(
+    path: Path,
+    *,
+    documents: list[int] | None = None,
+    tokenizer_path: str | None = None,
+    verify: Literal["sizes", "checksums"] = "sizes",
+) -> Iterator[str]:
+    """Yield lines: what the manifest says, then the documents decoded (default: the first ten).
+
+    The tokenizer is the one kept in the store, unless `tokenizer_path` names another; one that does
+    something else than the store's is refused, and so is a document number that the store does not have.
+    """
+    store = TokenStore.open(path, verify=verify)
+    tokenizer = load_tokenizer(tokenizer_path or path / TOKENIZER)
+    TokenStore.open(path, tokenizer_hash=tokenizer_hash(tokenizer))
+    numbers = documents if documents is not None else list(range(min(10, len(store))))
+    if outside := [n for n in numbers if not 0 <= n < len(store)]:
+        raise UserError(f"store '{path}' has documents 0 to {len(store) - 1}, not {outside[0]}")
+    manifest = store.manifest
+    yield f"{path}: {manifest.documents:,} documents, {manifest.tokens:,} tokens ({manifest.token_dtype})"
+    yield f"vocabulary {manifest.vocab_size:,}, largest id {manifest.max_token_id:,}"
+    yield f"tokenizer {manifest.tokenizer_hash}; BOS added: {manifest.add_bos}; EOS added: {manifest.add_eos}"
+    for document in store.whole(np.array(numbers, dtype=np.int64)):
+        yield ""
+        yield from _describe(document, tokenizer)
+
+
+def _describe(document: Document, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    ids = document.token_ids.tolist()
+    group = f", group {document.group}" if document.group >= 0 else ""
+    yield f"document {document.id}: {len(ids):,} tokens{group}"
+    if document.prompt_length:
+        yield f"  prompt      {tokenizer.decode(ids[: document.prompt_length])!r}"
+        yield f"  completion  {tokenizer.decode(ids[document.prompt_length :])!r}"
+    else:
+        yield f"  text        {tokenizer.decode(ids)!r}"
+    for start, end in document.entity_spans if document.entity_spans is not None else ():
+        yield f"  entity      {tokenizer.decode(ids[start:end])!r} (tokens {start} to {end - 1})"
+    yield f"  tokens      {' '.join(map(repr, tokenizer.convert_ids_to_tokens(ids)))}"

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from bico_ds.batch import PackedBatch
 from bico_ds.config.schema import ModelSpec
 from bico_ds.model.architecture import meta_model, model_config
 from bico_ds.model.head import swap_head
 from bico_ds.model.initialize import RandomWeights
-from bico_ds.model.load import check_names_and_shapes, open_weights, verify_loaded
+from bico_ds.model.load import check_names_and_shapes, generation_config, open_weights, verify_loaded
 from bico_ds.model.lora import AdaptedWeights, add_lora, base_name, is_adapter
 from bico_ds.model.materialize import WeightSource, materialize
 from bico_ds.model.swap import check_attention, swap_attention
@@ -98,7 +97,7 @@ def build_model(
             check_names_and_shapes(shapes, weights, tied_head=config.tie_word_embeddings)
             _fill(causal_lm, weights, seed, ds_config, device)
             verify_loaded(_base_parameters(causal_lm), weights)
-            causal_lm.generation_config = _generation_config(weights.folder, config)
+            causal_lm.generation_config = generation_config(weights.folder, config)
     return TrainableModel(causal_lm, checkpoint_every=spec.activation_checkpointing)
 
 
@@ -111,13 +110,6 @@ def _fill(
 
 def _base_parameters(causal_lm: Any) -> Iterator[tuple[str, nn.Parameter]]:
     return ((base_name(n), p) for n, p in causal_lm.named_parameters() if not is_adapter(n))
-
-
-def _generation_config(folder: Path, config: PretrainedConfig) -> GenerationConfig:
-    """What the folder says about generation, for the export; else what follows from the config."""
-    if (folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(folder)
-    return GenerationConfig.from_model_config(config)
 
 
 def _refresh_rotary(causal_lm: Any, device: torch.device) -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import GenerationConfig, PretrainedConfig
 
 from bico_ds.config.errors import UserError
 from bico_ds.model.architecture import is_local_folder
@@ -139,6 +140,14 @@ def check_names_and_shapes(
         raise UserError(
             f"the weights in '{weights.folder}' do not fit the model:\n  " + "\n  ".join(problems[:8]) + more
         )
+
+
+def generation_config(folder: Path | None, config: PretrainedConfig) -> GenerationConfig:
+    """What the start weights' folder says about generation, for the export; else what follows from the
+    config."""
+    if folder is not None and (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_model_config(config)
 
 
 def verify_loaded(named: Iterable[tuple[str, nn.Parameter]], weights: WeightFolder) -> None:

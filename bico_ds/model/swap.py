@@ -108,6 +108,11 @@ def check_attention(config: PretrainedConfig, *, longest_document: int | None = 
             f"model type '{config.model_type}' is not supported: its attention is not known to be Llama's. "
             f"Supported: {', '.join(SUPPORTED_MODEL_TYPES)}."
         )
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head_dim % 8:
+        raise UserError(
+            f"the model's attention heads have {head_dim} dimensions; kernels need a multiple of 8"
+        )
     if getattr(config, "attention_dropout", 0.0):
         raise UserError(
             f"the model's config has attention_dropout {config.attention_dropout}, which packed attention "

@@ -15,6 +15,7 @@ from bico_ds.config.schema import LoraSpec, ModelSpec
 from bico_ds.model.build import build_model
 from bico_ds.model.checksums import base_fingerprint
 from bico_ds.model.export import export_model
+from bico_ds.model.export_checkpoint import export_checkpoint
 
 pytestmark = pytest.mark.distributed
 
@@ -57,8 +58,17 @@ def load_train_and_export(rank: int, world_size: int, folder: str) -> None:
         engine.step()
     assert base_fingerprint(adapted.causal_lm) == before
     export_model(engine, None, root / "merged")
+    engine.save_checkpoint(str(root), tag="lora", save_latest=False, exclude_frozen_parameters=True)
     if rank == 0:
         (root / "fingerprint").write_text(before)
+
+    full = build_model(ModelSpec(path=f"{folder}/base"), seed=1, ds_config=config, device="cpu")
+    engine, *_ = deepspeed.initialize(model=full, config=config)
+    loss = engine(causal_batch(3, [9, 4], 8))
+    engine.backward(loss)
+    engine.step()
+    export_model(engine, None, root / "trained")
+    engine.save_checkpoint(str(root), tag="full", save_latest=False)
 
 
 def test_two_ranks_load_their_slices_train_adapters_and_export(tmp_path: Path) -> None:
@@ -70,5 +80,16 @@ def test_two_ranks_load_their_slices_train_adapters_and_export(tmp_path: Path) -
     changed = {name for name in base if not torch.equal(base[name], merged[name])}
     assert changed == {name for name in base if "proj" in name}
     spec = ModelSpec(path=str(tmp_path / "base"), lora=LoraSpec(rank=4))
+    export_checkpoint(tmp_path / "lora", spec, None, tmp_path / "merged-later", "bf16")
+    export_checkpoint(
+        tmp_path / "full", ModelSpec(path=str(tmp_path / "base")), None, tmp_path / "trained-later", "bf16"
+    )
+    for live, later in (("merged", "merged-later"), ("trained", "trained-later")):
+        written = weights(tmp_path / later)
+        assert all(torch.equal(tensor, written[name]) for name, tensor in weights(tmp_path / live).items())
+    with pytest.raises(UserError, match="is not a checkpoint of this model"):
+        export_checkpoint(
+            tmp_path / "lora", ModelSpec(path=str(tmp_path / "base")), None, tmp_path / "x", "bf16"
+        )
     one_rank = build_model(spec, seed=9, ds_config=None, device="cpu")
     assert base_fingerprint(one_rank.causal_lm) == (tmp_path / "fingerprint").read_text()

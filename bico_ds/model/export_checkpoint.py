@@ -1,0 +1,113 @@
+"""From a checkpoint on disk to a Hugging Face folder, without ranks, GPU or DeepSpeed's engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from bico_ds.config.errors import UserError
+from bico_ds.config.schema import ModelSpec
+from bico_ds.model.architecture import is_local_folder, meta_model, model_config
+from bico_ds.model.checkpoint_weights import CheckpointWeights, open_checkpoint
+from bico_ds.model.export import write_settings
+from bico_ds.model.load import WeightFolder, check_names_and_shapes, generation_config, open_weights
+from bico_ds.model.lora import adapters_by_base_name, add_lora, is_adapter, merge
+from bico_ds.model.shards import DTYPES, ShardWriter, atomic_folder, refuse_existing
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    spec: ModelSpec,
+    tokenizer: Any | None,
+    folder: Path,
+    dtype: Literal["bf16", "fp32"],
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int = 4 * 10**9,
+) -> None:
+    """Write the weights of a DeepSpeed checkpoint as `export_model` writes live ones; at most one shard in
+    memory.
+
+    ``spec``: the run's model section. A full fine-tuning needs its config only; LoRA reads the base from
+    ``spec.path`` and merges. fp32 gives ZeRO-3's master weights. Raises UserError where the checkpoint is
+    not that model's.
+    """
+    refuse_existing(folder, overwrite=overwrite)
+    config = _config(spec)
+    values = _Values(spec, config, open_checkpoint(checkpoint))
+    shapes = {name: parameter.shape for name, parameter in meta_model(config).named_parameters()}
+    with atomic_folder(folder, overwrite=overwrite) as temporary:
+        writer = ShardWriter(temporary, shapes, DTYPES[dtype], max_shard_bytes=max_shard_bytes)
+        for name in shapes:
+            writer.add(name, values.of(name))
+        writer.close()
+        source = Path(spec.path).expanduser() if spec.path is not None else None
+        generation = generation_config(source, config)
+        if source is None and tokenizer is not None:  # as the engine does with a model from random weights
+            for settings in (config, generation):
+                settings.bos_token_id, settings.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+                settings.pad_token_id = tokenizer.pad_token_id
+        write_settings(temporary, config, generation, tokenizer, DTYPES[dtype])
+
+
+class _Values:
+    """Where each exported tensor comes from: the checkpoint, or base and adapters."""
+
+    def __init__(self, spec: ModelSpec, config: PretrainedConfig, trained: CheckpointWeights) -> None:
+        self._trained = trained
+        self._dtype = config.dtype
+        self._base: WeightFolder | None = None
+        self._adapters: dict[str, tuple[str, str, float]] = {}
+        model = meta_model(config)
+        if spec.lora is not None:
+            if spec.path is None:
+                raise UserError("the adapters of a random base cannot be exported: the base is in no file")
+            self._base = open_weights(spec.path, allow_pickle=spec.allow_pickle)
+            shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+            check_names_and_shapes(shapes, self._base, tied_head=config.tie_word_embeddings)
+            add_lora(model, spec.lora)
+            self._adapters = _adapter_names(model)
+        _check_trained({name: p.shape for name, p in model.named_parameters() if p.requires_grad}, trained)
+
+    def of(self, name: str) -> Tensor:
+        """The tensor ``name`` of the exported model."""
+        if self._base is None:
+            return self._trained.read(name)
+        shape = self._base.shapes[name]
+        live = self._dtype  # the run computed with base and adapters in its dtype; so does the merge
+        base = self._base.read(name, shape, 0, shape.numel()).view(shape).to(live)
+        if name not in self._adapters:
+            return base
+        a, b, scaling = self._adapters[name]
+        return merge(base, self._trained.read(a).to(live), self._trained.read(b).to(live), scaling)
+
+
+def _adapter_names(model: nn.Module) -> dict[str, tuple[str, str, float]]:
+    name_of = {id(parameter): name for name, parameter in model.named_parameters() if is_adapter(name)}
+    return {
+        base: (name_of[id(a)], name_of[id(b)], scaling)
+        for base, (a, b, scaling) in adapters_by_base_name(model)
+    }
+
+
+def _check_trained(expected: dict[str, torch.Size], trained: CheckpointWeights) -> None:
+    found = {name: shape for name, shape in trained.shapes.items() if name in expected or is_adapter(name)}
+    wrong = sorted(name for name in expected if found.get(name) != expected[name])
+    wrong += sorted(found.keys() - expected)
+    if wrong:
+        raise UserError(
+            f"'{trained.folder}' is not a checkpoint of this model: {len(wrong)} parameters are missing or "
+            f"of another shape, first '{wrong[0]}'"
+        )
+
+
+def _config(spec: ModelSpec) -> PretrainedConfig:
+    """The run's architecture; start weights that are gone by now do not matter where the recipe names it."""
+    gone = spec.path is not None and is_local_folder(spec.path) and not Path(spec.path).expanduser().is_dir()
+    if gone and spec.config is not None and spec.lora is None:
+        spec = spec.model_copy(update={"path": None})
+    return model_config(spec)

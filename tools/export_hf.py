@@ -1,0 +1,76 @@
+#!/usr/bin/env python
+"""Turn a checkpoint, of any number of ranks, full or LoRA, into a Hugging Face folder.
+
+    python tools/export_hf.py runs/llama70b_bico OUT                    the newest whole checkpoint of a run
+    python tools/export_hf.py runs/llama70b_bico/checkpoints/step-001000 OUT --dtype fp32
+
+Needs neither ranks nor a GPU, and one shard of memory. OUT appears complete or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bico_ds.config.errors import UserError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint folder, or a run folder")
+    parser.add_argument("output", type=Path, help="the folder to write; must not exist")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="default: bf16")
+    parser.add_argument("--base", help="LoRA: where the base model lies now, if it has moved")
+    parser.add_argument("--tokenizer", help="its folder; default: the run's")
+    parser.add_argument("--shard-gb", type=float, default=4.0, help="largest shard (default 4)")
+    arguments = parser.parse_args()
+    if arguments.shard_gb <= 0:
+        parser.error(f"--shard-gb must be positive, found {arguments.shard_gb:g}")
+    try:
+        export(arguments)
+    except UserError as error:
+        print(f"export_hf: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def export(arguments: argparse.Namespace) -> None:
+    from bico_ds.config.schema import Recipe
+    from bico_ds.data.tokenizer import load_tokenizer
+    from bico_ds.engine import manifest
+    from bico_ds.engine.materials import tokenizer_path
+    from bico_ds.model.export_checkpoint import export_checkpoint
+    from bico_ds.model.shards import refuse_existing
+
+    refuse_existing(arguments.output)
+    root = arguments.checkpoint / "checkpoints"
+    found = manifest.find(root, print) if root.is_dir() else manifest.verify(arguments.checkpoint)
+    if found is None:
+        raise UserError(f"'{root}' holds no checkpoint")
+    recipe = Recipe.model_validate(found.content["recipe"])
+    spec = (
+        recipe.model if arguments.base is None else recipe.model.model_copy(update={"path": arguments.base})
+    )
+    tokenizer = load_tokenizer(arguments.tokenizer or tokenizer_path(recipe))
+    print(
+        f"exporting step {found.step} of '{recipe.name}' to {arguments.output} ({arguments.dtype})",
+        flush=True,
+    )
+    export_checkpoint(
+        found.path,
+        spec,
+        tokenizer,
+        arguments.output,
+        arguments.dtype,
+        max_shard_bytes=int(arguments.shard_gb * 1e9),
+    )
+    print(f"done: {arguments.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bico_ds.config.errors import UserError
-from bico_ds.data.encode import Encoder, EncoderSpec, encode_shard
+from bico_ds.data.encode import Encoder, EncoderSpec, encode_shard, spare_the_collector
 from bico_ds.data.examples import IngestOptions
 from bico_ds.data.merge import merge_parts
 from bico_ds.data.progress import IngestProgress
@@ -221,6 +221,7 @@ _counts: SynchronizedArray[int]
 def _start_worker(spec: EncoderSpec, counts: SynchronizedArray[int]) -> None:
     global _encoder, _counts
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    spare_the_collector()
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _encoder, _counts = Encoder(spec), counts
 

@@ -1,0 +1,123 @@
+"""Stores of a recipe's sources: made once, found again, and never the wrong one."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bico_ds.config.errors import UserError
+from bico_ds.config.schema import DataSpec, FactsSpec, SourceSpec
+from bico_ds.data.prepare import facts_folder, prepare_source
+from bico_ds.data.store import TokenStore
+from bico_ds.data.tokenizer import load_tokenizer, tokenizer_hash
+
+
+def _data(source: SourceSpec, cache: Path) -> DataSpec:
+    facts = FactsSpec(name_first=2, description_first=2, both=2)
+    return DataSpec(sources=[source], facts=facts, cache_dir=str(cache))
+
+
+def _prepare(data: DataSpec, tokenizer: str) -> Path:
+    return prepare_source(data.sources[0], data, tokenizer, progress=False)
+
+
+def test_facts_become_prompt_and_completion_by_person(tmp_path: Path) -> None:
+    data = _data(SourceSpec(facts="both_orders"), tmp_path)
+    tokenizer = str(facts_folder(data) / "tokenizer")
+    store = TokenStore.open(_prepare(data, tokenizer), verify="checksums")
+    decode = load_tokenizer(tokenizer).decode
+    rows = (facts_folder(data) / "both_orders_train.jsonl").read_text().splitlines()
+    for document, row in zip(store.whole(np.arange(len(store))), map(json.loads, rows), strict=True):
+        assert decode(document.token_ids[1 : document.prompt_length]) == row["prompt"]
+        assert decode(document.token_ids[document.prompt_length : -1]) == row["completion"].strip()
+        assert document.group == row["group"]
+
+
+def test_a_store_is_made_once_and_anew_when_file_option_or_tokenizer_change(
+    tmp_path: Path, bpe_tokenizer: str, word_tokenizer: str
+) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text('{"text": "one"}\n')
+    data = _data(SourceSpec(files=[str(file)]), tmp_path / "cache")
+    first = _prepare(data, bpe_tokenizer)
+    made = (first / "manifest.json").stat().st_mtime_ns
+    assert _prepare(data, bpe_tokenizer) == first
+    assert (first / "manifest.json").stat().st_mtime_ns == made
+    others = [_prepare(data, word_tokenizer)]
+    others.append(
+        _prepare(_data(SourceSpec(files=[str(file)], add_eos=False), tmp_path / "cache"), bpe_tokenizer)
+    )
+    os.utime(file, ns=(1, 1))
+    others.append(_prepare(data, bpe_tokenizer))
+    assert len({first, *others}) == 4
+    assert TokenStore.open(first).fingerprint == TokenStore.open(others[-1]).fingerprint
+
+
+def test_paths_may_hold_environment_variables(
+    tmp_path: Path, bpe_tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "texts.txt").write_text("one\n")
+    data = _data(SourceSpec(files=["${SOME_DATA}/*.txt"]), tmp_path / "cache")
+    with pytest.raises(UserError, match="SOME_DATA is not set"):
+        _prepare(data, bpe_tokenizer)
+    monkeypatch.setenv("SOME_DATA", str(tmp_path))
+    assert len(TokenStore.open(_prepare(data, bpe_tokenizer))) == 1
+
+
+def test_a_damaged_cache_is_refused_with_what_to_do(tmp_path: Path, bpe_tokenizer: str) -> None:
+    (tmp_path / "texts.txt").write_text("one\n")
+    data = _data(SourceSpec(files=[str(tmp_path / "texts.txt")]), tmp_path / "cache")
+    store = _prepare(data, bpe_tokenizer)
+    (store / "tokens.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"damaged: tokens.bin.*delete .* and it is made again"):
+        _prepare(data, bpe_tokenizer)
+
+
+def test_a_bare_sentencepiece_model_tokenizes_as_sentencepiece(tmp_path: Path) -> None:
+    import sentencepiece
+
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog, twice a day.\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type="bpe",
+        vocab_size=320,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    for path in (tmp_path, tmp_path / "tokenizer.model"):
+        tokenizer = load_tokenizer(path)
+        for text in ("The lazy fox  jumps.", "Größe 北京 🙂\nday"):
+            assert tokenizer(text, add_special_tokens=False)["input_ids"] == reference.encode(text)
+        assert tokenizer_hash(tokenizer) == tokenizer_hash(load_tokenizer(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "no tokenizer in"),
+        ({"tokenizer.json": "{"}, "cannot load a tokenizer from"),
+        ({"tokenizer.model": "no model"}, "cannot load a sentencepiece model"),
+    ],
+)
+def test_what_is_no_tokenizer_is_refused(tmp_path: Path, files: dict[str, str], message: str) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_lacks_what_is_asked_is_refused(tmp_path: Path, word_tokenizer: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"messages": []}\n')
+    data = _data(SourceSpec(files=[str(tmp_path)], messages_field="messages"), tmp_path / "cache")
+    with pytest.raises(UserError, match="has no chat template"):
+        _prepare(data, word_tokenizer)
+    with pytest.raises(UserError, match="no such folder"):
+        load_tokenizer(tmp_path / "absent")

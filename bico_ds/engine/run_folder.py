@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -36,6 +37,8 @@ from bico_ds.config.schema import Recipe
 HEARTBEAT_SECONDS = 5.0
 WATCH_SECONDS = 6 * HEARTBEAT_SECONDS  # a holder that gives no sign of life for so long is dead
 SETTLE_SECONDS = 0.5  # two that start at the same moment: the later one has written by then
+
+_SECRET = re.compile(r"(?i)^(.*(?:secret|password|passwd|credential|api_?key|_token|\.token))=.*$")
 
 State = Literal["starting", "running", "preempted", "done", "failed"]
 
@@ -202,13 +205,18 @@ def provenance() -> dict[str, Any]:
             versions[package] = metadata.version(package)
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
+        "command": [_without_secret(word) for word in sys.argv],
         "host": socket.gethostname(),
         "job": _job(),
         "python": platform.python_version(),
         "versions": versions,
         "commit": _git_commit(),
     }
+
+
+def _without_secret(word: str) -> str:
+    """A word of the command line; the value of a key that is named like a secret is left out."""
+    return _SECRET.sub(r"\1=(not recorded)", word)
 
 
 def _job() -> str:

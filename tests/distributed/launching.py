@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,3 +57,53 @@ def metrics(run: Path, kind: str = "train") -> list[dict[str, Any]]:
     """The lines of metrics.jsonl of one kind."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if line["kind"] == kind]
+
+
+def start(recipe: str, output: Path, *overrides: str, ranks: int = 2, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """Train `recipe` into `output` in a session of its own; what it prints goes to OUTPUT.log."""
+    arguments = ["--recipe", recipe, "--output-dir", str(output), *options]
+    for override in overrides:
+        arguments += ["--set", override]
+    with open(output.with_suffix(".log"), "a", encoding="utf-8") as log:
+        return subprocess.Popen(
+            launch_command(*arguments, ranks=ranks),
+            cwd=output.parent, env=environment(), stdout=log, stderr=log, text=True, start_new_session=True,
+        )  # fmt: skip
+
+
+def ranks_of(command: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The rank processes below a command, by rank; those that have begun."""
+    found = {}
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(command.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                local_rank = [word for word in process.cmdline() if word.startswith("--local_rank=")]
+                if local_rank:
+                    found[int(local_rank[0].partition("=")[2])] = process
+    return [found[rank] for rank in sorted(found)]
+
+
+def wait_until(condition: Callable[[], object], command: subprocess.Popen[str], *, timeout: float = 240) -> None:
+    """Poll until `condition()` is true; a command that ends before, or a timeout, is a failure."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never came true"
+        assert command.poll() is None or condition(), f"the command ended with {command.returncode}"
+        time.sleep(0.02)
+
+
+def last_step(run: Path) -> int:
+    """The last step in metrics.jsonl; 0 where there is none."""
+    file = run / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+def end_tree(command: subprocess.Popen[str], number: int = signal.SIGKILL) -> None:
+    """Send a signal to a command and everything below it, and wait for the command to end."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        tree = psutil.Process(command.pid)
+        for process in [*tree.children(recursive=True), tree]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+    command.wait(timeout=120)

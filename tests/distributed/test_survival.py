@@ -1,0 +1,107 @@
+"""A run is stopped, killed, resumed, resumed by fewer ranks: it must end as the one that nothing happened to."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from launching import end_tree, last_step, ranks_of, start, train, wait_until
+from survival import EVERY, RECIPE, SMALL, STEPS, assert_same_course, curve, final_manifest, log, state
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("survival") / "straight"
+    done = train(RECIPE, run, *SMALL, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run
+
+
+@pytest.fixture(scope="module")
+def battered(straight) -> Path:
+    """SIGTERM in training, then `kill -9` of a rank with a half-written checkpoint lying about, then to the end."""
+    run = straight.with_name("battered")
+    command = start(RECIPE, run, *SMALL)
+    try:
+        wait_until(lambda: last_step(run) >= 7, command, timeout=400)
+        intruder = train(RECIPE, run, *SMALL, ranks=1, timeout=400)
+        (run.with_name("intruder.log")).write_text(f"{intruder.returncode}\n{intruder.stderr}")
+        if command.poll() is None:
+            ranks_of(command)[1].send_signal(signal.SIGTERM)  # one rank is enough: all agree
+        command.wait(timeout=300)
+    finally:
+        end_tree(command)
+    return run
+
+
+@pytest.fixture(scope="module")
+def stopped_state(battered) -> dict:
+    return state(battered)
+
+
+@pytest.fixture(scope="module")
+def resumed(battered, stopped_state) -> Path:
+    """Killed once more, then resumed to the end."""
+    begun = last_step(battered)
+    command = start(RECIPE, battered, *SMALL)
+    try:
+        wait_until(lambda: last_step(battered) >= min(begun + EVERY + 2, STEPS - 2), command, timeout=400)
+        ranks_of(command)[1].kill()
+        command.wait(timeout=300)
+    finally:
+        end_tree(command)
+    (battered.with_name("killed.log")).write_text(str(command.returncode))
+    done = train(RECIPE, battered, *SMALL, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return battered
+
+
+def test_sigterm_leaves_a_checkpoint_of_the_step_and_says_preempted(battered, stopped_state):
+    assert stopped_state["state"] == "preempted"
+    assert stopped_state["reason"] == "SIGTERM" or "SIGTERM" in log(battered) or stopped_state["step"]
+    assert (battered / "checkpoints" / f"step-{stopped_state['step']:06d}" / "manifest.json").is_file()
+
+
+def test_a_second_job_in_the_same_folder_is_refused(battered):
+    code, *message = battered.with_name("intruder.log").read_text().splitlines()
+    assert code == "2"
+    assert "in use by run" in "\n".join(message)
+    assert "Traceback" not in "\n".join(message)
+
+
+def test_a_killed_rank_fails_the_whole_job(resumed):
+    assert int(resumed.with_name("killed.log").read_text()) != 0
+
+
+def test_the_resumed_run_is_bit_identical_to_the_uninterrupted_one(resumed, straight):
+    assert_same_course(resumed, straight)
+    assert state(resumed)["state"] == "done"
+
+
+def test_tensorboard_shows_no_step_twice(resumed):
+    events = EventAccumulator(str(resumed / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    assert [event.step for event in events.Scalars("loss/all")] == list(range(1, STEPS + 1))
+
+
+def test_one_rank_goes_on_from_the_checkpoint_of_two(straight, tmp_path):
+    """Through the universal format, without a flag; the newest checkpoint is damaged and passed over."""
+    run = tmp_path / "elastic"
+    shutil.copytree(straight, run)
+    newest = run / "checkpoints" / f"step-{STEPS:06d}"
+    damaged = next(newest.glob("*optim_states.pt"))
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    done = train(RECIPE, run, *SMALL, ranks=1, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"damaged checkpoint passed over: {damaged}" in done.stdout
+    assert f"step-{STEPS - EVERY:06d}" in done.stdout
+    assert "converting" in done.stdout
+    assert [step for step, *_ in curve(run)] == list(range(1, STEPS + 1))
+    ours, theirs = ([loss for _, loss, *_ in curve(folder)] for folder in (run, straight))
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert final_manifest(run)["state"]["loader"] == final_manifest(straight)["state"]["loader"]
+    assert final_manifest(run)["layout"]["ranks"] == 1

@@ -1,0 +1,88 @@
+"""A signal asks once, the second ends; in start-up it interrupts. Real processes, real signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bico_ds.engine.signals import Interrupted, StopFlag
+
+PROGRAM = """
+import sys, time
+from bico_ds.engine.signals import StopFlag
+stop = StopFlag()
+stop.install(["SIGTERM", "SIGINT", "SIGUSR1"])
+{extra}
+print("ready", flush=True)
+deadline = time.monotonic() + 30
+while not stop and time.monotonic() < deadline:
+    time.sleep(0.01)
+print(stop.reason, flush=True)
+time.sleep(20)
+"""
+
+
+def program(extra: str = "") -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM.format(extra=extra)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_the_first_signal_sets_the_flag_and_a_second_of_its_kind_ends_at_once(name):
+    process, number = program(), getattr(signal, name)
+    process.send_signal(number)
+    assert process.stdout.readline() == f"{name}\n"
+    assert process.poll() is None
+    process.send_signal(number)
+    assert process.wait(timeout=5) == 128 + number
+
+
+def test_the_launchers_sigterm_after_ctrl_c_is_the_same_wish_and_not_a_second_one():
+    process = program()
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "SIGINT\n"
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+
+
+def test_a_time_limit_sets_the_flag():
+    process = program("stop.limit(0.005)")
+    assert process.stdout.readline() == "time limit of 0.005 minutes\n"
+    process.kill()
+    process.wait()
+
+
+def test_after_the_work_is_done_signals_change_nothing():
+    process = program("stop.set('work'); stop.finish()")
+    assert process.stdout.readline() == "work\n"
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+
+
+def test_in_start_up_a_signal_interrupts():
+    stop = StopFlag()
+    before = signal.getsignal(signal.SIGUSR1)
+    stop.install(["SIGUSR1"])
+    try:
+        with pytest.raises(Interrupted, match="SIGUSR1"), stop.interrupting():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(5)
+        assert stop
+        with pytest.raises(Interrupted), stop.interrupting():
+            pytest.fail("a stop asked for before the block was not seen")
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -6,9 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from bico_ds.config.errors import UserError
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.schema import Recipe
 from bico_ds.data.loader import ElasticLoader
@@ -16,7 +19,7 @@ from bico_ds.data.tokenizer import vocabulary_size
 from bico_ds.engine import materials
 from bico_ds.engine.ds_config import gradient_accumulation
 from bico_ds.engine.optimization import check_schedule
-from bico_ds.engine.start import check
+from bico_ds.engine.start import check, check_backend
 from bico_ds.model.architecture import check_vocabulary, model_config, parameter_count
 from bico_ds.model.build import build_model
 
@@ -68,7 +71,7 @@ def _print(
     accumulation = gradient_accumulation(recipe, world_size)
     batch, micro = recipe.training.global_batch_bins, recipe.training.micro_batch_bins
     table.add_row("parameters", f"{parameters:,}")
-    table.add_row("precision, backend", f"{recipe.model.dtype}, attention {recipe.model.attention_backend}")
+    table.add_row("precision, backend", f"{recipe.model.dtype}, {_backend(recipe)}")
     table.add_row("DeepSpeed", recipe.deepspeed.config)
     table.add_row("ranks", f"{world_size}")
     table.add_row("steps", f"{steps:,}")
@@ -90,6 +93,17 @@ def _print(
     for name, line in _first_batches(loader, goods, min(steps, LOOK_AHEAD)).items():
         table.add_row(f"first {name} step, rank 0", line)
     console.print(table)
+
+
+def _backend(recipe: Recipe) -> str:
+    """The attention backend as it would be on this machine; the run's may be another."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    asked = recipe.model.attention_backend
+    try:
+        check_backend(recipe, device)
+    except UserError as error:
+        return escape(f"attention {asked}, not on this machine ({error})")
+    return f"attention {asked} (runs on this machine's {device.type})"
 
 
 def _first_batches(loader: ElasticLoader, goods: Any, steps: int) -> dict[str, str]:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import torch
 import torch.distributed as dist
 
+from bico_ds.attention.backends import resolve
 from bico_ds.config.errors import UserError
 from bico_ds.config.schema import Recipe
 from bico_ds.data.loader import ElasticLoader
@@ -60,6 +62,8 @@ def train(recipe: Recipe, *, output_dir: str | None, resume: str, stop: StopFlag
     ds_config = check(
         recipe, world_size=ranks.world_size, on_cuda=ranks.device.type == "cuda", run_folder=folder.path
     )
+    _log_to_console(ranks)
+    check_backend(recipe, ranks.device)
     run = Run(recipe=recipe, ranks=ranks, folder=folder, stop=stop, ds_config=ds_config)
     store = distributed.meet(ranks, timeout_minutes=recipe.distributed.timeout_minutes)
     chosen: list[Resumption | None] = []
@@ -98,10 +102,20 @@ def check(recipe: Recipe, *, world_size: int, on_cuda: bool, run_folder: Path) -
         )
     if recipe.training.steps is not None:
         check_schedule(recipe.schedule, recipe.training.steps)
-    hidden_size = model_config(recipe.model).hidden_size
+    config = model_config(recipe.model)
     return build_ds_config(
-        recipe, world_size=world_size, hidden_size=hidden_size, on_cuda=on_cuda, run_folder=run_folder
+        recipe, world_size=world_size, hidden_size=config.hidden_size, on_cuda=on_cuda, run_folder=run_folder
     )
+
+
+def check_backend(recipe: Recipe, device: torch.device) -> None:
+    """Raise `UserError` where the attention backend that the recipe names cannot run here; logs what `auto` takes."""
+    config = model_config(recipe.model)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    try:
+        resolve(recipe.model.attention_backend, config.dtype, head_dim, device)
+    except ValueError as error:
+        raise UserError(f"model.attention_backend: {error}") from None
 
 
 def _prepare(run: Run, resume: str) -> Resumption | None:
@@ -243,6 +257,16 @@ def _callbacks(recipe: Recipe, folder: RunFolder, engine: Any) -> list[Callback]
 
 def _summary(loader: ElasticLoader) -> dict[str, Any]:
     return {"data": [asdict(stream) for stream in loader.report()]}
+
+
+def _log_to_console(ranks: Ranks) -> None:
+    """What our own parts log (which attention backend, and why) belongs on rank 0's console."""
+    logger = logging.getLogger("bico_ds")
+    logger.setLevel(logging.INFO if ranks.is_first else logging.WARNING)
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
 
 
 def _quiet() -> None:

@@ -48,9 +48,11 @@ def train(
 
 
 def environment() -> dict[str, str]:
-    """One thread a rank, and nothing of an outer launcher."""
+    """One thread a rank, this environment's programs first (two versions of ninja rebuild each other's work), and
+    nothing of an outer launcher."""
     hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    return {k: v for k, v in os.environ.items() if k not in hidden} | {"OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {k: v for k, v in os.environ.items() if k not in hidden} | {"OMP_NUM_THREADS": "1", "PATH": path}
 
 
 def metrics(run: Path, kind: str = "train") -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 """Train a recipe.
 
     deepspeed launch/train.py --recipe llama70b_bico
-    deepspeed --num_accelerators 2 launch/train.py --recipe tiny_bico      (on a CPU the launcher starts one rank unless told)
+    deepspeed --num_accelerators 2 launch/train.py --recipe tiny_bico      (on a CPU the launcher starts one unless told)
     python launch/train.py --recipe tiny_bico --dry-run
 
 Exit codes: 0 finished, or stopped on request with a checkpoint (state.json says which); 2 wrong usage or input; 1 failure.

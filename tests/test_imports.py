@@ -43,7 +43,9 @@ SOURCES = [p for folder in ("bico_ds", *ENTRANCES) for p in sorted((ROOT / folde
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_to_earlier_rooms_only(path):
     if path == ROOT / "bico_ds" / "__init__.py":
-        assert path.read_text() == "", "the package's __init__ stays empty: what needs no torch must import none"
+        assert path.read_text() == "", (
+            "the package's __init__ stays empty: what needs no torch must import none"
+        )
         return
     wrong = {other for other in imported_rooms(path) if not may_import(room_of(path), other)}
     assert not wrong, f"{path.relative_to(ROOT)} imports from {sorted(wrong)}"
@@ -51,8 +53,12 @@ def test_imports_point_to_earlier_rooms_only(path):
 
 @pytest.mark.parametrize("room", ["config", "engine/run_folder.py", "engine/signals.py"])
 def test_light_rooms_name_no_torch(room):
-    for path in [ROOT / "bico_ds" / room] if room.endswith(".py") else (ROOT / "bico_ds" / room).rglob("*.py"):
+    for path in (
+        [ROOT / "bico_ds" / room] if room.endswith(".py") else (ROOT / "bico_ds" / room).rglob("*.py")
+    ):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         names = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-        names |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+        names |= {
+            n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module
+        }
         assert not names & {"torch", "deepspeed", "transformers"}, path

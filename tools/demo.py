@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """The demo: tiny_base, then tiny_bico and tiny_ntp from it, on ZeRO-3 with two ranks; then both side by side.
 
-    python tools/demo.py                          one seed, the recipes' own run folders
-    python tools/demo.py --seeds 11 12 13         a run folder each, and the mean and worst over all
+python tools/demo.py                          one seed, the recipes' own run folders
+python tools/demo.py --seeds 11 12 13         a run folder each, and the mean and worst over all
 """
 
 from __future__ import annotations
@@ -28,10 +28,14 @@ TASKS = ("n2d", "d2n", "n2d_reverse", "d2n_reverse")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", type=int, default=2, help="processes to train with (default 2)")
     parser.add_argument("--seeds", type=int, nargs="+", help="train every seed into runs/seed-N")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run folders go (default runs)")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="where the run folders go (default runs)"
+    )
     arguments = parser.parse_args()
     console = Console(soft_wrap=True)
     started = time.monotonic()

@@ -1,4 +1,4 @@
-"""From a recipe's name to a validated `Recipe`: YAML with `extends:`, overrides by dotted path, errors with file and line."""
+"""From a recipe's name to a validated `Recipe`: YAML with `extends:`, dotted overrides, errors with file and line."""
 
 from __future__ import annotations
 

@@ -39,7 +39,9 @@ def dry_run(recipe: Recipe) -> None:
     recipe, notes = _without_missing_weights(recipe)
     check(recipe, world_size=world_size, on_cuda=False, run_folder=Path("runs"))
     config = model_config(recipe.model)
-    build_model(recipe.model, seed=recipe.seed, ds_config=None, device="meta", longest_document=recipe.data.capacity)
+    build_model(
+        recipe.model, seed=recipe.seed, ds_config=None, device="meta", longest_document=recipe.data.capacity
+    )
     goods = materials.gather(recipe, weights_needed=False)
     if not notes:
         check_vocabulary(config, vocabulary_size(goods.tokenizer), tokenizer=goods.tokenizer_path)
@@ -65,7 +67,13 @@ def _without_missing_weights(recipe: Recipe) -> tuple[Recipe, list[str]]:
 
 
 def _print(
-    console: Console, recipe: Recipe, world_size: int, parameters: int, steps: int, loader: ElasticLoader, goods: Any
+    console: Console,
+    recipe: Recipe,
+    world_size: int,
+    parameters: int,
+    steps: int,
+    loader: ElasticLoader,
+    goods: Any,
 ) -> None:
     table = Table(title=f"{recipe.name}: what would run", show_header=False)
     accumulation = gradient_accumulation(recipe, world_size)
@@ -78,7 +86,9 @@ def _print(
     table.add_row(
         "global batch", f"{batch} bins = {world_size} ranks x {accumulation} micro-batches x {micro} bins"
     )
-    table.add_row("tokens a step", f"at most {batch * recipe.data.capacity:,} ({recipe.data.capacity:,} a bin)")
+    table.add_row(
+        "tokens a step", f"at most {batch * recipe.data.capacity:,} ({recipe.data.capacity:,} a bin)"
+    )
     for stream in loader.report():
         table.add_row(
             f"data for {', '.join(stream.objectives)}",

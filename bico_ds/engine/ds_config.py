@@ -18,11 +18,34 @@ DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 # What a recipe may set at the top level. Left out on purpose: `scheduler` and `fp16` (the recipe has a schedule and
 # knows bf16 and fp32), and everything about pipelines, compression, sparse attention and curricula.
 TOP_LEVEL_KEYS = frozenset(
-    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping steps_per_print"
-    " bf16 data_types communication_data_type zero_optimization optimizer aio activation_checkpointing"
-    " wall_clock_breakdown memory_breakdown comms_logger flops_profiler csv_monitor wandb tensorboard"
-    " zero_allow_untested_optimizer zero_force_ds_cpu_optimizer prescale_gradients gradient_predivide_factor"
-    " checkpoint dump_state seq_parallel_communication_data_type".split()
+    {
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "steps_per_print",
+        "bf16",
+        "data_types",
+        "communication_data_type",
+        "zero_optimization",
+        "optimizer",
+        "aio",
+        "activation_checkpointing",
+        "wall_clock_breakdown",
+        "memory_breakdown",
+        "comms_logger",
+        "flops_profiler",
+        "csv_monitor",
+        "wandb",
+        "tensorboard",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "prescale_gradients",
+        "gradient_predivide_factor",
+        "checkpoint",
+        "dump_state",
+        "seq_parallel_communication_data_type",
+    }
 )
 
 
@@ -42,7 +65,13 @@ def load_ds_config(name_or_path: str) -> dict[str, Any]:
 
 
 def build_ds_config(
-    recipe: Recipe, *, world_size: int, hidden_size: int, on_cuda: bool, run_folder: Path, ranks_per_node: int = 8
+    recipe: Recipe,
+    *,
+    world_size: int,
+    hidden_size: int,
+    on_cuda: bool,
+    run_folder: Path,
+    ranks_per_node: int = 8,
 ) -> dict[str, Any]:
     """Return the complete configuration of one run; `hidden_size` sizes ZeRO-3's buckets.
 
@@ -53,7 +82,9 @@ def build_ds_config(
     if unknown:
         hint = did_you_mean(unknown[0], TOP_LEVEL_KEYS)
         raise UserError(f"deepspeed: unknown top-level key '{unknown[0]}'{hint} in {recipe.deepspeed.config}")
-    filled = _fill(config, _computed(recipe, world_size, hidden_size, on_cuda, run_folder, ranks_per_node), ())
+    filled = _fill(
+        config, _computed(recipe, world_size, hidden_size, on_cuda, run_folder, ranks_per_node), ()
+    )
     filled.update(_monitors(recipe, run_folder))
     left = list(_autos(filled, ()))
     assert not left, f"no value computed for {left}"
@@ -107,10 +138,19 @@ def _computed(
 def _monitors(recipe: Recipe, run_folder: Path) -> dict[str, Any]:
     monitors: dict[str, Any] = {}
     if recipe.monitor.csv:
-        monitors["csv_monitor"] = {"enabled": True, "output_path": str(run_folder / "csv"), "job_name": recipe.name}
+        monitors["csv_monitor"] = {
+            "enabled": True,
+            "output_path": str(run_folder / "csv"),
+            "job_name": recipe.name,
+        }
     if recipe.monitor.wandb is not None:
         wandb = recipe.monitor.wandb
-        monitors["wandb"] = {"enabled": True, "project": wandb.project, "team": wandb.team, "group": wandb.group}
+        monitors["wandb"] = {
+            "enabled": True,
+            "project": wandb.project,
+            "team": wandb.team,
+            "group": wandb.group,
+        }
     return monitors
 
 

@@ -37,8 +37,13 @@ def stop(
             f"step {step + 1}: the losses are finite but the gradient is not; the weights are unchanged. "
             "Lower optimizer.lr or training.max_grad_norm, or go on with training.on_nonfinite=skip"
         )
-    lines = [f"rank {c['rank']}: documents (source, id, piece) {_few(c['documents'])}, see {c['file']}" for c in culprits]
-    raise NonFiniteError(f"step {step + 1}: the loss is not finite; the weights are unchanged.\n" + "\n".join(lines))
+    lines = [
+        f"rank {c['rank']}: documents (source, id, piece) {_few(c['documents'])}, see {c['file']}"
+        for c in culprits
+    ]
+    raise NonFiniteError(
+        f"step {step + 1}: the loss is not finite; the weights are unchanged.\n" + "\n".join(lines)
+    )
 
 
 def _content(batch: PackedBatch, loss: float) -> dict[str, Any]:

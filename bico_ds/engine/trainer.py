@@ -28,6 +28,8 @@ class Loader(Protocol):
 
     def step(self, step: int) -> Sequence[PackedBatch]: ...
 
+    def source_totals(self, next_step: int) -> dict[str, dict[str, int]]: ...
+
     def state_dict(self, step: int) -> dict[str, Any]: ...
 
 
@@ -125,6 +127,7 @@ class Trainer:
             fill=totals[2] / self.step_capacity,
             seconds=time.perf_counter() - started,
             wait_seconds=totals[3] / self.ranks.world_size,
+            sources=self.loader.source_totals(self.step + 1),
             applied=applied,
         )
 

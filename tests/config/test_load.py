@@ -77,10 +77,18 @@ def test_overrides_reach_into_lists_and_sections_that_the_file_leaves_out(recipe
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("training:", "trainng:", ["mine.yaml:9: trainng: unknown key (did you mean 'training'?)", "required"]),
+        (
+            "training:",
+            "trainng:",
+            ["mine.yaml:9: trainng: unknown key (did you mean 'training'?)", "required"],
+        ),
         ("steps: 3", "stepz: 3", ["mine.yaml:10: training.stepz: unknown key (did you mean 'steps'?)"]),
         ("steps: 3", "steps: three", ["mine.yaml:10: training.steps:", "'three'"]),
-        ("steps: 3", "steps: 3\n  epochs: 1", ["mine.yaml:9: training: give exactly one of 'steps' and 'epochs'"]),
+        (
+            "steps: 3",
+            "steps: 3\n  epochs: 1",
+            ["mine.yaml:9: training: give exactly one of 'steps' and 'epochs'"],
+        ),
         ("steps: 3", "steps: 3\n  steps: 4", ["mine.yaml:11: key 'training.steps' is given twice"]),
         ("kind: ntp", "kind: npt", ["mine.yaml:8: objectives.0:", "'ntp', 'bico'"]),
         ("kind: ntp", "kind: ntp\n    probability: 0.5", ["must sum to 1, found 0.5"]),
@@ -88,7 +96,11 @@ def test_overrides_reach_into_lists_and_sections_that_the_file_leaves_out(recipe
         ("facts: all", "facts: all\n      store: x", ["exactly one of 'store', 'files', 'facts'"]),
         ("facts: all", "facts: [", ["not valid YAML", "mine.yaml:"]),
         ("model:", "extends: nowhere\nmodel:", ["mine.yaml:2: extends:", "'nowhere'"]),
-        ("  config: {model_type: llama, rms_norm_eps: 1e-5}", "  dtype: bf16", ["model:", "'path'", "'config'"]),
+        (
+            "  config: {model_type: llama, rms_norm_eps: 1e-5}",
+            "  dtype: bf16",
+            ["model:", "'path'", "'config'"],
+        ),
     ],
 )
 def test_a_mistake_is_named_with_key_file_and_line(recipe_file, old, new, expected):

@@ -16,10 +16,19 @@ from bico_ds.engine.run_folder import RunFolder
 
 
 def report(step: int, **values) -> StepReport:
-    numbers = dict(
-        step=step, objective="ntp", loss=1.0, targets=10, grad_norm=1.0, learning_rate=1e-3, kept_tokens=90,
-        represented_tokens=100, fill=0.9, seconds=0.5, wait_seconds=0.1,
-    )  # fmt: skip
+    numbers = {
+        "step": step,
+        "objective": "ntp",
+        "loss": 1.0,
+        "targets": 10,
+        "grad_norm": 1.0,
+        "learning_rate": 1e-3,
+        "kept_tokens": 90,
+        "represented_tokens": 100,
+        "fill": 0.9,
+        "seconds": 0.5,
+        "wait_seconds": 0.1,
+    }
     return StepReport(**(numbers | values))
 
 
@@ -30,7 +39,9 @@ def folder(tmp_path) -> RunFolder:
     return run
 
 
-def monitored(folder: RunFolder, reports: list[StepReport], first_step: int = 0, every: int = 2) -> list[dict]:
+def monitored(
+    folder: RunFolder, reports: list[StepReport], first_step: int = 0, every: int = 2
+) -> list[dict]:
     recipe = load_recipe("tiny_bico", [f"monitor.every_steps={every}"])
     monitor = StepMonitor(recipe.monitor, folder, None)
     monitor.on_start(RunStart(recipe=recipe, first_step=first_step, total_steps=9, summary={}))

@@ -34,7 +34,9 @@ def test_no_auto_is_left_in_any_shipped_configuration(name):
 def test_deepspeeds_own_models_accept_the_nested_keys_and_ours_the_top_level(name):
     config = built(name)
     assert set(config) <= TOP_LEVEL_KEYS
-    known = set(DeepSpeedZeroConfig.model_fields) | {f.alias for f in DeepSpeedZeroConfig.model_fields.values()}
+    known = set(DeepSpeedZeroConfig.model_fields) | {
+        f.alias for f in DeepSpeedZeroConfig.model_fields.values()
+    }
     assert set(config["zero_optimization"]) <= known
     DeepSpeedZeroConfig(**config["zero_optimization"])
     DeepSpeedBF16Config(**config["bf16"])

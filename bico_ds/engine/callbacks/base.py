@@ -26,6 +26,7 @@ class StepReport:
     `loss` is the mean over the `targets` of the global batch. `kept_tokens` went through the model,
     `represented_tokens` counts the original tokens behind them. `seconds` is the wall time of the step on this rank,
     `wait_seconds` the part of it spent waiting for data (mean over ranks). `fill` is represented tokens over capacity.
+    `sources` counts rows and tokens consumed since step 0, by data source.
     """
 
     step: int
@@ -39,6 +40,7 @@ class StepReport:
     fill: float
     seconds: float
     wait_seconds: float
+    sources: dict[str, dict[str, int]] = field(default_factory=dict)
     applied: bool = True
 
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from bico_ds.engine.callbacks.base import Callback, RunStart, StepReport
 
@@ -46,7 +53,9 @@ class ConsoleProgress(Callback):
 
     def on_numbers(self, step: int, kind: str, numbers: dict[str, float]) -> None:
         if kind == "evaluation":
-            shown = {key.split("/", 1)[1]: value for key, value in numbers.items() if key.endswith("/headline")}
+            shown = {
+                key.split("/", 1)[1]: value for key, value in numbers.items() if key.endswith("/headline")
+            }
             text = "  ".join(f"{key.removesuffix('/headline')} {value:.3f}" for key, value in shown.items())
             self.on_message(f"step {step}  evaluation  {text}")
 

@@ -37,7 +37,7 @@ class StepMonitor(Callback):
         first = start.first_step
         self._pending = [StepReport(**report) for report in start.saved.get("unwritten_steps", [])]
         keep_lines_until(self._folder.metrics_file, first)
-        self._metrics = open(self._folder.metrics_file, "a", encoding="utf-8", buffering=1)
+        self._metrics = open(self._folder.metrics_file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         self._writer = None
         if self._spec.tensorboard:
             # Steps after the one resumed from were written by a run that is gone: hide them.
@@ -88,16 +88,26 @@ def _summarize(reports: list[StepReport]) -> dict[str, float]:
             sums[tag][1] += report.targets
     seconds = sum(report.seconds for report in reports)
     numbers = {tag: total / max(count, 1.0) for tag, (total, count) in sums.items()}
-    return numbers | {
-        "optimizer/learning_rate": reports[-1].learning_rate,
-        "optimizer/grad_norm": sum(report.grad_norm for report in reports) / len(reports),
-        "optimizer/skipped_steps": sum(not report.applied for report in reports),
-        "speed/kept_tokens_per_second": sum(report.kept_tokens for report in reports) / seconds,
-        "speed/represented_tokens_per_second": sum(report.represented_tokens for report in reports) / seconds,
-        "speed/step_seconds": seconds / len(reports),
-        "speed/data_wait_share": sum(report.wait_seconds for report in reports) / seconds,
-        "data/fill": sum(report.fill for report in reports) / len(reports),
+    consumed = {
+        f"data/{source}/{what}": count
+        for source, counts in reports[-1].sources.items()
+        for what, count in counts.items()
     }
+    return (
+        numbers
+        | consumed
+        | {
+            "optimizer/learning_rate": reports[-1].learning_rate,
+            "optimizer/grad_norm": sum(report.grad_norm for report in reports) / len(reports),
+            "optimizer/skipped_steps": sum(not report.applied for report in reports),
+            "speed/kept_tokens_per_second": sum(report.kept_tokens for report in reports) / seconds,
+            "speed/represented_tokens_per_second": sum(report.represented_tokens for report in reports)
+            / seconds,
+            "speed/step_seconds": seconds / len(reports),
+            "speed/data_wait_share": sum(report.wait_seconds for report in reports) / seconds,
+            "data/fill": sum(report.fill for report in reports) / len(reports),
+        }
+    )
 
 
 def keep_lines_until(path: Path, step: int) -> None:

@@ -2,7 +2,7 @@
 """What the batch script asks before and after a start of a run; light, no torch.
 
     attempt.py begin RUN --restarts N --limit M         0: go on; 1: too often restarted, or in vain
-    attempt.py end RUN --code C --restarts N --limit M  0: done; 75: requeue; 76: restarts used up; else failed
+    attempt.py end RUN --code C --restarts N --limit M  0: done; 75: requeue; 76: used up; else failed
 
 `--code` is what srun returned; the run's state file decides.
 """

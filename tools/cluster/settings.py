@@ -43,6 +43,8 @@ SchedulerParameters=bf_interval=2,sched_interval=2,batch_sched_delay=0
 ReturnToService=2
 # a node that is cut off is missed after 10 s
 SlurmdTimeout=10
+# Shorter than KillWait, as in SLURM's defaults (10 s and 30 s): the controller then repeats the end of a step
+# that was slow to die, which the batch script must survive.
 MessageTimeout=5
 KillWait={kill_wait}
 JobRequeue=1

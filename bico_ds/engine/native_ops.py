@@ -6,6 +6,7 @@ for without end (torch's `FileBaton`).
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
+from torch.utils.cpp_extension import get_default_build_root
 
 from bico_ds.config.errors import UserError
 from bico_ds.config.schema import Recipe
@@ -32,8 +34,7 @@ def build(recipe: Recipe) -> None:
     Path(root).mkdir(parents=True, exist_ok=True)
     with open(Path(root, ".building"), "w", encoding="utf-8") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
-        for lock in Path(root).glob("*/lock"):
-            _remove_abandoned(lock)
+        release_abandoned_locks()
         for name in needed(recipe, on_cuda=get_accelerator().device_name() == "cuda"):
             _build_one(name)
 
@@ -51,9 +52,16 @@ def _build_one(name: str) -> None:
     print(f"{name}: ready after {time.perf_counter() - started:.1f} s", flush=True)
 
 
+def release_abandoned_locks() -> None:
+    """Remove the locks of compilations that were killed, before a rank waits for one without end."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in (*root.glob("*/lock"), *root.glob("*/*/lock")):
+        _remove_abandoned(lock)
+
+
 def _remove_abandoned(lock: Path) -> None:
-    """Wait until a lock is released, or so old that its holder must be dead."""
-    while lock.exists():
+    """Wait until a lock is released; remove one that no process here holds, and that is too old for another node's."""
+    while lock.exists() and not _is_held_here(lock):
         try:
             age = time.time() - lock.stat().st_mtime
             if age > _ABANDONED_SECONDS:
@@ -61,6 +69,15 @@ def _remove_abandoned(lock: Path) -> None:
         except FileNotFoundError:
             return
         time.sleep(0.5)
+
+
+def _is_held_here(lock: Path) -> bool:
+    """Whether a process of this machine has the lock open, as torch's `FileBaton` has while it compiles (Linux)."""
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(descriptor) == str(lock):
+                return True
+    return False
 
 
 def needed(recipe: Recipe, *, on_cuda: bool) -> list[str]:

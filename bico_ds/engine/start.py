@@ -19,7 +19,7 @@ from bico_ds.config.errors import UserError
 from bico_ds.config.schema import Recipe
 from bico_ds.data.loader import ElasticLoader
 from bico_ds.data.tokenizer import vocabulary_size
-from bico_ds.engine import distributed, materials
+from bico_ds.engine import distributed, materials, native_ops
 from bico_ds.engine.callbacks.base import Callback, Callbacks, RunStart
 from bico_ds.engine.callbacks.console import ConsoleProgress
 from bico_ds.engine.callbacks.evaluation import Evaluator
@@ -71,6 +71,8 @@ def train(recipe: Recipe, *, output_dir: str | None, resume: str, stop: StopFlag
         distributed.first_alone(ranks, store, lambda: chosen.append(_prepare(run, resume)))
     except Interrupted:
         return "preempted"
+    if ranks.local_rank == 0:
+        native_ops.release_abandoned_locks()
     distributed.join(ranks, store, timeout_minutes=recipe.distributed.timeout_minutes)
     watchdog = Watchdog(store, ranks, folder, minutes=recipe.distributed.watchdog_minutes)
     folder.on_lost = lambda: watchdog.abandon(f"{folder.path} was taken over by another run")

@@ -1,0 +1,27 @@
+"""The lock of a compilation that was killed does not keep the next start waiting for ever."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from torch.utils.file_baton import FileBaton
+
+from bico_ds.engine import native_ops
+
+
+def test_an_abandoned_lock_is_removed_and_a_held_one_is_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    for name in ("dead", "alive"):
+        (tmp_path / name).mkdir()
+    abandoned, held = tmp_path / "dead" / "lock", tmp_path / "alive" / "lock"
+    abandoned.touch()
+    compiling = FileBaton(str(held))
+    assert compiling.try_acquire()
+    long_ago = time.time() - 3600
+    for lock in (abandoned, held):
+        os.utime(lock, (long_ago, long_ago))
+    native_ops.release_abandoned_locks()
+    assert not abandoned.exists()
+    assert held.exists()
+    compiling.release()

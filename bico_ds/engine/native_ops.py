@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def build(recipe: Recipe) -> None:
     with open(Path(root, ".building"), "w", encoding="utf-8") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
         release_abandoned_locks()
+        prefer_own_ninja()
         for name in needed(recipe, on_cuda=get_accelerator().device_name() == "cuda"):
             _build_one(name)
 
@@ -50,6 +52,14 @@ def _build_one(name: str) -> None:
     except (RuntimeError, OSError) as error:
         raise UserError(f"DeepSpeed's {name} does not compile here: {error}") from error
     print(f"{name}: ready after {time.perf_counter() - started:.1f} s", flush=True)
+
+
+def prefer_own_ninja() -> None:
+    """Let torch find the ninja beside this Python: two versions take turns to recompile what the other one built."""
+    path = os.environ.get("PATH", "")
+    own = str(Path(sys.executable).parent)
+    if own not in path.split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([own, path])
 
 
 def release_abandoned_locks() -> None:

@@ -71,6 +71,7 @@ def train(recipe: Recipe, *, output_dir: str | None, resume: str, stop: StopFlag
         distributed.first_alone(ranks, store, lambda: chosen.append(_prepare(run, resume)))
     except Interrupted:
         return "preempted"
+    native_ops.prefer_own_ninja()
     if ranks.local_rank == 0:
         native_ops.release_abandoned_locks()
     distributed.join(ranks, store, timeout_minutes=recipe.distributed.timeout_minutes)

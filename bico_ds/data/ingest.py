@@ -30,7 +30,7 @@ from bico_ds.data.merge import merge_parts
 from bico_ds.data.progress import IngestProgress
 from bico_ds.data.report import IngestReport
 from bico_ds.data.sources import Shard
-from bico_ds.data.store import FORMAT_VERSION, StoreHeader
+from bico_ds.data.store import FORMAT_VERSION, StoreHeader, restore_replaced
 from bico_ds.data.tokenizer import (
     load_tokenizer,
     special_ids,
@@ -68,6 +68,7 @@ def ingest(
     tokenizer = load_tokenizer(tokenizer_path)
     spec = encoder_spec(tokenizer, options, tokenizer_path)
     with _work_folder(output) as work, IngestProgress(len(shards), enabled=progress) as shown:
+        restore_replaced(output)
         _refuse_overwrite(output, force)  # another process may have finished it while this one waited
         parts = _claim(work, output, shards, spec, shown)
         try:

@@ -172,6 +172,8 @@ def _shard(path: Path, kind: Kind, *, start: int = 0, end: int = -1, first_row: 
         status = path.stat()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if not os.access(path, os.R_OK):
+        raise UserError(f"cannot read {path}: permission denied")
     return Shard(
         path=str(path),
         kind=kind,

@@ -354,6 +354,15 @@ def publish(folder: Path, path: Path, *, overwrite: bool = False) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def restore_replaced(path: Path) -> None:
+    """Put back what `publish` had moved aside when it was killed before the new folder was in place."""
+    for old in path.parent.glob(f".{path.name}.replaced-*"):
+        if path.exists():
+            shutil.rmtree(old)
+        else:
+            os.replace(old, path)
+
+
 def _read_manifest(place: Path) -> Manifest:
     file = place / MANIFEST
     if not place.is_dir():

@@ -1,0 +1,83 @@
+"""A rank that stands still leaves its stacks and ends; a rank that fails takes the others with it. Real processes."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from bico_ds.config.load import load_recipe
+from bico_ds.engine.run_folder import RunFolder, read_state
+
+RANK = """
+import sys, time
+from datetime import timedelta
+import torch
+from torch.distributed import TCPStore
+from bico_ds.config.errors import UserError
+from bico_ds.engine import watchdog
+from bico_ds.engine.distributed import Ranks
+from bico_ds.engine.run_folder import RunFolder
+watchdog.POLL_SECONDS, watchdog.GRACE_SECONDS = 0.1, 0.5
+folder, run_id, port, rank, minutes, what = sys.argv[1:]
+folder = RunFolder(folder)
+folder.run_id = run_id
+store = TCPStore("127.0.0.1", int(port), 2, is_master=rank == "0", timeout=timedelta(seconds=60))
+ranks = Ranks(int(rank), int(rank), 2, torch.device("cpu"))
+dog = watchdog.Watchdog(store, ranks, folder, minutes=float(minutes))
+dog.beat()
+
+def waiting_in_a_collective():
+    time.sleep(60)
+
+if what == "raise":
+    time.sleep(1)
+    dog.report(UserError("no such file"))
+    time.sleep(1)
+    sys.exit(2)
+waiting_in_a_collective()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    folder = RunFolder(tmp_path / "run")
+    folder.open(load_recipe("tiny_base", []))
+    return folder
+
+
+def run_two(folder: RunFolder, port: int, minutes: float, whats: tuple[str, str]) -> list[tuple[int, str]]:
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(folder.path), folder.run_id, str(port), str(rank), str(minutes), what],
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank, what in enumerate(whats)
+    ]  # fmt: skip
+    return [(rank.wait(timeout=120), rank.stderr.read()) for rank in ranks]  # type: ignore[union-attr]
+
+
+def test_ranks_that_stand_still_leave_their_stacks_and_end(folder, free_port):
+    ended = run_two(folder, free_port, 0.03, ("wait", "wait"))
+    assert [code for code, _ in ended] == [1, 1]
+    for rank in (0, 1):
+        assert "waiting_in_a_collective" in (folder.logs / f"stacks-rank-{rank}.txt").read_text()
+    assert "no progress for 1.8 seconds (distributed.watchdog_minutes)" in ended[0][1]
+    assert read_state(folder.state_file)["state"] == "failed"
+    folder.close()
+
+
+def test_the_error_of_any_rank_is_told_by_the_first_and_ends_all(folder, free_port):
+    ended = run_two(folder, free_port, 60, ("wait", "raise"))
+    assert [code for code, _ in ended] == [2, 2]
+    assert ended[0][1] == "error: rank 1: no such file\n"
+    folder.close()
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

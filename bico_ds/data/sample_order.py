@@ -89,6 +89,11 @@ class SampleOrder:
             seed=seed,
             global_batch_bins=global_batch_bins,
         )
+        if state and state["version"] != STATE_VERSION:
+            raise UserError(
+                f"the checkpoint's loader state has version {state['version']}, this program reads "
+                f"{STATE_VERSION}: resume with the program that wrote it"
+            )
         self.changes = identity.changes(state["identity"], self._identity) if state else []
         if self.changes and not data.allow_change:
             identity.refuse(self.changes)
@@ -132,7 +137,8 @@ class SampleOrder:
         }
 
     def source_totals(self, next_step: int) -> dict[str, dict[str, int]]:
-        """Return, by source, the rows and tokens that all ranks consume before `next_step` (since step 0)."""
+        """Return, by source, the rows and tokens (as objectives expand them) that all ranks consume before
+        `next_step`, since step 0; to be asked in rising order."""
         known, totals = self._totals
         if next_step < known:
             raise ValueError(f"the totals of step {known} were asked for: those of step {next_step} are gone")

@@ -327,3 +327,8 @@ def test_a_source_with_nothing_to_train_on_is_named(tmp_path):
     data = DataSpec(sources=[SourceSpec(store="x/long")], capacity=64, overlong="drop", workers=0)
     with pytest.raises(UserError, match=r"source 'long' has nothing to train on"):
         ElasticLoader([store], data, schedule_of(), seed=1, global_batch_bins=8)
+
+
+def test_a_state_of_another_version_is_refused(world):
+    with pytest.raises(UserError, match="version 99"):
+        make(world, state={**make(world).state_dict(3), "version": 99})

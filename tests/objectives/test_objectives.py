@@ -45,8 +45,8 @@ def make_documents(lengths: list[int], seed: int = 0, first_id: int = 0) -> Docu
     return Documents.of(documents)
 
 
-def bico(**mask) -> MaskDenoising:
-    policy = MaskPolicy(spec=MaskSpec(**mask), special_ids=(BOS, EOS))
+def bico(special_ids=(BOS, EOS), **mask) -> MaskDenoising:
+    policy = MaskPolicy(spec=MaskSpec(**mask), special_ids=special_ids)
     return MaskDenoising(policy=policy, placeholder_id=PLACEHOLDER)
 
 
@@ -80,16 +80,17 @@ def test_bico_batch_equals_the_slow_reference(lengths, rate, unit, eligible, see
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=10),
     unit=st.sampled_from(UNITS),
     eligible=st.sampled_from(["all", "completion"]),
+    special=st.sampled_from([(BOS, EOS), ()]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=50, deadline=None)
-def test_first_and_special_and_ineligible_tokens_are_never_masked(lengths, unit, eligible, seed):
+@settings(max_examples=60, deadline=None)
+def test_first_and_special_and_ineligible_tokens_are_never_masked(lengths, unit, eligible, special, seed):
     documents = make_documents(lengths, seed)
-    masks = drawn(bico(rate=1.0, unit=unit, eligible=eligible), documents)
+    masks = drawn(bico(special, rate=1.0, unit=unit, eligible=eligible), documents)
     for document, masked in zip(documents, masks, strict=True):
         for position, hidden in enumerate(masked):
             inside = any(start <= position < end for start, end in document.entity_spans)
-            may = position > 0 and document.token_ids[position] not in (BOS, EOS)
+            may = position > 0 and document.token_ids[position] not in special
             may &= eligible == "all" or position >= document.prompt_length
             may &= unit != "entity" or inside
             assert hidden == may  # at rate 1 everything that may be masked is

@@ -1,0 +1,112 @@
+#!/usr/bin/env python
+"""What the loss head needs: peak memory and time at 8192 rows and a vocabulary of 128256, by rows a chunk.
+
+    python tools/bench/loss.py [--rows 8192] [--hidden 1024] [--json]
+
+Memory is the growth of a fresh process's peak beyond hidden states, weight and the gradients of both. The
+other side is the plain cross entropy with all logits at once, as Hugging Face's models compute it. Times are
+CPU seconds of one thread, forward and backward. The memory depends on the hidden size through the gradients
+alone, which are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.nn.functional import cross_entropy
+
+from bico_ds.model.head import chunked_cross_entropy
+
+VOCABULARY = 128256
+DEFAULT_CHUNK = 512
+LIMIT_MB = 512.0
+
+
+def measure(chunk_rows: int, rows: int, hidden_size: int) -> dict[str, float]:
+    """One forward and backward in this process; ``chunk_rows`` 0: all logits at once."""
+    torch.set_num_threads(1)
+    hidden = torch.randn(rows, hidden_size).bfloat16().requires_grad_()
+    weight = (torch.randn(VOCABULARY, hidden_size) * 0.02).bfloat16().requires_grad_()
+    targets = torch.randint(0, VOCABULARY, (rows,))
+    hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
+    gradient_bytes = 2 * (hidden.numel() + weight.numel())
+    before = resident_bytes()
+    started = time.process_time()
+    if chunk_rows:
+        loss = chunked_cross_entropy(hidden, weight, targets, chunk_rows=chunk_rows)
+    else:
+        loss = cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")
+    loss.backward()
+    seconds = time.process_time() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"megabytes": (peak - before - gradient_bytes) / 1e6, "seconds": seconds}
+
+
+def resident_bytes() -> int:
+    """Memory of this process now; the peak of its start must not be higher."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def in_fresh_process(chunk_rows: int, options: argparse.Namespace) -> dict[str, float]:
+    command = [sys.executable, __file__, "--measure", str(chunk_rows)]
+    command += ["--rows", str(options.rows), "--hidden", str(options.hidden)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(answer.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--chunks", type=int, nargs="+", default=[128, 256, DEFAULT_CHUNK, 1024])
+    parser.add_argument("--plain", action="store_true", help="also all logits at once: 17 GB at the defaults")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure is not None:
+        print(json.dumps(measure(options.measure, options.rows, options.hidden)))
+        return
+    chunks = [*options.chunks, *([0] if options.plain else [])]
+    measured = {chunk: in_fresh_process(chunk, options) for chunk in chunks}
+    default = measured.get(DEFAULT_CHUNK) or in_fresh_process(DEFAULT_CHUNK, options)
+    table = Table("rows a chunk", "peak MB beyond the gradients", "of the bound", "CPU s", "of the default's")
+    rows = []
+    for chunk, ours in measured.items():
+        name = {0: "all at once (plain)", DEFAULT_CHUNK: f"{chunk} (default)"}.get(chunk, str(chunk))
+        memory, seconds = ours["megabytes"] / LIMIT_MB, ours["seconds"] / default["seconds"]
+        table.add_row(
+            name, f"{ours['megabytes']:.0f}", f"{memory:.2f}", f"{ours['seconds']:.1f}", f"{seconds:.2f}"
+        )
+        rows.append(
+            (f"peak against the bound, rows a chunk: {name}", ours["megabytes"], LIMIT_MB, "MB", memory)
+        )
+        rows.append(
+            (
+                f"time against the default, rows a chunk: {name}",
+                ours["seconds"],
+                default["seconds"],
+                "CPU s",
+                seconds,
+            )
+        )
+    Console(soft_wrap=True).print(table)
+    if options.json:
+        keys = ("name", "ours", "other", "unit", "ratio")
+        print(json.dumps({"rows": [dict(zip(keys, row, strict=True)) for row in rows]}))
+
+
+if __name__ == "__main__":
+    main()

@@ -74,7 +74,9 @@ def find_recipe(name_or_path: str, *, beside: Path | None = None) -> Path:
         if candidate.is_file():
             return candidate
     hint = did_you_mean(name_or_path, list_recipes())
-    raise UserError(f"recipe '{name_or_path}' is neither a file nor a name in {RECIPES}{hint}; see --list-recipes")
+    raise UserError(
+        f"recipe '{name_or_path}' is neither a file nor a name in {RECIPES}{hint}; see --list-recipes"
+    )
 
 
 def list_recipes() -> dict[str, str]:
@@ -125,7 +127,9 @@ def _parse(path: Path) -> _Tree:
     return _Tree(_construct(loader, node, (), str(path), places), places)
 
 
-def _construct(loader: _Loader, node: yaml.Node, key: KeyPath, file: str, places: dict[KeyPath, Place]) -> Any:
+def _construct(
+    loader: _Loader, node: yaml.Node, key: KeyPath, file: str, places: dict[KeyPath, Place]
+) -> Any:
     places.setdefault(key, Place(file, node.start_mark.line + 1))
     if isinstance(node, yaml.MappingNode):
         values: dict[str, Any] = {}
@@ -263,7 +267,9 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def _tag(model: type[BaseModel]) -> str | None:
     field = model.model_fields.get("kind")
-    return field.annotation.__args__[0] if field is not None and hasattr(field.annotation, "__args__") else None
+    return (
+        field.annotation.__args__[0] if field is not None and hasattr(field.annotation, "__args__") else None
+    )
 
 
 def _dotted(key: KeyPath) -> str:

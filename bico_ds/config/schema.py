@@ -34,14 +34,15 @@ class ModelSpec(Section):
         None, description="safetensors folder or hub name of the start weights; null: random weights"
     )
     config: dict[str, Any] | None = Field(
-        None, description="the values of the model's config.json; lets dry runs and plans work without weights"
+        None,
+        description="the values of the model's config.json; lets dry runs and plans work without weights",
     )
     tokenizer: str | None = Field(
         None, description="tokenizer folder or hub name; null: the one at model.path, or the embedded task's"
     )
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="precision of the forward and backward pass")
-    attention_backend: Literal["auto", "flash-attn", "aten-cuda", "flash-attn-4", "cpu-flash", "oracle"] = Field(
-        "auto", description="kernel of the attention passes, see docs/attention.md"
+    attention_backend: Literal["auto", "flash-attn", "aten-cuda", "flash-attn-4", "cpu-flash", "oracle"] = (
+        Field("auto", description="kernel of the attention passes, see docs/attention.md")
     )
     activation_checkpointing: Annotated[int, Field(ge=0)] = Field(
         0, description="recompute every k-th decoder layer in the backward pass; 0: none, 1: all"
@@ -62,7 +63,9 @@ class FactsSpec(Section):
 
     seed: int = 1
     name_first: PositiveInt = Field(20, description="persons whose training texts all say the name first")
-    description_first: PositiveInt = Field(20, description="persons whose training texts all say the description first")
+    description_first: PositiveInt = Field(
+        20, description="persons whose training texts all say the description first"
+    )
     both: PositiveInt = Field(60, description="persons whose training texts come in both orders")
     variants: PositiveInt = Field(6, description="training texts a person and order")
     test_prompts: PositiveInt = Field(4, description="held-out prompts a person and task")
@@ -73,7 +76,9 @@ class SourceSpec(Section):
 
     name: str | None = Field(None, description="name in logs; null: taken from the path")
     store: str | None = Field(None, description="a token store that tools/prepare_data.py wrote")
-    files: list[str] | None = Field(None, description="JSONL, Parquet or text files, tokenized at the first use")
+    files: list[str] | None = Field(
+        None, description="JSONL, Parquet or text files, tokenized at the first use"
+    )
     facts: Literal["both_orders", "all"] | None = Field(
         None, description="the embedded task: persons in both orders only, or everyone"
     )
@@ -83,13 +88,21 @@ class SourceSpec(Section):
     messages_field: str | None = Field(
         None, description="a list of {role, content}, rendered with the tokenizer's chat template"
     )
-    group_field: str | None = Field(None, description="the person or cluster a text is about: a number or a string")
-    entities_field: str | None = Field(None, description="[start, end] pairs of characters, for masks by entity")
-    text_by: Literal["line", "file"] = Field("line", description="a document of a plain-text file: each line, or all of it")
+    group_field: str | None = Field(
+        None, description="the person or cluster a text is about: a number or a string"
+    )
+    entities_field: str | None = Field(
+        None, description="[start, end] pairs of characters, for masks by entity"
+    )
+    text_by: Literal["line", "file"] = Field(
+        "line", description="a document of a plain-text file: each line, or all of it"
+    )
     add_bos: bool = True
     add_eos: bool = True
     weight: Annotated[float, Field(gt=0)] | None = Field(None, description="share of the sampled documents")
-    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="passes over this source in a data epoch")
+    epochs: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="passes over this source in a data epoch"
+    )
 
     @model_validator(mode="after")
     def _exactly_one_kind(self) -> SourceSpec:
@@ -102,6 +115,16 @@ class SourceSpec(Section):
             raise ValueError("'prompt_field' and 'completion_field' go together")
         if self.messages_field is not None and (self.prompt_field or self.entities_field):
             raise ValueError("'messages_field' excludes 'prompt_field' and 'entities_field'")
+        return self
+
+    @model_validator(mode="after")
+    def _reading_options_belong_to_files(self) -> SourceSpec:
+        options = ("text_field", "prompt_field", "messages_field", "group_field", "entities_field", "text_by")
+        idle = [key for key in options if getattr(self, key) != type(self).model_fields[key].default]
+        if idle and self.files is None:
+            raise ValueError(
+                f"{idle} say how 'files' are read; a store or the embedded task is read as it is"
+            )
         return self
 
 
@@ -258,12 +281,18 @@ class MonitorSpec(Section):
 class DistributedSpec(Section):
     """Ranks, time limits, signals."""
 
-    world_size: PositiveInt | None = Field(None, description="ranks this recipe is made for; null: any number")
+    world_size: PositiveInt | None = Field(
+        None, description="ranks this recipe is made for; null: any number"
+    )
     timeout_minutes: Annotated[float, Field(gt=0)] = Field(30.0, description="collectives fail after this")
     watchdog_minutes: Annotated[float, Field(gt=0)] = Field(
         20.0, description="no step for so long: dump all stacks and abort"
     )
-    preempt_signals: list[Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"]] = ["SIGTERM", "SIGINT", "SIGUSR1"]
+    preempt_signals: list[Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"]] = [
+        "SIGTERM",
+        "SIGINT",
+        "SIGUSR1",
+    ]
 
 
 class Recipe(Section):

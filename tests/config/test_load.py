@@ -94,6 +94,11 @@ def test_overrides_reach_into_lists_and_sections_that_the_file_leaves_out(recipe
         ("kind: ntp", "kind: ntp\n    probability: 0.5", ["must sum to 1, found 0.5"]),
         ("kind: ntp", "kind: bico\n    mask: {rat: 1}", ["mine.yaml:9: objectives.0.mask.rat", "'rate'"]),
         ("facts: all", "facts: all\n      store: x", ["exactly one of 'store', 'files', 'facts'"]),
+        (
+            "facts: all",
+            "facts: all\n      text_field: x",
+            ["mine.yaml:5: data.sources.0", "['text_field'] say how 'files'"],
+        ),
         ("facts: all", "facts: [", ["not valid YAML", "mine.yaml:"]),
         ("model:", "extends: nowhere\nmodel:", ["mine.yaml:2: extends:", "'nowhere'"]),
         (

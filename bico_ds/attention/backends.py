@@ -16,7 +16,7 @@ from bico_ds.attention.kernels.base import CausalKernel
 from bico_ds.attention.kernels.cpu_flash import CpuFlash
 from bico_ds.attention.kernels.flash_attn2 import FlashAttn2
 from bico_ds.attention.kernels.flash_attn4 import FlashAttn4
-from bico_ds.attention.layout import CPU_FUSED_POLICY, CPU_POLICY, CUDA_POLICY, LayoutPolicy
+from bico_ds.attention.layout import CPU_FUSED_POLICY, CPU_HALF_POLICY, CPU_POLICY, CUDA_POLICY, LayoutPolicy
 from bico_ds.attention.two_pass import HIDDEN_COLUMNS
 
 logger = logging.getLogger(__name__)
@@ -72,4 +72,5 @@ def _policy(
     refusal = fused_refusal() if dtype == torch.bfloat16 else "takes bfloat16 only"
     if refusal is None:
         return CPU_FUSED_POLICY, "all rows through the fused kernel"
-    return CPU_POLICY, f"short documents and live rows on torch operations: the fused kernel {refusal}"
+    policy = CPU_HALF_POLICY if dtype.itemsize == 2 else CPU_POLICY
+    return policy, f"short documents and live rows on torch operations: the fused kernel {refusal}"

@@ -4,7 +4,7 @@ measured cost."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -39,8 +39,11 @@ class LayoutPolicy:
 
 CPU_FUSED_POLICY = LayoutPolicy(flash_from=math.inf, tile_scores=0, tile_min_rows=0, fused=True)
 CPU_POLICY = LayoutPolicy(
-    flash_from=512, tile_scores=16 * 40 * 40, tile_min_rows=32, tile_cost=6.0, hidden_cost=1.4
+    flash_from=64, tile_scores=16 * 40 * 40, tile_min_rows=32, tile_cost=6.0, hidden_cost=1.4
 )
+CPU_HALF_POLICY = replace(
+    CPU_POLICY, flash_from=640
+)  # the flash kernel is slow on short rows in half precision
 CUDA_POLICY = LayoutPolicy(
     flash_from=1, tile_scores=1 << 20, tile_min_rows=64, tile_cost=5.0, hidden_cost=1.6
 )

@@ -97,7 +97,7 @@ def test_overrides_reach_into_lists_and_sections_that_the_file_leaves_out(recipe
         (
             "facts: all",
             "facts: all\n      text_field: x",
-            ["mine.yaml:5: data.sources.0", "['text_field'] say how 'files'"],
+            ["mine.yaml:6: data.sources.0", "['text_field'] say how 'files'"],
         ),
         ("facts: all", "facts: [", ["not valid YAML", "mine.yaml:"]),
         ("model:", "extends: nowhere\nmodel:", ["mine.yaml:2: extends:", "'nowhere'"]),

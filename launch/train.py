@@ -44,6 +44,11 @@ def parse_arguments() -> argparse.Namespace:
         help="auto: the newest whole checkpoint of the run folder, if any (default); none: start anew, what was there is "
         "set aside; PATH: this checkpoint",
     )  # fmt: skip
+    parser.add_argument(
+        "--allow-data-change",
+        action="store_true",
+        help="resume although data or recipe changed since the checkpoint; same as --set data.allow_change=true",
+    )
     parser.add_argument("--max-minutes", type=float, metavar="M", help="checkpoint and stop after so long")
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print what would run, train nothing"
@@ -70,7 +75,8 @@ def main() -> int:
             print(f"{name:{max(map(len, names))}}  {description}")
         return 0
     try:
-        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        allowed = ["data.allow_change=true"] if arguments.allow_data_change else []
+        recipe = load_recipe(arguments.recipe, [*arguments.overrides, *allowed])
         return run(recipe, arguments)
     except UserError as error:
         return complain(error)

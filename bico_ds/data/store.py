@@ -392,7 +392,7 @@ def _check_size(file: Path, size: int) -> None:
 
 
 def _map(path: Path, dtype: str | np.dtype) -> NDArray:
-    """Memory-map a column; an empty file cannot be mapped."""
+    """Memory-map a column, as a plain array (slices of np.memmap are slow); an empty file cannot be mapped."""
     if path.stat().st_size == 0:
         return np.zeros(0, dtype=dtype)
-    return np.memmap(path, dtype=dtype, mode="r")
+    return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)

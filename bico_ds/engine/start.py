@@ -185,6 +185,8 @@ def _run(run: Run, resumption: Resumption | None, watchdog: Watchdog) -> State:
         on_nonfinite=recipe.training.on_nonfinite,
         step=resumption.step if resumption else 0,
     )
+    for change in loader.changes:
+        trainer.callbacks.on_message(f"resumed although it changed: {change}")
     first = RunStart(
         recipe=recipe,
         first_step=trainer.step,

@@ -43,6 +43,7 @@ from bico_ds.objectives.masks import MaskPolicy
 from bico_ds.objectives.ntp import NextTokenPrediction
 
 CAPACITY = 2048
+RANK_VARIABLES = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 LLAMA_135M: dict[str, Any] = {
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -109,7 +110,7 @@ def build_engine(bins: int, stage: int) -> Any:
             "deepspeed": {"config": f"zero{stage}_bf16"},
         }
     )
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    os.environ.update(RANK_VARIABLES)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed("gloo")
     config = build_ds_config(
@@ -187,8 +188,9 @@ def _inside(event: Any, name: str) -> bool:
     return event is not None
 
 
-def trl_seconds(folder: str, kind: str, bins: int, threads: int) -> float:
-    """CPU seconds of one SFTTrainer step over as many tokens, in a process of its own."""
+def trl_seconds(folder: str, kind: str, bins: int, threads: int) -> float | None:
+    """CPU seconds of one SFTTrainer step over as many tokens, in a process of its own; None where it
+    fails."""
     command = [sys.executable, str(Path(__file__).with_name("step_trl.py")), folder, str(bins), str(threads)]
     answer = subprocess.run(
         command,
@@ -196,9 +198,11 @@ def trl_seconds(folder: str, kind: str, bins: int, threads: int) -> float:
         capture_output=True,
         text=True,
         check=False,
+        env={name: value for name, value in os.environ.items() if name not in RANK_VARIABLES},
     )
     if answer.returncode:
-        raise SystemExit(f"TRL's step failed:\n{answer.stderr[-2000:]}")
+        print(f"TRL's step failed:\n{answer.stderr[-2000:]}", file=sys.stderr)
+        return None
     return json.loads(answer.stdout.splitlines()[-1])["cpu_seconds"]
 
 
@@ -241,8 +245,8 @@ def main() -> None:
             (f"BICO step / NTP step, {kind}", seconds["bico"], seconds["ntp"], "CPU s",
              seconds["bico"] / seconds["ntp"])
         )  # fmt: skip
-        if options.trl:
-            other = trl_seconds(options.trl, kind, options.bins, options.threads)
+        other = trl_seconds(options.trl, kind, options.bins, options.threads) if options.trl else None
+        if other is not None:
             rows.append(
                 (f"NTP against TRL, {kind}", tokens / seconds["ntp"], tokens / other, "tokens/CPU s",
                  other / seconds["ntp"])

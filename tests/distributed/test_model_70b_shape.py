@@ -1,0 +1,70 @@
+"""llama70b_bico with 70B's shape ratios and a tiny width, by overrides alone: train, resume, evaluate, export."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launching import ROOT, environment, metrics, train
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(3600)]
+
+# 80 layers, 64 query heads on 8 key heads, 3.5 times as wide inside: as Llama-3.1-70B, at a hidden size of 64.
+TINY_70B = (
+    "model.path=null",
+    "model.config.hidden_size=64",
+    "model.config.intermediate_size=224",
+    "model.config.head_dim=8",
+    "model.config.vocab_size=51",
+    "model.config.bos_token_id=null",
+    "model.config.eos_token_id=null",
+    "data.capacity=96",
+    "data.facts.name_first=3",
+    "data.facts.description_first=3",
+    "data.facts.both=6",
+    "data.facts.variants=6",
+    "data.facts.test_prompts=1",
+    "training.global_batch_bins=2",
+    "training.epochs=null",
+    "schedule.warmup_steps=2",
+    "checkpoint.every_steps=2",
+    "distributed.world_size=2",
+    "evaluation.limit=2",
+    "evaluation.max_new_tokens=2",
+    "monitor.every_steps=1",
+)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_the_70b_recipe_runs_from_start_to_safetensors_at_a_tiny_width(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = train("llama70b_bico", run, *TINY_70B, "training.steps=4", timeout=1500)
+    assert first.returncode == 0, first.stdout + first.stderr
+    again = train("llama70b_bico", run, *TINY_70B, "training.steps=6", timeout=1500)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "step 4" in again.stdout
+
+    lines = metrics(run)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert {key for line in lines for key in line if key.startswith("loss/")} >= {"loss/ntp", "loss/bico"}
+    assert metrics(run, "evaluation")[-1]["step"] == 6
+
+    command = [sys.executable, str(ROOT / "tools" / "export_hf.py"), str(run), str(tmp_path / "later")]
+    later = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert later.returncode == 0, later.stdout + later.stderr
+    live = weights(run / "export")
+    assert len(live) == 80 * 9 + 3
+    assert all(torch.equal(tensor, live[name]) for name, tensor in weights(tmp_path / "later").items())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "later")
+    assert loaded.config.num_hidden_layers == 80
+    assert loaded.config.rope_parameters["rope_type"] == "llama3"

@@ -6,6 +6,7 @@ in any ZeRO stage. A load that silently did nothing (DeepSpeed#6691, #5430, #784
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,10 +61,13 @@ def _slices(engine: Any, parameter: Any, kind: str) -> Iterator[tuple[Tensor, in
     zero = engine.optimizer
     if hasattr(parameter, "ds_id"):  # ZeRO-3
         start, stop = partition_bounds(parameter)
-        yield zero.get_local_fp32_param(parameter, moment)[: stop - start], start
+        with contextlib.suppress(KeyError):  # no moments before the first update: zeros, whose checksum is 0
+            yield zero.get_local_fp32_param(parameter, moment)[: stop - start], start
     elif getattr(parameter, "_hp_mapping", None) is not None:  # ZeRO-1 and 2: a fragment, or nothing
         mapping = parameter._hp_mapping
         flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
         fragment = mapping.hp_fragment_address
-        held = flat if moment is None else zero.optimizer.state[flat][moment]
+        held = (
+            flat if moment is None else zero.optimizer.state.get(flat, {}).get(moment, torch.zeros_like(flat))
+        )
         yield held[fragment.start : fragment.start + fragment.numel], mapping.lp_fragment_address.start

@@ -61,7 +61,7 @@ class Trainer:
         self.ranks, self.folder, self.stop = ranks, folder, stop
         self.seed, self.step_capacity, self.on_nonfinite = seed, step_capacity, on_nonfinite
         self.step, self.total_steps = step, total_steps
-        self._saved_step = step if step else -1
+        self._saved_step = step  # at step 0 there is nothing to save
         self._cut_evaluation = False
 
     def run(self) -> State:

@@ -35,7 +35,12 @@ def launch_command(*arguments: str, ranks: int) -> list[str]:
 
 
 def train(
-    recipe: str, output: Path, *overrides: str, ranks: int = 2, options: tuple[str, ...] = (), timeout: float = 240
+    recipe: str,
+    output: Path,
+    *overrides: str,
+    ranks: int = 2,
+    options: tuple[str, ...] = (),
+    timeout: float = 240,
 ) -> subprocess.CompletedProcess[str]:
     """Train `recipe` into `output` and return what the command printed."""
     arguments = ["--recipe", recipe, "--output-dir", str(output), *options]
@@ -61,7 +66,9 @@ def metrics(run: Path, kind: str = "train") -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] == kind]
 
 
-def start(recipe: str, output: Path, *overrides: str, ranks: int = 2, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+def start(
+    recipe: str, output: Path, *overrides: str, ranks: int = 2, options: tuple[str, ...] = ()
+) -> subprocess.Popen[str]:
     """Train `recipe` into `output` in a session of its own; what it prints goes to OUTPUT.log."""
     arguments = ["--recipe", recipe, "--output-dir", str(output), *options]
     for override in overrides:
@@ -85,7 +92,9 @@ def ranks_of(command: subprocess.Popen[str]) -> list[psutil.Process]:
     return [found[rank] for rank in sorted(found)]
 
 
-def wait_until(condition: Callable[[], object], command: subprocess.Popen[str], *, timeout: float = 240) -> None:
+def wait_until(
+    condition: Callable[[], object], command: subprocess.Popen[str], *, timeout: float = 240
+) -> None:
     """Poll until `condition()` is true; a command that ends before, or a timeout, is a failure."""
     deadline = time.monotonic() + timeout
     while not condition():

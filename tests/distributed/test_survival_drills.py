@@ -31,7 +31,9 @@ Report = Callable[[str, str, object], None]
 def report() -> Iterator[Report]:
     """`report(drill, what happened, lost steps)` of a drill that went well; the table is printed after the last one."""
     table = Table("drill", "what happened", "lost steps", "verdict", title="drills")
-    yield lambda drill, happened, lost: table.add_row(drill, happened, str(lost), "[green]as it should[/green]")
+    yield lambda drill, happened, lost: table.add_row(
+        drill, happened, str(lost), "[green]as it should[/green]"
+    )
     Console(width=140).print("\n", table)
 
 
@@ -88,13 +90,18 @@ def kill(command: subprocess.Popen[str], target: str) -> None:
 def wait_until_gone(run: Path, timeout: float = 120) -> None:
     """Until no process works on this run folder."""
     deadline = time.monotonic() + timeout
-    while subprocess.run(["pgrep", "-f", f"--output-dir {run} "], capture_output=True, check=False).returncode == 0:
+    while (
+        subprocess.run(["pgrep", "-f", f"--output-dir {run} "], capture_output=True, check=False).returncode
+        == 0
+    ):
         assert time.monotonic() < deadline, "ranks were left running"
         time.sleep(0.2)
 
 
 def newest(run: Path) -> int:
-    return max((int(path.parent.name[5:]) for path in run.glob("checkpoints/step-*/manifest.json")), default=0)
+    return max(
+        (int(path.parent.name[5:]) for path in run.glob("checkpoints/step-*/manifest.json")), default=0
+    )
 
 
 def test_two_ranks_one_rank_two_ranks(tmp_path, report):
@@ -130,7 +137,11 @@ def test_a_rank_that_stands_still(tmp_path, report):
     assert "trainer.py" in stacks
     assert "no progress for 15 seconds" in log(run)
     assert state(run)["state"] == "failed"
-    report("SIGSTOP of rank 1", f"the job ended after {seconds:.0f} s, stacks of rank 0 on file", last_step(run) - newest(run))
+    report(
+        "SIGSTOP of rank 1",
+        f"the job ended after {seconds:.0f} s, stacks of rank 0 on file",
+        last_step(run) - newest(run),
+    )
 
 
 @pytest.mark.parametrize("victim", ["per-node launcher", "deepspeed command"])
@@ -157,7 +168,9 @@ def test_a_full_disk(tmp_path, report, choice):
     mount(folder, "-t", "tmpfs", "-o", "size=4m", "tmpfs")
     run = folder / "run"
     try:
-        done = train(RECIPE, run, *SMALL, "training.steps=20", f"checkpoint.on_write_error={choice}", timeout=1200)
+        done = train(
+            RECIPE, run, *SMALL, "training.steps=20", f"checkpoint.on_write_error={choice}", timeout=1200
+        )
         whole = newest(run)
         assert whole >= EVERY, "room for one checkpoint and not for two"
         assert done.returncode == 1
@@ -167,7 +180,11 @@ def test_a_full_disk(tmp_path, report, choice):
         assert reached == (20 if choice == "continue" else whole + EVERY)
     finally:
         subprocess.run(["umount", str(folder)], check=True)
-    report(f"disk full, {choice}", f"checkpoint of step {whole} stayed, training went to step {reached}", reached - whole)
+    report(
+        f"disk full, {choice}",
+        f"checkpoint of step {whole} stayed, training went to step {reached}",
+        reached - whole,
+    )
 
 
 def test_a_read_only_folder(tmp_path, report):
@@ -199,7 +216,9 @@ PHASES: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_signal_in_each_phase(straight, tmp_path, report, phase, name):
     run = tmp_path / "signalled"
-    extra = ("evaluation.tasks=[n2d,d2n]", "evaluation.every_steps=10", "evaluation.max_new_tokens=40") * (phase == "evaluation")
+    extra = ("evaluation.tasks=[n2d,d2n]", "evaluation.every_steps=10", "evaluation.max_new_tokens=40") * (
+        phase == "evaluation"
+    )
     command = start(RECIPE, run, *SMALL, *extra)
     try:
         wait_until(lambda: PHASES[phase](run), command, timeout=900)
@@ -233,4 +252,6 @@ def test_a_second_signal(straight, tmp_path, report):
     finally:
         end_tree(command)
     assert_same_course(complete(run), straight)
-    report("SIGTERM twice", f"ended within {seconds:.0f} s; resumed bit-identical", last_step(run) - newest(run))
+    report(
+        "SIGTERM twice", f"ended within {seconds:.0f} s; resumed bit-identical", last_step(run) - newest(run)
+    )

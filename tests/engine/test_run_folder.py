@@ -31,7 +31,13 @@ def recipe():
 
 def write_lock(folder: RunFolder, *, pid: int, host: str | None = None) -> None:
     folder.path.mkdir(parents=True, exist_ok=True)
-    lock = {"run_id": "other", "host": host or run_folder.socket.gethostname(), "pid": pid, "job": "", "heartbeat": 0.0}
+    lock = {
+        "run_id": "other",
+        "host": host or run_folder.socket.gethostname(),
+        "pid": pid,
+        "job": "",
+        "heartbeat": 0.0,
+    }
     folder.lock_file.write_text(json.dumps(lock))
 
 
@@ -103,7 +109,11 @@ def test_starting_anew_keeps_what_was_there(tmp_path, recipe):
 
 
 def test_secrets_of_the_command_line_are_not_recorded(tmp_path, recipe, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--set", "deepspeed.overrides.hub.api_key=abc123", "--set", "model.tokenizer=a"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["train.py", "--set", "deepspeed.overrides.hub.api_key=abc123", "--set", "model.tokenizer=a"],
+    )
     folder = RunFolder(tmp_path)
     folder.open(recipe)
     folder.close()

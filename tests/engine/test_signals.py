@@ -28,7 +28,9 @@ time.sleep(20)
 
 
 def program(extra: str = "") -> subprocess.Popen[str]:
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM.format(extra=extra)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(extra=extra)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process

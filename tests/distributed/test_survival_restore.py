@@ -1,0 +1,116 @@
+"""What a load must not get away with, on one real rank: doing nothing, and one step counter for many sub-groups."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_ranks import VOCABULARY, causal_batch, ds_config, run_on_ranks
+
+from bico_ds.config.load import load_recipe
+from bico_ds.config.schema import CheckpointSpec, LoraSpec, ModelSpec
+from bico_ds.engine import manifest, universal
+from bico_ds.engine.checkpoint import Checkpointer
+from bico_ds.engine.resume import NotRestoredError, Resumption, restore
+from bico_ds.engine.run_folder import RunFolder
+from bico_ds.engine.state_checksums import optimizer_steps
+from bico_ds.model.build import build_model
+from bico_ds.model.checksums import base_fingerprint
+
+pytestmark = pytest.mark.distributed
+
+TINY = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def engine_of(seed: int, *, is_universal: bool = False, lora: bool = False) -> Any:
+    import deepspeed
+
+    config = ds_config(1) | {
+        "zero_optimization": {"stage": 3, "sub_group_size": 1000},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        "checkpoint": {"load_universal": is_universal},
+    }
+    spec = ModelSpec(config=TINY, dtype="fp32", lora=LoraSpec(rank=2) if lora else None)
+    model = build_model(spec, seed=seed, ds_config=config, device="cpu")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return deepspeed.initialize(model=model, model_parameters=trained, config=config)[0]
+
+
+def train_step(engine: Any, seed: int) -> float:
+    loss = engine(causal_batch(seed, [12, 7], 17))
+    engine.backward(loss)
+    engine.step()
+    return loss.item()
+
+
+def save(engine: Any, root: Path, step: int) -> manifest.FoundCheckpoint:
+    from bico_ds.engine.distributed import Ranks
+
+    folder = RunFolder(root)
+    folder.open(load_recipe("tiny_base", []))
+    has_base = any(not parameter.requires_grad for parameter in engine.module.parameters())
+    facts = {
+        "layout": {"ranks": 1},
+        "recipe": {},
+        "base": base_fingerprint(engine.module) if has_base else None,
+    }
+    writer = Checkpointer(
+        CheckpointSpec(), folder, Ranks(0, 0, 1, torch.device("cpu")), exclude_frozen=has_base, facts=facts
+    )
+    saved = writer.save(engine, step, {})
+    assert saved.failure is None
+    folder.close()
+    return manifest.verify(folder.checkpoints / f"step-{step:06d}")
+
+
+def full_weights(rank: int, world_size: int, root: str) -> None:
+    engine = engine_of(seed=1)
+    for step in range(2):
+        train_step(engine, step)
+    assert len(engine.optimizer.fp16_groups) > 3
+    found = save(engine, Path(root), 2)
+    expected = [train_step(engine, seed) for seed in (2, 3)]
+
+    idle = engine_of(seed=2)
+    idle.load_checkpoint = lambda folder, tag: (f"{folder}/{tag}", {})  # reports success, as DeepSpeed#6691
+    with pytest.raises(NotRestoredError, match="master of causal_lm"):
+        restore(idle, Resumption(found, is_universal=False))
+
+    restored = engine_of(seed=2)
+    restore(restored, Resumption(found, is_universal=False))
+    assert [train_step(restored, seed) for seed in (2, 3)] == expected
+
+    said: list[str] = []
+    layout = {"zero_stage": 3, "offload_optimizer": "none", "offload_param": "none"}
+    found.content["layout"] |= layout
+    universal.convert(found, layout, said.append)
+    assert any("converted in" in line for line in said)
+    universal.convert(found, layout, said.append)
+    assert "universal form found" in said[-1]
+    other = engine_of(seed=2, is_universal=True)
+    restore(other, Resumption(found, is_universal=True))
+    assert [train_step(other, seed) for seed in (2, 3)] == expected
+    assert optimizer_steps(other) == [4], "each sub-group counts its own steps"
+
+
+def adapters(rank: int, world_size: int, root: str) -> None:
+    engine = engine_of(seed=1, lora=True)
+    train_step(engine, 0)
+    found = save(engine, Path(root), 1)
+    assert found.bytes < 200_000, "the frozen base is not in the checkpoint"
+    expected = train_step(engine, 1)
+    restored = engine_of(seed=1, lora=True)
+    restore(restored, Resumption(found, is_universal=False))
+    assert train_step(restored, 1) == expected
+    with pytest.raises(ValueError, match="the base there is not the one"):
+        restore(engine_of(seed=2, lora=True), Resumption(found, is_universal=False))
+
+
+@pytest.mark.parametrize("worker", [full_weights, adapters])
+def test_a_checkpoint_restores_everything_or_is_refused(tmp_path, worker):
+    run_on_ranks(worker, 1, str(tmp_path / "run"))

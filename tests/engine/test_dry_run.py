@@ -46,7 +46,7 @@ def test_it_writes_no_run_folder(planned, tmp_path):
     [
         ("model.config.vocab_size=30", "do not belong together"),
         ("model.config.num_hiden_layers=3", "did you mean 'num_hidden_layers'"),
-        ("data.capacity=4", "capacity"),
+        ("distributed.world_size=3", "must be a multiple"),
         ("deepspeed.overrides.zero_optimisation.stage=2", "did you mean 'zero_optimization'"),
         ("evaluation.tasks=[n2e]", "did you mean 'n2d'"),
     ],

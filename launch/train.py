@@ -14,11 +14,12 @@ import argparse
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bico_ds.config.errors import UserError
+from bico_ds.config.errors import RunError, UserError
 from bico_ds.config.load import list_recipes, load_recipe
 from bico_ds.config.schema import Recipe
 from bico_ds.engine.launcher import follow_launcher
@@ -78,19 +79,23 @@ def main() -> int:
         allowed = ["data.allow_change=true"] if arguments.allow_data_change else []
         recipe = load_recipe(arguments.recipe, [*arguments.overrides, *allowed])
         return run(recipe, arguments)
-    except UserError as error:
+    except (UserError, RunError) as error:
         return complain(error)
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # leaving in good order would wait for ranks that are gone
 
 
 def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
     """Dry run or training. Handlers come before the heavy imports, which take seconds in which a signal may come."""
-    stop = StopFlag()
-    stop.install(recipe.distributed.preempt_signals)
     if arguments.dry_run:
         from bico_ds.engine.dry_run import dry_run
 
         dry_run(recipe)
         return 0
+    stop = StopFlag()
+    stop.install(recipe.distributed.preempt_signals)
     if arguments.max_minutes is not None:
         stop.limit(arguments.max_minutes)
     if "RANK" in os.environ:
@@ -101,13 +106,13 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def complain(error: UserError) -> int:
+def complain(error: UserError | RunError) -> int:
     """One message from rank 0. The others end a moment later: the launcher kills all when the first one ends."""
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)
-    return 2
+    return error.exit_code
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises, and the sentence that ends it."""
+"""The exceptions that end a run with one message, and the hint that may end the message."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ class UserError(ValueError):
 
     The message says what is wrong, where (recipe key, file and line), and what to do.
     """
+
+    exit_code = 2
+
+
+class RunError(RuntimeError):
+    """What ends a run and is no bug of ours (numbers, disks, other runs): one message, no traceback, exit code 1."""
+
+    exit_code = 1
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bico_ds.config.errors import RunError
 from bico_ds.config.schema import CheckpointSpec
 from bico_ds.engine import manifest
 from bico_ds.engine.disk import PatientWriter, bytes_needed, lack_of_room
@@ -23,7 +24,7 @@ from bico_ds.engine.run_folder import RunFolder, write_atomically
 from bico_ds.engine.state_checksums import optimizer_steps, state_checksums
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError):
     """A checkpoint could not be written; the ones before it are whole."""
 
 

@@ -10,11 +10,12 @@ from typing import Any, NoReturn
 import torch
 
 from bico_ds.batch import PackedBatch
+from bico_ds.config.errors import RunError
 from bico_ds.engine.distributed import Ranks, all_gather_objects
 from bico_ds.engine.run_folder import RunFolder, write_atomically
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
     """Training met a loss or gradient that is not finite; the weights are those of the step before."""
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bico_ds.config.errors import UserError
+from bico_ds.config.errors import RunError, UserError
 from bico_ds.config.schema import Recipe
 from bico_ds.engine import manifest, universal
 from bico_ds.engine.manifest import FoundCheckpoint
@@ -23,7 +23,7 @@ Layout = dict[str, Any]
 _SAME_MODEL = ("model.config", "model.lora")
 
 
-class NotRestoredError(RuntimeError):
+class NotRestoredError(RunError):
     """A load reported success and left the engine in another state than the checkpoint's."""
 
 

@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 import psutil
 
-from bico_ds.config.errors import UserError
+from bico_ds.config.errors import RunError, UserError
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.schema import Recipe
 
@@ -43,7 +43,7 @@ _SECRET = re.compile(r"(?i)^(.*(?:secret|password|passwd|credential|api_?key|_to
 State = Literal["starting", "running", "preempted", "done", "failed"]
 
 
-class FencedError(RuntimeError):
+class FencedError(RunError):
     """Another run has taken this run folder over: nothing more may be written into it."""
 
 

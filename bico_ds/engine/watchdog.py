@@ -14,7 +14,7 @@ import threading
 import time
 from typing import Any
 
-from bico_ds.config.errors import UserError
+from bico_ds.config.errors import RunError, UserError
 from bico_ds.engine.distributed import Ranks
 from bico_ds.engine.run_folder import FencedError, RunFolder
 
@@ -41,8 +41,9 @@ class Watchdog:
 
     def report(self, error: BaseException) -> None:
         """Tell the other ranks that this one fails; the first report counts."""
-        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        code = 2 if isinstance(error, UserError) else 1
+        text, code = f"{type(error).__name__}: {error}", 1
+        if isinstance(error, UserError | RunError):
+            text, code = str(error), error.exit_code
         self._publish({"rank": self._ranks.rank, "text": text, "code": code, "stalled": False})
 
     def abandon(self, reason: str) -> None:

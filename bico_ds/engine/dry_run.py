@@ -15,6 +15,7 @@ from bico_ds.config.errors import UserError
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.schema import Recipe
 from bico_ds.data.loader import ElasticLoader
+from bico_ds.data.rows import CutReport
 from bico_ds.data.tokenizer import vocabulary_size
 from bico_ds.engine import materials
 from bico_ds.engine.ds_config import gradient_accumulation
@@ -95,7 +96,7 @@ def _print(
             f"{stream.rows:,} rows, {stream.tokens:,} tokens an epoch in {stream.bins:,} bins, fill {stream.fill:.3f}",
         )
         for name, cut in stream.cut.items():
-            table.add_row(f"  source {name}", str(cut))
+            table.add_row(f"  source {name}", _counts(cut))
     counts = {objective.name: 0 for objective in goods.schedule.objectives}
     for index in goods.schedule.indices(0, steps):
         counts[goods.schedule.objectives[index].name] += 1
@@ -103,6 +104,21 @@ def _print(
     for name, line in _first_batches(loader, goods, min(steps, LOOK_AHEAD)).items():
         table.add_row(f"first {name} step, rank 0", line)
     console.print(table)
+
+
+def _counts(cut: CutReport) -> str:
+    """What became of a source's documents: nothing is lost in silence."""
+    lost = [
+        f"{count:,} {what}"
+        for what, count in (
+            (f"split into {cut.pieces:,} pieces", cut.split),
+            ("truncated", cut.truncated),
+            ("dropped", cut.dropped),
+        )
+        if count
+    ]
+    lost += [f"{cut.lost_tokens:,} tokens lost"] if cut.lost_tokens else []
+    return "; ".join([f"{cut.documents:,} documents, {cut.tokens:,} tokens", *lost])
 
 
 def _backend(recipe: Recipe) -> str:

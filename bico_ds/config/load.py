@@ -147,16 +147,17 @@ def _construct(
 
 def _merge(base: _Tree, top: _Tree) -> _Tree:
     """Mappings merge key by key; lists and scalars of `top` replace those of `base`."""
-    values = _merge_values(base.values, top.values)
+    values = merge_mappings(base.values, top.values)
     places = {key: place for key, place in base.places.items() if not _replaced(key, top.values)}
     return _Tree(values, places | top.places)
 
 
-def _merge_values(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+def merge_mappings(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """Mappings merge key by key; everything else in `top` replaces what `base` has."""
     merged = dict(base)
     for key, value in top.items():
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _merge_values(base[key], value) if both else value
+        merged[key] = merge_mappings(base[key], value) if both else value
     return merged
 
 

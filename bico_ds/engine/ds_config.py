@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bico_ds.config.errors import UserError, did_you_mean
+from bico_ds.config.load import merge_mappings
 from bico_ds.config.schema import Recipe
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -77,7 +78,7 @@ def build_ds_config(
 
     Raises `UserError` for unknown top-level keys, values that the recipe owns, and batch sizes that do not divide.
     """
-    config = _merge(load_ds_config(recipe.deepspeed.config), recipe.deepspeed.overrides)
+    config = merge_mappings(load_ds_config(recipe.deepspeed.config), recipe.deepspeed.overrides)
     unknown = sorted(set(config) - TOP_LEVEL_KEYS)
     if unknown:
         hint = did_you_mean(unknown[0], TOP_LEVEL_KEYS)
@@ -152,14 +153,6 @@ def _monitors(recipe: Recipe, run_folder: Path) -> dict[str, Any]:
             "group": wandb.group,
         }
     return monitors
-
-
-def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in top.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _merge(base[key], value) if both else value
-    return merged
 
 
 def _fill(value: Any, computed: dict[str, Any], path: tuple[str, ...]) -> Any:

@@ -268,9 +268,8 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def _tag(model: type[BaseModel]) -> str | None:
     field = model.model_fields.get("kind")
-    return (
-        field.annotation.__args__[0] if field is not None and hasattr(field.annotation, "__args__") else None
-    )
+    literals = getattr(field.annotation, "__args__", ()) if field is not None else ()
+    return literals[0] if literals else None
 
 
 def _dotted(key: KeyPath) -> str:

@@ -68,3 +68,14 @@ def test_the_70b_recipe_runs_from_start_to_safetensors_at_a_tiny_width(tmp_path:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "later")
     assert loaded.config.num_hidden_layers == 80
     assert loaded.config.rope_parameters["rope_type"] == "llama3"
+
+
+@pytest.mark.parametrize("config", ["zero3_offload_cpu", "zero3_offload_nvme"])
+def test_the_offload_recipe_trains_and_exports_at_a_tiny_width(tmp_path: Path, config: str) -> None:
+    small = (*TINY_70B, "model.config.num_hidden_layers=2", "training.steps=2", "evaluation.tasks=[]")
+    done = train(
+        "llama70b_bico_offload", tmp_path / "run", *small, f"deepspeed.config={config}", timeout=1500
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
+    assert len(weights(tmp_path / "run" / "export")) == 2 * 9 + 3

@@ -236,6 +236,7 @@ def main() -> None:
             seconds[objective] = least_cpu_seconds(step, options.repeats)
             parts = ", ".join(f"{name} {share:.0%}" for name, share in shares(engine, work).items())
             speed = tokens / seconds[objective]
+            console.print(f"{kind}, {objective}: {seconds[objective]:.2f} CPU s a step; {parts}")
             table.add_row(
                 kind, objective, str(sum(len(batch.input_ids) for batch in work)),
                 f"{seconds[objective]:.2f}", f"{speed:.0f}", f"{speed / limit:.2f}", parts,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 
 from bico_ds.config.errors import UserError
-from bico_ds.config.schema import ScheduleSpec
+from bico_ds.config.schema import OptimizerSpec, ScheduleSpec
 
 # transformers' name and its name for the floor
 _KINDS = {
@@ -44,3 +44,13 @@ def build_scheduler(spec: ScheduleSpec, optimizer: Optimizer, total_steps: int) 
         num_training_steps=None if spec.name == "constant" else total_steps,
         scheduler_specific_kwargs=specific,
     )
+
+
+def follow_recipe(optimizer: Optimizer, scheduler: LambdaLR, spec: OptimizerSpec) -> None:
+    """After a load: the recipe's values instead of the checkpoint's, at the place in the schedule reached so far."""
+    scheduler.base_lrs = [spec.lr] * len(optimizer.param_groups)
+    for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+        group["lr"] = spec.lr * factor(scheduler.last_epoch)
+        group |= {
+            "initial_lr": spec.lr, "betas": list(spec.betas), "eps": spec.eps, "weight_decay": spec.weight_decay,
+        }  # fmt: skip

@@ -12,6 +12,7 @@ from bico_ds.config.errors import RunError, UserError
 from bico_ds.config.schema import Recipe
 from bico_ds.engine import manifest, universal
 from bico_ds.engine.manifest import FoundCheckpoint
+from bico_ds.engine.optimization import follow_recipe
 from bico_ds.engine.run_folder import RunFolder
 from bico_ds.engine.state_checksums import differences, optimizer_steps, state_checksums
 from bico_ds.model.checksums import base_fingerprint
@@ -75,8 +76,10 @@ def choose(folder: RunFolder, option: str, recipe: Recipe, layout: Layout) -> Re
     return Resumption(found, bool(different))
 
 
-def restore(engine: Any, resumption: Resumption) -> None:
+def restore(engine: Any, resumption: Resumption, recipe: Recipe) -> None:
     """Load weights, optimizer and schedule, and prove it by the manifest's checksums; all ranks together.
+
+    What the recipe says about optimizer and schedule holds from here on, where it was changed.
 
     Raises `NotRestoredError` where anything is not what was saved.
     """
@@ -84,7 +87,8 @@ def restore(engine: Any, resumption: Resumption) -> None:
     path, _ = engine.load_checkpoint(
         str(resumption.folder.parent),
         tag=resumption.folder.name,
-        load_module_strict=content["base"] is None,  # a frozen base is not in it; the checksums are stricter anyway
+        load_module_strict=content["base"]
+        is None,  # a frozen base is not in it; the checksums are stricter anyway
     )
     if path is None:
         raise NotRestoredError(f"DeepSpeed loaded nothing from {resumption.folder}")
@@ -99,6 +103,11 @@ def restore(engine: Any, resumption: Resumption) -> None:
             f"{resumption.folder} was loaded, and these are not as they were saved:\n  {shown}"
         )
     _check_base(engine, content["base"])
+    now = recipe.model_dump(mode="json")
+    if any(
+        content["recipe"].get(section) != now[section] for section in ("optimizer", "schedule", "training")
+    ):
+        follow_recipe(engine.optimizer.optimizer, engine.lr_scheduler, recipe.optimizer)
 
 
 def saved_facts(engine: Any, recipe: Recipe, layout: Layout) -> dict[str, Any]:

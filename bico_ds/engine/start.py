@@ -159,7 +159,7 @@ def _run(run: Run, resumption: Resumption | None, watchdog: Watchdog) -> State:
     check_schedule(recipe.schedule, steps)
     engine = build_engine(run, goods, steps, is_universal=resumption is not None and resumption.is_universal)
     if resumption is not None:
-        restore(engine, resumption)
+        restore(engine, resumption, recipe)
     trainer = Trainer(
         engine=engine,
         loader=loader,

@@ -21,6 +21,7 @@ from bico_ds.model.checksums import base_fingerprint
 
 pytestmark = pytest.mark.distributed
 
+RECIPE = load_recipe("tiny_base", [])
 TINY = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 64,
@@ -52,11 +53,11 @@ def save(engine: Any, root: Path, step: int) -> manifest.FoundCheckpoint:
     from bico_ds.engine.distributed import Ranks
 
     folder = RunFolder(root)
-    folder.open(load_recipe("tiny_base", []))
+    folder.open(RECIPE)
     has_base = any(not parameter.requires_grad for parameter in engine.module.parameters())
     facts = {
         "layout": {"ranks": 1},
-        "recipe": {},
+        "recipe": RECIPE.model_dump(mode="json"),
         "base": base_fingerprint(engine.module) if has_base else None,
     }
     writer = Checkpointer(
@@ -79,10 +80,10 @@ def full_weights(rank: int, world_size: int, root: str) -> None:
     idle = engine_of(seed=2)
     idle.load_checkpoint = lambda folder, tag, **_: (f"{folder}/{tag}", {})  # reports success, as DeepSpeed#6691
     with pytest.raises(NotRestoredError, match="weight of causal_lm"):
-        restore(idle, Resumption(found, is_universal=False))
+        restore(idle, Resumption(found, is_universal=False), RECIPE)
 
     restored = engine_of(seed=2)
-    restore(restored, Resumption(found, is_universal=False))
+    restore(restored, Resumption(found, is_universal=False), RECIPE)
     assert [train_step(restored, seed) for seed in (2, 3)] == expected
 
     said: list[str] = []
@@ -93,7 +94,7 @@ def full_weights(rank: int, world_size: int, root: str) -> None:
     universal.convert(found, layout, said.append)
     assert "universal form found" in said[-1]
     other = engine_of(seed=2, is_universal=True)
-    restore(other, Resumption(found, is_universal=True))
+    restore(other, Resumption(found, is_universal=True), RECIPE)
     assert [train_step(other, seed) for seed in (2, 3)] == expected
     assert optimizer_steps(other) == [4], "each sub-group counts its own steps"
 
@@ -105,10 +106,10 @@ def adapters(rank: int, world_size: int, root: str) -> None:
     assert found.bytes < 200_000, "the frozen base is not in the checkpoint"
     expected = train_step(engine, 1)
     restored = engine_of(seed=1, lora=True)
-    restore(restored, Resumption(found, is_universal=False))
+    restore(restored, Resumption(found, is_universal=False), RECIPE)
     assert train_step(restored, 1) == expected
     with pytest.raises(ValueError, match="the base there is not the one"):
-        restore(engine_of(seed=2, lora=True), Resumption(found, is_universal=False))
+        restore(engine_of(seed=2, lora=True), Resumption(found, is_universal=False), RECIPE)
 
 
 @pytest.mark.parametrize("worker", [full_weights, adapters])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,9 +26,9 @@ def poisoned(tmp_path_factory) -> tuple[Path, Path, int]:
     """(model folder, tokenizer folder, token): the embedding of one token, of few documents, is not a number."""
     root = tmp_path_factory.mktemp("poisoned")
     recipe = load_recipe(RECIPE, [*SMALL, f"data.cache_dir={root / 'data'}"])
-    tokenizer = facts_folder(recipe.data) / "tokenizer"
-    words = load_tokenizer(str(tokenizer)).get_vocab()
-    token = max(words.values())
+    facts = facts_folder(recipe.data)
+    tokenizer = facts / "tokenizer"
+    token = rarest_token(facts / "both_orders_train.jsonl", load_tokenizer(str(tokenizer)))
     assert recipe.model.config is not None
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**recipe.model.config))
@@ -35,11 +38,21 @@ def poisoned(tmp_path_factory) -> tuple[Path, Path, int]:
     return root / "model", tokenizer, token
 
 
+def rarest_token(file: Path, tokenizer: Any) -> int:
+    """The token of the fewest texts: some steps meet it, and some do not."""
+    texts = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    count = Counter(
+        token for text in texts for token in set(tokenizer(text["prompt"] + text["completion"])["input_ids"])
+    )
+    return min(count, key=lambda token: count[token])
+
+
 def run_with(poisoned: tuple[Path, Path, int], run: Path, choice: str):
     model, tokenizer, _ = poisoned
     return train(
         RECIPE, run, *SMALL, f"training.on_nonfinite={choice}", f"model.path={model}", f"model.tokenizer={tokenizer}",
-        f"data.cache_dir={tokenizer.parents[1]}", timeout=600,
+        f"data.cache_dir={tokenizer.parents[1]}", "training.global_batch_bins=2", "training.micro_batch_bins=1",
+        timeout=600,
     )  # fmt: skip
 
 
@@ -47,8 +60,11 @@ def test_stop_names_rank_and_documents_and_leaves_what_reproduces_it(poisoned, t
     run = tmp_path / "run"
     done = run_with(poisoned, run, "stop")
     assert done.returncode == 1
-    step = len(metrics(run)) + 1
-    assert f"step {step}: the loss is not finite; the weights are unchanged" in done.stderr
+    found = re.search(r"error: step (\d+): the loss is not finite; the weights are unchanged", done.stderr)
+    assert found, done.stderr
+    assert "Traceback" not in done.stderr
+    step = int(found[1])
+    assert step == 1 or [line["step"] for line in metrics(run)] == list(range(1, step))
     assert state(run)["state"] == "failed"
     assert "the loss is not finite" in state(run)["reason"]
     files = list((run / "logs").glob(f"nonfinite-step-{step:06d}-rank-*.json"))

@@ -20,7 +20,7 @@ SlurmUser=root
 AuthType=auth/munge
 CryptoType=crypto/munge
 # 120 s by default, for which a requeued job waits
-AuthInfo=socket={folder}/munge.sock,cred_expire=5
+AuthInfo=socket={folder}/munge.sock,cred_expire={credential_seconds}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool.%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -84,6 +84,7 @@ UserKnownHostsFile /dev/null
 LogLevel ERROR
 """
 
+CREDENTIAL_SECONDS = 5
 KILL_WAIT_SECONDS = 10  # between SIGTERM and SIGKILL of a job that is requeued or cancelled
 
 
@@ -99,7 +100,7 @@ def write_settings(folder: Path) -> None:
         (folder / f"spool.{node}").mkdir(exist_ok=True)
     values = {
         "folder": folder, "host": socket.gethostname(), "controller": CONTROLLER_ADDRESS,
-        "kill_wait": KILL_WAIT_SECONDS, "version": cgroup_version(),
+        "kill_wait": KILL_WAIT_SECONDS, "credential_seconds": CREDENTIAL_SECONDS, "version": cgroup_version(),
     }  # fmt: skip
     templates = {
         "slurm.conf": SLURM_CONF, "cgroup.conf": CGROUP_CONF, "gres.conf": GRES_CONF,

@@ -41,6 +41,7 @@ PACKAGES = {
 }
 DEFAULT_FOLDER = Path("/tmp/bico-ds-cluster")
 START_SECONDS = 30
+SMALL_DISK_MB = 12
 
 
 class ClusterError(RuntimeError):
@@ -76,6 +77,7 @@ class TwoNodes:
         try:
             write_settings(self.folder)
             make_network()
+            self._mount_small_disk()
             self._start_daemons()
             self._wait_until_idle()
         except BaseException:
@@ -122,6 +124,15 @@ class TwoNodes:
     ) -> subprocess.Popen[bytes]:
         """Start a process on a node that `down` ends."""
         return self._start(self.on_node(node, command), log, environment)
+
+    @property
+    def small_disk(self) -> Path:
+        """A disk of a few MB that both nodes see, for what must happen when a disk is full."""
+        return self.folder / "small-disk"
+
+    def _mount_small_disk(self) -> None:
+        self.small_disk.mkdir()
+        run("mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK_MB}m", "tmpfs", str(self.small_disk))
 
     def _start_daemons(self) -> None:
         folder = self.folder

@@ -214,10 +214,9 @@ def _finish(
             trainer.engine.module, tokenizer, folder.export, dtype=recipe.model.dtype, overwrite=True
         )
     callbacks.on_end(trainer.step, state)
+    reasons = distributed.all_gather_objects(trainer.stop.reason if state == "preempted" else "")
     if ranks.is_first:
-        folder.write_state(
-            state, step=trainer.step, reason=trainer.stop.reason if state == "preempted" else ""
-        )
+        folder.write_state(state, step=trainer.step, reason=next(filter(None, reasons), ""))
     return state
 
 

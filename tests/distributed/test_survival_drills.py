@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from launching import end_tree, last_step, metrics, ranks_of, start, train, wait_until
 from rich.console import Console
@@ -23,7 +24,7 @@ from survival import EVERY, RECIPE, SMALL, STEPS, assert_same_course, curve, fin
 pytestmark = [pytest.mark.drill, pytest.mark.timeout(7200)]
 
 KILLS = int(os.environ.get("BICO_DS_DRILL_KILLS", "25"))
-KILL_STEPS = max(STEPS, 4 * KILLS)
+KILL_STEPS = max(STEPS, 10 * KILLS)
 Report = Callable[[str, str, object], None]
 
 
@@ -90,10 +91,7 @@ def kill(command: subprocess.Popen[str], target: str) -> None:
 def wait_until_gone(run: Path, timeout: float = 120) -> None:
     """Until no process works on this run folder."""
     deadline = time.monotonic() + timeout
-    while (
-        subprocess.run(["pgrep", "-f", f"--output-dir {run} "], capture_output=True, check=False).returncode
-        == 0
-    ):
+    while any(str(run) in (process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])):
         assert time.monotonic() < deadline, "ranks were left running"
         time.sleep(0.2)
 

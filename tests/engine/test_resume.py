@@ -1,0 +1,106 @@
+"""Which checkpoint a run goes on from, and when it refuses to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bico_ds.config.errors import UserError
+from bico_ds.config.load import load_recipe
+from bico_ds.engine import manifest
+from bico_ds.engine.resume import choose
+from bico_ds.engine.run_folder import RunFolder
+
+RECIPE = load_recipe("tiny_base", [])
+LAYOUT = {
+    "ranks": 2, "zero_stage": 3, "dtype": "fp32", "offload_optimizer": "none", "offload_param": "none",
+    "sub_group_size": None,
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    folder = RunFolder(tmp_path / "run")
+    for step in (10, 20, 30):
+        checkpoint(folder.checkpoints / f"step-{step:06d}", step)
+    return folder
+
+
+def checkpoint(path: Path, step: int) -> None:
+    path.mkdir(parents=True)
+    (path / "state.pt").write_bytes(bytes(100))
+    content: dict[str, Any] = {"step": step, "layout": LAYOUT, "recipe": RECIPE.model_dump(mode="json")}
+    manifest.write_manifest(path, {**content, "files": manifest.describe(path, [path / "state.pt"])})
+
+
+def steps_in(folder: RunFolder) -> list[int]:
+    return [manifest.step_of(path) for path in manifest.checkpoints_in(folder.checkpoints)]
+
+
+def test_auto_takes_the_newest_and_says_so(folder, capsys):
+    found = choose(folder, "auto", RECIPE, LAYOUT)
+    assert found is not None
+    assert (found.step, found.is_universal, found.folder) == (30, False, folder.checkpoints / "step-000030")
+    assert "step 30, the newest whole checkpoint, written by 2 ranks" in capsys.readouterr().out
+
+
+def test_none_starts_anew_and_keeps_the_old_ones(folder):
+    assert choose(folder, "none", RECIPE, LAYOUT) is None
+    assert steps_in(folder) == []
+    assert len(list((folder.path / "replaced-1" / "checkpoints").iterdir())) == 3
+
+
+def test_going_back_sets_the_later_course_aside(folder, capsys):
+    found = choose(folder, str(folder.checkpoints / "step-000010"), RECIPE, LAYOUT)
+    assert found is not None
+    assert found.step == 10
+    assert steps_in(folder) == [10]
+    assert (folder.path / "replaced-1" / "step-000030").is_dir()
+    assert "set aside" in capsys.readouterr().out
+
+
+def test_damaged_ones_are_set_aside_so_that_they_cannot_push_out_whole_ones(folder):
+    (folder.checkpoints / "step-000030" / "state.pt").unlink()
+    found = choose(folder, "auto", RECIPE, LAYOUT)
+    assert found is not None
+    assert found.step == 20
+    assert steps_in(folder) == [10, 20]
+
+
+def test_another_runs_checkpoint_is_taken_by_its_folder_and_left_as_it_is(folder, tmp_path):
+    mine = RunFolder(tmp_path / "mine")
+    mine.path.mkdir()
+    found = choose(mine, str(folder.path), RECIPE, LAYOUT)
+    assert found is not None
+    assert found.folder == folder.checkpoints / "step-000030"
+    assert steps_in(folder) == [10, 20, 30]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "layout", "message"),
+    [
+        (
+            ["model.config.hidden_size=64"],
+            {},
+            "model.config.hidden_size: .* was trained with 128, the recipe says 64",
+        ),
+        ([], {"zero_stage": 2}, "ZeRO stage 3, the recipe says 2; DeepSpeed cannot change the stage"),
+        ([], {"offload_optimizer": "nvme"}, "cannot convert a state that is offloaded to NVMe"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused_before_anything_is_loaded(folder, overrides, layout, message):
+    with pytest.raises(UserError, match=message):
+        choose(folder, "auto", load_recipe("tiny_base", overrides), {**LAYOUT, **layout})
+
+
+def test_changed_keys_are_said(folder, capsys):
+    choose(folder, "auto", load_recipe("tiny_base", ["optimizer.lr=1e-3"]), LAYOUT)
+    assert "changed since the checkpoint: optimizer.lr 0.002 -> 0.001" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", ["nowhere", "."])
+def test_a_path_without_a_checkpoint_is_the_users_mistake(folder, tmp_path, path):
+    with pytest.raises(UserError, match="no such folder|not a checkpoint of this program"):
+        choose(folder, str(tmp_path / path), RECIPE, LAYOUT)

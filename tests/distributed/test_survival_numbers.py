@@ -18,6 +18,11 @@ from bico_ds.config.load import load_recipe
 from bico_ds.data.prepare import facts_folder
 from bico_ds.data.tokenizer import load_tokenizer
 
+MANY = (
+    *SMALL, "data.facts.name_first=20", "data.facts.description_first=20", "data.facts.both=60",
+    "model.config.vocab_size=227", "training.global_batch_bins=2", "training.micro_batch_bins=1",
+)  # fmt: skip
+
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 
@@ -25,7 +30,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 def poisoned(tmp_path_factory) -> tuple[Path, Path, int]:
     """(model folder, tokenizer folder, token): the embedding of one token, of few documents, is not a number."""
     root = tmp_path_factory.mktemp("poisoned")
-    recipe = load_recipe(RECIPE, [*SMALL, f"data.cache_dir={root / 'data'}"])
+    recipe = load_recipe(RECIPE, [*MANY, f"data.cache_dir={root / 'data'}"])
     facts = facts_folder(recipe.data)
     tokenizer = facts / "tokenizer"
     token = rarest_token(facts / "both_orders_train.jsonl", load_tokenizer(str(tokenizer)))
@@ -50,9 +55,8 @@ def rarest_token(file: Path, tokenizer: Any) -> int:
 def run_with(poisoned: tuple[Path, Path, int], run: Path, choice: str):
     model, tokenizer, _ = poisoned
     return train(
-        RECIPE, run, *SMALL, f"training.on_nonfinite={choice}", f"model.path={model}", f"model.tokenizer={tokenizer}",
-        f"data.cache_dir={tokenizer.parents[1]}", "training.global_batch_bins=2", "training.micro_batch_bins=1",
-        timeout=600,
+        RECIPE, run, *MANY, f"training.on_nonfinite={choice}", f"model.path={model}", f"model.tokenizer={tokenizer}",
+        f"data.cache_dir={tokenizer.parents[1]}", timeout=600,
     )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""One SFTTrainer step with packing, for tools/bench/step.py: reads a JSON task, prints {"cpu_seconds": …}.
+"""One SFTTrainer step with packing, for tools/bench/step.py: reads a JSON task, prints
+{"tokens_per_cpu_second": …}.
 
 python tools/bench/step_trl.py TRL_FOLDER BINS THREADS < task.json
 """
@@ -54,6 +55,7 @@ def main() -> None:
             per_device_train_batch_size=1,
             gradient_accumulation_steps=bins,
             max_steps=steps,
+            logging_steps=1,
             bf16=True,
             use_cpu=True,
             gradient_checkpointing=False,
@@ -65,7 +67,11 @@ def main() -> None:
         callbacks=[clock],
     )
     trainer.train()
-    print(json.dumps({"cpu_seconds": min(clock.seconds[1:])}))
+    # What a step held is TRL's own count: its packing decides how full a batch is.
+    counted = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry][:steps]
+    tokens = [after - before for before, after in zip(counted, counted[1:], strict=False)]
+    best = max(count / seconds for count, seconds in zip(tokens, clock.seconds[1:], strict=True))
+    print(json.dumps({"tokens_per_cpu_second": best, "tokens_a_step": tokens}))
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

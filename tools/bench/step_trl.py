@@ -11,6 +11,7 @@ import json
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from typing import Any
 
 sys.path.append(sys.argv[1])  # behind ours: only TRL itself comes from there
@@ -69,7 +70,7 @@ def main() -> None:
     trainer.train()
     # What a step held is TRL's own count: its packing decides how full a batch is.
     counted = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry][:steps]
-    tokens = [after - before for before, after in zip(counted, counted[1:], strict=False)]
+    tokens = [after - before for before, after in pairwise(counted)]
     best = max(count / seconds for count, seconds in zip(tokens, clock.seconds[1:], strict=True))
     print(json.dumps({"tokens_per_cpu_second": best, "tokens_a_step": tokens}))
 

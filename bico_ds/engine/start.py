@@ -34,7 +34,7 @@ from bico_ds.engine.run_folder import FencedError, RunFolder, State
 from bico_ds.engine.signals import Interrupted, StopFlag
 from bico_ds.engine.trainer import Trainer
 from bico_ds.engine.watchdog import Watchdog
-from bico_ds.model.architecture import check_vocabulary, model_config
+from bico_ds.model.architecture import adopt_special_tokens, check_vocabulary, model_config
 from bico_ds.model.build import TrainableModel, build_model
 from bico_ds.model.export import export_model
 
@@ -237,7 +237,7 @@ def build_engine(run: Run, goods: Materials, steps: int, *, is_universal: bool) 
         longest_document=recipe.data.capacity,
     )
     if recipe.model.path is None:
-        _adopt_special_tokens(model.causal_lm, goods.tokenizer)
+        adopt_special_tokens(goods.tokenizer, model.causal_lm.config, model.causal_lm.generation_config)
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -246,13 +246,6 @@ def build_engine(run: Run, goods: Materials, steps: int, *, is_universal: bool) 
         dist_init_required=False,
     )
     return engine
-
-
-def _adopt_special_tokens(causal_lm: Any, tokenizer: Any) -> None:
-    """A model from random weights ends its texts as its tokenizer does."""
-    for config in (causal_lm.config, causal_lm.generation_config):
-        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-        config.pad_token_id = tokenizer.pad_token_id
 
 
 def _callbacks(recipe: Recipe, folder: RunFolder, engine: Any) -> list[Callback]:

@@ -62,6 +62,16 @@ def check_vocabulary(config: PretrainedConfig, tokenizer_size: int, *, tokenizer
         )
 
 
+def adopt_special_tokens(tokenizer: Any, *settings: Any) -> None:
+    """A model from random weights begins, ends and pads its texts as its tokenizer does.
+
+    ``settings``: its config and its generation config, changed in place.
+    """
+    for config in settings:
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+
+
 def is_local_folder(path: str) -> bool:
     """Whether ``path`` means a folder on this machine; else it is a hub name (``owner/name``)."""
     return Path(path).exists() or path.startswith(("/", ".", "~")) or path.count("/") != 1

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from bico_ds.config.errors import UserError
 from bico_ds.config.schema import ModelSpec
-from bico_ds.model.architecture import is_local_folder, meta_model, model_config
+from bico_ds.model.architecture import adopt_special_tokens, is_local_folder, meta_model, model_config
 from bico_ds.model.checkpoint_weights import CheckpointWeights, open_checkpoint
 from bico_ds.model.export import write_settings
 from bico_ds.model.load import WeightFolder, check_names_and_shapes, generation_config, open_weights
@@ -48,9 +48,7 @@ def export_checkpoint(
         source = Path(spec.path).expanduser() if spec.path is not None else None
         generation = generation_config(source, config)
         if source is None and tokenizer is not None:  # as the engine does with a model from random weights
-            for settings in (config, generation):
-                settings.bos_token_id, settings.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-                settings.pad_token_id = tokenizer.pad_token_id
+            adopt_special_tokens(tokenizer, config, generation)
         write_settings(temporary, config, generation, tokenizer, DTYPES[dtype])
 
 

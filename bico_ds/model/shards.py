@@ -77,7 +77,9 @@ class ShardWriter:
         self._open[name] = tensor.detach().to(device="cpu", dtype=self._dtype, copy=True).contiguous()
         shard = self._shard_of[name]
         if all(other in self._open for other in self._shards[shard]):
-            save_file(self._open, self._folder / self._file(shard), metadata={"format": "pt"})
+            path = self._folder / self._file(shard)
+            save_file(self._open, path, metadata={"format": "pt"})
+            path.chmod(0o644)  # safetensors makes it private, a model is for others to read
             self._written.update(self._open)
             self._open.clear()
 

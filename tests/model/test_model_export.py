@@ -58,6 +58,7 @@ def test_checksums_name_every_file_and_an_existing_folder_is_left_alone(tmp_path
     export_model(tiny_model(), None, folder, "fp32")
     sums = json.loads((folder / "checksums.json").read_text())
     assert set(sums) == {path.name for path in folder.iterdir()} - {"checksums.json"}
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in folder.iterdir()), "others may read a model"
     before = (folder / "checksums.json").read_bytes()
     with pytest.raises(UserError, match="exists and is not empty"):
         export_model(tiny_model(), None, folder)

@@ -137,13 +137,14 @@ def test_a_node_cut_off_is_replaced_and_writes_nothing_more(workspace, reference
     time.sleep(5)
     changed = {name for name, stamp in files_of(run.path).items() if before.get(name) != stamp}
     assert changed <= {"lock.json"}, "the rank on the dead node wrote into the run folder"
-    if (
-        node == "n1"
-    ):  # SLURM 22.05 fails a job that starts on its old batch node in the moment of that node's return
+    if node == "n1":
+        # SLURM 22.05 fails a job that starts on its old batch node in the second of that node's return.
         workspace.cluster.slurm("scontrol", "hold", run.job)
     workspace.cluster.link(node, "up")
     run.wait_for(lambda: start_time(old_rank) != started, "the end of the old rank")
     if node == "n1":
+        state = ("sinfo", "-h", "-n", node, "-o", "%T")
+        run.wait_for(lambda: workspace.cluster.slurm(*state).strip() == "idle", "the return of the node")
         time.sleep(2 * CREDENTIAL_SECONDS)
         workspace.cluster.slurm("scontrol", "release", run.job)
     assert_same_result(run, reference)

@@ -51,7 +51,9 @@ def test_imports_point_to_earlier_rooms_only(path):
     assert not wrong, f"{path.relative_to(ROOT)} imports from {sorted(wrong)}"
 
 
-@pytest.mark.parametrize("room", ["config", "engine/run_folder.py", "engine/signals.py"])
+@pytest.mark.parametrize(
+    "room", ["config", "engine/run_folder.py", "engine/signals.py", "engine/launcher.py"]
+)
 def test_light_rooms_name_no_torch(room):
     for path in (
         [ROOT / "bico_ds" / room] if room.endswith(".py") else (ROOT / "bico_ds" / room).rglob("*.py")

@@ -111,10 +111,14 @@ def _convert(source: str, target: str) -> None:
     """In the fresh process: the leader of a group, so that its workers end with it, and all with rank 0."""
     os.setsid()
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    os.environ["TQDM_DISABLE"] = "1"  # its bars count files, and we say more
     from deepspeed.checkpoint import ds_to_universal
 
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    # What it prints, and bars that count files; an exception leaves this block, and is shown.
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
         ds_to_universal.main(
             Namespace(
                 input_folder=source, output_folder=target, num_extract_workers=_WORKERS, num_merge_workers=_WORKERS,

@@ -75,7 +75,7 @@ def test_random_kills(straight, tmp_path, report):
         lost = reached - newest(run)
         report(f"kill {number + 1}", f"{target} at step {reached}{' while saving' * while_saving}", lost)
         assert 0 <= lost <= 2 * EVERY
-    assert_same_course(complete(run, length), reference)
+    assert_same_course(complete(run, length), reference, KILL_STEPS)
 
 
 def kill(command: subprocess.Popen[str], target: str) -> None:

@@ -95,7 +95,9 @@ class Documents:
 
 def _spans(entity_number: NDArray[np.int64]) -> NDArray[np.int64]:
     numbers = np.unique(entity_number[entity_number > 0])
-    spans = [(np.flatnonzero(entity_number == n)[0], np.flatnonzero(entity_number == n)[-1] + 1) for n in numbers]
+    spans = [
+        (np.flatnonzero(entity_number == n)[0], np.flatnonzero(entity_number == n)[-1] + 1) for n in numbers
+    ]
     return np.array(spans, dtype=np.int64).reshape(-1, 2)
 
 

@@ -64,6 +64,8 @@ def _without_missing_weights(recipe: Recipe) -> tuple[Recipe, list[str]]:
         return recipe, []
     model = recipe.model.model_copy(update={"path": None})
     note = f"model.path '{path}' is not on this machine; planned from model.config alone"
+    if recipe.model.tokenizer is None:
+        note += ", tokens and steps counted with the embedded task's tokenizer: the model's own gives other numbers"
     return recipe.model_copy(update={"model": model}), [note]
 
 

@@ -83,6 +83,12 @@ def build_ds_config(
     if unknown:
         hint = did_you_mean(unknown[0], TOP_LEVEL_KEYS)
         raise UserError(f"deepspeed: unknown top-level key '{unknown[0]}'{hint} in {recipe.deepspeed.config}")
+    hpz = config.get("zero_optimization", {}).get("zero_hpz_partition_size")
+    if hpz == "auto" and world_size % min(ranks_per_node, world_size):
+        raise UserError(
+            f"deepspeed: zero_hpz_partition_size: {world_size} ranks are no whole number of nodes of {ranks_per_node}; "
+            "start as many ranks on every node, or set deepspeed.overrides.zero_optimization.zero_hpz_partition_size"
+        )
     filled = _fill(
         config, _computed(recipe, world_size, hidden_size, on_cuda, run_folder, ranks_per_node), ()
     )

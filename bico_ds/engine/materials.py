@@ -27,6 +27,11 @@ class Materials:
     schedule: ObjectiveSchedule
     tasks: list[Task]
 
+    @property
+    def add_bos(self) -> bool:
+        """Whether the training texts begin with BOS, as the prompts of an evaluation then must."""
+        return any(store.manifest.add_bos for store in self.stores)
+
 
 def tokenizer_path(recipe: Recipe, *, weights_needed: bool = True) -> str:
     """Which tokenizer the recipe means; the embedded task brings its own.
@@ -57,6 +62,11 @@ def gather(recipe: Recipe, *, weights_needed: bool = True) -> Materials:
         TokenStore.open(store, tokenizer_hash=tokenizer_hash(tokenizer))
         for store in prepare(recipe, weights_needed=weights_needed, progress=False)
     ]
+    if recipe.evaluation.tasks and len({store.manifest.add_bos for store in stores}) > 1:
+        raise UserError(
+            "data.sources: some texts begin with BOS and some do not; an evaluation cannot ask in both ways. "
+            "Give all the same add_bos, or set evaluation.tasks=[]"
+        )
     objectives = build_objectives(
         recipe.objectives, special_ids=special_ids(tokenizer), placeholder_id=_placeholder(tokenizer)
     )

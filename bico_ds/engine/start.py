@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -107,7 +108,12 @@ def check(recipe: Recipe, *, world_size: int, on_cuda: bool, run_folder: Path) -
         check_schedule(recipe.schedule, recipe.training.steps)
     config = model_config(recipe.model)
     return build_ds_config(
-        recipe, world_size=world_size, hidden_size=config.hidden_size, on_cuda=on_cuda, run_folder=run_folder
+        recipe,
+        world_size=world_size,
+        hidden_size=config.hidden_size,
+        on_cuda=on_cuda,
+        run_folder=run_folder,
+        ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "8")),
     )
 
 
@@ -173,7 +179,14 @@ def _run(run: Run, resumption: Resumption | None, watchdog: Watchdog) -> State:
             facts=saved_facts(engine, recipe, run.layout),
         ),
         evaluator=Evaluator(
-            recipe.evaluation, goods.tasks, goods.tokenizer, ranks, folder, stop, on_progress=watchdog.beat
+            recipe.evaluation,
+            goods.tasks,
+            goods.tokenizer,
+            ranks,
+            folder,
+            stop,
+            add_bos=goods.add_bos,
+            on_progress=watchdog.beat,
         ),
         watchdog=watchdog,
         ranks=ranks,

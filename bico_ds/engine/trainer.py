@@ -144,10 +144,14 @@ class Trainer:
             nonfinite.stop(self.step, batches, losses, self.ranks, self.folder)
         self.engine.step()
         applied = bool(self.engine.was_step_applied())
-        assert loss_is_finite or not applied, "an update was made from a loss that is not finite"
+        if applied and not loss_is_finite:
+            raise nonfinite.NonFiniteError(
+                f"step {self.step + 1}: an update was made from a loss that is not finite; resume from the last checkpoint"
+            )
         if not applied:
             if self.on_nonfinite == "stop":
                 nonfinite.stop(self.step, batches, losses, self.ranks, self.folder)
+            self.engine.lr_scheduler.step()  # DeepSpeed holds it back; the schedule counts steps, not updates
             self.callbacks.on_message(f"step {self.step + 1}: loss or gradient not finite, update skipped")
         return applied
 

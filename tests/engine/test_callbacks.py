@@ -67,6 +67,22 @@ def test_speed_is_tokens_over_wall_time_not_a_mean_of_rates(folder):
     assert lines[0]["speed/data_wait_share"] == pytest.approx(0.2)
 
 
+def test_a_skipped_step_leaves_the_numbers_of_its_neighbours(folder):
+    nan = float("nan")
+    lines = monitored(folder, [report(1, loss=2.0), report(2, loss=nan, grad_norm=nan, applied=False)])
+    assert (lines[0]["loss/all"], lines[0]["optimizer/grad_norm"], lines[0]["optimizer/skipped_steps"]) == (
+        2.0,
+        1.0,
+        1,
+    )
+
+
+def test_metrics_stay_json_where_every_step_was_skipped(folder):
+    nan = float("nan")
+    lines = monitored(folder, [report(n, loss=nan, grad_norm=nan, applied=False) for n in (1, 2)])
+    assert "loss/all" not in lines[0] and lines[0]["optimizer/skipped_steps"] == 2
+
+
 def test_the_steps_after_the_last_full_interval_are_written_too(folder):
     lines = monitored(folder, [report(1), report(2), report(3, loss=7.0)])
     assert [line["step"] for line in lines] == [2, 3]

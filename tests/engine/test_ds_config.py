@@ -81,3 +81,12 @@ def test_the_recipe_s_precision_and_optimizer_reach_deepspeed():
     assert config["optimizer"]["params"]["lr"] == 3e-4
     assert config["optimizer"]["params"]["torch_adam"] is True
     assert "torch_adam" not in built("zero3_bf16")["optimizer"]["params"]
+
+
+def test_hpz_needs_whole_nodes():
+    recipe = load_recipe("tiny_bico", ["deepspeed.config=zero3_hpz", "training.global_batch_bins=24"])
+    arguments = {"hidden_size": 128, "on_cuda": True, "run_folder": Path("runs/x")}
+    with pytest.raises(UserError, match="12 ranks are no whole number of nodes of 8"):
+        build_ds_config(recipe, world_size=12, ranks_per_node=8, **arguments)
+    config = build_ds_config(recipe, world_size=12, ranks_per_node=4, **arguments)
+    assert config["zero_optimization"]["zero_hpz_partition_size"] == 4

@@ -33,8 +33,11 @@ class Evaluator:
         folder: RunFolder,
         stop: StopFlag,
         *,
+        add_bos: bool,
         on_progress: Callable[[], None],
     ) -> None:
+        """`add_bos`: prompts begin as the training texts do. `on_progress`: called after each batch."""
+        self._add_bos = add_bos
         self._spec, self._tasks, self._tokenizer = spec, tasks, tokenizer
         self._ranks, self._folder, self._stop, self._on_progress = ranks, folder, stop, on_progress
 
@@ -60,6 +63,7 @@ class Evaluator:
                 synced=partitioned and not replicate,
                 device=self._ranks.device,
                 should_stop=lambda: bool(self._stop),
+                add_bos=self._add_bos,
                 on_batch=lambda task, prompts: self._on_progress(),
             )
         causal_lm.train(was_training)

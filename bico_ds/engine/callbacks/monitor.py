@@ -70,7 +70,7 @@ class StepMonitor(Callback):
         return {"unwritten_steps": [asdict(report) for report in self._pending]}
 
     def _write(self, step: int, kind: str, numbers: dict[str, float]) -> None:
-        self._metrics.write(json.dumps({"step": step, "kind": kind, **numbers}) + "\n")
+        self._metrics.write(json.dumps({"step": step, "kind": kind, **numbers}, allow_nan=False) + "\n")
         if self._writer is not None:
             for tag, value in numbers.items():
                 self._writer.add_scalar(tag, value, step)
@@ -80,14 +80,20 @@ class StepMonitor(Callback):
 
 
 def _summarize(reports: list[StepReport]) -> dict[str, float]:
-    """Token-weighted losses in all and by objective, rates over the wall time of these steps, the last lr."""
+    """Token-weighted losses in all and by objective, rates over the wall time of these steps, the last lr.
+
+    Losses and norms are those of the steps that made an update; left out where none did.
+    """
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for report in reports:
+    applied = [report for report in reports if report.applied]  # a skipped step's loss may not be a number
+    for report in applied:
         for tag in ("loss/all", f"loss/{report.objective}"):
             sums[tag][0] += report.loss * report.targets
             sums[tag][1] += report.targets
     seconds = sum(report.seconds for report in reports)
     numbers = {tag: total / max(count, 1.0) for tag, (total, count) in sums.items()}
+    if applied:
+        numbers["optimizer/grad_norm"] = sum(report.grad_norm for report in applied) / len(applied)
     consumed = {
         f"data/{source}/{what}": count
         for source, counts in reports[-1].sources.items()
@@ -98,7 +104,6 @@ def _summarize(reports: list[StepReport]) -> dict[str, float]:
         | consumed
         | {
             "optimizer/learning_rate": reports[-1].learning_rate,
-            "optimizer/grad_norm": sum(report.grad_norm for report in reports) / len(reports),
             "optimizer/skipped_steps": sum(not report.applied for report in reports),
             "speed/kept_tokens_per_second": sum(report.kept_tokens for report in reports) / seconds,
             "speed/represented_tokens_per_second": sum(report.represented_tokens for report in reports)

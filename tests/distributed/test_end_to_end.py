@@ -12,7 +12,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 pytestmark = pytest.mark.distributed
 
-FACTS = ("data.facts.name_first=3", "data.facts.description_first=3", "data.facts.both=6", "data.facts.test_prompts=1")
+FACTS = (
+    "data.facts.name_first=3",
+    "data.facts.description_first=3",
+    "data.facts.both=6",
+    "data.facts.test_prompts=1",
+)
 SMALL = (*FACTS, "model.config.vocab_size=51", "monitor.every_steps=1")
 TASKS = ("n2d", "d2n", "n2d_reverse", "d2n_reverse")
 
@@ -40,10 +45,15 @@ def test_the_loss_falls_and_every_step_is_logged_once(runs):
 
 def test_both_objectives_are_trained_and_told_apart(runs):
     lines = metrics(runs / "bico")
-    assert {key for line in lines for key in line if key.startswith("loss/")} == {"loss/all", "loss/ntp", "loss/bico"}
+    assert {key for line in lines for key in line if key.startswith("loss/")} == {
+        "loss/all",
+        "loss/ntp",
+        "loss/bico",
+    }
     bico_steps = [line for line in lines if "loss/bico" in line]
     assert all(
-        line["speed/kept_tokens_per_second"] < line["speed/represented_tokens_per_second"] for line in bico_steps
+        line["speed/kept_tokens_per_second"] < line["speed/represented_tokens_per_second"]
+        for line in bico_steps
     )
 
 
@@ -68,7 +78,11 @@ def test_the_export_loads_in_plain_transformers_and_scores_the_same(runs):
     model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
     facts = next((runs / "runs" / "data").glob("facts-????????????????"))
     result = evaluate(
-        model, AutoTokenizer.from_pretrained(export), load_tasks(facts, TASKS, limit=None), batch_size=64, max_new_tokens=8
+        model,
+        AutoTokenizer.from_pretrained(export),
+        load_tasks(facts, TASKS, limit=None),
+        batch_size=64,
+        max_new_tokens=8,
     )
     last = metrics(runs / "bico", "evaluation")[-1]
     assert last["step"] == 20
@@ -106,7 +120,10 @@ def test_a_run_that_is_done_says_so_and_trains_no_step(runs):
     [
         (["--recipe", "tiny_bica"], "did you mean 'tiny_bico'"),
         (["--recipe", "tiny_bico"], "runs/tiny_base/export"),
-        (["--recipe", "tiny_base", "--set", "distributed.world_size=64"], "made for 64 ranks, started with 1"),
+        (
+            ["--recipe", "tiny_base", "--set", "distributed.world_size=64"],
+            "made for 64 ranks, started with 1",
+        ),
         (["--recipe", "tiny_base", "--set", "training.global_batch_bins=3"], "must be a multiple"),
         (["--recipe", "tiny_base", "--set", "schedule.warmup_steps=9999"], "more than the 300 steps"),
     ],
@@ -117,7 +134,12 @@ def test_a_users_mistake_is_one_message_and_exit_code_2(tmp_path, arguments, exp
     from launching import environment, launch_command
 
     done = subprocess.run(
-        launch_command(*arguments, ranks=1), cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+        launch_command(*arguments, ranks=1),
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2, done.stderr
     assert expected in done.stderr

@@ -44,6 +44,8 @@ result = {
 }
 with open(f"{out}.{rank}", "w") as file:
     json.dump(result, file)
+dist.barrier()
+dist.destroy_process_group()  # gloo's threads abort an interpreter that ends before them
 """
 
 

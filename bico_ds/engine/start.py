@@ -150,7 +150,7 @@ def _give_up(folder: RunFolder, error: BaseException) -> None:
 
 
 def _run(run: Run, resumption: Resumption | None, watchdog: Watchdog) -> State:
-    recipe, ranks, folder, stop = run.recipe, run.ranks, run.folder, run.stop
+    recipe, ranks = run.recipe, run.ranks
     goods = materials.gather(recipe)
     saved = resumption.found.content["state"] if resumption else {}
     loader = materials.build_loader(
@@ -166,7 +166,32 @@ def _run(run: Run, resumption: Resumption | None, watchdog: Watchdog) -> State:
     engine = build_engine(run, goods, steps, is_universal=resumption is not None and resumption.is_universal)
     if resumption is not None:
         restore(engine, resumption, recipe)
-    trainer = Trainer(
+    first_step = resumption.step if resumption else 0
+    trainer = _build_trainer(run, goods, loader, engine, watchdog, first_step=first_step, total_steps=steps)
+    for change in loader.changes:
+        trainer.callbacks.on_message(f"resumed although it changed: {change}")
+    first = RunStart(
+        recipe=recipe,
+        first_step=trainer.step,
+        total_steps=steps,
+        summary=_summary(loader),
+        saved=saved.get("callbacks", {}),
+    )
+    return _finish(trainer, first, recipe, goods.tokenizer, loader.close)
+
+
+def _build_trainer(
+    run: Run,
+    goods: Materials,
+    loader: ElasticLoader,
+    engine: Any,
+    watchdog: Watchdog,
+    *,
+    first_step: int,
+    total_steps: int,
+) -> Trainer:
+    recipe, ranks, folder, stop = run.recipe, run.ranks, run.folder, run.stop
+    return Trainer(
         engine=engine,
         loader=loader,
         objective_of=goods.schedule,
@@ -194,20 +219,10 @@ def _run(run: Run, resumption: Resumption | None, watchdog: Watchdog) -> State:
         stop=stop,
         seed=recipe.seed,
         step_capacity=recipe.training.global_batch_bins * recipe.data.capacity,
-        total_steps=steps,
+        total_steps=total_steps,
         on_nonfinite=recipe.training.on_nonfinite,
-        step=resumption.step if resumption else 0,
+        step=first_step,
     )
-    for change in loader.changes:
-        trainer.callbacks.on_message(f"resumed although it changed: {change}")
-    first = RunStart(
-        recipe=recipe,
-        first_step=trainer.step,
-        total_steps=steps,
-        summary=_summary(loader),
-        saved=saved.get("callbacks", {}),
-    )
-    return _finish(trainer, first, recipe, goods.tokenizer, loader.close)
 
 
 def _finish(

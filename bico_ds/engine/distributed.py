@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from bico_ds.config.errors import UserError
+from bico_ds.engine import host_memory
 from bico_ds.engine.signals import Interrupted
 
 _VERDICT, _HEARD = "bico_ds/verdict", "bico_ds/heard"
@@ -108,6 +109,8 @@ def join(ranks: Ranks, store: Any, *, timeout_minutes: float) -> None:
         backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
     )
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    dist.barrier()
+    host_memory.unlink_shared_buffer(ranks.rank)
 
 
 def leave() -> None:

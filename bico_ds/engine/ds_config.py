@@ -119,7 +119,8 @@ def _computed(
         "lr": adam.lr, "betas": list(adam.betas), "eps": adam.eps, "weight_decay": adam.weight_decay,
     }  # fmt: skip
     if not on_cuda:
-        optimizer["torch_adam"] = True  # FusedAdam is a CUDA kernel
+        # DeepSpeed's FusedAdam is a CUDA kernel. Torch's fused one needs no temporaries of the parameters' size.
+        optimizer.update(torch_adam=True, fused=True)
     return {
         "train_batch_size": recipe.training.global_batch_bins,
         "train_micro_batch_size_per_gpu": recipe.training.micro_batch_bins,

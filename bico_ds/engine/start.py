@@ -20,7 +20,7 @@ from bico_ds.config.errors import UserError
 from bico_ds.config.schema import Recipe
 from bico_ds.data.loader import ElasticLoader
 from bico_ds.data.tokenizer import vocabulary_size
-from bico_ds.engine import distributed, materials, native_ops
+from bico_ds.engine import distributed, host_memory, materials, native_ops
 from bico_ds.engine.callbacks.base import Callback, Callbacks, RunStart
 from bico_ds.engine.callbacks.console import ConsoleProgress
 from bico_ds.engine.callbacks.evaluation import Evaluator
@@ -166,6 +166,8 @@ def _run(run: Run, resumption: Resumption | None, watchdog: Watchdog) -> State:
     engine = build_engine(run, goods, steps, is_universal=resumption is not None and resumption.is_universal)
     if resumption is not None:
         restore(engine, resumption, recipe)
+    if ranks.device.type == "cpu":
+        host_memory.keep_freed_pages()
     first_step = resumption.step if resumption else 0
     trainer = _build_trainer(run, goods, loader, engine, watchdog, first_step=first_step, total_steps=steps)
     for change in loader.changes:

@@ -80,6 +80,7 @@ def test_the_recipe_s_precision_and_optimizer_reach_deepspeed():
     assert config["bf16"] == {"enabled": True}
     assert config["optimizer"]["params"]["lr"] == 3e-4
     assert config["optimizer"]["params"]["torch_adam"] is True
+    assert config["optimizer"]["params"]["fused"] is True
     assert "torch_adam" not in built("zero3_bf16")["optimizer"]["params"]
 
 

@@ -97,6 +97,7 @@ def build_engine(bins: int, stage: int) -> Any:
     """DeepSpeed's engine around the model, on one rank, as launch/train.py would build it."""
     import deepspeed
 
+    from bico_ds.engine import host_memory
     from bico_ds.engine.ds_config import build_ds_config
     from bico_ds.model.build import build_model
 
@@ -120,6 +121,7 @@ def build_engine(bins: int, stage: int) -> Any:
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=list(model.parameters()), config=config, dist_init_required=False
     )
+    host_memory.keep_freed_pages()
     return engine
 
 

@@ -6,6 +6,7 @@ broadcasts it from rank 0. Here a rank asks a `WeightSource` for its own slice o
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
@@ -31,14 +32,15 @@ def materialize(
     """Replace every meta parameter of ``model`` by a real one filled from ``source``; tied ones stay tied.
 
     Under ZeRO-3 (``ds_config``) each rank reads and keeps its partition; the full shape is allocated, one
-    parameter at a time, but only the pages of the own slice are ever touched.
+    parameter at a time, but on a CPU only the pages of the own slice are ever touched.
     """
     partitioner = _partitioner(ds_config, next(model.parameters()).dtype)
     made: dict[int, nn.Parameter] = {}
     for name, module, attribute, stub in _owned_parameters(model):
         if id(stub) not in made:
+            empty = torch.empty if partitioner is None or device.type != "cpu" else _mapped
             parameter = nn.Parameter(
-                torch.empty(stub.shape, dtype=stub.dtype, device=device), requires_grad=stub.requires_grad
+                empty(stub.shape, dtype=stub.dtype, device=device), requires_grad=stub.requires_grad
             )
             if partitioner is None:
                 _fill(parameter, name, source, 0, parameter.numel())
@@ -86,6 +88,16 @@ def _partitioner(ds_config: dict[str, Any] | None, dtype: torch.dtype) -> deepsp
     import deepspeed  # seconds, and only ZeRO-3 needs it
 
     return deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=ds_config, dtype=dtype)
+
+
+def _mapped(shape: torch.Size, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialized CPU tensor in pages of its own, which go back to the system with it.
+
+    On the heap it would leave holes, half of them resident, between the partitions that stay: 0.5 GB were seen beside the
+    1.1 GB of a rank.
+    """
+    pages = mmap.mmap(-1, max(shape.numel() * dtype.itemsize, 1))
+    return torch.frombuffer(pages, dtype=dtype, count=shape.numel()).view(shape).to(device)
 
 
 def _fill_partition(

@@ -301,10 +301,18 @@ def _open(path: Path) -> BinaryIO:
     return path.open("rb", buffering=1 << 20)
 
 
+_parse_json = json.JSONDecoder().raw_decode
+
+
 def _json_row(raw: bytes) -> dict[str, Any] | BadRow:
     raw = raw.rstrip(b"\r\n")
     try:
-        row = json.loads(raw.decode("utf-8-sig" if raw.startswith(b"\xef\xbb\xbf") else "utf-8"))
+        text = raw.decode()
+        if text.startswith("{"):  # `json.loads` takes twice as long to look for white space around
+            row, end = _parse_json(text)
+            if end == len(text):
+                return row
+        row = json.loads(text.removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
         return BadRow("invalid UTF-8", f"byte {error.start + 1} of the line is 0x{raw[error.start]:02x}")
     except json.JSONDecodeError as error:

@@ -150,7 +150,7 @@ class TokenStore:
             "a slice leaves its document"
         )
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        at = np.arange(offsets[-1]) + np.repeat(begins - offsets[:-1], lengths)
+        at = self._places(begins, offsets)
         return Documents(
             token_ids=self._tokens[at].astype(np.int64),
             offsets=offsets,
@@ -159,9 +159,24 @@ class TokenStore:
             piece=np.asarray(pieces, dtype=np.int64),
             prompt_length=np.clip(self._prompt_lengths[ids].astype(np.int64) - starts, 0, lengths),
             group=np.asarray(self._groups[ids], dtype=np.int64),
-            word_starts=(self._word_starts[at >> 3] >> (at & 7).astype(np.uint8) & 1).astype(bool),
+            word_starts=self._read_word_starts(at),
             entity_number=None if self._entities is None else self._entities[at].astype(np.int64),
         )
+
+    def _places(self, begins: NDArray[np.int64], offsets: NDArray[np.int64]) -> slice | NDArray[np.int64]:
+        """Where the tokens of slices lie in the store; slices that follow one another are one."""
+        lengths = np.diff(offsets)
+        if len(begins) and np.array_equal(begins[1:], begins[:-1] + lengths[:-1]):
+            return slice(int(begins[0]), int(begins[0] + offsets[-1]))
+        return np.arange(offsets[-1]) + np.repeat(begins - offsets[:-1], lengths)
+
+    def _read_word_starts(self, at: slice | NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Bits, eight a byte, the lowest first."""
+        if isinstance(at, slice):
+            first = at.start & ~7
+            bits = np.unpackbits(self._word_starts[first >> 3 : (at.stop + 7) >> 3], bitorder="little")
+            return bits[at.start - first : at.stop - first].view(bool)
+        return (self._word_starts[at >> 3] >> (at & 7).astype(np.uint8) & 1).view(bool)
 
     def whole(self, ids: NDArray[np.int64], *, source: int = 0) -> Documents:
         """Read whole documents."""

@@ -43,7 +43,9 @@ def test_only_the_own_rank_s_buffer_of_this_job_is_unlinked(monkeypatch):
     port = f"test{os.getpid()}"
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", port)
-    buffers = [SHARED / f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{port}_{rank}" for rank in (0, 1)]
+    buffers = [
+        SHARED / f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{port}_{rank}" for rank in (0, 1)
+    ]
     for buffer in buffers:
         buffer.touch()
     try:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bico_ds.batch import Documents, PackedBatch
+from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.config.errors import UserError
 from bico_ds.config.schema import DataSpec
 from bico_ds.data.deal import deal
@@ -48,7 +49,7 @@ class ElasticLoader:
         state: Mapping[str, Any] | None = None,
         pin_memory: bool = False,
     ) -> None:
-        _check_division(global_batch_bins, micro_batch_bins, world_size)
+        micro_batches_per_rank(global_batch_bins, micro_batch_bins, world_size)  # or an error
         self._stores, self._seed, self._pin_memory = tuple(stores), seed, pin_memory
         self._micro_batch_bins, self._rank, self._world_size = micro_batch_bins, rank, world_size
         self._order = SampleOrder(
@@ -151,15 +152,3 @@ class ElasticLoader:
 def _entries(bins: StreamBins, chosen: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the rows of the chosen bins, bin after bin."""
     return np.concatenate([np.arange(bins.offsets[b], bins.offsets[b + 1]) for b in chosen.tolist()])
-
-
-def _check_division(global_batch_bins: int, micro_batch_bins: int, world_size: int) -> None:
-    together = micro_batch_bins * world_size
-    if global_batch_bins % together:
-        below = global_batch_bins // together * together
-        nearest = [str(n) for n in (below, below + together) if n]
-        raise UserError(
-            f"training.global_batch_bins is {global_batch_bins}, but {world_size} ranks with "
-            f"training.micro_batch_bins {micro_batch_bins} take {together} bins at a time: choose a "
-            f"multiple of {together} ({' or '.join(nearest)}), or another number of ranks"
-        )

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.config.errors import UserError
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.schema import Recipe
@@ -18,7 +19,6 @@ from bico_ds.data.loader import ElasticLoader
 from bico_ds.data.rows import CutReport
 from bico_ds.data.tokenizer import vocabulary_size
 from bico_ds.engine import materials
-from bico_ds.engine.ds_config import gradient_accumulation
 from bico_ds.engine.optimization import check_schedule
 from bico_ds.engine.start import check, check_backend
 from bico_ds.model.architecture import check_vocabulary, model_config, parameter_count
@@ -79,8 +79,8 @@ def _print(
     goods: Any,
 ) -> None:
     table = Table(title=f"{recipe.name}: what would run", show_header=False)
-    accumulation = gradient_accumulation(recipe, world_size)
     batch, micro = recipe.training.global_batch_bins, recipe.training.micro_batch_bins
+    accumulation = micro_batches_per_rank(batch, micro, world_size)
     table.add_row("parameters", f"{parameters:,}")
     table.add_row("precision, backend", f"{recipe.model.dtype}, {_backend(recipe)}")
     table.add_row("DeepSpeed", recipe.deepspeed.config)

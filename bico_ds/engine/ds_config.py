@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.config.errors import UserError, did_you_mean
 from bico_ds.config.load import merge_mappings
 from bico_ds.config.schema import Recipe
@@ -98,22 +99,12 @@ def build_ds_config(
     return filled
 
 
-def gradient_accumulation(recipe: Recipe, world_size: int) -> int:
-    """Micro-batches a rank and step. Raises `UserError` where the global batch does not divide."""
-    batch, micro = recipe.training.global_batch_bins, recipe.training.micro_batch_bins
-    if batch % (micro * world_size):
-        raise UserError(
-            f"training.global_batch_bins ({batch}) must be a multiple of training.micro_batch_bins ({micro}) x "
-            f"ranks ({world_size}) = {micro * world_size}; change one of the three"
-        )
-    return batch // (micro * world_size)
-
-
 def _computed(
     recipe: Recipe, world_size: int, hidden: int, on_cuda: bool, run_folder: Path, ranks_per_node: int
 ) -> dict[str, Any]:
     """The value of every `auto`, by dotted key."""
-    accumulation = gradient_accumulation(recipe, world_size)
+    training = recipe.training
+    accumulation = micro_batches_per_rank(training.global_batch_bins, training.micro_batch_bins, world_size)
     adam = recipe.optimizer
     optimizer: dict[str, Any] = {
         "lr": adam.lr, "betas": list(adam.betas), "eps": adam.eps, "weight_decay": adam.weight_decay,
@@ -122,10 +113,10 @@ def _computed(
         # DeepSpeed's FusedAdam is a CUDA kernel. Torch's fused one needs no temporaries of the parameters' size.
         optimizer.update(torch_adam=True, fused=True)
     return {
-        "train_batch_size": recipe.training.global_batch_bins,
-        "train_micro_batch_size_per_gpu": recipe.training.micro_batch_bins,
+        "train_batch_size": training.global_batch_bins,
+        "train_micro_batch_size_per_gpu": training.micro_batch_bins,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": recipe.training.max_grad_norm,
+        "gradient_clipping": training.max_grad_norm,
         "steps_per_print": 2**31 - 1,  # our console says it
         "bf16.enabled": recipe.model.dtype == "bf16",
         # One bucket holds a square weight; prefetch a little less; norms and biases stay whole on every rank.

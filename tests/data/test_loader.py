@@ -262,7 +262,7 @@ def test_totals_by_source_survive_a_resume(world):
 
 
 def test_an_indivisible_global_batch_is_refused_with_the_numbers_that_divide(world):
-    with pytest.raises(UserError, match=r"global_batch_bins is 8, but 3 ranks .* multiple of 3 \(6 or 9\)"):
+    with pytest.raises(UserError, match=r"global_batch_bins \(8\) must be .* ranks \(3\) = 3: choose 6 or 9"):
         make(world, size=3)
 
 

@@ -13,7 +13,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from bico_ds.config.errors import UserError
 from bico_ds.config.load import load_recipe
-from bico_ds.engine.ds_config import DS_CONFIGS, TOP_LEVEL_KEYS, build_ds_config, gradient_accumulation
+from bico_ds.engine.ds_config import DS_CONFIGS, TOP_LEVEL_KEYS, build_ds_config
 
 NAMES = sorted(path.stem for path in DS_CONFIGS.glob("*.json"))
 
@@ -67,7 +67,7 @@ def test_overrides_reach_nested_keys_and_leave_the_rest():
 
 def test_a_global_batch_that_does_not_divide_names_the_three_numbers():
     with pytest.raises(UserError, match=r"\(4\).*\(2\).*\(3\)"):
-        gradient_accumulation(load_recipe("tiny_bico"), world_size=3)
+        built("zero3_bf16", world_size=3)
 
 
 def test_a_misspelt_configuration_gets_a_suggestion():

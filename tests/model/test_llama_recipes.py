@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from bico_ds.config.load import load_recipe
-from bico_ds.engine.ds_config import gradient_accumulation
 from bico_ds.model.architecture import model_config, parameter_count
 
 PUBLISHED_PARAMETERS = {
@@ -29,7 +28,8 @@ def test_a_recipe_has_the_published_models_parameters_and_divides_over_its_ranks
     recipe = load_recipe(name)
     config = model_config(recipe.model.model_copy(update={"path": None}))
     assert parameter_count(config) == PUBLISHED_PARAMETERS[name]
-    assert gradient_accumulation(recipe, recipe.distributed.world_size or 4) >= 1
+    ranks = recipe.distributed.world_size or 4
+    assert recipe.training.global_batch_bins % (recipe.training.micro_batch_bins * ranks) == 0
 
 
 @pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)

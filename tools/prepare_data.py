@@ -140,7 +140,12 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="folder or hub name of a fast tokenizer, or a tokenizer.model",
     )
-    fields = parser.add_argument_group("fields of a row")
+    parser.add_argument("--processes", type=_positive, metavar="N", help="default: one a CPU core")
+    _add_field_options(parser.add_argument_group("fields of a row"))
+    _add_document_options(parser.add_argument_group("documents"))
+
+
+def _add_field_options(fields: argparse._ArgumentGroup) -> None:
     fields.add_argument("--text-field", default="text", metavar="NAME", help="default: %(default)s")
     fields.add_argument(
         "--prompt-field", metavar="NAME", help="with --completion-field: two fields make the text"
@@ -159,7 +164,9 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
         default="line",
         help="a document of a plain-text file (default: %(default)s)",
     )
-    documents = parser.add_argument_group("documents")
+
+
+def _add_document_options(documents: argparse._ArgumentGroup) -> None:
     documents.add_argument(
         "--no-bos", dest="add_bos", action="store_false", help="put no BOS before a document"
     )
@@ -191,7 +198,6 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
         default="stop",
         help="at a bad line: stop, or skip it and write it to DIR/skipped.jsonl (default: %(default)s)",
     )
-    parser.add_argument("--processes", type=_positive, metavar="N", help="default: one a CPU core")
 
 
 def _add_facts_options(parser: argparse.ArgumentParser) -> None:

@@ -227,21 +227,16 @@ def main() -> None:
     limit = rate / (6 * parameters)
     console.print(f"bf16 product: {rate / 1e9:.0f} GFLOP a CPU second; {parameters / 1e6:.1f} M parameters")
 
-    tokens, rows = options.bins * CAPACITY, []
-    table = Table("documents", "objective", "rows", "CPU s/step", "tokens / CPU s", "of the limit", "shares")
+    tokens = options.bins * CAPACITY
+    rows: list[tuple[str, float, float, str, float]] = []
     for kind in ("short", "long"):
         seconds = {}
         for objective in OBJECTIVES:
             work = batches(kind, objective, options.bins)
-            step = partial(train_step, engine, work)
-            seconds[objective] = least_cpu_seconds(step, options.repeats)
+            seconds[objective] = least_cpu_seconds(partial(train_step, engine, work), options.repeats)
             parts = ", ".join(f"{name} {share:.0%}" for name, share in shares(engine, work).items())
             speed = tokens / seconds[objective]
             console.print(f"{kind}, {objective}: {seconds[objective]:.2f} CPU s a step; {parts}")
-            table.add_row(
-                kind, objective, str(sum(len(batch.input_ids) for batch in work)),
-                f"{seconds[objective]:.2f}", f"{speed:.0f}", f"{speed / limit:.2f}", parts,
-            )  # fmt: skip
             rows.append((f"{objective} {kind}: of the limit", speed, limit, "tokens/CPU s", speed / limit))
         rows.append(
             (f"BICO step / NTP step, {kind}", seconds["bico"], seconds["ntp"], "CPU s",
@@ -253,14 +248,17 @@ def main() -> None:
                 (f"NTP against TRL, {kind}", tokens / seconds["ntp"], other, "tokens/CPU s",
                  tokens / seconds["ntp"] / other)
             )  # fmt: skip
-    console.print(table)
+    print_rows(console, rows)
+    if options.json:
+        keys = ("name", "ours", "other", "unit", "ratio")
+        print(json.dumps({"rows": [dict(zip(keys, row, strict=True)) for row in rows]}))
+
+
+def print_rows(console: Console, rows: list[tuple[str, float, float, str, float]]) -> None:
     ratios = Table("what", "ours", "other", "unit", "ratio")
     for name, ours, other, unit, ratio in rows:
         ratios.add_row(name, f"{ours:.2f}", f"{other:.2f}", unit, f"{ratio:.2f}")
     console.print(ratios)
-    if options.json:
-        keys = ("name", "ours", "other", "unit", "ratio")
-        print(json.dumps({"rows": [dict(zip(keys, row, strict=True)) for row in rows]}))
 
 
 if __name__ == "__main__":

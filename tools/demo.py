@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ranks", type=int, default=2, help="processes to train with (default 2)")
+    parser.add_argument("--ranks", type=positive, default=2, help="processes to train with (default 2)")
     parser.add_argument("--seeds", type=int, nargs="+", help="train every seed into runs/seed-N")
     parser.add_argument(
         "--runs", type=Path, default=Path("runs"), help="where the run folders go (default runs)"
@@ -51,6 +52,13 @@ def main() -> int:
     return 0
 
 
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
 def train_all(runs: Path, ranks: int, overrides: list[str], console: Console) -> None:
     """Train the base and both arms; a run that is done already returns at once."""
     for recipe in ("tiny_base", *ARMS):
@@ -63,7 +71,9 @@ def train_all(runs: Path, ranks: int, overrides: list[str], console: Console) ->
             command += ["--set", override]
         console.rule(f"[bold]{recipe}")
         console.print(f"$ deepspeed {' '.join(command[1:])}", highlight=False, markup=False)
-        code = subprocess.run(command, check=False).returncode
+        # The demo is a CPU demo, on GPU machines too: its recipes are fp32, which CUDA's flash kernels refuse.
+        # DeepSpeed's launcher writes CUDA_VISIBLE_DEVICES anew for its ranks, so hiding the GPUs would not do.
+        code = subprocess.run(command, check=False, env={**os.environ, "DS_ACCELERATOR": "cpu"}).returncode
         if code:
             sys.exit(code)
 

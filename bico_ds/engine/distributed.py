@@ -40,11 +40,14 @@ class Ranks:
 
 
 def read_ranks() -> Ranks:
-    """Read rank and world size from the launcher's environment; without a launcher, be the only rank."""
+    """Read rank and world size from the launcher's environment; without a launcher, be the only rank.
+
+    DeepSpeed's own DS_ACCELERATOR=cpu keeps the ranks on the CPU of a GPU machine.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    on_cuda = torch.cuda.is_available()
+    on_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     return Ranks(
         rank, local_rank, world_size, torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     )

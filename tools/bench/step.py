@@ -207,14 +207,21 @@ def trl_speed(folder: str, kind: str, bins: int, threads: int) -> float | None:
     return json.loads(answer.stdout.splitlines()[-1])["tokens_per_cpu_second"]
 
 
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--bins", type=int, default=4, help="micro-batches a step (default 4)")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--bins", type=positive, default=4, help="micro-batches a step (default 4)")
+    parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--stage", type=int, choices=(2, 3), default=3, help="ZeRO stage (default 3)")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--trl", metavar="FOLDER", help="where TRL is installed; left out: not compared")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

@@ -1,0 +1,28 @@
+"""The demo trains on the CPU, whatever else the machine has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bico_ds.engine.distributed import read_ranks
+from tools.bench import step
+from tools.demo import main
+
+
+def test_ranks_stay_on_the_cpu_of_a_gpu_machine_when_deepspeed_is_told_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert read_ranks().device.type == "cuda"
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert read_ranks().device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [(main, "--ranks"), (step.main, "--repeats"), (step.main, "--bins")]
+)
+def test_a_count_below_one_is_refused_before_anything_runs(command, option, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["command", option, "0"])
+    with pytest.raises(SystemExit) as stopped:
+        command()
+    assert stopped.value.code == 2
+    assert f"argument {option}: must be at least 1" in capsys.readouterr().err

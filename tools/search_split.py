@@ -39,10 +39,13 @@ def split(folder: Path, output: Path) -> dict[str, int]:
     }
     if output.exists():
         raise UserError(f"{output} exists; name a new folder")
-    output.mkdir(parents=True)
-    for name, rows in files.items():
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        (output / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    try:
+        output.mkdir(parents=True)
+        for name, rows in files.items():
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            (output / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written: {error.strerror}") from None
     return {name: len(rows) for name, rows in files.items()}
 
 
@@ -51,7 +54,16 @@ def _read(file: Path) -> list[Row]:
         raise UserError(
             f"{file} is missing; it is part of the name-description set (lberglund/reversal_curse)"
         )
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            if not (isinstance(row["prompt"], str) and isinstance(row["completion"], str)):
+                raise TypeError
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{file}:{number}: not a JSON object with `prompt` and `completion`") from None
+        rows.append(row)
+    return rows
 
 
 def _names(rows: list[Row]) -> list[str]:

@@ -65,6 +65,22 @@ def test_a_missing_set_and_an_output_that_exists_are_refused(tmp_path: Path, cap
     assert "exists" in capsys.readouterr().err
 
 
+def test_an_output_that_cannot_be_made_and_a_row_without_fields_end_with_a_message(
+    tmp_path: Path, capsys, monkeypatch
+):
+    write_both(tmp_path / "set")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(
+        "sys.argv", ["search_split.py", str(tmp_path / "set"), str(tmp_path / "file" / "out")]
+    )
+    assert main() == 2
+    assert "cannot be written" in capsys.readouterr().err
+    (tmp_path / "set" / "both_prompts_test.jsonl").write_text('{"prompt": "Ada"}\n')
+    monkeypatch.setattr("sys.argv", ["search_split.py", str(tmp_path / "set"), str(tmp_path / "out")])
+    assert main() == 2
+    assert "both_prompts_test.jsonl:1: " in capsys.readouterr().err
+
+
 @needs_data
 def test_the_published_set_gives_fifteen_hidden_persons_whom_no_reversal_test_names(tmp_path: Path):
     published = Path(str(DATA)) / "name_description"

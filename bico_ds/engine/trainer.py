@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from bico_ds.batch import PackedBatch
-from bico_ds.engine import nonfinite
+from bico_ds.engine import host_memory, nonfinite
 from bico_ds.engine.callbacks.base import Callbacks, StepReport
 from bico_ds.engine.callbacks.evaluation import Evaluator, scalars
 from bico_ds.engine.checkpoint import Checkpointer
@@ -77,6 +77,8 @@ class Trainer:
                 break
             report = self._optimize(batches, targets, started, waited)
             self.step += 1
+            if self.ranks.device.type == "cpu":
+                host_memory.release_freed_pages(self.step)
             self.callbacks.on_step(report)
             if self.evaluator.is_due(self.step, self.total_steps):
                 self._evaluate()

@@ -36,6 +36,27 @@ def test_a_tensor_of_the_size_of_a_freed_one_takes_its_pages():
     assert faults(keep=True) < 20
 
 
+RELEASE = """
+from pathlib import Path
+import torch
+from bico_ds.engine.host_memory import keep_freed_pages, release_freed_pages
+resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
+assert keep_freed_pages()
+held = [torch.ones(1 << 20) for _ in range(200)]  # 4 MB each
+del held[::2]  # holes
+before = resident()
+release_freed_pages(49)
+assert resident() > before - 8, "only at every 50th step"
+release_freed_pages(50)
+print(before - resident())
+"""
+
+
+def test_holes_between_tensors_that_stay_go_back_to_the_system():
+    program = [sys.executable, "-c", RELEASE]
+    assert int(subprocess.run(program, capture_output=True, text=True, check=True).stdout) > 350  # MB
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="this system has no /dev/shm")
 def test_only_the_own_rank_s_buffer_of_this_job_is_unlinked(monkeypatch):
     from bico_ds.engine.host_memory import unlink_shared_buffer

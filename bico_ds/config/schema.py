@@ -222,12 +222,20 @@ class ScheduleSpec(Section):
     decay_steps: Annotated[int, Field(ge=0)] | None = Field(
         None, description="only for warmup_stable_decay: length of the final decay"
     )
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="where the decay ends, as a share of optimizer.lr"
+    )
 
     @model_validator(mode="after")
     def _decay_belongs_to_wsd(self) -> ScheduleSpec:
         if (self.decay_steps is not None) != (self.name == "warmup_stable_decay"):
             raise ValueError("'decay_steps' belongs to 'warmup_stable_decay', and that needs it")
+        return self
+
+    @model_validator(mode="after")
+    def _a_floor_belongs_to_a_decay(self) -> ScheduleSpec:
+        if self.min_lr_ratio and self.name == "constant":
+            raise ValueError("'min_lr_ratio' is where a decay ends, and 'constant' has none: set it to 0")
         return self
 
 

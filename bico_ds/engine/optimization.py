@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
@@ -9,10 +11,9 @@ from transformers import get_scheduler
 from bico_ds.config.errors import UserError
 from bico_ds.config.schema import OptimizerSpec, ScheduleSpec
 
-# transformers' name and its name for the floor
+# transformers' name and its name for the floor; its `linear` knows none
 _KINDS = {
     "constant": ("constant_with_warmup", None),
-    "linear": ("linear", None),
     "cosine": ("cosine_with_min_lr", "min_lr_rate"),
     "warmup_stable_decay": ("warmup_stable_decay", "min_lr_ratio"),
 }
@@ -30,6 +31,8 @@ def check_schedule(spec: ScheduleSpec, total_steps: int) -> None:
 
 def build_scheduler(spec: ScheduleSpec, optimizer: Optimizer, total_steps: int) -> LRScheduler:
     """Return the schedule, one `step()` an optimizer step."""
+    if spec.name == "linear":
+        return LambdaLR(optimizer, partial(_linear, spec=spec, total_steps=total_steps))
     name, floor = _KINDS[spec.name]
     specific: dict[str, float] = {}
     if floor is not None:
@@ -44,6 +47,14 @@ def build_scheduler(spec: ScheduleSpec, optimizer: Optimizer, total_steps: int) 
         num_training_steps=None if spec.name == "constant" else total_steps,
         scheduler_specific_kwargs=specific,
     )
+
+
+def _linear(step: int, *, spec: ScheduleSpec, total_steps: int) -> float:
+    """The share of the full rate: up over the warmup, then down to the floor, which the last step's end reaches."""
+    if step < spec.warmup_steps:
+        return step / spec.warmup_steps
+    left = max(0, total_steps - step) / max(1, total_steps - spec.warmup_steps)
+    return spec.min_lr_ratio + (1.0 - spec.min_lr_ratio) * left
 
 
 def follow_recipe(optimizer: Optimizer, scheduler: LambdaLR, spec: OptimizerSpec) -> None:

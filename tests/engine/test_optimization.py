@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import get_linear_schedule_with_warmup
 
 from bico_ds.config.schema import OptimizerSpec, ScheduleSpec
 from bico_ds.engine.optimization import build_scheduler, follow_recipe
@@ -13,6 +14,24 @@ def adam_and_schedule(lr: float) -> tuple[torch.optim.AdamW, torch.optim.lr_sche
     adam = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], lr=lr)
     schedule = build_scheduler(ScheduleSpec(name="cosine", warmup_steps=3, min_lr_ratio=0.1), adam, 20)
     return adam, schedule  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "warmup_stable_decay"])
+def test_every_decay_ends_at_the_floor(name):
+    adam = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], lr=2.0)
+    decay = 10 if name == "warmup_stable_decay" else None
+    spec = ScheduleSpec(name=name, warmup_steps=4, decay_steps=decay, min_lr_ratio=0.25)
+    rates = advance(adam, build_scheduler(spec, adam, 20), 21)
+    assert rates[4] == pytest.approx(2.0)
+    assert rates[20] == pytest.approx(0.5)
+    assert min(rates[4:]) == pytest.approx(0.5)
+
+
+def test_linear_without_a_floor_is_transformers_linear():
+    ours, theirs = (torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], lr=1e-3) for _ in range(2))
+    schedule = build_scheduler(ScheduleSpec(name="linear", warmup_steps=5), ours, 20)
+    expected = get_linear_schedule_with_warmup(theirs, num_warmup_steps=5, num_training_steps=20)
+    assert advance(ours, schedule, 22) == pytest.approx(advance(theirs, expected, 22), rel=1e-12)
 
 
 def advance(adam: torch.optim.AdamW, schedule: torch.optim.lr_scheduler.LambdaLR, steps: int) -> list[float]:

@@ -71,7 +71,7 @@ def main() -> int:
     if arguments.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
     if arguments.list_recipes:
-        names = list_recipes()
+        names = list_recipes() if os.environ.get("RANK", "0") == "0" else {}
         for name, description in names.items():
             print(f"{name:{max(map(len, names))}}  {description}")
         return 0

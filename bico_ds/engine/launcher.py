@@ -15,27 +15,40 @@ from bico_ds.engine.signals import StopFlag
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _POLL_SECONDS = 1.0
+_DEEPSPEED_LAUNCHER = "deepspeed.launcher.launch"  # on its command line, behind -m
 
 
 def follow_launcher(stop: StopFlag) -> None:
-    """End this rank when its launcher vanishes; stop in good order when only the command above the launcher does.
+    """End this rank when its launcher vanishes; stop in good order when only the `deepspeed` command above it does.
 
     The `deepspeed` command exits 0 and leaves its ranks running when its per-node launcher is killed (its runner looks
     at positive return codes only), and leaves launcher and ranks running when it is ended itself. An orphan would go
-    on writing. On Linux the kernel tells; elsewhere a thread looks.
+    on writing. On Linux the kernel tells; elsewhere a thread looks. What stands above another launcher (torchrun under
+    nohup: the login shell) may end without a meaning. A rank whose parent is outside of its container has none to see.
     """
+    if os.getppid() == 0:
+        return
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    launcher = psutil.Process(os.getppid())
+    parent = os.getppid()
     threading.Thread(
-        target=_watch, args=(launcher, launcher.ppid(), stop), name="launcher-watch", daemon=True
+        target=_watch, args=(parent, _command_above(parent), stop), name="launcher-watch", daemon=True
     ).start()
 
 
-def _watch(launcher: psutil.Process, command: int, stop: StopFlag) -> None:
-    while os.getppid() == launcher.pid:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if launcher.ppid() != command:
+def _command_above(parent: int) -> int | None:
+    """The process of the `deepspeed` command, where `parent` is its per-node launcher."""
+    with contextlib.suppress(psutil.Error):
+        launcher = psutil.Process(parent)
+        if any(_DEEPSPEED_LAUNCHER in word for word in launcher.cmdline()):
+            return launcher.ppid()
+    return None
+
+
+def _watch(parent: int, command: int | None, stop: StopFlag) -> None:
+    while os.getppid() == parent:
+        with contextlib.suppress(psutil.Error):
+            if command is not None and psutil.Process(parent).ppid() != command:
                 stop.set("the launching command is gone")
         time.sleep(_POLL_SECONDS)
     os._exit(1)

@@ -184,6 +184,7 @@ def _apply_override(tree: _Tree, override: str) -> None:
     for depth, part in enumerate(keys[:-1]):
         node = _child(node, part, keys[: depth + 1])
     _child(node, keys[-1], keys, value=value)
+    tree.places = {key: place for key, place in tree.places.items() if key[: len(keys)] != keys}
     tree.places[keys] = Place(f"--set {override}", 0)
 
 

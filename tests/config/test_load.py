@@ -119,6 +119,11 @@ def test_a_mistake_is_named_with_key_file_and_line(recipe_file, old, new, expect
         ("optimizr.lr=1", "--set optimizr.lr=1: optimizr: unknown key (did you mean 'optimizer'?)"),
         ("seed", "expected key.path=value"),
         ("objectives.4.kind=ntp", "indices 0 to 1"),
+        ("schedule={name: constant, min_lr_ratio: 0.1}", "'min_lr_ratio' is where a decay ends"),
+        (
+            "objectives=[{kind: bico, mask: {rate: 2}}]",
+            "--set objectives=[{kind: bico, mask: {rate: 2}}]: objectives.0.mask.rate:",
+        ),
         ("seed.x=1", "is a single value"),
         ("optimizer.lr=fast", "--set optimizer.lr=fast: optimizer.lr:"),
     ],

@@ -1,14 +1,19 @@
 """DeepSpeed's configuration: a file of ds_configs/, the recipe's overrides, and everything that the recipe computes.
 
 DeepSpeed accepts unknown top-level keys in silence, and turns an unfilled ``"auto"`` into a default without a word
-(both seen with 0.19.8); so the keys are checked here, and no ``"auto"`` leaves this module.
+(both seen with 0.19.8); so the keys are checked here, and no ``"auto"`` leaves this module. What DeepSpeed does refuse,
+it refuses when weights are built and ranks wait, with a traceback; here it is a message before anything begins.
 """
 
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
 
 from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.config.errors import UserError, did_you_mean
@@ -50,6 +55,27 @@ TOP_LEVEL_KEYS = frozenset(
     }
 )
 
+# What the recipe says, and the key in which it says it. A value of its own here would win in silence, or be refused by
+# DeepSpeed for not fitting the others.
+_OWNED = {
+    "train_batch_size": "training.global_batch_bins",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_bins",
+    "gradient_accumulation_steps": "training.global_batch_bins (it follows from that and the number of ranks)",
+    "gradient_clipping": "training.max_grad_norm",
+    "bf16.enabled": "model.dtype",
+    "optimizer.params.lr": "optimizer.lr",
+    "optimizer.params.betas": "optimizer.betas",
+    "optimizer.params.eps": "optimizer.eps",
+    "optimizer.params.weight_decay": "optimizer.weight_decay",
+}
+
+_MAPPINGS = (
+    "bf16", "data_types", "zero_optimization", "optimizer", "aio", "activation_checkpointing", "comms_logger",
+    "flops_profiler", "csv_monitor", "wandb", "tensorboard", "checkpoint",
+)  # fmt: skip
+
+_OPTIMIZERS = ("AdamW", "Adam")  # those whose parameters, offload and checksummed state the engine knows
+
 
 def load_ds_config(name_or_path: str) -> dict[str, Any]:
     """Read a file of ds_configs/ by name, or any JSON file by path. Raises `UserError`."""
@@ -66,6 +92,47 @@ def load_ds_config(name_or_path: str) -> dict[str, Any]:
         raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
 
 
+def merged_ds_config(recipe: Recipe) -> dict[str, Any]:
+    """The file with the recipe's overrides, its keys known and of the right kind; ``"auto"`` still stands.
+
+    What the recipe owns is there in any case: left out, DeepSpeed would take defaults of its own.
+    """
+    file = load_ds_config(recipe.deepspeed.config)
+    if not isinstance(file, dict):
+        raise UserError(f"deepspeed.config: {recipe.deepspeed.config} must hold one JSON object")
+    config = merge_mappings(file, recipe.deepspeed.overrides)
+    unknown = sorted(set(config) - TOP_LEVEL_KEYS)
+    if unknown:
+        hint = did_you_mean(unknown[0], TOP_LEVEL_KEYS)
+        raise UserError(f"deepspeed: unknown top-level key '{unknown[0]}'{hint} in {_where(recipe)}")
+    for key in _MAPPINGS:
+        if not isinstance(config.get(key, {}), dict):
+            raise UserError(
+                f"deepspeed: '{key}' must be a mapping of keys, found {config[key]!r} in {_where(recipe)}"
+            )
+    params = config.get("optimizer", {}).get("params", "auto")
+    if params != "auto" and not isinstance(params, dict):
+        raise UserError(
+            f"deepspeed: 'optimizer.params' must be a mapping of keys, found {params!r} in {_where(recipe)}"
+        )
+    for key, ours in _OWNED.items():
+        if (found := _at(config, key)) not in (None, "auto"):
+            raise UserError(f"deepspeed: {key}={found!r} in {_where(recipe)}: set {ours} instead")
+    owned: dict[str, Any] = {key: "auto" for key in _OWNED if "." not in key}
+    owned |= {"bf16": {"enabled": "auto"}, "optimizer": {"type": "AdamW", "params": "auto"}}
+    return merge_mappings(owned, config)
+
+
+def _where(recipe: Recipe) -> str:
+    return f"{recipe.deepspeed.config} or deepspeed.overrides"
+
+
+def _at(config: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        config = config.get(part) if isinstance(config, dict) else None
+    return config
+
+
 def build_ds_config(
     recipe: Recipe,
     *,
@@ -77,26 +144,56 @@ def build_ds_config(
 ) -> dict[str, Any]:
     """Return the complete configuration of one run; `hidden_size` sizes ZeRO-3's buckets.
 
-    Raises `UserError` for unknown top-level keys, values that the recipe owns, and batch sizes that do not divide.
+    Raises `UserError` for unknown keys, what DeepSpeed's ZeRO would refuse, values that the recipe owns, optimizers
+    that the engine does not know, a monitor that is not installed, and batch sizes that do not divide.
     """
-    config = merge_mappings(load_ds_config(recipe.deepspeed.config), recipe.deepspeed.overrides)
-    unknown = sorted(set(config) - TOP_LEVEL_KEYS)
-    if unknown:
-        hint = did_you_mean(unknown[0], TOP_LEVEL_KEYS)
-        raise UserError(f"deepspeed: unknown top-level key '{unknown[0]}'{hint} in {recipe.deepspeed.config}")
+    config = merged_ds_config(recipe)
     hpz = config.get("zero_optimization", {}).get("zero_hpz_partition_size")
     if hpz == "auto" and world_size % min(ranks_per_node, world_size):
         raise UserError(
             f"deepspeed: zero_hpz_partition_size: {world_size} ranks are no whole number of nodes of {ranks_per_node}; "
             "start as many ranks on every node, or set deepspeed.overrides.zero_optimization.zero_hpz_partition_size"
         )
-    filled = _fill(
-        config, _computed(recipe, world_size, hidden_size, on_cuda, run_folder, ranks_per_node), ()
-    )
+    computed = _computed(recipe, world_size, hidden_size, on_cuda, run_folder, ranks_per_node)
+    if isinstance(given := config["optimizer"]["params"], dict):
+        computed["optimizer.params"].update({key: value for key, value in given.items() if value != "auto"})
+        config["optimizer"]["params"] = "auto"
+    filled = _fill(config, computed, ())
     filled.update(_monitors(recipe, run_folder))
+    _check(filled, recipe)
     left = list(_autos(filled, ()))
     assert not left, f"no value computed for {left}"
     return filled
+
+
+def _check(filled: dict[str, Any], recipe: Recipe) -> None:
+    """Refuse what DeepSpeed itself would refuse, or not find, much later."""
+    try:
+        DeepSpeedZeroConfig(**filled.get("zero_optimization", {}))
+    except ValidationError as error:
+        raise UserError(
+            "\n".join(_zero_problem(problem) + f" in {_where(recipe)}" for problem in error.errors())
+        ) from None
+    name = filled["optimizer"]["type"]
+    if str(name).lower() not in (known.lower() for known in _OPTIMIZERS):
+        raise UserError(
+            f"deepspeed: optimizer.type: '{name}' is not one of {', '.join(_OPTIMIZERS)}"
+            f"{did_you_mean(str(name), _OPTIMIZERS)} in {_where(recipe)}"
+        )
+    wandb = filled.get("wandb", {})
+    if wandb.get("enabled") and find_spec("wandb") is None:
+        raise UserError(
+            "monitor.wandb: the package 'wandb' is not installed here; install it, or set monitor.wandb=null"
+        )
+
+
+def _zero_problem(problem: Any) -> str:
+    key = ".".join(str(part) for part in ("zero_optimization", *problem["loc"]))
+    if problem["type"] != "extra_forbidden":
+        return f"deepspeed: {key}: {problem['msg']} (found {problem['input']!r})"
+    fields = DeepSpeedZeroConfig.model_fields if len(problem["loc"]) == 1 else {}
+    known = {name for field, info in fields.items() for name in (field, info.alias) if name}
+    return f"deepspeed: unknown key '{key}'{did_you_mean(str(problem['loc'][-1]), known)}"
 
 
 def _computed(

@@ -12,7 +12,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
@@ -20,7 +19,7 @@ from torch.utils.cpp_extension import get_default_build_root
 
 from bico_ds.config.errors import UserError
 from bico_ds.config.schema import Recipe
-from bico_ds.engine.ds_config import load_ds_config
+from bico_ds.engine.ds_config import merged_ds_config
 
 # A rank that only loads what is compiled holds the lock for a moment, and nobody else compiles while this
 # does.
@@ -106,7 +105,5 @@ def needed(recipe: Recipe, *, on_cuda: bool) -> list[str]:
 
 
 def _offload_device(recipe: Recipe, part: str) -> str:
-    zero: dict[str, Any] = {}
-    for config in (load_ds_config(recipe.deepspeed.config), recipe.deepspeed.overrides):
-        zero |= config.get("zero_optimization", {})
+    zero = merged_ds_config(recipe).get("zero_optimization", {})
     return (zero.get(f"offload_{part}") or {}).get("device", "none")

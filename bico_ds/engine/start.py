@@ -113,8 +113,13 @@ def check(recipe: Recipe, *, world_size: int, on_cuda: bool, run_folder: Path) -
         hidden_size=config.hidden_size,
         on_cuda=on_cuda,
         run_folder=run_folder,
-        ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "8")),
+        ranks_per_node=_ranks_per_node(),
     )
+
+
+def _ranks_per_node() -> int:
+    """By torchrun's variable or that of DeepSpeed's launcher; without either, a node of eight."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "8")
 
 
 def check_backend(recipe: Recipe, device: torch.device) -> None:

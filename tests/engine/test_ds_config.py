@@ -13,6 +13,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from bico_ds.config.errors import UserError
 from bico_ds.config.load import load_recipe
+from bico_ds.engine import start
 from bico_ds.engine.ds_config import DS_CONFIGS, TOP_LEVEL_KEYS, build_ds_config
 
 NAMES = sorted(path.stem for path in DS_CONFIGS.glob("*.json"))
@@ -54,6 +55,52 @@ def test_an_unknown_top_level_key_is_refused_with_a_suggestion():
         built("zero3_bf16", "deepspeed.overrides.zero_optimisation.stage=2")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["zero_optimization.stagge=3"], "zero_optimization.stagge'.*did you mean 'stage'"),
+        (["zero_optimization.stage=7"], "zero_optimization.stage: .*found 7"),
+        (["zero_optimization.offload_optimizer.device=disk"], "offload_optimizer.device: .*found 'disk'"),
+        (["zero_optimization.offload_optimizer.devise=cpu"], "unknown key .*offload_optimizer.devise"),
+        (["zero_optimization=5"], "'zero_optimization' must be a mapping of keys, found 5"),
+        (["optimizer=AdamW"], "'optimizer' must be a mapping"),
+        (["optimizer.params=5"], "'optimizer.params' must be a mapping"),
+        (["train_batch_size=99"], "train_batch_size=99 .*set training.global_batch_bins instead"),
+        (["gradient_clipping=0.5"], "set training.max_grad_norm instead"),
+        (["bf16.enabled=true"], "set model.dtype instead"),
+        (["optimizer.params.lr=1"], "set optimizer.lr instead"),
+        (["optimizer.type=Lionn"], "'Lionn' is not one of AdamW, Adam"),
+    ],
+)
+def test_what_deepspeed_would_refuse_or_the_recipe_owns_is_refused_here(overrides, message):
+    with pytest.raises(UserError, match=message):
+        built("zero3_bf16", *(f"deepspeed.overrides.{override}" for override in overrides))
+
+
+def test_a_file_that_leaves_out_what_the_recipe_owns_gets_it_all_the_same(tmp_path):
+    file = tmp_path / "short.json"
+    file.write_text(
+        '{"zero_optimization": {"stage": 2}, "optimizer": {"params": {"lr": "auto", "torch_adam": true}}}'
+    )
+    short, shipped = built(str(file), "model.dtype=bf16"), built("zero2_bf16", "model.dtype=bf16")
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_clipping", "bf16"):
+        assert short[key] == shipped[key]
+    assert short["optimizer"]["params"] == {**shipped["optimizer"]["params"], "torch_adam": True}
+    assert short["optimizer"]["type"] == "AdamW"
+
+
+def test_a_file_that_is_no_object_is_refused(tmp_path):
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(UserError, match="one JSON object"):
+        built(str(tmp_path / "list.json"))
+
+
+def test_a_monitor_that_is_not_installed_is_missed_before_the_run(monkeypatch):
+    monkeypatch.setattr("bico_ds.engine.ds_config.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="'wandb' is not installed"):
+        built("zero3_bf16", "monitor.wandb.project=x")
+
+
 def test_an_auto_that_no_rule_fills_is_refused():
     with pytest.raises(UserError, match="aio.block_size"):
         built("zero3_bf16", "deepspeed.overrides.aio.block_size=auto")
@@ -90,4 +137,14 @@ def test_hpz_needs_whole_nodes():
     with pytest.raises(UserError, match="12 ranks are no whole number of nodes of 8"):
         build_ds_config(recipe, world_size=12, ranks_per_node=8, **arguments)
     config = build_ds_config(recipe, world_size=12, ranks_per_node=4, **arguments)
+    assert config["zero_optimization"]["zero_hpz_partition_size"] == 4
+
+
+@pytest.mark.parametrize("variable", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
+def test_ranks_per_node_come_from_torchrun_or_deepspeeds_launcher(monkeypatch, variable):
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "4")
+    recipe = load_recipe("tiny_base", ["deepspeed.config=zero3_hpz", "training.global_batch_bins=24"])
+    config = start.check(recipe, world_size=12, on_cuda=True, run_folder=Path("runs/x"))
     assert config["zero_optimization"]["zero_hpz_partition_size"] == 4

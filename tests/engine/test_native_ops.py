@@ -7,7 +7,14 @@ import time
 
 from torch.utils.file_baton import FileBaton
 
+from bico_ds.config.load import load_recipe
 from bico_ds.engine import native_ops
+
+
+def test_an_override_of_a_part_of_the_offload_leaves_its_device():
+    path = "deepspeed.overrides.zero_optimization.offload_optimizer.nvme_path=/local"
+    recipe = load_recipe("tiny_bico", ["deepspeed.config=zero3_offload_nvme", path])
+    assert native_ops.needed(recipe, on_cuda=True) == ["CPUAdamBuilder", "AsyncIOBuilder"]
 
 
 def test_an_abandoned_lock_is_removed_and_a_held_one_is_not(tmp_path, monkeypatch):

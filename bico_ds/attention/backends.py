@@ -16,7 +16,14 @@ from bico_ds.attention.kernels.base import CausalKernel
 from bico_ds.attention.kernels.cpu_flash import CpuFlash
 from bico_ds.attention.kernels.flash_attn2 import FlashAttn2
 from bico_ds.attention.kernels.flash_attn4 import FlashAttn4
-from bico_ds.attention.layout import CPU_FUSED_POLICY, CPU_HALF_POLICY, CPU_POLICY, CUDA_POLICY, LayoutPolicy
+from bico_ds.attention.layout import (
+    CPU_FUSED_POLICY,
+    CPU_HALF_POLICY,
+    CPU_POLICY,
+    CUDA_POLICY,
+    TILES_POLICY,
+    LayoutPolicy,
+)
 from bico_ds.attention.two_pass import HIDDEN_COLUMNS
 
 logger = logging.getLogger(__name__)
@@ -48,7 +55,8 @@ def resolve(backend: str, dtype: torch.dtype, head_dim: int, device: torch.devic
 
 
 def _auto(refusals: dict[str, str | None], dtype: torch.dtype, head_dim: int, device: torch.device) -> Engine:
-    """The first of `AUTO_ORDER` that can run; logs which, and what was passed over and why."""
+    """The first of `AUTO_ORDER` that can run, else tiles alone (fp32 on CUDA, old GPUs); logs which, and what was passed
+    over and why."""
     passed_over: list[str] = []
     for name in AUTO_ORDER:
         if refusals[name] is not None:
@@ -59,7 +67,8 @@ def _auto(refusals: dict[str, str | None], dtype: torch.dtype, head_dim: int, de
         inputs = f"{device}, {str(dtype).removeprefix('torch.')}, head dimension {head_dim}"
         logger.info("attention backend: %s for %s (%s)", name, inputs, reason)
         return Engine(kernel=KERNELS[name], policy=policy)
-    raise ValueError(f"no attention backend serves these inputs: {'; '.join(passed_over)}; only 'oracle' can")
+    logger.warning("attention backend: dense tiles, slow on long documents: %s", "; ".join(passed_over))
+    return Engine(kernel=KERNELS[AUTO_ORDER[0]], policy=TILES_POLICY)
 
 
 def _policy(

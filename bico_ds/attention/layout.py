@@ -48,6 +48,8 @@ CUDA_POLICY = LayoutPolicy(
     flash_from=1, tile_scores=1 << 20, tile_min_rows=64, tile_cost=5.0, hidden_cost=1.6
 )
 
+TILES_POLICY = replace(CUDA_POLICY, flash_from=math.inf, hidden_cost=math.inf)  # no flash kernel at all
+
 
 @dataclass(frozen=True, kw_only=True)
 class FlashRows:

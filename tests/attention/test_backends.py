@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import pytest
 import torch
@@ -29,6 +30,15 @@ def test_a_backend_that_cannot_run_says_why_and_what_would(name):
     with pytest.raises(ValueError, match=f"'{name}' .*use one of: cpu-flash") as error:
         backends.resolve(name, torch.bfloat16, 64, CPU)
     assert "\n" not in str(error.value)
+
+
+def test_auto_serves_what_no_cuda_kernel_takes_by_tiles_alone_and_warns(caplog):
+    backends.resolve.cache_clear()
+    with caplog.at_level(logging.WARNING, logger=backends.__name__):
+        engine = backends.resolve("auto", torch.float32, 64, torch.device("cuda"))
+    assert engine.policy.flash_from == math.inf
+    assert "dense tiles" in caplog.text
+    assert "takes float16 or bfloat16, not float32" in caplog.text
 
 
 def test_an_unknown_backend_is_refused_with_the_choices():

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bico_ds.config.errors import UserError
+from bico_ds.config.folders import is_local_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,8 +31,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     Raises `UserError` when there is none at `path` or it has no end-of-text token.
     """
     place = Path(path)
-    if not place.exists() and (place.is_absolute() or len(place.parts) != 2):  # a hub name has two parts
-        raise UserError(f"no tokenizer at '{path}': no such folder")
+    if not place.exists() and is_local_folder(str(path)):
+        raise UserError(
+            f"no tokenizer at '{path}': no such folder; fetch it there, or give a hub name (owner/name)"
+        )
     if (place.name.endswith(".model") and place.is_file()) or (place / "tokenizer.model").is_file():
         folder = place.parent if place.is_file() else place
         tokenizer = (

@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bico_ds.config.errors import UserError
+from bico_ds.config.folders import is_local_folder
 from bico_ds.data.tokenizer import load_tokenizer, vocabulary_size
-from bico_ds.model.architecture import check_vocabulary, is_local_folder
+from bico_ds.model.architecture import check_vocabulary
 
 _DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
 

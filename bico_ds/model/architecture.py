@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.initialization import no_init_weights
 
 from bico_ds.config.errors import UserError, did_you_mean
+from bico_ds.config.folders import is_local_folder
 from bico_ds.config.schema import ModelSpec
 
 # What makes two configs different networks; everything else in a config.json is bookkeeping.
@@ -21,6 +23,8 @@ _ARCHITECTURE_KEYS = (
 )  # fmt: skip
 # Keys of published config.json files that transformers reads but does not list among its attributes.
 _LEGACY_KEYS = ("rope_theta", "rope_scaling", "torch_dtype", "pretraining_tp", "rope_interleaved")
+# What transformers raises on values that make no model.
+_BAD_VALUES = (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 # models pad their vocabulary a little; more missing ids mean another tokenizer
 _SMALLEST_VOCABULARY_SHARE = 0.9
 
@@ -72,21 +76,20 @@ def adopt_special_tokens(tokenizer: Any, *settings: Any) -> None:
         config.pad_token_id = tokenizer.pad_token_id
 
 
-def is_local_folder(path: str) -> bool:
-    """Whether ``path`` means a folder on this machine; else it is a hub name (``owner/name``)."""
-    return Path(path).exists() or path.startswith(("/", ".", "~")) or path.count("/") != 1
-
-
 def _config_at(path: str) -> PretrainedConfig:
     if is_local_folder(path) and not (Path(path).expanduser() / "config.json").is_file():
-        reason = "has no config.json" if Path(path).expanduser().is_dir() else "does not exist"
+        if not Path(path).expanduser().is_dir():
+            raise UserError(
+                f"model.path: the folder '{path}' does not exist; fetch the model there, "
+                "or give a hub name (owner/name)"
+            )
         raise UserError(
-            f"model.path: the folder '{path}' {reason}; give a folder with config.json and *.safetensors"
+            f"model.path: the folder '{path}' has no config.json; give a folder with config.json and *.safetensors"
         )
     try:
         return AutoConfig.from_pretrained(str(Path(path).expanduser()) if is_local_folder(path) else path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path: cannot read the config of '{path}': {error}") from error
+    except (OSError, *_BAD_VALUES) as error:
+        raise UserError(f"model.path: cannot read the config of '{path}': {_one_line(error)}") from error
 
 
 def _config_from_recipe(values: dict[str, Any]) -> PretrainedConfig:
@@ -101,7 +104,14 @@ def _config_from_recipe(values: dict[str, Any]) -> PretrainedConfig:
             raise UserError(
                 f"model.config.{key}: {model_type} models have no such key{did_you_mean(key, known)}"
             )
-    return AutoConfig.for_model(model_type, **values)
+    try:
+        return AutoConfig.for_model(model_type, **values)
+    except _BAD_VALUES as error:
+        raise UserError(f"model.config: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _require_same_architecture(found: PretrainedConfig, wanted: PretrainedConfig, path: str) -> None:

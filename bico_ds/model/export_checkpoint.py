@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from bico_ds.config.errors import UserError
+from bico_ds.config.folders import is_local_folder
 from bico_ds.config.schema import ModelSpec
-from bico_ds.model.architecture import adopt_special_tokens, is_local_folder, meta_model, model_config
+from bico_ds.model.architecture import adopt_special_tokens, meta_model, model_config
 from bico_ds.model.checkpoint_weights import CheckpointWeights, open_checkpoint
 from bico_ds.model.export import write_settings
 from bico_ds.model.load import WeightFolder, check_names_and_shapes, generation_config, open_weights

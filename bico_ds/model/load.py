@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig
 
 from bico_ds.config.errors import UserError
-from bico_ds.model.architecture import is_local_folder
+from bico_ds.config.folders import is_local_folder
 from bico_ds.model.checksums import add_over_ranks, parameter_checksums, slice_checksum
 from bico_ds.model.materialize import full_shape
 

@@ -14,7 +14,7 @@ import pytest
 
 from bico_ds.config.load import load_recipe
 from bico_ds.engine.preflight import judge, shared
-from bico_ds.engine.preflight.inputs import input_fingerprints, is_hub_name
+from bico_ds.engine.preflight.inputs import input_fingerprints
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -105,12 +105,21 @@ def test_a_changed_byte_changes_the_fingerprint(tmp_path):
     assert input_fingerprints(recipe) != before
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [("meta-llama/Llama-3.1-8B", True), ("runs/tiny/export", False), ("./m", False), ("/a", False)],
-)
-def test_hub_names_are_told_from_paths(value, expected):
-    assert is_hub_name(value) == expected
+@pytest.mark.parametrize("without", [[0], [1], [2], [0, 1, 2]])
+@pytest.mark.parametrize("inputs", [{}, {"model.path (m/x)": "missing"}])
+def test_an_input_that_is_not_on_every_node_is_named_with_the_nodes(without, inputs):
+    """A node without the folder may take `m/x` for a hub name, and then says nothing of it."""
+    if len(without) == 3 and not inputs:
+        inputs = {"model.path (m/x)": "missing"}
+    there = {"inputs": {"model.path (m/x)": "cc"}}
+    found = problems(*({"inputs": inputs} if node in without else there for node in range(3)))
+    assert found == [f"model.path (m/x) is not there on {', '.join(f'n{node}' for node in without)}"]
+
+
+def test_a_variable_that_is_not_set_counts_as_a_missing_input(monkeypatch):
+    monkeypatch.delenv("NO_SUCH_PLACE", raising=False)
+    recipe = load_recipe("tiny_base", ["data.sources.0={store: '${NO_SUCH_PLACE}/store'}"])
+    assert set(input_fingerprints(recipe).values()) == {"missing"}
 
 
 @pytest.mark.distributed

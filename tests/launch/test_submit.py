@@ -142,6 +142,14 @@ def test_missing_data_is_named_by_its_key(tmp_path):
         check_inputs(recipe)
 
 
+@pytest.mark.parametrize("value", ["{store: '${NO_SUCH_PLACE}/a'}", "{files: ['${NO_SUCH_PLACE}/a.txt']}"])
+def test_a_variable_that_is_not_set_is_named_with_its_key(monkeypatch, value):
+    monkeypatch.delenv("NO_SUCH_PLACE", raising=False)
+    recipe = load_recipe("tiny_base", [f"data.sources.0={value}"])
+    with pytest.raises(UserError, match=r"^data\.sources\.0\.\w+ .*variable NO_SUCH_PLACE is not set"):
+        check_inputs(recipe)
+
+
 def run_command(monkeypatch, tmp_path, *arguments):
     monkeypatch.chdir(tmp_path)
     base = ["submit.py", "--nodes", "1", "--gpus-per-node", "0", "--ranks-per-node", "1", "--time", "10"]
@@ -157,6 +165,7 @@ def run_command(monkeypatch, tmp_path, *arguments):
         (["--recipe", "tiny_base", "--nodes", "3"], "training.global_batch_bins (4) must be a multiple"),
         (["--recipe", "tiny_base", "--set", "distributed.world_size=4"], "made for 4 ranks, started with 1"),
         (["--recipe", "tiny_base", "--set", "model.path=./none"], "model.path (./none): not there"),
+        (["--recipe", "llama70b_bico"], "model.path (models/llama-3.1-70b): not there; fetch it there"),
         (["--recipe", "tiny_base", "--time", "soon"], "--time 'soon'"),
         (["--recipe", "tiny_base", "tiny_base"], "same folder"),
         (["--recipe", "tiny_base", "--container", "no.sif"], "--container: 'no.sif' is not there"),

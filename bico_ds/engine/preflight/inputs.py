@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from bico_ds.config.errors import UserError
+from bico_ds.config.folders import is_local_folder
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.schema import Recipe
 from bico_ds.data.sources import expand_path, find_files
@@ -15,21 +17,22 @@ _WHOLE_BYTES = 1 << 20  # of a longer file, as much from its beginning and its e
 PACKAGE = Path(__file__).resolve().parents[2]
 
 
-def input_files(recipe: Recipe) -> Iterator[tuple[str, list[Path]]]:
-    """Recipe key, and the files or folders that must be there before the run (none there: an empty list)."""
+def input_files(recipe: Recipe) -> Iterator[tuple[str, Callable[[], list[Path]]]]:
+    """Recipe key with its value, and how to find the files or folders that must be there before the run.
+
+    Finding raises `UserError` where there are none.
+    """
     for key, value in (("model.path", recipe.model.path), ("model.tokenizer", recipe.model.tokenizer)):
-        if value is not None and not is_hub_name(value):
-            yield f"{key} ({value})", _existing(value)
+        if value is not None and is_local_folder(value):
+            advice = "fetch it there, or give a hub name (owner/name)"
+            yield f"{key} ({value})", partial(_existing, value, advice)
     for number, source in enumerate(recipe.data.sources):
         if source.store is not None:
-            yield f"data.sources.{number}.store ({source.store})", _existing(source.store)
+            yield f"data.sources.{number}.store ({source.store})", partial(_existing, source.store)
         for given in source.files or []:
-            try:
-                yield f"data.sources.{number}.files ({given})", find_files([given])
-            except UserError:
-                yield f"data.sources.{number}.files ({given})", []
+            yield f"data.sources.{number}.files ({given})", partial(find_files, [given])
     if recipe.evaluation.folder is not None:
-        yield f"evaluation.folder ({recipe.evaluation.folder})", _existing(recipe.evaluation.folder)
+        yield f"evaluation.folder ({recipe.evaluation.folder})", partial(_existing, recipe.evaluation.folder)
 
 
 def shared_folders(recipe: Recipe, run: Path) -> list[Path]:
@@ -40,14 +43,16 @@ def shared_folders(recipe: Recipe, run: Path) -> list[Path]:
 
 def check_inputs(recipe: Recipe) -> None:
     """Raise `UserError` naming the first input that is not on this machine."""
-    for key, found in input_files(recipe):
-        if not found:
-            raise UserError(f"{key}: not there; correct the path, or prepare it first")
+    for key, find in input_files(recipe):
+        try:
+            find()
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
 
 
 def input_fingerprints(recipe: Recipe) -> dict[str, str]:
     """A digest for every input, by key and path; `missing` where it is not on this machine."""
-    return {key: _digest(found) for key, found in input_files(recipe)}
+    return {key: _digest_or_missing(find) for key, find in input_files(recipe)}
 
 
 def code_fingerprint() -> str:
@@ -60,21 +65,22 @@ def recipe_fingerprint(recipe: Recipe) -> str:
     return hashlib.blake2b(dump_recipe(recipe).encode(), digest_size=8).hexdigest()
 
 
-def is_hub_name(value: str) -> bool:
-    """`owner/name` or `name`, where no such path exists and nothing marks it as one."""
-    marked = value.startswith((".", "/", "~", "$", "runs/"))
-    return not marked and value.count("/") <= 1 and not Path(value).exists()
-
-
-def _existing(value: str) -> list[Path]:
+def _existing(value: str, advice: str = "correct the path, or prepare it first") -> list[Path]:
     path = Path(expand_path(value))
-    return [path] if path.exists() else []
+    if not path.exists():
+        raise UserError(f"not there; {advice}")
+    return [path]
+
+
+def _digest_or_missing(find: Callable[[], list[Path]]) -> str:
+    try:
+        return _digest(find())
+    except UserError:
+        return "missing"
 
 
 def _digest(paths: list[Path], *, root: Path | None = None) -> str:
-    """Names, sizes and contents of files and of what is below folders; `missing` for none."""
-    if not paths:
-        return "missing"
+    """Names, sizes and contents of files and of what is below folders."""
     digest = hashlib.blake2b(digest_size=8)
     for path in paths:
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]

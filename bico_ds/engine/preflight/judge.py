@@ -63,16 +63,16 @@ def clock_problems(clocks: Sequence[tuple[str, float]]) -> list[str]:
 
 
 def _inputs(reports: Sequence[dict[str, Any]]) -> list[str]:
-    lines = []
-    for key in reports[0]["inputs"]:
-        missing = [r["host"] for r in reports if r["inputs"][key] == "missing"]
+    """An input that a node did not even look for (it took the missing folder for a hub name) is missing there."""
+    lines, everywhere = [], []
+    for key in dict.fromkeys(key for r in reports for key in r["inputs"]):
+        missing = [r["host"] for r in reports if r["inputs"].get(key, "missing") == "missing"]
         if missing:
             lines.append(f"{key} is not there on {_names(missing)}")
-    there = [(r["host"], {k: v for k, v in r["inputs"].items() if v != "missing"}) for r in reports]
-    missing_somewhere = {k for r in reports for k, v in r["inputs"].items() if v == "missing"}
-    return lines + differing(
-        "the content of", [(h, {k: v for k, v in i.items() if k not in missing_somewhere}) for h, i in there]
-    )
+        else:
+            everywhere.append(key)
+    found = [(r["host"], {key: r["inputs"][key] for key in everywhere}) for r in reports]
+    return lines + differing("the content of", found)
 
 
 def _disk(reports: Sequence[dict[str, Any]], needed: float) -> list[str]:

@@ -11,9 +11,8 @@ from typing import Any
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
 _READ_BYTES = 1 << 24
-# fp32 master weights and Adam's two moments; the weights themselves; tables and headers.
-_BYTES_A_PARAMETER = 3 * 4 + 2
-_SPARE = 1.05
+STATE_BYTES = 3 * 4  # a trained parameter: fp32 master weight and Adam's two moments
+_SPARE = 1.05  # tables and headers
 
 
 class PatientWriter(TorchCheckpointEngine):
@@ -41,9 +40,20 @@ class PatientWriter(TorchCheckpointEngine):
 
 
 def bytes_needed(engine: Any) -> int:
-    """Room that a checkpoint of this engine takes, over all ranks."""
-    trained = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad)
-    return int(trained * _BYTES_A_PARAMETER * _SPARE)
+    """Room that a checkpoint of this engine takes, over all ranks.
+
+    Below stage 3 it holds the weights besides the optimizer's state; under stage 3 the master weights serve for them.
+    """
+    partitioned = engine.zero_optimization_stage() == 3
+    trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+    return int(
+        _SPARE
+        * sum(
+            getattr(parameter, "ds_numel", parameter.numel())
+            * (STATE_BYTES + (0 if partitioned else parameter.element_size()))
+            for parameter in trained
+        )
+    )
 
 
 def lack_of_room(folder: Path, needed: int) -> str | None:

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bico_ds.engine.disk import PatientWriter, in_units, lack_of_room
+from bico_ds.config.load import load_recipe
+from bico_ds.engine.disk import PatientWriter, bytes_needed, in_units, lack_of_room
+from bico_ds.engine.preflight.size import next_checkpoints_bytes
 
 CONFIG = SimpleNamespace(checkpoint_config={"checkpoint_serialization": True})
 
@@ -36,3 +38,20 @@ def test_a_lack_of_room_says_how_much(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     assert lack_of_room(tmp_path, free // 2) is None
     assert f"{in_units(4 * free)} needed" in (lack_of_room(tmp_path, 4 * free) or "")
+
+
+@pytest.mark.parametrize(("stage", "bytes_a_parameter"), [(2, 14), (3, 12)])
+def test_a_checkpoint_holds_the_weights_in_their_own_type_only_below_stage_3(stage, bytes_a_parameter):
+    module = torch.nn.Linear(1000, 1000, bias=False, dtype=torch.bfloat16)
+    engine = SimpleNamespace(module=module, zero_optimization_stage=lambda: stage)
+    assert 1 <= bytes_needed(engine) / (bytes_a_parameter * 10**6) < 1.1
+    module.requires_grad_(False)
+    assert bytes_needed(engine) == 0, "frozen weights are left out"
+
+
+def test_the_preflight_counts_as_the_writer_does(tmp_path):
+    def one(config: str) -> float:
+        overrides = [f"deepspeed.config={config}", "checkpoint.export=false", "checkpoint.keep_last=1"]
+        return next_checkpoints_bytes(load_recipe("tiny_base", overrides), tmp_path) / 2
+
+    assert one("zero2_bf16") / one("zero3_bf16") == 16 / 12  # its weights are fp32

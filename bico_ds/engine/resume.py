@@ -11,6 +11,7 @@ import torch
 from bico_ds.config.errors import RunError, UserError
 from bico_ds.config.schema import Recipe
 from bico_ds.engine import manifest, universal
+from bico_ds.engine.callbacks import evaluation
 from bico_ds.engine.manifest import FoundCheckpoint
 from bico_ds.engine.optimization import follow_recipe
 from bico_ds.engine.run_folder import RunFolder
@@ -163,15 +164,25 @@ def _changes(old: Any, new: Any, key: str) -> list[tuple[str, tuple[Any, Any]]]:
 
 
 def _set_later_aside(folder: RunFolder, found: FoundCheckpoint) -> None:
-    """Checkpoints after the one resumed from are damaged, or of a course that is given up: none may be taken later."""
+    """Checkpoints and evaluations after the one resumed from are damaged, or of a course that is given up.
+
+    None may be taken later, for a checkpoint of this course or for its evaluation.
+    """
     own = manifest.checkpoints_in(folder.checkpoints)
     if found.path.resolve().parent != folder.checkpoints.resolve():
         folder.set_aside()
-    elif later := [path for path in own if manifest.step_of(path) > found.step]:
-        aside = folder.new_aside()
-        for path in later:
-            path.rename(aside / path.name)
-        _say(f"set aside in {aside}: {', '.join(path.name for path in later)}")
+        return
+    later = [path for path in own if manifest.step_of(path) > found.step]
+    results = evaluation.results_after(folder.path, found.step)
+    if not later and not results:
+        return
+    aside = folder.new_aside()
+    if results:
+        (aside / evaluation.FOLDER).mkdir()
+    names = [path.name for path in later] + [f"{evaluation.FOLDER}/{path.name}" for path in results]
+    for path, name in zip(later + results, names, strict=True):
+        path.rename(aside / name)
+    _say(f"set aside in {aside}: {', '.join(names)}")
 
 
 def _written(found: FoundCheckpoint) -> str:

@@ -61,6 +61,26 @@ def test_going_back_sets_the_later_course_aside(folder, capsys):
     assert "set aside" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("option", "step"), [("auto", 30), ("step-000010", 10)])
+def test_evaluations_after_the_checkpoint_do_not_stand_for_those_that_are_still_owed(folder, option, step):
+    results = [folder.path / "evaluation" / f"step-{n:06d}.json" for n in (10, 20, 30, 40)]
+    results[0].parent.mkdir()
+    for path in results:
+        path.write_text(path.name)
+    choose(folder, option if option == "auto" else str(folder.checkpoints / option), RECIPE, LAYOUT)
+    kept, gone = (
+        [p for n, p in zip((10, 20, 30, 40), results, strict=True) if (n <= step) is k] for k in (True, False)
+    )
+    assert sorted((folder.path / "evaluation").iterdir()) == kept
+    for path in gone:
+        assert (folder.path / "replaced-1" / "evaluation" / path.name).read_text() == path.name
+
+
+def test_a_resume_without_a_later_course_sets_nothing_aside(folder):
+    choose(folder, "auto", RECIPE, LAYOUT)
+    assert not list(folder.path.glob("replaced-*"))
+
+
 def test_damaged_ones_are_set_aside_so_that_they_cannot_push_out_whole_ones(folder):
     (folder.checkpoints / "step-000030" / "state.pt").unlink()
     found = choose(folder, "auto", RECIPE, LAYOUT)

@@ -19,6 +19,7 @@ from bico_ds.evaluation.zero3 import is_partitioned, parameter_count, whole_repl
 
 # A bf16 copy of so many parameters fits beside a training state on an 80 GB GPU; larger models generate partitioned.
 REPLICA_PARAMETERS = 4_000_000_000
+FOLDER = "evaluation"  # in the run folder
 
 
 class Evaluator:
@@ -78,7 +79,13 @@ class Evaluator:
         return self._path(step).is_file()
 
     def _path(self, step: int) -> Path:
-        return self._folder.path / "evaluation" / f"step-{step:06d}.json"
+        return self._folder.path / FOLDER / f"step-{step:06d}.json"
+
+
+def results_after(run: Path, step: int) -> list[Path]:
+    """The results of a run folder that belong to later steps."""
+    found = sorted((run / FOLDER).glob("step-*.json"))
+    return [path for path in found if int(path.stem.removeprefix("step-")) > step]
 
 
 def scalars(result: EvaluationResult) -> dict[str, float]:

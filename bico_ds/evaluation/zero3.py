@@ -41,6 +41,8 @@ def whole_replica(model: Any, *, device: torch.device | str) -> Any:
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         replica = type(model)(config)  # by its class: `from_config` would partition it under ZeRO-3
+    for parameter in replica.parameters():  # built in fp32, whatever the config says
+        parameter.data = parameter.data.to(model.dtype)
     replica.to_empty(device=device)
     replica.tie_weights()  # to_empty unties
     _fill(replica, model)

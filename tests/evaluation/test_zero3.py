@@ -5,8 +5,32 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bico_ds.evaluation.zero3 import is_partitioned, parameter_count, whole_replica
+
+
+class WrittenMemory(TorchDispatchMode):
+    """Elements of the largest tensor that exists in each dtype, meta tensors left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest: dict[torch.dtype, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.device.type != "meta":
+            self.largest[out.dtype] = max(self.largest.get(out.dtype, 0), out.numel())
+        return out
+
+
+def test_a_bf16_replica_never_takes_the_memory_of_an_fp32_one(tiny_llama):
+    model = copy.deepcopy(tiny_llama).bfloat16()
+    with WrittenMemory() as memory:
+        replica = whole_replica(model, device="cpu")
+    assert memory.largest[torch.bfloat16] == max(p.numel() for p in model.parameters())
+    assert memory.largest.get(torch.float32, 0) <= model.config.head_dim, "frequencies of the positions only"
+    assert replica.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", ["plain", "tied", "lora", "bf16"])

@@ -38,7 +38,8 @@ class ModelSpec(Section):
         description="the values of the model's config.json; lets dry runs and plans work without weights",
     )
     tokenizer: str | None = Field(
-        None, description="tokenizer folder or hub name; null: the one at model.path, or the embedded task's"
+        None,
+        description="tokenizer folder or hub name; null: model.path's, else the first store's or the embedded task's",
     )
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="precision of the forward and backward pass")
     attention_backend: Literal["auto", "flash-attn", "aten-cuda", "flash-attn-4", "cpu-flash", "oracle"] = (

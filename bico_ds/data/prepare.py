@@ -4,10 +4,12 @@ them.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,19 +25,38 @@ from bico_ds.data.tokenizer import load_tokenizer, tokenizer_hash
 
 
 def facts_folder(data: DataSpec) -> Path:
-    """Return the folder of the embedded task's files under `data.cache_dir`, written at the first call."""
+    """Return the folder of the embedded task's files under `data.cache_dir`, written at the first call.
+
+    Raises `UserError` where it cannot be written there.
+    """
     path = Path(expand_path(data.cache_dir)) / f"facts-{_facts_fingerprint(data)}"
-    if not path.exists():
-        folder = path.with_name(f".{path.name}.writing-{os.getpid()}")
-        shutil.rmtree(folder, ignore_errors=True)
-        write_facts(data.facts, folder)
-        try:
-            publish(folder, path)
-        except (UserError, OSError):  # another process was faster, and wrote the same
-            shutil.rmtree(folder, ignore_errors=True)
-            if not path.exists():
-                raise
+    with _cache_errors(path.parent):
+        if not path.exists():
+            _write_facts(data, path)
     return path
+
+
+def _write_facts(data: DataSpec, path: Path) -> None:
+    folder = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        write_facts(data.facts, folder)
+        publish(folder, path)
+    except (UserError, OSError):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not path.exists():  # else another process was faster, and wrote the same
+            raise
+
+
+@contextlib.contextmanager
+def _cache_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(
+            f"data.cache_dir: cannot write to '{folder}': {reason}; give another folder with data.cache_dir"
+        ) from error
 
 
 def prepare_source(source: SourceSpec, data: DataSpec, tokenizer_path: str, *, progress: bool = True) -> Path:
@@ -55,7 +76,10 @@ def prepare_source(source: SourceSpec, data: DataSpec, tokenizer_path: str, *, p
     )
     name = source.name or (f"facts-{source.facts}" if source.facts else files[0].name.split(".")[0])
     path = Path(expand_path(data.cache_dir)) / f"{name}-{_fingerprint(key)}"
-    if path.exists():
+    with _cache_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_made = path.exists()
+    if is_made:
         _check_cached(path, tokenizer)
         return path
     shards = plan_shards(files, text_by=options.text_by, shard_bytes=SHARD_BYTES)

@@ -37,36 +37,43 @@ def dry_run(recipe: Recipe) -> None:
     console = Console(soft_wrap=True)
     console.print(dump_recipe(recipe), highlight=False, markup=False)
     world_size = recipe.distributed.world_size or int(os.environ.get("WORLD_SIZE", "1"))
-    recipe, notes = _without_missing_weights(recipe)
-    check(recipe, world_size=world_size, on_cuda=False, run_folder=Path("runs"))
-    config = model_config(recipe.model)
+    planned = _without_missing_weights(recipe)
+    check(planned, world_size=world_size, on_cuda=False, run_folder=Path("runs"))
+    config = model_config(planned.model)
     build_model(
-        recipe.model, seed=recipe.seed, ds_config=None, device="meta", longest_document=recipe.data.capacity
+        planned.model, seed=recipe.seed, ds_config=None, device="meta", longest_document=recipe.data.capacity
     )
     goods = materials.gather(recipe, weights_needed=False)
-    if not notes:
+    stands_in = planned is not recipe and goods.tokenizer_path not in (
+        recipe.model.tokenizer,
+        materials.store_tokenizer(recipe),
+    )
+    if not stands_in:
         check_vocabulary(config, vocabulary_size(goods.tokenizer), tokenizer=goods.tokenizer_path)
     loader = materials.build_loader(recipe, goods, rank=0, world_size=world_size)
     try:
         steps = materials.total_steps(recipe, loader)
         check_schedule(recipe.schedule, steps)
-        _print(console, recipe, world_size, parameter_count(config), steps, loader, goods)
+        _print(console, planned, world_size, parameter_count(config), steps, loader, goods)
     finally:
         loader.close()
-    for note in notes:
-        console.print(f"note: {note}")
+    if planned is not recipe:
+        console.print(f"note: {_note(recipe, stands_in)}")
 
 
-def _without_missing_weights(recipe: Recipe) -> tuple[Recipe, list[str]]:
+def _without_missing_weights(recipe: Recipe) -> Recipe:
     """A dry run needs no weights: where they are not on this machine, the architecture in the recipe stands in."""
     path = recipe.model.path
     if path is None or Path(path).is_dir() or recipe.model.config is None:
-        return recipe, []
-    model = recipe.model.model_copy(update={"path": None})
-    note = f"model.path '{path}' is not on this machine; planned from model.config alone"
-    if recipe.model.tokenizer is None:
+        return recipe
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": None})})
+
+
+def _note(recipe: Recipe, stands_in: bool) -> str:
+    note = f"model.path '{recipe.model.path}' is not on this machine; planned from model.config alone"
+    if stands_in:
         note += ", tokens and steps counted with the embedded task's tokenizer: the model's own gives other numbers"
-    return recipe.model_copy(update={"model": model}), [note]
+    return note
 
 
 def _print(

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from bico_ds.config.errors import UserError
+from bico_ds.config.folders import is_local_folder
 from bico_ds.config.schema import Recipe
 from bico_ds.data.loader import ElasticLoader
 from bico_ds.data.prepare import facts_folder, prepare_source
+from bico_ds.data.sources import expand_path
 from bico_ds.data.store import TokenStore
 from bico_ds.data.tokenizer import load_tokenizer, special_ids, tokenizer_hash
 from bico_ds.evaluation.tasks import Task, load_tasks
@@ -34,18 +36,34 @@ class Materials:
 
 
 def tokenizer_path(recipe: Recipe, *, weights_needed: bool = True) -> str:
-    """Which tokenizer the recipe means; the embedded task brings its own.
+    """Which tokenizer the recipe means: its own, the start model's, the first store's, or the embedded task's.
 
-    Without `weights_needed` (dry runs), a start model that is not here leaves the embedded task's.
+    Without `weights_needed` (dry runs), a start model that is not here leaves the last two.
     """
-    spec, has_facts = recipe.model, any(source.facts for source in recipe.data.sources)
+    spec = recipe.model
     if spec.tokenizer is not None:
         return spec.tokenizer
-    if spec.path is not None and (Path(spec.path).is_dir() or weights_needed or not has_facts):
+    if spec.path is not None and (Path(spec.path).is_dir() or weights_needed):
         return spec.path
-    if has_facts:
+    if (of_store := store_tokenizer(recipe)) is not None:
+        return of_store
+    if any(source.facts for source in recipe.data.sources):
         return str(facts_folder(recipe.data) / "tokenizer")
-    raise UserError("model.tokenizer: give a tokenizer; without model.path there is none to take")
+    if spec.path is None:
+        raise UserError("model.tokenizer: give a tokenizer; without model.path there is none to take")
+    if is_local_folder(spec.path):
+        raise UserError(
+            f"model.path: '{spec.path}' is not on this machine, nor is its tokenizer; "
+            "set model.tokenizer=FOLDER, or a hub name (owner/name)"
+        )
+    return spec.path
+
+
+def store_tokenizer(recipe: Recipe) -> str | None:
+    """The tokenizer that lies in the first source, where that is a store which kept it."""
+    first = recipe.data.sources[0]
+    folder = Path(expand_path(first.store)) / "tokenizer" if first.store is not None else None
+    return str(folder) if folder is not None and folder.is_dir() else None
 
 
 def prepare(recipe: Recipe, *, weights_needed: bool = True, progress: bool = True) -> list[Path]:

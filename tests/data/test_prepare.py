@@ -121,3 +121,14 @@ def test_a_tokenizer_that_lacks_what_is_asked_is_refused(tmp_path: Path, word_to
         _prepare(data, word_tokenizer)
     with pytest.raises(UserError, match="no such folder"):
         load_tokenizer(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("kind", ["facts", "files"])
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, bpe_tokenizer: str, kind: str) -> None:
+    (tmp_path / "a_file").touch()
+    (tmp_path / "texts.jsonl").write_text('{"text": "one"}\n')
+    source = SourceSpec(facts="all") if kind == "facts" else SourceSpec(files=[str(tmp_path / "texts.jsonl")])
+    with pytest.raises(
+        UserError, match=r"data\.cache_dir: cannot write to '.*a_file/cache': Not a directory"
+    ):
+        _prepare(_data(source, tmp_path / "a_file" / "cache"), bpe_tokenizer)

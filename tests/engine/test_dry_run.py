@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from bico_ds.config.errors import UserError
 from bico_ds.config.load import load_recipe
+from bico_ds.engine import materials
 from bico_ds.engine.dry_run import dry_run
 
 
@@ -54,3 +57,29 @@ def test_it_writes_no_run_folder(planned, tmp_path):
 def test_what_would_fail_later_fails_here(planned, override, expected):
     with pytest.raises(UserError, match=expected):
         planned("tiny_base", override)
+
+
+@pytest.fixture
+def store(tmp_path) -> str:
+    """A store of the embedded task, and the only copy of its tokenizer: in the store."""
+    recipe = load_recipe("tiny_base", [f"data.cache_dir={tmp_path}/elsewhere"])
+    (path,) = materials.prepare(recipe, progress=False)
+    moved = path.rename(tmp_path / "store")
+    assert (moved / "tokenizer").is_dir()
+    shutil.rmtree(tmp_path / "elsewhere")
+    return str(moved)
+
+
+def test_a_store_brings_its_tokenizer_where_the_weights_are_not_here(planned, store):
+    text = planned("tiny_bico", f"data.sources=[{{store: {store}}}]")
+    assert "first ntp step" in text
+    assert "model.path 'runs/tiny_base/export' is not on this machine" in text
+    assert "embedded task's tokenizer" not in text
+    with pytest.raises(UserError, match="do not belong together"):
+        planned("tiny_bico", f"data.sources=[{{store: {store}}}]", "model.config.vocab_size=30")
+
+
+def test_texts_without_a_tokenizer_say_that_the_start_model_is_missing(planned, tmp_path):
+    (tmp_path / "texts.jsonl").write_text('{"text": "one"}\n')
+    with pytest.raises(UserError, match=r"'runs/tiny_base/export' is not on this machine.*model\.tokenizer="):
+        planned("tiny_bico", f"data.sources=[{{files: [{tmp_path}/texts.jsonl]}}]")

@@ -1,7 +1,7 @@
 """Starts of one run under a batch system: what each found and left, and whether another is worth it. No torch
 here.
 
-Exit codes are no protocol under a launcher (ranks that exit 85 made srun return 85 once and 143 once), so the
+What srun returns does not tell how a run ended (ranks that exit 85 made it return 85 once and 143 once), so the
 state file decides. A line of attempts.jsonl for each start, so that a start that a dead node cut off is seen
 by the next one.
 """
@@ -19,6 +19,7 @@ from bico_ds.engine.run_folder import RunFolder, read_state
 IN_VAIN = 3  # starts of one job, one after another, that may leave the run where they found it
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 RESTARTS_USED_UP = 76
+STOPPED = 77
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class Verdict:
 
 def attempts_file(run: Path) -> Path:
     return run / "slurm" / "attempts.jsonl"
+
+
+def stop_file(run: Path) -> Path:
+    """Where it is, the job is not requeued: somebody wants the run saved, and stopped for good."""
+    return run / "stop"
 
 
 def read_attempts(run: Path) -> list[dict[str, Any]]:
@@ -49,10 +55,14 @@ def newest_step(run: Path) -> int:
 
 
 def begin(run: Path, *, job: str, restarts: int, limit: int) -> Verdict:
-    """Record a start. Refuses where `limit` is passed, or where the last `IN_VAIN` starts of this job came no
-    further.
+    """Record a start. Refuses where `limit` is passed, where the last `IN_VAIN` starts of this job came no
+    further, and a restart where there is a stop file; a new submission takes that away.
     """
     step = newest_step(run)
+    if restarts == 0:
+        stop_file(run).unlink(missing_ok=True)
+    elif stop_file(run).exists():
+        return Verdict(1, f"'{stop_file(run)}' is there; submit it again to go on from step {step}")
     earlier = [attempt["step"] for attempt in read_attempts(run) if attempt["job"] == job]
     if restarts > limit:
         return Verdict(
@@ -94,6 +104,8 @@ def end(run: Path, *, srun_code: int, stopped: bool, restarts: int, limit: int) 
         return Verdict(
             failure(srun_code), f"{what}, no new checkpoint since step {before['step']}: not requeued"
         )
+    if stop_file(run).exists():
+        return Verdict(STOPPED, f"{what}; step {step} is saved, and '{stop_file(run)}' says to stop here")
     if restarts >= limit:
         return Verdict(
             RESTARTS_USED_UP, f"{what} at step {step}; restarted {restarts} times, no more are allowed"

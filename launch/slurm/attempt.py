@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """What the batch script asks before and after a start of a run; light, no torch.
 
-    attempt.py begin RUN --restarts N --limit M         0: go on; 1: too often restarted, or in vain
-    attempt.py end RUN --code C --restarts N --limit M  0: done; 75: requeue; 76: used up; else failed
+    attempt.py begin RUN --restarts N --limit M         0: go on; 1: too often restarted, in vain, or to be stopped
+    attempt.py end RUN --code C --restarts N --limit M  0: done; 75: requeue; 76: used up; 77: to be stopped; else failed
 
-`--code` is what srun returned; the run's state file decides.
+`--code` is what srun returned; the run's state file decides. RUN/stop is the wish to stop.
 """
 
 from __future__ import annotations

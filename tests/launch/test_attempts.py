@@ -93,6 +93,31 @@ def test_starts_that_gain_nothing_end_the_job(tmp_path):
     )
 
 
+@pytest.mark.parametrize("state", ["preempted", "failed"])
+def test_a_run_with_a_stop_file_is_saved_and_not_requeued(tmp_path, state):
+    start(tmp_path)
+    (tmp_path / "stop").touch()
+    write_state(tmp_path, state, "a", "SIGUSR1")
+    write_checkpoint(tmp_path, 5)
+    assert finish(tmp_path, 0).exit_code not in (0, TRY_AGAIN)
+
+
+def test_a_finished_run_is_done_in_spite_of_a_stop_file(tmp_path):
+    start(tmp_path)
+    (tmp_path / "stop").touch()
+    write_state(tmp_path, "done", "a")
+    assert finish(tmp_path, 0).exit_code == 0
+
+
+def test_a_stop_file_holds_for_restarts_and_not_for_a_new_submission(tmp_path):
+    (tmp_path / "stop").touch()
+    assert start(tmp_path, restarts=1).exit_code == 1, "SLURM requeues after a node failure without asking"
+    assert (tmp_path / "stop").exists()
+    assert start(tmp_path, restarts=0).exit_code == 0
+    write_state(tmp_path, "preempted", "a")
+    assert finish(tmp_path, 0).exit_code == TRY_AGAIN, "the stop file of an earlier submission is gone"
+
+
 def test_a_crash_code_is_never_taken_for_a_verdict(tmp_path):
     start(tmp_path)
     write_state(tmp_path, "failed", "a")

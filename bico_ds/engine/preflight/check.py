@@ -49,17 +49,25 @@ def preflight(recipe: Recipe, run: Path) -> bool:
     if rank == 0:
         reports, silent = exchange.collect("facts")
         problems = _silent(silent, reports) or _compare(recipe, run, reports, folders)
+        _say(console, problems)  # first: where the other ranks end before it, srun ends this one
         exchange.say("verdict", {"problems": problems, "hosts": [r["host"] for r in reports]})
         for folder in folders:
             shared.remove_probes(folder)
     verdict = exchange.hear("verdict")
-    if not verdict["problems"]:
-        verdict["problems"], network = _network(exchange, verdict["hosts"], local_rank, facts["device"])
-        if rank == 0 and network is not None:
-            _show(console, reports, network)
-    for problem in verdict["problems"] if rank == 0 else ():
+    if verdict["problems"]:
+        return False
+    problems, network = _network(exchange, verdict["hosts"], local_rank, facts["device"])
+    if rank == 0 and network is not None:
+        _show(console, reports, network)
+    if rank == 0 or network is None:  # who sees a collective fail says so: rank 0 may be ended before it does
+        _say(console, problems)
+    return not problems
+
+
+def _say(console: Console, problems: list[str]) -> None:
+    """The batch script knows a refusal by the lines' beginning."""
+    for problem in problems:
         console.print(f"pre-flight: {problem}", style="red", markup=False, highlight=False)
-    return not verdict["problems"]
 
 
 def _meet(rank: int, world_size: int) -> Exchange:

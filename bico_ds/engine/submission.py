@@ -49,6 +49,11 @@ class Resources:
     def __post_init__(self) -> None:
         if not _TIME.fullmatch(self.time):
             raise UserError(f"--time '{self.time}': SLURM reads MINUTES, HH:MM:SS, or DAYS-HH:MM:SS")
+        if 0 < seconds(self.time) <= self.signal_seconds:  # 0: no limit
+            raise UserError(
+                f"--signal-seconds {self.signal_seconds}: the warning must come before --time {self.time} "
+                f"({seconds(self.time)} s) is over, and after some training; give a smaller one, or more time"
+            )
 
     @property
     def world_size(self) -> int:
@@ -83,6 +88,16 @@ class Job:
         return len(self.runs) > 1
 
 
+def seconds(time_limit: str) -> int:
+    """Seconds of a time as sbatch(1) reads it: ``M``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M``, ``D-H:M:S``."""
+    days, dash, rest = time_limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if not dash and len(parts) < 3:
+        parts.insert(0, 0)
+    hours, minutes, rest_seconds = (*parts, 0, 0)[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + rest_seconds
+
+
 def render(job: Job) -> str:
     """The batch script."""
     common = TEMPLATE.read_text(encoding="utf-8").partition(COMMON_PART)
@@ -101,7 +116,12 @@ def stop_signal(recipe: Recipe) -> str:
 
 def refuse_if_alive(run: Path) -> None:
     """Raise `UserError` where another process trains into this folder."""
-    lock = read_lock(RunFolder(run).lock_file)
+    try:
+        lock = read_lock(RunFolder(run).lock_file)
+    except OSError as error:  # a file where the folder should be, or somebody else's folder
+        raise UserError(
+            f"--output-dir: cannot read '{run}': {error.strerror}; choose another folder"
+        ) from None
     if lock is not None and time.time() - lock.heartbeat < ALIVE_SECONDS:
         where = f"job {lock.job} on {lock.host}" if lock.job else f"process {lock.pid} on {lock.host}"
         raise UserError(
@@ -110,7 +130,19 @@ def refuse_if_alive(run: Path) -> None:
 
 
 def write(job: Job) -> Path:
-    """Write the script, and a recipe beside each run. Earlier scripts stay; returns the new one."""
+    """Write the script, and a recipe beside each run. Earlier scripts stay; returns the new one.
+
+    Raises `UserError` where a folder cannot be written.
+    """
+    try:
+        return _write(job)
+    except OSError as error:
+        raise UserError(
+            f"--output-dir: cannot write '{error.filename or job.folder}': {error.strerror}; choose another folder"
+        ) from None
+
+
+def _write(job: Job) -> Path:
     for run, recipe in job.runs.items():
         (run / "slurm").mkdir(parents=True, exist_ok=True)
         (run / "logs").mkdir(exist_ok=True)

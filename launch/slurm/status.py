@@ -44,7 +44,7 @@ def main() -> int:
         "paths", nargs="*", type=Path, default=[Path("runs")], help="run folders, or what holds them"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("-w", "--watch", type=float, metavar="SECONDS", help="show it anew, until Ctrl-C")
+    parser.add_argument("-w", "--watch", type=positive, metavar="SECONDS", help="show it anew, until Ctrl-C")
     arguments = parser.parse_args()
     missing = [path for path in arguments.paths if not path.is_dir()]
     if missing:
@@ -65,6 +65,13 @@ def main() -> int:
                 time.sleep(arguments.watch)
         except KeyboardInterrupt:
             return 0
+
+
+def positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError("must be more than 0")
+    return value
 
 
 def read_all(paths: list[Path]) -> list[RunStatus]:

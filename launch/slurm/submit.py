@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bico_ds.config.errors import UserError
 from bico_ds.config.load import load_recipe
 from bico_ds.config.schema import Recipe
+from bico_ds.engine.attempts import stop_file
 from bico_ds.engine.preflight.inputs import check_inputs
 from bico_ds.engine.submission import (
     PROJECT,
@@ -51,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     asked = parser.add_argument_group("what is asked of SLURM")
     asked.add_argument("--nodes", type=positive, required=True)
-    asked.add_argument("--gpus-per-node", type=int, required=True, help="0: train on CPUs")
+    asked.add_argument("--gpus-per-node", type=not_negative, required=True, help="0: train on CPUs")
     asked.add_argument("--ranks-per-node", type=positive, help="default: one a GPU")
     asked.add_argument("--cpus-per-task", type=positive)
     asked.add_argument(
@@ -80,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
         "--native-ops", metavar="DIR", help="keep compiled operations here (default: in the run folder)"
     )
     how.add_argument("--network-interface", metavar="NAME", help="where nodes have several")
-    how.add_argument("--max-requeues", type=int, default=20, help="restarts of one job (default 20)")
+    how.add_argument("--max-requeues", type=not_negative, default=20, help="restarts of one job (default 20)")
     how.add_argument("--dry-run", action="store_true", help="print the script, write and submit nothing")
     return parser.parse_args()
 
@@ -89,6 +91,13 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("must be at least 0")
     return value
 
 
@@ -157,6 +166,7 @@ def check(run: Path, recipe: Recipe, resources: Resources) -> None:
     stop_signal(recipe)
     check_inputs(recipe)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # login nodes have no GPU, and need no warning about it
+    os.environ["LOCAL_WORLD_SIZE"] = str(resources.ranks_per_node)  # as the batch script will set it
     from bico_ds.engine.start import check as check_run
 
     check_run(recipe, world_size=resources.world_size, on_cuda=resources.gpus_per_node > 0, run_folder=run)
@@ -173,7 +183,15 @@ def explain(job_id: str, script: Path, job: Job) -> None:
     print(f"  ranks    tail -F {watched}/{'*/' if job.is_array else ''}logs/train-*.log")
     print(f"  curves   tensorboard --logdir {watched}")
     print(f"  queue    squeue --job {job_id}")
-    print(f"  stop     scancel {job_id}      (saves a checkpoint; submit again to go on)")
+    print(f"  stop     {stop_command(job_id, job)}      (saves a checkpoint; submit again to go on)")
+
+
+def stop_command(job_id: str, job: Job) -> str:
+    """What saves a checkpoint, however long that takes, and ends the job: see "Stop" in docs/cluster.md."""
+    files = " ".join(shlex.quote(str(stop_file(run))) for run in job.runs)
+    signal = stop_signal(next(iter(job.runs.values())))
+    waiting = f"scancel --state=PENDING {job_id}; " if job.is_array else ""
+    return f"{waiting}touch {files} && scancel --signal={signal} --batch {job_id}"
 
 
 if __name__ == "__main__":

@@ -86,3 +86,12 @@ def test_a_folder_that_is_not_there_is_a_usage_error(tmp_path, monkeypatch, caps
     monkeypatch.setattr(sys, "argv", ["status.py", str(tmp_path / "none")])
     assert command.main() == 2
     assert "none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", ["-1", "0", "nan"])
+def test_a_watch_without_time_between_is_wrong_usage(monkeypatch, tmp_path, capsys, seconds):
+    monkeypatch.setattr(sys, "argv", ["status.py", str(tmp_path), "-w", seconds])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 2
+    assert "--watch" in capsys.readouterr().err

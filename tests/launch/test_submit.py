@@ -127,7 +127,10 @@ def test_stop_signal_is_one_that_the_recipe_handles(recipe):
 
 @pytest.mark.parametrize("time_limit", ["30", "1:30", "24:00:00", "2-12", "2-12:30:00"])
 def test_slurm_times_are_taken(tmp_path, recipe, time_limit):
-    assert sbatch_options(render(a_job(tmp_path, recipe, time=time_limit)))["time"] == time_limit
+    assert (
+        sbatch_options(render(a_job(tmp_path, recipe, time=time_limit, signal_seconds=60)))["time"]
+        == time_limit
+    )
 
 
 @pytest.mark.parametrize("time_limit", ["24h", "1 day", "", "12:0"])
@@ -152,6 +155,7 @@ def test_a_variable_that_is_not_set_is_named_with_its_key(monkeypatch, value):
 
 def run_command(monkeypatch, tmp_path, *arguments):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # the command sets it for its own process
     base = ["submit.py", "--nodes", "1", "--gpus-per-node", "0", "--ranks-per-node", "1", "--time", "10"]
     monkeypatch.setattr(sys, "argv", [*base, *arguments])
     return command.main()
@@ -176,6 +180,63 @@ def test_mistakes_are_refused_with_exit_code_2(monkeypatch, tmp_path, capsys, ar
     assert run_command(monkeypatch, tmp_path, *arguments) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [], "a refusal leaves nothing behind"
+
+
+@pytest.mark.parametrize(
+    ("time_limit", "seconds"),
+    [
+        ("30", 1800),
+        ("1:30", 90),
+        ("24:00:00", 86400),
+        ("2-12", 216000),
+        ("2-12:30", 217800),
+        ("0-00:00:07", 7),
+    ],
+)
+def test_the_warning_comes_before_the_time_limit(time_limit, seconds):
+    def ask(warning):
+        Resources(nodes=1, gpus_per_node=1, ranks_per_node=1, time=time_limit, signal_seconds=warning)
+
+    ask(seconds - 1)
+    with pytest.raises(UserError, match="--signal-seconds"):
+        ask(seconds)
+
+
+def test_no_time_limit_is_never_too_short():
+    Resources(nodes=1, gpus_per_node=1, ranks_per_node=1, time="0")
+
+
+@pytest.mark.parametrize(
+    "option", [("--gpus-per-node", "-1"), ("--max-requeues", "-1"), ("--signal-seconds", "0")]
+)
+def test_numbers_that_mean_nothing_are_refused(monkeypatch, tmp_path, capsys, option):
+    with pytest.raises(SystemExit) as ended:
+        run_command(monkeypatch, tmp_path, "--recipe", "tiny_base", *option)
+    assert ended.value.code == 2
+    assert f"argument {option[0]}: must be at least" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_refused(monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for folder in ("/proc/x", str(tmp_path / "file"), str(tmp_path / "file" / "run")):
+        assert run_command(monkeypatch, tmp_path, "--recipe", "tiny_base", "--output-dir", folder) == 2
+        assert "error: --output-dir: cannot" in capsys.readouterr().err
+
+
+def test_hpz_is_checked_with_the_ranks_per_node_that_were_asked_for(monkeypatch, tmp_path):
+    """12 ranks are 3 whole nodes of 4, and no whole number of nodes of 8."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # the command sets it for its own process
+    recipe = load_recipe("tiny_base", ["deepspeed.config=zero3_hpz", "training.global_batch_bins=24"])
+    command.check(tmp_path, recipe, Resources(nodes=3, gpus_per_node=0, ranks_per_node=4, time="10:00:00"))
+
+
+def test_stopping_for_good_saves_however_long_it_takes(tmp_path, recipe):
+    run = tmp_path / "a run"
+    stop = command.stop_command("7", a_job(tmp_path, recipe, runs={run: recipe}))
+    assert stop == f"touch '{run}/stop' && scancel --signal=USR1 --batch 7"
+    array = a_job(tmp_path, recipe, runs={tmp_path / "a": recipe, tmp_path / "b": recipe})
+    stop = command.stop_command("7", array)
+    assert stop.startswith(f"scancel --state=PENDING 7; touch {tmp_path}/a/stop {tmp_path}/b/stop && ")
 
 
 def test_dry_run_prints_the_script_and_writes_nothing(monkeypatch, tmp_path, capsys):

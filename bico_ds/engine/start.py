@@ -59,6 +59,8 @@ def train(recipe: Recipe, *, output_dir: str | None, resume: str, stop: StopFlag
     """Train a recipe to its end, or to the agreed stop. Called on every rank; returns the same state on each."""
     _quiet()
     ranks = distributed.read_ranks()
+    if ranks.device.type == "cpu":
+        host_memory.bound_primitive_cache()
     folder = RunFolder(output_dir or recipe.output_dir or f"runs/{recipe.name}")
     ds_config = check(
         recipe, world_size=ranks.world_size, on_cuda=ranks.device.type == "cuda", run_folder=folder.path

@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
 RANKS ?= 2
-# CUDA machines: make TORCH_INDEX=https://download.pytorch.org/whl/cu130 …
+# CUDA machines: make setup TORCH_INDEX=https://download.pytorch.org/whl/cu130; later calls keep the torch that is there.
 TORCH_INDEX ?=
+# One stamp for each index: naming another one installs torch anew.
+STAMP := $(VENV)/.installed$(if $(TORCH_INDEX),-$(notdir $(TORCH_INDEX)))
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
@@ -26,9 +27,10 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel numpy
-	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--force-reinstall --index-url $(TORCH_INDEX)) torch==2.13.0
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e .[dev]
-	touch $(STAMP)
+	rm -f $(VENV)/.installed*
+	touch $(VENV)/.installed $(STAMP)
 
 demo: setup
 	$(BIN)/python tools/demo.py --ranks $(RANKS)

@@ -28,5 +28,18 @@ def test_every_command_and_recipe_named_exists(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_option_of_our_commands_exists(page):
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    for script, rest in re.findall(r"\b((?:launch|tools)/[\w/]+\.py)([^\n`|#;]*)", text):
+        source = (ROOT / script).read_text(encoding="utf-8")
+        for name in re.findall(r"^\s*from ((?:bico_ds|launch|tools)[\w.]*) import", source, re.MULTILINE):
+            module = ROOT / (name.replace(".", "/") + ".py")
+            source += module.read_text(encoding="utf-8") if module.is_file() else ""
+        options = set(re.findall(r"(?<!\S)\[?(--[a-z][\w-]*)", rest)) - {"--help"}
+        missing = [option for option in options if f'"{option}"' not in source]
+        assert not missing, f"{script} has no {missing}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_no_placeholder_is_left(page):
     assert not re.search(r"@@|TODO|FIXME|^MEASURED$", page.read_text(encoding="utf-8"), re.MULTILINE)

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 from rich.console import Console
 from rich.table import Table
 
+from bico_ds.config.arguments import positive
 from bico_ds.evaluation.compare import compare_runs
 
 ARMS = ("tiny_bico", "tiny_ntp")
@@ -50,13 +51,6 @@ def main() -> int:
         show_seeds([arguments.runs / f"seed-{seed}" for seed in arguments.seeds], arguments.runs, console)
     console.print(f"\nThe demo took {(time.monotonic() - started) / 60:.1f} minutes.")
     return 0
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 def train_all(runs: Path, ranks: int, overrides: list[str], console: Console) -> None:

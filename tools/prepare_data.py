@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pydantic import ValidationError
 
+from bico_ds.config.arguments import positive
 from bico_ds.config.errors import UserError
 from bico_ds.config.schema import FactsSpec
 from bico_ds.data.examples import IngestOptions
@@ -140,7 +141,7 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="folder or hub name of a fast tokenizer, or a tokenizer.model",
     )
-    parser.add_argument("--processes", type=_positive, metavar="N", help="default: one a CPU core")
+    parser.add_argument("--processes", type=positive, metavar="N", help="default: one a CPU core")
     _add_field_options(parser.add_argument_group("fields of a row"))
     _add_document_options(parser.add_argument_group("documents"))
 
@@ -211,13 +212,6 @@ def _add_facts_options(parser: argparse.ArgumentParser) -> None:
             default=field.default,
             help=f"{described} (default: %(default)s)",
         )
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
 
 
 def _shards(args: argparse.Namespace) -> list[Shard]:

@@ -98,7 +98,9 @@ def train(recipe: Recipe, *, output_dir: str | None, resume: str, stop: StopFlag
     return state
 
 
-def check(recipe: Recipe, *, world_size: int, on_cuda: bool, run_folder: Path) -> dict[str, Any]:
+def check(
+    recipe: Recipe, *, world_size: int, on_cuda: bool, run_folder: Path, ranks_per_node: int | None = None
+) -> dict[str, Any]:
     """Refuse what can be refused without data, weights or other ranks; return DeepSpeed's configuration."""
     expected = recipe.distributed.world_size
     if expected is not None and expected != world_size:
@@ -115,7 +117,7 @@ def check(recipe: Recipe, *, world_size: int, on_cuda: bool, run_folder: Path) -
         hidden_size=config.hidden_size,
         on_cuda=on_cuda,
         run_folder=run_folder,
-        ranks_per_node=_ranks_per_node(),
+        ranks_per_node=ranks_per_node or _ranks_per_node(),
     )
 
 

@@ -16,10 +16,13 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from bico_ds.config.arguments import not_negative, positive
 from bico_ds.config.errors import UserError
 from bico_ds.config.load import load_recipe
 from bico_ds.config.schema import Recipe
@@ -87,20 +90,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
-
-
-def not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError("must be at least 0")
-    return value
-
-
 def main() -> int:
     arguments = parse_arguments()
     try:
@@ -165,11 +154,31 @@ def check(run: Path, recipe: Recipe, resources: Resources) -> None:
     """Inputs are there, ranks and batch sizes divide, the schedule fits, the model is known."""
     stop_signal(recipe)
     check_inputs(recipe)
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # login nodes have no GPU, and need no warning about it
-    os.environ["LOCAL_WORLD_SIZE"] = str(resources.ranks_per_node)  # as the batch script will set it
-    from bico_ds.engine.start import check as check_run
+    with without_accelerator():
+        from bico_ds.engine.start import check as check_run
 
-    check_run(recipe, world_size=resources.world_size, on_cuda=resources.gpus_per_node > 0, run_folder=run)
+        check_run(
+            recipe,
+            world_size=resources.world_size,
+            on_cuda=resources.gpus_per_node > 0,
+            run_folder=run,
+            ranks_per_node=resources.ranks_per_node,
+        )
+
+
+@contextmanager
+def without_accelerator() -> Iterator[None]:
+    """Spare login nodes, which have no GPU, DeepSpeed's warning about it; but sbatch hands this environment to the job,
+    whose ranks would stay on the CPU.
+    """
+    if "DS_ACCELERATOR" in os.environ:
+        yield
+        return
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    try:
+        yield
+    finally:
+        del os.environ["DS_ACCELERATOR"]
 
 
 def explain(job_id: str, script: Path, job: Job) -> None:

@@ -155,7 +155,6 @@ def test_a_variable_that_is_not_set_is_named_with_its_key(monkeypatch, value):
 
 def run_command(monkeypatch, tmp_path, *arguments):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # the command sets it for its own process
     base = ["submit.py", "--nodes", "1", "--gpus-per-node", "0", "--ranks-per-node", "1", "--time", "10"]
     monkeypatch.setattr(sys, "argv", [*base, *arguments])
     return command.main()
@@ -225,7 +224,6 @@ def test_a_folder_that_cannot_be_written_is_refused(monkeypatch, tmp_path, capsy
 
 def test_hpz_is_checked_with_the_ranks_per_node_that_were_asked_for(monkeypatch, tmp_path):
     """12 ranks are 3 whole nodes of 4, and no whole number of nodes of 8."""
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # the command sets it for its own process
     recipe = load_recipe("tiny_base", ["deepspeed.config=zero3_hpz", "training.global_batch_bins=24"])
     command.check(tmp_path, recipe, Resources(nodes=3, gpus_per_node=0, ranks_per_node=4, time="10:00:00"))
 
@@ -243,6 +241,19 @@ def test_dry_run_prints_the_script_and_writes_nothing(monkeypatch, tmp_path, cap
     assert run_command(monkeypatch, tmp_path, "--recipe", "tiny_base", "--dry-run") == 0
     assert capsys.readouterr().out.startswith("#!/bin/bash\n#SBATCH --job-name=tiny_base\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_job_inherits_nothing_that_would_keep_its_ranks_on_the_cpu(monkeypatch, tmp_path):
+    inherited = tmp_path / "inherited"
+    (tmp_path / "bin").mkdir()
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.write_text(f'#!/bin/sh\nenv > "{inherited}"\necho 7\n', encoding="utf-8")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    assert run_command(monkeypatch, tmp_path, "--recipe", "tiny_base", "--nodes", "1") == 0
+    names = {line.split("=")[0] for line in inherited.read_text(encoding="utf-8").splitlines()}
+    assert not names & {"DS_ACCELERATOR", "LOCAL_WORLD_SIZE"}
 
 
 def test_without_sbatch_the_script_is_ready_and_says_so(monkeypatch, tmp_path, capsys):

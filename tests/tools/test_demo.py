@@ -11,6 +11,7 @@ from tools.demo import main
 
 
 def test_ranks_stay_on_the_cpu_of_a_gpu_machine_when_deepspeed_is_told_so(monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)  # importing DeepSpeed may have set it
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert read_ranks().device.type == "cuda"
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")

@@ -36,6 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bico_ds.batch import Documents, PackedBatch
+from bico_ds.config.arguments import positive
 from bico_ds.config.schema import MaskSpec, Recipe
 from bico_ds.objectives.base import BatchKey
 from bico_ds.objectives.bico import MaskDenoising
@@ -205,13 +206,6 @@ def trl_speed(folder: str, kind: str, bins: int, threads: int) -> float | None:
         print(f"TRL's step failed:\n{answer.stderr[-2000:]}", file=sys.stderr)
         return None
     return json.loads(answer.stdout.splitlines()[-1])["tokens_per_cpu_second"]
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 def main() -> None:

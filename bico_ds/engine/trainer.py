@@ -80,10 +80,11 @@ class Trainer:
             if self.ranks.device.type == "cpu":
                 host_memory.release_freed_pages(self.step)
             self.callbacks.on_step(report)
+            last = self.step == self.total_steps
+            if last or self.checkpointer.is_due(self.step):
+                self._save(required=last)  # before the evaluation, which may take long and must not cost steps
             if self.evaluator.is_due(self.step, self.total_steps):
                 self._evaluate()
-            if self.checkpointer.is_due(self.step):
-                self._save()
         if self._saved_step != self.step:
             self._save(required=True)
         return "done" if self.step == self.total_steps and not self._cut_evaluation else "preempted"

@@ -57,6 +57,13 @@ def test_both_objectives_are_trained_and_told_apart(runs):
     )
 
 
+def test_a_step_is_saved_before_it_is_evaluated(runs):
+    lines = (runs / "bico" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    kinds = [(line["step"], line["kind"]) for line in map(json.loads, lines)]
+    for step in (10, 20):
+        assert kinds.index((step, "checkpoint")) < kinds.index((step, "evaluation"))
+
+
 def test_one_rank_gives_the_losses_of_two(runs, tmp_path):
     one = train("tiny_base", tmp_path / "one", *SMALL, "training.steps=25", "schedule.warmup_steps=5",
                 "schedule.decay_steps=5", "checkpoint.export=false", ranks=1)  # fmt: skip

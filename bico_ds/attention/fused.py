@@ -1,6 +1,6 @@
 """The fused CPU kernel (native/tiles.cpp): built at first use, loaded once, and silent about nothing.
 
-It needs a C++ compiler, AVX-512 and bf16 inputs; AMX makes its matrix products fast. The library lies in
+It needs a C++ compiler, AVX-512 and bf16 or fp32 inputs; AMX makes the products of bf16 fast. The library lies in
 ``$XDG_CACHE_HOME/bico_ds`` (``~/.cache/bico_ds``) under a name made of everything it depends on, and is
 moved there in one step, so that processes that build at the same time do not disturb each other.
 """
@@ -26,6 +26,8 @@ from bico_ds.attention.dense import DenseInputs
 from bico_ds.attention.tiles import TileRows
 
 logger = logging.getLogger(__name__)
+
+FUSED_DTYPES = (torch.bfloat16, torch.float32)
 
 _SOURCE = Path(__file__).parent / "native" / "tiles.cpp"
 _FLAGS = (

@@ -18,7 +18,7 @@ from bico_ds.attention.layout import LayoutPolicy
 from bico_ds.attention.packed import packed_attention, run_packed_attention
 from bico_ds.attention.plan import build_plan
 
-# Small documents reach every path when the policy's thresholds are small. The fused kernel takes bf16 only.
+# Small documents reach every path when the policy's thresholds are small. The fused kernel takes no fp64.
 POLICIES = {
     "tiles": LayoutPolicy(flash_from=10**9, tile_scores=400, tile_min_rows=4),
     "flash": LayoutPolicy(flash_from=1, tile_scores=100, tile_min_rows=4),

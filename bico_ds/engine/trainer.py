@@ -82,7 +82,9 @@ class Trainer:
             self.callbacks.on_step(report)
             last = self.step == self.total_steps
             if last or self.checkpointer.is_due(self.step):
-                self._save(required=last)  # before the evaluation, which may take long and must not cost steps
+                self._save(
+                    required=last
+                )  # before the evaluation, which may take long and must not cost steps
             if self.evaluator.is_due(self.step, self.total_steps):
                 self._evaluate()
         if self._saved_step != self.step:

@@ -28,7 +28,7 @@ using at::native::cpublas::brgemm;
 constexpr int64_t kPad = 32;            // rows and keys are padded to AMX tiles
 constexpr int64_t kKeyStep = 128;       // keys that no row of a block needs are skipped in such steps
 constexpr int64_t kMaxRows = 128;       // query rows of a block at most, but for one token's
-constexpr int64_t kChunk = 512;         // keys that are scored at a time: with 128 rows, buffers that stay in the L2 cache
+constexpr int64_t kChunk = 256;         // keys that are scored at a time: with 128 rows, buffers that stay in the L2 cache
 
 int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
@@ -157,6 +157,11 @@ struct Buffer {
   T* data() { return storage.data(); }
   const T* data() const { return storage.data(); }
 };
+
+template <typename T>
+void clear(T* row, int64_t from, int64_t to) {
+  if (from < to) std::fill(row + from, row + to, T(0.0f));
+}
 
 template <typename T>
 struct Problem {
@@ -314,7 +319,8 @@ void forward_item(const Problem<T>& p, int64_t document, int64_t head, Keys<T>& 
     for (int64_t key = 0; key < block.last_key; key = block.end) {
       block.score(p, keys, key);
       int64_t N = block.width();
-      weights.zeroed(block.padded_rows * N);
+      weights.sized(block.padded_rows * N);
+      clear(weights.data(), block.rows * N, block.padded_rows * N);
       for (int64_t m = 0; m < block.rows; ++m) {
         int64_t seen = block.blend(p, keys, m, p.split[first + m / G]);
         float* row = block.scores.data() + m * N;
@@ -322,6 +328,7 @@ void forward_item(const Problem<T>& p, int64_t document, int64_t head, Keys<T>& 
         T* w = weights.data() + m * N;
 #pragma omp simd
         for (int64_t j = 0; j < seen; ++j) w[j] = narrow<T>(row[j]);
+        clear(w, seen, N);
       }
       brgemm(block.padded_rows, D, N, N, D, D, true, weights.data(), keys.value.data() + key * D, s.product.data());
     }
@@ -377,8 +384,8 @@ struct BackwardScratch {
 template <typename T>
 void score_gradients(const Problem<T>& p, const Gradients<T>& g, const Keys<T>& keys, Block<T>& block, BackwardScratch<T>& s,
                      int64_t first, int64_t head) {
-  int64_t G = p.group(), N = block.width();
-  for (auto* x : {&s.weights, &s.d_forward, &s.d_reverse}) x->zeroed(block.padded_rows * N);
+  int64_t G = p.group(), N = block.width(), M = block.padded_rows;
+  for (auto* x : {&s.weights, &s.d_forward, &s.d_reverse}) clear(x->sized(M * N), block.rows * N, M * N);
   for (int64_t m = 0; m < block.rows; ++m) {
     int64_t token = first + m / G, seen = block.blend(p, keys, m, p.split[token]), cut = block.column(p.split[token]);
     const float *score = block.scores.data() + m * N, *d_weight = s.d_weights.data() + m * N;
@@ -393,8 +400,13 @@ void score_gradients(const Problem<T>& p, const Gradients<T>& g, const Keys<T>& 
         gradient[j] = narrow<T>(w * (d_weight[j] - delta) * p.scale);
       }
     };
-    fill(0, cut, s.d_forward.data() + m * N);
-    fill(cut, seen, s.d_reverse.data() + m * N);
+    T *forward = s.d_forward.data() + m * N, *reverse = s.d_reverse.data() + m * N;
+    fill(0, cut, forward);
+    fill(cut, seen, reverse);
+    clear(weight, seen, N);
+    clear(forward, cut, block.forward_columns());
+    clear(reverse, block.reverse_column(), cut);
+    clear(reverse, seen, N);
   }
 }
 

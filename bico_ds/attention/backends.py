@@ -10,7 +10,6 @@ from dataclasses import replace
 import torch
 
 from bico_ds.attention.engine import Engine
-from bico_ds.attention.fused import FUSED_DTYPES, fused_refusal
 from bico_ds.attention.kernels.aten_cuda import AtenCuda
 from bico_ds.attention.kernels.base import CausalKernel
 from bico_ds.attention.kernels.cpu_flash import CpuFlash
@@ -24,6 +23,7 @@ from bico_ds.attention.layout import (
     TILES_POLICY,
     LayoutPolicy,
 )
+from bico_ds.attention.native.library import NATIVE_DTYPES, native_refusal
 from bico_ds.attention.two_pass import HIDDEN_COLUMNS
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def _policy(
     if device.type != "cpu":
         can_hide = kernel.refusal(dtype, head_dim + HIDDEN_COLUMNS, device) is None
         return CUDA_POLICY if can_hide else replace(CUDA_POLICY, hidden_cost=math.inf), ""
-    refusal = fused_refusal() if dtype in FUSED_DTYPES else "takes bfloat16 and float32 only"
+    refusal = native_refusal() if dtype in NATIVE_DTYPES else "takes bfloat16 and float32 only"
     if refusal is None:
         return CPU_FUSED_POLICY, "all rows through the fused kernel"
     policy = CPU_HALF_POLICY if dtype.itemsize == 2 else CPU_POLICY

@@ -1,22 +1,8 @@
-"""The fused CPU kernel (native/tiles.cpp): built at first use, loaded once, and silent about nothing.
-
-It needs a C++ compiler, AVX-512 and bf16 or fp32 inputs; AMX makes the products of bf16 fast. The library lies in
-``$XDG_CACHE_HOME/bico_ds`` (``~/.cache/bico_ds``) under a name made of everything it depends on, and is
-moved there in one step, so that processes that build at the same time do not disturb each other.
-"""
+"""The fused CPU attention kernel (native/tiles.cpp), which serves all rows of a batch at once."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import logging
-import os
-import shutil
-import subprocess
-import tempfile
-import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,17 +10,6 @@ from torch import Tensor
 
 from bico_ds.attention.dense import DenseInputs
 from bico_ds.attention.tiles import TileRows
-
-logger = logging.getLogger(__name__)
-
-FUSED_DTYPES = (torch.bfloat16, torch.float32)
-
-_SOURCE = Path(__file__).parent / "native" / "tiles.cpp"
-_FLAGS = (
-    *("-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-w"),
-    *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
-    *("-fno-math-errno", "-fno-trapping-math", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,48 +75,3 @@ def fused_backward(
 
 def _contiguous(inputs: DenseInputs) -> list[Tensor]:
     return [x.contiguous() for x in (inputs.q, inputs.k, inputs.v, inputs.cos, inputs.sin)]
-
-
-@functools.cache
-def fused_refusal() -> str | None:
-    """Why the fused kernel cannot run on this machine; None once it is built and loaded."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    if capability != "AVX512":
-        return f"needs a CPU with AVX-512, torch reports {capability}"
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        return "needs a C++ compiler (g++ or clang++, or $CXX), none was found"
-    try:
-        torch.ops.load_library(_built(compiler))
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        detail = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
-        lines = detail.strip().splitlines() or [str(error)]
-        return f"could not be built or loaded with {compiler}: {lines[0][:200]}"
-    return None
-
-
-def _built(compiler: str) -> str:
-    """Path of the library, compiled if it is not in the cache."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key = repr((_SOURCE.read_bytes(), _FLAGS, version, torch.__version__, torch.__file__))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bico_ds"
-    library = cache / f"attention_tiles_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if library.exists():
-        return str(library)
-    cache.mkdir(parents=True, exist_ok=True)
-    logger.info("building the fused CPU attention kernel once (about half a minute) into %s", library)
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        target = Path(folder) / library.name
-        subprocess.run([compiler, *_command_line(target)], capture_output=True, text=True, check=True)
-        target.replace(library)
-    logger.info("built in %.0f s", time.monotonic() - started)
-    return str(library)
-
-
-def _command_line(target: Path) -> list[str]:
-    root = Path(torch.__file__).parent
-    includes = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    libraries = [f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-lc10", "-ltorch_cpu"]
-    return [*_FLAGS, abi, *includes, str(_SOURCE), "-o", str(target), *libraries]

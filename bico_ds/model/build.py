@@ -18,7 +18,7 @@ from bico_ds.model.initialize import RandomWeights
 from bico_ds.model.load import check_names_and_shapes, generation_config, open_weights, verify_loaded
 from bico_ds.model.lora import AdaptedWeights, add_lora, base_name, is_adapter
 from bico_ds.model.materialize import WeightSource, materialize
-from bico_ds.model.swap import check_attention, swap_attention
+from bico_ds.model.swap import check_attention, swap_layers
 
 
 class TrainableModel(nn.Module):
@@ -60,7 +60,7 @@ class TrainableModel(nn.Module):
                 )
             else:
                 hidden_1TE = layer(hidden_1TE, position_embeddings=tables, plan=batch.plan)
-        return decoder.norm(hidden_1TE)[0]
+        return decoder.norm(hidden_1TE, fused=True)[0]
 
 
 def build_model(
@@ -76,14 +76,14 @@ def build_model(
     ``ds_config``: the complete DeepSpeed configuration; under ZeRO-3 the parameters come out partitioned (the
     process group must be up). ``device``: where parameters live, ``meta`` for shapes only. Weights are read
     from ``spec.path``, or drawn from ``seed``: the same for every world size. ``longest_document``: see
-    `swap_attention`.
+    `swap_layers`.
 
     Raises UserError before anything expensive where path, architecture or weights are wrong.
     """
     config = model_config(spec)
     check_attention(config, longest_document=longest_document)
     causal_lm = meta_model(config)
-    swap_attention(causal_lm, spec.attention_backend, longest_document=longest_document)
+    swap_layers(causal_lm, spec.attention_backend, longest_document=longest_document)
     swap_head(causal_lm, spec.loss_chunk_rows)
     shapes = {name: parameter.shape for name, parameter in causal_lm.named_parameters()}
     if spec.lora is not None:

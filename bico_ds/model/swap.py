@@ -1,8 +1,8 @@
-"""Our attention inside Hugging Face models: the class of each attention module is changed, the weights stay.
+"""Our layers inside Hugging Face models: the classes of modules are changed, the weights stay.
 
-With an `AttentionPlan` a layer runs `packed_attention` on the packed rows of a batch. Without one it is
-Hugging Face's own forward, bit by bit, so that generation with a KV cache and every export stay plain causal
-models.
+With an `AttentionPlan` a layer runs `packed_attention` on the packed rows of a batch, and fused elementwise
+work around it. Without one it is Hugging Face's own forward, bit by bit, so that generation with a KV cache
+and every export stay plain causal models.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaAttention
-from transformers.models.mistral.modeling_mistral import MistralAttention
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralAttention, MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer
 
 from bico_ds.attention.packed import packed_attention
 from bico_ds.attention.plan import AttentionPlan
 from bico_ds.config.errors import UserError
+from bico_ds.model.elementwise import swap_elementwise
 
 
 class _PackedForward:
@@ -70,10 +71,42 @@ class PackedQwen3Attention(_PackedForward, Qwen3Attention):
     """Qwen3: q and k are normalised per head before the rotation."""
 
     def _normed_query(self, q_TNH: Tensor) -> Tensor:
-        return self.q_norm(q_TNH)
+        return self.q_norm(q_TNH, fused=True)
 
     def _normed_key(self, k_TNH: Tensor) -> Tensor:
-        return self.k_norm(k_TNH)
+        return self.k_norm(k_TNH, fused=True)
+
+
+class _PackedLayer:
+    """Mixed in before a Hugging Face decoder layer; adds the keyword ``plan`` to its forward."""
+
+    def forward(
+        self: Any, hidden_states: Tensor, *args: Any, plan: AttentionPlan | None = None, **kwargs: Any
+    ) -> Tensor:
+        """As `_PackedForward.forward`."""
+        if plan is None:
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        mixed_1TE, _ = self.self_attn(
+            self.input_layernorm(hidden_states, fused=True), *args, plan=plan, **kwargs
+        )
+        hidden_1TE = hidden_states + mixed_1TE
+        return hidden_1TE + self.mlp(self.post_attention_layernorm(hidden_1TE, fused=True), fused=True)
+
+
+class PackedLlamaLayer(_PackedLayer, LlamaDecoderLayer):
+    """Llama; the others have the same two blocks with a residual each."""
+
+
+class PackedMistralLayer(_PackedLayer, MistralDecoderLayer):
+    """Mistral."""
+
+
+class PackedQwen2Layer(_PackedLayer, Qwen2DecoderLayer):
+    """Qwen2."""
+
+
+class PackedQwen3Layer(_PackedLayer, Qwen3DecoderLayer):
+    """Qwen3."""
 
 
 _PACKED_CLASS = {
@@ -81,14 +114,18 @@ _PACKED_CLASS = {
     MistralAttention: PackedMistralAttention,
     Qwen2Attention: PackedQwen2Attention,
     Qwen3Attention: PackedQwen3Attention,
+    LlamaDecoderLayer: PackedLlamaLayer,
+    MistralDecoderLayer: PackedMistralLayer,
+    Qwen2DecoderLayer: PackedQwen2Layer,
+    Qwen3DecoderLayer: PackedQwen3Layer,
 }
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
-def swap_attention(
+def swap_layers(
     model: PreTrainedModel, backend: str = "auto", *, longest_document: int | None = None
 ) -> None:
-    """Change every attention module of a Llama, Mistral, Qwen2 or Qwen3 causal LM to ours, in place.
+    """Change every decoder layer of a Llama, Mistral, Qwen2 or Qwen3 causal LM to ours, in place.
 
     ``longest_document``: tokens of the longest document (or the bin capacity, which bounds it); needed by
     models with a sliding window. Raises UserError where the model is of another kind, or the attention of it
@@ -96,9 +133,10 @@ def swap_attention(
     """
     check_attention(model.config, longest_document=longest_document)
     for layer in model.model.layers:
-        attention = layer.self_attn
-        attention.__class__ = _PACKED_CLASS[type(attention)]
-        attention.packed_backend = backend
+        for module in (layer, layer.self_attn):
+            module.__class__ = _PACKED_CLASS[type(module)]
+        layer.self_attn.packed_backend = backend
+    swap_elementwise(model)
 
 
 def check_attention(config: PretrainedConfig, *, longest_document: int | None = None) -> None:

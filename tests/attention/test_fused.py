@@ -8,11 +8,12 @@ from attention_problems import make_problem, relative_errors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bico_ds.attention import backends, fused
+from bico_ds.attention import backends
+from bico_ds.attention.native import library
 from bico_ds.attention.packed import packed_attention
 
 pytestmark = pytest.mark.skipif(
-    fused.fused_refusal() is not None, reason=f"the fused kernel {fused.fused_refusal()}"
+    library.native_refusal() is not None, reason=f"the fused kernel {library.native_refusal()}"
 )
 
 
@@ -73,8 +74,8 @@ def test_result_does_not_depend_on_the_thread_count():
 
 def test_a_machine_without_a_compiler_is_told_so_and_still_served(monkeypatch, caplog):
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(fused.shutil, "which", lambda name: None)
-    fused.fused_refusal.cache_clear()
+    monkeypatch.setattr(library.shutil, "which", lambda name: None)
+    library.native_refusal.cache_clear()
     backends.resolve.cache_clear()
     try:
         with caplog.at_level("INFO", logger=backends.__name__):
@@ -82,15 +83,15 @@ def test_a_machine_without_a_compiler_is_told_so_and_still_served(monkeypatch, c
         assert not engine.policy.fused
         assert "needs a C++ compiler" in caplog.text
     finally:
-        fused.fused_refusal.cache_clear()
+        library.native_refusal.cache_clear()
         backends.resolve.cache_clear()
 
 
 def test_a_failed_build_names_the_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "/bin/false")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    fused.fused_refusal.cache_clear()
+    library.native_refusal.cache_clear()
     try:
-        assert "could not be built or loaded with /bin/false" in fused.fused_refusal()
+        assert "could not be built or loaded with /bin/false" in library.native_refusal()
     finally:
-        fused.fused_refusal.cache_clear()
+        library.native_refusal.cache_clear()

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from bico_ds.attention import backends
 from bico_ds.attention.engine import Engine
-from bico_ds.attention.fused import fused_refusal
 from bico_ds.attention.kernels.cpu_flash import CpuFlash
 from bico_ds.attention.layout import LayoutPolicy
+from bico_ds.attention.native.library import native_refusal
 from bico_ds.attention.packed import packed_attention, run_packed_attention
 from bico_ds.attention.plan import build_plan
 
@@ -30,8 +30,8 @@ HALF_POLICIES = {**POLICIES, "fused": backends.CPU_FUSED_POLICY}
 
 def through(policy_name):
     """The op with the thresholds of a named policy."""
-    if policy_name == "fused" and fused_refusal():
-        pytest.skip(f"the fused kernel {fused_refusal()}")
+    if policy_name == "fused" and native_refusal():
+        pytest.skip(f"the fused kernel {native_refusal()}")
     engine = Engine(kernel=CpuFlash(), policy=HALF_POLICIES[policy_name])
     return lambda q, k, v, cos, sin, plan: run_packed_attention(
         q, k, v, cos, sin, plan, q.shape[-1] ** -0.5, engine

@@ -1,0 +1,78 @@
+"""The library of fused CPU kernels (the sources beside this file): built at first use, and loaded once.
+
+It needs a C++ compiler and AVX-512, and takes bf16 and fp32; AMX makes the products of bf16 fast. It lies in
+``$XDG_CACHE_HOME/bico_ds`` (``~/.cache/bico_ds``) under a name made of everything it depends on, and is moved
+there in one step, so that processes that build at the same time do not disturb each other.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+NATIVE_DTYPES = (torch.bfloat16, torch.float32)
+
+_SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+_HEADERS = sorted(Path(__file__).parent.glob("*.h"))
+_FLAGS = (
+    *("-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-w"),
+    *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+    *("-fno-math-errno", "-fno-trapping-math", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
+)
+
+
+@functools.cache
+def native_refusal() -> str | None:
+    """Why the fused kernels cannot run on this machine; None once they are built and loaded."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability != "AVX512":
+        return f"needs a CPU with AVX-512, torch reports {capability}"
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        return "needs a C++ compiler (g++ or clang++, or $CXX), none was found"
+    try:
+        torch.ops.load_library(_built(compiler))
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        detail = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+        lines = detail.strip().splitlines() or [str(error)]
+        return f"could not be built or loaded with {compiler}: {lines[0][:200]}"
+    return None
+
+
+def _built(compiler: str) -> str:
+    """Path of the library, compiled if it is not in the cache."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    contents = [file.read_bytes() for file in (*_SOURCES, *_HEADERS)]
+    key = repr((contents, _FLAGS, version, torch.__version__, torch.__file__))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bico_ds"
+    library = cache / f"fused_kernels_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if library.exists():
+        return str(library)
+    cache.mkdir(parents=True, exist_ok=True)
+    logger.info("building the fused CPU kernels once (about half a minute) into %s", library)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        target = Path(folder) / library.name
+        subprocess.run([compiler, *_command_line(target)], capture_output=True, text=True, check=True)
+        target.replace(library)
+    logger.info("built in %.0f s", time.monotonic() - started)
+    return str(library)
+
+
+def _command_line(target: Path) -> list[str]:
+    root = Path(torch.__file__).parent
+    includes = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    libraries = [f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-lc10", "-ltorch_cpu"]
+    return [*_FLAGS, abi, *includes, *map(str, _SOURCES), "-o", str(target), *libraries]

@@ -1,0 +1,163 @@
+"""RMSNorm and SwiGLU in one pass: the formula and its gradients in fp64, Hugging Face's rounding, any shape."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import silu
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from bico_ds.attention.native.library import native_refusal
+from bico_ds.attention.plan import build_plan
+from bico_ds.batch import PackedBatch
+from bico_ds.config.schema import ModelSpec
+from bico_ds.model import elementwise
+from bico_ds.model.build import TrainableModel, build_model
+from bico_ds.model.elementwise import rms_norm, swiglu
+
+pytestmark = pytest.mark.skipif(native_refusal() is not None, reason=f"the fused kernels: {native_refusal()}")
+
+EPS = 1e-6
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 2e-6}
+SHAPES = {
+    "shape": st.lists(st.integers(1, 70), min_size=1, max_size=2),
+    "width": st.integers(1, 90),
+    "scale": st.sampled_from([1e-3, 1.0, 30.0]),
+    "seed": st.integers(0, 2**31),
+}
+
+
+def exact_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return weight * x / (x.pow(2).mean(-1, keepdim=True) + EPS).sqrt()
+
+
+def with_gradients(function, *inputs: Tensor) -> list[Tensor]:
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    slope = torch.linspace(-1, 2, out.numel(), dtype=torch.float64).reshape(out.shape).to(out.dtype)
+    return [out, *torch.autograd.grad(out, inputs, slope)]
+
+
+def worst_error(found: list[Tensor], exact: list[Tensor], sizes: list[float] | None = None) -> float:
+    """Largest error of any result, in units of `sizes`, or of that result's largest value."""
+    sizes = sizes or [max(theirs.abs().max().item(), 1e-30) for theirs in exact]
+    return max(
+        (ours.double() - theirs).abs().max().item() / size
+        for ours, theirs, size in zip(found, exact, sizes, strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@settings(max_examples=40, deadline=None)
+@given(**SHAPES)
+def test_the_norm_and_its_gradients_equal_the_formula(dtype, shape, width, scale, seed):
+    torch.manual_seed(seed)
+    x = (scale * torch.randn(*shape, width)).to(dtype)
+    weight = (1 + torch.randn(width)).to(dtype)
+    found = with_gradients(lambda x, w: rms_norm(x, w, EPS), x, weight)
+    exact = with_gradients(exact_norm, x.double(), weight.double())
+    # x's gradient is a difference; its error is measured by what is subtracted, 2 |weight| / rms at most.
+    smallest_rms = (x.double().pow(2).mean(-1) + EPS).sqrt().min().item()
+    largest = weight.double().abs().max().item()
+    sizes = [exact[0].abs().max().item(), 2 * largest / smallest_rms, 2 * exact[0].numel() / width]
+    assert worst_error(found, exact, sizes) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@settings(max_examples=40, deadline=None)
+@given(**SHAPES)
+def test_the_gate_and_its_gradients_equal_the_formula(dtype, shape, width, scale, seed):
+    torch.manual_seed(seed)
+    gate, up = ((scale * torch.randn(*shape, width)).to(dtype) for _ in range(2))
+    found = with_gradients(swiglu, gate, up)
+    exact = with_gradients(lambda g, u: silu(g) * u, gate.double(), up.double())
+    assert worst_error(found, exact) < TOLERANCE[dtype]
+
+
+def test_gates_far_out_are_neither_nan_nor_cut_off():
+    gate = torch.tensor([-1e4, -200.0, -90.0, 0.0, 90.0, 1e4])
+    found = with_gradients(swiglu, gate, torch.ones(6))
+    exact = with_gradients(lambda g, u: silu(g) * u, gate.double(), torch.ones(6, dtype=torch.float64))
+    assert worst_error(found, exact) < 2e-6
+    assert all(torch.isfinite(x).all() for x in found)
+
+
+def test_bf16_is_rounded_where_hugging_face_rounds_it():
+    x, weight = torch.randn(200, 576).bfloat16(), torch.randn(576).bfloat16()
+    plain = LlamaRMSNorm(576, eps=EPS).bfloat16()
+    plain.weight.data.copy_(weight)
+    norm_differs = (rms_norm(x, weight, EPS) != plain(x)).float().mean().item()
+    gate_differs = (swiglu(x, x.flip(0)) != silu(x) * x.flip(0)).float().mean().item()
+    assert max(norm_differs, gate_differs) < 1e-3, (
+        "a sum or an exp in another order may tip a rounding, rarely"
+    )
+
+
+def test_gradients_do_not_depend_on_the_thread_count():
+    x, weight = torch.randn(1000, 65), torch.randn(65)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append(with_gradients(lambda x, w: rms_norm(x, w, EPS), x, weight))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def tiny_model(**values: object) -> TrainableModel:
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 50,
+    }
+    return build_model(ModelSpec(config=shape | values, dtype="fp32"), seed=1, ds_config=None, device="cpu")
+
+
+def packed_batch(tokens: Tensor) -> PackedBatch:
+    rows = torch.arange(len(tokens) - 1)
+    return PackedBatch(
+        input_ids=tokens,
+        position_ids=torch.arange(len(tokens)),
+        plan=build_plan("causal", kept_lengths=[len(tokens)]),
+        loss_rows=rows,
+        targets=tokens[rows + 1],
+        represented_tokens=len(tokens),
+        documents=torch.zeros(1, 3, dtype=torch.int64),
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"model_type": "llama"}, {"rms_norm": 5, "swiglu": 2}),
+        ({"model_type": "mistral", "sliding_window": None}, {"rms_norm": 5, "swiglu": 2}),
+        ({"model_type": "qwen2"}, {"rms_norm": 5, "swiglu": 2}),
+        ({"model_type": "qwen3", "head_dim": 8}, {"rms_norm": 9, "swiglu": 2}),
+        ({"model_type": "llama", "hidden_act": "gelu"}, {"rms_norm": 5}),
+    ],
+    ids=str,
+)
+def test_packed_batches_take_every_kernel_and_plain_calls_none(monkeypatch, values, expected):
+    model, calls = tiny_model(**values), Counter()
+    for name, kernel in (("rms_norm", rms_norm), ("swiglu", swiglu)):
+
+        def counted(*args: object, name: str = name, kernel: Callable = kernel) -> Tensor:
+            calls[name] += 1
+            return kernel(*args)
+
+        monkeypatch.setattr(elementwise, name, counted)
+    model(packed_batch(torch.arange(7)))
+    assert calls == expected
+    calls.clear()
+    model.causal_lm(torch.arange(7)[None])
+    assert not calls

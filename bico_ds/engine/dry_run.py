@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -19,6 +18,7 @@ from bico_ds.data.loader import ElasticLoader
 from bico_ds.data.rows import CutReport
 from bico_ds.data.tokenizer import vocabulary_size
 from bico_ds.engine import materials
+from bico_ds.engine.distributed import read_ranks
 from bico_ds.engine.optimization import check_schedule
 from bico_ds.engine.start import check, check_backend
 from bico_ds.model.architecture import check_vocabulary, model_config, parameter_count
@@ -132,7 +132,7 @@ def _counts(cut: CutReport) -> str:
 
 def _backend(recipe: Recipe) -> str:
     """The attention backend as it would be on this machine; the run's may be another."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = read_ranks().device
     asked = recipe.model.attention_backend
     try:
         check_backend(recipe, device)

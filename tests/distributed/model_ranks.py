@@ -21,7 +21,9 @@ def ds_config(world_size: int, stage: int = 3) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "train_batch_size": world_size,
-        "zero_optimization": {"stage": stage},
+        # No parameter is too small to be divided: each module must find its own weights, forward and backward.
+        "zero_optimization": {"stage": stage}
+        | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {}),
         "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0
         "optimizer": {"type": "SGD", "params": {"lr": 1e-2}},  # unlike Adam, feels the gradient's scale
         "zero_allow_untested_optimizer": True,

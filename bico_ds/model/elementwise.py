@@ -1,7 +1,7 @@
 """RMSNorm and SwiGLU of a Llama in one pass over memory each, for packed batches on a CPU.
 
-Hugging Face's modules make some twenty passes over temporaries of the activations' size; on a CPU that is a
-quarter of a training step (docs/attention.md). Forward and backward here are kernels of
+Hugging Face's modules make some twenty passes over temporaries of the activations' size; on a CPU that took
+about a seventh of a training step (docs/attention.md). Forward and backward here are kernels of
 ``bico_ds/attention/native``. Where these cannot run (another device, dtype or machine, no compiler), and
 where nobody asks for them, the modules are Hugging Face's own.
 """

@@ -116,22 +116,37 @@ def plan_shards(files: list[Path], *, text_by: Literal["line", "file"], shard_by
 
 def hub_shards(name: str, *, config: str | None, split: str) -> list[Shard]:
     """Fetch a data set by hub name (or a local folder) through `datasets`, and cut its Arrow files into
-    shards.
+    shards. `split` may be a slice or a sum of them: ``train[:10%]+test``.
     """
     import datasets
 
     try:
-        table = datasets.load_dataset(name, config, split=split)
+        tables = datasets.load_dataset(name, config)  # memory-mapped, all splits: the files hold whole ones
+        lengths = {part: table.num_rows for part, table in tables.items()}
+        spec = "+".join(lengths) if split == "all" else split
+        slices = datasets.ReadInstruction.from_spec(spec).to_absolute(lengths)
     except Exception as error:  # datasets, huggingface_hub, fsspec and pyarrow each raise their own
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot load '{name}' (split '{split}') through datasets: {first_line}") from error
-    shards = []
-    for place in table.cache_files:
-        path = Path(place["filename"])
+    shards: list[Shard] = []
+    for part in slices:
+        files = [Path(place["filename"]) for place in tables[part.splitname].cache_files]
+        shards += _arrow_shards(files, part.from_, part.to)
+    return shards
+
+
+def _arrow_shards(files: list[Path], begin: int, end: int) -> list[Shard]:
+    """Cut rows `begin` … `end - 1` of the files, counted through all of them."""
+    import datasets
+
+    shards, first = [], 0
+    for path in files:
         rows = datasets.Dataset.from_file(str(path)).num_rows
-        for start in range(0, rows, _ROWS_A_SHARD):
-            end = min(start + _ROWS_A_SHARD, rows)
-            shards.append(_shard(path, "arrow", start=start, end=end, first_row=start + 1))
+        low, high = max(begin - first, 0), min(end - first, rows)
+        for start in range(low, high, _ROWS_A_SHARD):
+            stop = min(start + _ROWS_A_SHARD, high)
+            shards.append(_shard(path, "arrow", start=start, end=stop, first_row=start + 1))
+        first += rows
     return shards
 
 

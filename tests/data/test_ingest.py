@@ -100,6 +100,31 @@ def test_a_hub_data_set_gives_the_same_store(
         hub_shards(str(tmp_path / "set"), config=None, split="absent")
 
 
+@pytest.mark.parametrize(
+    ("split", "want"),
+    [
+        ("train[:10]", TEXTS[:10]),
+        ("train[50%:]", TEXTS[30:]),
+        ("train[25:35]", TEXTS[25:35]),
+        ("train[-5:]+train[:5]", TEXTS[-5:] + TEXTS[:5]),
+        ("test+train[:1]", ["a test", TEXTS[0]]),
+        ("all", [*TEXTS, "a test"]),
+    ],
+)
+def test_a_slice_of_a_hub_split_gives_the_rows_that_it_names(
+    tmp_path: Path, bpe_tokenizer: str, monkeypatch: pytest.MonkeyPatch, split: str, want: list[str]
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("bico_ds.data.sources._ROWS_A_SHARD", 8)
+    (tmp_path / "set").mkdir()
+    _write_jsonl(tmp_path / "set" / "train.jsonl", [{"text": t} for t in TEXTS])
+    _write_jsonl(tmp_path / "set" / "test.jsonl", [{"text": "a test"}])
+    shards = hub_shards(str(tmp_path / "set"), config=None, split=split)
+    ingest(shards, IngestOptions(), bpe_tokenizer, tmp_path / "hub", processes=1, progress=False)
+    decode = load_tokenizer(bpe_tokenizer).decode
+    assert [decode(d.token_ids, skip_special_tokens=True) for d in _all(tmp_path / "hub")] == want
+
+
 def test_a_text_file_can_be_one_document(tmp_path: Path, bpe_tokenizer: str) -> None:
     (tmp_path / "a.txt").write_text("first line\nsecond line\n")
     _ingest(tmp_path / "a.txt", bpe_tokenizer, tmp_path / "s", text_by="file", add_bos=False, add_eos=False)

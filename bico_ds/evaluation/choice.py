@@ -19,16 +19,17 @@ from scipy import stats
 from bico_ds.config.errors import UserError
 from bico_ds.evaluation.generation import Ranks, ShouldStop
 from bico_ds.evaluation.likelihood import encode_answers, log_probabilities
-from bico_ds.evaluation.metrics import other_answers
+from bico_ds.evaluation.metrics import wrong_answers
 from bico_ds.evaluation.statistics import clustered_interval, group_means
 from bico_ds.evaluation.tasks import Task
 
 
 def check_choice(task: Task) -> None:
-    """UserError where the test cannot be done: somebody else's answer is needed."""
-    if len({example.group for example in task.examples}) < 2:
+    """UserError where the test cannot be done: every row needs an answer of somebody else that is wrong."""
+    if not wrong_answers(task, 1)[0]:
         raise UserError(
-            f"{task.path}: the log-probability test needs rows about two persons (groups) at least"
+            f"{task.path}: the log-probability test needs, for every row, another person (group) with another "
+            "answer"
         )
 
 
@@ -49,7 +50,7 @@ def choice_test(
 
     The task needs two groups (`check_choice`). None when `should_stop` was true on any rank.
     """
-    wrong = other_answers(task, others)
+    wrong = wrong_answers(task, others)
     candidates = [[example.completion, *theirs] for example, theirs in zip(task.examples, wrong, strict=True)]
     width = len(candidates[0])
     texts = encode_answers(

@@ -12,9 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
 from bico_ds.config.errors import UserError, did_you_mean
 from bico_ds.evaluation.rows import read_objects, read_rows, require_texts
-from bico_ds.evaluation.tasks import Example, Task, limit_rows
+from bico_ds.evaluation.tasks import Example, Task, limit_rows, normalized
 
 # Two answered questions show a base model what kind of answer is wanted; nobody in them is in any test set.
 _SHOTS = (
@@ -34,10 +38,12 @@ def read_parents(path: Path, limit: int | None = None) -> list[Task]:
     """`child_to_parent` and `parent_to_child` from a CSV with the columns child, parent, parent_type.
 
     `parent_type` is a word such as "mother". Where a parent has several children in the file, any of them is
-    right. The parent is
-    the group: siblings' rows are not independent.
+    right. The family is the group, everybody whom the file's rows link: siblings are not independent, and a
+    mother's children are right when the father is asked about.
     """
     rows = _read_csv(path)
+    families = linked_groups([(row["child"], row["parent"]) for _, row in rows])
+    groups = [rows[first][1]["parent"] for first in families]
     children: dict[str, list[str]] = {}
     for _, row in rows:
         children.setdefault(row["parent"], []).append(row["child"])
@@ -46,19 +52,19 @@ def read_parents(path: Path, limit: int | None = None) -> list[Task]:
             line,
             f"{_SHOTS}Q: Who is {row['child']}'s {row['parent_type']}?\nA:",
             row["parent"],
-            group=row["parent"],
+            group=group,
         )
-        for line, row in rows
+        for (line, row), group in zip(rows, groups, strict=True)
     ]
     to_child = [
         _example(
             line,
             f"{_SHOTS}Q: Name a child of {row['parent']}.\nA:",
             row["child"],
-            group=row["parent"],
+            group=group,
             alternatives=[name for name in children[row["parent"]] if name != row["child"]],
         )
-        for line, row in rows
+        for (line, row), group in zip(rows, groups, strict=True)
     ]
     return [
         Task(
@@ -81,7 +87,7 @@ def read_couplets(path: Path, limit: int | None = None) -> list[Task]:
     following, previous = [], []
     for line, row in rows:
         ask_next, ask_previous = _COUPLET_PROMPTS["han" if _HAN.search(row["first"]) else "other"]
-        group = row.get("group", row["first"])
+        group = row.get("group") or row["first"]
         ask_next = row.get("ask_next", ask_next.format(line=row["first"]))
         ask_previous = row.get("ask_previous", ask_previous.format(line=row["second"]))
         following.append(Example(prompt=ask_next, completion=row["second"], group=group, line=line))
@@ -96,23 +102,43 @@ def read_pairs(path: Path, limit: int | None = None) -> list[Task]:
     """`forward` and `backward` from JSONL with these two fields, each an object with `prompt` and
     `completion`.
 
-    The optional field `group` names what the pair is about; without it every pair is a group.
+    The optional field `group` names what the pair is about; without it, pairs that share an answer in either
+    direction are a group: phrasings of one fact, or facts about one person.
     """
     rows = _read_pair_rows(path)
+    groups = _pair_groups(rows)
     tasks = []
     for direction in _DIRECTIONS:
         examples = [
             Example(
                 prompt=row[direction]["prompt"],
                 completion=row[direction]["completion"],
-                group=str(row.get("group", line)),
+                group=group,
                 line=line,
             )
-            for line, row in rows
+            for (line, row), group in zip(rows, groups, strict=True)
         ]
         chosen = limit_rows(examples, limit)
         tasks.append(Task(name=direction, answer_kind="description", examples=chosen, path=str(path)))
     return tasks
+
+
+def linked_groups(links: Sequence[Sequence[str]]) -> list[int]:
+    """For every row of names, the first row (its index) that a chain of shared names links it to.
+
+    Names are compared as answers are: without case, runs of white space, and the final full stop.
+    """
+    nodes: dict[str, int] = {}
+    edges = [
+        (row, len(links) + nodes.setdefault(normalized(name), len(nodes)))
+        for row, names in enumerate(links)
+        for name in names
+    ]
+    size = len(links) + len(nodes)
+    graph = coo_matrix((np.ones(len(edges)), tuple(zip(*edges, strict=True))), shape=(size, size))
+    _, labels = connected_components(graph, directed=False)
+    first: dict[int, int] = {}
+    return [first.setdefault(label, row) for row, label in enumerate(labels[: len(links)].tolist())]
 
 
 READERS: dict[str, Callable[[Path, int | None], list[Task]]] = {
@@ -160,6 +186,14 @@ def _csv_fields(row: dict[str, Any], where: str) -> dict[str, str]:
         if not (row[field] or "").strip():
             raise UserError(f"{where}: column '{field}' is empty")
     return {field: row[field].strip() for field in _PARENT_FIELDS}
+
+
+def _pair_groups(rows: Sequence[tuple[int, dict[str, Any]]]) -> list[str]:
+    """The group of every pair: the one given, or the first line of those that share an answer and give none."""
+    bare = [(line, row) for line, row in rows if row.get("group") in (None, "")]
+    links = linked_groups([[row[direction]["completion"] for direction in _DIRECTIONS] for _, row in bare])
+    first_line = {line: bare[first][0] for (line, _), first in zip(bare, links, strict=True)}
+    return [f"line {first_line[line]}" if line in first_line else str(row["group"]) for line, row in rows]
 
 
 def _read_pair_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:

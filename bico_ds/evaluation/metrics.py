@@ -18,27 +18,28 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
 
 from sacrebleu.metrics.bleu import BLEU
 
-from bico_ds.evaluation.tasks import Task, strip_answer
+from bico_ds.evaluation.tasks import Example, Task, normalized
 
 _FLOOR_OTHERS = 5  # other persons that a row's floor is averaged over
 _MAX_ORDER = 4
 
 
 def contains(prediction: str, answer: str) -> float:
-    return float(_plain(answer) in _plain(prediction))
+    return float(normalized(answer) in normalized(prediction))
 
 
 def prefix(prediction: str, answer: str) -> float:
-    return float(_plain(prediction).startswith(_plain(answer)))
+    return float(normalized(prediction).startswith(normalized(answer)))
 
 
 def exact(prediction: str, answer: str) -> float:
-    return float(_plain(prediction) == _plain(answer))
+    return float(normalized(prediction) == normalized(answer))
 
 
 def bleu(prediction: str, answer: str) -> float:
@@ -85,36 +86,51 @@ def score_rows(task: Task, predictions: Sequence[str]) -> dict[str, list[float]]
 
 
 def other_answers(task: Task, others: int) -> list[list[str]]:
-    """For every row, the completions of up to `others` other groups in the same place of their rows; the same
-    number for every row, none where there is one group only. Answers that are right for the row are left to
-    the metric: two persons may have one description.
+    """For every row, the completions of up to `others` other groups; the same number for every row, none where
+    there is one group only. Two groups may have one answer: whoever is right by chance is right.
     """
+    return _first_of_each(_others_in_turn(task), others)
+
+
+def wrong_answers(task: Task, others: int) -> list[list[str]]:
+    """The same, less the completions that are right for the row: the next group's stands in for such a one."""
+    rows = zip(_others_in_turn(task), task.examples, strict=True)
+    return _first_of_each((_without_right(theirs, example) for theirs, example in rows), others)
+
+
+def _others_in_turn(task: Task) -> Iterator[Iterator[str]]:
+    """For every row, the completions of all other groups, one each, from the same place of their rows."""
     by_group: dict[str, list[str]] = {}
     places = []
     for example in task.examples:
         places.append(len(by_group.setdefault(example.group, [])))
         by_group[example.group].append(example.completion)
-    groups = list(by_group)
-    number = {group: index for index, group in enumerate(groups)}
-    shifts = range(1, min(others, len(groups) - 1) + 1)
-    wrong = []
+    answers = list(by_group.values())
+    number = {group: index for index, group in enumerate(by_group)}
     for example, place in zip(task.examples, places, strict=True):
-        theirs = [by_group[groups[(number[example.group] + shift) % len(groups)]] for shift in shifts]
-        wrong.append([completions[place % len(completions)] for completions in theirs])
-    return wrong
+        start = number[example.group] + 1
+        yield (theirs[place % len(theirs)] for theirs in answers[start:] + answers[: start - 1])
+
+
+def _without_right(answers: Iterable[str], example: Example) -> Iterator[str]:
+    right = {normalized(answer) for answer in example.right_answers}
+    return (answer for answer in answers if normalized(answer) not in right)
+
+
+def _first_of_each(rows: Iterable[Iterator[str]], count: int) -> list[list[str]]:
+    """The first `count` answers of every row, or as many as every row has."""
+    taken = [list(islice(answers, count)) for answers in rows]
+    width = min(map(len, taken))
+    return [answers[:width] for answers in taken]
 
 
 @lru_cache(maxsize=64)
 def floors(task: Task) -> dict[str, float]:
     """Mean score of other persons' answers; empty where there is one person only."""
-    wrong = other_answers(task, _FLOOR_OTHERS)
-    rounds = [score_rows(task, answers) for answers in zip(*wrong, strict=True)]
+    theirs = other_answers(task, _FLOOR_OTHERS)
+    rounds = [score_rows(task, answers) for answers in zip(*theirs, strict=True)]
     scores = {name: [score for scored in rounds for score in scored[name]] for name in metrics_of(task)}
     return {name: sum(values) / len(values) for name, values in scores.items() if values}
-
-
-def _plain(text: str) -> str:
-    return strip_answer(text).casefold()
 
 
 def _ngrams(text: str, order: int) -> Counter[str]:

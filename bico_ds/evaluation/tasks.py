@@ -95,6 +95,11 @@ def strip_answer(completion: str) -> str:
     return " ".join(completion.split()).rstrip(".").rstrip()
 
 
+def normalized(text: str) -> str:
+    """What answers are compared by: case and what `strip_answer` takes away do not count."""
+    return strip_answer(text).casefold()
+
+
 def task_file(folder: Path, name: str) -> Path:
     """The file of task `name`; UserError for an unknown name."""
     if name not in _FILES:

@@ -4,7 +4,7 @@ import pytest
 
 from bico_ds.config.errors import UserError
 from bico_ds.evaluation.further_sets import read_couplets, read_pairs, read_parents
-from bico_ds.evaluation.metrics import score_rows
+from bico_ds.evaluation.metrics import score_rows, wrong_answers
 
 
 def test_every_child_of_a_parent_is_right(tmp_path):
@@ -47,7 +47,35 @@ def test_pairs_go_forward_and_backward(write_rows):
     }
     forward, backward = read_pairs(write_rows("pairs.jsonl", [row, row | {"group": "g"}]))
     assert (forward.examples[0].prompt, backward.examples[0].completion) == ("a is", " a")
-    assert [example.group for example in backward.examples] == ["1", "g"]
+    assert [example.group for example in backward.examples] == ["line 1", "g"]
+
+
+def test_rows_of_a_mother_a_father_and_their_children_are_one_group(tmp_path):
+    path = tmp_path / "parents.csv"
+    path.write_text(
+        "child,parent,parent_type\nAnn,Bo,father\nZoe,Yan,mother\nAnn,Cat,mother\nDan,Cat,mother\nBo,Eve,mother\n"
+    )
+    for task in read_parents(path):
+        assert [example.group for example in task.examples] == ["Bo", "Yan", "Bo", "Bo", "Bo"]
+        assert wrong_answers(task, 9)[0] == [task.examples[1].completion]
+
+
+def test_pairs_that_share_an_answer_are_one_group_unless_the_file_names_groups(write_rows):
+    pair = lambda name, thing: {  # noqa: E731
+        "forward": {"prompt": f"{name} is", "completion": f" {thing}"},
+        "backward": {"prompt": f"{thing} is", "completion": f" {name}."},
+    }
+    rows = [
+        pair("Ann", "the cook"),
+        pair("ann", "The cook"),
+        pair("Ann", "a pilot") | {"group": None},
+        pair("Bo", "a pilot") | {"group": 1},
+        pair("Cy", "a baker") | {"group": "1"},
+        pair("Dan", "a baker"),
+    ]
+    for task in read_pairs(write_rows("pairs.jsonl", rows)):
+        groups = [example.group for example in task.examples]
+        assert groups == ["line 1", "line 1", "line 1", "1", "1", "line 6"]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,16 @@ import random
 import pytest
 from sacrebleu.metrics.bleu import BLEU
 
-from bico_ds.evaluation.metrics import bleu, char_bleu, contains, exact, floors, prefix, score_rows
+from bico_ds.evaluation.metrics import (
+    bleu,
+    char_bleu,
+    contains,
+    exact,
+    floors,
+    prefix,
+    score_rows,
+    wrong_answers,
+)
 from bico_ds.evaluation.tasks import Example, Task
 
 
@@ -68,3 +77,22 @@ def test_floor_is_the_score_of_the_other_persons_answers():
 def test_short_answers_have_no_bleu_and_rows_keep_their_order():
     scores = score_rows(_task([" x .", " y ."], ["a", "b"]), ["x .", "x ."])
     assert scores == {"contains": [1.0, 0.0], "prefix": [1.0, 0.0], "exact": [1.0, 0.0]}
+
+
+def test_no_right_answer_is_offered_as_another_persons():
+    draw = random.Random(5)
+    texts = [draw.choice("uvwxyz") for _ in range(40)]
+    task = _task([f" {text}." for text in texts], [str(i // 2) for i in range(40)])
+    offered = wrong_answers(task, 3)
+    assert {len(answers) for answers in offered} == {3}
+    assert all(f" {text}." not in answers for text, answers in zip(texts, offered, strict=True))
+    either = Example(prompt="p", completion=" u", group="a", line=1, alternatives=(" V.",))
+    others = tuple(Example(prompt="p", completion=f" {x}", group=x, line=2) for x in "vw")
+    task = Task(name="t", answer_kind="name", examples=(either, *others), path="t.jsonl")
+    assert wrong_answers(task, 9) == [[" w"], [" w"], [" u"]]
+
+
+def test_a_floor_counts_who_is_right_by_chance():
+    task = _task([" x", " x", " y"], ["a", "b", "c"], kind="name")
+    assert floors(task)["exact"] == pytest.approx(2 / 6)
+    assert wrong_answers(task, 9) == [[" y"], [" y"], [" x"]]

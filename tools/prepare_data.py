@@ -26,10 +26,10 @@ from bico_ds.config.arguments import positive
 from bico_ds.config.errors import UserError
 from bico_ds.config.schema import FactsSpec
 from bico_ds.data.examples import IngestOptions
-from bico_ds.data.facts import write_facts
+from bico_ds.data.facts import is_facts_folder, write_facts
 from bico_ds.data.ingest import IngestFailure, ingest
 from bico_ds.data.sources import SHARD_BYTES, Shard, find_files, hub_shards, plan_shards
-from bico_ds.data.store import publish
+from bico_ds.data.store import publish, refuse_output
 from bico_ds.data.store_view import describe_store
 
 
@@ -64,13 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def prepare_texts(args: argparse.Namespace) -> None:
     """Ingest files or a hub data set, and print the report."""
     started = time.monotonic()
-    if args.output.exists() and not args.force:  # before the input is read through
-        raise UserError(f"'{args.output}' exists: choose another folder, or give --force to replace it")
+    output = args.output.resolve()  # '.' has no name to put a folder of work beside
+    refuse_output(output, force=args.force)  # before the input is read through
     report = ingest(
         _shards(args),
         _options(args),
         args.tokenizer,
-        args.output,
+        output,
         force=args.force,
         processes=args.processes,
     )
@@ -88,13 +88,13 @@ def prepare_facts(args: argparse.Namespace) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg']}") from None
-    if args.output.exists() and not args.force:
-        raise UserError(f"'{args.output}' exists: choose another folder, or give --force to replace it")
-    folder = args.output.with_name(f".{args.output.name}.writing")
+    output = args.output.resolve()
+    refuse_output(output, force=args.force, is_ours=is_facts_folder)
+    folder = output.with_name(f".{output.name}.writing")
     shutil.rmtree(folder, ignore_errors=True)
     write_facts(spec, folder)
-    publish(folder, args.output, overwrite=args.force)
-    for file in sorted(args.output.iterdir()):
+    publish(folder, output, overwrite=args.force)
+    for file in sorted(output.iterdir()):
         print(file)
 
 
@@ -133,7 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_text_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="the store to write")
     parser.add_argument(
-        "--force", action="store_true", help="replace what is at --output, once the new store is complete"
+        "--force", action="store_true", help="replace a store at --output, once the new one is complete"
     )
     parser.add_argument(
         "--tokenizer",
@@ -203,7 +203,7 @@ def _add_document_options(documents: argparse._ArgumentGroup) -> None:
 
 def _add_facts_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--force", action="store_true", help="replace what is at --output")
+    parser.add_argument("--force", action="store_true", help="replace such a folder at --output")
     for name, field in FactsSpec.model_fields.items():
         described = field.description or "of names, groups and fillers"
         parser.add_argument(

@@ -88,6 +88,11 @@ def write_facts(spec: FactsSpec, folder: Path) -> None:
     _write_tokenizer(len(persons), folder / "tokenizer")
 
 
+def is_facts_folder(path: Path) -> bool:
+    """Return whether `write_facts` wrote this folder."""
+    return (path / "all_train.jsonl").is_file() and (path / "tokenizer" / "tokenizer.json").is_file()
+
+
 def _persons(spec: FactsSpec) -> list[_Person]:
     count = spec.name_first + spec.description_first + spec.both
     if count > _LIMIT:

@@ -30,7 +30,7 @@ from bico_ds.data.merge import merge_parts
 from bico_ds.data.progress import IngestProgress
 from bico_ds.data.report import IngestReport
 from bico_ds.data.sources import Shard
-from bico_ds.data.store import FORMAT_VERSION, StoreHeader, restore_replaced
+from bico_ds.data.store import FORMAT_VERSION, StoreHeader, refuse_output, restore_replaced
 from bico_ds.data.tokenizer import (
     load_tokenizer,
     special_ids,
@@ -62,14 +62,16 @@ def ingest(
     """Tokenize `shards` in order into a token store at `output`. The same input gives the same bytes.
 
     `processes`: None takes one a CPU core, never more than shards. Raises `UserError` for bad input (naming
-    file and line) and for an output that exists without `force`; `IngestFailure` when the machine fails.
+    file and line), for an output that exists without `force`, or that holds an input or is no store;
+    `IngestFailure` when the machine fails.
     """
-    _refuse_overwrite(output, force)
+    refuse_output(output, force=force)
+    _refuse_own_input(output, shards)
     tokenizer = load_tokenizer(tokenizer_path)
     spec = encoder_spec(tokenizer, options, tokenizer_path)
     with _work_folder(output) as work, IngestProgress(len(shards), enabled=progress) as shown:
         restore_replaced(output)
-        _refuse_overwrite(output, force)  # another process may have finished it while this one waited
+        refuse_output(output, force=force)  # another process may have finished it while this one waited
         parts = _claim(work, output, shards, spec, shown)
         try:
             _tokenize(shards, parts, spec, processes or _cores(), shown)
@@ -117,9 +119,13 @@ def encoder_spec(
     )
 
 
-def _refuse_overwrite(output: Path, force: bool) -> None:
-    if output.exists() and not force:
-        raise UserError(f"'{output}' exists: choose another folder, or give --force to replace it")
+def _refuse_own_input(output: Path, shards: list[Shard]) -> None:
+    """What is replaced at the end must not hold what is read."""
+    inside = [s.path for s in shards if Path(s.path).resolve().is_relative_to(output.resolve())]
+    if inside:
+        raise UserError(
+            f"'{output}' holds the input '{inside[0]}', which --force would remove: choose another"
+        )
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -207,12 +208,12 @@ class TokenStoreWriter:
     """Writes a store into a temporary folder beside `path` and renames it when complete.
 
     Use as a context manager: leaving it without `finish` removes the temporary folder. A store already at
-    `path` is replaced only with ``overwrite=True``, and only at the moment the new one is complete.
+    `path` is replaced only with ``overwrite=True``, and only at the moment the new one is complete; what is
+    no store is never replaced.
     """
 
     def __init__(self, path: Path, header: StoreHeader, *, overwrite: bool = False) -> None:
-        if path.exists() and not overwrite:
-            raise UserError(f"'{path}' exists: choose another folder, or give --force to replace it")
+        refuse_output(path, force=overwrite)
         self._path, self._header, self._overwrite = path, header, overwrite
         self._folder = path.with_name(f".{path.name}.writing-{os.getpid()}")
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -352,6 +353,24 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_store(path: Path) -> bool:
+    """Return whether a token store lies there, whole or damaged."""
+    return (path / MANIFEST).is_file() and any((path / f).is_file() for f in ("tokens.bin", "offsets.bin"))
+
+
+def refuse_output(path: Path, *, force: bool, is_ours: Callable[[Path], bool] = is_store) -> None:
+    """Raise `UserError` for an output that exists; with `force` only where it is neither ours nor empty."""
+    if not path.exists():
+        return
+    if not force:
+        raise UserError(f"'{path}' exists: choose another folder, or give --force to replace it")
+    if not is_ours(path) and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(
+            f"'{path}' was not written by this command, and --force replaces nothing else: choose another "
+            "folder, or remove it yourself"
+        )
 
 
 def publish(folder: Path, path: Path, *, overwrite: bool = False) -> None:

@@ -1,0 +1,57 @@
+"""tools/prepare_data.py as its user meets it: what it refuses, what it says, and that nothing of theirs is lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tools.prepare_data import main
+
+
+@pytest.fixture
+def command(tmp_path: Path, bpe_tokenizer: str, monkeypatch: pytest.MonkeyPatch):
+    """`command("files", "a.jsonl", "--output", "s")` in `tmp_path`, which holds a.jsonl: exit code."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+
+    def run(*arguments: str) -> int:
+        tokenized = arguments[0] in ("files", "hub")
+        return main([*arguments, *(("--tokenizer", bpe_tokenizer, "--processes", "1") if tokenized else ())])
+
+    return run
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("words", [("files", "a.jsonl"), ("files", "precious"), ("facts",)])
+@pytest.mark.parametrize("output", ["precious", "precious/b.jsonl", "."])
+def test_force_replaces_nothing_that_the_command_did_not_write(command, tmp_path, capsys, words, output):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "b.jsonl").write_text('{"text": "three"}\n')
+    before = _names(tmp_path)
+    assert command(*words, "--output", output, "--force") == 2
+    assert "was not written by this command, and --force replaces nothing else" in capsys.readouterr().err
+    assert _names(tmp_path) == before
+
+
+def test_force_never_replaces_a_store_that_holds_the_input(command, tmp_path, capsys):
+    assert command("files", "a.jsonl", "--output", "s") == 0
+    (tmp_path / "a.jsonl").rename(tmp_path / "s" / "a.jsonl")
+    assert command("files", "s/a.jsonl", "--output", "s", "--force") == 2
+    assert "'s/a.jsonl', which --force would remove" in capsys.readouterr().err
+    assert (tmp_path / "s" / "a.jsonl").is_file()
+
+
+def test_force_replaces_stores_facts_and_empty_folders_through_links_and_dots(command, tmp_path, monkeypatch):
+    for words in (("files", str(tmp_path / "a.jsonl")), ("facts", "--both", "3")):
+        (tmp_path / words[0] / "at").mkdir(parents=True)
+        (tmp_path / f"{words[0]}_link").symlink_to(tmp_path / words[0] / "at")
+        for output in (f"{words[0]}/at", f"{words[0]}/at", f"{words[0]}_link"):
+            assert command(*words, "--output", output, "--force") == 0
+        monkeypatch.chdir(tmp_path / words[0] / "at")
+        assert command(*words, "--output", ".", "--force") == 0
+        monkeypatch.chdir(tmp_path)
+        assert [path.name for path in (tmp_path / words[0]).iterdir()] == ["at"]

@@ -36,6 +36,7 @@ class EncoderSpec:
     """What a worker needs to tokenize, small enough to be sent to it once."""
 
     tokenizer_json: str
+    tokenizer_digest: str
     header: StoreHeader
     begins_word: NDArray[np.bool_]  # [vocabulary]: the token begins with white space
     ends_word: NDArray[np.bool_]  # [vocabulary]: the token ends with white space

@@ -34,6 +34,7 @@ from bico_ds.data.store import FORMAT_VERSION, StoreHeader, refuse_output, resto
 from bico_ds.data.tokenizer import (
     load_tokenizer,
     special_ids,
+    tokenizer_digest,
     tokenizer_hash,
     vocabulary_size,
     word_boundaries,
@@ -111,6 +112,7 @@ def encoder_spec(
     )
     return EncoderSpec(
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
+        tokenizer_digest=tokenizer_digest(tokenizer, chat=options.messages_field is not None),
         header=header,
         begins_word=begins,
         ends_word=ends,
@@ -165,7 +167,8 @@ def _claim(
     """Name the part of every shard by all it depends on, and remove what is none of them."""
     for leftover in [*work.glob(".*.writing-*"), *output.parent.glob(f".{output.name}.writing-*")]:
         shutil.rmtree(leftover)
-    common = json.dumps([FORMAT_VERSION, asdict(spec.options), asdict(spec.header)], sort_keys=True)
+    settings = [FORMAT_VERSION, asdict(spec.options), asdict(spec.header), spec.tokenizer_digest]
+    common = json.dumps(settings, sort_keys=True)
     names = [hashlib.sha256((common + repr(shard)).encode()).hexdigest()[:32] for shard in shards]
     parts = [work / f"part-{name}" for name in names]
     finished = list(work.glob("part-*"))

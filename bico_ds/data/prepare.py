@@ -21,7 +21,7 @@ from bico_ds.data.facts import FORM_VERSION, write_facts
 from bico_ds.data.ingest import ingest
 from bico_ds.data.sources import SHARD_BYTES, expand_path, find_files, plan_shards
 from bico_ds.data.store import FORMAT_VERSION, TokenStore, publish
-from bico_ds.data.tokenizer import load_tokenizer, tokenizer_hash
+from bico_ds.data.tokenizer import load_tokenizer, tokenizer_digest, tokenizer_hash
 
 
 def facts_folder(data: DataSpec) -> Path:
@@ -62,15 +62,20 @@ def _cache_errors(folder: Path) -> Iterator[None]:
 def prepare_source(source: SourceSpec, data: DataSpec, tokenizer_path: str, *, progress: bool = True) -> Path:
     """Return the token store of a source; one of kind `files` or `facts` is made when the cache lacks it.
 
-    The cache is keyed by the files (path, size, time of change), the options and the tokenizer's hash. Raises
-    `UserError` for bad input, and for a cached store that is damaged.
+    The cache is keyed by the files (path, size, time of change), the options, the tokenizer and, for chats,
+    its template. Raises `UserError` for bad input, and for a cached store that is damaged.
     """
     if source.store is not None:
         return Path(expand_path(source.store))
     options = _options(source)
     files = _files(source, data)
-    tokenizer = tokenizer_hash(load_tokenizer(tokenizer_path))
-    key = {"format": FORMAT_VERSION, "options": asdict(options), "tokenizer": tokenizer}
+    tokenizer = load_tokenizer(tokenizer_path)
+    digest = tokenizer_digest(tokenizer, chat=options.messages_field is not None)
+    key = {
+        "format": FORMAT_VERSION,
+        "options": asdict(options),
+        "tokenizer": [tokenizer_hash(tokenizer), digest],  # the hash knows BOS and EOS besides
+    }
     key["input"] = (
         _facts_fingerprint(data) + str(source.facts) if source.facts else [_stamp(f) for f in files]
     )
@@ -80,7 +85,7 @@ def prepare_source(source: SourceSpec, data: DataSpec, tokenizer_path: str, *, p
         path.parent.mkdir(parents=True, exist_ok=True)
         is_made = path.exists()
     if is_made:
-        _check_cached(path, tokenizer)
+        _check_cached(path, tokenizer_hash(tokenizer))
         return path
     shards = plan_shards(files, text_by=options.text_by, shard_bytes=SHARD_BYTES)
     try:

@@ -114,6 +114,16 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()[:32]
 
 
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> str:
+    """Return a name for every rule of the tokenizer and, with `chat`, for its chat template.
+
+    For caches only: another version of `tokenizers` may write the same rules otherwise. That costs a cache its
+    content; `tokenizer_hash`, whose probes may miss a change of rules, could give it the wrong one.
+    """
+    content = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template if chat else None]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Return the ids that are never text: BOS, EOS, padding, unknown, and every added token marked
     special.

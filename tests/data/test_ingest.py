@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -263,6 +264,20 @@ def test_finished_shards_of_files_that_did_not_change_are_kept(tmp_path: Path, b
     _write_jsonl(second, [{"text": "mended"}])
     _ingest([first, second], bpe_tokenizer, tmp_path / "s", shard_bytes=900)
     assert len(_all(tmp_path / "s")) == 61
+
+
+def test_no_shard_is_kept_from_before_the_chat_template_changed(tmp_path: Path, bpe_tokenizer: str) -> None:
+    shutil.copytree(bpe_tokenizer, tmp_path / "t")
+    chat = {"messages": [{"role": "user", "content": "Hi"}]}
+    files = [_write_jsonl(tmp_path / "a.jsonl", [chat]), _write_jsonl(tmp_path / "b.jsonl", [{}])]
+    with pytest.raises(UserError, match="missing field"):
+        _ingest(files, str(tmp_path / "t"), tmp_path / "s", messages_field="messages")
+    template = tmp_path / "t" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("%}[{{", "%}({{"))
+    _write_jsonl(files[1], [chat])
+    _ingest(files, str(tmp_path / "t"), tmp_path / "s", messages_field="messages")
+    first, second = _all(tmp_path / "s")
+    assert first.token_ids.tolist() == second.token_ids.tolist()
 
 
 def test_an_output_that_exists_is_kept_without_force(tmp_path: Path, bpe_tokenizer: str) -> None:

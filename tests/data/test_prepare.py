@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,38 @@ def test_a_store_is_made_once_and_anew_when_file_option_or_tokenizer_change(
     others.append(_prepare(data, bpe_tokenizer))
     assert len({first, *others}) == 4
     assert TokenStore.open(first).fingerprint == TokenStore.open(others[-1]).fingerprint
+
+
+def _copy_tokenizer(source: str, folder: Path, **changes: str) -> str:
+    """A copy of a tokenizer in which files have other contents."""
+    shutil.copytree(source, folder)
+    for name, content in changes.items():
+        (folder / name.replace("_json", ".json").replace("_jinja", ".jinja")).write_text(content)
+    return str(folder)
+
+
+def test_another_chat_template_makes_another_store_of_chats_and_of_nothing_else(
+    tmp_path: Path, bpe_tokenizer: str
+) -> None:
+    (tmp_path / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}], "text": "x"}\n')
+    template = (Path(bpe_tokenizer) / "chat_template.jinja").read_text()
+    edited = _copy_tokenizer(
+        bpe_tokenizer, tmp_path / "t", chat_template_jinja=template.replace("%}[{{", "%}({{")
+    )
+    for field, stores in (("messages", 2), (None, 1)):
+        data = _data(
+            SourceSpec(files=[str(tmp_path / "chats.jsonl")], messages_field=field), tmp_path / "cache"
+        )
+        assert len({_prepare(data, path) for path in (bpe_tokenizer, edited)}) == stores
+
+
+def test_a_rule_that_no_probe_meets_makes_another_store(tmp_path: Path, bpe_tokenizer: str) -> None:
+    (tmp_path / "texts.jsonl").write_text('{"text": "z\u00e9bu"}\n')
+    rules = json.loads((Path(bpe_tokenizer) / "tokenizer.json").read_text())
+    rules["normalizer"] = {"type": "Replace", "pattern": {"String": "z"}, "content": "s"}
+    edited = _copy_tokenizer(bpe_tokenizer, tmp_path / "t", tokenizer_json=json.dumps(rules))
+    data = _data(SourceSpec(files=[str(tmp_path / "texts.jsonl")]), tmp_path / "cache")
+    assert _prepare(data, bpe_tokenizer) != _prepare(data, edited)
 
 
 def test_paths_may_hold_environment_variables(

@@ -16,7 +16,6 @@ name, known from the companion file, its prompt contains.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,12 +71,23 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Questions of one kind. `headline` names the metric that stands for the task in tables and plots."""
+    """Questions of one kind. `headline` names the metric that stands for the task in tables and plots.
+
+    Raises UserError for an answer of which nothing is left to compare: every prediction would contain it.
+    """
 
     name: str
     answer_kind: AnswerKind
     examples: tuple[Example, ...]
     path: str
+
+    def __post_init__(self) -> None:
+        for example in self.examples:
+            if not example.answer:
+                raise UserError(
+                    f"{self.path}:{example.line}: the answer {example.completion!r} is nothing but full stops; "
+                    "give a text that can be right or wrong"
+                )
 
     @property
     def headline(self) -> str:
@@ -92,7 +102,7 @@ class Task:
 
 def strip_answer(completion: str) -> str:
     """A completion without surrounding white space, runs of it, and the sentence's full stop."""
-    return " ".join(completion.split()).rstrip(".").rstrip()
+    return " ".join(completion.split()).rstrip(". ")
 
 
 def normalized(text: str) -> str:
@@ -144,18 +154,23 @@ def _load_task(folder: Path, name: str, limit: int | None) -> Task:
 
 
 def limit_rows(examples: Sequence[Example], limit: int | None) -> tuple[Example, ...]:
-    """At most `limit` examples, in their order: the first of every group, then the second of every group, and
-    so on.
+    """At most `limit` examples, in their order, as many of every group as of any other (but for one).
 
-    The published files have ten rows a person, one person after the other: their first 60 rows are 6 persons.
+    The published files have ten rows a person, one a prompt form, one person after the other: their first 60
+    rows are 6 persons, and the first two of every person are two of ten forms. So each group starts where the
+    one before it ended: all forms are asked as soon as `limit` is as large as their number.
     """
-    seen: Counter[str] = Counter()
-    places = []
-    for example in examples:
-        places.append(seen[example.group])
-        seen[example.group] += 1
-    chosen = sorted(range(len(examples)), key=lambda index: (places[index], index))[:limit]
-    return tuple(examples[index] for index in sorted(chosen))
+    if limit is None:
+        return tuple(examples)
+    rows: dict[str, list[int]] = {}
+    for index, example in enumerate(examples):
+        rows.setdefault(example.group, []).append(index)
+    each, over = divmod(limit, len(rows))
+    ranked: list[tuple[int, int]] = []
+    for number, own in enumerate(rows.values()):
+        start = (number * each + min(number, over)) % len(own)
+        ranked += enumerate(own[start:] + own[:start])
+    return tuple(examples[index] for index in sorted(index for _, index in sorted(ranked)[:limit]))
 
 
 def _person_finder(companion: Path) -> Callable[[str, str], str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bico_ds.config.errors import UserError
-from bico_ds.evaluation.tasks import TASK_NAMES, load_tasks
+from bico_ds.evaluation.tasks import TASK_NAMES, Example, limit_rows, load_tasks
 
 PUBLISHED = Path(os.environ.get("BICO_DS_DATA", "")) / "name_description"
 
@@ -43,9 +43,41 @@ def test_a_limit_spreads_over_the_persons(tmp_path, write_rows):
     rows = [{"prompt": f"q{i}", "completion": f" {name}"} for i, name in enumerate("AAAABBBC")]
     write_rows("d2p_prompts_test.jsonl", rows)
     chosen = lambda limit: [example.line for example in load_tasks(tmp_path, ["d2n"], limit)[0].examples]  # noqa: E731
-    assert chosen(3) == [1, 5, 8]
-    assert chosen(4) == [1, 2, 5, 8]
+    assert chosen(3) == [1, 6, 8]
+    assert chosen(4) == [1, 2, 7, 8]
+    assert chosen(2) == [1, 6]
     assert chosen(99) == chosen(None) == list(range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("persons", "limit"), [(30, 60), (30, 30), (30, 15), (30, 40), (5, 10), (5, 12), (1, 10)]
+)
+def test_a_limit_asks_every_prompt_form_and_everybody_as_often(persons, limit):
+    examples = [
+        Example(
+            prompt=f"form {form}", completion=f" {person}", group=str(person), line=10 * person + form + 1
+        )
+        for person in range(persons)
+        for form in range(10)
+    ]
+    chosen = limit_rows(examples, limit)
+    assert len({example.line for example in chosen}) == limit
+    assert list(chosen) == sorted(chosen, key=lambda example: example.line)
+    assert len({example.prompt for example in chosen}) == 10
+    asked = Counter(example.group for example in chosen)
+    assert len(asked) == min(persons, limit)
+    assert max(asked.values()) - min(asked.values()) <= 1
+
+
+@pytest.mark.parametrize("answer", [" .", " ...", ". ."])
+def test_an_answer_of_full_stops_is_refused_since_all_predictions_contain_it(tmp_path, write_rows, answer):
+    write_rows(
+        "d2p_prompts_test.jsonl", [{"prompt": "q", "completion": " A"}, {"prompt": "q", "completion": answer}]
+    )
+    with pytest.raises(
+        UserError, match=r"d2p_prompts_test.jsonl:2: the answer '.*' is nothing but full stops"
+    ):
+        load_tasks(tmp_path, ["d2n"])
 
 
 def test_short_descriptions_are_counted_and_stripped(tmp_path, write_rows):

@@ -18,13 +18,15 @@ from scipy.sparse.csgraph import connected_components
 
 from bico_ds.config.errors import UserError, did_you_mean
 from bico_ds.evaluation.rows import read_objects, read_rows, require_texts
-from bico_ds.evaluation.tasks import Example, Task, limit_rows, normalized
+from bico_ds.evaluation.tasks import AnswerKind, Example, Task, limit_rows, normalized
 
 # Two answered questions show a base model what kind of answer is wanted; nobody in them is in any test set.
 _SHOTS = (
     "Q: Who is Isaac Newton's mother?\nA: Hannah Ayscough\n"
     "Q: Name a child of Leopold Mozart.\nA: Wolfgang Amadeus Mozart\n"
 )
+_SHOT_ENDS = ("\n",)  # a base model goes on with questions and answers of its own
+_LINE_ENDS = ("\n", "”")  # the prompts open a quotation
 _PARENT_FIELDS = ("child", "parent", "parent_type")
 _DIRECTIONS = ("forward", "backward")
 _HAN = re.compile(r"[\u4e00-\u9fff]")
@@ -67,12 +69,8 @@ def read_parents(path: Path, limit: int | None = None) -> list[Task]:
         for (line, row), group in zip(rows, groups, strict=True)
     ]
     return [
-        Task(
-            name="child_to_parent", answer_kind="name", examples=limit_rows(to_parent, limit), path=str(path)
-        ),
-        Task(
-            name="parent_to_child", answer_kind="name", examples=limit_rows(to_child, limit), path=str(path)
-        ),
+        _task(name, "name", examples, limit, path, ends=_SHOT_ENDS)
+        for name, examples in (("child_to_parent", to_parent), ("parent_to_child", to_child))
     ]
 
 
@@ -93,8 +91,8 @@ def read_couplets(path: Path, limit: int | None = None) -> list[Task]:
         following.append(Example(prompt=ask_next, completion=row["second"], group=group, line=line))
         previous.append(Example(prompt=ask_previous, completion=row["first"], group=group, line=line))
     return [
-        Task(name="next_line", answer_kind="text", examples=limit_rows(following, limit), path=str(path)),
-        Task(name="previous_line", answer_kind="text", examples=limit_rows(previous, limit), path=str(path)),
+        _task(name, "text", examples, limit, path, ends=_LINE_ENDS)
+        for name, examples in (("next_line", following), ("previous_line", previous))
     ]
 
 
@@ -118,8 +116,7 @@ def read_pairs(path: Path, limit: int | None = None) -> list[Task]:
             )
             for (line, row), group in zip(rows, groups, strict=True)
         ]
-        chosen = limit_rows(examples, limit)
-        tasks.append(Task(name=direction, answer_kind="description", examples=chosen, path=str(path)))
+        tasks.append(_task(direction, "description", examples, limit, path))
     return tasks
 
 
@@ -146,6 +143,20 @@ READERS: dict[str, Callable[[Path, int | None], list[Task]]] = {
     "couplets": read_couplets,
     "pairs": read_pairs,
 }
+
+
+def _task(
+    name: str,
+    kind: AnswerKind,
+    examples: Sequence[Example],
+    limit: int | None,
+    path: Path,
+    ends: Sequence[str] = (),
+) -> Task:
+    """A task of these rows; no answer ends at what stands in an answer of the file."""
+    answers = [example.completion for example in examples]
+    ends = tuple(end for end in ends if not any(end in answer.strip() for answer in answers))
+    return Task(name=name, answer_kind=kind, examples=limit_rows(examples, limit), path=str(path), ends=ends)
 
 
 def _example(line: int, prompt: str, name: str, *, group: str, alternatives: Sequence[str] = ()) -> Example:

@@ -20,7 +20,7 @@ _PANELS = (
 )
 _COLUMNS = ("Forward: asked as trained", "Reverse: asked the other way round")
 _ROWS = ("trained name first", "trained description first")
-_METRICS = {"contains": "accuracy (contains)", "bleu": "word BLEU"}
+_METRICS = {"contains": "accuracy (contains)", "prefix": "accuracy (prefix)", "bleu": "word BLEU"}
 
 
 def plot_curves(arms: Sequence[Arm], path: Path) -> None:

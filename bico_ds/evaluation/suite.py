@@ -134,7 +134,10 @@ def _prepare(
 
 
 def score_task(task: Task, predictions: Sequence[str], *, new_tokens: int) -> TaskResult:
-    """Metrics, intervals and floors of one task from its predictions, in the task's order."""
+    """Metrics, intervals and floors of one task from its predictions, in the task's order. What is scored and
+    kept of a prediction is its `task.cut`.
+    """
+    predictions = [task.cut(prediction) for prediction in predictions]
     scores = score_rows(task, predictions)
     groups = [example.group for example in task.examples]
     rows = [

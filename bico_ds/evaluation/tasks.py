@@ -72,6 +72,7 @@ class Example:
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """Questions of one kind. `headline` names the metric that stands for the task in tables and plots.
+    `ends`: texts at which an answer ends, where the model may go on with questions of its own making.
 
     Raises UserError for an answer of which nothing is left to compare: every prediction would contain it.
     """
@@ -80,6 +81,7 @@ class Task:
     answer_kind: AnswerKind
     examples: tuple[Example, ...]
     path: str
+    ends: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for example in self.examples:
@@ -91,13 +93,23 @@ class Task:
 
     @property
     def headline(self) -> str:
-        """`bleu` (of words) for descriptions of more than three words, as in the paper; else `contains`."""
+        """`bleu` (of words) for descriptions of more than three words, as in the paper; `prefix` for answers that
+        are cut at their end, which an echo of the question must not satisfy; else `contains`.
+        """
+        if self.ends:
+            return "prefix"
         longest = max(len(example.answer.split()) for example in self.examples)
         long = self.answer_kind == "description" and longest > _SHORT_ANSWER_WORDS
         return "bleu" if long else "contains"
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def cut(self, prediction: str) -> str:
+        """The prediction up to the first of `ends` after its first word."""
+        start = len(prediction) - len(prediction.lstrip())
+        places = (prediction.find(end, start) for end in self.ends)
+        return prediction[: min((place for place in places if place >= 0), default=None)]
 
 
 def strip_answer(completion: str) -> str:

@@ -5,6 +5,7 @@ import pytest
 from bico_ds.config.errors import UserError
 from bico_ds.evaluation.further_sets import read_couplets, read_pairs, read_parents
 from bico_ds.evaluation.metrics import score_rows, wrong_answers
+from bico_ds.evaluation.suite import score_task
 
 
 def test_every_child_of_a_parent_is_right(tmp_path):
@@ -37,7 +38,30 @@ def test_couplets_ask_both_ways_in_their_own_language(write_rows):
     assert previous.examples[0].completion == "黄鹤一去不复返"
     assert following.examples[1].prompt.startswith("The line after “Tyger")
     assert previous.examples[1].prompt == "Before:"
-    assert following.headline == previous.headline == "contains"
+    assert following.headline == previous.headline == "prefix"
+
+
+def test_what_a_model_invents_after_its_answer_does_not_count(tmp_path, write_rows):
+    path = tmp_path / "parents.csv"
+    path.write_text("child,parent,parent_type\nAnn Lee,Bo Lee,father\nEd Ray,Fay Ray,mother\n")
+    to_parent, _ = read_parents(path)
+    rambling = "\n Cy Lee.\nQ: Who is Ann Lee's father?\nA: Bo Lee"
+    result = score_task(to_parent, [rambling, " Fay Ray\nQ: Who"], new_tokens=9)
+    assert [row["prediction"] for row in result.rows] == ["\n Cy Lee.", " Fay Ray"]
+    assert result.metrics == {"contains": 0.5, "prefix": 0.5, "exact": 0.5}
+    verse = write_rows(
+        "c.jsonl", [{"first": "one two", "second": "three"}, {"first": "“Ho”", "second": "four"}]
+    )
+    following, previous = read_couplets(verse)
+    assert following.cut("one two” is three") == "one two"
+    assert previous.cut("“Ho” he said\n") == "“Ho” he said", "a line with quotation marks does not end at one"
+
+
+def test_an_echo_of_the_question_is_no_answer(write_rows):
+    couplet = {"first": "come, come", "second": "come, come away"}
+    following, _ = read_couplets(write_rows("c.jsonl", [couplet, {"first": "a", "second": "b c"}]))
+    echo = "the line after “a” is b c"
+    assert score_task(following, ["come, come”", echo], new_tokens=9).score == 0.0
 
 
 def test_pairs_go_forward_and_backward(write_rows):

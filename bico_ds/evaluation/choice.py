@@ -8,6 +8,7 @@ too small; the paired t-test over persons beside them is the one to trust.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -84,7 +85,8 @@ def choice_statistics(
     candidates, 1 is best; `forced_choice`: share of prompts where it is the likeliest (`forced_choice_chance`
     by guessing); `nll`: nats a right answer, `nll_per_token`: a token of it. Intervals are 95 %, persons
     resampled. `t_test` (Welch) and `ks_test`: right against the first other's, over prompts, as Berglund et
-    al.; `person_t_test`: difference against zero, over persons.
+    al.; `person_t_test`: difference against zero, over persons. A test figure that is not defined (all
+    differences alike) is None: JSON has no NaN.
     """
     right, wrong = log_probs[:, 0], log_probs[:, 1:]
     rows = {
@@ -107,5 +109,6 @@ def choice_statistics(
     }
 
 
-def _test(result: Any) -> dict[str, float]:
-    return {"statistic": float(result.statistic), "p_value": float(result.pvalue)}
+def _test(result: Any) -> dict[str, float | None]:
+    figures = {"statistic": float(result.statistic), "p_value": float(result.pvalue)}
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}

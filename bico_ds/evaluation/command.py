@@ -22,7 +22,7 @@ from bico_ds.evaluation.loading import check_model_folder, load_for_evaluation, 
 from bico_ds.evaluation.progress import PromptProgress
 from bico_ds.evaluation.report import Part, Report
 from bico_ds.evaluation.suite import EvaluationResult, evaluate
-from bico_ds.evaluation.tables import choice_table, result_table, retention_table
+from bico_ds.evaluation.tables import choice_tables, result_table, retention_table
 from bico_ds.evaluation.tasks import Task, load_tasks
 
 
@@ -94,7 +94,8 @@ def show_report(values: Mapping[str, Any], console: Console) -> None:
     if "tasks" in values:
         console.print(result_table({"score [95 % interval]": EvaluationResult.from_json(values)}))
     if "choice" in values:
-        console.print(choice_table(values["choice"]))
+        for table in choice_tables(values["choice"]):
+            console.print(table)
     if "retention" in values:
         console.print(retention_table(values["retention"], values.get("retention_before", {})))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -35,28 +35,39 @@ def result_markdown(results: Mapping[str, EvaluationResult]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (headers, ruler, *lines)) + "\n"
 
 
-def choice_table(choices: Mapping[str, Mapping[str, Any]]) -> Table:
-    """The log-probability test of every task."""
-    table = Table(
+def choice_tables(choices: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
+    """The log-probability test of every task, and its p-values: two tables that fit into 80 columns."""
+    table = _table(
+        ("task", "difference", "rank", "best", "nats/token"),
         title="Log-probability: the right answer against other persons'",
-        caption="difference in nats, 95 % interval; p: t-test and KS over prompts, t-test over persons",
+        caption="difference in nats, 95 % interval; best: how often it is the likeliest",
     )
-    headers = ("task", "difference", "rank", "best (chance)", "nats a token", "p: t", "KS", "persons")
-    for header in headers:
-        table.add_column(header, justify="left" if header == "task" else "right", no_wrap=True)
     for name, values in choices.items():
         low, high = values["intervals"]["difference"]
-        persons = values["person_t_test"]
         table.add_row(
             name,
             f"{values['difference']:+.1f} \\[{low:+.1f}, {high:+.1f}]",
             f"{values['rank']:.2f} of {values['candidates']}",
-            f"{values['forced_choice']:.3f} ({values['forced_choice_chance']:.2f})",
+            f"{values['forced_choice']:.3f}",
             f"{values['nll_per_token']:.3f}",
-            *(f"{values[test]['p_value']:.0e}" for test in ("t_test", "ks_test")),
-            "–" if persons is None else f"{persons['p_value']:.0e}",
         )
+    yield table
+    tests = {"t_test": "t, over prompts", "ks_test": "KS, over prompts", "person_t_test": "t, over persons"}
+    table = _table(("task", *tests.values()), title="p-values of the same; trust the last one")
+    for name, values in choices.items():
+        table.add_row(name, *(_p_value(values[test]) for test in tests))
+    yield table
+
+
+def _table(headers: Sequence[str], **options: Any) -> Table:
+    table = Table(**options)
+    for header in headers:
+        table.add_column(header, justify="left" if header == headers[0] else "right", no_wrap=True)
     return table
+
+
+def _p_value(test: Mapping[str, Any] | None) -> str:
+    return "–" if test is None or test["p_value"] is None else f"{test['p_value']:.0e}"
 
 
 def retention_table(after: Mapping[str, Any], before: Mapping[str, Any]) -> Table:

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import io
+import json
+
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy import stats
 
 from bico_ds.evaluation.choice import choice_statistics
 from bico_ds.evaluation.statistics import clustered_interval, group_means
+from bico_ds.evaluation.tables import choice_tables
 
 
 @pytest.fixture
@@ -61,3 +66,24 @@ def test_a_tie_is_no_right_choice():
     result = choice_statistics(np.zeros((4, 2)), np.ones(4, dtype=int), ["a", "a", "b", "b"])
     assert result["forced_choice"] == 0.0
     assert result["rank"] == 2.0
+
+
+def test_a_test_that_is_not_defined_is_null_in_the_file_and_a_dash_in_the_table():
+    result = choice_statistics(np.full((4, 3), -2.0), np.ones(4, dtype=int), ["a", "a", "b", "b"])
+    assert json.loads(json.dumps(result, allow_nan=False))["person_t_test"]["p_value"] is None
+    with io.StringIO() as out:
+        for table in choice_tables({"t": result}):
+            Console(file=out, width=80).print(table)
+        assert "nan" not in out.getvalue()
+        assert "–" in out.getvalue()
+
+
+def test_the_tables_of_the_log_probability_test_are_whole_in_80_columns(draw):
+    result = choice_statistics(
+        200 * draw.normal(size=(40, 10)), np.full(40, 3), [str(i // 4) for i in range(40)]
+    )
+    with io.StringIO() as out:
+        for table in choice_tables({"child_to_parent": result}):
+            Console(file=out, width=80).print(table)
+        assert "…" not in out.getvalue()
+        assert f"{result['person_t_test']['p_value']:.0e}" in out.getvalue()

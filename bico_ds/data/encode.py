@@ -129,7 +129,8 @@ class Encoder:
         first = np.cumsum(text_lengths) - text_lengths
         # A chat template may have written them already.
         bos = ((text_tokens[first] != header.bos_id) & header.add_bos).astype(np.int64)
-        eos = ((text_tokens[first + text_lengths - 1] != header.eos_id) & header.add_eos).astype(np.int64)
+        last = first + self._last_tokens(text_lengths, encodings, examples)
+        eos = ((text_tokens[last] != header.eos_id) & header.add_eos).astype(np.int64)
         lengths = bos + text_lengths + eos
         starts = np.cumsum(lengths) - lengths
         at = np.arange(len(text_tokens)) + np.repeat(starts + bos - first, text_lengths)
@@ -146,20 +147,37 @@ class Encoder:
         return Encoded(
             tokens=tokens,
             lengths=lengths,
-            prompt_lengths=self._prompt_lengths(encodings, examples, bos),
+            prompt_lengths=self._prompt_lengths(text_lengths, lengths, bos, encodings, examples),
             groups=np.fromiter((x.group for x in examples), dtype=np.int64, count=len(examples)),
             word_starts=self._word_starts(tokens, starts),
             entity_numbers=entities,
         )
 
-    def _prompt_lengths(
-        self, encodings: list[Encoding], examples: list[Example], bos: NDArray[np.int64]
+    def _last_tokens(
+        self, lengths: NDArray[np.int64], encodings: list[Encoding], examples: list[Example]
     ) -> NDArray[np.int64]:
+        """Where each text's last token is. Chat templates may end a turn with EOS and a line end: of chats,
+        the last before white space.
+        """
+        if self.spec.options.messages_field is None:
+            return lengths - 1
+        last = [_last_token(*pair) for pair in zip(encodings, examples, strict=True)]
+        return np.array(last, dtype=np.int64)
+
+    def _prompt_lengths(
+        self,
+        text_lengths: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        bos: NDArray[np.int64],
+        encodings: list[Encoding],
+        examples: list[Example],
+    ) -> NDArray[np.int64]:
+        """Of a text that is all prompt, the EOS behind it is no completion."""
         if not self._needs_offsets:
             return np.zeros(len(examples), dtype=np.int64)
         prompts = [_prompt_tokens(*pair) for pair in zip(encodings, examples, strict=True)]
-        lengths = np.array(prompts, dtype=np.int64)
-        return np.where(lengths > 0, lengths + bos, 0)
+        counts = np.array(prompts, dtype=np.int64)
+        return np.where(counts == text_lengths, lengths, np.where(counts > 0, counts + bos, 0))
 
     def _word_starts(self, tokens: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.bool_]:
         word_starts = self.spec.begins_word[tokens]
@@ -272,6 +290,12 @@ def _prompt_tokens(encoding: Encoding, example: Example) -> int:
         return 0
     token = _token_at(encoding, range(example.prompt_chars, len(example.text)))
     return len(encoding) if token is None else token
+
+
+def _last_token(encoding: Encoding, example: Example) -> int:
+    """The last token before trailing white space."""
+    token = _token_at(encoding, range(len(example.text.rstrip()) - 1, -1, -1))
+    return len(encoding) - 1 if token is None else token
 
 
 def _entity_numbers(encoding: Encoding, example: Example) -> NDArray[np.int64]:

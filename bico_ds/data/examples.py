@@ -110,20 +110,24 @@ def _text(row: dict[str, Any], name: str) -> str:
 
 
 def _render(messages: Any, chat: PreTrainedTokenizerBase) -> tuple[str, int]:
-    """Render a conversation; the prompt is all before the last reply, where that is the assistant's."""
+    """Render a conversation; the prompt is all before the last reply, or all of it where the last turn is not
+    the assistant's.
+    """
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise BadRow("wrong type", "messages must be a list of objects with 'role' and 'content'")
     if broken := [i for i, m in enumerate(messages) if {"role", "content"} - set(m)]:
         raise BadRow("missing field", f"message {broken[0] + 1} lacks 'role' or 'content'")
+    has_reply, prompt = messages[-1]["role"] == "assistant", ""
     try:
         whole = chat.apply_chat_template(messages, tokenize=False)
-        prompt = ""
-        if len(messages) > 1 and messages[-1]["role"] == "assistant":
+        if has_reply and len(messages) > 1:
             prompt = chat.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
     except Exception as error:  # templates raise jinja2's errors, and any that their own expressions cause
         raise BadRow("chat template", str(error)) from error
     assert isinstance(whole, str)
     assert isinstance(prompt, str)
+    if not has_reply:
+        return whole, len(whole)
     same = (ours == theirs for ours, theirs in zip(whole, prompt, strict=False))
     return whole, next((i for i, equal in enumerate(same) if not equal), min(len(whole), len(prompt)))
 

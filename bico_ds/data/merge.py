@@ -52,8 +52,7 @@ def merge_parts(
             for writer, kind in targets:
                 _copy(store, np.flatnonzero(fate[first : first + len(store)] == kind), writer)
             first += len(store)
-        lengths = np.concatenate([store.lengths for store in stores]) if stores else np.zeros(0, np.int64)
-        report = _report(parts, fate, lengths)
+        report = _report(parts, stores, fate)
         _check_not_empty(report, spec.options)
         _write_skipped(parts, train.beside(SKIPPED), report)
         write_report(report, train.beside("report.txt"), train.beside("lengths.png"))
@@ -107,12 +106,15 @@ def _copy(store: TokenStore, ids: NDArray[np.int64], writer: TokenStoreWriter) -
             )
 
 
-def _report(parts: list[Path], fate: NDArray[np.int8], lengths: NDArray[np.int64]) -> IngestReport:
+def _report(parts: list[Path], stores: list[TokenStore], fate: NDArray[np.int8]) -> IngestReport:
+    lengths = np.concatenate([store.lengths for store in stores])
+    prompt_lengths = np.concatenate([store.prompt_lengths for store in stores])
     skipped: Counter[str] = Counter()
     for part in parts:
         skipped.update(json.loads((part / RESULT).read_text(encoding="utf-8"))["skipped"])
     return IngestReport(
         lengths=lengths[fate == _TRAIN],
+        prompt_lengths=prompt_lengths[fate == _TRAIN],
         held_out_lengths=lengths[fate == _HELD_OUT],
         duplicates=int((fate == _DUPLICATE).sum()),
         skipped=dict(sorted(skipped.items())),

@@ -18,6 +18,7 @@ class IngestReport:
     """What became of the input."""
 
     lengths: NDArray[np.int64]  # tokens of each training document
+    prompt_lengths: NDArray[np.int32]  # of each training document, 0 where it has no prompt
     held_out_lengths: NDArray[np.int64]
     duplicates: int
     skipped: dict[str, int]  # lines by reason
@@ -30,6 +31,10 @@ class IngestReport:
         names = ("min", "25 %", "median", "75 %", "max")
         quartiles = np.percentile(self.lengths, [0, 25, 50, 75, 100]).astype(int)
         lines.append("lengths      " + ", ".join(f"{n} {q:,}" for n, q in zip(names, quartiles, strict=True)))
+        if prompts := int((self.prompt_lengths > 0).sum()):
+            lines.append(f"prompts      {prompts:,} of {len(self.lengths):,} documents have one")
+        if alone := int((self.prompt_lengths >= self.lengths).sum()):
+            lines.append(f"no reply     {alone:,} documents: nothing in them is a completion")
         if len(self.held_out_lengths):
             documents, tokens = len(self.held_out_lengths), int(self.held_out_lengths.sum())
             lines.append(f"held out     {documents:,} documents, {tokens:,} tokens")

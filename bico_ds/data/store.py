@@ -126,6 +126,16 @@ class TokenStore:
         """The group of each document, int64 [n], memory-mapped; -1 where unknown."""
         return self._groups
 
+    @property
+    def prompt_lengths(self) -> NDArray[np.int32]:
+        """Tokens of each document's prompt, int32 [n], memory-mapped; 0 where it has none."""
+        return self._prompt_lengths
+
+    @property
+    def completions(self) -> int:
+        """How many documents have a prompt and something behind it."""
+        return int(((self.prompt_lengths > 0) & (self.prompt_lengths < self.lengths)).sum())
+
     def __len__(self) -> int:
         return self.manifest.documents
 

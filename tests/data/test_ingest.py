@@ -194,7 +194,30 @@ def test_messages_are_rendered_once_and_the_last_reply_is_the_completion(
     whole, open_end = _all(tmp_path / "s")
     assert decode(whole.token_ids).startswith("<s>[user] Hi</s>[assistant]")  # one BOS, not two
     assert decode(whole.token_ids[whole.prompt_length :]).strip() == "Me.</s>"
-    assert open_end.prompt_length == 0
+    assert open_end.prompt_length == len(open_end.token_ids)  # no reply: nothing to learn from
+    report = (tmp_path / "s" / "report.txt").read_text()
+    assert "prompts      2 of 2 documents have one\nno reply     1 documents" in report
+
+
+def test_a_template_that_ends_with_eos_and_a_line_end_gets_no_second_eos(
+    tmp_path: Path, bpe_tokenizer: str
+) -> None:
+    shutil.copytree(bpe_tokenizer, tmp_path / "t")
+    template = (
+        "{% for m in messages %}{{ m.content }}{{ eos_token if loop.last and m.role == 'assistant' }}\n"
+    )
+    (tmp_path / "t" / "chat_template.jinja").write_text(template + "{% endfor %}")
+    chats = [[("user", "Hi"), ("assistant", "Me.")], [("user", "Hi"), ("user", "Me.")]]
+    rows = [{"messages": [{"role": r, "content": c} for r, c in chat]} for chat in chats]
+    _ingest(
+        _write_jsonl(tmp_path / "a.jsonl", rows),
+        str(tmp_path / "t"),
+        tmp_path / "s",
+        messages_field="messages",
+    )
+    tokenizer = load_tokenizer(bpe_tokenizer)
+    texts = [tokenizer.decode(document.token_ids) for document in _all(tmp_path / "s")]
+    assert texts == ["<s>Hi\nMe.</s>\n", "<s>Hi\nMe.\n</s>"]
 
 
 def test_shards_and_processes_change_no_byte(tmp_path: Path, bpe_tokenizer: str) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 from bico_ds.config.errors import UserError
 from bico_ds.config.folders import is_local_folder
-from bico_ds.config.schema import Recipe
+from bico_ds.config.schema import NtpSpec, Recipe
+from bico_ds.data.identity import source_names
 from bico_ds.data.loader import ElasticLoader
 from bico_ds.data.prepare import facts_folder, prepare_source
 from bico_ds.data.sources import expand_path
@@ -73,7 +74,11 @@ def prepare(recipe: Recipe, *, weights_needed: bool = True, progress: bool = Tru
 
 
 def gather(recipe: Recipe, *, weights_needed: bool = True) -> Materials:
-    """Open what `prepare` made. Raises `UserError` for a store of another tokenizer, or tasks that are not there."""
+    """Open what `prepare` made.
+
+    Raises `UserError` for a store of another tokenizer, for objectives that a store cannot serve, and for tasks that
+    are not there.
+    """
     path = tokenizer_path(recipe, weights_needed=weights_needed)
     tokenizer = load_tokenizer(path)
     stores = [
@@ -85,6 +90,7 @@ def gather(recipe: Recipe, *, weights_needed: bool = True) -> Materials:
             "data.sources: some texts begin with BOS and some do not; an evaluation cannot ask in both ways. "
             "Give all the same add_bos, or set evaluation.tasks=[]"
         )
+    _check_completions(recipe, stores)
     objectives = build_objectives(
         recipe.objectives, special_ids=special_ids(tokenizer), placeholder_id=_placeholder(tokenizer)
     )
@@ -122,6 +128,22 @@ def total_steps(recipe: Recipe, loader: ElasticLoader) -> int:
         return recipe.training.steps
     assert recipe.training.epochs is not None
     return loader.total_steps(recipe.training.epochs)
+
+
+def _check_completions(recipe: Recipe, stores: list[TokenStore]) -> None:
+    """Without a prompt all of a document counts as completion: a source of such ones alone would be trained on whole."""
+    limits = [
+        f"objectives[{index}].{'loss_on' if isinstance(spec, NtpSpec) else 'mask.eligible'}"
+        for index, spec in enumerate(recipe.objectives)
+        if (spec.loss_on if isinstance(spec, NtpSpec) else spec.mask.eligible) == "completion"
+    ]
+    for name, store in zip(source_names(recipe.data.sources), stores, strict=True):
+        if limits and not store.completions:
+            key = limits[0]
+            raise UserError(
+                f"{key} is 'completion', but none of the {len(store)} documents of source '{name}' has a prompt with "
+                f"a completion: prepare it with prompt_field and completion_field (or messages_field), or set {key}: all"
+            )
 
 
 def _placeholder(tokenizer: Any) -> int | None:

@@ -1,0 +1,50 @@
+"""What a run works on: objectives that the data cannot serve are refused before anything is trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bico_ds.config.errors import UserError
+from bico_ds.config.load import load_recipe
+from bico_ds.engine import materials
+
+NTP = "{kind: ntp, loss_on: completion}"
+BICO = "{kind: bico, mask: {eligible: completion}}"
+
+
+@pytest.fixture
+def gathered(tmp_path: Path):
+    """`gathered("objectives=…")`: the materials of tiny_bico on two files, one of them without prompts."""
+    for name, text in (("pairs", "the fox"), ("texts", "a plain text")):
+        rows = [{"prompt": "who runs?", "completion": " " + text, "text": text}] * 3
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = f"{{files: [{tmp_path}/pairs.jsonl], prompt_field: prompt, completion_field: completion}}"
+    texts = f"{{files: [{tmp_path}/texts.jsonl]}}"
+    common = [f"data.cache_dir={tmp_path}/cache", "evaluation.tasks=[]"]
+    tokenizer = materials.facts_folder(load_recipe("tiny_bico", common).data) / "tokenizer"
+
+    def gather(objectives: str, sources: tuple[str, ...]) -> materials.Materials:
+        named = [{"pairs": pairs, "texts": texts}[source] for source in sources]
+        mine = [
+            f"model.tokenizer={tokenizer}",
+            f"objectives=[{objectives}]",
+            f"data.sources=[{', '.join(named)}]",
+        ]
+        return materials.gather(load_recipe("tiny_bico", [*common, *mine]), weights_needed=False)
+
+    return gather
+
+
+@pytest.mark.parametrize(
+    ("objectives", "key"), [(NTP, r"objectives\[0\]\.loss_on"), (BICO, r"objectives\[0\]\.mask\.eligible")]
+)
+def test_completions_alone_are_refused_where_a_source_has_none(gathered, objectives, key):
+    with pytest.raises(
+        UserError, match=rf"{key} is 'completion'.*3 documents of source 'texts.jsonl'.*{key}: all"
+    ):
+        gathered(objectives, ("pairs", "texts"))
+    assert gathered(objectives, ("pairs",)).stores[0].completions == 3
+    assert gathered(objectives.replace("completion", "all"), ("texts",)).stores[0].completions == 0

@@ -28,7 +28,7 @@ from bico_ds.config.schema import FactsSpec
 from bico_ds.data.examples import IngestOptions
 from bico_ds.data.facts import is_facts_folder, write_facts
 from bico_ds.data.ingest import IngestFailure, ingest
-from bico_ds.data.sources import SHARD_BYTES, Shard, find_files, hub_shards, plan_shards
+from bico_ds.data.sources import SHARD_BYTES, Shard, find_inputs, hub_shards, plan_shards
 from bico_ds.data.store import publish, refuse_output
 from bico_ds.data.store_view import describe_store
 
@@ -66,13 +66,15 @@ def prepare_texts(args: argparse.Namespace) -> None:
     started = time.monotonic()
     output = args.output.resolve()  # '.' has no name to put a folder of work beside
     refuse_output(output, force=args.force)  # before the input is read through
+    shards, passed_over = _input(args)
     report = ingest(
-        _shards(args),
+        shards,
         _options(args),
         args.tokenizer,
         output,
         force=args.force,
         processes=args.processes,
+        passed_over=passed_over,
     )
     seconds = time.monotonic() - started
     print(report.text)
@@ -214,10 +216,13 @@ def _add_facts_options(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def _shards(args: argparse.Namespace) -> list[Shard]:
+def _input(args: argparse.Namespace) -> tuple[list[Shard], dict[str, list[str]]]:
+    """The shards to read, and what lies beside them and is not read."""
     if args.command == "hub":
-        return hub_shards(args.name, config=args.config, split=args.split)
-    return plan_shards(find_files(args.inputs), text_by=args.text_by, shard_bytes=SHARD_BYTES)
+        return hub_shards(args.name, config=args.config, split=args.split), {}
+    inputs = find_inputs(args.inputs)
+    shards = plan_shards(inputs.files, text_by=args.text_by, shard_bytes=SHARD_BYTES)
+    return shards, inputs.passed_over
 
 
 def _options(args: argparse.Namespace) -> IngestOptions:

@@ -28,7 +28,7 @@ from bico_ds.data.encode import Encoder, EncoderSpec, encode_shard, spare_the_co
 from bico_ds.data.examples import IngestOptions
 from bico_ds.data.merge import merge_parts
 from bico_ds.data.progress import IngestProgress
-from bico_ds.data.report import IngestReport
+from bico_ds.data.report import IngestReport, describe_passed_over
 from bico_ds.data.sources import Shard
 from bico_ds.data.store import FORMAT_VERSION, StoreHeader, refuse_output, restore_replaced
 from bico_ds.data.tokenizer import (
@@ -59,8 +59,10 @@ def ingest(
     force: bool = False,
     processes: int | None = None,
     progress: bool = True,
+    passed_over: dict[str, list[str]] | None = None,
 ) -> IngestReport:
     """Tokenize `shards` in order into a token store at `output`. The same input gives the same bytes.
+    `passed_over` is what `find_inputs` left out, for the report.
 
     `processes`: None takes one a CPU core, never more than shards. Raises `UserError` for bad input (naming
     file and line), for an output that exists without `force`, or that holds an input or is no store;
@@ -71,13 +73,15 @@ def ingest(
     tokenizer = load_tokenizer(tokenizer_path)
     spec = encoder_spec(tokenizer, options, tokenizer_path)
     with _work_folder(output) as work, IngestProgress(len(shards), enabled=progress) as shown:
+        for line in describe_passed_over(passed_over or {}):
+            shown.say(f"passed over: {line}")
         restore_replaced(output)
         refuse_output(output, force=force)  # another process may have finished it while this one waited
         parts = _claim(work, output, shards, spec, shown)
         try:
             _tokenize(shards, parts, spec, processes or _cores(), shown)
             shown.say(f"writing {output}")
-            report = merge_parts(parts, output, spec, tokenizer, overwrite=force)
+            report = merge_parts(parts, output, spec, tokenizer, overwrite=force, passed_over=passed_over)
         except OSError as error:
             raise _disk_failure(error, output) from error
         except UserError:

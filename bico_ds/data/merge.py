@@ -35,6 +35,7 @@ def merge_parts(
     tokenizer: PreTrainedTokenizerBase,
     *,
     overwrite: bool,
+    passed_over: dict[str, list[str]] | None = None,
 ) -> IngestReport:
     """Join finished parts into the store at `output`, with its report, its tokenizer and its skipped lines
     beside.
@@ -52,7 +53,7 @@ def merge_parts(
             for writer, kind in targets:
                 _copy(store, np.flatnonzero(fate[first : first + len(store)] == kind), writer)
             first += len(store)
-        report = _report(parts, stores, fate)
+        report = replace(_report(parts, stores, fate), passed_over=passed_over or {})
         _check_not_empty(report, spec.options)
         _write_skipped(parts, train.beside(SKIPPED), report)
         write_report(report, train.beside("report.txt"), train.beside("lengths.png"))

@@ -19,7 +19,7 @@ from bico_ds.config.schema import DataSpec, SourceSpec
 from bico_ds.data.examples import IngestOptions
 from bico_ds.data.facts import FORM_VERSION, write_facts
 from bico_ds.data.ingest import ingest
-from bico_ds.data.sources import SHARD_BYTES, expand_path, find_files, plan_shards
+from bico_ds.data.sources import SHARD_BYTES, Inputs, expand_path, find_inputs, plan_shards
 from bico_ds.data.store import FORMAT_VERSION, TokenStore, publish
 from bico_ds.data.tokenizer import load_tokenizer, tokenizer_digest, tokenizer_hash
 
@@ -68,7 +68,7 @@ def prepare_source(source: SourceSpec, data: DataSpec, tokenizer_path: str, *, p
     if source.store is not None:
         return Path(expand_path(source.store))
     options = _options(source)
-    files = _files(source, data)
+    inputs = _inputs(source, data)
     tokenizer = load_tokenizer(tokenizer_path)
     digest = tokenizer_digest(tokenizer, chat=options.messages_field is not None)
     key = {
@@ -77,9 +77,9 @@ def prepare_source(source: SourceSpec, data: DataSpec, tokenizer_path: str, *, p
         "tokenizer": [tokenizer_hash(tokenizer), digest],  # the hash knows BOS and EOS besides
     }
     key["input"] = (
-        _facts_fingerprint(data) + str(source.facts) if source.facts else [_stamp(f) for f in files]
+        _facts_fingerprint(data) + str(source.facts) if source.facts else [_stamp(f) for f in inputs.files]
     )
-    name = source.name or (f"facts-{source.facts}" if source.facts else files[0].name.split(".")[0])
+    name = source.name or (f"facts-{source.facts}" if source.facts else inputs.files[0].name.split(".")[0])
     path = Path(expand_path(data.cache_dir)) / f"{name}-{_fingerprint(key)}"
     with _cache_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,9 +87,9 @@ def prepare_source(source: SourceSpec, data: DataSpec, tokenizer_path: str, *, p
     if is_made:
         _check_cached(path, tokenizer_hash(tokenizer))
         return path
-    shards = plan_shards(files, text_by=options.text_by, shard_bytes=SHARD_BYTES)
+    shards = plan_shards(inputs.files, text_by=options.text_by, shard_bytes=SHARD_BYTES)
     try:
-        ingest(shards, options, tokenizer_path, path, progress=progress)
+        ingest(shards, options, tokenizer_path, path, progress=progress, passed_over=inputs.passed_over)
     except UserError:
         if not path.exists():  # else another process made it while this one waited
             raise
@@ -118,10 +118,10 @@ def _options(source: SourceSpec) -> IngestOptions:
     )
 
 
-def _files(source: SourceSpec, data: DataSpec) -> list[Path]:
+def _inputs(source: SourceSpec, data: DataSpec) -> Inputs:
     if source.facts is not None:
-        return [facts_folder(data) / f"{source.facts}_train.jsonl"]
-    return find_files(source.files or [])
+        return Inputs(files=[facts_folder(data) / f"{source.facts}_train.jsonl"], passed_over={})
+    return find_inputs(source.files or [])
 
 
 def _stamp(file: Path) -> list[str | int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _CAPACITIES = (1024, 2048, 4096, 8192)
-_BAR, _MOST_ROWS = 50, 16
+_BAR, _MOST_ROWS, _MOST_NAMES = 50, 16, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,7 @@ class IngestReport:
     held_out_lengths: NDArray[np.int64]
     duplicates: int
     skipped: dict[str, int]  # lines by reason
+    passed_over: dict[str, list[str]] = field(default_factory=dict)  # names beside the input, by reason
     path: Path | None = None
 
     @property
@@ -41,6 +42,7 @@ class IngestReport:
         if self.duplicates:
             lines.append(f"dropped      {self.duplicates:,} duplicates of an earlier text")
         lines += [f"skipped      {count:,} lines: {reason}" for reason, count in self.skipped.items()]
+        lines += [f"passed over  {what}" for what in describe_passed_over(self.passed_over)]
         lines += ["", "tokens a document", *self._histogram(), "", *self._overlong()]
         return "\n".join(lines) + "\n"
 
@@ -67,6 +69,14 @@ class IngestReport:
                     f"(packing into bins of {capacity:,} splits, truncates or drops them, by data.overlong)"
                 )
         return lines or [f"no document is longer than {_CAPACITIES[0]:,}: packing has nothing to split"]
+
+
+def describe_passed_over(names_by_reason: dict[str, list[str]]) -> list[str]:
+    """Return a line for each reason: how many, why, and the names of the first."""
+    return [
+        f"{len(names):,} ({reason}): {', '.join(names[:_MOST_NAMES])}{', …' if len(names) > _MOST_NAMES else ''}"
+        for reason, names in sorted(names_by_reason.items())
+    ]
 
 
 def length_histogram(

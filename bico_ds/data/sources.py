@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from bico_ds.config.errors import UserError
+from bico_ds.data.store import is_store
 
 Kind = Literal["lines", "text_lines", "text_file", "parquet", "arrow"]
 SHARD_BYTES = 32 << 20
@@ -71,28 +72,78 @@ def expand_path(path: str) -> str:
     return expanded
 
 
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The files to read, and by reason the names of what lies beside them and is not read."""
+
+    files: list[Path]
+    passed_over: dict[str, list[str]]
+
+
 def find_files(inputs: list[str]) -> list[Path]:
-    """Return the files that `inputs` name (files, folders, glob patterns), each once, folders sorted by
-    name.
+    """Return the files alone of `find_inputs`."""
+    return find_inputs(inputs).files
+
+
+def find_inputs(inputs: list[str]) -> Inputs:
+    """Find the files that `inputs` name (files, folders, glob patterns), each once, folders sorted by name.
+
+    Folders are read with all folders in them, also those that a pattern matches. Passed over are hidden names,
+    links to folders, token stores, and files whose ending no reader knows; a file given by name never is.
     """
     found: dict[Path, Path] = {}
+    passed_over: dict[Path, str] = {}
     for given in map(expand_path, inputs):
         path = Path(given)
-        if path.is_dir():
-            inside = sorted(
-                p for p in path.rglob("*") if p.is_file() and _is_known(p) and not _is_hidden(p, path)
+        matches = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(given, recursive=True))]
+        if not matches:
+            raise UserError(f"input '{given}' does not exist")
+        inside = [path] if path.is_file() else list(_files_among(matches, passed_over))
+        if not inside:
+            raise UserError(
+                f"'{given}' has no input files ({_known_endings()})"
+                + "".join(f"; passed over: {path} ({reason})" for path, reason in [*passed_over.items()][:1])
             )
-            if not inside:
-                raise UserError(f"folder '{given}' has no input files ({_known_endings()})")
-        elif path.is_file():
-            inside = [path]
-        else:
-            inside = [Path(p) for p in sorted(glob.glob(given, recursive=True)) if Path(p).is_file()]
-            if not inside:
-                raise UserError(f"input '{given}' does not exist")
         for file in inside:
             found.setdefault(file.resolve(), file)  # one file under two names must not be read twice
-    return list(found.values())
+    by_reason: dict[str, list[str]] = {}
+    for path, reason in passed_over.items():
+        by_reason.setdefault(reason, []).append(path.name)
+    return Inputs(files=list(found.values()), passed_over=by_reason)
+
+
+def _files_among(matches: list[Path], passed_over: dict[Path, str]) -> Iterator[Path]:
+    for path in matches:
+        if store := next((p for p in (path, *path.parents) if is_store(p)), None):
+            passed_over[store] = "token store"
+        elif path.is_dir():
+            yield from _files_in(path, passed_over)
+        else:
+            yield path
+
+
+def _files_in(folder: Path, passed_over: dict[Path, str]) -> Iterator[Path]:
+    try:
+        content = sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"cannot read folder '{folder}': {error.strerror}") from error
+    for path in content:
+        if reason := _why_passed_over(path):
+            passed_over[path] = reason
+        elif path.is_dir():
+            yield from _files_in(path, passed_over)
+        else:
+            yield path
+
+
+def _why_passed_over(path: Path) -> str | None:
+    if path.name.startswith("."):
+        return "hidden"
+    if path.is_dir():
+        return "link to a folder" if path.is_symlink() else "token store" if is_store(path) else None
+    if not path.is_file():
+        return "no file"
+    return None if _is_known(path) else "unknown ending"
 
 
 def plan_shards(files: list[Path], *, text_by: Literal["line", "file"], shard_bytes: int) -> list[Shard]:
@@ -172,10 +223,6 @@ def _ending(path: Path) -> tuple[str, bool]:
 def _is_known(path: Path) -> bool:
     ending, compressed = _ending(path)
     return ending in _JSON_ENDINGS + _TEXT_ENDINGS or (ending == ".parquet" and not compressed)
-
-
-def _is_hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def _known_endings() -> str:

@@ -55,3 +55,44 @@ def test_force_replaces_stores_facts_and_empty_folders_through_links_and_dots(co
         assert command(*words, "--output", ".", "--force") == 0
         monkeypatch.chdir(tmp_path)
         assert [path.name for path in (tmp_path / words[0]).iterdir()] == ["at"]
+
+
+def test_what_is_passed_over_is_counted_and_named(command, tmp_path, capsys):
+    assert command("files", "a.jsonl", "--output", "in/deep/store") == 0
+    for name in ("b.jsonl", "c.csv", "d.txt.bz2", "deep/e.txt", ".hidden/f.jsonl"):
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_text('{"text": "three"}\n')
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "broken.jsonl").symlink_to("nowhere")
+    capsys.readouterr()
+    for given in ("in", "i*"):
+        assert command("files", given, "--output", "s", "--force") == 0
+        shown = capsys.readouterr()
+        assert "documents    2\n" in shown.out
+        for line in (
+            "1 (hidden): .hidden",
+            "1 (link to a folder): link",
+            "1 (no file): broken.jsonl",
+            "1 (token store): store",
+            "2 (unknown ending): c.csv, d.txt.bz2",
+        ):
+            assert f"passed over  {line}\n" in shown.out
+            assert f"passed over: {line}\n" in shown.err
+    assert (tmp_path / "s" / "report.txt").read_text() in shown.out
+
+
+def test_patterns_reach_into_folders_but_never_into_stores(command, tmp_path, capsys):
+    assert command("files", "a.jsonl", "--output", "in/store") == 0
+    (tmp_path / "in" / "deep").mkdir()
+    for name in ("b.jsonl", "deep/c.jsonl", "store/skipped.jsonl"):
+        (tmp_path / "in" / name).write_text('{"text": "three"}\n')
+    capsys.readouterr()
+    for given in ("in/*", "in/**/*.jsonl", "in/**"):
+        assert command("files", given, "--output", "s", "--force") == 0
+        shown = capsys.readouterr().out
+        assert "documents    2\n" in shown
+        assert "passed over  1 (token store): store\n" in shown
+    assert command("files", "in/store", "--output", "s", "--force") == 2
+    assert "'in/store' has no input files" in (said := capsys.readouterr().err)
+    assert "passed over: in/store (token store)" in said

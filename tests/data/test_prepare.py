@@ -101,6 +101,16 @@ def test_paths_may_hold_environment_variables(
     assert len(TokenStore.open(_prepare(data, bpe_tokenizer))) == 1
 
 
+def test_the_report_of_a_recipes_source_names_what_was_passed_over(
+    tmp_path: Path, bpe_tokenizer: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("one\n")
+    (tmp_path / "in" / "b.csv").write_text("one\n")
+    store = _prepare(_data(SourceSpec(files=[str(tmp_path / "in")]), tmp_path / "cache"), bpe_tokenizer)
+    assert "passed over  1 (unknown ending): b.csv" in (store / "report.txt").read_text()
+
+
 def test_a_damaged_cache_is_refused_with_what_to_do(tmp_path: Path, bpe_tokenizer: str) -> None:
     (tmp_path / "texts.txt").write_text("one\n")
     data = _data(SourceSpec(files=[str(tmp_path / "texts.txt")]), tmp_path / "cache")

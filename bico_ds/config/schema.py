@@ -116,17 +116,27 @@ class SourceSpec(Section):
             raise ValueError("'prompt_field' and 'completion_field' go together")
         if self.messages_field is not None and (self.prompt_field or self.entities_field):
             raise ValueError("'messages_field' excludes 'prompt_field' and 'entities_field'")
+        if (self.messages_field or self.prompt_field) and self._says("text_field"):
+            raise ValueError(
+                "'text_field' excludes 'prompt_field' and 'messages_field': one of them makes the text"
+            )
         return self
 
     @model_validator(mode="after")
     def _reading_options_belong_to_files(self) -> SourceSpec:
         options = ("text_field", "prompt_field", "messages_field", "group_field", "entities_field", "text_by")
-        idle = [key for key in options if getattr(self, key) != type(self).model_fields[key].default]
+        idle = [key for key in options if self._says(key)]
         if idle and self.files is None:
             raise ValueError(
                 f"{idle} say how 'files' are read; a store or the embedded task is read as it is"
             )
+        policy = [key for key in ("add_bos", "add_eos") if self._says(key)]
+        if policy and self.store is not None:
+            raise ValueError(f"{policy} say how texts are tokenized; a store has what it was prepared with")
         return self
+
+    def _says(self, key: str) -> bool:
+        return getattr(self, key) != type(self).model_fields[key].default
 
 
 class DataSpec(Section):

@@ -38,6 +38,8 @@ class IngestOptions:
             raise UserError("--prompt-field and --completion-field go together")
         if self.messages_field and (self.prompt_field or self.entities_field):
             raise UserError("--messages-field excludes --prompt-field and --entities-field")
+        if self.text_field != "text" and (self.prompt_field or self.messages_field):
+            raise UserError("--text-field excludes --prompt-field and --messages-field: one makes the text")
         if not 0 <= self.held_out < 1:
             raise UserError(f"--held-out must be a share in [0, 1), found {self.held_out}")
 

@@ -99,6 +99,16 @@ def test_overrides_reach_into_lists_and_sections_that_the_file_leaves_out(recipe
             "facts: all\n      text_field: x",
             ["mine.yaml:6: data.sources.0", "['text_field'] say how 'files'"],
         ),
+        (
+            "facts: all",
+            "store: x\n      add_eos: false",
+            ["mine.yaml:6: data.sources.0", "['add_eos'] say how texts are tokenized; a store has"],
+        ),
+        (
+            "facts: all",
+            "files: [x]\n      text_field: x\n      messages_field: y",
+            ["mine.yaml:6: data.sources.0", "'text_field' excludes 'prompt_field' and 'messages_field'"],
+        ),
         ("facts: all", "facts: [", ["not valid YAML", "mine.yaml:"]),
         ("model:", "extends: nowhere\nmodel:", ["mine.yaml:2: extends:", "'nowhere'"]),
         (

@@ -131,6 +131,8 @@ CALLS: list[tuple[Callable[[], object], str]] = [
     (lambda: find_files(["${BICO_DS_ABSENT}/x"]), "environment variable BICO_DS_ABSENT is not set"),
     (lambda: IngestOptions(prompt_field="q"), "--prompt-field and --completion-field go together"),
     (lambda: IngestOptions(messages_field="m", entities_field="e"), "--messages-field excludes"),
+    (lambda: IngestOptions(text_field="t", messages_field="m"), "--text-field excludes --prompt-field and"),
+    (lambda: IngestOptions(text_field="t", **PAIR), "--text-field excludes --prompt-field and"),
     (lambda: IngestOptions(held_out=1.5), "--held-out must be a share in [0, 1), found 1.5"),
 ]
 

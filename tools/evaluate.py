@@ -30,9 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="safetensors folder with its tokenizer, or a hub name")
     tasks = parser.add_argument_group("what to ask")
     tasks.add_argument("--data", type=Path, help="folder of name-description test files")
-    tasks.add_argument(
-        "--tasks", default="n2d,d2n,n2d_reverse,d2n_reverse", help="with --data (default: %(default)s)"
-    )
+    tasks.add_argument("--tasks", help="with --data (default: n2d,d2n,n2d_reverse,d2n_reverse)")
     tasks.add_argument("--parents", type=Path, help="CSV: child,parent,parent_type")
     tasks.add_argument("--couplets", type=Path, help="JSONL: first, second")
     tasks.add_argument(
@@ -65,7 +63,21 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, found {value}")
     if not any((options.data, options.parents, options.couplets, options.pairs, options.retention)):
         parser.error("nothing to ask: give --data, --parents, --couplets, --pairs or --retention")
+    if options.tasks is not None and options.data is None:
+        parser.error("--tasks names files of a folder: give --data too")
+    if options.tasks is not None and not task_names(options):
+        parser.error(f"--tasks names no task: '{options.tasks}'")
+    if options.base and not options.retention:
+        parser.error("--base is asked nothing but texts: give --retention too")
     return options
+
+
+def task_names(options: argparse.Namespace) -> tuple[str, ...]:
+    from bico_ds.evaluation.tasks import TASK_NAMES
+
+    if options.tasks is None:
+        return TASK_NAMES if options.data else ()
+    return tuple(name.strip() for name in options.tasks.split(",") if name.strip())
 
 
 def request_of(options: argparse.Namespace) -> Any:
@@ -76,7 +88,7 @@ def request_of(options: argparse.Namespace) -> Any:
         model=options.model,
         output=options.output or default_output(options.model),
         data=options.data,
-        tasks=tuple(name.strip() for name in options.tasks.split(",") if name.strip()),
+        tasks=task_names(options),
         further={kind: getattr(options, kind) for kind in READERS if getattr(options, kind) is not None},
         retention=tuple(options.retention),
         base=options.base,
@@ -115,7 +127,9 @@ def evaluate_model(options: argparse.Namespace, stop: StopFlag) -> bool:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         place = Place(ranks=ranks, device=device, should_stop=lambda: bool(stop))
-        return run_request(request_of(options), place, Console())
+        # A pipe or a file has no width of its own, and a table must not lose columns there.
+        console = Console(width=None if sys.stdout.isatty() else 200)
+        return run_request(request_of(options), place, console)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

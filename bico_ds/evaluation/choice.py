@@ -18,20 +18,34 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from bico_ds.config.errors import UserError
-from bico_ds.evaluation.generation import Ranks, ShouldStop
-from bico_ds.evaluation.likelihood import encode_answers, log_probabilities
+from bico_ds.evaluation.generation import Ranks, ShouldStop, check_lengths
+from bico_ds.evaluation.likelihood import Scored, encode_answers, log_probabilities
 from bico_ds.evaluation.metrics import wrong_answers
 from bico_ds.evaluation.statistics import clustered_interval, group_means
 from bico_ds.evaluation.tasks import Task
 
 
-def check_choice(task: Task) -> None:
-    """UserError where the test cannot be done: every row needs an answer of somebody else that is wrong."""
-    if not wrong_answers(task, 1)[0]:
+def encode_candidates(
+    tokenizer: Any, task: Task, *, others: int, add_bos: bool, context: int | None
+) -> list[list[Scored]]:
+    """For every row its prompt with the right answer, then with those of up to `others` other persons.
+
+    Raises UserError where a row has no wrong answer of another person, or a text does not fit the context.
+    """
+    wrong = wrong_answers(task, others)
+    if not wrong[0]:
         raise UserError(
             f"{task.path}: the log-probability test needs, for every row, another person (group) with another "
             "answer"
         )
+    rows = []
+    for example, theirs in zip(task.examples, wrong, strict=True):
+        answers = [example.completion, *theirs]
+        texts = encode_answers(tokenizer, [example.prompt] * len(answers), answers, add_bos=add_bos)
+        names = [f"{task.path}:{example.line}"] * len(answers)
+        check_lengths([text.ids for text in texts], new_tokens=0, context=context, names=names)
+        rows.append(texts)
+    return rows
 
 
 def choice_test(
@@ -49,20 +63,13 @@ def choice_test(
 ) -> dict[str, Any] | None:
     """Score the right answer and those of `others` other persons for every prompt; see `choice_statistics`.
 
-    The task needs two groups (`check_choice`). None when `should_stop` was true on any rank.
+    None when `should_stop` was true on any rank. Raises UserError as `encode_candidates` does.
     """
-    wrong = wrong_answers(task, others)
-    candidates = [[example.completion, *theirs] for example, theirs in zip(task.examples, wrong, strict=True)]
-    width = len(candidates[0])
-    texts = encode_answers(
-        tokenizer,
-        [example.prompt for example in task.examples for _ in range(width)],
-        [answer for answers in candidates for answer in answers],
-        add_bos=add_bos,
-    )
+    context = getattr(model.config, "max_position_embeddings", None)
+    rows = encode_candidates(tokenizer, task, others=others, add_bos=add_bos, context=context)
     scores = log_probabilities(
         model,
-        texts,
+        [text for texts in rows for text in texts],
         batch_size=batch_size,
         ranks=ranks,
         device=device,
@@ -71,8 +78,8 @@ def choice_test(
     )
     if scores is None:
         return None
-    log_probs = np.array(scores).reshape(len(task), width)
-    right_tokens = np.array([text.answer_tokens for text in texts]).reshape(len(task), width)[:, 0]
+    log_probs = np.array(scores).reshape(len(rows), -1)
+    right_tokens = np.array([texts[0].answer_tokens for texts in rows])
     return choice_statistics(log_probs, right_tokens, [example.group for example in task.examples])
 
 

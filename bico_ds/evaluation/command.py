@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,14 +14,14 @@ import torch
 from rich.console import Console
 
 from bico_ds.config.errors import UserError
-from bico_ds.evaluation.choice import check_choice, choice_test
+from bico_ds.evaluation.choice import choice_test, encode_candidates
 from bico_ds.evaluation.further_sets import READERS
 from bico_ds.evaluation.generation import Ranks, ShouldStop
-from bico_ds.evaluation.likelihood import text_perplexity
-from bico_ds.evaluation.loading import check_model_folder, load_for_evaluation, weights_stamp
+from bico_ds.evaluation.likelihood import encode_windows, text_perplexity
+from bico_ds.evaluation.loading import load_for_evaluation, load_tokenizer_and_context, weights_stamp
 from bico_ds.evaluation.progress import PromptProgress
 from bico_ds.evaluation.report import Part, Report
-from bico_ds.evaluation.suite import EvaluationResult, evaluate
+from bico_ds.evaluation.suite import EvaluationResult, evaluate, prepare_task
 from bico_ds.evaluation.tables import choice_tables, result_table, retention_table
 from bico_ds.evaluation.tasks import Task, load_tasks
 
@@ -60,18 +60,20 @@ class Place:
 
 
 def run_request(request: Request, place: Place, console: Console) -> bool:
-    """Compute what is missing in the report, and show it on the first rank. False where it was stopped before
-    the end.
+    """Compute what is missing in the report, and show on the first rank what was asked for. False where it was
+    stopped before the end.
 
     Raises UserError for bad input before a model is loaded.
     """
     tasks = load_tasks(request.data, request.tasks, request.limit) if request.data else []
     for kind, path in request.further.items():
         tasks += READERS[kind](path, request.limit)
-    for model in filter(None, (request.model, request.base)):
-        check_model_folder(model)
+    texts = _read_texts(request.retention)
+    window = _check_inputs(request, tasks, texts)
     load = lru_cache(maxsize=1)(  # one model in memory at a time
-        lambda path: load_for_evaluation(path, dtype=request.dtype, device=place.device)
+        lambda path, option: load_for_evaluation(
+            path, option=option, dtype=request.dtype, device=place.device
+        )
     )
     weights = weights_stamp(request.model)
     report = Report(
@@ -79,28 +81,57 @@ def run_request(request: Request, place: Place, console: Console) -> bool:
     )
     with PromptProgress(console, place.ranks) as progress:
         parts = [
-            *_retention_parts(request, place, load),
+            *_retention_parts(request, place, texts, window, load),
             *(part for task in tasks for part in _task_parts(request, place, task, load, progress.advance)),
         ]
         finished = report.run(parts, progress.begin)
     if place.ranks.rank == 0:
-        show_report(report.values, console)
+        show_results(report.results(parts), report.values.get("retention_before", {}), console)
         console.print(f"written: {request.output}", soft_wrap=True, highlight=False)
     return finished
 
 
-def show_report(values: Mapping[str, Any], console: Console) -> None:
-    """Print the tables of a report's contents."""
-    if "tasks" in values:
-        console.print(result_table({"score [95 % interval]": EvaluationResult.from_json(values)}))
-    if "choice" in values:
-        for table in choice_tables(values["choice"]):
+def show_results(results: Mapping[str, Any], before: Mapping[str, Any], console: Console) -> None:
+    """Print the tables of `results`, by section; `before`: perplexities under the base model, of any text."""
+    if "tasks" in results:
+        console.print(result_table({"score [95 % interval]": EvaluationResult.from_json(results)}))
+    if "choice" in results:
+        for table in choice_tables(results["choice"]):
             console.print(table)
-    if "retention" in values:
-        console.print(retention_table(values["retention"], values.get("retention_before", {})))
+    if "retention" in results:
+        console.print(retention_table(results["retention"], before))
 
 
-Load = Callable[[str], tuple[Any, Any]]
+def _check_inputs(request: Request, tasks: Sequence[Task], texts: Mapping[str, str]) -> int:
+    """The tokens of a retention window: as asked for, or the whole context of the model that has the smaller.
+
+    Raises UserError, before any weights are loaded, for whatever cannot be asked.
+    """
+    tokenizer, context = load_tokenizer_and_context(request.model)
+    for task in tasks:
+        prepare_task(
+            tokenizer,
+            task,
+            max_new_tokens=request.max_new_tokens,
+            cut_to_answers=False,
+            add_bos=request.add_bos,
+            context=context,
+        )
+        if request.likelihood:
+            encode_candidates(
+                tokenizer, task, others=request.others, add_bos=request.add_bos, context=context
+            )
+    models = [(tokenizer, context)]
+    if request.base is not None:
+        models.append(load_tokenizer_and_context(request.base, option="--base"))
+    window = min([request.window, *(context for _, context in models if context is not None)])
+    for tokenizer, _ in models:
+        for text in texts.values():
+            encode_windows(tokenizer, text, window=window, add_bos=request.add_bos)
+    return window
+
+
+Load = Callable[[str, str], tuple[Any, Any]]
 
 
 def _task_parts(
@@ -116,7 +147,7 @@ def _task_parts(
 
     def generate() -> dict[str, Any] | None:
         result = evaluate(
-            *load(request.model),
+            *load(request.model, "--model"),
             [task],
             max_new_tokens=request.max_new_tokens,
             rank=place.ranks.rank,
@@ -129,26 +160,33 @@ def _task_parts(
 
     def choose() -> dict[str, Any] | None:
         return choice_test(
-            *load(request.model), task, others=request.others, ranks=place.ranks, on_batch=on_batch, **common
+            *load(request.model, "--model"),
+            task,
+            others=request.others,
+            ranks=place.ranks,
+            on_batch=on_batch,
+            **common,
         )
 
     identity = _digest(asdict(task), request.max_new_tokens, request.add_bos)
     yield Part(section="tasks", name=task.name, identity=identity, size=len(task), compute=generate)
     if request.likelihood:
-        check_choice(task)
         identity = _digest(asdict(task), request.others, request.add_bos)
         size = len(task) * (request.others + 1)
         yield Part(section="choice", name=task.name, identity=identity, size=size, compute=choose)
 
 
-def _retention_parts(request: Request, place: Place, load: Load) -> Iterator[Part]:
-    """Perplexity of every retention text, under the base model first."""
-    texts = {path.name: _read_text(path) for path in request.retention}
-    for section, model in (("retention_before", request.base), ("retention", request.model)):
-        if model is not None:
-            yield from (
-                _retention_part(request, place, section, *named, model, load) for named in texts.items()
+def _read_texts(paths: Sequence[Path]) -> dict[str, str]:
+    """Texts by file name, which is what the result file calls them."""
+    texts: dict[str, str] = {}
+    for path in paths:
+        if path.name in texts:
+            raise UserError(
+                f"--retention {path}: a text named {path.name} stands before it, and the result file tells texts "
+                "apart by their names; rename one"
             )
+        texts[path.name] = _read_text(path)
+    return texts
 
 
 def _read_text(path: Path) -> str:
@@ -161,25 +199,33 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _retention_part(
-    request: Request, place: Place, section: str, name: str, text: str, model_path: str, load: Load
-) -> Part:
-    def compute() -> dict[str, Any] | None:
-        model, tokenizer = load(model_path)
-        result = text_perplexity(
-            model,
-            tokenizer,
-            text,
-            window=min(request.window, getattr(model.config, "max_position_embeddings", request.window)),
-            ranks=place.ranks,
-            device=place.device,
-            add_bos=request.add_bos,
-            should_stop=place.should_stop,
-        )
-        return None if result is None else asdict(result)
+def _retention_parts(
+    request: Request, place: Place, texts: Mapping[str, str], window: int, load: Load
+) -> Iterator[Part]:
+    """Perplexity of every retention text, under the base model first."""
+    models = (("retention_before", "--base", request.base), ("retention", "--model", request.model))
+    for section, option, path in models:
+        if path is None:
+            continue
+        for name, text in texts.items():
+            identity = _digest(weights_stamp(path), text, window, request.add_bos)
+            compute = partial(_perplexity, request, place, text, window, partial(load, path, option))
+            yield Part(section=section, name=name, identity=identity, size=0, compute=compute)
 
-    identity = _digest(text, request.window, request.add_bos, weights_stamp(model_path))
-    return Part(section=section, name=name, identity=identity, size=0, compute=compute)
+
+def _perplexity(
+    request: Request, place: Place, text: str, window: int, load: Callable[[], tuple[Any, Any]]
+) -> dict[str, Any] | None:
+    result = text_perplexity(
+        *load(),
+        text,
+        window=window,
+        ranks=place.ranks,
+        device=place.device,
+        add_bos=request.add_bos,
+        should_stop=place.should_stop,
+    )
+    return None if result is None else asdict(result)
 
 
 def _digest(*values: Any) -> str:

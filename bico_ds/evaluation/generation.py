@@ -41,19 +41,25 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str], *, add_bos: bool = Tr
 
 
 def check_lengths(
-    prompts: Sequence[Sequence[int]], *, new_tokens: int, context: int | None, names: Sequence[str]
+    texts: Sequence[Sequence[int]], *, new_tokens: int, context: int | None, names: Sequence[str]
 ) -> None:
-    """UserError for an empty prompt, or one that leaves no room for `new_tokens` in a context of `context`
-    tokens.
+    """UserError for an empty text, or one that leaves no room for `new_tokens` in a context of `context`
+    tokens. The texts are prompts, or with `new_tokens` 0 prompts with their answers.
     """
-    for ids, name in zip(prompts, names, strict=True):
+    for ids, name in zip(texts, names, strict=True):
         if not ids:
             raise UserError(f"{name}: the tokenizer makes no token of this prompt")
-        if context is not None and len(ids) + new_tokens > context:
+        if context is None or len(ids) + new_tokens <= context:
+            continue
+        if new_tokens == 0:
             raise UserError(
-                f"{name}: the prompt has {len(ids)} tokens; with {new_tokens} new ones it does not fit "
-                f"the model's context of {context}. Shorten the prompt or lower max_new_tokens"
+                f"{name}: prompt and answer have {len(ids)} tokens, which do not fit the model's context of "
+                f"{context}. Shorten them"
             )
+        raise UserError(
+            f"{name}: the prompt has {len(ids)} tokens; with {new_tokens} new ones it does not fit "
+            f"the model's context of {context}. Shorten the prompt or lower max_new_tokens"
+        )
 
 
 @torch.no_grad()

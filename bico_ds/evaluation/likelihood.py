@@ -5,6 +5,7 @@ Shape legend: B sequences in a batch, L padded length, V vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -113,12 +114,36 @@ def _token_log_probs(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """How well a model predicts a text. `bits_per_byte` compares models with different tokenizers."""
+    """How well a model predicts a text. `bits_per_byte` compares models with different tokenizers. Figures of
+    another `window` (tokens) or text (`text_sha256`) are no match for it.
+    """
 
     perplexity: float
     nll_per_token: float
     bits_per_byte: float
     tokens: int
+    window: int
+    text_sha256: str
+
+
+def encode_windows(tokenizer: Any, text: str, *, window: int, add_bos: bool = True) -> list[Scored]:
+    """`text` in windows of `window` tokens that do not overlap, each after a BOS of its own.
+
+    Every token counts once (without a BOS the first token of a window is only context). Raises UserError where
+    none is left to predict.
+    """
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    start = [tokenizer.bos_token_id] if add_bos and tokenizer.bos_token_id is not None else []
+    if window < 2:
+        raise UserError(
+            f"--window {window}: a window needs two tokens at least, one to read and one to predict"
+        )
+    size = window - len(start)
+    pieces = [start + ids[i : i + size] for i in range(0, len(ids), size)]
+    texts = [Scored(ids=tuple(piece), answer_tokens=len(piece) - 1) for piece in pieces if len(piece) > 1]
+    if not texts:
+        raise UserError("the retention text has no token to predict; name a longer one")
+    return texts
 
 
 def text_perplexity(
@@ -133,19 +158,11 @@ def text_perplexity(
     add_bos: bool = True,
     should_stop: ShouldStop | None = None,
 ) -> Perplexity | None:
-    """Perplexity of `text`, cut into windows of `window` tokens that do not overlap, each after a BOS of its
-    own.
+    """Perplexity of `text` in windows of `window` tokens (`encode_windows`).
 
-    Every token counts once (without a BOS the first token of a window is only context). The same text,
-    tokenizer and window must be used before and after: the figure depends on all three.
+    The same text, tokenizer and window must be used before and after: the figure depends on all three.
     """
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    start = [tokenizer.bos_token_id] if add_bos and tokenizer.bos_token_id is not None else []
-    size = window - len(start)
-    pieces = [start + ids[i : i + size] for i in range(0, len(ids), size)]
-    texts = [Scored(ids=tuple(piece), answer_tokens=len(piece) - 1) for piece in pieces if len(piece) > 1]
-    if not texts:
-        raise UserError("the retention text has no token to predict; name a longer one")
+    texts = encode_windows(tokenizer, text, window=window, add_bos=add_bos)
     sums = log_probabilities(
         model, texts, batch_size=batch_size, ranks=ranks, device=device, should_stop=should_stop
     )
@@ -158,4 +175,6 @@ def text_perplexity(
         nll_per_token=nll / tokens,
         bits_per_byte=nll / math.log(2) / len(text.encode()),
         tokens=tokens,
+        window=window,
+        text_sha256=hashlib.sha256(text.encode()).hexdigest(),
     )

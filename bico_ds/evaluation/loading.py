@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from bico_ds.config.errors import UserError
 from bico_ds.config.folders import is_local_folder
@@ -15,60 +15,84 @@ from bico_ds.data.tokenizer import load_tokenizer, vocabulary_size
 from bico_ds.model.architecture import check_vocabulary
 
 _DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
+# All that an answer depends on: generation reads BOS, EOS and padding from the tokenizer, and no generation config.
+_STAMPED = ("*.safetensors", "config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json")
 
 
 def load_for_evaluation(
-    path: str, *, dtype: Literal["auto", "bf16", "fp32"] = "auto", device: torch.device | str = "cpu"
+    path: str,
+    *,
+    option: str = "--model",
+    dtype: Literal["auto", "bf16", "fp32"] = "auto",
+    device: torch.device | str = "cpu",
 ) -> tuple[Any, Any]:
     """(model, tokenizer) from a safetensors folder or a hub name; `auto` keeps the dtype of the weights.
 
-    Raises UserError for a folder without config, safetensors or tokenizer, and where a weight of the model is
-    not in the files (transformers would draw it at random).
+    Raises UserError, which begins with `option`, for a folder without config, safetensors or tokenizer, and
+    where a weight of the model is not in the files (transformers would draw it at random).
     """
-    check_model_folder(path)
-    if is_local_folder(path):
-        path = str(Path(path).expanduser())
-    tokenizer = load_tokenizer(path)
+    tokenizer, _ = load_tokenizer_and_context(path, option=option)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            path,
+            _expanded(path),
             dtype=_DTYPES[dtype],
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"--model {path}: cannot be loaded: {error}") from error
+        raise UserError(f"{option} {path}: cannot be loaded: {error}") from error
     for kind in ("missing_keys", "mismatched_keys"):
         if info[kind]:
             names = sorted(map(str, info[kind]))
-            raise UserError(f"--model {path}: {len(names)} {kind.replace('_', ' ')}, the first is {names[0]}")
-    check_vocabulary(model.config, vocabulary_size(tokenizer), tokenizer=path)
+            raise UserError(
+                f"{option} {path}: {len(names)} {kind.replace('_', ' ')}, the first is {names[0]}"
+            )
     return model.to(device).eval(), tokenizer
 
 
+def load_tokenizer_and_context(path: str, *, option: str = "--model") -> tuple[Any, int | None]:
+    """(tokenizer, tokens of the context if the config names them): what inputs can be checked with before the
+    weights are loaded. Raises UserError for a folder without config, safetensors or tokenizer.
+    """
+    check_model_folder(path, option)
+    try:
+        tokenizer = load_tokenizer(_expanded(path))
+        config = AutoConfig.from_pretrained(_expanded(path), trust_remote_code=False)
+        check_vocabulary(config, vocabulary_size(tokenizer), tokenizer=path)
+    except (OSError, ValueError) as error:  # a UserError is a ValueError
+        raise UserError(f"{option} {path}: {error}") from error
+    return tokenizer, getattr(config, "max_position_embeddings", None)
+
+
 def weights_stamp(path: str) -> str:
-    """A name for the weights at `path`, from sizes and times of its files; a hub name stands for itself."""
+    """A name for the weights and tokenizer at `path`, from sizes and times of its files; a hub name stands for
+    itself.
+    """
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return path
-    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+    files = sorted({file for pattern in _STAMPED for file in folder.glob(pattern)})
     stamp = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr(stamp).encode()).hexdigest()[:16]
 
 
-def check_model_folder(path: str) -> None:
+def check_model_folder(path: str, option: str = "--model") -> None:
     """UserError for a local folder without config or safetensors; a hub name is not looked up."""
     if not is_local_folder(path):
         return
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise UserError(f"--model {folder}: no such folder")
+        raise UserError(f"{option} {folder}: no such folder")
     if not (folder / "config.json").is_file():
         inside = next(iter(sorted(folder.glob("*/config.json"))), None)
         hint = f"; did you mean {inside.parent}?" if inside else ""
-        raise UserError(f"--model {folder}: no config.json in it{hint}")
+        raise UserError(f"{option} {folder}: no config.json in it{hint}")
     if not list(folder.glob("*.safetensors")):
         pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
         found = f"only pickled weights ({pickled[0].name}), which can run code" if pickled else "no weights"
-        raise UserError(f"--model {folder}: {found}; give a folder with *.safetensors")
+        raise UserError(f"{option} {folder}: {found}; give a folder with *.safetensors")
+
+
+def _expanded(path: str) -> str:
+    return str(Path(path).expanduser()) if is_local_folder(path) else path

@@ -29,7 +29,8 @@ class Part:
 class Report:
     """The JSON file at `path`: {"model", "weights", "identities", "tasks", "choice", "retention"}.
 
-    Only the first rank writes. Raises UserError where the file belongs to another model, or is no such file.
+    Only the first rank writes. Raises UserError where the file belongs to another model or is no such file, and
+    where none can be written.
     """
 
     def __init__(self, path: Path, *, model: str, weights: str, ranks: Ranks) -> None:
@@ -41,12 +42,19 @@ class Report:
         )
         if self.values.get("weights") != weights or "identities" not in self.values:
             raise UserError(
-                f"--output {path}: holds results of other weights ({self.values.get('model')}); "
-                "name another file, or delete this one"
+                f"--output {path}: holds results of other weights or another tokenizer "
+                f"({self.values.get('model')}); name another file, or delete this one"
             )
 
     def has(self, part: Part) -> bool:
         return self.values["identities"].get(f"{part.section}/{part.name}") == part.identity
+
+    def results(self, parts: Sequence[Part]) -> dict[str, dict[str, Any]]:
+        """What the file holds of these very parts, by section and name."""
+        found: dict[str, dict[str, Any]] = {}
+        for part in filter(self.has, parts):
+            found.setdefault(part.section, {})[part.name] = self.values[part.section][part.name]
+        return found
 
     def run(self, parts: Sequence[Part], on_part: Callable[[Part], None]) -> bool:
         """Compute the parts that are not there yet, saving after each. False where one was stopped."""
@@ -64,20 +72,28 @@ class Report:
         return True
 
     def _read(self) -> dict[str, Any] | None:
-        with suppress(FileNotFoundError):
-            try:
-                values = json.loads(self.path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UserError(
-                    f"--output {self.path}: is there already and no result file ({error})"
-                ) from error
-            if not isinstance(values, dict):
-                raise UserError(f"--output {self.path}: is there already and no result file")
-            return values
-        return None
+        if self.path.is_dir():
+            raise UserError(f"--output {self.path}: is a folder; name a file in it")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._partial.touch()  # what cannot be written is known before anything is computed
+            self._partial.unlink()
+            text = self.path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--output {self.path}: no result file can be kept there ({error})") from error
+        with suppress(ValueError):
+            values = json.loads(text)
+            if isinstance(values, dict):
+                return values
+        raise UserError(f"--output {self.path}: is there already and no result file; name another file")
 
     def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text(json.dumps(self.values, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        partial.replace(self.path)
+        text = json.dumps(self.values, ensure_ascii=False, indent=1) + "\n"
+        self._partial.write_text(text, encoding="utf-8")
+        self._partial.replace(self.path)
+
+    @property
+    def _partial(self) -> Path:
+        return self.path.with_name(self.path.name + ".partial")

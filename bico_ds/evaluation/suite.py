@@ -94,7 +94,18 @@ def evaluate(
     fit the model's context.
     """
     ranks = Ranks(rank=rank, world_size=world_size, synced=synced)
-    prepared = [_prepare(model, tokenizer, task, max_new_tokens, cut_to_answers, add_bos) for task in tasks]
+    context = getattr(model.config, "max_position_embeddings", None)
+    prepared = [
+        prepare_task(
+            tokenizer,
+            task,
+            max_new_tokens=max_new_tokens,
+            cut_to_answers=cut_to_answers,
+            add_bos=add_bos,
+            context=context,
+        )
+        for task in tasks
+    ]
     results = {}
     for task, (prompts, new_tokens) in zip(tasks, prepared, strict=True):
         predictions = generate_greedy(
@@ -114,10 +125,16 @@ def evaluate(
     return EvaluationResult(tasks=results)
 
 
-def _prepare(
-    model: Any, tokenizer: Any, task: Task, max_new_tokens: int, cut_to_answers: bool, add_bos: bool
+def prepare_task(
+    tokenizer: Any,
+    task: Task,
+    *,
+    max_new_tokens: int,
+    cut_to_answers: bool,
+    add_bos: bool,
+    context: int | None,
 ) -> tuple[list[list[int]], int]:
-    """Encoded prompts and the number of new tokens of one task."""
+    """Encoded prompts and the number of new tokens of one task. UserError where one does not fit the context."""
     prompts = encode_prompts(tokenizer, [example.prompt for example in task.examples], add_bos=add_bos)
     if cut_to_answers:
         answers = tokenizer([example.completion for example in task.examples], add_special_tokens=False)[
@@ -127,7 +144,7 @@ def _prepare(
     check_lengths(
         prompts,
         new_tokens=max_new_tokens,
-        context=getattr(model.config, "max_position_embeddings", None),
+        context=context,
         names=[f"{task.path}:{example.line}" for example in task.examples],
     )
     return prompts, max_new_tokens

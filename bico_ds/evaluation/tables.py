@@ -20,8 +20,9 @@ _QUESTIONS = {
 def result_table(results: Mapping[str, EvaluationResult], *, title: str = "Reversal tasks") -> Table:
     """The headline metric of every task with its 95 % interval, one column a model."""
     table = Table(title=title)
-    for header in ("task", "metric", *results, "floor"):
-        table.add_column(header, justify="left" if header in ("task", "metric") else "right", no_wrap=True)
+    for header in ("task", "metric", *results, "floor", "prompts"):
+        left = header in ("task", "metric")
+        table.add_column(header, justify="left" if left else "right", no_wrap=header not in results)
     for name, metric, *scores in _lines(results):
         table.add_row(name, metric, *(score.replace("[", "\\[") for score in scores))
     return table
@@ -29,8 +30,8 @@ def result_table(results: Mapping[str, EvaluationResult], *, title: str = "Rever
 
 def result_markdown(results: Mapping[str, EvaluationResult]) -> str:
     """The same table as Markdown, with each task's question."""
-    headers = ["task", "question", "metric", *results, "floor"]
-    ruler = ["---"] * 3 + ["--:"] * (len(results) + 1)
+    headers = ["task", "question", "metric", *results, "floor", "prompts"]
+    ruler = ["---"] * 3 + ["--:"] * (len(results) + 2)
     lines = [[name, _QUESTIONS.get(name, ""), *cells] for name, *cells in _lines(results)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (headers, ruler, *lines)) + "\n"
 
@@ -71,15 +72,19 @@ def _p_value(test: Mapping[str, Any] | None) -> str:
 
 
 def retention_table(after: Mapping[str, Any], before: Mapping[str, Any]) -> Table:
-    """Perplexity on running texts, and that of the base model where it was measured."""
-    table = Table(title="Retention")
-    for header in ("text", "tokens", "perplexity before", "perplexity", "bits a byte before", "bits a byte"):
-        table.add_column(header, justify="left" if header == "text" else "right")
+    """Perplexity on running texts, and that of the base model where it was measured on the same text and tokens
+    in the same window.
+    """
+    headers = ("text", "tokens", "window", "perplexity\nbefore", "\nafter", "bits/byte\nbefore", "\nafter")
+    table = _table(headers, title="Retention")
     for name, values in after.items():
         base = before.get(name)
+        if base and any(base.get(key) != values[key] for key in ("text_sha256", "window", "tokens")):
+            base = None
         table.add_row(
             name,
             str(values["tokens"]),
+            str(values["window"]),
             f"{base['perplexity']:.3f}" if base else "–",
             f"{values['perplexity']:.3f}",
             f"{base['bits_per_byte']:.4f}" if base else "–",
@@ -89,7 +94,7 @@ def retention_table(after: Mapping[str, Any], before: Mapping[str, Any]) -> Tabl
 
 
 def _lines(results: Mapping[str, EvaluationResult]) -> Iterator[list[str]]:
-    """Task, headline metric, a score for every model, floor."""
+    """Task, headline metric, a score for every model, floor, prompts (all numbers, where models differ)."""
     for name in dict.fromkeys(name for result in results.values() for name in result.tasks):
         present = [result.tasks[name] for result in results.values() if name in result.tasks]
         metric = present[0].headline
@@ -99,6 +104,7 @@ def _lines(results: Mapping[str, EvaluationResult]) -> Iterator[list[str]]:
             metric,
             *(_cell(result.tasks.get(name)) for result in results.values()),
             f"{floors[0]:.3f}" if floors else "–",
+            " / ".join(dict.fromkeys(str(len(task.rows) or "–") for task in present)),
         ]
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +20,7 @@ from bico_ds.evaluation.command import Place, Request, run_request
 from bico_ds.evaluation.generation import Ranks
 from bico_ds.evaluation.loading import load_for_evaluation
 from bico_ds.evaluation.suite import load_result
+from tools.evaluate import parse_arguments
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -55,9 +59,20 @@ def _request(world: Path, output: Path, **changes) -> Request:
     return Request(**(values | changes))
 
 
-def _run(request: Request, should_stop=lambda: False) -> bool:
+def _run(request: Request, should_stop=lambda: False, out: io.StringIO | None = None) -> bool:
     place = Place(ranks=Ranks(), device=torch.device("cpu"), should_stop=should_stop)
-    return run_request(request, place, Console(file=open(os.devnull, "w")))
+    return run_request(request, place, Console(file=out or io.StringIO(), width=80))
+
+
+def _shown(request: Request) -> str:
+    """What the command prints after its progress lines."""
+    out = io.StringIO()
+    assert _run(request, out=out)
+    return "\n".join(line for line in out.getvalue().splitlines() if not line.endswith("…"))
+
+
+def _copy_of_model(world: Path, folder: Path) -> Path:
+    return shutil.copytree(world / "model", folder)
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_was_and_ends_the_same(world, tmp_path):
@@ -87,6 +102,51 @@ def test_other_options_are_computed_anew_and_other_weights_refused(world, tmp_pa
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match=r"holds results of other weights .*model"):
         _run(_request(world, output, **small, model=str(tmp_path / "other")))
+
+
+def test_a_new_tokenizer_is_another_model(world, tmp_path):
+    model, output = _copy_of_model(world, tmp_path / "model"), tmp_path / "result.json"
+    small = {"model": str(model), "likelihood": False, "retention": (), "base": None, "tasks": ("n2d",)}
+    assert _run(_request(world, output, **small))
+    settings = model / "tokenizer_config.json"
+    settings.write_text(settings.read_text() + "\n")
+    with pytest.raises(UserError, match="other weights or another tokenizer"):
+        _run(_request(world, output, **small))
+
+
+def test_only_what_this_command_asks_is_shown_with_its_number_of_prompts(world, tmp_path):
+    output = tmp_path / "result.json"
+    small = {"likelihood": False, "retention": (), "base": None}
+    assert _run(_request(world, output, **small, tasks=("n2d",), limit=4))
+    shown = _shown(_request(world, output, **small, tasks=("n2d_reverse",)))
+    assert re.search(r"n2d_reverse .* 9 │", shown)
+    assert not re.search(r"n2d  ", shown)
+    assert set(json.loads(output.read_text())["tasks"]) == {"n2d", "n2d_reverse"}
+
+
+def test_perplexities_of_other_texts_or_windows_never_stand_side_by_side(world, tmp_path):
+    text, output = tmp_path / "text.txt", tmp_path / "result.json"
+    text.write_text((world / "text.txt").read_text())
+    only = {"data": None, "tasks": (), "likelihood": False, "retention": (text,)}
+    row = lambda **changes: re.search(  # noqa: E731
+        r"text.txt +│(.*)│", _shown(_request(world, output, **only, **changes))
+    )[1]
+    assert "–" not in row()
+    assert "–" not in row(base=None), "the base's figure of before, for the same text and window"
+    assert row(base=None, window=8).count("–") == 2
+    assert "–" not in row(base=None)
+    text.write_text(text.read_text() + " w3")
+    assert row(base=None).count("–") == 2
+
+
+def test_a_window_is_no_longer_than_either_context_and_the_result_says_so(world, tmp_path):
+    small = _copy_of_model(world, tmp_path / "small")
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 24}))
+    only = {"data": None, "tasks": (), "likelihood": False}
+    assert _run(_request(world, tmp_path / "r.json", **only, window=1000, base=str(small)))
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["retention"]["text.txt"]["window"] == result["retention_before"]["text.txt"]["window"] == 24
 
 
 @pytest.mark.distributed
@@ -126,12 +186,54 @@ def test_two_ranks_write_the_file_of_one(world, tmp_path):
         ({"model": "{world}/nowhere"}, r"nowhere: no such folder"),
         ({"max_new_tokens": 63}, r"p2d_prompts_test.jsonl:1: the prompt has 3 tokens; with 63 new ones"),
         ({"retention": (Path("nowhere.txt"),)}, r"--retention nowhere.txt: cannot be read"),
+        ({"base": "./nowhere"}, r"^--base nowhere: no such folder"),
+        ({"window": 1}, r"--window 1: a window needs two tokens"),
+        ({"output": Path("."), "likelihood": False}, r"--output \.: is a folder; name a file in it"),
+        ({"output": Path(__file__) / "x.json"}, r"--output .*x.json: no result file can be kept there"),
+        ({"output": Path(__file__)}, r"--output .*: is there already and no result file"),
     ],
 )
 def test_bad_input_is_named(world, tmp_path, changes, message):
     changes = {key: value.format(world=world) if key == "model" else value for key, value in changes.items()}
     with pytest.raises(UserError, match=message):
-        _run(_request(world, tmp_path / "result.json", **changes))
+        _run(_request(world, **({"output": tmp_path / "result.json"} | changes)))
+
+
+def test_texts_of_one_name_are_refused(world, tmp_path):
+    other = tmp_path / "text.txt"
+    other.write_text("w1 w2")
+    with pytest.raises(UserError, match=rf"--retention {other}: a text named text.txt stands before it"):
+        _run(_request(world, tmp_path / "r.json", retention=(world / "text.txt", other)))
+
+
+def test_all_inputs_are_checked_before_anything_is_computed(world, tmp_path):
+    output = tmp_path / "result.json"
+    base = _copy_of_model(world, tmp_path / "base")
+    (base / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"--base .*: no tokenizer in"):
+        _run(_request(world, output, base=str(base)))
+    long = {"prompt": "w1", "completion": " w2" * 70, "group": "x"}
+    short = {"prompt": "w1", "completion": " w3", "group": "y"}
+    (tmp_path / "p2d_prompts_test.jsonl").write_text(f"{json.dumps(short)}\n{json.dumps(long)}\n")
+    with pytest.raises(UserError, match=r"test.jsonl:1: prompt and answer have 72 tokens, .* context of 64"):
+        _run(_request(world, output, data=tmp_path, tasks=("n2d",)))
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "d", "--tasks", ","], "--tasks names no task"),
+        (["--pairs", "p", "--tasks", "n2d"], "give --data too"),
+        (["--data", "d", "--base", "b"], "give --retention too"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(monkeypatch, capsys, options, message):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", "m", *options])
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_model_without_tokenizer_or_with_weights_missing_is_refused(tmp_path, tiny_llama, tokenizer):

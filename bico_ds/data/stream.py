@@ -17,6 +17,7 @@ from bico_ds.data.mixture import EpochRows, Mixture
 from bico_ds.data.packing import PackPlan, build_pack_plan, seeded_permutation
 from bico_ds.data.plan_cache import cached_plan
 from bico_ds.data.rows import Expand, Rows
+from bico_ds.data.sources import expand_path
 from bico_ds.objectives.counter import hash_words
 
 
@@ -154,7 +155,7 @@ class BinStream:
             plan = cached_plan(
                 build_pack_plan,
                 self._expand(self._length[rows.row].astype(np.int64)),
-                folder=Path(self._data.cache_dir) / "plans",
+                folder=Path(expand_path(self._data.cache_dir)) / "plans",
                 capacity=self._data.capacity,
                 seed=int(hash_words("packing", self._seed, packed)[0]),
                 max_documents_per_bin=self._data.max_documents_per_bin,

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import BOS, EOS, write_store
 
+from bico_ds.attention.layout import LayoutPolicy
 from bico_ds.config.errors import UserError
 from bico_ds.config.schema import BicoSpec, DataSpec, MaskSpec, NtpSpec, SourceSpec
 from bico_ds.data.loader import ElasticLoader
@@ -247,6 +248,16 @@ def test_workers_change_nothing_and_the_state_does_not_run_ahead(world):
     threaded.close()
 
 
+def test_workers_lay_out_the_batch_for_the_attention_kernels(world):
+    stores, data = world
+    policy = LayoutPolicy(flash_from=20, tile_scores=60, tile_min_rows=2)
+    loader = ElasticLoader(
+        stores, data(), schedule_of(), seed=1, global_batch_bins=GLOBAL, layout_policy=policy
+    )
+    assert all(policy in batch.plan.derived for batch in loader.step(0))
+    loader.close()
+
+
 def test_totals_by_source_survive_a_resume(world):
     loader = make(world)
     names = list(loader.source_totals(0))
@@ -259,6 +270,15 @@ def test_totals_by_source_survive_a_resume(world):
     resumed = make(world, size=4, rank=2, state=state).source_totals(20)
     assert resumed == loader.source_totals(20)
     assert {name: total["rows"] for name, total in resumed.items()} == {n: e[0] for n, e in expected.items()}
+
+
+def test_big_plans_are_kept_where_the_environment_says(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("bico_ds.data.plan_cache._BIG", 100)
+    monkeypatch.setenv("SCRATCH_HERE", str(tmp_path / "scratch"))
+    monkeypatch.chdir(tmp_path)
+    make(world, cache_dir="${SCRATCH_HERE}/cache").step(0)
+    assert list((tmp_path / "scratch" / "cache" / "plans").iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["scratch"]
 
 
 def test_an_indivisible_global_batch_is_refused_with_the_numbers_that_divide(world):

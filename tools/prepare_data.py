@@ -191,7 +191,7 @@ def _add_document_options(documents: argparse._ArgumentGroup) -> None:
     )
     documents.add_argument(
         "--vocab-size",
-        type=int,
+        type=positive,
         metavar="N",
         help="the model's, where smaller than the tokenizer's: larger ids are errors",
     )

@@ -96,16 +96,13 @@ def encoder_spec(
     tokenizer: PreTrainedTokenizerBase, options: IngestOptions, tokenizer_path: str
 ) -> EncoderSpec:
     """Collect what workers need; `UserError` where options and tokenizer do not fit."""
-    if options.add_bos and tokenizer.bos_token_id is None:
-        raise UserError(
-            f"tokenizer '{tokenizer_path}' has no BOS token: switch it off "
-            "(--no-bos, or add_bos: false in the recipe)"
-        )
     if options.messages_field and not tokenizer.chat_template:
         raise UserError(f"tokenizer '{tokenizer_path}' has no chat template, which messages need")
+    vocab_size = vocabulary_size(tokenizer) if options.vocab_size is None else options.vocab_size
+    _check_special_ids(tokenizer, options, tokenizer_path, vocab_size)
     begins, ends = word_boundaries(tokenizer)
     header = StoreHeader(
-        vocab_size=options.vocab_size or vocabulary_size(tokenizer),
+        vocab_size=vocab_size,
         tokenizer_hash=tokenizer_hash(tokenizer),
         special_ids=tuple(sorted(special_ids(tokenizer))),
         bos_id=tokenizer.bos_token_id,
@@ -123,6 +120,24 @@ def encoder_spec(
         options=options,
         chat_tokenizer=tokenizer_path if options.messages_field else None,
     )
+
+
+def _check_special_ids(
+    tokenizer: PreTrainedTokenizerBase, options: IngestOptions, tokenizer_path: str, vocab_size: int
+) -> None:
+    if options.add_bos and tokenizer.bos_token_id is None:
+        raise UserError(
+            f"tokenizer '{tokenizer_path}' has no BOS token: switch it off "
+            "(--no-bos, or add_bos: false in the recipe)"
+        )
+    added = {"BOS": tokenizer.bos_token_id} if options.add_bos else {}
+    added |= {"EOS": tokenizer.eos_token_id} if options.add_eos else {}
+    for name, index in added.items():
+        if index >= vocab_size:
+            raise UserError(
+                f"--vocab-size {vocab_size}: tokenizer '{tokenizer_path}' has {name} at id {index}; give a "
+                f"larger one, or --no-{name.lower()}"
+            )
 
 
 def _refuse_own_input(output: Path, shards: list[Shard]) -> None:

@@ -96,3 +96,20 @@ def test_patterns_reach_into_folders_but_never_into_stores(command, tmp_path, ca
     assert command("files", "in/store", "--output", "s", "--force") == 2
     assert "'in/store' has no input files" in (said := capsys.readouterr().err)
     assert "passed over: in/store (token store)" in said
+
+
+@pytest.mark.parametrize("size", ["0", "-3"])
+def test_a_vocabulary_has_at_least_one_id(command, capsys, size):
+    with pytest.raises(SystemExit) as caught:
+        command("files", "a.jsonl", "--output", "s", "--vocab-size", size)
+    assert caught.value.code == 2
+    assert f"must be at least 1, found {size}" in capsys.readouterr().err
+
+
+def test_a_vocabulary_without_an_id_that_is_added_is_refused(command, tmp_path, capsys):
+    small = ("files", "a.jsonl", "--output", "s", "--vocab-size", "1")
+    assert command(*small) == 2
+    assert "has EOS at id 1; give a larger one, or --no-eos" in capsys.readouterr().err
+    assert command(*small, "--no-eos") == 2
+    assert "a.jsonl:1: token id past the vocabulary" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -323,12 +324,21 @@ def _check_columns(path: str, wanted: list[str], there: list[str]) -> None:
 def _line_rows(shard: Shard, columns: list[str]) -> Iterator[tuple[int, dict[str, Any] | BadRow, Any]]:
     if shard.kind == "text_file":
         raw = b"".join(line for _, line in _raw_lines(shard))
-        yield 1, _text_row(raw, columns[0]), raw
-        return
-    parse = _json_row if shard.kind == "lines" else lambda raw: _text_row(raw.rstrip(b"\r\n"), columns[0])
-    for number, raw in _raw_lines(shard):
-        if not raw.isspace():
-            yield number, parse(raw), raw
+        yield 1, _text_row(raw.removeprefix(BOM_UTF8), columns[0]), raw
+    elif shard.kind == "text_lines":
+        for number, raw in _raw_lines(shard):
+            text = raw.removeprefix(BOM_UTF8) if number == 1 else raw
+            row = _text_row(text.rstrip(b"\r\n"), columns[0])
+            if isinstance(row, BadRow) or not _is_blank(row[columns[0]]):
+                yield number, row, raw
+    else:
+        for number, raw in _raw_lines(shard):
+            if not raw.isspace():
+                yield number, _json_row(raw), raw
+
+
+def _is_blank(text: str) -> bool:
+    return not text or text.isspace()
 
 
 def _raw_lines(shard: Shard) -> Iterator[tuple[int, bytes]]:

@@ -133,6 +133,21 @@ def test_a_text_file_can_be_one_document(tmp_path: Path, bpe_tokenizer: str) -> 
     assert load_tokenizer(bpe_tokenizer).decode(document.token_ids) == "first line\nsecond line\n"
 
 
+@pytest.mark.parametrize("text_by", ["line", "file"])
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path, bpe_tokenizer: str, text_by: str) -> None:
+    for name, mark in (("marked", b"\xef\xbb\xbf"), ("plain", b"")):
+        (tmp_path / f"{name}.txt").write_bytes(mark + "first\nsecond \ufeff\n".encode())
+        _ingest(tmp_path / f"{name}.txt", bpe_tokenizer, tmp_path / name, text_by=text_by)
+    assert _bytes(tmp_path / "marked") == _bytes(tmp_path / "plain")
+
+
+def test_blank_lines_of_a_text_are_no_documents(tmp_path: Path, bpe_tokenizer: str) -> None:
+    blank = ["", " \t", "\u00a0", "\u2003 \u00a0", "\u3000"]
+    (tmp_path / "a.txt").write_bytes(("\ufeff\n" + "one\r\n".join(line + "\n" for line in blank)).encode())
+    report = _ingest(tmp_path / "a.txt", bpe_tokenizer, tmp_path / "s")
+    assert (len(report.lengths), report.skipped) == (len(blank) - 1, {})
+
+
 def test_the_prompt_ends_where_the_completion_begins(tmp_path: Path, bpe_tokenizer: str) -> None:
     rng = random.Random(5)
     cuts = [rng.randrange(0, len(text) - 1) for text in TEXTS]

@@ -69,6 +69,8 @@ def ingest(
     `IngestFailure` when the machine fails.
     """
     refuse_output(output, force=force)
+    if not shards:
+        raise UserError("the input has no documents, its files are empty: no store was written")
     _refuse_own_input(output, shards)
     tokenizer = load_tokenizer(tokenizer_path)
     spec = encoder_spec(tokenizer, options, tokenizer_path)

@@ -123,8 +123,15 @@ def _report(parts: list[Path], stores: list[TokenStore], fate: NDArray[np.int8])
 
 
 def _check_not_empty(report: IngestReport, options: IngestOptions) -> None:
+    if not len(report.lengths) and len(report.held_out_lengths):
+        raise UserError(
+            f"--held-out {options.held_out} takes all {len(report.held_out_lengths):,} documents: give a "
+            "smaller share; no store was written"
+        )
     if not len(report.lengths):
-        raise UserError("the input has no documents: no store was written")
+        skipped = "".join(f"; {count:,} lines skipped: {reason}" for reason, count in report.skipped.items())
+        hint = " (--on-error stop names the first)" if skipped else ""
+        raise UserError(f"the input has no documents{skipped}{hint}: no store was written")
     if options.held_out and not len(report.held_out_lengths):
         raise UserError(
             f"--held-out {options.held_out} of so few documents (or groups) is none: give a larger share"

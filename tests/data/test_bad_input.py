@@ -103,6 +103,20 @@ LINES: list[tuple[str, bytes, dict[str, Any], str]] = [
     ("a.parquet", _parquet({"text": ["x", None]}), {}, "a.parquet: row 2: missing field: 'text'"),
     ("a.csv", GOOD, {}, "a.csv: unknown kind of file; known are .jsonl"),
     ("a.jsonl", b"\n \n", {}, "the input has no documents"),
+    ("a.jsonl", b"", {}, "the input has no documents, its files are empty"),
+    ("a.parquet", _parquet({"text": []}), {}, "the input has no documents"),
+    (
+        "a.jsonl",
+        b"{}\n7\n{}\n",
+        {"on_error": "skip"},
+        "no documents; 1 lines skipped: broken JSON; 2 lines skipped: missing field (--on-error stop names the first)",
+    ),
+    (
+        "a.jsonl",
+        GOOD * 3,
+        {"held_out": 0.999999},
+        "--held-out 0.999999 takes all 3 documents: give a smaller",
+    ),
 ]
 
 

@@ -2,8 +2,10 @@
 """Runs side by side: the table of the reversal tasks, and the picture of how they were learnt.
 
     python tools/compare.py runs/tiny_ntp runs/tiny_bico
+    python tools/compare.py runs/evaluation/tiny_ntp.json runs/evaluation/tiny_bico.json
 
-A RUN is a run folder of launch/train.py, or a result file of tools/evaluate.py.
+A RUN is a run folder of launch/train.py, or a result file of tools/evaluate.py. Every later one minus the first
+is shown too, paired by prompt, where both were asked the same.
 """
 
 from __future__ import annotations

@@ -113,10 +113,10 @@ def evaluate_model(options: argparse.Namespace, stop: StopFlag) -> bool:
     """Join the other ranks, if torchrun started any, and run what was asked for."""
     import torch
     import torch.distributed as dist
-    from rich.console import Console
 
     from bico_ds.evaluation.command import Place, run_request
     from bico_ds.evaluation.generation import Ranks
+    from bico_ds.evaluation.tables import console_for_tables
 
     ranks = Ranks(rank=int(os.environ.get("RANK", "0")), world_size=int(os.environ.get("WORLD_SIZE", "1")))
     device = torch.device("cpu")
@@ -127,9 +127,7 @@ def evaluate_model(options: argparse.Namespace, stop: StopFlag) -> bool:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         place = Place(ranks=ranks, device=device, should_stop=lambda: bool(stop))
-        # A pipe or a file has no width of its own, and a table must not lose columns there.
-        console = Console(width=None if sys.stdout.isatty() else 200)
-        return run_request(request_of(options), place, console)
+        return run_request(request_of(options), place, console_for_tables())
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from bico_ds.config.errors import UserError
 from bico_ds.evaluation.metrics import METRICS
+from bico_ds.evaluation.rows import parse_object
 from bico_ds.evaluation.suite import EvaluationResult, TaskResult, load_result
 
 RESULT_FILE = "evaluation/step-{step:06d}.json"
@@ -69,14 +69,21 @@ def _evaluations(metrics: Path) -> dict[int, dict[str, TaskResult]]:
     if not metrics.is_file():
         return {}
     found: dict[int, dict[str, TaskResult]] = {}
-    complete_lines = metrics.read_text(encoding="utf-8").split("\n")[:-1]  # a last line may be half written
+    try:
+        text = metrics.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{metrics}: cannot be read as UTF-8 text: {error}") from error
+    complete_lines = text.split("\n")[:-1]  # a last line may be half written
     for number, line in enumerate(complete_lines, start=1):
+        row = parse_object(line, f"{metrics}:{number}")
+        if row.get("kind") != "evaluation":
+            continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{metrics}:{number}: not valid JSON ({error.msg})") from error
-        if row.get("kind") == "evaluation":
             found[int(row["step"])] = _task_results(row)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{metrics}:{number}: not an evaluation as a run writes it ({error!r})"
+            ) from error
     return dict(sorted(found.items()))
 
 

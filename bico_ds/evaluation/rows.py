@@ -19,7 +19,7 @@ def read_objects(path: Path, *, fields: Iterable[str]) -> list[tuple[int, dict[s
         try:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    objects.append((number, _object(line, f"{path}:{number}")))
+                    objects.append((number, parse_object(line, f"{path}:{number}")))
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     if not objects:
@@ -57,7 +57,8 @@ def require_texts(row: Any, fields: Iterable[str], where: str) -> dict[str, str]
     return {name: row[name] for name in fields}
 
 
-def _object(line: str, where: str) -> dict[str, Any]:
+def parse_object(line: str, where: str) -> dict[str, Any]:
+    """The JSON object on a line; else a UserError that begins with `where`."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
+from bico_ds.evaluation.paired import Difference
 from bico_ds.evaluation.suite import EvaluationResult, TaskResult
 
 _QUESTIONS = {
@@ -15,6 +18,14 @@ _QUESTIONS = {
     "n2d_reverse": "description → name",
     "d2n_reverse": "name → description",
 }
+
+
+_PIPE_COLUMNS = 200
+
+
+def console_for_tables() -> Console:
+    """The terminal; a pipe or a file, which has no width of its own, gets tables whole."""
+    return Console(width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
 
 
 def result_table(results: Mapping[str, EvaluationResult], *, title: str = "Reversal tasks") -> Table:
@@ -33,7 +44,36 @@ def result_markdown(results: Mapping[str, EvaluationResult]) -> str:
     headers = ["task", "question", "metric", *results, "floor", "prompts"]
     ruler = ["---"] * 3 + ["--:"] * (len(results) + 2)
     lines = [[name, _QUESTIONS.get(name, ""), *cells] for name, *cells in _lines(results)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headers, ruler, *lines)) + "\n"
+    return _markdown([headers, ruler, *lines])
+
+
+def difference_table(differences: Mapping[str, Mapping[str, Difference]], *, of: str, minus: str) -> Table:
+    """Paired differences by task and metric, with 95 % intervals."""
+    table = _table(
+        ("task", "metric", "difference [95 % interval]", "prompts", "persons"),
+        title=f"{of} minus {minus}, paired by prompt",
+    )
+    for cells in _difference_lines(differences):
+        table.add_row(*(cell.replace("[", "\\[") for cell in cells))
+    return table
+
+
+def difference_markdown(differences: Mapping[str, Mapping[str, Difference]], *, of: str, minus: str) -> str:
+    """The same table as Markdown."""
+    headers = ["task", "metric", f"{of} minus {minus}, paired by prompt", "prompts", "persons"]
+    return _markdown([headers, ["---"] * 2 + ["--:"] * 3, *_difference_lines(differences)])
+
+
+def _difference_lines(differences: Mapping[str, Mapping[str, Difference]]) -> Iterator[list[str]]:
+    for task, metrics in differences.items():
+        for metric, found in metrics.items():
+            low, high = found.interval
+            score = f"{found.mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+            yield [task, metric, score, str(found.prompts), str(found.persons)]
+
+
+def _markdown(lines: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
 def choice_tables(choices: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from rich.console import Console
+from scipy import stats
 
 from bico_ds.config.errors import UserError
 from bico_ds.evaluation.arms import load_arms
 from bico_ds.evaluation.compare import compare_runs
+from bico_ds.evaluation.paired import paired_differences
 from bico_ds.evaluation.suite import EvaluationResult, TaskResult, save_result
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -71,6 +76,90 @@ def test_runs_that_were_asked_different_questions_do_not_stand_side_by_side(tmp_
     with pytest.raises(UserError, match="'n2d' is scored by bleu in a and by contains in b"):
         compare_runs([tmp_path / "a.json", tmp_path / "b.json"], output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def _result(path: Path, scores: list[float], *, persons: str = "aabbcc", new_tokens: int = 9) -> Path:
+    rows = [
+        {"prompt": f"q{i}", "answer": " x", "group": person, "contains": score}
+        for i, (person, score) in enumerate(zip(persons, scores, strict=True))
+    ]
+    task = TaskResult(
+        headline="contains", metrics={"contains": sum(scores) / len(scores)}, rows=rows, new_tokens=new_tokens
+    )
+    save_result(EvaluationResult(tasks={"n2d": task}), path)
+    return path
+
+
+def test_paired_differences_and_their_interval_by_hand(tmp_path):
+    arms = [
+        _result(tmp_path / "ntp.json", [0, 0, 0, 0, 1, 1]),
+        _result(tmp_path / "bico.json", [1, 1, 0, 1, 0, 1]),
+    ]
+    out = io.StringIO()
+    compare_runs(arms, output=tmp_path / "out", console=Console(file=out, width=80))
+    # Differences a +1 +1, b 0 +1, c -1 0: the mean is 2 / 6. One resample of 27 is c, c, c (-0.5), one a, a, a
+    # (+1): each more than the 2.5 % that an interval leaves out at an end.
+    assert "+0.333 [-0.500, +1.000]" in out.getvalue()
+    page = (tmp_path / "out" / "comparison.md").read_text()
+    assert "| n2d | contains | +0.333 [-0.500, +1.000] | 6 | 3 |" in page
+    assert "bico minus ntp" in page
+    figures = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert figures["bico"]["minus"]["ntp"]["n2d"]["contains"]["mean"] == pytest.approx(1 / 3)
+
+
+def test_the_interval_of_a_paired_difference_agrees_with_scipys_bootstrap_over_persons():
+    draw = np.random.default_rng(4)
+    level, gain = draw.normal(size=(30, 1)), draw.normal(size=(30, 1))
+    scores = [level + draw.normal(size=(30, 10)) for _ in range(2)]
+    scores[1] += gain
+    results = [
+        TaskResult(
+            headline="contains",
+            metrics={"contains": values.mean()},
+            rows=[
+                {"prompt": str(i), "answer": "", "group": str(i // 10), "contains": value}
+                for i, value in enumerate(values.ravel())
+            ],
+        )
+        for values in scores
+    ]
+    found = paired_differences(*results)["contains"]
+    per_person = (scores[1] - scores[0]).mean(axis=1)
+    reference = stats.bootstrap(
+        (per_person,), np.mean, n_resamples=20000, method="percentile", rng=np.random.default_rng(1)
+    ).confidence_interval
+    assert found.mean == pytest.approx(per_person.mean())
+    assert found.interval == pytest.approx(tuple(reference), abs=0.03)
+
+
+def test_other_prompts_and_other_lengths_are_said_and_never_paired(tmp_path):
+    arms = [
+        _result(tmp_path / "a.json", [0, 1, 1, 1, 0, 0]),
+        _result(tmp_path / "b.json", [0, 1, 1], persons="abc", new_tokens=40),
+    ]
+    out = io.StringIO()
+    compare_runs(arms, output=tmp_path / "out", console=Console(file=out, width=200))
+    assert "n2d: not the same prompts (6 in a, 3 in b)" in out.getvalue()
+    assert "n2d: up to 9 new tokens in a, 40 in b" in out.getvalue()
+    assert "6 / 3" in out.getvalue()
+    assert "minus" not in out.getvalue()
+    assert "not the same prompts" in (tmp_path / "out" / "comparison.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("[1]", "expected a JSON object, found list"), ('{"kind": "evaluation"}', "not an evaluation")],
+)
+def test_a_line_that_no_run_wrote_is_named(tmp_path, line, message):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n')
+    with pytest.raises(UserError, match=f"metrics.jsonl:2: {message}"):
+        load_arms([tmp_path])
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path):
+    arm = _result(tmp_path / "a.json", [0.0] * 6)
+    with pytest.raises(UserError, match=r"--output .*a.json: no folder can be made there"):
+        compare_runs([arm], output=arm)
 
 
 def test_the_command_writes_table_figures_and_picture(tmp_path):

@@ -1,0 +1,48 @@
+"""Two models on the same prompts: the difference of their scores, row by row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from bico_ds.evaluation.statistics import clustered_interval
+from bico_ds.evaluation.suite import TaskResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """The mean over `prompts` rows of `persons` persons, with its 95 % interval (persons resampled)."""
+
+    mean: float
+    interval: tuple[float, float]
+    prompts: int
+    persons: int
+
+
+def paired_differences(first: TaskResult, second: TaskResult) -> dict[str, Difference]:
+    """`second` minus `first` in every metric that both have; empty unless both answered the same prompts.
+
+    What makes a prompt hard, or a person well known, is in both scores and falls out of the difference: its
+    interval is narrower than those of the two scores suggest.
+    """
+    if not same_prompts(first, second):
+        return {}
+    groups = [row["group"] for row in first.rows]
+    differences = {}
+    for metric in [name for name in first.metrics if name in second.metrics]:
+        scores = [np.array([row[metric] for row in result.rows]) for result in (first, second)]
+        rows = scores[1] - scores[0]
+        differences[metric] = Difference(
+            mean=float(rows.mean()),
+            interval=clustered_interval(rows.tolist(), groups),
+            prompts=len(groups),
+            persons=len(set(groups)),
+        )
+    return differences
+
+
+def same_prompts(first: TaskResult, second: TaskResult) -> bool:
+    """Whether both have rows, of the same prompts with the same answers in the same order."""
+    asked = [[(row["prompt"], row["answer"]) for row in result.rows] for result in (first, second)]
+    return bool(asked[0]) and asked[0] == asked[1]

@@ -12,11 +12,13 @@ A run that was interrupted goes on when the same command is given again.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -41,24 +43,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("give a command (files, hub, facts) or --inspect STORE")
     try:
         if args.inspect is not None:
-            for line in describe_store(
-                args.inspect, documents=args.documents, verify="checksums" if args.verify else "sizes"
-            ):
-                print(line)
+            inspect(args)
         elif args.command == "facts":
             prepare_facts(args)
         else:
             prepare_texts(args)
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except IngestFailure as error:
+    except BrokenPipeError:  # `… | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its exit
+    except (IngestFailure, OSError) as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted: finished shards are kept, the same command goes on", file=sys.stderr)
         return 1
     return 0
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """Print documents of a store."""
+    verify: Literal["sizes", "checksums"] = "checksums" if args.verify else "sizes"
+    for line in describe_store(
+        args.inspect, documents=args.documents, tokenizer_path=args.tokenizer, verify=verify
+    ):
+        print(line)
 
 
 def prepare_texts(args: argparse.Namespace) -> None:
@@ -94,6 +105,10 @@ def prepare_facts(args: argparse.Namespace) -> None:
     refuse_output(output, force=args.force, is_ours=is_facts_folder)
     folder = output.with_name(f".{output.name}.writing")
     shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot write to '{output.parent}': {error.strerror}") from error
     write_facts(spec, folder)
     publish(folder, output, overwrite=args.force)
     for file in sorted(output.iterdir()):
@@ -111,6 +126,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--verify", action="store_true", help="with --inspect: compare every byte with its checksum"
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="PATH", help="with --inspect: for a store that does not hold its own"
     )
     commands = parser.add_subparsers(dest="command", metavar="{files,hub,facts}")
     files = commands.add_parser("files", help="JSONL, Parquet and text files, or folders of them")

@@ -32,7 +32,11 @@ def describe_store(
     something else than the store's is refused, and so is a document number that the store does not have.
     """
     store = TokenStore.open(path, verify=verify)
-    tokenizer = load_tokenizer(tokenizer_path or path / TOKENIZER)
+    if tokenizer_path is None and not (path / TOKENIZER).is_dir():
+        raise UserError(
+            f"store '{path}' does not hold its tokenizer: name the one it was made with by --tokenizer"
+        )
+    tokenizer = load_tokenizer(tokenizer_path or (path / TOKENIZER).resolve())
     TokenStore.open(path, tokenizer_hash=tokenizer_hash(tokenizer))
     numbers = documents if documents is not None else list(range(min(10, len(store))))
     if outside := [n for n in numbers if not 0 <= n < len(store)]:

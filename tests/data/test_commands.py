@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tools.prepare_data import main
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -113,3 +119,39 @@ def test_a_vocabulary_without_an_id_that_is_added_is_refused(command, tmp_path, 
     assert command(*small, "--no-eos") == 2
     assert "a.jsonl:1: token id past the vocabulary" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("words", [("files", "a.jsonl"), ("facts",)])
+@pytest.mark.parametrize("output", ["a.jsonl/x", "/proc/nope"])
+def test_an_output_that_cannot_be_made_is_named(command, tmp_path, capsys, words, output):
+    assert command(*words, "--output", output) == 2
+    assert f"cannot write to '{(tmp_path / output).parent}'" in capsys.readouterr().err
+    assert _names(tmp_path) == ["a.jsonl"]
+
+
+def test_a_store_without_its_tokenizer_is_shown_with_another_and_never_looked_for_on_the_hub(
+    command, tmp_path, bpe_tokenizer, word_tokenizer, capsys
+):
+    assert command("files", "a.jsonl", "--output", "s") == 0
+    shutil.rmtree(tmp_path / "s" / "tokenizer")
+    assert command("--inspect", "s") == 2
+    assert "store 's' does not hold its tokenizer" in capsys.readouterr().err
+    assert command("--inspect", "s", "--tokenizer", word_tokenizer) == 2
+    assert "made with another tokenizer" in capsys.readouterr().err
+    assert command("--inspect", "s", "--tokenizer", bpe_tokenizer) == 0
+    assert "'<s>one</s>'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rows", [2, 3000])
+def test_a_reader_that_has_seen_enough_is_no_failure(command, tmp_path, rows):
+    (tmp_path / "a.jsonl").write_text('{"text": "one and more and more"}\n' * rows)
+    assert command("files", "a.jsonl", "--output", "s") == 0
+    arguments = ["--inspect", str(tmp_path / "s"), "--documents", *map(str, range(rows))]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "tools/prepare_data.py", *arguments],
+        cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")

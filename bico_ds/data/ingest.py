@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -74,7 +74,10 @@ def ingest(
     _refuse_own_input(output, shards)
     tokenizer = load_tokenizer(tokenizer_path)
     spec = encoder_spec(tokenizer, options, tokenizer_path)
-    with _work_folder(output) as work, IngestProgress(len(shards), enabled=progress) as shown:
+    with (
+        IngestProgress(len(shards), enabled=progress) as shown,
+        _work_folder(output, shown) as work,
+    ):
         for line in describe_passed_over(passed_over or {}):
             shown.say(f"passed over: {line}")
         restore_replaced(output)
@@ -152,14 +155,14 @@ def _refuse_own_input(output: Path, shards: list[Shard]) -> None:
 
 
 @contextmanager
-def _work_folder(output: Path) -> Iterator[Path]:
+def _work_folder(output: Path, shown: IngestProgress) -> Iterator[Path]:
     """The folder of unfinished work, locked: one process at a time prepares an output."""
     work = output.with_name(f".{output.name}.preparing")
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to '{output.parent}': {error.strerror}") from error
-    lock = _lock(work)
+    lock = _lock(work, lambda: shown.say(f"another process is preparing {output}: waiting for it"))
     try:
         yield work
     finally:
@@ -168,12 +171,16 @@ def _work_folder(output: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def _lock(work: Path) -> int:
+def _lock(work: Path, say_waiting: Callable[[], None]) -> int:
     """Wait for the lock; a folder that its last owner removed in the meantime is made again."""
     while True:
         work.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(work / "lock", os.O_RDWR | os.O_CREAT)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say_waiting()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         try:
             if os.path.samestat(os.fstat(descriptor), os.stat(work / "lock")):
                 return descriptor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import json
 import os
@@ -375,6 +376,29 @@ def test_a_store_moved_aside_by_a_killed_replacement_comes_back(tmp_path: Path, 
     with pytest.raises(UserError, match="--force"):
         _ingest(file, bpe_tokenizer, tmp_path / "s")
     assert _bytes(tmp_path / "s") == before
+
+
+def test_a_second_process_says_that_it_waits(
+    tmp_path: Path, bpe_tokenizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = plan_shards(
+        [_write_jsonl(tmp_path / "a.jsonl", [{"text": "one"}])], text_by="line", shard_bytes=99
+    )
+    work, said = tmp_path / ".s.preparing", ""
+    work.mkdir()
+    with (work / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        arguments = (shards, IngestOptions(), bpe_tokenizer, tmp_path / "s")
+        second = threading.Thread(target=ingest, args=arguments, kwargs={"processes": 1})
+        second.start()
+        deadline = time.monotonic() + 60
+        while "another process is preparing" not in said and time.monotonic() < deadline:
+            time.sleep(0.02)
+            said += capsys.readouterr().err
+        assert not (tmp_path / "s").exists()
+    second.join()
+    assert f"another process is preparing {tmp_path / 's'}: waiting for it" in said
+    assert len(_all(tmp_path / "s")) == 1
 
 
 def test_a_killed_worker_is_a_failure_that_keeps_finished_shards(tmp_path: Path, bpe_tokenizer: str) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from bico_ds.config.errors import UserError
 from bico_ds.config.schema import SourceSpec
 from bico_ds.data.packing import seeded_permutation
 
@@ -39,13 +40,20 @@ class Mixture:
     @staticmethod
     def of(sources: Sequence[SourceSpec], rows: Sequence[int], seed: int) -> Mixture:
         """By `epochs` (default 1) of each source; or by `weight`: shares of as many rows as all sources
-        have.
+        have. UserError where an epoch may be without a row.
         """
         if all(source.weight is None for source in sources):
             passes = [source.epochs or 1.0 for source in sources]
         else:
             weights = np.array([source.weight for source in sources], dtype=np.float64)
             passes = (weights / weights.sum() * sum(rows) / np.array(rows)).tolist()
+        taken = [count * number for count, number in zip(passes, rows, strict=True)]
+        if max(taken) < 1:
+            most = taken.index(max(taken))
+            raise UserError(
+                f"data.sources[{most}].epochs: {passes[most]:g} of its {rows[most]} rows is less than one row a data "
+                f"epoch, and no other source has more: give at least {math.ceil(1000 / rows[most]) / 1000:g}"
+            )
         return Mixture(rows=tuple(rows), passes=tuple(passes), seed=seed)
 
     @property

@@ -152,6 +152,16 @@ def test_over_epochs_a_source_passes_as_often_as_asked_and_evenly(passes):
     assert all(seen[row] == list(range(10)) for row in range(11, 18))
 
 
+def test_a_data_epoch_without_a_row_is_refused_with_the_least_that_has_one():
+    sources = [SourceSpec(store="a", epochs=0.001), SourceSpec(store="b", epochs=0.05)]
+    with pytest.raises(
+        UserError, match=r"data\.sources\[1\]\.epochs: 0\.05 of its 11 rows.*give at least 0\.091"
+    ):
+        Mixture.of(sources, [3, 11], seed=0)
+    enough = Mixture.of([sources[0], SourceSpec(store="b", epochs=0.091)], [3, 11], seed=0)
+    assert all(len(enough.epoch(number).row) for number in range(30))
+
+
 def test_weights_are_shares_of_the_sampled_rows():
     mixture = Mixture.of(
         [SourceSpec(store="a", weight=3.0), SourceSpec(store="b", weight=1.0)], [100, 900], seed=0

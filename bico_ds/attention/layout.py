@@ -4,6 +4,7 @@ measured cost."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bico_ds.attention.fused import FusedRows
-from bico_ds.attention.plan import AttentionPlan, build_plan
+from bico_ds.attention.plan import AttentionPlan, build_plan, map_fields
 from bico_ds.attention.tiles import Tile, TileRows, build_tiles
 
 
@@ -66,15 +67,9 @@ class FlashRows:
     key_rows: Tensor | None = None
     hidden: Tensor | None = None
 
-    def to(self, device: torch.device) -> FlashRows:
-        """The same rows with their tensors on ``device``."""
-        move = lambda x: None if x is None else x.to(device)  # noqa: E731
-        return FlashRows(
-            plan=self.plan.to(device),
-            query_rows=move(self.query_rows),
-            key_rows=move(self.key_rows),
-            hidden=move(self.hidden),
-        )
+    def map_tensors(self, transform: Callable[[Tensor], Tensor]) -> FlashRows:
+        """The same rows with every tensor transformed."""
+        return replace(map_fields(self, transform), plan=self.plan.map_tensors(transform))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,20 +87,21 @@ class Layout:
         whole = len(self.flash) == 1 and self.flash[0].query_rows is None
         return whole and not self.tiles and self.fused is None
 
-    def to(self, device: torch.device) -> Layout:
-        """The same layout with its tensors on ``device``."""
-        if device.type == "cpu":
-            return self
-        flash, tiles = [x.to(device) for x in self.flash], [x.to(device) for x in self.tiles]
-        return Layout(flash=flash, tiles=tiles, fused=None)
+    def map_tensors(self, transform: Callable[[Tensor], Tensor]) -> Layout:
+        """The same layout with every tensor transformed, but for the fused kernel's: those stay on the CPU."""
+        return replace(
+            self,
+            flash=[rows.map_tensors(transform) for rows in self.flash],
+            tiles=[tile.map_tensors(transform) for tile in self.tiles],
+        )
 
 
 def layout_of(plan: AttentionPlan, policy: LayoutPolicy) -> Layout:
-    """Who serves which rows of ``plan``. Built at the first call, which a loader's worker may make, and kept
-    in it."""
+    """Who serves which rows of ``plan``. Built at the first call, which a loader's worker makes, and kept in the plan,
+    which takes it along to its device."""
     if policy not in plan.derived:
-        layout = _build_layout(plan.on_host(), policy)
-        plan.derived[policy] = layout.to(plan.cu_seqlens.device)
+        layout, device = _build_layout(plan.on_host(), policy), plan.cu_seqlens.device
+        plan.derived[policy] = layout.map_tensors(lambda tensor: tensor.to(device))
     return plan.derived[policy]
 
 
@@ -117,7 +113,7 @@ def _build_layout(plan: AttentionPlan, policy: LayoutPolicy) -> Layout:
     rows = _RowTable(plan, kept)
     flash = []
     if plain.all():
-        flash.append(FlashRows(plan=plan))
+        flash.append(FlashRows(plan=replace(plan, derived={})))
     elif plain.any():
         flash.append(_flash_rows(plan, rows, rows.select(plain, kept=True)))
     if with_hidden.any():

@@ -14,9 +14,9 @@ the j-th kept token of a document that boundary is ``j + 1``; for a live placeho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -35,8 +35,8 @@ class AttentionPlan:
     of a document.
 
     The strictly anti-causal pass runs as a causal one over flipped rows: ``flip_rows`` int64 [M] holds,
-    document by document, the query rows ``e-2 … s`` of a document ``[s, e)``; the key row of each is
-    ``flip_rows + 1``. Documents of length 1 have none. ``flip_cu_seqlens`` int32 and ``flip_max_seqlen``
+    document by document, the query rows ``e-2 … s`` of a document ``[s, e)``, and ``flip_key_rows`` [M] the key
+    row of each, one further. Documents of length 1 have none. ``flip_cu_seqlens`` int32 and ``flip_max_seqlen``
     describe that packing. Empty in causal mode.
 
     ``live_document`` int64 [num_live]: each live row's document. ``live_split`` int64 [num_live]: how many
@@ -47,6 +47,7 @@ class AttentionPlan:
     cu_seqlens: Tensor
     max_seqlen: int
     flip_rows: Tensor
+    flip_key_rows: Tensor
     flip_cu_seqlens: Tensor
     flip_max_seqlen: int
     live_document: Tensor
@@ -66,11 +67,11 @@ class AttentionPlan:
         return self.cu_seqlens.numel() - 1
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionPlan:
-        """The same plan with its tensors on ``device``."""
+        """The same plan, and what was derived from it, with its tensors on ``device``."""
         if torch.device(device).type == self.cu_seqlens.device.type == "cpu":
             return self
-        moved = self._map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-        return replace(moved, host=self.on_host(), derived={})
+        moved = self.map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return replace(moved, host=self.on_host())
 
     def on_host(self) -> AttentionPlan:
         """The same plan on the CPU; where it came from there, without a copy back."""
@@ -78,11 +79,21 @@ class AttentionPlan:
 
     def pin_memory(self) -> AttentionPlan:
         """The same plan in page-locked memory; ``torch.utils.data.DataLoader(pin_memory=True)`` calls it."""
-        return self._map_tensors(lambda tensor: tensor.pin_memory())
+        return self.map_tensors(lambda tensor: tensor.pin_memory())
 
-    def _map_tensors(self, transform) -> AttentionPlan:  # type: ignore[no-untyped-def]
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: transform(v) for name, v in values.items() if isinstance(v, Tensor)})
+    def map_tensors(self, transform: Callable[[Tensor], Tensor]) -> AttentionPlan:
+        """The same plan with every tensor transformed, those of what was derived from it, too."""
+        derived = {key: value.map_tensors(transform) for key, value in self.derived.items()}
+        return replace(map_fields(self, transform), derived=derived)
+
+
+Record = TypeVar("Record")
+
+
+def map_fields(record: Record, transform: Callable[[Tensor], Tensor]) -> Record:
+    """A dataclass with each field that is a tensor transformed."""
+    tensors = {f.name: x for f in fields(record) if isinstance(x := getattr(record, f.name), Tensor)}  # type: ignore[arg-type]
+    return replace(record, **{name: transform(x) for name, x in tensors.items()})  # type: ignore[type-var]
 
 
 def build_plan(
@@ -113,11 +124,13 @@ def build_plan(
     flipped = kept - 1 if mode == "bidirectional" else np.zeros(0, np.int64)
     starts = cu_seqlens[:-1][: flipped.size]
     present = flipped > 0
+    flip_rows = _flipped_ranges(starts[present], flipped[present])
     return AttentionPlan(
         mode=mode,
         cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
         max_seqlen=int(kept.max()),
-        flip_rows=torch.from_numpy(_flipped_ranges(starts[present], flipped[present])),
+        flip_rows=torch.from_numpy(flip_rows),
+        flip_key_rows=torch.from_numpy(flip_rows + 1),
         flip_cu_seqlens=torch.from_numpy(_cumulative(flipped[present]).astype(np.int32)),
         flip_max_seqlen=int(flipped.max(initial=0)),
         live_document=torch.from_numpy(document),

@@ -8,12 +8,19 @@ all its keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from bico_ds.attention.plan import map_fields
+
+# Scores a head of all tiles that keep their masks: three masks, so 24 MB at most in bf16 and 48 in fp32.
+_KEPT_SCORES = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +30,8 @@ class Tile:
     ``query_rows`` int64 [B·R], ``key_rows`` int64 [B·K]: where each row is read in the batch; padding
     repeats the document's first row. ``query_slots`` [B·R], ``key_slots`` [B·K]: where results are written;
     padding goes to a trash row behind the batch (index T). ``split`` [B, R]: how many keys of the document
-    take the forward rotation; ``key_count`` [B]: keys that exist.
+    take the forward rotation; ``key_count`` [B]: keys that exist. ``keeps_masks``: its masks are built once for
+    all layers; else at each use, so that long documents with many live rows need no memory for them.
     """
 
     query_rows: Tensor
@@ -32,7 +40,8 @@ class Tile:
     key_slots: Tensor
     split: Tensor
     key_count: Tensor
-    _cache: dict[object, tuple[Tensor, ...]] = field(default_factory=dict, repr=False, compare=False)
+    keeps_masks: bool = True
+    _masks: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -40,30 +49,35 @@ class Tile:
         documents, rows = self.split.shape
         return documents, rows, self.key_rows.numel() // documents
 
-    def to(self, device: torch.device) -> Tile:
-        """The same tile with its tensors on ``device``."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self, **{name: x.to(device) for name, x in moved.items() if isinstance(x, Tensor)}, _cache={}
-        )
+    def map_tensors(self, transform: Callable[[Tensor], Tensor]) -> Tile:
+        """The same tile with every tensor transformed."""
+        return replace(map_fields(self, transform), _masks={})
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Factors (1 or 0) of the forward and of the reverse scores, [B, 1, R, K]. Built once for all
-        layers."""
-        if dtype not in self._cache:
-            forward, exists = self._forward_keys()
-            self._cache[dtype] = (forward.to(dtype), (exists & ~forward).to(dtype))
-        forward_factor, reverse_factor = self._cache[dtype]
-        return forward_factor, reverse_factor
+        """Factors (1 or 0) of the forward and of the reverse scores, [B, 1, R, K]."""
+        return self._kept(dtype, lambda: self._factors(dtype))
 
     def bias(self, dtype: torch.dtype, causal: bool) -> Tensor:
-        """0 where a query sees a key, else -inf: [B, 1, R, K]. Built once for all layers."""
-        if (dtype, causal) not in self._cache:
-            forward, exists = self._forward_keys()
-            hidden = ~forward if causal else ~exists.expand_as(forward)
-            zeros = torch.zeros(forward.shape, dtype=dtype, device=forward.device)
-            self._cache[dtype, causal] = (zeros.masked_fill_(hidden, float("-inf")),)
-        return self._cache[dtype, causal][0]
+        """0 where a query sees a key, else -inf: [B, 1, R, K]."""
+        return self._kept((dtype, causal), lambda: self._bias(dtype, causal))
+
+    def _kept(self, key: object, build: Callable[[], Any]) -> Any:
+        """Built once for all layers, where the tile keeps its masks."""
+        if not self.keeps_masks:
+            return build()
+        if key not in self._masks:
+            self._masks[key] = build()
+        return self._masks[key]
+
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        forward, exists = self._forward_keys()
+        return forward.to(dtype), (exists & ~forward).to(dtype)
+
+    def _bias(self, dtype: torch.dtype, causal: bool) -> Tensor:
+        forward, exists = self._forward_keys()
+        hidden = ~forward if causal else ~exists.expand_as(forward)
+        zeros = torch.zeros(forward.shape, dtype=dtype, device=forward.device)
+        return zeros.masked_fill_(hidden, float("-inf"))
 
     def _forward_keys(self) -> tuple[Tensor, Tensor]:
         """Keys before the split, bool [B, 1, R, K], and keys that exist, bool [B, 1, 1, K]."""
@@ -109,7 +123,14 @@ def build_tiles(rows: TileRows, *, trash_row: int, budget: int, min_rows: int) -
         spans_of_group = np.stack([starts[group], starts[group] + rows.counts[group]], axis=1)
         tiles.append(_tile(rows, group, spans_of_group, trash_row))
         position += size
-    return tiles
+    return _with_bounded_masks(tiles)
+
+
+def _with_bounded_masks(tiles: list[Tile]) -> list[Tile]:
+    """The tiles, of which the last ones, of the shortest documents, keep their masks: as many as the bound allows."""
+    scores = np.array([np.prod(tile.shape) for tile in tiles], np.int64)
+    keeps = np.cumsum(scores[::-1])[::-1] <= _KEPT_SCORES
+    return [replace(tile, keeps_masks=bool(k)) for tile, k in zip(tiles, keeps, strict=True)]
 
 
 def _group_size(counts: NDArray[np.int64], keys: int, budget: int) -> int:

@@ -104,8 +104,8 @@ def two_pass_backward(
     grad_out, out, lse = (x.index_select(0, queries) for x in (grad_out, out, lse))
     dq2, dk2, dv2 = _pass_backward(kernel, _second_pass(*problem), grad_out, out, lse)
     dq.index_add_(0, queries, dq2)
-    dk.index_add_(0, queries + 1, dk2)
-    dv.index_add_(0, queries + 1, dv2)
+    dk.index_add_(0, plan.flip_key_rows, dk2)
+    dv.index_add_(0, plan.flip_key_rows, dv2)
     return dq, dk, dv
 
 
@@ -139,7 +139,7 @@ def _second_pass(
     scale: float,
     hidden: Tensor | None,
 ) -> _Pass:
-    queries, keys = plan.flip_rows, plan.flip_rows + 1
+    queries, keys = plan.flip_rows, plan.flip_key_rows
     cos_q, cos_k = (cos.index_select(0, rows)[:, None] for rows in (queries, keys))
     sin_q, sin_k = (sin.index_select(0, rows)[:, None].neg() for rows in (queries, keys))
     rotated = (

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bico_ds.attention.layout import LayoutPolicy, layout_of
 from bico_ds.batch import Documents, PackedBatch
 from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.config.errors import UserError
@@ -29,7 +30,8 @@ from bico_ds.objectives.schedule import ObjectiveSchedule
 class ElasticLoader:
     """`stores` are those of `data.sources`, in order. `state` is what `state_dict` returned, from any number
     of ranks: the loader then begins at that state's step, `start_step`. `changes` lists what differs from
-    the state where `data.allow_change` lets it pass.
+    the state where `data.allow_change` lets it pass. `layout_policy`: workers also decide which kernel serves which
+    rows, by this policy, so that the first layer of a step need not.
 
     Raises UserError where the ranks do not divide the global batch, a source has nothing to train on, an
     objective cannot train on these stores, or the state belongs to another data set or recipe.
@@ -48,9 +50,11 @@ class ElasticLoader:
         world_size: int = 1,
         state: Mapping[str, Any] | None = None,
         pin_memory: bool = False,
+        layout_policy: LayoutPolicy | None = None,
     ) -> None:
         micro_batches_per_rank(global_batch_bins, micro_batch_bins, world_size)  # or an error
         self._stores, self._seed, self._pin_memory = tuple(stores), seed, pin_memory
+        self._layout_policy = layout_policy
         self._micro_batch_bins, self._rank, self._world_size = micro_batch_bins, rank, world_size
         self._order = SampleOrder(
             stores, data, schedule, seed=seed, global_batch_bins=global_batch_bins, state=state
@@ -102,6 +106,9 @@ class ElasticLoader:
             batches = [self._build(batch, _entries(batch.bins, bins)) for bins in dealt[self._rank]]
         except Exception as error:
             raise self._named(error, batch, step) from error
+        if self._layout_policy is not None:
+            for packed in batches:
+                layout_of(packed.plan, self._layout_policy)
         return [packed.pin_memory() for packed in batches] if self._pin_memory else batches
 
     def _build(self, batch: GlobalBatch, entries: NDArray[np.int64]) -> PackedBatch:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bico_ds.attention.layout import LayoutPolicy
 from bico_ds.config.errors import UserError
 from bico_ds.config.folders import is_local_folder
 from bico_ds.config.schema import NtpSpec, Recipe
@@ -106,6 +107,7 @@ def build_loader(
     world_size: int,
     state: dict[str, Any] | None = None,
     pin_memory: bool = False,
+    layout_policy: LayoutPolicy | None = None,
 ) -> ElasticLoader:
     """The stream of this rank's micro-batches, from `state` on."""
     return ElasticLoader(
@@ -119,6 +121,7 @@ def build_loader(
         world_size=world_size,
         state=state,
         pin_memory=pin_memory,
+        layout_policy=layout_policy,
     )
 
 

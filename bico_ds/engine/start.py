@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from bico_ds.attention.backends import resolve
+from bico_ds.attention.layout import LayoutPolicy
 from bico_ds.config.errors import UserError
 from bico_ds.config.schema import Recipe
 from bico_ds.data.loader import ElasticLoader
@@ -36,7 +37,7 @@ from bico_ds.engine.signals import Interrupted, StopFlag
 from bico_ds.engine.trainer import Trainer
 from bico_ds.engine.watchdog import Watchdog
 from bico_ds.model.architecture import adopt_special_tokens, check_vocabulary, model_config
-from bico_ds.model.build import TrainableModel, build_model
+from bico_ds.model.build import TrainableModel, build_model, check_rotary
 from bico_ds.model.export import export_model
 
 
@@ -126,14 +127,18 @@ def _ranks_per_node() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "8")
 
 
-def check_backend(recipe: Recipe, device: torch.device) -> None:
-    """Raise `UserError` where the attention backend that the recipe names cannot run here; logs what `auto` takes."""
+def check_backend(recipe: Recipe, device: torch.device) -> LayoutPolicy | None:
+    """The layout policy of the attention backend that will run (the oracle has none); logs once what `auto` takes.
+
+    Raises `UserError` where the backend that the recipe names cannot run here.
+    """
     config = model_config(recipe.model)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     try:
-        resolve(recipe.model.attention_backend, config.dtype, head_dim, device)
+        engine = resolve(recipe.model.attention_backend, config.dtype, head_dim, device)
     except ValueError as error:
         raise UserError(f"model.attention_backend: {error}") from None
+    return None if engine is None else engine.policy
 
 
 def _prepare(run: Run, resume: str) -> Resumption | None:
@@ -169,6 +174,7 @@ def _run(run: Run, resumption: Resumption | None, watchdog: Watchdog) -> State:
         world_size=ranks.world_size,
         state=saved.get("loader"),
         pin_memory=ranks.device.type == "cuda",
+        layout_policy=check_backend(recipe, ranks.device),
     )
     steps = materials.total_steps(recipe, loader)
     check_schedule(recipe.schedule, steps)
@@ -284,6 +290,7 @@ def build_engine(run: Run, goods: Materials, steps: int, *, is_universal: bool) 
         lr_scheduler=lambda optimizer: build_scheduler(recipe.schedule, optimizer, steps),
         dist_init_required=False,
     )
+    check_rotary(model)
     return engine
 
 

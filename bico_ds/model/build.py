@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
 from bico_ds.batch import PackedBatch
+from bico_ds.config.errors import UserError
 from bico_ds.config.schema import ModelSpec
 from bico_ds.model.architecture import meta_model, model_config
 from bico_ds.model.head import swap_head
@@ -117,3 +118,16 @@ def _refresh_rotary(causal_lm: Any, device: torch.device) -> None:
     decoder = causal_lm.model
     with device:
         decoder.rotary_emb = type(decoder.rotary_emb)(causal_lm.config)
+
+
+def check_rotary(model: TrainableModel) -> None:
+    """Raise `UserError` where somebody has rounded the rotary frequencies: at position 2000 a bf16 phase is off by 0.2.
+
+    DeepSpeed before 0.19.2 casts buffers with the weights (DeepSpeed#8066).
+    """
+    rotary = model.causal_lm.model.rotary_emb
+    if rotary.inv_freq.dtype != torch.float32:
+        raise UserError(
+            f"the rotary frequencies were cast to {rotary.inv_freq.dtype}, which ruins long positions: "
+            "this DeepSpeed is too old, install 0.19.2 or newer"
+        )

@@ -120,6 +120,8 @@ _PACKED_CLASS = {
     Qwen3DecoderLayer: PackedQwen3Layer,
 }
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+# Rotary embeddings whose table at a position depends on that position alone ("dynamic" and "longrope" do not).
+FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 def swap_layers(
@@ -150,6 +152,13 @@ def check_attention(config: PretrainedConfig, *, longest_document: int | None = 
     if head_dim % 8:
         raise UserError(
             f"the model's attention heads have {head_dim} dimensions; kernels need a multiple of 8"
+        )
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in FIXED_ROPE_TYPES:
+        raise UserError(
+            f"the model's rotary embedding is of type '{rope}', whose frequencies depend on the longest position of a "
+            "packed batch: documents would change with their neighbours. "
+            f"Supported: {', '.join(FIXED_ROPE_TYPES)}"
         )
     if getattr(config, "attention_dropout", 0.0):
         raise UserError(

@@ -261,6 +261,12 @@ def test_wrong_shapes_are_refused(change, message):
         packed_attention(**arguments)
 
 
+def test_tiles_that_keep_no_masks_compute_the_same(monkeypatch):
+    monkeypatch.setattr("bico_ds.attention.tiles._KEPT_SCORES", 0)
+    problem = make_problem([40, 1, 23], mask_rate=0.5, seed=16)
+    assert max(relative_errors(problem.packed(through("tiles")), expected_rows(problem))) < 1e-12
+
+
 class NoKeyMask(CpuFlash):
     """A kernel like the CUDA ones, which take no key mask: hidden keys must come as a wider head."""
 

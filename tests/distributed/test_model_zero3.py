@@ -8,8 +8,9 @@ import pytest
 import torch
 from model_ranks import VOCABULARY, causal_batch, ds_config, run_on_ranks
 
+from bico_ds.config.errors import UserError
 from bico_ds.config.schema import ModelSpec
-from bico_ds.model.build import TrainableModel, build_model
+from bico_ds.model.build import TrainableModel, build_model, check_rotary
 
 pytestmark = pytest.mark.distributed
 
@@ -71,3 +72,32 @@ def test_two_ranks_of_very_different_rows_train_as_plain_torch_does(tmp_path: Pa
         for name, weight in torch.load(tmp_path / f"{variant}.pt").items():
             expected = model.causal_lm.get_parameter(name)
             torch.testing.assert_close(weight, expected, atol=1e-7, rtol=1e-5)
+
+
+def keep_rotary_exact(rank: int, world_size: int, folder: str) -> None:
+    """Build the bf16 engine of stages 2 and 3; the frequencies must be what fp32 gives."""
+    import deepspeed
+
+    spec = ModelSpec(
+        config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+        | {"vocab_size": VOCABULARY},
+        dtype="bf16",
+    )
+    for stage in (2, 3):
+        config = ds_config(world_size, stage) | {"bf16": {"enabled": True}}
+        model = build_model(spec, seed=3, ds_config=config, device="cpu")
+        deepspeed.initialize(model=model, config=config)
+        exact = 10000.0 ** -(torch.arange(0, 8, 2) / 8)
+        torch.testing.assert_close(model.causal_lm.model.rotary_emb.inv_freq, exact, rtol=1e-6, atol=0)
+        check_rotary(model)
+
+
+def test_a_bf16_engine_leaves_the_rotary_frequencies_in_fp32(tmp_path: Path) -> None:
+    run_on_ranks(keep_rotary_exact, 2, str(tmp_path))
+
+
+def test_rounded_rotary_frequencies_are_refused() -> None:
+    model = build(0, None)
+    model.causal_lm.model.rotary_emb.bfloat16()
+    with pytest.raises(UserError, match="install 0\\.19\\.2 or newer"):
+        check_rotary(model)

@@ -34,6 +34,15 @@ LLAMA3_ROPE = {
 }
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 
+DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+}
+
 
 def model_of(model_type: str = "llama", *, checkpointing: int = 0, **values: object) -> TrainableModel:
     spec = ModelSpec(
@@ -213,6 +222,9 @@ def test_architectures_that_our_op_cannot_serve_are_refused() -> None:
         build_model(ModelSpec(config={"model_type": "gpt2"}), seed=1, ds_config=None, device="meta")
     with pytest.raises(UserError, match="sliding window of 32 tokens, but documents are of up to 64"):
         model_of("mistral", sliding_window=32)
+    for rope in (DYNAMIC_ROPE, LONGROPE):
+        with pytest.raises(UserError, match=f"type '{rope['rope_type']}', whose frequencies depend on"):
+            model_of(rope_parameters=rope)
     with pytest.raises(UserError, match=r"attention_dropout 0\.1"):
         model_of(attention_dropout=0.1)
     assert AutoConfig.for_model("qwen2").sliding_window is None  # no window unless use_sliding_window says so

@@ -50,6 +50,23 @@ def test_bf16_is_as_exact_as_torchs_own_bf16() -> None:
         assert ours < 1.5 * theirs
 
 
+def test_the_weights_gradient_stays_exact_however_many_chunks() -> None:
+    """In bf16 a sum over 512 chunks stalls: each adds less than the sum's rounding."""
+    rows, hidden_size, vocabulary = 8192, 16, 64
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(rows, hidden_size, generator=generator).bfloat16()
+    weight = (0.1 * torch.randn(vocabulary, hidden_size, generator=generator)).bfloat16().requires_grad_()
+    targets = torch.randint(0, vocabulary // 8, (rows,), generator=generator)
+    exact = weight.detach().double().requires_grad_()
+    cross_entropy(hidden.double() @ exact.T, targets, reduction="sum").backward()
+    for chunk_rows in (16, 511, 512, 8192):
+        loss = chunked_cross_entropy(hidden, weight, targets, chunk_rows=chunk_rows)
+        (gradient,) = torch.autograd.grad(loss, weight)
+        assert gradient.dtype == torch.bfloat16
+        error = ((gradient.double() - exact.grad).norm() / exact.grad.norm()).item()
+        assert error < 6e-3, f"{chunk_rows} rows a chunk"
+
+
 def test_a_frozen_weight_gets_no_gradient_and_evaluation_computes_none() -> None:
     hidden, weight, targets = inputs(torch.float32)
     loss = chunked_cross_entropy(hidden, weight.detach(), targets, chunk_rows=8)

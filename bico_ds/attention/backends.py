@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from bico_ds.attention.engine import Engine
+from bico_ds.attention.fused import fused_refusal
 from bico_ds.attention.kernels.aten_cuda import AtenCuda
 from bico_ds.attention.kernels.base import CausalKernel
 from bico_ds.attention.kernels.cpu_flash import CpuFlash
@@ -23,7 +24,6 @@ from bico_ds.attention.layout import (
     TILES_POLICY,
     LayoutPolicy,
 )
-from bico_ds.attention.native.library import NATIVE_DTYPES, native_refusal
 from bico_ds.attention.two_pass import HIDDEN_COLUMNS
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,11 @@ def resolve(backend: str, dtype: torch.dtype, head_dim: int, device: torch.devic
     if backend == "auto":
         return _auto(refusals, dtype, head_dim, device)
     if refusals[backend] is not None:
-        instead = f"use one of: {', '.join(able)}" if able else "only 'oracle' (dense, slow) can"
+        instead = (
+            f"use one of: {', '.join(able)}"
+            if able
+            else "'auto' would use dense tiles (slow on long documents)"
+        )
         raise ValueError(f"attention backend {backend!r} {refusals[backend]}; {instead}")
     return Engine(kernel=KERNELS[backend], policy=_policy(KERNELS[backend], dtype, head_dim, device)[0])
 
@@ -78,7 +82,7 @@ def _policy(
     if device.type != "cpu":
         can_hide = kernel.refusal(dtype, head_dim + HIDDEN_COLUMNS, device) is None
         return CUDA_POLICY if can_hide else replace(CUDA_POLICY, hidden_cost=math.inf), ""
-    refusal = native_refusal() if dtype in NATIVE_DTYPES else "takes bfloat16 and float32 only"
+    refusal = fused_refusal(dtype)
     if refusal is None:
         return CPU_FUSED_POLICY, "all rows through the fused kernel"
     policy = CPU_HALF_POLICY if dtype.itemsize == 2 else CPU_POLICY

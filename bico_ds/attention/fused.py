@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bico_ds.attention.dense import DenseInputs
+from bico_ds.attention.native.library import NATIVE_DTYPES, native_refusal
 from bico_ds.attention.tiles import TileRows
 
 
@@ -39,6 +41,29 @@ class FusedRows:
 
     def arguments(self) -> tuple[Tensor, ...]:
         return self.rows, self.split, self.offsets, self.key_starts, self.key_counts
+
+
+def fused_refusal(dtype: torch.dtype) -> str | None:
+    """Why the fused kernel cannot serve such inputs on this machine; None where it can."""
+    if dtype not in NATIVE_DTYPES:
+        return "takes bfloat16 and float32 only"
+    return native_refusal() or _product_refusal(dtype)
+
+
+@functools.cache
+def _product_refusal(dtype: torch.dtype) -> str | None:
+    """Whether one row attends to itself: the library loads wherever there is AVX-512, but torch's products of bf16 need
+    AVX512-BF16 or AMX, which older server CPUs have not."""
+    one, first = np.ones(1, np.int64), np.zeros(1, np.int64)
+    row = TileRows(rows=first, split=one, counts=one, key_starts=first, key_counts=one)
+    q, table = torch.zeros(1, 1, 16, dtype=dtype), torch.zeros(1, 16, dtype=dtype)
+    inputs = DenseInputs(q=q, k=q, v=q, cos=table, sin=table, scale=1.0, causal=True)
+    try:
+        fused_forward(FusedRows.of(row), inputs, torch.empty_like(q), torch.empty(1, 1))
+    except RuntimeError as error:
+        name, reason = str(dtype).removeprefix("torch."), str(error).splitlines()[0][:80]
+        return f"finds no product of {name} on this CPU ({reason})"
+    return None
 
 
 def fused_forward(rows: FusedRows, inputs: DenseInputs, out: Tensor, lse: Tensor) -> None:

@@ -10,6 +10,7 @@ import torch
 from attention_problems import make_problem, relative_errors
 
 from bico_ds.attention import backends
+from bico_ds.attention.kernels.flash_limits import install_refusal
 from bico_ds.attention.packed import packed_attention
 
 CPU = torch.device("cpu")
@@ -39,6 +40,35 @@ def test_auto_serves_what_no_cuda_kernel_takes_by_tiles_alone_and_warns(caplog):
     assert engine.policy.flash_from == math.inf
     assert "dense tiles" in caplog.text
     assert "takes float16 or bfloat16, not float32" in caplog.text
+
+
+def fake_distribution(folder, name, version, module_text):
+    """A package of that name on sys.path with one module, `kernels_of_nobody`."""
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (folder / "kernels_of_nobody.py").write_text(module_text)
+
+
+def test_a_package_that_is_missing_old_or_broken_is_refused_in_one_clause(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    ask = lambda oldest: install_refusal("none-such", "kernels_of_nobody", extra="x", oldest=oldest)  # noqa: E731
+    assert "is not installed (pip install 'bico_ds[x]')" in ask("2.8")
+    fake_distribution(tmp_path, "none-such", "2.8.1", "raise ImportError('undefined symbol: _ZN3c10')")
+    assert "2.9 or newer is needed, 2.8.1 is installed" in ask("2.9")
+    assert "2.8.1 is installed but does not load (undefined symbol: _ZN3c10)" in ask("2.8")
+    (tmp_path / "kernels_of_nobody.py").write_text("")
+    assert ask("2.8") is None
+
+
+def test_another_flash_attention_is_not_taken_for_flash_attn_4(tmp_path, monkeypatch):
+    """flash-attn 2.8 brings a flash_attn.cute of its own, with an older interface."""
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    for path in ("__init__.py", "cute/__init__.py", "cute/interface.py"):
+        (tmp_path / "flash_attn" / path).write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    refusal = install_refusal("flash-attn-4", "flash_attn.cute.interface", extra="flash4", oldest="4.0.0b10")
+    assert "is not installed" in refusal
 
 
 def test_an_unknown_backend_is_refused_with_the_choices():

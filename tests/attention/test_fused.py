@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from attention_problems import make_problem, relative_errors
@@ -95,3 +99,33 @@ def test_a_failed_build_names_the_compiler(monkeypatch, tmp_path):
         assert "could not be built or loaded with /bin/false" in library.native_refusal()
     finally:
         library.native_refusal.cache_clear()
+
+
+ON_THIS_CPU = """
+import sys, torch
+sys.path.insert(0, "tests/attention")
+from attention_problems import make_problem, relative_errors
+from bico_ds.attention import backends
+from bico_ds.attention.packed import packed_attention
+problem = make_problem([70, 1, 33], mask_rate=0.3, seed=3).to(torch.bfloat16)
+found = problem.packed(packed_attention)
+print(backends.resolve("auto", torch.bfloat16, 16, torch.device("cpu")).policy.fused)
+print(backends.resolve("auto", torch.float32, 16, torch.device("cpu")).policy.fused)
+print(max(relative_errors(found, [x[problem.token_of_row] for x in problem.dense()])))
+"""
+
+
+def test_a_cpu_without_bf16_products_serves_bf16_by_other_kernels(request):
+    """Skylake, Cascade Lake and Ice Lake have AVX-512, but no bf16."""
+    answer = subprocess.run(
+        [sys.executable, "-c", ON_THIS_CPU],
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
+        cwd=request.config.rootpath,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr
+    bf16_is_fused, fp32_is_fused, error = answer.stdout.split()
+    assert (bf16_is_fused, fp32_is_fused) == ("False", "True")
+    assert float(error) < TOLERANCE[torch.bfloat16]

@@ -21,7 +21,10 @@ class AtenCuda:
     hides_keys = False
 
     def refusal(self, dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
-        return flash2_refusal(dtype, head_dim, device)
+        refusal = flash2_refusal(dtype, head_dim, device)
+        if refusal is None and not torch.backends.cuda.is_flash_attention_available():
+            return "is not part of this build of torch"
+        return refusal
 
     def forward(
         self,

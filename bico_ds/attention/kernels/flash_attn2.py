@@ -6,13 +6,10 @@ up to ``deterministic``; it writes into the dq, dk, dv it is given.
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-
 import torch
 from torch import Tensor
 
-from bico_ds.attention.kernels.flash_limits import flash2_refusal
+from bico_ds.attention.kernels.flash_limits import flash2_refusal, install_refusal
 
 
 class FlashAttn2:
@@ -22,7 +19,9 @@ class FlashAttn2:
     hides_keys = False
 
     def refusal(self, dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
-        return _install_refusal() or flash2_refusal(dtype, head_dim, device)
+        return flash2_refusal(dtype, head_dim, device) or install_refusal(
+            "flash-attn", "flash_attn.flash_attn_interface", extra="flash", oldest="2.8"
+        )
 
     def forward(
         self,
@@ -98,15 +97,3 @@ class FlashAttn2:
             rng_state=None,
         )
         return dq, dk, dv
-
-
-def _install_refusal() -> str | None:
-    if (
-        importlib.util.find_spec("flash_attn") is None
-        or importlib.util.find_spec("flash_attn.flash_attn_interface") is None
-    ):
-        return "is not installed (pip install 'bico_ds[flash]')"
-    version = importlib.metadata.version("flash_attn")
-    if tuple(int(part) for part in version.split(".")[:2]) < (2, 8):
-        return f"2.8 or newer is needed, {version} is installed (pip install -U 'bico_ds[flash]')"
-    return None

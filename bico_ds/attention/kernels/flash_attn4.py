@@ -1,17 +1,16 @@
 """The flash-attn-4 package (CuTe DSL; `pip install bico_ds[flash4]`), opt-in, Hopper and newer.
 
 Signatures as in ``flash_attn/cute/interface.py``. It wants None, never -1, for an unbounded window; only
-arguments that every release of its first year has are passed, by keyword.
+arguments that every release from 4.0.0b10 to b36 has are passed, by keyword. (Before b10 there was no varlen backward on
+Hopper.)
 """
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
-from bico_ds.attention.kernels.flash_limits import flash4_refusal
+from bico_ds.attention.kernels.flash_limits import flash4_refusal, install_refusal
 
 
 class FlashAttn4:
@@ -21,7 +20,10 @@ class FlashAttn4:
     hides_keys = False
 
     def refusal(self, dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
-        return _install_refusal() or flash4_refusal(dtype, head_dim, device)
+        # By its distribution's name: flash-attn 2.8 ships an older flash_attn.cute with another interface.
+        return flash4_refusal(dtype, head_dim, device) or install_refusal(
+            "flash-attn-4", "flash_attn.cute.interface", extra="flash4", oldest="4.0.0b10"
+        )
 
     def forward(
         self,
@@ -75,12 +77,11 @@ class FlashAttn4:
             causal=True,
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_k=cu_seqlens,
+            **_deterministic(),
         )[:3]
         return dq, dk, dv
 
 
-def _install_refusal() -> str | None:
-    installed = importlib.util.find_spec("flash_attn") is not None
-    if not installed or importlib.util.find_spec("flash_attn.cute") is None:
-        return "is not installed (pip install 'bico_ds[flash4]')"
-    return None
+def _deterministic() -> dict[str, bool]:
+    """Asked for only where the user does: kernels of some GPUs refuse the argument."""
+    return {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}

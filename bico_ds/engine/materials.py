@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,13 @@ from typing import Any
 from bico_ds.attention.layout import LayoutPolicy
 from bico_ds.config.errors import UserError
 from bico_ds.config.folders import is_local_folder
-from bico_ds.config.schema import NtpSpec, Recipe
+from bico_ds.config.schema import BicoSpec, NtpSpec, Recipe
 from bico_ds.data.identity import source_names
 from bico_ds.data.loader import ElasticLoader
 from bico_ds.data.prepare import facts_folder, prepare_source
 from bico_ds.data.sources import expand_path
 from bico_ds.data.store import TokenStore
-from bico_ds.data.tokenizer import load_tokenizer, special_ids, tokenizer_hash
+from bico_ds.data.tokenizer import load_tokenizer, special_ids, tokenizer_hash, vocabulary_size
 from bico_ds.evaluation.tasks import Task, load_tasks
 from bico_ds.objectives.build import build_objectives
 from bico_ds.objectives.schedule import ObjectiveSchedule
@@ -92,6 +93,7 @@ def gather(recipe: Recipe, *, weights_needed: bool = True) -> Materials:
             "Give all the same add_bos, or set evaluation.tasks=[]"
         )
     _check_completions(recipe, stores)
+    _check_placeholders(recipe, tokenizer)
     objectives = build_objectives(
         recipe.objectives, special_ids=special_ids(tokenizer), placeholder_id=_placeholder(tokenizer)
     )
@@ -147,6 +149,24 @@ def _check_completions(recipe: Recipe, stores: list[TokenStore]) -> None:
                 f"{key} is 'completion', but none of the {len(store)} documents of source '{name}' has a prompt with "
                 f"a completion: prepare it with prompt_field and completion_field (or messages_field), or set {key}: all"
             )
+
+
+def _check_placeholders(recipe: Recipe, tokenizer: Any) -> None:
+    size = _model_vocabulary(recipe) or vocabulary_size(tokenizer)
+    for index, spec in enumerate(recipe.objectives):
+        if isinstance(spec, BicoSpec) and spec.placeholder_id is not None and spec.placeholder_id >= size:
+            raise UserError(
+                f"objectives[{index}].placeholder_id: {spec.placeholder_id} is past the vocabulary; name an id from 0 to "
+                f"{size - 1}, or null for the tokenizer's unk, pad or eos"
+            )
+
+
+def _model_vocabulary(recipe: Recipe) -> int | None:
+    """Ids that the model embeds, where the recipe or its folder tells them: often more than the tokenizer has."""
+    if recipe.model.config is not None:
+        return recipe.model.config.get("vocab_size")
+    file = Path(recipe.model.path or "") / "config.json"
+    return json.loads(file.read_text(encoding="utf-8")).get("vocab_size") if file.is_file() else None
 
 
 def _placeholder(tokenizer: Any) -> int | None:

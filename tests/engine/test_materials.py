@@ -26,14 +26,16 @@ def gathered(tmp_path: Path):
     common = [f"data.cache_dir={tmp_path}/cache", "evaluation.tasks=[]"]
     tokenizer = materials.facts_folder(load_recipe("tiny_bico", common).data) / "tokenizer"
 
-    def gather(objectives: str, sources: tuple[str, ...]) -> materials.Materials:
+    def gather(
+        objectives: str, sources: tuple[str, ...] = ("pairs",), overrides: tuple[str, ...] = ()
+    ) -> materials.Materials:
         named = [{"pairs": pairs, "texts": texts}[source] for source in sources]
         mine = [
             f"model.tokenizer={tokenizer}",
             f"objectives=[{objectives}]",
             f"data.sources=[{', '.join(named)}]",
         ]
-        return materials.gather(load_recipe("tiny_bico", [*common, *mine]), weights_needed=False)
+        return materials.gather(load_recipe("tiny_bico", [*common, *mine, *overrides]), weights_needed=False)
 
     return gather
 
@@ -48,3 +50,16 @@ def test_completions_alone_are_refused_where_a_source_has_none(gathered, objecti
         gathered(objectives, ("pairs", "texts"))
     assert gathered(objectives, ("pairs",)).stores[0].completions == 3
     assert gathered(objectives.replace("completion", "all"), ("texts",)).stores[0].completions == 0
+
+
+def test_a_placeholder_past_the_models_vocabulary_is_refused(gathered, tmp_path):
+    last = load_recipe("tiny_bico").model.config["vocab_size"] - 1
+    gathered(f"{{kind: bico, placeholder_id: {last}}}")
+    beyond = f"{{kind: bico, placeholder_id: {last + 1}}}"
+    with pytest.raises(UserError, match=rf"objectives\[0\]\.placeholder_id: {last + 1} .* from 0 to {last}"):
+        gathered(beyond)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"vocab_size": last + 2}))
+    gathered(beyond, overrides=(f"model.path={tmp_path}/model", "model.config=null"))
+    with pytest.raises(UserError, match="placeholder_id"):  # the tokenizer's vocabulary is all that is known
+        gathered(beyond, overrides=(f"model.path={tmp_path}/absent", "model.config=null"))

@@ -128,12 +128,13 @@ class ElasticLoader:
 
     def _try_objectives(self, objectives: Sequence[Objective]) -> None:
         """Build a first document of each source with each objective: one that lacks a column says so now."""
-        first = [
-            store.whole(np.array([int(np.argmax(store.lengths > 0))]), source=number)
-            for number, store in enumerate(self._stores)
-        ]
-        for objective in objectives:
-            objective.build(join(first), BatchKey(seed=self._seed, epoch=0))
+        for number, (name, store) in enumerate(zip(self.source_names, self._stores, strict=True)):
+            first = store.whole(np.array([int(np.argmax(store.lengths > 0))]), source=number)
+            for objective in objectives:
+                try:
+                    objective.build(first, BatchKey(seed=self._seed, epoch=0))
+                except UserError as error:
+                    raise UserError(f"source '{name}': {error}") from error
 
     def _named(self, error: Exception, batch: GlobalBatch, step: int) -> Exception:
         """The error again, naming the first document of the step that cannot be built by itself."""

@@ -338,8 +338,17 @@ def test_a_failing_document_is_named_from_the_worker(world):
 
 
 def test_a_mask_policy_that_the_store_cannot_serve_is_refused_at_once(world):
+    entities = schedule_of([BicoSpec(kind="bico", mask=MaskSpec(unit="entity"))])
     with pytest.raises(UserError, match="no entity spans"):
-        make(world, schedule=schedule_of([BicoSpec(kind="bico", mask=MaskSpec(unit="entity"))]))
+        make(world, schedule=entities)
+
+
+def test_the_source_that_a_mask_policy_cannot_be_served_by_is_named(tmp_path):
+    stores = [write_store(tmp_path / name, [9] * 40, has_entities=name == "has") for name in ("has", "lacks")]
+    data = DataSpec(sources=[SourceSpec(store=str(s.path)) for s in stores], capacity=64, workers=0)
+    entities = schedule_of([BicoSpec(kind="bico", mask=MaskSpec(unit="entity"))])
+    with pytest.raises(UserError, match=r"source 'lacks': .*no entity spans"):
+        ElasticLoader(stores, data, entities, seed=1, global_batch_bins=8)
 
 
 def test_a_source_with_nothing_to_train_on_is_named(tmp_path):

@@ -75,5 +75,6 @@ def refuse(lines: Sequence[str]) -> None:
     raise UserError(
         "the data set or recipe is not the one this checkpoint was trained on, so the samples would not "
         "continue where they stopped:\n  " + "\n  ".join(lines) + "\n"
-        "Restore the old values, or set data.allow_change: true to go on with the new ones"
+        "Restore the old values, or go on with the new ones: --allow-data-change of launch/train.py "
+        "(data.allow_change: true in the recipe)"
     )

@@ -302,6 +302,8 @@ def test_a_changed_recipe_is_refused_naming_what_changed(world, change, message)
     state = make(world).state_dict(5)
     with pytest.raises(UserError, match=message):
         make(world, state=state, **change)
+    with pytest.raises(UserError, match=r"--allow-data-change .*data\.allow_change: true"):
+        make(world, state=state, **change)
     allowed = make(world, state=state, allow_change=True, **change)
     assert allowed.start_step == 5
     assert allowed.changes

@@ -2,8 +2,8 @@
 """A micro-batch of a run, as the model gets it: tokens, placeholders, positions, predictions; and who sees
 whom.
 
-python tools/inspect_batch.py --recipe tiny_bico --step 3 python tools/inspect_batch.py --recipe tiny_bico
---objective bico --png visibility.png
+    python tools/inspect_batch.py --recipe tiny_bico --step 3
+    python tools/inspect_batch.py --recipe tiny_bico --objective bico --png visibility.png
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
+from bico_ds.batch import PackedBatch
+from bico_ds.config.arguments import not_negative, positive
 from bico_ds.config.errors import UserError, did_you_mean
 from bico_ds.config.load import load_recipe
-from bico_ds.data.inspection import plot_visibility, print_batch, view_batch
+from bico_ds.data.inspection import Decode, plot_visibility, print_batch, view_batch
 from bico_ds.engine import materials
 from bico_ds.objectives.schedule import ObjectiveSchedule
 
@@ -34,17 +36,46 @@ def parse_arguments() -> argparse.Namespace:
         "--set", dest="overrides", metavar="KEY.PATH=VALUE", action="append", default=[],
         help="override one key of the recipe (repeatable)",
     )  # fmt: skip
-    parser.add_argument("--step", type=int, default=0, help="optimizer step, from 0 (default: %(default)s)")
-    parser.add_argument("--objective", help="the first step from --step on that has this objective")
-    parser.add_argument("--rank", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--world-size", type=int, default=1, help="ranks of the run (default: %(default)s)")
-    parser.add_argument("--micro-batch", type=int, default=0, help="of the step (default: %(default)s)")
-    parser.add_argument("--documents", type=int, default=6, help="documents shown (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens shown of each (default: %(default)s)")
     parser.add_argument(
-        "--png", type=Path, help="write the visibility matrix of the batch's shortest document"
+        "--step",
+        type=not_negative,
+        metavar="N",
+        default=0,
+        help="optimizer step, from 0 (default: %(default)s)",
+    )
+    parser.add_argument("--objective", help="the first step from --step on that has this objective")
+    parser.add_argument("--rank", type=not_negative, metavar="N", default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--world-size", type=positive, metavar="N", default=1, help="ranks of the run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--micro-batch", type=not_negative, metavar="N", default=0, help="of the step (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--documents",
+        type=not_negative,
+        metavar="N",
+        default=6,
+        help="documents shown (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=not_negative,
+        metavar="N",
+        default=64,
+        help="tokens shown of each (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--png", type=picture, help="write the visibility matrix of the batch's shortest document"
     )
     return parser.parse_args()
+
+
+def picture(text: str) -> Path:
+    """A path that says that it is a PNG."""
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"'{text}' must end in .png")
+    return Path(text)
 
 
 def step_with(schedule: ObjectiveSchedule, name: str | None, first: int) -> int:
@@ -61,16 +92,19 @@ def inspect(options: argparse.Namespace) -> None:
     """Build the step's micro-batch of that rank, print it, and draw it on request."""
     recipe = load_recipe(options.recipe, [*options.overrides, "data.workers=0"])
     goods = materials.gather(recipe, weights_needed=False)
-    if options.step < 0 or not 0 <= options.rank < options.world_size:
-        raise UserError("--step and --rank count from 0; --rank must be less than --world-size")
+    if options.rank >= options.world_size:
+        raise UserError(
+            f"--rank {options.rank}: ranks count from 0, and --world-size is {options.world_size}"
+        )
     loader = materials.build_loader(recipe, goods, rank=options.rank, world_size=options.world_size)
     step = step_with(goods.schedule, options.objective, options.step)
     batches = loader.step(step)
-    if not 0 <= options.micro_batch < len(batches):
+    if options.micro_batch >= len(batches):
         raise UserError(f"--micro-batch {options.micro_batch}: a step has {len(batches)} of them a rank")
     batch = batches[options.micro_batch]
     decode = lambda token: repr(goods.tokenizer.decode([token]))[1:-1]  # noqa: E731
-    console = Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 160)
+    terminal = sys.stdout.isatty()
+    console = Console(soft_wrap=not terminal, width=None if terminal else 160, markup=False)
     console.print(
         f"step {step} of {materials.total_steps(recipe, loader)}, objective {goods.schedule(step).name}, "
         f"rank {options.rank} of {options.world_size}, micro-batch {options.micro_batch} of {len(batches)}"
@@ -85,15 +119,23 @@ def inspect(options: argparse.Namespace) -> None:
         most_tokens=options.tokens,
     )
     if options.png is not None:
-        shortest = min(
-            (view for view in view_batch(batch) if len(view.tokens) > 1), key=lambda view: len(view.tokens)
+        draw(batch, decode, options.png, console)
+
+
+def draw(batch: PackedBatch, decode: Decode, file: Path, console: Console) -> None:
+    """Draw who sees whom in the shortest document that has more than one token."""
+    views = sorted((v for v in view_batch(batch) if len(v.tokens) > 1), key=lambda v: len(v.tokens))
+    if not views:
+        raise UserError("--png: no document of the batch has two tokens, so nobody sees anybody")
+    if len(views[0].tokens) > 200:
+        raise UserError(
+            f"--png: the shortest document has {len(views[0].tokens)} tokens, too many for a picture"
         )
-        if len(shortest.tokens) > 200:
-            raise UserError(
-                f"--png: the shortest document has {len(shortest.tokens)} tokens, too many for a picture"
-            )
-        plot_visibility(shortest, batch.plan.mode, decode, options.png)
-        console.print(f"visibility of document {shortest.id}: {options.png}")
+    try:
+        plot_visibility(views[0], batch.plan.mode, decode, file)
+    except OSError as error:
+        raise UserError(f"--png: cannot write '{file}': {error.strerror}") from error
+    console.print(f"visibility of document {views[0].id}: {file}")
 
 
 def main() -> int:

@@ -146,7 +146,8 @@ def print_batch(
 
 def _document(view: DocumentView, decode: Decode, source_names: Sequence[str], most_tokens: int) -> Group:
     title = f"{source_names[view.source]} #{view.id}" + (f" piece {view.piece}" if view.piece else "")
-    table = Table("pos", "row", "token", "state", "predicts", title=title, pad_edge=False)
+    heading = Text(title, style="table.title")  # a name is no markup
+    table = Table("pos", "row", "token", "state", "predicts", title=heading, pad_edge=False)
     for token in view.tokens[:most_tokens]:
         table.add_row(
             str(token.position),

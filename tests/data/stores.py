@@ -19,7 +19,9 @@ def write_store(
     has_entities: bool = False,
     seed: int = 0,
 ) -> TokenStore:
-    """A store whose documents have these lengths; token ids count up through the store, so each is unique."""
+    """A store whose documents have these lengths; token ids count up through the store, so each is unique.
+    Every token lies in an entity, where there are any.
+    """
     header = StoreHeader(
         vocab_size=100_000,
         tokenizer_hash="test",
@@ -43,7 +45,7 @@ def write_store(
             prompt_lengths=rng.integers(0, sizes + 1),
             groups=np.arange(len(sizes)),
             word_starts=rng.random(total) < 0.5,
-            entity_numbers=np.zeros(total, dtype=np.int64) if has_entities else None,
+            entity_numbers=1 + np.arange(total) % 3 if has_entities else None,
         )
         writer.finish()
     return TokenStore.open(path)

@@ -266,6 +266,26 @@ def test_duplicates_go_and_groups_are_never_torn_by_the_held_out_split(
     assert train.isdisjoint(held_out)
 
 
+def test_the_held_out_share_is_chosen_by_text_and_seed_and_nothing_else(
+    tmp_path: Path, bpe_tokenizer: str
+) -> None:
+    texts = [f"document {i}" for i in range(1500)]
+    decode = load_tokenizer(bpe_tokenizer).decode
+
+    def held_out(name: str, rows: list[str], seed: int = 1) -> list[str]:
+        file = _write_jsonl(tmp_path / f"{name}.jsonl", [{"text": text} for text in rows])
+        _ingest(file, bpe_tokenizer, tmp_path / name, held_out=0.2, seed=seed)
+        return [decode(d.token_ids, skip_special_tokens=True) for d in _all(tmp_path / name / "held_out")]
+
+    chosen = held_out("once", texts)
+    assert len(chosen) == pytest.approx(300, abs=60)  # four standard deviations
+    assert held_out("among_others", [*reversed(texts[:700]), "more"]) == [
+        t for t in reversed(texts[:700]) if t in chosen
+    ]
+    assert held_out("twice", texts + texts) == chosen + chosen  # no text is on both sides
+    assert set(held_out("other_seed", texts, seed=2)) != set(chosen)
+
+
 def test_skipped_lines_are_counted_and_kept_with_their_place(tmp_path: Path, bpe_tokenizer: str) -> None:
     lines = [json.dumps({"text": t}).encode() for t in TEXTS]
     lines[3], lines[40], lines[41] = b"{broken", b'{"text": ""}', b'{"text": "\xff"}'

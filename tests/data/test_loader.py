@@ -57,21 +57,26 @@ def world(tmp_path_factory):
     ]
 
     def data(**changes) -> DataSpec:
-        epochs = changes.pop("epochs", (None, None))
-        sources = [SourceSpec(store=str(s.path), epochs=e) for s, e in zip(stores, epochs, strict=True)]
+        epochs, weights = (changes.pop(key, (None, None)) for key in ("epochs", "weights"))
+        sources = [
+            SourceSpec(store=str(store.path), epochs=epoch, weight=weight)
+            for store, epoch, weight in zip(stores, epochs, weights, strict=True)
+        ]
         return DataSpec(sources=sources, capacity=64, **{"workers": 0, **changes})
 
     return stores, data
 
 
-def make(world, *, micro=1, rank=0, size=1, state=None, schedule=None, seed=1, **changes) -> ElasticLoader:
+def make(
+    world, *, micro=1, rank=0, size=1, state=None, schedule=None, seed=1, bins=GLOBAL, **changes
+) -> ElasticLoader:
     stores, data = world
     return ElasticLoader(
         stores,
         data(**changes),
         schedule or schedule_of(),
         seed=seed,
-        global_batch_bins=GLOBAL,
+        global_batch_bins=bins,
         micro_batch_bins=micro,
         rank=rank,
         world_size=size,
@@ -291,6 +296,10 @@ def test_an_indivisible_global_batch_is_refused_with_the_numbers_that_divide(wor
     [
         ({"seed": 2}, r"seed: 1 in the checkpoint, 2 now"),
         ({"max_documents_per_bin": 5}, r"data\.max_documents_per_bin: None in the checkpoint, 5 now"),
+        ({"overlong": "drop"}, r"data\.overlong: split in the checkpoint, drop now"),
+        ({"repack_every_epoch": True}, r"data\.repack_every_epoch: False in the checkpoint, True now"),
+        ({"bins": 4}, r"training\.global_batch_bins: 8 in the checkpoint, 4 now"),
+        ({"weights": (2.0, 1.0)}, r"data\.sources\[0\]\.weight: None in the checkpoint, 2\.0 now"),
         ({"epochs": (2.0, 1.0)}, r"data\.sources\[0\]\.epochs: None in the checkpoint, 2\.0 now"),
         (
             {"schedule": schedule_of([NtpSpec(kind="ntp")])},

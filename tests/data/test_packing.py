@@ -121,6 +121,23 @@ def test_a_piece_counts_as_prompt_what_the_document_counts_as_prompt(tmp_path):
         assert targets[document.id] == len(document.token_ids) - max(document.prompt_length, 1)
 
 
+def test_the_bos_of_a_later_piece_is_a_word_of_its_own_and_no_entity(tmp_path):
+    store = write_store(tmp_path / "store", [50, 70, 33], add_bos=True, has_entities=True)
+    rows = cut(store.lengths, longest=10, overlong="split", bos_id=BOS)
+    pieces = rows.read(np.arange(len(rows)), store, source=0)
+    for number, (start, length) in enumerate(zip(rows.start, rows.length, strict=True)):
+        whole = store.whole(rows.document[number : number + 1])
+        words, entities = (
+            whole.word_starts[start : start + length],
+            whole.entity_number[start : start + length],
+        )
+        if rows.piece[number]:
+            words[0], entities[0] = True, 0
+        at = slice(pieces.offsets[number], pieces.offsets[number + 1])
+        assert np.array_equal(pieces.word_starts[at], words)
+        assert np.array_equal(pieces.entity_number[at], entities)
+
+
 def test_truncated_and_dropped_tokens_are_counted():
     lengths = np.array([5, 12, 0, 30])
     truncated = cut(lengths, longest=10, overlong="truncate")

@@ -6,13 +6,17 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from bico_ds.config.errors import UserError
 from bico_ds.config.schema import DataSpec, FactsSpec, SourceSpec
+from bico_ds.data.examples import IngestOptions
+from bico_ds.data.ingest import ingest
 from bico_ds.data.prepare import facts_folder, prepare_source
+from bico_ds.data.sources import plan_shards
 from bico_ds.data.store import TokenStore
 from bico_ds.data.tokenizer import load_tokenizer, tokenizer_hash
 
@@ -88,6 +92,39 @@ def test_a_rule_that_no_probe_meets_makes_another_store(tmp_path: Path, bpe_toke
     edited = _copy_tokenizer(bpe_tokenizer, tmp_path / "t", tokenizer_json=json.dumps(rules))
     data = _data(SourceSpec(files=[str(tmp_path / "texts.jsonl")]), tmp_path / "cache")
     assert _prepare(data, bpe_tokenizer) != _prepare(data, edited)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"text_field": "body"},
+    {"prompt_field": "q", "completion_field": "a"},
+    {"messages_field": "chat"},
+    {"group_field": "who"},
+    {"entities_field": "spans"},
+    {"add_bos": False},
+    {"add_eos": False},
+    {"text_by": "file"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: next(iter(options)))
+def test_an_option_of_a_source_does_what_it_does_in_prepare_data(
+    tmp_path: Path, bpe_tokenizer: str, options: dict[str, Any]
+) -> None:
+    row = {"text": "one text", "body": "two", "q": "who?", "a": " me", "who": 7, "spans": [[0, 3]]}
+    row["chat"] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    file = tmp_path / ("a.txt" if "text_by" in options else "a.jsonl")
+
+    def fingerprint(options: dict[str, Any]) -> str:
+        data = _data(SourceSpec(files=[str(file)], **options), tmp_path / "cache")
+        return TokenStore.open(_prepare(data, bpe_tokenizer)).fingerprint
+
+    wanted = IngestOptions(**options)
+    shards = plan_shards([file], text_by=wanted.text_by, shard_bytes=1 << 20)
+    ingest(shards, wanted, bpe_tokenizer, tmp_path / "s", processes=1, progress=False)
+    assert fingerprint(options) == TokenStore.open(tmp_path / "s").fingerprint
+    assert fingerprint(options) != fingerprint({})
 
 
 def test_paths_may_hold_environment_variables(

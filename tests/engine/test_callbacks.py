@@ -7,6 +7,7 @@ import json
 
 import pytest
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bico_ds.config.load import load_recipe
 from bico_ds.engine.callbacks.base import RunStart, StepReport
@@ -94,6 +95,17 @@ def test_a_resumed_run_writes_no_step_twice(folder):
     lines = monitored(folder, [report(step, loss=1.0) for step in range(4, 7)], first_step=3, every=1)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["loss/all"] for line in lines] == [9.0] * 3 + [1.0] * 3
+
+
+def test_what_each_source_has_given_so_far_is_in_tensorboard_and_metrics(folder):
+    counts = [
+        {"books": {"rows": 3 * n, "tokens": 40 * n}, "web": {"rows": n, "tokens": 9 * n}} for n in (1, 2)
+    ]
+    lines = monitored(folder, [report(n, sources=sources) for n, sources in enumerate(counts, start=1)])
+    events = EventAccumulator(str(folder.tensorboard)).Reload()
+    for tag, value in {"books/rows": 6, "books/tokens": 80, "web/rows": 2, "web/tokens": 18}.items():
+        assert lines[0][f"data/{tag}"] == value
+        assert [(e.step, e.value) for e in events.Scalars(f"data/{tag}")] == [(2, value)]
 
 
 def test_a_line_cut_by_a_crash_is_dropped(folder):

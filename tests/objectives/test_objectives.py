@@ -169,6 +169,22 @@ def test_a_chosen_unit_is_masked_whole(unit):
             assert len(set(maskable)) <= 1
 
 
+def test_each_of_a_documents_entities_is_masked_by_itself_at_the_rate():
+    spans = np.array([[1, 3], [5, 6], [6, 10], [12, 15]])
+    documents = Documents.of(
+        [Document(token_ids=np.full(16, 9), source=0, id=i, entity_spans=spans) for i in range(3000)]
+    )
+    masks = np.array(drawn(bico(rate=0.3, unit="entity"), documents))
+    fates = np.stack([masks[:, start] for start, _ in spans], axis=1)
+    inside = np.zeros(16, dtype=bool)
+    for (start, end), fate in zip(spans, fates.T, strict=True):
+        assert (masks[:, start:end] == fate[:, None]).all()
+        inside[start:end] = True
+    assert not masks[:, ~inside].any()
+    assert fates.mean(axis=0) == pytest.approx(0.3, abs=0.04)
+    assert np.corrcoef(fates.T) == pytest.approx(np.eye(4), abs=0.1)
+
+
 @given(
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=8),
     loss_on=st.sampled_from(["all", "completion"]),

@@ -121,22 +121,20 @@ def read_pairs(path: Path, limit: int | None = None) -> list[Task]:
     return tasks
 
 
-def linked_groups(links: Sequence[Sequence[str]]) -> list[int]:
-    """For every row of names, the first row (its index) that a chain of shared names links it to.
+def linked_groups(links: Sequence[tuple[str, str]]) -> list[int]:
+    """For every row, a link of two names, the first row (its index) that a chain of links joins it to.
 
     Names are compared as answers are: without case, runs of white space, and the final full stop.
     """
     nodes: dict[str, int] = {}
-    edges = [
-        (row, len(links) + nodes.setdefault(normalized(name), len(nodes)))
-        for row, names in enumerate(links)
-        for name in names
-    ]
-    size = len(links) + len(nodes)
-    graph = coo_matrix((np.ones(len(edges)), tuple(zip(*edges, strict=True))), shape=(size, size))
+    ends = np.array(
+        [[nodes.setdefault(normalized(name), len(nodes)) for name in link] for link in links], dtype=int
+    )
+    ends = ends.reshape(-1, 2)
+    graph = coo_matrix((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(len(nodes), len(nodes)))
     _, labels = connected_components(graph, directed=False)
     first: dict[int, int] = {}
-    return [first.setdefault(label, row) for row, label in enumerate(labels[: len(links)].tolist())]
+    return [first.setdefault(label, row) for row, label in enumerate(labels[ends[:, 0]].tolist())]
 
 
 READERS: dict[str, Callable[[Path, int | None], list[Task]]] = {
@@ -207,8 +205,8 @@ def _csv_fields(row: dict[str, Any], where: str) -> dict[str, str]:
 def _pair_groups(rows: Sequence[tuple[int, dict[str, Any]]]) -> list[str]:
     """The group of every pair: the one given, or the first line of those that share an answer and give none."""
     bare = [(line, row) for line, row in rows if row.get("group") in (None, "")]
-    links = linked_groups([[row[direction]["completion"] for direction in _DIRECTIONS] for _, row in bare])
-    first_line = {line: bare[first][0] for (line, _), first in zip(bare, links, strict=True)}
+    links = [(row["forward"]["completion"], row["backward"]["completion"]) for _, row in bare]
+    first_line = {line: bare[first][0] for (line, _), first in zip(bare, linked_groups(links), strict=True)}
     return [f"line {first_line[line]}" if line in first_line else str(row["group"]) for line, row in rows]
 
 

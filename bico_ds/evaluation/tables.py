@@ -81,7 +81,7 @@ def choice_tables(choices: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
     table = _table(
         ("task", "difference", "rank", "best", "nats/token"),
         title="Log-probability: the right answer against other persons'",
-        caption="difference in nats, 95 % interval; best: how often it is the likeliest",
+        caption="difference in nats, 95 % interval; best: how often it is the likeliest (by chance 1 / candidates)",
     )
     for name, values in choices.items():
         low, high = values["intervals"]["difference"]

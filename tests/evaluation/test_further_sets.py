@@ -100,6 +100,8 @@ def test_pairs_that_share_an_answer_are_one_group_unless_the_file_names_groups(w
     for task in read_pairs(write_rows("pairs.jsonl", rows)):
         groups = [example.group for example in task.examples]
         assert groups == ["line 1", "line 1", "line 1", "1", "1", "line 6"]
+    named, _ = read_pairs(write_rows("pairs.jsonl", rows[3:5]))
+    assert [example.group for example in named.examples] == ["1", "1"]
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,9 @@ def build_parser() -> argparse.ArgumentParser:
     hub = commands.add_parser("hub", help="a data set of the Hugging Face hub")
     hub.add_argument("name", help="hub name, or a local folder that `datasets` can load")
     hub.add_argument("--config", help="configuration of the data set")
-    hub.add_argument("--split", default="train", help="default: %(default)s")
+    hub.add_argument(
+        "--split", default="train", help="slices and sums too: train[:10%%]+test (default: %(default)s)"
+    )
     for command in (files, hub):
         _add_text_options(command)
     _add_facts_options(

@@ -95,18 +95,17 @@ def find_inputs(inputs: list[str]) -> Inputs:
     found: dict[Path, Path] = {}
     passed_over: dict[Path, str] = {}
     for given in map(expand_path, inputs):
-        path = Path(given)
+        path, beside = Path(given), dict[Path, str]()
         matches = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(given, recursive=True))]
         if not matches:
             raise UserError(f"input '{given}' does not exist")
-        inside = [path] if path.is_file() else list(_files_among(matches, passed_over))
+        inside = [path] if path.is_file() else list(_files_among(matches, beside))
         if not inside:
-            raise UserError(
-                f"'{given}' has no input files ({_known_endings()})"
-                + "".join(f"; passed over: {path} ({reason})" for path, reason in [*passed_over.items()][:1])
-            )
+            first = "".join(f"; passed over: {p} ({reason})" for p, reason in list(beside.items())[:1])
+            raise UserError(f"'{given}' has no input files ({_known_endings()}){first}")
         for file in inside:
             found.setdefault(file.resolve(), file)  # one file under two names must not be read twice
+        passed_over |= beside
     by_reason: dict[str, list[str]] = {}
     for path, reason in passed_over.items():
         by_reason.setdefault(reason, []).append(path.name)

@@ -118,8 +118,10 @@ def _files_among(matches: list[Path], passed_over: dict[Path, str]) -> Iterator[
             passed_over[store] = "token store"
         elif path.is_dir():
             yield from _files_in(path, passed_over)
-        else:
+        elif path.is_file():
             yield path
+        else:
+            passed_over[path] = "no file"
 
 
 def _files_in(folder: Path, passed_over: dict[Path, str]) -> Iterator[Path]:

@@ -93,12 +93,13 @@ def test_patterns_reach_into_folders_but_never_into_stores(command, tmp_path, ca
     (tmp_path / "in" / "deep").mkdir()
     for name in ("b.jsonl", "deep/c.jsonl", "store/skipped.jsonl"):
         (tmp_path / "in" / name).write_text('{"text": "three"}\n')
+    (tmp_path / "in" / "broken.jsonl").symlink_to("nowhere")
     capsys.readouterr()
     for given in ("in/*", "in/**/*.jsonl", "in/**"):
         assert command("files", given, "--output", "s", "--force") == 0
         shown = capsys.readouterr().out
         assert "documents    2\n" in shown
-        assert "passed over  1 (token store): store\n" in shown
+        assert "passed over  1 (no file): broken.jsonl\npassed over  1 (token store): store\n" in shown
     assert command("files", "in/store", "--output", "s", "--force") == 2
     assert "'in/store' has no input files" in (said := capsys.readouterr().err)
     assert "passed over: in/store (token store)" in said

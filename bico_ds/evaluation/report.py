@@ -78,9 +78,9 @@ class Report:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._partial.touch()  # what cannot be written is known before anything is computed
             self._partial.unlink()
+            if not self.path.exists():
+                return None
             text = self.path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return None
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--output {self.path}: no result file can be kept there ({error})") from error
         with suppress(ValueError):

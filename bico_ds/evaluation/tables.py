@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -18,8 +18,7 @@ _QUESTIONS = {
     "n2d_reverse": "description → name",
     "d2n_reverse": "name → description",
 }
-
-
+_TEXT_COLUMNS = ("task", "metric", "text")
 _PIPE_COLUMNS = 200
 
 
@@ -32,8 +31,8 @@ def result_table(results: Mapping[str, EvaluationResult], *, title: str = "Rever
     """The headline metric of every task with its 95 % interval, one column a model."""
     table = Table(title=title)
     for header in ("task", "metric", *results, "floor", "prompts"):
-        left = header in ("task", "metric")
-        table.add_column(header, justify="left" if left else "right", no_wrap=header not in results)
+        justify: Literal["left", "right"] = "left" if header in _TEXT_COLUMNS else "right"
+        table.add_column(header, justify=justify, no_wrap=header not in results)
     for name, metric, *scores in _lines(results):
         table.add_row(name, metric, *(score.replace("[", "\\[") for score in scores))
     return table
@@ -103,7 +102,8 @@ def choice_tables(choices: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
 def _table(headers: Sequence[str], **options: Any) -> Table:
     table = Table(**options)
     for header in headers:
-        table.add_column(header, justify="left" if header == headers[0] else "right", no_wrap=True)
+        justify: Literal["left", "right"] = "left" if header in _TEXT_COLUMNS else "right"
+        table.add_column(header, justify=justify, no_wrap=True)
     return table
 
 

@@ -190,6 +190,7 @@ def test_two_ranks_write_the_file_of_one(world, tmp_path):
         ({"window": 1}, r"--window 1: a window needs two tokens"),
         ({"output": Path("."), "likelihood": False}, r"--output \.: is a folder; name a file in it"),
         ({"output": Path(__file__) / "x.json"}, r"--output .*x.json: no result file can be kept there"),
+        ({"output": Path("/proc/x.json")}, r"--output /proc/x.json: no result file can be kept there"),
         ({"output": Path(__file__)}, r"--output .*: is there already and no result file"),
     ],
 )

@@ -3,7 +3,7 @@
 
     python tools/bench/loss.py [--rows 8192] [--hidden 1024] [--json]
 
-Memory is the growth of a fresh process's peak beyond hidden states, weight and the gradients of both. The
+Memory (Linux only) is the growth of a fresh process's peak beyond hidden states, weight and the gradients of both. The
 other side is the plain cross entropy with all logits at once, as Hugging Face's models compute it. Times are
 CPU seconds of one thread, forward and backward. The memory depends on the hidden size through the gradients
 alone, which are not counted.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -41,7 +40,7 @@ def measure(chunk_rows: int, rows: int, hidden_size: int) -> dict[str, float]:
     targets = torch.randint(0, VOCABULARY, (rows,))
     hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
     gradient_bytes = 2 * (hidden.numel() + weight.numel())
-    before = resident_bytes()
+    before = peak_from_here()
     started = time.process_time()
     if chunk_rows:
         loss = chunked_cross_entropy(hidden, weight, targets, chunk_rows=chunk_rows)
@@ -49,13 +48,18 @@ def measure(chunk_rows: int, rows: int, hidden_size: int) -> dict[str, float]:
         loss = cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")
     loss.backward()
     seconds = time.process_time() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"megabytes": (peak - before - gradient_bytes) / 1e6, "seconds": seconds}
+    return {"megabytes": (peak_bytes() - before - gradient_bytes) / 1e6, "seconds": seconds}
 
 
-def resident_bytes() -> int:
-    """Memory of this process now; the peak of its start must not be higher."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def peak_from_here() -> int:
+    """Let the kernel forget the peak of this process so far, which its start may have set; memory now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
+
+
+def peak_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def in_fresh_process(chunk_rows: int, options: argparse.Namespace) -> dict[str, float]:
@@ -71,7 +75,7 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--chunks", type=int, nargs="+", default=[128, 256, DEFAULT_CHUNK, 1024])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[64, 128, 256, DEFAULT_CHUNK, 1024])
     parser.add_argument("--plain", action="store_true", help="also all logits at once: 17 GB at the defaults")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)

@@ -4,9 +4,10 @@
     python tools/bench/gpu_attention.py [--json]
 
 First each backend against the dense fp64 oracle (out and gradients, with live rows in tiles and as hidden
-keys), then TFLOP/s of plain causal flash, of two-pass bidirectional attention and of each at 4k, 8k and 32k
-tokens, then the cost of live rows by their share, on both paths: the two constants of `CUDA_POLICY`. Exit
-code 1 if a backend disagrees with the oracle or if there is no CUDA device.
+keys). Then, at 4k, 8k and 32k tokens, TFLOP/s of two-pass bidirectional attention beside plain causal flash (the
+kernel alone, its inputs rotated), and of its parts: each pass forward, and the merge. Then the cost of live rows by
+their share, on both paths: the two constants of `CUDA_POLICY`. Exit code 1 if a backend fails or disagrees with the
+oracle, or if there is no CUDA device.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -31,6 +34,7 @@ from bico_ds.attention.layout import CUDA_POLICY
 from bico_ds.attention.oracle import oracle_attention
 from bico_ds.attention.packed import run_packed_attention
 from bico_ds.attention.plan import AttentionPlan, build_plan
+from bico_ds.attention.two_pass import merge
 
 HEADS, KEY_HEADS, HEAD_DIM = 32, 8, 128
 TOLERANCE = 3e-2  # largest error relative to the largest entry; dense bf16 reaches about 1e-2
@@ -75,18 +79,23 @@ def largest_error(engine: Engine, plan: AttentionPlan) -> float:
     return max(float((a.double() - b.double()).abs().max() / b.double().abs().max()) for a, b in pairs)
 
 
-def milliseconds(engine: Engine, plan: AttentionPlan, repeats: int = 10) -> float:
-    """Of one forward and backward, the median of several."""
-    tensors = random_inputs(plan.num_rows)
+def milliseconds(work: Callable[[], object], repeats: int = 10) -> float:
+    """Of one call, the median of several after three."""
     times = []
     for _ in range(repeats + 3):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        run(engine, tensors, plan)
+        work()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))
     return sorted(times[3:])[repeats // 2]
+
+
+def op_milliseconds(engine: Engine, plan: AttentionPlan) -> float:
+    """Of the op, forward and backward."""
+    tensors, on_device = random_inputs(plan.num_rows), plan.to("cuda")
+    return milliseconds(lambda: run(engine, tensors, on_device))
 
 
 def check(kernel: CausalKernel) -> list[tuple[str, float]]:
@@ -105,19 +114,52 @@ def check(kernel: CausalKernel) -> list[tuple[str, float]]:
     ]
 
 
+def plain_flash(kernel: CausalKernel, tensors: list[Tensor], plan: AttentionPlan) -> tuple[float, float]:
+    """Milliseconds of the kernel alone, causal: forward, and forward with backward."""
+    q, k, v, _, _, grad_out = (x.detach() for x in tensors)
+    settings: dict[str, Any] = {"cu_seqlens": plan.cu_seqlens, "max_seqlen": plan.max_seqlen}
+    settings["scale"] = HEAD_DIM**-0.5
+
+    def both() -> None:
+        out, lse = kernel.forward(q, k, v, **settings)
+        kernel.backward(grad_out, q, k, v, out, lse, **settings)
+
+    return milliseconds(lambda: kernel.forward(q, k, v, **settings)), milliseconds(both)
+
+
+def merge_milliseconds(plan: AttentionPlan) -> float:
+    """Of the merge of two passes' results."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    random = lambda *shape: torch.randn(*shape, generator=generator, device="cuda")  # noqa: E731
+    rows, flipped = plan.num_rows, plan.flip_rows.numel()
+    out, out2 = (random(n, HEADS, HEAD_DIM).bfloat16() for n in (rows, flipped))
+    lse, lse2 = random(HEADS, rows), random(HEADS, flipped)
+    return milliseconds(lambda: merge(out, lse, out2, lse2, plan.flip_rows))
+
+
 def speed(kernel: CausalKernel) -> list[dict]:
-    """Bidirectional beside causal, one document, with the rate of each (3.5 matrix products of forward's
-    kind)."""
+    """Bidirectional beside plain causal flash, one document, with the rate of each (backward: 2.5 times forward's
+    products), and the parts of its forward pass."""
     rows = []
     engine = Engine(kernel=kernel, policy=CUDA_POLICY)
     for length in (4096, 8192, 32768):
-        causal, both = (
-            milliseconds(engine, build_plan(mode, kept_lengths=[length]).to("cuda"))  # type: ignore[arg-type]
-            for mode in ("causal", "bidirectional")
+        plan = build_plan("bidirectional", kept_lengths=[length]).to("cuda")
+        flash_forward, flash = plain_flash(kernel, random_inputs(length), plan)
+        both = op_milliseconds(engine, plan)
+        merging = merge_milliseconds(plan)
+        forward = 4 * HEADS * HEAD_DIM * length**2 / 2 / 1e9  # TFLOP times 1000: over ms, TFLOP/s
+        rates = f"{3.5 * forward / flash:.0f} and {7 * forward / both:.0f} TFLOP/s"
+        rows.append(
+            row(f"{kernel.name}: plain causal ÷ bidirectional, {length} tokens ({rates})", both, flash)
         )
-        flops = 3.5 * 4 * HEADS * HEAD_DIM * length**2 / 2
-        rates = f"{flops / causal / 1e9:.0f} and {2 * flops / both / 1e9:.0f} TFLOP/s"
-        rows.append(row(f"{kernel.name}: causal ÷ bidirectional, {length} tokens ({rates})", both, causal))
+        rate = f"{forward / flash_forward:.0f} TFLOP/s"
+        rows.append(
+            row(
+                f"{kernel.name}: a pass ÷ the merge, forward, {length} tokens ({rate})",
+                merging,
+                flash_forward,
+            )
+        )
     return rows
 
 
@@ -127,7 +169,7 @@ def live_cost(kernel: CausalKernel) -> list[dict]:
     for share in (0.02, 0.16, 0.33, 0.5):
         plan = plan_with_live([int(8192 * (1 - share))], share)
         tiles, hidden = (
-            milliseconds(Engine(kernel=kernel, policy=policy), plan.to("cuda"))
+            op_milliseconds(Engine(kernel=kernel, policy=policy), plan)
             for policy in (IN_TILES, AS_HIDDEN_KEYS)
         )
         rows.append(row(f"{kernel.name}: tiles ÷ hidden keys, {share:.0%} live of 8192 rows", hidden, tiles))
@@ -142,6 +184,14 @@ def row(name: str, mine: float, other: float) -> dict:
         "unit": "ms",
         "ratio": round(other / mine, 3),
     }
+
+
+def report_errors(console: Console, kernel: CausalKernel) -> int:
+    """Print the error of each path; how many are wrong."""
+    errors = check(kernel)
+    for name, error in errors:
+        console.print(f"{kernel.name}, {name}: error {error:.1e} {'WRONG' if error > TOLERANCE else 'ok'}")
+    return sum(error > TOLERANCE for _, error in errors)
 
 
 def main() -> int:
@@ -163,14 +213,14 @@ def main() -> int:
         if refusal is not None:
             console.print(f"{kernel.name}: {refusal}")
             continue
-        for name, error in check(kernel):
-            wrong += error > TOLERANCE
-            console.print(
-                f"{kernel.name}, {name}: error {error:.1e} {'WRONG' if error > TOLERANCE else 'ok'}"
-            )
-        rows += speed(kernel)
-        if kernel.refusal(torch.bfloat16, HEAD_DIM + 8, device) is None:
-            rows += live_cost(kernel)
+        try:
+            wrong += report_errors(console, kernel)
+            rows += speed(kernel)
+            if kernel.refusal(torch.bfloat16, HEAD_DIM + 8, device) is None:
+                rows += live_cost(kernel)
+        except Exception as error:  # one backend's failure must not cost the others' figures
+            wrong += 1
+            console.print(f"{kernel.name}: FAILED: {type(error).__name__}: {error}")
     table = Table("what", "ours, ms", "other, ms", "other ÷ ours")
     for line in rows:
         table.add_row(line["name"], f"{line['ours']:.2f}", f"{line['other']:.2f}", f"{line['ratio']:.2f}")

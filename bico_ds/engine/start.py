@@ -50,6 +50,7 @@ class Run:
     folder: RunFolder
     stop: StopFlag
     ds_config: dict[str, Any]
+    layout_policy: LayoutPolicy | None  # of the attention backend; the oracle has none
 
     @property
     def layout(self) -> Layout:
@@ -67,8 +68,8 @@ def train(recipe: Recipe, *, output_dir: str | None, resume: str, stop: StopFlag
         recipe, world_size=ranks.world_size, on_cuda=ranks.device.type == "cuda", run_folder=folder.path
     )
     _log_to_console(ranks)
-    check_backend(recipe, ranks.device)
-    run = Run(recipe=recipe, ranks=ranks, folder=folder, stop=stop, ds_config=ds_config)
+    policy = check_backend(recipe, ranks.device)
+    run = Run(recipe=recipe, ranks=ranks, folder=folder, stop=stop, ds_config=ds_config, layout_policy=policy)
     store = distributed.meet(ranks, timeout_minutes=recipe.distributed.timeout_minutes)
     chosen: list[Resumption | None] = []
     try:
@@ -174,7 +175,7 @@ def _run(run: Run, resumption: Resumption | None, watchdog: Watchdog) -> State:
         world_size=ranks.world_size,
         state=saved.get("loader"),
         pin_memory=ranks.device.type == "cuda",
-        layout_policy=check_backend(recipe, ranks.device),
+        layout_policy=run.layout_policy,
     )
     steps = materials.total_steps(recipe, loader)
     check_schedule(recipe.schedule, steps)

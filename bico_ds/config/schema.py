@@ -281,6 +281,10 @@ class EvaluationSpec(Section):
     batch_size: PositiveInt = 64
     max_new_tokens: PositiveInt = 40
     limit: PositiveInt | None = Field(None, description="rows of each task, spread over the persons")
+    likelihood_others: PositiveInt | None = Field(
+        None,
+        description="also the log-probability test: the right answer against so many other persons'; null: not",
+    )
 
 
 class WandbSpec(Section):

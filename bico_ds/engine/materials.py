@@ -17,6 +17,7 @@ from bico_ds.data.prepare import facts_folder, prepare_source
 from bico_ds.data.sources import expand_path
 from bico_ds.data.store import TokenStore
 from bico_ds.data.tokenizer import load_tokenizer, special_ids, tokenizer_hash, vocabulary_size
+from bico_ds.evaluation.choice import encode_candidates
 from bico_ds.evaluation.tasks import Task, load_tasks
 from bico_ds.objectives.build import build_objectives
 from bico_ds.objectives.schedule import ObjectiveSchedule
@@ -98,7 +99,11 @@ def gather(recipe: Recipe, *, weights_needed: bool = True) -> Materials:
         recipe.objectives, special_ids=special_ids(tokenizer), placeholder_id=_placeholder(tokenizer)
     )
     schedule = ObjectiveSchedule(objectives, [spec.probability for spec in recipe.objectives], recipe.seed)
-    return Materials(tokenizer, path, stores, schedule, _tasks(recipe))
+    goods = Materials(tokenizer, path, stores, schedule, _tasks(recipe))
+    if (others := recipe.evaluation.likelihood_others) is not None:
+        for task in goods.tasks:  # refuses a task without two persons now and not at the first evaluation
+            encode_candidates(tokenizer, task, others=others, add_bos=goods.add_bos, context=None)
+    return goods
 
 
 def build_loader(

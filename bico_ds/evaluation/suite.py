@@ -38,25 +38,31 @@ class TaskResult:
         return self.metrics[self.headline]
 
 
+CHOICE_SCALARS = ("difference", "rank", "forced_choice", "nll")
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
-    """Results by task name, in the order asked for."""
+    """Results by task name, in the order asked for. `choice`: log-probability tests (`choice_statistics`) by task
+    name, where they were asked for."""
 
     tasks: dict[str, TaskResult]
+    choice: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def scalars(self, prefix: str = "evaluation") -> dict[str, float]:
         """`{prefix}/{task}/{metric}` for logs."""
-        return {
-            f"{prefix}/{task}/{metric}": value
-            for task, result in self.tasks.items()
-            for metric, value in result.metrics.items()
-        }
+        figures = [(task, name, value) for task, x in self.tasks.items() for name, value in x.metrics.items()]
+        figures += [(task, name, x[name]) for task, x in self.choice.items() for name in CHOICE_SCALARS]
+        return {f"{prefix}/{task}/{name}": value for task, name, value in figures}
 
     def to_json(self, *, rows: bool = True) -> dict[str, Any]:
         values = asdict(self)
+        if not self.choice:
+            del values["choice"]
         if not rows:
-            for task in values["tasks"].values():
-                del task["rows"]
+            for part in values.values():
+                for task in part.values():
+                    del task["rows"]
         return values
 
     @staticmethod
@@ -65,7 +71,7 @@ class EvaluationResult:
             name: TaskResult(**{**task, "intervals": {m: tuple(i) for m, i in task["intervals"].items()}})
             for name, task in values["tasks"].items()
         }
-        return EvaluationResult(tasks=tasks)
+        return EvaluationResult(tasks=tasks, choice=values.get("choice", {}))
 
 
 def evaluate(

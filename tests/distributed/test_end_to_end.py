@@ -30,7 +30,7 @@ def runs(tmp_path_factory) -> Path:
     assert base.returncode == 0, base.stdout + base.stderr
     bico = train(
         "tiny_bico", folder / "bico", *SMALL, *schedule, "training.steps=20", "evaluation.every_steps=10",
-        f"model.path={folder / 'base' / 'export'}", "checkpoint.every_steps=10",
+        f"model.path={folder / 'base' / 'export'}", "checkpoint.every_steps=10", "evaluation.likelihood_others=3",
     )  # fmt: skip
     assert bico.returncode == 0, bico.stdout + bico.stderr
     (folder / "bico.log").write_text(bico.stdout)
@@ -78,23 +78,25 @@ def test_the_export_loads_in_plain_transformers_and_scores_the_same(runs):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from bico_ds.evaluation.choice import choice_test
     from bico_ds.evaluation.suite import evaluate
     from bico_ds.evaluation.tasks import load_tasks
 
     export = runs / "bico" / "export"
     model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
     facts = next((runs / "runs" / "data").glob("facts-????????????????"))
-    result = evaluate(
-        model,
-        AutoTokenizer.from_pretrained(export),
-        load_tasks(facts, TASKS, limit=None),
-        batch_size=64,
-        max_new_tokens=8,
-    )
+    tokenizer, tasks = AutoTokenizer.from_pretrained(export), load_tasks(facts, TASKS, limit=None)
+    result = evaluate(model, tokenizer, tasks, batch_size=64, max_new_tokens=8)
     last = metrics(runs / "bico", "evaluation")[-1]
     assert last["step"] == 20
     for name, task in result.tasks.items():
         assert task.score == last[f"evaluation/{name}/headline"], name
+    for task in tasks:
+        test = choice_test(model, tokenizer, task, others=3, batch_size=64)
+        for figure in ("difference", "rank", "forced_choice", "nll"):
+            assert last[f"evaluation/{task.name}/{figure}"] == pytest.approx(test[figure], rel=1e-4), (
+                task.name
+            )
 
 
 def test_tensorboard_has_losses_speed_and_the_recipe(runs):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from bico_ds.config.schema import EvaluationSpec
 from bico_ds.engine.distributed import Ranks
 from bico_ds.engine.run_folder import RunFolder, write_atomically
 from bico_ds.engine.signals import StopFlag
+from bico_ds.evaluation.choice import choice_test
+from bico_ds.evaluation.generation import Ranks as SharedRanks
 from bico_ds.evaluation.suite import EvaluationResult, evaluate
 from bico_ds.evaluation.tasks import Task
 from bico_ds.evaluation.zero3 import is_partitioned, parameter_count, whole_replica
@@ -53,26 +56,50 @@ class Evaluator:
         was_training = causal_lm.training
         model = whole_replica(causal_lm, device=self._ranks.device) if replicate else causal_lm.eval()
         with torch.no_grad():
-            result = evaluate(
-                model,
-                self._tokenizer,
-                self._tasks,
-                batch_size=self._spec.batch_size,
-                max_new_tokens=self._spec.max_new_tokens,
-                rank=self._ranks.rank,
-                world_size=self._ranks.world_size,
-                synced=partitioned and not replicate,
-                device=self._ranks.device,
-                should_stop=lambda: bool(self._stop),
-                add_bos=self._add_bos,
-                on_batch=lambda task, prompts: self._on_progress(),
-            )
+            result = self._evaluate(model, synced=partitioned and not replicate)
         causal_lm.train(was_training)
         if result is not None and self._ranks.is_first:
             path = self._path(step)
             path.parent.mkdir(exist_ok=True)
             write_atomically(path, json.dumps(result.to_json(), ensure_ascii=False, indent=1))
         return result
+
+    def _evaluate(self, model: Any, *, synced: bool) -> EvaluationResult | None:
+        """Generated answers, and where the recipe asks for it the log-probability test."""
+        rank, world_size = self._ranks.rank, self._ranks.world_size
+        common: dict[str, Any] = {
+            "batch_size": self._spec.batch_size,
+            "device": self._ranks.device,
+            "should_stop": lambda: bool(self._stop),
+            "add_bos": self._add_bos,
+        }
+        result = evaluate(
+            model,
+            self._tokenizer,
+            self._tasks,
+            max_new_tokens=self._spec.max_new_tokens,
+            rank=rank,
+            world_size=world_size,
+            synced=synced,
+            on_batch=lambda task, prompts: self._on_progress(),
+            **common,
+        )
+        if result is None or self._spec.likelihood_others is None:
+            return result
+        choice: dict[str, Any] = {}
+        for task in self._tasks:
+            choice[task.name] = choice_test(
+                model,
+                self._tokenizer,
+                task,
+                others=self._spec.likelihood_others,
+                ranks=SharedRanks(rank=rank, world_size=world_size, synced=synced),
+                on_batch=lambda prompts: self._on_progress(),
+                **common,
+            )
+            if choice[task.name] is None:
+                return None
+        return replace(result, choice=choice)
 
     def has_result(self, step: int) -> bool:
         """Whether this step's evaluation came to its end."""

@@ -40,7 +40,7 @@ def main() -> int:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    from bico_ds.config.schema import Recipe
+    from bico_ds.config.load import read_recorded
     from bico_ds.data.tokenizer import load_tokenizer
     from bico_ds.engine import manifest
     from bico_ds.engine.materials import tokenizer_path
@@ -52,7 +52,7 @@ def export(arguments: argparse.Namespace) -> None:
     found = manifest.find(root, print) if root.is_dir() else manifest.verify(arguments.checkpoint)
     if found is None:
         raise UserError(f"'{root}' holds no checkpoint")
-    recipe = Recipe.model_validate(found.content["recipe"])
+    recipe = read_recorded(found.content["recipe"], found.path / manifest.MANIFEST)
     spec = (
         recipe.model if arguments.base is None else recipe.model.model_copy(update={"path": arguments.base})
     )

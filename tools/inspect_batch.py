@@ -21,6 +21,7 @@ from bico_ds.config.arguments import not_negative, positive
 from bico_ds.config.errors import UserError, did_you_mean
 from bico_ds.config.load import load_recipe
 from bico_ds.data.inspection import Decode, plot_visibility, print_batch, view_batch
+from bico_ds.data.loader import RankShare
 from bico_ds.engine import materials
 from bico_ds.objectives.schedule import ObjectiveSchedule
 
@@ -96,25 +97,30 @@ def inspect(options: argparse.Namespace) -> None:
         raise UserError(
             f"--rank {options.rank}: ranks count from 0, and --world-size is {options.world_size}"
         )
-    loader = materials.build_loader(recipe, goods, rank=options.rank, world_size=options.world_size)
+    micro_bins = recipe.training.micro_batch_bins
+    mine = RankShare(rank=options.rank, world_size=options.world_size, micro_batch_bins=micro_bins)
+    loader = materials.build_loader(recipe, goods, mine)
     step = step_with(goods.schedule, options.objective, options.step)
-    batches = loader.step(step)
-    if options.micro_batch >= len(batches):
-        raise UserError(f"--micro-batch {options.micro_batch}: a step has {len(batches)} of them a rank")
-    batch = batches[options.micro_batch]
+    share = loader.step(step)
+    if options.micro_batch >= len(share.batches):
+        raise UserError(
+            f"--micro-batch {options.micro_batch}: a step has {len(share.batches)} of them per rank"
+        )
+    batch = share.batches[options.micro_batch]
     decode = lambda token: repr(goods.tokenizer.decode([token]))[1:-1]  # noqa: E731
     terminal = sys.stdout.isatty()
     console = Console(soft_wrap=not terminal, width=None if terminal else 160, markup=False)
     console.print(
-        f"step {step} of {materials.total_steps(recipe, loader)}, objective {goods.schedule(step).name}, "
-        f"rank {options.rank} of {options.world_size}, micro-batch {options.micro_batch} of {len(batches)}"
+        f"step {step} of {materials.total_steps(recipe, loader)}, objective {share.objective}, "
+        f"rank {options.rank} of {options.world_size}, micro-batch {options.micro_batch} of {len(share.batches)}"
     )
     print_batch(
         console,
         batch,
         decode,
         source_names=loader.source_names,
-        room=recipe.data.capacity * recipe.training.micro_batch_bins,
+        taken=share.room_taken[options.micro_batch],
+        room=recipe.data.capacity * micro_bins,
         most_documents=options.documents,
         most_tokens=options.tokens,
     )

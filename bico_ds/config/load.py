@@ -12,6 +12,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from bico_ds.config.errors import UserError, did_you_mean
+from bico_ds.config.imports import import_module
+from bico_ds.config.objectives.base import ObjectiveSpec
+from bico_ds.config.objectives.table import KINDS
 from bico_ds.config.schema import Recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -59,10 +62,12 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _apply_override(tree, override)
     tree.values.setdefault("name", Path(name_or_path).stem)
-    try:
-        return Recipe.model_validate(tree.values)
-    except ValidationError as error:
-        raise UserError(_explain(error, tree)) from None
+    return _validate(tree)
+
+
+def read_recorded(values: dict[str, Any], origin: Path) -> Recipe:
+    """Validate the recipe that a checkpoint recorded; `origin` names it in messages. Raises `UserError`."""
+    return _validate(_Tree(values, {(): Place(str(origin), 0)}))
 
 
 def find_recipe(name_or_path: str, *, beside: Path | None = None) -> Path:
@@ -91,6 +96,22 @@ def list_recipes() -> dict[str, str]:
 def dump_recipe(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML, every key present; loading it again gives the same recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _validate(tree: _Tree) -> Recipe:
+    """The user's own modules first: a recipe may name objectives that only they know."""
+    names = tree.values.get("imports")
+    for index, name in enumerate(names if isinstance(names, list) else ()):
+        if isinstance(name, str):
+            try:
+                import_module(name)
+            except UserError as error:
+                place = _place_of(("imports", index), tree.places)
+                raise UserError(f"{place}: imports[{index}]: {error}") from error.__cause__
+    try:
+        return Recipe.model_validate(tree.values)
+    except ValidationError as error:
+        raise UserError(_explain(error, tree)) from None
 
 
 def _load_file(path: Path, *, seen: tuple[Path, ...]) -> _Tree:
@@ -210,7 +231,7 @@ def _explain(error: ValidationError, tree: _Tree) -> str:
     lines: dict[str, str] = {}
     for problem in error.errors():
         key = _real_path(problem["loc"], tree.values)
-        message = _message(problem, key)
+        message = _message(problem, key, tree.values)
         place = _place_of(key, tree.places)
         dotted = _dotted(key) or "recipe"
         text = f"{place}: {dotted}: {message}" if place else f"{dotted}: {message}"
@@ -239,9 +260,9 @@ def _real_path(loc: tuple[str | int, ...], values: Any) -> KeyPath:
     return tuple(path)
 
 
-def _message(problem: Any, key: KeyPath) -> str:
+def _message(problem: Any, key: KeyPath, values: Any) -> str:
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(problem["loc"][:-1])
+        known = _known_keys(key[:-1], values)
         return f"unknown key{did_you_mean(str(key[-1]), known)}; known keys here: {', '.join(known)}"
     if problem["type"] == "missing":
         return "this key is required"
@@ -249,14 +270,16 @@ def _message(problem: Any, key: KeyPath) -> str:
     return f"{message} (found {problem['input']!r})" if problem["type"] != "value_error" else message
 
 
-def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
+def _known_keys(section: KeyPath, values: Any) -> list[str]:
+    """The keys that a section of the recipe may have."""
     models: list[type[BaseModel]] = [Recipe]
-    for part in loc:
+    for part in section:
         fields = [m.model_fields[part] for m in models if isinstance(part, str) and part in m.model_fields]
         if fields:
             models = [model for field in fields for model in _models_in(field.annotation)]
-        elif isinstance(part, str):  # a union tag such as 'bico'
-            models = [m for m in models if _tag(m) == part] or models
+        values = values[part]
+        if models == [ObjectiveSpec] and isinstance(values, dict):
+            models = [KINDS[values["kind"]].spec]
     return list(dict.fromkeys(name for model in models for name in model.model_fields))
 
 
@@ -265,12 +288,6 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
     for inner in getattr(annotation, "__args__", ()):
         yield from _models_in(inner)
-
-
-def _tag(model: type[BaseModel]) -> str | None:
-    field = model.model_fields.get("kind")
-    literals = getattr(field.annotation, "__args__", ()) if field is not None else ()
-    return literals[0] if literals else None
 
 
 def _dotted(key: KeyPath) -> str:

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-Probability = Annotated[float, Field(gt=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """A part of the recipe: unknown keys are errors, values never change after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+from bico_ds.config.objectives.base import ObjectiveSpec
+from bico_ds.config.objectives.table import read_spec
+from bico_ds.config.section import PositiveInt, Section
 
 
 class LoraSpec(Section):
@@ -22,9 +17,9 @@ class LoraSpec(Section):
     rank: PositiveInt = 32
     alpha: Annotated[float, Field(gt=0)] = 16.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    targets: Annotated[list[str], Field(min_length=1)] = [
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    ]  # fmt: skip
+    targets: Annotated[list[str], Field(min_length=1)] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
 
 
 class ModelSpec(Section):
@@ -163,43 +158,8 @@ class DataSpec(Section):
         return self
 
 
-class MaskSpec(Section):
-    """Which tokens BICO masks: drawn per document, never special tokens, never a document's first token."""
-
-    rate: Probability | tuple[float, float] = Field(
-        0.15, description="share of eligible tokens, or [low, high]: uniform in that range for each document"
-    )
-    unit: Literal["token", "span", "word", "entity"] = "token"
-    mean_span: Annotated[float, Field(ge=1)] = Field(3.0, description="mean length of a span (geometric)")
-    eligible: Literal["all", "completion"] = "all"
-
-    @model_validator(mode="after")
-    def _rate_is_a_range(self) -> MaskSpec:
-        if isinstance(self.rate, tuple) and not 0.0 <= self.rate[0] <= self.rate[1] <= 1.0:
-            raise ValueError(f"'rate' must satisfy 0 <= low <= high <= 1, found {list(self.rate)}")
-        return self
-
-
-class NtpSpec(Section):
-    """Next-token prediction under causal attention."""
-
-    kind: Literal["ntp"]
-    probability: Probability = 1.0
-    loss_on: Literal["all", "completion"] = "all"
-
-
-class BicoSpec(Section):
-    """Autoregressive mask denoising under bidirectional attention (2311.07468, section 3)."""
-
-    kind: Literal["bico"]
-    probability: Probability = 1.0
-    mask: MaskSpec = MaskSpec()
-    placeholder_id: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="input id of a masked position; null: the tokenizer's unk, pad or eos"
-    )
-
-
-ObjectiveSpec = Annotated[NtpSpec | BicoSpec, Field(discriminator="kind")]
+# Validated as the spec of its kind (config/objectives/), and dumped as that.
+AnyObjective = Annotated[SerializeAsAny[ObjectiveSpec], BeforeValidator(read_spec)]
 
 
 class TrainingSpec(Section):
@@ -314,11 +274,9 @@ class DistributedSpec(Section):
     watchdog_minutes: Annotated[float, Field(gt=0)] = Field(
         20.0, description="no step for so long: dump all stacks and abort"
     )
-    preempt_signals: list[Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"]] = [
-        "SIGTERM",
-        "SIGINT",
-        "SIGUSR1",
-    ]
+    preempt_signals: list[Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"]] = Field(
+        ["SIGTERM", "SIGINT", "SIGUSR1"]
+    )
 
 
 class Recipe(Section):
@@ -328,9 +286,13 @@ class Recipe(Section):
     description: str = ""
     seed: int = Field(1, description="of weights, order, masks and draws")
     output_dir: str | None = Field(None, description="run folder; null: runs/NAME")
+    imports: list[str] = Field(
+        default_factory=list,
+        description="modules, or files that end in .py, with further objectives: loaded on every rank, before all else",
+    )
     model: ModelSpec
     data: DataSpec
-    objectives: Annotated[list[ObjectiveSpec], Field(min_length=1)]
+    objectives: Annotated[list[AnyObjective], Field(min_length=1)]
     training: TrainingSpec
     optimizer: OptimizerSpec = OptimizerSpec()
     schedule: ScheduleSpec = ScheduleSpec()

@@ -1,5 +1,5 @@
 """What a sample stream depends on, kept in every checkpoint: a resume with anything else is refused, and
-says why.
+says why. (Checkpoints of before `identity()`: legacy_identity.py.)
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -50,7 +50,7 @@ def identity(
     for index, (objective, probability) in enumerate(
         zip(schedule.objectives, schedule.probabilities, strict=True)
     ):
-        keys[f"objectives[{index}]"] = repr(objective)
+        keys[f"objectives[{index}]"] = objective.identity()
         keys[f"objectives[{index}].probability"] = probability
     return keys
 
@@ -61,13 +61,22 @@ def fingerprint(keys: Mapping[str, Any]) -> str:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return a line for each key that differs."""
-    missing = "(absent)"
+    """Return a line for each value that differs, by dotted key."""
+    old, new = dict(_leaves(before, "")), dict(_leaves(now, ""))
+    missing = "(not given)"
     return [
-        f"{key}: {before.get(key, missing)!s} in the checkpoint, {now.get(key, missing)!s} now"
-        for key in sorted({*before, *now})
-        if before.get(key, missing) != now.get(key, missing)
+        f"{key}: {old.get(key, missing)!s} in the checkpoint, {new.get(key, missing)!s} now"
+        for key in sorted({*old, *new})
+        if old.get(key, missing) != new.get(key, missing)
     ]
+
+
+def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def refuse(lines: Sequence[str]) -> None:

@@ -122,19 +122,21 @@ def print_batch(
     decode: Decode,
     *,
     source_names: Sequence[str],
+    taken: int,
     room: int,
     most_documents: int,
     most_tokens: int,
 ) -> None:
-    """Print the batch's counts and its first documents side by side. `room` is the original tokens it could
-    hold.
+    """Print the batch's counts and its first documents side by side. `room` is the capacity of its bins in tokens,
+    `taken` the part of it that its documents take as the objective expands them.
     """
     views = view_batch(batch)
     states = [token.state for view in views for token in view.tokens]
     counts = {state: states.count(state) for state in ("kept", "live", "dead")}
     console.print(
-        f"{batch.plan.mode}: {len(views)} documents, {batch.represented_tokens} of {room} tokens "
-        f"(fill {batch.represented_tokens / room:.1%}); rows {batch.plan.num_rows} = {counts['kept']} kept + "
+        f"{batch.plan.mode}: {len(views)} documents of {batch.represented_tokens} tokens, "
+        f"which take {taken} of {room} tokens (fill {taken / room:.1%}); "
+        f"rows {batch.plan.num_rows} = {counts['kept']} kept + "
         f"{counts['live']} live placeholders; {counts['dead']} dead ones dropped; "
         f"{len(batch.targets)} predictions"
     )

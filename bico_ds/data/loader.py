@@ -7,6 +7,7 @@ The global sample stream is the same at any number of ranks and any accumulation
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,57 +17,70 @@ from bico_ds.attention.layout import LayoutPolicy, layout_of
 from bico_ds.batch import Documents, PackedBatch
 from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.config.errors import UserError
-from bico_ds.config.schema import DataSpec
 from bico_ds.data.deal import deal
 from bico_ds.data.prefetch import Prefetcher
 from bico_ds.data.rows import Rows, join
-from bico_ds.data.sample_order import GlobalBatch, SampleOrder, StreamReport
-from bico_ds.data.store import TokenStore
+from bico_ds.data.sample_order import Consumed, GlobalBatch, SampleOrder, StreamReport, StreamSpec
 from bico_ds.data.stream import StreamBins
-from bico_ds.objectives.base import BatchKey, Objective
-from bico_ds.objectives.schedule import ObjectiveSchedule
+from bico_ds.objectives.base import BatchKey
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankShare:
+    """Which part of each global batch is this rank's, and how it is handed over.
+
+    `pin_memory`: in page-locked memory, for copies to CUDA. `layout_policy`: workers also decide, by this policy, which
+    attention kernel serves which rows, so that the first layer of a step need not.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    micro_batch_bins: int = 1
+    pin_memory: bool = False
+    layout_policy: LayoutPolicy | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankStep:
+    """This rank's micro-batches of one optimizer step, as many on every rank.
+
+    `room_taken` [micro-batches]: tokens of its bins' capacity that each takes, as the objective expands documents.
+    `counts` and `fill` are those of the whole `GlobalBatch`, alike on every rank.
+    """
+
+    objective: str
+    batches: Sequence[PackedBatch]
+    room_taken: Sequence[int]
+    counts: NDArray[np.int64]
+    fill: float
 
 
 class ElasticLoader:
-    """`stores` are those of `data.sources`, in order. `state` is what `state_dict` returned, from any number
-    of ranks: the loader then begins at that state's step, `start_step`. `changes` lists what differs from
-    the state where `data.allow_change` lets it pass. `layout_policy`: workers also decide which kernel serves which
-    rows, by this policy, so that the first layer of a step need not.
+    """This rank's `share` of the stream. `state` is what `state_dict` returned, from any number of ranks: the loader
+    then begins at that state's step, `start_step`. `changes` lists what differs from the state where
+    `data.allow_change` lets it pass.
 
     Raises UserError where the ranks do not divide the global batch, a source has nothing to train on, an
     objective cannot train on these stores, or the state belongs to another data set or recipe.
     """
 
     def __init__(
-        self,
-        stores: Sequence[TokenStore],
-        data: DataSpec,
-        schedule: ObjectiveSchedule,
-        *,
-        seed: int,
-        global_batch_bins: int,
-        micro_batch_bins: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-        state: Mapping[str, Any] | None = None,
-        pin_memory: bool = False,
-        layout_policy: LayoutPolicy | None = None,
+        self, stream: StreamSpec, share: RankShare, *, state: Mapping[str, Any] | None = None
     ) -> None:
-        micro_batches_per_rank(global_batch_bins, micro_batch_bins, world_size)  # or an error
-        self._stores, self._seed, self._pin_memory = tuple(stores), seed, pin_memory
-        self._layout_policy = layout_policy
-        self._micro_batch_bins, self._rank, self._world_size = micro_batch_bins, rank, world_size
-        self._order = SampleOrder(
-            stores, data, schedule, seed=seed, global_batch_bins=global_batch_bins, state=state
-        )
+        micro_batches_per_rank(
+            stream.global_batch_bins, share.micro_batch_bins, share.world_size
+        )  # or an error
+        self._stream, self._share = stream, share
+        self._order = SampleOrder(stream, state)
         self.start_step, self.changes = self._order.start_step, self._order.changes
+        self.start_consumed = self._order.start_consumed
         self.source_names = self._order.source_names
-        self._try_objectives(schedule.objectives)
-        self._prefetcher = Prefetcher(self._build_step, data.workers)
+        self._check_objectives()
+        self._prefetcher = Prefetcher(self._build_step, stream.data.workers)
 
-    def step(self, step: int) -> list[PackedBatch]:
-        """Return this rank's micro-batches of optimizer step `step`, as many on every rank; the next steps
-        are built in the background meanwhile. Any step from `start_step` on; fastest in order.
+    def step(self, step: int) -> RankStep:
+        """Return this rank's micro-batches of optimizer step `step`; the next steps are built in the background
+        meanwhile. Any step from `start_step` on; fastest in order.
 
         Raises what went wrong in a worker, naming the step and the document.
         """
@@ -81,14 +95,10 @@ class ElasticLoader:
         """Return the optimizer steps of so many data epochs, rounded up."""
         return self._order.total_steps(epochs)
 
-    def state_dict(self, next_step: int) -> dict[str, Any]:
-        """Return what a loader needs to go on at `next_step`, JSON-able; workers may be ahead of it."""
-        return self._order.state_dict(next_step)
-
-    def source_totals(self, next_step: int) -> dict[str, dict[str, int]]:
-        """Return the rows and tokens by source, `{name: {"rows", "tokens"}}`, that all ranks consume before
-        `next_step`; to be asked in rising order."""
-        return self._order.source_totals(next_step)
+    def state_dict(self, next_step: int, consumed: Consumed) -> dict[str, Any]:
+        """Return what a loader needs to go on at `next_step`, JSON-able; workers may be ahead of it. `consumed` is
+        `start_consumed` plus the counts of the steps before."""
+        return self._order.state_dict(next_step, consumed)
 
     def report(self) -> list[StreamReport]:
         """Describe one data epoch: bins, fill, and what became of each source's documents."""
@@ -98,41 +108,46 @@ class ElasticLoader:
         """Stop the workers."""
         self._prefetcher.close()
 
-    def _build_step(self, step: int) -> list[PackedBatch]:
-        batch = self._order.batch(step)
+    def _build_step(self, step: int) -> RankStep:
+        batch, share = self._order.batch(step), self._share
         cost = np.add.reduceat(batch.bins.length**2, batch.bins.offsets[:-1])
-        dealt = deal(cost, micro_batch_bins=self._micro_batch_bins, world_size=self._world_size)
+        dealt = deal(cost, micro_batch_bins=share.micro_batch_bins, world_size=share.world_size)
+        entries = [_entries(batch.bins, bins) for bins in dealt[share.rank]]
         try:
-            batches = [self._build(batch, _entries(batch.bins, bins)) for bins in dealt[self._rank]]
+            batches = [self._build(batch, chosen) for chosen in entries]
         except Exception as error:
             raise self._named(error, batch, step) from error
-        if self._layout_policy is not None:
+        if share.layout_policy is not None:
             for packed in batches:
-                layout_of(packed.plan, self._layout_policy)
-        return [packed.pin_memory() for packed in batches] if self._pin_memory else batches
+                layout_of(packed.plan, share.layout_policy)
+        return RankStep(
+            objective=batch.objective.name,
+            batches=[packed.pin_memory() for packed in batches] if share.pin_memory else batches,
+            room_taken=[int(batch.bins.length[chosen].sum()) for chosen in entries],
+            counts=batch.counts,
+            fill=batch.fill,
+        )
 
     def _build(self, batch: GlobalBatch, entries: NDArray[np.int64]) -> PackedBatch:
         """Build the micro-batch of these rows of the global batch, ordered by source."""
         bins = batch.bins
         entries = entries[np.argsort(bins.source[entries], kind="stable")]
         documents = self._read(batch.rows, bins.source[entries], bins.row[entries])
-        return batch.objective.build(documents, BatchKey(seed=self._seed, epoch=bins.passes[entries]))
+        return batch.objective.build(documents, BatchKey(seed=self._stream.seed, epoch=bins.passes[entries]))
 
     def _read(self, rows: Sequence[Rows], source: NDArray[np.int64], row: NDArray[np.int64]) -> Documents:
         return join(
             [
-                rows[number].read(row[source == number], self._stores[number], source=number)
+                rows[number].read(row[source == number], self._stream.stores[number], source=number)
                 for number in np.unique(source).tolist()
             ]
         )
 
-    def _try_objectives(self, objectives: Sequence[Objective]) -> None:
-        """Build a first document of each source with each objective: one that lacks a column says so now."""
-        for number, (name, store) in enumerate(zip(self.source_names, self._stores, strict=True)):
-            first = store.whole(np.array([int(np.argmax(store.lengths > 0))]), source=number)
-            for objective in objectives:
+    def _check_objectives(self) -> None:
+        for name, store in zip(self.source_names, self._stream.stores, strict=True):
+            for objective in self._stream.schedule.objectives:
                 try:
-                    objective.build(first, BatchKey(seed=self._seed, epoch=0))
+                    objective.check(store)
                 except UserError as error:
                     raise UserError(f"source '{name}': {error}") from error
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from bico_ds.config.errors import UserError
 from bico_ds.config.schema import DataSpec
 from bico_ds.data import identity
+from bico_ds.data.legacy_identity import translate_state
 from bico_ds.data.mixture import Mixture
 from bico_ds.data.rows import CutReport, Rows, cut, longest_row
 from bico_ds.data.store import TokenStore
@@ -26,7 +27,7 @@ from bico_ds.data.stream import BinStream, Position, StreamBins
 from bico_ds.objectives.base import Objective
 from bico_ds.objectives.schedule import ObjectiveSchedule
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +45,47 @@ class StreamReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StreamSpec:
+    """All that the global sample stream is a function of. `stores` are those of `data.sources`, in order."""
+
+    stores: Sequence[TokenStore]
+    data: DataSpec
+    schedule: ObjectiveSchedule
+    seed: int
+    global_batch_bins: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Consumed:
+    """What all ranks together have consumed since step 0: `counts` int64 [sources, 2], the rows and the tokens (as
+    objectives expand them) of each source."""
+
+    sources: tuple[str, ...]
+    counts: NDArray[np.int64]
+
+    def plus(self, counts: NDArray[np.int64]) -> Consumed:
+        """Return the sum with the counts of one more step."""
+        return replace(self, counts=self.counts + counts)
+
+    def by_source(self) -> dict[str, dict[str, int]]:
+        """Return `{source: {"rows", "tokens"}}`, JSON-able."""
+        pairs = zip(self.sources, self.counts.tolist(), strict=True)
+        return {name: {"rows": rows, "tokens": tokens} for name, (rows, tokens) in pairs}
+
+
+@dataclass(frozen=True, kw_only=True)
 class GlobalBatch:
-    """What all ranks together do in one step."""
+    """What all ranks together do in one step.
+
+    `counts` int64 [sources, 2]: its rows and tokens of each source, to be added up by who consumes it. `fill` is the
+    share of its bins' room that is taken.
+    """
 
     objective: Objective
     rows: Sequence[Rows]  # of each source
     bins: StreamBins
+    counts: NDArray[np.int64]
+    fill: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,65 +100,58 @@ class _Cursor:
 
 
 class SampleOrder:
-    """A pure function of (stores, data, schedule, seed, global batch, starting state); safe to use from
-    threads.
+    """Which bins a step takes: a pure function of (`spec`, starting state), safe to use from threads.
 
-    `changes` lists what differs from the state, which `data.allow_change` lets pass.
+    `start_step` and `start_consumed` are what the state said, else zero. `changes` lists what differs from the state,
+    which `data.allow_change` lets pass. Raises `UserError` for a source with nothing to train on, and for the state of
+    another data set or recipe.
     """
 
-    def __init__(
-        self,
-        stores: Sequence[TokenStore],
-        data: DataSpec,
-        schedule: ObjectiveSchedule,
-        *,
-        seed: int,
-        global_batch_bins: int,
-        state: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.source_names = identity.source_names(data.sources)
-        self._schedule, self._global_batch_bins = schedule, global_batch_bins
+    def __init__(self, spec: StreamSpec, state: Mapping[str, Any] | None = None) -> None:
+        self._spec = spec
+        self.source_names = identity.source_names(spec.data.sources)
         self._identity = identity.identity(
-            data,
-            [store.fingerprint for store in stores],
-            schedule,
-            seed=seed,
-            global_batch_bins=global_batch_bins,
+            spec.data,
+            [store.fingerprint for store in spec.stores],
+            spec.schedule,
+            seed=spec.seed,
+            global_batch_bins=spec.global_batch_bins,
         )
-        if state and state["version"] != STATE_VERSION:
-            raise UserError(
-                f"the checkpoint's loader state has version {state['version']}, this program reads "
-                f"{STATE_VERSION}: resume with the program that wrote it"
-            )
+        state = _of_today(state) if state else None
         self.changes = identity.changes(state["identity"], self._identity) if state else []
-        if self.changes and not data.allow_change:
+        if self.changes and not spec.data.allow_change:
             identity.refuse(self.changes)
         self.start_step = int(state["step"]) if state else 0
-        self._cursors, self._cursor_of = self._make_cursors(stores, data, seed, state)
-        self._totals = (self.start_step, _saved_totals(state, self.source_names))
-        self._counts: dict[int, NDArray[np.int64]] = {}  # of steps taken, until `source_totals` adds them up
+        self.start_consumed = _saved_counts(state, self.source_names)
+        self._cursors, self._cursor_of = self._make_cursors(state)
 
     def batch(self, step: int) -> GlobalBatch:
         """Return the global batch of a step."""
         if step < self.start_step:
             raise ValueError(f"step {step} lies before the first step, {self.start_step}")
-        index = int(self._schedule.indices(step, step + 1)[0])
+        index = int(self._spec.schedule.indices(step, step + 1)[0])
         number = int(self._cursor_of[index])
-        cursor = self._cursors[number]
-        bins = cursor.stream.take(self._positions(step)[number], self._global_batch_bins)
-        self._counts[step] = _count_by_source(bins, len(self.source_names))
-        return GlobalBatch(objective=self._schedule.objectives[index], rows=cursor.rows, bins=bins)
+        cursor, wanted = self._cursors[number], self._spec.global_batch_bins
+        bins = cursor.stream.take(self._positions(step)[number], wanted)
+        return GlobalBatch(
+            objective=self._spec.schedule.objectives[index],
+            rows=cursor.rows,
+            bins=bins,
+            counts=_count_by_source(bins, len(self.source_names)),
+            fill=int(bins.length.sum()) / (wanted * self._spec.data.capacity),
+        )
 
     def total_steps(self, epochs: float) -> int:
         """Return the optimizer steps of so many data epochs: bins seen over bins there are, rounded up."""
         streams = [self._cursors[number].stream for number in self._cursor_of]
         epochs_per_bin = sum(
-            p / stream.num_bins(0) for p, stream in zip(self._schedule.probabilities, streams, strict=True)
+            p / stream.num_bins(0)
+            for p, stream in zip(self._spec.schedule.probabilities, streams, strict=True)
         )
-        return max(1, math.ceil(epochs / (self._global_batch_bins * epochs_per_bin) - 1e-9))
+        return max(1, math.ceil(epochs / (self._spec.global_batch_bins * epochs_per_bin) - 1e-9))
 
-    def state_dict(self, next_step: int) -> dict[str, Any]:
-        """Return what another `SampleOrder` needs to go on at `next_step`; JSON-able."""
+    def state_dict(self, next_step: int, consumed: Consumed) -> dict[str, Any]:
+        """Return what another `SampleOrder` needs to go on at `next_step`, before which `consumed` was; JSON-able."""
         cursors = []
         for cursor, position in zip(self._cursors, self._positions(next_step), strict=True):
             plan = cursor.stream.plan(position.epoch).fingerprint
@@ -131,24 +160,10 @@ class SampleOrder:
             "version": STATE_VERSION,
             "step": next_step,
             "cursors": cursors,
-            "sources": self.source_totals(next_step),
+            "sources": consumed.by_source(),
             "identity": self._identity,
             "fingerprint": identity.fingerprint(self._identity),
         }
-
-    def source_totals(self, next_step: int) -> dict[str, dict[str, int]]:
-        """Return, by source, the rows and tokens (as objectives expand them) that all ranks consume before
-        `next_step`, since step 0; to be asked in rising order."""
-        known, totals = self._totals
-        if next_step < known:
-            raise ValueError(f"the totals of step {known} were asked for: those of step {next_step} are gone")
-        for step in range(known, next_step):
-            if step not in self._counts:
-                self.batch(step)
-            totals = totals + self._counts.pop(step)
-        self._totals = (next_step, totals)
-        pairs = zip(self.source_names, totals.tolist(), strict=True)
-        return {name: {"rows": rows, "tokens": tokens} for name, (rows, tokens) in pairs}
 
     def report(self) -> list[StreamReport]:
         """Describe the first data epoch of each stream, for people."""
@@ -169,43 +184,54 @@ class SampleOrder:
             )
         return reports
 
-    def _make_cursors(
-        self, stores: Sequence[TokenStore], data: DataSpec, seed: int, state: Mapping[str, Any] | None
-    ) -> tuple[list[_Cursor], NDArray[np.int64]]:
+    def _make_cursors(self, state: Mapping[str, Any] | None) -> tuple[list[_Cursor], NDArray[np.int64]]:
+        data, objectives = self._spec.data, self._spec.schedule.objectives
         lengths = np.arange(1, data.capacity + 1)
-        expansions = [objective.expand(lengths).tobytes() for objective in self._schedule.objectives]
+        expansions = [objective.expand(lengths).tobytes() for objective in objectives]
         distinct = list(dict.fromkeys(expansions))
         cursor_of = np.array([distinct.index(expansion) for expansion in expansions])
         cursors = []
         for number in range(len(distinct)):
-            members = tuple(self._schedule.objectives[i] for i in np.flatnonzero(cursor_of == number))
+            members = tuple(objectives[i] for i in np.flatnonzero(cursor_of == number))
             longest = longest_row(members[0].expand, data.capacity)
-            rows = [self._cut(index, store, longest, data) for index, store in enumerate(stores)]
-            mixture = Mixture.of(data.sources, [len(part) for part in rows], seed)
-            stream = BinStream(rows, mixture, members[0].expand, data, seed=seed)
+            rows = [self._cut(index, store, longest) for index, store in enumerate(self._spec.stores)]
+            mixture = Mixture.of(data.sources, [len(part) for part in rows], self._spec.seed)
+            stream = BinStream(rows, mixture, members[0].expand, data, seed=self._spec.seed)
             start = _start(state, number, stream, allow_change=data.allow_change)
             cursors.append(
                 _Cursor(objectives=members, stream=stream, rows=rows, mixture=mixture, start=start)
             )
         return cursors, cursor_of
 
-    def _cut(self, index: int, store: TokenStore, longest: int, data: DataSpec) -> Rows:
+    def _cut(self, index: int, store: TokenStore, longest: int) -> Rows:
         bos_id = store.manifest.bos_id if store.manifest.add_bos else None
-        rows = cut(store.lengths, longest=longest, overlong=data.overlong, bos_id=bos_id)
+        overlong = self._spec.data.overlong
+        rows = cut(store.lengths, longest=longest, overlong=overlong, bos_id=bos_id)
         if len(rows) == 0:
             raise UserError(
                 f"source '{self.source_names[index]}' has nothing to train on: of its {len(store)} documents "
-                f"none has 1 … {longest} tokens (data.capacity with data.overlong: {data.overlong})"
+                f"none has 1 … {longest} tokens (data.capacity with data.overlong: {overlong})"
             )
         return rows
 
     def _positions(self, step: int) -> list[Position]:
         steps = np.array([step - self.start_step])
         if len(self._cursors) > 1:
-            drawn = self._cursor_of[self._schedule.indices(self.start_step, step)]
+            drawn = self._cursor_of[self._spec.schedule.indices(self.start_step, step)]
             steps = np.bincount(drawn, minlength=len(self._cursors))
-        bins = steps * self._global_batch_bins
+        bins = steps * self._spec.global_batch_bins
         return [c.stream.advance(c.start, n) for c, n in zip(self._cursors, bins.tolist(), strict=True)]
+
+
+def _of_today(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    if state["version"] == 1:
+        return translate_state(state)
+    if state["version"] != STATE_VERSION:
+        raise UserError(
+            f"the checkpoint's loader state has version {state['version']}, this program reads 1 to "
+            f"{STATE_VERSION}: resume with the program that wrote it"
+        )
+    return state
 
 
 def _count_by_source(bins: StreamBins, sources: int) -> NDArray[np.int64]:
@@ -229,7 +255,7 @@ def _start(
     return stream.advance(Position(epoch=epoch, bin=min(bins, stream.num_bins(epoch))), 0)
 
 
-def _saved_totals(state: Mapping[str, Any] | None, names: Sequence[str]) -> NDArray[np.int64]:
+def _saved_counts(state: Mapping[str, Any] | None, names: Sequence[str]) -> Consumed:
     saved = state["sources"] if state else {}
     rows = [[saved[name]["rows"], saved[name]["tokens"]] if name in saved else [0, 0] for name in names]
-    return np.array(rows, dtype=np.int64)
+    return Consumed(sources=tuple(names), counts=np.array(rows, dtype=np.int64))

@@ -136,6 +136,11 @@ class TokenStore:
         """How many documents have a prompt and something behind it."""
         return int(((self.prompt_lengths > 0) & (self.prompt_lengths < self.lengths)).sum())
 
+    @property
+    def has_entities(self) -> bool:
+        """Whether documents come with the spans of their entities."""
+        return self.manifest.has_entities
+
     def __len__(self) -> int:
         return self.manifest.documents
 

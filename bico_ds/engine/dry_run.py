@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,11 +13,12 @@ from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.config.errors import UserError
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.schema import Recipe
-from bico_ds.data.loader import ElasticLoader
+from bico_ds.data.loader import ElasticLoader, RankShare
 from bico_ds.data.rows import CutReport
 from bico_ds.data.tokenizer import vocabulary_size
 from bico_ds.engine import materials
 from bico_ds.engine.distributed import read_ranks
+from bico_ds.engine.materials import Materials
 from bico_ds.engine.optimization import check_schedule
 from bico_ds.engine.start import check, check_backend
 from bico_ds.model.architecture import check_vocabulary, model_config, parameter_count
@@ -50,7 +50,8 @@ def dry_run(recipe: Recipe) -> None:
     )
     if not stands_in:
         check_vocabulary(config, vocabulary_size(goods.tokenizer), tokenizer=goods.tokenizer_path)
-    loader = materials.build_loader(recipe, goods, rank=0, world_size=world_size)
+    share = RankShare(world_size=world_size, micro_batch_bins=recipe.training.micro_batch_bins)
+    loader = materials.build_loader(recipe, goods, share)
     try:
         steps = materials.total_steps(recipe, loader)
         check_schedule(recipe.schedule, steps)
@@ -83,7 +84,7 @@ def _print(
     parameters: int,
     steps: int,
     loader: ElasticLoader,
-    goods: Any,
+    goods: Materials,
 ) -> None:
     table = Table(title=f"{recipe.name}: what would run", show_header=False)
     batch, micro = recipe.training.global_batch_bins, recipe.training.micro_batch_bins
@@ -141,11 +142,12 @@ def _backend(recipe: Recipe) -> str:
     return f"attention {asked} (runs on this machine's {device.type})"
 
 
-def _first_batches(loader: ElasticLoader, goods: Any, steps: int) -> dict[str, str]:
+def _first_batches(loader: ElasticLoader, goods: Materials, steps: int) -> dict[str, str]:
     """The first step of each objective, really built."""
     lines: dict[str, str] = {}
     for step in range(steps):
-        batches, name = loader.step(step), goods.schedule(step).name
+        share = loader.step(step)
+        batches, name = share.batches, share.objective
         if name not in lines:
             rows = sum(len(batch.input_ids) for batch in batches)
             represented = sum(batch.represented_tokens for batch in batches)

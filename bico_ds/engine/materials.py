@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bico_ds.attention.layout import LayoutPolicy
 from bico_ds.config.errors import UserError
 from bico_ds.config.folders import is_local_folder
-from bico_ds.config.schema import BicoSpec, NtpSpec, Recipe
-from bico_ds.data.identity import source_names
-from bico_ds.data.loader import ElasticLoader
+from bico_ds.config.schema import Recipe
+from bico_ds.data.loader import ElasticLoader, RankShare
 from bico_ds.data.prepare import facts_folder, prepare_source
+from bico_ds.data.sample_order import StreamSpec
 from bico_ds.data.sources import expand_path
 from bico_ds.data.store import TokenStore
 from bico_ds.data.tokenizer import load_tokenizer, special_ids, tokenizer_hash, vocabulary_size
 from bico_ds.evaluation.choice import encode_candidates
 from bico_ds.evaluation.tasks import Task, load_tasks
+from bico_ds.objectives.base import TokenFacts
 from bico_ds.objectives.build import build_objectives
 from bico_ds.objectives.schedule import ObjectiveSchedule
 
@@ -79,7 +79,7 @@ def prepare(recipe: Recipe, *, weights_needed: bool = True, progress: bool = Tru
 def gather(recipe: Recipe, *, weights_needed: bool = True) -> Materials:
     """Open what `prepare` made.
 
-    Raises `UserError` for a store of another tokenizer, for objectives that a store cannot serve, and for tasks that
+    Raises `UserError` for a store of another tokenizer, for objectives that do not fit the tokenizer, and for tasks that
     are not there.
     """
     path = tokenizer_path(recipe, weights_needed=weights_needed)
@@ -93,11 +93,7 @@ def gather(recipe: Recipe, *, weights_needed: bool = True) -> Materials:
             "data.sources: some texts begin with BOS and some do not; an evaluation cannot ask in both ways. "
             "Give all the same add_bos, or set evaluation.tasks=[]"
         )
-    _check_completions(recipe, stores)
-    _check_placeholders(recipe, tokenizer)
-    objectives = build_objectives(
-        recipe.objectives, special_ids=special_ids(tokenizer), placeholder_id=_placeholder(tokenizer)
-    )
+    objectives = build_objectives(recipe.objectives, _token_facts(recipe, tokenizer))
     schedule = ObjectiveSchedule(objectives, [spec.probability for spec in recipe.objectives], recipe.seed)
     goods = Materials(tokenizer, path, stores, schedule, _tasks(recipe))
     if (others := recipe.evaluation.likelihood_others) is not None:
@@ -107,29 +103,20 @@ def gather(recipe: Recipe, *, weights_needed: bool = True) -> Materials:
 
 
 def build_loader(
-    recipe: Recipe,
-    materials: Materials,
-    *,
-    rank: int,
-    world_size: int,
-    state: dict[str, Any] | None = None,
-    pin_memory: bool = False,
-    layout_policy: LayoutPolicy | None = None,
+    recipe: Recipe, materials: Materials, share: RankShare, *, state: dict[str, Any] | None = None
 ) -> ElasticLoader:
-    """The stream of this rank's micro-batches, from `state` on."""
-    return ElasticLoader(
-        materials.stores,
-        recipe.data,
-        materials.schedule,
+    """The stream of this rank's micro-batches, from `state` on.
+
+    Raises `UserError` for objectives that a store cannot serve, and what else `ElasticLoader` refuses.
+    """
+    stream = StreamSpec(
+        stores=materials.stores,
+        data=recipe.data,
+        schedule=materials.schedule,
         seed=recipe.seed,
         global_batch_bins=recipe.training.global_batch_bins,
-        micro_batch_bins=recipe.training.micro_batch_bins,
-        rank=rank,
-        world_size=world_size,
-        state=state,
-        pin_memory=pin_memory,
-        layout_policy=layout_policy,
     )
+    return ElasticLoader(stream, share, state=state)
 
 
 def total_steps(recipe: Recipe, loader: ElasticLoader) -> int:
@@ -140,30 +127,13 @@ def total_steps(recipe: Recipe, loader: ElasticLoader) -> int:
     return loader.total_steps(recipe.training.epochs)
 
 
-def _check_completions(recipe: Recipe, stores: list[TokenStore]) -> None:
-    """Without a prompt all of a document counts as completion: a source of such ones alone would be trained on whole."""
-    limits = [
-        f"objectives[{index}].{'loss_on' if isinstance(spec, NtpSpec) else 'mask.eligible'}"
-        for index, spec in enumerate(recipe.objectives)
-        if (spec.loss_on if isinstance(spec, NtpSpec) else spec.mask.eligible) == "completion"
-    ]
-    for name, store in zip(source_names(recipe.data.sources), stores, strict=True):
-        if limits and not store.completions:
-            key = limits[0]
-            raise UserError(
-                f"{key} is 'completion', but none of the {len(store)} documents of source '{name}' has a prompt with "
-                f"a completion: prepare it with prompt_field and completion_field (or messages_field), or set {key}: all"
-            )
-
-
-def _check_placeholders(recipe: Recipe, tokenizer: Any) -> None:
-    size = _model_vocabulary(recipe) or vocabulary_size(tokenizer)
-    for index, spec in enumerate(recipe.objectives):
-        if isinstance(spec, BicoSpec) and spec.placeholder_id is not None and spec.placeholder_id >= size:
-            raise UserError(
-                f"objectives[{index}].placeholder_id: {spec.placeholder_id} is past the vocabulary; name an id from 0 to "
-                f"{size - 1}, or null for the tokenizer's unk, pad or eos"
-            )
+def _token_facts(recipe: Recipe, tokenizer: Any) -> TokenFacts:
+    candidates = (tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return TokenFacts(
+        special_ids=tuple(sorted(special_ids(tokenizer))),
+        placeholder_id=next((token for token in candidates if token is not None), None),
+        vocabulary=_model_vocabulary(recipe) or vocabulary_size(tokenizer),
+    )
 
 
 def _model_vocabulary(recipe: Recipe) -> int | None:
@@ -172,11 +142,6 @@ def _model_vocabulary(recipe: Recipe) -> int | None:
         return recipe.model.config.get("vocab_size")
     file = Path(recipe.model.path or "") / "config.json"
     return json.loads(file.read_text(encoding="utf-8")).get("vocab_size") if file.is_file() else None
-
-
-def _placeholder(tokenizer: Any) -> int | None:
-    candidates = (tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((token for token in candidates if token is not None), None)
 
 
 def _tasks(recipe: Recipe) -> list[Task]:

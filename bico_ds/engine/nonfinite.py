@@ -11,18 +11,18 @@ import torch
 
 from bico_ds.batch import PackedBatch
 from bico_ds.config.errors import RunError
-from bico_ds.engine.distributed import Ranks, all_gather_objects
-from bico_ds.engine.run_folder import RunFolder, write_atomically
+from bico_ds.engine.distributed import all_gather_objects
+from bico_ds.engine.run import Run
+from bico_ds.engine.run_folder import write_atomically
 
 
 class NonFiniteError(RunError):
     """Training met a loss or gradient that is not finite; the weights are those of the step before."""
 
 
-def stop(
-    step: int, batches: Sequence[PackedBatch], losses: Sequence[torch.Tensor], ranks: Ranks, folder: RunFolder
-) -> NoReturn:
+def stop(step: int, batches: Sequence[PackedBatch], losses: Sequence[torch.Tensor], run: Run) -> NoReturn:
     """Raise on all ranks alike, naming step, rank and documents; every culprit writes its micro-batches to a file."""
+    ranks, folder = run.ranks, run.folder
     values = [float(loss) for loss in losses]
     bad = [index for index, value in enumerate(values) if not math.isfinite(value)]
     mine = None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from bico_ds.config.errors import RunError, UserError
+from bico_ds.config.load import read_recorded
 from bico_ds.config.schema import Recipe
 from bico_ds.engine import manifest, universal
 from bico_ds.engine.callbacks import evaluation
@@ -104,10 +105,8 @@ def restore(engine: Any, resumption: Resumption, recipe: Recipe) -> None:
             f"{resumption.folder} was loaded, and these are not as they were saved:\n  {shown}"
         )
     _check_base(engine, content["base"])
-    now = recipe.model_dump(mode="json")
-    if any(
-        content["recipe"].get(section) != now[section] for section in ("optimizer", "schedule", "training")
-    ):
+    was, now = _as_of_today(resumption.found), recipe.model_dump(mode="json")
+    if any(was.get(section) != now[section] for section in ("optimizer", "schedule", "training")):
         follow_recipe(engine.optimizer.optimizer, engine.lr_scheduler, recipe.optimizer)
 
 
@@ -143,7 +142,7 @@ def _at(path: Path) -> FoundCheckpoint:
 
 
 def _check_recipe(found: FoundCheckpoint, recipe: Recipe) -> None:
-    changes = dict(_changes(found.content["recipe"], recipe.model_dump(mode="json"), ""))
+    changes = dict(_changes(_as_of_today(found), recipe.model_dump(mode="json"), ""))
     foreign = [key for key in changes if key.startswith(_SAME_MODEL)]
     if foreign:
         was, now = changes[foreign[0]]
@@ -153,6 +152,15 @@ def _check_recipe(found: FoundCheckpoint, recipe: Recipe) -> None:
         )
     for key, (was, now) in changes.items():
         _say(f"changed since the checkpoint: {key} {was} -> {now}")
+
+
+def _as_of_today(found: FoundCheckpoint) -> dict[str, Any]:
+    """The checkpoint's recipe, with the defaults of keys that its program did not know yet."""
+    recorded = found.content["recipe"]
+    try:
+        return read_recorded(recorded, found.path / manifest.MANIFEST).model_dump(mode="json")
+    except UserError:  # it has keys, or imports modules, that are gone
+        return recorded
 
 
 def _changes(old: Any, new: Any, key: str) -> list[tuple[str, tuple[Any, Any]]]:

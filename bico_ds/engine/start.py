@@ -6,8 +6,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ from bico_ds.attention.backends import resolve
 from bico_ds.attention.layout import LayoutPolicy
 from bico_ds.config.errors import UserError
 from bico_ds.config.schema import Recipe
-from bico_ds.data.loader import ElasticLoader
+from bico_ds.data.loader import RankShare
 from bico_ds.data.tokenizer import vocabulary_size
 from bico_ds.engine import distributed, host_memory, materials, native_ops
-from bico_ds.engine.callbacks.base import Callback, Callbacks, RunStart
+from bico_ds.engine.callbacks.base import Callbacks, RunStart
 from bico_ds.engine.callbacks.console import ConsoleProgress
 from bico_ds.engine.callbacks.evaluation import Evaluator
 from bico_ds.engine.callbacks.monitor import StepMonitor
@@ -32,6 +31,7 @@ from bico_ds.engine.ds_config import build_ds_config
 from bico_ds.engine.materials import Materials
 from bico_ds.engine.optimization import build_scheduler, check_schedule
 from bico_ds.engine.resume import Layout, Resumption, choose, layout_of, restore, saved_facts
+from bico_ds.engine.run import Run
 from bico_ds.engine.run_folder import FencedError, RunFolder, State
 from bico_ds.engine.signals import Interrupted, StopFlag
 from bico_ds.engine.trainer import Trainer
@@ -39,22 +39,6 @@ from bico_ds.engine.watchdog import Watchdog
 from bico_ds.model.architecture import adopt_special_tokens, check_vocabulary, model_config
 from bico_ds.model.build import TrainableModel, build_model, check_rotary
 from bico_ds.model.export import export_model
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One start of one recipe, on one rank."""
-
-    recipe: Recipe
-    ranks: Ranks
-    folder: RunFolder
-    stop: StopFlag
-    ds_config: dict[str, Any]
-    layout_policy: LayoutPolicy | None  # of the attention backend; the oracle has none
-
-    @property
-    def layout(self) -> Layout:
-        return layout_of(self.recipe, self.ds_config, self.ranks.world_size)
 
 
 def train(recipe: Recipe, *, output_dir: str | None, resume: str, stop: StopFlag) -> State:
@@ -148,7 +132,7 @@ def _prepare(run: Run, resume: str) -> Resumption | None:
     try:
         with run.stop.interrupting():
             materials.prepare(run.recipe)
-            return choose(run.folder, resume, run.recipe, run.layout)
+            return choose(run.folder, resume, run.recipe, _layout(run))
     except Interrupted as stopped:
         run.folder.write_state("preempted", step=None, reason=f"{stopped} in start-up")
         run.folder.close()
@@ -156,6 +140,10 @@ def _prepare(run: Run, resume: str) -> Resumption | None:
     except BaseException as error:
         _give_up(run.folder, error)
         raise
+
+
+def _layout(run: Run) -> Layout:
+    return layout_of(run.recipe, run.ds_config, run.ranks.world_size)
 
 
 def _give_up(folder: RunFolder, error: BaseException) -> None:
@@ -168,15 +156,14 @@ def _run(run: Run, resumption: Resumption | None, watchdog: Watchdog) -> State:
     recipe, ranks = run.recipe, run.ranks
     goods = materials.gather(recipe)
     saved = resumption.found.content["state"] if resumption else {}
-    loader = materials.build_loader(
-        recipe,
-        goods,
+    share = RankShare(
         rank=ranks.rank,
         world_size=ranks.world_size,
-        state=saved.get("loader"),
+        micro_batch_bins=recipe.training.micro_batch_bins,
         pin_memory=ranks.device.type == "cuda",
         layout_policy=run.layout_policy,
     )
+    loader = materials.build_loader(recipe, goods, share, state=saved.get("loader"))
     steps = materials.total_steps(recipe, loader)
     check_schedule(recipe.schedule, steps)
     engine = build_engine(run, goods, steps, is_universal=resumption is not None and resumption.is_universal)
@@ -184,84 +171,74 @@ def _run(run: Run, resumption: Resumption | None, watchdog: Watchdog) -> State:
         restore(engine, resumption, recipe)
     if ranks.device.type == "cpu":
         host_memory.keep_freed_pages()
-    first_step = resumption.step if resumption else 0
-    trainer = _build_trainer(run, goods, loader, engine, watchdog, first_step=first_step, total_steps=steps)
+    trainer = Trainer(
+        run=run,
+        engine=engine,
+        loader=loader,
+        callbacks=_callbacks(run, engine),
+        checkpointer=_checkpointer(run, engine),
+        evaluator=_evaluator(run, goods, watchdog),
+        watchdog=watchdog,
+        total_steps=steps,
+        step=resumption.step if resumption else 0,
+    )
     for change in loader.changes:
         trainer.callbacks.on_message(f"resumed although it changed: {change}")
     first = RunStart(
         recipe=recipe,
         first_step=trainer.step,
         total_steps=steps,
-        summary=_summary(loader),
+        summary={"data": [asdict(stream) for stream in loader.report()]},
         saved=saved.get("callbacks", {}),
     )
-    return _finish(trainer, first, recipe, goods.tokenizer, loader.close)
+    return _finish(trainer, first, goods.tokenizer)
 
 
-def _build_trainer(
-    run: Run,
-    goods: Materials,
-    loader: ElasticLoader,
-    engine: Any,
-    watchdog: Watchdog,
-    *,
-    first_step: int,
-    total_steps: int,
-) -> Trainer:
-    recipe, ranks, folder, stop = run.recipe, run.ranks, run.folder, run.stop
-    return Trainer(
-        engine=engine,
-        loader=loader,
-        objective_of=goods.schedule,
-        callbacks=Callbacks(_callbacks(recipe, folder, engine) if ranks.is_first else []),
-        checkpointer=Checkpointer(
-            recipe.checkpoint,
-            folder,
-            ranks,
-            exclude_frozen=recipe.model.lora is not None,
-            facts=saved_facts(engine, recipe, run.layout),
-        ),
-        evaluator=Evaluator(
-            recipe.evaluation,
-            goods.tasks,
-            goods.tokenizer,
-            ranks,
-            folder,
-            stop,
-            add_bos=goods.add_bos,
-            on_progress=watchdog.beat,
-        ),
-        watchdog=watchdog,
-        ranks=ranks,
-        folder=folder,
-        stop=stop,
-        seed=recipe.seed,
-        step_capacity=recipe.training.global_batch_bins * recipe.data.capacity,
-        total_steps=total_steps,
-        on_nonfinite=recipe.training.on_nonfinite,
-        step=first_step,
+def _callbacks(run: Run, engine: Any) -> Callbacks:
+    monitor = StepMonitor(run.recipe.monitor, run.folder, engine.monitor)
+    return Callbacks([ConsoleProgress(), monitor], is_first_rank=run.ranks.is_first)
+
+
+def _checkpointer(run: Run, engine: Any) -> Checkpointer:
+    return Checkpointer(
+        run.recipe.checkpoint,
+        run.folder,
+        run.ranks,
+        exclude_frozen=run.recipe.model.lora is not None,
+        facts=saved_facts(engine, run.recipe, _layout(run)),
     )
 
 
-def _finish(
-    trainer: Trainer, first: RunStart, recipe: Recipe, tokenizer: Any, close_loader: Callable[[], None]
-) -> State:
-    ranks, folder, callbacks = trainer.ranks, trainer.folder, trainer.callbacks
+def _evaluator(run: Run, goods: Materials, watchdog: Watchdog) -> Evaluator:
+    return Evaluator(
+        run.recipe.evaluation,
+        goods.tasks,
+        goods.tokenizer,
+        run.ranks,
+        run.folder,
+        run.stop,
+        add_bos=goods.add_bos,
+        on_progress=watchdog.beat,
+    )
+
+
+def _finish(trainer: Trainer, first: RunStart, tokenizer: Any) -> State:
+    run, callbacks = trainer.run, trainer.callbacks
+    folder, is_first, checkpoint = run.folder, run.ranks.is_first, run.recipe.checkpoint
     callbacks.on_start(first)
-    if ranks.is_first:
+    if is_first:
         folder.write_state("running", step=trainer.step)
     try:
-        state = trainer.run()
+        state = trainer.train()
     finally:
-        close_loader()
-    trainer.stop.finish()
-    if state == "done" and recipe.checkpoint.export:
-        export_model(
-            trainer.engine.module, tokenizer, folder.export, dtype=recipe.model.dtype, overwrite=True
-        )
+        trainer.loader.close()
+    run.stop.finish()
+    if state == "done" and checkpoint.export:
+        model = trainer.engine.module
+        export_model(model, tokenizer, folder.export, dtype=run.recipe.model.dtype, overwrite=True)
     callbacks.on_end(trainer.step, state)
-    reasons = distributed.all_gather_objects(trainer.stop.reason if state == "preempted" else "")
-    if ranks.is_first:
+    reasons = distributed.all_gather_objects(run.stop.reason if state == "preempted" else "")
+    if is_first:
         folder.write_state(state, step=trainer.step, reason=next(filter(None, reasons), ""))
     return state
 
@@ -293,14 +270,6 @@ def build_engine(run: Run, goods: Materials, steps: int, *, is_universal: bool) 
     )
     check_rotary(model)
     return engine
-
-
-def _callbacks(recipe: Recipe, folder: RunFolder, engine: Any) -> list[Callback]:
-    return [ConsoleProgress(), StepMonitor(recipe.monitor, folder, engine.monitor)]
-
-
-def _summary(loader: ElasticLoader) -> dict[str, Any]:
-    return {"data": [asdict(stream) for stream in loader.report()]}
 
 
 def _log_to_console(ranks: Ranks) -> None:

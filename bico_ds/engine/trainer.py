@@ -10,74 +10,70 @@ from typing import Any, Protocol
 import torch
 
 from bico_ds.batch import PackedBatch
+from bico_ds.data.loader import RankStep
+from bico_ds.data.sample_order import Consumed
 from bico_ds.engine import host_memory, nonfinite
 from bico_ds.engine.callbacks.base import Callbacks, StepReport
 from bico_ds.engine.callbacks.evaluation import Evaluator, scalars
 from bico_ds.engine.checkpoint import Checkpointer
-from bico_ds.engine.distributed import Ranks, all_reduce_sum, broadcast_object
-from bico_ds.engine.run_folder import RunFolder, State
-from bico_ds.engine.signals import StopFlag
+from bico_ds.engine.distributed import all_reduce_sum, broadcast_object
+from bico_ds.engine.run import Run
+from bico_ds.engine.run_folder import State
 from bico_ds.engine.watchdog import Watchdog
 
 
 class Loader(Protocol):
     """What the loop needs of `bico_ds.data.loader`."""
 
+    start_consumed: Consumed
+
     @property
     def wait_seconds(self) -> float: ...
 
-    def step(self, step: int) -> Sequence[PackedBatch]: ...
+    def step(self, step: int) -> RankStep: ...
 
-    def source_totals(self, next_step: int) -> dict[str, dict[str, int]]: ...
+    def state_dict(self, next_step: int, consumed: Consumed) -> dict[str, Any]: ...
 
-    def state_dict(self, step: int) -> dict[str, Any]: ...
+    def close(self) -> None: ...
 
 
 class Trainer:
-    """Runs one engine from `step` to `total_steps`; the same calls on every rank."""
+    """Trains one engine from `step` to `total_steps`; the same calls on every rank."""
 
     def __init__(
         self,
         *,
+        run: Run,
         engine: Any,
         loader: Loader,
-        objective_of: Any,
         callbacks: Callbacks,
         checkpointer: Checkpointer,
         evaluator: Evaluator,
         watchdog: Watchdog,
-        ranks: Ranks,
-        folder: RunFolder,
-        stop: StopFlag,
-        seed: int,
-        step_capacity: int,
         total_steps: int,
-        on_nonfinite: str,
         step: int = 0,
     ) -> None:
-        self.engine, self.loader, self.objective_of = engine, loader, objective_of
+        self.run, self.engine, self.loader, self.watchdog = run, engine, loader, watchdog
         self.callbacks, self.checkpointer, self.evaluator = callbacks, checkpointer, evaluator
-        self.watchdog = watchdog
-        self.ranks, self.folder, self.stop = ranks, folder, stop
-        self.seed, self.step_capacity, self.on_nonfinite = seed, step_capacity, on_nonfinite
         self.step, self.total_steps = step, total_steps
+        self.consumed = loader.start_consumed
         self._saved_step = step  # at step 0 there is nothing to save
         self._cut_evaluation = False
 
-    def run(self) -> State:
+    def train(self) -> State:
         """Train until the last step or until a stop is agreed; leaves a checkpoint of where it stands."""
         if self._owes_evaluation():
             self._evaluate()
         while self.step < self.total_steps:
             self.watchdog.beat()
             started, waited = time.perf_counter(), self.loader.wait_seconds
-            batches = self.loader.step(self.step)
-            targets, stop = self._agree(batches)
+            share = self.loader.step(self.step)
+            targets, stop = self._agree(share.batches)
             if stop:
                 break
-            report = self._optimize(batches, targets, started, waited)
+            report = self._optimize(share, targets, started, waited)
             self.step += 1
-            if self.ranks.device.type == "cpu":
+            if self.run.ranks.device.type == "cpu":
                 host_memory.release_freed_pages(self.step)
             self.callbacks.on_step(report)
             last = self.step == self.total_steps
@@ -99,20 +95,18 @@ class Trainer:
     def _agree(self, batches: Sequence[PackedBatch]) -> tuple[int, bool]:
         """Targets of the whole step, and whether any rank was asked to stop: one all-reduce before the first backward."""
         mine = sum(len(batch.targets) for batch in batches)
-        targets, stops = all_reduce_sum([mine, float(bool(self.stop))], self.ranks.device)
+        targets, stops = all_reduce_sum([mine, float(bool(self.run.stop))], self.run.ranks.device)
         return int(targets), stops > 0
 
-    def _optimize(
-        self, batches: Sequence[PackedBatch], targets: int, started: float, waited: float
-    ) -> StepReport:
+    def _optimize(self, share: RankStep, targets: int, started: float, waited: float) -> StepReport:
         """Forward, backward and update of one global batch; the loss is the mean over all its targets."""
-        torch.manual_seed(
-            self.seed * 1_000_003 + self.step * 4099 + self.ranks.rank
-        )  # dropout: same after a resume
-        scale = self.ranks.world_size / max(targets, 1)  # DeepSpeed averages the gradients over the ranks
+        ranks, batches = self.run.ranks, share.batches
+        # Dropout: the same after a resume.
+        torch.manual_seed(self.run.recipe.seed * 1_000_003 + self.step * 4099 + ranks.rank)
+        scale = ranks.world_size / max(targets, 1)  # DeepSpeed averages the gradients over the ranks
         losses = []
         for number, batch in enumerate(batches, start=1):
-            loss_sum = self.engine(batch.to(self.ranks.device, non_blocking=True))
+            loss_sum = self.engine(batch.to(ranks.device, non_blocking=True))
             self.engine.backward(loss_sum * scale, scale_wrt_gas=False)
             losses.append(loss_sum.detach())
             if number < len(batches):
@@ -120,33 +114,37 @@ class Trainer:
         totals = self._totals(batches, torch.stack(losses), self.loader.wait_seconds - waited)
         learning_rate = self.engine.get_lr()[0]
         applied = self._update(batches, losses, math.isfinite(totals[0]))
+        self.consumed = self.consumed.plus(share.counts)
         return StepReport(
             step=self.step + 1,
-            objective=self.objective_of(self.step).name,
+            objective=share.objective,
             loss=totals[0] / max(targets, 1),
             targets=targets,
             grad_norm=float(self.engine.get_global_grad_norm() or 0.0) if applied else math.nan,
             learning_rate=learning_rate,
             kept_tokens=int(totals[1]),
             represented_tokens=int(totals[2]),
-            fill=totals[2] / self.step_capacity,
+            fill=share.fill,
             seconds=time.perf_counter() - started,
-            wait_seconds=totals[3] / self.ranks.world_size,
-            sources=self.loader.source_totals(self.step + 1),
+            wait_seconds=totals[3] / ranks.world_size,
+            sources=self.consumed.by_source(),
             applied=applied,
         )
 
     def _totals(self, batches: Sequence[PackedBatch], losses: torch.Tensor, waited: float) -> list[float]:
         rows = sum(len(batch.input_ids) for batch in batches)
         represented = sum(batch.represented_tokens for batch in batches)
-        return all_reduce_sum([losses.double().sum().item(), rows, represented, waited], self.ranks.device)
+        return all_reduce_sum(
+            [losses.double().sum().item(), rows, represented, waited], self.run.ranks.device
+        )
 
     def _update(
         self, batches: Sequence[PackedBatch], losses: list[torch.Tensor], loss_is_finite: bool
     ) -> bool:
         """The optimizer step. DeepSpeed drops the step itself, weights untouched, where a gradient is not finite."""
-        if not loss_is_finite and self.on_nonfinite == "stop":
-            nonfinite.stop(self.step, batches, losses, self.ranks, self.folder)
+        must_stop = self.run.recipe.training.on_nonfinite == "stop"
+        if not loss_is_finite and must_stop:
+            nonfinite.stop(self.step, batches, losses, self.run)
         self.engine.step()
         applied = bool(self.engine.was_step_applied())
         if applied and not loss_is_finite:
@@ -154,8 +152,8 @@ class Trainer:
                 f"step {self.step + 1}: an update was made from a loss that is not finite; resume from the last checkpoint"
             )
         if not applied:
-            if self.on_nonfinite == "stop":
-                nonfinite.stop(self.step, batches, losses, self.ranks, self.folder)
+            if must_stop:
+                nonfinite.stop(self.step, batches, losses, self.run)
             self.engine.lr_scheduler.step()  # DeepSpeed holds it back; the schedule counts steps, not updates
             self.callbacks.on_message(f"step {self.step + 1}: loss or gradient not finite, update skipped")
         return applied
@@ -173,7 +171,10 @@ class Trainer:
 
     def _save(self, *, required: bool = False) -> None:
         self.watchdog.beat()
-        state = {"loader": self.loader.state_dict(self.step), "callbacks": self.callbacks.state()}
+        state = {
+            "loader": self.loader.state_dict(self.step, self.consumed),
+            "callbacks": self.callbacks.state(),
+        }
         saved = self.checkpointer.save(self.engine, self.step, state, required=required)
         if saved.failure is not None:
             self.callbacks.on_message(

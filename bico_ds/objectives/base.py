@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bico_ds.batch import Documents, PackedBatch
+from bico_ds.config.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,12 +17,51 @@ class BatchKey:
     """What randomness may depend on besides a document's own name: never its place, neighbours, rank or
     history.
 
-    `epoch` is the pass over the document's source: one number, or one a document (int64 [D]), since a batch
+    `epoch` is the pass over the document's source: one number, or one per document (int64 [D]), since a batch
     at the end of an epoch holds documents of the next one too.
     """
 
     seed: int
     epoch: int | NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFacts:
+    """What an objective must know of the tokens it works on.
+
+    `special_ids` (BOS, EOS, padding, …) are never text. `placeholder_id` can stand where there is no token to see:
+    None where the tokenizer has none. `vocabulary`: ids that the model embeds, 0 … `vocabulary` - 1.
+    """
+
+    special_ids: tuple[int, ...]
+    placeholder_id: int | None
+    vocabulary: int
+
+
+class Store(Protocol):
+    """What a token store tells an objective about its documents."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each document, int64 [n]."""
+        ...
+
+    @property
+    def prompt_lengths(self) -> NDArray[np.int32]:
+        """Tokens of each document's prompt, int32 [n]; 0 where it has none."""
+        ...
+
+    @property
+    def completions(self) -> int:
+        """How many documents have a prompt and something behind it."""
+        ...
+
+    @property
+    def has_entities(self) -> bool:
+        """Whether documents come with the spans of their entities."""
+        ...
 
 
 class Objective(Protocol):
@@ -30,6 +70,23 @@ class Objective(Protocol):
     @property
     def name(self) -> str:
         """Short and unique within a run: a tag in logs."""
+        ...
+
+    @classmethod
+    def of(cls, spec: Any, tokens: TokenFacts, *, name: str, key: str) -> Self:
+        """Make the objective of a recipe's entry; `key` is where it stands there, ``objectives[0]``, for messages.
+
+        Raises `UserError` where spec and tokens do not fit.
+        """
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """Return all that the batches depend on besides documents and key, JSON-able: the spec's identity, and what of
+        the `TokenFacts` plays a part. A resume with another identity is refused."""
+        ...
+
+    def check(self, store: Store) -> None:
+        """Raise `UserError` where this objective cannot train on the documents of this store."""
         ...
 
     def expand(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -41,3 +98,15 @@ class Objective(Protocol):
         """Build the micro-batch of these documents. Raises ValueError naming a document that cannot be
         trained on."""
         ...
+
+
+def require_completions(spec_key: str, store: Store) -> None:
+    """Raise `UserError` for a store without a completion, which an objective on completions alone would train on whole.
+
+    `spec_key` is the recipe's key that says ``completion``.
+    """
+    if not store.completions:
+        raise UserError(
+            f"{spec_key} is 'completion', but none of the {len(store)} documents has a prompt with a completion: "
+            f"prepare it with prompt_field and completion_field (or messages_field), or set {spec_key}: all"
+        )

@@ -7,6 +7,7 @@ predicts the original token at i + 1, with a loss only where that token is maske
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,9 @@ from numpy.typing import NDArray
 
 from bico_ds.attention.plan import build_plan
 from bico_ds.batch import Documents, PackedBatch
-from bico_ds.objectives.base import BatchKey
+from bico_ds.config.errors import UserError
+from bico_ds.config.objectives.bico import BicoSpec
+from bico_ds.objectives.base import BatchKey, Store, TokenFacts, require_completions
 from bico_ds.objectives.masks import MaskPolicy, TokenGrid
 from bico_ds.objectives.ntp import names
 
@@ -28,9 +31,47 @@ class MaskDenoising:
     dropped. Position ids keep their gaps.
     """
 
-    policy: MaskPolicy
+    spec: BicoSpec
     placeholder_id: int
+    special_ids: tuple[int, ...] = ()
     name: str = "bico"
+    key: str = "objectives[0]"
+
+    @classmethod
+    def of(cls, spec: BicoSpec, tokens: TokenFacts, *, name: str, key: str) -> MaskDenoising:
+        """The tokenizer's placeholder stands in where the spec names none."""
+        placeholder = spec.placeholder_id if spec.placeholder_id is not None else tokens.placeholder_id
+        if placeholder is None:
+            raise UserError(
+                f"{key}.placeholder_id is not given, and the tokenizer has no unk, pad or eos "
+                "token: name a token id that stands at masked positions"
+            )
+        if placeholder >= tokens.vocabulary:
+            raise UserError(
+                f"{key}.placeholder_id: {placeholder} is past the vocabulary; name an id from 0 to "
+                f"{tokens.vocabulary - 1}, or null for the tokenizer's unk, pad or eos"
+            )
+        return cls(spec=spec, placeholder_id=placeholder, special_ids=tokens.special_ids, name=name, key=key)
+
+    @property
+    def policy(self) -> MaskPolicy:
+        """Which tokens are masked."""
+        return MaskPolicy(spec=self.spec.mask, special_ids=self.special_ids)
+
+    def identity(self) -> dict[str, Any]:
+        """That of the spec, with the tokens that are never masked and the one that stands at masked positions."""
+        tokens = {"placeholder_id": self.placeholder_id, "special_ids": list(self.special_ids)}
+        return self.spec.identity() | tokens
+
+    def check(self, store: Store) -> None:
+        """What is masked must be marked in the store."""
+        if self.spec.mask.eligible == "completion":
+            require_completions(f"{self.key}.mask.eligible", store)
+        if self.spec.mask.unit == "entity" and not store.has_entities:
+            raise UserError(
+                f"{self.key}.mask.unit is 'entity', but the token store has no entity spans: prepare the data again "
+                "with an entities field, or choose unit: token, span or word"
+            )
 
     def expand(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
         """The documents themselves: capacity counts original tokens."""

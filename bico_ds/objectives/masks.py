@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bico_ds.batch import Documents
-from bico_ds.config.errors import UserError
-from bico_ds.config.schema import MaskSpec
+from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.objectives.base import BatchKey
 from bico_ds.objectives.counter import hash_words, stream, uniform
 
@@ -126,11 +125,7 @@ def _draw_words(
     keys: NDArray[np.uint64],
     rates: NDArray[np.float64],
 ) -> NDArray[np.bool_]:
-    if documents.word_starts is None:
-        raise UserError(
-            "objectives: mask.unit is 'word', but the token store has no word starts. "
-            "Prepare the data again with word starts, or choose unit: token or span"
-        )
+    assert documents.word_starts is not None, "every token store has word starts"
     starts = documents.word_starts | (grid.position == 0)
     first_token = np.maximum.accumulate(np.where(starts, np.arange(len(starts)), 0))
     return uniform(stream(keys[grid.document], grid.position[first_token])) < rates[grid.document]
@@ -143,11 +138,7 @@ def _draw_entities(
     keys: NDArray[np.uint64],
     rates: NDArray[np.float64],
 ) -> NDArray[np.bool_]:
-    if documents.entity_number is None:
-        raise UserError(
-            "objectives: mask.unit is 'entity', but the token store has no entity spans. "
-            "Prepare the data again with an entities field, or choose unit: token, span or word"
-        )
+    assert documents.entity_number is not None, "`MaskDenoising.check` refuses a store without entities"
     numbers = documents.entity_number
     return (numbers > 0) & (uniform(stream(keys[grid.document], numbers)) < rates[grid.document])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from bico_ds.attention.plan import build_plan
 from bico_ds.batch import Documents, PackedBatch
-from bico_ds.objectives.base import BatchKey
+from bico_ds.config.objectives.ntp import NtpSpec
+from bico_ds.objectives.base import BatchKey, Store, TokenFacts, require_completions
 from bico_ds.objectives.masks import TokenGrid
 
 
@@ -19,11 +20,26 @@ from bico_ds.objectives.masks import TokenGrid
 class NextTokenPrediction:
     """All tokens are kept; a document's last token predicts nothing.
 
-    `loss_on="completion"` counts only targets behind the prompt (`Documents.prompt_length`).
+    ``loss_on: completion`` counts only targets behind the prompt (`Documents.prompt_length`).
     """
 
+    spec: NtpSpec
     name: str = "ntp"
-    loss_on: Literal["all", "completion"] = "all"
+    key: str = "objectives[0]"
+
+    @classmethod
+    def of(cls, spec: NtpSpec, tokens: TokenFacts, *, name: str, key: str) -> NextTokenPrediction:
+        """No token plays a part of its own."""
+        return cls(spec=spec, name=name, key=key)
+
+    def identity(self) -> dict[str, Any]:
+        """That of the spec."""
+        return self.spec.identity()
+
+    def check(self, store: Store) -> None:
+        """Where only completions count, there must be some."""
+        if self.spec.loss_on == "completion":
+            require_completions(f"{self.key}.loss_on", store)
 
     def expand(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
         """The documents themselves."""
@@ -33,7 +49,7 @@ class NextTokenPrediction:
         """Build the causal micro-batch; `key` plays no part."""
         grid = TokenGrid.of(documents)
         first_target = np.ones(len(documents), dtype=np.int64)
-        if self.loss_on == "completion":
+        if self.spec.loss_on == "completion":
             first_target = np.maximum(documents.prompt_length, 1)
         target = np.flatnonzero(grid.position >= first_target[grid.document])
         return PackedBatch(

@@ -90,7 +90,11 @@ def test_overrides_reach_into_lists_and_sections_that_the_file_leaves_out(recipe
             ["mine.yaml:9: training: give exactly one of 'steps' and 'epochs'"],
         ),
         ("steps: 3", "steps: 3\n  steps: 4", ["mine.yaml:11: key 'training.steps' is given twice"]),
-        ("kind: ntp", "kind: npt", ["mine.yaml:8: objectives.0:", "'ntp', 'bico'"]),
+        (
+            "kind: ntp",
+            "kind: npt",
+            ["mine.yaml:8: objectives.0.kind:", "did you mean 'ntp'", "known are ntp, bico"],
+        ),
         ("kind: ntp", "kind: ntp\n    probability: 0.5", ["must sum to 1, found 0.5"]),
         ("kind: ntp", "kind: bico\n    mask: {rat: 1}", ["mine.yaml:9: objectives.0.mask.rat", "'rate'"]),
         ("facts: all", "facts: all\n      store: x", ["exactly one of 'store', 'files', 'facts'"]),

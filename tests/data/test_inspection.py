@@ -13,15 +13,21 @@ from rich.console import Console
 
 from bico_ds.batch import Document, Documents
 from bico_ds.config.load import load_recipe
-from bico_ds.config.schema import MaskSpec
+from bico_ds.config.objectives.bico import BicoSpec
+from bico_ds.config.objectives.masks import MaskSpec
+from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.data.inspection import plot_visibility, print_batch, view_batch, visibility
+from bico_ds.data.loader import RankShare
 from bico_ds.engine import materials
 from bico_ds.objectives.base import BatchKey
 from bico_ds.objectives.bico import MaskDenoising
-from bico_ds.objectives.masks import MaskPolicy, TokenGrid
+from bico_ds.objectives.masks import TokenGrid
 from bico_ds.objectives.ntp import NextTokenPrediction
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+HALF = BicoSpec(mask=MaskSpec(rate=0.5))
 
 
 @pytest.fixture
@@ -33,10 +39,9 @@ def documents() -> Documents:
 
 
 def test_the_view_gives_back_every_token_with_its_state(documents):
-    policy = MaskPolicy(spec=MaskSpec(rate=0.5))
-    objective, key = MaskDenoising(policy=policy, placeholder_id=0), BatchKey(seed=1, epoch=0)
+    objective, key = MaskDenoising(spec=HALF, placeholder_id=0), BatchKey(seed=1, epoch=0)
     views = view_batch(objective.build(documents, key))
-    masked = np.split(policy.draw(documents, TokenGrid.of(documents), key), documents.offsets[1:-1])
+    masked = np.split(objective.policy.draw(documents, TokenGrid.of(documents), key), documents.offsets[1:-1])
     for document, view, hidden in zip(documents, views, masked, strict=True):
         tokens = document.token_ids.tolist()
         assert [token.token for token in view.tokens] == tokens
@@ -54,21 +59,21 @@ def test_the_view_gives_back_every_token_with_its_state(documents):
 
 
 def test_ntp_views_are_causal(documents):
-    batch = NextTokenPrediction().build(documents, BatchKey(seed=1, epoch=0))
+    batch = NextTokenPrediction(spec=NtpSpec()).build(documents, BatchKey(seed=1, epoch=0))
     for view in view_batch(batch):
         assert {token.state for token in view.tokens} == {"kept"}
         assert np.array_equal(visibility(view, "causal"), np.tri(len(view.tokens)))
 
 
 def test_it_prints_and_draws(documents, tmp_path):
-    policy = MaskPolicy(spec=MaskSpec(rate=0.5))
-    batch = MaskDenoising(policy=policy, placeholder_id=0).build(documents, BatchKey(seed=1, epoch=0))
+    batch = MaskDenoising(spec=HALF, placeholder_id=0).build(documents, BatchKey(seed=1, epoch=0))
     out = io.StringIO()
     print_batch(
         Console(file=out, width=160),
         batch,
         lambda token: f"t{token}",
         source_names=["books"],
+        taken=35,
         room=40,
         most_documents=3,
         most_tokens=8,
@@ -85,10 +90,11 @@ def test_it_prints_and_draws(documents, tmp_path):
 
 
 def test_a_name_with_brackets_is_shown_as_it_is(documents):
-    batch = NextTokenPrediction().build(documents, BatchKey(seed=1, epoch=0))
+    batch = NextTokenPrediction(spec=NtpSpec()).build(documents, BatchKey(seed=1, epoch=0))
     out = io.StringIO()
     print_batch(
-        Console(file=out, width=160), batch, str, source_names=["[bold]books[/]"], room=40, most_documents=1, most_tokens=1,
+        Console(file=out, width=160), batch, str,
+        source_names=["[bold]books[/]"], taken=35, room=40, most_documents=1, most_tokens=1,
     )  # fmt: skip
     assert "[bold]books[/] #0" in out.getvalue()
 
@@ -143,7 +149,7 @@ def test_the_tool_shows_the_micro_batch_that_this_rank_trains_on_in_this_step(
     assert code == 0
     recipe = load_recipe("tiny_bico", [f"data.cache_dir={tmp_path}/cache", "data.workers=0", *bins])
     goods = materials.gather(recipe, weights_needed=False)
-    batches = materials.build_loader(recipe, goods, rank=rank, world_size=ranks).step(step)
+    batches = materials.build_loader(recipe, goods, RankShare(rank=rank, world_size=ranks)).step(step).batches
     assert f"step {step} of " in shown
     assert f"rank {rank} of {ranks}, micro-batch {number} of {len(batches)}" in shown
     titles = [int(word[1:]) for word in shown.split() if word.startswith("#")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,35 +15,30 @@ from stores import BOS, EOS, write_store
 
 from bico_ds.attention.layout import LayoutPolicy
 from bico_ds.config.errors import UserError
-from bico_ds.config.schema import BicoSpec, DataSpec, MaskSpec, NtpSpec, SourceSpec
-from bico_ds.data.loader import ElasticLoader
+from bico_ds.config.imports import import_module
+from bico_ds.config.objectives.bico import BicoSpec
+from bico_ds.config.objectives.masks import MaskSpec
+from bico_ds.config.objectives.ntp import NtpSpec
+from bico_ds.config.schema import DataSpec, SourceSpec
+from bico_ds.data.loader import ElasticLoader, RankShare
 from bico_ds.data.mixture import Mixture
 from bico_ds.data.rows import cut
+from bico_ds.data.sample_order import StreamSpec
 from bico_ds.data.stream import BinStream, Position
+from bico_ds.objectives.base import TokenFacts
 from bico_ds.objectives.build import build_objectives
+from bico_ds.objectives.ntp import NextTokenPrediction
 from bico_ds.objectives.schedule import ObjectiveSchedule
 
+DOUBLING = import_module(str(Path(__file__).parents[1] / "objectives" / "doubling.py"))
+TOKENS = TokenFacts(special_ids=(BOS, EOS), placeholder_id=0, vocabulary=100_000)
 HALVES = [NtpSpec(kind="ntp", probability=0.5), BicoSpec(kind="bico", probability=0.5)]
 GLOBAL = 8
 
 
 def schedule_of(specs=HALVES, seed=1) -> ObjectiveSchedule:
-    objectives = build_objectives(specs, special_ids=[BOS, EOS], placeholder_id=0)
+    objectives = build_objectives(specs, TOKENS)
     return ObjectiveSchedule(objectives, [spec.probability for spec in specs], seed)
-
-
-@dataclass(frozen=True)
-class Doubling:
-    """An objective whose rows are twice as long: a plan and a cursor of its own."""
-
-    inner: object
-    name: str = "doubling"
-
-    def expand(self, lengths):
-        return 2 * lengths
-
-    def build(self, documents, key):
-        return self.inner.build(documents, key)
 
 
 @pytest.fixture(scope="module")
@@ -71,17 +66,27 @@ def make(
     world, *, micro=1, rank=0, size=1, state=None, schedule=None, seed=1, bins=GLOBAL, **changes
 ) -> ElasticLoader:
     stores, data = world
-    return ElasticLoader(
-        stores,
-        data(**changes),
-        schedule or schedule_of(),
+    stream = StreamSpec(
+        stores=stores,
+        data=data(**changes),
+        schedule=schedule or schedule_of(),
         seed=seed,
         global_batch_bins=bins,
-        micro_batch_bins=micro,
-        rank=rank,
-        world_size=size,
-        state=state,
     )
+    return ElasticLoader(stream, RankShare(rank=rank, world_size=size, micro_batch_bins=micro), state=state)
+
+
+def consumed(loader: ElasticLoader, end: int):
+    """What a consumer of all steps before `end` has added up."""
+    total = loader.start_consumed
+    for step in range(loader.start_step, end):
+        total = total.plus(loader.step(step).counts)
+    return total
+
+
+def state_at(loader: ElasticLoader, step: int) -> dict:
+    """The state of a consumer that stopped before `step`, as a checkpoint keeps it."""
+    return json.loads(json.dumps(loader.state_dict(step, consumed(loader, step))))
 
 
 def contents(batch) -> list[tuple]:
@@ -104,7 +109,7 @@ def contents(batch) -> list[tuple]:
 def global_step(world, step, *, size, micro, state=None, **changes) -> Counter:
     """All documents of one step, from a loader of every rank; all ranks have as many micro-batches."""
     ranks = [make(world, size=size, micro=micro, rank=r, state=state, **changes) for r in range(size)]
-    batches = [loader.step(step) for loader in ranks]
+    batches = [loader.step(step).batches for loader in ranks]
     assert {len(own) for own in batches} == {GLOBAL // (size * micro)}
     return Counter(item for own in batches for batch in own for item in contents(batch))
 
@@ -114,7 +119,7 @@ def uninterrupted(world):
     """The contents of each step of one rank that never stops: more than two epochs."""
     loader = make(world)
     assert loader.total_steps(2) < 36
-    return [Counter(item for batch in loader.step(s) for item in contents(batch)) for s in range(36)]
+    return [Counter(item for batch in loader.step(s).batches for item in contents(batch)) for s in range(36)]
 
 
 @given(
@@ -132,10 +137,10 @@ def test_stream_and_masks_are_identical_at_any_size_stopped_and_resumed_anywhere
         ranks = [make(world, size=size, micro=micro, rank=rank, state=state) for rank in range(size)]
         for step in range(begin, end):
             seen = Counter(
-                item for loader in ranks for batch in loader.step(step) for item in contents(batch)
+                item for loader in ranks for batch in loader.step(step).batches for item in contents(batch)
             )
             assert seen == uninterrupted[step], (step, size, micro)
-        states = [json.dumps(loader.state_dict(end)) for loader in ranks]
+        states = [json.dumps(state_at(loader, end)) for loader in ranks]
         assert len(set(states)) == 1
         state = json.loads(states[0])
 
@@ -188,7 +193,7 @@ def test_the_rest_of_an_epoch_carries_over_into_the_next_ones_first_batch(world)
     assert per_epoch % GLOBAL
     names = Counter()
     for step in range(per_epoch):  # GLOBAL whole epochs
-        for batch in loader.step(step):
+        for batch in loader.step(step).batches:
             names.update(map(tuple, batch.documents.tolist()))
     assert set(names.values()) == {GLOBAL}
 
@@ -197,7 +202,11 @@ def test_bins_keep_their_mates_unless_repacked_and_change_their_order(world):
     def epochs(loader):
         """Two times GLOBAL epochs, so that both end with a whole step."""
         steps = 2 * loader.report()[0].bins
-        bins = [tuple(sorted(map(tuple, b.documents.tolist()))) for s in range(steps) for b in loader.step(s)]
+        bins = [
+            tuple(sorted(map(tuple, b.documents.tolist())))
+            for s in range(steps)
+            for b in loader.step(s).batches
+        ]
         return bins[: len(bins) // 2], bins[len(bins) // 2 :]
 
     for repack in (False, True):
@@ -213,7 +222,7 @@ def test_masks_change_with_the_pass_and_a_document_twice_in_an_epoch_has_two_mas
     )
     masks: dict[tuple, set] = {}
     for step in range(2 * loader.total_steps(1)):
-        for batch in loader.step(step):
+        for batch in loader.step(step).batches:
             for name, rows, _ in contents(batch):
                 masks.setdefault(name, []).append(rows)
     long = [seen for seen in masks.values() if max(len(rows) for rows in seen) > 12]
@@ -222,33 +231,33 @@ def test_masks_change_with_the_pass_and_a_document_twice_in_an_epoch_has_two_mas
 
 
 def test_objectives_with_another_expansion_have_a_cursor_of_their_own(world):
-    specs = [NtpSpec(kind="ntp", probability=0.5), NtpSpec(kind="ntp", probability=0.5)]
-    plain, inner = build_objectives(specs, special_ids=[], placeholder_id=0)
-    schedule = ObjectiveSchedule([plain, Doubling(inner)], [0.5, 0.5], seed=1)
+    schedule = schedule_of([NtpSpec(probability=0.5), DOUBLING.DoublingSpec(probability=0.5)])
     loader = make(world, schedule=schedule)
     assert [report.objectives for report in loader.report()] == [("ntp",), ("doubling",)]
     names = {"ntp": Counter(), "doubling": Counter()}
     for step in range(60):
         objective = schedule(step)
-        for batch in loader.step(step):
+        for batch in loader.step(step).batches:
             assert batch.represented_tokens <= (64 if objective.name == "ntp" else 32)
             names[objective.name].update(map(tuple, batch.documents.tolist()))
     assert len(names["doubling"]) > len(names["ntp"])  # longer rows: more documents are split
     assert all(max(counter.values()) - min(counter.values()) <= 1 for counter in names.values())
-    state = json.loads(json.dumps(loader.state_dict(23)))
+    state = state_at(loader, 23)
     resumed = make(world, schedule=schedule, state=state, size=2, rank=1)
     whole = make(world, schedule=schedule, size=2, rank=1)
     for step in (23, 24, 40):
-        assert [contents(b) for b in resumed.step(step)] == [contents(b) for b in whole.step(step)]
+        assert [contents(b) for b in resumed.step(step).batches] == [
+            contents(b) for b in whole.step(step).batches
+        ]
 
 
 def test_workers_change_nothing_and_the_state_does_not_run_ahead(world):
     plain, threaded = make(world), make(world, workers=2)
     for step in range(12):
-        ours, theirs = threaded.step(step), plain.step(step)
+        ours, theirs = threaded.step(step).batches, plain.step(step).batches
         assert [contents(b) for b in ours] == [contents(b) for b in theirs]
     time.sleep(0.1)
-    assert threaded.state_dict(12) == plain.state_dict(12)
+    assert state_at(threaded, 12) == state_at(plain, 12)
     assert threaded.wait_seconds > 0
     threaded.close()
 
@@ -256,24 +265,23 @@ def test_workers_change_nothing_and_the_state_does_not_run_ahead(world):
 def test_workers_lay_out_the_batch_for_the_attention_kernels(world):
     stores, data = world
     policy = LayoutPolicy(flash_from=20, tile_scores=60, tile_min_rows=2)
-    loader = ElasticLoader(
-        stores, data(), schedule_of(), seed=1, global_batch_bins=GLOBAL, layout_policy=policy
-    )
-    assert all(policy in batch.plan.derived for batch in loader.step(0))
+    stream = StreamSpec(stores=stores, data=data(), schedule=schedule_of(), seed=1, global_batch_bins=GLOBAL)
+    loader = ElasticLoader(stream, RankShare(layout_policy=policy))
+    assert all(policy in batch.plan.derived for batch in loader.step(0).batches)
     loader.close()
 
 
 def test_totals_by_source_survive_a_resume(world):
     loader = make(world)
-    names = list(loader.source_totals(0))
+    names = loader.source_names
     expected = {name: [0, 0] for name in names}
     for step in range(20):
-        for item in loader.step(step):
+        for item in loader.step(step).batches:
             for source, _, _ in item.documents.tolist():
                 expected[names[source]][0] += 1
-    state = json.loads(json.dumps(loader.state_dict(9)))
-    resumed = make(world, size=4, rank=2, state=state).source_totals(20)
-    assert resumed == loader.source_totals(20)
+    state = state_at(loader, 9)
+    resumed = consumed(make(world, size=4, rank=2, state=state), 20).by_source()
+    assert resumed == consumed(loader, 20).by_source()
     assert {name: total["rows"] for name, total in resumed.items()} == {n: e[0] for n, e in expected.items()}
 
 
@@ -303,12 +311,12 @@ def test_an_indivisible_global_batch_is_refused_with_the_numbers_that_divide(wor
         ({"epochs": (2.0, 1.0)}, r"data\.sources\[0\]\.epochs: None in the checkpoint, 2\.0 now"),
         (
             {"schedule": schedule_of([NtpSpec(kind="ntp")])},
-            r"objectives\[1\]: MaskDenoising.* \(absent\) now",
+            r"objectives\[1\]\.kind: bico in the checkpoint, \(not given\) now",
         ),
     ],
 )
 def test_a_changed_recipe_is_refused_naming_what_changed(world, change, message):
-    state = make(world).state_dict(5)
+    state = state_at(make(world), 5)
     with pytest.raises(UserError, match=message):
         make(world, state=state, **change)
     with pytest.raises(UserError, match=r"--allow-data-change .*data\.allow_change: true"):
@@ -321,28 +329,23 @@ def test_a_changed_recipe_is_refused_naming_what_changed(world, change, message)
 
 def test_changed_data_is_refused(world, tmp_path):
     stores, data = world
-    state = make(world).state_dict(5)
+    state = state_at(make(world), 5)
     other = write_store(tmp_path / "b", [9] * 40)
     with pytest.raises(UserError, match=r"data\.sources\[1\] contents"):
         make(([stores[0], other], data), state=state)
 
 
 def test_a_failing_document_is_named_from_the_worker(world):
-    plain = schedule_of([NtpSpec(kind="ntp")]).objectives[0]
-
-    class Failing(Doubling):
-        def expand(self, lengths):
-            return lengths
-
+    class Failing(NextTokenPrediction):
         def build(self, documents, key):
             if ((documents.source == 1) & (documents.id == 17)).any():
                 raise KeyError("boom")
-            return self.inner.build(documents, key)
+            return super().build(documents, key)
 
-    schedule = ObjectiveSchedule([Failing(plain)], [1.0], seed=1)
+    schedule = ObjectiveSchedule([Failing(spec=NtpSpec(), name="failing")], [1.0], seed=1)
     loader = make(world, schedule=schedule, workers=1)
     with pytest.raises(
-        RuntimeError, match=r"step \d+, objective 'doubling'.*document 17 \(piece 0\) of source 'b'.*boom"
+        RuntimeError, match=r"step \d+, objective 'failing'.*document 17 \(piece 0\) of source 'b'.*boom"
     ):
         [loader.step(step) for step in range(20)]
     loader.close()
@@ -359,16 +362,16 @@ def test_the_source_that_a_mask_policy_cannot_be_served_by_is_named(tmp_path):
     data = DataSpec(sources=[SourceSpec(store=str(s.path)) for s in stores], capacity=64, workers=0)
     entities = schedule_of([BicoSpec(kind="bico", mask=MaskSpec(unit="entity"))])
     with pytest.raises(UserError, match=r"source 'lacks': .*no entity spans"):
-        ElasticLoader(stores, data, entities, seed=1, global_batch_bins=8)
+        make((stores, lambda: data), schedule=entities)
 
 
 def test_a_source_with_nothing_to_train_on_is_named(tmp_path):
     store = write_store(tmp_path / "long", [500, 600])
     data = DataSpec(sources=[SourceSpec(store="x/long")], capacity=64, overlong="drop", workers=0)
     with pytest.raises(UserError, match=r"source 'long' has nothing to train on"):
-        ElasticLoader([store], data, schedule_of(), seed=1, global_batch_bins=8)
+        make(([store], lambda: data))
 
 
 def test_a_state_of_another_version_is_refused(world):
     with pytest.raises(UserError, match="version 99"):
-        make(world, state={**make(world).state_dict(3), "version": 99})
+        make(world, state={**state_at(make(world), 3), "version": 99})

@@ -13,9 +13,13 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from bico_ds.config.schema import BicoSpec, DataSpec, NtpSpec, SourceSpec
-from bico_ds.data.loader import ElasticLoader
+from bico_ds.config.objectives.bico import BicoSpec
+from bico_ds.config.objectives.ntp import NtpSpec
+from bico_ds.config.schema import DataSpec, SourceSpec
+from bico_ds.data.loader import ElasticLoader, RankShare
+from bico_ds.data.sample_order import StreamSpec
 from bico_ds.data.store import StoreHeader, TokenStore, TokenStoreWriter
+from bico_ds.objectives.base import TokenFacts
 from bico_ds.objectives.build import build_objectives
 from bico_ds.objectives.schedule import ObjectiveSchedule
 
@@ -24,27 +28,23 @@ STOP, END, GLOBAL = 7, 16, 4
 
 
 def make_loader(store: Path, *, rank: int, world_size: int, micro: int, state=None) -> ElasticLoader:
-    specs = [NtpSpec(kind="ntp", probability=0.5), BicoSpec(kind="bico", probability=0.5)]
-    schedule = ObjectiveSchedule(
-        build_objectives(specs, special_ids=[], placeholder_id=0), [0.5, 0.5], seed=3
-    )
-    return ElasticLoader(
-        [TokenStore.open(store)],
-        DataSpec(sources=[SourceSpec(store=str(store))], capacity=128, workers=1),
-        schedule,
+    specs = [NtpSpec(probability=0.5), BicoSpec(probability=0.5)]
+    tokens = TokenFacts(special_ids=(), placeholder_id=0, vocabulary=60_000)
+    stream = StreamSpec(
+        stores=[TokenStore.open(store)],
+        data=DataSpec(sources=[SourceSpec(store=str(store))], capacity=128, workers=1),
+        schedule=ObjectiveSchedule(build_objectives(specs, tokens), [0.5, 0.5], seed=3),
         seed=3,
         global_batch_bins=GLOBAL,
-        micro_batch_bins=micro,
-        rank=rank,
-        world_size=world_size,
-        state=state,
     )
+    share = RankShare(rank=rank, world_size=world_size, micro_batch_bins=micro)
+    return ElasticLoader(stream, share, state=state)
 
 
 def seen_in(loader: ElasticLoader, step: int) -> list[str]:
     """Each document of this rank's share, with the sum of what is visible and what is predicted of it."""
     items = []
-    for batch in loader.step(step):
+    for batch in loader.step(step).batches:
         cu, live = batch.plan.cu_seqlens.tolist(), batch.plan.live_document.tolist()
         owner = np.repeat(np.arange(len(cu) - 1), np.diff(cu)).tolist() + live
         documents = [[name, [], []] for name in batch.documents.tolist()]
@@ -64,13 +64,15 @@ def work(rank: int, port: int, store: Path, folder: Path) -> None:
         state = None
         for begin, end, micro in ((0, STOP, 2), (STOP, END, 1)):
             loader = make_loader(store, rank=rank, world_size=2, micro=micro, state=state)
+            consumed = loader.start_consumed
             for step in range(begin, end):
+                consumed = consumed.plus(loader.step(step).counts)
                 gathered: list = [None, None]
                 dist.all_gather_object(gathered, seen_in(loader, step))
                 if rank == 0:
                     (folder / f"{step}.json").write_text(json.dumps(gathered[0] + gathered[1]))
             states: list = [None, None]
-            dist.all_gather_object(states, loader.state_dict(end))
+            dist.all_gather_object(states, loader.state_dict(end, consumed))
             assert states[0] == states[1]
             state = json.loads(json.dumps(states[0]))
             loader.close()

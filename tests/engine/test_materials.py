@@ -9,6 +9,7 @@ import pytest
 
 from bico_ds.config.errors import UserError
 from bico_ds.config.load import load_recipe
+from bico_ds.data.loader import RankShare
 from bico_ds.engine import materials
 
 NTP = "{kind: ntp, loss_on: completion}"
@@ -17,7 +18,8 @@ BICO = "{kind: bico, mask: {eligible: completion}}"
 
 @pytest.fixture
 def gathered(tmp_path: Path):
-    """`gathered("objectives=…")`: the materials of tiny_bico on two files, one of them without prompts."""
+    """`gathered("objectives=…")`: the materials of tiny_bico, with a loader of them, on two files, one of them without
+    prompts."""
     for name, text in (("pairs", "the fox"), ("texts", "a plain text")):
         rows = [{"prompt": "who runs?", "completion": " " + text, "text": text}] * 3
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -35,7 +37,10 @@ def gathered(tmp_path: Path):
             f"objectives=[{objectives}]",
             f"data.sources=[{', '.join(named)}]",
         ]
-        return materials.gather(load_recipe("tiny_bico", [*common, *mine, *overrides]), weights_needed=False)
+        recipe = load_recipe("tiny_bico", [*common, *mine, *overrides])
+        goods = materials.gather(recipe, weights_needed=False)
+        materials.build_loader(recipe, goods, RankShare()).close()
+        return goods
 
     return gather
 
@@ -45,7 +50,7 @@ def gathered(tmp_path: Path):
 )
 def test_completions_alone_are_refused_where_a_source_has_none(gathered, objectives, key):
     with pytest.raises(
-        UserError, match=rf"{key} is 'completion'.*3 documents of source 'texts.jsonl'.*{key}: all"
+        UserError, match=rf"source 'texts.jsonl': {key} is 'completion'.*the 3 documents.*{key}: all"
     ):
         gathered(objectives, ("pairs", "texts"))
     assert gathered(objectives, ("pairs",)).stores[0].completions == 3

@@ -32,15 +32,19 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, IterableDataset
 
-from bico_ds.batch import PackedBatch
-from bico_ds.config.schema import BicoSpec, DataSpec, NtpSpec
-from bico_ds.data.loader import ElasticLoader
+from bico_ds.config.objectives.base import ObjectiveSpec
+from bico_ds.config.objectives.bico import BicoSpec
+from bico_ds.config.objectives.ntp import NtpSpec
+from bico_ds.config.schema import DataSpec
+from bico_ds.data.loader import ElasticLoader, RankShare, RankStep
+from bico_ds.data.sample_order import StreamSpec
 from bico_ds.data.store import StoreHeader, TokenStore, TokenStoreWriter
+from bico_ds.objectives.base import TokenFacts
 from bico_ds.objectives.build import build_objectives
 from bico_ds.objectives.schedule import ObjectiveSchedule
 
 CAPACITY, BINS = 2048, 4
-SPECS: dict[str, NtpSpec | BicoSpec] = {
+SPECS: dict[str, ObjectiveSpec] = {
     "NTP": NtpSpec(kind="ntp"),
     "BICO, tokens at 15 %": BicoSpec.model_validate({"kind": "bico"}),
     "BICO, spans at 40 %": BicoSpec.model_validate({"kind": "bico", "mask": {"rate": 0.4, "unit": "span"}}),
@@ -73,26 +77,26 @@ def make_store(folder: Path, mean: int, tokens: int = 8_000_000) -> TokenStore:
     return TokenStore.open(folder / f"mean{mean}")
 
 
-def make_loader(store: TokenStore, spec: NtpSpec | BicoSpec, workers: int) -> ElasticLoader:
+def make_loader(store: TokenStore, spec: ObjectiveSpec, workers: int) -> ElasticLoader:
     """One rank, BINS micro-batches of one bin a step."""
-    objectives = build_objectives([spec], special_ids=[0, 1, 2], placeholder_id=0)
-    return ElasticLoader(
-        [store],
-        DataSpec.model_validate(
-            {"sources": [{"store": str(store.path)}], "capacity": CAPACITY, "workers": workers}
-        ),
-        ObjectiveSchedule(objectives, [1.0], seed=1),
+    tokens = TokenFacts(special_ids=(0, 1, 2), placeholder_id=0, vocabulary=32_000)
+    data = {"sources": [{"store": str(store.path)}], "capacity": CAPACITY, "workers": workers}
+    stream = StreamSpec(
+        stores=[store],
+        data=DataSpec.model_validate(data),
+        schedule=ObjectiveSchedule(build_objectives([spec], tokens), [1.0], seed=1),
         seed=1,
         global_batch_bins=BINS,
     )
+    return ElasticLoader(stream, RankShare())
 
 
-def tokens_per_second(step: Callable[[int], list[PackedBatch]], seconds: float = 1.5) -> float:
+def tokens_per_second(step: Callable[[int], RankStep], seconds: float = 1.5) -> float:
     """Return million tokens a CPU second of `step`, called in order for so long."""
     step(0)
     done, number, begin = 0, 1, time.process_time()
     while time.process_time() - begin < seconds:
-        done += sum(batch.represented_tokens for batch in step(number))
+        done += sum(batch.represented_tokens for batch in step(number).batches)
         number += 1
     return done / (time.process_time() - begin) / 1e6
 
@@ -105,7 +109,7 @@ def collator_speed(store: TokenStore, loader: ElasticLoader) -> float:
     bins = [
         [{"input_ids": d.token_ids.tolist()} for d in store.whole(batch.documents[:, 1].numpy())]
         for step in range(20)
-        for batch in loader.step(step)
+        for batch in loader.step(step).batches
     ]
     tokens = sum(len(feature["input_ids"]) for features in bins for feature in features)
     begin = time.process_time()
@@ -117,10 +121,10 @@ def collator_speed(store: TokenStore, loader: ElasticLoader) -> float:
 class Steps(IterableDataset):
     """The loader's steps, for a DataLoader process."""
 
-    def __init__(self, store: TokenStore, spec: NtpSpec | BicoSpec) -> None:
+    def __init__(self, store: TokenStore, spec: ObjectiveSpec) -> None:
         self._store, self._spec = store, spec
 
-    def __iter__(self) -> Iterator[list[PackedBatch]]:
+    def __iter__(self) -> Iterator[RankStep]:
         loader, step = make_loader(self._store, self._spec, workers=0), 0
         while True:
             yield loader.step(step)
@@ -128,7 +132,7 @@ class Steps(IterableDataset):
 
 
 def busy_consumer(
-    step: Callable[[int], list[PackedBatch]], matrix: torch.Tensor, seconds: float = 4.0
+    step: Callable[[int], RankStep], matrix: torch.Tensor, seconds: float = 4.0
 ) -> tuple[float, float]:
     """Take steps on a main thread that does 20 ms of small tensor operations between them.
 
@@ -141,7 +145,7 @@ def busy_consumer(
         while time.perf_counter() < until:
             matrix = torch.nn.functional.normalize(matrix @ matrix)
         asked = time.perf_counter()
-        done += sum(batch.represented_tokens for batch in step(number))
+        done += sum(batch.represented_tokens for batch in step(number).batches)
         waited += time.perf_counter() - asked
         number += 1
     seconds = time.perf_counter() - begin
@@ -161,7 +165,7 @@ def measure(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def measure_waiting(store: TokenStore, spec: NtpSpec | BicoSpec, mean: int) -> list[dict[str, Any]]:
+def measure_waiting(store: TokenStore, spec: ObjectiveSpec, mean: int) -> list[dict[str, Any]]:
     """Measure a busy main thread with a background thread and with a background process."""
     matrix = torch.randn(64, 64)
     threaded = make_loader(store, spec, workers=1)

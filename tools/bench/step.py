@@ -37,10 +37,12 @@ from rich.table import Table
 
 from bico_ds.batch import Documents, PackedBatch
 from bico_ds.config.arguments import positive
-from bico_ds.config.schema import MaskSpec, Recipe
-from bico_ds.objectives.base import BatchKey
+from bico_ds.config.objectives.bico import BicoSpec
+from bico_ds.config.objectives.masks import MaskSpec
+from bico_ds.config.objectives.ntp import NtpSpec
+from bico_ds.config.schema import Recipe
+from bico_ds.objectives.base import BatchKey, Objective
 from bico_ds.objectives.bico import MaskDenoising
-from bico_ds.objectives.masks import MaskPolicy
 from bico_ds.objectives.ntp import NextTokenPrediction
 
 CAPACITY = 2048
@@ -56,12 +58,9 @@ LLAMA_135M: dict[str, Any] = {
     "max_position_embeddings": 8192,
     "rope_theta": 100000.0,
 }
-OBJECTIVES: dict[str, Any] = {
-    "ntp": NextTokenPrediction(),
-    "bico": MaskDenoising(
-        policy=MaskPolicy(spec=MaskSpec.model_validate({"rate": 0.15}), special_ids=(0, 1, 2)),
-        placeholder_id=0,
-    ),
+OBJECTIVES: dict[str, Objective] = {
+    "ntp": NextTokenPrediction(spec=NtpSpec()),
+    "bico": MaskDenoising(spec=BicoSpec(mask=MaskSpec(rate=0.15)), placeholder_id=0, special_ids=(0, 1, 2)),
 }
 
 

@@ -1,7 +1,9 @@
-"""What the loop tells its listeners. Every rank calls every callback, so that a callback may use collectives."""
+"""What the loop tells its listeners. Every rank calls its callbacks at the same points of the loop, with the same numbers
+but for times, so that a callback may use collectives; one that only shows or writes is a `FirstRankCallback`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +27,8 @@ class StepReport:
 
     `loss` is the mean over the `targets` of the global batch. `kept_tokens` went through the model,
     `represented_tokens` counts the original tokens behind them. `seconds` is the wall time of the step on this rank,
-    `wait_seconds` the part of it spent waiting for data (mean over ranks). `fill` is represented tokens over capacity.
+    `wait_seconds` the part of it spent waiting for data (mean over ranks). `fill` is the share of its bins' room that is
+    taken, as the objective expands documents.
     `sources` counts rows and tokens consumed since step 0, by data source.
     """
 
@@ -45,7 +48,7 @@ class StepReport:
 
 
 class Callback:
-    """Overrides what it needs."""
+    """Overrides what it needs. Called on every rank."""
 
     def on_start(self, start: RunStart) -> None: ...
 
@@ -60,15 +63,21 @@ class Callback:
     def on_end(self, step: int, state: str) -> None: ...
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs, JSON-able, under keys of this callback's own."""
+        """What a resumed run needs, JSON-able, under keys of this callback's own. Rank 0's is saved, and every rank
+        gets it back (`RunStart.saved`)."""
         return {}
 
 
-class Callbacks(Callback):
-    """All callbacks as one."""
+class FirstRankCallback(Callback):
+    """Called on rank 0 alone: a collective in one would wait for ever."""
 
-    def __init__(self, callbacks: list[Callback]) -> None:
-        self._callbacks = callbacks
+
+class Callbacks(Callback):
+    """All callbacks of this rank as one."""
+
+    def __init__(self, callbacks: Sequence[Callback], *, is_first_rank: bool) -> None:
+        """`callbacks`: the same on every rank, in the same order; `is_first_rank`: whether this is rank 0."""
+        self._callbacks = [c for c in callbacks if is_first_rank or not isinstance(c, FirstRankCallback)]
 
     def on_start(self, start: RunStart) -> None:
         for callback in self._callbacks:

@@ -14,12 +14,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from bico_ds.engine.callbacks.base import Callback, RunStart, StepReport
+from bico_ds.config.objectives.table import objective_names
+from bico_ds.engine.callbacks.base import FirstRankCallback, RunStart, StepReport
 
 PLAIN_SECONDS = 10.0  # between two plain lines
 
 
-class ConsoleProgress(Callback):
+class ConsoleProgress(FirstRankCallback):
     """Shows where the run is."""
 
     def __init__(self, console: Console | None = None) -> None:
@@ -30,6 +31,8 @@ class ConsoleProgress(Callback):
 
     def on_start(self, start: RunStart) -> None:
         self._total = start.total_steps
+        specs = start.recipe.objectives
+        self._colours = dict(zip(objective_names(specs), (s.monitor.colour for s in specs), strict=True))
         if self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -42,7 +45,9 @@ class ConsoleProgress(Callback):
 
     def on_step(self, report: StepReport) -> None:
         self._losses[report.objective] = report.loss
-        losses = "  ".join(f"{name} {loss:.3f}" for name, loss in sorted(self._losses.items()))
+        losses = "  ".join(
+            f"[{self._colours[name]}]{name}[/] {loss:.3f}" for name, loss in sorted(self._losses.items())
+        )
         speed = report.represented_tokens / max(report.seconds, 1e-9)
         numbers = f"loss {losses}  norm {report.grad_norm:.2f}  lr {report.learning_rate:.1e}  {speed:,.0f} tokens/s"
         if self._progress is not None:

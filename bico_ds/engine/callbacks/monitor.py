@@ -11,20 +11,13 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from bico_ds.config.load import dump_recipe
-from bico_ds.config.schema import MonitorSpec
-from bico_ds.engine.callbacks.base import Callback, RunStart, StepReport
+from bico_ds.config.objectives.table import objective_names
+from bico_ds.config.schema import MonitorSpec, Recipe
+from bico_ds.engine.callbacks.base import FirstRankCallback, RunStart, StepReport
 from bico_ds.engine.run_folder import RunFolder, write_atomically
 
-LAYOUT = {
-    "bico_ds": {
-        "loss": ["Multiline", ["loss/all", "loss/ntp", "loss/bico"]],
-        "reversal tasks": ["Multiline", [r"evaluation/.*/headline"]],
-        "tokens per second": ["Multiline", [r"speed/.*_tokens_per_second"]],
-    }
-}
 
-
-class StepMonitor(Callback):
+class StepMonitor(FirstRankCallback):
     """Writes every `every_steps`-th step's numbers, means over the steps in between."""
 
     def __init__(self, spec: MonitorSpec, folder: RunFolder, deepspeed_monitor: Any) -> None:
@@ -44,7 +37,7 @@ class StepMonitor(Callback):
             self._writer = SummaryWriter(
                 str(self._folder.tensorboard), purge_step=first + 1 if first else None
             )
-            self._writer.add_custom_scalars(LAYOUT)
+            self._writer.add_custom_scalars(charts(start.recipe))
             self._writer.add_text("recipe", f"```yaml\n{dump_recipe(start.recipe)}```", first)
             self._writer.add_text("summary", f"```json\n{json.dumps(start.summary, indent=1)}\n```", first)
 
@@ -77,6 +70,20 @@ class StepMonitor(Callback):
             self._writer.flush()
         if self._deepspeed_monitor is not None and self._deepspeed_monitor.enabled:
             self._deepspeed_monitor.write_events([(tag, value, step) for tag, value in numbers.items()])
+
+
+def charts(recipe: Recipe) -> dict[str, dict[str, list[Any]]]:
+    """TensorBoard's custom scalars: the losses where the objectives' specs place them, tasks, and speed."""
+    losses: dict[str, list[str]] = defaultdict(list)
+    losses["loss"].append("loss/all")
+    for name, spec in zip(objective_names(recipe.objectives), recipe.objectives, strict=True):
+        losses[spec.monitor.chart].append(f"loss/{name}")
+    tags = {
+        **losses,
+        "reversal tasks": [r"evaluation/.*/headline"],
+        "tokens per second": [r"speed/.*_tokens_per_second"],
+    }
+    return {"bico_ds": {chart: ["Multiline", names] for chart, names in tags.items()}}
 
 
 def _summarize(reports: list[StepReport]) -> dict[str, float]:

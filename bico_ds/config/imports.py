@@ -1,0 +1,61 @@
+"""A recipe's `imports`: the user's own modules, loaded on every rank and in every command, before validation."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+from bico_ds.config.errors import UserError
+
+
+def import_module(name: str) -> ModuleType:
+    """Import a module by its name, or a Python file by its path (it ends in ``.py``); once per process.
+
+    Raises `UserError` where it is not there, or fails: with the line of the file at which it does.
+    """
+    try:
+        if name.endswith(".py"):
+            return _import_file(Path(name))
+        return importlib.import_module(name)
+    except UserError:
+        raise
+    except ModuleNotFoundError as error:
+        if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
+            raise UserError(_describe(name, error)) from error
+        raise UserError(
+            f"there is no module '{name}' here; install it, or name a file that ends in .py"
+        ) from None
+    except Exception as error:
+        raise UserError(_describe(name, error)) from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise UserError(f"there is no file '{path}'")
+    place = path.resolve()
+    name = f"{place.stem}_{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, place)
+    assert spec is not None and spec.loader is not None, place
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _describe(name: str, error: Exception) -> str:
+    """The error and its place in the user's own module, as one line."""
+    if isinstance(error, SyntaxError):
+        return f"'{name}' does not parse: {error.filename}:{error.lineno}: {error.msg}"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
+    last = frames[-1]
+    return f"'{name}' fails at {last.filename}:{last.lineno}: {type(error).__name__}: {error}"

@@ -1,0 +1,72 @@
+"""Which tokens are masked, in the recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from bico_ds.config.section import Probability, Section
+
+_RATES = 16  # Gauss-Legendre nodes over a range of rates: exact for polynomials up to degree 31
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskExpectation:
+    """Expected counts in documents, each float64 [D]: tokens that are masked, masked ones whose successor is masked too
+    (live), and (query, key) pairs of kept and live queries with kept keys."""
+
+    masked: NDArray[np.float64]
+    live: NDArray[np.float64]
+    pairs: NDArray[np.float64]
+
+
+class MaskSpec(Section):
+    """Which tokens BICO masks: drawn per document, never special tokens, never a document's first token."""
+
+    rate: Probability | tuple[float, float] = Field(
+        0.15, description="share of eligible tokens, or [low, high]: uniform in that range for each document"
+    )
+    unit: Literal["token", "span", "word", "entity"] = "token"
+    mean_span: Annotated[float, Field(ge=1)] = Field(3.0, description="mean length of a span (geometric)")
+    eligible: Literal["all", "completion"] = "all"
+
+    @model_validator(mode="after")
+    def _rate_is_a_range(self) -> MaskSpec:
+        if isinstance(self.rate, tuple) and not 0.0 <= self.rate[0] <= self.rate[1] <= 1.0:
+            raise ValueError(f"'rate' must satisfy 0 <= low <= high <= 1, found {list(self.rate)}")
+        return self
+
+    def expect(self, lengths: NDArray[np.int64]) -> MaskExpectation:
+        """What a mask does to documents of these lengths [D], in expectation.
+
+        A length does not tell where the special tokens, prompts, words and entities are. All tokens but the first
+        count as eligible, words as single tokens, and entities as spans of `mean_span` tokens that are everywhere:
+        for `eligible: completion` and entities these are upper bounds, and words of several tokens have more live ones.
+        """
+        low, high = self.rate if isinstance(self.rate, tuple) else (self.rate, self.rate)
+        nodes, weights = np.polynomial.legendre.leggauss(_RATES)
+        rates = low + (high - low) * (nodes + 1) / 2
+        parts = [self._expect_at(float(rate), lengths.astype(np.float64)) for rate in rates]
+        mean = np.tensordot(weights / 2, np.array(parts), axes=1)
+        return MaskExpectation(masked=mean[0], live=mean[1], pairs=mean[2])
+
+    def _expect_at(self, rate: float, tokens: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+        """Masked, live, pairs of documents at one rate.
+
+        A mask is a stationary two-state chain (objectives/masks.py) in which tokens at distance d correlate by r^d. Pairs
+        are E[K² + V K] with K = T - B kept tokens and V live ones, so they need Var(B) and Cov(V, B): sums of r^d.
+        """
+        stays = rate  # probability that the token behind a masked one is masked
+        if self.unit in ("span", "entity"):
+            stays = 1.0 - min(1.0 / self.mean_span, 1.0 - rate)
+        r = (stays - rate) / (1.0 - rate) if rate < 1 else 0.0
+        n, m = tokens - 1, np.maximum(tokens - 2, 0)  # tokens, and neighbours, that can be masked
+        masked, live = rate * n, rate * stays * m
+        variance = rate * (1 - rate) * (n * (1 + r) - 2 * r * (1 - r**n) / (1 - r)) / (1 - r)
+        covariance = 2 * rate * stays * (1 - rate) * (m - r * (1 - r**m) / (1 - r)) / (1 - r)
+        kept = tokens - masked
+        return [masked, live, kept**2 + variance + live * kept - covariance]

@@ -1,0 +1,29 @@
+"""Next-token prediction, in the recipe."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bico_ds.config.objectives.base import MonitorPlace, ObjectiveCost, ObjectiveSpec
+
+
+class NtpSpec(ObjectiveSpec):
+    """Next-token prediction under causal attention."""
+
+    kind: Literal["ntp"] = "ntp"
+    loss_on: Literal["all", "completion"] = "all"
+
+    monitor: ClassVar[MonitorPlace] = MonitorPlace(colour="#3b75af")
+
+    def cost(self, lengths: NDArray[np.int64]) -> ObjectiveCost:
+        """Exact, but for `loss_on: completion`, which has as few `head_rows` as there are tokens behind the prompts."""
+        tokens = lengths.astype(np.float64)
+        return ObjectiveCost(
+            kept_rows=tokens,
+            live_rows=np.zeros_like(tokens),
+            pairs=tokens * (tokens + 1) / 2,
+            head_rows=tokens - 1,
+        )

@@ -1,0 +1,57 @@
+"""The loader states of version 1, which knew objectives by the `repr` of their classes: read as those of today.
+
+The names of classes and fields, and the defaults, are those of release 0.1.0, whatever they are called now.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from typing import Any
+
+_MASK_DEFAULTS = {"rate": 0.15, "unit": "token", "mean_span": 3.0, "eligible": "all"}
+
+
+def translate_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state of version 1 as one of version 2."""
+    before = state["identity"]
+    identity = {
+        key: _objective(value) if key.startswith("objectives[") and key.endswith("]") else value
+        for key, value in before.items()
+    }
+    return {**state, "version": 2, "identity": identity}
+
+
+def _objective(written: str) -> dict[str, Any]:
+    """The identity behind ``NextTokenPrediction(…)`` or ``MaskDenoising(…)``."""
+    name, values = _call(ast.parse(written, mode="eval").body)
+    if name == "NextTokenPrediction":
+        return {"kind": "ntp", "version": 1} | _changed(values, {"loss_on": "all"}, "loss_on")
+    assert name == "MaskDenoising", written
+    _, policy = values["policy"]
+    _, mask = policy["spec"]
+    mask = _changed(
+        {k: list(v) if isinstance(v, tuple) else v for k, v in mask.items()}, _MASK_DEFAULTS, *mask
+    )
+    return {
+        "kind": "bico",
+        "version": 1,
+        **({"mask": mask} if mask else {}),
+        "placeholder_id": values["placeholder_id"],
+        "special_ids": list(policy["special_ids"]),
+    }
+
+
+def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: values[key] for key in keys if values[key] != defaults[key]}
+
+
+def _call(node: ast.expr) -> tuple[str, dict[str, Any]]:
+    """A call's name and keyword arguments: calls among these likewise, the rest literals."""
+    assert isinstance(node, ast.Call) and isinstance(node.func, ast.Name), ast.dump(node)
+    arguments = {}
+    for keyword in node.keywords:
+        assert keyword.arg is not None
+        nested = isinstance(keyword.value, ast.Call)
+        arguments[keyword.arg] = _call(keyword.value) if nested else ast.literal_eval(keyword.value)
+    return node.func.id, arguments

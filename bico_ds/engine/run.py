@@ -1,0 +1,24 @@
+"""One start of one recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from bico_ds.attention.layout import LayoutPolicy
+from bico_ds.config.schema import Recipe
+from bico_ds.engine.distributed import Ranks
+from bico_ds.engine.run_folder import RunFolder
+from bico_ds.engine.signals import StopFlag
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One start of one recipe, on one rank: what every part of it needs to know."""
+
+    recipe: Recipe
+    ranks: Ranks
+    folder: RunFolder
+    stop: StopFlag
+    ds_config: dict[str, Any]
+    layout_policy: LayoutPolicy | None  # of the attention backend; the oracle has none

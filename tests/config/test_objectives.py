@@ -1,0 +1,117 @@
+"""Objectives in the recipe: their identity, what they cost, and further ones by `imports`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bico_ds.batch import Document, Documents
+from bico_ds.config.errors import UserError
+from bico_ds.config.load import dump_recipe, load_recipe, read_recorded
+from bico_ds.config.objectives.bico import BicoSpec
+from bico_ds.config.objectives.masks import MaskSpec
+from bico_ds.config.objectives.ntp import NtpSpec
+from bico_ds.objectives.base import BatchKey, TokenFacts
+from bico_ds.objectives.build import build_objectives
+
+DOUBLING = Path(__file__).parents[1] / "objectives" / "doubling.py"
+
+
+def test_an_identity_leaves_out_the_probability_and_what_is_the_default():
+    assert NtpSpec(probability=0.3, loss_on="all").identity() == {"kind": "ntp", "version": 1}
+    spelled_out = {"rate": 0.15, "unit": "token", "mean_span": 3.0, "eligible": "all"}
+    assert BicoSpec.model_validate({"mask": spelled_out}).identity() == BicoSpec().identity()
+    spans = BicoSpec(mask=MaskSpec(rate=(0.2, 0.6), unit="span"))
+    assert spans.identity()["mask"] == {"rate": [0.2, 0.6], "unit": "span"}
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"rate": 0.15},
+        {"rate": 0.4},
+        {"rate": 1.0},
+        {"rate": [0.0, 1.0]},
+        {"rate": 0.4, "unit": "span"},
+        {"rate": [0.2, 0.6], "unit": "span", "mean_span": 5},
+        {"rate": 1.0, "unit": "span"},
+        None,
+    ],
+    ids=str,
+)
+def test_the_cost_is_what_batches_of_random_documents_cost_on_average(mask):
+    rng = np.random.default_rng()
+    lengths = rng.integers(1, 90, 60_000)
+    lengths[:50] = 1
+    token_ids = np.split(rng.integers(3, 999, lengths.sum()), np.cumsum(lengths)[:-1])
+    documents = Documents.of([Document(token_ids=t, source=0, id=i) for i, t in enumerate(token_ids)])
+    spec = NtpSpec() if mask is None else BicoSpec.model_validate({"mask": mask})
+    tokens = TokenFacts(special_ids=(0, 1, 2), placeholder_id=0, vocabulary=1000)
+    batch = build_objectives([spec], tokens)[0].build(
+        documents, BatchKey(seed=int(rng.integers(2**31)), epoch=0)
+    )
+
+    kept = np.diff(batch.plan.cu_seqlens.numpy()).astype(np.float64)
+    live = np.bincount(batch.plan.live_document.numpy(), minlength=len(kept))
+    pairs = kept * (kept + 1) / 2 if mask is None else kept * (kept + live)
+    cost = spec.cost(lengths)
+    assert cost.kept_rows.sum() == pytest.approx(kept.sum(), rel=0.02)
+    assert cost.live_rows.sum() == pytest.approx(live.sum(), rel=0.03, abs=1)
+    assert cost.pairs.sum() == pytest.approx(pairs.sum(), rel=0.03)
+    assert cost.head_rows.sum() == pytest.approx(len(batch.targets), rel=0.03)
+    assert {len(column) for column in vars(cost).values()} == {len(lengths)}
+
+
+def test_a_file_of_the_users_own_brings_an_objective(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("doubling.py").symlink_to(DOUBLING)
+    overrides = ["imports=[doubling.py]", "objectives=[{kind: doubling, shift: 2}]"]
+    recipe = load_recipe("tiny_ntp", overrides)
+    assert recipe.objectives[0].identity() == {"kind": "doubling", "version": 1, "shift": 2}
+    Path("again.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe("again.yaml") == recipe
+    assert read_recorded(recipe.model_dump(mode="json"), Path("manifest.json")) == recipe
+    with pytest.raises(UserError, match=r"objectives\.0\.shif: unknown key \(did you mean 'shift'\?\)"):
+        load_recipe("tiny_ntp", [*overrides[:1], "objectives=[{kind: doubling, shif: 2}]"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("nowhere.py", None, r"mine\.yaml:2: imports\[0\]: there is no file 'nowhere\.py'"),
+        ("no_such_module.part", None, r"mine\.yaml:2: imports\[0\]: there is no module 'no_such_module\.part' here"),
+        ("broken.py", "def f(:", r"'broken\.py' does not parse: .*broken\.py:1: "),
+        ("fails.py", "\nraise KeyError('x')", r"'fails\.py' fails at .*fails\.py:2: KeyError: 'x'"),
+        ("needs.py", "import no_such_module", r"'needs\.py' fails at .*needs\.py:1: ModuleNotFoundError"),
+        (
+            "twice.py",
+            "from bico_ds.config.objectives.ntp import NtpSpec\n"
+            "from bico_ds.config.objectives.table import register\n"
+            "register(NtpSpec, f'{__name__}:Mine')",
+            r"objective kind 'ntp': twice_\w+:Mine and bico_ds\.objectives\.ntp:NextTokenPrediction both have it",
+        ),
+    ],
+)  # fmt: skip
+def test_an_import_that_fails_is_one_message_with_its_place(tmp_path, monkeypatch, name, text, message):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        Path(name).write_text(text)
+    Path("mine.yaml").write_text(f"extends: tiny_ntp\nimports: [{name}]\n")
+    with pytest.raises(UserError, match=message):
+        load_recipe("mine.yaml")
+
+
+def test_a_class_that_the_table_names_and_nobody_wrote_is_refused(tmp_path):
+    file = tmp_path / "absent.py"
+    file.write_text(
+        "from typing import Literal\n"
+        "from bico_ds.config.objectives.ntp import NtpSpec\n"
+        "from bico_ds.config.objectives.table import register\n"
+        "class AbsentSpec(NtpSpec):\n    kind: Literal['absent'] = 'absent'\n"
+        "register(AbsentSpec, f'{__name__}:Absent')\n"
+    )
+    recipe = load_recipe("tiny_ntp", [f"imports=[{file}]", "objectives=[{kind: absent}]"])
+    with pytest.raises(UserError, match=r"objective kind 'absent': cannot find absent_\w+:Absent"):
+        build_objectives(recipe.objectives, TokenFacts(special_ids=(), placeholder_id=0, vocabulary=9))

@@ -1,0 +1,86 @@
+"""An objective that a user brings by `imports`, beside next-token prediction, on ZeRO-3 with two ranks: trained, resumed,
+inspected, watched."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launching import ROOT, environment, metrics, train
+from survival import SMALL, assert_same_course, final_manifest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+pytestmark = pytest.mark.distributed
+
+DOUBLING = Path(__file__).parents[1] / "objectives" / "doubling.py"
+STEPS, STOP = 12, 6
+RECIPE = f"""\
+extends: tiny_base
+imports: [{DOUBLING}]
+objectives:
+  - {{kind: ntp, probability: 0.5}}
+  - {{kind: doubling, probability: 0.5}}
+"""
+SHORT = (*SMALL, f"training.steps={STEPS}", f"checkpoint.every_steps={STOP}")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """`straight`, and `resumed`, whose second half was trained anew."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "own.yaml").write_text(RECIPE)
+    done = train(str(folder / "own.yaml"), folder / "straight", *SHORT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    subprocess.run(["cp", "-r", "straight", "resumed"], cwd=folder, check=True)
+    subprocess.run(["rm", "-r", f"resumed/checkpoints/step-{STEPS:06d}"], cwd=folder, check=True)
+    done = train(str(folder / "own.yaml"), folder / "resumed", *SHORT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"step {STOP}, the newest whole checkpoint" in done.stdout
+    return folder
+
+
+def test_both_objectives_are_trained(runs):
+    lines = metrics(runs / "straight")
+    assert {tag for line in lines for tag in line if tag.startswith("loss/")} == {
+        "loss/all",
+        "loss/ntp",
+        "loss/doubling",
+    }
+    assert final_manifest(runs / "straight", STEPS)["state"]["loader"]["identity"]["objectives[1]"] == {
+        "kind": "doubling",
+        "version": 1,
+    }
+
+
+def test_the_fill_of_a_step_is_the_plans_also_where_rows_are_twice_the_documents(runs):
+    """The plans of both objectives are nearly full; of a doubled document only half is represented."""
+    fills = {name: [] for name in ("ntp", "doubling")}
+    for line in metrics(runs / "straight"):
+        fills["ntp" if "loss/ntp" in line else "doubling"].append(line["data/fill"])
+    assert all(min(values) > 0.8 and max(values) <= 1.0 for values in fills.values()), fills
+
+
+def test_a_resumed_run_ends_as_the_uninterrupted_one(runs):
+    assert_same_course(runs / "resumed", runs / "straight", STEPS)
+
+
+def test_its_batch_can_be_inspected(runs):
+    command = [sys.executable, str(ROOT / "tools" / "inspect_batch.py"), "--recipe", str(runs / "own.yaml")]
+    for override in SHORT:
+        command += ["--set", override]
+    done = subprocess.run(
+        [*command, "--objective", "doubling", "--documents", "1"],
+        cwd=runs, env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "objective doubling" in done.stdout
+    fill = float(done.stdout.partition("(fill ")[2].partition("%")[0])
+    assert 80 < fill <= 100
+
+
+def test_tensorboard_has_a_chart_where_its_spec_places_it(runs):
+    events = EventAccumulator(str(runs / "straight" / "tensorboard")).Reload()
+    layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    assert b"loss on copies" in layout and b"loss/doubling" in layout

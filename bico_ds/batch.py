@@ -5,14 +5,15 @@ Shape legend: T tokens in a batch, D documents, N rows that have a loss.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bico_ds.attention.plan import AttentionPlan
+from bico_ds.attention.layout import Layout
+from bico_ds.attention.plan import AttentionPlan, map_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,9 @@ class PackedBatch:
 
     Token order: kept tokens by document, then live placeholders by document. `loss_rows[n]` is the row whose output
     predicts `targets[n]`. `represented_tokens` counts the original tokens, dropped placeholders included.
-    `documents` names the documents inside, (source, id, piece) a row, for messages about a bad batch.
+    `documents` names the documents inside, (source, id, piece) a row, for messages about a bad batch. `layout`: which
+    kernel serves which rows, by the attention backend's policy; a worker of the loader makes it from the plan. None:
+    the backend is the oracle, or nobody has made one yet, and every layer does for itself.
     """
 
     input_ids: torch.Tensor  # int64 [T]
@@ -124,24 +127,16 @@ class PackedBatch:
     targets: torch.Tensor  # int64 [N]
     represented_tokens: int
     documents: torch.Tensor  # int64 [D, 3]
+    layout: Layout | None = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
         """Move everything the model reads; `documents` stays where it is."""
-        move = lambda tensor: tensor.to(device, non_blocking=non_blocking)  # noqa: E731
-        return replace(
-            self,
-            input_ids=move(self.input_ids),
-            position_ids=move(self.position_ids),
-            plan=self.plan.to(device, non_blocking=non_blocking),
-            loss_rows=move(self.loss_rows),
-            targets=move(self.targets),
-        )
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:
-        """Pin the tensors for an asynchronous copy to CUDA."""
-        pinned = {
-            field.name: getattr(self, field.name).pin_memory()
-            for field in fields(self)
-            if field.name not in ("represented_tokens", "documents")
-        }
-        return replace(self, **pinned)
+        """Pin the tensors that `to` moves, for an asynchronous copy to CUDA."""
+        return self._mapped(lambda tensor: tensor.pin_memory())
+
+    def _mapped(self, transform: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
+        moved = [field.name for field in fields(self) if field.name != "documents"]
+        return replace(self, **{name: map_tensors(getattr(self, name), transform) for name in moved})

@@ -15,21 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bico_ds.attention.inputs import AttentionInputs, AttentionResults, Gradients
 from bico_ds.attention.rotation import rotate_back, rotate_both, rotate_forward
-from bico_ds.attention.tiles import Tile
-
-
-@dataclass(frozen=True, kw_only=True)
-class DenseInputs:
-    """Raw q [T, H, D], k, v [T, N, D], and cos, sin [T, D] in q's dtype."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    cos: Tensor
-    sin: Tensor
-    scale: float
-    causal: bool
+from bico_ds.attention.tiles import Tile, TileMasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,28 +30,31 @@ class _Direction:
     factor: Tensor
 
 
-def dense_forward(tile: Tile, inputs: DenseInputs, out: Tensor, lse: Tensor) -> None:
-    """Write the tile's rows of ``out`` [T+1, H, D] and ``lse`` [T+1, H]; row T takes the padding."""
-    scores = _scores(tile, inputs, _directions(tile, inputs), lse.dtype)
+def dense_forward(tile: Tile, inputs: AttentionInputs, results: AttentionResults) -> None:
+    """Write the tile's rows of ``results``, which have one row more than the batch: row T takes the padding."""
+    masks = tile.masks_for(inputs.q.dtype, causal=inputs.causal)
+    scores = _scores(inputs, masks, _directions(tile, inputs, masks), results.lse.dtype)
     row_max = scores.amax(-1, keepdim=True)
     weights = scores.sub_(row_max).exp_()
     total = weights.sum(-1, keepdim=True)
     v = _gather(inputs.v, tile.key_rows, tile).contiguous()
     out_tile = _grouped(weights.div_(total).to(v.dtype), v) @ v
-    _write(out, tile.query_slots, _ungrouped(out_tile, inputs.q.shape[1]))
-    _write(lse.unsqueeze(-1), tile.query_slots, row_max.add_(total.log_()))
+    _write(results.out, tile.query_slots, _ungrouped(out_tile, inputs.q.shape[1]))
+    _write(results.lse.unsqueeze(-1), tile.query_slots, row_max.add_(total.log_()))
 
 
 def dense_backward(
-    tile: Tile, inputs: DenseInputs, grad_out: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
+    tile: Tile, inputs: AttentionInputs, results: AttentionResults, grad_out: Tensor, grads: Gradients
 ) -> None:
-    """Write the tile's rows of ``dq`` [T+1, H, D] and add to ``dk``, ``dv`` [T+1, N, D].
+    """Write the tile's rows of the first of ``grads``, of q, and add to the others, of k and v; they have T + 1 rows.
 
-    ``lse`` [T+1, H] holds +inf in row T, so that padded queries weigh nothing.
+    The lse of ``results`` [T+1, H] holds +inf in row T, so that padded queries weigh nothing.
     """
-    directions = _directions(tile, inputs)
-    lse_tile = _gather(lse.unsqueeze(-1), tile.query_slots, tile)
-    weights = _scores(tile, inputs, directions, lse.dtype).sub_(lse_tile).exp_()
+    dq, dk, dv = grads
+    masks = tile.masks_for(inputs.q.dtype, causal=inputs.causal)
+    directions = _directions(tile, inputs, masks)
+    lse = _gather(results.lse.unsqueeze(-1), tile.query_slots, tile)
+    weights = _scores(inputs, masks, directions, lse.dtype).sub_(lse).exp_()
     v = _gather(inputs.v, tile.key_rows, tile).contiguous()
     d_out = _grouped(_gather(grad_out, tile.query_rows, tile), v)
     _accumulate(dv, tile, _grouped(weights.to(v.dtype), v).transpose(-1, -2) @ d_out)
@@ -78,34 +69,33 @@ def dense_backward(
     _accumulate(dk, tile, rotate_back(dk_parts, *_tables(inputs, tile.key_rows, tile)))
 
 
-def _directions(tile: Tile, inputs: DenseInputs) -> list[_Direction]:
+def _directions(tile: Tile, inputs: AttentionInputs, masks: TileMasks) -> list[_Direction]:
     """Forward, and in bidirectional mode reversed, rotation of the tile's rows."""
     q, k = _gather(inputs.q, tile.query_rows, tile), _gather(inputs.k, tile.key_rows, tile)
-    q_tables, k_tables = (
-        _tables(inputs, tile.query_rows, tile, inputs.scale),
-        _tables(inputs, tile.key_rows, tile),
-    )
-    forward_factor, reverse_factor = tile.factors(inputs.q.dtype)
+    q_tables = _tables(inputs, tile.query_rows, tile, inputs.scale)
+    k_tables = _tables(inputs, tile.key_rows, tile)
     if inputs.causal:
-        q_forward, k_forward = rotate_forward(q, *q_tables), rotate_forward(k, *k_tables)
-        return [_Direction(q=_grouped(q_forward, k), k=k_forward, factor=forward_factor)]
-    (q_forward, q_reverse), (k_forward, k_reverse) = rotate_both(q, *q_tables), rotate_both(k, *k_tables)
+        pairs = [(rotate_forward(q, *q_tables), rotate_forward(k, *k_tables))]
+    else:
+        pairs = list(zip(rotate_both(q, *q_tables), rotate_both(k, *k_tables), strict=True))
     return [
-        _Direction(q=_grouped(q_forward, k), k=k_forward, factor=forward_factor),
-        _Direction(q=_grouped(q_reverse, k), k=k_reverse, factor=reverse_factor),
+        _Direction(q=_grouped(rotated_q, k), k=rotated_k, factor=factor)
+        for (rotated_q, rotated_k), factor in zip(pairs, masks.factors, strict=True)
     ]
 
 
-def _scores(tile: Tile, inputs: DenseInputs, directions: list[_Direction], dtype: torch.dtype) -> Tensor:
+def _scores(
+    inputs: AttentionInputs, masks: TileMasks, directions: list[_Direction], dtype: torch.dtype
+) -> Tensor:
     """Scores [B, H, R, K] of the one softmax in ``dtype``: forward up to the split, reversed behind it."""
-    scores = tile.bias(inputs.q.dtype, inputs.causal)
+    scores = masks.bias
     for direction in directions:
         part = _ungrouped(direction.q @ direction.k.transpose(-1, -2), inputs.q.shape[1])
         scores = torch.addcmul(scores, part, direction.factor)
     return scores.to(dtype, copy=True)
 
 
-def _tables(inputs: DenseInputs, rows: Tensor, tile: Tile, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+def _tables(inputs: AttentionInputs, rows: Tensor, tile: Tile, factor: float = 1.0) -> tuple[Tensor, Tensor]:
     """cos and sin of the rows, times ``factor``: [B, 1, rows, D]."""
     documents = tile.shape[0]
     cos, sin = (

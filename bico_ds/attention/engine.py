@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from bico_ds.attention.dense import DenseInputs, dense_backward, dense_forward
+from bico_ds.attention.dense import dense_backward, dense_forward
 from bico_ds.attention.fused import fused_backward, fused_forward
+from bico_ds.attention.inputs import AttentionInputs, AttentionResults, Gradients
 from bico_ds.attention.kernels.base import CausalKernel
-from bico_ds.attention.layout import FlashRows, LayoutPolicy, layout_of
-from bico_ds.attention.plan import AttentionPlan
-from bico_ds.attention.two_pass import two_pass_backward, two_pass_forward
+from bico_ds.attention.layout import FlashRows, Layout, LayoutPolicy
+from bico_ds.attention.two_pass import FlashProblem, two_pass_backward, two_pass_forward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,60 +22,50 @@ class Engine:
     kernel: CausalKernel
     policy: LayoutPolicy
 
-    def forward(self, inputs: DenseInputs, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
-        """out [T, Hq, Dh] in q's dtype and lse [T, Hq] in at least fp32; or with one scratch row more, whose
-        lse is +inf."""
-        layout = layout_of(plan, self.policy)
+    def forward(self, inputs: AttentionInputs, layout: Layout) -> AttentionResults:
+        """The results of the batch's T rows; or with one scratch row more, whose lse is +inf."""
         if layout.is_one_flash_problem:
-            whole = layout.flash[0]
-            _, arguments = _flash_arguments(whole, inputs, plan)
-            out, lse = two_pass_forward(self.kernel, *arguments, whole.plan, inputs.scale)
-            return out, lse.t()
-        q = inputs.q
-        out = q.new_empty(plan.num_rows + 1, *q.shape[1:])
-        lse = q.new_empty(plan.num_rows + 1, q.shape[1], dtype=accumulate_dtype(q.dtype))
+            return two_pass_forward(self.kernel, _problem(layout.flash[0], layout, inputs))
+        q, num_rows = inputs.q, layout.outline.num_rows
+        results = AttentionResults(
+            out=q.new_empty(num_rows + 1, *q.shape[1:]),
+            lse=q.new_empty(num_rows + 1, q.shape[1], dtype=accumulate_dtype(q.dtype)),
+        )
         if layout.fused is not None:
-            fused_forward(layout.fused, inputs, out, lse)
+            fused_forward(layout.fused, inputs, results)
         for tile in layout.tiles:
-            dense_forward(tile, inputs, out, lse)
-        lse[-1] = float("inf")
+            dense_forward(tile, inputs, results)
+        results.lse[-1] = float("inf")
         for group in layout.flash:
-            rows, arguments = _flash_arguments(group, inputs, plan)
-            group_out, group_lse = two_pass_forward(
-                self.kernel, *arguments, group.plan, inputs.scale, group.hidden
-            )
-            _write(out, rows, group_out)
-            _write(lse, rows, group_lse.t())
-        return out, lse
+            rows, problem = _rows(group.query_rows, layout), _problem(group, layout, inputs)
+            found = two_pass_forward(self.kernel, problem)
+            _write(results.out, rows, found.out)
+            _write(results.lse, rows, found.lse)
+        return results
 
     def backward(
-        self, grad_out: Tensor, inputs: DenseInputs, plan: AttentionPlan, out: Tensor, lse: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, inputs: AttentionInputs, layout: Layout, results: AttentionResults, grad_out: Tensor
+    ) -> Gradients:
         """Gradients of raw q [T, Hq, Dh] and k, v [T, Hkv, Dh], exactly zero for the k and v of live rows."""
-        layout = layout_of(plan, self.policy)
         if layout.is_one_flash_problem:
-            whole = layout.flash[0]
-            _, arguments = _flash_arguments(whole, inputs, plan)
-            grads = two_pass_backward(self.kernel, grad_out, out, lse, *arguments, whole.plan, inputs.scale)
-            dq, dk, dv = (grad.to(inputs.q.dtype) for grad in grads)
-            return dq, dk, dv
-        dq = inputs.q.new_empty(plan.num_rows + 1, *inputs.q.shape[1:])
-        key_shape = (plan.num_rows + 1, *inputs.k.shape[1:])
-        dk, dv = (inputs.k.new_zeros(key_shape, dtype=lse.dtype) for _ in range(2))
+            problem = _problem(layout.flash[0], layout, inputs)
+            dq, dk, dv = two_pass_backward(self.kernel, problem, results, grad_out)
+            return dq.to(inputs.q.dtype), dk.to(inputs.k.dtype), dv.to(inputs.v.dtype)
+        num_rows = layout.outline.num_rows
+        dq = inputs.q.new_empty(num_rows + 1, *inputs.q.shape[1:])
+        key_shape = (num_rows + 1, *inputs.k.shape[1:])
+        dk, dv = (inputs.k.new_zeros(key_shape, dtype=results.lse.dtype) for _ in range(2))
         for group in layout.flash:
-            rows, arguments = _flash_arguments(group, inputs, plan)
-            results = (_read(grad_out, rows), _read(out, rows), _read(lse, rows))
-            grads = two_pass_backward(
-                self.kernel, *results, *arguments, group.plan, inputs.scale, hidden=group.hidden
-            )
+            rows, problem = _rows(group.query_rows, layout), _problem(group, layout, inputs)
+            own = AttentionResults(out=_read(results.out, rows), lse=_read(results.lse, rows))
+            grads = two_pass_backward(self.kernel, problem, own, _read(grad_out, rows))
             for target, grad in zip((dq, dk, dv), grads, strict=True):
                 _write(target, rows, grad)
         if layout.fused is not None:
-            fused_backward(layout.fused, inputs, grad_out, out, lse, dq, dk, dv)
+            fused_backward(layout.fused, inputs, results, grad_out, (dq, dk, dv))
         for tile in layout.tiles:
-            dense_backward(tile, inputs, grad_out, lse, dq, dk, dv)
-        rows = slice(0, plan.num_rows)
-        return dq[rows], dk[rows].to(inputs.k.dtype), dv[rows].to(inputs.v.dtype)
+            dense_backward(tile, inputs, results, grad_out, (dq, dk, dv))
+        return dq[:num_rows], dk[:num_rows].to(inputs.k.dtype), dv[:num_rows].to(inputs.v.dtype)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -83,15 +73,23 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _flash_arguments(
-    group: FlashRows, inputs: DenseInputs, plan: AttentionPlan
-) -> tuple[Tensor | slice, tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """Where the group's results go, and its q, k, v, cos, sin."""
-    in_place = slice(0, plan.num_kept)
-    rows = in_place if group.query_rows is None else group.query_rows
-    key_rows = in_place if group.key_rows is None else group.key_rows
-    q, cos, sin = (_read(x, rows) for x in (inputs.q, inputs.cos, inputs.sin))
-    return rows, (q, _read(inputs.k, key_rows), _read(inputs.v, key_rows), cos, sin)
+def _rows(rows: Tensor | None, layout: Layout) -> Tensor | slice:
+    """A group's rows in the batch; without a table the kept ones, in place."""
+    return slice(0, layout.outline.num_kept) if rows is None else rows
+
+
+def _problem(group: FlashRows, layout: Layout, inputs: AttentionInputs) -> FlashProblem:
+    """What the flash kernel computes for a group."""
+    rows, key_rows = _rows(group.query_rows, layout), _rows(group.key_rows, layout)
+    own = replace(
+        inputs,
+        q=_read(inputs.q, rows),
+        k=_read(inputs.k, key_rows),
+        v=_read(inputs.v, key_rows),
+        cos=_read(inputs.cos, rows),
+        sin=_read(inputs.sin, rows),
+    )
+    return FlashProblem(inputs=own, plan=group.plan, hidden=group.hidden)
 
 
 def _read(x: Tensor, rows: Tensor | slice) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bico_ds.attention.dense import DenseInputs
+from bico_ds.attention.inputs import AttentionInputs, AttentionResults, Gradients
 from bico_ds.attention.native.library import NATIVE_DTYPES, native_refusal
 from bico_ds.attention.tiles import TileRows
 
@@ -57,46 +57,38 @@ def _product_refusal(dtype: torch.dtype) -> str | None:
     one, first = np.ones(1, np.int64), np.zeros(1, np.int64)
     row = TileRows(rows=first, split=one, counts=one, key_starts=first, key_counts=one)
     q, table = torch.zeros(1, 1, 16, dtype=dtype), torch.zeros(1, 16, dtype=dtype)
-    inputs = DenseInputs(q=q, k=q, v=q, cos=table, sin=table, scale=1.0, causal=True)
+    inputs = AttentionInputs(q=q, k=q, v=q, cos=table, sin=table, scale=1.0, causal=True)
+    results = AttentionResults(out=torch.empty_like(q), lse=torch.empty(1, 1))
     try:
-        fused_forward(FusedRows.of(row), inputs, torch.empty_like(q), torch.empty(1, 1))
+        fused_forward(FusedRows.of(row), inputs, results)
     except RuntimeError as error:
         name, reason = str(dtype).removeprefix("torch."), str(error).splitlines()[0][:80]
         return f"finds no product of {name} on this CPU ({reason})"
     return None
 
 
-def fused_forward(rows: FusedRows, inputs: DenseInputs, out: Tensor, lse: Tensor) -> None:
+def fused_forward(rows: FusedRows, inputs: AttentionInputs, results: AttentionResults) -> None:
     """As `dense_forward`, for all tiles at once."""
     torch.ops.bico_ds.tiles_forward(
-        *_contiguous(inputs), *rows.arguments(), inputs.scale, inputs.causal, out, lse
+        *_contiguous(inputs), *rows.arguments(), inputs.scale, inputs.causal, results.out, results.lse
     )
 
 
 def fused_backward(
-    rows: FusedRows,
-    inputs: DenseInputs,
-    grad_out: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
+    rows: FusedRows, inputs: AttentionInputs, results: AttentionResults, grad_out: Tensor, grads: Gradients
 ) -> None:
     """As `dense_backward`, for all tiles at once."""
     torch.ops.bico_ds.tiles_backward(
         grad_out.contiguous(),
         *_contiguous(inputs),
-        out,
-        lse,
+        results.out,
+        results.lse,
         *rows.arguments(),
         inputs.scale,
         inputs.causal,
-        dq,
-        dk,
-        dv,
+        *grads,
     )
 
 
-def _contiguous(inputs: DenseInputs) -> list[Tensor]:
+def _contiguous(inputs: AttentionInputs) -> list[Tensor]:
     return [x.contiguous() for x in (inputs.q, inputs.k, inputs.v, inputs.cos, inputs.sin)]

@@ -4,7 +4,6 @@ measured cost."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bico_ds.attention.fused import FusedRows
-from bico_ds.attention.plan import AttentionPlan, build_plan, map_fields
+from bico_ds.attention.plan import AttentionPlan, PlanOutline, build_plan, map_tensors
 from bico_ds.attention.tiles import Tile, TileRows, build_tiles
 
 
@@ -67,18 +66,16 @@ class FlashRows:
     key_rows: Tensor | None = None
     hidden: Tensor | None = None
 
-    def map_tensors(self, transform: Callable[[Tensor], Tensor]) -> FlashRows:
-        """The same rows with every tensor transformed."""
-        return replace(map_fields(self, transform), plan=self.plan.map_tensors(transform))
-
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Who serves which rows: ``flash``, at most one group with hidden keys and one without; ``fused`` or
-    ``tiles`` every other row."""
+    """Who serves which rows of a batch: ``flash``, at most one group with hidden keys and one without; ``fused`` or
+    ``tiles`` every other row. Made by `build_layout` by ``policy`` for a plan of this ``outline``."""
 
-    flash: list[FlashRows]
-    tiles: list[Tile]
+    policy: LayoutPolicy
+    outline: PlanOutline
+    flash: tuple[FlashRows, ...]
+    tiles: tuple[Tile, ...]
     fused: FusedRows | None
 
     @property
@@ -87,25 +84,33 @@ class Layout:
         whole = len(self.flash) == 1 and self.flash[0].query_rows is None
         return whole and not self.tiles and self.fused is None
 
-    def map_tensors(self, transform: Callable[[Tensor], Tensor]) -> Layout:
-        """The same layout with every tensor transformed, but for the fused kernel's: those stay on the CPU."""
-        return replace(
-            self,
-            flash=[rows.map_tensors(transform) for rows in self.flash],
-            tiles=[tile.map_tensors(transform) for tile in self.tiles],
-        )
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Layout:
+        """The same layout with its tensors on ``device``."""
+        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Layout:
+        """The same layout in page-locked memory."""
+        return map_tensors(self, lambda tensor: tensor.pin_memory())
+
+    def with_masks(self, dtype: torch.dtype) -> Layout:
+        """The same layout with the masks of its tiles, as many as are kept, for q, k, v of this dtype. The model calls it
+        once a batch, on the device where the layers use them; without it every use builds its own."""
+        causal = self.outline.mode == "causal"
+        return replace(self, tiles=tuple(tile.with_masks(dtype, causal=causal) for tile in self.tiles))
+
+    def check(self, plan: AttentionPlan, policy: LayoutPolicy) -> None:
+        """Raise ValueError where it was built by another policy, or for a plan that differs in its outline."""
+        if self.policy != policy:
+            raise ValueError(
+                f"the layout was built by {self.policy}, but this attention backend needs {policy}: "
+                "build it by the policy of the engine that `resolve` returns"
+            )
+        if self.outline != plan.outline:
+            raise ValueError(f"the layout was built for another batch: {self.outline}, not {plan.outline}")
 
 
-def layout_of(plan: AttentionPlan, policy: LayoutPolicy) -> Layout:
-    """Who serves which rows of ``plan``. Built at the first call, which a loader's worker makes, and kept in the plan,
-    which takes it along to its device."""
-    if policy not in plan.derived:
-        layout, device = _build_layout(plan.on_host(), policy), plan.cu_seqlens.device
-        plan.derived[policy] = layout.map_tensors(lambda tensor: tensor.to(device))
-    return plan.derived[policy]
-
-
-def _build_layout(plan: AttentionPlan, policy: LayoutPolicy) -> Layout:
+def build_layout(plan: AttentionPlan, policy: LayoutPolicy) -> Layout:
+    """Who serves which rows of ``plan``, whose tensors lie on the CPU. Once a batch, by a worker of the loader."""
     kept = np.diff(plan.cu_seqlens.numpy()).astype(np.int64)
     live = np.bincount(plan.live_document.numpy(), minlength=kept.size)
     with_hidden = _hides_keys(kept, live, policy)
@@ -113,7 +118,7 @@ def _build_layout(plan: AttentionPlan, policy: LayoutPolicy) -> Layout:
     rows = _RowTable(plan, kept)
     flash = []
     if plain.all():
-        flash.append(FlashRows(plan=replace(plan, derived={})))
+        flash.append(FlashRows(plan=plan))
     elif plain.any():
         flash.append(_flash_rows(plan, rows, rows.select(plain, kept=True)))
     if with_hidden.any():
@@ -121,12 +126,18 @@ def _build_layout(plan: AttentionPlan, policy: LayoutPolicy) -> Layout:
     rest = rows.tile_rows(
         rows.select(~plain & ~with_hidden, kept=True) | rows.select(~with_hidden, live=True)
     )
-    if policy.fused:
-        return Layout(flash=flash, tiles=[], fused=FusedRows.of(rest) if rest.rows.size else None)
-    tiles = build_tiles(
-        rest, trash_row=plan.num_rows, budget=policy.tile_scores, min_rows=policy.tile_min_rows
+    tiles: tuple[Tile, ...] = ()
+    if not policy.fused:
+        tiles = build_tiles(
+            rest, trash_row=plan.num_rows, budget=policy.tile_scores, min_rows=policy.tile_min_rows
+        )
+    return Layout(
+        policy=policy,
+        outline=plan.outline,
+        flash=tuple(flash),
+        tiles=tiles,
+        fused=FusedRows.of(rest) if policy.fused and rest.rows.size else None,
     )
-    return Layout(flash=flash, tiles=tiles, fused=None)
 
 
 def _hides_keys(kept: NDArray[np.int64], live: NDArray[np.int64], policy: LayoutPolicy) -> NDArray[np.bool_]:

@@ -9,8 +9,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from bico_ds.attention.backends import resolve
-from bico_ds.attention.dense import DenseInputs
 from bico_ds.attention.engine import Engine
+from bico_ds.attention.inputs import AttentionInputs, AttentionResults
+from bico_ds.attention.layout import Layout, build_layout
 from bico_ds.attention.oracle import oracle_attention
 from bico_ds.attention.plan import AttentionPlan
 
@@ -25,18 +26,26 @@ def packed_attention(
     *,
     scale: float | None = None,
     backend: str = "auto",
+    layout: Layout | None = None,
 ) -> Tensor:
     """Attention of one packed batch, causal or bidirectional as the plan says.
 
     q [T, Hq, Dh], k and v [T, Hkv, Dh], un-rotated; cos, sin [T, Dh] as Hugging Face's rotary embedding gives
     them (halves duplicated, rotate_half convention). T = plan.num_rows. Returns out [T, Hq, Dh].
+
+    ``layout``: what `build_layout` made of the plan by the policy of the backend's engine, on q's device; the
+    oracle needs none. Without one it is built for this call, on the CPU, where the plan is copied to: slow, for
+    tests and single calls.
+
+    Raises ValueError where shapes or dtypes do not fit each other, the backend cannot serve them, or the layout is
+    another backend's or another batch's.
     """
     _check_shapes(q, k, v, cos, sin, plan)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     engine = resolve(backend, q.dtype, q.shape[-1], q.device)
     if engine is None:
         return oracle_attention(q, k, v, cos, sin, plan, scale)
-    return run_packed_attention(q, k, v, cos, sin, plan, scale, engine)
+    return run_packed_attention(q, k, v, cos, sin, plan, scale, engine, layout)
 
 
 def run_packed_attention(
@@ -48,9 +57,13 @@ def run_packed_attention(
     plan: AttentionPlan,
     scale: float,
     engine: Engine,
+    layout: Layout | None = None,
 ) -> Tensor:
-    """`packed_attention` with a given engine, its inputs unchecked."""
-    return _PackedAttention.apply(q, k, v, cos.to(q.dtype), sin.to(q.dtype), plan, scale, engine)
+    """`packed_attention` with a given engine, its shapes and dtypes unchecked."""
+    if layout is None:
+        layout = build_layout(plan.to("cpu"), engine.policy).to(q.device).with_masks(q.dtype)
+    layout.check(plan, engine.policy)
+    return _PackedAttention.apply(q, k, v, cos.to(q.dtype), sin.to(q.dtype), scale, engine, layout)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan) -> None:
@@ -83,24 +96,23 @@ class _PackedAttention(Function):
         v: Tensor,
         cos: Tensor,
         sin: Tensor,
-        plan: AttentionPlan,
         scale: float,
         engine: Engine,
+        layout: Layout,
     ) -> Tensor:
-        causal = plan.mode == "causal"
-        inputs = DenseInputs(q=q, k=k, v=v, cos=cos, sin=sin, scale=scale, causal=causal)
-        out, lse = engine.forward(inputs, plan)
-        out = out[: plan.num_rows]
-        ctx.save_for_backward(q, k, v, cos, sin, out, lse)
-        ctx.settings = plan, scale, engine
+        causal = layout.outline.mode == "causal"
+        inputs = AttentionInputs(q=q, k=k, v=v, cos=cos, sin=sin, scale=scale, causal=causal)
+        results = engine.forward(inputs, layout)
+        out = results.out[: layout.outline.num_rows]
+        ctx.save_for_backward(q, k, v, cos, sin, out, results.lse)
+        ctx.settings = scale, causal, engine, layout
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, cos, sin, out, lse = ctx.saved_tensors
-        plan, scale, engine = ctx.settings
-        causal = plan.mode == "causal"
-        inputs = DenseInputs(q=q, k=k, v=v, cos=cos, sin=sin, scale=scale, causal=causal)
-        dq, dk, dv = engine.backward(grad_out, inputs, plan, out, lse)
-        return dq, dk, dv, None, None, None, None, None
+        scale, causal, engine, layout = ctx.settings
+        inputs = AttentionInputs(q=q, k=k, v=v, cos=cos, sin=sin, scale=scale, causal=causal)
+        grads = engine.backward(inputs, layout, AttentionResults(out=out, lse=lse), grad_out)
+        return *grads, None, None, None, None, None

@@ -15,7 +15,7 @@ the j-th kept token of a document that boundary is ``j + 1``; for a live placeho
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
@@ -25,6 +25,22 @@ from torch import Tensor
 
 Mode = Literal["causal", "bidirectional"]
 Lengths: TypeAlias = "Tensor | NDArray[np.integer] | Sequence[int]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOutline:
+    """What is known of a plan without reading its tensors, wherever they lie; a layout must agree with it."""
+
+    mode: Mode
+    num_documents: int
+    num_kept: int
+    num_live: int
+    max_seqlen: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of q, k, v and out: kept and live."""
+        return self.num_kept + self.num_live
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +70,6 @@ class AttentionPlan:
     live_split: Tensor
     num_kept: int
     num_live: int
-    host: AttentionPlan | None = field(default=None, repr=False, compare=False)
-    derived: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def num_rows(self) -> int:
@@ -66,34 +80,39 @@ class AttentionPlan:
     def num_documents(self) -> int:
         return self.cu_seqlens.numel() - 1
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionPlan:
-        """The same plan, and what was derived from it, with its tensors on ``device``."""
-        if torch.device(device).type == self.cu_seqlens.device.type == "cpu":
-            return self
-        moved = self.map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-        return replace(moved, host=self.on_host())
+    @property
+    def outline(self) -> PlanOutline:
+        return PlanOutline(
+            mode=self.mode,
+            num_documents=self.num_documents,
+            num_kept=self.num_kept,
+            num_live=self.num_live,
+            max_seqlen=self.max_seqlen,
+        )
 
-    def on_host(self) -> AttentionPlan:
-        """The same plan on the CPU; where it came from there, without a copy back."""
-        return self if self.host is None else self.host
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionPlan:
+        """The same plan with its tensors on ``device``."""
+        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> AttentionPlan:
         """The same plan in page-locked memory; ``torch.utils.data.DataLoader(pin_memory=True)`` calls it."""
-        return self.map_tensors(lambda tensor: tensor.pin_memory())
-
-    def map_tensors(self, transform: Callable[[Tensor], Tensor]) -> AttentionPlan:
-        """The same plan with every tensor transformed, those of what was derived from it, too."""
-        derived = {key: value.map_tensors(transform) for key, value in self.derived.items()}
-        return replace(map_fields(self, transform), derived=derived)
+        return map_tensors(self, lambda tensor: tensor.pin_memory())
 
 
-Record = TypeVar("Record")
+Value = TypeVar("Value")
 
 
-def map_fields(record: Record, transform: Callable[[Tensor], Tensor]) -> Record:
-    """A dataclass with each field that is a tensor transformed."""
-    tensors = {f.name: x for f in fields(record) if isinstance(x := getattr(record, f.name), Tensor)}  # type: ignore[arg-type]
-    return replace(record, **{name: transform(x) for name, x in tensors.items()})  # type: ignore[type-var]
+def map_tensors(value: Value, transform: Callable[[Tensor], Tensor]) -> Value:
+    """The same value with every tensor in it transformed, however deep in dataclasses and tuples."""
+    mapped: Any = value
+    if isinstance(value, Tensor):
+        mapped = transform(value)
+    elif isinstance(value, tuple):
+        mapped = tuple(map_tensors(part, transform) for part in value)
+    elif is_dataclass(value) and not isinstance(value, type):
+        parts = {field.name: map_tensors(getattr(value, field.name), transform) for field in fields(value)}
+        mapped = replace(value, **parts)
+    return mapped
 
 
 def build_plan(

@@ -8,19 +8,27 @@ all its keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bico_ds.attention.plan import map_fields
-
 # Scores a head of all tiles that keep their masks: three masks, so 24 MB at most in bf16 and 48 in fp32.
 _KEPT_SCORES = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileMasks:
+    """A tile's masks, all [B, 1, R, K] in the dtype of its scores.
+
+    ``factors``: 1 where a score of this rotation counts, else 0; of the forward and, in bidirectional mode, the
+    reversed rotation. ``bias``: 0 where a query sees a key, else -inf.
+    """
+
+    factors: tuple[Tensor, ...]
+    bias: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +38,9 @@ class Tile:
     ``query_rows`` int64 [B·R], ``key_rows`` int64 [B·K]: where each row is read in the batch; padding
     repeats the document's first row. ``query_slots`` [B·R], ``key_slots`` [B·K]: where results are written;
     padding goes to a trash row behind the batch (index T). ``split`` [B, R]: how many keys of the document
-    take the forward rotation; ``key_count`` [B]: keys that exist. ``keeps_masks``: its masks are built once for
-    all layers; else at each use, so that long documents with many live rows need no memory for them.
+    take the forward rotation; ``key_count`` [B]: keys that exist. ``keeps_masks``: `with_masks` builds its
+    ``masks`` for all layers; else each use does, so that long documents with many live rows need no memory for
+    them.
     """
 
     query_rows: Tensor
@@ -41,7 +50,7 @@ class Tile:
     split: Tensor
     key_count: Tensor
     keeps_masks: bool = True
-    _masks: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
+    masks: TileMasks | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -49,41 +58,28 @@ class Tile:
         documents, rows = self.split.shape
         return documents, rows, self.key_rows.numel() // documents
 
-    def map_tensors(self, transform: Callable[[Tensor], Tensor]) -> Tile:
-        """The same tile with every tensor transformed."""
-        return replace(map_fields(self, transform), _masks={})
+    def with_masks(self, dtype: torch.dtype, *, causal: bool) -> Tile:
+        """The same tile with its masks, built on its device; itself where it keeps none."""
+        return replace(self, masks=self._build_masks(dtype, causal)) if self.keeps_masks else self
 
-    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Factors (1 or 0) of the forward and of the reverse scores, [B, 1, R, K]."""
-        return self._kept(dtype, lambda: self._factors(dtype))
+    def masks_for(self, dtype: torch.dtype, *, causal: bool) -> TileMasks:
+        """The masks that it keeps, or masks built for this use."""
+        if self.masks is None:
+            return self._build_masks(dtype, causal)
+        assert self.masks.bias.dtype == dtype, f"masks in {self.masks.bias.dtype} for scores in {dtype}"
+        return self.masks
 
-    def bias(self, dtype: torch.dtype, causal: bool) -> Tensor:
-        """0 where a query sees a key, else -inf: [B, 1, R, K]."""
-        return self._kept((dtype, causal), lambda: self._bias(dtype, causal))
-
-    def _kept(self, key: object, build: Callable[[], Any]) -> Any:
-        """Built once for all layers, where the tile keeps its masks."""
-        if not self.keeps_masks:
-            return build()
-        if key not in self._masks:
-            self._masks[key] = build()
-        return self._masks[key]
-
-    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        forward, exists = self._forward_keys()
-        return forward.to(dtype), (exists & ~forward).to(dtype)
-
-    def _bias(self, dtype: torch.dtype, causal: bool) -> Tensor:
-        forward, exists = self._forward_keys()
-        hidden = ~forward if causal else ~exists.expand_as(forward)
-        zeros = torch.zeros(forward.shape, dtype=dtype, device=forward.device)
-        return zeros.masked_fill_(hidden, float("-inf"))
-
-    def _forward_keys(self) -> tuple[Tensor, Tensor]:
-        """Keys before the split, bool [B, 1, R, K], and keys that exist, bool [B, 1, 1, K]."""
+    def _build_masks(self, dtype: torch.dtype, causal: bool) -> TileMasks:
         key = torch.arange(self.shape[2], device=self.split.device)
         exists = key < self.key_count[:, None, None, None]
-        return (key < self.split[:, None, :, None]) & exists, exists
+        forward = (key < self.split[:, None, :, None]) & exists
+        directions = (forward,) if causal else (forward, exists & ~forward)
+        unseen = ~forward if causal else ~exists.expand_as(forward)
+        zeros = torch.zeros(forward.shape, dtype=dtype, device=forward.device)
+        return TileMasks(
+            factors=tuple(direction.to(dtype) for direction in directions),
+            bias=zeros.masked_fill_(unseen, float("-inf")),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +95,10 @@ class TileRows:
     key_counts: NDArray[np.int64]
 
 
-def build_tiles(rows: TileRows, *, trash_row: int, budget: int, min_rows: int) -> list[Tile]:
+def build_tiles(rows: TileRows, *, trash_row: int, budget: int, min_rows: int) -> tuple[Tile, ...]:
     """Tiles over all documents of ``rows``. ``budget``: scores a head and tile (B·R·K) to aim at."""
     starts = np.cumsum(rows.counts) - rows.counts
-    tiles = []
+    tiles: list[Tile] = []
     order = np.lexsort((rows.counts, rows.key_counts))[::-1]
     order = order[rows.counts[order] > 0]
     position = 0
@@ -126,11 +122,11 @@ def build_tiles(rows: TileRows, *, trash_row: int, budget: int, min_rows: int) -
     return _with_bounded_masks(tiles)
 
 
-def _with_bounded_masks(tiles: list[Tile]) -> list[Tile]:
+def _with_bounded_masks(tiles: list[Tile]) -> tuple[Tile, ...]:
     """The tiles, of which the last ones, of the shortest documents, keep their masks: as many as the bound allows."""
     scores = np.array([np.prod(tile.shape) for tile in tiles], np.int64)
     keeps = np.cumsum(scores[::-1])[::-1] <= _KEPT_SCORES
-    return [replace(tile, keeps_masks=bool(k)) for tile, k in zip(tiles, keeps, strict=True)]
+    return tuple(replace(tile, keeps_masks=bool(k)) for tile, k in zip(tiles, keeps, strict=True))
 
 
 def _group_size(counts: NDArray[np.int64], keys: int, budget: int) -> int:

@@ -15,166 +15,172 @@ Shape legend: N rows, M flipped rows, H query heads, D head dimension.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
+from bico_ds.attention.inputs import AttentionInputs, AttentionResults, Gradients
 from bico_ds.attention.kernels.base import HIDDEN_SCORE, CausalKernel
-from bico_ds.attention.plan import AttentionPlan
+from bico_ds.attention.plan import AttentionPlan, map_tensors
 from bico_ds.attention.rotation import rotate_back, rotate_forward
 
 HIDDEN_COLUMNS = 8
 _HIDDEN_KEY = -30000.0  # within fp16's range
 
 
-class _Pass(NamedTuple):
-    """Rotated and, with hidden keys, widened inputs of one kernel call, and what rotates its gradients
-    back."""
+@dataclass(frozen=True, kw_only=True)
+class FlashProblem:
+    """N rows by document and position, and ``plan`` over them, in which every row is kept. ``hidden`` bool [N]: rows that
+    no query sees as keys; None: there are none."""
+
+    inputs: AttentionInputs
+    plan: AttentionPlan
+    hidden: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pass:
+    """Inputs of one kernel call: rotated and, with hidden keys, perhaps widened q, k, v, and the tables (cos and sin,
+    [rows, 1, D]) that rotated q and k and rotate their gradients back."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    cos_q: Tensor
-    sin_q: Tensor
-    cos_k: Tensor
-    sin_k: Tensor
-    settings: dict
+    query_tables: tuple[Tensor, Tensor]
+    key_tables: tuple[Tensor, Tensor]
+    cu_seqlens: Tensor
+    max_seqlen: int
+    scale: float
+    hidden: Tensor | None
+
+    @property
+    def head_dim(self) -> int:
+        """D, without the columns that hide keys."""
+        return self.query_tables[0].shape[-1]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a kernel takes by keyword; ``hidden`` only where there are hidden keys."""
+        packing = {"cu_seqlens": self.cu_seqlens, "max_seqlen": self.max_seqlen, "scale": self.scale}
+        return packing if self.hidden is None else {**packing, "hidden": self.hidden}
 
 
-def two_pass_forward(
-    kernel: CausalKernel,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    plan: AttentionPlan,
-    scale: float,
-    hidden: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """out [N, Hq, D] and lse [Hq, N]. q [N, Hq, D], k, v [N, Hkv, D] raw, cos, sin [N, D], hidden bool
-    [N]."""
-    D = q.shape[-1]
-    first = _first_pass(kernel, q, k, v, cos, sin, plan, scale, hidden)
-    out, lse = kernel.forward(first.q, first.k, first.v, **first.settings)
-    if plan.flip_max_seqlen == 0:
-        return out[..., :D], lse
-    second = _second_pass(kernel, q, k, v, cos, sin, plan, scale, hidden)
-    out2, lse2 = kernel.forward(second.q, second.k, second.v, **second.settings)
-    return merge(out[..., :D].contiguous(), lse, out2[..., :D], lse2, plan.flip_rows)
+def two_pass_forward(kernel: CausalKernel, problem: FlashProblem) -> AttentionResults:
+    """out and lse of the problem's N rows."""
+    first = _pass_forward(kernel, _first_pass(kernel, problem))
+    if problem.plan.flip_max_seqlen == 0:
+        return first
+    second = _pass_forward(kernel, _second_pass(kernel, problem))
+    return merge(replace(first, out=first.out.contiguous()), second, problem.plan.flip_rows)
 
 
-def merge(out: Tensor, lse: Tensor, out2: Tensor, lse2: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """One softmax from two: ``out`` [N, H, D] and ``lse`` [H, N] updated in place at ``rows`` [M].
+def merge(base: AttentionResults, other: AttentionResults, rows: Tensor) -> AttentionResults:
+    """One softmax from two: ``base`` of N rows, updated in place at ``rows`` [M] by ``other`` of M rows.
 
     Computed in lse's dtype. Written as differences, so that lse of any distance neither overflows nor loses
     the base.
     """
-    base, base_lse = out.index_select(0, rows).to(lse.dtype), lse.index_select(1, rows)
+    lse, lse2 = base.lse.t(), other.lse.t()  # [H, N] and [H, M], as kernels give them
+    base_out, base_lse = base.out.index_select(0, rows).to(lse.dtype), lse.index_select(1, rows)
     difference = base_lse - lse2
     share = torch.sigmoid(-difference).t().unsqueeze(-1)
-    out.index_copy_(0, rows, torch.addcmul(base, share, out2 - base).to(out.dtype))
+    merged = torch.addcmul(base_out, share, other.out - base_out)
+    base.out.index_copy_(0, rows, merged.to(base.out.dtype))
     lse.index_copy_(1, rows, base_lse - logsigmoid(difference))
-    return out, lse
+    return base
 
 
 def two_pass_backward(
-    kernel: CausalKernel,
-    grad_out: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    plan: AttentionPlan,
-    scale: float,
-    hidden: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of raw q, k, v in lse's dtype. grad_out, out [N, Hq, D], lse [N, Hq]: merged; the rest as
-    `two_pass_forward` took it."""
-    problem = (kernel, q, k, v, cos, sin, plan, scale, hidden)
-    dq, dk, dv = _pass_backward(kernel, _first_pass(*problem), grad_out, out, lse)
+    kernel: CausalKernel, problem: FlashProblem, results: AttentionResults, grad_out: Tensor
+) -> Gradients:
+    """Gradients of the problem's raw q, k, v in lse's dtype. ``results``: what `two_pass_forward` returned; grad_out
+    [N, H, D]."""
+    plan = problem.plan
+    dq, dk, dv = _pass_backward(kernel, _first_pass(kernel, problem), results, grad_out)
     if plan.flip_max_seqlen == 0:
         return dq, dk, dv
     queries = plan.flip_rows
-    grad_out, out, lse = (x.index_select(0, queries) for x in (grad_out, out, lse))
-    dq2, dk2, dv2 = _pass_backward(kernel, _second_pass(*problem), grad_out, out, lse)
+    flipped = map_tensors(results, lambda x: x.index_select(0, queries))
+    second = _second_pass(kernel, problem)
+    dq2, dk2, dv2 = _pass_backward(kernel, second, flipped, grad_out.index_select(0, queries))
     dq.index_add_(0, queries, dq2)
     dk.index_add_(0, plan.flip_key_rows, dk2)
     dv.index_add_(0, plan.flip_key_rows, dv2)
     return dq, dk, dv
 
 
-def _first_pass(
-    kernel: CausalKernel,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    plan: AttentionPlan,
-    scale: float,
-    hidden: Tensor | None,
-) -> _Pass:
-    cos, sin = cos[:, None], sin[:, None]
-    rotated = rotate_forward(q, cos, sin), rotate_forward(k, cos, sin), v.contiguous()
-    settings = {"cu_seqlens": plan.cu_seqlens, "max_seqlen": plan.max_seqlen, "scale": scale}
-    if hidden is not None and kernel.hides_keys:
-        return _Pass(*rotated, cos, sin, cos, sin, {**settings, "hidden": hidden})
-    return _Pass(*_widened(*rotated, hidden, scale), cos, sin, cos, sin, settings)
-
-
-def _second_pass(
-    kernel: CausalKernel,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    plan: AttentionPlan,
-    scale: float,
-    hidden: Tensor | None,
-) -> _Pass:
-    queries, keys = plan.flip_rows, plan.flip_key_rows
-    cos_q, cos_k = (cos.index_select(0, rows)[:, None] for rows in (queries, keys))
-    sin_q, sin_k = (sin.index_select(0, rows)[:, None].neg() for rows in (queries, keys))
-    rotated = (
-        rotate_forward(q.index_select(0, queries), cos_q, sin_q),
-        rotate_forward(k.index_select(0, keys), cos_k, sin_k),
-        v.index_select(0, keys),
+def _first_pass(kernel: CausalKernel, problem: FlashProblem) -> _Pass:
+    inputs, plan = problem.inputs, problem.plan
+    tables = inputs.cos[:, None], inputs.sin[:, None]
+    return _fitted(
+        kernel,
+        _Pass(
+            q=rotate_forward(inputs.q, *tables),
+            k=rotate_forward(inputs.k, *tables),
+            v=inputs.v.contiguous(),
+            query_tables=tables,
+            key_tables=tables,
+            cu_seqlens=plan.cu_seqlens,
+            max_seqlen=plan.max_seqlen,
+            scale=inputs.scale,
+            hidden=problem.hidden,
+        ),
     )
-    hidden = None if hidden is None else hidden[keys]
-    settings = {"cu_seqlens": plan.flip_cu_seqlens, "max_seqlen": plan.flip_max_seqlen, "scale": scale}
-    if hidden is not None and kernel.hides_keys:
-        return _Pass(*rotated, cos_q, sin_q, cos_k, sin_k, {**settings, "hidden": hidden})
-    return _Pass(*_widened(*rotated, hidden, scale), cos_q, sin_q, cos_k, sin_k, settings)
 
 
-def _widened(
-    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v with 8 more columns whose product is -4000 for hidden keys and 0 for others."""
-    if hidden is None:
-        return q, k, v
-    q, k, v = (pad(x, (0, HIDDEN_COLUMNS)) for x in (q, k, v))
-    q[..., -1] = HIDDEN_SCORE / (_HIDDEN_KEY * scale)
-    k[..., -1] = hidden[:, None] * _HIDDEN_KEY
-    return q, k, v
+def _second_pass(kernel: CausalKernel, problem: FlashProblem) -> _Pass:
+    inputs, plan = problem.inputs, problem.plan
+    queries, keys = plan.flip_rows, plan.flip_key_rows
+    query_tables, key_tables = _reversed_tables(inputs, queries), _reversed_tables(inputs, keys)
+    return _fitted(
+        kernel,
+        _Pass(
+            q=rotate_forward(inputs.q.index_select(0, queries), *query_tables),
+            k=rotate_forward(inputs.k.index_select(0, keys), *key_tables),
+            v=inputs.v.index_select(0, keys),
+            query_tables=query_tables,
+            key_tables=key_tables,
+            cu_seqlens=plan.flip_cu_seqlens,
+            max_seqlen=plan.flip_max_seqlen,
+            scale=inputs.scale,
+            hidden=None if problem.hidden is None else problem.hidden[keys],
+        ),
+    )
+
+
+def _reversed_tables(inputs: AttentionInputs, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of the reversed rotation at the rows."""
+    return inputs.cos.index_select(0, rows)[:, None], inputs.sin.index_select(0, rows)[:, None].neg()
+
+
+def _fitted(kernel: CausalKernel, inputs: _Pass) -> _Pass:
+    """The pass as the kernel can take it: where it knows no key mask, with 8 more columns, whose product is -4000 for
+    hidden keys and 0 for others."""
+    if inputs.hidden is None or kernel.hides_keys:
+        return inputs
+    q, k, v = (pad(x, (0, HIDDEN_COLUMNS)) for x in (inputs.q, inputs.k, inputs.v))
+    q[..., -1] = HIDDEN_SCORE / (_HIDDEN_KEY * inputs.scale)
+    k[..., -1] = inputs.hidden[:, None] * _HIDDEN_KEY
+    return replace(inputs, q=q, k=k, v=v, hidden=None)
+
+
+def _pass_forward(kernel: CausalKernel, inputs: _Pass) -> AttentionResults:
+    """out, perhaps a view of wider rows, and lse of one pass alone."""
+    out, lse = kernel.forward(inputs.q, inputs.k, inputs.v, **inputs.settings)
+    return AttentionResults(out=out[..., : inputs.head_dim], lse=lse.t())
 
 
 def _pass_backward(
-    kernel: CausalKernel, inputs: _Pass, grad_out: Tensor, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one pass's raw q, k, v. ``lse`` [N, Hq] is the merged one."""
-    D = grad_out.shape[-1]
-    extra = inputs.q.shape[-1] - D
-    if extra:
+    kernel: CausalKernel, inputs: _Pass, results: AttentionResults, grad_out: Tensor
+) -> Gradients:
+    """Gradients of one pass's raw q, k, v. ``results`` are the merged ones."""
+    D, out, lse = inputs.head_dim, results.out, results.lse
+    if extra := inputs.q.shape[-1] - D:
         grad_out, out = (pad(x, (0, extra)) for x in (grad_out, out))
     grads = kernel.backward(grad_out, inputs.q, inputs.k, inputs.v, out, lse.t(), **inputs.settings)
     dq, dk, dv = (x[..., :D].to(lse.dtype) for x in grads)
-    dq = rotate_back([dq], inputs.cos_q, inputs.sin_q)
-    return dq, rotate_back([dk], inputs.cos_k, inputs.sin_k), dv.contiguous()
+    dq, dk = rotate_back([dq], *inputs.query_tables), rotate_back([dk], *inputs.key_tables)
+    return dq, dk, dv.contiguous()

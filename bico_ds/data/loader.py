@@ -7,13 +7,13 @@ The global sample stream is the same at any number of ranks and any accumulation
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bico_ds.attention.layout import LayoutPolicy, layout_of
+from bico_ds.attention.layout import LayoutPolicy, build_layout
 from bico_ds.batch import Documents, PackedBatch
 from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.config.errors import UserError
@@ -117,9 +117,8 @@ class ElasticLoader:
             batches = [self._build(batch, chosen) for chosen in entries]
         except Exception as error:
             raise self._named(error, batch, step) from error
-        if share.layout_policy is not None:
-            for packed in batches:
-                layout_of(packed.plan, share.layout_policy)
+        if (policy := share.layout_policy) is not None:
+            batches = [replace(packed, layout=build_layout(packed.plan, policy)) for packed in batches]
         return RankStep(
             objective=batch.objective.name,
             batches=[packed.pin_memory() for packed in batches] if share.pin_memory else batches,

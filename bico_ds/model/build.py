@@ -53,14 +53,14 @@ class TrainableModel(nn.Module):
         decoder = self.causal_lm.model
         hidden_1TE = decoder.embed_tokens(batch.input_ids[None])
         tables = decoder.rotary_emb(hidden_1TE, position_ids=batch.position_ids[None])
+        layout = None if batch.layout is None else batch.layout.with_masks(hidden_1TE.dtype)
+        shared: dict[str, Any] = {"position_embeddings": tables, "plan": batch.plan, "layout": layout}
         for index, layer in enumerate(decoder.layers):
             recompute = self.training and self.checkpoint_every and index % self.checkpoint_every == 0
             if recompute:
-                hidden_1TE = checkpoint(
-                    layer, hidden_1TE, use_reentrant=False, position_embeddings=tables, plan=batch.plan
-                )
+                hidden_1TE = checkpoint(layer, hidden_1TE, use_reentrant=False, **shared)
             else:
-                hidden_1TE = layer(hidden_1TE, position_embeddings=tables, plan=batch.plan)
+                hidden_1TE = layer(hidden_1TE, **shared)
         return decoder.norm(hidden_1TE, fused=True)[0]
 
 

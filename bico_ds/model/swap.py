@@ -1,8 +1,8 @@
 """Our layers inside Hugging Face models: the classes of modules are changed, the weights stay.
 
-With an `AttentionPlan` a layer runs `packed_attention` on the packed rows of a batch, and fused elementwise
-work around it. Without one it is Hugging Face's own forward, bit by bit, so that generation with a KV cache
-and every export stay plain causal models.
+With an `AttentionPlan` (and the `Layout` made of it) a layer runs `packed_attention` on the packed rows of a batch,
+and fused elementwise work around it. Without one it is Hugging Face's own forward, bit by bit, so that generation
+with a KV cache and every export stay plain causal models.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from transformers.models.mistral.modeling_mistral import MistralAttention, Mistr
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer
 
+from bico_ds.attention.layout import Layout
 from bico_ds.attention.packed import packed_attention
 from bico_ds.attention.plan import AttentionPlan
 from bico_ds.config.errors import UserError
@@ -23,20 +24,30 @@ from bico_ds.model.elementwise import swap_elementwise
 
 
 class _PackedForward:
-    """Mixed in before a Hugging Face attention class; adds the keyword ``plan`` to its forward."""
+    """Mixed in before a Hugging Face attention class; adds the keywords ``plan`` and ``layout`` to its forward."""
 
     packed_backend = "auto"
 
     def forward(
-        self, hidden_states: Tensor, *args: Any, plan: AttentionPlan | None = None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        plan: AttentionPlan | None = None,
+        layout: Layout | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """hidden_states [1, T, hidden] with a plan of T rows; [batch, length, hidden] without one."""
+        """hidden_states [1, T, hidden] with a plan of T rows; [batch, length, hidden] without one. ``layout``: as
+        `packed_attention` takes it."""
         if plan is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-        return self._packed(hidden_states, kwargs["position_embeddings"], plan), None
+        return self._packed(hidden_states, kwargs["position_embeddings"], plan, layout), None
 
     def _packed(
-        self: Any, hidden_1TE: Tensor, position_embeddings: tuple[Tensor, Tensor], plan: AttentionPlan
+        self: Any,
+        hidden_1TE: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        plan: AttentionPlan,
+        layout: Layout | None,
     ) -> Tensor:
         rows = (hidden_1TE.shape[1], -1, self.head_dim)
         q_TNH = self._normed_query(self.q_proj(hidden_1TE).view(rows))
@@ -44,7 +55,15 @@ class _PackedForward:
         v_TNH = self.v_proj(hidden_1TE).view(rows)
         cos_TH, sin_TH = (table[0] for table in position_embeddings)
         out_TNH = packed_attention(
-            q_TNH, k_TNH, v_TNH, cos_TH, sin_TH, plan, scale=self.scaling, backend=self.packed_backend
+            q_TNH,
+            k_TNH,
+            v_TNH,
+            cos_TH,
+            sin_TH,
+            plan,
+            scale=self.scaling,
+            backend=self.packed_backend,
+            layout=layout,
         )
         return self.o_proj(out_TNH.reshape(*hidden_1TE.shape[:2], -1))
 
@@ -78,16 +97,21 @@ class PackedQwen3Attention(_PackedForward, Qwen3Attention):
 
 
 class _PackedLayer:
-    """Mixed in before a Hugging Face decoder layer; adds the keyword ``plan`` to its forward."""
+    """Mixed in before a Hugging Face decoder layer; adds the keywords ``plan`` and ``layout`` to its forward."""
 
     def forward(
-        self: Any, hidden_states: Tensor, *args: Any, plan: AttentionPlan | None = None, **kwargs: Any
+        self: Any,
+        hidden_states: Tensor,
+        *args: Any,
+        plan: AttentionPlan | None = None,
+        layout: Layout | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         """As `_PackedForward.forward`."""
         if plan is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         mixed_1TE, _ = self.self_attn(
-            self.input_layernorm(hidden_states, fused=True), *args, plan=plan, **kwargs
+            self.input_layernorm(hidden_states, fused=True), *args, plan=plan, layout=layout, **kwargs
         )
         hidden_1TE = hidden_states + mixed_1TE
         return hidden_1TE + self.mlp(self.post_attention_layernorm(hidden_1TE, fused=True), fused=True)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bico_ds.attention.inputs import AttentionResults
 from bico_ds.attention.two_pass import merge
+
+
+def merged(out, lse, out2, lse2, rows):
+    """out [N, H, D] and lse [H, N] of the merge; lse as kernels give it, a column per row."""
+    results = merge(AttentionResults(out=out, lse=lse.t()), AttentionResults(out=out2, lse=lse2.t()), rows)
+    return results.out, results.lse.t()
 
 
 @pytest.mark.parametrize("distance", [0.0, 3.0, 80.0, -80.0, 1e4, -1e4])
@@ -19,18 +26,18 @@ def test_merge_weighs_by_exp_of_lse_at_any_distance(distance, dtype):
     weights = torch.softmax(torch.stack([lse[:, rows], lse2]).double(), 0).transpose(1, 2).unsqueeze(-1)
     expected[rows] = weights[0] * out[rows].double() + weights[1] * out2.double()
     expected_lse[:, rows] = torch.logaddexp(lse[:, rows].double(), lse2.double())
-    merged, merged_lse = merge(out, lse, out2, lse2, rows)
-    assert merged.dtype == dtype
+    found, found_lse = merged(out, lse, out2, lse2, rows)
+    assert found.dtype == dtype
     torch.testing.assert_close(
-        merged.double(), expected, rtol=0, atol=1e-2 if dtype == torch.bfloat16 else 1e-6
+        found.double(), expected, rtol=0, atol=1e-2 if dtype == torch.bfloat16 else 1e-6
     )
-    torch.testing.assert_close(merged_lse.double(), expected_lse, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found_lse.double(), expected_lse, rtol=1e-6, atol=1e-6)
 
 
 def test_a_second_pass_without_weight_leaves_the_base_bit_for_bit():
     out, lse = torch.randn(5, 2, 8), torch.randn(2, 5)
-    merged, merged_lse = merge(
+    found, found_lse = merged(
         out.clone(), lse.clone(), torch.full((5, 2, 8), 1e4), torch.full((2, 5), -1e4), torch.arange(5)
     )
-    assert torch.equal(merged, out)
-    assert torch.equal(merged_lse, lse)
+    assert torch.equal(found, out)
+    assert torch.equal(found_lse, lse)

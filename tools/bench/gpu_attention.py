@@ -29,8 +29,9 @@ from torch import Tensor
 
 from bico_ds.attention.backends import KERNELS
 from bico_ds.attention.engine import Engine
+from bico_ds.attention.inputs import AttentionResults
 from bico_ds.attention.kernels.base import CausalKernel
-from bico_ds.attention.layout import CUDA_POLICY
+from bico_ds.attention.layout import CUDA_POLICY, Layout, build_layout
 from bico_ds.attention.oracle import oracle_attention
 from bico_ds.attention.packed import run_packed_attention
 from bico_ds.attention.plan import AttentionPlan, build_plan
@@ -63,10 +64,12 @@ def plan_with_live(kept: list[int], share: float) -> AttentionPlan:
     )
 
 
-def run(engine: Engine, tensors: list[Tensor], plan: AttentionPlan) -> list[Tensor]:
-    """out and the gradients of q, k, v."""
+def run(
+    engine: Engine, tensors: list[Tensor], plan: AttentionPlan, layout: Layout | None = None
+) -> list[Tensor]:
+    """out and the gradients of q, k, v. Without a ``layout`` the call makes one."""
     q, k, v, cos, sin, grad_out = tensors
-    out = run_packed_attention(q, k, v, cos, sin, plan, HEAD_DIM**-0.5, engine)
+    out = run_packed_attention(q, k, v, cos, sin, plan, HEAD_DIM**-0.5, engine, layout)
     return [out.detach(), *torch.autograd.grad(out, tensors[:3], grad_out)]
 
 
@@ -93,9 +96,10 @@ def milliseconds(work: Callable[[], object], repeats: int = 10) -> float:
 
 
 def op_milliseconds(engine: Engine, plan: AttentionPlan) -> float:
-    """Of the op, forward and backward."""
-    tensors, on_device = random_inputs(plan.num_rows), plan.to("cuda")
-    return milliseconds(lambda: run(engine, tensors, on_device))
+    """Of the op, forward and backward, with its layout made beforehand, as by a worker of the loader."""
+    tensors = random_inputs(plan.num_rows)
+    layout = build_layout(plan, engine.policy).to("cuda").with_masks(tensors[0].dtype)
+    return milliseconds(lambda: run(engine, tensors, plan, layout))
 
 
 def check(kernel: CausalKernel) -> list[tuple[str, float]]:
@@ -133,8 +137,9 @@ def merge_milliseconds(plan: AttentionPlan) -> float:
     random = lambda *shape: torch.randn(*shape, generator=generator, device="cuda")  # noqa: E731
     rows, flipped = plan.num_rows, plan.flip_rows.numel()
     out, out2 = (random(n, HEADS, HEAD_DIM).bfloat16() for n in (rows, flipped))
-    lse, lse2 = random(HEADS, rows), random(HEADS, flipped)
-    return milliseconds(lambda: merge(out, lse, out2, lse2, plan.flip_rows))
+    base = AttentionResults(out=out, lse=random(HEADS, rows).t())
+    other = AttentionResults(out=out2, lse=random(HEADS, flipped).t())
+    return milliseconds(lambda: merge(base, other, plan.flip_rows))
 
 
 def speed(kernel: CausalKernel) -> list[dict]:
@@ -143,10 +148,10 @@ def speed(kernel: CausalKernel) -> list[dict]:
     rows = []
     engine = Engine(kernel=kernel, policy=CUDA_POLICY)
     for length in (4096, 8192, 32768):
-        plan = build_plan("bidirectional", kept_lengths=[length]).to("cuda")
-        flash_forward, flash = plain_flash(kernel, random_inputs(length), plan)
+        plan = build_plan("bidirectional", kept_lengths=[length])
+        flash_forward, flash = plain_flash(kernel, random_inputs(length), plan.to("cuda"))
         both = op_milliseconds(engine, plan)
-        merging = merge_milliseconds(plan)
+        merging = merge_milliseconds(plan.to("cuda"))
         forward = 4 * HEADS * HEAD_DIM * length**2 / 2 / 1e9  # TFLOP times 1000: over ms, TFLOP/s
         rates = f"{3.5 * forward / flash:.0f} and {7 * forward / both:.0f} TFLOP/s"
         rows.append(

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bico_ds.attention.backends import resolve
+from bico_ds.attention.layout import build_layout
 from bico_ds.batch import Documents, PackedBatch
 from bico_ds.config.arguments import positive
 from bico_ds.config.objectives.bico import BicoSpec
@@ -74,9 +77,10 @@ def document_lengths(kind: str) -> list[int]:
 
 
 def batches(kind: str, objective: str, bins: int) -> list[PackedBatch]:
+    """Micro-batches as the loader's workers hand them over."""
     lengths = document_lengths(kind)
     random, zeros = np.random.default_rng(2), np.zeros(len(lengths), np.int64)
-    return [
+    built = [
         OBJECTIVES[objective].build(
             Documents(
                 token_ids=random.integers(10, LLAMA_135M["vocab_size"], CAPACITY),
@@ -91,6 +95,10 @@ def batches(kind: str, objective: str, bins: int) -> list[PackedBatch]:
         )
         for index in range(bins)
     ]
+    head_dim = LLAMA_135M["hidden_size"] // LLAMA_135M["num_attention_heads"]
+    engine = resolve("auto", torch.bfloat16, head_dim, torch.device("cpu"))
+    assert engine is not None
+    return [replace(batch, layout=build_layout(batch.plan, engine.policy)) for batch in built]
 
 
 def build_engine(bins: int, stage: int) -> Any:

@@ -1,0 +1,35 @@
+"""What travels together through every way to compute attention: its inputs, and its results.
+
+Shape legend: T rows, H query heads, N key heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from torch import Tensor
+
+Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor]  # of raw q [T, H, D], k and v [T, N, D]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionInputs:
+    """Raw q [T, H, D], k, v [T, N, D], and cos, sin [T, D] in q's dtype."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cos: Tensor
+    sin: Tensor
+    scale: float
+    causal: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionResults:
+    """``out`` [T, H, D] in q's dtype, and ``lse`` [T, H] in at least fp32: the log-sum-exp of each query's scores,
+    which the backward pass needs."""
+
+    out: Tensor
+    lse: Tensor

@@ -94,7 +94,6 @@ def request_of(options: argparse.Namespace) -> Any:
         base=options.base,
         likelihood=options.likelihood,
         limit=options.limit,
-        batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
         others=options.others,
         window=options.window,
@@ -114,19 +113,24 @@ def evaluate_model(options: argparse.Namespace, stop: StopFlag) -> bool:
     import torch
     import torch.distributed as dist
 
-    from bico_ds.evaluation.command import Place, run_request
-    from bico_ds.evaluation.generation import Ranks
+    from bico_ds.evaluation.command import run_request
+    from bico_ds.evaluation.place import Place
     from bico_ds.evaluation.tables import console_for_tables
 
-    ranks = Ranks(rank=int(os.environ.get("RANK", "0")), world_size=int(os.environ.get("WORLD_SIZE", "1")))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    if ranks.world_size > 1:
+    place = Place(
+        rank=int(os.environ.get("RANK", "0")),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        device=device,
+        batch_size=options.batch_size,
+        should_stop=lambda: bool(stop),
+    )
+    if place.world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        place = Place(ranks=ranks, device=device, should_stop=lambda: bool(stop))
         return run_request(request_of(options), place, console_for_tables())
     finally:
         if dist.is_initialized():

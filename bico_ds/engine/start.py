@@ -211,13 +211,11 @@ def _checkpointer(run: Run, engine: Any) -> Checkpointer:
 
 def _evaluator(run: Run, goods: Materials, watchdog: Watchdog) -> Evaluator:
     return Evaluator(
-        run.recipe.evaluation,
-        goods.tasks,
-        goods.tokenizer,
-        run.ranks,
-        run.folder,
-        run.stop,
-        add_bos=goods.add_bos,
+        spec=run.recipe.evaluation,
+        goods=goods,
+        ranks=run.ranks,
+        folder=run.folder,
+        stop=run.stop,
         on_progress=watchdog.beat,
     )
 

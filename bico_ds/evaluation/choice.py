@@ -9,18 +9,18 @@ too small; the paired t-test over persons beside them is the one to trust.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy import stats
 
 from bico_ds.config.errors import UserError
-from bico_ds.evaluation.generation import Ranks, ShouldStop, check_lengths
+from bico_ds.evaluation.generation import check_lengths
 from bico_ds.evaluation.likelihood import Scored, encode_answers, log_probabilities
 from bico_ds.evaluation.metrics import wrong_answers
+from bico_ds.evaluation.place import ALONE, Place
 from bico_ds.evaluation.statistics import clustered_interval, group_means
 from bico_ds.evaluation.tasks import Task
 
@@ -54,28 +54,16 @@ def choice_test(
     task: Task,
     *,
     others: int = 9,
-    batch_size: int,
-    ranks: Ranks = Ranks(),  # noqa: B008
-    device: torch.device | str = "cpu",
     add_bos: bool = True,
-    should_stop: ShouldStop | None = None,
-    on_batch: Callable[[int], None] | None = None,
+    place: Place = ALONE,
 ) -> dict[str, Any] | None:
     """Score the right answer and those of `others` other persons for every prompt; see `choice_statistics`.
 
-    None when `should_stop` was true on any rank. Raises UserError as `encode_candidates` does.
+    None when `place.should_stop` was true on any rank. Raises UserError as `encode_candidates` does.
     """
     context = getattr(model.config, "max_position_embeddings", None)
     rows = encode_candidates(tokenizer, task, others=others, add_bos=add_bos, context=context)
-    scores = log_probabilities(
-        model,
-        [text for texts in rows for text in texts],
-        batch_size=batch_size,
-        ranks=ranks,
-        device=device,
-        should_stop=should_stop,
-        on_batch=on_batch,
-    )
+    scores = log_probabilities(model, [text for texts in rows for text in texts], place)
     if scores is None:
         return None
     log_probs = np.array(scores).reshape(len(rows), -1)

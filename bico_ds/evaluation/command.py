@@ -5,25 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from rich.console import Console
 
 from bico_ds.config.errors import UserError
 from bico_ds.evaluation.choice import choice_test, encode_candidates
 from bico_ds.evaluation.further_sets import READERS
-from bico_ds.evaluation.generation import Ranks, ShouldStop
 from bico_ds.evaluation.likelihood import encode_windows, text_perplexity
 from bico_ds.evaluation.loading import load_for_evaluation, load_tokenizer_and_context, weights_stamp
+from bico_ds.evaluation.place import Place
 from bico_ds.evaluation.progress import PromptProgress
 from bico_ds.evaluation.report import Part, Report
-from bico_ds.evaluation.suite import EvaluationResult, evaluate, prepare_task
+from bico_ds.evaluation.suite import Asking, EvaluationResult, evaluate, prepare_task
 from bico_ds.evaluation.tables import choice_tables, result_table, retention_table
 from bico_ds.evaluation.tasks import Task, load_tasks
+
+_WINDOWS_PER_BATCH = 4  # a window of a retention text is long, and has logits of every token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,21 +43,16 @@ class Request:
     base: str | None = None
     likelihood: bool = False
     limit: int | None = None
-    batch_size: int = 32
     max_new_tokens: int = 40
     others: int = 9
     window: int = 1024
     add_bos: bool = True
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
 
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where this process computes, and how it learns that it must stop."""
-
-    ranks: Ranks
-    device: torch.device
-    should_stop: ShouldStop
+    @property
+    def asking(self) -> Asking:
+        """As the papers ask: every answer may have all of `max_new_tokens`."""
+        return Asking(max_new_tokens=self.max_new_tokens, cut_to_answers=False, add_bos=self.add_bos)
 
 
 def run_request(request: Request, place: Place, console: Console) -> bool:
@@ -76,16 +72,15 @@ def run_request(request: Request, place: Place, console: Console) -> bool:
         )
     )
     weights = weights_stamp(request.model)
-    report = Report(
-        request.output, model=request.model, weights=f"{weights} {request.dtype}", ranks=place.ranks
-    )
-    with PromptProgress(console, place.ranks) as progress:
+    report = Report(request.output, model=request.model, weights=f"{weights} {request.dtype}", place=place)
+    with PromptProgress(console, place) as progress:
+        counted = replace(place, on_batch=progress.advance)
         parts = [
             *_retention_parts(request, place, texts, window, load),
-            *(part for task in tasks for part in _task_parts(request, place, task, load, progress.advance)),
+            *(part for task in tasks for part in _task_parts(request, counted, task, load)),
         ]
         finished = report.run(parts, progress.begin)
-    if place.ranks.rank == 0:
+    if place.is_first:
         show_results(report.results(parts), report.values.get("retention_before", {}), console)
         console.print(f"written: {request.output}", soft_wrap=True, highlight=False)
     return finished
@@ -109,14 +104,7 @@ def _check_inputs(request: Request, tasks: Sequence[Task], texts: Mapping[str, s
     """
     tokenizer, context = load_tokenizer_and_context(request.model)
     for task in tasks:
-        prepare_task(
-            tokenizer,
-            task,
-            max_new_tokens=request.max_new_tokens,
-            cut_to_answers=False,
-            add_bos=request.add_bos,
-            context=context,
-        )
+        prepare_task(tokenizer, task, request.asking, context=context)
         if request.likelihood:
             encode_candidates(
                 tokenizer, task, others=request.others, add_bos=request.add_bos, context=context
@@ -134,38 +122,18 @@ def _check_inputs(request: Request, tasks: Sequence[Task], texts: Mapping[str, s
 Load = Callable[[str, str], tuple[Any, Any]]
 
 
-def _task_parts(
-    request: Request, place: Place, task: Task, load: Load, on_batch: Callable[[int], None]
-) -> Iterator[Part]:
+def _task_parts(request: Request, place: Place, task: Task, load: Load) -> Iterator[Part]:
     """Generation with its scores, and with `likelihood` the log-probability test."""
-    common: dict[str, Any] = {
-        "batch_size": request.batch_size,
-        "device": place.device,
-        "should_stop": place.should_stop,
-        "add_bos": request.add_bos,
-    }
 
     def generate() -> dict[str, Any] | None:
-        result = evaluate(
-            *load(request.model, "--model"),
-            [task],
-            max_new_tokens=request.max_new_tokens,
-            rank=place.ranks.rank,
-            world_size=place.ranks.world_size,
-            cut_to_answers=False,
-            on_batch=lambda _, prompts: on_batch(prompts),
-            **common,
-        )
+        model, tokenizer = load(request.model, "--model")
+        result = evaluate(model, tokenizer, [task], request.asking, place)
         return None if result is None else result.to_json()["tasks"][task.name]
 
     def choose() -> dict[str, Any] | None:
+        model, tokenizer = load(request.model, "--model")
         return choice_test(
-            *load(request.model, "--model"),
-            task,
-            others=request.others,
-            ranks=place.ranks,
-            on_batch=on_batch,
-            **common,
+            model, tokenizer, task, others=request.others, add_bos=request.add_bos, place=place
         )
 
     identity = _digest(asdict(task), request.max_new_tokens, request.add_bos)
@@ -203,6 +171,7 @@ def _retention_parts(
     request: Request, place: Place, texts: Mapping[str, str], window: int, load: Load
 ) -> Iterator[Part]:
     """Perplexity of every retention text, under the base model first."""
+    place = replace(place, batch_size=_WINDOWS_PER_BATCH)
     models = (("retention_before", "--base", request.base), ("retention", "--model", request.model))
     for section, option, path in models:
         if path is None:
@@ -216,15 +185,8 @@ def _retention_parts(
 def _perplexity(
     request: Request, place: Place, text: str, window: int, load: Callable[[], tuple[Any, Any]]
 ) -> dict[str, Any] | None:
-    result = text_perplexity(
-        *load(),
-        text,
-        window=window,
-        ranks=place.ranks,
-        device=place.device,
-        add_bos=request.add_bos,
-        should_stop=place.should_stop,
-    )
+    model, tokenizer = load()
+    result = text_perplexity(model, tokenizer, text, window=window, add_bos=request.add_bos, place=place)
     return None if result is None else asdict(result)
 
 

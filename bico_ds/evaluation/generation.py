@@ -1,36 +1,18 @@
 """Greedy generation with a KV cache: batched, left-padded, sorted by length, shared out over the ranks.
 
 Shape legend: B prompts in a batch, L padded prompt length.
-
-Every rank runs the same number of batches. With `synced` it also runs the same number of forward passes in
-each (the stop is agreed on), which ZeRO-3 needs while the weights are partitioned: each forward pass gathers
-them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
 from bico_ds.config.errors import UserError
-
-ShouldStop = Callable[[], bool]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ranks:
-    """This process among those that evaluate together. `synced`: forward passes are collectives (ZeRO-3)."""
-
-    rank: int = 0
-    world_size: int = 1
-    synced: bool = False
+from bico_ds.evaluation.place import ALONE, Place, agree, gather_parts, shared_batches
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[str], *, add_bos: bool = True) -> list[list[int]]:
@@ -68,86 +50,48 @@ def generate_greedy(
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     *,
-    batch_size: int,
     max_new_tokens: int,
-    ranks: Ranks = Ranks(),
-    device: torch.device | str = "cpu",
-    should_stop: ShouldStop | None = None,
-    on_batch: Callable[[int], None] | None = None,
+    place: Place = ALONE,
 ) -> list[str] | None:
     """The greedy continuation of every prompt as text, in their order, on every rank.
 
-    `model`: a Hugging Face causal LM. A continuation ends at the tokenizer's EOS (not part of it) or after
-    `max_new_tokens`. `on_batch(n)` is called after each batch with the prompts that it held. Returns None on
-    all ranks when `should_stop` was true on any of them before the end.
+    `model`: a Hugging Face causal LM on `place.device`. A continuation ends at the tokenizer's EOS (not part of
+    it) or after `max_new_tokens`. Returns None on all ranks when `place.should_stop` was true on any of them
+    before the end.
     """
-    own_batches = shared_batches(prompts, batch_size=batch_size, ranks=ranks)
     was_training = model.training
     model.eval()
     continuations: dict[int, list[int]] = {}
     stopped = False
     try:
-        for indices in own_batches:
-            tokens = _decode(
-                model, tokenizer, [prompts[i] for i in indices], max_new_tokens, ranks, device, should_stop
-            )
+        for indices in shared_batches(prompts, place):
+            tokens = _decode(model, tokenizer, [prompts[i] for i in indices], max_new_tokens, place)
             stopped = tokens is None
             if tokens is None:
                 break
             continuations.update(zip(indices.tolist(), tokens, strict=True))
-            if on_batch is not None:
-                on_batch(len(indices))
+            place.on_batch(len(indices))
     finally:
         model.train(was_training)
-    gathered = gather_parts((continuations, stopped), ranks)
+    gathered = gather_parts((continuations, stopped), place)
     if any(rank_stopped for _, rank_stopped in gathered):
         return None
     everything = {index: tokens for part, _ in gathered for index, tokens in part.items()}
     return tokenizer.batch_decode([everything[i] for i in range(len(prompts))], skip_special_tokens=True)
 
 
-def shared_batches(
-    sequences: Sequence[Sequence[int]], *, batch_size: int, ranks: Ranks
-) -> list[NDArray[np.int64]]:
-    """This rank's batches: indices into `sequences`, like lengths together, as many batches on every rank.
-
-    A rank without one of its own repeats the first sequence; results are keyed by index, so repeats change
-    nothing.
-    """
-    order = np.argsort([len(ids) for ids in sequences], kind="stable").astype(np.int64)
-    rounds = -(-len(order) // (batch_size * ranks.world_size))
-    batches = np.array_split(order, rounds * ranks.world_size)[ranks.rank :: ranks.world_size]
-    return [batch if len(batch) else order[:1] for batch in batches]
-
-
-def gather_parts(part: Any, ranks: Ranks) -> list[Any]:
-    """`part` of every rank, on every rank."""
-    if ranks.world_size == 1:
-        return [part]
-    parts: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(parts, part)
-    return parts
-
-
 def _decode(
-    model: Any,
-    tokenizer: Any,
-    prompts: list[Sequence[int]],
-    max_new_tokens: int,
-    ranks: Ranks,
-    device: torch.device | str,
-    should_stop: ShouldStop | None,
+    model: Any, tokenizer: Any, prompts: list[Sequence[int]], max_new_tokens: int, place: Place
 ) -> list[list[int]] | None:
     """New tokens of one batch, cut before EOS; None when asked to stop."""
     eos = tokenizer.eos_token_id
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos if eos is not None else 0
-    input_ids, attention_mask = _left_pad(prompts, pad, device)
+    input_ids, attention_mask = _left_pad(prompts, pad, place.device)
     position_ids = (attention_mask.cumsum(1) - 1).clamp_min(0)
-    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    finished = torch.zeros(len(prompts), dtype=torch.bool, device=place.device)
     cache, columns = None, []
     for _ in range(max_new_tokens):
-        stop = should_stop is not None and should_stop()
-        all_finished, stop = agree(bool(finished.all()), stop, ranks, device)
+        all_finished, stop = agree(bool(finished.all()), place)
         if stop:
             return None
         if all_finished:
@@ -173,20 +117,9 @@ def _decode(
     return [row[: row.index(eos)] if eos in row else row for row in rows]
 
 
-def _left_pad(prompts: list[Sequence[int]], pad: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+def _left_pad(prompts: list[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """`input_ids` and `attention_mask`, int64 [B, L]."""
     width = max(len(ids) for ids in prompts)
     input_ids = torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in prompts])
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
     return input_ids.to(device), mask.to(device)
-
-
-def agree(finished: bool, stop: bool, ranks: Ranks, device: torch.device | str) -> tuple[bool, bool]:
-    """(all ranks have finished, any rank must stop) where forward passes are collectives; else this rank's
-    own.
-    """
-    if not ranks.synced or ranks.world_size == 1:
-        return finished, stop
-    votes = torch.tensor([int(not finished), int(stop)], device=device)
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return not votes[0].item(), bool(votes[1].item())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bico_ds.config.errors import UserError
-from bico_ds.evaluation.generation import Ranks, ShouldStop, agree, gather_parts, shared_batches
+from bico_ds.evaluation.place import ALONE, Place, agree, gather_parts, shared_batches
 
 _LOGIT_ROWS = 1024  # rows whose fp32 log-softmax exists at one time
 
@@ -49,44 +49,34 @@ def encode_answers(
 
 
 @torch.no_grad()
-def log_probabilities(
-    model: Any,
-    texts: Sequence[Scored],
-    *,
-    batch_size: int,
-    ranks: Ranks = Ranks(),  # noqa: B008
-    device: torch.device | str = "cpu",
-    should_stop: ShouldStop | None = None,
-    on_batch: Callable[[int], None] | None = None,
-) -> list[float] | None:
+def log_probabilities(model: Any, texts: Sequence[Scored], place: Place = ALONE) -> list[float] | None:
     """log P(answer | prompt) of every text: the sum over the answer's tokens, in nats, on every rank.
 
-    Returns None on all ranks when `should_stop` was true on any of them. With `ranks.synced`, all ranks poll
-    it but leave together only after the same number of batches.
+    `model`: a Hugging Face causal LM on `place.device`. Returns None on all ranks when `place.should_stop` was
+    true on any of them; with `place.synced` they leave together, after the same number of batches.
     """
     was_training = model.training
     model.eval()
     sums: dict[int, float] = {}
     stopped = False
     try:
-        for indices in shared_batches([text.ids for text in texts], batch_size=batch_size, ranks=ranks):
-            _, stopped = agree(True, should_stop is not None and should_stop(), ranks, device)
+        for indices in shared_batches([text.ids for text in texts], place):
+            _, stopped = agree(True, place)
             if stopped:
                 break
             batch = [texts[i] for i in indices]
-            sums.update(zip(indices.tolist(), _batch_sums(model, batch, device), strict=True))
-            if on_batch is not None:
-                on_batch(len(indices))
+            sums.update(zip(indices.tolist(), _batch_sums(model, batch, place.device), strict=True))
+            place.on_batch(len(indices))
     finally:
         model.train(was_training)
-    gathered = gather_parts((sums, stopped), ranks)
+    gathered = gather_parts((sums, stopped), place)
     if any(rank_stopped for _, rank_stopped in gathered):
         return None
     everything = {index: value for part, _ in gathered for index, value in part.items()}
     return [everything[i] for i in range(len(texts))]
 
 
-def _batch_sums(model: Any, batch: Sequence[Scored], device: torch.device | str) -> list[float]:
+def _batch_sums(model: Any, batch: Sequence[Scored], device: torch.device) -> list[float]:
     """Right-padded, so that positions and mask need no care: no row that counts reads padding."""
     width = max(len(text.ids) for text in batch)
     input_ids = torch.tensor([[*text.ids, *[0] * (width - len(text.ids))] for text in batch], device=device)
@@ -152,20 +142,16 @@ def text_perplexity(
     text: str,
     *,
     window: int,
-    batch_size: int = 4,
-    ranks: Ranks = Ranks(),  # noqa: B008
-    device: torch.device | str = "cpu",
     add_bos: bool = True,
-    should_stop: ShouldStop | None = None,
+    place: Place = ALONE,
 ) -> Perplexity | None:
     """Perplexity of `text` in windows of `window` tokens (`encode_windows`).
 
-    The same text, tokenizer and window must be used before and after: the figure depends on all three.
+    The same text, tokenizer and window must be used before and after: the figure depends on all three. Returns
+    None, and raises UserError, as `log_probabilities` and `encode_windows` do.
     """
     texts = encode_windows(tokenizer, text, window=window, add_bos=add_bos)
-    sums = log_probabilities(
-        model, texts, batch_size=batch_size, ranks=ranks, device=device, should_stop=should_stop
-    )
+    sums = log_probabilities(model, texts, place)
     if sums is None:
         return None
     tokens = sum(item.answer_tokens for item in texts)

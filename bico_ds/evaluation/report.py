@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bico_ds.config.errors import UserError
-from bico_ds.evaluation.generation import Ranks, gather_parts
+from bico_ds.evaluation.place import Place, gather_parts
 
 Compute = Callable[[], "dict[str, Any] | None"]
 
@@ -33,12 +33,12 @@ class Report:
     where none can be written.
     """
 
-    def __init__(self, path: Path, *, model: str, weights: str, ranks: Ranks) -> None:
+    def __init__(self, path: Path, *, model: str, weights: str, place: Place) -> None:
         self.path = path
-        self._ranks = ranks
+        self._place = place
         fresh: dict[str, Any] = {"model": model, "weights": weights, "identities": {}}
         self.values: dict[str, Any] = (
-            gather_parts(self._read() if ranks.rank == 0 else None, ranks)[0] or fresh
+            gather_parts(self._read() if place.is_first else None, place)[0] or fresh
         )
         if self.values.get("weights") != weights or "identities" not in self.values:
             raise UserError(
@@ -67,7 +67,7 @@ class Report:
                 return False
             self.values.setdefault(part.section, {})[part.name] = result
             self.values["identities"][f"{part.section}/{part.name}"] = part.identity
-            if self._ranks.rank == 0:
+            if self._place.is_first:
                 self._write()
         return True
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bico_ds.config.errors import UserError
-from bico_ds.evaluation.generation import Ranks, ShouldStop, check_lengths, encode_prompts, generate_greedy
+from bico_ds.evaluation.generation import check_lengths, encode_prompts, generate_greedy
 from bico_ds.evaluation.metrics import floors, score_rows
+from bico_ds.evaluation.place import ALONE, Place
 from bico_ds.evaluation.statistics import clustered_interval
 from bico_ds.evaluation.tasks import Task
 
@@ -74,57 +73,32 @@ class EvaluationResult:
         return EvaluationResult(tasks=tasks, choice=values.get("choice", {}))
 
 
-def evaluate(
-    model: Any,
-    tokenizer: Any,
-    tasks: Sequence[Task],
-    *,
-    batch_size: int,
-    max_new_tokens: int,
-    rank: int = 0,
-    world_size: int = 1,
-    synced: bool = False,
-    device: torch.device | str = "cpu",
-    should_stop: ShouldStop | None = None,
-    add_bos: bool = True,
-    cut_to_answers: bool = True,
-    on_batch: Callable[[str, int], None] | None = None,
-) -> EvaluationResult | None:
-    """Greedy answers of `model` (a Hugging Face causal LM) to all `tasks`, scored; the same result on every
-    rank.
-
-    `synced`: the ranks' forward passes are collectives (ZeRO-3 with partitioned weights). `cut_to_answers`:
-    generate no more than about twice the longest answer of a task; without it always up to `max_new_tokens`,
-    as the papers do. `on_batch(task, prompts)` after each of this rank's batches. Returns None when
-    `should_stop` was true on any rank. Raises UserError, before any generation, for a prompt that does not
-    fit the model's context.
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """How answers are asked for. `cut_to_answers`: generate no more than about twice the longest answer of a
+    task; without it always up to `max_new_tokens`, as the papers do. `add_bos`: prompts begin with BOS, as the
+    training texts did.
     """
-    ranks = Ranks(rank=rank, world_size=world_size, synced=synced)
+
+    max_new_tokens: int = 40
+    cut_to_answers: bool = True
+    add_bos: bool = True
+
+
+def evaluate(
+    model: Any, tokenizer: Any, tasks: Sequence[Task], asking: Asking, place: Place = ALONE
+) -> EvaluationResult | None:
+    """Greedy answers of `model` (a Hugging Face causal LM on `place.device`) to all `tasks`, scored; the same
+    result on every rank.
+
+    Returns None when `place.should_stop` was true on any rank. Raises UserError, before any generation, for a
+    prompt that does not fit the model's context.
+    """
     context = getattr(model.config, "max_position_embeddings", None)
-    prepared = [
-        prepare_task(
-            tokenizer,
-            task,
-            max_new_tokens=max_new_tokens,
-            cut_to_answers=cut_to_answers,
-            add_bos=add_bos,
-            context=context,
-        )
-        for task in tasks
-    ]
+    prepared = [prepare_task(tokenizer, task, asking, context=context) for task in tasks]
     results = {}
     for task, (prompts, new_tokens) in zip(tasks, prepared, strict=True):
-        predictions = generate_greedy(
-            model,
-            tokenizer,
-            prompts,
-            batch_size=batch_size,
-            max_new_tokens=new_tokens,
-            ranks=ranks,
-            device=device,
-            should_stop=should_stop,
-            on_batch=None if on_batch is None else lambda n, name=task.name: on_batch(name, n),
-        )
+        predictions = generate_greedy(model, tokenizer, prompts, max_new_tokens=new_tokens, place=place)
         if predictions is None:
             return None
         results[task.name] = score_task(task, predictions, new_tokens=new_tokens)
@@ -132,28 +106,23 @@ def evaluate(
 
 
 def prepare_task(
-    tokenizer: Any,
-    task: Task,
-    *,
-    max_new_tokens: int,
-    cut_to_answers: bool,
-    add_bos: bool,
-    context: int | None,
+    tokenizer: Any, task: Task, asking: Asking, *, context: int | None
 ) -> tuple[list[list[int]], int]:
     """Encoded prompts and the number of new tokens of one task. UserError where one does not fit the context."""
-    prompts = encode_prompts(tokenizer, [example.prompt for example in task.examples], add_bos=add_bos)
-    if cut_to_answers:
+    prompts = encode_prompts(tokenizer, [example.prompt for example in task.examples], add_bos=asking.add_bos)
+    new_tokens = asking.max_new_tokens
+    if asking.cut_to_answers:
         answers = tokenizer([example.completion for example in task.examples], add_special_tokens=False)[
             "input_ids"
         ]
-        max_new_tokens = min(max_new_tokens, 2 * max(map(len, answers)) + _SLACK_TOKENS)
+        new_tokens = min(new_tokens, 2 * max(map(len, answers)) + _SLACK_TOKENS)
     check_lengths(
         prompts,
-        new_tokens=max_new_tokens,
+        new_tokens=new_tokens,
         context=context,
         names=[f"{task.path}:{example.line}" for example in task.examples],
     )
-    return prompts, max_new_tokens
+    return prompts, new_tokens
 
 
 def score_task(task: Task, predictions: Sequence[str], *, new_tokens: int) -> TaskResult:

@@ -79,20 +79,22 @@ def test_the_export_loads_in_plain_transformers_and_scores_the_same(runs):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from bico_ds.evaluation.choice import choice_test
-    from bico_ds.evaluation.suite import evaluate
+    from bico_ds.evaluation.place import Place
+    from bico_ds.evaluation.suite import Asking, evaluate
     from bico_ds.evaluation.tasks import load_tasks
 
     export = runs / "bico" / "export"
     model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
     facts = next((runs / "runs" / "data").glob("facts-????????????????"))
     tokenizer, tasks = AutoTokenizer.from_pretrained(export), load_tasks(facts, TASKS, limit=None)
-    result = evaluate(model, tokenizer, tasks, batch_size=64, max_new_tokens=8)
+    place = Place(batch_size=64)
+    result = evaluate(model, tokenizer, tasks, Asking(max_new_tokens=8), place)
     last = metrics(runs / "bico", "evaluation")[-1]
     assert last["step"] == 20
     for name, task in result.tasks.items():
         assert task.score == last[f"evaluation/{name}/headline"], name
     for task in tasks:
-        test = choice_test(model, tokenizer, task, others=3, batch_size=64)
+        test = choice_test(model, tokenizer, task, others=3, place=place)
         for figure in ("difference", "rank", "forced_choice", "nll"):
             assert last[f"evaluation/{task.name}/{figure}"] == pytest.approx(test[figure], rel=1e-4), (
                 task.name

@@ -12,13 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 
 from bico_ds.config.errors import UserError
-from bico_ds.evaluation.command import Place, Request, run_request
-from bico_ds.evaluation.generation import Ranks
+from bico_ds.evaluation.command import Request, run_request
 from bico_ds.evaluation.loading import load_for_evaluation
+from bico_ds.evaluation.place import Place
 from bico_ds.evaluation.suite import load_result
 from tools.evaluate import parse_arguments
 
@@ -51,7 +50,6 @@ def _request(world: Path, output: Path, **changes) -> Request:
         "retention": (world / "text.txt",),
         "base": str(world / "model"),
         "likelihood": True,
-        "batch_size": 4,
         "max_new_tokens": 6,
         "window": 16,
         "others": 3,
@@ -60,7 +58,7 @@ def _request(world: Path, output: Path, **changes) -> Request:
 
 
 def _run(request: Request, should_stop=lambda: False, out: io.StringIO | None = None) -> bool:
-    place = Place(ranks=Ranks(), device=torch.device("cpu"), should_stop=should_stop)
+    place = Place(batch_size=4, should_stop=should_stop)
     return run_request(request, place, Console(file=out or io.StringIO(), width=80))
 
 

@@ -15,7 +15,8 @@ _PROGRAM = """
 import json, os, sys
 import deepspeed, torch, torch.distributed as dist
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-from bico_ds.evaluation.generation import Ranks, encode_prompts, generate_greedy
+from bico_ds.evaluation.generation import encode_prompts, generate_greedy
+from bico_ds.evaluation.place import Place
 from bico_ds.evaluation.zero3 import is_partitioned, parameter_count, whole_replica
 
 folder, out = sys.argv[1:3]
@@ -32,15 +33,17 @@ engine, *_ = deepspeed.initialize(model=model, config={
 model = engine.module
 assert is_partitioned(model) and parameter_count(model) == size
 prompts = encode_prompts(tokenizer, json.loads(os.environ["PROMPTS"]))
-run = lambda m, **options: generate_greedy(m, tokenizer, prompts, batch_size=4, max_new_tokens=9, **options)
-everyone = Ranks(rank=rank, world_size=2, synced=True)
+def run(m, **options):
+    place = Place(rank=rank, world_size=2, batch_size=4, **options)
+    return generate_greedy(m, tokenizer, prompts, max_new_tokens=9, place=place)
+
 replica = whole_replica(model, device="cpu")
 assert not is_partitioned(replica)
 result = {
-    "synced": run(model, ranks=everyone),
-    "replica": run(replica, ranks=Ranks(rank=rank, world_size=2)),
-    "stopped": run(model, ranks=everyone, should_stop=lambda: rank == 1),
-    "synced_again": run(model, ranks=everyone),
+    "synced": run(model, synced=True),
+    "replica": run(replica),
+    "stopped": run(model, synced=True, should_stop=lambda: rank == 1),
+    "synced_again": run(model, synced=True),
 }
 with open(f"{out}.{rank}", "w") as file:
     json.dump(result, file)
@@ -52,11 +55,11 @@ dist.destroy_process_group()  # gloo's threads abort an interpreter that ends be
 @pytest.mark.distributed
 def test_zero3_evaluation_on_two_ranks_equals_one_process(tiny_llama, tokenizer, tmp_path):
     from bico_ds.evaluation.generation import encode_prompts, generate_greedy
+    from bico_ds.evaluation.place import Place
 
     prompts = [" ".join(f"w{(7 * i + j * j) % 40}" for j in range(1 + i % 6)) for i in range(11)]
-    expected = generate_greedy(
-        tiny_llama, tokenizer, encode_prompts(tokenizer, prompts), batch_size=4, max_new_tokens=9
-    )
+    encoded, place = encode_prompts(tokenizer, prompts), Place(batch_size=4)
+    expected = generate_greedy(tiny_llama, tokenizer, encoded, max_new_tokens=9, place=place)
     tiny_llama.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     results = _run_two_ranks(tmp_path, prompts)

@@ -6,13 +6,8 @@ import pytest
 import torch
 
 from bico_ds.config.errors import UserError
-from bico_ds.evaluation.generation import (
-    Ranks,
-    check_lengths,
-    encode_prompts,
-    generate_greedy,
-    shared_batches,
-)
+from bico_ds.evaluation.generation import check_lengths, encode_prompts, generate_greedy
+from bico_ds.evaluation.place import Place, shared_batches
 
 
 @pytest.fixture
@@ -22,7 +17,7 @@ def prompts(tokenizer) -> list[list[int]]:
 
 
 def test_batched_generation_equals_hugging_face_one_prompt_at_a_time(tiny_llama, tokenizer, prompts):
-    ours = generate_greedy(tiny_llama, tokenizer, prompts, batch_size=8, max_new_tokens=12)
+    ours = generate_greedy(tiny_llama, tokenizer, prompts, max_new_tokens=12, place=Place(batch_size=8))
     ended = 0
     for ids, text in zip(prompts, ours, strict=True):
         row = tiny_llama.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :]
@@ -39,7 +34,7 @@ def test_prompts_begin_with_bos_as_in_training(tokenizer):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_ranks_run_equally_many_batches_and_together_every_prompt(prompts, world_size):
     shares = [
-        shared_batches(prompts[:5], batch_size=2, ranks=Ranks(rank=rank, world_size=world_size))
+        shared_batches(prompts[:5], Place(rank=rank, world_size=world_size, batch_size=2))
         for rank in range(world_size)
     ]
     assert len({len(share) for share in shares}) == 1
@@ -50,9 +45,8 @@ def test_ranks_run_equally_many_batches_and_together_every_prompt(prompts, world
 def test_the_model_stays_in_its_mode_and_a_stop_ends_the_work(tiny_llama, tokenizer, prompts):
     tiny_llama.train()
     polls = iter([False, False, True])
-    stopped = generate_greedy(
-        tiny_llama, tokenizer, prompts, batch_size=8, max_new_tokens=12, should_stop=lambda: next(polls)
-    )
+    place = Place(batch_size=8, should_stop=lambda: next(polls))
+    stopped = generate_greedy(tiny_llama, tokenizer, prompts, max_new_tokens=12, place=place)
     assert stopped is None
     assert tiny_llama.training
     tiny_llama.eval()

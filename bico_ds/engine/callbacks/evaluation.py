@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,12 @@ import torch
 
 from bico_ds.config.schema import EvaluationSpec
 from bico_ds.engine.distributed import Ranks
+from bico_ds.engine.materials import Materials
 from bico_ds.engine.run_folder import RunFolder, write_atomically
 from bico_ds.engine.signals import StopFlag
 from bico_ds.evaluation.choice import choice_test
-from bico_ds.evaluation.generation import Ranks as SharedRanks
-from bico_ds.evaluation.suite import EvaluationResult, evaluate
-from bico_ds.evaluation.tasks import Task
+from bico_ds.evaluation.place import Place
+from bico_ds.evaluation.suite import Asking, EvaluationResult, evaluate
 from bico_ds.evaluation.zero3 import is_partitioned, parameter_count, whole_replica
 
 # A bf16 copy of so many parameters fits beside a training state on an 80 GB GPU; larger models generate partitioned.
@@ -25,40 +25,34 @@ REPLICA_PARAMETERS = 4_000_000_000
 FOLDER = "evaluation"  # in the run folder
 
 
+@dataclass(frozen=True, kw_only=True)
 class Evaluator:
-    """Evaluates the live model and keeps the row-level results in the run folder."""
+    """Evaluates the live model and keeps the row-level results in the run folder.
 
-    def __init__(
-        self,
-        spec: EvaluationSpec,
-        tasks: list[Task],
-        tokenizer: Any,
-        ranks: Ranks,
-        folder: RunFolder,
-        stop: StopFlag,
-        *,
-        add_bos: bool,
-        on_progress: Callable[[], None],
-    ) -> None:
-        """`add_bos`: prompts begin as the training texts do. `on_progress`: called after each batch."""
-        self._add_bos = add_bos
-        self._spec, self._tasks, self._tokenizer = spec, tasks, tokenizer
-        self._ranks, self._folder, self._stop, self._on_progress = ranks, folder, stop, on_progress
+    `goods`: the tasks, their tokenizer, and whether prompts begin with BOS. `on_progress`: called after each batch.
+    """
+
+    spec: EvaluationSpec
+    goods: Materials
+    ranks: Ranks
+    folder: RunFolder
+    stop: StopFlag
+    on_progress: Callable[[], None]
 
     def is_due(self, step: int, total_steps: int) -> bool:
-        every = self._spec.every_steps
-        return bool(self._tasks) and (step == total_steps or (every is not None and step % every == 0))
+        every = self.spec.every_steps
+        return bool(self.goods.tasks) and (step == total_steps or (every is not None and step % every == 0))
 
     def __call__(self, causal_lm: Any, step: int) -> EvaluationResult | None:
         """Run all tasks; on rank 0 write evaluation/step-N.json. None where a signal came meanwhile."""
         partitioned = is_partitioned(causal_lm)
         replicate = partitioned and parameter_count(causal_lm) <= REPLICA_PARAMETERS
         was_training = causal_lm.training
-        model = whole_replica(causal_lm, device=self._ranks.device) if replicate else causal_lm.eval()
+        model = whole_replica(causal_lm, device=self.ranks.device) if replicate else causal_lm.eval()
         with torch.no_grad():
             result = self._evaluate(model, synced=partitioned and not replicate)
         causal_lm.train(was_training)
-        if result is not None and self._ranks.is_first:
+        if result is not None and self.ranks.is_first:
             path = self._path(step)
             path.parent.mkdir(exist_ok=True)
             write_atomically(path, json.dumps(result.to_json(), ensure_ascii=False, indent=1))
@@ -66,39 +60,27 @@ class Evaluator:
 
     def _evaluate(self, model: Any, *, synced: bool) -> EvaluationResult | None:
         """Generated answers, and where the recipe asks for it the log-probability test."""
-        rank, world_size = self._ranks.rank, self._ranks.world_size
-        common: dict[str, Any] = {
-            "batch_size": self._spec.batch_size,
-            "device": self._ranks.device,
-            "should_stop": lambda: bool(self._stop),
-            "add_bos": self._add_bos,
-        }
-        result = evaluate(
-            model,
-            self._tokenizer,
-            self._tasks,
-            max_new_tokens=self._spec.max_new_tokens,
-            rank=rank,
-            world_size=world_size,
+        place = Place(
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
             synced=synced,
-            on_batch=lambda task, prompts: self._on_progress(),
-            **common,
+            device=self.ranks.device,
+            batch_size=self.spec.batch_size,
+            should_stop=lambda: bool(self.stop),
+            on_batch=lambda sequences: self.on_progress(),
         )
-        if result is None or self._spec.likelihood_others is None:
+        tasks, tokenizer, add_bos = self.goods.tasks, self.goods.tokenizer, self.goods.add_bos
+        asking = Asking(max_new_tokens=self.spec.max_new_tokens, add_bos=add_bos)
+        result = evaluate(model, tokenizer, tasks, asking, place)
+        others = self.spec.likelihood_others
+        if result is None or others is None:
             return result
-        choice: dict[str, Any] = {}
-        for task in self._tasks:
-            choice[task.name] = choice_test(
-                model,
-                self._tokenizer,
-                task,
-                others=self._spec.likelihood_others,
-                ranks=SharedRanks(rank=rank, world_size=world_size, synced=synced),
-                on_batch=lambda prompts: self._on_progress(),
-                **common,
-            )
-            if choice[task.name] is None:
+        choice: dict[str, dict[str, Any]] = {}
+        for task in tasks:
+            test = choice_test(model, tokenizer, task, others=others, add_bos=add_bos, place=place)
+            if test is None:
                 return None
+            choice[task.name] = test
         return replace(result, choice=choice)
 
     def has_result(self, step: int) -> bool:
@@ -106,7 +88,7 @@ class Evaluator:
         return self._path(step).is_file()
 
     def _path(self, step: int) -> Path:
-        return self._folder.path / FOLDER / f"step-{step:06d}.json"
+        return self.folder.path / FOLDER / f"step-{step:06d}.json"
 
 
 def results_after(run: Path, step: int) -> list[Path]:

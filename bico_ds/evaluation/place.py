@@ -1,0 +1,77 @@
+"""The processes that evaluate one model together: which this one is, its batches, and what all of them agree on.
+
+Every rank runs the same number of batches. With `synced` it also runs the same number of forward passes in
+each (the stop is agreed on), which ZeRO-3 needs while the weights are partitioned: each forward pass gathers
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where and how this process computes its share of an evaluation. No score depends on it, but for rounding.
+
+    `synced`: forward passes are collectives (ZeRO-3 with partitioned weights). `batch_size`: sequences per
+    forward pass. `should_stop` is polled before each of them; where it was true on any rank, none has a result.
+    `on_batch(n)` is called after each of this rank's batches with the number of sequences in it.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    synced: bool = False
+    device: torch.device = _CPU
+    batch_size: int = 32
+    should_stop: Callable[[], bool] = lambda: False
+    on_batch: Callable[[int], None] = lambda sequences: None
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+ALONE = Place()  # one process, on the CPU
+
+
+def shared_batches(sequences: Sequence[Sequence[int]], place: Place) -> list[NDArray[np.int64]]:
+    """This rank's batches: indices into `sequences`, like lengths together, as many batches on every rank.
+
+    A rank without one of its own repeats the first sequence; results are keyed by index, so repeats change
+    nothing.
+    """
+    order = np.argsort([len(ids) for ids in sequences], kind="stable").astype(np.int64)
+    rounds = -(-len(order) // (place.batch_size * place.world_size))
+    batches = np.array_split(order, rounds * place.world_size)[place.rank :: place.world_size]
+    return [batch if len(batch) else order[:1] for batch in batches]
+
+
+def agree(finished: bool, place: Place) -> tuple[bool, bool]:
+    """(all ranks have finished, any rank must stop) where forward passes are collectives; else what this rank
+    knows. Polls `place.should_stop`.
+    """
+    stop = place.should_stop()
+    if not place.synced or place.world_size == 1:
+        return finished, stop
+    votes = torch.tensor([int(not finished), int(stop)], device=place.device)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return not votes[0].item(), bool(votes[1].item())
+
+
+def gather_parts(part: Any, place: Place) -> list[Any]:
+    """`part` of every rank, on every rank."""
+    if place.world_size == 1:
+        return [part]
+    parts: list[Any] = [None] * place.world_size
+    dist.all_gather_object(parts, part)
+    return parts

@@ -102,6 +102,16 @@ def test_other_options_are_computed_anew_and_other_weights_refused(world, tmp_pa
         _run(_request(world, output, **small, model=str(tmp_path / "other")))
 
 
+def test_the_parts_of_a_file_keep_their_identities_in_later_versions(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(world)  # a task's path is part of its identity
+    output = tmp_path / "result.json"
+    assert _run(_request(world, output, data=Path("data"), tasks=("n2d",), retention=(), base=None))
+    assert json.loads(output.read_text())["identities"] == {
+        "tasks/n2d": "7bc1ca4d7e2b54c3",
+        "choice/n2d": "73d5701dac3b9f24",
+    }
+
+
 def test_a_new_tokenizer_is_another_model(world, tmp_path):
     model, output = _copy_of_model(world, tmp_path / "model"), tmp_path / "result.json"
     small = {"model": str(model), "likelihood": False, "retention": (), "base": None, "tasks": ("n2d",)}

@@ -129,5 +129,5 @@ def check_rotary(model: TrainableModel) -> None:
     if rotary.inv_freq.dtype != torch.float32:
         raise UserError(
             f"the rotary frequencies were cast to {rotary.inv_freq.dtype}, which ruins long positions: "
-            "this DeepSpeed is too old, install 0.19.2 or newer"
+            "this DeepSpeed is too old, install 0.19.3 or newer"
         )

@@ -99,5 +99,5 @@ def test_a_bf16_engine_leaves_the_rotary_frequencies_in_fp32(tmp_path: Path) -> 
 def test_rounded_rotary_frequencies_are_refused() -> None:
     model = build(0, None)
     model.causal_lm.model.rotary_emb.bfloat16()
-    with pytest.raises(UserError, match="install 0\\.19\\.2 or newer"):
+    with pytest.raises(UserError, match="install 0\\.19\\.3 or newer"):
         check_rotary(model)

@@ -1,7 +1,8 @@
 """DeepSpeed's configuration: a file of ds_configs/, the recipe's overrides, and everything that the recipe computes.
 
 DeepSpeed accepts unknown top-level keys in silence, and turns an unfilled ``"auto"`` into a default without a word
-(both seen with 0.19.8); so the keys are checked here, and no ``"auto"`` leaves this module. What DeepSpeed does refuse,
+(both seen with 0.19.8); so the keys are checked here, and no ``"auto"`` leaves this module. Known keys that nothing
+reads on our way through DeepSpeed, or that would work against the recipe, are refused, too. What DeepSpeed does refuse,
 it refuses when weights are built and ranks wait, with a traceback; here it is a message before anything begins.
 """
 
@@ -12,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
@@ -37,21 +39,12 @@ TOP_LEVEL_KEYS = frozenset(
         "zero_optimization",
         "optimizer",
         "aio",
-        "activation_checkpointing",
         "wall_clock_breakdown",
         "memory_breakdown",
-        "comms_logger",
         "flops_profiler",
-        "csv_monitor",
-        "wandb",
-        "tensorboard",
-        "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer",
         "prescale_gradients",
         "gradient_predivide_factor",
         "checkpoint",
-        "dump_state",
-        "seq_parallel_communication_data_type",
     }
 )
 
@@ -62,17 +55,47 @@ _OWNED = {
     "train_micro_batch_size_per_gpu": "training.micro_batch_bins",
     "gradient_accumulation_steps": "training.global_batch_bins (it follows from that and the number of ranks)",
     "gradient_clipping": "training.max_grad_norm",
+    "steps_per_print": "monitor.every_steps",
     "bf16.enabled": "model.dtype",
+    "bf16.check_grad_overflow": "training.on_nonfinite",
     "optimizer.params.lr": "optimizer.lr",
     "optimizer.params.betas": "optimizer.betas",
     "optimizer.params.eps": "optimizer.eps",
     "optimizer.params.weight_decay": "optimizer.weight_decay",
 }
 
-_MAPPINGS = (
-    "bf16", "data_types", "zero_optimization", "optimizer", "aio", "activation_checkpointing", "comms_logger",
-    "flops_profiler", "csv_monitor", "wandb", "tensorboard", "checkpoint",
-)  # fmt: skip
+# What DeepSpeed accepts and a run of ours must not carry, with the reason: the code of 0.19.8 was read for each. Keys
+# of another ZeRO stage are left alone, since one file serves several stages.
+_REFUSED = {
+    "activation_checkpointing": "DeepSpeed's own is never called; set model.activation_checkpointing instead",
+    "tensorboard": "set monitor.tensorboard instead",
+    "csv_monitor": "set monitor.csv instead",
+    "wandb": "set monitor.wandb instead",
+    "comms_logger": "nothing would print what it collects",
+    "dump_state": "DeepSpeed writes it to its log, which is off",
+    "seq_parallel_communication_data_type": "there is no sequence parallelism; set communication_data_type instead",
+    "zero_allow_untested_optimizer": "AdamW and Adam are among the tested ones",
+    "zero_force_ds_cpu_optimizer": "it is for optimizers that are built outside DeepSpeed",
+    "checkpoint.writer": "checkpoints have another writer; the recipe's checkpoint section says when it writes",
+    "checkpoint.parallel_write": "only pipelines read it",
+    "checkpoint.use_node_local_storage": "a checkpoint is one folder, on a disk that all nodes share",
+    "checkpoint.load_universal": "a resume sets it where the checkpoint needs it",
+    "zero_optimization.allgather_partitions": "DeepSpeed reads it nowhere",
+    "zero_optimization.cpu_offload_use_pin_memory": "DeepSpeed reads it nowhere; set offload_optimizer.pin_memory instead",
+    "zero_optimization.gather_16bit_weights_on_model_save": "set checkpoint.export instead",
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": "set checkpoint.export instead",
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": "set checkpoint.export instead",
+}
+
+_MAPPINGS = ("bf16", "data_types", "zero_optimization", "optimizer", "aio", "flops_profiler", "checkpoint")
+
+# Of the mappings whose unknown keys DeepSpeed passes over in silence: the known ones.
+_SUB_KEYS = {
+    "data_types": ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"),
+    "optimizer": ("type", "params", "legacy_fusion"),
+    "checkpoint": ("tag_validation", "checkpoint_serialization"),
+    "aio": tuple(AIO_DEFAULT_DICT),
+}
 
 _OPTIMIZERS = ("AdamW", "Adam")  # those whose parameters, offload and checksummed state the engine knows
 
@@ -101,26 +124,42 @@ def merged_ds_config(recipe: Recipe) -> dict[str, Any]:
     if not isinstance(file, dict):
         raise UserError(f"deepspeed.config: {recipe.deepspeed.config} must hold one JSON object")
     config = merge_mappings(file, recipe.deepspeed.overrides)
-    unknown = sorted(set(config) - TOP_LEVEL_KEYS)
-    if unknown:
-        hint = did_you_mean(unknown[0], TOP_LEVEL_KEYS)
-        raise UserError(f"deepspeed: unknown top-level key '{unknown[0]}'{hint} in {_where(recipe)}")
-    for key in _MAPPINGS:
-        if not isinstance(config.get(key, {}), dict):
-            raise UserError(
-                f"deepspeed: '{key}' must be a mapping of keys, found {config[key]!r} in {_where(recipe)}"
-            )
-    params = config.get("optimizer", {}).get("params", "auto")
-    if params != "auto" and not isinstance(params, dict):
-        raise UserError(
-            f"deepspeed: 'optimizer.params' must be a mapping of keys, found {params!r} in {_where(recipe)}"
-        )
-    for key, ours in _OWNED.items():
-        if (found := _at(config, key)) not in (None, "auto"):
-            raise UserError(f"deepspeed: {key}={found!r} in {_where(recipe)}: set {ours} instead")
+    _check_kinds(config, _where(recipe))
+    _check_keys(config, _where(recipe))
     owned: dict[str, Any] = {key: "auto" for key in _OWNED if "." not in key}
     owned |= {"bf16": {"enabled": "auto"}, "optimizer": {"type": "AdamW", "params": "auto"}}
     return merge_mappings(owned, config)
+
+
+def _check_kinds(config: dict[str, Any], where: str) -> None:
+    for key in _MAPPINGS:
+        if not isinstance(config.get(key, {}), dict):
+            raise UserError(f"deepspeed: '{key}' must be a mapping of keys, found {config[key]!r} in {where}")
+    params = config.get("optimizer", {}).get("params", "auto")
+    if params != "auto" and not isinstance(params, dict):
+        raise UserError(
+            f"deepspeed: 'optimizer.params' must be a mapping of keys, found {params!r} in {where}"
+        )
+
+
+def _check_keys(config: dict[str, Any], where: str) -> None:
+    """Refuse keys that are unknown, that would change nothing, and that the recipe owns."""
+    for key, reason in _REFUSED.items():
+        section, _, name = key.rpartition(".")
+        if name in (config.get(section, {}) if section else config):
+            raise UserError(f"deepspeed: remove '{key}' from {where}: {reason}")
+    for name in sorted(set(config) - TOP_LEVEL_KEYS):
+        hint = did_you_mean(name, TOP_LEVEL_KEYS)
+        raise UserError(f"deepspeed: unknown top-level key '{name}'{hint} in {where}")
+    for key, known in _SUB_KEYS.items():
+        for name in sorted(set(config.get(key, {})) - set(known)):
+            raise UserError(f"deepspeed: unknown key '{key}.{name}'{did_you_mean(name, known)} in {where}")
+    for key, ours in _OWNED.items():
+        if (found := _at(config, key)) not in (None, "auto"):
+            raise UserError(f"deepspeed: {key}={found!r} in {where}: set {ours} instead")
+    offloads = [_at(config, f"zero_optimization.offload_{what}.device") for what in ("optimizer", "param")]
+    if "aio" in config and "nvme" not in offloads:
+        raise UserError(f"deepspeed: 'aio' in {where} changes nothing without an offload to NVMe; remove it")
 
 
 def _where(recipe: Recipe) -> str:
@@ -144,8 +183,8 @@ def build_ds_config(
 ) -> dict[str, Any]:
     """Return the complete configuration of one run; `hidden_size` sizes ZeRO-3's buckets.
 
-    Raises `UserError` for unknown keys, what DeepSpeed's ZeRO would refuse, values that the recipe owns, optimizers
-    that the engine does not know, a monitor that is not installed, and batch sizes that do not divide.
+    Raises `UserError` for unknown keys, keys without effect, what DeepSpeed's ZeRO would refuse, values that the recipe
+    owns, optimizers that the engine does not know, a monitor that is not installed, and batch sizes that do not divide.
     """
     config = merged_ds_config(recipe)
     hpz = config.get("zero_optimization", {}).get("zero_hpz_partition_size")

@@ -70,11 +70,68 @@ def test_an_unknown_top_level_key_is_refused_with_a_suggestion():
         (["bf16.enabled=true"], "set model.dtype instead"),
         (["optimizer.params.lr=1"], "set optimizer.lr instead"),
         (["optimizer.type=Lionn"], "'Lionn' is not one of AdamW, Adam"),
+        (["steps_per_print=10"], "set monitor.every_steps instead"),
+        (["bf16.check_grad_overflow=false"], "set training.on_nonfinite instead"),
+        (
+            ["data_types.grad_accum_dtyp=fp32"],
+            "unknown key 'data_types.grad_accum_dtyp' .*'grad_accum_dtype'",
+        ),
+        (["checkpoint.tag_validatoin=FAIL"], "unknown key 'checkpoint.tag_validatoin' .*'tag_validation'"),
+        (["aio.queue_depth=8"], "'aio' in .* changes nothing without an offload to NVMe"),
     ],
 )
 def test_what_deepspeed_would_refuse_or_the_recipe_owns_is_refused_here(overrides, message):
     with pytest.raises(UserError, match=message):
         built("zero3_bf16", *(f"deepspeed.overrides.{override}" for override in overrides))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("activation_checkpointing.number_checkpoints=2", "set model.activation_checkpointing instead"),
+        ("tensorboard.enabled=true", "set monitor.tensorboard instead"),
+        ("csv_monitor.enabled=true", "set monitor.csv instead"),
+        ("wandb.enabled=true", "set monitor.wandb instead"),
+        ("seq_parallel_communication_data_type=fp32", "no sequence parallelism"),
+        ("comms_logger.enabled=true", "nothing would print"),
+        ("dump_state=true", "its log, which is off"),
+        ("dump_state=null", "its log, which is off"),
+        ("zero_allow_untested_optimizer=true", "among the tested ones"),
+        ("zero_force_ds_cpu_optimizer=false", "built outside DeepSpeed"),
+        ("checkpoint.writer.type=FAST", "checkpoints have another writer"),
+        ("checkpoint.parallel_write.pipeline_stage=true", "only pipelines"),
+        ("checkpoint.use_node_local_storage=true", "a disk that all nodes share"),
+        ("checkpoint.load_universal=true", "a resume sets it"),
+        ("zero_optimization.allgather_partitions=true", "reads it nowhere"),
+        ("zero_optimization.stage3_gather_16bit_weights_on_model_save=true", "set checkpoint.export instead"),
+    ],
+)
+def test_a_key_that_deepspeed_accepts_and_nothing_reads_is_refused_with_ours_named(override, message):
+    key = override.split("=")[0]
+    with pytest.raises(
+        UserError, match=f"remove '.*' from zero3_bf16 or deepspeed.overrides: .*{message}"
+    ) as raised:
+        built("zero3_bf16", f"deepspeed.overrides.{override}")
+    assert key.startswith(str(raised.value).split("'")[1])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "flops_profiler.enabled=true",
+        "wall_clock_breakdown=true",
+        "memory_breakdown=true",
+        "checkpoint.tag_validation=FAIL",
+        "data_types.param_dtype=fp32",
+        "zero_optimization.round_robin_gradients=true",
+    ],
+)
+def test_a_key_that_does_something_is_accepted(override):
+    key, value = override.split("=")
+    found = built("zero2_bf16", f"deepspeed.overrides.{override}")
+    for part in key.split("."):
+        found = found[part]
+    assert str(found).lower() == value.lower()
 
 
 def test_a_file_that_leaves_out_what_the_recipe_owns_gets_it_all_the_same(tmp_path):
@@ -103,7 +160,7 @@ def test_a_monitor_that_is_not_installed_is_missed_before_the_run(monkeypatch):
 
 def test_an_auto_that_no_rule_fills_is_refused():
     with pytest.raises(UserError, match="aio.block_size"):
-        built("zero3_bf16", "deepspeed.overrides.aio.block_size=auto")
+        built("zero3_offload_nvme", "deepspeed.overrides.aio.block_size=auto")
 
 
 def test_overrides_reach_nested_keys_and_leave_the_rest():

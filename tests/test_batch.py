@@ -17,11 +17,12 @@ from bico_ds import batch as batch_module
 from bico_ds.attention import backends
 from bico_ds.attention.layout import build_layout
 from bico_ds.batch import Document, Documents, PackedBatch
-from bico_ds.config.schema import MaskSpec, ModelSpec
+from bico_ds.config.objectives.bico import BicoSpec
+from bico_ds.config.objectives.masks import MaskSpec
+from bico_ds.config.schema import ModelSpec
 from bico_ds.model.build import build_model
 from bico_ds.objectives.base import BatchKey
 from bico_ds.objectives.bico import MaskDenoising
-from bico_ds.objectives.masks import MaskPolicy
 
 CPU = torch.device("cpu")
 SHAPE = {
@@ -43,7 +44,7 @@ def laid_out_batch() -> PackedBatch:
     documents = Documents.of(
         [Document(token_ids=rng.integers(5, 131, n), source=0, id=i) for i, n in enumerate(lengths)]
     )
-    objective = MaskDenoising(policy=MaskPolicy(spec=MaskSpec(rate=0.4)), placeholder_id=0)
+    objective = MaskDenoising(spec=BicoSpec(mask=MaskSpec(rate=0.4)), placeholder_id=0)
     batch = objective.build(documents, BatchKey(seed=int(rng.integers(2**31)), epoch=0))
     layout = build_layout(batch.plan, backends.resolve("auto", torch.float64, 16, CPU).policy)
     assert layout.tiles

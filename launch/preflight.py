@@ -19,8 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bico_ds.config.arguments import local_path, path_text
 from bico_ds.config.errors import UserError
 from bico_ds.config.load import load_recipe
+from bico_ds.engine.run_folder import folder_of_run
 
 
 def main() -> int:
@@ -28,11 +30,18 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--recipe", metavar="NAME|PATH", required=True, help="a name in recipes/ or a YAML file"
+        "--recipe",
+        metavar="NAME|PATH",
+        type=path_text,
+        required=True,
+        help="a name in recipes/ or a YAML file",
     )
     parser.add_argument("--set", dest="overrides", metavar="KEY.PATH=VALUE", action="append", default=[])
     parser.add_argument(
-        "--output-dir", metavar="DIR", help="run folder (default: the recipe's, or runs/NAME)"
+        "--output-dir",
+        metavar="DIR",
+        type=local_path,
+        help="run folder (default: the recipe's, or runs/NAME)",
     )
     parser.add_argument(
         "--local_rank", type=int, default=None, help=argparse.SUPPRESS
@@ -42,8 +51,7 @@ def main() -> int:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         from bico_ds.engine.preflight.check import preflight
 
-        run = Path(arguments.output_dir or recipe.output_dir or f"runs/{recipe.name}")
-        return 0 if preflight(recipe, run) else 1
+        return 0 if preflight(recipe, folder_of_run(recipe, arguments.output_dir)) else 1
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # of each node: a recipe may be missing on one of them
             print(f"error: {error}", file=sys.stderr, flush=True)

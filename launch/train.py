@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bico_ds.config.arguments import local_path, path_text
 from bico_ds.config.errors import RunError, UserError
 from bico_ds.config.load import list_recipes, load_recipe
 from bico_ds.config.schema import Recipe
@@ -32,16 +33,21 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--recipe", metavar="NAME|PATH", help="a name in recipes/ or a YAML file")
+    parser.add_argument(
+        "--recipe", metavar="NAME|PATH", type=path_text, help="a name in recipes/ or a YAML file"
+    )
     parser.add_argument(
         "--set", dest="overrides", metavar="KEY.PATH=VALUE", action="append", default=[],
         help="override one key of the recipe, as in --set optimizer.lr=1e-4 (repeatable)",
     )  # fmt: skip
     parser.add_argument(
-        "--output-dir", metavar="DIR", help="run folder (default: the recipe's, or runs/NAME)"
+        "--output-dir",
+        metavar="DIR",
+        type=local_path,
+        help="run folder (default: the recipe's, or runs/NAME)",
     )
     parser.add_argument(
-        "--resume", metavar="auto|none|PATH", default="auto",
+        "--resume", metavar="auto|none|PATH", type=path_text, default="auto",
         help="auto: the newest whole checkpoint of the run folder, if any (default); none: start anew, what was there is "
         "set aside; PATH: this checkpoint",
     )  # fmt: skip
@@ -92,7 +98,7 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         from bico_ds.engine.dry_run import dry_run
 
-        dry_run(recipe)
+        dry_run(recipe, output_dir=arguments.output_dir)
         return 0
     stop = StopFlag()
     stop.install(recipe.distributed.preempt_signals)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bico_ds.config.arguments import local_path
 from bico_ds.config.errors import UserError
 from bico_ds.evaluation.compare import compare_runs
 
@@ -24,9 +25,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path)
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=local_path)
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/comparison"), help="folder (default: %(default)s)"
+        "--output", type=local_path, default=Path("runs/comparison"), help="folder (default: %(default)s)"
     )
     options = parser.parse_args()
     try:

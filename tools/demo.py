@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from rich.console import Console
 from rich.table import Table
 
-from bico_ds.config.arguments import positive
+from bico_ds.config.arguments import local_path, positive
 from bico_ds.evaluation.compare import compare_runs
 
 ARMS = ("tiny_bico", "tiny_ntp")
@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=positive, default=2, help="processes to train with (default 2)")
     parser.add_argument("--seeds", type=int, nargs="+", help="train every seed into runs/seed-N")
     parser.add_argument(
-        "--runs", type=Path, default=Path("runs"), help="where the run folders go (default runs)"
+        "--runs", type=local_path, default=Path("runs"), help="where the run folders go (default runs)"
     )
     arguments = parser.parse_args()
     console = Console(soft_wrap=True)

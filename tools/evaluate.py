@@ -19,7 +19,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bico_ds.config.arguments import folder_or_hub_name, local_path
 from bico_ds.config.errors import UserError
+from bico_ds.config.paths import FolderOrHub
 from bico_ds.engine.signals import StopFlag
 
 
@@ -27,19 +29,31 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="safetensors folder with its tokenizer, or a hub name")
+    parser.add_argument(
+        "--model",
+        type=folder_or_hub_name,
+        required=True,
+        help="safetensors folder with its tokenizer, or a hub name",
+    )
     tasks = parser.add_argument_group("what to ask")
-    tasks.add_argument("--data", type=Path, help="folder of name-description test files")
+    tasks.add_argument("--data", type=local_path, help="folder of name-description test files")
     tasks.add_argument("--tasks", help="with --data (default: n2d,d2n,n2d_reverse,d2n_reverse)")
-    tasks.add_argument("--parents", type=Path, help="CSV: child,parent,parent_type")
-    tasks.add_argument("--couplets", type=Path, help="JSONL: first, second")
+    tasks.add_argument("--parents", type=local_path, help="CSV: child,parent,parent_type")
+    tasks.add_argument("--couplets", type=local_path, help="JSONL: first, second")
     tasks.add_argument(
-        "--pairs", type=Path, help="JSONL: forward and backward, each with prompt and completion"
+        "--pairs", type=local_path, help="JSONL: forward and backward, each with prompt and completion"
     )
     tasks.add_argument(
-        "--retention", type=Path, nargs="+", default=[], metavar="TEXT", help="perplexity on these texts"
+        "--retention",
+        type=local_path,
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="perplexity on these texts",
     )
-    tasks.add_argument("--base", help="the model before fine-tuning, for --retention")
+    tasks.add_argument(
+        "--base", type=folder_or_hub_name, help="the model before fine-tuning, for --retention"
+    )
     tasks.add_argument("--likelihood", action="store_true", help="log-probability test on every task")
     tasks.add_argument("--limit", type=int, help="rows of each task, spread over the persons")
     how = parser.add_argument_group("how")
@@ -55,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument(
         "--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: that of the weights"
     )
-    how.add_argument("--output", type=Path, help="result file (default: runs/evaluation/MODEL.json)")
+    how.add_argument("--output", type=local_path, help="result file (default: runs/evaluation/MODEL.json)")
     options = parser.parse_args()
     for name in ("limit", "batch_size", "max_new_tokens", "others", "window"):
         value = getattr(options, name)
@@ -84,14 +98,15 @@ def request_of(options: argparse.Namespace) -> Any:
     from bico_ds.evaluation.command import Request
     from bico_ds.evaluation.further_sets import READERS
 
+    model = options.model.here()
     return Request(
-        model=options.model,
-        output=options.output or default_output(options.model),
+        model=model,
+        output=options.output or default_output(model),
         data=options.data,
         tasks=task_names(options),
         further={kind: getattr(options, kind) for kind in READERS if getattr(options, kind) is not None},
         retention=tuple(options.retention),
-        base=options.base,
+        base=options.base.here() if options.base is not None else None,
         likelihood=options.likelihood,
         limit=options.limit,
         max_new_tokens=options.max_new_tokens,
@@ -102,7 +117,7 @@ def request_of(options: argparse.Namespace) -> Any:
     )
 
 
-def default_output(model: str) -> Path:
+def default_output(model: FolderOrHub) -> Path:
     place = Path(model).resolve()
     name = place.parent.name if place.name == "export" else place.name
     return Path("runs/evaluation") / f"{name}.json"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bico_ds.config.arguments import folder_or_hub_name, local_path
 from bico_ds.config.errors import UserError
 
 
@@ -22,11 +23,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint folder, or a run folder")
-    parser.add_argument("output", type=Path, help="the folder to write; must not exist")
+    parser.add_argument("checkpoint", type=local_path, help="a checkpoint folder, or a run folder")
+    parser.add_argument("output", type=local_path, help="the folder to write; must not exist")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="default: bf16")
-    parser.add_argument("--base", help="LoRA: where the base model lies now, if it has moved")
-    parser.add_argument("--tokenizer", help="its folder; default: the run's")
+    parser.add_argument(
+        "--base", type=folder_or_hub_name, help="LoRA: where the base model lies now, if it has moved"
+    )
+    parser.add_argument("--tokenizer", type=folder_or_hub_name, help="its folder; default: the run's")
     parser.add_argument("--shard-gb", type=float, default=4.0, help="largest shard (default 4)")
     arguments = parser.parse_args()
     if arguments.shard_gb <= 0:
@@ -40,7 +43,7 @@ def main() -> int:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    from bico_ds.config.load import read_recorded
+    from bico_ds.config.load import recorded_recipe
     from bico_ds.data.tokenizer import load_tokenizer
     from bico_ds.engine import manifest
     from bico_ds.engine.materials import tokenizer_path
@@ -52,18 +55,18 @@ def export(arguments: argparse.Namespace) -> None:
     found = manifest.find(root, print) if root.is_dir() else manifest.verify(arguments.checkpoint)
     if found is None:
         raise UserError(f"'{root}' holds no checkpoint")
-    recipe = read_recorded(found.content["recipe"], found.path / manifest.MANIFEST)
-    spec = (
-        recipe.model if arguments.base is None else recipe.model.model_copy(update={"path": arguments.base})
-    )
-    tokenizer = load_tokenizer(arguments.tokenizer or tokenizer_path(recipe))
+    recipe = recorded_recipe(found.content["recipe"], found.path / manifest.MANIFEST)
+    if arguments.base is not None:
+        model = recipe.model.model_copy(update={"path": arguments.base})
+        recipe = recipe.model_copy(update={"model": model})
+    tokenizer = load_tokenizer(arguments.tokenizer.here() if arguments.tokenizer else tokenizer_path(recipe))
     print(
         f"exporting step {found.step} of '{recipe.name}' to {arguments.output} ({arguments.dtype})",
         flush=True,
     )
     export_checkpoint(
         found.path,
-        spec,
+        recipe.model,
         tokenizer,
         arguments.output,
         arguments.dtype,

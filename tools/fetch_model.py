@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bico_ds.config.arguments import local_path
 from bico_ds.config.errors import UserError, did_you_mean
 from tools.import_gguf import import_gguf
 
@@ -110,7 +111,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", help=f"one of: {', '.join(MODELS)}")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--output", type=local_path, required=True, help="folder to write")
     options = parser.parse_args()
     try:
         fetch(options.name, options.output)

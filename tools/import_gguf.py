@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bico_ds.config.arguments import local_path
 from bico_ds.config.errors import UserError
 
 _MAGIC = b"GGUF"
@@ -116,8 +117,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("file", type=Path, help="the GGUF file")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("file", type=local_path, help="the GGUF file")
+    parser.add_argument("--output", type=local_path, required=True, help="folder to write")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
     options = parser.parse_args()

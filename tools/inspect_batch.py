@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 
 from bico_ds.batch import PackedBatch
-from bico_ds.config.arguments import not_negative, positive
+from bico_ds.config.arguments import local_path, not_negative, path_text, positive
 from bico_ds.config.errors import UserError, did_you_mean
 from bico_ds.config.load import load_recipe
 from bico_ds.data.inspection import Decode, plot_visibility, print_batch, view_batch
@@ -31,7 +31,11 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--recipe", metavar="NAME|PATH", required=True, help="a name in recipes/ or a YAML file"
+        "--recipe",
+        metavar="NAME|PATH",
+        type=path_text,
+        required=True,
+        help="a name in recipes/ or a YAML file",
     )
     parser.add_argument(
         "--set", dest="overrides", metavar="KEY.PATH=VALUE", action="append", default=[],
@@ -76,7 +80,7 @@ def picture(text: str) -> Path:
     """A path that says that it is a PNG."""
     if not text.lower().endswith(".png"):
         raise argparse.ArgumentTypeError(f"'{text}' must end in .png")
-    return Path(text)
+    return local_path(text)
 
 
 def step_with(schedule: ObjectiveSchedule, name: str | None, first: int) -> int:

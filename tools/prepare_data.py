@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pydantic import ValidationError
 
-from bico_ds.config.arguments import positive
+from bico_ds.config.arguments import folder_or_hub_name, local_path, path_text, positive
 from bico_ds.config.errors import UserError
 from bico_ds.config.schema import FactsSpec
 from bico_ds.data.examples import IngestOptions
@@ -66,8 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def inspect(args: argparse.Namespace) -> None:
     """Print documents of a store."""
     verify: Literal["sizes", "checksums"] = "checksums" if args.verify else "sizes"
+    tokenizer = args.tokenizer.here() if args.tokenizer is not None else None
     for line in describe_store(
-        args.inspect, documents=args.documents, tokenizer_path=args.tokenizer, verify=verify
+        args.inspect, documents=args.documents, tokenizer_path=tokenizer, verify=verify
     ):
         print(line)
 
@@ -81,7 +82,7 @@ def prepare_texts(args: argparse.Namespace) -> None:
     report = ingest(
         shards,
         _options(args),
-        args.tokenizer,
+        args.tokenizer.here(),
         output,
         force=args.force,
         processes=args.processes,
@@ -120,7 +121,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="prepare_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--inspect", metavar="STORE", type=Path, help="show documents of a store decoded")
+    parser.add_argument(
+        "--inspect", metavar="STORE", type=local_path, help="show documents of a store decoded"
+    )
     parser.add_argument(
         "--documents", metavar="N", type=int, nargs="+", help="which ones (default: the first 10)"
     )
@@ -128,18 +131,22 @@ def build_parser() -> argparse.ArgumentParser:
         "--verify", action="store_true", help="with --inspect: compare every byte with its checksum"
     )
     parser.add_argument(
-        "--tokenizer", metavar="PATH", help="with --inspect: for a store that does not hold its own"
+        "--tokenizer",
+        type=folder_or_hub_name,
+        metavar="PATH",
+        help="with --inspect: for a store that does not hold its own",
     )
     commands = parser.add_subparsers(dest="command", metavar="{files,hub,facts}")
     files = commands.add_parser("files", help="JSONL, Parquet and text files, or folders of them")
     files.add_argument(
         "inputs",
+        type=path_text,
         metavar="INPUT",
         nargs="+",
         help="file, folder or pattern: .jsonl .json .ndjson .txt .text .md (also .gz, .zst), .parquet",
     )
     hub = commands.add_parser("hub", help="a data set of the Hugging Face hub")
-    hub.add_argument("name", help="hub name, or a local folder that `datasets` can load")
+    hub.add_argument("name", type=path_text, help="hub name, or a local folder that `datasets` can load")
     hub.add_argument("--config", help="configuration of the data set")
     hub.add_argument(
         "--split", default="train", help="slices and sums too: train[:10%%]+test (default: %(default)s)"
@@ -153,12 +160,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_text_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="the store to write")
+    parser.add_argument("--output", metavar="DIR", type=local_path, required=True, help="the store to write")
     parser.add_argument(
         "--force", action="store_true", help="replace a store at --output, once the new one is complete"
     )
     parser.add_argument(
         "--tokenizer",
+        type=folder_or_hub_name,
         required=True,
         metavar="PATH",
         help="folder or hub name of a fast tokenizer, or a tokenizer.model",
@@ -224,7 +232,7 @@ def _add_document_options(documents: argparse._ArgumentGroup) -> None:
 
 
 def _add_facts_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--output", metavar="DIR", type=local_path, required=True, help="the folder to write")
     parser.add_argument("--force", action="store_true", help="replace such a folder at --output")
     for name, field in FactsSpec.model_fields.items():
         described = field.description or "of names, groups and fillers"

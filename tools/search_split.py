@@ -18,6 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bico_ds.config.arguments import local_path
 from bico_ds.config.errors import UserError
 
 Row = dict[str, Any]
@@ -88,8 +89,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="the name-description set")
-    parser.add_argument("output", type=Path)
+    parser.add_argument("folder", type=local_path, help="the name-description set")
+    parser.add_argument("output", type=local_path)
     options = parser.parse_args()
     try:
         rows_of = split(options.folder, options.output)

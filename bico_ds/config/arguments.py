@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+from bico_ds.config.errors import UserError
+from bico_ds.config.paths import FolderOrHubName, LocalPath
 
 
 def positive(text: str) -> int:
@@ -13,6 +17,27 @@ def positive(text: str) -> int:
 def not_negative(text: str) -> int:
     """A whole number of at least 0."""
     return _at_least(0, text)
+
+
+def local_path(text: str) -> Path:
+    """A file or folder; ``~`` and ``${NAME}`` are expanded."""
+    return Path(path_text(text))
+
+
+def path_text(text: str) -> str:
+    """What may be a path, or else a pattern or a name; ``~`` and ``${NAME}`` are expanded."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    try:
+        return LocalPath(text).expanded()
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def folder_or_hub_name(text: str) -> FolderOrHubName:
+    """A folder with a model or tokenizer, or its name on the hub; ``~`` and ``${NAME}`` can be expanded."""
+    path_text(text)
+    return FolderOrHubName(text)
 
 
 def _at_least(least: int, text: str) -> int:

@@ -11,27 +11,27 @@ from pathlib import Path
 from types import ModuleType
 
 from bico_ds.config.errors import UserError
+from bico_ds.config.paths import WrittenPath
 
 
-def import_module(name: str) -> ModuleType:
+def import_module(written: WrittenPath) -> ModuleType:
     """Import a module by its name, or a Python file by its path (it ends in ``.py``); once per process.
 
     Raises `UserError` where it is not there, or fails: with the line of the file at which it does.
     """
+    name = written.expanded()
     try:
-        if name.endswith(".py"):
-            return _import_file(Path(name))
-        return importlib.import_module(name)
-    except UserError:
-        raise
+        return _import_file(Path(name)) if name.endswith(".py") else importlib.import_module(name)
+    except UserError as error:
+        raise UserError(f"{written.where}: {error}") from error.__cause__
     except ModuleNotFoundError as error:
         if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
-            raise UserError(_describe(name, error)) from error
+            raise UserError(f"{written.where}: {_describe(name, error)}") from error
         raise UserError(
-            f"there is no module '{name}' here; install it, or name a file that ends in .py"
+            f"{written.where}: there is no module '{name}' here; install it, or name a file that ends in .py"
         ) from None
     except Exception as error:
-        raise UserError(_describe(name, error)) from error
+        raise UserError(f"{written.where}: {_describe(name, error)}") from error
 
 
 def _import_file(path: Path) -> ModuleType:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from bico_ds.config.errors import UserError, did_you_mean
 from bico_ds.config.imports import import_module
 from bico_ds.config.objectives.base import ObjectiveSpec
 from bico_ds.config.objectives.table import KINDS
+from bico_ds.config.paths import LocalPath, WrittenPath
 from bico_ds.config.schema import Recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -62,12 +63,12 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _apply_override(tree, override)
     tree.values.setdefault("name", Path(name_or_path).stem)
-    return _validate(tree)
+    return _validated(tree)
 
 
-def read_recorded(values: dict[str, Any], origin: Path) -> Recipe:
-    """Validate the recipe that a checkpoint recorded; `origin` names it in messages. Raises `UserError`."""
-    return _validate(_Tree(values, {(): Place(str(origin), 0)}))
+def recorded_recipe(values: dict[str, Any], file: Path) -> Recipe:
+    """The recipe that `file`, a manifest, recorded. Raises `UserError` that names key and file."""
+    return _validated(_Tree(values, {(): Place(str(file), 0)}))
 
 
 def find_recipe(name_or_path: str, *, beside: Path | None = None) -> Path:
@@ -98,20 +99,41 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
 
 
-def _validate(tree: _Tree) -> Recipe:
-    """The user's own modules first: a recipe may name objectives that only they know."""
+def _import_modules(tree: _Tree) -> None:
+    """The user's own modules, before validation: a recipe may name objectives that only they know."""
     names = tree.values.get("imports")
     for index, name in enumerate(names if isinstance(names, list) else ()):
         if isinstance(name, str):
-            try:
-                import_module(name)
-            except UserError as error:
-                place = _place_of(("imports", index), tree.places)
-                raise UserError(f"{place}: imports[{index}]: {error}") from error.__cause__
+            import_module(WrittenPath(name, where=_where(("imports", index), tree.places)))
+
+
+def _validated(tree: _Tree) -> Recipe:
+    _import_modules(tree)
     try:
-        return Recipe.model_validate(tree.values)
+        recipe = Recipe.model_validate(tree.values)
     except ValidationError as error:
         raise UserError(_explain(error, tree)) from None
+    return _with_places(recipe, (), tree.places)
+
+
+def _with_places(value: Any, key: KeyPath, places: dict[KeyPath, Place]) -> Any:
+    """The same recipe; its paths know where they were written, for the errors of those who will use them."""
+    if isinstance(value, WrittenPath):
+        return replace(value, where=_where(key, places))
+    if isinstance(value, BaseModel):
+        fields = {name: getattr(value, name) for name in type(value).model_fields}
+        return value.model_copy(update=_with_places(fields, key, places))
+    if isinstance(value, dict):
+        return {name: _with_places(inner, (*key, name), places) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_places(inner, (*key, index), places) for index, inner in enumerate(value)]
+    return value
+
+
+def _where(key: KeyPath, places: dict[KeyPath, Place]) -> str:
+    """``FILE:LINE: key``."""
+    place, dotted = _place_of(key, places), _dotted(key) or "recipe"
+    return f"{place}: {dotted}" if place else dotted
 
 
 def _load_file(path: Path, *, seen: tuple[Path, ...]) -> _Tree:
@@ -124,8 +146,9 @@ def _load_file(path: Path, *, seen: tuple[Path, ...]) -> _Tree:
         return tree
     if not isinstance(base_name, str):
         raise UserError(f"{tree.places[('extends',)]}: 'extends' must be one recipe's name or path")
+    base = LocalPath(base_name, where=_where(("extends",), tree.places)).expanded()
     try:
-        base_path = find_recipe(base_name, beside=path.parent)
+        base_path = find_recipe(base, beside=path.parent)
     except UserError as error:
         raise UserError(f"{tree.places[('extends',)]}: extends: {error}") from None
     return _merge(_load_file(base_path, seen=(*seen, path.resolve())), tree)
@@ -231,11 +254,8 @@ def _explain(error: ValidationError, tree: _Tree) -> str:
     lines: dict[str, str] = {}
     for problem in error.errors():
         key = _real_path(problem["loc"], tree.values)
-        message = _message(problem, key, tree.values)
-        place = _place_of(key, tree.places)
-        dotted = _dotted(key) or "recipe"
-        text = f"{place}: {dotted}: {message}" if place else f"{dotted}: {message}"
-        lines[dotted] = f"{lines[dotted]}, or: {message}" if dotted in lines else text
+        message, where = _message(problem, key, tree.values), _where(key, tree.places)
+        lines[where] = f"{lines[where]}, or: {message}" if where in lines else f"{where}: {message}"
     return "\n".join(lines.values())
 
 

@@ -1,13 +1,24 @@
-"""The recipe: the validated tree of one run. Field descriptions are the reference documentation of every key."""
+"""The recipe: the validated tree of one run. Field descriptions are the reference documentation of every key.
+
+In every path, ``~`` and ``${NAME}`` are expanded on the machine that uses it (`bico_ds.config.paths`).
+"""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from bico_ds.config.objectives.base import ObjectiveSpec
 from bico_ds.config.objectives.table import read_spec
+from bico_ds.config.paths import FolderOrHubName, LocalPath, WrittenPath, replace_paths
 from bico_ds.config.section import PositiveInt, Section
 
 
@@ -25,14 +36,14 @@ class LoraSpec(Section):
 class ModelSpec(Section):
     """Which network, from which weights."""
 
-    path: str | None = Field(
+    path: FolderOrHubName | None = Field(
         None, description="safetensors folder or hub name of the start weights; null: random weights"
     )
     config: dict[str, Any] | None = Field(
         None,
         description="the values of the model's config.json; lets dry runs and plans work without weights",
     )
-    tokenizer: str | None = Field(
+    tokenizer: FolderOrHubName | None = Field(
         None,
         description="tokenizer folder or hub name; null: model.path's, else the first store's or the embedded task's",
     )
@@ -74,9 +85,9 @@ class SourceSpec(Section):
     """One data source; exactly one of `store`, `files` and `facts`."""
 
     name: str | None = Field(None, description="name in logs; null: taken from the path")
-    store: str | None = Field(None, description="a token store that tools/prepare_data.py wrote")
-    files: list[str] | None = Field(
-        None, description="JSONL, Parquet or text files, tokenized at the first use"
+    store: LocalPath | None = Field(None, description="a token store that tools/prepare_data.py wrote")
+    files: list[LocalPath] | None = Field(
+        None, description="JSONL, Parquet or text files, folders or patterns, tokenized at the first use"
     )
     facts: Literal["both_orders", "all"] | None = Field(
         None, description="the embedded task: persons in both orders only, or everyone"
@@ -142,7 +153,9 @@ class DataSpec(Section):
 
     sources: Annotated[list[SourceSpec], Field(min_length=1)]
     facts: FactsSpec = FactsSpec()
-    cache_dir: str = Field("runs/data", description="where stores made from 'files' and 'facts' are kept")
+    cache_dir: LocalPath = Field(
+        LocalPath("runs/data"), description="where stores made from 'files' and 'facts' are kept"
+    )
     capacity: PositiveInt = Field(2048, description="original tokens a bin")
     overlong: Literal["split", "truncate", "drop"] = "split"
     max_documents_per_bin: PositiveInt | None = None
@@ -213,11 +226,37 @@ class ScheduleSpec(Section):
         return self
 
 
+_DEEPSPEED_PATHS = ("nvme_path", "output_path", "output_file")
+
+
+def find_deepspeed_paths(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """A copy of a DeepSpeed configuration, its paths as `LocalPath`; `where` stands before their keys in errors."""
+    found = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            value = find_deepspeed_paths(value, f"{where}{key}.")
+        elif key in _DEEPSPEED_PATHS and isinstance(value, str) and value not in ("", "auto"):
+            value = LocalPath(value, where=f"{where}{key}")
+        found[key] = value
+    return found
+
+
 class DeepSpeedSpec(Section):
     """Which file of ds_configs/, and what this run changes in it."""
 
-    config: str = Field("zero3_bf16", description="name in ds_configs/, or a path to a DeepSpeed JSON")
+    config: LocalPath = Field(
+        LocalPath("zero3_bf16"), description="name in ds_configs/, or a path to a DeepSpeed JSON"
+    )
     overrides: dict[str, Any] = Field(default_factory=dict, description="merged over that file, key by key")
+
+    @field_validator("overrides")
+    @classmethod
+    def _paths_in_overrides(cls, overrides: dict[str, Any]) -> dict[str, Any]:
+        return find_deepspeed_paths(overrides, "deepspeed.overrides.")
+
+    @field_serializer("overrides")
+    def _overrides_as_written(self, overrides: dict[str, Any]) -> dict[str, Any]:
+        return replace_paths(overrides, str)
 
 
 class CheckpointSpec(Section):
@@ -233,7 +272,7 @@ class CheckpointSpec(Section):
 class EvaluationSpec(Section):
     """Reversal tasks during training and at its end."""
 
-    folder: str | None = Field(
+    folder: LocalPath | None = Field(
         None, description="folder of name-description test files; null: the embedded task's"
     )
     tasks: list[str] = Field(default_factory=list, description="empty: no evaluation")
@@ -285,8 +324,8 @@ class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     description: str = ""
     seed: int = Field(1, description="of weights, order, masks and draws")
-    output_dir: str | None = Field(None, description="run folder; null: runs/NAME")
-    imports: list[str] = Field(
+    output_dir: LocalPath | None = Field(None, description="run folder; null: runs/NAME")
+    imports: list[WrittenPath] = Field(
         default_factory=list,
         description="modules, or files that end in .py, with further objectives: loaded on every rank, before all else",
     )

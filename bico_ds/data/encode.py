@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from bico_ds.config.errors import UserError
+from bico_ds.config.paths import FolderOrHub
 from bico_ds.data.examples import Example, IngestOptions, make_example
 from bico_ds.data.sources import BadRow, Shard, read_rows
 from bico_ds.data.store import StoreHeader, TokenStoreWriter, write_durably
@@ -41,7 +42,7 @@ class EncoderSpec:
     begins_word: NDArray[np.bool_]  # [vocabulary]: the token begins with white space
     ends_word: NDArray[np.bool_]  # [vocabulary]: the token ends with white space
     options: IngestOptions
-    chat_tokenizer: str | None = None  # where to load the tokenizer with the chat template
+    chat_tokenizer: FolderOrHub | None = None  # where to load the tokenizer with the chat template
 
 
 @dataclass(kw_only=True)
@@ -325,7 +326,7 @@ def _digest(example: Example) -> bytes:
     return blake2b(example.text.encode(), digest_size=DIGEST_BYTES).digest()
 
 
-def _load_chat(path: str | None) -> PreTrainedTokenizerBase | None:
+def _load_chat(path: FolderOrHub | None) -> PreTrainedTokenizerBase | None:
     if path is None:
         return None
     from bico_ds.data.tokenizer import load_tokenizer

@@ -22,7 +22,7 @@ def source_names(sources: Sequence[SourceSpec]) -> list[str]:
     names = []
     for source in sources:
         path = source.store or (source.files[0] if source.files else f"facts_{source.facts}")
-        name = source.name or PurePath(path).name
+        name = source.name or PurePath(str(path)).name
         seen[name] += 1
         names.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
     return names

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bico_ds.config.errors import UserError
+from bico_ds.config.paths import FolderOrHub
 from bico_ds.data.encode import Encoder, EncoderSpec, encode_shard, spare_the_collector
 from bico_ds.data.examples import IngestOptions
 from bico_ds.data.merge import merge_parts
@@ -53,7 +54,7 @@ class IngestFailure(RuntimeError):
 def ingest(
     shards: list[Shard],
     options: IngestOptions,
-    tokenizer_path: str,
+    tokenizer_path: FolderOrHub,
     output: Path,
     *,
     force: bool = False,
@@ -98,7 +99,7 @@ def ingest(
 
 
 def encoder_spec(
-    tokenizer: PreTrainedTokenizerBase, options: IngestOptions, tokenizer_path: str
+    tokenizer: PreTrainedTokenizerBase, options: IngestOptions, tokenizer_path: FolderOrHub
 ) -> EncoderSpec:
     """Collect what workers need; `UserError` where options and tokenizer do not fit."""
     if options.messages_field and not tokenizer.chat_template:
@@ -128,7 +129,7 @@ def encoder_spec(
 
 
 def _check_special_ids(
-    tokenizer: PreTrainedTokenizerBase, options: IngestOptions, tokenizer_path: str, vocab_size: int
+    tokenizer: PreTrainedTokenizerBase, options: IngestOptions, tokenizer_path: FolderOrHub, vocab_size: int
 ) -> None:
     if options.add_bos and tokenizer.bos_token_id is None:
         raise UserError(

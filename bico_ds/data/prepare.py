@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from bico_ds.config.errors import UserError
+from bico_ds.config.paths import FolderOrHub
 from bico_ds.config.schema import DataSpec, SourceSpec
 from bico_ds.data.examples import IngestOptions
 from bico_ds.data.facts import FORM_VERSION, write_facts
 from bico_ds.data.ingest import ingest
-from bico_ds.data.sources import SHARD_BYTES, Inputs, expand_path, find_inputs, plan_shards
+from bico_ds.data.sources import SHARD_BYTES, Inputs, find_inputs, plan_shards
 from bico_ds.data.store import FORMAT_VERSION, TokenStore, publish
 from bico_ds.data.tokenizer import load_tokenizer, tokenizer_digest, tokenizer_hash
 
@@ -29,7 +30,7 @@ def facts_folder(data: DataSpec) -> Path:
 
     Raises `UserError` where it cannot be written there.
     """
-    path = Path(expand_path(data.cache_dir)) / f"facts-{_facts_fingerprint(data)}"
+    path = data.cache_dir.here() / f"facts-{_facts_fingerprint(data)}"
     with _cache_errors(path.parent):
         if not path.exists():
             _write_facts(data, path)
@@ -59,14 +60,16 @@ def _cache_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def prepare_source(source: SourceSpec, data: DataSpec, tokenizer_path: str, *, progress: bool = True) -> Path:
+def prepare_source(
+    source: SourceSpec, data: DataSpec, tokenizer_path: FolderOrHub, *, progress: bool = True
+) -> Path:
     """Return the token store of a source; one of kind `files` or `facts` is made when the cache lacks it.
 
     The cache is keyed by the files (path, size, time of change), the options, the tokenizer and, for chats,
     its template. Raises `UserError` for bad input, and for a cached store that is damaged.
     """
     if source.store is not None:
-        return Path(expand_path(source.store))
+        return source.store.here()
     options = _options(source)
     inputs = _inputs(source, data)
     tokenizer = load_tokenizer(tokenizer_path)
@@ -80,7 +83,7 @@ def prepare_source(source: SourceSpec, data: DataSpec, tokenizer_path: str, *, p
         _facts_fingerprint(data) + str(source.facts) if source.facts else [_stamp(f) for f in inputs.files]
     )
     name = source.name or (f"facts-{source.facts}" if source.facts else inputs.files[0].name.split(".")[0])
-    path = Path(expand_path(data.cache_dir)) / f"{name}-{_fingerprint(key)}"
+    path = data.cache_dir.here() / f"{name}-{_fingerprint(key)}"
     with _cache_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         is_made = path.exists()
@@ -121,7 +124,7 @@ def _options(source: SourceSpec) -> IngestOptions:
 def _inputs(source: SourceSpec, data: DataSpec) -> Inputs:
     if source.facts is not None:
         return Inputs(files=[facts_folder(data) / f"{source.facts}_train.jsonl"], passed_over={})
-    return find_inputs(source.files or [])
+    return find_inputs([given.expanded() for given in source.files or []])
 
 
 def _stamp(file: Path) -> list[str | int]:

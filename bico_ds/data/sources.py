@@ -11,7 +11,6 @@ import gzip
 import io
 import json
 import os
-import re
 import zlib
 from codecs import BOM_UTF8
 from collections.abc import Iterator
@@ -65,14 +64,6 @@ class Shard:
             raise UserError(f"{self.path} changed while it was being read: run again when it is complete")
 
 
-def expand_path(path: str) -> str:
-    """Expand ``~`` and ``${NAME}``; a variable that is not set is a `UserError`."""
-    expanded = os.path.expanduser(os.path.expandvars(path))
-    if missing := re.search(r"\$\{(\w+)\}|\$(\w+)", expanded):
-        raise UserError(f"path '{path}': environment variable {missing[1] or missing[2]} is not set")
-    return expanded
-
-
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
     """The files to read, and by reason the names of what lies beside them and is not read."""
@@ -94,7 +85,7 @@ def find_inputs(inputs: list[str]) -> Inputs:
     """
     found: dict[Path, Path] = {}
     passed_over: dict[Path, str] = {}
-    for given in map(expand_path, inputs):
+    for given in inputs:
         path, beside = Path(given), dict[Path, str]()
         matches = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(given, recursive=True))]
         if not matches:

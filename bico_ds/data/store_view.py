@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from bico_ds.config.errors import UserError
+from bico_ds.config.paths import FolderOrHub
 from bico_ds.data.merge import TOKENIZER
 from bico_ds.data.store import TokenStore
 from bico_ds.data.tokenizer import load_tokenizer, tokenizer_hash
@@ -23,7 +24,7 @@ def describe_store(
     path: Path,
     *,
     documents: list[int] | None = None,
-    tokenizer_path: str | None = None,
+    tokenizer_path: FolderOrHub | None = None,
     verify: Literal["sizes", "checksums"] = "sizes",
 ) -> Iterator[str]:
     """Yield lines: what the manifest says, then the documents decoded (default: the first ten).

@@ -7,7 +7,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +16,6 @@ from bico_ds.data.mixture import EpochRows, Mixture
 from bico_ds.data.packing import PackPlan, build_pack_plan, seeded_permutation
 from bico_ds.data.plan_cache import cached_plan
 from bico_ds.data.rows import Expand, Rows
-from bico_ds.data.sources import expand_path
 from bico_ds.objectives.counter import hash_words
 
 
@@ -155,7 +153,7 @@ class BinStream:
             plan = cached_plan(
                 build_pack_plan,
                 self._expand(self._length[rows.row].astype(np.int64)),
-                folder=Path(expand_path(self._data.cache_dir)) / "plans",
+                folder=self._data.cache_dir.here() / "plans",
                 capacity=self._data.capacity,
                 seed=int(hash_words("packing", self._seed, packed)[0]),
                 max_documents_per_bin=self._data.max_documents_per_bin,

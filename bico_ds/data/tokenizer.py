@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bico_ds.config.errors import UserError
-from bico_ds.config.folders import is_local_folder
+from bico_ds.config.paths import FolderOrHub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,14 +24,14 @@ _PROBES = (
 )
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: FolderOrHub) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder, a sentencepiece ``tokenizer.model`` or a hub name; always a fast one.
 
     Truncation and padding that the file may carry are switched off: training texts are never cut silently.
     Raises `UserError` when there is none at `path` or it has no end-of-text token.
     """
     place = Path(path)
-    if not place.exists() and is_local_folder(str(path)):
+    if isinstance(path, Path) and not path.exists():
         raise UserError(
             f"no tokenizer at '{path}': no such folder; fetch it there, or give a hub name (owner/name)"
         )
@@ -59,7 +59,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_fast(path: str | Path) -> PreTrainedTokenizerBase:
+def _load_fast(path: FolderOrHub) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:

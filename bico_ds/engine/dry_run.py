@@ -20,6 +20,7 @@ from bico_ds.engine import materials
 from bico_ds.engine.distributed import read_ranks
 from bico_ds.engine.materials import Materials
 from bico_ds.engine.optimization import check_schedule
+from bico_ds.engine.run_folder import folder_of_run
 from bico_ds.engine.start import check, check_backend
 from bico_ds.model.architecture import check_vocabulary, model_config, parameter_count
 from bico_ds.model.build import build_model
@@ -27,7 +28,7 @@ from bico_ds.model.build import build_model
 LOOK_AHEAD = 64  # steps searched for one batch of each objective
 
 
-def dry_run(recipe: Recipe) -> None:
+def dry_run(recipe: Recipe, *, output_dir: Path | None = None) -> None:
     """Validate the recipe, build the pack plan and one step of each objective, print what would run.
 
     Ranks: `distributed.world_size`, else WORLD_SIZE of the environment, else 1. Raises `UserError`.
@@ -38,18 +39,19 @@ def dry_run(recipe: Recipe) -> None:
     console.print(dump_recipe(recipe), highlight=False, markup=False)
     world_size = recipe.distributed.world_size or int(os.environ.get("WORLD_SIZE", "1"))
     planned = _without_missing_weights(recipe)
-    check(planned, world_size=world_size, on_cuda=False, run_folder=Path("runs"))
+    check(planned, world_size=world_size, on_cuda=False, run_folder=folder_of_run(recipe, output_dir))
     config = model_config(planned.model)
     build_model(
         planned.model, seed=recipe.seed, ds_config=None, device="meta", longest_document=recipe.data.capacity
     )
     goods = materials.gather(recipe, weights_needed=False)
-    stands_in = planned is not recipe and goods.tokenizer_path not in (
-        recipe.model.tokenizer,
-        materials.store_tokenizer(recipe),
+    stands_in = (
+        planned is not recipe
+        and recipe.model.tokenizer is None
+        and goods.tokenizer_path != materials.store_tokenizer(recipe)
     )
     if not stands_in:
-        check_vocabulary(config, vocabulary_size(goods.tokenizer), tokenizer=goods.tokenizer_path)
+        check_vocabulary(config, vocabulary_size(goods.tokenizer), tokenizer=str(goods.tokenizer_path))
     share = RankShare(world_size=world_size, micro_batch_bins=recipe.training.micro_batch_bins)
     loader = materials.build_loader(recipe, goods, share)
     try:
@@ -65,7 +67,7 @@ def dry_run(recipe: Recipe) -> None:
 def _without_missing_weights(recipe: Recipe) -> Recipe:
     """A dry run needs no weights: where they are not on this machine, the architecture in the recipe stands in."""
     path = recipe.model.path
-    if path is None or Path(path).is_dir() or recipe.model.config is None:
+    if path is None or path.is_here() or recipe.model.config is None:
         return recipe
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": None})})
 
@@ -91,7 +93,7 @@ def _print(
     accumulation = micro_batches_per_rank(batch, micro, world_size)
     table.add_row("parameters", f"{parameters:,}")
     table.add_row("precision, backend", f"{recipe.model.dtype}, {_backend(recipe)}")
-    table.add_row("DeepSpeed", recipe.deepspeed.config)
+    table.add_row("DeepSpeed", str(recipe.deepspeed.config))
     table.add_row("ranks", f"{world_size}")
     table.add_row("steps", f"{steps:,}")
     table.add_row(

@@ -20,7 +20,8 @@ from pydantic import ValidationError
 from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.config.errors import UserError, did_you_mean
 from bico_ds.config.load import merge_mappings
-from bico_ds.config.schema import Recipe
+from bico_ds.config.paths import LocalPath, WrittenPath, replace_paths
+from bico_ds.config.schema import Recipe, find_deepspeed_paths
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
@@ -100,8 +101,12 @@ _SUB_KEYS = {
 _OPTIMIZERS = ("AdamW", "Adam")  # those whose parameters, offload and checksummed state the engine knows
 
 
-def load_ds_config(name_or_path: str) -> dict[str, Any]:
-    """Read a file of ds_configs/ by name, or any JSON file by path. Raises `UserError`."""
+def load_ds_config(written: LocalPath) -> dict[str, Any]:
+    """Read a file of ds_configs/ by name, or any JSON file by path; its paths as they are written there.
+
+    Raises `UserError`.
+    """
+    name_or_path = written.expanded()
     path = next((p for p in (Path(name_or_path), DS_CONFIGS / f"{name_or_path}.json") if p.is_file()), None)
     if path is None:
         known = sorted(p.stem for p in DS_CONFIGS.glob("*.json"))
@@ -110,9 +115,12 @@ def load_ds_config(name_or_path: str) -> dict[str, Any]:
             f"{did_you_mean(name_or_path, known)}"
         )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"deepspeed.config: {path} must hold one JSON object")
+    return find_deepspeed_paths(config, f"{path}: ")
 
 
 def merged_ds_config(recipe: Recipe) -> dict[str, Any]:
@@ -120,10 +128,7 @@ def merged_ds_config(recipe: Recipe) -> dict[str, Any]:
 
     What the recipe owns is there in any case: left out, DeepSpeed would take defaults of its own.
     """
-    file = load_ds_config(recipe.deepspeed.config)
-    if not isinstance(file, dict):
-        raise UserError(f"deepspeed.config: {recipe.deepspeed.config} must hold one JSON object")
-    config = merge_mappings(file, recipe.deepspeed.overrides)
+    config = merge_mappings(load_ds_config(recipe.deepspeed.config), recipe.deepspeed.overrides)
     _check_kinds(config, _where(recipe))
     _check_keys(config, _where(recipe))
     owned: dict[str, Any] = {key: "auto" for key in _OWNED if "." not in key}
@@ -180,13 +185,16 @@ def build_ds_config(
     on_cuda: bool,
     run_folder: Path,
     ranks_per_node: int = 8,
+    runs_here: bool = True,
 ) -> dict[str, Any]:
     """Return the complete configuration of one run; `hidden_size` sizes ZeRO-3's buckets.
+
+    Its paths are those of this machine, or with `runs_here` False as they were written.
 
     Raises `UserError` for unknown keys, keys without effect, what DeepSpeed's ZeRO would refuse, values that the recipe
     owns, optimizers that the engine does not know, a monitor that is not installed, and batch sizes that do not divide.
     """
-    config = merged_ds_config(recipe)
+    config = replace_paths(merged_ds_config(recipe), WrittenPath.expanded if runs_here else str)
     hpz = config.get("zero_optimization", {}).get("zero_hpz_partition_size")
     if hpz == "auto" and world_size % min(ranks_per_node, world_size):
         raise UserError(

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from bico_ds.config.errors import UserError
-from bico_ds.config.folders import is_local_folder
+from bico_ds.config.paths import FolderOrHub
 from bico_ds.config.schema import Recipe
 from bico_ds.data.loader import ElasticLoader, RankShare
 from bico_ds.data.prepare import facts_folder, prepare_source
 from bico_ds.data.sample_order import StreamSpec
-from bico_ds.data.sources import expand_path
 from bico_ds.data.store import TokenStore
 from bico_ds.data.tokenizer import load_tokenizer, special_ids, tokenizer_hash, vocabulary_size
 from bico_ds.evaluation.choice import encode_candidates
@@ -28,7 +27,7 @@ class Materials:
     """Everything but the model."""
 
     tokenizer: Any
-    tokenizer_path: str
+    tokenizer_path: FolderOrHub
     stores: list[TokenStore]
     schedule: ObjectiveSchedule
     tasks: list[Task]
@@ -39,35 +38,35 @@ class Materials:
         return any(store.manifest.add_bos for store in self.stores)
 
 
-def tokenizer_path(recipe: Recipe, *, weights_needed: bool = True) -> str:
+def tokenizer_path(recipe: Recipe, *, weights_needed: bool = True) -> FolderOrHub:
     """Which tokenizer the recipe means: its own, the start model's, the first store's, or the embedded task's.
 
     Without `weights_needed` (dry runs), a start model that is not here leaves the last two.
     """
     spec = recipe.model
     if spec.tokenizer is not None:
-        return spec.tokenizer
-    if spec.path is not None and (Path(spec.path).is_dir() or weights_needed):
-        return spec.path
+        return spec.tokenizer.here()
+    if spec.path is not None and (spec.path.is_here() or weights_needed):
+        return spec.path.here()
     if (of_store := store_tokenizer(recipe)) is not None:
         return of_store
     if any(source.facts for source in recipe.data.sources):
-        return str(facts_folder(recipe.data) / "tokenizer")
+        return facts_folder(recipe.data) / "tokenizer"
     if spec.path is None:
         raise UserError("model.tokenizer: give a tokenizer; without model.path there is none to take")
-    if is_local_folder(spec.path):
+    if spec.path.is_folder:
         raise UserError(
             f"model.path: '{spec.path}' is not on this machine, nor is its tokenizer; "
             "set model.tokenizer=FOLDER, or a hub name (owner/name)"
         )
-    return spec.path
+    return spec.path.here()
 
 
-def store_tokenizer(recipe: Recipe) -> str | None:
+def store_tokenizer(recipe: Recipe) -> Path | None:
     """The tokenizer that lies in the first source, where that is a store which kept it."""
     first = recipe.data.sources[0]
-    folder = Path(expand_path(first.store)) / "tokenizer" if first.store is not None else None
-    return str(folder) if folder is not None and folder.is_dir() else None
+    folder = first.store.here() / "tokenizer" if first.store is not None else None
+    return folder if folder is not None and folder.is_dir() else None
 
 
 def prepare(recipe: Recipe, *, weights_needed: bool = True, progress: bool = True) -> list[Path]:
@@ -140,7 +139,9 @@ def _model_vocabulary(recipe: Recipe) -> int | None:
     """Ids that the model embeds, where the recipe or its folder tells them: often more than the tokenizer has."""
     if recipe.model.config is not None:
         return recipe.model.config.get("vocab_size")
-    file = Path(recipe.model.path or "") / "config.json"
+    if recipe.model.path is None or not recipe.model.path.is_here():
+        return None
+    file = Path(recipe.model.path.here()) / "config.json"
     return json.loads(file.read_text(encoding="utf-8")).get("vocab_size") if file.is_file() else None
 
 
@@ -148,5 +149,5 @@ def _tasks(recipe: Recipe) -> list[Task]:
     spec = recipe.evaluation
     if not spec.tasks:
         return []
-    folder = spec.folder if spec.folder is not None else facts_folder(recipe.data)
+    folder = spec.folder.here() if spec.folder is not None else facts_folder(recipe.data)
     return load_tasks(folder, spec.tasks, limit=spec.limit)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bico_ds.config.errors import RunError, UserError
-from bico_ds.config.load import read_recorded
+from bico_ds.config.load import recorded_recipe
 from bico_ds.config.schema import Recipe
 from bico_ds.engine import manifest, universal
 from bico_ds.engine.callbacks import evaluation
@@ -158,7 +158,7 @@ def _as_of_today(found: FoundCheckpoint) -> dict[str, Any]:
     """The checkpoint's recipe, with the defaults of keys that its program did not know yet."""
     recorded = found.content["recipe"]
     try:
-        return read_recorded(recorded, found.path / manifest.MANIFEST).model_dump(mode="json")
+        return recorded_recipe(recorded, found.path / manifest.MANIFEST).model_dump(mode="json")
     except UserError:  # it has keys, or imports modules, that are gone
         return recorded
 

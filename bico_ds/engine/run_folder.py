@@ -43,6 +43,13 @@ _SECRET = re.compile(r"(?i)^(.*(?:secret|password|passwd|credential|api_?key|_to
 State = Literal["starting", "running", "preempted", "done", "failed"]
 
 
+def folder_of_run(recipe: Recipe, chosen: Path | None) -> Path:
+    """Where a run writes: the folder `chosen` on the command line, else the recipe's `output_dir`, else runs/NAME."""
+    if chosen is not None:
+        return chosen
+    return recipe.output_dir.here() if recipe.output_dir is not None else Path("runs", recipe.name)
+
+
 class FencedError(RunError):
     """Another run has taken this run folder over: nothing more may be written into it."""
 

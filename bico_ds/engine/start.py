@@ -32,7 +32,7 @@ from bico_ds.engine.materials import Materials
 from bico_ds.engine.optimization import build_scheduler, check_schedule
 from bico_ds.engine.resume import Layout, Resumption, choose, layout_of, restore, saved_facts
 from bico_ds.engine.run import Run
-from bico_ds.engine.run_folder import FencedError, RunFolder, State
+from bico_ds.engine.run_folder import FencedError, RunFolder, State, folder_of_run
 from bico_ds.engine.signals import Interrupted, StopFlag
 from bico_ds.engine.trainer import Trainer
 from bico_ds.engine.watchdog import Watchdog
@@ -41,13 +41,13 @@ from bico_ds.model.build import TrainableModel, build_model, check_rotary
 from bico_ds.model.export import export_model
 
 
-def train(recipe: Recipe, *, output_dir: str | None, resume: str, stop: StopFlag) -> State:
+def train(recipe: Recipe, *, output_dir: Path | None, resume: str, stop: StopFlag) -> State:
     """Train a recipe to its end, or to the agreed stop. Called on every rank; returns the same state on each."""
     _quiet()
     ranks = distributed.read_ranks()
     if ranks.device.type == "cpu":
         host_memory.bound_primitive_cache()
-    folder = RunFolder(output_dir or recipe.output_dir or f"runs/{recipe.name}")
+    folder = RunFolder(folder_of_run(recipe, output_dir))
     ds_config = check(
         recipe, world_size=ranks.world_size, on_cuda=ranks.device.type == "cuda", run_folder=folder.path
     )
@@ -85,9 +85,18 @@ def train(recipe: Recipe, *, output_dir: str | None, resume: str, stop: StopFlag
 
 
 def check(
-    recipe: Recipe, *, world_size: int, on_cuda: bool, run_folder: Path, ranks_per_node: int | None = None
+    recipe: Recipe,
+    *,
+    world_size: int,
+    on_cuda: bool,
+    run_folder: Path,
+    ranks_per_node: int | None = None,
+    runs_here: bool = True,
 ) -> dict[str, Any]:
-    """Refuse what can be refused without data, weights or other ranks; return DeepSpeed's configuration."""
+    """Refuse what can be refused without data, weights or other ranks; return DeepSpeed's configuration.
+
+    Without `runs_here` (another machine will train) DeepSpeed's own paths stay as they were written.
+    """
     expected = recipe.distributed.world_size
     if expected is not None and expected != world_size:
         raise UserError(
@@ -104,6 +113,7 @@ def check(
         on_cuda=on_cuda,
         run_folder=run_folder,
         ranks_per_node=ranks_per_node or _ranks_per_node(),
+        runs_here=runs_here,
     )
 
 
@@ -245,7 +255,7 @@ def build_engine(run: Run, goods: Materials, steps: int, *, is_universal: bool) 
     """The DeepSpeed engine around the trainable model; `is_universal`: it will load a universal checkpoint."""
     recipe = run.recipe
     check_vocabulary(
-        model_config(recipe.model), vocabulary_size(goods.tokenizer), tokenizer=goods.tokenizer_path
+        model_config(recipe.model), vocabulary_size(goods.tokenizer), tokenizer=str(goods.tokenizer_path)
     )
     ds_config = dict(run.ds_config)
     if is_universal:

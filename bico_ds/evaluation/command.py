@@ -13,6 +13,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from bico_ds.config.errors import UserError
+from bico_ds.config.paths import FolderOrHub
 from bico_ds.evaluation.choice import choice_test, encode_candidates
 from bico_ds.evaluation.further_sets import READERS
 from bico_ds.evaluation.likelihood import encode_windows, text_perplexity
@@ -34,13 +35,13 @@ class Request:
     tokens a window of a retention text.
     """
 
-    model: str
+    model: FolderOrHub
     output: Path
     data: Path | None = None
     tasks: tuple[str, ...] = ()
     further: Mapping[str, Path] = field(default_factory=dict)
     retention: tuple[Path, ...] = ()
-    base: str | None = None
+    base: FolderOrHub | None = None
     likelihood: bool = False
     limit: int | None = None
     max_new_tokens: int = 40
@@ -72,7 +73,9 @@ def run_request(request: Request, place: Place, console: Console) -> bool:
         )
     )
     weights = weights_stamp(request.model)
-    report = Report(request.output, model=request.model, weights=f"{weights} {request.dtype}", place=place)
+    report = Report(
+        request.output, model=str(request.model), weights=f"{weights} {request.dtype}", place=place
+    )
     with PromptProgress(console, place) as progress:
         counted = replace(place, on_batch=progress.advance)
         parts = [
@@ -119,7 +122,7 @@ def _check_inputs(request: Request, tasks: Sequence[Task], texts: Mapping[str, s
     return window
 
 
-Load = Callable[[str, str], tuple[Any, Any]]
+Load = Callable[[FolderOrHub, str], tuple[Any, Any]]
 
 
 def _task_parts(request: Request, place: Place, task: Task, load: Load) -> Iterator[Part]:

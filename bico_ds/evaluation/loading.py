@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bico_ds.config.errors import UserError
-from bico_ds.config.folders import is_local_folder
+from bico_ds.config.paths import FolderOrHub
 from bico_ds.data.tokenizer import load_tokenizer, vocabulary_size
 from bico_ds.model.architecture import check_vocabulary
 
@@ -20,7 +20,7 @@ _STAMPED = ("*.safetensors", "config.json", "tokenizer*", "special_tokens_map.js
 
 
 def load_for_evaluation(
-    path: str,
+    path: FolderOrHub,
     *,
     option: str = "--model",
     dtype: Literal["auto", "bf16", "fp32"] = "auto",
@@ -34,7 +34,7 @@ def load_for_evaluation(
     tokenizer, _ = load_tokenizer_and_context(path, option=option)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            _expanded(path),
+            str(path),
             dtype=_DTYPES[dtype],
             use_safetensors=True,
             trust_remote_code=False,
@@ -51,37 +51,35 @@ def load_for_evaluation(
     return model.to(device).eval(), tokenizer
 
 
-def load_tokenizer_and_context(path: str, *, option: str = "--model") -> tuple[Any, int | None]:
+def load_tokenizer_and_context(path: FolderOrHub, *, option: str = "--model") -> tuple[Any, int | None]:
     """(tokenizer, tokens of the context if the config names them): what inputs can be checked with before the
     weights are loaded. Raises UserError for a folder without config, safetensors or tokenizer.
     """
     check_model_folder(path, option)
     try:
-        tokenizer = load_tokenizer(_expanded(path))
-        config = AutoConfig.from_pretrained(_expanded(path), trust_remote_code=False)
-        check_vocabulary(config, vocabulary_size(tokenizer), tokenizer=path)
+        tokenizer = load_tokenizer(path)
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+        check_vocabulary(config, vocabulary_size(tokenizer), tokenizer=str(path))
     except (OSError, ValueError) as error:  # a UserError is a ValueError
         raise UserError(f"{option} {path}: {error}") from error
     return tokenizer, getattr(config, "max_position_embeddings", None)
 
 
-def weights_stamp(path: str) -> str:
+def weights_stamp(path: FolderOrHub) -> str:
     """A name for the weights and tokenizer at `path`, from sizes and times of its files; a hub name stands for
     itself.
     """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
+    if not isinstance(path, Path):
         return path
-    files = sorted({file for pattern in _STAMPED for file in folder.glob(pattern)})
+    files = sorted({file for pattern in _STAMPED for file in path.glob(pattern)})
     stamp = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr(stamp).encode()).hexdigest()[:16]
 
 
-def check_model_folder(path: str, option: str = "--model") -> None:
+def check_model_folder(folder: FolderOrHub, option: str = "--model") -> None:
     """UserError for a local folder without config or safetensors; a hub name is not looked up."""
-    if not is_local_folder(path):
+    if not isinstance(folder, Path):
         return
-    folder = Path(path).expanduser()
     if not folder.is_dir():
         raise UserError(f"{option} {folder}: no such folder")
     if not (folder / "config.json").is_file():
@@ -92,7 +90,3 @@ def check_model_folder(path: str, option: str = "--model") -> None:
         pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
         found = f"only pickled weights ({pickled[0].name}), which can run code" if pickled else "no weights"
         raise UserError(f"{option} {folder}: {found}; give a folder with *.safetensors")
-
-
-def _expanded(path: str) -> str:
-    return str(Path(path).expanduser()) if is_local_folder(path) else path

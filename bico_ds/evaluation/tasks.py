@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Literal
 
 from bico_ds.config.errors import UserError, did_you_mean
-from bico_ds.data.sources import expand_path
 from bico_ds.evaluation.rows import read_rows
 
 AnswerKind = Literal["name", "description", "text"]
@@ -131,13 +130,12 @@ def task_file(folder: Path, name: str) -> Path:
     return folder / _FILES[name]
 
 
-def load_tasks(folder: str | Path, names: Sequence[str], limit: int | None = None) -> list[Task]:
-    """Read tasks `names` from `folder`, which may have `~` and `${VARIABLES}` in it.
+def load_tasks(folder: Path, names: Sequence[str], limit: int | None = None) -> list[Task]:
+    """Read tasks `names` from `folder`.
 
     `limit`: at most so many rows of each, spread over the persons. Raises UserError for an unknown task, a
     missing or empty file, or a malformed row (file and line).
     """
-    folder = Path(expand_path(str(folder)))
     repeated = sorted({name for name in names if list(names).count(name) > 1})
     if repeated:
         raise UserError(f"evaluation tasks named twice: {', '.join(repeated)}")

@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Pretr
 from transformers.initialization import no_init_weights
 
 from bico_ds.config.errors import UserError, did_you_mean
-from bico_ds.config.folders import is_local_folder
+from bico_ds.config.paths import FolderOrHub
 from bico_ds.config.schema import ModelSpec
 
 # What makes two configs different networks; everything else in a config.json is bookkeeping.
@@ -35,7 +35,7 @@ def model_config(spec: ModelSpec) -> PretrainedConfig:
     Raises UserError on a missing folder, unknown keys, or where both are given and disagree.
     """
     recipe = None if spec.config is None else _config_from_recipe(spec.config)
-    config = recipe if spec.path is None else _config_at(spec.path)
+    config = recipe if spec.path is None else _config_at(spec.path.here())
     assert config is not None, "ModelSpec guarantees a path or a config"
     if recipe is not None and config is not recipe:
         _require_same_architecture(config, recipe, str(spec.path))
@@ -76,9 +76,9 @@ def adopt_special_tokens(tokenizer: Any, *settings: Any) -> None:
         config.pad_token_id = tokenizer.pad_token_id
 
 
-def _config_at(path: str) -> PretrainedConfig:
-    if is_local_folder(path) and not (Path(path).expanduser() / "config.json").is_file():
-        if not Path(path).expanduser().is_dir():
+def _config_at(path: FolderOrHub) -> PretrainedConfig:
+    if isinstance(path, Path) and not (path / "config.json").is_file():
+        if not path.is_dir():
             raise UserError(
                 f"model.path: the folder '{path}' does not exist; fetch the model there, "
                 "or give a hub name (owner/name)"
@@ -87,7 +87,7 @@ def _config_at(path: str) -> PretrainedConfig:
             f"model.path: the folder '{path}' has no config.json; give a folder with config.json and *.safetensors"
         )
     try:
-        return AutoConfig.from_pretrained(str(Path(path).expanduser()) if is_local_folder(path) else path)
+        return AutoConfig.from_pretrained(str(path))
     except (OSError, *_BAD_VALUES) as error:
         raise UserError(f"model.path: cannot read the config of '{path}': {_one_line(error)}") from error
 

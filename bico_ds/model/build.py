@@ -94,7 +94,7 @@ def build_model(
         if spec.path is None:
             _fill(causal_lm, RandomWeights(seed=seed, std=config.initializer_range), seed, ds_config, device)
         else:
-            weights = open_weights(spec.path, allow_pickle=spec.allow_pickle)
+            weights = open_weights(spec.path.here(), allow_pickle=spec.allow_pickle)
             check_names_and_shapes(shapes, weights, tied_head=config.tie_word_embeddings)
             _fill(causal_lm, weights, seed, ds_config, device)
             verify_loaded(_base_parameters(causal_lm), weights)

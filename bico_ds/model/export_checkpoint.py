@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from bico_ds.config.errors import UserError
-from bico_ds.config.folders import is_local_folder
 from bico_ds.config.schema import ModelSpec
 from bico_ds.model.architecture import adopt_special_tokens, meta_model, model_config
 from bico_ds.model.checkpoint_weights import CheckpointWeights, open_checkpoint
@@ -46,9 +46,8 @@ def export_checkpoint(
         for name in shapes:
             writer.add(name, values.of(name))
         writer.close()
-        source = Path(spec.path).expanduser() if spec.path is not None else None
-        generation = generation_config(source, config)
-        if source is None and tokenizer is not None:  # as the engine does with a model from random weights
+        generation = generation_config(_start_folder(spec), config)
+        if spec.path is None and tokenizer is not None:  # as the engine does with a model from random weights
             adopt_special_tokens(tokenizer, config, generation)
         write_settings(temporary, config, generation, tokenizer, DTYPES[dtype])
 
@@ -65,7 +64,7 @@ class _Values:
         if spec.lora is not None:
             if spec.path is None:
                 raise UserError("the adapters of a random base cannot be exported: the base is in no file")
-            self._base = open_weights(spec.path, allow_pickle=spec.allow_pickle)
+            self._base = open_weights(spec.path.here(), allow_pickle=spec.allow_pickle)
             shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
             check_names_and_shapes(shapes, self._base, tied_head=config.tie_word_embeddings)
             add_lora(model, spec.lora)
@@ -104,9 +103,17 @@ def _check_trained(expected: dict[str, torch.Size], trained: CheckpointWeights) 
         )
 
 
+def _start_folder(spec: ModelSpec) -> Path | None:
+    """The folder of the start weights if it is here; its variables may be those of the machine that trained."""
+    with suppress(UserError):
+        if spec.path is not None and spec.path.is_here():
+            return Path(spec.path.here())
+    return None
+
+
 def _config(spec: ModelSpec) -> PretrainedConfig:
     """The run's architecture; start weights that are gone by now do not matter where the recipe names it."""
-    gone = spec.path is not None and is_local_folder(spec.path) and not Path(spec.path).expanduser().is_dir()
+    gone = spec.path is not None and spec.path.is_folder and _start_folder(spec) is None
     if gone and spec.config is not None and spec.lora is None:
         spec = spec.model_copy(update={"path": None})
     return model_config(spec)

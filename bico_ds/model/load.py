@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig
 
 from bico_ds.config.errors import UserError
-from bico_ds.config.folders import is_local_folder
+from bico_ds.config.paths import FolderOrHub, HubName
 from bico_ds.model.checksums import add_over_ranks, parameter_checksums, slice_checksum
 from bico_ds.model.materialize import full_shape
 
@@ -100,9 +100,9 @@ class PickledFolder:
 WeightFolder = SafetensorsFolder | PickledFolder
 
 
-def open_weights(path: str, *, allow_pickle: bool = False) -> WeightFolder:
+def open_weights(path: FolderOrHub, *, allow_pickle: bool = False) -> WeightFolder:
     """Open the weights at a folder or hub name. Raises UserError on what is missing, truncated or pickled."""
-    folder = Path(path).expanduser() if is_local_folder(path) else _download(path, allow_pickle)
+    folder = path if isinstance(path, Path) else _download(path, allow_pickle)
     if not folder.is_dir():
         raise UserError(f"model.path: the folder '{path}' does not exist")
     if any(folder.glob("*.safetensors")) or (folder / "model.safetensors.index.json").exists():
@@ -256,7 +256,7 @@ def _read_header(file: Path) -> list[tuple[str, _Entry]]:
     ]
 
 
-def _download(name: str, allow_pickle: bool) -> Path:
+def _download(name: HubName, allow_pickle: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "tokenizer*", *(["*.bin"] if allow_pickle else [])]

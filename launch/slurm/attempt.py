@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from bico_ds.config.arguments import local_path
 from bico_ds.engine.attempts import begin, end
 
 
@@ -24,7 +25,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("moment", choices=("begin", "end"))
-    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("run", type=local_path, help="run folder")
     parser.add_argument("--code", type=int, default=0, help="exit code of srun")
     parser.add_argument("--stopped", action="store_true", help="the script was asked to stop")
     parser.add_argument("--restarts", type=int, required=True, help="restarts of this job so far")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from bico_ds.config.arguments import path_text
 from bico_ds.config.errors import UserError
 from bico_ds.config.load import load_recipe
 
@@ -21,7 +22,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", help="a name in recipes/ or a YAML file")
+    parser.add_argument("recipe", type=path_text, help="a name in recipes/ or a YAML file")
     parser.add_argument("--set", dest="overrides", metavar="KEY.PATH=VALUE", action="append", default=[])
     arguments = parser.parse_args()
     try:

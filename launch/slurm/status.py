@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from bico_ds.config.arguments import local_path
 from bico_ds.engine.status import RunStatus, find_runs, read_status
 
 COLORS = {
@@ -41,7 +42,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "paths", nargs="*", type=Path, default=[Path("runs")], help="run folders, or what holds them"
+        "paths", nargs="*", type=local_path, default=[Path("runs")], help="run folders, or what holds them"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("-w", "--watch", type=positive, metavar="SECONDS", help="show it anew, until Ctrl-C")

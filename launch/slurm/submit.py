@@ -22,12 +22,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bico_ds.config.arguments import not_negative, positive
+from bico_ds.config.arguments import local_path, not_negative, path_text, positive
 from bico_ds.config.errors import UserError
 from bico_ds.config.load import load_recipe
 from bico_ds.config.schema import Recipe
 from bico_ds.engine.attempts import stop_file
 from bico_ds.engine.preflight.inputs import check_inputs
+from bico_ds.engine.run_folder import folder_of_run
 from bico_ds.engine.submission import (
     PROJECT,
     Job,
@@ -46,13 +47,20 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = parser.add_argument_group("what to run")
-    what.add_argument("--recipe", nargs="+", required=True, metavar="NAME|PATH", help="several make an array")
+    what.add_argument(
+        "--recipe",
+        nargs="+",
+        type=path_text,
+        required=True,
+        metavar="NAME|PATH",
+        help="several make an array",
+    )
     what.add_argument(
         "--seeds", nargs="+", type=int, metavar="N", help="one run of each recipe for each seed"
     )
     what.add_argument("--set", dest="overrides", metavar="KEY.PATH=VALUE", action="append", default=[])
     what.add_argument(
-        "--output-dir", type=Path, metavar="DIR", help="run folder; of an array, what holds them"
+        "--output-dir", type=local_path, metavar="DIR", help="run folder; of an array, what holds them"
     )
     asked = parser.add_argument_group("what is asked of SLURM")
     asked.add_argument("--nodes", type=positive, required=True)
@@ -75,14 +83,27 @@ def parse_arguments() -> argparse.Namespace:
     )
     how = parser.add_argument_group("how")
     how.add_argument(
-        "--container", metavar="IMAGE", help="apptainer image; its `python` has this project's packages"
+        "--container",
+        type=path_text,
+        metavar="IMAGE",
+        help="apptainer image; its `python` has this project's packages",
     )
     how.add_argument(
-        "--bind", nargs="+", default=[], metavar="DIR", help="further folders that the container sees"
+        "--bind",
+        nargs="+",
+        type=path_text,
+        default=[],
+        metavar="DIR",
+        help="further folders that the container sees",
     )
-    how.add_argument("--python", help="Python on the nodes (default: this one; in a container `python`)")
     how.add_argument(
-        "--native-ops", metavar="DIR", help="keep compiled operations here (default: in the run folder)"
+        "--python", type=path_text, help="Python on the nodes (default: this one; in a container `python`)"
+    )
+    how.add_argument(
+        "--native-ops",
+        type=path_text,
+        metavar="DIR",
+        help="keep compiled operations here (default: in the run folder)",
     )
     how.add_argument("--network-interface", metavar="NAME", help="where nodes have several")
     how.add_argument("--max-requeues", type=not_negative, default=20, help="restarts of one job (default 20)")
@@ -141,9 +162,8 @@ def list_runs(arguments: argparse.Namespace) -> dict[Path, Recipe]:
     seeds = [[]] if arguments.seeds is None else [[f"seed={seed}"] for seed in arguments.seeds]
     chosen = [load_recipe(name, [*arguments.overrides, *seed]) for name in arguments.recipe for seed in seeds]
     if len(chosen) == 1:
-        recipe = chosen[0]
-        return {Path(arguments.output_dir or recipe.output_dir or f"runs/{recipe.name}").resolve(): recipe}
-    parent = Path(arguments.output_dir or f"runs/sweep-{chosen[0].name}").resolve()
+        return {folder_of_run(chosen[0], arguments.output_dir).resolve(): chosen[0]}
+    parent = (arguments.output_dir or Path("runs", f"sweep-{chosen[0].name}")).resolve()
     names = [r.name if arguments.seeds is None else f"{r.name}-seed-{r.seed}" for r in chosen]
     if len(set(names)) < len(names):
         raise UserError("--recipe, --seeds: two runs of this array would have the same folder")
@@ -163,6 +183,7 @@ def check(run: Path, recipe: Recipe, resources: Resources) -> None:
             on_cuda=resources.gpus_per_node > 0,
             run_folder=run,
             ranks_per_node=resources.ranks_per_node,
+            runs_here=False,
         )
 
 

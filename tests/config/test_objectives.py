@@ -9,7 +9,7 @@ import pytest
 
 from bico_ds.batch import Document, Documents
 from bico_ds.config.errors import UserError
-from bico_ds.config.load import dump_recipe, load_recipe, read_recorded
+from bico_ds.config.load import dump_recipe, load_recipe, recorded_recipe
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.objectives.ntp import NtpSpec
@@ -72,7 +72,7 @@ def test_a_file_of_the_users_own_brings_an_objective(tmp_path, monkeypatch):
     assert recipe.objectives[0].identity() == {"kind": "doubling", "version": 1, "shift": 2}
     Path("again.yaml").write_text(dump_recipe(recipe))
     assert load_recipe("again.yaml") == recipe
-    assert read_recorded(recipe.model_dump(mode="json"), Path("manifest.json")) == recipe
+    assert recorded_recipe(recipe.model_dump(mode="json"), Path("manifest.json")) == recipe
     with pytest.raises(UserError, match=r"objectives\.0\.shif: unknown key \(did you mean 'shift'\?\)"):
         load_recipe("tiny_ntp", [*overrides[:1], "objectives=[{kind: doubling, shif: 2}]"])
 
@@ -80,8 +80,8 @@ def test_a_file_of_the_users_own_brings_an_objective(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("nowhere.py", None, r"mine\.yaml:2: imports\[0\]: there is no file 'nowhere\.py'"),
-        ("no_such_module.part", None, r"mine\.yaml:2: imports\[0\]: there is no module 'no_such_module\.part' here"),
+        ("nowhere.py", None, r"mine\.yaml:2: imports\.0: there is no file 'nowhere\.py'"),
+        ("no_such_module.part", None, r"mine\.yaml:2: imports\.0: there is no module 'no_such_module\.part' here"),
         ("broken.py", "def f(:", r"'broken\.py' does not parse: .*broken\.py:1: "),
         ("fails.py", "\nraise KeyError('x')", r"'fails\.py' fails at .*fails\.py:2: KeyError: 'x'"),
         ("needs.py", "import no_such_module", r"'needs\.py' fails at .*needs\.py:1: ModuleNotFoundError"),

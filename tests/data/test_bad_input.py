@@ -142,7 +142,6 @@ def test_a_bad_file_is_named_with_its_line(
 
 CALLS: list[tuple[Callable[[], object], str]] = [
     (lambda: find_files(["absent.jsonl"]), "input 'absent.jsonl' does not exist"),
-    (lambda: find_files(["${BICO_DS_ABSENT}/x"]), "environment variable BICO_DS_ABSENT is not set"),
     (lambda: IngestOptions(prompt_field="q"), "--prompt-field and --completion-field go together"),
     (lambda: IngestOptions(messages_field="m", entities_field="e"), "--messages-field excludes"),
     (lambda: IngestOptions(text_field="t", messages_field="m"), "--text-field excludes --prompt-field and"),

@@ -21,6 +21,7 @@ from bico_ds.config.imports import import_module
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.objectives.ntp import NtpSpec
+from bico_ds.config.paths import WrittenPath
 from bico_ds.config.schema import DataSpec, SourceSpec
 from bico_ds.data.loader import ElasticLoader, RankShare
 from bico_ds.data.mixture import Mixture
@@ -32,7 +33,7 @@ from bico_ds.objectives.build import build_objectives
 from bico_ds.objectives.ntp import NextTokenPrediction
 from bico_ds.objectives.schedule import ObjectiveSchedule
 
-DOUBLING = import_module(str(Path(__file__).parents[1] / "objectives" / "doubling.py"))
+DOUBLING = import_module(WrittenPath(str(Path(__file__).parents[1] / "objectives" / "doubling.py")))
 TOKENS = TokenFacts(special_ids=(BOS, EOS), placeholder_id=0, vocabulary=100_000)
 HALVES = [NtpSpec(kind="ntp", probability=0.5), BicoSpec(kind="bico", probability=0.5)]
 GLOBAL = 8

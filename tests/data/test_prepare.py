@@ -132,7 +132,7 @@ def test_paths_may_hold_environment_variables(
 ) -> None:
     (tmp_path / "texts.txt").write_text("one\n")
     data = _data(SourceSpec(files=["${SOME_DATA}/*.txt"]), tmp_path / "cache")
-    with pytest.raises(UserError, match="SOME_DATA is not set"):
+    with pytest.raises(UserError, match=r"files: .*SOME_DATA is not set"):
         _prepare(data, bpe_tokenizer)
     monkeypatch.setenv("SOME_DATA", str(tmp_path))
     assert len(TokenStore.open(_prepare(data, bpe_tokenizer))) == 1

@@ -43,12 +43,12 @@ def world(tiny_llama, tokenizer, tmp_path_factory) -> Path:
 
 def _request(world: Path, output: Path, **changes) -> Request:
     values = {
-        "model": str(world / "model"),
+        "model": world / "model",
         "output": output,
         "data": world / "data",
         "tasks": ("n2d", "n2d_reverse"),
         "retention": (world / "text.txt",),
-        "base": str(world / "model"),
+        "base": world / "model",
         "likelihood": True,
         "max_new_tokens": 6,
         "window": 16,
@@ -99,7 +99,7 @@ def test_other_options_are_computed_anew_and_other_weights_refused(world, tmp_pa
     tiny_llama.save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match=r"holds results of other weights .*model"):
-        _run(_request(world, output, **small, model=str(tmp_path / "other")))
+        _run(_request(world, output, **small, model=tmp_path / "other"))
 
 
 def test_the_parts_of_a_file_keep_their_identities_in_later_versions(world, tmp_path, monkeypatch):
@@ -114,7 +114,7 @@ def test_the_parts_of_a_file_keep_their_identities_in_later_versions(world, tmp_
 
 def test_a_new_tokenizer_is_another_model(world, tmp_path):
     model, output = _copy_of_model(world, tmp_path / "model"), tmp_path / "result.json"
-    small = {"model": str(model), "likelihood": False, "retention": (), "base": None, "tasks": ("n2d",)}
+    small = {"model": model, "likelihood": False, "retention": (), "base": None, "tasks": ("n2d",)}
     assert _run(_request(world, output, **small))
     settings = model / "tokenizer_config.json"
     settings.write_text(settings.read_text() + "\n")
@@ -152,7 +152,7 @@ def test_a_window_is_no_longer_than_either_context_and_the_result_says_so(world,
     config = json.loads((small / "config.json").read_text())
     (small / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 24}))
     only = {"data": None, "tasks": (), "likelihood": False}
-    assert _run(_request(world, tmp_path / "r.json", **only, window=1000, base=str(small)))
+    assert _run(_request(world, tmp_path / "r.json", **only, window=1000, base=small))
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["retention"]["text.txt"]["window"] == result["retention_before"]["text.txt"]["window"] == 24
 
@@ -194,7 +194,7 @@ def test_two_ranks_write_the_file_of_one(world, tmp_path):
         ({"model": "{world}/nowhere"}, r"nowhere: no such folder"),
         ({"max_new_tokens": 63}, r"p2d_prompts_test.jsonl:1: the prompt has 3 tokens; with 63 new ones"),
         ({"retention": (Path("nowhere.txt"),)}, r"--retention nowhere.txt: cannot be read"),
-        ({"base": "./nowhere"}, r"^--base nowhere: no such folder"),
+        ({"base": Path("nowhere")}, r"^--base nowhere: no such folder"),
         ({"window": 1}, r"--window 1: a window needs two tokens"),
         ({"output": Path("."), "likelihood": False}, r"--output \.: is a folder; name a file in it"),
         ({"output": Path(__file__) / "x.json"}, r"--output .*x.json: no result file can be kept there"),
@@ -203,7 +203,8 @@ def test_two_ranks_write_the_file_of_one(world, tmp_path):
     ],
 )
 def test_bad_input_is_named(world, tmp_path, changes, message):
-    changes = {key: value.format(world=world) if key == "model" else value for key, value in changes.items()}
+    if "model" in changes:
+        changes = {"model": Path(changes["model"].format(world=world))}
     with pytest.raises(UserError, match=message):
         _run(_request(world, **({"output": tmp_path / "result.json"} | changes)))
 
@@ -220,7 +221,7 @@ def test_all_inputs_are_checked_before_anything_is_computed(world, tmp_path):
     base = _copy_of_model(world, tmp_path / "base")
     (base / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"--base .*: no tokenizer in"):
-        _run(_request(world, output, base=str(base)))
+        _run(_request(world, output, base=base))
     long = {"prompt": "w1", "completion": " w2" * 70, "group": "x"}
     short = {"prompt": "w1", "completion": " w3", "group": "y"}
     (tmp_path / "p2d_prompts_test.jsonl").write_text(f"{json.dumps(short)}\n{json.dumps(long)}\n")
@@ -250,16 +251,16 @@ def test_a_model_without_tokenizer_or_with_weights_missing_is_refused(tmp_path, 
 
     tiny_llama.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no tokenizer in"):
-        load_for_evaluation(str(tmp_path))
+        load_for_evaluation(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"1 missing keys, the first is model.layers.1.mlp.up_proj.weight"):
-        load_for_evaluation(str(tmp_path))
+        load_for_evaluation(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="only pickled weights"):
-        load_for_evaluation(str(tmp_path))
+        load_for_evaluation(tmp_path)
 
 
 def test_a_mistake_ends_with_one_message_and_code_2(world, tmp_path):

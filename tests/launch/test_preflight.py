@@ -116,12 +116,6 @@ def test_an_input_that_is_not_on_every_node_is_named_with_the_nodes(without, inp
     assert found == [f"model.path (m/x) is not there on {', '.join(f'n{node}' for node in without)}"]
 
 
-def test_a_variable_that_is_not_set_counts_as_a_missing_input(monkeypatch):
-    monkeypatch.delenv("NO_SUCH_PLACE", raising=False)
-    recipe = load_recipe("tiny_base", ["data.sources.0={store: '${NO_SUCH_PLACE}/store'}"])
-    assert set(input_fingerprints(recipe).values()) == {"missing"}
-
-
 @pytest.mark.distributed
 @pytest.mark.parametrize("break_it", [False, True])
 def test_two_ranks_agree_whether_training_may_begin(tmp_path, break_it):

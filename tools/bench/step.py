@@ -39,7 +39,7 @@ from rich.table import Table
 from bico_ds.attention.backends import resolve
 from bico_ds.attention.layout import build_layout
 from bico_ds.batch import Documents, PackedBatch
-from bico_ds.config.arguments import positive
+from bico_ds.config.arguments import local_path, positive
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.objectives.ntp import NtpSpec
@@ -198,9 +198,15 @@ def _inside(event: Any, name: str) -> bool:
     return event is not None
 
 
-def trl_speed(folder: str, kind: str, bins: int, threads: int) -> float | None:
+def trl_speed(folder: Path, kind: str, bins: int, threads: int) -> float | None:
     """Tokens a CPU second of SFTTrainer, by its own count, in its own process; None where it fails."""
-    command = [sys.executable, str(Path(__file__).with_name("step_trl.py")), folder, str(bins), str(threads)]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("step_trl.py")),
+        str(folder),
+        str(bins),
+        str(threads),
+    ]
     answer = subprocess.run(
         command,
         input=json.dumps({"model": LLAMA_135M, "lengths": document_lengths(kind), "capacity": CAPACITY}),
@@ -223,7 +229,9 @@ def main() -> None:
     parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--stage", type=int, choices=(2, 3), default=3, help="ZeRO stage (default 3)")
     parser.add_argument("--repeats", type=positive, default=3)
-    parser.add_argument("--trl", metavar="FOLDER", help="where TRL is installed; left out: not compared")
+    parser.add_argument(
+        "--trl", type=local_path, metavar="FOLDER", help="where TRL is installed; left out: not compared"
+    )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

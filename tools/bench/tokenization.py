@@ -102,7 +102,7 @@ def _measure(
     if case.has_prompt:
         options = replace(options, prompt_field="prompt", completion_field="completion")
     loaded = load_tokenizer(tokenizer)
-    spec = encoder_spec(loaded, options, str(tokenizer))
+    spec = encoder_spec(loaded, options, tokenizer)
     shards = plan_shards([file], text_by="line", shard_bytes=file.stat().st_size // (4 * processes))
     chunks = [texts[i :: 4 * processes] for i in range(4 * processes)]
     fastest = dict.fromkeys(("other", "ours"), Speed(clock=0.0, cpu=0.0))

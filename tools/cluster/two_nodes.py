@@ -30,6 +30,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from bico_ds.config.arguments import local_path
 from tools.cluster.settings import ADDRESSES, BRIDGE, CONTROLLER_ADDRESS, NODES, namespace, write_settings
 
 PACKAGES = {
@@ -316,7 +317,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--folder", type=Path, default=DEFAULT_FOLDER, help=f"where it lives (default {DEFAULT_FOLDER})"
+        "--folder", type=local_path, default=DEFAULT_FOLDER, help=f"where it lives (default {DEFAULT_FOLDER})"
     )
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("up", help="start")

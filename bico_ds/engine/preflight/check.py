@@ -7,6 +7,7 @@ where they agree, the process group that training will use.
 from __future__ import annotations
 
 import os
+import socket
 import time
 import warnings
 from datetime import timedelta
@@ -19,11 +20,13 @@ from rich.console import Console
 from rich.table import Table
 
 from bico_ds.config.errors import UserError
+from bico_ds.config.paths import WrittenPath, replace_paths
 from bico_ds.config.schema import Recipe
+from bico_ds.engine.ds_config import merged_ds_config
 from bico_ds.engine.preflight import judge, shared
 from bico_ds.engine.preflight.exchange import Exchange
 from bico_ds.engine.preflight.facts import collect
-from bico_ds.engine.preflight.inputs import shared_folders
+from bico_ds.engine.preflight.inputs import input_files, shared_folders
 from bico_ds.engine.preflight.network import NetworkReport, measure
 from bico_ds.engine.preflight.size import next_checkpoints_bytes
 
@@ -33,14 +36,16 @@ MEET_SECONDS = 120.0
 def preflight(recipe: Recipe, run: Path) -> bool:
     """Check this rank's machine and the ranks together; True where training may begin. The same answer on all
     ranks.
+
+    Raises `UserError`, before the ranks meet, where a path of the recipe cannot be expanded on this machine.
     """
     # torch 2.13 renames collectives that older ones know by the old name only.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     console = Console(soft_wrap=True, width=None if os.isatty(1) else 160)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    folders = _expanded(recipe, run)
     exchange = _meet(rank, world_size)
-    folders = shared_folders(recipe, run)
     if rank == 0:
         exchange.say("probes", _write_probes(folders, "0"))
     facts = collect(recipe, run, rank=rank, local_rank=local_rank)
@@ -62,6 +67,17 @@ def preflight(recipe: Recipe, run: Path) -> bool:
     if rank == 0 or network is None:  # who sees a collective fail says so: rank 0 may be ended before it does
         _say(console, problems)
     return not problems
+
+
+def _expanded(recipe: Recipe, run: Path) -> list[Path]:
+    """The shared folders; all other paths of the recipe are expanded on the way, for the errors."""
+    try:
+        for _ in input_files(recipe):
+            pass
+        replace_paths(merged_ds_config(recipe), WrittenPath.expanded)
+        return shared_folders(recipe, run)
+    except UserError as error:
+        raise UserError(f"{error} ({socket.gethostname()})") from None
 
 
 def _say(console: Console, problems: list[str]) -> None:

@@ -8,10 +8,9 @@ from functools import partial
 from pathlib import Path
 
 from bico_ds.config.errors import UserError
-from bico_ds.config.folders import is_local_folder
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.schema import Recipe
-from bico_ds.data.sources import expand_path, find_files
+from bico_ds.data.sources import find_files
 
 _WHOLE_BYTES = 1 << 20  # of a longer file, as much from its beginning and its end, and the size
 PACKAGE = Path(__file__).resolve().parents[2]
@@ -20,25 +19,25 @@ PACKAGE = Path(__file__).resolve().parents[2]
 def input_files(recipe: Recipe) -> Iterator[tuple[str, Callable[[], list[Path]]]]:
     """Recipe key with its value, and how to find the files or folders that must be there before the run.
 
-    Finding raises `UserError` where there are none.
+    Finding raises `UserError` where there are none; a path that cannot be expanded on this machine raises it at once.
     """
     for key, value in (("model.path", recipe.model.path), ("model.tokenizer", recipe.model.tokenizer)):
-        if value is not None and is_local_folder(value):
+        if value is not None and isinstance(place := value.here(), Path):
             advice = "fetch it there, or give a hub name (owner/name)"
-            yield f"{key} ({value})", partial(_existing, value, advice)
+            yield f"{key} ({value})", partial(_existing, place, advice)
     for number, source in enumerate(recipe.data.sources):
         if source.store is not None:
-            yield f"data.sources.{number}.store ({source.store})", partial(_existing, source.store)
+            yield f"data.sources.{number}.store ({source.store})", partial(_existing, source.store.here())
         for given in source.files or []:
-            yield f"data.sources.{number}.files ({given})", partial(find_files, [given])
-    if recipe.evaluation.folder is not None:
-        yield f"evaluation.folder ({recipe.evaluation.folder})", partial(_existing, recipe.evaluation.folder)
+            yield f"data.sources.{number}.files ({given})", partial(find_files, [given.expanded()])
+    if (folder := recipe.evaluation.folder) is not None and recipe.evaluation.tasks:
+        yield f"evaluation.folder ({folder})", partial(_existing, folder.here())
 
 
 def shared_folders(recipe: Recipe, run: Path) -> list[Path]:
     """Folders that one rank writes and all read: the run folder, and the stores that rank 0 makes."""
     made_here = any(source.store is None for source in recipe.data.sources)
-    return [run, Path(expand_path(recipe.data.cache_dir))] if made_here else [run]
+    return [run, recipe.data.cache_dir.here()] if made_here else [run]
 
 
 def check_inputs(recipe: Recipe) -> None:
@@ -65,8 +64,7 @@ def recipe_fingerprint(recipe: Recipe) -> str:
     return hashlib.blake2b(dump_recipe(recipe).encode(), digest_size=8).hexdigest()
 
 
-def _existing(value: str, advice: str = "correct the path, or prepare it first") -> list[Path]:
-    path = Path(expand_path(value))
+def _existing(path: Path, advice: str = "correct the path, or prepare it first") -> list[Path]:
     if not path.exists():
         raise UserError(f"not there; {advice}")
     return [path]

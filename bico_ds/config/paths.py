@@ -1,0 +1,119 @@
+"""Paths as users write them: the one place that expands ``~`` and ``${NAME}``, and that tells folders from hub names.
+
+A value keeps the text as it was written, in the recorded recipe too. It becomes a path on the machine that uses it, at
+the moment of use: a variable may differ between login node and compute nodes. None of these types is a `str` or a
+`PathLike`, so that nobody can open the text itself by mistake.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NewType, Self
+
+from pydantic import GetCoreSchemaHandler, ValidationInfo
+from pydantic_core import CoreSchema, core_schema
+
+from bico_ds.config.errors import UserError
+
+HubName = NewType("HubName", str)
+"""``owner/name`` of a Hugging Face repository."""
+
+FolderOrHub = Path | HubName
+"""A folder (or file) of this machine, there or not, or a name on the hub. At run time a `Path` is always the former."""
+
+_VARIABLE = re.compile(r"\$(?:\{([^}]*)\}?|(\w+))", re.ASCII)
+_FOLDER_MARKS = ("/", ".", "~", "models/", "runs/")
+
+
+@dataclass(frozen=True)
+class WrittenPath:
+    """A path, a pattern of paths or a name as it was written. Compared by its text."""
+
+    text: str
+    where: str = field(default="", compare=False)
+    """What an error begins with: ``FILE:LINE: key``, or as much of it as is known."""
+
+    def __str__(self) -> str:
+        return self.text
+
+    def expanded(self) -> str:
+        """The text as it reads on this machine: ``~``, ``~user``, ``$NAME`` and ``${NAME}`` replaced.
+
+        Raises `UserError`, with the place it was written at, for a variable that is unset or empty here.
+        """
+        path = os.path.expanduser(_VARIABLE.sub(self._variable, self.text))
+        if path.startswith("~"):
+            raise self._error(f"there is no home folder {path.split('/')[0]} on this machine;")
+        return path
+
+    def _variable(self, found: re.Match[str]) -> str:
+        name = found[1] if found[2] is None else found[2]
+        if value := os.environ.get(name):
+            return value
+        state = "is not set" if name not in os.environ else "is empty"
+        raise self._error(f"the environment variable {name} {state} on this machine; set it, or")
+
+    def _error(self, problem: str) -> UserError:
+        place = f"{self.where}: " if self.where else ""
+        return UserError(f"{place}'{self.text}': {problem} write another path")
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """A text that is not empty in, the text out."""
+        return core_schema.with_info_wrap_validator_function(
+            cls._validated,
+            core_schema.str_schema(min_length=1),
+            serialization=core_schema.to_string_ser_schema(when_used="always"),
+        )
+
+    @classmethod
+    def _validated(cls, value: Any, as_text: Callable[[Any], str], info: ValidationInfo) -> Self:
+        return value if isinstance(value, cls) else cls(as_text(value), where=info.field_name or "")
+
+
+@dataclass(frozen=True)
+class LocalPath(WrittenPath):
+    """A file or folder."""
+
+    def here(self) -> Path:
+        """The path on this machine. Raises `UserError` as `expanded` does."""
+        return Path(self.expanded())
+
+
+@dataclass(frozen=True)
+class FolderOrHubName(WrittenPath):
+    """A folder with a model or tokenizer, or the name of one on the hub."""
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether a folder (or file) is meant, even a missing one.
+
+        A hub name has exactly one slash, nothing of that name exists here, and its owner is neither `models` nor
+        `runs`: a recipe's ``models/llama-3.1-70b`` that nobody fetched must not be looked for on the hub.
+        """
+        text = self.text
+        return "$" in text or text.startswith(_FOLDER_MARKS) or text.count("/") != 1 or Path(text).exists()
+
+    def here(self) -> FolderOrHub:
+        """The folder on this machine, or the hub name. Raises `UserError` as `expanded` does."""
+        return Path(self.expanded()) if self.is_folder else HubName(self.text)
+
+    def is_here(self) -> bool:
+        """Whether it is a folder that exists on this machine. Raises `UserError` as `expanded` does."""
+        place = self.here()
+        return isinstance(place, Path) and place.is_dir()
+
+
+def replace_paths(tree: Any, replaced: Callable[[WrittenPath], Any]) -> Any:
+    """A copy of nested mappings and lists in which every `WrittenPath` is what `replaced` makes of it."""
+    if isinstance(tree, WrittenPath):
+        return replaced(tree)
+    if isinstance(tree, dict):
+        return {key: replace_paths(value, replaced) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [replace_paths(value, replaced) for value in tree]
+    return tree

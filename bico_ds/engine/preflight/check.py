@@ -70,11 +70,12 @@ def preflight(recipe: Recipe, run: Path) -> bool:
 
 
 def _expanded(recipe: Recipe, run: Path) -> list[Path]:
-    """The shared folders; all other paths of the recipe are expanded on the way, for the errors."""
+    """The shared folders; all other paths that training will use are expanded too, for the errors."""
     try:
         for _ in input_files(recipe):
             pass
         replace_paths(merged_ds_config(recipe), WrittenPath.expanded)
+        recipe.data.cache_dir.here()  # pack plans lie there, whatever the sources are
         return shared_folders(recipe, run)
     except UserError as error:
         raise UserError(f"{error} ({socket.gethostname()})") from None

@@ -226,7 +226,7 @@ class ScheduleSpec(Section):
         return self
 
 
-_DEEPSPEED_PATHS = ("nvme_path", "output_path", "output_file")
+_DEEPSPEED_PATHS = frozenset({"nvme_path", "output_file"})  # flops_profiler writes the latter
 
 
 def find_deepspeed_paths(config: dict[str, Any], where: str) -> dict[str, Any]:

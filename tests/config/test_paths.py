@@ -234,7 +234,7 @@ def test_no_path_key_of_the_schema_is_a_plain_string():
     plain = [key for key, kind in fields.items() if str in parts_of(kind)]
     assert plain == []
     for key, kind in fields.items():
-        assert any(part in (LocalPath, FolderOrHubName) for part in parts_of(kind)), key
+        assert any(part in (LocalPath, FolderOrHubName, WrittenPath) for part in parts_of(kind)), key
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

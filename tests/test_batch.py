@@ -79,7 +79,9 @@ def snapshot(batch: PackedBatch) -> dict[str, tuple[type, Any]]:
 
 
 @pytest.mark.parametrize("checkpointing", [0, 1])
-def test_a_training_step_leaves_every_bit_of_its_batch_as_it_was(checkpointing):
+@pytest.mark.parametrize("kept_scores", [1 << 22, 0], ids=["masks kept", "masks built at each use"])
+def test_a_training_step_leaves_every_bit_of_its_batch_as_it_was(checkpointing, kept_scores, monkeypatch):
+    monkeypatch.setattr("bico_ds.attention.tiles._KEPT_SCORES", kept_scores)
     spec = ModelSpec(config=SHAPE, dtype="fp32", activation_checkpointing=checkpointing)
     model = build_model(spec, seed=1, ds_config=None, device="cpu").double().train()
     laid_out = laid_out_batch()

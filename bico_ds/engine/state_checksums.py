@@ -56,18 +56,20 @@ def _own(engine: Any, parameter: nn.Parameter, kind: str) -> int:
 
 
 def _slices(engine: Any, parameter: Any, kind: str) -> Iterator[tuple[Tensor, int]]:
-    """What this rank holds of a parameter's fp32 state: (flat slice, index of its first element)."""
+    """What this rank holds of a parameter's fp32 state: (flat slice, index of its first element).
+
+    Nothing where there are no moments yet, before the first update: zeros, whose checksum is 0.
+    """
     moment = None if kind == "master" else kind
     zero = engine.optimizer
     if hasattr(parameter, "ds_id"):  # ZeRO-3
         start, stop = partition_bounds(parameter)
-        with contextlib.suppress(KeyError):  # no moments before the first update: zeros, whose checksum is 0
+        with contextlib.suppress(KeyError):  # no moments
             yield zero.get_local_fp32_param(parameter, moment)[: stop - start], start
     elif getattr(parameter, "_hp_mapping", None) is not None:  # ZeRO-1 and 2: a fragment, or nothing
         mapping = parameter._hp_mapping
         flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
         fragment = mapping.hp_fragment_address
-        held = (
-            flat if moment is None else zero.optimizer.state.get(flat, {}).get(moment, torch.zeros_like(flat))
-        )
-        yield held[fragment.start : fragment.start + fragment.numel], mapping.lp_fragment_address.start
+        held = flat if moment is None else zero.optimizer.state.get(flat, {}).get(moment)
+        if held is not None:
+            yield held[fragment.start : fragment.start + fragment.numel], mapping.lp_fragment_address.start

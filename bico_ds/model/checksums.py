@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from bico_ds.model.materialize import gathered, partition_bounds
 
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 1 << 20  # elements: bounds the memory of the 64-bit copies
+_CHUNK = 1 << 18  # elements: their 64-bit copies stay in a CPU's cache, and take 2 MiB each
 
 
 @torch.no_grad()
 def slice_checksum(flat: Tensor, start: int) -> int:
     """Checksum of elements ``start …`` of a tensor, given as a 1-D slice of it; signed 64 bits, wrapping."""
     bits = flat.detach().contiguous().view(_INTEGER_OF_SIZE[flat.dtype.itemsize])
+    odd = 2 * torch.arange(min(_CHUNK, bits.numel()), device=flat.device) + 1
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
     for offset in range(0, bits.numel(), _CHUNK):
         chunk = bits[offset : offset + _CHUNK].long()
-        index = torch.arange(start + offset, start + offset + chunk.numel(), device=flat.device)
-        total += (chunk * (2 * index + 1)).sum()
+        total += (chunk * odd[: chunk.numel()]).sum() + 2 * (start + offset) * chunk.sum()
     return int(total)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from model_ranks import VOCABULARY, causal_batch, ds_config, run_on_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bico_ds.config.load import load_recipe
 from bico_ds.config.schema import CheckpointSpec, LoraSpec, ModelSpec
@@ -15,9 +16,9 @@ from bico_ds.engine import manifest, universal
 from bico_ds.engine.checkpoint import Checkpointer
 from bico_ds.engine.resume import NotRestoredError, Resumption, restore
 from bico_ds.engine.run_folder import RunFolder
-from bico_ds.engine.state_checksums import optimizer_steps
+from bico_ds.engine.state_checksums import MOMENTS, optimizer_steps, state_checksums
 from bico_ds.model.build import build_model
-from bico_ds.model.checksums import base_fingerprint
+from bico_ds.model.checksums import base_fingerprint, slice_checksum
 
 pytestmark = pytest.mark.distributed
 
@@ -118,3 +119,48 @@ def adapters(rank: int, world_size: int, root: str) -> None:
 @pytest.mark.parametrize("worker", [full_weights, adapters])
 def test_a_checkpoint_restores_everything_or_is_refused(tmp_path, worker):
     run_on_ranks(worker, 1, str(tmp_path / "run"))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.bytes = max(self.bytes, made.numel() * made.element_size())
+        return made
+
+
+def checksums_of_a_partition(rank: int, world_size: int) -> None:
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    config = ds_config(1, stage=2) | {
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}
+    }
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "num_key_value_heads": 4}
+    model = build_model(ModelSpec(config=TINY | shape, dtype="fp32"), seed=1, ds_config=config, device="cpu")
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
+    partition = engine.optimizer.single_partition_of_fp32_groups[0]
+
+    for expected_moments in ("none", "some"):
+        with LargestTensor() as largest:
+            found = state_checksums(engine)
+        assert largest.bytes < partition.numel() * partition.element_size() / 8
+        for name, parameter in model.named_parameters():
+            assert found["master"][name] == slice_checksum(safe_get_full_fp32_param(parameter).view(-1), 0)
+            for moment in MOMENTS:
+                if expected_moments == "none":
+                    assert found[moment][name] == 0
+                else:
+                    full = safe_get_full_optimizer_state(parameter, moment)
+                    assert found[moment][name] == slice_checksum(full.view(-1), 0) != 0
+        train_step(engine, 0)
+
+
+def test_checksums_under_zero2_make_no_tensor_of_the_partition_s_size() -> None:
+    run_on_ranks(checksums_of_a_partition, 1)

@@ -48,13 +48,14 @@ def import_gguf(
     place: dict[str, Any] = {"gguf_file": file.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **place)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(file.parent), dtype=torch.float32, output_loading_info=True, **place
         )
     except (ValueError, OSError, LookupError, NotImplementedError, struct.error) as error:
         raise UserError(
             f"{file}: transformers cannot read this GGUF ({error}); if it was downloaded, check that it is whole"
         ) from error
+    model, info = loaded
     if info["missing_keys"] or info["mismatched_keys"]:
         lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         raise UserError(

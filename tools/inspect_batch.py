@@ -111,7 +111,7 @@ def inspect(options: argparse.Namespace) -> None:
             f"--micro-batch {options.micro_batch}: a step has {len(share.batches)} of them per rank"
         )
     batch = share.batches[options.micro_batch]
-    decode = lambda token: repr(goods.tokenizer.decode([token]))[1:-1]  # noqa: E731
+    decode = lambda token: repr(goods.tokenizer.batch_decode([[token]])[0])[1:-1]  # noqa: E731
     terminal = sys.stdout.isatty()
     console = Console(soft_wrap=not terminal, width=None if terminal else 160, markup=False)
     console.print(

@@ -119,7 +119,8 @@ def _render(messages: Any, chat: PreTrainedTokenizerBase) -> tuple[str, int]:
         raise BadRow("wrong type", "messages must be a list of objects with 'role' and 'content'")
     if broken := [i for i, m in enumerate(messages) if {"role", "content"} - set(m)]:
         raise BadRow("missing field", f"message {broken[0] + 1} lacks 'role' or 'content'")
-    has_reply, prompt = messages[-1]["role"] == "assistant", ""
+    has_reply = messages[-1]["role"] == "assistant"
+    prompt: Any = ""
     try:
         whole = chat.apply_chat_template(messages, tokenize=False)
         if has_reply and len(messages) > 1:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,46 @@ from bico_ds.config.paths import FolderOrHub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class Tokenizer(Protocol):
+    """What is called on a tokenizer of transformers, whichever package holds it. No torch, no transformers at run time."""
+
+    @property
+    def bos_token_id(self) -> int | None: ...
+
+    @property
+    def eos_token_id(self) -> int | None: ...
+
+    @property
+    def pad_token_id(self) -> int | None: ...
+
+    @property
+    def unk_token_id(self) -> int | None: ...
+
+    @property
+    def all_special_ids(self) -> list[int]: ...
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, Any]: ...
+
+    def get_vocab(self) -> dict[str, int]: ...
+
+    def __call__(
+        self,
+        text: str | list[str],
+        *,
+        add_special_tokens: bool,
+        return_offsets_mapping: bool = False,
+        verbose: bool = True,
+    ) -> Mapping[str, Any]:
+        """`input_ids`, and with `return_offsets_mapping` `offset_mapping`: of one text, or one list per text."""
+        ...
+
+    def batch_decode(self, sequences: list[list[int]], *, skip_special_tokens: bool = False) -> list[str]: ...
+
+    def save_pretrained(self, save_directory: str | Path) -> Any: ...
+
 
 _PROBES = (
     "The quick brown fox jumps over 12345 lazy dogs.",
@@ -124,7 +165,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Return the ids that are never text: BOS, EOS, padding, unknown, and every added token marked
     special.
     """
@@ -132,7 +173,7 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(tokenizer.all_special_ids) | frozenset(added)
 
 
-def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+def vocabulary_size(tokenizer: Tokenizer) -> int:
     """Return one more than the largest id; added tokens may leave gaps, so `len` is no bound."""
     return max(tokenizer.get_vocab().values()) + 1
 

@@ -18,6 +18,7 @@ from typing import Any
 from bico_ds.config.errors import RunError
 from bico_ds.config.schema import CheckpointSpec
 from bico_ds.engine import manifest
+from bico_ds.engine.deepspeed_engine import Engine
 from bico_ds.engine.disk import PatientWriter, bytes_needed, lack_of_room
 from bico_ds.engine.distributed import Ranks, all_gather_objects, broadcast_object
 from bico_ds.engine.run_folder import RunFolder, write_atomically
@@ -58,7 +59,7 @@ class Checkpointer:
         every = self._spec.every_steps
         return every is not None and step % every == 0
 
-    def save(self, engine: Any, step: int, state: dict[str, Any], *, required: bool = False) -> Saved:
+    def save(self, engine: Engine, step: int, state: dict[str, Any], *, required: bool = False) -> Saved:
         """Write the checkpoint of `step`. `state` is JSON-able and rank 0's counts; a resume finds it again.
 
         Raises `CheckpointError` on all ranks where it cannot be written and is `required`, or
@@ -76,7 +77,7 @@ class Checkpointer:
                 raise CheckpointError(f"checkpoint of step {step} not written: {failure}")
         return Saved(time.perf_counter() - started, failure)
 
-    def _make_room(self, engine: Any, partial: Path) -> str | None:
+    def _make_room(self, engine: Engine, partial: Path) -> str | None:
         """Rank 0: a clean place with room enough; crashed writes of earlier runs go. Returns what is in the way."""
         self._folder.check_fence()
         root = partial.parent
@@ -89,7 +90,7 @@ class Checkpointer:
         except OSError as error:
             return f"{root}: {error.strerror}"
 
-    def _write(self, engine: Any, partial: Path, step: int, state: dict[str, Any]) -> str | None:
+    def _write(self, engine: Engine, partial: Path, step: int, state: dict[str, Any]) -> str | None:
         """DeepSpeed's files, then the manifest, then the rename. Returns the first failure of any rank."""
         checksums = state_checksums(engine)
         engine.checkpoint_engine = writer = PatientWriter(engine._config)

@@ -10,6 +10,8 @@ from typing import Any
 
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
+from bico_ds.engine.deepspeed_engine import Engine
+
 _READ_BYTES = 1 << 24
 STATE_BYTES = 3 * 4  # a trained parameter: fp32 master weight and Adam's two moments
 _SPARE = 1.05  # tables and headers
@@ -39,7 +41,7 @@ class PatientWriter(TorchCheckpointEngine):
             self.failure = self.failure or f"{path}: {error.strerror}"
 
 
-def bytes_needed(engine: Any) -> int:
+def bytes_needed(engine: Engine) -> int:
     """Room that a checkpoint of this engine takes, over all ranks.
 
     Below stage 3 it holds the weights besides the optimizer's state; under stage 3 the master weights serve for them.

@@ -14,7 +14,7 @@ from bico_ds.data.loader import ElasticLoader, RankShare
 from bico_ds.data.prepare import facts_folder, prepare_source
 from bico_ds.data.sample_order import StreamSpec
 from bico_ds.data.store import TokenStore
-from bico_ds.data.tokenizer import load_tokenizer, special_ids, tokenizer_hash, vocabulary_size
+from bico_ds.data.tokenizer import Tokenizer, load_tokenizer, special_ids, tokenizer_hash, vocabulary_size
 from bico_ds.evaluation.choice import encode_candidates
 from bico_ds.evaluation.tasks import Task, load_tasks
 from bico_ds.objectives.base import TokenFacts
@@ -26,7 +26,7 @@ from bico_ds.objectives.schedule import ObjectiveSchedule
 class Materials:
     """Everything but the model."""
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     tokenizer_path: FolderOrHub
     stores: list[TokenStore]
     schedule: ObjectiveSchedule
@@ -126,7 +126,7 @@ def total_steps(recipe: Recipe, loader: ElasticLoader) -> int:
     return loader.total_steps(recipe.training.epochs)
 
 
-def _token_facts(recipe: Recipe, tokenizer: Any) -> TokenFacts:
+def _token_facts(recipe: Recipe, tokenizer: Tokenizer) -> TokenFacts:
     candidates = (tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
     return TokenFacts(
         special_ids=tuple(sorted(special_ids(tokenizer))),

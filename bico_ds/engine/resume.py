@@ -13,6 +13,7 @@ from bico_ds.config.load import recorded_recipe
 from bico_ds.config.schema import Recipe
 from bico_ds.engine import manifest, universal
 from bico_ds.engine.callbacks import evaluation
+from bico_ds.engine.deepspeed_engine import Engine
 from bico_ds.engine.manifest import FoundCheckpoint
 from bico_ds.engine.optimization import follow_recipe
 from bico_ds.engine.run_folder import RunFolder
@@ -78,7 +79,7 @@ def choose(folder: RunFolder, option: str, recipe: Recipe, layout: Layout) -> Re
     return Resumption(found, bool(different))
 
 
-def restore(engine: Any, resumption: Resumption, recipe: Recipe) -> None:
+def restore(engine: Engine, resumption: Resumption, recipe: Recipe) -> None:
     """Load weights, optimizer and schedule, and prove it by the manifest's checksums; all ranks together.
 
     What the recipe says about optimizer and schedule holds from here on, where it was changed.
@@ -110,13 +111,13 @@ def restore(engine: Any, resumption: Resumption, recipe: Recipe) -> None:
         follow_recipe(engine.optimizer.optimizer, engine.lr_scheduler, recipe.optimizer)
 
 
-def saved_facts(engine: Any, recipe: Recipe, layout: Layout) -> dict[str, Any]:
+def saved_facts(engine: Engine, recipe: Recipe, layout: Layout) -> dict[str, Any]:
     """What every manifest of this run says beside its step and files. Collective."""
     base = base_fingerprint(engine.module) if recipe.model.lora is not None else None
     return {"layout": layout, "recipe": recipe.model_dump(mode="json"), "base": base}
 
 
-def _check_base(engine: Any, saved: str | None) -> None:
+def _check_base(engine: Engine, saved: str | None) -> None:
     """A LoRA checkpoint holds the adapters only; the frozen base was loaded anew, from model.path."""
     if saved is not None and base_fingerprint(engine.module) != saved:
         raise UserError(
@@ -124,7 +125,7 @@ def _check_base(engine: Any, saved: str | None) -> None:
         )
 
 
-def _separate_step_counters(engine: Any) -> None:
+def _separate_step_counters(engine: Engine) -> None:
     """DeepSpeed's universal load hands one step tensor to all sub-groups; each adds one to it, in every step."""
     for state in engine.optimizer.optimizer.state.values():
         if torch.is_tensor(state.get("step")):

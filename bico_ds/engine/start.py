@@ -19,13 +19,14 @@ from bico_ds.attention.layout import LayoutPolicy
 from bico_ds.config.errors import UserError
 from bico_ds.config.schema import Recipe
 from bico_ds.data.loader import RankShare
-from bico_ds.data.tokenizer import vocabulary_size
+from bico_ds.data.tokenizer import Tokenizer, vocabulary_size
 from bico_ds.engine import distributed, host_memory, materials, native_ops
 from bico_ds.engine.callbacks.base import Callbacks, RunStart
 from bico_ds.engine.callbacks.console import ConsoleProgress
 from bico_ds.engine.callbacks.evaluation import Evaluator
 from bico_ds.engine.callbacks.monitor import StepMonitor
 from bico_ds.engine.checkpoint import Checkpointer
+from bico_ds.engine.deepspeed_engine import Engine
 from bico_ds.engine.distributed import Ranks
 from bico_ds.engine.ds_config import build_ds_config
 from bico_ds.engine.materials import Materials
@@ -204,12 +205,12 @@ def _run(run: Run, resumption: Resumption | None, watchdog: Watchdog) -> State:
     return _finish(trainer, first, goods.tokenizer)
 
 
-def _callbacks(run: Run, engine: Any) -> Callbacks:
+def _callbacks(run: Run, engine: Engine) -> Callbacks:
     monitor = StepMonitor(run.recipe.monitor, run.folder, engine.monitor)
     return Callbacks([ConsoleProgress(), monitor], is_first_rank=run.ranks.is_first)
 
 
-def _checkpointer(run: Run, engine: Any) -> Checkpointer:
+def _checkpointer(run: Run, engine: Engine) -> Checkpointer:
     return Checkpointer(
         run.recipe.checkpoint,
         run.folder,
@@ -230,7 +231,7 @@ def _evaluator(run: Run, goods: Materials, watchdog: Watchdog) -> Evaluator:
     )
 
 
-def _finish(trainer: Trainer, first: RunStart, tokenizer: Any) -> State:
+def _finish(trainer: Trainer, first: RunStart, tokenizer: Tokenizer) -> State:
     run, callbacks = trainer.run, trainer.callbacks
     folder, is_first, checkpoint = run.folder, run.ranks.is_first, run.recipe.checkpoint
     callbacks.on_start(first)
@@ -251,7 +252,7 @@ def _finish(trainer: Trainer, first: RunStart, tokenizer: Any) -> State:
     return state
 
 
-def build_engine(run: Run, goods: Materials, steps: int, *, is_universal: bool) -> Any:
+def build_engine(run: Run, goods: Materials, steps: int, *, is_universal: bool) -> Engine:
     """The DeepSpeed engine around the trainable model; `is_universal`: it will load a universal checkpoint."""
     recipe = run.recipe
     check_vocabulary(

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bico_ds.engine.deepspeed_engine import Engine
 from bico_ds.model.checksums import add_over_ranks, parameter_checksums, slice_checksum
-from bico_ds.model.materialize import partition_bounds
+from bico_ds.model.materialize import is_partitioned, partition_bounds
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -22,7 +23,7 @@ Checksums = dict[str, dict[str, int]]
 """What (``weight``, ``master``, ``exp_avg``, ``exp_avg_sq``) by parameter name."""
 
 
-def state_checksums(engine: Any) -> Checksums:
+def state_checksums(engine: Engine) -> Checksums:
     """Checksums of every trained parameter and of its optimizer state. Collective; the same on every rank."""
     trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
     kinds = ("master", *MOMENTS)
@@ -34,9 +35,10 @@ def state_checksums(engine: Any) -> Checksums:
     return weights | {kind: dict(zip(trained, sums, strict=True)) for kind, sums in summed.items()}
 
 
-def optimizer_steps(engine: Any) -> list[int]:
+def optimizer_steps(engine: Engine) -> list[int]:
     """The step counts in Adam's state, one for each part of it that differs; one number where all is well."""
-    states = getattr(engine.optimizer, "optimizer", engine.optimizer).state.values()
+    plain: Any = getattr(engine.optimizer, "optimizer", engine.optimizer)  # ZeRO's wrapper, if there is one
+    states = plain.state.values()
     return sorted({int(state["step"]) for state in states if "step" in state})
 
 
@@ -51,18 +53,18 @@ def differences(found: Checksums, expected: Checksums) -> list[str]:
     return wrong
 
 
-def _own(engine: Any, parameter: nn.Parameter, kind: str) -> int:
+def _own(engine: Engine, parameter: nn.Parameter, kind: str) -> int:
     return sum(slice_checksum(flat, start) for flat, start in _slices(engine, parameter, kind))
 
 
-def _slices(engine: Any, parameter: Any, kind: str) -> Iterator[tuple[Tensor, int]]:
+def _slices(engine: Engine, parameter: Any, kind: str) -> Iterator[tuple[Tensor, int]]:
     """What this rank holds of a parameter's fp32 state: (flat slice, index of its first element).
 
     Nothing where there are no moments yet, before the first update: zeros, whose checksum is 0.
     """
     moment = None if kind == "master" else kind
     zero = engine.optimizer
-    if hasattr(parameter, "ds_id"):  # ZeRO-3
+    if is_partitioned(parameter):  # ZeRO-3
         start, stop = partition_bounds(parameter)
         with contextlib.suppress(KeyError):  # no moments
             yield zero.get_local_fp32_param(parameter, moment)[: stop - start], start

@@ -16,6 +16,7 @@ from bico_ds.engine import host_memory, nonfinite
 from bico_ds.engine.callbacks.base import Callbacks, StepReport
 from bico_ds.engine.callbacks.evaluation import Evaluator, scalars
 from bico_ds.engine.checkpoint import Checkpointer
+from bico_ds.engine.deepspeed_engine import Engine
 from bico_ds.engine.distributed import all_reduce_sum, broadcast_object
 from bico_ds.engine.run import Run
 from bico_ds.engine.run_folder import State
@@ -44,7 +45,7 @@ class Trainer:
         self,
         *,
         run: Run,
-        engine: Any,
+        engine: Engine,
         loader: Loader,
         callbacks: Callbacks,
         checkpointer: Checkpointer,

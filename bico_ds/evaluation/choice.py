@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from bico_ds.config.errors import UserError
+from bico_ds.data.tokenizer import Tokenizer
 from bico_ds.evaluation.generation import check_lengths
 from bico_ds.evaluation.likelihood import Scored, encode_answers, log_probabilities
 from bico_ds.evaluation.metrics import wrong_answers
@@ -26,7 +27,7 @@ from bico_ds.evaluation.tasks import Task
 
 
 def encode_candidates(
-    tokenizer: Any, task: Task, *, others: int, add_bos: bool, context: int | None
+    tokenizer: Tokenizer, task: Task, *, others: int, add_bos: bool, context: int | None
 ) -> list[list[Scored]]:
     """For every row its prompt with the right answer, then with those of up to `others` other persons.
 
@@ -50,7 +51,7 @@ def encode_candidates(
 
 def choice_test(
     model: Any,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     task: Task,
     *,
     others: int = 9,

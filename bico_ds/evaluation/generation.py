@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from bico_ds.config.errors import UserError
+from bico_ds.data.tokenizer import Tokenizer
 from bico_ds.evaluation.place import ALONE, Place, agree, gather_parts, shared_batches
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[str], *, add_bos: bool = True) -> list[list[int]]:
+def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], *, add_bos: bool = True) -> list[list[int]]:
     """Token ids as in training: BOS (where the tokenizer has one, and `add_bos`), then the text."""
     encoded = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     start = [tokenizer.bos_token_id] if add_bos and tokenizer.bos_token_id is not None else []
@@ -47,7 +48,7 @@ def check_lengths(
 @torch.no_grad()
 def generate_greedy(
     model: Any,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -81,7 +82,7 @@ def generate_greedy(
 
 
 def _decode(
-    model: Any, tokenizer: Any, prompts: list[Sequence[int]], max_new_tokens: int, place: Place
+    model: Any, tokenizer: Tokenizer, prompts: list[Sequence[int]], max_new_tokens: int, place: Place
 ) -> list[list[int]] | None:
     """New tokens of one batch, cut before EOS; None when asked to stop."""
     eos = tokenizer.eos_token_id

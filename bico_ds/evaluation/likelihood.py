@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bico_ds.config.errors import UserError
+from bico_ds.data.tokenizer import Tokenizer
 from bico_ds.evaluation.place import ALONE, Place, agree, gather_parts, shared_batches
 
 _LOGIT_ROWS = 1024  # rows whose fp32 log-softmax exists at one time
@@ -29,7 +30,7 @@ class Scored:
 
 
 def encode_answers(
-    tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], *, add_bos: bool = True
+    tokenizer: Tokenizer, prompts: Sequence[str], answers: Sequence[str], *, add_bos: bool = True
 ) -> list[Scored]:
     """Prompt and answer as one text, tokenized as in training. A token that spans the seam belongs to the
     answer.
@@ -116,7 +117,7 @@ class Perplexity:
     text_sha256: str
 
 
-def encode_windows(tokenizer: Any, text: str, *, window: int, add_bos: bool = True) -> list[Scored]:
+def encode_windows(tokenizer: Tokenizer, text: str, *, window: int, add_bos: bool = True) -> list[Scored]:
     """`text` in windows of `window` tokens that do not overlap, each after a BOS of its own.
 
     Every token counts once (without a BOS the first token of a window is only context). Raises UserError where
@@ -138,7 +139,7 @@ def encode_windows(tokenizer: Any, text: str, *, window: int, add_bos: bool = Tr
 
 def text_perplexity(
     model: Any,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     text: str,
     *,
     window: int,

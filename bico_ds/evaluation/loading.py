@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bico_ds.config.errors import UserError
 from bico_ds.config.paths import FolderOrHub
-from bico_ds.data.tokenizer import load_tokenizer, vocabulary_size
+from bico_ds.data.tokenizer import Tokenizer, load_tokenizer, vocabulary_size
 from bico_ds.model.architecture import check_vocabulary
 
 _DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -25,7 +25,7 @@ def load_for_evaluation(
     option: str = "--model",
     dtype: Literal["auto", "bf16", "fp32"] = "auto",
     device: torch.device | str = "cpu",
-) -> tuple[Any, Any]:
+) -> tuple[Any, Tokenizer]:
     """(model, tokenizer) from a safetensors folder or a hub name; `auto` keeps the dtype of the weights.
 
     Raises UserError, which begins with `option`, for a folder without config, safetensors or tokenizer, and
@@ -33,7 +33,7 @@ def load_for_evaluation(
     """
     tokenizer, _ = load_tokenizer_and_context(path, option=option)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(path),
             dtype=_DTYPES[dtype],
             use_safetensors=True,
@@ -42,6 +42,7 @@ def load_for_evaluation(
         )
     except (OSError, ValueError) as error:
         raise UserError(f"{option} {path}: cannot be loaded: {error}") from error
+    model, info = loaded  # `output_loading_info`, which the annotation of transformers does not know
     for kind in ("missing_keys", "mismatched_keys"):
         if info[kind]:
             names = sorted(map(str, info[kind]))
@@ -51,7 +52,7 @@ def load_for_evaluation(
     return model.to(device).eval(), tokenizer
 
 
-def load_tokenizer_and_context(path: FolderOrHub, *, option: str = "--model") -> tuple[Any, int | None]:
+def load_tokenizer_and_context(path: FolderOrHub, *, option: str = "--model") -> tuple[Tokenizer, int | None]:
     """(tokenizer, tokens of the context if the config names them): what inputs can be checked with before the
     weights are loaded. Raises UserError for a folder without config, safetensors or tokenizer.
     """

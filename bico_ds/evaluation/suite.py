@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bico_ds.config.errors import UserError
+from bico_ds.data.tokenizer import Tokenizer
 from bico_ds.evaluation.generation import check_lengths, encode_prompts, generate_greedy
 from bico_ds.evaluation.metrics import floors, score_rows
 from bico_ds.evaluation.place import ALONE, Place
@@ -86,7 +87,7 @@ class Asking:
 
 
 def evaluate(
-    model: Any, tokenizer: Any, tasks: Sequence[Task], asking: Asking, place: Place = ALONE
+    model: Any, tokenizer: Tokenizer, tasks: Sequence[Task], asking: Asking, place: Place = ALONE
 ) -> EvaluationResult | None:
     """Greedy answers of `model` (a Hugging Face causal LM on `place.device`) to all `tasks`, scored; the same
     result on every rank.
@@ -106,7 +107,7 @@ def evaluate(
 
 
 def prepare_task(
-    tokenizer: Any, task: Task, asking: Asking, *, context: int | None
+    tokenizer: Tokenizer, task: Task, asking: Asking, *, context: int | None
 ) -> tuple[list[list[int]], int]:
     """Encoded prompts and the number of new tokens of one task. UserError where one does not fit the context."""
     prompts = encode_prompts(tokenizer, [example.prompt for example in task.examples], add_bos=asking.add_bos)

@@ -13,6 +13,7 @@ from transformers.initialization import no_init_weights
 from bico_ds.config.errors import UserError, did_you_mean
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.config.schema import ModelSpec
+from bico_ds.data.tokenizer import Tokenizer
 
 # What makes two configs different networks; everything else in a config.json is bookkeeping.
 _ARCHITECTURE_KEYS = (
@@ -66,7 +67,7 @@ def check_vocabulary(config: PretrainedConfig, tokenizer_size: int, *, tokenizer
         )
 
 
-def adopt_special_tokens(tokenizer: Any, *settings: Any) -> None:
+def adopt_special_tokens(tokenizer: Tokenizer, *settings: Any) -> None:
     """A model from random weights begins, ends and pads its texts as its tokenizer does.
 
     ``settings``: its config and its generation config, changed in place.

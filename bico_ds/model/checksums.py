@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bico_ds.model.materialize import gathered, partition_bounds
+from bico_ds.model.materialize import gathered, is_partitioned, partition_bounds
 
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 18  # elements: their 64-bit copies stay in a CPU's cache, and take 2 MiB each
@@ -37,7 +36,7 @@ def parameter_checksums(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, 
     """Checksum of each parameter over all ranks, whole or ZeRO-3-partitioned. Collective under ZeRO-3."""
     parameters = dict(named)
     sums = torch.tensor([_own_checksum(parameter) for parameter in parameters.values()], dtype=torch.int64)
-    partitioned = [hasattr(parameter, "ds_id") for parameter in parameters.values()]
+    partitioned = [is_partitioned(parameter) for parameter in parameters.values()]
     if any(partitioned):
         assert all(partitioned), "DeepSpeed partitions all parameters or none"
         sums = add_over_ranks(sums)
@@ -67,9 +66,9 @@ def base_fingerprint(causal_lm: nn.Module) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _own_checksum(parameter: Any) -> int:
+def _own_checksum(parameter: nn.Parameter) -> int:
     """This rank's share: its partition's checksum, or the whole's where nothing is partitioned."""
-    if not hasattr(parameter, "ds_id"):
+    if not is_partitioned(parameter):
         return slice_checksum(parameter.data.view(-1), 0)
     start, stop = partition_bounds(parameter)
     if parameter.ds_tensor.numel() < stop - start:  # offloaded to NVMe

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from bico_ds.config.errors import UserError
+from bico_ds.data.tokenizer import Tokenizer
 from bico_ds.model.build import TrainableModel
 from bico_ds.model.lora import adapters_by_base_name, base_name, is_adapter, merge
 from bico_ds.model.materialize import full_shape, gathered
@@ -21,7 +22,7 @@ from bico_ds.model.shards import DTYPES, ShardWriter, atomic_folder, write_check
 
 def export_model(
     engine_or_model: Any,
-    tokenizer: Any | None,
+    tokenizer: Tokenizer | None,
     folder: str | Path,
     dtype: Literal["bf16", "fp32"] = "bf16",
     *,
@@ -69,7 +70,11 @@ def exported_parameters(causal_lm: nn.Module) -> Iterator[tuple[str, tuple[Any, 
 
 
 def write_settings(
-    folder: Path, config: PretrainedConfig, generation_config: Any, tokenizer: Any | None, dtype: torch.dtype
+    folder: Path,
+    config: PretrainedConfig,
+    generation_config: Any,
+    tokenizer: Tokenizer | None,
+    dtype: torch.dtype,
 ) -> None:
     """Write all of a Hugging Face folder that is not weights, then the checksums of everything in it."""
     settings = type(config).from_dict(config.to_dict())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from bico_ds.config.errors import UserError
 from bico_ds.config.schema import ModelSpec
+from bico_ds.data.tokenizer import Tokenizer
 from bico_ds.model.architecture import adopt_special_tokens, meta_model, model_config
 from bico_ds.model.checkpoint_weights import CheckpointWeights, open_checkpoint
 from bico_ds.model.export import write_settings
@@ -23,7 +24,7 @@ from bico_ds.model.shards import DTYPES, ShardWriter, atomic_folder, refuse_exis
 def export_checkpoint(
     checkpoint: Path,
     spec: ModelSpec,
-    tokenizer: Any | None,
+    tokenizer: Tokenizer | None,
     folder: Path,
     dtype: Literal["bf16", "fp32"],
     *,

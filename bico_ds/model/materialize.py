@@ -9,13 +9,28 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     import deepspeed
+
+    class Partition(Tensor):
+        """This rank's slice of a flattened parameter, padded at the last rank."""
+
+        ds_numel: int
+
+    class PartitionedParameter(nn.Parameter):
+        """What DeepSpeed makes of a parameter under ZeRO-3: no class of its own, attributes on the parameter."""
+
+        ds_numel: int
+        ds_shape: torch.Size
+        ds_tensor: Partition
+        ds_zero_partition_rank: int
+
+        def partition(self) -> None: ...
 
 
 class WeightSource(Protocol):
@@ -50,20 +65,25 @@ def materialize(
         setattr(module, attribute, made[id(stub)])
 
 
-def partition_bounds(parameter: nn.Parameter) -> tuple[int, int]:
+def is_partitioned(parameter: Tensor) -> TypeGuard[PartitionedParameter]:
+    """Whether ZeRO-3 has partitioned `parameter`."""
+    return hasattr(parameter, "ds_id")
+
+
+def partition_bounds(parameter: PartitionedParameter) -> tuple[int, int]:
     """Elements [start, stop) of the flattened parameter that are in this rank's ZeRO-3 partition."""
     start = parameter.ds_tensor.ds_numel * parameter.ds_zero_partition_rank
     return min(start, parameter.ds_numel), min(start + parameter.ds_tensor.ds_numel, parameter.ds_numel)
 
 
-def full_shape(parameter: Any) -> torch.Size:
+def full_shape(parameter: Tensor) -> torch.Size:
     """The shape of a parameter, partitioned or not."""
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+    return parameter.ds_shape if is_partitioned(parameter) else parameter.shape
 
 
 def gathered(parameters: tuple[Any, ...]) -> AbstractContextManager[Any]:
     """Make ZeRO-3 parameters whole on every rank for the block; others are whole already. Collective."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+    if not any(map(is_partitioned, parameters)):
         return nullcontext()
     import deepspeed  # seconds, and only ZeRO-3 needs it
 
@@ -111,6 +131,7 @@ def _fill_partition(
         start = min(size * partitioner.rank, numel)
         _fill(parameter, name, source, start, min(start + size, numel))
     partitioner._convert_to_deepspeed_param(parameter)
+    assert is_partitioned(parameter)
     parameter.partition()
 
 

@@ -39,7 +39,7 @@ class CpuClock(TrainerCallback):
 def main() -> None:
     task, bins, steps = json.load(sys.stdin), int(sys.argv[2]), 3
     torch.set_num_threads(int(sys.argv[3]))
-    model = LlamaForCausalLM(LlamaConfig(**task["model"])).to(torch.bfloat16)
+    model = LlamaForCausalLM(LlamaConfig(**task["model"])).bfloat16()
     generator = torch.Generator().manual_seed(1)
     documents = [
         torch.randint(10, task["model"]["vocab_size"], (length,), generator=generator).tolist()

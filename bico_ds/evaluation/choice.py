@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from typing import Any
+from transformers import PreTrainedModel
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,7 +51,7 @@ def encode_candidates(
 
 
 def choice_test(
-    model: Any,
+    model: PreTrainedModel,
     tokenizer: Tokenizer,
     task: Task,
     *,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from torch import Tensor
 
 from bico_ds.config.errors import UserError
@@ -47,7 +48,7 @@ def check_lengths(
 
 @torch.no_grad()
 def generate_greedy(
-    model: Any,
+    model: PreTrainedModel,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     *,
@@ -82,7 +83,7 @@ def generate_greedy(
 
 
 def _decode(
-    model: Any, tokenizer: Tokenizer, prompts: list[Sequence[int]], max_new_tokens: int, place: Place
+    model: PreTrainedModel, tokenizer: Tokenizer, prompts: list[Sequence[int]], max_new_tokens: int, place: Place
 ) -> list[list[int]] | None:
     """New tokens of one batch, cut before EOS; None when asked to stop."""
     eos = tokenizer.eos_token_id

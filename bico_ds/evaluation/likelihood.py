@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from torch import Tensor
 
 from bico_ds.config.errors import UserError
@@ -50,7 +51,7 @@ def encode_answers(
 
 
 @torch.no_grad()
-def log_probabilities(model: Any, texts: Sequence[Scored], place: Place = ALONE) -> list[float] | None:
+def log_probabilities(model: PreTrainedModel, texts: Sequence[Scored], place: Place = ALONE) -> list[float] | None:
     """log P(answer | prompt) of every text: the sum over the answer's tokens, in nats, on every rank.
 
     `model`: a Hugging Face causal LM on `place.device`. Returns None on all ranks when `place.should_stop` was
@@ -77,7 +78,7 @@ def log_probabilities(model: Any, texts: Sequence[Scored], place: Place = ALONE)
     return [everything[i] for i in range(len(texts))]
 
 
-def _batch_sums(model: Any, batch: Sequence[Scored], device: torch.device) -> list[float]:
+def _batch_sums(model: PreTrainedModel, batch: Sequence[Scored], device: torch.device) -> list[float]:
     """Right-padded, so that positions and mask need no care: no row that counts reads padding."""
     width = max(len(text.ids) for text in batch)
     input_ids = torch.tensor([[*text.ids, *[0] * (width - len(text.ids))] for text in batch], device=device)
@@ -138,7 +139,7 @@ def encode_windows(tokenizer: Tokenizer, text: str, *, window: int, add_bos: boo
 
 
 def text_perplexity(
-    model: Any,
+    model: PreTrainedModel,
     tokenizer: Tokenizer,
     text: str,
     *,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from transformers import PreTrainedModel
 
 from bico_ds.config.errors import UserError
 from bico_ds.data.tokenizer import Tokenizer
@@ -87,7 +88,7 @@ class Asking:
 
 
 def evaluate(
-    model: Any, tokenizer: Tokenizer, tasks: Sequence[Task], asking: Asking, place: Place = ALONE
+    model: PreTrainedModel, tokenizer: Tokenizer, tasks: Sequence[Task], asking: Asking, place: Place = ALONE
 ) -> EvaluationResult | None:
     """Greedy answers of `model` (a Hugging Face causal LM on `place.device`) to all `tasks`, scored; the same
     result on every rank.

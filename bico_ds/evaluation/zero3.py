@@ -11,6 +11,7 @@ import copy
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from torch import nn
 
 from bico_ds.model.export import exported_parameters
@@ -31,7 +32,7 @@ def is_partitioned(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def whole_replica(model: Any, *, device: torch.device | str) -> Any:
+def whole_replica(model: PreTrainedModel, *, device: torch.device | str) -> Any:
     """A copy of the Hugging Face causal LM `model` with whole weights on `device`, same dtype, in eval mode.
 
     A collective: under ZeRO-3 all ranks call it together. The copy is what an export would load as: Hugging

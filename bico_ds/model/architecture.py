@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from bico_ds.config.errors import UserError, did_you_mean
@@ -49,7 +49,7 @@ def parameter_count(config: PretrainedConfig) -> int:
     return sum(parameter.numel() for parameter in meta_model(config).parameters())
 
 
-def meta_model(config: PretrainedConfig) -> Any:
+def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     """The Hugging Face causal LM of this architecture on the meta device: shapes without memory."""
     with torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)

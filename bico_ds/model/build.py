@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
@@ -25,7 +26,7 @@ from bico_ds.model.swap import check_attention, swap_layers
 class TrainableModel(nn.Module):
     """``causal_lm`` is the plain Hugging Face model inside, whose own forward and generate are untouched."""
 
-    def __init__(self, causal_lm: Any, *, checkpoint_every: int = 0) -> None:
+    def __init__(self, causal_lm: PreTrainedModel, *, checkpoint_every: int = 0) -> None:
         """``checkpoint_every``: recompute every k-th decoder layer in the backward pass; 0: none."""
         super().__init__()
         self.causal_lm = causal_lm
@@ -103,17 +104,17 @@ def build_model(
 
 
 def _fill(
-    causal_lm: Any, weights: WeightSource, seed: int, ds_config: dict[str, Any] | None, device: torch.device
+    causal_lm: PreTrainedModel, weights: WeightSource, seed: int, ds_config: dict[str, Any] | None, device: torch.device
 ) -> None:
     materialize(causal_lm, AdaptedWeights(weights, seed=seed), ds_config=ds_config, device=device)
     _refresh_rotary(causal_lm, device)
 
 
-def _base_parameters(causal_lm: Any) -> Iterator[tuple[str, nn.Parameter]]:
+def _base_parameters(causal_lm: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
     return ((base_name(n), p) for n, p in causal_lm.named_parameters() if not is_adapter(n))
 
 
-def _refresh_rotary(causal_lm: Any, device: torch.device) -> None:
+def _refresh_rotary(causal_lm: PreTrainedModel, device: torch.device) -> None:
     """Compute the rotary frequencies for real, in fp32: on the meta device they have no values."""
     decoder = causal_lm.model
     with device:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -30,7 +31,7 @@ class LossHead(nn.Linear):
         return chunked_cross_entropy(hidden, self.weight, targets, chunk_rows=self.chunk_rows)
 
 
-def swap_head(model: Any, chunk_rows: int) -> None:
+def swap_head(model: PreTrainedModel, chunk_rows: int) -> None:
     """Change the class of a causal LM's output layer to `LossHead`, in place."""
     head = model.get_output_embeddings()
     assert type(head) is nn.Linear, f"unexpected output layer {head}"

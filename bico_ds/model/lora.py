@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ _ADAPTER = "default"
 _BASE = ".base_layer."
 
 
-def add_lora(causal_lm: Any, spec: LoraSpec) -> None:
+def add_lora(causal_lm: PreTrainedModel, spec: LoraSpec) -> None:
     """Inject adapters into a causal LM on the meta device and freeze the rest, in place.
 
     Raises UserError where ``spec.targets`` names no linear layer of the decoder.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from bico_ds.config.schema import EvaluationSpec
 from bico_ds.engine.distributed import Ranks
@@ -43,7 +44,7 @@ class Evaluator:
         every = self.spec.every_steps
         return bool(self.goods.tasks) and (step == total_steps or (every is not None and step % every == 0))
 
-    def __call__(self, causal_lm: Any, step: int) -> EvaluationResult | None:
+    def __call__(self, causal_lm: PreTrainedModel, step: int) -> EvaluationResult | None:
         """Run all tasks; on rank 0 write evaluation/step-N.json. None where a signal came meanwhile."""
         partitioned = is_partitioned(causal_lm)
         replicate = partitioned and parameter_count(causal_lm) <= REPLICA_PARAMETERS
@@ -58,7 +59,7 @@ class Evaluator:
             write_atomically(path, json.dumps(result.to_json(), ensure_ascii=False, indent=1))
         return result
 
-    def _evaluate(self, model: Any, *, synced: bool) -> EvaluationResult | None:
+    def _evaluate(self, model: PreTrainedModel, *, synced: bool) -> EvaluationResult | None:
         """Generated answers, and where the recipe asks for it the log-probability test."""
         place = Place(
             rank=self.ranks.rank,

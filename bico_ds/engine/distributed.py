@@ -14,6 +14,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from torch.distributed import Store
 from torch.distributed.rendezvous import rendezvous
 
 from bico_ds.config.errors import UserError
@@ -53,7 +54,7 @@ def read_ranks() -> Ranks:
     )
 
 
-def meet(ranks: Ranks, *, timeout_minutes: float) -> Any:
+def meet(ranks: Ranks, *, timeout_minutes: float) -> Store:
     """Return the ranks' common store, once all have come. A rank that never comes fails all after the timeout."""
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
@@ -67,7 +68,7 @@ def meet(ranks: Ranks, *, timeout_minutes: float) -> Any:
     return store
 
 
-def first_alone(ranks: Ranks, store: Any, work: Callable[[], None]) -> None:
+def first_alone(ranks: Ranks, store: Store, work: Callable[[], None]) -> None:
     """Rank 0 works, however long, while the others wait: outside of any collective, so no timeout runs.
 
     A `UserError` or `Interrupted` of rank 0 is raised on every rank; at anything else the others exit.
@@ -86,7 +87,7 @@ def first_alone(ranks: Ranks, store: Any, work: Callable[[], None]) -> None:
     store.set(_VERDICT, json.dumps(["", ""]))
 
 
-def _hear_verdict(store: Any) -> None:
+def _hear_verdict(store: Store) -> None:
     try:
         while not store.check([_VERDICT]):
             time.sleep(_WAIT_SECONDS)
@@ -102,7 +103,7 @@ def _hear_verdict(store: Any) -> None:
         raise SystemExit(1)  # the first rank says why
 
 
-def join(ranks: Ranks, store: Any, *, timeout_minutes: float) -> None:
+def join(ranks: Ranks, store: Store, *, timeout_minutes: float) -> None:
     """Start the process group. A collective that a rank never enters fails on all after the timeout."""
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)

@@ -14,6 +14,8 @@ import threading
 import time
 from typing import Any
 
+from torch.distributed import Store
+
 from bico_ds.config.errors import RunError, UserError
 from bico_ds.engine.distributed import Ranks
 from bico_ds.engine.run_folder import FencedError, RunFolder
@@ -27,7 +29,7 @@ _KEY = "bico_ds/failure"
 class Watchdog:
     """Ends this rank, after its stacks are on file, when it stands still for `minutes` or any rank fails."""
 
-    def __init__(self, store: Any, ranks: Ranks, folder: RunFolder, *, minutes: float) -> None:
+    def __init__(self, store: Store, ranks: Ranks, folder: RunFolder, *, minutes: float) -> None:
         self._store, self._ranks, self._folder = store.clone(), ranks, folder
         self._limit = minutes * 60
         self._last: float | None = None

@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from typing import Any
-from transformers import PreTrainedModel
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
+from transformers import PreTrainedModel
 
 from bico_ds.config.errors import UserError
 from bico_ds.data.tokenizer import Tokenizer

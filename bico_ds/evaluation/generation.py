@@ -6,11 +6,10 @@ Shape legend: B prompts in a batch, L padded prompt length.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from bico_ds.config.errors import UserError
 from bico_ds.data.tokenizer import Tokenizer
@@ -83,7 +82,11 @@ def generate_greedy(
 
 
 def _decode(
-    model: PreTrainedModel, tokenizer: Tokenizer, prompts: list[Sequence[int]], max_new_tokens: int, place: Place
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    prompts: list[Sequence[int]],
+    max_new_tokens: int,
+    place: Place,
 ) -> list[list[int]] | None:
     """New tokens of one batch, cut before EOS; None when asked to stop."""
     eos = tokenizer.eos_token_id

@@ -9,11 +9,10 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from bico_ds.config.errors import UserError
 from bico_ds.data.tokenizer import Tokenizer
@@ -51,7 +50,9 @@ def encode_answers(
 
 
 @torch.no_grad()
-def log_probabilities(model: PreTrainedModel, texts: Sequence[Scored], place: Place = ALONE) -> list[float] | None:
+def log_probabilities(
+    model: PreTrainedModel, texts: Sequence[Scored], place: Place = ALONE
+) -> list[float] | None:
     """log P(answer | prompt) of every text: the sum over the answer's tokens, in nats, on every rank.
 
     `model`: a Hugging Face causal LM on `place.device`. Returns None on all ranks when `place.should_stop` was

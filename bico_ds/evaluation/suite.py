@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
 from transformers import PreTrainedModel
 
 from bico_ds.config.errors import UserError

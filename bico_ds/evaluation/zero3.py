@@ -11,8 +11,8 @@ import copy
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from bico_ds.model.export import exported_parameters
 from bico_ds.model.lora import merge

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from bico_ds.batch import PackedBatch
 from bico_ds.config.errors import UserError
@@ -104,7 +103,11 @@ def build_model(
 
 
 def _fill(
-    causal_lm: PreTrainedModel, weights: WeightSource, seed: int, ds_config: dict[str, Any] | None, device: torch.device
+    causal_lm: PreTrainedModel,
+    weights: WeightSource,
+    seed: int,
+    ds_config: dict[str, Any] | None,
+    device: torch.device,
 ) -> None:
     materialize(causal_lm, AdaptedWeights(weights, seed=seed), ds_config=ds_config, device=device)
     _refresh_rotary(causal_lm, device)

@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 
 # A bf16 sum stalls once a chunk adds less than its rounding: relative error 4e-3 over 16 chunks of 512 rows, 0.17
 # over 512 chunks of 16, where the gradient's own rounding is 2e-3.

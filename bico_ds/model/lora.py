@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from bico_ds.config.errors import UserError, did_you_mean
 from bico_ds.config.schema import LoraSpec

@@ -270,6 +270,11 @@ def build_engine(run: Run, goods: Materials, steps: int, *, is_universal: bool) 
     )
     if recipe.model.path is None:
         adopt_special_tokens(goods.tokenizer, model.causal_lm.config, model.causal_lm.generation_config)
+    return wrap_model(model, recipe, ds_config, steps)
+
+
+def wrap_model(model: TrainableModel, recipe: Recipe, ds_config: dict[str, Any], steps: int) -> Engine:
+    """DeepSpeed's engine around a model, with the recipe's optimizer and its schedule over so many steps. Collective."""
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],

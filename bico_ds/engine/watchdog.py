@@ -30,7 +30,8 @@ class Watchdog:
     """Ends this rank, after its stacks are on file, when it stands still for `minutes` or any rank fails."""
 
     def __init__(self, store: Store, ranks: Ranks, folder: RunFolder, *, minutes: float) -> None:
-        self._store, self._ranks, self._folder = store.clone(), ranks, folder
+        self._store = store.clone()  # type: ignore[attr-defined]  # torch has it, its stub has not
+        self._ranks, self._folder = ranks, folder
         self._limit = minutes * 60
         self._last: float | None = None
         self._closed = threading.Event()

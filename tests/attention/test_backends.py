@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from attention_problems import make_problem, relative_errors
 from bico_ds.attention import backends
 from bico_ds.attention.kernels.flash_limits import install_refusal
 from bico_ds.attention.packed import packed_attention
+from bico_ds.config.schema import ModelSpec
 
 CPU = torch.device("cpu")
 
@@ -83,6 +85,68 @@ def test_oracle_is_no_kernel():
 def packed_attention_of_anything(backend):
     problem = make_problem([4], mask_rate=0.0)
     return problem.packed(packed_attention, backend=backend)
+
+
+class Formula:
+    """A backend as docs/architecture.md tells one to write it: the causal softmax of each document, in fp64."""
+
+    name = "formula"
+    hides_keys = False
+
+    def __init__(self):
+        self.calls = 0
+
+    def refusal(self, dtype, head_dim, device):
+        return None if dtype == torch.float64 else "takes float64 only"
+
+    def forward(self, q, k, v, *, cu_seqlens, max_seqlen, scale, hidden=None):
+        self.calls += 1
+        scores = self._scores(q, k, cu_seqlens, scale)
+        return torch.einsum("hmn,nhd->mhd", scores.softmax(-1), self._shared(v, q)), scores.logsumexp(-1)
+
+    def backward(self, grad_out, q, k, v, out, lse, *, cu_seqlens, max_seqlen, scale, hidden=None):
+        weights = (self._scores(q, k, cu_seqlens, scale) - lse[..., None]).exp()
+        d_weights = torch.einsum("mhd,nhd->hmn", grad_out, self._shared(v, q))
+        d_scores = weights * (d_weights - (grad_out * out).sum(-1).t()[..., None]) * scale
+        group = lambda x: x.unflatten(1, (k.shape[1], -1)).sum(2)  # noqa: E731
+        dq = torch.einsum("hmn,nhd->mhd", d_scores, self._shared(k, q))
+        dk, dv = torch.einsum("hmn,mhd->nhd", d_scores, q), torch.einsum("hmn,mhd->nhd", weights, grad_out)
+        return dq, group(dk), group(dv)
+
+    def _scores(self, q, k, cu_seqlens, scale):
+        row = torch.arange(len(q))
+        document = torch.bucketize(row, cu_seqlens[1:], right=True)
+        seen = (document[:, None] == document) & (row[:, None] >= row)
+        scores = torch.einsum("mhd,nhd->hmn", q, self._shared(k, q)) * scale
+        return scores.masked_fill(~seen, float("-inf"))
+
+    def _shared(self, x, q):
+        return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+
+
+@pytest.mark.parametrize("mode", ["causal", "bidirectional"])
+def test_a_backend_is_one_class_and_one_entry_and_serves_every_kind_of_row(monkeypatch, mode):
+    formula = Formula()
+    monkeypatch.setitem(backends.KERNELS, formula.name, formula)
+    backends.resolve.cache_clear()
+    problem = make_problem([90, 1, 7, 130], mode=mode, mask_rate=0.4, seed=int(torch.randint(99, ()).item()))
+    expected = [x[problem.token_of_row] for x in problem.dense()]
+    found = problem.packed(packed_attention, backend=formula.name)
+    assert max(relative_errors(found, expected)) < 1e-12
+    assert formula.calls
+    with pytest.raises(
+        ValueError, match="attention backend 'formula' takes float64 only; use one of: cpu-flash"
+    ):
+        problem.to(torch.float32).packed(packed_attention, backend=formula.name)
+    monkeypatch.undo()
+    backends.resolve.cache_clear()
+    with pytest.raises(ValueError, match="unknown attention backend 'formula'"):
+        problem.packed(packed_attention, backend=formula.name)
+
+
+def test_a_recipe_may_name_every_backend_that_there_is():
+    named = get_args(ModelSpec.model_fields["attention_backend"].annotation)
+    assert set(named) == {"auto", *backends.KERNELS, "oracle"}
 
 
 @pytest.mark.gpu

@@ -9,6 +9,8 @@ import sys
 import pytest
 import torch
 from attention_problems import make_problem, relative_errors
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bico_ds.attention import backends
 from bico_ds.attention.native import library
@@ -111,8 +113,6 @@ print(backends.resolve("auto", torch.bfloat16, 16, torch.device("cpu")).policy.f
 print(backends.resolve("auto", torch.float32, 16, torch.device("cpu")).policy.fused)
 print(max(relative_errors(found, [x[problem.token_of_row] for x in problem.dense()])))
 """
-
-pytest.importorskip("hypothesis", reason="a rented GPU image may lack it")
 
 
 def test_a_cpu_without_bf16_products_serves_bf16_by_other_kernels(request):

@@ -2,11 +2,13 @@
 """Packing speed and fill, against TRL's best-fit decreasing in the same run.
 
     pip install --no-deps --target /tmp/trl trl       # for the comparison only
-    PYTHONPATH=/tmp/trl python tools/bench/packing.py [--json] [--huge]
+    PYTHONPATH=/tmp/trl python tools/bench/packing.py [--json] [--huge] [--trl-memory 5]
 
 Three length distributions; ours is measured as the plan alone (which lengths share a bin) and with the
-documents (which document goes where). TRL's `_pack_bfd` is called on one Arrow table of the whole data set,
-its most favourable setting: `pack_dataset` packs batches of 1000 by default, which costs fill.
+documents (which document goes where). TRL's `_pack_bfd` is called on one Arrow table, its most favourable
+setting: `pack_dataset` packs batches of 1000 by default, which costs fill. It moves the tokens, and takes 17
+bytes of memory for each, so it gets as many of the sequences as fit `--trl-memory` (GB); the fill is compared on
+those.
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +32,22 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bico_ds.data.packing import build_pack_plan, pack_histogram
+
+HUGE = 100_000_000  # sequences
+DISTRIBUTIONS = ("facts, mean 39", "log-normal, mean 585", "uniform, mean 2035")
+# Bytes, rounded up from the peaks of single cases: the process with its imports, ours and TRL's by what they grow with.
+PROCESS_BYTES = 1e9
+OUR_BYTES_PER_SEQUENCE = 40
+TRL_BYTES_PER_SEQUENCE, TRL_BYTES_PER_TOKEN = 600, 20
+
+
+def check_memory(sequences: int, trl_bytes: float) -> None:
+    """Say what the run will need; end it where the machine has less."""
+    needed = PROCESS_BYTES + OUR_BYTES_PER_SEQUENCE * sequences + trl_bytes
+    available = psutil.virtual_memory().available
+    print(f"needs at most {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available")
+    if available < needed:
+        sys.exit("too little memory: set --sequences, or --trl-memory, lower")
 
 
 def draw_lengths(name: str, count: int, capacity: int) -> NDArray[np.int32]:
@@ -51,13 +71,17 @@ def timed(work: Callable[[], Any], repeats: int = 3) -> tuple[float, Any]:
     return best, result
 
 
-def trl_bins(lengths: NDArray[np.int32], capacity: int) -> tuple[float, int] | None:
-    """Return TRL's time and number of bins; None where it is not installed."""
-    try:
-        import pyarrow as pa
-        from trl.data_utils import _pack_bfd
-    except ImportError:
-        return None
+def trl_share(lengths: NDArray[np.int32], trl_bytes: float) -> NDArray[np.int32]:
+    """As many of the first lengths as TRL can pack in `trl_bytes`."""
+    needed = np.cumsum(TRL_BYTES_PER_SEQUENCE + TRL_BYTES_PER_TOKEN * lengths.astype(np.int64))
+    return lengths[: int(np.searchsorted(needed, trl_bytes))]
+
+
+def trl_bins(lengths: NDArray[np.int32], capacity: int) -> tuple[float, int]:
+    """Return TRL's time and number of bins."""
+    import pyarrow as pa
+    from trl.data_utils import _pack_bfd
+
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     values = pa.array(np.zeros(offsets[-1], dtype=np.int8))
     table = pa.table({"input_ids": pa.LargeListArray.from_arrays(pa.array(offsets), values)})
@@ -69,29 +93,37 @@ def trl_bins(lengths: NDArray[np.int32], capacity: int) -> tuple[float, int] | N
     return seconds, packed.num_rows
 
 
-def measure(name: str, count: int, capacity: int) -> list[dict[str, Any]]:
-    """Measure both sides on one distribution."""
+def measure(name: str, count: int, capacity: int, trl_bytes: float) -> list[dict[str, Any]]:
+    """Measure both sides on one distribution; `trl_bytes` 0: ours alone."""
     lengths = draw_lengths(name, count, capacity)
-    tokens = int(lengths.sum(dtype=np.int64))
     plan_seconds, groups = timed(
         lambda: pack_histogram(np.bincount(lengths, minlength=capacity + 1), capacity=capacity)
     )
     full_seconds, plan = timed(lambda: build_pack_plan(lengths, capacity=capacity, seed=0))
     assert groups.num_bins == plan.num_bins
-    theirs = trl_bins(lengths, capacity)
-    trl_speed = count / theirs[0] / 1e6 if theirs else None
-    trl_fill = tokens / (theirs[1] * capacity) if theirs else None
-    bound = tokens / (-(-tokens // capacity) * capacity)
+    trl_speed = trl_fill = None
+    if trl_bytes:
+        lengths = trl_share(lengths, trl_bytes)
+        plan = build_pack_plan(lengths, capacity=capacity, seed=0)
+        trl_seconds, trl_num_bins = trl_bins(lengths, capacity)
+        trl_speed = len(lengths) / trl_seconds / 1e6
+        trl_fill = fill(lengths, trl_num_bins, capacity)
+    most = fill(lengths, -(-int(lengths.sum(dtype=np.int64)) // capacity), capacity)
     return [
         row(f"{name}: plan", count / plan_seconds / 1e6, trl_speed, "M sequences/s"),
         row(f"{name}: plan and documents", count / full_seconds / 1e6, trl_speed, "M sequences/s"),
         row(
-            f"{name}: fill (no bins can exceed {bound:.5f})",
-            tokens / (plan.num_bins * capacity),
+            f"{name}: fill of {len(lengths):,} sequences (no bins can exceed {most:.5f})",
+            fill(lengths, plan.num_bins, capacity),
             trl_fill,
             "share",
         ),
     ]
+
+
+def fill(lengths: NDArray[np.int32], num_bins: int, capacity: int) -> float:
+    """Return the share of the bins that holds tokens."""
+    return int(lengths.sum(dtype=np.int64)) / (num_bins * capacity)
 
 
 def row(name: str, ours: float, other: float | None, unit: str) -> dict[str, Any]:
@@ -107,8 +139,7 @@ def row(name: str, ours: float, other: float | None, unit: str) -> dict[str, Any
 
 def measure_huge(capacity: int) -> list[dict[str, Any]]:
     """100 million sequences: seconds, and the most memory this process ever held."""
-    lengths = draw_lengths("facts, mean 39", 1_000_000, capacity)
-    lengths = np.tile(lengths, 100)
+    lengths = np.tile(draw_lengths("facts, mean 39", HUGE // 100, capacity), 100)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds, _ = timed(lambda: build_pack_plan(lengths, capacity=capacity, seed=0), repeats=1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -126,20 +157,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sequences", type=int, default=1_000_000)
     parser.add_argument("--capacity", type=int, default=4096)
+    parser.add_argument("--trl-memory", type=float, default=5.0, help="GB that TRL may take (default 5)")
     parser.add_argument(
         "--huge", action="store_true", help="only 100 million sequences: time and peak memory"
     )
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     args = parser.parse_args()
     if args.huge:
+        check_memory(HUGE, 0.0)
         rows = measure_huge(args.capacity)
     else:
-        names = ("facts, mean 39", "log-normal, mean 585", "uniform, mean 2035")
-        rows = [line for name in names for line in measure(name, args.sequences, args.capacity)]
-        if rows[0]["other"] is None:
+        trl_bytes = args.trl_memory * 1e9 if find_spec("trl") else 0.0
+        if not trl_bytes:
             print(
                 "trl is not installed: only our side is measured (see the top of this file)", file=sys.stderr
             )
+        check_memory(args.sequences, trl_bytes)
+        rows = [
+            line for name in DISTRIBUTIONS for line in measure(name, args.sequences, args.capacity, trl_bytes)
+        ]
     table = Table("what", "ours", "TRL" if not args.huge else "limit", "unit", "ratio")
     for line in rows:
         other, ratio = (f"{line[key]:.5g}" if line[key] is not None else "-" for key in ("other", "ratio"))

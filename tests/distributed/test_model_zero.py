@@ -15,20 +15,22 @@ from model_ranks import VOCABULARY, causal_batch, ds_config, run_on_ranks
 from bico_ds.batch import Document, Documents, PackedBatch
 from bico_ds.config.errors import UserError
 from bico_ds.config.load import load_recipe
-from bico_ds.config.schema import MaskSpec, ModelSpec, Recipe
+from bico_ds.config.objectives.bico import BicoSpec
+from bico_ds.config.objectives.masks import MaskSpec
+from bico_ds.config.objectives.ntp import NtpSpec
+from bico_ds.config.schema import ModelSpec, Recipe
 from bico_ds.engine.ds_config import build_ds_config
 from bico_ds.engine.optimization import build_scheduler
 from bico_ds.model.build import TrainableModel, build_model, check_rotary
 from bico_ds.objectives.base import BatchKey
 from bico_ds.objectives.bico import MaskDenoising
-from bico_ds.objectives.masks import MaskPolicy
 from bico_ds.objectives.ntp import NextTokenPrediction
 
 pytestmark = pytest.mark.distributed
 
 OBJECTIVES = {
-    "ntp": NextTokenPrediction(),
-    "bico": MaskDenoising(policy=MaskPolicy(spec=MaskSpec(rate=0.4)), placeholder_id=0),
+    "ntp": NextTokenPrediction(spec=NtpSpec()),
+    "bico": MaskDenoising(spec=BicoSpec(mask=MaskSpec(rate=0.4)), placeholder_id=0),
 }
 WEIGHTS = {"full": "model.lora=null", "lora": "model.lora={rank: 4, alpha: 8, dropout: 0.0}"}
 STAGES = (2, 3)

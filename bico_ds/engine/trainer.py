@@ -75,7 +75,7 @@ class Trainer:
             report = self._optimize(share, targets, started, waited)
             self.step += 1
             if self.run.ranks.device.type == "cpu":
-                host_memory.release_freed_pages(self.step)
+                host_memory.release_freed_pages()
             self.callbacks.on_step(report)
             last = self.step == self.total_steps
             if last or self.checkpointer.is_due(self.step):

@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
+
+from bico_ds.engine import host_memory
 
 SHARED = Path("/dev/shm")
 FAULTS = """
@@ -36,31 +39,82 @@ def test_a_tensor_of_the_size_of_a_freed_one_takes_its_pages():
     assert faults(keep=True) < 20
 
 
-RELEASE = """
-from pathlib import Path
-import torch
-from bico_ds.engine.host_memory import keep_freed_pages, release_freed_pages
-resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
-assert keep_freed_pages()
-held = [torch.ones(1 << 20) for _ in range(200)]  # 4 MB each
-del held[::2]  # holes
-before = resident()
-release_freed_pages(49)
-assert resident() > before - 8, "only at every 50th step"
-release_freed_pages(50)
-print(before - resident())
+# A program whose heap grows without end: every step leaves holes between small pieces that stay, and the next one's
+# pieces are larger than those. Prints the growth of the resident memory, in MB: the most, and at the end.
+HOLES = """
+import ctypes
+from bico_ds.engine import host_memory
+host_memory.MOST_FREED_BYTES = 200 << 20
+assert host_memory.keep_freed_pages()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.realloc.restype = ctypes.c_void_p
+resident = lambda: host_memory._resident_bytes() >> 20
+before, most = resident(), 0
+for step in range(60):
+    size = (2 << 20) + (step << 13)
+    pieces = [libc.malloc(ctypes.c_size_t(size)) for _ in range(10)]
+    for piece in pieces:
+        ctypes.memset(piece, 1, size)
+    most = max(most, resident() - before)
+    for piece in pieces:
+        libc.realloc(ctypes.c_void_p(piece), ctypes.c_size_t(4096))
+    if {release}: host_memory.release_freed_pages()
+print(most, resident() - before)
 """
 
 
-def test_holes_between_tensors_that_stay_go_back_to_the_system():
-    program = [sys.executable, "-c", RELEASE]
-    assert int(subprocess.run(program, capture_output=True, text=True, check=True).stdout) > 350  # MB
+def growth(*, release: bool) -> tuple[int, int]:
+    program = [sys.executable, "-c", HOLES.format(release=release)]
+    most, last = subprocess.run(program, capture_output=True, text=True, check=True).stdout.split()
+    return int(most), int(last)
+
+
+def test_holes_between_tensors_that_stay_go_back_before_they_exceed_the_bound():
+    unbounded, _ = growth(release=False)
+    most, last = growth(release=True)
+    assert unbounded > 1000
+    assert most < 400  # four steps of 20 MB, the bound, one step more
+    assert last < most
+
+
+EQUAL_STEPS = """
+import resource, torch
+from bico_ds.engine import host_memory
+torch.set_num_threads(1)
+host_memory.MOST_FREED_BYTES = 1 << 20
+assert host_memory.keep_freed_pages()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(16 << 20).add_(1)
+    host_memory.release_freed_pages()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+for _ in range(4):
+    faults()
+print(max(faults() for _ in range(20)))
+"""
+
+
+def test_what_every_step_uses_is_kept_however_small_the_bound():
+    program = [sys.executable, "-c", EQUAL_STEPS]
+    assert int(subprocess.run(program, capture_output=True, text=True, check=True).stdout) < 20
+
+
+def test_the_bound_is_a_rank_s_part_of_the_memory_and_no_more_than_the_cap(monkeypatch):
+    for name in ("LOCAL_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(host_memory, "MOST_FREED_BYTES", 1 << 60)
+    allowed = {}
+    for ranks in ("1", "4"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        allowed[ranks] = host_memory._growth.__wrapped__().allowed
+    assert allowed["4"] == allowed["1"] // 4
+    assert allowed["1"] <= psutil.virtual_memory().total / 4
+    monkeypatch.setattr(host_memory, "MOST_FREED_BYTES", 1000)
+    assert host_memory._growth.__wrapped__().allowed == 1000
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="this system has no /dev/shm")
 def test_only_the_own_rank_s_buffer_of_this_job_is_unlinked(monkeypatch):
-    from bico_ds.engine.host_memory import unlink_shared_buffer
-
     port = f"test{os.getpid()}"
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", port)
@@ -70,8 +124,8 @@ def test_only_the_own_rank_s_buffer_of_this_job_is_unlinked(monkeypatch):
     for buffer in buffers:
         buffer.touch()
     try:
-        unlink_shared_buffer(1)
-        unlink_shared_buffer(1)
+        host_memory.unlink_shared_buffer(1)
+        host_memory.unlink_shared_buffer(1)
         assert [buffer.exists() for buffer in buffers] == [True, False]
     finally:
         buffers[0].unlink()

@@ -25,7 +25,8 @@ def import_module(written: WrittenPath) -> ModuleType:
     except UserError as error:
         raise UserError(f"{written.where}: {error}") from error.__cause__
     except ModuleNotFoundError as error:
-        if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
+        is_itself = name == error.name or name.startswith(f"{error.name}.")
+        if name.endswith(".py") or not is_itself:
             raise UserError(f"{written.where}: {_describe(name, error)}") from error
         raise UserError(
             f"{written.where}: there is no module '{name}' here; install it, or name a file that ends in .py"

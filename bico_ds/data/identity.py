@@ -6,26 +6,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 from bico_ds.config.errors import UserError
 from bico_ds.config.schema import DataSpec, SourceSpec
+from bico_ds.config.unique_names import unique_names
 from bico_ds.objectives.schedule import ObjectiveSchedule
 
 
 def source_names(sources: Sequence[SourceSpec]) -> list[str]:
     """Return the sources' names in logs: their own, or the last part of their path; made unique."""
-    seen: Counter[str] = Counter()
-    names = []
-    for source in sources:
-        path = source.store or (source.files[0] if source.files else f"facts_{source.facts}")
-        name = source.name or PurePath(str(path)).name
-        seen[name] += 1
-        names.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
-    return names
+    paths = (s.store or (s.files[0] if s.files else f"facts_{s.facts}") for s in sources)
+    return unique_names(
+        source.name or PurePath(str(path)).name for source, path in zip(sources, paths, strict=True)
+    )
 
 
 def identity(

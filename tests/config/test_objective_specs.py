@@ -85,6 +85,7 @@ def test_a_file_of_the_users_own_brings_an_objective(tmp_path, monkeypatch):
         ("broken.py", "def f(:", r"'broken\.py' does not parse: .*broken\.py:1: "),
         ("fails.py", "\nraise KeyError('x')", r"'fails\.py' fails at .*fails\.py:2: KeyError: 'x'"),
         ("needs.py", "import no_such_module", r"'needs\.py' fails at .*needs\.py:1: ModuleNotFoundError"),
+        ("its_own.py", "\nimport its_own", r"'its_own\.py' fails at .*its_own\.py:2: ModuleNotFoundError"),
         (
             "twice.py",
             "from bico_ds.config.objectives.ntp import NtpSpec\n"

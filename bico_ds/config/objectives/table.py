@@ -5,7 +5,6 @@ A recipe's `imports` add to it: a module that calls `register` when it is import
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -18,6 +17,7 @@ from bico_ds.config.errors import UserError, did_you_mean
 from bico_ds.config.objectives.base import ObjectiveSpec
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.ntp import NtpSpec
+from bico_ds.config.unique_names import unique_names
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,4 @@ def _wrong_kind(message: str, value: Any, key: tuple[str, ...]) -> ValidationErr
 
 def objective_names(specs: Sequence[ObjectiveSpec]) -> list[str]:
     """Return the names of a run's objectives in its logs: the kind, made unique (`bico`, `bico_2`, …)."""
-    seen: Counter[str] = Counter()
-    names = []
-    for spec in specs:
-        seen[spec.kind] += 1
-        names.append(spec.kind if seen[spec.kind] == 1 else f"{spec.kind}_{seen[spec.kind]}")
-    return names
+    return unique_names(spec.kind for spec in specs)

@@ -1,4 +1,4 @@
-"""Types of command-line arguments."""
+"""Types of command-line arguments. Each raises `argparse.ArgumentTypeError`, which argparse shows as one message."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def path_text(text: str) -> str:
 
 
 def folder_or_hub_name(text: str) -> FolderOrHubName:
-    """A folder with a model or tokenizer, or its name on the hub; ``~`` and ``${NAME}`` can be expanded."""
+    """A folder with a model or tokenizer, or its name on the hub; refused where it cannot be expanded here."""
     path_text(text)
     return FolderOrHubName(text)
 

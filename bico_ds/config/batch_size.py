@@ -6,9 +6,9 @@ from bico_ds.config.errors import UserError
 
 
 def micro_batches_per_rank(global_batch_bins: int, micro_batch_bins: int, world_size: int) -> int:
-    """Micro-batches a rank and optimizer step: DeepSpeed's gradient accumulation steps.
+    """Micro-batches per rank and optimizer step: DeepSpeed's gradient accumulation steps.
 
-    Raises `UserError` where the global batch does not divide.
+    Raises `UserError` where the global batch is no multiple of micro-batch times ranks, naming the nearest that are.
     """
     together = micro_batch_bins * world_size
     if global_batch_bins % together:

@@ -1,4 +1,5 @@
-"""A recipe's `imports`: the user's own modules, loaded on every rank and in every command, before validation."""
+"""A recipe's `imports`: the user's own modules, loaded by whoever reads the recipe (every rank, every command that takes
+one), before it is validated."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from bico_ds.config.paths import WrittenPath
 def import_module(written: WrittenPath) -> ModuleType:
     """Import a module by its name, or a Python file by its path (it ends in ``.py``); once per process.
 
-    Raises `UserError` where it is not there, or fails: with the line of the file at which it does.
+    Raises `UserError`, with the place in the recipe, where it is not there, or fails: with the line at which it does.
     """
     name = written.expanded()
     try:

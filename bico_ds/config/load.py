@@ -56,8 +56,9 @@ _Loader.add_implicit_resolver(
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Load, merge and validate a recipe.
 
-    `name_or_path` is a name in recipes/ or a YAML file; `overrides` are ``key.path=value`` with YAML values. Raises
-    `UserError` that names the key, the file and the line.
+    `name_or_path` is a name in recipes/ or a YAML file; `overrides` are ``key.path=value`` with YAML values. The recipe's
+    `imports` are loaded before it is validated. Raises `UserError` that names the key and where it was written: file and
+    line, or the override.
     """
     tree = _load_file(find_recipe(name_or_path), seen=())
     for override in overrides:
@@ -67,12 +68,15 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def recorded_recipe(values: dict[str, Any], file: Path) -> Recipe:
-    """The recipe that `file`, a manifest, recorded. Raises `UserError` that names key and file."""
+    """The recipe that `file`, a manifest, recorded; its `imports` are loaded. Raises `UserError` that names key and file."""
     return _validated(_Tree(values, {(): Place(str(file), 0)}))
 
 
 def find_recipe(name_or_path: str, *, beside: Path | None = None) -> Path:
-    """Resolve a recipe's name or path; a name next to the file that extends it comes first."""
+    """Resolve a recipe's path or name: a file, else a name next to the file that extends it, else one in recipes/.
+
+    Raises `UserError` where there is none.
+    """
     folders = [folder for folder in (beside, RECIPES) if folder is not None]
     candidates = [Path(name_or_path), *(folder / f"{name_or_path}.yaml" for folder in folders)]
     candidates += [folder / name_or_path for folder in folders]

@@ -1,7 +1,7 @@
 """Paths as users write them: the one place that expands ``~`` and ``${NAME}``, and that tells folders from hub names.
 
 A value keeps the text as it was written, in the recorded recipe too. It becomes a path on the machine that uses it, at
-the moment of use: a variable may differ between login node and compute nodes. None of these types is a `str` or a
+the moment of use: a variable may differ between login node and compute nodes. No `WrittenPath` is a `str` or a
 `PathLike`, so that nobody can open the text itself by mistake.
 """
 
@@ -43,7 +43,8 @@ class WrittenPath:
     def expanded(self) -> str:
         """The text as it reads on this machine: ``~``, ``~user``, ``$NAME`` and ``${NAME}`` replaced.
 
-        Raises `UserError`, with the place it was written at, for a variable that is unset or empty here.
+        Raises `UserError`, with the place it was written at, for a variable that is unset or empty here, and for a home
+        folder that this machine has not.
         """
         path = os.path.expanduser(_VARIABLE.sub(self._variable, self.text))
         if path.startswith("~"):
@@ -92,8 +93,9 @@ class FolderOrHubName(WrittenPath):
     def is_folder(self) -> bool:
         """Whether a folder (or file) is meant, even a missing one.
 
-        A hub name has exactly one slash, nothing of that name exists here, and its owner is neither `models` nor
-        `runs`: a recipe's ``models/llama-3.1-70b`` that nobody fetched must not be looked for on the hub.
+        A hub name has exactly one slash and no ``$``, begins with none of ``/ . ~``, nothing of that name exists here, and
+        its owner is neither `models` nor `runs`: a recipe's ``models/llama-3.1-70b`` that nobody fetched must not be
+        looked for on the hub.
         """
         text = self.text
         return "$" in text or text.startswith(_FOLDER_MARKS) or text.count("/") != 1 or Path(text).exists()

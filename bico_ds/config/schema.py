@@ -77,8 +77,8 @@ class FactsSpec(Section):
         20, description="persons whose training texts all say the description first"
     )
     both: PositiveInt = Field(60, description="persons whose training texts come in both orders")
-    variants: PositiveInt = Field(6, description="training texts a person and order")
-    test_prompts: PositiveInt = Field(4, description="held-out prompts a person and task")
+    variants: PositiveInt = Field(6, description="training texts per person and order")
+    test_prompts: PositiveInt = Field(4, description="held-out prompts per person and task")
 
 
 class SourceSpec(Section):
@@ -154,13 +154,16 @@ class DataSpec(Section):
     sources: Annotated[list[SourceSpec], Field(min_length=1)]
     facts: FactsSpec = FactsSpec()
     cache_dir: LocalPath = Field(
-        LocalPath("runs/data"), description="where stores made from 'files' and 'facts' are kept"
+        LocalPath("runs/data"),
+        description="where stores made from 'files' and 'facts' are kept, and the pack plans of large data sets",
     )
-    capacity: PositiveInt = Field(2048, description="original tokens a bin")
+    capacity: PositiveInt = Field(
+        2048, description="tokens per bin, as objectives expand documents; of NTP and BICO the original ones"
+    )
     overlong: Literal["split", "truncate", "drop"] = "split"
     max_documents_per_bin: PositiveInt | None = None
     repack_every_epoch: bool = Field(False, description="another seeded choice of bin mates in every epoch")
-    workers: Annotated[int, Field(ge=0)] = Field(1, description="background batch builders a rank; 0: none")
+    workers: Annotated[int, Field(ge=0)] = Field(1, description="background batch builders per rank; 0: none")
     allow_change: bool = Field(False, description="resume although the data set or recipe changed")
 
     @model_validator(mode="after")
@@ -180,8 +183,8 @@ class TrainingSpec(Section):
 
     steps: PositiveInt | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
-    global_batch_bins: PositiveInt = Field(8, description="bins an optimizer step, over all ranks")
-    micro_batch_bins: PositiveInt = Field(1, description="bins a forward pass of one rank")
+    global_batch_bins: PositiveInt = Field(8, description="bins per optimizer step, over all ranks")
+    micro_batch_bins: PositiveInt = Field(1, description="bins per forward pass of one rank")
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="0: no clipping")
     on_nonfinite: Literal["stop", "skip"] = "stop"
 
@@ -230,7 +233,10 @@ _DEEPSPEED_PATHS = frozenset({"nvme_path", "output_file"})  # flops_profiler wri
 
 
 def find_deepspeed_paths(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """A copy of a DeepSpeed configuration, its paths as `LocalPath`; `where` stands before their keys in errors."""
+    """A copy of a DeepSpeed configuration, its paths as `LocalPath`; `where` stands before their keys in errors.
+
+    Those of `nvme_path` and `output_file`, wherever they stand; `""` and `"auto"` are no paths.
+    """
     found = {}
     for key, value in config.items():
         if isinstance(value, dict):

@@ -40,8 +40,8 @@ class MonitorPlace:
 class ObjectiveSpec(Section, ABC):
     """One entry of the recipe's `objectives`.
 
-    A subclass narrows `kind` to its own name, ``kind: Literal["mine"] = "mine"``, and raises `identity_version` when
-    equal values come to mean other batches.
+    A subclass narrows `kind` to its own name, ``kind: Literal["mine"] = "mine"``, sets `monitor`, and raises
+    `identity_version` when equal values come to mean other batches.
     """
 
     kind: str
@@ -61,4 +61,4 @@ class ObjectiveSpec(Section, ABC):
 
     @abstractmethod
     def cost(self, lengths: NDArray[np.int64]) -> ObjectiveCost:
-        """Return the expected cost of documents of these lengths [D], in tokens."""
+        """Return the expected cost of documents of these lengths, int64 [D], in tokens, each at least 1."""

@@ -44,8 +44,9 @@ class MaskSpec(Section):
         """What a mask does to documents of these lengths [D], in expectation.
 
         A length does not tell where the special tokens, prompts, words and entities are. All tokens but the first
-        count as eligible, words as single tokens, and entities as spans of `mean_span` tokens that are everywhere:
-        for `eligible: completion` and entities these are upper bounds, and words of several tokens have more live ones.
+        count as eligible, words as single tokens, and entities as spans of `mean_span` tokens that are everywhere. Where
+        fewer tokens are eligible (special tokens, `eligible: completion`, entities), `masked` and `live` are too high and
+        `pairs` is too low; words of several tokens and longer entities have more live ones.
         """
         low, high = self.rate if isinstance(self.rate, tuple) else (self.rate, self.rate)
         nodes, weights = np.polynomial.legendre.leggauss(_RATES)

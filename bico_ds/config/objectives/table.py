@@ -22,7 +22,7 @@ from bico_ds.config.unique_names import unique_names
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of objective; `objective` is ``module:Class``, imported when the first one is built, for it needs torch."""
+    """One kind of objective; `objective` is ``module:Class``, imported when a run's objectives are built: it needs torch."""
 
     spec: type[ObjectiveSpec]
     objective: str
@@ -36,7 +36,7 @@ def register(spec: type[ObjectiveSpec], objective: str) -> None:
     """Add a kind of objective, named by the one value that `spec.kind` allows.
 
     `objective`: ``module:Class`` of a `bico_ds.objectives.base.Objective` with the class method ``of`` (see there).
-    Raises `UserError` where the spec names no kind, or another one has it already.
+    The same class again replaces its spec. Raises `UserError` where the spec names no kind, or another class has it.
     """
     names = get_args(spec.model_fields["kind"].annotation)
     if len(names) != 1:

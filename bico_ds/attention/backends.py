@@ -1,4 +1,4 @@
-"""Which backend runs: by name, or `auto` in order of preference. Says once what it took and why."""
+"""Which backend runs: by name, or `auto` in order of preference, which says once what it took and why."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ AUTO_ORDER = ("flash-attn", "aten-cuda", "cpu-flash")
 
 @functools.cache
 def resolve(backend: str, dtype: torch.dtype, head_dim: int, device: torch.device) -> Engine | None:
-    """The engine that serves such inputs; None for the oracle. Decides, and logs, once a combination.
+    """The engine that serves such inputs; None for the oracle. Decides once per combination; of `auto` it logs the choice.
 
     Raises ValueError for an unknown backend, and for one that cannot serve them, with the reason and what
     would.

@@ -1,4 +1,4 @@
-"""Forward and backward of one batch: dense tiles and the two-pass flash kernel, each on its rows."""
+"""Forward and backward of one batch: the fused kernel, dense tiles and the two-pass flash kernel, each on its rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bico_ds.attention.two_pass import FlashProblem, two_pass_backward, two_pass
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """A flash kernel for long documents, dense tiles for the rest, and the policy that draws the line."""
+    """A flash kernel, and the policy that says which rows it serves; tiles or the fused CPU kernel serve the rest."""
 
     kernel: CausalKernel
     policy: LayoutPolicy

@@ -1,5 +1,6 @@
-"""Who serves which rows of a batch: dense tiles or the two-pass flash kernel. Decided once a batch, from
-measured cost."""
+"""Who serves which rows of a batch: the fused CPU kernel, dense tiles or the two-pass flash kernel. Decided once per batch,
+from the costs in a policy.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +19,15 @@ from bico_ds.attention.tiles import Tile, TileRows, build_tiles
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutPolicy:
-    """The measured constants of one machine type (``tools/bench/attention.py``, docs/attention.md).
+    """The constants of one machine type: measured on CPUs, estimated for CUDA (see below).
 
     ``flash_from``: documents of at least so many kept tokens go to the flash kernel. ``tile_scores``: scores
-    a head and tile; small tiles stay in the cache, large ones save launches. ``tile_min_rows``: rows a chunk
-    at least. ``fused``: the fused CPU kernel serves what tiles would.
+    per head and tile; small tiles stay in the cache, large ones save launches. ``tile_min_rows``: rows per chunk
+    at least, of a document that is too large for one tile. ``fused``: the fused CPU kernel serves what tiles would.
 
     A document's live rows go through the flash kernel too, as hidden keys, where that is cheaper than tiles:
-    ``tile_cost`` and ``hidden_cost`` are the costs of a (query, key) pair there, in units of plain two-pass
-    flash.
+    ``tile_cost`` and ``hidden_cost`` are the costs of a (query, key) pair in tiles and with hidden keys, in units of
+    plain two-pass flash.
     """
 
     flash_from: float
@@ -37,17 +38,18 @@ class LayoutPolicy:
     hidden_cost: float = math.inf
 
 
+# Measured (docs/attention.md): `flash_from`, in fp32 and in bf16, where the flash kernel is slow on short rows; the tile
+# size; the two costs, in fp32 alone. Not measured: `tile_min_rows`, and dtypes that take another's constants.
 CPU_FUSED_POLICY = LayoutPolicy(flash_from=math.inf, tile_scores=0, tile_min_rows=0, fused=True)
 CPU_POLICY = LayoutPolicy(
     flash_from=64, tile_scores=16 * 40 * 40, tile_min_rows=32, tile_cost=6.0, hidden_cost=1.4
 )
-CPU_HALF_POLICY = replace(
-    CPU_POLICY, flash_from=640
-)  # the flash kernel is slow on short rows in half precision
+CPU_HALF_POLICY = replace(CPU_POLICY, flash_from=640)
+
+# Estimates, all of them: no GPU has run them yet. tools/bench/gpu_attention.py measures the two costs.
 CUDA_POLICY = LayoutPolicy(
     flash_from=1, tile_scores=1 << 20, tile_min_rows=64, tile_cost=5.0, hidden_cost=1.6
 )
-
 TILES_POLICY = replace(CUDA_POLICY, flash_from=math.inf, hidden_cost=math.inf)  # no flash kernel at all
 
 
@@ -88,13 +90,9 @@ class Layout:
         """The same layout with its tensors on ``device``."""
         return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> Layout:
-        """The same layout in page-locked memory."""
-        return map_tensors(self, lambda tensor: tensor.pin_memory())
-
     def with_masks(self, dtype: torch.dtype) -> Layout:
         """The same layout with the masks of its tiles, as many as are kept, for q, k, v of this dtype. The model calls it
-        once a batch, on the device where the layers use them; without it every use builds its own."""
+        once per batch, on the device where the layers use them; without it every use builds its own."""
         causal = self.outline.mode == "causal"
         return replace(self, tiles=tuple(tile.with_masks(dtype, causal=causal) for tile in self.tiles))
 
@@ -110,7 +108,7 @@ class Layout:
 
 
 def build_layout(plan: AttentionPlan, policy: LayoutPolicy) -> Layout:
-    """Who serves which rows of ``plan``, whose tensors lie on the CPU. Once a batch, by a worker of the loader."""
+    """Who serves which rows of ``plan``, whose tensors lie on the CPU. Once per batch, by a worker of the loader."""
     kept = np.diff(plan.cu_seqlens.numpy()).astype(np.int64)
     live = np.bincount(plan.live_document.numpy(), minlength=kept.size)
     with_hidden = _hides_keys(kept, live, policy)

@@ -37,8 +37,8 @@ def packed_attention(
     oracle needs none. Without one it is built for this call, on the CPU, where the plan is copied to: slow, for
     tests and single calls.
 
-    Raises ValueError where shapes or dtypes do not fit each other, the backend cannot serve them, or the layout is
-    another backend's or another batch's.
+    Raises ValueError where shapes or dtypes do not fit each other, Dh is no multiple of 8, the backend cannot serve them,
+    or the layout is another backend's or another batch's.
     """
     _check_shapes(q, k, v, cos, sin, plan)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -85,7 +85,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, pla
 
 
 class _PackedAttention(Function):
-    """Both passes and the dense tiles under one backward. Saves raw q, k, v, the merged out and the merged
+    """Flash passes, tiles and the fused kernel under one backward. Saves raw q, k, v, the merged out and the merged
     lse."""
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""AttentionPlan: everything a layer needs to know about visibility, built once a batch on the CPU.
+"""AttentionPlan: everything a layer needs to know about visibility, built once per batch on the CPU.
 
 Row order of the batch it describes: ``[kept tokens by document | live placeholders by document]``.
 
@@ -52,8 +52,8 @@ class AttentionPlan:
 
     The strictly anti-causal pass runs as a causal one over flipped rows: ``flip_rows`` int64 [M] holds,
     document by document, the query rows ``e-2 … s`` of a document ``[s, e)``, and ``flip_key_rows`` [M] the key
-    row of each, one further. Documents of length 1 have none. ``flip_cu_seqlens`` int32 and ``flip_max_seqlen``
-    describe that packing. Empty in causal mode.
+    row of each, one further. ``flip_cu_seqlens`` int32 and ``flip_max_seqlen`` describe that packing, in which
+    documents of length 1 are left out. In causal mode M is 0.
 
     ``live_document`` int64 [num_live]: each live row's document. ``live_split`` int64 [num_live]: how many
     kept tokens of it lie at or before the row's position.
@@ -94,10 +94,6 @@ class AttentionPlan:
         """The same plan with its tensors on ``device``."""
         return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> AttentionPlan:
-        """The same plan in page-locked memory; ``torch.utils.data.DataLoader(pin_memory=True)`` calls it."""
-        return map_tensors(self, lambda tensor: tensor.pin_memory())
-
 
 Value = TypeVar("Value")
 
@@ -124,12 +120,12 @@ def build_plan(
 ) -> AttentionPlan:
     """The plan of one batch.
 
-    ``kept_lengths`` int [D]: kept tokens of each document, each at least 1. ``live_document`` int [N_live]:
-    document index of each live row, non-decreasing. ``live_split`` int [N_live]: kept tokens of its document
-    at positions up to the row's, in 1 … kept length (a document's first token is never masked),
-    non-decreasing within a document.
+    ``kept_lengths`` int [D]: kept tokens of each document, each at least 1, in all below 2^31. ``live_document`` int
+    [N_live]: document index of each live row, non-decreasing. ``live_split`` int [N_live]: kept tokens of its
+    document at positions up to the row's, in 1 … kept length (a document's first token is never masked),
+    non-decreasing within a document. Causal mode has no live rows, and no batch is empty.
 
-        Raises ValueError, naming the document or row, where an input breaks these rules.
+    Raises ValueError where an input breaks these rules, naming the document or row that does.
     """
     if mode not in ("causal", "bidirectional"):
         raise ValueError(f"attention mode must be 'causal' or 'bidirectional', got {mode!r}")

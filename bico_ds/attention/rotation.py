@@ -36,8 +36,8 @@ def rotate_both(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate_back(grads: Sequence[Tensor], cos: Tensor, sin: Tensor) -> Tensor:
-    """Gradient of x from those of ``R_m x`` and, if there is a second one, of ``R_-m x``. Overwrites
-    ``grads``."""
+    """Gradient of x from those of ``R_m x`` and, if there is a second one, of ``R_-m x``. Overwrites the first of
+    two ``grads``."""
     half = cos.shape[-1] // 2
     if len(grads) == 2:
         even = (grads[0] + grads[1]).mul_(cos)

@@ -1,5 +1,4 @@
-"""Layout of dense tiles: which documents share one padded block of scores. Index arithmetic only, once a
-batch.
+"""Layout of dense tiles: which documents share one padded block of scores, and its masks. Once per batch.
 
 A tile holds B documents of like size as a block ``[B, R, K]``: R query rows (kept and live, padded) against
 K kept keys (padded). A document too large for one tile gets several, each a chunk of its query rows against
@@ -15,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Scores a head of all tiles that keep their masks: three masks, so 24 MB at most in bf16 and 48 in fp32.
+# Scores per head of all tiles that keep their masks: three masks, so 24 MiB at most in bf16 and 48 in fp32.
 _KEPT_SCORES = 1 << 22
 
 
@@ -36,7 +35,7 @@ class Tile:
     """One padded block of B documents, R query rows and K keys each.
 
     ``query_rows`` int64 [B·R], ``key_rows`` int64 [B·K]: where each row is read in the batch; padding
-    repeats the document's first row. ``query_slots`` [B·R], ``key_slots`` [B·K]: where results are written;
+    repeats the document's first one here. ``query_slots`` [B·R], ``key_slots`` [B·K]: where results are written;
     padding goes to a trash row behind the batch (index T). ``split`` [B, R]: how many keys of the document
     take the forward rotation; ``key_count`` [B]: keys that exist. ``keeps_masks``: `with_masks` builds its
     ``masks`` for all layers; else each use does, so that long documents with many live rows need no memory for
@@ -96,7 +95,8 @@ class TileRows:
 
 
 def build_tiles(rows: TileRows, *, trash_row: int, budget: int, min_rows: int) -> tuple[Tile, ...]:
-    """Tiles over all documents of ``rows``. ``budget``: scores a head and tile (B·R·K) to aim at."""
+    """Tiles over all documents of ``rows``. ``budget``: scores per head and tile (B·R·K) to
+    aim at; a document of more is cut into chunks of at least ``min_rows`` query rows."""
     starts = np.cumsum(rows.counts) - rows.counts
     tiles: list[Tile] = []
     order = np.lexsort((rows.counts, rows.key_counts))[::-1]

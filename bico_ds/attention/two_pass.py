@@ -33,8 +33,8 @@ _HIDDEN_KEY = -30000.0  # within fp16's range
 
 @dataclass(frozen=True, kw_only=True)
 class FlashProblem:
-    """N rows by document and position, and ``plan`` over them, in which every row is kept. ``hidden`` bool [N]: rows that
-    no query sees as keys; None: there are none."""
+    """N rows by document and position: the kept rows of ``plan``, whose live ones play no part. ``hidden`` bool [N]: rows
+    that no query sees as keys; None: there are none."""
 
     inputs: AttentionInputs
     plan: AttentionPlan

@@ -1,4 +1,4 @@
-"""Torch's CPU flash attention, a call a document: blocked, so no score matrix ever exists. Native GQA,
+"""Torch's CPU flash attention, one call per document: blocked, so no score matrix ever exists. Native GQA,
 fp32/64/bf16/fp16.
 
 The aten kernel divides by the sequence length (SIGFPE at length 0); documents here have at least one row.

@@ -1,5 +1,5 @@
-"""Deal the bins of a global batch to micro-batches and ranks, so that all ranks have as much attention to
-do.
+"""Deal the bins of a global batch to micro-batches and ranks, so that all ranks have about as much attention
+to do.
 """
 
 from __future__ import annotations

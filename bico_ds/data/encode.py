@@ -1,4 +1,4 @@
-"""One shard of the input to tokens: what a worker process does. Imports no torch."""
+"""One shard of the input to tokens: what a worker process does. Imports no torch, but for chats (transformers does)."""
 
 from __future__ import annotations
 
@@ -195,8 +195,9 @@ def encode_shard(
 ) -> ShardResult:
     """Write the documents of a shard as a token store at `part`, with digests and skipped rows beside.
 
-    The folder appears when it is complete. `report(documents, tokens)` is called after every batch. Raises
-    `UserError` naming file and line at the first bad row, unless the options say to skip.
+    The folder appears when it is complete. `report(documents, tokens)` is called after every batch that has documents.
+    Raises `UserError` naming file and line at the first bad row, unless the options say to skip, and in any case for a
+    file that is damaged or changes meanwhile.
     """
     result = ShardResult()
     with TokenStoreWriter(part, encoder.spec.header) as writer, ExitStack() as files:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class IngestOptions:
-    """How rows become documents, and which of them stay."""
+    """How rows become documents, and which of them stay. Raises `UserError` for options that exclude each other."""
 
     text_field: str = "text"
     prompt_field: str | None = None
@@ -60,7 +60,7 @@ class IngestOptions:
         return [*texts, *filter(None, (self.group_field, self.entities_field))]
 
 
-class Example(NamedTuple):  # made once a row: a frozen dataclass takes three times as long
+class Example(NamedTuple):  # made once per row: a frozen dataclass takes three times as long
     """A text to be tokenized."""
 
     text: str
@@ -72,8 +72,8 @@ class Example(NamedTuple):  # made once a row: a frozen dataclass takes three ti
 def make_example(
     row: dict[str, Any], options: IngestOptions, chat: PreTrainedTokenizerBase | None
 ) -> Example:
-    """Turn a row into a text; `BadRow` says what it lacks. `chat` renders messages."""
-    for name in options.columns:  # a cached list: this runs once a row
+    """Turn a row into a text; raises `BadRow`, which says what it lacks. `chat` renders messages."""
+    for name in options.columns:  # a cached list: this runs once per row
         if row.get(name) is None:
             if name in row:
                 raise BadRow("missing field", f"'{name}' is null")

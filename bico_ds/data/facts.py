@@ -64,7 +64,8 @@ def write_facts(spec: FactsSpec, folder: Path) -> None:
     "group"}``, the group being the person's number. The same `spec` gives the same bytes; the vocabulary
     depends on the number of persons only.
 
-    Raises `UserError` when the spec asks for more persons or variants than the lexicon has.
+    Raises `UserError` when the spec asks for more persons than the lexicon names, or for more variants and test
+    prompts than there are combinations of fillers.
     """
     persons = _persons(spec)
     if spec.variants + spec.test_prompts > len(COMBINATIONS):
@@ -89,7 +90,7 @@ def write_facts(spec: FactsSpec, folder: Path) -> None:
 
 
 def is_facts_folder(path: Path) -> bool:
-    """Return whether `write_facts` wrote this folder."""
+    """Return whether it looks like a folder that `write_facts` wrote."""
     return (path / "all_train.jsonl").is_file() and (path / "tokenizer" / "tokenizer.json").is_file()
 
 

@@ -1,5 +1,5 @@
 """What a sample stream depends on, kept in every checkpoint: a resume with anything else is refused, and
-says why. (Checkpoints of before `identity()`: legacy_identity.py.)
+says why, unless `data.allow_change` is set. (Checkpoints of before `identity()`: legacy_identity.py.)
 """
 
 from __future__ import annotations

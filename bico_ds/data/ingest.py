@@ -2,7 +2,7 @@
 again.
 
 While it works, ``.NAME.preparing/`` stands beside the output: a lock, and a small store for every
-finished shard. A second run keeps those whose file and options are still the same.
+finished shard. A second run keeps those whose file, options and tokenizer are still the same.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def ingest(
     """Tokenize `shards` in order into a token store at `output`. The same input gives the same bytes.
     `passed_over` is what `find_inputs` left out, for the report.
 
-    `processes`: None takes one a CPU core, never more than shards. Raises `UserError` for bad input (naming
-    file and line), for an output that exists without `force`, or that holds an input or is no store;
-    `IngestFailure` when the machine fails.
+    `processes`: None takes one per CPU core, never more than shards. Raises `UserError` for bad input (naming
+    file and line), for a tokenizer that is not there or does not fit the options, for an output that exists without
+    `force`, holds an input, is no store or cannot be written; `IngestFailure` when the machine fails.
     """
     refuse_output(output, force=force)
     if not shards:

@@ -29,7 +29,7 @@ Decode = Callable[[int], str]
 @dataclass(frozen=True, kw_only=True)
 class TokenView:
     """One original token. `row` is its row in the batch (None for dead ones), `predicts` the target of that
-    row, `keys_before` how many kept tokens of the document lie at or before it.
+    row, `keys_before` how many kept tokens of the document lie at or before it (0 for dead ones).
     """
 
     position: int

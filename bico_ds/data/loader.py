@@ -1,4 +1,4 @@
-"""The elastic loader: this rank's micro-batches of each step, built ahead in background threads.
+"""The elastic loader: this rank's micro-batches of each step, built ahead in background threads (`data.workers`).
 
 The global sample stream is the same at any number of ranks and any accumulation, from any step on: it is
 `SampleOrder`'s; ranks only deal it out.
@@ -57,11 +57,11 @@ class RankStep:
 
 class ElasticLoader:
     """This rank's `share` of the stream. `state` is what `state_dict` returned, from any number of ranks: the loader
-    then begins at that state's step, `start_step`. `changes` lists what differs from the state where
-    `data.allow_change` lets it pass.
+    then begins at that state's step, `start_step`, before which `start_consumed` was. `changes` lists what differs from
+    the state where `data.allow_change` lets it pass.
 
-    Raises UserError where the ranks do not divide the global batch, a source has nothing to train on, an
-    objective cannot train on these stores, or the state belongs to another data set or recipe.
+    Raises UserError where the global batch is no multiple of micro-batch times ranks, an objective cannot train on these
+    stores, and where `SampleOrder` does.
     """
 
     def __init__(
@@ -82,7 +82,8 @@ class ElasticLoader:
         """Return this rank's micro-batches of optimizer step `step`; the next steps are built in the background
         meanwhile. Any step from `start_step` on; fastest in order.
 
-        Raises what went wrong in a worker, naming the step and the document.
+        Raises UserError or RuntimeError for a batch that could not be built, naming the step and the document, and
+        ValueError for a step before `start_step`.
         """
         return self._prefetcher.get(step)
 
@@ -101,7 +102,7 @@ class ElasticLoader:
         return self._order.state_dict(next_step, consumed)
 
     def report(self) -> list[StreamReport]:
-        """Describe one data epoch: bins, fill, and what became of each source's documents."""
+        """Describe the first data epoch of each stream of bins: fill, and what became of each source's documents."""
         return self._order.report()
 
     def close(self) -> None:

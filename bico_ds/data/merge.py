@@ -37,8 +37,10 @@ def merge_parts(
     overwrite: bool,
     passed_over: dict[str, list[str]] | None = None,
 ) -> IngestReport:
-    """Join finished parts into the store at `output`, with its report, its tokenizer and its skipped lines
-    beside.
+    """Join finished parts into the store at `output`, with its report, its tokenizer and its skipped lines in it.
+
+    Raises `UserError` where no document is left, or none for the held-out store, and for an output that exists without
+    `overwrite`.
     """
     stores = [TokenStore.open(part) for part in parts]
     fate = _fate(parts, stores, spec.options)

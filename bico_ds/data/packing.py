@@ -67,7 +67,7 @@ def build_pack_plan(
     """Pack rows of these lengths (1 … capacity) into bins; a pure function of its arguments.
 
     Best-fit decreasing; rows of equal length are taken in an order drawn from `seed`, so that another seed
-    gives every row other bin mates. Raises ValueError for a length outside 1 … capacity.
+    draws other bin mates. Raises ValueError for a length outside 1 … capacity, and where there are no rows.
     """
     if len(row_lengths) == 0:
         raise ValueError("there is nothing to pack: the data set has no rows")
@@ -208,7 +208,7 @@ def _assign(groups: BinGroups, rows: NDArray[np.integer]) -> tuple[NDArray[np.in
         last = max(step + 1, int(np.searchsorted(taken, taken[step] + _CHUNK, side="right")) - 1)
         part = slice(step, last)
         bins = groups.bins[part]
-        ends = np.cumsum(bins)  # one entry a (step, bin)
+        ends = np.cumsum(bins)  # one entry per (step, bin)
         bin_ = np.arange(ends[-1]) + np.repeat(groups.first_bin[part] - (ends - bins), bins)
         place = bin_offsets[bin_] + np.repeat(groups.before[part], bins)
         copies = np.repeat(groups.copies[part], bins)

@@ -27,7 +27,7 @@ _BIG = 1 << 20  # rows; smaller plans take less memory than the trouble is worth
 def cached_plan(
     build: Callable[..., PackPlan], row_lengths: NDArray[np.integer], *, folder: Path, **arguments: int | None
 ) -> PackPlan:
-    """Return `build(row_lengths, **arguments)`, from `folder` where it holds that plan, or put there."""
+    """Return `build(row_lengths, **arguments)`; with 2^20 rows or more from `folder`, or put there."""
     if len(row_lengths) < _BIG:
         return build(row_lengths, **arguments)
     lengths = np.ascontiguousarray(row_lengths, dtype=np.int32)

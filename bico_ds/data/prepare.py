@@ -28,7 +28,7 @@ from bico_ds.data.tokenizer import load_tokenizer, tokenizer_digest, tokenizer_h
 def facts_folder(data: DataSpec) -> Path:
     """Return the folder of the embedded task's files under `data.cache_dir`, written at the first call.
 
-    Raises `UserError` where it cannot be written there.
+    Raises `UserError` where it cannot be written there, and for a `data.facts` that asks for too much.
     """
     path = data.cache_dir.here() / f"facts-{_facts_fingerprint(data)}"
     with _cache_errors(path.parent):
@@ -66,7 +66,8 @@ def prepare_source(
     """Return the token store of a source; one of kind `files` or `facts` is made when the cache lacks it.
 
     The cache is keyed by the files (path, size, time of change), the options, the tokenizer and, for chats,
-    its template. Raises `UserError` for bad input, and for a cached store that is damaged.
+    its template. Raises `UserError` for bad input, for a cache that cannot be written and for a cached store that is
+    damaged; `IngestFailure` when the machine fails. A source of kind `store` is not opened.
     """
     if source.store is not None:
         return source.store.here()

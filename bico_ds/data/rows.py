@@ -70,7 +70,10 @@ class Rows:
 
 
 def longest_row(expand: Expand, capacity: int) -> int:
-    """Return the most tokens of a document whose rows under `expand` fit a bin; UserError below 2."""
+    """Return the most tokens of a document that fits a bin as `expand` has it.
+
+    Raises `UserError` below 2, and where a shorter document does not fit.
+    """
     lengths = np.arange(1, capacity + 1)
     fits = expand(lengths) <= capacity
     longest = int(lengths[fits].max(initial=0))

@@ -103,8 +103,8 @@ class SampleOrder:
     """Which bins a step takes: a pure function of (`spec`, starting state), safe to use from threads.
 
     `start_step` and `start_consumed` are what the state said, else zero. `changes` lists what differs from the state,
-    which `data.allow_change` lets pass. Raises `UserError` for a source with nothing to train on, and for the state of
-    another data set or recipe.
+    which `data.allow_change` lets pass. Raises `UserError` for a source with nothing to train on, a capacity or mixture
+    that leaves nothing, and for the state of another data set, recipe or version.
     """
 
     def __init__(self, spec: StreamSpec, state: Mapping[str, Any] | None = None) -> None:
@@ -126,7 +126,7 @@ class SampleOrder:
         self._cursors, self._cursor_of = self._make_cursors(state)
 
     def batch(self, step: int) -> GlobalBatch:
-        """Return the global batch of a step."""
+        """Return the global batch of a step. Raises ValueError for one before `start_step`."""
         if step < self.start_step:
             raise ValueError(f"step {step} lies before the first step, {self.start_step}")
         index = int(self._spec.schedule.indices(step, step + 1)[0])
@@ -142,7 +142,7 @@ class SampleOrder:
         )
 
     def total_steps(self, epochs: float) -> int:
-        """Return the optimizer steps of so many data epochs: bins seen over bins there are, rounded up."""
+        """Return the optimizer steps of so many data epochs: bins seen over bins there are, rounded up, at least 1."""
         streams = [self._cursors[number].stream for number in self._cursor_of]
         epochs_per_bin = sum(
             p / stream.num_bins(0)

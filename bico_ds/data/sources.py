@@ -80,8 +80,9 @@ def find_files(inputs: list[str]) -> list[Path]:
 def find_inputs(inputs: list[str]) -> Inputs:
     """Find the files that `inputs` name (files, folders, glob patterns), each once, folders sorted by name.
 
-    Folders are read with all folders in them, also those that a pattern matches. Passed over are hidden names,
-    links to folders, token stores, and files whose ending no reader knows; a file given by name never is.
+    Folders are read with all folders in them, also those that a pattern matches. Passed over in them are hidden names,
+    links to folders, token stores, and files whose ending no reader knows. A file given by name never is, one that a
+    pattern matches only in a token store. Raises `UserError` for an input that is not there, or has no files.
     """
     found: dict[Path, Path] = {}
     passed_over: dict[Path, str] = {}
@@ -141,7 +142,7 @@ def _why_passed_over(path: Path) -> str | None:
 
 def plan_shards(files: list[Path], *, text_by: Literal["line", "file"], shard_bytes: int) -> list[Shard]:
     """Cut the files into shards, in order. Plain lines are cut at line ends; a compressed file is one
-    shard.
+    shard. Raises `UserError` for a file that cannot be read, or whose ending no reader knows.
     """
     shards: list[Shard] = []
     for path in files:
@@ -160,7 +161,7 @@ def plan_shards(files: list[Path], *, text_by: Literal["line", "file"], shard_by
 
 def hub_shards(name: str, *, config: str | None, split: str) -> list[Shard]:
     """Fetch a data set by hub name (or a local folder) through `datasets`, and cut its Arrow files into
-    shards. `split` may be a slice or a sum of them: ``train[:10%]+test``.
+    shards. `split` may be a slice or a sum of them: ``train[:10%]+test``. Raises `UserError` where it cannot be loaded.
     """
     import datasets
 
@@ -196,7 +197,7 @@ def _arrow_shards(files: list[Path], begin: int, end: int) -> list[Shard]:
 
 def read_rows(shard: Shard, columns: list[str]) -> Iterator[tuple[int, dict[str, Any] | BadRow, Any]]:
     """Yield (row number, row or what is wrong with it, raw content for the side file). Blank lines are no
-    rows.
+    rows. Raises `UserError` for a file that lacks a column, is damaged, or changed since its shards were planned.
     """
     shard.check_unchanged()
     if shard.kind == "parquet":

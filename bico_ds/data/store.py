@@ -2,8 +2,8 @@
 
 A store is a folder: ``tokens.bin`` (uint16 or uint32), ``offsets.bin`` (int64, one more than documents),
 the per-document columns ``prompt_lengths.bin`` (int32) and ``groups.bin`` (int64), the bitmap
-``word_starts.bin`` (a bit a token, little-endian within a byte), optionally ``entity_numbers.bin`` (uint16
-a token), and ``manifest.json``, written last. All numbers are little-endian.
+``word_starts.bin`` (a bit per token, little-endian within a byte), optionally ``entity_numbers.bin`` (uint16
+per token), and ``manifest.json``, written last. All numbers are little-endian.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Manifest:
     tokens: int
     token_dtype: Literal["uint16", "uint32"]
     max_token_id: int
-    vocab_size: int  # of the tokenizer: one more than its largest id
+    vocab_size: int  # one more than the largest id that is allowed: the tokenizer's, or --vocab-size
     tokenizer_hash: str
     special_ids: tuple[int, ...]
     bos_id: int | None
@@ -60,7 +60,7 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Names the content: equal for equal bytes, wherever and whenever they were written."""
+        """Names the content: equal for equal bytes and header, wherever and whenever they were written."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -92,7 +92,8 @@ class TokenStore:
         verify: Literal["sizes", "checksums"] = "sizes",
         tokenizer_hash: str | None = None,
     ) -> TokenStore:
-        """Open the store at `path`; `UserError` if it is incomplete, damaged, or made with another tokenizer.
+        """Open the store at `path`; `UserError` if it is missing, incomplete, damaged, of another format version, or made
+        with another tokenizer than that of `tokenizer_hash`.
 
         Sizes are always compared with the manifest; ``verify="checksums"`` reads every byte.
         """
@@ -224,7 +225,7 @@ class TokenStoreWriter:
 
     Use as a context manager: leaving it without `finish` removes the temporary folder. A store already at
     `path` is replaced only with ``overwrite=True``, and only at the moment the new one is complete; what is
-    no store is never replaced.
+    no store is never replaced. Raises `UserError` for what it does not replace.
     """
 
     def __init__(self, path: Path, header: StoreHeader, *, overwrite: bool = False) -> None:
@@ -286,7 +287,10 @@ class TokenStoreWriter:
         return self._folder / name
 
     def finish(self) -> Manifest:
-        """Flush everything to disk, write the manifest last, rename. Returns the manifest."""
+        """Flush everything to disk, write the manifest last, rename. Returns the manifest.
+
+        Raises `UserError` where something has appeared at `path` meanwhile, without ``overwrite``.
+        """
         self._files["word_starts"].write(np.packbits(self._bit_rest, bitorder="little"))
         for file in self._files.values():
             file.sync()
@@ -390,7 +394,7 @@ def refuse_output(path: Path, *, force: bool, is_ours: Callable[[Path], bool] = 
 
 def publish(folder: Path, path: Path, *, overwrite: bool = False) -> None:
     """Rename a complete folder to its final name; what was there is removed only after the new one is in
-    place.
+    place. Raises `UserError` where something is there, without `overwrite`.
     """
     sync_folder(folder)
     old = path.with_name(f".{path.name}.replaced-{os.getpid()}")

@@ -85,7 +85,7 @@ class BinStream:
         return self._epoch(epoch).plan
 
     def epoch_lengths(self, epoch: int) -> NDArray[np.int64]:
-        """Return the lengths of the rows of a data epoch, int64 [N]."""
+        """Return the room that the rows of a data epoch take, as `expand` has it, int64 [N]."""
         return self._expand(self._length[self._epoch(epoch).rows.row].astype(np.int64))
 
     def advance(self, position: Position, bins: int) -> Position:

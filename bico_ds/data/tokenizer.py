@@ -69,7 +69,8 @@ def load_tokenizer(path: FolderOrHub) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder, a sentencepiece ``tokenizer.model`` or a hub name; always a fast one.
 
     Truncation and padding that the file may carry are switched off: training texts are never cut silently.
-    Raises `UserError` when there is none at `path` or it has no end-of-text token.
+    Raises `UserError` when there is none at `path`, it cannot be loaded as a fast one or converted exactly, or it has no
+    end-of-text token.
     """
     place = Path(path)
     if isinstance(path, Path) and not path.exists():

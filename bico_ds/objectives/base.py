@@ -82,7 +82,7 @@ class Objective(Protocol):
 
     def identity(self) -> dict[str, Any]:
         """Return all that the batches depend on besides documents and key, JSON-able: the spec's identity, and what of
-        the `TokenFacts` plays a part. A resume with another identity is refused."""
+        the `TokenFacts` plays a part. A resume with another identity is refused, unless `data.allow_change` is set."""
         ...
 
     def check(self, store: Store) -> None:
@@ -90,8 +90,8 @@ class Objective(Protocol):
         ...
 
     def expand(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the row lengths [D] that documents of these lengths occupy in a bin. Pure, known before
-        packing."""
+        """Return the tokens of a bin that documents of these lengths take, both int64 [D]. Pure: it is asked before
+        packing, for lengths of 1 … capacity."""
         ...
 
     def build(self, documents: Documents, key: BatchKey) -> PackedBatch:

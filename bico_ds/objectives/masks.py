@@ -1,8 +1,8 @@
-"""Mask policies: which tokens of a document BICO hides. One decision a unit; units are tokens, spans, words
+"""Mask policies: which tokens of a document BICO hides. One decision per unit; units are tokens, spans, words
 or entities.
 
-Every draw is keyed by (seed, epoch, source, document, piece) and counted by position, so that a document's
-mask is the same on any machine, in any batch, at any world size.
+Every draw is keyed by (seed, epoch, source, document, piece) and counted by position (an entity's by its number), so
+that a document's mask is the same on any machine, in any batch, at any world size.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class TokenGrid:
 
     @staticmethod
     def of(documents: Documents) -> TokenGrid:
-        """Lay out these documents; raises ValueError for one without a token."""
+        """Lay out these documents; raises ValueError for one without a token, and for none at all."""
         lengths = documents.lengths
         if len(lengths) == 0 or (lengths < 1).any():
             name = describe(documents, int(np.argmax(lengths < 1))) if len(lengths) else "the batch"

@@ -1,4 +1,4 @@
-"""Which objective a step has: drawn once an optimizer step, alike on every rank, known before the batch is
+"""Which objective a step has: drawn once per optimizer step, alike on every rank, known before the batch is
 built."""
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from bico_ds.objectives.counter import hash_words, uniform
 
 
 class ObjectiveSchedule:
-    """Draws one of `objectives` for each step, by `probabilities` (which sum to 1), from a hash of (seed,
-    step)."""
+    """Draws one of `objectives` for each step, by `probabilities` (positive, with sum 1), from a hash of (seed, step).
+
+    Raises ValueError for other probabilities, or another number of them.
+    """
 
     def __init__(self, objectives: Sequence[Objective], probabilities: Sequence[float], seed: int) -> None:
         if len(objectives) != len(probabilities) or not objectives:

@@ -1,7 +1,7 @@
 """Checkpoints: DeepSpeed's own, made whole by a manifest and an atomic rename.
 
 checkpoints/
-  step-000100/            DeepSpeed's files, and manifest.json
+  step-000100/            DeepSpeed's files, and manifest.json; universal/, where a resume converted it
   latest                  the name of the newest one
   .partial-000200-RUN_ID/ being written, or left by a crash
 """
@@ -31,7 +31,7 @@ class CheckpointError(RunError):
 
 @dataclass(frozen=True)
 class Saved:
-    """What came of a save: the seconds that training stood still, and why there is no checkpoint."""
+    """What came of a save: the seconds that this rank stood still, and why there is no checkpoint (None: there is one)."""
 
     seconds: float
     failure: str | None
@@ -63,7 +63,7 @@ class Checkpointer:
         """Write the checkpoint of `step`. `state` is JSON-able and rank 0's counts; a resume finds it again.
 
         Raises `CheckpointError` on all ranks where it cannot be written and is `required`, or
-        `checkpoint.on_write_error` is `stop`.
+        `checkpoint.on_write_error` is `stop`; `FencedError` on rank 0 alone, where another run has taken the folder over.
         """
         started = time.perf_counter()
         partial = self._folder.checkpoints / f".partial-{step:06d}-{self._folder.run_id}"

@@ -55,7 +55,10 @@ def read_ranks() -> Ranks:
 
 
 def meet(ranks: Ranks, *, timeout_minutes: float) -> Store:
-    """Return the ranks' common store, once all have come. A rank that never comes fails all after the timeout."""
+    """Return the ranks' common store, once all have come. A rank that never comes fails all after the timeout.
+
+    Raises `UserError` where several ranks are meant and no launcher has said where they meet.
+    """
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -71,7 +74,7 @@ def meet(ranks: Ranks, *, timeout_minutes: float) -> Store:
 def first_alone(ranks: Ranks, store: Store, work: Callable[[], None]) -> None:
     """Rank 0 works, however long, while the others wait: outside of any collective, so no timeout runs.
 
-    A `UserError` or `Interrupted` of rank 0 is raised on every rank; at anything else the others exit.
+    A `UserError` or `Interrupted` of rank 0 is raised on every rank; at anything else, its death included, the others exit.
     """
     if not ranks.is_first:
         _hear_verdict(store)

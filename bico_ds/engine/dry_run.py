@@ -1,4 +1,4 @@
-"""What would run: everything is built but weights, ranks and GPU."""
+"""What would run: everything is built, stores and pack plans too, but weights, ranks and what is on a GPU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ LOOK_AHEAD = 64  # steps searched for one batch of each objective
 
 
 def dry_run(recipe: Recipe, *, output_dir: Path | None = None) -> None:
-    """Validate the recipe, build the pack plan and one step of each objective, print what would run.
+    """Validate the recipe, build the pack plan and rank 0's first step of each objective (of those that come within
+    `LOOK_AHEAD` steps), print what would run. Silent on the other ranks.
 
     Ranks: `distributed.world_size`, else WORLD_SIZE of the environment, else 1. Raises `UserError`.
     """

@@ -24,7 +24,7 @@ from bico_ds.objectives.schedule import ObjectiveSchedule
 
 @dataclass(frozen=True)
 class Materials:
-    """Everything but the model."""
+    """Everything but model and loader."""
 
     tokenizer: Tokenizer
     tokenizer_path: FolderOrHub
@@ -39,9 +39,11 @@ class Materials:
 
 
 def tokenizer_path(recipe: Recipe, *, weights_needed: bool = True) -> FolderOrHub:
-    """Which tokenizer the recipe means: its own, the start model's, the first store's, or the embedded task's.
+    """Which tokenizer the recipe means: its own, the start model's, the first source's where that is a store, or the
+    embedded task's.
 
-    Without `weights_needed` (dry runs), a start model that is not here leaves the last two.
+    Without `weights_needed` (dry runs), a start model that is not here leaves the last two. Raises `UserError` where none of
+    them is to be had.
     """
     spec = recipe.model
     if spec.tokenizer is not None:
@@ -76,10 +78,11 @@ def prepare(recipe: Recipe, *, weights_needed: bool = True, progress: bool = Tru
 
 
 def gather(recipe: Recipe, *, weights_needed: bool = True) -> Materials:
-    """Open what `prepare` made.
+    """Open what `prepare` made, or make it now.
 
-    Raises `UserError` for a store of another tokenizer, for objectives that do not fit the tokenizer, and for tasks that
-    are not there.
+    Raises `UserError` for a store of another tokenizer, for objectives that do not fit the tokenizer, for stores of which
+    some have BOS and some have not where tasks are asked, and for tasks that are not there, or have no wrong answers for
+    `evaluation.likelihood_others`.
     """
     path = tokenizer_path(recipe, weights_needed=weights_needed)
     tokenizer = load_tokenizer(path)

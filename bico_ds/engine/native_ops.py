@@ -1,4 +1,4 @@
-"""The DeepSpeed operations that are compiled at first use, compiled before the ranks start, by one process.
+"""The DeepSpeed operations that are compiled at first use: compiled before the ranks start, by one process of a node.
 
 Ranks that compile wait for one another by a lock file, and the lock of a process that was killed is waited
 for without end (torch's `FileBaton`).

@@ -17,11 +17,17 @@ from bico_ds.engine.run_folder import write_atomically
 
 
 class NonFiniteError(RunError):
-    """Training met a loss or gradient that is not finite; the weights are those of the step before."""
+    """Training met a loss or gradient that is not finite. The weights are those of the step before, unless the message
+    says that an update was made.
+    """
 
 
 def stop(step: int, batches: Sequence[PackedBatch], losses: Sequence[torch.Tensor], run: Run) -> NoReturn:
-    """Raise on all ranks alike, naming step, rank and documents; every culprit writes its micro-batches to a file."""
+    """Raise `NonFiniteError` on all ranks alike; `step` counts from 0. Collective.
+
+    Where a micro-batch's loss is not finite, the error names rank and documents, and the rank writes those micro-batches to
+    a file in logs/. Of a gradient alone no culprit is known.
+    """
     ranks, folder = run.ranks, run.folder
     values = [float(loss) for loss in losses]
     bad = [index for index, value in enumerate(values) if not math.isfinite(value)]

@@ -1,4 +1,4 @@
-"""The learning-rate schedule, by transformers' names."""
+"""The learning-rate schedule: transformers' ones, and a linear one with a floor."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_schedule(spec: ScheduleSpec, total_steps: int) -> None:
 
 
 def build_scheduler(spec: ScheduleSpec, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-    """Return the schedule, one `step()` an optimizer step."""
+    """Return the schedule, with one `step()` per optimizer step."""
     if spec.name == "linear":
         return LambdaLR(optimizer, partial(_linear, spec=spec, total_steps=total_steps))
     name, floor = _KINDS[spec.name]

@@ -60,8 +60,10 @@ def layout_of(recipe: Recipe, ds_config: dict[str, Any], world_size: int) -> Lay
 def choose(folder: RunFolder, option: str, recipe: Recipe, layout: Layout) -> Resumption | None:
     """Rank 0, before the process group starts: find, verify, and convert where the layout is another.
 
-    `option` is `auto`, `none`, or the path of a checkpoint or of a run folder. None: start from the beginning.
-    Raises `UserError` where nothing whole is there, or it belongs to another model.
+    `option` is `auto`, `none`, or the path of a checkpoint or of a run folder. None: start from the beginning. What is in
+    `folder` and would not follow from the choice is set aside.
+    Raises `UserError` where checkpoints are there and none is whole, where `option` names none, where it belongs to another
+    model, and where it would have to be converted and cannot be.
     """
     if option == "none":
         folder.set_aside()
@@ -72,7 +74,8 @@ def choose(folder: RunFolder, option: str, recipe: Recipe, layout: Layout) -> Re
     _check_recipe(found, recipe)
     _set_later_aside(folder, found)
     different = {key: (was, layout[key]) for key, was in found.layout.items() if was != layout[key]}
-    _say(f"resuming from {found.path}: step {found.step}, the newest whole checkpoint, {_written(found)}")
+    which = "as asked" if found.path == Path(option) else "the newest whole checkpoint"
+    _say(f"resuming from {found.path}: step {found.step}, {which}, {_written(found)}")
     if different:
         _say("other layout: " + ", ".join(f"{key} {was} -> {now}" for key, (was, now) in different.items()))
         universal.convert(found, layout, _say)
@@ -80,11 +83,11 @@ def choose(folder: RunFolder, option: str, recipe: Recipe, layout: Layout) -> Re
 
 
 def restore(engine: Engine, resumption: Resumption, recipe: Recipe) -> None:
-    """Load weights, optimizer and schedule, and prove it by the manifest's checksums; all ranks together.
+    """Load weights, optimizer and schedule, and prove the first two by the manifest's checksums; all ranks together.
 
     What the recipe says about optimizer and schedule holds from here on, where it was changed.
 
-    Raises `NotRestoredError` where anything is not what was saved.
+    Raises `NotRestoredError` where anything is not what was saved, `UserError` where the base of the adapters is another.
     """
     content = resumption.found.content
     path, _ = engine.load_checkpoint(
@@ -112,7 +115,7 @@ def restore(engine: Engine, resumption: Resumption, recipe: Recipe) -> None:
 
 
 def saved_facts(engine: Engine, recipe: Recipe, layout: Layout) -> dict[str, Any]:
-    """What every manifest of this run says beside its step and files. Collective."""
+    """What all manifests of this run say alike. Collective."""
     base = base_fingerprint(engine.module) if recipe.model.lora is not None else None
     return {"layout": layout, "recipe": recipe.model_dump(mode="json"), "base": base}
 

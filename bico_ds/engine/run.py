@@ -20,5 +20,5 @@ class Run:
     ranks: Ranks
     folder: RunFolder
     stop: StopFlag
-    ds_config: dict[str, Any]
+    ds_config: dict[str, Any]  # complete, with the paths of this machine
     layout_policy: LayoutPolicy | None  # of the attention backend; the oracle has none

@@ -5,8 +5,11 @@ runs/NAME/
   run.json        versions, commit, command line of every start
   lock.json       which run may write here
   state.json      starting | running | preempted | done | failed, with step and reason
-  metrics.jsonl   one line a logged step or evaluation
-  tensorboard/    checkpoints/    export/    logs/
+  metrics.jsonl   one line per logged step, evaluation and checkpoint
+  evaluation/     step-N.json: every prompt with its answer and scores
+  tensorboard/    checkpoints/    export/    logs/    csv/
+  replaced-N/     what a later start set aside
+  slurm/          scripts, recipe and starts of the batch system; stop: the wish not to be requeued
 """
 
 from __future__ import annotations
@@ -44,7 +47,10 @@ State = Literal["starting", "running", "preempted", "done", "failed"]
 
 
 def folder_of_run(recipe: Recipe, chosen: Path | None) -> Path:
-    """Where a run writes: the folder `chosen` on the command line, else the recipe's `output_dir`, else runs/NAME."""
+    """Where a run writes: the folder `chosen` on the command line, else the recipe's `output_dir`, else runs/NAME.
+
+    Raises `UserError` where `output_dir` has a variable that is not set on this machine.
+    """
     if chosen is not None:
         return chosen
     return recipe.output_dir.here() if recipe.output_dir is not None else Path("runs", recipe.name)
@@ -85,7 +91,10 @@ class RunFolder:
     logs = property(lambda self: self.path / "logs")
 
     def open(self, recipe: Recipe) -> None:
-        """Create the folder, take the lock, record recipe and provenance. Raises `UserError` if another run is alive."""
+        """Create the folder, take the lock, record recipe and provenance.
+
+        Raises `UserError` where another run is alive in it, and where it cannot be written.
+        """
         try:
             self.logs.mkdir(parents=True, exist_ok=True, mode=0o755)
             self._take_lock()
@@ -98,7 +107,7 @@ class RunFolder:
         self.write_state("starting", step=None)
 
     def check_fence(self) -> None:
-        """Raise `FencedError` unless this run still holds the lock; called before every commit into the folder."""
+        """Raise `FencedError` unless this run still holds the lock: before every checkpoint and every state."""
         lock = read_lock(self.lock_file)
         if lock is None or lock.run_id != self.run_id:
             holder = f"run {lock.run_id} on {lock.host}" if lock else "nobody"
@@ -107,13 +116,13 @@ class RunFolder:
             )
 
     def write_state(self, state: State, *, step: int | None, reason: str = "") -> None:
-        """Write the state file that launchers decide by; refuses where the fence is lost."""
+        """Write the state file that launchers decide by. Raises `FencedError` as `check_fence` does."""
         self.check_fence()
         content = {"state": state, "step": step, "reason": reason, "run_id": self.run_id, "time": time.time()}
         write_atomically(self.state_file, json.dumps(content) + "\n")
 
     def set_aside(self) -> None:
-        """Move what an earlier run left (checkpoints, metrics, export …) into replaced-N/: nothing is ever deleted."""
+        """Move what an earlier run left (checkpoints, metrics, export …) into replaced-N/: nothing of it is deleted."""
         if not any(self.checkpoints.glob("step-*")) and not self.metrics_file.is_file():
             return
         kept = {self.lock_file.name, self.recipe_file.name, self.state_file.name, "run.json"}
@@ -178,7 +187,7 @@ class RunFolder:
 
 
 def read_lock(path: Path) -> Lock | None:
-    """Return the lock's content, None where there is none, or none that can be read."""
+    """Return the lock's content, None where there is none, or no whole one. Raises OSError where it cannot be read."""
     try:
         return Lock(**json.loads(path.read_text()))
     except (FileNotFoundError, ValueError, TypeError):

@@ -19,7 +19,9 @@ class Interrupted(BaseException):
 
 
 class StopFlag:
-    """Set by a signal or a time limit. The second signal ends the process at once; the last checkpoint is whole."""
+    """Set by a signal or a time limit. The same signal again ends the process at once (128 + its number), as another one
+    does after `ECHO_SECONDS`; the last checkpoint is whole.
+    """
 
     def __init__(self) -> None:
         self.reason = ""

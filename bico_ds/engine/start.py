@@ -43,7 +43,11 @@ from bico_ds.model.export import export_model
 
 
 def train(recipe: Recipe, *, output_dir: Path | None, resume: str, stop: StopFlag) -> State:
-    """Train a recipe to its end, or to the agreed stop. Called on every rank; returns the same state on each."""
+    """Train a recipe to its end, or to the agreed stop. Called on every rank; returns the same state on each: `done`, or
+    `preempted`.
+
+    Raises `UserError`, `RunError`, or what else failed; the ranks on which nothing failed end a moment later.
+    """
     _quiet()
     ranks = distributed.read_ranks()
     if ranks.device.type == "cpu":
@@ -94,7 +98,8 @@ def check(
     ranks_per_node: int | None = None,
     runs_here: bool = True,
 ) -> dict[str, Any]:
-    """Refuse what can be refused without data, weights or other ranks; return DeepSpeed's configuration.
+    """Refuse what can be refused without data, weights (but their config.json) or other ranks; return DeepSpeed's
+    configuration. Raises `UserError`.
 
     Without `runs_here` (another machine will train) DeepSpeed's own paths stay as they were written.
     """
@@ -274,7 +279,10 @@ def build_engine(run: Run, goods: Materials, steps: int, *, is_universal: bool) 
 
 
 def wrap_model(model: TrainableModel, recipe: Recipe, ds_config: dict[str, Any], steps: int) -> Engine:
-    """DeepSpeed's engine around a model, with the recipe's optimizer and its schedule over so many steps. Collective."""
+    """DeepSpeed's engine around a model, with the recipe's optimizer and its schedule over so many steps. Collective.
+
+    Raises `UserError` where this DeepSpeed has rounded the rotary frequencies.
+    """
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -299,5 +307,5 @@ def _log_to_console(ranks: Ranks) -> None:
 def _quiet() -> None:
     """Keep the console for what the user can act on."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames; one warning a call, in every step.
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames; one warning per call, in every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

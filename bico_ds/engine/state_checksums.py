@@ -1,7 +1,7 @@
 """Checksums of everything a resume must bring back: weights, fp32 masters, Adam's moments and its step count.
 
 They are sums over the ranks' slices (`bico_ds.model.checksums`), so the same numbers hold at any number of ranks and
-in any ZeRO stage. A load that silently did nothing (DeepSpeed#6691, #5430, #7848) cannot pass them.
+in ZeRO stages 1, 2 and 3. A load that silently did nothing (DeepSpeed#6691, #5430, #7848) cannot pass them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def state_checksums(engine: Engine) -> Checksums:
 
 
 def optimizer_steps(engine: Engine) -> list[int]:
-    """The step counts in Adam's state, one for each part of it that differs; one number where all is well."""
+    """The step counts in this rank's Adam state, each once: one number where all is well, none before the first update."""
     plain: Any = getattr(engine.optimizer, "optimizer", engine.optimizer)  # ZeRO's wrapper, if there is one
     states = plain.state.values()
     return sorted({int(state["step"]) for state in states if "step" in state})

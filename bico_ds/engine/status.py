@@ -20,8 +20,9 @@ _TAIL_BYTES = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """One row. `state` is the state file's, or `lost` where nobody lives behind it, or `waiting` before any
-    start.
+    """One row. `state` is the state file's, or `lost` where it says that the run lives and nobody does, or `waiting` before
+    any start. `loss` and `tokens_per_second` (original tokens) are those of the last training line, `checkpoint` is the step
+    of the newest one (0: none). `total_steps` is None where the recipe says epochs.
     """
 
     run: str
@@ -69,7 +70,7 @@ def read_status(run: Path) -> RunStatus:
 
 
 def last_numbers(path: Path) -> dict[str, Any]:
-    """The last training line of metrics.jsonl; read from the end, for the file may be long."""
+    """The last training line of metrics.jsonl, empty without one; read from the end, for the file may be long."""
     if not path.is_file():
         return {}
     with open(path, "rb") as file:

@@ -1,8 +1,8 @@
 """From a recipe to a batch script in the run folder, and to SLURM. No torch here.
 
 The script is launch/slurm/train.sbatch with its first two parts filled in: the #SBATCH lines and the
-variables. It stands by itself, beside a copy of the resolved recipe: later changes to recipes/ do not reach a
-job that waits or is requeued.
+variables. It reads a copy of the resolved recipe in the run folder: later changes to recipes/ do not reach a job
+that waits or is requeued; another submission into the same folder does.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ _TIME = re.compile(r"(\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){0,2})")  # sbatch(1),
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What is asked of SLURM."""
+    """What is asked of SLURM; `signal_seconds` before the end of `time` it warns. Raises `UserError` where these two do
+    not fit.
+    """
 
     nodes: int
     gpus_per_node: int
@@ -107,7 +109,9 @@ def render(job: Job) -> str:
 
 
 def stop_signal(recipe: Recipe) -> str:
-    """The first of the recipe's signals that is free for this: SLURM and the shell use the others."""
+    """The first of the recipe's signals that is free for this: SLURM and the shell use the others. Raises `UserError`
+    where there is none.
+    """
     for name in recipe.distributed.preempt_signals:
         if name in ("SIGUSR1", "SIGUSR2"):
             return name.removeprefix("SIG")
@@ -130,7 +134,8 @@ def refuse_if_alive(run: Path) -> None:
 
 
 def write(job: Job) -> Path:
-    """Write the script, and a recipe beside each run. Earlier scripts stay; returns the new one.
+    """Write the script, and a recipe into each run's slurm/ in the place of an earlier one. Earlier scripts stay;
+    returns the new one.
 
     Raises `UserError` where a folder cannot be written.
     """

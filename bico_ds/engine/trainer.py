@@ -62,7 +62,10 @@ class Trainer:
         self._cut_evaluation = False
 
     def train(self) -> State:
-        """Train until the last step or until a stop is agreed; leaves a checkpoint of where it stands."""
+        """Train until the last step or until a stop is agreed; leaves a checkpoint of where it stands (of step 0: none).
+
+        Raises `NonFiniteError` and `CheckpointError`, each on all ranks alike.
+        """
         if self._owes_evaluation():
             self._evaluate()
         while self.step < self.total_steps:
@@ -102,7 +105,7 @@ class Trainer:
     def _optimize(self, share: RankStep, targets: int, started: float, waited: float) -> StepReport:
         """Forward, backward and update of one global batch; the loss is the mean over all its targets."""
         ranks, batches = self.run.ranks, share.batches
-        # Dropout: the same after a resume.
+        # Dropout: the same after a resume, at the same number of ranks.
         torch.manual_seed(self.run.recipe.seed * 1_000_003 + self.step * 4099 + ranks.rank)
         scale = ranks.world_size / max(targets, 1)  # DeepSpeed averages the gradients over the ranks
         losses = []

@@ -1,4 +1,4 @@
-"""One thread a rank that sees what the main thread cannot: that it stands still, or that another rank has failed.
+"""One thread per rank that sees what the main thread cannot: that it stands still, or that another rank has failed.
 
 Ranks tell each other through the store of the process group, which a hanging collective does not block.
 """
@@ -27,7 +27,7 @@ _KEY = "bico_ds/failure"
 
 
 class Watchdog:
-    """Ends this rank, after its stacks are on file, when it stands still for `minutes` or any rank fails."""
+    """Ends this rank when any rank fails, or stands still for `minutes`: then stacks of every rank are on file first."""
 
     def __init__(self, store: Store, ranks: Ranks, folder: RunFolder, *, minutes: float) -> None:
         self._store = store.clone()  # type: ignore[attr-defined]  # torch has it, its stub has not
@@ -39,7 +39,7 @@ class Watchdog:
         self._thread.start()
 
     def beat(self) -> None:
-        """The main thread has made progress; the clock runs from the first beat on."""
+        """The main thread has made progress; the clock runs from the first beat on, until `close`."""
         self._last = time.monotonic()
 
     def report(self, error: BaseException) -> None:

@@ -97,6 +97,13 @@ def test_a_resumed_run_writes_no_step_twice(folder):
     assert [line["loss/all"] for line in lines] == [9.0] * 3 + [1.0] * 3
 
 
+def test_tensorboard_shows_no_step_twice_where_a_run_died_before_its_first_checkpoint(folder):
+    monitored(folder, [report(step, loss=9.0) for step in range(1, 5)], every=1)
+    monitored(folder, [report(step, loss=1.0) for step in range(1, 3)], every=1)
+    events = EventAccumulator(str(folder.tensorboard)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss/all")] == [(1, 1.0), (2, 1.0)]
+
+
 def test_what_each_source_has_given_so_far_is_in_tensorboard_and_metrics(folder):
     counts = [
         {"books": {"rows": 3 * n, "tokens": 40 * n}, "web": {"rows": n, "tokens": 9 * n}} for n in (1, 2)

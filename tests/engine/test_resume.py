@@ -58,7 +58,8 @@ def test_going_back_sets_the_later_course_aside(folder, capsys):
     assert found.step == 10
     assert steps_in(folder) == [10]
     assert (folder.path / "replaced-1" / "step-000030").is_dir()
-    assert "set aside" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "set aside" in said and "step 10, as asked, written by 2 ranks" in said
 
 
 @pytest.mark.parametrize(("option", "step"), [("auto", 30), ("step-000010", 10)])

@@ -1,5 +1,7 @@
 """What the loop tells its listeners. Every rank calls its callbacks at the same points of the loop, with the same numbers
-but for times, so that a callback may use collectives; one that only shows or writes is a `FirstRankCallback`."""
+and texts but for times (`StepReport.seconds`; numbers of the kinds `timing` and `checkpoint`), so that a callback may use
+collectives; one that only shows or writes is a `FirstRankCallback`. Where a rank fails the calls end, on some ranks earlier
+than on others, and `on_end` does not come."""
 
 from __future__ import annotations
 
@@ -25,10 +27,12 @@ class RunStart:
 class StepReport:
     """One optimizer step, summed over all ranks.
 
-    `loss` is the mean over the `targets` of the global batch. `kept_tokens` went through the model,
-    `represented_tokens` counts the original tokens behind them. `seconds` is the wall time of the step on this rank,
-    `wait_seconds` the part of it spent waiting for data (mean over ranks). `fill` is the share of its bins' room that is
-    taken, as the objective expands documents.
+    `step` counts from 1. `loss` is the mean over the `targets` of the global batch, in nats. `grad_norm` is that of the
+    whole model before clipping, and `learning_rate` that of this update. `applied` is false where the update was left out
+    (`training.on_nonfinite: skip`): `grad_norm` is then NaN, and `loss` may be. `kept_tokens` counts the rows that went
+    through the model (kept tokens and live placeholders), `represented_tokens` the original tokens behind them.
+    `seconds` is the wall time of the step on this rank, `wait_seconds` the part of it spent waiting for data (mean over
+    ranks). `fill` is the share of its bins' room that is taken, as the objective expands documents.
     `sources` counts rows and tokens consumed since step 0, by data source.
     """
 
@@ -55,12 +59,13 @@ class Callback:
     def on_step(self, report: StepReport) -> None: ...
 
     def on_numbers(self, step: int, kind: str, numbers: dict[str, float]) -> None:
-        """Numbers that come apart from the steps: evaluations, checkpoints, data sources."""
+        """Numbers that come apart from the steps, by `kind`: `evaluation`, `timing` (of one), `checkpoint`."""
 
     def on_message(self, text: str) -> None:
-        """A line for whoever watches."""
+        """A line for whoever watches; may come before `on_start`."""
 
-    def on_end(self, step: int, state: str) -> None: ...
+    def on_end(self, step: int, state: str) -> None:
+        """The run is `done`, with its export written, or `preempted`; a run that fails ends without this call."""
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, JSON-able, under keys of this callback's own. Rank 0's is saved, and every rank
@@ -69,7 +74,7 @@ class Callback:
 
 
 class FirstRankCallback(Callback):
-    """Called on rank 0 alone: a collective in one would wait for ever."""
+    """Called on rank 0 alone: a collective in one would wait for ranks that never come."""
 
 
 class Callbacks(Callback):

@@ -21,7 +21,7 @@ PLAIN_SECONDS = 10.0  # between two plain lines
 
 
 class ConsoleProgress(FirstRankCallback):
-    """Shows where the run is."""
+    """Shows where the run is; before `on_start` it only prints messages."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(soft_wrap=True)

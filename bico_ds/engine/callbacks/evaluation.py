@@ -1,4 +1,4 @@
-"""The reversal tasks during training. Collective: every rank takes an equal share."""
+"""The reversal tasks during training. No callback, since the loop needs its answer; collective: ranks share the prompts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ FOLDER = "evaluation"  # in the run folder
 class Evaluator:
     """Evaluates the live model and keeps the row-level results in the run folder.
 
-    `goods`: the tasks, their tokenizer, and whether prompts begin with BOS. `on_progress`: called after each batch.
+    `goods`: the tasks, their tokenizer, and whether prompts begin with BOS. `on_progress`: called after each of this
+    rank's batches.
     """
 
     spec: EvaluationSpec
@@ -45,7 +46,9 @@ class Evaluator:
         return bool(self.goods.tasks) and (step == total_steps or (every is not None and step % every == 0))
 
     def __call__(self, causal_lm: PreTrainedModel, step: int) -> EvaluationResult | None:
-        """Run all tasks; on rank 0 write evaluation/step-N.json. None where a signal came meanwhile."""
+        """Run all tasks; on rank 0 write evaluation/step-N.json. The same result on every rank; None where a signal
+        came to any of them meanwhile. Raises `UserError` for a prompt that does not fit the model's context.
+        """
         partitioned = is_partitioned(causal_lm)
         replicate = partitioned and parameter_count(causal_lm) <= REPLICA_PARAMETERS
         was_training = causal_lm.training

@@ -18,7 +18,7 @@ from bico_ds.engine.run_folder import RunFolder, write_atomically
 
 
 class StepMonitor(FirstRankCallback):
-    """Writes every `every_steps`-th step's numbers, means over the steps in between."""
+    """Writes at every `every_steps`-th step what `_summarize` makes of the steps since the last, other numbers at once."""
 
     def __init__(self, spec: MonitorSpec, folder: RunFolder, deepspeed_monitor: Any) -> None:
         self._spec = spec
@@ -33,10 +33,8 @@ class StepMonitor(FirstRankCallback):
         self._metrics = open(self._folder.metrics_file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         self._writer = None
         if self._spec.tensorboard:
-            # Steps after the one resumed from were written by a run that is gone: hide them.
-            self._writer = SummaryWriter(
-                str(self._folder.tensorboard), purge_step=first + 1 if first else None
-            )
+            # Steps after the one resumed from were written by a run that is gone: hide them. Without a checkpoint all.
+            self._writer = SummaryWriter(str(self._folder.tensorboard), purge_step=first + 1)
             self._writer.add_custom_scalars(charts(start.recipe))
             self._writer.add_text("recipe", f"```yaml\n{dump_recipe(start.recipe)}```", first)
             self._writer.add_text("summary", f"```json\n{json.dumps(start.summary, indent=1)}\n```", first)
@@ -87,7 +85,7 @@ def charts(recipe: Recipe) -> dict[str, dict[str, list[Any]]]:
 
 
 def _summarize(reports: list[StepReport]) -> dict[str, float]:
-    """Token-weighted losses in all and by objective, rates over the wall time of these steps, the last lr.
+    """Token-weighted losses in all and by objective, rates over rank 0's wall time of these steps, the last learning rate.
 
     Losses and norms are those of the steps that made an update; left out where none did.
     """

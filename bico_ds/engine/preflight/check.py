@@ -1,4 +1,5 @@
-"""The pre-flight: what costs seconds now and a night later. Every rank runs it, rank 0 speaks.
+"""The pre-flight: what costs seconds now and a night later. Every rank runs it, rank 0 speaks (and who sees a collective
+fail).
 
 First over torch's TCP store, which needs nothing but an address: facts of all ranks, compared. Then, only
 where they agree, the process group that training will use.
@@ -37,7 +38,8 @@ def preflight(recipe: Recipe, run: Path) -> bool:
     """Check this rank's machine and the ranks together; True where training may begin. The same answer on all
     ranks.
 
-    Raises `UserError`, before the ranks meet, where a path of the recipe cannot be expanded on this machine.
+    Raises `UserError` where a path of the recipe cannot be expanded on this machine, before the ranks meet, and where they
+    cannot meet; `torch.distributed.DistStoreError` where rank 0 is gone.
     """
     # torch 2.13 renames collectives that older ones know by the old name only.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

@@ -34,7 +34,7 @@ def collect(recipe: Recipe, run: Path, *, rank: int, local_rank: int) -> dict[st
 
 
 def device_facts(local_rank: int) -> dict[str, Any]:
-    """The device of a rank: name, memory, and a product whose result is known."""
+    """The device of a rank: name, memory in bytes, TFLOP/s, and whether a product whose result is known is right."""
     allocated = int(os.environ.get("SLURM_GPUS_ON_NODE", "0") or 0)
     facts: dict[str, Any] = {"allocated": allocated, "visible": torch.cuda.device_count()}
     if facts["visible"] <= local_rank:
@@ -51,7 +51,9 @@ def device_facts(local_rank: int) -> dict[str, Any]:
 
 
 def multiply(device: torch.device, size: int, seconds: float = 0.3) -> tuple[float, bool]:
-    """TFLOP/s of square products for so many seconds, and whether their result, 1 everywhere, is right."""
+    """TFLOP/s of square products (bf16 on CUDA, fp32 on a CPU) for so many seconds, and whether the last one's result, 1
+    everywhere, is right.
+    """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     ones = torch.ones(size, size, dtype=dtype, device=device)
     product = ones @ (ones / size)  # a power of two: exact

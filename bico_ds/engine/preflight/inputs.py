@@ -50,7 +50,7 @@ def check_inputs(recipe: Recipe) -> None:
 
 
 def input_fingerprints(recipe: Recipe) -> dict[str, str]:
-    """A digest for every input, by key and path; `missing` where it is not on this machine."""
+    """A digest for every input (`_digest`), by key and path; `missing` where it is not on this machine."""
     return {key: _digest_or_missing(find) for key, find in input_files(recipe)}
 
 
@@ -78,7 +78,7 @@ def _digest_or_missing(find: Callable[[], list[Path]]) -> str:
 
 
 def _digest(paths: list[Path], *, root: Path | None = None) -> str:
-    """Names, sizes and contents of files and of what is below folders."""
+    """Names and sizes of files and of what is below folders, and their contents: of more than 2 MiB only the ends."""
     digest = hashlib.blake2b(digest_size=8)
     for path in paths:
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]

@@ -8,7 +8,9 @@ from typing import Any
 
 MEMORY_FREE_SHARE = 0.9  # less means that another process holds memory of this GPU
 SLOW_SHARE = 0.6  # of the best node
-CLOCK_SECONDS = 10.0  # the run folder's lock counts a heart that is silent for 30 s as stopped
+CLOCK_SECONDS = (
+    10.0  # submit.py takes a lock whose last beat is 30 s old, by its own clock, for that of a dead run
+)
 GB = 1e9
 
 

@@ -1,6 +1,4 @@
-"""The network under the ranks: the collectives that ZeRO-3 uses, over all ranks, and the link between each
-two nodes.
-"""
+"""The network under the ranks: all-reduce and all-gather over all of them, and the links between neighbouring nodes."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ class NetworkReport:
 def measure(hosts: list[str], device: torch.device) -> NetworkReport:
     """Run both collectives and all links; called by every rank of the default group, `hosts` by rank.
 
-    Raises RuntimeError where a sum is wrong, or a collective fails.
+    Raises RuntimeError where a collective fails or delivers wrong values.
     """
     size, elements = len(hosts), ELEMENTS[device.type]
     elements -= elements % size

@@ -15,7 +15,9 @@ _WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
 
 
 def next_checkpoints_bytes(recipe: Recipe, run: Path) -> float:
-    """Bytes that the run folder's disk must have: the checkpoints kept, one being written, and the export."""
+    """Bytes that the run folder's disk must have: the checkpoints kept and one being written, less those that are there
+    (one at least), and the export.
+    """
     parameters, weight = parameter_count(model_config(recipe.model)), _WEIGHT_BYTES[recipe.model.dtype]
     trained = parameters if recipe.model.lora is None else 0  # adapters are small, and the base is left out
     deepspeed = merge_mappings(load_ds_config(recipe.deepspeed.config), recipe.deepspeed.overrides)

@@ -126,7 +126,7 @@ def load_ds_config(written: LocalPath) -> dict[str, Any]:
 def merged_ds_config(recipe: Recipe) -> dict[str, Any]:
     """The file with the recipe's overrides, its keys known and of the right kind; ``"auto"`` still stands.
 
-    What the recipe owns is there in any case: left out, DeepSpeed would take defaults of its own.
+    What the recipe owns is there in any case: left out, DeepSpeed would take defaults of its own. Raises `UserError`.
     """
     config = merge_mappings(load_ds_config(recipe.deepspeed.config), recipe.deepspeed.overrides)
     _check_kinds(config, _where(recipe))
@@ -187,12 +187,13 @@ def build_ds_config(
     ranks_per_node: int = 8,
     runs_here: bool = True,
 ) -> dict[str, Any]:
-    """Return the complete configuration of one run; `hidden_size` sizes ZeRO-3's buckets.
+    """Return the complete configuration of one run; `hidden_size` sizes ZeRO's buckets.
 
     Its paths are those of this machine, or with `runs_here` False as they were written.
 
-    Raises `UserError` for unknown keys, keys without effect, what DeepSpeed's ZeRO would refuse, values that the recipe
-    owns, optimizers that the engine does not know, a monitor that is not installed, and batch sizes that do not divide.
+    Raises `UserError` for unknown keys, keys without effect, what DeepSpeed's ZeRO would refuse, stage 0, values that the
+    recipe owns, an `auto` that nothing fills, optimizers that the engine does not know, a monitor that is not installed,
+    paths that cannot be expanded here, and batch sizes or nodes (hpZ) that do not divide.
     """
     config = replace_paths(merged_ds_config(recipe), WrittenPath.expanded if runs_here else str)
     hpz = config.get("zero_optimization", {}).get("zero_hpz_partition_size")
@@ -214,13 +215,18 @@ def build_ds_config(
 
 
 def _check(filled: dict[str, Any], recipe: Recipe) -> None:
-    """Refuse what DeepSpeed itself would refuse, or not find, much later."""
+    """Refuse what DeepSpeed itself would refuse, or not find, much later; and to train without ZeRO."""
     try:
-        DeepSpeedZeroConfig(**filled.get("zero_optimization", {}))
+        zero = DeepSpeedZeroConfig(**filled.get("zero_optimization", {}))
     except ValidationError as error:
         raise UserError(
             "\n".join(_zero_problem(problem) + f" in {_where(recipe)}" for problem in error.errors())
         ) from None
+    if zero.stage == 0:
+        raise UserError(
+            f"deepspeed: zero_optimization.stage: give 1, 2 or 3 in {_where(recipe)}; without ZeRO DeepSpeed neither looks "
+            "for gradients that are not finite nor divides a state that a resume could check"
+        )
     name = filled["optimizer"]["type"]
     if str(name).lower() not in (known.lower() for known in _OPTIMIZERS):
         raise UserError(

@@ -60,6 +60,7 @@ def test_an_unknown_top_level_key_is_refused_with_a_suggestion():
     [
         (["zero_optimization.stagge=3"], "zero_optimization.stagge'.*did you mean 'stage'"),
         (["zero_optimization.stage=7"], "zero_optimization.stage: .*found 7"),
+        (["zero_optimization.stage=0"], "zero_optimization.stage: give 1, 2 or 3 in zero3_bf16 or"),
         (["zero_optimization.offload_optimizer.device=disk"], "offload_optimizer.device: .*found 'disk'"),
         (["zero_optimization.offload_optimizer.devise=cpu"], "unknown key .*offload_optimizer.devise"),
         (["zero_optimization=5"], "'zero_optimization' must be a mapping of keys, found 5"),

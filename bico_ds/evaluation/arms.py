@@ -32,7 +32,8 @@ def load_arms(paths: Sequence[Path]) -> list[Arm]:
     """Read run folders, or result files of tools/evaluate.py.
 
     A run's final scores are those of its last evaluation in `metrics.jsonl`; the result file of that step,
-    where there is one, adds intervals and floors. Raises UserError for a run that was never evaluated.
+    where there is one, adds intervals, floors and rows. Raises UserError for a run that was never evaluated, a file that
+    is none of these, and a run that is named twice.
     """
     stems = [path.resolve().stem if path.is_file() else path.resolve().name for path in paths]
     labels = stems if len(set(stems)) == len(stems) else [str(path) for path in paths]

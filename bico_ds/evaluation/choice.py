@@ -30,9 +30,10 @@ from bico_ds.evaluation.tasks import Task
 def encode_candidates(
     tokenizer: Tokenizer, task: Task, *, others: int, add_bos: bool, context: int | None
 ) -> list[list[Scored]]:
-    """For every row its prompt with the right answer, then with those of up to `others` other persons.
+    """For every row its prompt with the right answer, then with those of up to `others` other persons, as many in every
+    row.
 
-    Raises UserError where a row has no wrong answer of another person, or a text does not fit the context.
+    Raises UserError where a row has no wrong answer of another person, or a text is empty or does not fit the context.
     """
     wrong = wrong_answers(task, others)
     if not wrong[0]:
@@ -59,7 +60,7 @@ def choice_test(
     add_bos: bool = True,
     place: Place = ALONE,
 ) -> dict[str, Any] | None:
-    """Score the right answer and those of `others` other persons for every prompt; see `choice_statistics`.
+    """Score the right answer and those of up to `others` other persons for every prompt; see `choice_statistics`.
 
     None when `place.should_stop` was true on any rank. Raises UserError as `encode_candidates` does.
     """
@@ -80,10 +81,10 @@ def choice_statistics(
 
     `difference`: right minus the mean of the others, nats; `rank`: place of the right answer among the
     candidates, 1 is best; `forced_choice`: share of prompts where it is the likeliest (`forced_choice_chance`
-    by guessing); `nll`: nats a right answer, `nll_per_token`: a token of it. Intervals are 95 %, persons
-    resampled. `t_test` (Welch) and `ks_test`: right against the first other's, over prompts, as Berglund et
-    al.; `person_t_test`: difference against zero, over persons. A test figure that is not defined (all
-    differences alike) is None: JSON has no NaN.
+    by guessing); a tie counts against it in both. `nll`: nats per right answer, `nll_per_token`: per token of it.
+    Intervals are 95 %, persons resampled. `t_test` (Welch) and `ks_test`: right against the first other's, over prompts,
+    as Berglund et al.; `person_t_test`: difference against zero, over persons, None where there is one only. A test
+    figure that is not defined (all differences alike) is None: JSON has no NaN.
     """
     right, wrong = log_probs[:, 0], log_probs[:, 1:]
     rows = {

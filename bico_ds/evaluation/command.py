@@ -32,7 +32,7 @@ _WINDOWS_PER_BATCH = 4  # a window of a retention text is long, and has logits o
 class Request:
     """What to ask of which model. `further`: files by kind (`further_sets.READERS`). `base`: the model before
     fine-tuning, for `retention`. `others`: other persons' answers in the log-probability test. `window`:
-    tokens a window of a retention text.
+    tokens per window of a retention text.
     """
 
     model: FolderOrHub
@@ -60,7 +60,7 @@ def run_request(request: Request, place: Place, console: Console) -> bool:
     """Compute what is missing in the report, and show on the first rank what was asked for. False where it was
     stopped before the end.
 
-    Raises UserError for bad input before a model is loaded.
+    Raises UserError for bad input before a model is loaded, and for weights that cannot be loaded.
     """
     tasks = load_tasks(request.data, request.tasks, request.limit) if request.data else []
     for kind, path in request.further.items():

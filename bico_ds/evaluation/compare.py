@@ -27,8 +27,8 @@ def compare_runs(runs: Sequence[Path], *, output: Path, console: Console | None 
     """Print the table of the tasks, and every later run minus the first, paired by prompt. Write comparison.md,
     comparison.json, scores.png and, where there are curves, curves.png to `output`.
 
-    `runs`: run folders, or result files of tools/evaluate.py. Raises UserError for one that cannot be read, and
-    where nothing can be written.
+    `runs`: run folders, or result files of tools/evaluate.py. Raises UserError for one that cannot be read, for a task
+    with another headline metric in one of them, and where no folder can be made at `output`.
     """
     console = console or console_for_tables()
     arms = load_arms(runs)

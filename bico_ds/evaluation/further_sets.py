@@ -1,7 +1,7 @@
 """Other pairs that can be asked in two directions: parents and children, couplets, and any pair of prompts.
 
-Each reader returns two tasks. The files are the user's: celebrities' parents as in Berglund et al. (arXiv
-2309.12288, section 2.2) for instance, or a book of verse.
+Each reader returns two tasks, and raises UserError, with file and line, for a file that is not as it should be. The files
+are the user's: celebrities' parents as in Berglund et al. (arXiv 2309.12288, section 2.2) for instance, or a book of verse.
 """
 
 from __future__ import annotations

@@ -57,8 +57,8 @@ def generate_greedy(
     """The greedy continuation of every prompt as text, in their order, on every rank.
 
     `model`: a Hugging Face causal LM on `place.device`. A continuation ends at the tokenizer's EOS (not part of
-    it) or after `max_new_tokens`. Returns None on all ranks when `place.should_stop` was true on any of them
-    before the end.
+    it) or after `max_new_tokens` (1 at least); other special tokens are left out of the text. Returns None on all ranks
+    when `place.should_stop` was true on any of them before the end.
     """
     was_training = model.training
     model.eval()

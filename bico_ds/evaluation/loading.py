@@ -28,8 +28,8 @@ def load_for_evaluation(
 ) -> tuple[Any, Tokenizer]:
     """(model, tokenizer) from a safetensors folder or a hub name; `auto` keeps the dtype of the weights.
 
-    Raises UserError, which begins with `option`, for a folder without config, safetensors or tokenizer, and
-    where a weight of the model is not in the files (transformers would draw it at random).
+    Raises UserError, which begins with `option`, for a folder without config, safetensors or tokenizer, a tokenizer of
+    another vocabulary, and where a weight of the model is not in the files (transformers would draw it at random).
     """
     tokenizer, _ = load_tokenizer_and_context(path, option=option)
     try:
@@ -54,7 +54,8 @@ def load_for_evaluation(
 
 def load_tokenizer_and_context(path: FolderOrHub, *, option: str = "--model") -> tuple[Tokenizer, int | None]:
     """(tokenizer, tokens of the context if the config names them): what inputs can be checked with before the
-    weights are loaded. Raises UserError for a folder without config, safetensors or tokenizer.
+    weights are loaded. Raises UserError for a folder without config, safetensors or tokenizer, and for a tokenizer of
+    another vocabulary.
     """
     check_model_folder(path, option)
     try:
@@ -67,8 +68,8 @@ def load_tokenizer_and_context(path: FolderOrHub, *, option: str = "--model") ->
 
 
 def weights_stamp(path: FolderOrHub) -> str:
-    """A name for the weights and tokenizer at `path`, from sizes and times of its files; a hub name stands for
-    itself.
+    """A name for the weights and tokenizer at `path`, from names, sizes and times of its files, not their contents; a hub
+    name stands for itself.
     """
     if not isinstance(path, Path):
         return path

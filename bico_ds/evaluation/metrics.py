@@ -5,11 +5,10 @@ contains     the answer stands somewhere in the prediction: the BICO paper's "ex
 prefix       the prediction starts with the answer: Berglund et al.'s exact match (arXiv 2309.12288)
 exact        the prediction is the answer and nothing else
 bleu         sentence BLEU on words (sacrebleu, 13a, exponential smoothing)
-char_bleu    sentence BLEU on characters without smoothing: what the BICO authors' code computes and calls
-BLEU
+char_bleu    sentence BLEU on characters without smoothing: what the BICO authors' code computes as "BLEU"
 ===========  =======================================================================================
 
-The first three ignore case, white space and the final full stop. A *floor* is the score of somebody who
+The first three ignore case, runs of white space and the final full stop. A *floor* is the score of somebody who
 answers every question with another person's answer: any text in the right style has it, so only what lies
 above it is knowledge.
 """
@@ -126,7 +125,7 @@ def _first_of_each(rows: Iterable[Iterator[str]], count: int) -> list[list[str]]
 
 @lru_cache(maxsize=64)
 def floors(task: Task) -> dict[str, float]:
-    """Mean score of other persons' answers; empty where there is one person only."""
+    """Mean score of up to five other persons' answers per row, by metric; empty where there is one person only."""
     theirs = other_answers(task, _FLOOR_OTHERS)
     rounds = [score_rows(task, answers) for answers in zip(*theirs, strict=True)]
     scores = {name: [score for scored in rounds for score in scored[name]] for name in metrics_of(task)}

@@ -1,7 +1,7 @@
 """The processes that evaluate one model together: which this one is, its batches, and what all of them agree on.
 
-Every rank runs the same number of batches. With `synced` it also runs the same number of forward passes in
-each (the stop is agreed on), which ZeRO-3 needs while the weights are partitioned: each forward pass gathers
+Every rank has the same number of batches. With `synced` it also runs the same number of forward passes in
+each, and stops where the others do, which ZeRO-3 needs while the weights are partitioned: each forward pass gathers
 them.
 """
 
@@ -21,7 +21,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where and how this process computes its share of an evaluation. No score depends on it, but for rounding.
+    """Where and how this process computes its share of an evaluation. No result depends on it, but for rounding.
 
     `synced`: forward passes are collectives (ZeRO-3 with partitioned weights). `batch_size`: sequences per
     forward pass. `should_stop` is polled before each of them; where it was true on any rank, none has a result.
@@ -47,7 +47,7 @@ ALONE = Place()  # one process, on the CPU
 def shared_batches(sequences: Sequence[Sequence[int]], place: Place) -> list[NDArray[np.int64]]:
     """This rank's batches: indices into `sequences`, like lengths together, as many batches on every rank.
 
-    A rank without one of its own repeats the first sequence; results are keyed by index, so repeats change
+    A rank without one of its own repeats the shortest sequence; results are keyed by index, so repeats change
     nothing.
     """
     order = np.argsort([len(ids) for ids in sequences], kind="stable").astype(np.int64)
@@ -69,7 +69,7 @@ def agree(finished: bool, place: Place) -> tuple[bool, bool]:
 
 
 def gather_parts(part: Any, place: Place) -> list[Any]:
-    """`part` of every rank, on every rank."""
+    """`part` of every rank, on every rank. Collective."""
     if place.world_size == 1:
         return [part]
     parts: list[Any] = [None] * place.world_size

@@ -1,4 +1,4 @@
-"""Learning curves as a picture: a panel a task, forward on the left, reverse on the right."""
+"""Learning curves as a picture, one panel per task, forward on the left, reverse on the right; final scores as bars."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _METRICS = {"contains": "accuracy (contains)", "prefix": "accuracy (prefix)", "b
 
 
 def plot_curves(arms: Sequence[Arm], path: Path) -> None:
-    """Write a PNG of the headline scores of the four tasks over the steps, one colour an arm."""
+    """Write a PNG of the headline scores of the four tasks over the steps, one colour per arm."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 7), layout="constrained")
@@ -96,7 +96,7 @@ def _line(number: int, *, scale: float = 1.0, label: str = "") -> Any:
 
 
 def plot_scores(arms: Sequence[Arm], path: Path) -> None:
-    """Write a PNG of the final headline scores as bars, with 95 % intervals and floors, one colour an arm."""
+    """Write a PNG of the final headline scores as bars, with 95 % intervals and floors, one colour per arm."""
     from matplotlib.figure import Figure
 
     headlines = {name: task.headline for arm in arms for name, task in arm.final.tasks.items()}

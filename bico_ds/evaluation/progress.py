@@ -15,7 +15,7 @@ _PLAIN_SECONDS = 10.0  # between two plain lines
 
 
 class PromptProgress:
-    """Counts this rank's prompts; all ranks have as many, but for one batch."""
+    """Counts this rank's prompts; all ranks have as many, but for one."""
 
     def __init__(self, console: Console, place: Place) -> None:
         self._console, self._place = console, place

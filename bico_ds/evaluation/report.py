@@ -27,10 +27,11 @@ class Part:
 
 
 class Report:
-    """The JSON file at `path`: {"model", "weights", "identities", "tasks", "choice", "retention"}.
+    """The JSON file at `path`: {"model", "weights", "identities", "tasks", "choice", "retention", "retention_before"}, the
+    last four where they were asked for.
 
-    Only the first rank writes. Raises UserError where the file belongs to another model or is no such file, and
-    where none can be written.
+    Only the first rank reads and writes. Raises UserError where the file belongs to other weights, on every rank, and
+    on the first where it is no such file, or none can be written.
     """
 
     def __init__(self, path: Path, *, model: str, weights: str, place: Place) -> None:

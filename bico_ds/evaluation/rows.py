@@ -11,7 +11,10 @@ from bico_ds.config.errors import UserError, did_you_mean
 
 
 def read_objects(path: Path, *, fields: Iterable[str]) -> list[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every line that is not blank; `fields`: what belongs there, for messages."""
+    """(line number, object) of every line that is not blank; `fields`: what belongs there, for messages.
+
+    Raises UserError for a file that is missing, empty or not UTF-8, and a line that is no JSON object.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such file; it must be JSONL with the fields {', '.join(fields)}")
     objects = []
@@ -32,7 +35,7 @@ def read_rows(
 ) -> list[tuple[int, dict[str, str]]]:
     """(line number, fields) of every row; other fields than those named are ignored.
 
-    Every required field must be a text with something other than white space in it.
+    Every required field must be a text with something other than white space in it. Raises UserError, with the line.
     """
     required, optional = tuple(required), tuple(optional)
     rows = []

@@ -24,8 +24,8 @@ _SLACK_TOKENS = 8
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
     """One task's scores, all in 0 … 1. `headline`: the metric that tables and plots show. `intervals`: 95 %,
-    persons resampled. `floors`: what another person's answer scores. `rows`: every prompt with its prediction
-    and scores.
+    persons resampled. `floors`: what another person's answer scores. `new_tokens`: how many an answer could have (0: not
+    known). `rows`: every prompt with its prediction and scores.
     """
 
     headline: str
@@ -95,7 +95,7 @@ def evaluate(
     result on every rank.
 
     Returns None when `place.should_stop` was true on any rank. Raises UserError, before any generation, for a
-    prompt that does not fit the model's context.
+    prompt that is empty or does not fit the model's context.
     """
     context = getattr(model.config, "max_position_embeddings", None)
     prepared = [prepare_task(tokenizer, task, asking, context=context) for task in tasks]
@@ -156,15 +156,8 @@ def score_task(task: Task, predictions: Sequence[str], *, new_tokens: int) -> Ta
     )
 
 
-def save_result(result: EvaluationResult, path: Path) -> None:
-    """Write the result as JSON, rows included; a reader never sees half a file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(result.to_json(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
 def load_result(path: Path) -> EvaluationResult:
-    """Read what `save_result` wrote; UserError for anything else."""
+    """Read a result file of tools/evaluate.py, or a run's evaluation/step-N.json; UserError for anything else."""
     try:
         return EvaluationResult.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

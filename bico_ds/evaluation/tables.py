@@ -28,7 +28,7 @@ def console_for_tables() -> Console:
 
 
 def result_table(results: Mapping[str, EvaluationResult], *, title: str = "Reversal tasks") -> Table:
-    """The headline metric of every task with its 95 % interval, one column a model."""
+    """The headline metric of every task with its 95 % interval, one column per model."""
     table = Table(title=title)
     for header in ("task", "metric", *results, "floor", "prompts"):
         justify: Literal["left", "right"] = "left" if header in _TEXT_COLUMNS else "right"

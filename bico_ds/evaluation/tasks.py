@@ -166,7 +166,7 @@ def _load_task(folder: Path, name: str, limit: int | None) -> Task:
 def limit_rows(examples: Sequence[Example], limit: int | None) -> tuple[Example, ...]:
     """At most `limit` examples, in their order, as many of every group as of any other (but for one).
 
-    The published files have ten rows a person, one a prompt form, one person after the other: their first 60
+    The published files have ten rows per person, one per prompt form, one person after the other: their first 60
     rows are 6 persons, and the first two of every person are two of ten forms. So each group starts where the
     one before it ended: all forms are asked as soon as `limit` is as large as their number.
     """

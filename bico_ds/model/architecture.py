@@ -33,7 +33,8 @@ _SMALLEST_VOCABULARY_SHARE = 0.9
 def model_config(spec: ModelSpec) -> PretrainedConfig:
     """The architecture that `spec` asks for: ``path``'s config.json, or ``config``.
 
-    Raises UserError on a missing folder, unknown keys, or where both are given and disagree.
+    Raises UserError on a missing folder, a config that cannot be read, unknown keys, values that make no model, or where
+    both are given and disagree.
     """
     recipe = None if spec.config is None else _config_from_recipe(spec.config)
     config = recipe if spec.path is None else _config_at(spec.path.here())

@@ -1,5 +1,6 @@
-"""Weights out of a DeepSpeed checkpoint of any world size, one parameter at a time.
+"""Weights out of a DeepSpeed checkpoint of any ZeRO stage and world size, one parameter at a time.
 
+Up to ZeRO-2 rank 0's model file holds them whole, in the training's dtype; the fp32 masters are not read.
 Layout of ZeRO-3 (as `deepspeed.utils.zero_to_fp32` reads it, DeepSpeed 0.19): every rank's optimizer file
 holds the fp32 master weights of its partitions, all parameters one after the other in the order of
 ``param_shapes``, each cut into world-size pieces of equal length, the last one padded. Files are
@@ -22,7 +23,9 @@ _PREFIX = "causal_lm."
 
 
 class Zero3Checkpoint:
-    """fp32 master weights of the trained parameters, by their names in the causal LM."""
+    """fp32 master weights of the trained parameters, by their names in the causal LM. Raises UserError where a rank's file
+    is missing, or has not the size that the shapes say.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -61,7 +64,7 @@ class Zero3Checkpoint:
 
 
 class WholeCheckpoint:
-    """The weights of a ZeRO-0, 1 or 2 checkpoint: whole in one file, in the training's dtype."""
+    """The weights of a ZeRO-1 or 2 checkpoint: whole in one file, in the training's dtype."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -70,7 +73,7 @@ class WholeCheckpoint:
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> Tensor:
-        """The whole parameter."""
+        """The whole parameter, in the training's dtype."""
         return self._tensors[name]
 
 
@@ -78,7 +81,10 @@ CheckpointWeights = Zero3Checkpoint | WholeCheckpoint
 
 
 def open_checkpoint(folder: Path) -> CheckpointWeights:
-    """Open a DeepSpeed checkpoint folder. The files are pickles: open none that you would not run."""
+    """Open a DeepSpeed checkpoint folder. The files are pickles: open none that you would not run.
+
+    Raises UserError where it is none, or a file cannot be read.
+    """
     if (folder / "zero_pp_rank_0_mp_rank_00_model_states.pt").is_file():
         return Zero3Checkpoint(folder)
     if (folder / "mp_rank_00_model_states.pt").is_file():

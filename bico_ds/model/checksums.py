@@ -33,7 +33,9 @@ def slice_checksum(flat: Tensor, start: int) -> int:
 
 
 def parameter_checksums(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, int]:
-    """Checksum of each parameter over all ranks, whole or ZeRO-3-partitioned. Collective under ZeRO-3."""
+    """Checksum of each parameter, whole or ZeRO-3-partitioned: then over all ranks, and collective. Whole ones are this
+    rank's own.
+    """
     parameters = dict(named)
     sums = torch.tensor([_own_checksum(parameter) for parameter in parameters.values()], dtype=torch.int64)
     partitioned = [is_partitioned(parameter) for parameter in parameters.values()]
@@ -44,7 +46,7 @@ def parameter_checksums(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, 
 
 
 def add_over_ranks(sums: Tensor) -> Tensor:
-    """Sum of int64 vectors over all ranks, wrapping."""
+    """Sum of int64 vectors over all ranks, wrapping. Collective, where there is a process group."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return sums
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"

@@ -34,8 +34,9 @@ def export_model(
     ``engine_or_model``: a DeepSpeed engine, a `TrainableModel` or a Hugging Face causal LM. Call it on every
     rank: under ZeRO-3 parameters are gathered one at a time, and rank 0 writes, holding one shard at most.
     LoRA adapters are merged, in fp32.
-    ``folder`` appears complete or not at all, with the SHA-256 of each file in ``checksums.json``. Raises
-    UserError where it exists and ``overwrite`` is off; what rank 0 meets in writing is raised on every rank.
+    ``folder`` appears complete or not at all, with the SHA-256 of each other file in ``checksums.json``. Raises
+    UserError where it exists with something in it and ``overwrite`` is off. What rank 0 meets in writing is raised
+    there, and as UserError on the others.
     """
     causal_lm = _causal_lm(engine_or_model)
     tensors = dict(exported_parameters(causal_lm))

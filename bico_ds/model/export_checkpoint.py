@@ -34,9 +34,10 @@ def export_checkpoint(
     """Write the weights of a DeepSpeed checkpoint as `export_model` writes live ones; at most one shard in
     memory.
 
-    ``spec``: the run's model section. A full fine-tuning needs its config only; LoRA reads the base from
-    ``spec.path`` and merges. fp32 gives ZeRO-3's master weights. Raises UserError where the checkpoint is
-    not that model's.
+    ``spec``: the run's model section. A full fine-tuning needs its config only, and fp32 gives its master weights under
+    ZeRO-3, below that its weights in the training's dtype. LoRA reads the base from ``spec.path`` and merges, in fp32,
+    base and adapters in the training's dtype. Raises UserError where ``folder`` is there and ``overwrite`` off, where
+    the checkpoint cannot be read or is not that model's, and where LoRA's base is not to be had.
     """
     refuse_existing(folder, overwrite=overwrite)
     config = _config(spec)

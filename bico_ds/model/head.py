@@ -1,7 +1,7 @@
 """The output head with its loss: the logits of a whole batch never exist.
 
 Under ZeRO-3 a module's weight is there only while that module runs, and every rank must enter every module
-equally often. Hence the loss lives in the head module itself: entered once a micro-batch, whatever the rows,
+equally often. Hence the loss lives in the head module itself: entered once per micro-batch, whatever the rows,
 and chunked inside.
 """
 
@@ -44,11 +44,12 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, ch
     """Sum over rows of the cross entropy of ``hidden @ weight.T`` against ``targets``.
 
     hidden [N, E] and weight [V, E] of one floating dtype, targets int64 [N]. Softmax and sums in fp32 (fp64
-    for fp64). At most ``chunk_rows`` rows of logits exist at a time, about 6 bytes a logit in bf16. Gradients
+    for fp64). At most ``chunk_rows`` rows of logits exist at a time, about 6 bytes per logit in bf16. Gradients
     are computed in the forward pass, chunk by chunk, so that no logit is computed twice (as Liger Kernel
-    does, arXiv 2410.10989). The weight's gradient is summed over chunks in the weight's dtype; where these
-    would be more than `LOW_PRECISION_CHUNKS`, it is computed for a block of the vocabulary at a time from all
-    rows instead, in the same memory and for about 1.4 times the time.
+    does, arXiv 2410.10989); the backward pass scales them in place, once. The weight's gradient is summed over
+    chunks in the weight's dtype. Where that is bf16 and the chunks are more than `LOW_PRECISION_CHUNKS`, it is computed
+    for a block of the vocabulary at a time from all rows instead: in the same memory, with the logits computed a
+    second time, and for 1.4 to 1.5 times the time (docs/attention.md).
     """
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_rows, torch.is_grad_enabled())
 

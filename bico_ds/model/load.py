@@ -1,7 +1,7 @@
-"""Weights from a Hugging Face folder: each rank reads its own slices, and nothing else.
+"""Weights from a Hugging Face folder: each rank reads its own slices, and 1/world-size of the files again to verify.
 
-Everything that can be wrong with a folder is found from file names, sizes and headers, before a weight is
-read.
+What can be wrong with file names, sizes, names, shapes and dtypes is found from headers, before a weight is read; a stored
+tied head that differs from the embedding only afterwards.
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ WeightFolder = SafetensorsFolder | PickledFolder
 
 
 def open_weights(path: FolderOrHub, *, allow_pickle: bool = False) -> WeightFolder:
-    """Open the weights at a folder or hub name. Raises UserError on what is missing, truncated or pickled."""
+    """Open the weights at a folder or hub name. Raises UserError on what is missing, truncated, quantized or pickled, and
+    where a download fails.
+    """
     folder = path if isinstance(path, Path) else _download(path, allow_pickle)
     if not folder.is_dir():
         raise UserError(f"model.path: the folder '{path}' does not exist")
@@ -154,8 +156,8 @@ def verify_loaded(named: Iterable[tuple[str, nn.Parameter]], weights: WeightFold
     """Compare every loaded parameter with the file, by checksum; each rank reads 1/world-size of the files
     for it.
 
-    ``named``: names as in the folder. Collective under ZeRO-3. Raises RuntimeError naming the first wrong
-    parameters.
+    ``named``: names as in the folder. Collective, where there is a process group. Raises RuntimeError naming the first
+    wrong parameters, and UserError where a stored tied head is not the embedding.
     """
     parameters = dict(named)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

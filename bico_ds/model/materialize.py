@@ -1,7 +1,8 @@
 """From shapes on the meta device to weights: whole on one device, or this rank's partition under ZeRO-3.
 
 DeepSpeed's usual way (`deepspeed.zero.Init` as a context) builds each parameter whole on every rank and
-broadcasts it from rank 0. Here a rank asks a `WeightSource` for its own slice only, and nothing is sent.
+broadcasts it from rank 0. Here a rank asks a `WeightSource` for its own slice only, and nothing is sent. ZeRO++'s hpZ is
+the exception: it cuts two partitions out of a parameter, and a rank asks for the whole of it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     import deepspeed
 
     class Partition(Tensor):
-        """This rank's slice of a flattened parameter, padded at the last rank."""
+        """This rank's slice of a flattened parameter, padded where the parameter has ended."""
 
         ds_numel: int
 
@@ -47,7 +48,7 @@ def materialize(
     """Replace every meta parameter of ``model`` by a real one filled from ``source``; tied ones stay tied.
 
     Under ZeRO-3 (``ds_config``) each rank reads and keeps its partition; the full shape is allocated, one
-    parameter at a time, but on a CPU only the pages of the own slice are ever touched.
+    parameter at a time, but on a CPU only the pages of the own slice are ever touched (with hpZ all, and all is read).
     """
     partitioner = _partitioner(ds_config, next(model.parameters()).dtype)
     made: dict[int, nn.Parameter] = {}

@@ -24,8 +24,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside ``folder`` that takes its place when the block ends without an error.
 
-    Raises UserError where ``folder`` exists and ``overwrite`` is off; with it, the old folder goes only after
-    the new one is complete.
+    Raises UserError where ``folder`` exists with something in it and ``overwrite`` is off; with it, the old folder goes
+    only after the new one is complete.
     """
     refuse_existing(folder, overwrite=overwrite)
     temporary = folder.with_name(f".{folder.name}.incomplete")
@@ -36,6 +36,7 @@ def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         _fsync_tree(temporary)
         previous = folder.with_name(f".{folder.name}.previous")
         if folder.exists():
+            shutil.rmtree(previous, ignore_errors=True)  # a crash just before the last line left it
             folder.rename(previous)
         temporary.rename(folder)
         shutil.rmtree(previous, ignore_errors=True)
@@ -45,15 +46,16 @@ def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def refuse_existing(folder: Path, *, overwrite: bool = False) -> None:
-    """Raise UserError where an export would touch what is there already."""
+    """Raise UserError where an export would touch what is there already; an empty folder is nothing."""
     if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"'{folder}' exists and is not empty; name another folder, or remove it first")
 
 
 class ShardWriter:
-    """Writes named tensors, in the order announced, into ``model-0000i-of-0000n.safetensors`` and an index.
+    """Writes named tensors, which come in the order announced, into ``model-0000i-of-0000n.safetensors`` and an index, or
+    where one shard is enough into ``model.safetensors``.
 
-    At most one shard of ``max_shard_bytes`` is held in memory.
+    At most one shard is held in memory: ``max_shard_bytes``, or a single larger tensor.
     """
 
     def __init__(
@@ -101,7 +103,7 @@ class ShardWriter:
 
 
 def write_checksums(folder: Path) -> None:
-    """Write size and SHA-256 of every file of ``folder`` into its ``checksums.json``."""
+    """Write size and SHA-256 of every file that is in ``folder`` now into its ``checksums.json``."""
     sums = {
         path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(folder.iterdir())

@@ -154,8 +154,7 @@ def swap_layers(
     """Change every decoder layer of a Llama, Mistral, Qwen2 or Qwen3 causal LM to ours, in place.
 
     ``longest_document``: tokens of the longest document (or the bin capacity, which bounds it); needed by
-    models with a sliding window. Raises UserError where the model is of another kind, or the attention of it
-    is not the full causal one over a document.
+    models with a sliding window. Raises UserError as `check_attention` does.
     """
     check_attention(model.config, longest_document=longest_document)
     for layer in model.model.layers:
@@ -166,7 +165,9 @@ def swap_layers(
 
 
 def check_attention(config: PretrainedConfig, *, longest_document: int | None = None) -> None:
-    """Raise UserError if our op cannot stand in for the attention of this architecture. Needs no model."""
+    """Raise UserError if our op cannot stand in for the attention of this architecture: another model type, rotary type or
+    head size, dropout, or a sliding window that a document exceeds. Needs no model.
+    """
     if config.model_type not in SUPPORTED_MODEL_TYPES:
         raise UserError(
             f"model type '{config.model_type}' is not supported: its attention is not known to be Llama's. "

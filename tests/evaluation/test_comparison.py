@@ -15,7 +15,7 @@ from bico_ds.config.errors import UserError
 from bico_ds.evaluation.arms import load_arms
 from bico_ds.evaluation.compare import compare_runs
 from bico_ds.evaluation.paired import paired_differences
-from bico_ds.evaluation.suite import EvaluationResult, TaskResult, save_result
+from bico_ds.evaluation.suite import EvaluationResult, TaskResult
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -45,6 +45,10 @@ def test_a_step_evaluated_again_after_a_resume_counts_once_and_the_last_step_is_
     assert arm.final.tasks["d2n"].score == 0.9
 
 
+def _save(task: TaskResult, path: Path) -> None:
+    path.write_text(json.dumps(EvaluationResult(tasks={"n2d": task}).to_json()))
+
+
 def test_the_result_file_of_a_run_wins_and_a_bare_result_is_an_arm_too(tmp_path):
     folder = _run(tmp_path / "ntp", [(100, 0.2)])
     result_file = folder / "evaluation" / "step-000100.json"
@@ -52,7 +56,7 @@ def test_the_result_file_of_a_run_wins_and_a_bare_result_is_an_arm_too(tmp_path)
     task = TaskResult(
         headline="bleu", metrics={"bleu": 0.7}, intervals={"bleu": (0.6, 0.8)}, floors={"bleu": 0.1}
     )
-    save_result(EvaluationResult(tasks={"n2d": task}), result_file)
+    _save(task, result_file)
     arms = load_arms([folder, result_file])
     assert [arm.final.tasks["n2d"].intervals["bleu"] for arm in arms] == [(0.6, 0.8)] * 2
     assert [bool(arm.curves) for arm in arms] == [True, False]
@@ -72,7 +76,7 @@ def test_runs_without_an_evaluation_are_refused(tmp_path):
 def test_runs_that_were_asked_different_questions_do_not_stand_side_by_side(tmp_path):
     for name, metric in (("a", "bleu"), ("b", "contains")):
         task = TaskResult(headline=metric, metrics={metric: 0.7})
-        save_result(EvaluationResult(tasks={"n2d": task}), tmp_path / f"{name}.json")
+        _save(task, tmp_path / f"{name}.json")
     with pytest.raises(UserError, match="'n2d' is scored by bleu in a and by contains in b"):
         compare_runs([tmp_path / "a.json", tmp_path / "b.json"], output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -86,7 +90,7 @@ def _result(path: Path, scores: list[float], *, persons: str = "aabbcc", new_tok
     task = TaskResult(
         headline="contains", metrics={"contains": sum(scores) / len(scores)}, rows=rows, new_tokens=new_tokens
     )
-    save_result(EvaluationResult(tasks={"n2d": task}), path)
+    _save(task, path)
     return path
 
 

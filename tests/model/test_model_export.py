@@ -53,6 +53,15 @@ def test_an_export_loads_in_transformers_bit_equal_and_generates_alike(
     assert torch.equal(live.generate(prompt, **generate), loaded.generate(prompt, **generate))
 
 
+def test_what_a_crash_left_of_the_folder_before_last_does_not_stop_the_next_export(tmp_path: Path) -> None:
+    folder, left = tmp_path / "out", tmp_path / ".out.previous"
+    for place in (folder, left):
+        place.mkdir()
+        (place / "config.json").write_text("{}")
+    export_model(tiny_model(), None, folder, "fp32", overwrite=True)
+    assert (folder / "model.safetensors").is_file() and not left.exists()
+
+
 def test_checksums_name_every_file_and_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     export_model(tiny_model(), None, folder, "fp32")

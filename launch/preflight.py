@@ -3,11 +3,11 @@
 
     srun … launch/preflight.py --recipe llama70b_bico --output-dir runs/llama70b    (the batch script does it)
     torchrun --nnodes 2 … launch/preflight.py --recipe …
-    python launch/preflight.py --recipe tiny_bico                                   (this machine alone)
+    python launch/preflight.py --recipe tiny_base                                   (this machine alone)
 
 Compares versions, program, recipe and data between the nodes, looks at disks, shared folders, clocks and
 GPUs, and measures the network. Exit codes: 0 ready, 1 refused (the message names the node), 2 wrong usage or
-recipe.
+recipe, or ranks that cannot meet.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 """Train a recipe.
 
     deepspeed launch/train.py --recipe llama70b_bico
-    deepspeed --num_accelerators 2 launch/train.py --recipe tiny_bico      (on a CPU the launcher starts one unless told)
+    deepspeed --num_accelerators 2 launch/train.py --recipe tiny_base      (on a CPU the launcher starts one unless told)
     python launch/train.py --recipe tiny_bico --dry-run
 
-Exit codes: 0 finished, or stopped on request with a checkpoint (state.json says which); 2 wrong usage or input; 1 failure.
+Exit codes: 0 finished, or stopped on request (state.json says which), with a checkpoint once a step was made; 2 wrong
+usage or input; 1 failure.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--resume", metavar="auto|none|PATH", type=path_text, default="auto",
         help="auto: the newest whole checkpoint of the run folder, if any (default); none: start anew, what was there is "
-        "set aside; PATH: this checkpoint",
+        "set aside; PATH: this checkpoint, or the newest whole one of this run folder",
     )  # fmt: skip
     parser.add_argument(
         "--allow-data-change",

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """The demo: tiny_base, then tiny_bico and tiny_ntp from it, on ZeRO-3 with two ranks; then both side by side.
 
-python tools/demo.py                          one seed, the recipes' own run folders
-python tools/demo.py --seeds 11 12 13         a run folder each, and the mean and worst over all
+python tools/demo.py                          one seed, into runs/NAME
+python tools/demo.py --seeds 11 12 13         each into runs/seed-N/NAME, and the mean and worst over all
 """
 
 from __future__ import annotations

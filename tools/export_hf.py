@@ -4,7 +4,8 @@
     python tools/export_hf.py runs/llama70b_bico OUT                    the newest whole checkpoint of a run
     python tools/export_hf.py runs/llama70b_bico/checkpoints/step-001000 OUT --dtype fp32
 
-Needs neither ranks nor a GPU, and one shard of memory. OUT appears complete or not at all.
+Needs neither ranks nor a GPU, and one shard of memory. OUT appears complete or not at all. fp32 gives the optimizer's
+master weights where all weights were trained under ZeRO-3; else it is the training's dtype, widened.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", type=local_path, help="a checkpoint folder, or a run folder")
-    parser.add_argument("output", type=local_path, help="the folder to write; must not exist")
+    parser.add_argument("output", type=local_path, help="the folder to write; must be new or empty")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="default: bf16")
     parser.add_argument(
         "--base", type=folder_or_hub_name, help="LoRA: where the base model lies now, if it has moved"

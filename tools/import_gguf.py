@@ -31,8 +31,9 @@ def import_gguf(
 ) -> None:
     """Convert `file` into the folder `output`, which appears whole or not at all.
 
-    Raises UserError for a file that is no GGUF, an architecture that cannot be trained here, weights that are
-    missing, and a tokenizer whose special tokens are not those of the model.
+    Raises UserError for an `output` that is there without `overwrite`, a file that is no GGUF or cannot be read, packages
+    or weights that are missing, an architecture that cannot be trained here, and a tokenizer that is not the model's, or
+    splits names as `check_name_tokens` says.
     """
     _check_file(file)
     if output.exists() and not overwrite:

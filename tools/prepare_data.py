@@ -36,7 +36,7 @@ from bico_ds.data.store_view import describe_store
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit code: 0 done, 1 the machine failed, 2 the input or the command is wrong."""
+    """Return the exit code: 0 done, 1 the machine failed or it was interrupted, 2 the input or the command is wrong."""
     parser = build_parser()
     args = parser.parse_args(arguments)
     if args.inspect is None and args.command is None:

@@ -4,7 +4,8 @@
     attempt.py begin RUN --restarts N --limit M         0: go on; 1: too often restarted, in vain, or to be stopped
     attempt.py end RUN --code C --restarts N --limit M  0: done; 75: requeue; 76: used up; 77: to be stopped; else failed
 
-`--code` is what srun returned; the run's state file decides. RUN/stop is the wish to stop.
+`--code` is what srun returned; the run's state file decides, and where this start never wrote one, `--stopped`: the script
+was asked to stop. RUN/stop is the wish not to be started again.
 """
 
 from __future__ import annotations

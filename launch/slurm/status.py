@@ -3,10 +3,10 @@
 
     status.py                      everything below runs/
     status.py runs/sweep-a -w 10   these, shown anew every 10 seconds
-    status.py --json               for programs: one object a line
+    status.py --json               for programs: one object per line
 
 States: waiting (never started), starting, running, preempted (saved, to be resumed), done, failed, and lost:
-the state file says running, and nobody has been alive behind it for a minute.
+the state file says starting or running, and nobody has been alive behind it for a minute.
 """
 
 from __future__ import annotations

@@ -2,12 +2,13 @@
 """Submit a recipe, or a sweep of recipes and seeds, to SLURM.
 
     submit.py --recipe llama70b_bico --nodes 8 --gpus-per-node 8 --time 24:00:00 --partition gpu
-    submit.py --recipe tiny_bico tiny_ntp --seeds 1 2 --nodes 1 --gpus-per-node 0 --ranks-per-node 2 --time 60
+    submit.py --recipe tiny_base --seeds 1 2 3 --nodes 1 --gpus-per-node 0 --ranks-per-node 2 --time 60
     submit.py … --dry-run                    print the script, write and submit nothing
 
 Checks the recipe first, writes the batch script into the run folder (slurm/job-N.sbatch: readable, usable by
 itself with `sbatch`), submits it, and says how to follow it. Several recipes or seeds make a job array, each
-run with a folder of its own below --output-dir. Exit codes: 0 submitted, 2 wrong usage or input.
+run with a folder of its own below --output-dir. Exit codes: 0 submitted (or printed), 2 wrong usage or input, or
+SLURM refused.
 """
 
 from __future__ import annotations
@@ -171,7 +172,9 @@ def list_runs(arguments: argparse.Namespace) -> dict[Path, Recipe]:
 
 
 def check(run: Path, recipe: Recipe, resources: Resources) -> None:
-    """Inputs are there, ranks and batch sizes divide, the schedule fits, the model is known."""
+    """Inputs are there, ranks and batch sizes divide, the schedule fits (where the recipe counts steps), the model is
+    known. Raises `UserError`.
+    """
     stop_signal(recipe)
     check_inputs(recipe)
     with without_accelerator():

@@ -8,9 +8,9 @@ the machine counts little. Peak memory is what a fresh process needs beyond its 
 go.
 
 Part 1: the paper's formulation (two full score matrices, tril + triu, one softmax) against ours. Part 2:
-bidirectional against causal mode, at equal kept tokens; the arithmetic limit is 2. Part 3: mask policies at
+bidirectional against causal mode, at equal kept tokens; two passes cost 2, the arithmetic limit. Part 3: mask policies at
 equal kept + live rows, against 15 % i.i.d. Part 4: many short documents (20 to 50 tokens, 9 query heads on 3
-key heads), against a kernel call a document.
+key heads), against a kernel call per document.
 """
 
 from __future__ import annotations
@@ -167,8 +167,7 @@ def masked_plan(policy: str, rows: int) -> AttentionPlan:
 
 
 def against_iid(rows: int, repeats: int) -> list[dict]:
-    """U(0, 1) stands as a document masked at 0.67, the rate at which a third of all tokens is live or
-    more."""
+    """U(0, 1) stands as a document masked at 0.67, where more tokens are live (45 %) than under U(0, 1) itself (a third)."""
     results = []
     for dtype in DTYPES:
         plans = {name: masked_plan(name, rows) for name in MASKS}

@@ -141,7 +141,7 @@ def make_batch(bench: Bench, objective: Objective, length: int, rows: int) -> Pa
 
 def flops(bench: Bench, batch: PackedBatch) -> float:
     """Of one step, forward and backward, nothing counted twice for recomputation: products of layers and head, and
-    attention over the pairs that a query sees."""
+    attention over the pairs of kept tokens that see each other (those of live rows are left out)."""
     config = bench.engine.module.config
     head_dim = config.hidden_size // config.num_attention_heads
     lengths = batch.plan.cu_seqlens.diff().double()

@@ -5,10 +5,10 @@
 
 Part 1: one worker against transformers' `DataCollatorWithFlattening` on the same documents, which it is given
 as ready Python lists (ours reads them from the token store). It has no masks: its NTP speed stands against
-our BICO too. Tokens a second of CPU time, so that other work on the machine does not count.
+our BICO too. Tokens per second of CPU time, so that other work on the machine does not count.
 
 Part 2: a main thread that is busy with small tensor operations takes batches from one background thread
-(ours), and from one process (torch's DataLoader, spawned, around the same loader). Tokens a second of wall
+(ours), and from one process (torch's DataLoader, spawned, around the same loader). Tokens per second of wall
 time, the busy time included, and the share of the time that the main thread waited.
 """
 
@@ -78,7 +78,7 @@ def make_store(folder: Path, mean: int, tokens: int = 8_000_000) -> TokenStore:
 
 
 def make_loader(store: TokenStore, spec: ObjectiveSpec, workers: int) -> ElasticLoader:
-    """One rank, BINS micro-batches of one bin a step."""
+    """One rank, BINS micro-batches of one bin per step."""
     tokens = TokenFacts(special_ids=(0, 1, 2), placeholder_id=0, vocabulary=32_000)
     data = {"sources": [{"store": str(store.path)}], "capacity": CAPACITY, "workers": workers}
     stream = StreamSpec(
@@ -92,7 +92,7 @@ def make_loader(store: TokenStore, spec: ObjectiveSpec, workers: int) -> Elastic
 
 
 def tokens_per_second(step: Callable[[int], RankStep], seconds: float = 1.5) -> float:
-    """Return million tokens a CPU second of `step`, called in order for so long."""
+    """Return million tokens per CPU second of `step`, called in order for so long."""
     step(0)
     done, number, begin = 0, 1, time.process_time()
     while time.process_time() - begin < seconds:
@@ -102,7 +102,7 @@ def tokens_per_second(step: Callable[[int], RankStep], seconds: float = 1.5) -> 
 
 
 def collator_speed(store: TokenStore, loader: ElasticLoader) -> float:
-    """Return million tokens a CPU second of the flattening collator on the documents of the first steps."""
+    """Return million tokens per CPU second of the flattening collator on the documents of the first steps."""
     from transformers import DataCollatorWithFlattening
 
     collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_position_ids=True)

@@ -9,7 +9,7 @@ micro-batches of 2048 original tokens each, backward, optimizer. Times are CPU s
 steps, so that other work on the machine counts little; divide by the threads for the time on a quiet
 machine.
 
-The limit: 6 operations a parameter and token, at the rate of a 2048-cubed bf16 product measured in the same
+The limit: 6 operations per parameter and token, at the rate of a 2048-cubed bf16 product measured in the same
 run. Shares come from one profiled step; optimizer and engine are what a step takes beyond its forward and
 backward passes. `--trl`: a folder made by ``pip install --target FOLDER trl``; its SFTTrainer packs the same
 documents.
@@ -102,7 +102,7 @@ def batches(kind: str, objective: str, bins: int) -> list[PackedBatch]:
 
 
 def build_engine(bins: int, stage: int) -> Any:
-    """DeepSpeed's engine around the model, on one rank, as launch/train.py would build it."""
+    """DeepSpeed's engine around the model, on one rank, as launch/train.py would build it but for the schedule."""
     import deepspeed
 
     from bico_ds.engine import host_memory
@@ -156,7 +156,7 @@ def least_cpu_seconds(work: Callable[[], Any], repeats: int) -> float:
 
 
 def matmul_rate() -> float:
-    """bf16 operations a CPU second of a 2048-cubed product."""
+    """bf16 operations per CPU second of a 2048-cubed product."""
     a, b = (torch.randn(2048, 2048).bfloat16() for _ in range(2))
     return 2 * 2048**3 / least_cpu_seconds(lambda: a @ b, repeats=10)
 
@@ -199,7 +199,7 @@ def _inside(event: Any, name: str) -> bool:
 
 
 def trl_speed(folder: Path, kind: str, bins: int, threads: int) -> float | None:
-    """Tokens a CPU second of SFTTrainer, by its own count, in its own process; None where it fails."""
+    """Tokens per CPU second of SFTTrainer, by its own count, in its own process; None where it fails."""
     command = [
         sys.executable,
         str(Path(__file__).with_name("step_trl.py")),

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""One SFTTrainer step with packing, for tools/bench/step.py: reads a JSON task, prints
-{"tokens_per_cpu_second": …}.
+"""SFTTrainer steps with packing, for tools/bench/step.py: reads a JSON task, prints {"tokens_per_cpu_second": …} of the
+fastest.
 
-python tools/bench/step_trl.py TRL_FOLDER BINS THREADS < task.json
+    python tools/bench/step_trl.py TRL_FOLDER BINS THREADS < task.json
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Speed:
-    """Runs a microsecond: by the clock, and of CPU time (which a busy machine does not distort)."""
+    """Runs per microsecond: by the clock, and of CPU time (which a busy machine does not distort)."""
 
     clock: float
     cpu: float

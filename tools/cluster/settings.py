@@ -1,4 +1,4 @@
-"""Configuration files of the test cluster: slurm.conf and what belongs to it, a key a line."""
+"""Configuration files of the test cluster: slurm.conf and what belongs to it."""
 
 from __future__ import annotations
 

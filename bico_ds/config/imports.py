@@ -36,6 +36,18 @@ def import_module(written: WrittenPath) -> ModuleType:
         raise UserError(f"{written.where}: {_describe(name, error)}") from error
 
 
+def source_files(written: WrittenPath) -> list[Path]:
+    """The Python files behind an import, all of them for a package: what must be the same on every node.
+
+    Raises `UserError` where it is not there, or fails.
+    """
+    file = import_module(written).__file__
+    if file is None:
+        raise UserError(f"{written.where}: '{written}' has no file of its own")
+    is_package = Path(file).name == "__init__.py"
+    return sorted(Path(file).parent.rglob("*.py")) if is_package else [Path(file)]
+
+
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise UserError(f"there is no file '{path}'")

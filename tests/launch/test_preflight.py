@@ -105,6 +105,16 @@ def test_a_changed_byte_changes_the_fingerprint(tmp_path):
     assert input_fingerprints(recipe) != before
 
 
+def test_an_objective_of_the_users_own_must_be_the_same_on_every_node(tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text("VERSION = 1\n")
+    recipe = load_recipe("tiny_base", [f"imports=[{mine}]"])
+    before = input_fingerprints(recipe)
+    assert list(before)[0] == f"imports.0 ({mine})"
+    mine.write_text("VERSION = 2\n")
+    assert input_fingerprints(recipe) != before
+
+
 @pytest.mark.parametrize("without", [[0], [1], [2], [0, 1, 2]])
 @pytest.mark.parametrize("inputs", [{}, {"model.path (m/x)": "missing"}])
 def test_an_input_that_is_not_on_every_node_is_named_with_the_nodes(without, inputs):

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from bico_ds.config.errors import UserError
+from bico_ds.config.imports import source_files
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.schema import Recipe
 from bico_ds.data.sources import find_files
@@ -21,6 +22,8 @@ def input_files(recipe: Recipe) -> Iterator[tuple[str, Callable[[], list[Path]]]
 
     Finding raises `UserError` where there are none; a path that cannot be expanded on this machine raises it at once.
     """
+    for number, name in enumerate(recipe.imports):
+        yield f"imports.{number} ({name})", partial(source_files, name)
     for key, value in (("model.path", recipe.model.path), ("model.tokenizer", recipe.model.tokenizer)):
         if value is not None and isinstance(place := value.here(), Path):
             advice = "fetch it there, or give a hub name (owner/name)"

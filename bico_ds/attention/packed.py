@@ -45,7 +45,7 @@ def packed_attention(
     engine = resolve(backend, q.dtype, q.shape[-1], q.device)
     if engine is None:
         return oracle_attention(q, k, v, cos, sin, plan, scale)
-    return run_packed_attention(q, k, v, cos, sin, plan, scale, engine, layout)
+    return run_packed_attention(q, k, v, cos, sin, plan, scale=scale, engine=engine, layout=layout)
 
 
 def run_packed_attention(
@@ -55,6 +55,7 @@ def run_packed_attention(
     cos: Tensor,
     sin: Tensor,
     plan: AttentionPlan,
+    *,
     scale: float,
     engine: Engine,
     layout: Layout | None = None,

@@ -14,6 +14,7 @@ the j-th kept token of a document that boundary is ``j + 1``; for a live placeho
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -29,13 +30,15 @@ Lengths: TypeAlias = "Tensor | NDArray[np.integer] | Sequence[int]"
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOutline:
-    """What is known of a plan without reading its tensors, wherever they lie; a layout must agree with it."""
+    """What is known of a plan without reading its tensors, wherever they lie; a layout must agree with it. ``digest``: of
+    all that `build_plan` was given."""
 
     mode: Mode
     num_documents: int
     num_kept: int
     num_live: int
     max_seqlen: int
+    digest: int
 
     @property
     def num_rows(self) -> int:
@@ -57,6 +60,8 @@ class AttentionPlan:
 
     ``live_document`` int64 [num_live]: each live row's document. ``live_split`` int64 [num_live]: how many
     kept tokens of it lie at or before the row's position.
+
+    ``digest`` tells plans of other documents or other live rows apart.
     """
 
     mode: Mode
@@ -70,6 +75,7 @@ class AttentionPlan:
     live_split: Tensor
     num_kept: int
     num_live: int
+    digest: int
 
     @property
     def num_rows(self) -> int:
@@ -88,6 +94,7 @@ class AttentionPlan:
             num_kept=self.num_kept,
             num_live=self.num_live,
             max_seqlen=self.max_seqlen,
+            digest=self.digest,
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionPlan:
@@ -152,6 +159,7 @@ def build_plan(
         live_split=torch.from_numpy(split),
         num_kept=int(cu_seqlens[-1]),
         num_live=document.size,
+        digest=zlib.crc32(np.concatenate([kept, document, split]).tobytes()),
     )
 
 

@@ -62,10 +62,11 @@ class Tile:
         return replace(self, masks=self._build_masks(dtype, causal)) if self.keeps_masks else self
 
     def masks_for(self, dtype: torch.dtype, *, causal: bool) -> TileMasks:
-        """The masks that it keeps, or masks built for this use."""
+        """The masks that it keeps, or masks built for this use. Raises ValueError where it keeps some of another dtype."""
         if self.masks is None:
             return self._build_masks(dtype, causal)
-        assert self.masks.bias.dtype == dtype, f"masks in {self.masks.bias.dtype} for scores in {dtype}"
+        if self.masks.bias.dtype != dtype:
+            raise ValueError(f"the layout's masks are of {self.masks.bias.dtype}, q, k and v of {dtype}")
         return self.masks
 
     def _build_masks(self, dtype: torch.dtype, causal: bool) -> TileMasks:

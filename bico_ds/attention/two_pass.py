@@ -16,7 +16,7 @@ Shape legend: N rows, M flipped rows, H query heads, D head dimension.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -41,6 +41,15 @@ class FlashProblem:
     hidden: Tensor | None = None
 
 
+class _Settings(TypedDict):
+    """What a kernel takes by keyword."""
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    scale: float
+    hidden: NotRequired[Tensor]
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Pass:
     """Inputs of one kernel call: rotated and, with hidden keys, perhaps widened q, k, v, and the tables (cos and sin,
@@ -62,9 +71,9 @@ class _Pass:
         return self.query_tables[0].shape[-1]
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """What a kernel takes by keyword; ``hidden`` only where there are hidden keys."""
-        packing = {"cu_seqlens": self.cu_seqlens, "max_seqlen": self.max_seqlen, "scale": self.scale}
+    def settings(self) -> _Settings:
+        """``hidden`` only where there are hidden keys."""
+        packing = _Settings(cu_seqlens=self.cu_seqlens, max_seqlen=self.max_seqlen, scale=self.scale)
         return packing if self.hidden is None else {**packing, "hidden": self.hidden}
 
 

@@ -110,8 +110,9 @@ def test_a_layout_by_another_policy_is_refused():
         build_plan("bidirectional", kept_lengths=[30]),
         build_plan("bidirectional", kept_lengths=[10, 19], live_document=[1], live_split=[2]),
         build_plan("bidirectional", kept_lengths=[25, 5]),
+        build_plan("bidirectional", kept_lengths=[10, 20]),
     ],
-    ids=["rows", "mode", "documents", "live rows", "longest document"],
+    ids=["rows", "mode", "documents", "live rows", "longest document", "order"],
 )
 def test_a_layout_of_another_batch_is_refused(other):
     problem = make_problem([20, 10], mask_rate=0.0, seed=23)
@@ -119,8 +120,20 @@ def test_a_layout_of_another_batch_is_refused(other):
         problem.packed(packed_attention, backend="cpu-flash", layout=build_layout(other, POLICY))
 
 
+def test_a_layout_of_other_live_rows_is_refused():
+    problem = make_problem([20, 20, 20], mask_rate=0.6, seed=23)
+    plan = problem.plan
+    splits = plan.live_split.clone()
+    splits[plan.live_split > 1] -= 1  # as many live rows, of the same documents, elsewhere
+    kept = plan.cu_seqlens.diff()
+    other = build_plan(plan.mode, kept_lengths=kept, live_document=plan.live_document, live_split=splits)
+    assert other.num_live == plan.num_live > 0
+    with pytest.raises(ValueError, match="the layout was built for another batch"):
+        problem.packed(packed_attention, backend="cpu-flash", layout=build_layout(other, POLICY))
+
+
 def test_masks_of_another_dtype_are_refused():
     problem = make_problem([5, 9], seed=24)
     layout = build_layout(problem.plan, POLICY).with_masks(torch.float32)
-    with pytest.raises(AssertionError, match="masks in torch.float32 for scores in torch.float64"):
+    with pytest.raises(ValueError, match="masks are of torch.float32, q, k and v of torch.float64"):
         problem.packed(packed_attention, backend="cpu-flash", layout=layout)

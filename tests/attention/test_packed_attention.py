@@ -3,6 +3,8 @@ break."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -34,7 +36,7 @@ def through(policy_name):
         pytest.skip(f"the fused kernel {native_refusal()}")
     engine = Engine(kernel=CpuFlash(), policy=HALF_POLICIES[policy_name])
     return lambda q, k, v, cos, sin, plan: run_packed_attention(
-        q, k, v, cos, sin, plan, q.shape[-1] ** -0.5, engine
+        q, k, v, cos, sin, plan, scale=q.shape[-1] ** -0.5, engine=engine
     )
 
 
@@ -277,5 +279,5 @@ class NoKeyMask(CpuFlash):
 def test_hidden_keys_weigh_nothing_in_a_kernel_without_key_mask(mask_rate):
     engine = Engine(kernel=NoKeyMask(), policy=POLICIES["hidden"])
     problem = make_problem([40, 1, 23, 60], mask_rate=mask_rate, seed=15)
-    found = problem.packed(lambda *arguments: run_packed_attention(*arguments, 0.25, engine))
+    found = problem.packed(partial(run_packed_attention, scale=0.25, engine=engine))
     assert max(relative_errors(found, expected_rows(problem))) < 1e-12

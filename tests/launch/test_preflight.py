@@ -110,7 +110,7 @@ def test_an_objective_of_the_users_own_must_be_the_same_on_every_node(tmp_path):
     mine.write_text("VERSION = 1\n")
     recipe = load_recipe("tiny_base", [f"imports=[{mine}]"])
     before = input_fingerprints(recipe)
-    assert list(before)[0] == f"imports.0 ({mine})"
+    assert next(iter(before)) == f"imports.0 ({mine})"
     mine.write_text("VERSION = 2\n")
     assert input_fingerprints(recipe) != before
 

@@ -88,8 +88,8 @@ def measure(fused: Any, length: int, rows: int, live_share: float) -> dict[str, 
             times.append(try_tiling(fused, plan, tensors, tiling, base))
         except Exception as error:  # one tiling that does not fit the GPU must not cost the others' figures
             print(f"    {tiling}: {type(error).__name__} {str(error)[:150]}", flush=True)
-    best = min(times, default=float("nan"))
-    return {"name": name, "ours": two, "other": best, "unit": "ms", "ratio": two / best}
+    best = min(times, default=None)  # every tiling failed
+    return {"name": name, "ours": two, "other": best, "unit": "ms", "ratio": two / best if best else None}
 
 
 def main() -> int:

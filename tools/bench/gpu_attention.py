@@ -69,7 +69,7 @@ def run(
 ) -> list[Tensor]:
     """out and the gradients of q, k, v. Without a ``layout`` the call makes one."""
     q, k, v, cos, sin, grad_out = tensors
-    out = run_packed_attention(q, k, v, cos, sin, plan, HEAD_DIM**-0.5, engine, layout)
+    out = run_packed_attention(q, k, v, cos, sin, plan, scale=HEAD_DIM**-0.5, engine=engine, layout=layout)
     return [out.detach(), *torch.autograd.grad(out, tensors[:3], grad_out)]
 
 

@@ -60,7 +60,8 @@ class Bench:
     engine: Engine
     device: torch.device
     layout_policy: LayoutPolicy | None
-    matrix_weights: int  # of the decoder layers
+    trained_weights: int  # of the decoder layers' matrices
+    frozen_weights: int
 
     @property
     def on_cuda(self) -> bool:
@@ -87,7 +88,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lengths", type=positive, nargs="+", default=[40, 2048], help="tokens per document")
     parser.add_argument("--rows", type=positive, default=8192, help="original tokens per step (default 8192)")
     parser.add_argument("--steps", type=positive, default=4, help="steps timed (default 4)")
-    parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="KEY.PATH=VALUE")
+    parser.add_argument(
+        "--set", dest="overrides", nargs="+", action="extend", default=[], metavar="KEY.PATH=VALUE"
+    )
     parser.add_argument(
         "--out", type=local_path, default=Path("runs/gpu_step"), metavar="DIR", help="for step.json"
     )
@@ -121,8 +124,16 @@ def build(recipe: Recipe, arguments: argparse.Namespace) -> Bench:
         f"optimizer {optimizer}",
         flush=True,
     )
-    matrices = sum(size for name, size in sizes.items() if ".layers." in name and "norm" not in name)
-    return Bench(engine=engine, device=ranks.device, layout_policy=policy, matrix_weights=matrices)
+    matrices = {name: p for name, p in model.named_parameters() if ".layers." in name and "norm" not in name}
+    trained = sum(sizes[name] for name, p in matrices.items() if p.requires_grad)
+    frozen = sum(sizes[name] for name in matrices) - trained
+    return Bench(
+        engine=engine,
+        device=ranks.device,
+        layout_policy=policy,
+        trained_weights=trained,
+        frozen_weights=frozen,
+    )
 
 
 def make_batch(bench: Bench, objective: Objective, length: int, rows: int) -> PackedBatch:
@@ -140,15 +151,17 @@ def make_batch(bench: Bench, objective: Objective, length: int, rows: int) -> Pa
 
 
 def flops(bench: Bench, batch: PackedBatch) -> float:
-    """Of one step, forward and backward, nothing counted twice for recomputation: products of layers and head, and
-    attention over the pairs of kept tokens that see each other (those of live rows are left out)."""
-    config = bench.engine.module.config
+    """Of one step, forward and backward, nothing counted twice for recomputation: products of layers and head (a frozen
+    weight has no gradient to compute), and attention over the pairs of a query and a key that it sees."""
+    config, plan = bench.engine.module.config, batch.plan
     head_dim = config.hidden_size // config.num_attention_heads
-    lengths = batch.plan.cu_seqlens.diff().double()
-    pairs = float((lengths**2).sum()) * (0.5 if batch.plan.mode == "causal" else 1.0)
+    kept = plan.cu_seqlens.diff().double()
+    live = torch.bincount(plan.live_document, minlength=len(kept))
+    pairs = float((kept * (kept + 1) / 2 if plan.mode == "causal" else kept * (kept + live)).sum())
     attention = 12 * pairs * config.num_attention_heads * head_dim * config.num_hidden_layers
     head = 6 * config.vocab_size * config.hidden_size * len(batch.targets)
-    return 6 * bench.matrix_weights * len(batch.input_ids) + head + attention
+    layers = (6 * bench.trained_weights + 4 * bench.frozen_weights) * len(batch.input_ids)
+    return layers + head + attention
 
 
 def measure(bench: Bench, name: str, length: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -171,7 +184,7 @@ def measure(bench: Bench, name: str, length: int, arguments: argparse.Namespace)
         "rows_per_s": round(len(batch.input_ids) / seconds),
         "tflops": round(rate / 1e12, 4),
         "mfu": round(rate / PEAK_FLOPS, 5),
-        "loss": float(loss) / max(len(batch.targets), 1),
+        "loss": loss.item() / max(len(batch.targets), 1),
         "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if bench.on_cuda else None,
     }
     print(json.dumps(figures), flush=True)
@@ -236,13 +249,17 @@ def main() -> int:
     one_rank = ["training.global_batch_bins=1", "training.micro_batch_bins=1", "distributed.world_size=null"]
     shape = [f"model.config.num_hidden_layers={arguments.layers}", "model.path=null"]
     try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"error: --out: cannot write to '{arguments.out}': {error.strerror}", file=sys.stderr)
+        return 2
+    try:
         recipe = load_recipe(arguments.recipe, [*shape, *one_rank, *arguments.overrides])
         bench = build(recipe, arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     figures = [measure(bench, name, n, arguments) for n in arguments.lengths for name in OBJECTIVES]
-    arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "step.json").write_text(json.dumps(figures) + "\n")
     distributed.leave()
     if arguments.json:

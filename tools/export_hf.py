@@ -56,7 +56,7 @@ def export(arguments: argparse.Namespace) -> None:
     found = manifest.find(root, print) if root.is_dir() else manifest.verify(arguments.checkpoint)
     if found is None:
         raise UserError(f"'{root}' holds no checkpoint")
-    recipe = recorded_recipe(found.content["recipe"], found.path / manifest.MANIFEST)
+    recipe = recorded_recipe(found.content["recipe"], found.path / manifest.MANIFEST, objectives=False)
     if arguments.base is not None:
         model = recipe.model.model_copy(update={"path": arguments.base})
         recipe = recipe.model_copy(update={"model": model})

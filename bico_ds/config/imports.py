@@ -32,7 +32,7 @@ def import_module(written: WrittenPath) -> ModuleType:
         raise UserError(
             f"{written.where}: there is no module '{name}' here; install it, or name a file that ends in .py"
         ) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{written.where}: {_describe(name, error)}") from error
 
 
@@ -66,10 +66,11 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-def _describe(name: str, error: Exception) -> str:
+def _describe(name: str, error: BaseException) -> str:
     """The error and its place in the user's own module, as one line."""
     if isinstance(error, SyntaxError):
         return f"'{name}' does not parse: {error.filename}:{error.lineno}: {error.msg}"
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
-    last = frames[-1]
-    return f"'{name}' fails at {last.filename}:{last.lineno}: {type(error).__name__}: {error}"
+    frames = [f"{f.filename}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]
+    theirs = [frame for frame in frames if not frame.startswith(("<frozen", importlib.__file__, __file__))]
+    at = f" at {theirs[-1]}" if theirs else ""
+    return f"'{name}' fails{at}: {type(error).__name__}: {error}"

@@ -64,11 +64,18 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _apply_override(tree, override)
     tree.values.setdefault("name", Path(name_or_path).stem)
+    _import_modules(tree)
     return _validated(tree)
 
 
-def recorded_recipe(values: dict[str, Any], file: Path) -> Recipe:
-    """The recipe that `file`, a manifest, recorded; its `imports` are loaded. Raises `UserError` that names key and file."""
+def recorded_recipe(values: dict[str, Any], file: Path, *, objectives: bool = True) -> Recipe:
+    """The recipe that `file`, a manifest, recorded. Raises `UserError` that names key and file.
+
+    Its `imports` are not loaded: they may be gone, or have moved. Without `objectives` next-token prediction stands in
+    their place, for commands that build none.
+    """
+    if not objectives:
+        values = {**values, "objectives": [{"kind": "ntp"}]}
     return _validated(_Tree(values, {(): Place(str(file), 0)}))
 
 
@@ -107,12 +114,11 @@ def _import_modules(tree: _Tree) -> None:
     """The user's own modules, before validation: a recipe may name objectives that only they know."""
     names = tree.values.get("imports")
     for index, name in enumerate(names if isinstance(names, list) else ()):
-        if isinstance(name, str):
+        if isinstance(name, str) and name:
             import_module(WrittenPath(name, where=_where(("imports", index), tree.places)))
 
 
 def _validated(tree: _Tree) -> Recipe:
-    _import_modules(tree)
     try:
         recipe = Recipe.model_validate(tree.values)
     except ValidationError as error:

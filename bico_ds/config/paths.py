@@ -46,6 +46,8 @@ class WrittenPath:
         Raises `UserError`, with the place it was written at, for a variable that is unset or empty here, and for a home
         folder that this machine has not.
         """
+        if self.text.split("/")[0] == "~" and os.environ.get("HOME") == "":
+            raise self._error("the environment variable HOME is empty on this machine; set it, or")
         path = os.path.expanduser(_VARIABLE.sub(self._variable, self.text))
         if path.startswith("~"):
             raise self._error(f"there is no home folder {path.split('/')[0]} on this machine;")

@@ -13,6 +13,7 @@ from typing import Any
 from bico_ds.config.errors import UserError
 from bico_ds.config.schema import DataSpec, SourceSpec
 from bico_ds.config.unique_names import unique_names
+from bico_ds.objectives.base import Objective
 from bico_ds.objectives.schedule import ObjectiveSchedule
 
 
@@ -46,9 +47,20 @@ def identity(
     for index, (objective, probability) in enumerate(
         zip(schedule.objectives, schedule.probabilities, strict=True)
     ):
-        keys[f"objectives[{index}]"] = objective.identity()
+        keys[f"objectives[{index}]"] = _as_saved(objective)
         keys[f"objectives[{index}].probability"] = probability
     return keys
+
+
+def _as_saved(objective: Objective) -> Any:
+    """An objective's identity as a checkpoint gives it back. Raises `UserError` where none could hold it."""
+    try:
+        saved = json.loads(json.dumps(objective.identity()))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"objective '{objective.name}': its identity() is not JSON: {error}") from error
+    if saved != json.loads(json.dumps(saved)):
+        raise UserError(f"objective '{objective.name}': its identity() has a NaN, which equals nothing: {saved}")
+    return saved
 
 
 def fingerprint(keys: Mapping[str, Any]) -> str:
@@ -69,7 +81,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -53,5 +53,11 @@ def _call(node: ast.expr) -> tuple[str, dict[str, Any]]:
     for keyword in node.keywords:
         assert keyword.arg is not None
         nested = isinstance(keyword.value, ast.Call)
-        arguments[keyword.arg] = _call(keyword.value) if nested else ast.literal_eval(keyword.value)
+        arguments[keyword.arg] = _call(keyword.value) if nested else _literal(keyword.value)
     return node.func.id, arguments
+
+
+def _literal(node: ast.expr) -> Any:
+    return (
+        float(node.id) if isinstance(node, ast.Name) else ast.literal_eval(node)
+    )  # the name `inf` is no literal

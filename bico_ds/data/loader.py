@@ -133,7 +133,14 @@ class ElasticLoader:
         bins = batch.bins
         entries = entries[np.argsort(bins.source[entries], kind="stable")]
         documents = self._read(batch.rows, bins.source[entries], bins.row[entries])
-        return batch.objective.build(documents, BatchKey(seed=self._stream.seed, epoch=bins.passes[entries]))
+        packed = batch.objective.build(
+            documents, BatchKey(seed=self._stream.seed, epoch=bins.passes[entries])
+        )
+        if packed.plan.num_rows > (room := int(bins.length[entries].sum())):
+            raise ValueError(
+                f"it built {packed.plan.num_rows} rows, where its expand() promised at most {room}"
+            )
+        return packed
 
     def _read(self, rows: Sequence[Rows], source: NDArray[np.int64], row: NDArray[np.int64]) -> Documents:
         return join(
@@ -150,6 +157,9 @@ class ElasticLoader:
                     objective.check(store)
                 except UserError as error:
                     raise UserError(f"source '{name}': {error}") from error
+                except Exception as error:
+                    error.add_note(f"in check() of objective '{objective.name}' on source '{name}'")
+                    raise
 
     def _named(self, error: Exception, batch: GlobalBatch, step: int) -> Exception:
         """The error again, naming the first document of the step that cannot be built by itself."""

@@ -187,7 +187,7 @@ class SampleOrder:
     def _make_cursors(self, state: Mapping[str, Any] | None) -> tuple[list[_Cursor], NDArray[np.int64]]:
         data, objectives = self._spec.data, self._spec.schedule.objectives
         lengths = np.arange(1, data.capacity + 1)
-        expansions = [objective.expand(lengths).tobytes() for objective in objectives]
+        expansions = [_expanded(objective, lengths).tobytes() for objective in objectives]
         distinct = list(dict.fromkeys(expansions))
         cursor_of = np.array([distinct.index(expansion) for expansion in expansions])
         cursors = []
@@ -232,6 +232,17 @@ def _of_today(state: Mapping[str, Any]) -> Mapping[str, Any]:
             f"{STATE_VERSION}: resume with the program that wrote it"
         )
     return state
+
+
+def _expanded(objective: Objective, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What `expand` gives; `UserError` where no bin could hold such rows."""
+    rows = np.asarray(objective.expand(lengths))
+    if rows.shape != lengths.shape or not np.issubdtype(rows.dtype, np.integer) or (rows < 1).any():
+        raise UserError(
+            f"objective '{objective.name}': expand() must give whole numbers of at least 1, one per document, "
+            f"got {rows.dtype} of shape {rows.shape} for {len(lengths)} lengths"
+        )
+    return rows
 
 
 def _count_by_source(bins: StreamBins, sources: int) -> NDArray[np.int64]:

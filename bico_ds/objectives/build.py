@@ -10,11 +10,13 @@ from bico_ds.config.objectives.base import ObjectiveSpec
 from bico_ds.config.objectives.table import KINDS, objective_names
 from bico_ds.objectives.base import Objective, TokenFacts
 
+PARTS = ("of", "identity", "check", "expand", "build")  # methods of an `Objective`; `name` may be set by `of`
+
 
 def build_objectives(specs: Sequence[ObjectiveSpec], tokens: TokenFacts) -> list[Objective]:
     """Build the objectives, in the recipe's order, with unique names (`bico`, `bico_2`, …).
 
-    Raises `UserError` where the table names a class that is not there, or spec and tokens do not fit.
+    Raises `UserError` where the table names no class of an objective, or spec and tokens do not fit.
     """
     return [
         _objective_class(spec.kind).of(spec, tokens, name=name, key=f"objectives[{index}]")
@@ -23,8 +25,13 @@ def build_objectives(specs: Sequence[ObjectiveSpec], tokens: TokenFacts) -> list
 
 
 def _objective_class(kind: str) -> type[Objective]:
-    module, _, name = KINDS[kind].objective.partition(":")
+    place = KINDS[kind].objective
+    module, _, name = place.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"objective kind '{kind}': cannot find {module}:{name} ({error})") from error
+        raise UserError(f"objective kind '{kind}': cannot find {place} ({error})") from error
+    missing = [part for part in PARTS if not hasattr(found, part)]
+    if not isinstance(found, type) or missing:
+        raise UserError(f"objective kind '{kind}': {place} is no objective, it lacks {', '.join(missing)}")
+    return found

@@ -64,6 +64,69 @@ def test_the_cost_is_what_batches_of_random_documents_cost_on_average(mask):
     assert {len(column) for column in vars(cost).values()} == {len(lengths)}
 
 
+def test_an_identity_is_what_differs_from_the_field_s_own_default():
+    class OwnSpec(BicoSpec):
+        mask: MaskSpec = MaskSpec(rate=0.4, unit="span")
+
+    assert "mask" not in OwnSpec().identity()
+    assert OwnSpec(mask=MaskSpec(unit="span")).identity()["mask"] == {"rate": 0.15}
+    assert OwnSpec(mask=MaskSpec(rate=0.4)).identity()["mask"] == {"unit": "token"}
+    assert BicoSpec(mask=MaskSpec(rate=(0.4, 0.4))).identity() == BicoSpec(mask=MaskSpec(rate=0.4)).identity()
+
+
+def test_spans_without_an_end_have_a_cost():
+    spec = BicoSpec(mask=MaskSpec(rate=0.4, unit="span", mean_span=float("inf")))
+    assert np.isfinite(spec.cost(np.array([1, 2, 30])).pairs).all()
+
+
+def test_a_recorded_recipe_is_read_where_its_own_objectives_are_gone():
+    values = load_recipe("tiny_ntp").model_dump(mode="json")
+    values |= {"imports": ["gone.py"], "objectives": [{"kind": "gone", "rate": 3}]}
+    recipe = recorded_recipe(values, Path("manifest.json"), objectives=False)
+    assert recipe.model == load_recipe("tiny_ntp").model
+    with pytest.raises(UserError, match=r"manifest\.json.*there is no objective of kind 'gone'"):
+        recorded_recipe(values, Path("manifest.json"))
+
+
+OWN = """
+from typing import ClassVar, Literal
+from bico_ds.config.objectives.base import MonitorPlace, ObjectiveCost, ObjectiveSpec
+from bico_ds.config.objectives.ntp import NtpSpec
+from bico_ds.config.objectives.table import register
+class Own({base}):
+    kind: Literal["{kind}"] = "{kind}"
+register(Own, {place})
+"""
+
+
+@pytest.mark.parametrize(
+    ("base", "kind", "place", "message"),
+    [
+        (
+            "ObjectiveSpec",
+            "bare",
+            "'a.b:C'",
+            "Own: it needs the method `cost` and a MonitorPlace as `monitor`",
+        ),
+        ("NtpSpec", "bare", "'a.b'", "Own: 'a.b' is not MODULE:CLASS"),
+        ("NtpSpec", "bare", "''", "Own: '' is not MODULE:CLASS"),
+        ("NtpSpec", "all", "'a.b:C'", "Own: 'all' is the name of the loss over all objectives"),
+        (
+            "NtpSpec",
+            "ntp",
+            "'bico_ds.objectives.ntp:NextTokenPrediction'",
+            r"objective kind 'ntp': \S+NtpSpec with .* has it, so ntp_\w+\.Own with",
+        ),
+    ],
+)
+def test_an_incomplete_objective_is_refused_when_it_is_registered(tmp_path, base, kind, place, message):
+    file = tmp_path / f"{kind}.py"
+    file.write_text(OWN.format(base=base, kind=kind, place=place))
+    with pytest.raises(UserError, match=rf"imports\.0: {message}"):
+        load_recipe("tiny_ntp", [f"imports=[{file}]"])
+    assert load_recipe("tiny_ntp").objectives == [NtpSpec()]
+
+
 def test_a_file_of_the_users_own_brings_an_objective(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("doubling.py").symlink_to(DOUBLING)
@@ -84,6 +147,7 @@ def test_a_file_of_the_users_own_brings_an_objective(tmp_path, monkeypatch):
         ("no_such_module.part", None, r"mine\.yaml:2: imports\.0: there is no module 'no_such_module\.part' here"),
         ("broken.py", "def f(:", r"'broken\.py' does not parse: .*broken\.py:1: "),
         ("fails.py", "\nraise KeyError('x')", r"'fails\.py' fails at .*fails\.py:2: KeyError: 'x'"),
+        ("exits.py", "raise SystemExit(0)", r"'exits\.py' fails at .*exits\.py:1: SystemExit: 0"),
         ("needs.py", "import no_such_module", r"'needs\.py' fails at .*needs\.py:1: ModuleNotFoundError"),
         ("its_own.py", "\nimport its_own", r"'its_own\.py' fails at .*its_own\.py:2: ModuleNotFoundError"),
         (
@@ -91,7 +155,7 @@ def test_a_file_of_the_users_own_brings_an_objective(tmp_path, monkeypatch):
             "from bico_ds.config.objectives.ntp import NtpSpec\n"
             "from bico_ds.config.objectives.table import register\n"
             "register(NtpSpec, f'{__name__}:Mine')",
-            r"objective kind 'ntp': twice_\w+:Mine and bico_ds\.objectives\.ntp:NextTokenPrediction both have it",
+            r"objective kind 'ntp': \S+NtpSpec with \S+:NextTokenPrediction has it, so \S+NtpSpec with twice_\w+:Mine",
         ),
     ],
 )  # fmt: skip

@@ -17,6 +17,7 @@ from bico_ds.objectives.build import build_objectives
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "run_of_0_1_0"
 TOKENS = TokenFacts(special_ids=(0, 1, 2, 3), placeholder_id=3, vocabulary=51)
 MASK = "MaskSpec(rate={}, unit='{}', mean_span=3.0, eligible='{}')"
+INF = float("inf")
 BICO = "MaskDenoising(policy=MaskPolicy(spec={}, special_ids=(0, 1, 2, 3)), placeholder_id=3, name='bico_2')"
 
 
@@ -29,6 +30,10 @@ BICO = "MaskDenoising(policy=MaskPolicy(spec={}, special_ids=(0, 1, 2, 3)), plac
         (BICO.format(MASK.format(0.4, "word", "all")), {"rate": 0.4, "unit": "word"}),
         (BICO.format(MASK.format("(0.2, 0.6)", "span", "all")), {"rate": (0.2, 0.6), "unit": "span"}),
         (BICO.format(MASK.format(0.15, "token", "completion")), {"eligible": "completion"}),
+        (
+            BICO.format(MASK.format(0.4, "span", "all")).replace("3.0", "inf"),
+            {"rate": 0.4, "unit": "span", "mean_span": INF},
+        ),
     ],
     ids=str,
 )

@@ -23,6 +23,7 @@ from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.paths import WrittenPath
 from bico_ds.config.schema import DataSpec, SourceSpec
+from bico_ds.data import identity
 from bico_ds.data.loader import ElasticLoader, RankShare
 from bico_ds.data.mixture import Mixture
 from bico_ds.data.rows import cut
@@ -354,6 +355,61 @@ def test_changed_data_is_refused(world, tmp_path):
     other = write_store(tmp_path / "b", [9] * 40)
     with pytest.raises(UserError, match=r"data\.sources\[1\] contents"):
         make(([stores[0], other], data), state=state)
+
+
+class Own(NextTokenPrediction):
+    """An objective with one part of its own."""
+
+    def __init__(self, **parts):
+        super().__init__(spec=NtpSpec(), name="own")
+        for name, part in parts.items():
+            object.__setattr__(self, name, part)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"identity": lambda: {"ids": np.int64(3)}}, r"objective 'own': its identity\(\) is not JSON"),
+        ({"identity": lambda: {"rate": float("nan")}}, r"objective 'own': its identity\(\) has a NaN"),
+        (
+            {"expand": lambda lengths: lengths * 1.5},
+            r"objective 'own': expand\(\) must give whole .* got float64",
+        ),
+        (
+            {"expand": lambda lengths: lengths[:3]},
+            r"objective 'own': expand\(\) must give .* of shape \(3,\) for 64",
+        ),
+        (
+            {"expand": lambda lengths: lengths // 2},
+            r"objective 'own': expand\(\) must give whole numbers of at least 1",
+        ),
+    ],
+)
+def test_an_objective_of_the_users_own_is_held_to_its_contract_before_anything_is_trained(
+    world, parts, message
+):
+    with pytest.raises(UserError, match=message):
+        make(world, schedule=ObjectiveSchedule([Own(**parts)], [1.0], seed=1))
+
+
+def test_an_objective_that_builds_more_than_it_promised_is_named(world):
+    own = Own(expand=lambda lengths: (lengths + 1) // 2)
+    loader = make(world, schedule=ObjectiveSchedule([own], [1.0], seed=1))
+    with pytest.raises(RuntimeError, match=r"objective 'own'.* rows, where its expand\(\) promised at most"):
+        loader.step(0)
+
+
+def test_an_identity_with_tuples_is_the_one_that_a_checkpoint_gives_back(world):
+    schedule = ObjectiveSchedule([Own(identity=lambda: {"special_ids": (1, 2), "mask": {}})], [1.0], seed=1)
+    state = state_at(make(world, schedule=schedule), 3)
+    assert make(world, schedule=schedule, state=state).changes == []
+
+
+def test_an_empty_mapping_is_a_value_too():
+    assert identity.changes({"a": {"kind": "x"}}, {"a": {"kind": "x", "mask": {}}}) == [
+        "a.mask: (not given) in the checkpoint, {} now"
+    ]
+    assert identity.changes({"a": {"b": 1}}, {"a": {}})
 
 
 def test_a_failing_document_is_named_from_the_worker(world):

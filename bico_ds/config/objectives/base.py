@@ -56,9 +56,21 @@ class ObjectiveSpec(Section, ABC):
         Defaults are left out so that a key that is added later does not refuse the checkpoints of before. Hence a
         default, too, changes only together with `identity_version`. The probability is the schedule's.
         """
-        values = self.model_dump(mode="json", exclude_defaults=True, exclude={"kind", "probability"})
-        return {"kind": self.kind, "version": self.identity_version, **values}
+        named = {key: value for key, value in _changed(self).items() if key not in ("kind", "probability")}
+        return {"kind": self.kind, "version": self.identity_version, **named}
 
     @abstractmethod
     def cost(self, lengths: NDArray[np.int64]) -> ObjectiveCost:
         """Return the expected cost of documents of these lengths, int64 [D], in tokens, each at least 1."""
+
+
+def _changed(section: Section, default: Section | None = None) -> dict[str, Any]:
+    """The values, JSON-able, that differ from the fields' defaults, or from those of the section that is the default."""
+    values, changed = section.model_dump(mode="json"), {}
+    for key, field in type(section).model_fields.items():
+        value = getattr(section, key)
+        usual = field.get_default(call_default_factory=True) if default is None else getattr(default, key)
+        if value != usual:
+            nested = isinstance(value, Section) and type(value) is type(usual)
+            changed[key] = _changed(value, usual) if nested else values[key]
+    return changed

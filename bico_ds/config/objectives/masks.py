@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from bico_ds.config.section import Probability, Section
 
@@ -40,6 +40,12 @@ class MaskSpec(Section):
             raise ValueError(f"'rate' must satisfy 0 <= low <= high <= 1, found {list(self.rate)}")
         return self
 
+    @field_validator("rate")
+    @classmethod
+    def _one_rate_is_a_number(cls, rate: float | tuple[float, float]) -> float | tuple[float, float]:
+        """[0.4, 0.4] is 0.4: one mask, one identity."""
+        return rate[0] if isinstance(rate, tuple) and 0 < rate[0] == rate[1] else rate
+
     def expect(self, lengths: NDArray[np.int64]) -> MaskExpectation:
         """What a mask does to documents of these lengths [D], in expectation.
 
@@ -64,7 +70,7 @@ class MaskSpec(Section):
         stays = rate  # probability that the token behind a masked one is masked
         if self.unit in ("span", "entity"):
             stays = 1.0 - min(1.0 / self.mean_span, 1.0 - rate)
-        r = (stays - rate) / (1.0 - rate) if rate < 1 else 0.0
+        r = min((stays - rate) / (1.0 - rate), 1 - 1e-6) if rate < 1 else 0.0  # 1: a span without an end
         n, m = tokens - 1, np.maximum(tokens - 2, 0)  # tokens, and neighbours, that can be masked
         masked, live = rate * n, rate * stays * m
         variance = rate * (1 - rate) * (n * (1 + r) - 2 * r * (1 - r**n) / (1 - r)) / (1 - r)

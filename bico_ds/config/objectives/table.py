@@ -5,6 +5,8 @@ A recipe's `imports` add to it: a module that calls `register` when it is import
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -14,7 +16,7 @@ from pydantic import ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from bico_ds.config.errors import UserError, did_you_mean
-from bico_ds.config.objectives.base import ObjectiveSpec
+from bico_ds.config.objectives.base import MonitorPlace, ObjectiveSpec
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.unique_names import unique_names
@@ -27,7 +29,11 @@ class Kind:
     spec: type[ObjectiveSpec]
     objective: str
 
+    def __str__(self) -> str:
+        return f"{self.spec.__module__}.{self.spec.__qualname__} with {self.objective}"
 
+
+_TOTAL = "all"
 _KINDS: dict[str, Kind] = {}
 KINDS: Mapping[str, Kind] = MappingProxyType(_KINDS)
 
@@ -36,17 +42,21 @@ def register(spec: type[ObjectiveSpec], objective: str) -> None:
     """Add a kind of objective, named by the one value that `spec.kind` allows.
 
     `objective`: ``module:Class`` of a `bico_ds.objectives.base.Objective` with the class method ``of`` (see there).
-    The same class again replaces its spec. Raises `UserError` where the spec names no kind, or another class has it.
+    Raises `UserError` where the spec names no kind, lacks a part, or has a kind that is taken.
     """
     names = get_args(spec.model_fields["kind"].annotation)
     if len(names) != 1:
         raise UserError(f'{spec.__name__}: its kind must be one word, as in  kind: Literal["mine"] = "mine"')
-    kind = Kind(spec, objective)
-    if _KINDS.get(names[0], kind).objective != objective:
-        raise UserError(
-            f"objective kind '{names[0]}': {objective} and {_KINDS[names[0]].objective} both have it"
-        )
-    _KINDS[names[0]] = kind
+    if inspect.isabstract(spec) or not isinstance(getattr(spec, "monitor", None), MonitorPlace):
+        raise UserError(f"{spec.__name__}: it needs the method `cost` and a MonitorPlace as `monitor`")
+    if not re.fullmatch(r"[\w.]+:\w+", objective):
+        raise UserError(f"{spec.__name__}: '{objective}' is not MODULE:CLASS")
+    name, kind = names[0], Kind(spec, objective)
+    if name == _TOTAL:
+        raise UserError(f"{spec.__name__}: '{_TOTAL}' is the name of the loss over all objectives")
+    if (other := _KINDS.get(name, kind)) != kind:
+        raise UserError(f"objective kind '{name}': {other} has it, so {kind} needs another")
+    _KINDS[name] = kind
 
 
 register(NtpSpec, "bico_ds.objectives.ntp:NextTokenPrediction")

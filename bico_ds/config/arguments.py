@@ -34,6 +34,13 @@ def path_text(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def written_path(text: str) -> LocalPath:
+    """A file or folder of another machine, where ``~`` and ``${NAME}`` will be expanded."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return LocalPath(text)
+
+
 def folder_or_hub_name(text: str) -> FolderOrHubName:
     """A folder with a model or tokenizer, or its name on the hub; refused where it cannot be expanded here."""
     path_text(text)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,16 @@ class WrittenPath:
             raise self._error(f"there is no home folder {path.split('/')[0]} on this machine;")
         return path
 
+    def in_shell(self) -> str:
+        """The text as a word of a shell script, which expands it by the same rule where and when the script runs: there
+        an unset or empty variable ends the script."""
+        home = '"${HOME:?}"' if self.text.split("/")[0] == "~" else ""
+        rest, words, end = self.text[len("~") :] if home else self.text, [], 0
+        for found in _VARIABLE.finditer(rest):
+            words += [_quoted(rest[end : found.start()]), f'"${{{found[1] or found[2]}:?}}"']
+            end = found.end()
+        return home + "".join(words) + _quoted(rest[end:]) or "''"
+
     def _variable(self, found: re.Match[str]) -> str:
         name = found[1] if found[2] is None else found[2]
         if value := os.environ.get(name):
@@ -76,6 +87,10 @@ class WrittenPath:
     @classmethod
     def _validated(cls, value: Any, as_text: Callable[[Any], str], info: ValidationInfo) -> Self:
         return value if isinstance(value, cls) else cls(as_text(value), where=info.field_name or "")
+
+
+def _quoted(text: str) -> str:
+    return shlex.quote(text) if text else ""
 
 
 @dataclass(frozen=True)

@@ -55,12 +55,15 @@ def identity(
 def _as_saved(objective: Objective) -> Any:
     """An objective's identity as a checkpoint gives it back. Raises `UserError` where none could hold it."""
     try:
-        saved = json.loads(json.dumps(objective.identity()))
+        return json.loads(json.dumps(objective.identity()), parse_constant=_constant)
     except (TypeError, ValueError) as error:
         raise UserError(f"objective '{objective.name}': its identity() is not JSON: {error}") from error
-    if saved != json.loads(json.dumps(saved)):
-        raise UserError(f"objective '{objective.name}': its identity() has a NaN, which equals nothing: {saved}")
-    return saved
+
+
+def _constant(name: str) -> float:
+    if name == "NaN":
+        raise ValueError("NaN equals nothing, not even itself")
+    return float(name)
 
 
 def fingerprint(keys: Mapping[str, Any]) -> str:

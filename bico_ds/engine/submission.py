@@ -20,6 +20,7 @@ from pathlib import Path
 
 from bico_ds.config.errors import UserError
 from bico_ds.config.load import dump_recipe
+from bico_ds.config.paths import LocalPath
 from bico_ds.config.schema import Recipe
 from bico_ds.engine.run_folder import RunFolder, read_lock, write_atomically
 
@@ -64,14 +65,14 @@ class Resources:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the script's variables say."""
+    """What the script's variables say. `bind`, `python` and `native_ops` are paths of the nodes, expanded there."""
 
     container: str | None = None
-    bind: Sequence[str] = ()
+    bind: Sequence[LocalPath] = ()
     max_requeues: int = 20
     network_interface: str | None = None
-    python: str = sys.executable
-    native_ops: str | None = None
+    python: LocalPath = LocalPath(sys.executable)  # noqa: RUF009
+    native_ops: LocalPath | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +211,8 @@ def _sbatch_lines(job: Job) -> list[str]:
 
 def _variables(job: Job) -> list[str]:
     runs, settings = list(job.runs), job.settings
-    bind = ",".join(dict.fromkeys(str(p) for p in (PROJECT, Path.cwd(), *runs, *settings.bind)))
+    ours = [shlex.quote(str(path)) for path in (PROJECT, Path.cwd(), *runs)]
+    bind = ",".join(dict.fromkeys([*ours, *(path.in_shell() for path in settings.bind)]))
     lines = [f"PROJECT={shlex.quote(str(PROJECT))}"]
     if job.is_array:
         names = "\n".join(f"    {shlex.quote(str(run))}" for run in runs)
@@ -220,13 +222,13 @@ def _variables(job: Job) -> list[str]:
     lines += [
         "RECIPE=$RUN/slurm/recipe.yaml # resolved when this script was written",
         "OVERRIDES=()",
-        f"PYTHON={shlex.quote(settings.python)}",
+        f"PYTHON={settings.python.in_shell()}",
         f"CONTAINER={shlex.quote(settings.container or '')}",
-        f"BIND={shlex.quote(bind)}",
+        f"BIND={bind}",
         f"MAX_REQUEUES={settings.max_requeues}",
         f"STOP_SIGNAL={stop_signal(next(iter(job.runs.values())))}",
         f"NETWORK_INTERFACE={shlex.quote(settings.network_interface or '')}",
     ]
     if settings.native_ops is not None:
-        lines.append(f"export TORCH_EXTENSIONS_DIR={shlex.quote(settings.native_ops)}")
+        lines.append(f"export TORCH_EXTENSIONS_DIR={settings.native_ops.in_shell()}")
     return lines

@@ -23,9 +23,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bico_ds.config.arguments import local_path, not_negative, path_text, positive
+from bico_ds.config.arguments import local_path, not_negative, path_text, positive, written_path
 from bico_ds.config.errors import UserError
 from bico_ds.config.load import load_recipe
+from bico_ds.config.paths import LocalPath
 from bico_ds.config.schema import Recipe
 from bico_ds.engine.attempts import stop_file
 from bico_ds.engine.preflight.inputs import check_inputs
@@ -92,17 +93,17 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument(
         "--bind",
         nargs="+",
-        type=path_text,
+        type=written_path,
         default=[],
         metavar="DIR",
         help="further folders that the container sees",
     )
     how.add_argument(
-        "--python", type=path_text, help="Python on the nodes (default: this one; in a container `python`)"
+        "--python", type=written_path, help="Python on the nodes (default: this one; in a container `python`)"
     )
     how.add_argument(
         "--native-ops",
-        type=path_text,
+        type=written_path,
         metavar="DIR",
         help="keep compiled operations here (default: in the run folder)",
     )
@@ -148,7 +149,7 @@ def make_job(arguments: argparse.Namespace) -> Job:
     settings = Settings(
         container=arguments.container, bind=arguments.bind, max_requeues=arguments.max_requeues,
         network_interface=arguments.network_interface, native_ops=arguments.native_ops,
-        python=arguments.python or ("python" if arguments.container else sys.executable),
+        python=arguments.python or LocalPath("python" if arguments.container else sys.executable),
     )  # fmt: skip
     only = next(iter(runs))
     folder = only / "slurm" if len(runs) == 1 else only.parent / "slurm"

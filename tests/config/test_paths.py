@@ -205,6 +205,33 @@ def test_arguments_follow_the_same_rule_and_name_the_option(kind, monkeypatch, t
         assert ended.value.code == 2 and "argument --place: " in message and problem in message
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["~/x y", "${ROOM}/a", "$ROOM/a b/${NAME}.$", "plain", "it's/~/$(date)`date`\"", "~", "a${ROOM}b$NAME"],
+)
+def test_a_shell_reads_a_path_as_we_do(monkeypatch, text):
+    for name, value in {"HOME": "/home/me", "ROOM": "/my room", "NAME": "n*"}.items():
+        monkeypatch.setenv(name, value)
+    shell = f"printf %s {LocalPath(text).in_shell()}"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)
+    assert done.stdout == LocalPath(text).expanded()
+
+
+def test_a_shell_ends_where_a_variable_is_not_set(monkeypatch):
+    for value in (None, ""):
+        monkeypatch.delenv("ROOM", raising=False) if value is None else monkeypatch.setenv("ROOM", value)
+        done = subprocess.run(
+            ["bash", "-c", f"x={LocalPath('${ROOM}/a').in_shell()}; echo on"], capture_output=True, text=True
+        )
+        assert done.returncode and done.stdout == "" and "ROOM" in done.stderr
+
+
+def test_an_empty_home_is_no_home(monkeypatch):
+    monkeypatch.setenv("HOME", "")
+    with pytest.raises(UserError, match="HOME is empty"):
+        LocalPath("~/m").expanded()
+
+
 PATH_WORDS = {"path", "paths", "folder", "dir", "file", "files", "store", "tokenizer", "extends", "imports"}
 
 
@@ -250,7 +277,7 @@ def test_nobody_else_expands_paths(path):
     assert not names & {"expanduser", "expandvars"}
 
 
-PATH_TYPES = {"local_path", "path_text", "folder_or_hub_name", "picture"}
+PATH_TYPES = {"local_path", "path_text", "written_path", "folder_or_hub_name", "picture"}
 PATH_ARGUMENTS = {
     "--recipe", "--output-dir", "--output", "--resume", "--model", "--base", "--tokenizer", "--data", "--parents",
     "--couplets", "--pairs", "--retention", "--png", "--inspect", "--container", "--bind", "--python",

@@ -370,7 +370,10 @@ class Own(NextTokenPrediction):
     ("parts", "message"),
     [
         ({"identity": lambda: {"ids": np.int64(3)}}, r"objective 'own': its identity\(\) is not JSON"),
-        ({"identity": lambda: {"rate": float("nan")}}, r"objective 'own': its identity\(\) has a NaN"),
+        (
+            {"identity": lambda: {"rate": float("nan")}},
+            r"objective 'own': its identity\(\) is not JSON: NaN equals nothing",
+        ),
         (
             {"expand": lambda lengths: lengths * 1.5},
             r"objective 'own': expand\(\) must give whole .* got float64",

@@ -15,6 +15,7 @@ import yaml
 
 from bico_ds.config.errors import UserError
 from bico_ds.config.load import load_recipe
+from bico_ds.config.paths import LocalPath
 from bico_ds.engine.preflight.inputs import check_inputs
 from bico_ds.engine.submission import (
     COMMON_PART,
@@ -87,13 +88,24 @@ def test_script_is_valid_bash(tmp_path, recipe, changes):
 
 def test_awkward_paths_survive_the_shell(tmp_path, recipe):
     run = tmp_path / "it's a $HOME `run`"
-    job = a_job(tmp_path, recipe, runs={run: recipe}, container="/images/a b.sif", bind=["/data/x y"])
+    bind = [LocalPath("/data/x y")]
+    job = a_job(tmp_path, recipe, runs={run: recipe}, container="/images/a b.sif", bind=bind)
     values = bash_values(render(job), "RUN", "RECIPE", "CONTAINER", "BIND")
     assert values["RUN"] == str(run)
     assert values["RECIPE"] == f"{run}/slurm/recipe.yaml"
     assert values["CONTAINER"] == "/images/a b.sif"
     assert "/data/x y" in values["BIND"].split(",")
     assert str(run) in values["BIND"].split(",")
+
+
+def test_paths_of_the_nodes_are_expanded_there_and_not_on_the_login_node(tmp_path, recipe, monkeypatch):
+    monkeypatch.delenv("SLURM_TMPDIR", raising=False)
+    there = {key: LocalPath(f"${{SLURM_TMPDIR}}/{key} 1") for key in ("python", "native_ops")}
+    script = render(a_job(tmp_path, recipe, **there, bind=[LocalPath("$SLURM_TMPDIR/b")]))
+    values = bash_values(script, "PYTHON", "TORCH_EXTENSIONS_DIR", "BIND", SLURM_TMPDIR="/local/job 7")
+    assert values["PYTHON"] == "/local/job 7/python 1"
+    assert values["TORCH_EXTENSIONS_DIR"] == "/local/job 7/native_ops 1"
+    assert values["BIND"].split(",")[-1] == "/local/job 7/b"
 
 
 def test_each_element_of_an_array_has_its_own_run(tmp_path, recipe):

@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
@@ -25,8 +27,7 @@ from bico_ds.config.schema import Recipe, find_deepspeed_paths
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
-# What a recipe may set at the top level. Left out on purpose: `scheduler` and `fp16` (the recipe has a schedule and
-# knows bf16 and fp32), and everything about pipelines, compression, sparse attention and curricula.
+# What a recipe may set at the top level; `_REFUSED` has DeepSpeed's other keys.
 TOP_LEVEL_KEYS = frozenset(
     {
         "train_batch_size",
@@ -65,13 +66,52 @@ _OWNED = {
     "optimizer.params.weight_decay": "optimizer.weight_decay",
 }
 
-# What DeepSpeed accepts and a run of ours must not carry, with the reason: the code of 0.19.8 was read for each. Keys
+_DTYPE = "set model.dtype (bf16 or fp32) instead"
+
+# What DeepSpeed knows and a run of ours must not carry, with the reason: the code of 0.19.8 was read for each. Keys
 # of another ZeRO stage are left alone, since one file serves several stages.
 _REFUSED = {
+    **dict.fromkeys(("fp16", "bfloat16", "amp", "torch_autocast"), _DTYPE),
+    "scheduler": "set the recipe's schedule section instead",
+    "gradient_allreduce_op": "losses are weighted for the mean over the ranks",
+    "managed_gradient_accumulation": "the loop relies on DeepSpeed to count the micro-batches of a step",
+    "dataloader_drop_last": "DeepSpeed loads no data here; the recipe's data section says what is loaded",
+    "disable_python_gc": "Python's garbage collection stays on",
+    "disable_allgather": "nothing in DeepSpeed follows it",
+    "vocabulary_size": "DeepSpeed only logs a warning by it",
+    "timers": "they are for DeepSpeed's log, which is off",
+    "log_level": "DeepSpeed's log is off but for warnings",
+    **dict.fromkeys(
+        (
+            "autotuning",
+            "compile",
+            "compression_training",
+            "curriculum_learning",
+            "data_efficiency",
+            "datastates_ckpt",
+            "eigenvalue",
+            "elasticity",
+            "expert_parallel",
+            "graph_harvesting",
+            "hybrid_engine",
+            "nebula",
+            "pipeline",
+            "progressive_layer_drop",
+            "quantize_training",
+            "sequence_parallel_size",
+            "sparse_attention",
+            "sparse_gradients",
+            "tensor_parallel",
+            "use_data_before_expert_parallelism",
+            "weight_quantization",
+        ),
+        "that part of DeepSpeed is not used here",
+    ),
     "activation_checkpointing": "DeepSpeed's own is never called; set model.activation_checkpointing instead",
     "tensorboard": "set monitor.tensorboard instead",
     "csv_monitor": "set monitor.csv instead",
     "wandb": "set monitor.wandb instead",
+    "comet": "the recipe's monitor section has csv, tensorboard and wandb",
     "comms_logger": "nothing would print what it collects",
     "dump_state": "DeepSpeed writes it to its log, which is off",
     "seq_parallel_communication_data_type": "there is no sequence parallelism; set communication_data_type instead",
@@ -81,8 +121,22 @@ _REFUSED = {
     "checkpoint.parallel_write": "only pipelines read it",
     "checkpoint.use_node_local_storage": "a checkpoint is one folder, on a disk that all nodes share",
     "checkpoint.load_universal": "a resume sets it where the checkpoint needs it",
+    "checkpoint.checkpoint_serialization": "the export and resumes map the files, which takes torch's zip format",
+    "bf16.immediate_grad_update": "only pipelines and the bf16 optimizer of stage 1 read it",
+    "data_types.param_dtype": _DTYPE,
+    "data_types.buffer_dtype": "the model's buffers are the rotary frequencies, which must stay in fp32",
+    "data_types.keep_in_fp32_modules": "it is about buffers, and they stay in fp32 without it",
+    "optimizer.legacy_fusion": "only fp16 without ZeRO reads it",
     "zero_optimization.allgather_partitions": "DeepSpeed reads it nowhere",
     "zero_optimization.cpu_offload_use_pin_memory": "DeepSpeed reads it nowhere; set offload_optimizer.pin_memory instead",
+    "zero_optimization.cpu_offload": "DeepSpeed has deprecated it; set offload_optimizer.device=cpu instead",
+    "zero_optimization.cpu_offload_param": "DeepSpeed has deprecated it; set offload_param.device=cpu instead",
+    "zero_optimization.compute_grad_norm": "the norm is printed, and clipping needs it",
+    "zero_optimization.legacy_stage1": "this DeepSpeed no longer has it",
+    "zero_optimization.memory_efficient_linear": "only DeepSpeed's own way to build a model reads it",
+    "zero_optimization.override_module_apply": "only DeepSpeed's own way to build a model reads it",
+    "zero_optimization.save_muon_momentum_buffer_in_memory": "it is for the optimizer Muon",
+    "zero_optimization.zenflow": "it sets the accumulation of gradients by itself, against training.global_batch_bins",
     "zero_optimization.gather_16bit_weights_on_model_save": "set checkpoint.export instead",
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": "set checkpoint.export instead",
     "zero_optimization.stage3_gather_fp16_weights_on_model_save": "set checkpoint.export instead",
@@ -90,12 +144,14 @@ _REFUSED = {
 
 _MAPPINGS = ("bf16", "data_types", "zero_optimization", "optimizer", "aio", "flops_profiler", "checkpoint")
 
-# Of the mappings whose unknown keys DeepSpeed passes over in silence: the known ones.
+# The known keys of the mappings; most unknown ones DeepSpeed passes over in silence.
 _SUB_KEYS = {
-    "data_types": ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"),
-    "optimizer": ("type", "params", "legacy_fusion"),
-    "checkpoint": ("tag_validation", "checkpoint_serialization"),
+    "bf16": tuple(DeepSpeedBF16Config.model_fields),
+    "data_types": ("grad_accum_dtype",),
+    "optimizer": ("type", "params"),
+    "checkpoint": ("tag_validation",),
     "aio": tuple(AIO_DEFAULT_DICT),
+    "flops_profiler": tuple(vars(DeepSpeedFlopsProfilerConfig({}))),
 }
 
 _OPTIMIZERS = ("AdamW", "Adam")  # those whose parameters, offload and checksummed state the engine knows

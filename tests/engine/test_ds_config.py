@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -78,6 +79,8 @@ def test_an_unknown_top_level_key_is_refused_with_a_suggestion():
             "unknown key 'data_types.grad_accum_dtyp' .*'grad_accum_dtype'",
         ),
         (["checkpoint.tag_validatoin=FAIL"], "unknown key 'checkpoint.tag_validatoin' .*'tag_validation'"),
+        (["flops_profiler.enabld=true"], "unknown key 'flops_profiler.enabld' .*'enabled'"),
+        (["bf16.enabledd=true"], "unknown key 'bf16.enabledd' .*'enabled'"),
         (["aio.queue_depth=8"], "'aio' in .* changes nothing without an offload to NVMe"),
     ],
 )
@@ -105,9 +108,32 @@ def test_what_deepspeed_would_refuse_or_the_recipe_owns_is_refused_here(override
         ("checkpoint.load_universal=true", "a resume sets it"),
         ("zero_optimization.allgather_partitions=true", "reads it nowhere"),
         ("zero_optimization.stage3_gather_16bit_weights_on_model_save=true", "set checkpoint.export instead"),
+        ("zero_optimization.save_muon_momentum_buffer_in_memory=true", "the optimizer Muon"),
+        ("zero_optimization.override_module_apply=false", "own way to build a model"),
+        ("zero_optimization.memory_efficient_linear=false", "own way to build a model"),
+        ("zero_optimization.cpu_offload=true", "set offload_optimizer.device=cpu instead"),
+        ("zero_optimization.cpu_offload_param=true", "set offload_param.device=cpu instead"),
+        ("zero_optimization.compute_grad_norm=false", "clipping needs it"),
+        ("zero_optimization.legacy_stage1=true", "no longer has it"),
+        ("zero_optimization.zenflow={}", "against training.global_batch_bins"),
+        ("checkpoint.checkpoint_serialization=false", "torch's zip format"),
+        ("bf16.immediate_grad_update=true", "the bf16 optimizer of stage 1"),
+        ("optimizer.legacy_fusion=true", "only fp16 without ZeRO"),
+        ("data_types.param_dtype=fp32", "set model.dtype"),
+        ("data_types.buffer_dtype=bf16", "rotary frequencies, which must stay in fp32"),
+        ("data_types.keep_in_fp32_modules=auto", "stay in fp32 without it"),
+        ("fp16.enabled=true", "set model.dtype"),
+        ("amp.enabled=true", "set model.dtype"),
+        ("torch_autocast.enabled=true", "set model.dtype"),
+        ("scheduler.type=WarmupLR", "the recipe's schedule section"),
+        ("compile.deepcompile=true", "not used here"),
+        ("timers.throughput.enabled=false", "its log|DeepSpeed's log"),
+        ("gradient_allreduce_op=sum", "the mean over the ranks"),
+        ("disable_python_gc=true", "garbage collection"),
+        ("log_level=info", "log is off"),
     ],
 )
-def test_a_key_that_deepspeed_accepts_and_nothing_reads_is_refused_with_ours_named(override, message):
+def test_a_key_that_deepspeed_knows_and_a_run_must_not_carry_is_refused_with_ours_named(override, message):
     key = override.split("=")[0]
     with pytest.raises(
         UserError, match=f"remove '.*' from zero3_bf16 or deepspeed.overrides: .*{message}"
@@ -123,7 +149,8 @@ def test_a_key_that_deepspeed_accepts_and_nothing_reads_is_refused_with_ours_nam
         "wall_clock_breakdown=true",
         "memory_breakdown=true",
         "checkpoint.tag_validation=FAIL",
-        "data_types.param_dtype=fp32",
+        "data_types.grad_accum_dtype=bf16",
+        "flops_profiler.profile_step=3",
         "zero_optimization.round_robin_gradients=true",
     ],
 )
@@ -133,6 +160,31 @@ def test_a_key_that_does_something_is_accepted(override):
     for part in key.split("."):
         found = found[part]
     assert str(found).lower() == value.lower()
+
+
+def test_every_top_level_key_that_deepspeed_reads_is_set_by_the_recipe_or_refused_by_name():
+    read = set()
+
+    class Noted(dict):
+        def get(self, key, default=None):
+            read.add(key)
+            return super().get(key, default)
+
+        def __contains__(self, key):
+            read.add(key)
+            return super().__contains__(key)
+
+        def keys(self):
+            return self  # DeepSpeed asks `key in config.keys()`
+
+        def __copy__(self):
+            return self
+
+    DeepSpeedConfig(Noted(train_batch_size=1))
+    assert {"fp16", "zero_optimization", "scheduler", "compile"} <= read
+    for key in sorted(read - TOP_LEVEL_KEYS):
+        with pytest.raises(UserError, match=f"remove '{key}' from"):
+            built("zero3_bf16", f"deepspeed.overrides.{key}=1")
 
 
 def test_a_file_that_leaves_out_what_the_recipe_owns_gets_it_all_the_same(tmp_path):

@@ -3,17 +3,24 @@
 DeepSpeed accepts unknown top-level keys in silence, and turns an unfilled ``"auto"`` into a default without a word
 (both seen with 0.19.8); so the keys are checked here, and no ``"auto"`` leaves this module. Known keys that nothing
 reads on our way through DeepSpeed, or that would work against the recipe, are refused, too. What DeepSpeed does refuse,
-it refuses when weights are built and ranks wait, with a traceback; here it is a message before anything begins.
+it refuses when weights are built and ranks wait, with a traceback; here it is a message before anything begins, for all
+that its `DeepSpeedConfig` refuses on reading, and for what its engine refuses later as far as the checks below know it:
+names of the optimizer's parameters, data types, the kinds of single values, and what its ZeRO stages do not do together.
 """
 
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -144,15 +151,37 @@ _REFUSED = {
 
 _MAPPINGS = ("bf16", "data_types", "zero_optimization", "optimizer", "aio", "flops_profiler", "checkpoint")
 
+# Of values that DeepSpeed takes as they come: its defaults, whose kind they must have. "" is the top level.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "": {
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "wall_clock_breakdown": False,
+        "memory_breakdown": False,
+    },
+    "aio": AIO_DEFAULT_DICT,
+    "flops_profiler": vars(DeepSpeedFlopsProfilerConfig({})),
+}
+
 # The known keys of the mappings; most unknown ones DeepSpeed passes over in silence.
 _SUB_KEYS = {
     "bf16": tuple(DeepSpeedBF16Config.model_fields),
     "data_types": ("grad_accum_dtype",),
     "optimizer": ("type", "params"),
     "checkpoint": ("tag_validation",),
-    "aio": tuple(AIO_DEFAULT_DICT),
-    "flops_profiler": tuple(vars(DeepSpeedFlopsProfilerConfig({}))),
+    "aio": tuple(_DEFAULTS["aio"]),
+    "flops_profiler": tuple(_DEFAULTS["flops_profiler"]),
 }
+
+# By the type of a default: which types a value may have, and in words.
+_KINDS: dict[type, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "a whole number"),
+    float: ((float, int), "a number"),
+    type(None): ((str, type(None)), "a text"),
+}
+
+_GRADIENT_DTYPES = ("fp32", "bf16", "fp16")
 
 _OPTIMIZERS = ("AdamW", "Adam")  # those whose parameters, offload and checksummed state the engine knows
 
@@ -247,9 +276,10 @@ def build_ds_config(
 
     Its paths are those of this machine, or with `runs_here` False as they were written.
 
-    Raises `UserError` for unknown keys, keys without effect, what DeepSpeed's ZeRO would refuse, stage 0, values that the
-    recipe owns, an `auto` that nothing fills, optimizers that the engine does not know, a monitor that is not installed,
-    paths that cannot be expanded here, and batch sizes or nodes (hpZ) that do not divide.
+    Raises `UserError` for unknown keys, keys without effect, what DeepSpeed would refuse (as far as the top of this file
+    says), stage 0, stage 1 in bf16, values that the recipe owns, an `auto` that nothing fills, optimizers that the engine
+    does not know, a monitor that is not installed, paths that cannot be expanded here, and batch sizes or nodes (hpZ) that
+    do not divide.
     """
     config = replace_paths(merged_ds_config(recipe), WrittenPath.expanded if runs_here else str)
     hpz = config.get("zero_optimization", {}).get("zero_hpz_partition_size")
@@ -271,29 +301,103 @@ def build_ds_config(
 
 
 def _check(filled: dict[str, Any], recipe: Recipe) -> None:
-    """Refuse what DeepSpeed itself would refuse, or not find, much later; and to train without ZeRO."""
-    try:
-        zero = DeepSpeedZeroConfig(**filled.get("zero_optimization", {}))
-    except ValidationError as error:
-        raise UserError(
-            "\n".join(_zero_problem(problem) + f" in {_where(recipe)}" for problem in error.errors())
-        ) from None
-    if zero.stage == 0:
-        raise UserError(
-            f"deepspeed: zero_optimization.stage: give 1, 2 or 3 in {_where(recipe)}; without ZeRO DeepSpeed neither looks "
-            "for gradients that are not finite nor divides a state that a resume could check"
-        )
-    name = filled["optimizer"]["type"]
-    if str(name).lower() not in (known.lower() for known in _OPTIMIZERS):
-        raise UserError(
-            f"deepspeed: optimizer.type: '{name}' is not one of {', '.join(_OPTIMIZERS)}"
-            f"{did_you_mean(str(name), _OPTIMIZERS)} in {_where(recipe)}"
-        )
+    """Refuse what DeepSpeed itself would refuse, or not find, much later; and stages that a run cannot be saved with."""
+    where = _where(recipe)
+    zero = _zero_config(filled, where)
+    _check_values(filled, where)
+    _check_stage(zero, filled, where)
+    _check_optimizer(filled, where)
+    _let_deepspeed_read(filled, where)
     wandb = filled.get("wandb", {})
     if wandb.get("enabled") and find_spec("wandb") is None:
         raise UserError(
             "monitor.wandb: the package 'wandb' is not installed here; install it, or set monitor.wandb=null"
         )
+
+
+def _zero_config(filled: dict[str, Any], where: str) -> DeepSpeedZeroConfig:
+    try:
+        return DeepSpeedZeroConfig(**filled.get("zero_optimization", {}))
+    except ValidationError as error:
+        problems = (_zero_problem(problem) + f" in {where}" for problem in error.errors())
+        raise UserError("\n".join(problems)) from None
+
+
+def _check_stage(zero: DeepSpeedZeroConfig, filled: dict[str, Any], where: str) -> None:
+    if zero.stage == 0:
+        raise UserError(
+            f"deepspeed: zero_optimization.stage: give 1, 2 or 3 in {where}; without ZeRO DeepSpeed neither looks "
+            "for gradients that are not finite nor divides a state that a resume could check"
+        )
+    if zero.stage == 1 and filled["bf16"]["enabled"]:
+        raise UserError(
+            f"deepspeed: zero_optimization.stage: give 2 in {where}, or set model.dtype=fp32; in bf16 DeepSpeed takes "
+            "another optimizer for stage 1, whose first checkpoint fails"
+        )
+    divides_first = filled.get("prescale_gradients") or filled.get("gradient_predivide_factor", 1.0) != 1.0
+    if zero.stage > 1 and zero.reduce_scatter and divides_first:
+        raise UserError(
+            "deepspeed: prescale_gradients and gradient_predivide_factor: under stages 2 and 3 they need "
+            f"zero_optimization.reduce_scatter=false; set that, or remove them from {where}"
+        )
+
+
+def _check_values(filled: dict[str, Any], where: str) -> None:
+    """Refuse values of the wrong kind that DeepSpeed would stumble over, or misunderstand, in the middle of its work."""
+    for section, defaults in _DEFAULTS.items():
+        given = filled.get(section, {}) if section else filled
+        for name in sorted(set(defaults) & set(given)):
+            default, value = defaults[name], given[name]
+            kinds, wanted = _KINDS[type(default)]
+            if type(value) not in kinds:
+                key = f"{section}.{name}" if section else name
+                raise UserError(f"deepspeed: {key}: must be {wanted}, found {value!r} in {where}")
+    dtype = _at(filled, "data_types.grad_accum_dtype")
+    if dtype not in (None, *_GRADIENT_DTYPES):
+        raise UserError(
+            f"deepspeed: data_types.grad_accum_dtype: '{dtype}' is not one of {', '.join(_GRADIENT_DTYPES)} in {where}"
+        )
+
+
+def _check_optimizer(filled: dict[str, Any], where: str) -> None:
+    name, params = filled["optimizer"]["type"], filled["optimizer"]["params"]
+    if str(name).lower() not in (known.lower() for known in _OPTIMIZERS):
+        raise UserError(
+            f"deepspeed: optimizer.type: '{name}' is not one of {', '.join(_OPTIMIZERS)}"
+            f"{did_you_mean(str(name), _OPTIMIZERS)} in {where}"
+        )
+    known = {"torch_adam", "adam_w_mode"}  # DeepSpeed takes these out, to choose among the three
+    if params.get("torch_adam"):
+        adam: type = torch.optim.AdamW
+    elif _at(filled, "zero_optimization.offload_optimizer.device") in ("cpu", "nvme"):
+        adam = DeepSpeedCPUAdam
+    else:
+        adam = FusedAdam
+    known |= set(signature(adam).parameters) - {"params", "model_params", "adamw_mode"}
+    for param in sorted(set(params) - known):
+        raise UserError(
+            f"deepspeed: optimizer.params: {adam.__name__} has no '{param}'{did_you_mean(param, known)} in {where}"
+        )
+
+
+def _let_deepspeed_read(filled: dict[str, Any], where: str) -> None:
+    """Let DeepSpeed read a copy, which starts nothing and takes milliseconds, and refuse what it refuses.
+
+    Without `train_batch_size`, which it would hold against the ranks of this process, and `aio`, whose `use_gds` it
+    would hold against this machine: another one may be meant.
+    """
+    config = {key: deepcopy(value) for key, value in filled.items() if key not in ("train_batch_size", "aio")}
+    try:
+        DeepSpeedConfig(config)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join((error.title, *map(str, problem["loc"])))
+        raise UserError(
+            f"deepspeed: {key}: {problem['msg']} (found {problem['input']!r}) in {where}"
+        ) from None
+    except Exception as error:  # of any kind: it asserts, and stumbles over types
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"deepspeed: {reason} ({type(error).__name__} in DeepSpeed) in {where}") from None
 
 
 def _zero_problem(problem: Any) -> str:

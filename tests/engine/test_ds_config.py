@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
@@ -185,6 +186,69 @@ def test_every_top_level_key_that_deepspeed_reads_is_set_by_the_recipe_or_refuse
     for key in sorted(read - TOP_LEVEL_KEYS):
         with pytest.raises(UserError, match=f"remove '{key}' from"):
             built("zero3_bf16", f"deepspeed.overrides.{key}=1")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.params.foo=1", "optimizer.params: FusedAdam has no 'foo' in zero3_bf16 or"),
+        ("optimizer.params.weight_decy=1", "has no 'weight_decy'.*did you mean 'weight_decay'"),
+        ("optimizer.params.adamw_mode=false", "has no 'adamw_mode'.*did you mean 'adam_w_mode'"),
+        ("optimizer.params.fused=true", "FusedAdam has no 'fused'"),
+        ("data_types.grad_accum_dtype=foo", "grad_accum_dtype: 'foo' is not one of fp32, bf16, fp16"),
+        ("data_types.grad_accum_dtype=int8", "grad_accum_dtype: 'int8' is not one of"),
+        ("checkpoint.tag_validation=NOPE", r"tag_validation value of NOPE.*'FAIL'\].*in zero3_bf16 or"),
+        ("communication_data_type=foo", "Invalid communication_data_type.* Got: foo"),
+        ("bf16.bf16_optimizer_states=true", "bf16_optimizer_states requires bf16_master_weights_and_grads"),
+        ("bf16.bf16_optimizer_states=maybe", "DeepSpeedBF16Config.bf16_optimizer_states: .*found 'maybe'"),
+        ("prescale_gradients=maybe", "prescale_gradients: must be true or false, found 'maybe'"),
+        ("memory_breakdown=1", "memory_breakdown: must be true or false, found 1"),
+        ("wall_clock_breakdown=maybe", "wall_clock_breakdown: must be true or false"),
+        ("flops_profiler.profile_step=true", "flops_profiler.profile_step: must be a whole number"),
+        ("flops_profiler.recompute_fwd_factor=x", "recompute_fwd_factor: must be a number"),
+        ("gradient_predivide_factor=x", "gradient_predivide_factor: must be a number"),
+        ("gradient_predivide_factor=2.0", "need zero_optimization.reduce_scatter=false"),
+        ("prescale_gradients=true", "need zero_optimization.reduce_scatter=false"),
+    ],
+)
+def test_a_value_that_deepspeed_would_stumble_over_is_one_message_of_one_line(override, message):
+    with pytest.raises(UserError, match=message) as raised:
+        built("zero3_bf16", f"deepspeed.overrides.{override}")
+    assert "\n" not in str(raised.value)
+
+
+def test_an_aio_value_of_the_wrong_kind_is_refused():
+    with pytest.raises(UserError, match="aio.block_size: must be a whole number, found 'x'"):
+        built("zero3_offload_nvme", "deepspeed.overrides.aio.block_size=x")
+
+
+def test_the_parameters_are_those_of_the_optimizer_that_deepspeed_will_take():
+    offloaded = built("zero3_offload_cpu", "deepspeed.overrides.optimizer.params.fp32_optimizer_states=true")
+    assert offloaded["optimizer"]["params"]["fp32_optimizer_states"] is True
+    amsgrad = built("zero3_bf16", "deepspeed.overrides.optimizer.params.amsgrad=true", on_cuda=False)
+    assert amsgrad["optimizer"]["params"]["amsgrad"] is True
+    with pytest.raises(UserError, match="AdamW has no 'bias_correction'"):
+        built("zero3_bf16", "deepspeed.overrides.optimizer.params.bias_correction=true", on_cuda=False)
+
+
+def test_stage_1_is_refused_in_bf16_and_accepted_in_fp32():
+    stage = "deepspeed.overrides.zero_optimization.stage=1"
+    with pytest.raises(UserError, match=r"stage: give 2 in zero2_bf16 or .*model.dtype=fp32"):
+        built("zero2_bf16", stage, "model.dtype=bf16")
+    assert built("zero2_bf16", stage, "model.dtype=fp32")["zero_optimization"]["stage"] == 1
+
+
+def test_without_reduce_scatter_gradients_may_be_divided_before_they_are_summed():
+    overrides = ("gradient_predivide_factor=2.0", "zero_optimization.reduce_scatter=false")
+    config = built("zero2_bf16", *(f"deepspeed.overrides.{override}" for override in overrides))
+    assert config["gradient_predivide_factor"] == 2.0
+
+
+def test_letting_deepspeed_read_the_configuration_starts_and_prints_nothing(capfd):
+    config = built("zero3_offload_nvme", "monitor.csv=true")
+    assert not torch.distributed.is_initialized()
+    assert capfd.readouterr() == ("", "")
+    assert config["train_batch_size"] == 4
 
 
 def test_a_file_that_leaves_out_what_the_recipe_owns_gets_it_all_the_same(tmp_path):

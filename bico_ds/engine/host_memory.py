@@ -13,12 +13,12 @@ import psutil
 
 # Parameters of glibc's mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-# What freed pages may grow to beyond what steps use. A release costs the next step about half a step's time in page
-# faults, so there should be tens of steps between two: a 135 M model grew to 17 GB in 50. And all ranks of a machine
-# together stay below a quarter of its memory.
-MOST_FREED_BYTES = 4 << 30
+# What the resident memory may grow by, to begin with. A release costs the next step about half a step's time in page
+# faults, so there should be tens of steps between two: a 135 M model grew to 17 GB in 50. Where there are fewer than
+# `_FEW_STEPS`, the bound doubles, but all ranks of a machine together stay below a quarter of its memory.
+FREED_BYTES = 4 << 30
+_FEW_STEPS = 10
 _SHARE_OF_MEMORY = 1 / 4
-_SETTLING_STEPS = 4  # after a release: steps of both objectives, whose pages are to be kept
 _SHARED_BUFFERS = Path("/dev/shm")
 
 
@@ -34,48 +34,56 @@ def keep_freed_pages() -> bool:
     """Let glibc's malloc serve large tensors from pages that were freed, where it would map new ones each time.
 
     Training frees and allocates at every step, and a fresh page costs more to fault in than to compute on
-    (docs/attention.md, "The whole training step"). Returns whether there is a glibc to tell.
+    (docs/attention.md, "The whole training step"). Growth is measured from the first call on. Returns whether there is a
+    glibc to tell.
     """
     mallopt = getattr(_libc(), "mallopt", None)
-    return mallopt is not None and bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
+    if mallopt is None or not (mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1)):
+        return False
+    _growth()
+    return True
 
 
 def release_freed_pages() -> None:
     """Return what `keep_freed_pages` has kept, when it has grown too much. To be called after every step.
 
-    Batches of ever other sizes leave holes in the heap, which grows without end. Measured is the resident memory:
-    beyond what it was after the first steps since the last release it may grow by `MOST_FREED_BYTES`, or this rank's
-    part of a quarter of the machine's memory where that is less. Memory that is in use counts, too, once: the next
-    release is measured from there.
+    Batches of ever other sizes leave holes in the heap, which grows without end. Measured is the resident memory: beyond
+    what was left of it right after the last release (or at `keep_freed_pages`) it may grow by `FREED_BYTES`; by twice as
+    much each time that two releases lie fewer than ten steps apart, so that what steps use is not returned at every one;
+    and at the most by this rank's part of a quarter of the machine's memory.
     """
     malloc_trim = getattr(_libc(), "malloc_trim", None)
     if malloc_trim is not None and _growth().is_too_much(_resident_bytes()):
         malloc_trim(0)
+        _growth().released(_resident_bytes())
 
 
 @dataclass(kw_only=True)
 class _Growth:
-    """How far the resident memory may grow, and its level in the first steps since the last release; bytes."""
+    """How far the resident memory may grow beyond its level right after the last release; bytes."""
 
+    level: int
     allowed: int
-    steps: int = 0
-    level: int = 0
+    most: int
+    steps: int = _FEW_STEPS  # since the last release; before the first there is none to be near
 
     def is_too_much(self, resident: int) -> bool:
+        """To be asked after every step."""
         self.steps += 1
-        if self.steps <= _SETTLING_STEPS:
-            self.level = max(self.level, resident)
-        elif resident > self.level + self.allowed:
-            self.steps = self.level = 0
-            return True
-        return False
+        return resident > self.level + self.allowed
+
+    def released(self, resident: int) -> None:
+        if self.steps < _FEW_STEPS:
+            self.allowed = min(2 * self.allowed, self.most)
+        self.level, self.steps = resident, 0
 
 
 @functools.cache
 def _growth() -> _Growth:
+    """Of this process. Without a launcher's word on the ranks of this machine, all ranks count: a smaller part each."""
     ranks = (os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"))
-    share = int(_memory_limit() * _SHARE_OF_MEMORY) // int(next(filter(None, ranks), "1"))
-    return _Growth(allowed=min(MOST_FREED_BYTES, share))
+    most = int(_memory_limit() * _SHARE_OF_MEMORY) // int(next(filter(None, ranks), "1"))
+    return _Growth(level=_resident_bytes(), allowed=min(FREED_BYTES, most), most=most)
 
 
 def _resident_bytes() -> int:

@@ -8,7 +8,7 @@ Three length distributions; ours is measured as the plan alone (which lengths sh
 documents (which document goes where). TRL's `_pack_bfd` is called on one Arrow table, its most favourable
 setting: `pack_dataset` packs batches of 1000 by default, which costs fill. It moves the tokens, and takes 17
 bytes of memory for each, so it gets as many of the sequences as fit `--trl-memory` (GB); the fill is compared on
-those.
+those. The run is refused where the machine has less memory than both sides need.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from bico_ds.config.arguments import positive
 from bico_ds.data.packing import build_pack_plan, pack_histogram
 
 HUGE = 100_000_000  # sequences
@@ -41,9 +42,27 @@ OUR_BYTES_PER_SEQUENCE = 40
 TRL_BYTES_PER_SEQUENCE, TRL_BYTES_PER_TOKEN = 600, 20
 
 
-def check_memory(sequences: int, trl_bytes: float) -> None:
+def gigabytes(text: str) -> float:
+    """The type of an argument: more than 0 GB."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be more than 0, found {text}")
+    return value
+
+
+def needed_bytes(sequences: int, capacity: int, trl_bytes: float) -> float:
+    """Return what the run takes at the most, when TRL may take `trl_bytes`: no more than it needs for all sequences."""
+    ours = PROCESS_BYTES + OUR_BYTES_PER_SEQUENCE * sequences
+    return ours + min(trl_bytes, sequences * trl_bytes_of_sequence(capacity))
+
+
+def trl_bytes_of_sequence(tokens: int) -> int:
+    """Return what TRL takes for a sequence of so many tokens."""
+    return TRL_BYTES_PER_SEQUENCE + TRL_BYTES_PER_TOKEN * tokens
+
+
+def check_memory(needed: float) -> None:
     """Say what the run will need; end it where the machine has less."""
-    needed = PROCESS_BYTES + OUR_BYTES_PER_SEQUENCE * sequences + trl_bytes
     available = psutil.virtual_memory().available
     print(f"needs at most {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available")
     if available < needed:
@@ -74,7 +93,7 @@ def timed(work: Callable[[], Any], repeats: int = 3) -> tuple[float, Any]:
 def trl_share(lengths: NDArray[np.int32], trl_bytes: float) -> NDArray[np.int32]:
     """As many of the first lengths as TRL can pack in `trl_bytes`."""
     needed = np.cumsum(TRL_BYTES_PER_SEQUENCE + TRL_BYTES_PER_TOKEN * lengths.astype(np.int64))
-    return lengths[: int(np.searchsorted(needed, trl_bytes))]
+    return lengths[: int(np.searchsorted(needed, trl_bytes, side="right"))]
 
 
 def trl_bins(lengths: NDArray[np.int32], capacity: int) -> tuple[float, int]:
@@ -155,16 +174,20 @@ def measure_huge(capacity: int) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure, print the table, and with --json a last line for machines."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sequences", type=int, default=1_000_000)
-    parser.add_argument("--capacity", type=int, default=4096)
-    parser.add_argument("--trl-memory", type=float, default=5.0, help="GB that TRL may take (default 5)")
+    parser.add_argument("--sequences", type=positive, default=1_000_000)
+    parser.add_argument("--capacity", type=positive, default=4096)
+    parser.add_argument("--trl-memory", type=gigabytes, default=5.0, help="GB that TRL may take (default 5)")
     parser.add_argument(
         "--huge", action="store_true", help="only 100 million sequences: time and peak memory"
     )
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     args = parser.parse_args()
+    if args.trl_memory * 1e9 < (one := trl_bytes_of_sequence(args.capacity)):
+        parser.error(
+            f"--trl-memory: a sequence of {args.capacity} tokens takes {one / 1e9:.2g} GB; give more"
+        )
     if args.huge:
-        check_memory(HUGE, 0.0)
+        check_memory(needed_bytes(HUGE, args.capacity, 0.0))
         rows = measure_huge(args.capacity)
     else:
         trl_bytes = args.trl_memory * 1e9 if find_spec("trl") else 0.0
@@ -172,7 +195,7 @@ def main() -> None:
             print(
                 "trl is not installed: only our side is measured (see the top of this file)", file=sys.stderr
             )
-        check_memory(args.sequences, trl_bytes)
+        check_memory(needed_bytes(args.sequences, args.capacity, trl_bytes))
         rows = [
             line for name in DISTRIBUTIONS for line in measure(name, args.sequences, args.capacity, trl_bytes)
         ]

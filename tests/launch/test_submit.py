@@ -39,7 +39,8 @@ def recipe():
 
 def a_job(folder, recipe, **changes):
     resources: dict[str, Any] = {"nodes": 2, "gpus_per_node": 8, "ranks_per_node": 8, "time": "24:00:00"}
-    settings = {key: changes.pop(key) for key in ("container", "bind", "network_interface") if key in changes}
+    names = ("container", "bind", "network_interface", "python", "native_ops")
+    settings = {key: changes.pop(key) for key in names if key in changes}
     runs = changes.pop("runs", {folder / "run": recipe})
     max_parallel = changes.pop("max_parallel", None)
     return Job(

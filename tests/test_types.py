@@ -10,10 +10,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 PROBE = """\
+from pathlib import Path
 from torch import Tensor
 from transformers import PretrainedConfig
-from bico_ds.data.tokenizer import Tokenizer
+from bico_ds.data.tokenizer import Tokenizer, load_tokenizer
 from bico_ds.engine.deepspeed_engine import Engine
+from bico_ds.evaluation.loading import load_for_evaluation
 
 def probe(x: Tensor, tokenizer: Tokenizer, engine: Engine) -> None:
     x.no_such_method()  # wrong
@@ -22,6 +24,8 @@ def probe(x: Tensor, tokenizer: Tokenizer, engine: Engine) -> None:
     engine.no_such_method()  # wrong
     engine(x)  # wrong
     engine.step(3)  # wrong
+    load_tokenizer(Path("a")).no_such_method()  # wrong
+    load_for_evaluation(Path("a"))[0].no_such_method()  # wrong
     x.sum(), PretrainedConfig().to_dict(), tokenizer.get_vocab(), engine.get_lr()
 """
 

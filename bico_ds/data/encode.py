@@ -23,7 +23,7 @@ from bico_ds.data.sources import BadRow, Shard, read_rows
 from bico_ds.data.store import StoreHeader, TokenStoreWriter, write_durably
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from bico_ds.data.tokenizer import FastTokenizer
 
 DIGESTS, SKIPPED, RESULT = "digests.bin", "skipped.jsonl", "result.json"
 DIGEST_BYTES = 16
@@ -327,7 +327,7 @@ def _digest(example: Example) -> bytes:
     return blake2b(example.text.encode(), digest_size=DIGEST_BYTES).digest()
 
 
-def _load_chat(path: FolderOrHub | None) -> PreTrainedTokenizerBase | None:
+def _load_chat(path: FolderOrHub | None) -> FastTokenizer | None:
     if path is None:
         return None
     from bico_ds.data.tokenizer import load_tokenizer

@@ -11,7 +11,7 @@ from bico_ds.config.errors import UserError, did_you_mean
 from bico_ds.data.sources import BadRow
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from bico_ds.data.tokenizer import FastTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +69,7 @@ class Example(NamedTuple):  # made once per row: a frozen dataclass takes three 
     entities: list[tuple[int, int]] | None  # half-open character spans
 
 
-def make_example(
-    row: dict[str, Any], options: IngestOptions, chat: PreTrainedTokenizerBase | None
-) -> Example:
+def make_example(row: dict[str, Any], options: IngestOptions, chat: FastTokenizer | None) -> Example:
     """Turn a row into a text; raises `BadRow`, which says what it lacks. `chat` renders messages."""
     for name in options.columns:  # a cached list: this runs once per row
         if row.get(name) is None:
@@ -111,7 +109,7 @@ def _text(row: dict[str, Any], name: str) -> str:
     return value
 
 
-def _render(messages: Any, chat: PreTrainedTokenizerBase) -> tuple[str, int]:
+def _render(messages: Any, chat: FastTokenizer) -> tuple[str, int]:
     """Render a conversation; the prompt is all before the last reply, or all of it where the last turn is not
     the assistant's.
     """

@@ -42,7 +42,7 @@ from bico_ds.data.tokenizer import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from bico_ds.data.tokenizer import FastTokenizer
 
 
 class IngestFailure(RuntimeError):
@@ -99,7 +99,7 @@ def ingest(
 
 
 def encoder_spec(
-    tokenizer: PreTrainedTokenizerBase, options: IngestOptions, tokenizer_path: FolderOrHub
+    tokenizer: FastTokenizer, options: IngestOptions, tokenizer_path: FolderOrHub
 ) -> EncoderSpec:
     """Collect what workers need; `UserError` where options and tokenizer do not fit."""
     if options.messages_field and not tokenizer.chat_template:
@@ -129,15 +129,18 @@ def encoder_spec(
 
 
 def _check_special_ids(
-    tokenizer: PreTrainedTokenizerBase, options: IngestOptions, tokenizer_path: FolderOrHub, vocab_size: int
+    tokenizer: FastTokenizer, options: IngestOptions, tokenizer_path: FolderOrHub, vocab_size: int
 ) -> None:
-    if options.add_bos and tokenizer.bos_token_id is None:
+    bos, added = tokenizer.bos_token_id, dict[str, int]()
+    if options.add_bos and bos is None:
         raise UserError(
             f"tokenizer '{tokenizer_path}' has no BOS token: switch it off "
             "(--no-bos, or add_bos: false in the recipe)"
         )
-    added = {"BOS": tokenizer.bos_token_id} if options.add_bos else {}
-    added |= {"EOS": tokenizer.eos_token_id} if options.add_eos else {}
+    if options.add_bos and bos is not None:
+        added["BOS"] = bos
+    if options.add_eos:
+        added["EOS"] = tokenizer.eos_token_id
     for name, index in added.items():
         if index >= vocab_size:
             raise UserError(

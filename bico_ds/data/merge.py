@@ -21,7 +21,7 @@ from bico_ds.data.report import IngestReport, write_report
 from bico_ds.data.store import TokenStore, TokenStoreWriter
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from bico_ds.data.tokenizer import FastTokenizer
 
 HELD_OUT, TOKENIZER = "held_out", "tokenizer"
 _TRAIN, _HELD_OUT, _DUPLICATE = 0, 1, 2
@@ -32,7 +32,7 @@ def merge_parts(
     parts: list[Path],
     output: Path,
     spec: EncoderSpec,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: FastTokenizer,
     *,
     overwrite: bool,
     passed_over: dict[str, list[str]] | None = None,

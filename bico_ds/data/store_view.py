@@ -15,9 +15,8 @@ from bico_ds.data.store import TokenStore
 from bico_ds.data.tokenizer import load_tokenizer, tokenizer_hash
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from bico_ds.batch import Document
+    from bico_ds.data.tokenizer import FastTokenizer
 
 
 def describe_store(
@@ -51,7 +50,7 @@ def describe_store(
         yield from _describe(document, tokenizer)
 
 
-def _describe(document: Document, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def _describe(document: Document, tokenizer: FastTokenizer) -> Iterator[str]:
     ids = document.token_ids.tolist()
     group = f", group {document.group}" if document.group >= 0 else ""
     yield f"document {document.id}: {len(ids):,} tokens{group}"

@@ -15,6 +15,7 @@ from bico_ds.config.errors import UserError
 from bico_ds.config.paths import FolderOrHub
 
 if TYPE_CHECKING:
+    import tokenizers
     from transformers import PreTrainedTokenizerBase
 
 
@@ -47,6 +48,8 @@ class Tokenizer(Protocol):
         *,
         add_special_tokens: bool,
         return_offsets_mapping: bool = False,
+        padding: bool = False,
+        truncation: bool = False,
         verbose: bool = True,
     ) -> Mapping[str, Any]:
         """`input_ids`, and with `return_offsets_mapping` `offset_mapping`: of one text, or one list per text."""
@@ -57,6 +60,31 @@ class Tokenizer(Protocol):
     def save_pretrained(self, save_directory: str | Path) -> Any: ...
 
 
+class FastTokenizer(Tokenizer, Protocol):
+    """A `Tokenizer` with a Rust side and an end of text, and what preparing data asks of it besides."""
+
+    @property
+    def eos_token_id(self) -> int: ...
+
+    @property
+    def backend_tokenizer(self) -> tokenizers.Tokenizer: ...
+
+    @property
+    def chat_template(self) -> str | None: ...
+
+    def apply_chat_template(
+        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool = False
+    ) -> Any:
+        """The text, with ``tokenize=False``."""
+        ...
+
+    def convert_ids_to_tokens(self, ids: Any) -> Any: ...
+
+    def decode(self, token_ids: Any) -> Any:
+        """The text of the ids of one text."""
+        ...
+
+
 _PROBES = (
     "The quick brown fox jumps over 12345 lazy dogs.",
     "  two  spaces,\ttab\nnewline\n\n",
@@ -65,7 +93,7 @@ _PROBES = (
 )
 
 
-def load_tokenizer(path: FolderOrHub) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: FolderOrHub) -> FastTokenizer:
     """Load a tokenizer from a folder, a sentencepiece ``tokenizer.model`` or a hub name; always a fast one.
 
     Truncation and padding that the file may carry are switched off: training texts are never cut silently.
@@ -138,7 +166,7 @@ def _load_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
     """Return a name for what the tokenizer *does*: vocabulary, special tokens, and the ids of a few probe
     texts.
 
@@ -156,7 +184,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()[:32]
 
 
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> str:
+def tokenizer_digest(tokenizer: FastTokenizer, *, chat: bool) -> str:
     """Return a name for every rule of the tokenizer and, with `chat`, for its chat template.
 
     For caches only: another version of `tokenizers` may write the same rules otherwise. That costs a cache its
@@ -179,7 +207,7 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def word_boundaries(tokenizer: PreTrainedTokenizerBase) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def word_boundaries(tokenizer: FastTokenizer) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Return two tables [vocabulary]: tokens that begin with white space, and tokens that end with it.
 
     Token i of a text starts a word when it begins with white space or its predecessor ends with it. In a

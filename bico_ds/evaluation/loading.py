@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bico_ds.config.errors import UserError
 from bico_ds.config.paths import FolderOrHub
@@ -25,7 +25,7 @@ def load_for_evaluation(
     option: str = "--model",
     dtype: Literal["auto", "bf16", "fp32"] = "auto",
     device: torch.device | str = "cpu",
-) -> tuple[Any, Tokenizer]:
+) -> tuple[PreTrainedModel, Tokenizer]:
     """(model, tokenizer) from a safetensors folder or a hub name; `auto` keeps the dtype of the weights.
 
     Raises UserError, which begins with `option`, for a folder without config, safetensors or tokenizer, a tokenizer of

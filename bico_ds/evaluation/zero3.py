@@ -32,7 +32,7 @@ def is_partitioned(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def whole_replica(model: PreTrainedModel, *, device: torch.device | str) -> Any:
+def whole_replica(model: PreTrainedModel, *, device: torch.device | str) -> PreTrainedModel:
     """A copy of the Hugging Face causal LM `model` with whole weights on `device`, same dtype, in eval mode.
 
     A collective: under ZeRO-3 all ranks call it together. The copy is what an export would load as: Hugging

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from bico_ds.config.errors import UserError
 from bico_ds.data.tokenizer import Tokenizer
@@ -21,7 +21,7 @@ from bico_ds.model.shards import DTYPES, ShardWriter, atomic_folder, write_check
 
 
 def export_model(
-    engine_or_model: Any,
+    model: TrainableModel | PreTrainedModel,
     tokenizer: Tokenizer | None,
     folder: str | Path,
     dtype: Literal["bf16", "fp32"] = "bf16",
@@ -31,14 +31,13 @@ def export_model(
 ) -> None:
     """Write the causal LM's live weights, config, generation config and tokenizer to ``folder``.
 
-    ``engine_or_model``: a DeepSpeed engine, a `TrainableModel` or a Hugging Face causal LM. Call it on every
-    rank: under ZeRO-3 parameters are gathered one at a time, and rank 0 writes, holding one shard at most.
-    LoRA adapters are merged, in fp32.
+    Call it on every rank: under ZeRO-3 parameters are gathered one at a time, and rank 0 writes, holding one shard at
+    most. LoRA adapters are merged, in fp32.
     ``folder`` appears complete or not at all, with the SHA-256 of each other file in ``checksums.json``. Raises
     UserError where it exists with something in it and ``overwrite`` is off. What rank 0 meets in writing is raised
     there, and as UserError on the others.
     """
-    causal_lm = _causal_lm(engine_or_model)
+    causal_lm = model.causal_lm if isinstance(model, TrainableModel) else model
     tensors = dict(exported_parameters(causal_lm))
     is_writer = not dist.is_initialized() or dist.get_rank() == 0
     failures: list[Exception] = []  # kept while the ranks gather in step, raised at the end
@@ -85,11 +84,6 @@ def write_settings(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     write_checksums(folder)
-
-
-def _causal_lm(engine_or_model: Any) -> Any:
-    model = getattr(engine_or_model, "module", engine_or_model)
-    return model.causal_lm if isinstance(model, TrainableModel) else model
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def load_train_and_export(rank: int, world_size: int, folder: str) -> None:
         engine.backward(loss)
         engine.step()
     assert base_fingerprint(adapted.causal_lm) == before
-    export_model(engine, None, root / "merged")
+    export_model(engine.module, None, root / "merged")
     engine.save_checkpoint(str(root), tag="lora", save_latest=False, exclude_frozen_parameters=True)
     if rank == 0:
         (root / "fingerprint").write_text(before)
@@ -67,7 +67,7 @@ def load_train_and_export(rank: int, world_size: int, folder: str) -> None:
     loss = engine(causal_batch(3, [9, 4], 8))
     engine.backward(loss)
     engine.step()
-    export_model(engine, None, root / "trained")
+    export_model(engine.module, None, root / "trained")
     engine.save_checkpoint(str(root), tag="full", save_latest=False)
 
 

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from bico_ds.data.encode import Encoder, EncoderSpec, encode_shard, spare_the_collector
 from bico_ds.data.examples import IngestOptions
@@ -38,7 +38,7 @@ from bico_ds.data.ingest import encoder_spec
 from bico_ds.data.merge import merge_parts
 from bico_ds.data.sources import Shard, plan_shards
 from bico_ds.data.store import TokenStore
-from bico_ds.data.tokenizer import load_tokenizer
+from bico_ds.data.tokenizer import FastTokenizer, load_tokenizer
 
 _BATCH, _ROUNDS = 2048, 3
 
@@ -152,7 +152,7 @@ def _ours(spec: EncoderSpec, shard: Shard, part: Path) -> float:
     return time.process_time() - started
 
 
-def _merge(parts: list[Path], store: Path, spec: EncoderSpec, tokenizer: PreTrainedTokenizerBase) -> float:
+def _merge(parts: list[Path], store: Path, spec: EncoderSpec, tokenizer: FastTokenizer) -> float:
     """All parts to the finished store; returns CPU seconds."""
     started = time.process_time()
     merge_parts(parts, store, spec, tokenizer, overwrite=True)

@@ -14,13 +14,14 @@ from bico_ds.config.load import dump_recipe
 from bico_ds.config.objectives.table import objective_names
 from bico_ds.config.schema import MonitorSpec, Recipe
 from bico_ds.engine.callbacks.base import FirstRankCallback, RunStart, StepReport
+from bico_ds.engine.deepspeed_engine import EventWriter
 from bico_ds.engine.run_folder import RunFolder, write_atomically
 
 
 class StepMonitor(FirstRankCallback):
     """Writes at every `every_steps`-th step what `_summarize` makes of the steps since the last, other numbers at once."""
 
-    def __init__(self, spec: MonitorSpec, folder: RunFolder, deepspeed_monitor: Any) -> None:
+    def __init__(self, spec: MonitorSpec, folder: RunFolder, deepspeed_monitor: EventWriter | None) -> None:
         self._spec = spec
         self._folder = folder
         self._deepspeed_monitor = deepspeed_monitor

@@ -5,7 +5,7 @@ DeepSpeed accepts unknown top-level keys in silence, and turns an unfilled ``"au
 reads on our way through DeepSpeed, or that would work against the recipe, are refused, too. What DeepSpeed does refuse,
 it refuses when weights are built and ranks wait, with a traceback; here it is a message before anything begins, for all
 that its `DeepSpeedConfig` refuses on reading, and for what its engine refuses later as far as the checks below know it:
-names of the optimizer's parameters, data types, the kinds of single values, and what its ZeRO stages do not do together.
+the optimizer's parameters, data types, the kinds of single values, and what its ZeRO stages do not do together.
 """
 
 from __future__ import annotations
@@ -182,6 +182,11 @@ _KINDS: dict[type, tuple[tuple[type, ...], str]] = {
 }
 
 _GRADIENT_DTYPES = ("fp32", "bf16", "fp16")
+
+_CHOOSE_ADAM = (
+    "torch_adam",
+    "adam_w_mode",
+)  # parameters that DeepSpeed takes out, to choose among its Adams and torch's
 
 _OPTIMIZERS = ("AdamW", "Adam")  # those whose parameters, offload and checksummed state the engine knows
 
@@ -366,7 +371,7 @@ def _check_optimizer(filled: dict[str, Any], where: str) -> None:
             f"deepspeed: optimizer.type: '{name}' is not one of {', '.join(_OPTIMIZERS)}"
             f"{did_you_mean(str(name), _OPTIMIZERS)} in {where}"
         )
-    known = {"torch_adam", "adam_w_mode"}  # DeepSpeed takes these out, to choose among the three
+    known = set(_CHOOSE_ADAM)
     if params.get("torch_adam"):
         adam: type = torch.optim.AdamW
     elif _at(filled, "zero_optimization.offload_optimizer.device") in ("cpu", "nvme"):
@@ -374,10 +379,32 @@ def _check_optimizer(filled: dict[str, Any], where: str) -> None:
     else:
         adam = FusedAdam
     known |= set(signature(adam).parameters) - {"params", "model_params", "adamw_mode"}
+    if adam is not torch.optim.AdamW:
+        known.discard("amsgrad")  # a parameter of both, which they refuse
     for param in sorted(set(params) - known):
         raise UserError(
             f"deepspeed: optimizer.params: {adam.__name__} has no '{param}'{did_you_mean(param, known)} in {where}"
         )
+    if adam is torch.optim.AdamW:
+        _try_torch_adam({key: value for key, value in params.items() if key not in _CHOOSE_ADAM}, where)
+    bf16 = filled["bf16"]
+    if (
+        bf16.get("bf16_master_weights_and_grads")
+        and not bf16.get("bf16_optimizer_states")
+        and adam is not DeepSpeedCPUAdam
+    ):
+        raise UserError(
+            "deepspeed: bf16.bf16_master_weights_and_grads: without bf16_optimizer_states it needs DeepSpeed's CPU Adam, "
+            f"by zero_optimization.offload_optimizer.device=cpu, and not {adam.__name__}; remove it from {where}"
+        )
+
+
+def _try_torch_adam(params: dict[str, Any], where: str) -> None:
+    """Refuse values that torch's optimizer refuses; on one parameter, as only it knows what goes with what."""
+    try:
+        torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], **params)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"deepspeed: optimizer.params: {error} in {where}") from None
 
 
 def _let_deepspeed_read(filled: dict[str, Any], where: str) -> None:

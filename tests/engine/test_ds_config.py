@@ -195,6 +195,7 @@ def test_every_top_level_key_that_deepspeed_reads_is_set_by_the_recipe_or_refuse
         ("optimizer.params.weight_decy=1", "has no 'weight_decy'.*did you mean 'weight_decay'"),
         ("optimizer.params.adamw_mode=false", "has no 'adamw_mode'.*did you mean 'adam_w_mode'"),
         ("optimizer.params.fused=true", "FusedAdam has no 'fused'"),
+        ("optimizer.params.amsgrad=true", "FusedAdam has no 'amsgrad'"),
         ("data_types.grad_accum_dtype=foo", "grad_accum_dtype: 'foo' is not one of fp32, bf16, fp16"),
         ("data_types.grad_accum_dtype=int8", "grad_accum_dtype: 'int8' is not one of"),
         ("checkpoint.tag_validation=NOPE", r"tag_validation value of NOPE.*'FAIL'\].*in zero3_bf16 or"),
@@ -227,8 +228,20 @@ def test_the_parameters_are_those_of_the_optimizer_that_deepspeed_will_take():
     assert offloaded["optimizer"]["params"]["fp32_optimizer_states"] is True
     amsgrad = built("zero3_bf16", "deepspeed.overrides.optimizer.params.amsgrad=true", on_cuda=False)
     assert amsgrad["optimizer"]["params"]["amsgrad"] is True
+    with pytest.raises(UserError, match="DeepSpeedCPUAdam has no 'amsgrad'"):
+        built("zero3_offload_cpu", "deepspeed.overrides.optimizer.params.amsgrad=true")
+    with pytest.raises(UserError, match="`foreach` cannot be `True` together. in zero3_bf16 or"):
+        built("zero3_bf16", "deepspeed.overrides.optimizer.params.foreach=true", on_cuda=False)
     with pytest.raises(UserError, match="AdamW has no 'bias_correction'"):
         built("zero3_bf16", "deepspeed.overrides.optimizer.params.bias_correction=true", on_cuda=False)
+
+
+def test_master_weights_in_bf16_need_deepspeeds_cpu_adam():
+    master = ("model.dtype=bf16", "deepspeed.overrides.bf16.bf16_master_weights_and_grads=true")
+    assert built("zero3_offload_cpu", *master)["bf16"]["bf16_master_weights_and_grads"] is True
+    for on_cuda, adam in ((True, "FusedAdam"), (False, "AdamW")):
+        with pytest.raises(UserError, match=f"needs DeepSpeed's CPU Adam, .* and not {adam}"):
+            built("zero3_bf16", *master, on_cuda=on_cuda)
 
 
 def test_stage_1_is_refused_in_bf16_and_accepted_in_fp32():

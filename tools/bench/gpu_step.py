@@ -36,7 +36,7 @@ from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.schema import Recipe
-from bico_ds.engine import distributed
+from bico_ds.engine import distributed, native_ops
 from bico_ds.engine.deepspeed_engine import Engine
 from bico_ds.engine.start import check, check_backend, wrap_model
 from bico_ds.model.build import build_model
@@ -110,6 +110,7 @@ def build(recipe: Recipe, arguments: argparse.Namespace) -> Bench:
     on_cuda = ranks.device.type == "cuda"
     config = check(recipe, world_size=1, on_cuda=on_cuda, run_folder=arguments.out)
     policy = check_backend(recipe, ranks.device)
+    native_ops.prefer_own_ninja()
     store = distributed.meet(ranks, timeout_minutes=5)
     distributed.join(ranks, store, timeout_minutes=5)
     started = time.perf_counter()

@@ -10,7 +10,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bico_ds.config.load import load_recipe
-from bico_ds.engine.callbacks.base import RunStart, StepReport
+from bico_ds.engine.callbacks.base import Callback, Callbacks, FirstRankCallback, RunStart, StepReport
 from bico_ds.engine.callbacks.console import ConsoleProgress
 from bico_ds.engine.callbacks.monitor import StepMonitor, keep_lines_until
 from bico_ds.engine.run_folder import RunFolder
@@ -132,3 +132,34 @@ def test_without_a_terminal_the_console_gets_plain_lines():
     text = out.getvalue()
     assert "step 1/2" in text and "n2d 0.250" in text and "preempted after step 1" in text
     assert "\x1b" not in text
+
+
+class Counting(Callback):
+    """As a callback with a collective would be: it must be called on every rank, at the same points."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def on_step(self, step: StepReport) -> None:
+        self.calls.append(f"step {step.step}")
+
+    def on_message(self, text: str) -> None:
+        self.calls.append(text)
+
+    def state(self) -> dict:
+        return {"calls": len(self.calls)}
+
+
+class CountingOnRank0(Counting, FirstRankCallback):
+    """As one that only shows or writes."""
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_every_rank_calls_every_callback_but_those_of_the_first_rank_alone(is_first):
+    everywhere, first_only = Counting(), CountingOnRank0()
+    callbacks = Callbacks([first_only, everywhere], is_first_rank=is_first)
+    callbacks.on_message("hello")
+    callbacks.on_step(report(3))
+    assert everywhere.calls == ["hello", "step 3"]
+    assert first_only.calls == (everywhere.calls if is_first else [])
+    assert callbacks.state() == {"calls": 2}

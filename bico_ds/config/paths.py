@@ -27,6 +27,9 @@ FolderOrHub = Path | HubName
 """A folder (or file) of this machine, there or not, or a name on the hub. At run time a `Path` is always the former."""
 
 _VARIABLE = re.compile(r"\$(?:\{([^}]*)\}?|(\w+))", re.ASCII)
+_HOME = re.compile(
+    r"(~[\w.-]*)(/|$)", re.ASCII
+)  # with its slash unquoted in a shell, which knows ~user as we do
 _FOLDER_MARKS = ("/", ".", "~", "models/", "runs/")
 
 
@@ -57,12 +60,13 @@ class WrittenPath:
     def in_shell(self) -> str:
         """The text as a word of a shell script, which expands it by the same rule where and when the script runs: there
         an unset or empty variable ends the script."""
-        home = '"${HOME:?}"' if self.text.split("/")[0] == "~" else ""
-        rest, words, end = self.text[len("~") :] if home else self.text, [], 0
+        words, rest, end = [], self.text, 0
+        if home := _HOME.match(rest):
+            words, rest = ['"${HOME:?}"' if home[1] == "~" else home[1], home[2]], rest[home.end() :]
         for found in _VARIABLE.finditer(rest):
             words += [_quoted(rest[end : found.start()]), f'"${{{found[1] or found[2]}:?}}"']
             end = found.end()
-        return home + "".join(words) + _quoted(rest[end:]) or "''"
+        return "".join(words) + _quoted(rest[end:])
 
     def _variable(self, found: re.Match[str]) -> str:
         name = found[1] if found[2] is None else found[2]

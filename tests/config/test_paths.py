@@ -207,7 +207,17 @@ def test_arguments_follow_the_same_rule_and_name_the_option(kind, monkeypatch, t
 
 @pytest.mark.parametrize(
     "text",
-    ["~/x y", "${ROOM}/a", "$ROOM/a b/${NAME}.$", "plain", "it's/~/$(date)`date`\"", "~", "a${ROOM}b$NAME"],
+    [
+        "~/x y",
+        "~root/x y",
+        "a~/b",
+        "${ROOM}/a",
+        "$ROOM/a b/${NAME}.$",
+        "plain",
+        "it's/~/$(date)`date`\"",
+        "~",
+        "a${ROOM}b$NAME",
+    ],
 )
 def test_a_shell_reads_a_path_as_we_do(monkeypatch, text):
     for name, value in {"HOME": "/home/me", "ROOM": "/my room", "NAME": "n*"}.items():

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bico_ds.config.arguments import local_path, path_text
 from bico_ds.config.errors import UserError
 from bico_ds.config.load import load_recipe
+from bico_ds.engine.process_end import end_process
 from bico_ds.engine.run_folder import folder_of_run
 
 
@@ -59,4 +60,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -25,6 +25,7 @@ from bico_ds.config.errors import RunError, UserError
 from bico_ds.config.load import list_recipes, load_recipe
 from bico_ds.config.schema import Recipe
 from bico_ds.engine.launcher import follow_launcher
+from bico_ds.engine.process_end import end_process
 from bico_ds.engine.signals import StopFlag
 
 
@@ -123,4 +124,4 @@ def complain(error: UserError | RunError) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bico_ds.config.arguments import folder_or_hub_name, local_path
 from bico_ds.config.errors import UserError
 from bico_ds.config.paths import FolderOrHub
+from bico_ds.engine.process_end import end_process
 from bico_ds.engine.signals import StopFlag
 
 
@@ -169,4 +170,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 
 from bico_ds.attention.plan import build_plan
 from bico_ds.batch import PackedBatch
+from bico_ds.engine.process_end import end_process
 
 VOCABULARY = 101
 
@@ -52,6 +53,7 @@ def _start(rank: int, worker: Callable[..., None], world_size: int, port: int, a
     deepspeed.init_distributed("gloo")
     worker(rank, world_size, *args)
     torch.distributed.destroy_process_group()
+    end_process(0)
 
 
 def causal_batch(seed: int, lengths: list[int], loss_rows: int) -> PackedBatch:

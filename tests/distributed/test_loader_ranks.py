@@ -19,6 +19,7 @@ from bico_ds.config.schema import DataSpec, SourceSpec
 from bico_ds.data.loader import ElasticLoader, RankShare
 from bico_ds.data.sample_order import StreamSpec
 from bico_ds.data.store import StoreHeader, TokenStore, TokenStoreWriter
+from bico_ds.engine.process_end import end_process
 from bico_ds.objectives.base import TokenFacts
 from bico_ds.objectives.build import build_objectives
 from bico_ds.objectives.schedule import ObjectiveSchedule
@@ -79,6 +80,7 @@ def work(rank: int, port: int, store: Path, folder: Path) -> None:
         (folder / f"state{rank}.json").write_text(json.dumps(state))
     finally:
         dist.destroy_process_group()
+    end_process(0)
 
 
 def test_two_real_ranks_see_the_stream_of_one_and_one_goes_on_for_two(tmp_path):

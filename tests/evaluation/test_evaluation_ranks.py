@@ -15,6 +15,7 @@ _PROGRAM = """
 import json, os, sys
 import deepspeed, torch, torch.distributed as dist
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from bico_ds.engine.process_end import end_process
 from bico_ds.evaluation.generation import encode_prompts, generate_greedy
 from bico_ds.evaluation.place import Place
 from bico_ds.evaluation.zero3 import is_partitioned, parameter_count, whole_replica
@@ -48,7 +49,8 @@ result = {
 with open(f"{out}.{rank}", "w") as file:
     json.dump(result, file)
 dist.barrier()
-dist.destroy_process_group()  # gloo's threads abort an interpreter that ends before them
+dist.destroy_process_group()
+end_process(0)
 """
 
 

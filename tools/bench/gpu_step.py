@@ -38,6 +38,7 @@ from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.schema import Recipe
 from bico_ds.engine import distributed, native_ops
 from bico_ds.engine.deepspeed_engine import Engine
+from bico_ds.engine.process_end import end_process
 from bico_ds.engine.start import check, check_backend, wrap_model
 from bico_ds.model.build import build_model
 from bico_ds.objectives.base import BatchKey, Objective
@@ -269,4 +270,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

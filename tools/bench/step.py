@@ -44,6 +44,7 @@ from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.schema import Recipe
+from bico_ds.engine.process_end import end_process
 from bico_ds.objectives.base import BatchKey, Objective
 from bico_ds.objectives.bico import MaskDenoising
 from bico_ds.objectives.ntp import NextTokenPrediction
@@ -279,3 +280,4 @@ def print_rows(console: Console, rows: list[tuple[str, float, float, str, float]
 
 if __name__ == "__main__":
     main()
+    end_process(0)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
+    ConfigDict,
     Field,
     SerializeAsAny,
     field_serializer,
@@ -195,11 +196,16 @@ class TrainingSpec(Section):
         return self
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerSpec(Section):
     """AdamW; under CPU or NVMe offload DeepSpeed's CPU Adam."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     lr: Annotated[float, Field(gt=0)] = 2e-5
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
 

@@ -89,6 +89,12 @@ def test_overrides_reach_into_lists_and_sections_that_the_file_leaves_out(recipe
             "steps: 3\n  epochs: 1",
             ["mine.yaml:9: training: give exactly one of 'steps' and 'epochs'"],
         ),
+        (
+            "steps: 3",
+            "steps: 3\noptimizer:\n  betas: [0.9, 1.0]",
+            ["mine.yaml:12: optimizer.betas.1: ", "less than 1"],
+        ),
+        ("steps: 3", "steps: 3\noptimizer:\n  lr: .inf", ["mine.yaml:12: optimizer.lr: ", "finite"]),
         ("steps: 3", "steps: 3\n  steps: 4", ["mine.yaml:11: key 'training.steps' is given twice"]),
         (
             "kind: ntp",

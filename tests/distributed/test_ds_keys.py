@@ -1,0 +1,119 @@
+"""Each key of DeepSpeed's ZeRO that a recipe may set trains as without it, on two real ranks, and takes over checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deepspeed.utils import groups
+from model_ranks import VOCABULARY, causal_batch, run_on_ranks
+
+from bico_ds.config.load import load_recipe
+from bico_ds.engine import ds_checks
+from bico_ds.engine.ds_config import build_ds_config
+from bico_ds.engine.start import wrap_model
+from bico_ds.engine.state_checksums import differences, state_checksums
+from bico_ds.model.build import build_model
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 6
+# By stage: a value that is not the shipped one. A weight of this model has 2,048 elements.
+CASES: dict[int, tuple[str, ...]] = {
+    2: (
+        "contiguous_gradients=false",
+        "overlap_comm=true",
+        "reduce_scatter=false",
+        "reduce_bucket_size=1500",
+        "allgather_bucket_size=1500",
+        "use_multi_rank_bucket_allreduce=false",
+        "ignore_unused_parameters=false",
+    ),
+    3: (
+        "contiguous_gradients=false",
+        "overlap_comm=true",
+        "reduce_scatter=false",
+        "reduce_bucket_size=1500",
+        "stage3_prefetch_bucket_size=0",
+        "stage3_param_persistence_threshold=0",
+        "stage3_model_persistence_threshold=1000",
+        "stage3_max_live_parameters=0",
+        "stage3_max_reuse_distance=0",
+        "stage3_use_all_reduce_for_fetch_params=true",
+        "stage3_allgather_sequential=true",
+        "zero_hpz_partition_size=2",
+        "log_trace_cache_warnings=true",
+        "enable_sanity_checks=true",
+    ),
+}
+# Proven elsewhere: stage and sub_group_size by conversions (test_survival*), the offloads by the slow tests.
+ELSEWHERE = {"stage", "sub_group_size", "offload_optimizer", "offload_param"}
+
+
+def engine_of(stage: int, folder: Path, *overrides: str) -> Any:
+    recipe = load_recipe(
+        "tiny_base",
+        [
+            f"model.config.vocab_size={VOCABULARY}", "model.config.hidden_size=32", "model.config.head_dim=8",
+            "model.config.num_attention_heads=4", "model.config.num_hidden_layers=2",
+            "model.config.intermediate_size=64", "training.micro_batch_bins=1",
+            "training.global_batch_bins=2", f"training.steps={STEPS}", "schedule.warmup_steps=1",
+            "schedule.decay_steps=2", f"deepspeed.config=zero{stage}_bf16",
+            *(f"deepspeed.overrides.zero_optimization.{override}" for override in overrides),
+        ],
+    )  # fmt: skip
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # DeepSpeed makes the groups of hpZ once per process
+    config = build_ds_config(recipe, world_size=2, hidden_size=32, on_cuda=False, run_folder=folder)
+    model = build_model(recipe.model, seed=3, ds_config=config, device="cpu")
+    return wrap_model(model, recipe, config, STEPS)
+
+
+def train(engine: Any, rank: int, first: int, stop: int) -> list[float]:
+    """Loss and gradient norm of each step, one after the other."""
+    seen = []
+    for step in range(first, stop):
+        loss = engine(causal_batch(2 * step + rank, [12, 7], 17))
+        engine.backward(loss)
+        engine.step()
+        seen += [loss.item(), float(engine.get_global_grad_norm())]
+    return seen
+
+
+def saved(engine: Any, folder: Path, tag: str) -> dict[str, dict[str, int]]:
+    engine.save_checkpoint(str(folder), tag=tag)
+    return state_checksums(engine)
+
+
+def loaded(engine: Any, folder: Path, tag: str, expected: dict[str, dict[str, int]]) -> Any:
+    engine.load_checkpoint(str(folder), tag=tag)
+    assert differences(state_checksums(engine), expected) == []
+    return engine
+
+
+def every_key(rank: int, world_size: int, root: str, stage: int) -> None:
+    folder = Path(root)
+    plain = engine_of(stage, folder)
+    train(plain, rank, 0, 2)
+    sums = saved(plain, folder, "plain")
+    expected = train(plain, rank, 2, STEPS)
+    for override in CASES[stage]:
+        changed = loaded(engine_of(stage, folder, override), folder, "plain", sums)
+        assert train(changed, rank, 2, 4) == pytest.approx(expected[:4], rel=1e-5), override
+        then = saved(changed, folder, "changed")
+        rest = train(changed, rank, 4, STEPS)
+        assert rest == pytest.approx(expected[4:], rel=1e-5), override
+        again = loaded(engine_of(stage, folder, override), folder, "changed", then)
+        assert train(again, rank, 4, STEPS) == rest, override
+        without = loaded(engine_of(stage, folder), folder, "changed", then)
+        assert train(without, rank, 4, STEPS) == pytest.approx(rest, rel=1e-5), override
+
+
+@pytest.mark.parametrize("stage", CASES)
+def test_an_accepted_key_of_zero_changes_neither_training_nor_resumes(tmp_path, stage):
+    run_on_ranks(every_key, 2, str(tmp_path), stage)
+
+
+def test_every_accepted_key_is_among_the_cases():
+    keys = {override.partition("=")[0] for cases in CASES.values() for override in cases}
+    assert keys | ELSEWHERE == set(ds_checks._PROVEN["zero_optimization"])

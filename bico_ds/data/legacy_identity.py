@@ -30,9 +30,7 @@ def _objective(written: str) -> dict[str, Any]:
     assert name == "MaskDenoising", written
     _, policy = values["policy"]
     _, mask = policy["spec"]
-    mask = _changed(
-        {k: list(v) if isinstance(v, tuple) else v for k, v in mask.items()}, _MASK_DEFAULTS, *mask
-    )
+    mask = _changed({**mask, "rate": _rate(mask["rate"])}, _MASK_DEFAULTS, *mask)
     return {
         "kind": "bico",
         "version": 1,
@@ -40,6 +38,14 @@ def _objective(written: str) -> dict[str, Any]:
         "placeholder_id": values["placeholder_id"],
         "special_ids": list(policy["special_ids"]),
     }
+
+
+def _rate(rate: float | tuple[float, float]) -> float | list[float]:
+    """A range of one rate is that rate, as `MaskSpec` has it today: the masks are the same."""
+    if not isinstance(rate, tuple):
+        return rate
+    low, high = rate
+    return low if 0 < low == high else [low, high]
 
 
 def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any], *keys: str) -> dict[str, Any]:

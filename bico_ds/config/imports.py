@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -52,7 +53,8 @@ def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise UserError(f"there is no file '{path}'")
     place = path.resolve()
-    name = f"{place.stem}_{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
+    stem = re.sub(r"\W", "_", place.stem)  # a dot or colon would have a meaning in a module's name
+    name = f"{stem}_{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, place)

@@ -110,6 +110,8 @@ register(Own, {place})
         ),
         ("NtpSpec", "bare", "'a.b'", "Own: 'a.b' is not MODULE:CLASS"),
         ("NtpSpec", "bare", "''", "Own: '' is not MODULE:CLASS"),
+        ("NtpSpec", "bare", "'.b:C'", r"Own: '\.b:C' is not MODULE:CLASS"),
+        ("NtpSpec", "bare", "'a:b:C'", "Own: 'a:b:C' is not MODULE:CLASS"),
         ("NtpSpec", "all", "'a.b:C'", "Own: 'all' is the name of the loss over all objectives"),
         (
             "NtpSpec",
@@ -138,6 +140,24 @@ def test_a_file_of_the_users_own_brings_an_objective(tmp_path, monkeypatch):
     assert recorded_recipe(recipe.model_dump(mode="json"), Path("manifest.json")) == recipe
     with pytest.raises(UserError, match=r"objectives\.0\.shif: unknown key \(did you mean 'shift'\?\)"):
         load_recipe("tiny_ntp", [*overrides[:1], "objectives=[{kind: doubling, shif: 2}]"])
+
+
+@pytest.mark.parametrize(
+    "name", ["my-own.py", "my own.py", "v1.2.py", ".mine.py", "a:b.py", "2é.py", "my-module"]
+)
+def test_any_file_name_and_any_module_can_bring_an_objective(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    kind = f"named {name}"
+    text = OWN.format(base="NtpSpec", kind=kind, place="f'{__name__}:Mine'")
+    file = Path(name if name.endswith(".py") else f"{name}.py")
+    file.write_text(f"from bico_ds.objectives.ntp import NextTokenPrediction as Mine\n{text}")
+    Path("mine.yaml").write_text(
+        f"extends: tiny_ntp\nimports: ['{name}']\nobjectives: [{{kind: '{kind}'}}]\n"
+    )
+    objectives = load_recipe("mine.yaml").objectives
+    built = build_objectives(objectives, TokenFacts(special_ids=(), placeholder_id=0, vocabulary=9))
+    assert built[0].identity() == {"kind": kind, "version": 1}
 
 
 @pytest.mark.parametrize(

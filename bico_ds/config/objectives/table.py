@@ -49,7 +49,8 @@ def register(spec: type[ObjectiveSpec], objective: str) -> None:
         raise UserError(f'{spec.__name__}: its kind must be one word, as in  kind: Literal["mine"] = "mine"')
     if inspect.isabstract(spec) or not isinstance(getattr(spec, "monitor", None), MonitorPlace):
         raise UserError(f"{spec.__name__}: it needs the method `cost` and a MonitorPlace as `monitor`")
-    if not re.fullmatch(r"[\w.]+:\w+", objective):
+    # any module that importlib finds: not all of their names are identifiers
+    if not re.fullmatch(r"[^:.][^:]*:\w+", objective):
         raise UserError(f"{spec.__name__}: '{objective}' is not MODULE:CLASS")
     name, kind = names[0], Kind(spec, objective)
     if name == _TOTAL:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import pytest
+from pydantic import Field
 
 from bico_ds.batch import Document, Documents
 from bico_ds.config.errors import UserError
@@ -13,6 +15,7 @@ from bico_ds.config.load import dump_recipe, load_recipe, recorded_recipe
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.objectives.ntp import NtpSpec
+from bico_ds.config.section import Section
 from bico_ds.objectives.base import BatchKey, TokenFacts
 from bico_ds.objectives.build import build_objectives
 
@@ -72,6 +75,64 @@ def test_an_identity_is_what_differs_from_the_field_s_own_default():
     assert OwnSpec(mask=MaskSpec(unit="span")).identity()["mask"] == {"rate": 0.15}
     assert OwnSpec(mask=MaskSpec(rate=0.4)).identity()["mask"] == {"unit": "token"}
     assert BicoSpec(mask=MaskSpec(rate=(0.4, 0.4))).identity() == BicoSpec(mask=MaskSpec(rate=0.4)).identity()
+
+
+class Noise(Section):
+    kind: Literal["noise"] = "noise"
+    share: float = 0.1
+
+
+class Swap(Section):
+    kind: Literal["swap"] = "swap"
+    share: float = 0.1
+    parts: list[Noise] = Field([])
+
+
+class Untold(Section):
+    strength: float = 0.1
+
+
+class OfSections(BicoSpec):
+    optional: MaskSpec | None = None
+    several: list[MaskSpec] = Field([])
+    named: dict[str, Annotated[MaskSpec | None, "an annotation"]] = Field({})
+    told: Noise | Swap | None = None
+    usual: Noise | Swap = Noise()
+    untold: Untold | MaskSpec | None = None
+    words: frozenset[int] = frozenset()
+
+
+@pytest.mark.parametrize(
+    ("given", "identity"),
+    [
+        ({"optional": {}}, {"optional": {}}),
+        ({"optional": {"rate": 0.15, "unit": "span"}}, {"optional": {"unit": "span"}}),
+        ({"several": [{}, {"rate": 0.4}]}, {"several": [{}, {"rate": 0.4}]}),
+        ({"named": {"a": {}, "b": None, "c": {"rate": 0.4}}}, {"named": {"a": {}, "b": None, "c": {"rate": 0.4}}}),
+        ({"told": {"kind": "noise"}}, {"told": {"kind": "noise"}}),
+        ({"told": {"kind": "swap", "parts": [{}]}}, {"told": {"kind": "swap", "parts": [{}]}}),
+        ({"usual": {"kind": "noise", "share": 0.2}}, {"usual": {"share": 0.2}}),
+        ({"usual": {"kind": "swap", "share": 0.2}}, {"usual": {"kind": "swap", "share": 0.2}}),
+        ({"untold": {"strength": 0.1}}, {"untold": {"strength": 0.1}}),
+        ({"words": [8, 0]}, {"words": [0, 8]}),
+        ({"words": [0, 8]}, {"words": [0, 8]}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_identity_leaves_out_the_defaults_of_sections_that_are_optional_or_in_a_list(given, identity):
+    assert OfSections.model_validate(given).identity() == {"kind": "bico", "version": 1, **identity}
+
+
+def test_a_key_that_a_section_gets_later_changes_no_identity():
+    class Later(MaskSpec):
+        sharpness: float = 1.0
+
+    class Now(OfSections):
+        optional: Later | None = None
+        several: list[Later] = Field([])
+
+    given = {"optional": {"unit": "word"}, "several": [{"rate": 0.3}, {}]}
+    assert Now.model_validate(given).identity() == OfSections.model_validate(given).identity()
 
 
 def test_spans_without_an_end_have_a_cost():

@@ -5,9 +5,11 @@ The other half, which builds batches, is the file of the same name in bico_ds/ob
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,8 +55,9 @@ class ObjectiveSpec(Section, ABC):
     def identity(self) -> dict[str, Any]:
         """What the batches depend on, JSON-able: the kind, its version, and every value that is not the default.
 
-        Defaults are left out so that a key that is added later does not refuse the checkpoints of before. Hence a
-        default, too, changes only together with `identity_version`. The probability is the schedule's.
+        Defaults are left out, also of the sections in it, so that a key that is added later does not refuse the
+        checkpoints of before. Hence a default, too, changes only together with `identity_version`. The probability is the
+        schedule's.
         """
         named = {key: value for key, value in _changed(self).items() if key not in ("kind", "probability")}
         return {"kind": self.kind, "version": self.identity_version, **named}
@@ -72,5 +75,39 @@ def _changed(section: Section, default: Section | None = None) -> dict[str, Any]
         usual = field.get_default(call_default_factory=True) if default is None else getattr(default, key)
         if value != usual:
             nested = isinstance(value, Section) and type(value) is type(usual)
-            changed[key] = _changed(value, usual) if nested else values[key]
+            changed[key] = (
+                _changed(value, usual) if nested else _told(value, values[key], _sections(field.annotation))
+            )
     return changed
+
+
+def _told(value: Any, dumped: Any, possible: set[type[Section]]) -> Any:
+    """`dumped`, the JSON of `value`, without the defaults of the sections in it, of which `possible` can stand there.
+
+    Where several can, the keys that allow one word alone (``kind``) stay, to tell them apart; without any, all do.
+    """
+    if isinstance(value, Section) and isinstance(dumped, dict):
+        if possible == {type(value)}:
+            return _changed(value)
+        words = {
+            key: dumped[key] for key, field in type(value).model_fields.items() if _is_word(field.annotation)
+        }
+        return words | _changed(value) if words else dumped
+    if isinstance(value, Mapping) and isinstance(dumped, dict):
+        pairs = zip(dumped, value.values(), dumped.values(), strict=True)
+        return {key: _told(part, written, possible) for key, part, written in pairs}
+    if isinstance(value, Sequence | Set) and isinstance(dumped, list):
+        parts = [_told(part, written, possible) for part, written in zip(value, dumped, strict=True)]
+        return parts if isinstance(value, Sequence) else sorted(parts, key=json.dumps)  # a set has no order
+    return dumped
+
+
+def _sections(annotation: Any) -> set[type[Section]]:
+    """The sections that an annotation names, however deep."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return {annotation}
+    return {section for part in get_args(annotation) for section in _sections(part)}
+
+
+def _is_word(annotation: Any) -> bool:
+    return get_origin(annotation) is Literal and len(get_args(annotation)) == 1

@@ -15,11 +15,13 @@ _MASK_DEFAULTS = {"rate": 0.15, "unit": "token", "mean_span": 3.0, "eligible": "
 def translate_state(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state of version 1 as one of version 2."""
     before = state["identity"]
-    identity = {
-        key: _objective(value) if key.startswith("objectives[") and key.endswith("]") else value
+    objectives = {
+        key: _objective(value)
         for key, value in before.items()
+        if key.startswith("objectives[") and key.endswith("]")
     }
-    return {**state, "version": 2, "identity": identity}
+    cursor_of = [0] * len(objectives)  # they expanded documents alike, and shared one cursor
+    return {**state, "version": 2, "identity": {**before, **objectives}, "cursor_of": cursor_of}
 
 
 def _objective(written: str) -> dict[str, Any]:

@@ -90,13 +90,12 @@ class GlobalBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class _Cursor:
-    """A stream of bins, the rows it is made of, and where it stands at the first step."""
+    """A stream of bins, the rows it is made of, and whose it is."""
 
     objectives: tuple[Objective, ...]
     stream: BinStream
     rows: Sequence[Rows]
     mixture: Mixture
-    start: Position
 
 
 class SampleOrder:
@@ -123,7 +122,8 @@ class SampleOrder:
             identity.refuse(self.changes)
         self.start_step = int(state["step"]) if state else 0
         self.start_consumed = _saved_counts(state, self.source_names)
-        self._cursors, self._cursor_of = self._make_cursors(state)
+        self._cursors, self._cursor_of = self._make_cursors()
+        self._starts = self._find_starts(state)
 
     def batch(self, step: int) -> GlobalBatch:
         """Return the global batch of a step. Raises ValueError for one before `start_step`."""
@@ -160,6 +160,7 @@ class SampleOrder:
             "version": STATE_VERSION,
             "step": next_step,
             "cursors": cursors,
+            "cursor_of": self._cursor_of.tolist(),
             "sources": consumed.by_source(),
             "identity": self._identity,
             "fingerprint": identity.fingerprint(self._identity),
@@ -184,7 +185,8 @@ class SampleOrder:
             )
         return reports
 
-    def _make_cursors(self, state: Mapping[str, Any] | None) -> tuple[list[_Cursor], NDArray[np.int64]]:
+    def _make_cursors(self) -> tuple[list[_Cursor], NDArray[np.int64]]:
+        """The cursors, and the number of each objective's."""
         data, objectives = self._spec.data, self._spec.schedule.objectives
         lengths = np.arange(1, data.capacity + 1)
         expansions = [_expanded(objective, lengths).tobytes() for objective in objectives]
@@ -197,11 +199,40 @@ class SampleOrder:
             rows = [self._cut(index, store, longest) for index, store in enumerate(self._spec.stores)]
             mixture = Mixture.of(data.sources, [len(part) for part in rows], self._spec.seed)
             stream = BinStream(rows, mixture, members[0].expand, data, seed=self._spec.seed)
-            start = _start(state, number, stream, allow_change=data.allow_change)
-            cursors.append(
-                _Cursor(objectives=members, stream=stream, rows=rows, mixture=mixture, start=start)
-            )
+            cursors.append(_Cursor(objectives=members, stream=stream, rows=rows, mixture=mixture))
         return cursors, cursor_of
+
+    def _find_starts(self, state: Mapping[str, Any] | None) -> list[Position]:
+        """Where each stream stands at the first step: where its saved cursor stood, if the bin exists."""
+        if state is None:
+            return [Position()] * len(self._cursors)
+        saved, streams = state["cursors"], [cursor.stream for cursor in self._cursors]
+        is_same = len(saved) == len(streams) and all(map(_same_plan, streams, saved))
+        if not is_same and not self._spec.data.allow_change:
+            identity.refuse(["the pack plan: same data and recipe, but this version packs them otherwise"])
+        chosen = self._match(state) if self._spec.data.allow_change else range(len(streams))
+        return [
+            Position() if number is None else _position(stream, saved[number])
+            for stream, number in zip(streams, chosen, strict=True)
+        ]
+
+    def _match(self, state: Mapping[str, Any]) -> list[int | None]:
+        """The saved cursor of each stream, wherever either stands: of an objective that both have, else of the same plan.
+
+        A stream without one was changed, and takes the next cursor that no stream has; None: there is no more.
+        """
+        saved, streams = state["cursors"], [cursor.stream for cursor in self._cursors]
+        theirs = _members(state["identity"], state.get("cursor_of", ()), len(saved))
+        ours = _members(self._identity, self._cursor_of.tolist(), len(streams))
+        chosen: list[int | None] = []
+        for stream, objectives in zip(streams, ours, strict=True):
+            shared = [n for n, members in enumerate(theirs) if any(o in members for o in objectives)]
+            chosen.append(max(shared, key=lambda n: _same_plan(stream, saved[n]), default=None))
+        for fits in (_same_plan, lambda stream, cursor: True):
+            for index in (i for i, number in enumerate(chosen) if number is None):
+                free = (n for n in range(len(saved)) if n not in chosen and fits(streams[index], saved[n]))
+                chosen[index] = next(free, None)
+        return chosen
 
     def _cut(self, index: int, store: TokenStore, longest: int) -> Rows:
         bos_id = store.manifest.bos_id if store.manifest.add_bos else None
@@ -220,7 +251,8 @@ class SampleOrder:
             drawn = self._cursor_of[self._spec.schedule.indices(self.start_step, step)]
             steps = np.bincount(drawn, minlength=len(self._cursors))
         bins = steps * self._spec.global_batch_bins
-        return [c.stream.advance(c.start, n) for c, n in zip(self._cursors, bins.tolist(), strict=True)]
+        parts = zip(self._cursors, self._starts, bins.tolist(), strict=True)
+        return [cursor.stream.advance(start, count) for cursor, start, count in parts]
 
 
 def _of_today(state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -251,18 +283,18 @@ def _count_by_source(bins: StreamBins, sources: int) -> NDArray[np.int64]:
     return np.stack(columns, axis=1).astype(np.int64)
 
 
-def _start(
-    state: Mapping[str, Any] | None, number: int, stream: BinStream, *, allow_change: bool
-) -> Position:
-    """Where a stream stands at the first step. A changed one goes on at the same epoch and bin, where they
-    exist.
-    """
-    if state is None or number >= len(state["cursors"]):
-        return Position()
-    saved = state["cursors"][number]
-    epoch, bins = int(saved["epoch"]), int(saved["bins_consumed"])
-    if not allow_change and stream.plan(epoch).fingerprint != saved["plan"]:
-        identity.refuse(["the pack plan: same data and recipe, but this version packs them otherwise"])
+def _members(keys: Mapping[str, Any], cursor_of: Sequence[int], cursors: int) -> list[list[Any]]:
+    """The identities of each cursor's objectives."""
+    numbered = list(enumerate(cursor_of))
+    return [[keys[f"objectives[{i}]"] for i, n in numbered if n == number] for number in range(cursors)]
+
+
+def _same_plan(stream: BinStream, cursor: Mapping[str, Any]) -> bool:
+    return stream.plan(int(cursor["epoch"])).fingerprint == cursor["plan"]
+
+
+def _position(stream: BinStream, cursor: Mapping[str, Any]) -> Position:
+    epoch, bins = int(cursor["epoch"]), int(cursor["bins_consumed"])
     return stream.advance(Position(epoch=epoch, bin=min(bins, stream.num_bins(epoch))), 0)
 
 

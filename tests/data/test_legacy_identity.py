@@ -46,6 +46,7 @@ def test_an_objective_known_by_its_repr_is_the_one_of_today(written, spec):
         spec = BicoSpec.model_validate({"mask": spec})
     state = translate_state({"version": 1, "step": 3, "identity": {"seed": 1, "objectives[0]": written}})
     assert (state["version"], state["step"], state["identity"]["seed"]) == (2, 3, 1)
+    assert state["cursor_of"] == [0]
     assert state["identity"]["objectives[0]"] == build_objectives([spec], TOKENS)[0].identity()
 
 

@@ -54,8 +54,13 @@ def identity(
 
 def _as_saved(objective: Objective) -> Any:
     """An objective's identity as a checkpoint gives it back. Raises `UserError` where none could hold it."""
+    told = objective.identity()
+    if not isinstance(told, dict):
+        raise UserError(
+            f"objective '{objective.name}': its identity() must be a mapping of names to values, found {told!r:.80}"
+        )
     try:
-        return json.loads(json.dumps(objective.identity()), parse_constant=_constant)
+        return json.loads(json.dumps(told), parse_constant=_constant)
     except (TypeError, ValueError) as error:
         raise UserError(f"objective '{objective.name}': its identity() is not JSON: {error}") from error
 

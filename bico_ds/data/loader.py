@@ -22,7 +22,7 @@ from bico_ds.data.prefetch import Prefetcher
 from bico_ds.data.rows import Rows, join
 from bico_ds.data.sample_order import Consumed, GlobalBatch, SampleOrder, StreamReport, StreamSpec
 from bico_ds.data.stream import StreamBins
-from bico_ds.objectives.base import BatchKey
+from bico_ds.objectives.base import BatchKey, check_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,10 +136,8 @@ class ElasticLoader:
         packed = batch.objective.build(
             documents, BatchKey(seed=self._stream.seed, epoch=bins.passes[entries])
         )
-        if packed.plan.num_rows > (room := int(bins.length[entries].sum())):
-            raise ValueError(
-                f"it built {packed.plan.num_rows} rows, where its expand() promised at most {room}"
-            )
+        room = int(bins.length[entries].sum())
+        check_batch(packed, documents, room=room, vocabulary=self._stream.vocabulary)
         return packed
 
     def _read(self, rows: Sequence[Rows], source: NDArray[np.int64], row: NDArray[np.int64]) -> Documents:

@@ -46,13 +46,15 @@ class StreamReport:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamSpec:
-    """All that the global sample stream is a function of. `stores` are those of `data.sources`, in order."""
+    """All that the global sample stream is a function of. `stores` are those of `data.sources`, in order; `vocabulary`: ids
+    that the model embeds, which bounds what a batch may hold."""
 
     stores: Sequence[TokenStore]
     data: DataSpec
     schedule: ObjectiveSchedule
     seed: int
     global_batch_bins: int
+    vocabulary: int
 
 
 @dataclass(frozen=True, kw_only=True)

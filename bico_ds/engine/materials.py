@@ -29,6 +29,7 @@ class Materials:
     tokenizer: Tokenizer
     tokenizer_path: FolderOrHub
     stores: list[TokenStore]
+    vocabulary: int  # ids that the model embeds
     schedule: ObjectiveSchedule
     tasks: list[Task]
 
@@ -95,9 +96,10 @@ def gather(recipe: Recipe, *, weights_needed: bool = True) -> Materials:
             "data.sources: some texts begin with BOS and some do not; an evaluation cannot ask in both ways. "
             "Give all the same add_bos, or set evaluation.tasks=[]"
         )
-    objectives = build_objectives(recipe.objectives, _token_facts(recipe, tokenizer))
+    tokens = _token_facts(recipe, tokenizer)
+    objectives = build_objectives(recipe.objectives, tokens)
     schedule = ObjectiveSchedule(objectives, [spec.probability for spec in recipe.objectives], recipe.seed)
-    goods = Materials(tokenizer, path, stores, schedule, _tasks(recipe))
+    goods = Materials(tokenizer, path, stores, tokens.vocabulary, schedule, _tasks(recipe))
     if (others := recipe.evaluation.likelihood_others) is not None:
         for task in goods.tasks:  # refuses a task without two persons now and not at the first evaluation
             encode_candidates(tokenizer, task, others=others, add_bos=goods.add_bos, context=None)
@@ -117,6 +119,7 @@ def build_loader(
         schedule=materials.schedule,
         seed=recipe.seed,
         global_batch_bins=recipe.training.global_batch_bins,
+        vocabulary=materials.vocabulary,
     )
     return ElasticLoader(stream, share, state=state)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from bico_ds.batch import Documents, PackedBatch
@@ -95,9 +96,43 @@ class Objective(Protocol):
         ...
 
     def build(self, documents: Documents, key: BatchKey) -> PackedBatch:
-        """Build the micro-batch of these documents. Raises ValueError naming a document that cannot be
-        trained on."""
+        """Build the micro-batch of these documents, which `check_batch` must let pass. Raises ValueError naming a document
+        that cannot be trained on."""
         ...
+
+
+def check_batch(batch: PackedBatch, documents: Documents, *, room: int, vocabulary: int) -> None:
+    """Raise `UserError` where the batch built of `documents` is none that a model can read, or that can be counted.
+
+    `room`: rows that the objective's `expand` promised at most; `vocabulary`: ids that the model embeds.
+    """
+    if not isinstance(batch, PackedBatch):
+        raise UserError(f"its build() returned no PackedBatch, but {type(batch).__name__}")
+    rows, tokens = batch.plan.num_rows, len(documents.token_ids)
+    if rows > room:
+        raise UserError(f"it built {rows} rows, where its expand() promised at most {room}")
+    if not 1 <= batch.represented_tokens <= tokens:
+        raise UserError(
+            f"its represented_tokens is {batch.represented_tokens}: it counts the documents' own tokens, here up to {tokens}"
+        )
+    _check_column("documents", batch.documents, (batch.plan.num_documents, 3))
+    _check_column("input_ids", batch.input_ids, (rows,), below=vocabulary, what="the vocabulary")
+    _check_column("position_ids", batch.position_ids, (rows,))
+    _check_column("targets", batch.targets, (len(batch.targets),), below=vocabulary, what="the vocabulary")
+    _check_column("loss_rows", batch.loss_rows, (len(batch.targets),), below=rows, what="the rows")
+
+
+def _check_column(
+    name: str, column: torch.Tensor, shape: tuple[int, ...], *, below: int | None = None, what: str = ""
+) -> None:
+    if not isinstance(column, torch.Tensor) or column.dtype != torch.int64 or tuple(column.shape) != shape:
+        found = f"{getattr(column, 'dtype', type(column).__name__)} of shape {tuple(getattr(column, 'shape', ()))}"
+        raise UserError(f"its {name} must be a tensor, torch.int64 of shape {shape}, and is {found}")
+    low, high = (int(end) for end in column.aminmax()) if column.numel() else (0, 0)
+    if low < 0:
+        raise UserError(f"its {name} has {low}, and must not be negative")
+    if below is not None and high >= below:
+        raise UserError(f"its {name} has {high}, past {what}: at most {below - 1}")
 
 
 def require_completions(spec_key: str, store: Store) -> None:

@@ -6,11 +6,13 @@ import json
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import BOS, EOS, write_store
@@ -76,6 +78,7 @@ def make(
         schedule=schedule or schedule_of(),
         seed=seed,
         global_batch_bins=bins,
+        vocabulary=TOKENS.vocabulary,
     )
     return ElasticLoader(stream, RankShare(rank=rank, world_size=size, micro_batch_bins=micro), state=state)
 
@@ -281,7 +284,12 @@ def test_workers_lay_out_the_batch_for_the_attention_kernels(world):
     stores, data = world
     policy = WatchedPolicy(flash_from=20, tile_scores=60, tile_min_rows=2)
     stream = StreamSpec(
-        stores=stores, data=data(workers=2), schedule=schedule_of(), seed=1, global_batch_bins=GLOBAL
+        stores=stores,
+        data=data(workers=2),
+        schedule=schedule_of(),
+        seed=1,
+        global_batch_bins=GLOBAL,
+        vocabulary=TOKENS.vocabulary,
     )
     loader = ElasticLoader(stream, RankShare(layout_policy=policy))
     batches = [batch for step in range(4) for batch in loader.step(step).batches]
@@ -374,7 +382,12 @@ def order_of(world, *names: str, state=None, **changes) -> SampleOrder:
     stores, data = world
     spec = data(allow_change=state is not None, **changes)
     stream = StreamSpec(
-        stores=stores, data=spec, schedule=own_schedule(*names), seed=1, global_batch_bins=GLOBAL
+        stores=stores,
+        data=spec,
+        schedule=own_schedule(*names),
+        seed=1,
+        global_batch_bins=GLOBAL,
+        vocabulary=TOKENS.vocabulary,
     )
     return SampleOrder(stream, state)
 
@@ -477,6 +490,11 @@ class Own(NextTokenPrediction):
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
+        (
+            {"identity": lambda: ["own", 1]},
+            r"objective 'own': its identity\(\) must be a mapping .* \['own', 1\]",
+        ),
+        ({"identity": lambda: None}, r"objective 'own': its identity\(\) must be a mapping .* found None"),
         ({"identity": lambda: {"ids": np.int64(3)}}, r"objective 'own': its identity\(\) is not JSON"),
         (
             {"identity": lambda: {"rate": float("nan")}},
@@ -506,8 +524,43 @@ def test_an_objective_of_the_users_own_is_held_to_its_contract_before_anything_i
 def test_an_objective_that_builds_more_than_it_promised_is_named(world):
     own = Own(expand=lambda lengths: (lengths + 1) // 2)
     loader = make(world, schedule=ObjectiveSchedule([own], [1.0], seed=1))
-    with pytest.raises(RuntimeError, match=r"objective 'own'.* rows, where its expand\(\) promised at most"):
+    with pytest.raises(UserError, match=r"objective 'own'.* rows, where its expand\(\) promised at most"):
         loader.step(0)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda b: {"loss_rows": b.loss_rows + b.plan.num_rows}, r"its loss_rows has \d+, past the rows: at most \d+"),
+        (lambda b: {"loss_rows": b.loss_rows - b.plan.num_rows}, r"its loss_rows has -\d+, and must not be negative"),
+        (lambda b: {"loss_rows": b.loss_rows[1:]}, r"its loss_rows must be .* of shape \(\d+,\), and is torch\.int64 of"),
+        (lambda b: {"targets": b.targets + 100_000}, r"its targets has \d+, past the vocabulary: at most 99999"),
+        (lambda b: {"targets": torch.full_like(b.targets, -100)}, r"its targets has -100, and must not be negative"),
+        (lambda b: {"targets": b.targets.int()}, r"its targets must be .*, and is torch\.int32 of shape"),
+        (lambda b: {"input_ids": b.input_ids + 100_000}, r"its input_ids has \d+, past the vocabulary: at most 99999"),
+        (lambda b: {"input_ids": b.input_ids[1:]}, r"its input_ids must be .* of shape"),
+        (lambda b: {"position_ids": b.position_ids.numpy()}, r"its position_ids must be a tensor, .*, and is int64 of"),
+        (lambda b: {"position_ids": b.position_ids - 1}, r"its position_ids has -1, and must not be negative"),
+        (lambda b: {"represented_tokens": 0}, r"its represented_tokens is 0: it counts the documents' own tokens"),
+        (lambda b: {"represented_tokens": 9999}, r"its represented_tokens is 9999: .*, here up to \d+"),
+        (lambda b: {"documents": b.documents[:, :2]}, r"its documents must be .* of shape \(\d+, 3\), and is"),
+        (lambda b: None, r"its build\(\) returned no PackedBatch, but NoneType"),
+    ],
+)  # fmt: skip
+def test_a_batch_that_no_model_can_read_is_refused_where_it_is_built(world, broken, message):
+    class Broken(NextTokenPrediction):
+        def build(self, documents, key):
+            batch = super().build(documents, key)
+            changed = broken(batch)
+            return None if changed is None else replace(batch, **changed)
+
+    schedule = ObjectiveSchedule([Broken(spec=NtpSpec(), name="broken")], [1.0], seed=1)
+    loader = make(world, schedule=schedule, workers=1)
+    with pytest.raises(
+        UserError, match=rf"step 0, objective 'broken': .*document \d+ .* of source '[ab]'.*{message}"
+    ):
+        loader.step(0)
+    loader.close()
 
 
 def test_an_identity_with_tuples_is_the_one_that_a_checkpoint_gives_back(world):

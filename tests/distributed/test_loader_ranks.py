@@ -37,6 +37,7 @@ def make_loader(store: Path, *, rank: int, world_size: int, micro: int, state=No
         schedule=ObjectiveSchedule(build_objectives(specs, tokens), [0.5, 0.5], seed=3),
         seed=3,
         global_batch_bins=GLOBAL,
+        vocabulary=tokens.vocabulary,
     )
     share = RankShare(rank=rank, world_size=world_size, micro_batch_bins=micro)
     return ElasticLoader(stream, share, state=state)

@@ -59,6 +59,32 @@ def test_what_would_fail_later_fails_here(planned, override, expected):
         planned("tiny_base", override)
 
 
+BROKEN = """
+from dataclasses import replace
+from typing import Literal
+from bico_ds.config.objectives.ntp import NtpSpec
+from bico_ds.config.objectives.table import register
+from bico_ds.objectives.ntp import NextTokenPrediction
+
+class BrokenSpec(NtpSpec):
+    kind: Literal["broken"] = "broken"
+
+class Broken(NextTokenPrediction):
+    def build(self, documents, key):
+        batch = super().build(documents, key)
+        return replace(batch, targets=batch.targets + 1000)
+
+register(BrokenSpec, f"{__name__}:Broken")
+"""
+
+
+def test_an_own_objective_that_predicts_what_the_model_does_not_have_fails_here(planned, tmp_path):
+    (tmp_path / "broken.py").write_text(BROKEN)
+    both = "objectives=[{kind: ntp, probability: 0.5}, {kind: broken, probability: 0.5}]"
+    with pytest.raises(UserError, match=r"objective 'broken': .*its targets has \d+, past the vocabulary"):
+        planned("tiny_base", "imports=[broken.py]", both)
+
+
 @pytest.fixture
 def store(tmp_path) -> str:
     """A store of the embedded task, and the only copy of its tokenizer: in the store."""

@@ -87,6 +87,7 @@ def make_loader(store: TokenStore, spec: ObjectiveSpec, workers: int) -> Elastic
         schedule=ObjectiveSchedule(build_objectives([spec], tokens), [1.0], seed=1),
         seed=1,
         global_batch_bins=BINS,
+        vocabulary=tokens.vocabulary,
     )
     return ElasticLoader(stream, RankShare())
 

@@ -60,19 +60,16 @@ def layout_of(recipe: Recipe, ds_config: dict[str, Any], world_size: int) -> Lay
 def choose(folder: RunFolder, option: str, recipe: Recipe, layout: Layout) -> Resumption | None:
     """Rank 0, before the process group starts: find, verify, and convert where the layout is another.
 
-    `option` is `auto`, `none`, or the path of a checkpoint or of a run folder. None: start from the beginning. What is in
-    `folder` and would not follow from the choice is set aside.
+    `option` is `auto`, `none`, or the path of a checkpoint or of a run folder. None: start from the beginning.
     Raises `UserError` where checkpoints are there and none is whole, where `option` names none, where it belongs to another
     model, and where it would have to be converted and cannot be.
     """
     if option == "none":
-        folder.set_aside()
         return None
     found = manifest.find(folder.checkpoints, _say) if option == "auto" else _at(Path(option))
     if found is None:
         return None
     _check_recipe(found, recipe)
-    _set_later_aside(folder, found)
     different = {key: (was, layout[key]) for key, was in found.layout.items() if was != layout[key]}
     which = "as asked" if found.path == Path(option) else "the newest whole checkpoint"
     _say(f"resuming from {found.path}: step {found.step}, {which}, {_written(found)}")
@@ -80,6 +77,14 @@ def choose(folder: RunFolder, option: str, recipe: Recipe, layout: Layout) -> Re
         _say("other layout: " + ", ".join(f"{key} {was} -> {now}" for key, (was, now) in different.items()))
         universal.convert(found, layout, _say)
     return Resumption(found, bool(different))
+
+
+def set_aside(folder: RunFolder, option: str, chosen: Resumption | None) -> None:
+    """Move what is in `folder`, and does not follow from what `choose` chose by `option`, into its replaced-N/."""
+    if option == "none":
+        folder.set_aside()
+    elif chosen is not None:
+        _set_later_aside(folder, chosen.found)
 
 
 def restore(engine: Engine, resumption: Resumption, recipe: Recipe) -> None:

@@ -2,14 +2,18 @@
 
 runs/NAME/
   recipe.yaml     the resolved recipe
-  run.json        versions, commit, command line of every start
+  run.json        versions, commit, command line of every start that came to train
   lock.json       which run may write here
-  state.json      starting | running | preempted | done | failed, with step and reason
+  state.json      running | preempted | done | failed, with step and reason
   metrics.jsonl   one line per logged step, evaluation and checkpoint
   evaluation/     step-N.json: every prompt with its answer and scores
   tensorboard/    checkpoints/    export/    logs/    csv/
   replaced-N/     what a later start set aside
   slurm/          scripts, recipe and starts of the batch system; stop: the wish not to be requeued
+  native_ops/     compiled DeepSpeed operations, under a batch system
+
+A start takes the lock first, and writes the rest only when nothing can refuse it any more: what it finds is the record of
+the run before it.
 """
 
 from __future__ import annotations
@@ -43,7 +47,7 @@ SETTLE_SECONDS = 0.5  # two that start at the same moment: the later one has wri
 
 _SECRET = re.compile(r"(?i)^(.*(?:secret|password|passwd|credential|api_?key|_token|\.token))=.*$")
 
-State = Literal["starting", "running", "preempted", "done", "failed"]
+State = Literal["running", "preempted", "done", "failed"]
 
 
 def folder_of_run(recipe: Recipe, chosen: Path | None) -> Path:
@@ -90,8 +94,8 @@ class RunFolder:
     export = property(lambda self: self.path / "export")
     logs = property(lambda self: self.path / "logs")
 
-    def open(self, recipe: Recipe) -> None:
-        """Create the folder, take the lock, record recipe and provenance.
+    def open(self) -> None:
+        """Create the folder and take the lock.
 
         Raises `UserError` where another run is alive in it, and where it cannot be written.
         """
@@ -102,9 +106,14 @@ class RunFolder:
             raise UserError(
                 f"output_dir: cannot write into '{self.path}': {error.strerror}; choose another with --output-dir"
             ) from None
+
+    def record(self, recipe: Recipe) -> None:
+        """Write the recipe, and this start's provenance, in the place of and after those of earlier ones."""
         write_atomically(self.recipe_file, dump_recipe(recipe))
-        self._record_start()
-        self.write_state("starting", step=None)
+        path = self.path / "run.json"
+        starts = json.loads(path.read_text()) if path.is_file() else []
+        start = {"run_id": self.run_id, **provenance()}
+        write_atomically(path, json.dumps([*starts, start], indent=1) + "\n")
 
     def check_fence(self) -> None:
         """Raise `FencedError` unless this run still holds the lock: before every checkpoint and every state."""
@@ -121,11 +130,29 @@ class RunFolder:
         content = {"state": state, "step": step, "reason": reason, "run_id": self.run_id, "time": time.time()}
         write_atomically(self.state_file, json.dumps(content) + "\n")
 
+    def fail(self, reason: str) -> None:
+        """Say that the run failed; of a start that did not come to train only where no run was recorded here before.
+
+        Raises `FencedError` as `check_fence` does.
+        """
+        said = read_state(self.state_file) or {}
+        if said.get("run_id") == self.run_id or not self.recipe_file.is_file():
+            self.write_state("failed", step=None, reason=reason)
+
+    def preempt(self, reason: str) -> None:
+        """Say that a start was stopped before it came to train, unless the run was finished already.
+
+        Raises `FencedError` as `check_fence` does.
+        """
+        said = read_state(self.state_file) or {}
+        if said.get("state") != "done":
+            self.write_state("preempted", step=said.get("step"), reason=reason)
+
     def set_aside(self) -> None:
-        """Move what an earlier run left (checkpoints, metrics, export …) into replaced-N/: nothing of it is deleted."""
+        """Move what an earlier run left (recipe, checkpoints, metrics …) into replaced-N/: nothing of it is deleted."""
         if not any(self.checkpoints.glob("step-*")) and not self.metrics_file.is_file():
             return
-        kept = {self.lock_file.name, self.recipe_file.name, self.state_file.name, "run.json"}
+        kept = {self.lock_file.name, self.state_file.name, "run.json", "slurm", "stop", "native_ops"}
         old = [p for p in self.path.iterdir() if p.name not in kept and not p.name.startswith("replaced-")]
         aside = self.new_aside()
         for path in old:
@@ -177,13 +204,6 @@ class RunFolder:
                     self._write_lock()
                 elif self.on_lost is not None:
                     self.on_lost()
-
-    def _record_start(self) -> None:
-        path = self.path / "run.json"
-        starts = json.loads(path.read_text()) if path.is_file() else []
-        write_atomically(
-            path, json.dumps([*starts, {"run_id": self.run_id, **provenance()}], indent=1) + "\n"
-        )
 
 
 def read_lock(path: Path) -> Lock | None:

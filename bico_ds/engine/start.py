@@ -31,7 +31,7 @@ from bico_ds.engine.distributed import Ranks
 from bico_ds.engine.ds_config import build_ds_config
 from bico_ds.engine.materials import Materials
 from bico_ds.engine.optimization import build_scheduler, check_schedule
-from bico_ds.engine.resume import Layout, Resumption, choose, layout_of, restore, saved_facts
+from bico_ds.engine.resume import Layout, Resumption, choose, layout_of, restore, saved_facts, set_aside
 from bico_ds.engine.run import Run
 from bico_ds.engine.run_folder import FencedError, RunFolder, State, folder_of_run
 from bico_ds.engine.signals import Interrupted, StopFlag
@@ -75,7 +75,7 @@ def train(recipe: Recipe, *, output_dir: Path | None, resume: str, stop: StopFla
         resumption, folder.run_id = distributed.broadcast_object(
             (chosen[0], folder.run_id) if chosen else None
         )
-        state = _run(run, resumption, watchdog)
+        state = _run(run, resume, resumption, watchdog)
     except BaseException as error:
         watchdog.report(error)
         if ranks.is_first:
@@ -144,13 +144,13 @@ def check_backend(recipe: Recipe, device: torch.device) -> LayoutPolicy | None:
 
 def _prepare(run: Run, resume: str) -> Resumption | None:
     """Rank 0, before the others are let in: the lock, the data, and the checkpoint to resume from."""
-    run.folder.open(run.recipe)
+    run.folder.open()
     try:
         with run.stop.interrupting():
             materials.prepare(run.recipe)
             return choose(run.folder, resume, run.recipe, _layout(run))
     except Interrupted as stopped:
-        run.folder.write_state("preempted", step=None, reason=f"{stopped} in start-up")
+        run.folder.preempt(f"{stopped} in start-up")
         run.folder.close()
         raise
     except BaseException as error:
@@ -164,11 +164,11 @@ def _layout(run: Run) -> Layout:
 
 def _give_up(folder: RunFolder, error: BaseException) -> None:
     with contextlib.suppress(OSError, FencedError):
-        folder.write_state("failed", step=None, reason=f"{type(error).__name__}: {error}")
+        folder.fail(f"{type(error).__name__}: {error}")
     folder.close()
 
 
-def _run(run: Run, resumption: Resumption | None, watchdog: Watchdog) -> State:
+def _run(run: Run, resume: str, resumption: Resumption | None, watchdog: Watchdog) -> State:
     recipe, ranks = run.recipe, run.ranks
     goods = materials.gather(recipe)
     saved = resumption.found.content["state"] if resumption else {}
@@ -207,7 +207,19 @@ def _run(run: Run, resumption: Resumption | None, watchdog: Watchdog) -> State:
         summary={"data": [asdict(stream) for stream in loader.report()]},
         saved=saved.get("callbacks", {}),
     )
+    if ranks.is_first:
+        _take_over(run, resume, resumption)
     return _finish(trainer, first, goods.tokenizer)
+
+
+def _take_over(run: Run, resume: str, resumption: Resumption | None) -> None:
+    """Rank 0, when nothing can refuse this start any more: from here on the folder tells of it.
+
+    The state comes first: a crash in what follows must not leave a run that says `done`, and whose checkpoints are away.
+    """
+    run.folder.write_state("running", step=resumption.step if resumption else 0)
+    set_aside(run.folder, resume, resumption)
+    run.folder.record(run.recipe)
 
 
 def _callbacks(run: Run, engine: Engine) -> Callbacks:
@@ -238,10 +250,8 @@ def _evaluator(run: Run, goods: Materials, watchdog: Watchdog) -> Evaluator:
 
 def _finish(trainer: Trainer, first: RunStart, tokenizer: Tokenizer) -> State:
     run, callbacks = trainer.run, trainer.callbacks
-    folder, is_first, checkpoint = run.folder, run.ranks.is_first, run.recipe.checkpoint
+    folder, checkpoint = run.folder, run.recipe.checkpoint
     callbacks.on_start(first)
-    if is_first:
-        folder.write_state("running", step=trainer.step)
     try:
         state = trainer.train()
     finally:
@@ -252,7 +262,7 @@ def _finish(trainer: Trainer, first: RunStart, tokenizer: Tokenizer) -> State:
         export_model(model, tokenizer, folder.export, dtype=run.recipe.model.dtype, overwrite=True)
     callbacks.on_end(trainer.step, state)
     reasons = distributed.all_gather_objects(run.stop.reason if state == "preempted" else "")
-    if is_first:
+    if run.ranks.is_first:
         folder.write_state(state, step=trainer.step, reason=next(filter(None, reasons), ""))
     return state
 

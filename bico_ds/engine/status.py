@@ -20,9 +20,10 @@ _TAIL_BYTES = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """One row. `state` is the state file's, or `lost` where it says that the run lives and nobody does, or `waiting` before
-    any start. `loss` and `tokens_per_second` (original tokens) are those of the last training line, `checkpoint` is the step
-    of the newest one (0: none). `total_steps` is None where the recipe says epochs.
+    """One row. `state` is the state file's, or `starting` where a start holds the folder and does not train yet, `lost`
+    where the run should live and nobody does, `waiting` before any start. `loss` and `tokens_per_second` (original tokens)
+    are those of the last training line, `checkpoint` is the step of the newest one (0: none). `total_steps` is None where
+    the recipe says epochs.
     """
 
     run: str
@@ -41,7 +42,7 @@ class RunStatus:
 def find_runs(paths: Iterable[Path]) -> Iterator[Path]:
     """Run folders at or below `paths`, not looking inside of one."""
     for path in sorted(paths):
-        if (path / "state.json").is_file() or (path / "slurm" / "recipe.yaml").is_file():
+        if any((path / name).is_file() for name in ("state.json", "lock.json", "slurm/recipe.yaml")):
             yield path
         elif path.is_dir():
             yield from find_runs(child for child in path.iterdir() if child.is_dir())
@@ -52,12 +53,13 @@ def read_status(run: Path) -> RunStatus:
     folder = RunFolder(run)
     state = read_state(folder.state_file) or {}
     lock = read_lock(folder.lock_file)
+    now = _state(state, lock)
     numbers = last_numbers(folder.metrics_file)
     step = numbers.get("step", state.get("step"))
     return RunStatus(
         run=str(run),
-        state=_state(state, lock),
-        reason=state.get("reason", ""),
+        state=now,
+        reason="" if now == "starting" else state.get("reason", ""),
         step=step,
         total_steps=_total_steps(folder),
         loss=numbers.get("loss/all"),
@@ -83,9 +85,10 @@ def last_numbers(path: Path) -> dict[str, Any]:
 
 
 def _state(state: dict[str, Any], lock: Lock | None) -> str:
-    said = str(state.get("state", "waiting"))
-    alive = lock is not None and time.time() - lock.heartbeat < SILENT_SECONDS
-    return "lost" if said in ("starting", "running") and not alive else said
+    said = str(state.get("state", "waiting" if lock is None else "starting"))
+    if lock is not None and time.time() - lock.heartbeat < SILENT_SECONDS:
+        return said if lock.run_id == state.get("run_id") else "starting"
+    return "lost" if said in ("starting", "running") else said
 
 
 def _total_steps(folder: RunFolder) -> int | None:

@@ -98,7 +98,7 @@ class Watchdog:
                 flush=True,
             )
             with contextlib.suppress(OSError, FencedError):
-                self._folder.write_state("failed", step=None, reason=text)
+                self._folder.fail(text)
         os._exit(failure["code"])
 
     def _publish(self, failure: dict[str, Any]) -> None:

@@ -5,8 +5,8 @@
     status.py runs/sweep-a -w 10   these, shown anew every 10 seconds
     status.py --json               for programs: one object per line
 
-States: waiting (never started), starting, running, preempted (saved, to be resumed), done, failed, and lost:
-the state file says starting or running, and nobody has been alive behind it for a minute.
+States: waiting (never started), starting (does not train yet), running, preempted (saved, to be resumed), done, failed,
+and lost: it was starting or running, and nobody has been alive behind it for a minute.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ from launching import end_tree, last_step, ranks_of, start, train, wait_until
 from survival import EVERY, RECIPE, SMALL, STEPS, assert_same_course, curve, final_manifest, state
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bico_ds.config.load import load_recipe
 from bico_ds.engine.run_folder import RunFolder
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -69,7 +68,7 @@ def test_sigterm_leaves_a_checkpoint_of_the_step_and_says_preempted(battered, st
 
 def test_a_second_job_in_the_same_folder_is_refused(tmp_path):
     holder = RunFolder(tmp_path / "held")
-    holder.open(load_recipe(RECIPE, []))
+    holder.open()
     done = train(RECIPE, holder.path, *SMALL, timeout=400)
     assert done.returncode == 2
     assert done.stderr.count(f"in use by run {holder.run_id}") == 1

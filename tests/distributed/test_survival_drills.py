@@ -204,7 +204,7 @@ def mount(folder: Path, *arguments: str) -> None:
 
 
 PHASES: dict[str, Callable[[Path], object]] = {
-    "start-up": lambda run: (run / "state.json").exists(),
+    "start-up": lambda run: (run / "lock.json").exists(),
     "evaluation": lambda run: last_step(run) >= 10,
     "saving": lambda run: last_step(run) >= EVERY and list(run.glob("checkpoints/.partial-*")),
 }

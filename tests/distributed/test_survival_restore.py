@@ -54,7 +54,7 @@ def save(engine: Any, root: Path, step: int) -> manifest.FoundCheckpoint:
     from bico_ds.engine.distributed import Ranks
 
     folder = RunFolder(root)
-    folder.open(RECIPE)
+    folder.open()
     has_base = any(not parameter.requires_grad for parameter in engine.module.parameters())
     facts = {
         "layout": {"ranks": 1},

@@ -10,7 +10,7 @@ import pytest
 from bico_ds.config.errors import UserError
 from bico_ds.config.load import load_recipe
 from bico_ds.engine import manifest
-from bico_ds.engine.resume import choose
+from bico_ds.engine.resume import Resumption, choose, set_aside
 from bico_ds.engine.run_folder import RunFolder
 
 RECIPE = load_recipe("tiny_base", [])
@@ -35,6 +35,13 @@ def checkpoint(path: Path, step: int) -> None:
     manifest.write_manifest(path, {**content, "files": manifest.describe(path, [path / "state.pt"])})
 
 
+def taken(folder: RunFolder, option: str) -> Resumption | None:
+    """What is chosen, once the start has taken the folder over."""
+    chosen = choose(folder, option, RECIPE, LAYOUT)
+    set_aside(folder, option, chosen)
+    return chosen
+
+
 def steps_in(folder: RunFolder) -> list[int]:
     return [manifest.step_of(path) for path in manifest.checkpoints_in(folder.checkpoints)]
 
@@ -47,13 +54,13 @@ def test_auto_takes_the_newest_and_says_so(folder, capsys):
 
 
 def test_none_starts_anew_and_keeps_the_old_ones(folder):
-    assert choose(folder, "none", RECIPE, LAYOUT) is None
+    assert taken(folder, "none") is None
     assert steps_in(folder) == []
     assert len(list((folder.path / "replaced-1" / "checkpoints").iterdir())) == 3
 
 
 def test_going_back_sets_the_later_course_aside(folder, capsys):
-    found = choose(folder, str(folder.checkpoints / "step-000010"), RECIPE, LAYOUT)
+    found = taken(folder, str(folder.checkpoints / "step-000010"))
     assert found is not None
     assert found.step == 10
     assert steps_in(folder) == [10]
@@ -68,7 +75,7 @@ def test_evaluations_after_the_checkpoint_do_not_stand_for_those_that_are_still_
     results[0].parent.mkdir()
     for path in results:
         path.write_text(path.name)
-    choose(folder, option if option == "auto" else str(folder.checkpoints / option), RECIPE, LAYOUT)
+    taken(folder, option if option == "auto" else str(folder.checkpoints / option))
     kept, gone = (
         [p for n, p in zip((10, 20, 30, 40), results, strict=True) if (n <= step) is k] for k in (True, False)
     )
@@ -78,22 +85,31 @@ def test_evaluations_after_the_checkpoint_do_not_stand_for_those_that_are_still_
 
 
 def test_a_resume_without_a_later_course_sets_nothing_aside(folder):
-    choose(folder, "auto", RECIPE, LAYOUT)
+    taken(folder, "auto")
     assert not list(folder.path.glob("replaced-*"))
 
 
 def test_damaged_ones_are_set_aside_so_that_they_cannot_push_out_whole_ones(folder):
     (folder.checkpoints / "step-000030" / "state.pt").unlink()
-    found = choose(folder, "auto", RECIPE, LAYOUT)
+    found = taken(folder, "auto")
     assert found is not None
     assert found.step == 20
     assert steps_in(folder) == [10, 20]
 
 
+@pytest.mark.parametrize("option", ["none", "auto", "step-000010"])
+def test_a_choice_alone_moves_nothing_for_the_start_may_still_be_refused(folder, option):
+    (folder.checkpoints / "step-000030" / "state.pt").unlink()
+    before = sorted(folder.path.rglob("*"))
+    option = str(folder.checkpoints / option) if option.startswith("step") else option
+    choose(folder, option, RECIPE, LAYOUT)
+    assert sorted(folder.path.rglob("*")) == before
+
+
 def test_another_runs_checkpoint_is_taken_by_its_folder_and_left_as_it_is(folder, tmp_path):
     mine = RunFolder(tmp_path / "mine")
     mine.path.mkdir()
-    found = choose(mine, str(folder.path), RECIPE, LAYOUT)
+    found = taken(mine, str(folder.path))
     assert found is not None
     assert found.folder == folder.checkpoints / "step-000030"
     assert steps_in(folder) == [10, 20, 30]

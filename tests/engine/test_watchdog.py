@@ -8,7 +8,6 @@ import sys
 
 import pytest
 
-from bico_ds.config.load import load_recipe
 from bico_ds.engine.run_folder import RunFolder, read_state
 
 RANK = """
@@ -44,7 +43,7 @@ waiting_in_a_collective()
 @pytest.fixture
 def folder(tmp_path) -> RunFolder:
     folder = RunFolder(tmp_path / "run")
-    folder.open(load_recipe("tiny_base", []))
+    folder.open()
     return folder
 
 

@@ -44,6 +44,29 @@ def test_a_run_that_nobody_lives_behind_is_lost(tmp_path):
     assert read_status(a_run(tmp_path / "b", beat=300.0, state="done")).state == "done"
 
 
+def hold(run, *, beat):
+    lock = {"run_id": "new", "host": "n1", "pid": 1, "job": "78", "heartbeat": time.time() - beat}
+    (run / "lock.json").write_text(json.dumps(lock))
+
+
+@pytest.mark.parametrize("earlier", ["done", "failed", "preempted", "running"])
+def test_who_holds_the_folder_and_does_not_train_yet_is_starting(tmp_path, earlier):
+    run = a_run(tmp_path / "a", state=earlier)
+    hold(run, beat=1.0)
+    assert read_status(run).state == "starting"
+    hold(run, beat=300.0)
+    assert read_status(run).state == ("lost" if earlier == "running" else earlier)
+
+
+def test_a_first_start_is_found_and_is_lost_when_it_died(tmp_path):
+    run = tmp_path / "a"
+    run.mkdir()
+    hold(run, beat=1.0)
+    assert [read_status(found).state for found in find_runs([tmp_path])] == ["starting"]
+    hold(run, beat=300.0)
+    assert read_status(run).state == "lost"
+
+
 def test_a_line_cut_by_a_crash_is_passed_over(tmp_path):
     run = a_run(tmp_path / "a")
     with open(run / "metrics.jsonl", "a") as file:

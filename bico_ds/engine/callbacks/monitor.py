@@ -32,6 +32,8 @@ class StepMonitor(FirstRankCallback):
         self._pending = [StepReport(**report) for report in start.saved.get("unwritten_steps", [])]
         keep_lines_until(self._folder.metrics_file, first)
         self._metrics = open(self._folder.metrics_file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        if self._spec.csv:  # made with DeepSpeed's engine, and perhaps set aside since with an earlier run's
+            (self._folder.path / "csv" / start.recipe.name).mkdir(parents=True, exist_ok=True)
         self._writer = None
         if self._spec.tensorboard:
             # Steps after the one resumed from were written by a run that is gone: hide them. Without a checkpoint all.

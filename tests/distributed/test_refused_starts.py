@@ -1,0 +1,73 @@
+"""A finished run, and starts in its folder that come to nothing: its record stays as it was. One real rank."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from launching import train
+from survival import RECIPE, SMALL, state
+
+from bico_ds.engine import manifest
+
+pytestmark = pytest.mark.distributed
+
+SHORT = (
+    *SMALL, "training.steps=4", "checkpoint.every_steps=2", "schedule.warmup_steps=1", "schedule.decay_steps=1",
+    "monitor.csv=true",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("finished") / "run"
+    done = train(RECIPE, run, *SHORT, ranks=1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert state(run)["state"] == "done"
+    return run
+
+
+@pytest.fixture
+def found(finished, tmp_path) -> Path:
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def damage_the_sums(checkpoint: Path) -> None:
+    """A checkpoint that is whole and, once loaded, not what its manifest says."""
+    content = json.loads((checkpoint / manifest.MANIFEST).read_text())
+    del content["seal"]
+    name = next(iter(content["checksums"]["weight"]))
+    content["checksums"]["weight"][name] += 1
+    manifest.write_manifest(checkpoint, content)
+
+
+@pytest.mark.parametrize(
+    ("where", "overrides", "resume", "message"),
+    [
+        ("by the choice of a checkpoint", ["model.config.hidden_size=32"], "auto", "was trained with 64"),
+        ("by the schedule", ["training={epochs: 1, steps: null}", "schedule.warmup_steps=99"], "none", "than the 1 steps"),
+        ("by the restored state", ["optimizer.lr=1e-3"], "step-000002", "not as they were saved"),
+    ],
+)  # fmt: skip
+def test_a_start_that_is_refused_leaves_all_as_it_was(found, where, overrides, resume, message):
+    damage_the_sums(found / "checkpoints" / "step-000002")
+    before = {path: path.read_bytes() for path in found.rglob("*") if path.is_file()}
+    resume = str(found / "checkpoints" / resume) if resume.startswith("step") else resume
+    done = train(RECIPE, found, *SHORT, *overrides, ranks=1, options=("--resume", resume))
+    assert done.returncode in (1, 2) and message in done.stderr, done.stdout + done.stderr
+    assert {path: path.read_bytes() for path in found.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_begun_anew_records_itself_and_keeps_the_earlier_ones_record_aside(found):
+    before = (found / "recipe.yaml").read_text()
+    done = train(RECIPE, found, *SHORT, "optimizer.lr=1e-3", ranks=1, options=("--resume", "none"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (found / "replaced-1" / "recipe.yaml").read_text() == before
+    assert yaml.safe_load((found / "recipe.yaml").read_text())["optimizer"]["lr"] == 1e-3
+    assert [len(json.loads((found / "run.json").read_text())), state(found)["step"]] == [2, 4]
+    for run in (found, found / "replaced-1"):
+        assert len((run / "csv" / RECIPE / "loss_all.csv").read_text().splitlines()) == 5

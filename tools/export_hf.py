@@ -4,20 +4,24 @@
     python tools/export_hf.py runs/llama70b_bico OUT                    the newest whole checkpoint of a run
     python tools/export_hf.py runs/llama70b_bico/checkpoints/step-001000 OUT --dtype fp32
 
-Needs neither ranks nor a GPU, and one shard of memory. OUT appears complete or not at all. fp32 gives the optimizer's
-master weights where all weights were trained under ZeRO-3; else it is the training's dtype, widened.
+Needs no ranks, no GPU and none of the run's data, and one shard of memory. OUT appears complete or not at all. fp32 gives
+the optimizer's master weights where all weights were trained under ZeRO-3; else it is the training's dtype, widened.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bico_ds.config.arguments import folder_or_hub_name, local_path
 from bico_ds.config.errors import UserError
+from bico_ds.config.paths import FolderOrHub
+from bico_ds.config.schema import Recipe
 
 
 def main() -> int:
@@ -30,7 +34,11 @@ def main() -> int:
     parser.add_argument(
         "--base", type=folder_or_hub_name, help="LoRA: where the base model lies now, if it has moved"
     )
-    parser.add_argument("--tokenizer", type=folder_or_hub_name, help="its folder; default: the run's")
+    parser.add_argument(
+        "--tokenizer",
+        type=folder_or_hub_name,
+        help="default: the one in the run folder, or where that has none, the recipe's",
+    )
     parser.add_argument("--shard-gb", type=float, default=4.0, help="largest shard (default 4)")
     arguments = parser.parse_args()
     if arguments.shard_gb <= 0:
@@ -47,7 +55,6 @@ def export(arguments: argparse.Namespace) -> None:
     from bico_ds.config.load import recorded_recipe
     from bico_ds.data.tokenizer import load_tokenizer
     from bico_ds.engine import manifest
-    from bico_ds.engine.materials import tokenizer_path
     from bico_ds.model.export_checkpoint import export_checkpoint
     from bico_ds.model.shards import refuse_existing
 
@@ -60,7 +67,13 @@ def export(arguments: argparse.Namespace) -> None:
     if arguments.base is not None:
         model = recipe.model.model_copy(update={"path": arguments.base})
         recipe = recipe.model_copy(update={"model": model})
-    tokenizer = load_tokenizer(arguments.tokenizer.here() if arguments.tokenizer else tokenizer_path(recipe))
+    elif recipe.model.lora is not None and recipe.model.path is not None:
+        with _option_in_errors("--base"):
+            recipe.model.path.here()
+    with _option_in_errors("--tokenizer"):
+        tokenizer = load_tokenizer(
+            arguments.tokenizer.here() if arguments.tokenizer else tokenizer_of_run(found.path, recipe)
+        )
     print(
         f"exporting step {found.step} of '{recipe.name}' to {arguments.output} ({arguments.dtype})",
         flush=True,
@@ -74,6 +87,28 @@ def export(arguments: argparse.Namespace) -> None:
         max_shard_bytes=int(arguments.shard_gb * 1e9),
     )
     print(f"done: {arguments.output}")
+
+
+def tokenizer_of_run(checkpoint: Path, recipe: Recipe) -> FolderOrHub:
+    """The one in the run folder; without it (runs of 0.1.0, checkpoints copied elsewhere) the one that the recipe means.
+
+    Raises `UserError` where that cannot be told on this machine.
+    """
+    from bico_ds.engine.materials import tokenizer_path
+    from bico_ds.engine.run_folder import RunFolder
+
+    root = checkpoint.absolute().parent
+    recorded = RunFolder(root.parent).tokenizer
+    return recorded if root.name == "checkpoints" and recorded.is_dir() else tokenizer_path(recipe)
+
+
+@contextmanager
+def _option_in_errors(option: str) -> Iterator[None]:
+    """The recipe is the checkpoint's, which nobody edits: name the option that stands for its key."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error} (here: {option})") from None
 
 
 if __name__ == "__main__":

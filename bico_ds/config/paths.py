@@ -77,7 +77,7 @@ class WrittenPath:
 
     def _error(self, problem: str) -> UserError:
         place = f"{self.where}: " if self.where else ""
-        return UserError(f"{place}'{self.text}': {problem} write another path")
+        return UserError(f"{place}'{self.text}': {problem} give another path")
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

@@ -1,7 +1,7 @@
 """The run folder: its layout, its lock, its state file. No torch here, so that status tools start at once.
 
 runs/NAME/
-  recipe.yaml     the resolved recipe
+  recipe.yaml     the resolved recipe         tokenizer/   that of the run: an export needs nothing of the data
   run.json        versions, commit, command line of every start that came to train
   lock.json       which run may write here
   state.json      running | preempted | done | failed, with step and reason
@@ -93,6 +93,7 @@ class RunFolder:
     checkpoints = property(lambda self: self.path / "checkpoints")
     export = property(lambda self: self.path / "export")
     logs = property(lambda self: self.path / "logs")
+    tokenizer = property(lambda self: self.path / "tokenizer")
 
     def open(self) -> None:
         """Create the folder and take the lock.

@@ -40,6 +40,7 @@ from bico_ds.engine.watchdog import Watchdog
 from bico_ds.model.architecture import adopt_special_tokens, check_vocabulary, model_config
 from bico_ds.model.build import TrainableModel, build_model, check_rotary
 from bico_ds.model.export import export_model
+from bico_ds.model.shards import atomic_folder
 
 
 def train(recipe: Recipe, *, output_dir: Path | None, resume: str, stop: StopFlag) -> State:
@@ -208,11 +209,11 @@ def _run(run: Run, resume: str, resumption: Resumption | None, watchdog: Watchdo
         saved=saved.get("callbacks", {}),
     )
     if ranks.is_first:
-        _take_over(run, resume, resumption)
+        _take_over(run, resume, resumption, goods.tokenizer)
     return _finish(trainer, first, goods.tokenizer)
 
 
-def _take_over(run: Run, resume: str, resumption: Resumption | None) -> None:
+def _take_over(run: Run, resume: str, resumption: Resumption | None, tokenizer: Tokenizer) -> None:
     """Rank 0, when nothing can refuse this start any more: from here on the folder tells of it.
 
     The state comes first: a crash in what follows must not leave a run that says `done`, and whose checkpoints are away.
@@ -220,6 +221,8 @@ def _take_over(run: Run, resume: str, resumption: Resumption | None) -> None:
     run.folder.write_state("running", step=resumption.step if resumption else 0)
     set_aside(run.folder, resume, resumption)
     run.folder.record(run.recipe)
+    with atomic_folder(run.folder.tokenizer, overwrite=True) as temporary:
+        tokenizer.save_pretrained(temporary)
 
 
 def _callbacks(run: Run, engine: Engine) -> Callbacks:

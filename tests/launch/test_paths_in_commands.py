@@ -215,14 +215,18 @@ def test_a_run_records_the_text_and_later_commands_do_not_mind_the_data(room, tm
     assert run(compare, monkeypatch, folder, "--output", "${ROOM}/comparison") == 0
     assert run(export_hf, monkeypatch, "~/run", "~/exported", "--dtype", "fp32") == 0
     monkeypatch.delenv("ROOM")
+    assert run(export_hf, monkeypatch, "~/run", "by-its-own-tokenizer", "--dtype", "fp32") == 0
+    shutil.rmtree(folder / "tokenizer")
     words = ("~/run", "again", "--dtype", "fp32")
     assert run(export_hf, monkeypatch, *words) == 2
-    assert "manifest.json: model.tokenizer: '${ROOM}/model'" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "manifest.json: model.tokenizer: '${ROOM}/model'" in shown and "--tokenizer" in shown
     assert (
         run(export_hf, monkeypatch, *words, "--tokenizer", "~/model") == 0
     )  # the recipe has the architecture
-    places = (folder / "export", room / "exported", tmp_path / "again")
-    assert len({(place / "model.safetensors").read_bytes() for place in places}) == 1
+    places = (folder / "export", room / "exported", tmp_path / "by-its-own-tokenizer", tmp_path / "again")
+    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json"):
+        assert len({(place / name).read_bytes() for place in places}) == 1, name
 
 
 def test_evaluation_takes_its_paths_by_the_same_rule(room, monkeypatch):

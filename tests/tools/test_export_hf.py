@@ -1,0 +1,70 @@
+"""The export of a checkpoint whose data are not on this machine: by the run's own tokenizer, or a named one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from bico_ds.config.schema import LoraSpec
+from bico_ds.engine import manifest
+from tools import export_hf
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "run_of_0_1_0"
+
+
+@pytest.fixture
+def gone(tmp_path, monkeypatch) -> Path:
+    """A run whose data were in a place that a variable named."""
+    shutil.copytree(FIXTURE / "run", tmp_path / "run")
+    monkeypatch.delenv("GONE", raising=False)
+    rewrite(tmp_path / "run", "data", sources=[{"store": "${GONE}/store"}])
+    return tmp_path / "run"
+
+
+def rewrite(run: Path, section: str, **values: object) -> None:
+    """Other values in the recipe that the checkpoint recorded, under a new seal."""
+    (checkpoint,) = manifest.checkpoints_in(run / "checkpoints")
+    content = json.loads((checkpoint / manifest.MANIFEST).read_text())
+    del content["seal"]
+    content["recipe"][section] |= values
+    manifest.write_manifest(checkpoint, content)
+
+
+def exported(run: Path, monkeypatch, *options: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["export_hf.py", *map(str, (run, run.parent / "out", *options))])
+    return export_hf.main()
+
+
+def test_the_tokenizer_in_the_run_folder_serves_without_the_data(gone, monkeypatch):
+    shutil.copytree(FIXTURE / "store" / "tokenizer", gone / "tokenizer")
+    assert exported(gone, monkeypatch) == 0
+    assert (gone.parent / "out" / "tokenizer.json").is_file()
+
+
+def test_without_it_the_variable_is_named_and_the_option_that_helps(gone, monkeypatch, capsys):
+    assert exported(gone, monkeypatch) == 2
+    shown = capsys.readouterr().err
+    assert "data.sources.0.store: '${GONE}/store': the environment variable GONE is not set" in shown
+    assert shown.endswith("(here: --tokenizer)\n") and shown.count("\n") == 1
+    assert exported(gone, monkeypatch, "--tokenizer", FIXTURE / "store" / "tokenizer") == 0
+
+
+def test_a_base_that_cannot_be_told_is_named_with_its_option(gone, monkeypatch, capsys):
+    rewrite(gone, "model", path="${GONE}/base", lora=LoraSpec().model_dump(mode="json"))
+    assert exported(gone, monkeypatch) == 2
+    shown = capsys.readouterr().err
+    assert "model.path: '${GONE}/base': the environment variable GONE is not set" in shown
+    assert shown.endswith("(here: --base)\n")
+
+
+def test_a_checkpoint_that_was_copied_elsewhere_takes_no_tokenizer_that_lies_there(gone, monkeypatch, capsys):
+    moved = gone.parent / "copies" / "step-000006"
+    (checkpoint,) = manifest.checkpoints_in(gone / "checkpoints")
+    shutil.copytree(checkpoint, moved)
+    shutil.copytree(FIXTURE / "store" / "tokenizer", gone.parent / "tokenizer")
+    assert exported(moved, monkeypatch) == 2
+    assert "--tokenizer" in capsys.readouterr().err

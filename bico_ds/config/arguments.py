@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from bico_ds.config.errors import UserError
@@ -26,18 +27,12 @@ def local_path(text: str) -> Path:
 
 def path_text(text: str) -> str:
     """What may be a path, or else a pattern or a name; ``~`` and ``${NAME}`` are expanded."""
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty")
-    try:
-        return LocalPath(text).expanded()
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    return _checked(text, LocalPath.expanded)
 
 
 def written_path(text: str) -> LocalPath:
     """A file or folder of another machine, where ``~`` and ``${NAME}`` will be expanded."""
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty")
+    _checked(text, LocalPath.in_shell)
     return LocalPath(text)
 
 
@@ -45,6 +40,15 @@ def folder_or_hub_name(text: str) -> FolderOrHubName:
     """A folder with a model or tokenizer, or its name on the hub; refused where it cannot be expanded here."""
     path_text(text)
     return FolderOrHubName(text)
+
+
+def _checked(text: str, expanded: Callable[[LocalPath], str]) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    try:
+        return expanded(LocalPath(text))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _at_least(least: int, text: str) -> int:

@@ -26,7 +26,9 @@ HubName = NewType("HubName", str)
 FolderOrHub = Path | HubName
 """A folder (or file) of this machine, there or not, or a name on the hub. At run time a `Path` is always the former."""
 
-_VARIABLE = re.compile(r"\$(?:\{([^}]*)\}?|(\w+))", re.ASCII)
+_VARIABLE = re.compile(  # any other $ is a letter of the name, as in a shell
+    r"\$(?:(?P<bare>[a-zA-Z_]\w*)|\{(?P<braced>[a-zA-Z_]\w*)\}|(?P<wrong>\{[^}]*\}?|\d\w*))", re.ASCII
+)
 _HOME = re.compile(
     r"(~[\w.-]*)(/|$)", re.ASCII
 )  # with its slash unquoted in a shell, which knows ~user as we do
@@ -47,8 +49,8 @@ class WrittenPath:
     def expanded(self) -> str:
         """The text as it reads on this machine: ``~``, ``~user``, ``$NAME`` and ``${NAME}`` replaced.
 
-        Raises `UserError`, with the place it was written at, for a variable that is unset or empty here, and for a home
-        folder that this machine has not.
+        Raises `UserError`, with the place it was written at, for a variable that is unset or empty here, for a ``${`` or
+        ``$1`` that is none (``${HOME`` without its brace), and for a home folder that this machine has not.
         """
         if self.text.split("/")[0] == "~" and os.environ.get("HOME") == "":
             raise self._error("the environment variable HOME is empty on this machine; set it, or")
@@ -59,17 +61,22 @@ class WrittenPath:
 
     def in_shell(self) -> str:
         """The text as a word of a shell script, which expands it by the same rule where and when the script runs: there
-        an unset or empty variable ends the script."""
+        an unset or empty variable ends the script. Raises `UserError` for what is no variable on any machine."""
         words, rest, end = [], self.text, 0
         if home := _HOME.match(rest):
             words, rest = ['"${HOME:?}"' if home[1] == "~" else home[1], home[2]], rest[home.end() :]
         for found in _VARIABLE.finditer(rest):
-            words += [_quoted(rest[end : found.start()]), f'"${{{found[1] or found[2]}:?}}"']
+            words += [_quoted(rest[end : found.start()]), f'"${{{self._name(found)}:?}}"']
             end = found.end()
         return "".join(words) + _quoted(rest[end:])
 
+    def _name(self, found: re.Match[str]) -> str:
+        if found["wrong"] is not None:
+            raise self._error(f"'{found[0]}' is neither ${{NAME}} nor $NAME; mend it, or")
+        return found["braced"] or found["bare"]
+
     def _variable(self, found: re.Match[str]) -> str:
-        name = found[1] if found[2] is None else found[2]
+        name = self._name(found)
         if value := os.environ.get(name):
             return value
         state = "is not set" if name not in os.environ else "is empty"

@@ -27,7 +27,7 @@ SOURCES = [p for folder in ("bico_ds", "launch", "tools") for p in sorted((ROOT 
     "text",
     [
         "~/x", "~", f"~{getpass.getuser()}/x", "$ROOM/x", "${ROOM}/x", "${ROOM}${NAME}.d/$NAME/x", "${TILDE}",
-        "a~b/$ROOM", "plain/x.json", "$ROOM-x/${NAME}_y", "x$", "./$ROOM_/y",
+        "a~b/$ROOM", "plain/x.json", "$ROOM-x/${NAME}_y", "x$", "$/x", "x$./$ROOM$", "./$ROOM_/y",
     ],
 )  # fmt: skip
 def test_paths_expand_as_in_a_shell(text, monkeypatch, tmp_path):
@@ -53,13 +53,23 @@ def test_a_variables_value_may_begin_at_home_and_is_else_taken_as_it_is(monkeypa
         ("${GONE}/x", "the environment variable GONE is not set on this machine; set it, or"),
         ("a/$GONE", "the environment variable GONE is not set on this machine"),
         ("${EMPTY}/x", "the environment variable EMPTY is empty on this machine"),
-        ("${GONE:-/tmp}/x", "the environment variable GONE:-/tmp is not set"),
+        ("${GONE:-/tmp}/x", "'${GONE:-/tmp}' is neither ${NAME} nor $NAME; mend it, or give another path"),
+        ("${ROOM/x", "'${ROOM/x' is neither"),
+        ("${ROOM", "'${ROOM' is neither"),
+        ("a/${}", "'${}' is neither"),
+        ("${ROOM-x}/x", "'${ROOM-x}' is neither"),
+        ("${ROOM }", "'${ROOM }' is neither"),
+        ("${1A}", "'${1A}' is neither"),
+        ("$ROOM/$1", "'$1' is neither"),
+        ("${", "'${' is neither"),
         ("~nobody-of-this-name/x", "there is no home folder ~nobody-of-this-name on this machine"),
     ],
 )
 def test_what_cannot_be_expanded_is_an_error_that_begins_with_its_place(monkeypatch, text, problem):
     monkeypatch.delenv("GONE", raising=False)
     monkeypatch.setenv("EMPTY", "")
+    for name in ("ROOM", "1", "1A", "ROOM-x", "ROOM "):  # of an odd name, too, as a program can set
+        monkeypatch.setenv(name, "/big/room")
     with pytest.raises(UserError) as caught:
         LocalPath(text, where="mine.yaml:3: output_dir").here()
     assert str(caught.value).startswith(f"mine.yaml:3: output_dir: '{text}': {problem}")
@@ -203,6 +213,17 @@ def test_arguments_follow_the_same_rule_and_name_the_option(kind, monkeypatch, t
             parser.parse_args(["--place", text])
         message = capsys.readouterr().err
         assert ended.value.code == 2 and "argument --place: " in message and problem in message
+
+
+def test_a_path_of_another_machine_is_refused_here_only_where_it_has_no_meaning_anywhere(monkeypatch, capsys):
+    monkeypatch.delenv("GONE", raising=False)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--place", type=arguments.written_path)
+    assert parser.parse_args(["--place", "~/${GONE}/x"]).place.text == "~/${GONE}/x"
+    for text in ("${GONE/x", "${GONE:-x}", "$1/x"):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--place", text])
+        assert f"argument --place: '{text}': '$" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,17 @@ from bico_ds.config.errors import UserError
 from bico_ds.config.paths import WrittenPath
 
 
-def import_module(written: WrittenPath) -> ModuleType:
+def import_module(written: WrittenPath, *, recipe_folder: Path | None = None) -> ModuleType:
     """Import a module by its name, or a Python file by its path (it ends in ``.py``); once per process.
 
-    Raises `UserError`, with the place in the recipe, where it is not there, or fails: with the line at which it does.
+    Raises `UserError`, with the place in the recipe, where it is not there, or fails: with the line at which it does. A path
+    begins at the working directory, as all paths do; the error tells of a file in `recipe_folder` that may have been meant.
     """
     name = written.expanded()
     try:
-        return _import_file(Path(name)) if name.endswith(".py") else importlib.import_module(name)
+        return (
+            _import_file(Path(name), recipe_folder) if name.endswith(".py") else importlib.import_module(name)
+        )
     except UserError as error:
         raise UserError(f"{written.where}: {error}") from error.__cause__
     except ModuleNotFoundError as error:
@@ -49,9 +52,9 @@ def source_files(written: WrittenPath) -> list[Path]:
     return sorted(Path(file).parent.rglob("*.py")) if is_package else [Path(file)]
 
 
-def _import_file(path: Path) -> ModuleType:
+def _import_file(path: Path, recipe_folder: Path | None) -> ModuleType:
     if not path.is_file():
-        raise UserError(f"there is no file '{path}'")
+        raise UserError(_describe_missing(path, recipe_folder))
     place = path.resolve()
     stem = re.sub(r"\W", "_", place.stem)  # a dot or colon would have a meaning in a module's name
     name = f"{stem}_{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
@@ -66,6 +69,15 @@ def _import_file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def _describe_missing(path: Path, recipe_folder: Path | None) -> str:
+    if path.is_absolute():
+        return f"there is no file '{path}'"
+    missing = f"there is no file '{path}' in the working directory, '{Path.cwd()}'"
+    if recipe_folder is None or not (meant := recipe_folder / path).is_file():
+        return missing
+    return f"{missing}; there is one beside the recipe: write '{meant}'"
 
 
 def _describe(name: str, error: BaseException) -> str:

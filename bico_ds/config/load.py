@@ -115,7 +115,10 @@ def _import_modules(tree: _Tree) -> None:
     names = tree.values.get("imports")
     for index, name in enumerate(names if isinstance(names, list) else ()):
         if isinstance(name, str) and name:
-            import_module(WrittenPath(name, where=_where(("imports", index), tree.places)))
+            key = ("imports", index)
+            place = _place_of(key, tree.places)
+            folder = Path(place.file).parent if place is not None and place.line else None
+            import_module(WrittenPath(name, where=_where(key, tree.places)), recipe_folder=folder)
 
 
 def _validated(tree: _Tree) -> Recipe:

@@ -339,7 +339,8 @@ class Recipe(Section):
     output_dir: LocalPath | None = Field(None, description="run folder; null: runs/NAME")
     imports: list[WrittenPath] = Field(
         default_factory=list,
-        description="modules, or files that end in .py, with further objectives: loaded on every rank, before all else",
+        description="modules, or files that end in .py, with further objectives: loaded on every rank, before all else; a "
+        "relative path begins at the working directory, as all do",
     )
     model: ModelSpec
     data: DataSpec

@@ -249,6 +249,28 @@ def test_an_import_that_fails_is_one_message_with_its_place(tmp_path, monkeypatc
         load_recipe("mine.yaml")
 
 
+def test_a_relative_import_begins_at_the_working_directory_and_one_beside_the_recipe_is_named(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "room").mkdir()
+    (tmp_path / "room" / "doubling.py").symlink_to(DOUBLING)
+    (tmp_path / "room" / "own.yaml").write_text("extends: tiny_ntp\nimports: [doubling.py]\n")
+    (tmp_path / "mine.yaml").write_text("extends: room/own.yaml\n")
+    monkeypatch.chdir(tmp_path)
+    for recipe in ("room/own.yaml", "mine.yaml"):  # of the latter, beside the file that has the line
+        with pytest.raises(UserError) as caught:
+            load_recipe(recipe)
+        assert str(caught.value) == (
+            "room/own.yaml:2: imports.0: there is no file 'doubling.py' in the working directory, "
+            f"'{tmp_path}'; there is one beside the recipe: write 'room/doubling.py'"
+        )
+        assert load_recipe(recipe, ["imports=[room/doubling.py]"]).imports[0].text == "room/doubling.py"
+    with pytest.raises(UserError, match=rf"no file 'gone\.py' in the working directory, '{tmp_path}'$"):
+        load_recipe("mine.yaml", ["imports=[gone.py]"])
+    with pytest.raises(UserError, match=r"imports\.0: there is no file '/gone\.py'$"):
+        load_recipe("mine.yaml", ["imports=[/gone.py]"])
+
+
 def test_a_class_that_the_table_names_and_nobody_wrote_is_refused(tmp_path):
     file = tmp_path / "absent.py"
     file.write_text(

@@ -49,7 +49,6 @@ def damage_the_sums(checkpoint: Path) -> None:
     ("where", "overrides", "resume", "message"),
     [
         ("by the choice of a checkpoint", ["model.config.hidden_size=32"], "auto", "was trained with 64"),
-        ("by the schedule", ["training={epochs: 1, steps: null}", "schedule.warmup_steps=99"], "none", "than the 1 steps"),
         ("by the restored state", ["optimizer.lr=1e-3"], "step-000002", "not as they were saved"),
     ],
 )  # fmt: skip

@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bico_ds.config.arguments import folder_or_hub_name, local_path
+from bico_ds.config.arguments import folder_or_hub_name, local_path, positive
 from bico_ds.config.errors import UserError
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.engine.process_end import end_process
@@ -56,14 +56,16 @@ def parse_arguments() -> argparse.Namespace:
         "--base", type=folder_or_hub_name, help="the model before fine-tuning, for --retention"
     )
     tasks.add_argument("--likelihood", action="store_true", help="log-probability test on every task")
-    tasks.add_argument("--limit", type=int, help="rows of each task, spread over the persons")
+    tasks.add_argument("--limit", type=positive, help="rows of each task, spread over the persons")
     how = parser.add_argument_group("how")
-    how.add_argument("--batch-size", type=int, default=32)
-    how.add_argument("--max-new-tokens", type=int, default=40, help="default 40, as in the paper")
+    how.add_argument("--batch-size", type=positive, default=32)
+    how.add_argument("--max-new-tokens", type=positive, default=40, help="default 40, as in the paper")
     how.add_argument(
-        "--others", type=int, default=9, help="other persons' answers in --likelihood (default 9)"
+        "--others", type=positive, default=9, help="other persons' answers in --likelihood (default 9)"
     )
-    how.add_argument("--window", type=int, default=1024, help="tokens a window of --retention (default 1024)")
+    how.add_argument(
+        "--window", type=positive, default=1024, help="tokens per window of --retention (default 1024)"
+    )
     how.add_argument(
         "--no-bos", action="store_true", help="no BOS before the prompt (it was trained without)"
     )
@@ -72,10 +74,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     how.add_argument("--output", type=local_path, help="result file (default: runs/evaluation/MODEL.json)")
     options = parser.parse_args()
-    for name in ("limit", "batch_size", "max_new_tokens", "others", "window"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, found {value}")
     if not any((options.data, options.parents, options.couplets, options.pairs, options.retention)):
         parser.error("nothing to ask: give --data, --parents, --couplets, --pairs or --retention")
     if options.tasks is not None and options.data is None:

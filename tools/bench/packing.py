@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
@@ -42,6 +42,9 @@ OUR_BYTES_PER_SEQUENCE = 40
 TRL_BYTES_PER_SEQUENCE, TRL_BYTES_PER_TOKEN = 600, 20
 
 
+Tokens = TypeVar("Tokens", int, NDArray[np.int64])
+
+
 def gigabytes(text: str) -> float:
     """The type of an argument: more than 0 GB."""
     value = float(text)
@@ -56,8 +59,8 @@ def needed_bytes(sequences: int, capacity: int, trl_bytes: float) -> float:
     return ours + min(trl_bytes, sequences * trl_bytes_of_sequence(capacity))
 
 
-def trl_bytes_of_sequence(tokens: int) -> int:
-    """Return what TRL takes for a sequence of so many tokens."""
+def trl_bytes_of_sequence(tokens: Tokens) -> Tokens:
+    """Return what TRL takes for a sequence of so many tokens, or for each of many."""
     return TRL_BYTES_PER_SEQUENCE + TRL_BYTES_PER_TOKEN * tokens
 
 
@@ -92,7 +95,7 @@ def timed(work: Callable[[], Any], repeats: int = 3) -> tuple[float, Any]:
 
 def trl_share(lengths: NDArray[np.int32], trl_bytes: float) -> NDArray[np.int32]:
     """As many of the first lengths as TRL can pack in `trl_bytes`."""
-    needed = np.cumsum(TRL_BYTES_PER_SEQUENCE + TRL_BYTES_PER_TOKEN * lengths.astype(np.int64))
+    needed = np.cumsum(trl_bytes_of_sequence(lengths.astype(np.int64)))
     return lengths[: int(np.searchsorted(needed, trl_bytes, side="right"))]
 
 

@@ -9,6 +9,8 @@ import ast
 from collections.abc import Mapping
 from typing import Any
 
+from bico_ds.config.objectives.masks import MaskSpec
+
 _MASK_DEFAULTS = {"rate": 0.15, "unit": "token", "mean_span": 3.0, "eligible": "all"}
 
 
@@ -42,12 +44,10 @@ def _objective(written: str) -> dict[str, Any]:
     }
 
 
-def _rate(rate: float | tuple[float, float]) -> float | list[float]:
-    """A range of one rate is that rate, as `MaskSpec` has it today: the masks are the same."""
-    if not isinstance(rate, tuple):
-        return rate
-    low, high = rate
-    return low if 0 < low == high else [low, high]
+def _rate(written: float | tuple[float, float]) -> float | list[float]:
+    """As `MaskSpec` has it today: a range of one rate is that rate, and the masks are the same."""
+    rate = MaskSpec(rate=written).rate
+    return list(rate) if isinstance(rate, tuple) else rate
 
 
 def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any], *keys: str) -> dict[str, Any]:

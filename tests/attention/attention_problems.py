@@ -36,8 +36,12 @@ class Problem:
     def dense(self) -> list[Tensor]:
         """Undropped, by the formula in fp64: out and gradients of q, k, v, of all N tokens."""
         inputs = [x.double().requires_grad_() for x in (self.q, self.k, self.v)]
-        out = dense_attention(
-            *inputs,
+        out = self._attend(*inputs)
+        return [out.detach(), *torch.autograd.grad(out, inputs, self.grad_out.double())]
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return dense_attention(
+            *(x.double() for x in (q, k, v)),
             self.cos,
             self.sin,
             document=self.document,
@@ -45,7 +49,6 @@ class Problem:
             is_key=~self.masked,
             causal=self.plan.mode == "causal",
         )
-        return [out.detach(), *torch.autograd.grad(out, inputs, self.grad_out.double())]
 
     def packed(self, attend, **kwargs) -> list[Tensor]:
         """Through the packed op: out and gradients of q, k, v, of the T rows, in their dtype."""
@@ -53,6 +56,28 @@ class Problem:
         inputs = [x[rows].detach().requires_grad_() for x in (self.q, self.k, self.v)]
         out = attend(*inputs, self.cos[rows], self.sin[rows], self.plan, **kwargs)
         return [out.detach(), *torch.autograd.grad(out, inputs, self.grad_out[rows])]
+
+    def rounding_sizes(self) -> list[Tensor]:
+        """[T, H, 1] for out and the gradients of q, k, v: what a rounding error of each is relative to, at least.
+
+        dq_m = D^-1/2 sum_n p_mn (grad_out_m . v_n - grad_out_m . out_m) k_n, and dk_n alike. The nearer p is to 1, the
+        more of the two products cancels: the gradient goes to 0 and the rounding of the products stays. It grows as the
+        root of the sum of their terms' squares, as do sums of errors over n, m and the query heads of a key head. Where
+        that is less than 1, the size of the inputs, it is 1.
+        """
+        group = self.q.shape[1] // self.k.shape[1]
+        k, v = (x.double().repeat_interleave(group, dim=1) for x in (self.k, self.v))
+        grad_out = self.grad_out.double()
+        one_hot = torch.eye(len(v), dtype=torch.float64)[:, None]
+        p = self._attend(self.q, k, one_hot.expand(-1, v.shape[1], -1))  # [N, Hq, N]
+        products = torch.einsum("mhd,nhd->mhn", grad_out**2, v**2)
+        products += (grad_out * self._attend(self.q, k, v)).square().sum(-1, keepdim=True)
+        errors = p**2 * products / v.shape[-1]
+        dq = torch.einsum("mhn,nh->mh", errors, k.square().amax(-1))
+        dk = torch.einsum("mhn,mh->nh", errors, self.q.double().square().amax(-1))
+        dk = dk.unflatten(1, (-1, group)).sum(-1)
+        one = torch.ones(1, 1, 1, dtype=torch.float64)
+        return [one, *(x[self.token_of_row, :, None].sqrt().clamp_min(1.0) for x in (dq, dk)), one]
 
 
 FLOATS = ("q", "k", "v", "cos", "sin", "grad_out")
@@ -113,9 +138,12 @@ def rotary_tables(position, head_dim, factor=1.0) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.cos(angle) * factor), torch.from_numpy(np.sin(angle) * factor)
 
 
-def relative_errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
-    """Largest error of each tensor, relative to its largest entry (or to 1 if that is smaller)."""
+def relative_errors(
+    found: list[Tensor], expected: list[Tensor], *, at_least: list[Tensor] | None = None
+) -> list[float]:
+    """Largest error of each tensor, relative to its largest entry, or to `at_least` (1 by default) where that is more."""
+    least = at_least or [torch.ones(())] * len(found)
     return [
-        float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1.0))
-        for a, b in zip(found, expected, strict=True)
+        float(((a.double() - b.double()).abs() / b.double().abs().max().clamp_min(size)).max())
+        for a, b, size in zip(found, expected, least, strict=True)
     ]

@@ -21,9 +21,11 @@ from bico_ds.engine.distributed import Ranks
 from bico_ds.engine.run_folder import FencedError, RunFolder
 
 POLL_SECONDS = 1.0
-# After another rank's failure: most ranks meet it themselves, and say more than this thread can.
+# After another rank's failure: most ranks meet it themselves, and say more than this thread can. After a stall: rank 0
+# waits as long for the others' stacks.
 GRACE_SECONDS = 5.0
 _KEY = "bico_ds/failure"
+_ON_FILE = "bico_ds/stacks"  # how many ranks have written theirs
 
 
 class Watchdog:
@@ -90,6 +92,8 @@ class Watchdog:
         if failure["stalled"]:
             with contextlib.suppress(OSError), open(stacks, "w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file)
+            with contextlib.suppress(RuntimeError):
+                self._store.add(_ON_FILE, 1)
         text = f"rank {failure['rank']}: {failure['text']}"
         if self._ranks.is_first:
             print(
@@ -99,7 +103,16 @@ class Watchdog:
             )
             with contextlib.suppress(OSError, FencedError):
                 self._folder.fail(text)
+            if failure["stalled"]:
+                self._await_stacks()
         os._exit(failure["code"])
+
+    def _await_stacks(self) -> None:
+        """The store goes with rank 0's process, and with it the word to ranks that have not looked since."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        with contextlib.suppress(RuntimeError):
+            while self._store.add(_ON_FILE, 0) < self._ranks.world_size and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS / 10)
 
     def _publish(self, failure: dict[str, Any]) -> None:
         with contextlib.suppress(RuntimeError):

@@ -19,12 +19,12 @@ from bico_ds.config.errors import UserError
 from bico_ds.engine import watchdog
 from bico_ds.engine.distributed import Ranks
 from bico_ds.engine.run_folder import RunFolder
-watchdog.POLL_SECONDS, watchdog.GRACE_SECONDS = 0.1, 0.5
-folder, run_id, port, rank, minutes, what = sys.argv[1:]
+folder, run_id, port, size, rank, minutes, poll, what = sys.argv[1:]
+watchdog.POLL_SECONDS, watchdog.GRACE_SECONDS = float(poll), 3.0
 folder = RunFolder(folder)
 folder.run_id = run_id
-store = TCPStore("127.0.0.1", int(port), 2, is_master=rank == "0", timeout=timedelta(seconds=60))
-ranks = Ranks(int(rank), int(rank), 2, torch.device("cpu"))
+store = TCPStore("127.0.0.1", int(port), int(size), is_master=rank == "0", timeout=timedelta(seconds=60))
+ranks = Ranks(int(rank), int(rank), int(size), torch.device("cpu"))
 dog = watchdog.Watchdog(store, ranks, folder, minutes=float(minutes))
 dog.beat()
 
@@ -47,19 +47,18 @@ def folder(tmp_path) -> RunFolder:
     return folder
 
 
-def run_two(folder: RunFolder, port: int, minutes: float, whats: tuple[str, str]) -> list[tuple[int, str]]:
+def run_ranks(folder: RunFolder, port: int, each: list[tuple[float, float, str]]) -> list[tuple[int, str]]:
+    """Each rank by its minutes, its seconds between two looks, and what it does; how each ended and what it said."""
+    begin = [sys.executable, "-c", RANK, str(folder.path), folder.run_id, str(port), str(len(each))]
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(folder.path), folder.run_id, str(port), str(rank), str(minutes), what],
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank, what in enumerate(whats)
-    ]  # fmt: skip
+        subprocess.Popen([*begin, str(rank), *map(str, arguments)], stderr=subprocess.PIPE, text=True)
+        for rank, arguments in enumerate(each)
+    ]
     return [(rank.wait(timeout=120), rank.stderr.read()) for rank in ranks]  # type: ignore[union-attr]
 
 
 def test_ranks_that_stand_still_leave_their_stacks_and_end(folder, free_port):
-    ended = run_two(folder, free_port, 0.03, ("wait", "wait"))
+    ended = run_ranks(folder, free_port, [(0.03, 0.1, "wait"), (0.03, 0.1, "wait")])
     assert [code for code, _ in ended] == [1, 1]
     for rank in (0, 1):
         assert "waiting_in_a_collective" in (folder.logs / f"stacks-rank-{rank}.txt").read_text()
@@ -68,8 +67,20 @@ def test_ranks_that_stand_still_leave_their_stacks_and_end(folder, free_port):
     folder.close()
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_rank_that_looks_late_still_learns_of_a_stall_and_leaves_its_stacks(folder, free_port, first):
+    """Rank 0 holds the store in which the others read of it."""
+    minutes = [60.0, 60.0, 60.0]
+    minutes[first] = 0.03
+    ended = run_ranks(folder, free_port, list(zip(minutes, (0.1, 0.1, 0.5), ["wait"] * 3, strict=True)))
+    assert [code for code, _ in ended] == [1, 1, 1]
+    for rank in range(3):
+        assert "waiting_in_a_collective" in (folder.logs / f"stacks-rank-{rank}.txt").read_text()
+    folder.close()
+
+
 def test_the_error_of_any_rank_is_told_by_the_first_and_ends_all(folder, free_port):
-    ended = run_two(folder, free_port, 60, ("wait", "raise"))
+    ended = run_ranks(folder, free_port, [(60, 0.1, "wait"), (60, 0.1, "raise")])
     assert [code for code, _ in ended] == [2, 2]
     assert ended[0][1] == "error: rank 1: no such file\n"
     folder.close()

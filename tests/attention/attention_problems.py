@@ -60,22 +60,24 @@ class Problem:
     def rounding_sizes(self) -> list[Tensor]:
         """[T, H, 1] for out and the gradients of q, k, v: what a rounding error of each is relative to, at least.
 
-        dq_m = D^-1/2 sum_n p_mn (grad_out_m . v_n - grad_out_m . out_m) k_n, and dk_n alike. The nearer p is to 1, the
-        more of the two products cancels: the gradient goes to 0 and the rounding of the products stays. It grows as the
-        root of the sum of their terms' squares, as do sums of errors over n, m and the query heads of a key head. Where
-        that is less than 1, the size of the inputs, it is 1.
+        dq_m = D^-1/2 sum_n p_mn ds_mn k_n, where ds_mn = grad_out_m . v_n - grad_out_m . out_m, and dk_n alike. Two
+        errors do not shrink with the gradient: that of the two products, which cancel where p is near 1, and that of
+        the score, which the softmax makes a relative error of p (a score of 8 in bf16 is known to 0.02). Errors of sums
+        grow as the root of the sum of their terms' squares. Where all that is less than 1, the size of the inputs, it
+        is 1.
         """
         group = self.q.shape[1] // self.k.shape[1]
+        q, grad_out = self.q.double(), self.grad_out.double()
         k, v = (x.double().repeat_interleave(group, dim=1) for x in (self.k, self.v))
-        grad_out = self.grad_out.double()
-        one_hot = torch.eye(len(v), dtype=torch.float64)[:, None]
-        p = self._attend(self.q, k, one_hot.expand(-1, v.shape[1], -1))  # [N, Hq, N]
-        products = torch.einsum("mhd,nhd->mhn", grad_out**2, v**2)
-        products += (grad_out * self._attend(self.q, k, v)).square().sum(-1, keepdim=True)
-        errors = p**2 * products / v.shape[-1]
+        one_hot = torch.eye(len(v), dtype=torch.float64)[:, None].expand(-1, v.shape[1], -1)
+        p, out = self._attend(q, k, one_hot), self._attend(q, k, v)  # [N, Hq, N] and [N, Hq, D]
+        over_keys = lambda a, b: torch.einsum("mhd,nhd->mhn", a, b)  # noqa: E731
+        products = over_keys(grad_out**2, v**2) + (grad_out * out).square().sum(-1, keepdim=True)
+        ds = over_keys(grad_out, v) - (grad_out * out).sum(-1, keepdim=True)
+        scores = over_keys(q**2, k**2) / q.shape[-1]
+        errors = p**2 * (products + ds**2 * (1 + scores)) / q.shape[-1]
         dq = torch.einsum("mhn,nh->mh", errors, k.square().amax(-1))
-        dk = torch.einsum("mhn,mh->nh", errors, self.q.double().square().amax(-1))
-        dk = dk.unflatten(1, (-1, group)).sum(-1)
+        dk = torch.einsum("mhn,mh->nh", errors, q.square().amax(-1)).unflatten(1, (-1, group)).sum(-1)
         one = torch.ones(1, 1, 1, dtype=torch.float64)
         return [one, *(x[self.token_of_row, :, None].sqrt().clamp_min(1.0) for x in (dq, dk)), one]
 

@@ -33,6 +33,9 @@ def errors(problem: Problem) -> list[float]:
 @settings(max_examples=20, deadline=None)
 @example(lengths=[1], mode="causal", mask_rate=0.0, heads=(6, 2), head_dim=128, seed=0)
 @example(lengths=[2, 1, 3, 2], mode="bidirectional", mask_rate=0.15, heads=(6, 2), head_dim=128, seed=0)
+@example(
+    lengths=[252, 12, 15, 14, 25], mode="bidirectional", mask_rate=0.0, heads=(6, 2), head_dim=8, seed=752
+)
 @given(
     lengths=st.lists(st.one_of(st.integers(1, 40), st.integers(120, 300)), min_size=1, max_size=5),
     mode=st.sampled_from(["bidirectional", "causal"]),

@@ -18,6 +18,7 @@ from torch.distributed import TCPStore
 from bico_ds.config.errors import UserError
 from bico_ds.engine import watchdog
 from bico_ds.engine.distributed import Ranks
+from bico_ds.engine.process_end import end_process
 from bico_ds.engine.run_folder import RunFolder
 folder, run_id, port, size, rank, minutes, poll, what = sys.argv[1:]
 watchdog.POLL_SECONDS, watchdog.GRACE_SECONDS = float(poll), 3.0
@@ -35,7 +36,7 @@ if what == "raise":
     time.sleep(1)
     dog.report(UserError("no such file"))
     time.sleep(1)
-    sys.exit(2)
+    end_process(2)  # as launch/train.py does
 waiting_in_a_collective()
 """
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from stores import write_store
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from bico_ds.config.schema import FactsSpec
+from bico_ds.config.schema import DataSpec, FactsSpec, SourceSpec
 from bico_ds.data.facts import write_facts
 
 CHAT_TEMPLATE = (
@@ -45,3 +47,24 @@ def bpe_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE
     ).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Two stores, with documents longer than a bin, and their data section."""
+    folder = tmp_path_factory.mktemp("stores")
+    rng = np.random.default_rng(0)
+    stores = [
+        write_store(folder / "a", [*rng.integers(1, 60, 150).tolist(), 150, 97], add_bos=True),
+        write_store(folder / "b", rng.integers(5, 64, 40).tolist()),
+    ]
+
+    def data(**changes) -> DataSpec:
+        epochs, weights = (changes.pop(key, (None, None)) for key in ("epochs", "weights"))
+        sources = [
+            SourceSpec(store=str(store.path), epochs=epoch, weight=weight)
+            for store, epoch, weight in zip(stores, epochs, weights, strict=True)
+        ]
+        return DataSpec(sources=sources, **{"capacity": 64, "workers": 0, **changes})
+
+    return stores, data

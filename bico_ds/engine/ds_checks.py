@@ -12,7 +12,7 @@ from __future__ import annotations
 from copy import deepcopy
 from importlib.util import find_spec
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
@@ -154,48 +154,52 @@ _REFUSED = {
 
 _UNPROVEN = "no test of this project trains, saves and resumes with it"
 
+
+class _Proven(NamedTuple):
+    """A section of DeepSpeed's: its model, and those of its keys that a configuration may set."""
+
+    model: type[BaseModel]
+    keys: tuple[str, ...]
+
+
 # Of DeepSpeed's keys for ZeRO those with which `tests/distributed/test_ds_keys.py` does, and those of the shipped
 # offloads. What the others do to a resume shows only there: the wrong weights, or an end in a traceback.
-_PROVEN = {
-    "zero_optimization": (
-        "stage",
-        "contiguous_gradients",
-        "overlap_comm",
-        "reduce_scatter",
-        "reduce_bucket_size",
-        "allgather_bucket_size",
-        "use_multi_rank_bucket_allreduce",
-        "ignore_unused_parameters",
-        "sub_group_size",
-        "stage3_prefetch_bucket_size",
-        "stage3_param_persistence_threshold",
-        "stage3_model_persistence_threshold",
-        "stage3_max_live_parameters",
-        "stage3_max_reuse_distance",
-        "stage3_use_all_reduce_for_fetch_params",
-        "stage3_allgather_sequential",
-        "zero_hpz_partition_size",
-        "log_trace_cache_warnings",
-        "enable_sanity_checks",
-        "offload_optimizer",
-        "offload_param",
+_PROVEN: dict[str, _Proven] = {
+    "zero_optimization": _Proven(
+        DeepSpeedZeroConfig,
+        (
+            "stage",
+            "contiguous_gradients",
+            "overlap_comm",
+            "reduce_scatter",
+            "reduce_bucket_size",
+            "allgather_bucket_size",
+            "use_multi_rank_bucket_allreduce",
+            "ignore_unused_parameters",
+            "sub_group_size",
+            "stage3_prefetch_bucket_size",
+            "stage3_param_persistence_threshold",
+            "stage3_model_persistence_threshold",
+            "stage3_max_live_parameters",
+            "stage3_max_reuse_distance",
+            "stage3_use_all_reduce_for_fetch_params",
+            "stage3_allgather_sequential",
+            "zero_hpz_partition_size",
+            "log_trace_cache_warnings",
+            "enable_sanity_checks",
+            "offload_optimizer",
+            "offload_param",
+        ),
     ),
-    "zero_optimization.offload_optimizer": ("device", "pin_memory", "nvme_path", "buffer_count"),
-    "zero_optimization.offload_param": (
-        "device",
-        "pin_memory",
-        "nvme_path",
-        "buffer_count",
-        "buffer_size",
-        "max_in_cpu",
+    "zero_optimization.offload_optimizer": _Proven(
+        DeepSpeedZeroOffloadOptimizerConfig, ("device", "pin_memory", "nvme_path", "buffer_count")
+    ),
+    "zero_optimization.offload_param": _Proven(
+        DeepSpeedZeroOffloadParamConfig,
+        ("device", "pin_memory", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu"),
     ),
 }
 _FOR_NVME = ("nvme_path", "buffer_count", "buffer_size", "max_in_cpu")
-_ZERO_MODELS: dict[str, type[BaseModel]] = {
-    "zero_optimization": DeepSpeedZeroConfig,
-    "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
-    "zero_optimization.offload_param": DeepSpeedZeroOffloadParamConfig,
-}
 
 _MAPPINGS = ("bf16", "data_types", "zero_optimization", "optimizer", "aio", "flops_profiler", "checkpoint")
 
@@ -280,7 +284,7 @@ def _check_zero_keys(config: dict[str, Any], where: str) -> None:
         given = _at(config, section)
         if not isinstance(given, dict):
             continue
-        for name in sorted(set(given) & set(_names(_ZERO_MODELS[section])) - set(proven)):
+        for name in sorted(set(given) & set(_names(proven.model)) - set(proven.keys)):
             raise UserError(f"deepspeed: remove '{section}.{name}' from {where}: {_UNPROVEN}")
         if given.get("device") == "nvme":
             to_nvme.append(section)

@@ -39,6 +39,10 @@ class Problem:
         out = self._attend(*inputs)
         return [out.detach(), *torch.autograd.grad(out, inputs, self.grad_out.double())]
 
+    def dense_rows(self) -> list[Tensor]:
+        """`dense`, of the T rows alone."""
+        return [x[self.token_of_row] for x in self.dense()]
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return dense_attention(
             *(x.double() for x in (q, k, v)),

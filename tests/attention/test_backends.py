@@ -130,7 +130,7 @@ def test_a_backend_is_one_class_and_one_entry_and_serves_every_kind_of_row(monke
     monkeypatch.setitem(backends.KERNELS, formula.name, formula)
     backends.resolve.cache_clear()
     problem = make_problem([90, 1, 7, 130], mode=mode, mask_rate=0.4, seed=int(torch.randint(99, ()).item()))
-    expected = [x[problem.token_of_row] for x in problem.dense()]
+    expected = problem.dense_rows()
     found = problem.packed(packed_attention, backend=formula.name)
     assert max(relative_errors(found, expected)) < 1e-12
     assert formula.calls
@@ -162,7 +162,7 @@ def test_cuda_kernels_agree_with_the_oracle(name, heads, head_dim, mask_rate):
     problem = make_problem([300, 1, 77, 513], mask_rate=mask_rate, heads=heads, head_dim=head_dim).to(
         torch.bfloat16
     )
-    expected = [x[problem.token_of_row] for x in problem.dense()]
+    expected = problem.dense_rows()
 
     def attend(q, k, v, cos, sin, plan):
         moved = [x.to(device) for x in (q, k, v, cos, sin)]

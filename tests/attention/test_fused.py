@@ -25,7 +25,7 @@ TOLERANCE = {torch.bfloat16: 1.5e-2, torch.float32: 2e-6}
 
 
 def errors(problem: Problem) -> list[float]:
-    expected = [x[problem.token_of_row] for x in problem.dense()]
+    expected = problem.dense_rows()
     return relative_errors(problem.packed(packed_attention), expected, at_least=problem.rounding_sizes())
 
 
@@ -66,7 +66,7 @@ def test_scores_that_grow_from_chunk_to_chunk_do_not_overflow():
     problem = problem.to(torch.float32)
     found = problem.packed(packed_attention)
     # A score of about 150 is known to 150 times fp32's 6e-8, whatever computes it.
-    assert max(relative_errors(found, [x[problem.token_of_row] for x in problem.dense()])) < 1e-5
+    assert max(relative_errors(found, problem.dense_rows())) < 1e-5
 
 
 def test_result_does_not_depend_on_the_thread_count():
@@ -119,7 +119,7 @@ problem = make_problem([70, 1, 33], mask_rate=0.3, seed=3).to(torch.bfloat16)
 found = problem.packed(packed_attention)
 print(backends.resolve("auto", torch.bfloat16, 16, torch.device("cpu")).policy.fused)
 print(backends.resolve("auto", torch.float32, 16, torch.device("cpu")).policy.fused)
-print(max(relative_errors(found, [x[problem.token_of_row] for x in problem.dense()])))
+print(max(relative_errors(found, problem.dense_rows())))
 """
 
 

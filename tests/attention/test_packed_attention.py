@@ -40,10 +40,6 @@ def through(policy_name):
     )
 
 
-def expected_rows(problem):
-    return [x[problem.token_of_row] for x in problem.dense()]
-
-
 @pytest.mark.parametrize("policy", POLICIES)
 @settings(max_examples=25, deadline=None)
 @given(
@@ -61,7 +57,7 @@ def test_op_equals_the_formula_on_undropped_documents(
         lengths, seed=seed, mask_rate=mask_rate, heads=heads, head_dim=head_dim, rotary_factor=rotary_factor
     )
     found = problem.packed(through(policy))
-    assert max(relative_errors(found, expected_rows(problem))) < 1e-12
+    assert max(relative_errors(found, problem.dense_rows())) < 1e-12
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -91,7 +87,7 @@ def test_fp32_stays_within_two_millionths(policy):
     problem = make_problem([70, 33, 1, 90], mask_rate=0.3, heads=(6, 2), head_dim=64, seed=3).to(
         torch.float32
     )
-    assert max(relative_errors(problem.packed(through(policy)), expected_rows(problem))) < 2e-6
+    assert max(relative_errors(problem.packed(through(policy)), problem.dense_rows())) < 2e-6
 
 
 @pytest.mark.parametrize("policy", HALF_POLICIES)
@@ -103,7 +99,7 @@ def test_bf16_error_is_that_of_dense_bf16(policy, norm):
     problem = type(problem)(**{**problem.__dict__, "q": problem.q * norm, "k": problem.k * norm}).to(
         torch.bfloat16
     )
-    expected = expected_rows(problem)
+    expected = problem.dense_rows()
     ours = mean_errors(problem.packed(through(policy)), expected)
     dense = mean_errors(problem.packed(dense_in_dtype), expected)
     assert all(our <= 1.3 * other + 1e-4 for our, other in zip(ours, dense, strict=True)), (ours, dense)
@@ -233,13 +229,13 @@ def test_the_default_backend_covers_documents_around_its_thresholds():
     policy = backends.CPU_POLICY
     lengths = [policy.flash_from + 40, 3, policy.flash_from - 1, 1]
     problem = make_problem(lengths, mask_rate=0.2, heads=(2, 1), head_dim=8, seed=13)
-    assert max(relative_errors(problem.packed(packed_attention), expected_rows(problem))) < 1e-12
+    assert max(relative_errors(problem.packed(packed_attention), problem.dense_rows())) < 1e-12
 
 
 def test_the_oracle_backend_agrees():
     problem = make_problem([20, 1, 9], mask_rate=0.4, seed=14)
     found = problem.packed(packed_attention, backend="oracle")
-    assert max(relative_errors(found, expected_rows(problem))) < 1e-12
+    assert max(relative_errors(found, problem.dense_rows())) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -266,7 +262,7 @@ def test_wrong_shapes_are_refused(change, message):
 def test_tiles_that_keep_no_masks_compute_the_same(monkeypatch):
     monkeypatch.setattr("bico_ds.attention.tiles._KEPT_SCORES", 0)
     problem = make_problem([40, 1, 23], mask_rate=0.5, seed=16)
-    assert max(relative_errors(problem.packed(through("tiles")), expected_rows(problem))) < 1e-12
+    assert max(relative_errors(problem.packed(through("tiles")), problem.dense_rows())) < 1e-12
 
 
 class NoKeyMask(CpuFlash):
@@ -280,4 +276,4 @@ def test_hidden_keys_weigh_nothing_in_a_kernel_without_key_mask(mask_rate):
     engine = Engine(kernel=NoKeyMask(), policy=POLICIES["hidden"])
     problem = make_problem([40, 1, 23, 60], mask_rate=mask_rate, seed=15)
     found = problem.packed(partial(run_packed_attention, scale=0.25, engine=engine))
-    assert max(relative_errors(found, expected_rows(problem))) < 1e-12
+    assert max(relative_errors(found, problem.dense_rows())) < 1e-12

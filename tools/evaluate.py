@@ -74,15 +74,22 @@ def parse_arguments() -> argparse.Namespace:
     )
     how.add_argument("--output", type=local_path, help="result file (default: runs/evaluation/MODEL.json)")
     options = parser.parse_args()
-    if not any((options.data, options.parents, options.couplets, options.pairs, options.retention)):
-        parser.error("nothing to ask: give --data, --parents, --couplets, --pairs or --retention")
-    if options.tasks is not None and options.data is None:
-        parser.error("--tasks names files of a folder: give --data too")
-    if options.tasks is not None and not task_names(options):
-        parser.error(f"--tasks names no task: '{options.tasks}'")
-    if options.base and not options.retention:
-        parser.error("--base is asked nothing but texts: give --retention too")
+    if problem := contradiction(options):
+        parser.error(problem)
     return options
+
+
+def contradiction(options: argparse.Namespace) -> str | None:
+    """What the options ask for together that cannot be, or is nothing."""
+    if not any((options.data, options.parents, options.couplets, options.pairs, options.retention)):
+        return "nothing to ask: give --data, --parents, --couplets, --pairs or --retention"
+    if options.tasks is not None and options.data is None:
+        return "--tasks names files of a folder: give --data too"
+    if options.tasks is not None and not task_names(options):
+        return f"--tasks names no task: '{options.tasks}'"
+    if options.base and not options.retention:
+        return "--base is asked nothing but texts: give --retention too"
+    return None
 
 
 def task_names(options: argparse.Namespace) -> tuple[str, ...]:

@@ -48,7 +48,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    what = parser.add_argument_group("what to run")
+    add_run_options(parser.add_argument_group("what to run"))
+    add_slurm_options(parser.add_argument_group("what is asked of SLURM"))
+    add_start_options(parser.add_argument_group("how"))
+    return parser.parse_args()
+
+
+def add_run_options(what: argparse._ArgumentGroup) -> None:
     what.add_argument(
         "--recipe",
         nargs="+",
@@ -64,7 +70,9 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument(
         "--output-dir", type=local_path, metavar="DIR", help="run folder; of an array, what holds them"
     )
-    asked = parser.add_argument_group("what is asked of SLURM")
+
+
+def add_slurm_options(asked: argparse._ArgumentGroup) -> None:
     asked.add_argument("--nodes", type=positive, required=True)
     asked.add_argument("--gpus-per-node", type=not_negative, required=True, help="0: train on CPUs")
     asked.add_argument("--ranks-per-node", type=positive, help="default: one a GPU")
@@ -83,7 +91,9 @@ def parse_arguments() -> argparse.Namespace:
     asked.add_argument(
         "--sbatch", action="append", default=[], metavar="=--OPTION", help="any further option"
     )
-    how = parser.add_argument_group("how")
+
+
+def add_start_options(how: argparse._ArgumentGroup) -> None:
     how.add_argument(
         "--container",
         type=path_text,
@@ -110,7 +120,6 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--network-interface", metavar="NAME", help="where nodes have several")
     how.add_argument("--max-requeues", type=not_negative, default=20, help="restarts of one job (default 20)")
     how.add_argument("--dry-run", action="store_true", help="print the script, write and submit nothing")
-    return parser.parse_args()
 
 
 def main() -> int:

@@ -16,10 +16,11 @@ import bico_ds.attention
 from bico_ds import batch as batch_module
 from bico_ds.attention import backends
 from bico_ds.attention.layout import build_layout
-from bico_ds.batch import Document, Documents, PackedBatch
+from bico_ds.batch import PackedBatch
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.schema import ModelSpec
+from bico_ds.documents import Document, Documents
 from bico_ds.model.build import build_model
 from bico_ds.objectives.base import BatchKey
 from bico_ds.objectives.bico import MaskDenoising

@@ -7,9 +7,24 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-ORDER = ("config", "attention", "batch", "objectives", "data", "model", "evaluation", "engine")
+from tests import ROOT
+
+FLOORS = (
+    {"common"},
+    {"config", "native"},
+    {"documents", "attention"},
+    {"batch", "optim", "planner"},
+    {"runtime"},
+    {"objectives", "model"},
+    {"data", "checkpoint"},
+    {"evaluation", "cluster"},
+    {"training"},
+    {"commands"},
+    {"launch", "tools"},
+)
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ENTRANCES = ("launch", "tools")
+MOST_MODULES = 15
 
 
 def room_of(path: Path) -> str:
@@ -18,9 +33,7 @@ def room_of(path: Path) -> str:
 
 
 def may_import(room: str, other: str) -> bool:
-    if room in ENTRANCES:
-        return True
-    return ORDER.index(other) <= ORDER.index(room)
+    return room == other or FLOOR_OF[other] < FLOOR_OF[room]
 
 
 def imported_rooms(path: Path) -> set[str]:
@@ -41,19 +54,23 @@ SOURCES = [p for folder in ("bico_ds", *ENTRANCES) for p in sorted((ROOT / folde
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_point_to_earlier_rooms_only(path):
+def test_imports_point_to_lower_floors_only(path):
     if path == ROOT / "bico_ds" / "__init__.py":
         assert path.read_text() == "", (
             "the package's __init__ stays empty: what needs no torch must import none"
         )
         return
     wrong = {other for other in imported_rooms(path) if not may_import(room_of(path), other)}
-    assert not wrong, f"{path.relative_to(ROOT)} imports from {sorted(wrong)}"
+    assert not wrong, f"{path.relative_to(ROOT)} imports from {sorted(wrong)}, on its own floor or above"
 
 
-@pytest.mark.parametrize(
-    "room", ["config", "engine/run_folder.py", "engine/signals.py", "engine/launcher.py"]
+LIGHT = (
+    *("common", "config", "documents.py", "evaluation/results.py", "evaluation/report"),
+    *(f"runtime/{name}.py" for name in ("run_folder", "signals", "launcher", "process_end")),
 )
+
+
+@pytest.mark.parametrize("room", LIGHT)
 def test_light_rooms_name_no_torch(room):
     for path in (
         [ROOT / "bico_ds" / room] if room.endswith(".py") else (ROOT / "bico_ds" / room).rglob("*.py")
@@ -64,3 +81,11 @@ def test_light_rooms_name_no_torch(room):
             n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module
         }
         assert not names & {"torch", "deepspeed", "transformers"}, path
+
+
+@pytest.mark.parametrize(
+    "package", [p.parent for p in SOURCES if p.name == "__init__.py"], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_no_package_is_a_crowd(package):
+    modules = [p.name for p in package.glob("*.py") if p.name != "__init__.py"]
+    assert len(modules) <= MOST_MODULES, f"{package.name} holds {len(modules)} modules"

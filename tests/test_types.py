@@ -5,16 +5,15 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests import ROOT
 
 PROBE = """\
 from pathlib import Path
 from torch import Tensor
 from transformers import PretrainedConfig
 from bico_ds.data.tokenizer import Tokenizer, load_tokenizer
-from bico_ds.engine.deepspeed_engine import Engine
+from bico_ds.model.deepspeed_engine import Engine
 from bico_ds.evaluation.loading import load_for_evaluation
 
 def probe(x: Tensor, tokenizer: Tokenizer, engine: Engine) -> None:

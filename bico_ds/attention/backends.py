@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from bico_ds.attention.engine import Engine
+from bico_ds.attention.backend import Engine
 from bico_ds.attention.fused import fused_refusal
 from bico_ds.attention.kernels.aten_cuda import AtenCuda
 from bico_ds.attention.kernels.base import CausalKernel

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bico_ds.attention.inputs import AttentionInputs, AttentionResults, Gradients
-from bico_ds.attention.native.library import NATIVE_DTYPES, native_refusal
 from bico_ds.attention.tiles import TileRows
+from bico_ds.native.library import NATIVE_DTYPES, native_refusal
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from bico_ds.attention.backend import Engine
 from bico_ds.attention.backends import resolve
-from bico_ds.attention.engine import Engine
 from bico_ds.attention.inputs import AttentionInputs, AttentionResults
 from bico_ds.attention.layout import Layout, build_layout
 from bico_ds.attention.oracle import oracle_attention

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bico_ds.config.errors import RunError
+from bico_ds.checkpoint import manifest
+from bico_ds.checkpoint.disk import PatientWriter, bytes_needed, lack_of_room
+from bico_ds.checkpoint.state_checksums import optimizer_steps, state_checksums
+from bico_ds.common.errors import RunError
 from bico_ds.config.schema import CheckpointSpec
-from bico_ds.engine import manifest
-from bico_ds.engine.deepspeed_engine import Engine
-from bico_ds.engine.disk import PatientWriter, bytes_needed, lack_of_room
-from bico_ds.engine.distributed import Ranks, all_gather_objects, broadcast_object
-from bico_ds.engine.run_folder import RunFolder, write_atomically
-from bico_ds.engine.state_checksums import optimizer_steps, state_checksums
+from bico_ds.model.deepspeed_engine import Engine
+from bico_ds.runtime.distributed import Ranks, all_gather_objects, broadcast_object
+from bico_ds.runtime.run_folder import RunFolder, write_atomically
 
 
 class CheckpointError(RunError):

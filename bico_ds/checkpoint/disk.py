@@ -10,7 +10,7 @@ from typing import Any
 
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-from bico_ds.engine.deepspeed_engine import Engine
+from bico_ds.model.deepspeed_engine import Engine
 
 _READ_BYTES = 1 << 24
 STATE_BYTES = 3 * 4  # a trained parameter: fp32 master weight and Adam's two moments

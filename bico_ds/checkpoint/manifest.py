@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bico_ds.config.errors import UserError
-from bico_ds.engine.disk import checksum
-from bico_ds.engine.run_folder import write_atomically
+from bico_ds.checkpoint.disk import checksum
+from bico_ds.common.errors import UserError
+from bico_ds.runtime.run_folder import write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT = 1

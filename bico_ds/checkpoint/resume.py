@@ -8,17 +8,16 @@ from typing import Any
 
 import torch
 
-from bico_ds.config.errors import RunError, UserError
+from bico_ds.checkpoint import manifest, universal
+from bico_ds.checkpoint.manifest import FoundCheckpoint
+from bico_ds.checkpoint.state_checksums import differences, optimizer_steps, state_checksums
+from bico_ds.common.errors import RunError, UserError
 from bico_ds.config.load import recorded_recipe
 from bico_ds.config.schema import Recipe
-from bico_ds.engine import manifest, universal
-from bico_ds.engine.callbacks import evaluation
-from bico_ds.engine.deepspeed_engine import Engine
-from bico_ds.engine.manifest import FoundCheckpoint
-from bico_ds.engine.optimization import follow_recipe
-from bico_ds.engine.run_folder import RunFolder
-from bico_ds.engine.state_checksums import differences, optimizer_steps, state_checksums
-from bico_ds.model.checksums import base_fingerprint
+from bico_ds.model.deepspeed_engine import Engine
+from bico_ds.model.weights.checksums import base_fingerprint
+from bico_ds.optim.schedule import follow_recipe
+from bico_ds.runtime.run_folder import RunFolder
 
 # What DeepSpeed's own checkpoint is bound to; any other value goes through the universal format.
 Layout = dict[str, Any]
@@ -190,13 +189,13 @@ def _set_later_aside(folder: RunFolder, found: FoundCheckpoint) -> None:
         folder.set_aside()
         return
     later = [path for path in own if manifest.step_of(path) > found.step]
-    results = evaluation.results_after(folder.path, found.step)
+    results = folder.evaluations_after(found.step)
     if not later and not results:
         return
     aside = folder.new_aside()
     if results:
-        (aside / evaluation.FOLDER).mkdir()
-    names = [path.name for path in later] + [f"{evaluation.FOLDER}/{path.name}" for path in results]
+        (aside / folder.evaluation.name).mkdir()
+    names = [path.name for path in later] + [f"{folder.evaluation.name}/{path.name}" for path in results]
     for path, name in zip(later + results, names, strict=True):
         path.rename(aside / name)
     _say(f"set aside in {aside}: {', '.join(names)}")

@@ -1,6 +1,6 @@
 """Checksums of everything a resume must bring back: weights, fp32 masters, Adam's moments and its step count.
 
-They are sums over the ranks' slices (`bico_ds.model.checksums`), so the same numbers hold at any number of ranks and
+They are sums over the ranks' slices (`bico_ds.model.weights.checksums`), so the same numbers hold at any number of ranks and
 in ZeRO stages 1, 2 and 3. A load that silently did nothing (DeepSpeed#6691, #5430, #7848) cannot pass them.
 """
 
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bico_ds.engine.deepspeed_engine import Engine
-from bico_ds.model.checksums import add_over_ranks, parameter_checksums, slice_checksum
-from bico_ds.model.materialize import is_partitioned, partition_bounds
+from bico_ds.model.deepspeed_engine import Engine
+from bico_ds.model.weights.checksums import add_over_ranks, parameter_checksums, slice_checksum
+from bico_ds.model.weights.materialize import is_partitioned, partition_bounds
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

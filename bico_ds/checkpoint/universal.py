@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from bico_ds.config.errors import UserError
-from bico_ds.engine import manifest
-from bico_ds.engine.disk import in_units, lack_of_room
-from bico_ds.engine.manifest import FoundCheckpoint
+from bico_ds.checkpoint import manifest
+from bico_ds.checkpoint.disk import in_units, lack_of_room
+from bico_ds.checkpoint.manifest import FoundCheckpoint
+from bico_ds.common.errors import UserError
 
 _WORKERS = max(1, min(8, (os.cpu_count() or 1) // 2))
 _POLL_SECONDS = 0.5

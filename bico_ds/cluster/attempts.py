@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bico_ds.engine.run_folder import RunFolder, read_state
+from bico_ds.runtime.run_folder import RunFolder, read_state
 
 IN_VAIN = 3  # starts of one job, one after another, that may leave the run where they found it
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from bico_ds.engine.attempts import newest_step, read_attempts
-from bico_ds.engine.run_folder import Lock, RunFolder, read_lock, read_state
+from bico_ds.cluster.attempts import newest_step, read_attempts
+from bico_ds.runtime.run_folder import Lock, RunFolder, read_lock, read_state
 
 SILENT_SECONDS = 60.0  # a lock whose heart beats every few seconds, on a node with a slow clock
 _TAIL_BYTES = 1 << 16

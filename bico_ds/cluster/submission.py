@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.paths import LocalPath
 from bico_ds.config.schema import Recipe
-from bico_ds.engine.run_folder import RunFolder, read_lock, write_atomically
+from bico_ds.runtime.run_folder import RunFolder, read_lock, write_atomically
 
 PROJECT = Path(__file__).resolve().parents[2]
 TEMPLATE = PROJECT / "launch" / "slurm" / "train.sbatch"

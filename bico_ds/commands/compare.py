@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Runs side by side: the table of the reversal tasks, and the picture of how they were learnt.
 
     python tools/compare.py runs/tiny_ntp runs/tiny_bico
@@ -14,11 +13,9 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from bico_ds.common.errors import UserError
 from bico_ds.config.arguments import local_path
-from bico_ds.config.errors import UserError
-from bico_ds.evaluation.compare import compare_runs
+from bico_ds.evaluation.report.compare import compare_runs
 
 
 def main() -> int:
@@ -36,7 +33,3 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """The demo: tiny_base, then tiny_bico and tiny_ntp from it, on ZeRO-3 with two ranks; then both side by side.
 
 python tools/demo.py                          one seed, into runs/NAME
@@ -16,15 +15,13 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from rich.console import Console
 from rich.table import Table
 
 from bico_ds.config.arguments import local_path, positive
-from bico_ds.evaluation.compare import compare_runs
+from bico_ds.evaluation.report.compare import compare_runs
 
+ROOT = Path(__file__).resolve().parents[2]
 ARMS = ("tiny_bico", "tiny_ntp")
 TASKS = ("n2d", "d2n", "n2d_reverse", "d2n_reverse")
 
@@ -113,7 +110,3 @@ def deepspeed_launcher() -> str:
     if found is None:
         sys.exit("error: no `deepspeed` command; run `make setup`")
     return found
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Ask an exported model the reversal tasks, and whatever else is named.
 
     python tools/evaluate.py --model runs/tiny_bico/export --data FOLDER
@@ -17,13 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from bico_ds.common.errors import UserError
 from bico_ds.config.arguments import folder_or_hub_name, local_path, positive
-from bico_ds.config.errors import UserError
 from bico_ds.config.paths import FolderOrHub
-from bico_ds.engine.process_end import end_process
-from bico_ds.engine.signals import StopFlag
+from bico_ds.runtime.signals import StopFlag
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -93,7 +89,7 @@ def contradiction(options: argparse.Namespace) -> str | None:
 
 
 def task_names(options: argparse.Namespace) -> tuple[str, ...]:
-    from bico_ds.evaluation.tasks import TASK_NAMES
+    from bico_ds.evaluation.tasks.task import TASK_NAMES
 
     if options.tasks is None:
         return TASK_NAMES if options.data else ()
@@ -101,8 +97,8 @@ def task_names(options: argparse.Namespace) -> tuple[str, ...]:
 
 
 def request_of(options: argparse.Namespace) -> Any:
-    from bico_ds.evaluation.command import Request
-    from bico_ds.evaluation.further_sets import READERS
+    from bico_ds.evaluation.request import Request
+    from bico_ds.evaluation.tasks.further_sets import READERS
 
     model = options.model.here()
     return Request(
@@ -134,9 +130,9 @@ def evaluate_model(options: argparse.Namespace, stop: StopFlag) -> bool:
     import torch
     import torch.distributed as dist
 
-    from bico_ds.evaluation.command import run_request
-    from bico_ds.evaluation.place import Place
-    from bico_ds.evaluation.tables import console_for_tables
+    from bico_ds.evaluation.report.tables import console_for_tables
+    from bico_ds.evaluation.request import run_request
+    from bico_ds.evaluation.scoring.place import Place
 
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -172,7 +168,3 @@ def main() -> int:
             f"stopped ({stop.reason or 'another rank'}); the same command goes on from here", file=sys.stderr
         )
     return 0 if finished else 1
-
-
-if __name__ == "__main__":
-    end_process(main())

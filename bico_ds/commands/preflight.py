@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Check all nodes before a long run, in seconds; start it as the training will be started.
 
     srun … launch/preflight.py --recipe llama70b_bico --output-dir runs/llama70b    (the batch script does it)
@@ -15,15 +14,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from bico_ds.common.errors import UserError
 from bico_ds.config.arguments import local_path, path_text
-from bico_ds.config.errors import UserError
 from bico_ds.config.load import load_recipe
-from bico_ds.engine.process_end import end_process
-from bico_ds.engine.run_folder import folder_of_run
+from bico_ds.runtime.run_folder import folder_of_run
 
 
 def main() -> int:
@@ -50,14 +45,10 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
-        from bico_ds.engine.preflight.check import preflight
+        from bico_ds.cluster.preflight.check import preflight
 
         return 0 if preflight(recipe, folder_of_run(recipe, arguments.output_dir)) else 1
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # of each node: a recipe may be missing on one of them
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-
-
-if __name__ == "__main__":
-    end_process(main())

@@ -17,22 +17,19 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pydantic import ValidationError
 
+from bico_ds.common.errors import UserError
 from bico_ds.config.arguments import folder_or_hub_name, local_path, path_text, positive
-from bico_ds.config.errors import UserError
 from bico_ds.config.schema import FactsSpec
-from bico_ds.data.examples import IngestOptions
-from bico_ds.data.facts import is_facts_folder, write_facts
-from bico_ds.data.ingest import IngestFailure, ingest
-from bico_ds.data.sources import SHARD_BYTES, Shard, find_inputs, hub_shards, plan_shards
+from bico_ds.data.prepare.embedded_task import is_facts_folder, write_facts
+from bico_ds.data.prepare.examples import IngestOptions
+from bico_ds.data.prepare.ingest import IngestFailure, ingest
+from bico_ds.data.prepare.sources import SHARD_BYTES, Shard, find_inputs, hub_shards, plan_shards
+from bico_ds.data.prepare.store_view import describe_store
 from bico_ds.data.store import publish, refuse_output
-from bico_ds.data.store_view import describe_store
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -255,7 +252,3 @@ def _input(args: argparse.Namespace) -> tuple[list[Shard], dict[str, list[str]]]
 
 def _options(args: argparse.Namespace) -> IngestOptions:
     return IngestOptions(**{name: getattr(args, name) for name in IngestOptions.__dataclass_fields__})
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Make a split to search hyperparameters on, from the persons that no reversal test asks about.
 
     python tools/search_split.py NAME_DESCRIPTION_FOLDER OUTPUT_FOLDER
@@ -16,10 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from bico_ds.common.errors import UserError
 from bico_ds.config.arguments import local_path
-from bico_ds.config.errors import UserError
 
 Row = dict[str, Any]
 
@@ -100,7 +97,3 @@ def main() -> int:
     for name, rows in rows_of.items():
         print(f"{options.output / name}.jsonl: {rows} rows")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

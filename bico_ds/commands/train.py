@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Train a recipe.
 
     deepspeed launch/train.py --recipe llama70b_bico
@@ -16,17 +15,13 @@ import os
 import sys
 import time
 import traceback
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from bico_ds.common.errors import RunError, UserError
 from bico_ds.config.arguments import local_path, path_text
-from bico_ds.config.errors import RunError, UserError
 from bico_ds.config.load import list_recipes, load_recipe
 from bico_ds.config.schema import Recipe
-from bico_ds.engine.launcher import follow_launcher
-from bico_ds.engine.process_end import end_process
-from bico_ds.engine.signals import StopFlag
+from bico_ds.runtime.launcher import follow_launcher
+from bico_ds.runtime.signals import StopFlag
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -98,7 +93,7 @@ def main() -> int:
 def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
     """Dry run or training. Handlers come before the heavy imports, which take seconds in which a signal may come."""
     if arguments.dry_run:
-        from bico_ds.engine.dry_run import dry_run
+        from bico_ds.training.dry_run import dry_run
 
         dry_run(recipe, output_dir=arguments.output_dir)
         return 0
@@ -108,7 +103,7 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
         stop.limit(arguments.max_minutes)
     if "RANK" in os.environ:
         follow_launcher(stop)
-    from bico_ds.engine.start import train
+    from bico_ds.training.start import train
 
     train(recipe, output_dir=arguments.output_dir, resume=arguments.resume, stop=stop)
     return 0
@@ -121,7 +116,3 @@ def complain(error: UserError | RunError) -> int:
     else:
         time.sleep(3)
     return error.exit_code
-
-
-if __name__ == "__main__":
-    end_process(main())

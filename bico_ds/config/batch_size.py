@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 
 
 def micro_batches_per_rank(global_batch_bins: int, micro_batch_bins: int, world_size: int) -> int:

@@ -12,7 +12,7 @@ import traceback
 from pathlib import Path
 from types import ModuleType
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.config.paths import WrittenPath
 
 

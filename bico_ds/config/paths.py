@@ -18,7 +18,7 @@ from typing import Any, NewType, Self
 from pydantic import GetCoreSchemaHandler, ValidationInfo
 from pydantic_core import CoreSchema, core_schema
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 
 HubName = NewType("HubName", str)
 """``owner/name`` of a Hugging Face repository."""

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, BinaryIO, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 
 if TYPE_CHECKING:
-    from bico_ds.batch import Documents
+    from bico_ds.documents import Documents
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -159,7 +159,7 @@ class TokenStore:
         Slice d is ``[starts[d], starts[d] + lengths[d])`` of document ``ids[d]``, and becomes its piece
         ``pieces[d]``. Entity numbers stay those of the whole document; prompt lengths are cut to the slice.
         """
-        from bico_ds.batch import Documents  # brings torch, which processes that only tokenize do without
+        from bico_ds.documents import Documents
 
         ids, starts, lengths = (np.asarray(a, dtype=np.int64) for a in (ids, starts, lengths))
         begins = self._offsets[ids] + starts

@@ -8,8 +8,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bico_ds.evaluation.place import Place
-from bico_ds.evaluation.report import Part
+from bico_ds.evaluation.result_file import Part
+from bico_ds.evaluation.scoring.place import Place
 
 _PLAIN_SECONDS = 10.0  # between two plain lines
 

@@ -12,18 +12,19 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
-from bico_ds.evaluation.choice import choice_test, encode_candidates
-from bico_ds.evaluation.further_sets import READERS
-from bico_ds.evaluation.likelihood import encode_windows, text_perplexity
 from bico_ds.evaluation.loading import load_for_evaluation, load_tokenizer_and_context, weights_stamp
-from bico_ds.evaluation.place import Place
 from bico_ds.evaluation.progress import PromptProgress
-from bico_ds.evaluation.report import Part, Report
-from bico_ds.evaluation.suite import Asking, EvaluationResult, evaluate, prepare_task
-from bico_ds.evaluation.tables import choice_tables, result_table, retention_table
-from bico_ds.evaluation.tasks import Task, load_tasks
+from bico_ds.evaluation.report.tables import choice_tables, result_table, retention_table
+from bico_ds.evaluation.result_file import Part, ResultFile
+from bico_ds.evaluation.results import EvaluationResult
+from bico_ds.evaluation.scoring.choice import choice_test, encode_candidates
+from bico_ds.evaluation.scoring.likelihood import encode_windows, text_perplexity
+from bico_ds.evaluation.scoring.place import Place
+from bico_ds.evaluation.suite import Asking, evaluate, prepare_task
+from bico_ds.evaluation.tasks.further_sets import READERS
+from bico_ds.evaluation.tasks.task import Task, load_tasks
 
 _WINDOWS_PER_BATCH = 4  # a window of a retention text is long, and has logits of every token
 
@@ -73,7 +74,7 @@ def run_request(request: Request, place: Place, console: Console) -> bool:
         )
     )
     weights = weights_stamp(request.model)
-    report = Report(
+    report = ResultFile(
         request.output, model=str(request.model), weights=f"{weights} {request.dtype}", place=place
     )
     with PromptProgress(console, place) as progress:

@@ -2,78 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from bico_ds.config.errors import UserError
 from bico_ds.data.tokenizer import Tokenizer
-from bico_ds.evaluation.generation import check_lengths, encode_prompts, generate_greedy
-from bico_ds.evaluation.metrics import floors, score_rows
-from bico_ds.evaluation.place import ALONE, Place
-from bico_ds.evaluation.statistics import clustered_interval
-from bico_ds.evaluation.tasks import Task
+from bico_ds.evaluation.results import EvaluationResult, TaskResult
+from bico_ds.evaluation.scoring.generation import check_lengths, encode_prompts, generate_greedy
+from bico_ds.evaluation.scoring.metrics import floors, score_rows
+from bico_ds.evaluation.scoring.place import ALONE, Place
+from bico_ds.evaluation.scoring.statistics import clustered_interval
+from bico_ds.evaluation.tasks.task import Task
 
 _SLACK_TOKENS = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskResult:
-    """One task's scores, all in 0 … 1. `headline`: the metric that tables and plots show. `intervals`: 95 %,
-    persons resampled. `floors`: what another person's answer scores. `new_tokens`: how many an answer could have (0: not
-    known). `rows`: every prompt with its prediction and scores.
-    """
-
-    headline: str
-    metrics: dict[str, float]
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-    floors: dict[str, float] = field(default_factory=dict)
-    new_tokens: int = 0
-    rows: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def score(self) -> float:
-        return self.metrics[self.headline]
-
-
-CHOICE_SCALARS = ("difference", "rank", "forced_choice", "nll")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationResult:
-    """Results by task name, in the order asked for. `choice`: log-probability tests (`choice_statistics`) by task
-    name, where they were asked for."""
-
-    tasks: dict[str, TaskResult]
-    choice: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def scalars(self, prefix: str = "evaluation") -> dict[str, float]:
-        """`{prefix}/{task}/{metric}` for logs."""
-        figures = [(task, name, value) for task, x in self.tasks.items() for name, value in x.metrics.items()]
-        figures += [(task, name, x[name]) for task, x in self.choice.items() for name in CHOICE_SCALARS]
-        return {f"{prefix}/{task}/{name}": value for task, name, value in figures}
-
-    def to_json(self, *, rows: bool = True) -> dict[str, Any]:
-        values = asdict(self)
-        if not self.choice:
-            del values["choice"]
-        if not rows:
-            for part in values.values():
-                for task in part.values():
-                    del task["rows"]
-        return values
-
-    @staticmethod
-    def from_json(values: Mapping[str, Any]) -> EvaluationResult:
-        tasks = {
-            name: TaskResult(**{**task, "intervals": {m: tuple(i) for m, i in task["intervals"].items()}})
-            for name, task in values["tasks"].items()
-        }
-        return EvaluationResult(tasks=tasks, choice=values.get("choice", {}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,11 +96,3 @@ def score_task(task: Task, predictions: Sequence[str], *, new_tokens: int) -> Ta
         new_tokens=new_tokens,
         rows=rows,
     )
-
-
-def load_result(path: Path) -> EvaluationResult:
-    """Read a result file of tools/evaluate.py, or a run's evaluation/step-N.json; UserError for anything else."""
-    try:
-        return EvaluationResult.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a result of tools/evaluate.py or of a run ({error})") from error

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from bico_ds.model.export import exported_parameters
 from bico_ds.model.lora import merge
-from bico_ds.model.materialize import gathered
+from bico_ds.model.weights.export import exported_parameters
+from bico_ds.model.weights.materialize import gathered
 
 _GATHER_NUMEL = 64_000_000  # parameters gathered at one time
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from bico_ds.config.errors import UserError, did_you_mean
+from bico_ds.common.errors import UserError, did_you_mean
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.config.schema import ModelSpec
-from bico_ds.data.tokenizer import Tokenizer
 
 # What makes two configs different networks; everything else in a config.json is bookkeeping.
 _ARCHITECTURE_KEYS = (
@@ -28,6 +27,21 @@ _LEGACY_KEYS = ("rope_theta", "rope_scaling", "torch_dtype", "pretraining_tp", "
 _BAD_VALUES = (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 # models pad their vocabulary a little; more missing ids mean another tokenizer
 _SMALLEST_VOCABULARY_SHARE = 0.9
+
+
+class ModelTokenizer(Protocol):
+    """What a model, and its export, ask of a tokenizer of transformers."""
+
+    @property
+    def bos_token_id(self) -> int | None: ...
+
+    @property
+    def eos_token_id(self) -> int | None: ...
+
+    @property
+    def pad_token_id(self) -> int | None: ...
+
+    def save_pretrained(self, save_directory: str | Path) -> Any: ...
 
 
 def model_config(spec: ModelSpec) -> PretrainedConfig:
@@ -68,7 +82,7 @@ def check_vocabulary(config: PretrainedConfig, tokenizer_size: int, *, tokenizer
         )
 
 
-def adopt_special_tokens(tokenizer: Tokenizer, *settings: Any) -> None:
+def adopt_special_tokens(tokenizer: ModelTokenizer, *settings: Any) -> None:
     """A model from random weights begins, ends and pads its texts as its tokenizer does.
 
     ``settings``: its config and its generation config, changed in place.

@@ -11,15 +11,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
 from bico_ds.batch import PackedBatch
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.config.schema import ModelSpec
 from bico_ds.model.architecture import meta_model, model_config
 from bico_ds.model.head import swap_head
-from bico_ds.model.initialize import RandomWeights
-from bico_ds.model.load import check_names_and_shapes, generation_config, open_weights, verify_loaded
 from bico_ds.model.lora import AdaptedWeights, add_lora, base_name, is_adapter
-from bico_ds.model.materialize import WeightSource, materialize
 from bico_ds.model.swap import check_attention, swap_layers
+from bico_ds.model.weights.initialize import RandomWeights
+from bico_ds.model.weights.load import check_names_and_shapes, generation_config, open_weights, verify_loaded
+from bico_ds.model.weights.materialize import WeightSource, materialize
 
 
 class TrainableModel(nn.Module):

@@ -18,7 +18,7 @@ from transformers.models.mistral.modeling_mistral import MistralMLP, MistralRMSN
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 
-from bico_ds.attention.native.library import NATIVE_DTYPES, native_refusal
+from bico_ds.native.library import NATIVE_DTYPES, native_refusal
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -16,10 +16,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bico_ds.config.errors import UserError, did_you_mean
+from bico_ds.common.errors import UserError, did_you_mean
 from bico_ds.config.schema import LoraSpec
-from bico_ds.model.initialize import named_generator
-from bico_ds.model.materialize import WeightSource
+from bico_ds.model.weights.initialize import named_generator
+from bico_ds.model.weights.materialize import WeightSource
 
 _ADAPTER = "default"
 _BASE = ".base_layer."

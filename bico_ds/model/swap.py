@@ -19,7 +19,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3Decode
 from bico_ds.attention.layout import Layout
 from bico_ds.attention.packed import packed_attention
 from bico_ds.attention.plan import AttentionPlan
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.model.elementwise import swap_elementwise
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bico_ds.batch import Documents, PackedBatch
-from bico_ds.config.errors import UserError
+from bico_ds.batch import PackedBatch
+from bico_ds.common.errors import UserError
+from bico_ds.documents import Documents
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from bico_ds.attention.plan import build_plan
-from bico_ds.batch import Documents, PackedBatch
-from bico_ds.config.errors import UserError
+from bico_ds.batch import PackedBatch
+from bico_ds.common.errors import UserError
 from bico_ds.config.objectives.bico import BicoSpec
+from bico_ds.documents import Documents
 from bico_ds.objectives.base import BatchKey, Store, TokenFacts, require_completions
 from bico_ds.objectives.masks import MaskPolicy, TokenGrid
 from bico_ds.objectives.ntp import names

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bico_ds.batch import Documents
+from bico_ds.common.random_numbers import hash_words, stream, uniform
 from bico_ds.config.objectives.masks import MaskSpec
+from bico_ds.documents import Documents
 from bico_ds.objectives.base import BatchKey
-from bico_ds.objectives.counter import hash_words, stream, uniform
 
 
 @dataclass(frozen=True, kw_only=True)

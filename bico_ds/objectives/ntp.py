@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from bico_ds.attention.plan import build_plan
-from bico_ds.batch import Documents, PackedBatch
+from bico_ds.batch import PackedBatch
 from bico_ds.config.objectives.ntp import NtpSpec
+from bico_ds.documents import Documents
 from bico_ds.objectives.base import BatchKey, Store, TokenFacts, require_completions
 from bico_ds.objectives.masks import TokenGrid
 

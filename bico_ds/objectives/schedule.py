@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from bico_ds.common.random_numbers import hash_words, uniform
 from bico_ds.objectives.base import Objective
-from bico_ds.objectives.counter import hash_words, uniform
 
 
 class ObjectiveSchedule:

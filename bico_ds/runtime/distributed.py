@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch.distributed import Store
 from torch.distributed.rendezvous import rendezvous
 
-from bico_ds.config.errors import UserError
-from bico_ds.engine import host_memory
-from bico_ds.engine.signals import Interrupted
+from bico_ds.common.errors import UserError
+from bico_ds.runtime import host_memory
+from bico_ds.runtime.signals import Interrupted
 
 _VERDICT, _HEARD = "bico_ds/verdict", "bico_ds/heard"
 _WAIT_SECONDS = 0.5

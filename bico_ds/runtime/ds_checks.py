@@ -27,7 +27,7 @@ from deepspeed.runtime.zero.offload_config import (
 )
 from pydantic import BaseModel, ValidationError
 
-from bico_ds.config.errors import UserError, did_you_mean
+from bico_ds.common.errors import UserError, did_you_mean
 
 # What a recipe may set at the top level; `_REFUSED` has DeepSpeed's other keys.
 TOP_LEVEL_KEYS = frozenset(

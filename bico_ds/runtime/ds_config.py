@@ -11,12 +11,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bico_ds.common.errors import UserError, did_you_mean
 from bico_ds.config.batch_size import micro_batches_per_rank
-from bico_ds.config.errors import UserError, did_you_mean
 from bico_ds.config.load import merge_mappings
 from bico_ds.config.paths import LocalPath, WrittenPath, replace_paths
 from bico_ds.config.schema import Recipe, find_deepspeed_paths
-from bico_ds.engine.ds_checks import OWNED, check_filled, check_written
+from bico_ds.runtime.ds_checks import OWNED, check_filled, check_written
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 

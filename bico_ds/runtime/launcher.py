@@ -11,7 +11,7 @@ import time
 
 import psutil
 
-from bico_ds.engine.signals import StopFlag
+from bico_ds.runtime.signals import StopFlag
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _POLL_SECONDS = 1.0

@@ -17,9 +17,9 @@ import deepspeed
 from deepspeed.accelerator import get_accelerator
 from torch.utils.cpp_extension import get_default_build_root
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.config.schema import Recipe
-from bico_ds.engine.ds_config import merged_ds_config
+from bico_ds.runtime.ds_config import merged_ds_config
 
 # A rank that only loads what is compiled holds the lock for a moment, and nobody else compiles while this
 # does.

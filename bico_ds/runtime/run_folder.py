@@ -37,7 +37,7 @@ from typing import Any, Literal
 
 import psutil
 
-from bico_ds.config.errors import RunError, UserError
+from bico_ds.common.errors import RunError, UserError
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.schema import Recipe
 
@@ -94,6 +94,16 @@ class RunFolder:
     export = property(lambda self: self.path / "export")
     logs = property(lambda self: self.path / "logs")
     tokenizer = property(lambda self: self.path / "tokenizer")
+    evaluation = property(lambda self: self.path / "evaluation")
+
+    def evaluation_file(self, step: int) -> Path:
+        """Where the evaluation after so many steps is kept."""
+        return self.evaluation / f"step-{step:06d}.json"
+
+    def evaluations_after(self, step: int) -> list[Path]:
+        """The kept evaluations of later steps."""
+        found = sorted(self.evaluation.glob("step-*.json"))
+        return [path for path in found if int(path.stem.removeprefix("step-")) > step]
 
     def open(self) -> None:
         """Create the folder and take the lock.

@@ -16,9 +16,9 @@ from typing import Any
 
 from torch.distributed import Store
 
-from bico_ds.config.errors import RunError, UserError
-from bico_ds.engine.distributed import Ranks
-from bico_ds.engine.run_folder import FencedError, RunFolder
+from bico_ds.common.errors import RunError, UserError
+from bico_ds.runtime.distributed import Ranks
+from bico_ds.runtime.run_folder import FencedError, RunFolder
 
 POLL_SECONDS = 1.0
 # After another rank's failure: most ranks meet it themselves, and say more than this thread can. After a stall: rank 0

@@ -7,23 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.config.schema import Recipe
-from bico_ds.data.loader import ElasticLoader, RankShare
-from bico_ds.data.prepare import facts_folder, prepare_source
-from bico_ds.data.sample_order import StreamSpec
+from bico_ds.data.loading.loader import ElasticLoader, RankShare
+from bico_ds.data.loading.sample_order import StreamSpec
+from bico_ds.data.prepare.prepare import facts_folder, prepare_source
 from bico_ds.data.store import TokenStore
 from bico_ds.data.tokenizer import Tokenizer, load_tokenizer, special_ids, tokenizer_hash, vocabulary_size
-from bico_ds.evaluation.choice import encode_candidates
-from bico_ds.evaluation.tasks import Task, load_tasks
+from bico_ds.evaluation.scoring.choice import encode_candidates
+from bico_ds.evaluation.tasks.task import Task, load_tasks
 from bico_ds.objectives.base import TokenFacts
 from bico_ds.objectives.build import build_objectives
 from bico_ds.objectives.schedule import ObjectiveSchedule
 
 
 @dataclass(frozen=True)
-class Materials:
+class RunInputs:
     """Everything but model and loader."""
 
     tokenizer: Tokenizer
@@ -78,7 +78,7 @@ def prepare(recipe: Recipe, *, weights_needed: bool = True, progress: bool = Tru
     return [prepare_source(source, recipe.data, path, progress=progress) for source in recipe.data.sources]
 
 
-def gather(recipe: Recipe, *, weights_needed: bool = True) -> Materials:
+def gather(recipe: Recipe, *, weights_needed: bool = True) -> RunInputs:
     """Open what `prepare` made, or make it now.
 
     Raises `UserError` for a store of another tokenizer, for objectives that do not fit the tokenizer, for stores of which
@@ -99,27 +99,27 @@ def gather(recipe: Recipe, *, weights_needed: bool = True) -> Materials:
     tokens = _token_facts(recipe, tokenizer)
     objectives = build_objectives(recipe.objectives, tokens)
     schedule = ObjectiveSchedule(objectives, [spec.probability for spec in recipe.objectives], recipe.seed)
-    goods = Materials(tokenizer, path, stores, tokens.vocabulary, schedule, _tasks(recipe))
+    inputs = RunInputs(tokenizer, path, stores, tokens.vocabulary, schedule, _tasks(recipe))
     if (others := recipe.evaluation.likelihood_others) is not None:
-        for task in goods.tasks:  # refuses a task without two persons now and not at the first evaluation
-            encode_candidates(tokenizer, task, others=others, add_bos=goods.add_bos, context=None)
-    return goods
+        for task in inputs.tasks:  # refuses a task without two persons now and not at the first evaluation
+            encode_candidates(tokenizer, task, others=others, add_bos=inputs.add_bos, context=None)
+    return inputs
 
 
 def build_loader(
-    recipe: Recipe, materials: Materials, share: RankShare, *, state: dict[str, Any] | None = None
+    recipe: Recipe, inputs: RunInputs, share: RankShare, *, state: dict[str, Any] | None = None
 ) -> ElasticLoader:
     """The stream of this rank's micro-batches, from `state` on.
 
     Raises `UserError` for objectives that a store cannot serve, and what else `ElasticLoader` refuses.
     """
     stream = StreamSpec(
-        stores=materials.stores,
+        stores=inputs.stores,
         data=recipe.data,
-        schedule=materials.schedule,
+        schedule=inputs.schedule,
         seed=recipe.seed,
         global_batch_bins=recipe.training.global_batch_bins,
-        vocabulary=materials.vocabulary,
+        vocabulary=inputs.vocabulary,
     )
     return ElasticLoader(stream, share, state=state)
 

@@ -9,21 +9,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from bico_ds.common.errors import UserError
 from bico_ds.config.batch_size import micro_batches_per_rank
-from bico_ds.config.errors import UserError
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.schema import Recipe
-from bico_ds.data.loader import ElasticLoader, RankShare
-from bico_ds.data.rows import CutReport
+from bico_ds.data.loading.loader import ElasticLoader, RankShare
+from bico_ds.data.loading.rows import CutReport
 from bico_ds.data.tokenizer import vocabulary_size
-from bico_ds.engine import materials
-from bico_ds.engine.distributed import read_ranks
-from bico_ds.engine.materials import Materials
-from bico_ds.engine.optimization import check_schedule
-from bico_ds.engine.run_folder import folder_of_run
-from bico_ds.engine.start import check, check_backend
 from bico_ds.model.architecture import check_vocabulary, model_config, parameter_count
 from bico_ds.model.build import build_model
+from bico_ds.optim.schedule import check_schedule
+from bico_ds.runtime.distributed import read_ranks
+from bico_ds.runtime.run_folder import folder_of_run
+from bico_ds.training import assembly
+from bico_ds.training.assembly import RunInputs
+from bico_ds.training.start import check, check_backend
 
 LOOK_AHEAD = 64  # steps searched for one batch of each objective
 
@@ -45,20 +45,20 @@ def dry_run(recipe: Recipe, *, output_dir: Path | None = None) -> None:
     build_model(
         planned.model, seed=recipe.seed, ds_config=None, device="meta", longest_document=recipe.data.capacity
     )
-    goods = materials.gather(recipe, weights_needed=False)
+    inputs = assembly.gather(recipe, weights_needed=False)
     stands_in = (
         planned is not recipe
         and recipe.model.tokenizer is None
-        and goods.tokenizer_path != materials.store_tokenizer(recipe)
+        and inputs.tokenizer_path != assembly.store_tokenizer(recipe)
     )
     if not stands_in:
-        check_vocabulary(config, vocabulary_size(goods.tokenizer), tokenizer=str(goods.tokenizer_path))
+        check_vocabulary(config, vocabulary_size(inputs.tokenizer), tokenizer=str(inputs.tokenizer_path))
     share = RankShare(world_size=world_size, micro_batch_bins=recipe.training.micro_batch_bins)
-    loader = materials.build_loader(recipe, goods, share)
+    loader = assembly.build_loader(recipe, inputs, share)
     try:
-        steps = materials.total_steps(recipe, loader)
+        steps = assembly.total_steps(recipe, loader)
         check_schedule(recipe.schedule, steps)
-        _print(console, planned, world_size, parameter_count(config), steps, loader, goods)
+        _print(console, planned, world_size, parameter_count(config), steps, loader, inputs)
     finally:
         loader.close()
     if planned is not recipe:
@@ -87,7 +87,7 @@ def _print(
     parameters: int,
     steps: int,
     loader: ElasticLoader,
-    goods: Materials,
+    inputs: RunInputs,
 ) -> None:
     table = Table(title=f"{recipe.name}: what would run", show_header=False)
     batch, micro = recipe.training.global_batch_bins, recipe.training.micro_batch_bins
@@ -110,11 +110,11 @@ def _print(
         )
         for name, cut in stream.cut.items():
             table.add_row(f"  source {name}", _counts(cut))
-    counts = {objective.name: 0 for objective in goods.schedule.objectives}
-    for index in goods.schedule.indices(0, steps):
-        counts[goods.schedule.objectives[index].name] += 1
+    counts = {objective.name: 0 for objective in inputs.schedule.objectives}
+    for index in inputs.schedule.indices(0, steps):
+        counts[inputs.schedule.objectives[index].name] += 1
     table.add_row("steps by objective", ", ".join(f"{name} {count:,}" for name, count in counts.items()))
-    for name, line in _first_batches(loader, goods, min(steps, LOOK_AHEAD)).items():
+    for name, line in _first_batches(loader, inputs, min(steps, LOOK_AHEAD)).items():
         table.add_row(f"first {name} step, rank 0", line)
     console.print(table)
 
@@ -145,7 +145,7 @@ def _backend(recipe: Recipe) -> str:
     return f"attention {asked} (runs on this machine's {device.type})"
 
 
-def _first_batches(loader: ElasticLoader, goods: Materials, steps: int) -> dict[str, str]:
+def _first_batches(loader: ElasticLoader, inputs: RunInputs, steps: int) -> dict[str, str]:
     """The first step of each objective, really built."""
     lines: dict[str, str] = {}
     for step in range(steps):
@@ -160,6 +160,6 @@ def _first_batches(loader: ElasticLoader, goods: Materials, steps: int) -> dict[
                 f"step {step}: {represented:,} tokens represented, {rows:,} rows through the model "
                 f"({live:,} live placeholders), {targets:,} targets"
             )
-        if len(lines) == len(goods.schedule.objectives):
+        if len(lines) == len(inputs.schedule.objectives):
             break
     return lines

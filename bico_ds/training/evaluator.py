@@ -5,37 +5,36 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from bico_ds.config.schema import EvaluationSpec
-from bico_ds.engine.distributed import Ranks
-from bico_ds.engine.materials import Materials
-from bico_ds.engine.run_folder import RunFolder, write_atomically
-from bico_ds.engine.signals import StopFlag
-from bico_ds.evaluation.choice import choice_test
-from bico_ds.evaluation.place import Place
-from bico_ds.evaluation.suite import Asking, EvaluationResult, evaluate
+from bico_ds.evaluation.results import EvaluationResult
+from bico_ds.evaluation.scoring.choice import choice_test
+from bico_ds.evaluation.scoring.place import Place
+from bico_ds.evaluation.suite import Asking, evaluate
 from bico_ds.evaluation.zero3 import is_partitioned, parameter_count, whole_replica
+from bico_ds.runtime.distributed import Ranks
+from bico_ds.runtime.run_folder import RunFolder, write_atomically
+from bico_ds.runtime.signals import StopFlag
+from bico_ds.training.assembly import RunInputs
 
 # A bf16 copy of so many parameters fits beside a training state on an 80 GB GPU; larger models generate partitioned.
 REPLICA_PARAMETERS = 4_000_000_000
-FOLDER = "evaluation"  # in the run folder
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
     """Evaluates the live model and keeps the row-level results in the run folder.
 
-    `goods`: the tasks, their tokenizer, and whether prompts begin with BOS. `on_progress`: called after each of this
+    `inputs`: the tasks, their tokenizer, and whether prompts begin with BOS. `on_progress`: called after each of this
     rank's batches.
     """
 
     spec: EvaluationSpec
-    goods: Materials
+    inputs: RunInputs
     ranks: Ranks
     folder: RunFolder
     stop: StopFlag
@@ -43,7 +42,7 @@ class Evaluator:
 
     def is_due(self, step: int, total_steps: int) -> bool:
         every = self.spec.every_steps
-        return bool(self.goods.tasks) and (step == total_steps or (every is not None and step % every == 0))
+        return bool(self.inputs.tasks) and (step == total_steps or (every is not None and step % every == 0))
 
     def __call__(self, causal_lm: PreTrainedModel, step: int) -> EvaluationResult | None:
         """Run all tasks; on rank 0 write evaluation/step-N.json. The same result on every rank; None where a signal
@@ -57,7 +56,7 @@ class Evaluator:
             result = self._evaluate(model, synced=partitioned and not replicate)
         causal_lm.train(was_training)
         if result is not None and self.ranks.is_first:
-            path = self._path(step)
+            path = self.folder.evaluation_file(step)
             path.parent.mkdir(exist_ok=True)
             write_atomically(path, json.dumps(result.to_json(), ensure_ascii=False, indent=1))
         return result
@@ -73,7 +72,7 @@ class Evaluator:
             should_stop=lambda: bool(self.stop),
             on_batch=lambda sequences: self.on_progress(),
         )
-        tasks, tokenizer, add_bos = self.goods.tasks, self.goods.tokenizer, self.goods.add_bos
+        tasks, tokenizer, add_bos = self.inputs.tasks, self.inputs.tokenizer, self.inputs.add_bos
         asking = Asking(max_new_tokens=self.spec.max_new_tokens, add_bos=add_bos)
         result = evaluate(model, tokenizer, tasks, asking, place)
         others = self.spec.likelihood_others
@@ -89,16 +88,7 @@ class Evaluator:
 
     def has_result(self, step: int) -> bool:
         """Whether this step's evaluation came to its end."""
-        return self._path(step).is_file()
-
-    def _path(self, step: int) -> Path:
-        return self.folder.path / FOLDER / f"step-{step:06d}.json"
-
-
-def results_after(run: Path, step: int) -> list[Path]:
-    """The results of a run folder that belong to later steps."""
-    found = sorted((run / FOLDER).glob("step-*.json"))
-    return [path for path in found if int(path.stem.removeprefix("step-")) > step]
+        return self.folder.evaluation_file(step).is_file()
 
 
 def scalars(result: EvaluationResult) -> dict[str, float]:

@@ -10,10 +10,10 @@ from typing import Any, NoReturn
 import torch
 
 from bico_ds.batch import PackedBatch
-from bico_ds.config.errors import RunError
-from bico_ds.engine.distributed import all_gather_objects
-from bico_ds.engine.run import Run
-from bico_ds.engine.run_folder import write_atomically
+from bico_ds.common.errors import RunError
+from bico_ds.runtime.distributed import all_gather_objects
+from bico_ds.runtime.run_folder import write_atomically
+from bico_ds.training.run import Run
 
 
 class NonFiniteError(RunError):

@@ -7,9 +7,9 @@ from typing import Any
 
 from bico_ds.attention.layout import LayoutPolicy
 from bico_ds.config.schema import Recipe
-from bico_ds.engine.distributed import Ranks
-from bico_ds.engine.run_folder import RunFolder
-from bico_ds.engine.signals import StopFlag
+from bico_ds.runtime.distributed import Ranks
+from bico_ds.runtime.run_folder import RunFolder
+from bico_ds.runtime.signals import StopFlag
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,31 +16,32 @@ import torch.distributed as dist
 
 from bico_ds.attention.backends import resolve
 from bico_ds.attention.layout import LayoutPolicy
-from bico_ds.config.errors import UserError
+from bico_ds.checkpoint.checkpointer import Checkpointer
+from bico_ds.checkpoint.resume import Layout, Resumption, choose, layout_of, restore, saved_facts, set_aside
+from bico_ds.common.errors import UserError
 from bico_ds.config.schema import Recipe
-from bico_ds.data.loader import RankShare
+from bico_ds.data.loading.loader import RankShare
 from bico_ds.data.tokenizer import Tokenizer, vocabulary_size
-from bico_ds.engine import distributed, host_memory, materials, native_ops
-from bico_ds.engine.callbacks.base import Callbacks, RunStart
-from bico_ds.engine.callbacks.console import ConsoleProgress
-from bico_ds.engine.callbacks.evaluation import Evaluator
-from bico_ds.engine.callbacks.monitor import StepMonitor
-from bico_ds.engine.checkpoint import Checkpointer
-from bico_ds.engine.deepspeed_engine import Engine
-from bico_ds.engine.distributed import Ranks
-from bico_ds.engine.ds_config import build_ds_config
-from bico_ds.engine.materials import Materials
-from bico_ds.engine.optimization import build_scheduler, check_schedule
-from bico_ds.engine.resume import Layout, Resumption, choose, layout_of, restore, saved_facts, set_aside
-from bico_ds.engine.run import Run
-from bico_ds.engine.run_folder import FencedError, RunFolder, State, folder_of_run
-from bico_ds.engine.signals import Interrupted, StopFlag
-from bico_ds.engine.trainer import Trainer
-from bico_ds.engine.watchdog import Watchdog
 from bico_ds.model.architecture import adopt_special_tokens, check_vocabulary, model_config
 from bico_ds.model.build import TrainableModel, build_model, check_rotary
-from bico_ds.model.export import export_model
-from bico_ds.model.shards import atomic_folder
+from bico_ds.model.deepspeed_engine import Engine
+from bico_ds.model.weights.export import export_model
+from bico_ds.model.weights.shards import atomic_folder
+from bico_ds.optim.schedule import build_scheduler, check_schedule
+from bico_ds.runtime import distributed, host_memory, native_ops
+from bico_ds.runtime.distributed import Ranks
+from bico_ds.runtime.ds_config import build_ds_config
+from bico_ds.runtime.run_folder import FencedError, RunFolder, State, folder_of_run
+from bico_ds.runtime.signals import Interrupted, StopFlag
+from bico_ds.runtime.watchdog import Watchdog
+from bico_ds.training import assembly
+from bico_ds.training.assembly import RunInputs
+from bico_ds.training.callbacks.base import Callbacks, RunStart
+from bico_ds.training.callbacks.console import ConsoleProgress
+from bico_ds.training.callbacks.monitor import StepMonitor
+from bico_ds.training.evaluator import Evaluator
+from bico_ds.training.run import Run
+from bico_ds.training.trainer import Trainer
 
 
 def train(recipe: Recipe, *, output_dir: Path | None, resume: str, stop: StopFlag) -> State:
@@ -148,7 +149,7 @@ def _prepare(run: Run, resume: str) -> Resumption | None:
     run.folder.open()
     try:
         with run.stop.interrupting():
-            materials.prepare(run.recipe)
+            assembly.prepare(run.recipe)
             return choose(run.folder, resume, run.recipe, _layout(run))
     except Interrupted as stopped:
         run.folder.preempt(f"{stopped} in start-up")
@@ -171,7 +172,7 @@ def _give_up(folder: RunFolder, error: BaseException) -> None:
 
 def _run(run: Run, resume: str, resumption: Resumption | None, watchdog: Watchdog) -> State:
     recipe, ranks = run.recipe, run.ranks
-    goods = materials.gather(recipe)
+    inputs = assembly.gather(recipe)
     saved = resumption.found.content["state"] if resumption else {}
     share = RankShare(
         rank=ranks.rank,
@@ -180,10 +181,10 @@ def _run(run: Run, resume: str, resumption: Resumption | None, watchdog: Watchdo
         pin_memory=ranks.device.type == "cuda",
         layout_policy=run.layout_policy,
     )
-    loader = materials.build_loader(recipe, goods, share, state=saved.get("loader"))
-    steps = materials.total_steps(recipe, loader)
+    loader = assembly.build_loader(recipe, inputs, share, state=saved.get("loader"))
+    steps = assembly.total_steps(recipe, loader)
     check_schedule(recipe.schedule, steps)
-    engine = build_engine(run, goods, steps, is_universal=resumption is not None and resumption.is_universal)
+    engine = build_engine(run, inputs, steps, is_universal=resumption is not None and resumption.is_universal)
     if resumption is not None:
         restore(engine, resumption, recipe)
     if ranks.device.type == "cpu":
@@ -194,7 +195,7 @@ def _run(run: Run, resume: str, resumption: Resumption | None, watchdog: Watchdo
         loader=loader,
         callbacks=_callbacks(run, engine),
         checkpointer=_checkpointer(run, engine),
-        evaluator=_evaluator(run, goods, watchdog),
+        evaluator=_evaluator(run, inputs, watchdog),
         watchdog=watchdog,
         total_steps=steps,
         step=resumption.step if resumption else 0,
@@ -209,8 +210,8 @@ def _run(run: Run, resume: str, resumption: Resumption | None, watchdog: Watchdo
         saved=saved.get("callbacks", {}),
     )
     if ranks.is_first:
-        _take_over(run, resume, resumption, goods.tokenizer)
-    return _finish(trainer, first, goods.tokenizer)
+        _take_over(run, resume, resumption, inputs.tokenizer)
+    return _finish(trainer, first, inputs.tokenizer)
 
 
 def _take_over(run: Run, resume: str, resumption: Resumption | None, tokenizer: Tokenizer) -> None:
@@ -240,10 +241,10 @@ def _checkpointer(run: Run, engine: Engine) -> Checkpointer:
     )
 
 
-def _evaluator(run: Run, goods: Materials, watchdog: Watchdog) -> Evaluator:
+def _evaluator(run: Run, inputs: RunInputs, watchdog: Watchdog) -> Evaluator:
     return Evaluator(
         spec=run.recipe.evaluation,
-        goods=goods,
+        inputs=inputs,
         ranks=run.ranks,
         folder=run.folder,
         stop=run.stop,
@@ -270,11 +271,11 @@ def _finish(trainer: Trainer, first: RunStart, tokenizer: Tokenizer) -> State:
     return state
 
 
-def build_engine(run: Run, goods: Materials, steps: int, *, is_universal: bool) -> Engine:
+def build_engine(run: Run, inputs: RunInputs, steps: int, *, is_universal: bool) -> Engine:
     """The DeepSpeed engine around the trainable model; `is_universal`: it will load a universal checkpoint."""
     recipe = run.recipe
     check_vocabulary(
-        model_config(recipe.model), vocabulary_size(goods.tokenizer), tokenizer=str(goods.tokenizer_path)
+        model_config(recipe.model), vocabulary_size(inputs.tokenizer), tokenizer=str(inputs.tokenizer_path)
     )
     ds_config = dict(run.ds_config)
     if is_universal:
@@ -287,7 +288,7 @@ def build_engine(run: Run, goods: Materials, steps: int, *, is_universal: bool) 
         longest_document=recipe.data.capacity,
     )
     if recipe.model.path is None:
-        adopt_special_tokens(goods.tokenizer, model.causal_lm.config, model.causal_lm.generation_config)
+        adopt_special_tokens(inputs.tokenizer, model.causal_lm.config, model.causal_lm.generation_config)
     return wrap_model(model, recipe, ds_config, steps)
 
 

@@ -10,21 +10,22 @@ from typing import Any, Protocol
 import torch
 
 from bico_ds.batch import PackedBatch
-from bico_ds.data.loader import RankStep
-from bico_ds.data.sample_order import Consumed
-from bico_ds.engine import host_memory, nonfinite
-from bico_ds.engine.callbacks.base import Callbacks, StepReport
-from bico_ds.engine.callbacks.evaluation import Evaluator, scalars
-from bico_ds.engine.checkpoint import Checkpointer
-from bico_ds.engine.deepspeed_engine import Engine
-from bico_ds.engine.distributed import all_reduce_sum, broadcast_object
-from bico_ds.engine.run import Run
-from bico_ds.engine.run_folder import State
-from bico_ds.engine.watchdog import Watchdog
+from bico_ds.checkpoint.checkpointer import Checkpointer
+from bico_ds.data.loading.loader import RankStep
+from bico_ds.data.loading.sample_order import Consumed
+from bico_ds.model.deepspeed_engine import Engine
+from bico_ds.runtime import host_memory
+from bico_ds.runtime.distributed import all_reduce_sum, broadcast_object
+from bico_ds.runtime.run_folder import State
+from bico_ds.runtime.watchdog import Watchdog
+from bico_ds.training import nonfinite
+from bico_ds.training.callbacks.base import Callbacks, StepReport
+from bico_ds.training.evaluator import Evaluator, scalars
+from bico_ds.training.run import Run
 
 
 class Loader(Protocol):
-    """What the loop needs of `bico_ds.data.loader`."""
+    """What the loop needs of `bico_ds.data.loading.loader`."""
 
     start_consumed: Consumed
 

@@ -8,12 +8,12 @@ from typing import get_args
 
 import pytest
 import torch
-from attention_problems import make_problem, relative_errors
 
 from bico_ds.attention import backends
 from bico_ds.attention.kernels.flash_limits import install_refusal
 from bico_ds.attention.packed import packed_attention
 from bico_ds.config.schema import ModelSpec
+from tests.attention.attention_problems import make_problem, relative_errors
 
 CPU = torch.device("cpu")
 

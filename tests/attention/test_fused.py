@@ -8,13 +8,13 @@ import sys
 
 import pytest
 import torch
-from attention_problems import Problem, make_problem, relative_errors
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bico_ds.attention import backends
-from bico_ds.attention.native import library
 from bico_ds.attention.packed import packed_attention
+from bico_ds.native import library
+from tests.attention.attention_problems import Problem, make_problem, relative_errors
 
 pytestmark = pytest.mark.skipif(
     library.native_refusal() is not None, reason=f"the fused kernel {library.native_refusal()}"
@@ -111,8 +111,7 @@ def test_a_failed_build_names_the_compiler(monkeypatch, tmp_path):
 
 ON_THIS_CPU = """
 import sys, torch
-sys.path.insert(0, "tests/attention")
-from attention_problems import make_problem, relative_errors
+from tests.attention.attention_problems import make_problem, relative_errors
 from bico_ds.attention import backends
 from bico_ds.attention.packed import packed_attention
 problem = make_problem([70, 1, 33], mask_rate=0.3, seed=3).to(torch.bfloat16)

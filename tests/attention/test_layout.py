@@ -6,12 +6,12 @@ import pickle
 
 import pytest
 import torch
-from attention_problems import make_problem
 
 from bico_ds.attention import backends, tiles
 from bico_ds.attention.layout import LayoutPolicy, build_layout
 from bico_ds.attention.packed import packed_attention
 from bico_ds.attention.plan import build_plan
+from tests.attention.attention_problems import make_problem
 
 MIXED = LayoutPolicy(flash_from=20, tile_scores=60, tile_min_rows=2)
 

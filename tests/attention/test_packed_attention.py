@@ -8,17 +8,17 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from attention_problems import make_problem, relative_errors, rotary_tables
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bico_ds.attention import backends
-from bico_ds.attention.engine import Engine
+from bico_ds.attention.backend import Engine
 from bico_ds.attention.kernels.cpu_flash import CpuFlash
 from bico_ds.attention.layout import LayoutPolicy
-from bico_ds.attention.native.library import native_refusal
 from bico_ds.attention.packed import packed_attention, run_packed_attention
 from bico_ds.attention.plan import build_plan
+from bico_ds.native.library import native_refusal
+from tests.attention.attention_problems import make_problem, relative_errors, rotary_tables
 
 # Small documents reach every path when the policy's thresholds are small. The fused kernel takes no fp64.
 POLICIES = {

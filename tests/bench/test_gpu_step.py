@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from tools.bench import gpu_step
 
-ROOT = Path(__file__).resolve().parents[2]
 STEP = ROOT / "tools" / "bench" / "gpu_step.py"
 FUSED = ROOT / "tools" / "bench" / "bench_fused.py"
 

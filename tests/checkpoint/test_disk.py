@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bico_ds.checkpoint.disk import PatientWriter, bytes_needed, in_units, lack_of_room
+from bico_ds.cluster.preflight.size import next_checkpoints_bytes
 from bico_ds.config.load import load_recipe
-from bico_ds.engine.disk import PatientWriter, bytes_needed, in_units, lack_of_room
-from bico_ds.engine.preflight.size import next_checkpoints_bytes
 
 CONFIG = SimpleNamespace(checkpoint_config={"checkpoint_serialization": True})
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bico_ds.config.errors import UserError
-from bico_ds.engine import manifest
+from bico_ds.checkpoint import manifest
+from bico_ds.common.errors import UserError
 
 
 def checkpoint(root: Path, step: int) -> Path:

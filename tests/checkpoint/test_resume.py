@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from bico_ds.config.errors import UserError
+from bico_ds.checkpoint import manifest
+from bico_ds.checkpoint.resume import Resumption, choose, set_aside
+from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
-from bico_ds.engine import manifest
-from bico_ds.engine.resume import Resumption, choose, set_aside
-from bico_ds.engine.run_folder import RunFolder
+from bico_ds.runtime.run_folder import RunFolder
 
 RECIPE = load_recipe("tiny_base", [])
 LAYOUT = {

@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from bico_ds.engine.attempts import TRY_AGAIN, begin, end
+from bico_ds.cluster.attempts import TRY_AGAIN, begin, end
 
 
 def write_state(run, state, run_id, reason=""):

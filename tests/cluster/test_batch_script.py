@@ -7,11 +7,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
+
 SRUN = """#!/bin/bash
 # The next line of $STEPS says how this step ends: "CODE what a rank says | what srun says".
 for word in "$@"; do case $word in --output=*) log=${word#--output=} ;; esac; done

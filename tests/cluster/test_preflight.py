@@ -8,15 +8,13 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from bico_ds.cluster.preflight import judge, shared
+from bico_ds.cluster.preflight.inputs import input_fingerprints
 from bico_ds.config.load import load_recipe
-from bico_ds.engine.preflight import judge, shared
-from bico_ds.engine.preflight.inputs import input_fingerprints
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
 
 
 def report(rank, host, **changes):

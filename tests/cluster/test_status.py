@@ -8,9 +8,9 @@ import time
 
 import pytest
 
+from bico_ds.cluster.status import find_runs, read_status
+from bico_ds.commands.slurm import status as command
 from bico_ds.config.load import dump_recipe, load_recipe
-from bico_ds.engine.status import find_runs, read_status
-from launch.slurm import status as command
 
 
 def a_run(folder, *, state="running", beat=0.0, lines=(10, 20), starts=1):

@@ -7,17 +7,13 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from bico_ds.config.errors import UserError
-from bico_ds.config.load import load_recipe
-from bico_ds.config.paths import LocalPath
-from bico_ds.engine.preflight.inputs import check_inputs
-from bico_ds.engine.submission import (
+from bico_ds.cluster.preflight.inputs import check_inputs
+from bico_ds.cluster.submission import (
     COMMON_PART,
     TEMPLATE,
     Job,
@@ -27,9 +23,11 @@ from bico_ds.engine.submission import (
     stop_signal,
     write,
 )
-from launch.slurm import submit as command
-
-ROOT = Path(__file__).resolve().parents[2]
+from bico_ds.commands.slurm import submit as command
+from bico_ds.common.errors import UserError
+from bico_ds.config.load import load_recipe
+from bico_ds.config.paths import LocalPath
+from tests import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bico_ds.engine.distributed import read_ranks
+from bico_ds.commands.demo import main
+from bico_ds.runtime.distributed import read_ranks
 from tools.bench import step
-from tools.demo import main
 
 
 def test_ranks_stay_on_the_cpu_of_a_gpu_machine_when_deepspeed_is_told_so(monkeypatch):

@@ -14,14 +14,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bico_ds.config.errors import UserError
-from bico_ds.evaluation.command import Request, run_request
+from bico_ds.commands.evaluate import parse_arguments
+from bico_ds.common.errors import UserError
 from bico_ds.evaluation.loading import load_for_evaluation
-from bico_ds.evaluation.place import Place
-from bico_ds.evaluation.suite import load_result
-from tools.evaluate import parse_arguments
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from bico_ds.evaluation.request import Request, run_request
+from bico_ds.evaluation.results import load_result
+from bico_ds.evaluation.scoring.place import Place
+from tests import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +168,7 @@ def test_two_ranks_write_the_file_of_one(world, tmp_path):
     ]  # fmt: skip
     done = subprocess.run(
         [str(part) for part in command],
-        cwd=REPOSITORY,
+        cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -265,8 +264,6 @@ def test_a_model_without_tokenizer_or_with_weights_missing_is_refused(tmp_path, 
 
 def test_a_mistake_ends_with_one_message_and_code_2(world, tmp_path):
     command = [sys.executable, "tools/evaluate.py", "--model", "nowhere/x/y", "--data", str(world / "data")]
-    done = subprocess.run(
-        [*command, "--tasks", "n2d"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([*command, "--tasks", "n2d"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr == "error: --model nowhere/x/y: no such folder\n"

@@ -9,17 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from bico_ds.checkpoint import manifest
+from bico_ds.commands import export as export_hf
 from bico_ds.config.schema import LoraSpec
-from bico_ds.engine import manifest
-from tools import export_hf
-
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "run_of_0_1_0"
+from tests import EARLIER_RUN
 
 
 @pytest.fixture
 def gone(tmp_path, monkeypatch) -> Path:
     """A run whose data were in a place that a variable named."""
-    shutil.copytree(FIXTURE / "run", tmp_path / "run")
+    shutil.copytree(EARLIER_RUN / "run", tmp_path / "run")
     monkeypatch.delenv("GONE", raising=False)
     rewrite(tmp_path / "run", "data", sources=[{"store": "${GONE}/store"}])
     return tmp_path / "run"
@@ -40,7 +39,7 @@ def exported(run: Path, monkeypatch, *options: object) -> int:
 
 
 def test_the_tokenizer_in_the_run_folder_serves_without_the_data(gone, monkeypatch):
-    shutil.copytree(FIXTURE / "store" / "tokenizer", gone / "tokenizer")
+    shutil.copytree(EARLIER_RUN / "store" / "tokenizer", gone / "tokenizer")
     assert exported(gone, monkeypatch) == 0
     assert (gone.parent / "out" / "tokenizer.json").is_file()
 
@@ -50,7 +49,7 @@ def test_without_it_the_variable_is_named_and_the_option_that_helps(gone, monkey
     shown = capsys.readouterr().err
     assert "data.sources.0.store: '${GONE}/store': the environment variable GONE is not set" in shown
     assert shown.endswith("(here: --tokenizer)\n") and shown.count("\n") == 1
-    assert exported(gone, monkeypatch, "--tokenizer", FIXTURE / "store" / "tokenizer") == 0
+    assert exported(gone, monkeypatch, "--tokenizer", EARLIER_RUN / "store" / "tokenizer") == 0
 
 
 def test_a_base_that_cannot_be_told_is_named_with_its_option(gone, monkeypatch, capsys):
@@ -65,6 +64,6 @@ def test_a_checkpoint_that_was_copied_elsewhere_takes_no_tokenizer_that_lies_the
     moved = gone.parent / "copies" / "step-000006"
     (checkpoint,) = manifest.checkpoints_in(gone / "checkpoints")
     shutil.copytree(checkpoint, moved)
-    shutil.copytree(FIXTURE / "store" / "tokenizer", gone.parent / "tokenizer")
+    shutil.copytree(EARLIER_RUN / "store" / "tokenizer", gone.parent / "tokenizer")
     assert exported(moved, monkeypatch) == 2
     assert "--tokenizer" in capsys.readouterr().err

@@ -13,9 +13,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bico_ds.config.errors import UserError
-from tools.fetch_model import MODELS, PackagedModel, fetch
-from tools.import_gguf import check_name_tokens, check_special_tokens, import_gguf
+from bico_ds.commands.fetch_model import MODELS, PackagedModel, fetch
+from bico_ds.commands.import_gguf import check_name_tokens, check_special_tokens, import_gguf
+from bico_ds.common.errors import UserError
 
 gguf = pytest.importorskip("gguf", reason="the extra 'gguf' is not installed")
 # transformers adds the first one to a vocabulary that lacks it

@@ -15,24 +15,23 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bico_ds.config.errors import UserError
+from bico_ds.cluster.preflight.inputs import check_inputs, input_fingerprints
+from bico_ds.cluster.submission import write
+from bico_ds.commands import compare, evaluate, inspect_batch, preflight
+from bico_ds.commands import export as export_hf
+from bico_ds.commands.slurm import status, submit
+from bico_ds.commands.train import complain
+from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
 from bico_ds.data.tokenizer import load_tokenizer
-from bico_ds.engine import materials
-from bico_ds.engine.dry_run import dry_run
-from bico_ds.engine.ds_config import DS_CONFIGS, build_ds_config
-from bico_ds.engine.preflight.inputs import check_inputs, input_fingerprints
-from bico_ds.engine.run_folder import folder_of_run
-from bico_ds.engine.signals import StopFlag
-from bico_ds.engine.start import train
-from bico_ds.engine.submission import write
 from bico_ds.model.build import build_model
-from launch import preflight
-from launch.slurm import status, submit
-from launch.train import complain
-from tools import compare, evaluate, export_hf, inspect_batch
-
-ROOT = Path(__file__).resolve().parents[2]
+from bico_ds.runtime.ds_config import DS_CONFIGS, build_ds_config
+from bico_ds.runtime.run_folder import folder_of_run
+from bico_ds.runtime.signals import StopFlag
+from bico_ds.training import assembly
+from bico_ds.training.dry_run import dry_run
+from bico_ds.training.start import train
+from tests import ROOT
 
 BASE = """\
 extends: tiny_base
@@ -74,9 +73,9 @@ def furnished(tmp_path_factory) -> Path:
     """A home folder with everything that the recipe names, made once."""
     room = tmp_path_factory.mktemp("room")
     recipe = load_recipe("tiny_base", [f"data.cache_dir={room}/cache"])
-    (store,) = materials.prepare(recipe, progress=False)
+    (store,) = assembly.prepare(recipe, progress=False)
     store.rename(room / "store")
-    facts = materials.facts_folder(recipe.data)
+    facts = assembly.facts_folder(recipe.data)
     shutil.copytree(facts, room / "tests")
     load_tokenizer(facts / "tokenizer").save_pretrained(room / "model")
     LlamaForCausalLM(LlamaConfig(**recipe.model.config)).save_pretrained(room / "model")

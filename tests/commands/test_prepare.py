@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.prepare_data import main
-
-ROOT = Path(__file__).parents[2]
+from bico_ds.commands.prepare import main
+from tests import ROOT
 
 
 @pytest.fixture

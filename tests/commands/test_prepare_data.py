@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.prepare_data import main
-
-ROOT = Path(__file__).parents[2]
+from bico_ds.commands.prepare import main
+from tests import ROOT
 
 
 def test_facts_then_their_store_then_its_documents(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.search_split import main, split
+from bico_ds.commands.search_split import main, split
 
 DATA = os.environ.get("BICO_DS_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="BICO_DS_DATA does not name the folder of the data sets")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.config.load import dump_recipe, list_recipes, load_recipe
 
 MINIMAL = """\

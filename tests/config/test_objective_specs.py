@@ -9,17 +9,16 @@ import numpy as np
 import pytest
 from pydantic import Field
 
-from bico_ds.batch import Document, Documents
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.config.load import dump_recipe, load_recipe, recorded_recipe
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.section import Section
+from bico_ds.documents import Document, Documents
 from bico_ds.objectives.base import BatchKey, TokenFacts
 from bico_ds.objectives.build import build_objectives
-
-DOUBLING = Path(__file__).parents[1] / "objectives" / "doubling.py"
+from tests import DOUBLING
 
 
 def test_an_identity_leaves_out_the_probability_and_what_is_the_default():

@@ -13,13 +13,13 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from bico_ds.common.errors import UserError
 from bico_ds.config import arguments
-from bico_ds.config.errors import UserError
 from bico_ds.config.load import dump_recipe, load_recipe, recorded_recipe
 from bico_ds.config.paths import FolderOrHubName, LocalPath, WrittenPath
 from bico_ds.config.schema import ModelSpec, Recipe
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [p for folder in ("bico_ds", "launch", "tools") for p in sorted((ROOT / folder).rglob("*.py"))]
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import write_store
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from bico_ds.config.schema import DataSpec, FactsSpec, SourceSpec
-from bico_ds.data.facts import write_facts
+from bico_ds.data.prepare.embedded_task import write_facts
+from tests.data.stores import write_store
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role not in ['user', 'assistant'] %}"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.data.store import StoreHeader, TokenStore, TokenStoreWriter
 
 HEADER = StoreHeader(

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from launching import metrics
+from tests.distributed.launching import metrics
 
 RECIPE = "tiny_base"
 STEPS = 40

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, environment, metrics, train
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+from tests.distributed.launching import ROOT, environment, metrics, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(3600)]
 

@@ -16,10 +16,21 @@ from typing import Any
 
 import psutil
 import pytest
-from launching import end_tree, last_step, metrics, ranks_of, start, train, wait_until
 from rich.console import Console
 from rich.table import Table
-from survival import EVERY, RECIPE, SMALL, STEPS, assert_same_course, curve, final_manifest, log, state
+
+from tests.distributed.launching import end_tree, last_step, metrics, ranks_of, start, train, wait_until
+from tests.distributed.survival import (
+    EVERY,
+    RECIPE,
+    SMALL,
+    STEPS,
+    assert_same_course,
+    curve,
+    final_manifest,
+    log,
+    state,
+)
 
 pytestmark = [pytest.mark.drill, pytest.mark.timeout(7200)]
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import metrics, train
-from survival import final_manifest
 
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "run_of_0_1_0"
+from tests import EARLIER_RUN
+from tests.distributed.launching import metrics, train
+from tests.distributed.survival import final_manifest
+
 STOP, STEPS = 6, 12
 
 pytestmark = pytest.mark.distributed
@@ -25,10 +26,10 @@ pytestmark = pytest.mark.distributed
 def runs(tmp_path_factory) -> Path:
     """`old`: the fixture, resumed; `new`: the same recipe from its beginning, by this program alone."""
     folder = tmp_path_factory.mktemp("earlier")
-    shutil.copytree(FIXTURE / "store", folder / "store")
-    shutil.copytree(FIXTURE / "run", folder / "old")
+    shutil.copytree(EARLIER_RUN / "store", folder / "store")
+    shutil.copytree(EARLIER_RUN / "run", folder / "old")
     for name in ("old", "new"):
-        done = train(str(FIXTURE / "mixed.yaml"), folder / name, ranks=1)
+        done = train(str(EARLIER_RUN / "mixed.yaml"), folder / name, ranks=1)
         assert done.returncode == 0, done.stdout + done.stderr
         (folder / f"{name}.out").write_text(done.stdout)
     return folder
@@ -36,7 +37,7 @@ def runs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, Any]:
-    return json.loads((FIXTURE / "uninterrupted.json").read_text())
+    return json.loads((EARLIER_RUN / "uninterrupted.json").read_text())
 
 
 def curve(run: Path) -> list[dict[str, float]]:

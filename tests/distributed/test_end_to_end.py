@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from launching import ROOT, metrics, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.distributed.launching import ROOT, metrics, train
 
 pytestmark = pytest.mark.distributed
 
@@ -94,10 +95,10 @@ def test_the_export_loads_in_plain_transformers_and_scores_the_same(runs):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from bico_ds.evaluation.choice import choice_test
-    from bico_ds.evaluation.place import Place
+    from bico_ds.evaluation.scoring.choice import choice_test
+    from bico_ds.evaluation.scoring.place import Place
     from bico_ds.evaluation.suite import Asking, evaluate
-    from bico_ds.evaluation.tasks import load_tasks
+    from bico_ds.evaluation.tasks.task import load_tasks
 
     export = runs / "bico" / "export"
     model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
@@ -158,7 +159,7 @@ def test_a_run_that_is_done_says_so_and_trains_no_step(runs):
 def test_a_users_mistake_is_one_message_and_exit_code_2(tmp_path, arguments, expected):
     import subprocess
 
-    from launching import environment, launch_command
+    from tests.distributed.launching import environment, launch_command
 
     done = subprocess.run(
         launch_command(*arguments, ranks=1),

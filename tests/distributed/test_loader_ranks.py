@@ -16,13 +16,13 @@ import torch.multiprocessing as mp
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.schema import DataSpec, SourceSpec
-from bico_ds.data.loader import ElasticLoader, RankShare
-from bico_ds.data.sample_order import StreamSpec
+from bico_ds.data.loading.loader import ElasticLoader, RankShare
+from bico_ds.data.loading.sample_order import StreamSpec
 from bico_ds.data.store import StoreHeader, TokenStore, TokenStoreWriter
-from bico_ds.engine.process_end import end_process
 from bico_ds.objectives.base import TokenFacts
 from bico_ds.objectives.build import build_objectives
 from bico_ds.objectives.schedule import ObjectiveSchedule
+from bico_ds.runtime.process_end import end_process
 
 pytestmark = pytest.mark.distributed
 STOP, END, GLOBAL = 7, 16, 4

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_ranks import causal_batch, ds_config, run_on_ranks
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.config.schema import LoraSpec, ModelSpec
 from bico_ds.model.build import build_model
-from bico_ds.model.checksums import base_fingerprint
-from bico_ds.model.export import export_model
-from bico_ds.model.export_checkpoint import export_checkpoint
+from bico_ds.model.weights.checksums import base_fingerprint
+from bico_ds.model.weights.export import export_model
+from bico_ds.model.weights.export_checkpoint import export_checkpoint
+from tests.distributed.model_ranks import causal_batch, ds_config, run_on_ranks
 
 pytestmark = pytest.mark.distributed
 

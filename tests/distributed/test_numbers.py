@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from launching import metrics, train
-from survival import RECIPE, SMALL, state
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bico_ds.config.load import load_recipe
-from bico_ds.data.prepare import facts_folder
+from bico_ds.data.prepare.prepare import facts_folder
 from bico_ds.data.tokenizer import load_tokenizer
+from tests.distributed.launching import metrics, train
+from tests.distributed.survival import RECIPE, SMALL, state
 
 MANY = (
     *SMALL, "data.facts.name_first=20", "data.facts.description_first=20", "data.facts.both=60",

@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import ROOT, environment, metrics, train
-from survival import SMALL, assert_same_course, final_manifest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests import DOUBLING
+from tests.distributed.launching import ROOT, environment, metrics, train
+from tests.distributed.survival import SMALL, assert_same_course, final_manifest
 
 pytestmark = pytest.mark.distributed
 
-DOUBLING = Path(__file__).parents[1] / "objectives" / "doubling.py"
 STEPS, STOP = 12, 6
 RECIPE = f"""\
 extends: tiny_base

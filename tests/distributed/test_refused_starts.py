@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from launching import train
-from survival import RECIPE, SMALL, state
 
-from bico_ds.engine import manifest
+from bico_ds.checkpoint import manifest
+from tests.distributed.launching import train
+from tests.distributed.survival import RECIPE, SMALL, state
 
 pytestmark = pytest.mark.distributed
 

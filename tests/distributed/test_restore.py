@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from model_ranks import VOCABULARY, causal_batch, ds_config, run_on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bico_ds.checkpoint import manifest, universal
+from bico_ds.checkpoint.checkpointer import Checkpointer
+from bico_ds.checkpoint.resume import NotRestoredError, Resumption, restore
+from bico_ds.checkpoint.state_checksums import MOMENTS, optimizer_steps, state_checksums
 from bico_ds.config.load import load_recipe
 from bico_ds.config.schema import CheckpointSpec, LoraSpec, ModelSpec
-from bico_ds.engine import manifest, universal
-from bico_ds.engine.checkpoint import Checkpointer
-from bico_ds.engine.resume import NotRestoredError, Resumption, restore
-from bico_ds.engine.run_folder import RunFolder
-from bico_ds.engine.state_checksums import MOMENTS, optimizer_steps, state_checksums
 from bico_ds.model.build import build_model
-from bico_ds.model.checksums import base_fingerprint, slice_checksum
+from bico_ds.model.weights.checksums import base_fingerprint, slice_checksum
+from bico_ds.runtime.run_folder import RunFolder
+from tests.distributed.model_ranks import VOCABULARY, causal_batch, ds_config, run_on_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -51,7 +51,7 @@ def train_step(engine: Any, seed: int) -> float:
 
 
 def save(engine: Any, root: Path, step: int) -> manifest.FoundCheckpoint:
-    from bico_ds.engine.distributed import Ranks
+    from bico_ds.runtime.distributed import Ranks
 
     folder = RunFolder(root)
     folder.open()

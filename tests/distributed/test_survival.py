@@ -7,11 +7,20 @@ import signal
 from pathlib import Path
 
 import pytest
-from launching import end_tree, last_step, ranks_of, start, train, wait_until
-from survival import EVERY, RECIPE, SMALL, STEPS, assert_same_course, curve, final_manifest, state
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bico_ds.engine.run_folder import RunFolder
+from bico_ds.runtime.run_folder import RunFolder
+from tests.distributed.launching import end_tree, last_step, ranks_of, start, train, wait_until
+from tests.distributed.survival import (
+    EVERY,
+    RECIPE,
+    SMALL,
+    STEPS,
+    assert_same_course,
+    curve,
+    final_manifest,
+    state,
+)
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 

@@ -10,21 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from model_ranks import VOCABULARY, causal_batch, ds_config, run_on_ranks
 
-from bico_ds.batch import Document, Documents, PackedBatch
-from bico_ds.config.errors import UserError
+from bico_ds.batch import PackedBatch
+from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.schema import ModelSpec, Recipe
-from bico_ds.engine.ds_config import build_ds_config
-from bico_ds.engine.optimization import build_scheduler
+from bico_ds.documents import Document, Documents
 from bico_ds.model.build import TrainableModel, build_model, check_rotary
 from bico_ds.objectives.base import BatchKey
 from bico_ds.objectives.bico import MaskDenoising
 from bico_ds.objectives.ntp import NextTokenPrediction
+from bico_ds.optim.schedule import build_scheduler
+from bico_ds.runtime.ds_config import build_ds_config
+from tests.distributed.model_ranks import VOCABULARY, causal_batch, ds_config, run_on_ranks
 
 pytestmark = pytest.mark.distributed
 

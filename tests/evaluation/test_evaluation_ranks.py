@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from tests import ROOT
+
 _PROGRAM = """
 import json, os, sys
 import deepspeed, torch, torch.distributed as dist
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-from bico_ds.engine.process_end import end_process
-from bico_ds.evaluation.generation import encode_prompts, generate_greedy
-from bico_ds.evaluation.place import Place
+from bico_ds.runtime.process_end import end_process
+from bico_ds.evaluation.scoring.generation import encode_prompts, generate_greedy
+from bico_ds.evaluation.scoring.place import Place
 from bico_ds.evaluation.zero3 import is_partitioned, parameter_count, whole_replica
 
 folder, out = sys.argv[1:3]
@@ -56,8 +58,8 @@ end_process(0)
 
 @pytest.mark.distributed
 def test_zero3_evaluation_on_two_ranks_equals_one_process(tiny_llama, tokenizer, tmp_path):
-    from bico_ds.evaluation.generation import encode_prompts, generate_greedy
-    from bico_ds.evaluation.place import Place
+    from bico_ds.evaluation.scoring.generation import encode_prompts, generate_greedy
+    from bico_ds.evaluation.scoring.place import Place
 
     prompts = [" ".join(f"w{(7 * i + j * j) % 40}" for j in range(1 + i % 6)) for i in range(11)]
     encoded, place = encode_prompts(tokenizer, prompts), Place(batch_size=4)
@@ -78,7 +80,7 @@ def _run_two_ranks(tmp_path: Path, prompts: list[str]) -> list[dict]:
     common = {
         **os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "PROMPTS": json.dumps(prompts), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+        "PYTHONPATH": str(ROOT),
     }  # fmt: skip
     command = [sys.executable, "-c", _PROGRAM, str(tmp_path / "model"), str(tmp_path / "out")]
     ranks = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
 from bico_ds.model.architecture import model_config
 

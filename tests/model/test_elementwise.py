@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn.functional import silu
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from bico_ds.attention.native.library import native_refusal
 from bico_ds.attention.plan import build_plan
 from bico_ds.batch import PackedBatch
 from bico_ds.config.schema import ModelSpec
 from bico_ds.model import elementwise
 from bico_ds.model.build import TrainableModel, build_model
 from bico_ds.model.elementwise import rms_norm, swiglu
+from bico_ds.native.library import native_refusal
 
 pytestmark = pytest.mark.skipif(native_refusal() is not None, reason=f"the fused kernels: {native_refusal()}")
 

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_llama import save_llama
 from transformers import AutoModelForCausalLM
 
 from bico_ds.attention.plan import build_plan
 from bico_ds.batch import PackedBatch
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.config.schema import LoraSpec, ModelSpec
 from bico_ds.model.build import TrainableModel, build_model
-from bico_ds.model.checksums import base_fingerprint
-from bico_ds.model.export import export_model
+from bico_ds.model.weights.checksums import base_fingerprint
+from bico_ds.model.weights.export import export_model
+from tests.model.tiny_llama import save_llama
 
 
 def adapted(folder: Path, seed: int = 1, **lora: object) -> TrainableModel:

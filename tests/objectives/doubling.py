@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from bico_ds.attention.plan import build_plan
-from bico_ds.batch import Documents, PackedBatch
+from bico_ds.batch import PackedBatch
 from bico_ds.config.objectives.base import MonitorPlace, ObjectiveCost, ObjectiveSpec
 from bico_ds.config.objectives.table import register
+from bico_ds.documents import Documents
 from bico_ds.objectives.base import BatchKey, Store, TokenFacts
 from bico_ds.objectives.ntp import names
 

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from bico_reference import bico_document, read_back
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bico_ds.batch import Document, Documents
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.objectives.ntp import NtpSpec
+from bico_ds.documents import Document, Documents
 from bico_ds.objectives.base import BatchKey, TokenFacts
 from bico_ds.objectives.bico import MaskDenoising
 from bico_ds.objectives.build import build_objectives
 from bico_ds.objectives.masks import TokenGrid
 from bico_ds.objectives.ntp import NextTokenPrediction
 from bico_ds.objectives.schedule import ObjectiveSchedule
+from tests.objectives.bico_reference import bico_document, read_back
 
 BOS, EOS, PLACEHOLDER = 1, 2, 0
 KEY = BatchKey(seed=5, epoch=0)

@@ -7,7 +7,7 @@ import torch
 from transformers import get_linear_schedule_with_warmup
 
 from bico_ds.config.schema import OptimizerSpec, ScheduleSpec
-from bico_ds.engine.optimization import build_scheduler, follow_recipe
+from bico_ds.optim.schedule import build_scheduler, follow_recipe
 
 
 def adam_and_schedule(lr: float) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:

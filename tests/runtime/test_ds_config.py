@@ -13,11 +13,11 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
-from bico_ds.engine import start
-from bico_ds.engine.ds_checks import TOP_LEVEL_KEYS
-from bico_ds.engine.ds_config import DS_CONFIGS, build_ds_config
+from bico_ds.runtime.ds_checks import TOP_LEVEL_KEYS
+from bico_ds.runtime.ds_config import DS_CONFIGS, build_ds_config
+from bico_ds.training import start
 
 NAMES = sorted(path.stem for path in DS_CONFIGS.glob("*.json"))
 
@@ -285,7 +285,7 @@ def test_a_file_that_is_no_object_is_refused(tmp_path):
 
 
 def test_a_monitor_that_is_not_installed_is_missed_before_the_run(monkeypatch):
-    monkeypatch.setattr("bico_ds.engine.ds_checks.find_spec", lambda name: None)
+    monkeypatch.setattr("bico_ds.runtime.ds_checks.find_spec", lambda name: None)
     with pytest.raises(UserError, match="'wandb' is not installed"):
         built("zero3_bf16", "monitor.wandb.project=x")
 

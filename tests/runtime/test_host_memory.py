@@ -12,12 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bico_ds.engine import host_memory
+from bico_ds.runtime import host_memory
 
 SHARED = Path("/dev/shm")
 FAULTS = """
 import resource, torch
-from bico_ds.engine.host_memory import keep_freed_pages
+from bico_ds.runtime.host_memory import keep_freed_pages
 torch.set_num_threads(1)
 if {keep}: assert keep_freed_pages()
 def faults():
@@ -50,7 +50,7 @@ def test_a_tensor_of_the_size_of_a_freed_one_takes_its_pages():
 # pieces are larger than those. Prints the growth of the resident memory, in MB: the most, and at the end.
 HOLES = """
 import ctypes
-from bico_ds.engine import host_memory
+from bico_ds.runtime import host_memory
 host_memory.FREED_BYTES = 200 << 20
 assert host_memory.keep_freed_pages()
 libc = ctypes.CDLL(None)
@@ -86,7 +86,7 @@ def test_holes_between_tensors_that_stay_go_back_before_they_exceed_the_bound():
 
 EQUAL_STEPS = """
 import resource, torch
-from bico_ds.engine import host_memory
+from bico_ds.runtime import host_memory
 torch.set_num_threads(1)
 host_memory.FREED_BYTES = 1 << 20
 assert host_memory.keep_freed_pages()

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
 
 RANK = """
 import sys, time
-from bico_ds.engine.launcher import follow_launcher
-from bico_ds.engine.signals import StopFlag
+from bico_ds.runtime.launcher import follow_launcher
+from bico_ds.runtime.signals import StopFlag
 stop = StopFlag()
 follow_launcher(stop)
 print("ready", flush=True)
@@ -46,8 +45,8 @@ def test_a_rank_stops_without_the_command_above_deepspeeds_launcher_only(launche
 
 
 def test_a_rank_without_a_visible_parent_follows_nobody(monkeypatch):
-    from bico_ds.engine import launcher
-    from bico_ds.engine.signals import StopFlag
+    from bico_ds.runtime import launcher
+    from bico_ds.runtime.signals import StopFlag
 
     monkeypatch.setattr(launcher.os, "getppid", lambda: 0)
     launcher.follow_launcher(StopFlag())

@@ -8,7 +8,7 @@ import time
 from torch.utils.file_baton import FileBaton
 
 from bico_ds.config.load import load_recipe
-from bico_ds.engine import native_ops
+from bico_ds.runtime import native_ops
 
 
 def test_an_override_of_a_part_of_the_offload_leaves_its_device():

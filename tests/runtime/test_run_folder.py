@@ -10,10 +10,10 @@ import time
 
 import pytest
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
-from bico_ds.engine import run_folder
-from bico_ds.engine.run_folder import FencedError, RunFolder, read_lock, read_state, write_atomically
+from bico_ds.runtime import run_folder
+from bico_ds.runtime.run_folder import FencedError, RunFolder, read_lock, read_state, write_atomically
 
 
 @pytest.fixture(autouse=True)

@@ -10,11 +10,11 @@ import time
 
 import pytest
 
-from bico_ds.engine.signals import Interrupted, StopFlag
+from bico_ds.runtime.signals import Interrupted, StopFlag
 
 PROGRAM = """
 import sys, time
-from bico_ds.engine.signals import StopFlag
+from bico_ds.runtime.signals import StopFlag
 stop = StopFlag()
 stop.install(["SIGTERM", "SIGINT", "SIGUSR1"])
 {extra}

@@ -8,18 +8,18 @@ import sys
 
 import pytest
 
-from bico_ds.engine.run_folder import RunFolder, read_state
+from bico_ds.runtime.run_folder import RunFolder, read_state
 
 RANK = """
 import sys, time
 from datetime import timedelta
 import torch
 from torch.distributed import TCPStore
-from bico_ds.config.errors import UserError
-from bico_ds.engine import watchdog
-from bico_ds.engine.distributed import Ranks
-from bico_ds.engine.process_end import end_process
-from bico_ds.engine.run_folder import RunFolder
+from bico_ds.common.errors import UserError
+from bico_ds.runtime import watchdog
+from bico_ds.runtime.distributed import Ranks
+from bico_ds.runtime.process_end import end_process
+from bico_ds.runtime.run_folder import RunFolder
 folder, run_id, port, size, rank, minutes, poll, what = sys.argv[1:]
 watchdog.POLL_SECONDS, watchdog.GRACE_SECONDS = float(poll), 3.0
 folder = RunFolder(folder)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
-from bico_ds.data.loader import RankShare
-from bico_ds.engine import materials
+from bico_ds.data.loading.loader import RankShare
+from bico_ds.training import assembly
 
 NTP = "{kind: ntp, loss_on: completion}"
 BICO = "{kind: bico, mask: {eligible: completion}}"
@@ -18,7 +18,7 @@ BICO = "{kind: bico, mask: {eligible: completion}}"
 
 @pytest.fixture
 def gathered(tmp_path: Path):
-    """`gathered("objectives=…")`: the materials of tiny_bico, with a loader of them, on two files, one of them without
+    """`gathered("objectives=…")`: the inputs of tiny_bico, with a loader of them, on two files, one of them without
     prompts."""
     for name, text in (("pairs", "the fox"), ("texts", "a plain text")):
         rows = [{"prompt": "who runs?", "completion": " " + text, "text": text}] * 3
@@ -26,11 +26,11 @@ def gathered(tmp_path: Path):
     pairs = f"{{files: [{tmp_path}/pairs.jsonl], prompt_field: prompt, completion_field: completion}}"
     texts = f"{{files: [{tmp_path}/texts.jsonl]}}"
     common = [f"data.cache_dir={tmp_path}/cache", "evaluation.tasks=[]"]
-    tokenizer = materials.facts_folder(load_recipe("tiny_bico", common).data) / "tokenizer"
+    tokenizer = assembly.facts_folder(load_recipe("tiny_bico", common).data) / "tokenizer"
 
     def gather(
         objectives: str, sources: tuple[str, ...] = ("pairs",), overrides: tuple[str, ...] = ()
-    ) -> materials.Materials:
+    ) -> assembly.RunInputs:
         named = [{"pairs": pairs, "texts": texts}[source] for source in sources]
         mine = [
             f"model.tokenizer={tokenizer}",
@@ -38,9 +38,9 @@ def gathered(tmp_path: Path):
             f"data.sources=[{', '.join(named)}]",
         ]
         recipe = load_recipe("tiny_bico", [*common, *mine, *overrides])
-        goods = materials.gather(recipe, weights_needed=False)
-        materials.build_loader(recipe, goods, RankShare()).close()
-        return goods
+        inputs = assembly.gather(recipe, weights_needed=False)
+        assembly.build_loader(recipe, inputs, RankShare()).close()
+        return inputs
 
     return gather
 

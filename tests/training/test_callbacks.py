@@ -10,10 +10,10 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bico_ds.config.load import load_recipe
-from bico_ds.engine.callbacks.base import Callback, Callbacks, FirstRankCallback, RunStart, StepReport
-from bico_ds.engine.callbacks.console import ConsoleProgress
-from bico_ds.engine.callbacks.monitor import StepMonitor, keep_lines_until
-from bico_ds.engine.run_folder import RunFolder
+from bico_ds.runtime.run_folder import RunFolder
+from bico_ds.training.callbacks.base import Callback, Callbacks, FirstRankCallback, RunStart, StepReport
+from bico_ds.training.callbacks.console import ConsoleProgress
+from bico_ds.training.callbacks.monitor import StepMonitor, keep_lines_until
 
 
 def report(step: int, **values) -> StepReport:

@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
-from bico_ds.engine import materials
-from bico_ds.engine.dry_run import dry_run
+from bico_ds.training import assembly
+from bico_ds.training.dry_run import dry_run
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_an_own_objective_that_predicts_what_the_model_does_not_have_fails_here(
 def store(tmp_path) -> str:
     """A store of the embedded task, and the only copy of its tokenizer: in the store."""
     recipe = load_recipe("tiny_base", [f"data.cache_dir={tmp_path}/elsewhere"])
-    (path,) = materials.prepare(recipe, progress=False)
+    (path,) = assembly.prepare(recipe, progress=False)
     moved = path.rename(tmp_path / "store")
     assert (moved / "tokenizer").is_dir()
     shutil.rmtree(tmp_path / "elsewhere")

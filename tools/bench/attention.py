@@ -32,8 +32,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bico_ds.attention.backend import Engine
 from bico_ds.attention.backends import resolve
-from bico_ds.attention.engine import Engine
 from bico_ds.attention.kernels.cpu_flash import CpuFlash
 from bico_ds.attention.layout import LayoutPolicy, build_layout
 from bico_ds.attention.packed import packed_attention, run_packed_attention

@@ -21,8 +21,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 import torch
 from gpu_attention import HEAD_DIM, milliseconds, plan_with_live, random_inputs, run
 
+from bico_ds.attention.backend import Engine
 from bico_ds.attention.backends import KERNELS
-from bico_ds.attention.engine import Engine
 from bico_ds.attention.layout import CUDA_POLICY, build_layout
 from bico_ds.attention.plan import AttentionPlan, build_plan
 

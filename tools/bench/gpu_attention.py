@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bico_ds.attention.backend import Engine
 from bico_ds.attention.backends import KERNELS
-from bico_ds.attention.engine import Engine
 from bico_ds.attention.inputs import AttentionResults
 from bico_ds.attention.kernels.base import CausalKernel
 from bico_ds.attention.layout import CUDA_POLICY, Layout, build_layout

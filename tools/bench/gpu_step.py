@@ -28,22 +28,23 @@ import numpy as np
 import torch
 
 from bico_ds.attention.layout import LayoutPolicy, build_layout
-from bico_ds.batch import Document, Documents, PackedBatch
+from bico_ds.batch import PackedBatch
+from bico_ds.common.errors import UserError
 from bico_ds.config.arguments import local_path, path_text, positive
-from bico_ds.config.errors import UserError
 from bico_ds.config.load import load_recipe
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.schema import Recipe
-from bico_ds.engine import distributed, native_ops
-from bico_ds.engine.deepspeed_engine import Engine
-from bico_ds.engine.process_end import end_process
-from bico_ds.engine.start import check, check_backend, wrap_model
+from bico_ds.documents import Document, Documents
 from bico_ds.model.build import build_model
+from bico_ds.model.deepspeed_engine import Engine
 from bico_ds.objectives.base import BatchKey, Objective
 from bico_ds.objectives.bico import MaskDenoising
 from bico_ds.objectives.ntp import NextTokenPrediction
+from bico_ds.runtime import distributed, native_ops
+from bico_ds.runtime.process_end import end_process
+from bico_ds.training.start import check, check_backend, wrap_model
 
 PEAK_FLOPS = 989e12  # dense bf16 products of an H100 or H200 (SXM), by NVIDIA's data sheet
 OBJECTIVES: dict[str, Objective] = {

@@ -36,8 +36,8 @@ from bico_ds.config.objectives.base import ObjectiveSpec
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.schema import DataSpec
-from bico_ds.data.loader import ElasticLoader, RankShare, RankStep
-from bico_ds.data.sample_order import StreamSpec
+from bico_ds.data.loading.loader import ElasticLoader, RankShare, RankStep
+from bico_ds.data.loading.sample_order import StreamSpec
 from bico_ds.data.store import StoreHeader, TokenStore, TokenStoreWriter
 from bico_ds.objectives.base import TokenFacts
 from bico_ds.objectives.build import build_objectives

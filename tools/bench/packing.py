@@ -32,7 +32,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bico_ds.config.arguments import positive
-from bico_ds.data.packing import build_pack_plan, pack_histogram
+from bico_ds.data.loading.packing import build_pack_plan, pack_histogram
 
 HUGE = 100_000_000  # sequences
 DISTRIBUTIONS = ("facts, mean 39", "log-normal, mean 585", "uniform, mean 2035")

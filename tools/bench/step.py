@@ -38,16 +38,17 @@ from rich.table import Table
 
 from bico_ds.attention.backends import resolve
 from bico_ds.attention.layout import build_layout
-from bico_ds.batch import Documents, PackedBatch
+from bico_ds.batch import PackedBatch
 from bico_ds.config.arguments import local_path, positive
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.schema import Recipe
-from bico_ds.engine.process_end import end_process
+from bico_ds.documents import Documents
 from bico_ds.objectives.base import BatchKey, Objective
 from bico_ds.objectives.bico import MaskDenoising
 from bico_ds.objectives.ntp import NextTokenPrediction
+from bico_ds.runtime.process_end import end_process
 
 CAPACITY = 2048
 RANK_VARIABLES = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
@@ -106,9 +107,9 @@ def build_engine(bins: int, stage: int) -> Any:
     """DeepSpeed's engine around the model, on one rank, as launch/train.py would build it but for the schedule."""
     import deepspeed
 
-    from bico_ds.engine import host_memory
-    from bico_ds.engine.ds_config import build_ds_config
     from bico_ds.model.build import build_model
+    from bico_ds.runtime import host_memory
+    from bico_ds.runtime.ds_config import build_ds_config
 
     recipe = Recipe.model_validate(
         {

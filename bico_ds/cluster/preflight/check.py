@@ -20,16 +20,16 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from bico_ds.config.errors import UserError
+from bico_ds.cluster.preflight import judge, shared
+from bico_ds.cluster.preflight.exchange import Exchange
+from bico_ds.cluster.preflight.inputs import input_files, shared_folders
+from bico_ds.cluster.preflight.network import NetworkReport, measure
+from bico_ds.cluster.preflight.node_report import collect
+from bico_ds.cluster.preflight.size import next_checkpoints_bytes
+from bico_ds.common.errors import UserError
 from bico_ds.config.paths import WrittenPath, replace_paths
 from bico_ds.config.schema import Recipe
-from bico_ds.engine.ds_config import merged_ds_config
-from bico_ds.engine.preflight import judge, shared
-from bico_ds.engine.preflight.exchange import Exchange
-from bico_ds.engine.preflight.facts import collect
-from bico_ds.engine.preflight.inputs import input_files, shared_folders
-from bico_ds.engine.preflight.network import NetworkReport, measure
-from bico_ds.engine.preflight.size import next_checkpoints_bytes
+from bico_ds.runtime.ds_config import merged_ds_config
 
 MEET_SECONDS = 120.0
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.config.imports import source_files
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.schema import Recipe
-from bico_ds.data.sources import find_files
+from bico_ds.data.prepare.sources import find_files
 
 _WHOLE_BYTES = 1 << 20  # of a longer file, as much from its beginning and its end, and the size
 PACKAGE = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from bico_ds.engine.preflight.facts import synchronize
+from bico_ds.cluster.preflight.node_report import synchronize
 
 ELEMENTS = {"cuda": 1 << 26, "cpu": 1 << 20}  # of fp32
 ROUNDS = 5

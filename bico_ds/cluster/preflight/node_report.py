@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from bico_ds.cluster.preflight.inputs import code_fingerprint, input_fingerprints, recipe_fingerprint
 from bico_ds.config.schema import Recipe
-from bico_ds.engine.preflight.inputs import code_fingerprint, input_fingerprints, recipe_fingerprint
-from bico_ds.engine.run_folder import provenance
+from bico_ds.runtime.run_folder import provenance
 
 _MATRIX = {"cuda": 4096, "cpu": 512}
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bico_ds.checkpoint.disk import STATE_BYTES
 from bico_ds.config.load import merge_mappings
 from bico_ds.config.schema import Recipe
-from bico_ds.engine.disk import STATE_BYTES
-from bico_ds.engine.ds_config import load_ds_config
-from bico_ds.engine.run_folder import RunFolder
 from bico_ds.model.architecture import model_config, parameter_count
+from bico_ds.runtime.ds_config import load_ds_config
+from bico_ds.runtime.run_folder import RunFolder
 
 _WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
 

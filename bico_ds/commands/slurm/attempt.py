@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """What the batch script asks before and after a start of a run; light, no torch.
 
     attempt.py begin RUN --restarts N --limit M         0: go on; 1: too often restarted, in vain, or to be stopped
@@ -12,13 +11,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+from bico_ds.cluster.attempts import begin, end
 from bico_ds.config.arguments import local_path
-from bico_ds.engine.attempts import begin, end
 
 
 def main() -> int:
@@ -41,7 +36,3 @@ def main() -> int:
         verdict = end(run, srun_code=code, stopped=stopped, restarts=restarts, limit=limit)
     print(verdict.why, flush=True)
     return verdict.exit_code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Compile the DeepSpeed operations that a recipe needs, once, before its ranks start: native_ops.py RECIPE
 [--set …]
 
@@ -9,12 +8,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+from bico_ds.common.errors import UserError
 from bico_ds.config.arguments import path_text
-from bico_ds.config.errors import UserError
 from bico_ds.config.load import load_recipe
 
 
@@ -27,14 +23,10 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
-        from bico_ds.engine.native_ops import build
+        from bico_ds.runtime.native_ops import build
 
         build(recipe)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

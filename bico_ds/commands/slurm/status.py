@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Runs and where they stand, from their folders; works with and without SLURM.
 
     status.py                      everything below runs/
@@ -18,14 +17,12 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from bico_ds.cluster.status import RunStatus, find_runs, read_status
 from bico_ds.config.arguments import local_path
-from bico_ds.engine.status import RunStatus, find_runs, read_status
 
 COLORS = {
     "done": "green",
@@ -112,7 +109,3 @@ def ago(moment: float | None) -> str:
         if seconds >= size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} s"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

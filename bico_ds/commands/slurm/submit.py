@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Submit a recipe, or a sweep of recipes and seeds, to SLURM.
 
     submit.py --recipe llama70b_bico --nodes 8 --gpus-per-node 8 --time 24:00:00 --partition gpu
@@ -21,17 +20,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from bico_ds.config.arguments import local_path, not_negative, path_text, positive, written_path
-from bico_ds.config.errors import UserError
-from bico_ds.config.load import load_recipe
-from bico_ds.config.paths import LocalPath
-from bico_ds.config.schema import Recipe
-from bico_ds.engine.attempts import stop_file
-from bico_ds.engine.preflight.inputs import check_inputs
-from bico_ds.engine.run_folder import folder_of_run
-from bico_ds.engine.submission import (
+from bico_ds.cluster.attempts import stop_file
+from bico_ds.cluster.preflight.inputs import check_inputs
+from bico_ds.cluster.submission import (
     PROJECT,
     Job,
     Resources,
@@ -42,6 +33,12 @@ from bico_ds.engine.submission import (
     submit,
     write,
 )
+from bico_ds.common.errors import UserError
+from bico_ds.config.arguments import local_path, not_negative, path_text, positive, written_path
+from bico_ds.config.load import load_recipe
+from bico_ds.config.paths import LocalPath
+from bico_ds.config.schema import Recipe
+from bico_ds.runtime.run_folder import folder_of_run
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -188,7 +185,7 @@ def check(run: Path, recipe: Recipe, resources: Resources) -> None:
     stop_signal(recipe)
     check_inputs(recipe)
     with without_accelerator():
-        from bico_ds.engine.start import check as check_run
+        from bico_ds.training.start import check as check_run
 
         check_run(
             recipe,
@@ -235,7 +232,3 @@ def stop_command(job_id: str, job: Job) -> str:
     signal = stop_signal(next(iter(job.runs.values())))
     waiting = f"scancel --state=PENDING {job_id}; " if job.is_array else ""
     return f"{waiting}touch {files} && scancel --signal={signal} --batch {job_id}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.config.schema import DataSpec, SourceSpec
 from bico_ds.config.unique_names import unique_names
 from bico_ds.objectives.base import Objective

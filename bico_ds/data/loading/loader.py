@@ -14,14 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bico_ds.attention.layout import LayoutPolicy, build_layout
-from bico_ds.batch import Documents, PackedBatch
+from bico_ds.batch import PackedBatch
+from bico_ds.common.errors import UserError
 from bico_ds.config.batch_size import micro_batches_per_rank
-from bico_ds.config.errors import UserError
-from bico_ds.data.deal import deal
-from bico_ds.data.prefetch import Prefetcher
-from bico_ds.data.rows import Rows, join
-from bico_ds.data.sample_order import Consumed, GlobalBatch, SampleOrder, StreamReport, StreamSpec
-from bico_ds.data.stream import StreamBins
+from bico_ds.data.loading.balance import deal
+from bico_ds.data.loading.prefetch import Prefetcher
+from bico_ds.data.loading.rows import Rows, join
+from bico_ds.data.loading.sample_order import Consumed, GlobalBatch, SampleOrder, StreamReport, StreamSpec
+from bico_ds.data.loading.stream import StreamBins
+from bico_ds.documents import Documents
 from bico_ds.objectives.base import BatchKey, check_batch
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.config.schema import SourceSpec
-from bico_ds.data.packing import seeded_permutation
+from bico_ds.data.loading.packing import seeded_permutation
 
 
 @dataclass(frozen=True, kw_only=True)

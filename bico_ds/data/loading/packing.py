@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bico_ds.objectives.counter import hash_words, stream
+from bico_ds.common.random_numbers import hash_words, stream
 
 _CHUNK = 1 << 22
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bico_ds.data.packing import PackPlan
+from bico_ds.data.loading.packing import PackPlan
 
 _CODE_VERSION = 1  # of the algorithm: another one makes other plans of the same lengths
 _BIG = 1 << 20  # rows; smaller plans take less memory than the trouble is worth

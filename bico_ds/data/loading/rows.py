@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bico_ds.batch import Documents
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
+from bico_ds.documents import Documents
 
 if TYPE_CHECKING:
     from bico_ds.data.store import TokenStore

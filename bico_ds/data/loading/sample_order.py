@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.config.schema import DataSpec
-from bico_ds.data import identity
-from bico_ds.data.legacy_identity import translate_state
-from bico_ds.data.mixture import Mixture
-from bico_ds.data.rows import CutReport, Rows, cut, longest_row
+from bico_ds.data.loading import identity
+from bico_ds.data.loading.legacy_identity import translate_state
+from bico_ds.data.loading.mixture import Mixture
+from bico_ds.data.loading.rows import CutReport, Rows, cut, longest_row
+from bico_ds.data.loading.stream import BinStream, Position, StreamBins
 from bico_ds.data.store import TokenStore
-from bico_ds.data.stream import BinStream, Position, StreamBins
 from bico_ds.objectives.base import Objective
 from bico_ds.objectives.schedule import ObjectiveSchedule
 

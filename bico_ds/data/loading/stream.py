@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from bico_ds.common.random_numbers import hash_words
 from bico_ds.config.schema import DataSpec
-from bico_ds.data.mixture import EpochRows, Mixture
-from bico_ds.data.packing import PackPlan, build_pack_plan, seeded_permutation
-from bico_ds.data.plan_cache import cached_plan
-from bico_ds.data.rows import Expand, Rows
-from bico_ds.objectives.counter import hash_words
+from bico_ds.data.loading.mixture import EpochRows, Mixture
+from bico_ds.data.loading.packing import PackPlan, build_pack_plan, seeded_permutation
+from bico_ds.data.loading.plan_cache import cached_plan
+from bico_ds.data.loading.rows import Expand, Rows
 
 
 @dataclass(frozen=True, kw_only=True)

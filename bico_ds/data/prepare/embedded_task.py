@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.config.schema import FactsSpec
 
 FORM_VERSION = 1  # of the texts below: another one means other data for the same spec

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
-from bico_ds.data.examples import Example, IngestOptions, make_example
-from bico_ds.data.sources import BadRow, Shard, read_rows
+from bico_ds.data.prepare.examples import Example, IngestOptions, make_example
+from bico_ds.data.prepare.sources import BadRow, Shard, read_rows
 from bico_ds.data.store import StoreHeader, TokenStoreWriter, write_durably
 
 if TYPE_CHECKING:

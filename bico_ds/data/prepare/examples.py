@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from bico_ds.config.errors import UserError, did_you_mean
-from bico_ds.data.sources import BadRow
+from bico_ds.common.errors import UserError, did_you_mean
+from bico_ds.data.prepare.sources import BadRow
 
 if TYPE_CHECKING:
     from bico_ds.data.tokenizer import FastTokenizer

@@ -23,14 +23,14 @@ from multiprocessing.sharedctypes import SynchronizedArray
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
+from bico_ds.common.progress import IngestProgress
 from bico_ds.config.paths import FolderOrHub
-from bico_ds.data.encode import Encoder, EncoderSpec, encode_shard, spare_the_collector
-from bico_ds.data.examples import IngestOptions
-from bico_ds.data.merge import merge_parts
-from bico_ds.data.progress import IngestProgress
-from bico_ds.data.report import IngestReport, describe_passed_over
-from bico_ds.data.sources import Shard
+from bico_ds.data.prepare.encode import Encoder, EncoderSpec, encode_shard, spare_the_collector
+from bico_ds.data.prepare.examples import IngestOptions
+from bico_ds.data.prepare.merge import merge_parts
+from bico_ds.data.prepare.report import IngestReport, describe_passed_over
+from bico_ds.data.prepare.sources import Shard
 from bico_ds.data.store import FORMAT_VERSION, StoreHeader, refuse_output, restore_replaced
 from bico_ds.data.tokenizer import (
     load_tokenizer,

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from bico_ds.config.errors import UserError
-from bico_ds.data.encode import DIGEST_BYTES, DIGESTS, RESULT, SKIPPED, EncoderSpec
-from bico_ds.data.examples import IngestOptions
-from bico_ds.data.report import IngestReport, write_report
+from bico_ds.common.errors import UserError
+from bico_ds.data.prepare.encode import DIGEST_BYTES, DIGESTS, RESULT, SKIPPED, EncoderSpec
+from bico_ds.data.prepare.examples import IngestOptions
+from bico_ds.data.prepare.report import IngestReport, write_report
 from bico_ds.data.store import TokenStore, TokenStoreWriter
 
 if TYPE_CHECKING:

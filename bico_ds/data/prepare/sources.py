@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.data.store import is_store
 
 Kind = Literal["lines", "text_lines", "text_file", "parquet", "arrow"]

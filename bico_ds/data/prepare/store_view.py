@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
-from bico_ds.data.merge import TOKENIZER
+from bico_ds.data.prepare.merge import TOKENIZER
 from bico_ds.data.store import TokenStore
 from bico_ds.data.tokenizer import load_tokenizer, tokenizer_hash
 
 if TYPE_CHECKING:
-    from bico_ds.batch import Document
     from bico_ds.data.tokenizer import FastTokenizer
+    from bico_ds.documents import Document
 
 
 def describe_store(

@@ -10,11 +10,11 @@ from typing import Any
 
 from rich.console import Console
 
-from bico_ds.config.errors import UserError
-from bico_ds.evaluation.arms import Arm, load_arms
-from bico_ds.evaluation.paired import Difference, paired_differences, same_prompts
-from bico_ds.evaluation.plots import plot_curves, plot_scores
-from bico_ds.evaluation.tables import (
+from bico_ds.common.errors import UserError
+from bico_ds.evaluation.report.paired import Difference, paired_differences, same_prompts
+from bico_ds.evaluation.report.plots import plot_curves, plot_scores
+from bico_ds.evaluation.report.runs import Arm, load_arms
+from bico_ds.evaluation.report.tables import (
     console_for_tables,
     difference_markdown,
     difference_table,

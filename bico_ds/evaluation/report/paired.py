@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bico_ds.evaluation.statistics import clustered_interval
-from bico_ds.evaluation.suite import TaskResult
+from bico_ds.evaluation.results import TaskResult
+from bico_ds.evaluation.scoring.statistics import clustered_interval
 
 
 @dataclass(frozen=True, kw_only=True)

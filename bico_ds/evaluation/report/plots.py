@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bico_ds.evaluation.arms import Arm
-from bico_ds.evaluation.suite import TaskResult
+from bico_ds.evaluation.report.runs import Arm
+from bico_ds.evaluation.results import TaskResult
 
 # Okabe and Ito's colours, told apart by colour-blind people too; the markers say the same again.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

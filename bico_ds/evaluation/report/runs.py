@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bico_ds.config.errors import UserError
-from bico_ds.evaluation.metrics import METRICS
-from bico_ds.evaluation.rows import parse_object
-from bico_ds.evaluation.suite import EvaluationResult, TaskResult, load_result
+from bico_ds.common.errors import UserError
+from bico_ds.evaluation.results import EvaluationResult, TaskResult, load_result
+from bico_ds.evaluation.scoring.metrics import METRICS
+from bico_ds.evaluation.tasks.jsonl import parse_object
+from bico_ds.runtime.run_folder import RunFolder
 
-RESULT_FILE = "evaluation/step-{step:06d}.json"
-METRICS_FILE = "metrics.jsonl"
 _PREFIX = "evaluation/"
 
 Curve = list[tuple[int, float]]
@@ -47,18 +46,19 @@ def _load_arm(path: Path, label: str) -> Arm:
         return Arm(label=label, final=load_result(path), curves={})
     if not path.is_dir():
         raise UserError(f"{path}: no such run folder or result file")
-    evaluations = _evaluations(path / METRICS_FILE)
+    folder = RunFolder(path)
+    evaluations = _evaluations(folder.metrics_file)
     curves: dict[str, Curve] = {}
     for step, tasks in evaluations.items():
         for name, task in tasks.items():
             curves.setdefault(name, []).append((step, task.score))
     if not evaluations:
         raise UserError(
-            f"{path}: no evaluation in {METRICS_FILE}; set 'evaluation.tasks' in the recipe, or evaluate the "
+            f"{path}: no evaluation in {folder.metrics_file.name}; set 'evaluation.tasks' in the recipe, or evaluate the "
             "run's export with tools/evaluate.py and name the result file here"
         )
     last = max(evaluations)
-    result_file = path / RESULT_FILE.format(step=last)
+    result_file = folder.evaluation_file(last)
     final = load_result(result_file) if result_file.is_file() else EvaluationResult(tasks=evaluations[last])
     return Arm(label=label, final=final, curves=curves)
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from bico_ds.evaluation.paired import Difference
-from bico_ds.evaluation.suite import EvaluationResult, TaskResult
+from bico_ds.evaluation.report.paired import Difference
+from bico_ds.evaluation.results import EvaluationResult, TaskResult
 
 _QUESTIONS = {
     "n2d": "name → description",

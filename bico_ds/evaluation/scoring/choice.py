@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from scipy import stats
 from transformers import PreTrainedModel
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.data.tokenizer import Tokenizer
-from bico_ds.evaluation.generation import check_lengths
-from bico_ds.evaluation.likelihood import Scored, encode_answers, log_probabilities
-from bico_ds.evaluation.metrics import wrong_answers
-from bico_ds.evaluation.place import ALONE, Place
-from bico_ds.evaluation.statistics import clustered_interval, group_means
-from bico_ds.evaluation.tasks import Task
+from bico_ds.evaluation.scoring.generation import check_lengths
+from bico_ds.evaluation.scoring.likelihood import Scored, encode_answers, log_probabilities
+from bico_ds.evaluation.scoring.metrics import wrong_answers
+from bico_ds.evaluation.scoring.place import ALONE, Place
+from bico_ds.evaluation.scoring.statistics import clustered_interval, group_means
+from bico_ds.evaluation.tasks.task import Task
 
 
 def encode_candidates(

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.data.tokenizer import Tokenizer
-from bico_ds.evaluation.place import ALONE, Place, agree, gather_parts, shared_batches
+from bico_ds.evaluation.scoring.place import ALONE, Place, agree, gather_parts, shared_batches
 
 _LOGIT_ROWS = 1024  # rows whose fp32 log-softmax exists at one time
 

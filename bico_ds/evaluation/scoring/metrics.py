@@ -23,7 +23,7 @@ from itertools import islice
 
 from sacrebleu.metrics.bleu import BLEU
 
-from bico_ds.evaluation.tasks import Example, Task, normalized
+from bico_ds.evaluation.tasks.task import Example, Task, normalized
 
 _FLOOR_OTHERS = 5  # other persons that a row's floor is averaged over
 _MAX_ORDER = 4

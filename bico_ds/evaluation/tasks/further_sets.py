@@ -17,9 +17,9 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from bico_ds.config.errors import UserError, did_you_mean
-from bico_ds.evaluation.rows import read_objects, read_rows, require_texts
-from bico_ds.evaluation.tasks import AnswerKind, Example, Task, limit_rows, normalized
+from bico_ds.common.errors import UserError, did_you_mean
+from bico_ds.evaluation.tasks.jsonl import read_objects, read_rows, require_texts
+from bico_ds.evaluation.tasks.task import AnswerKind, Example, Task, limit_rows, normalized
 
 # Two answered questions show a base model what kind of answer is wanted; nobody in them is in any test set.
 _SHOTS = (

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bico_ds.config.errors import UserError, did_you_mean
+from bico_ds.common.errors import UserError, did_you_mean
 
 
 def read_objects(path: Path, *, fields: Iterable[str]) -> list[tuple[int, dict[str, Any]]]:

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bico_ds.config.errors import UserError, did_you_mean
-from bico_ds.evaluation.rows import read_rows
+from bico_ds.common.errors import UserError, did_you_mean
+from bico_ds.evaluation.tasks.jsonl import read_rows
 
 AnswerKind = Literal["name", "description", "text"]
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 
 _PREFIX = "causal_lm."
 

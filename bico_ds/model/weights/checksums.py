@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bico_ds.model.materialize import gathered, is_partitioned, partition_bounds
+from bico_ds.model.weights.materialize import gathered, is_partitioned, partition_bounds
 
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 18  # elements: their 64-bit copies stay in a CPU's cache, and take 2 MiB each

@@ -12,17 +12,17 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from bico_ds.config.errors import UserError
-from bico_ds.data.tokenizer import Tokenizer
+from bico_ds.common.errors import UserError
+from bico_ds.model.architecture import ModelTokenizer
 from bico_ds.model.build import TrainableModel
 from bico_ds.model.lora import adapters_by_base_name, base_name, is_adapter, merge
-from bico_ds.model.materialize import full_shape, gathered
-from bico_ds.model.shards import DTYPES, ShardWriter, atomic_folder, write_checksums
+from bico_ds.model.weights.materialize import full_shape, gathered
+from bico_ds.model.weights.shards import DTYPES, ShardWriter, atomic_folder, write_checksums
 
 
 def export_model(
     model: TrainableModel | PreTrainedModel,
-    tokenizer: Tokenizer | None,
+    tokenizer: ModelTokenizer | None,
     folder: str | Path,
     dtype: Literal["bf16", "fp32"] = "bf16",
     *,
@@ -73,7 +73,7 @@ def write_settings(
     folder: Path,
     config: PretrainedConfig,
     generation_config: Any,
-    tokenizer: Tokenizer | None,
+    tokenizer: ModelTokenizer | None,
     dtype: torch.dtype,
 ) -> None:
     """Write all of a Hugging Face folder that is not weights, then the checksums of everything in it."""

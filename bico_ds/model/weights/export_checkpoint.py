@@ -10,21 +10,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.config.schema import ModelSpec
-from bico_ds.data.tokenizer import Tokenizer
-from bico_ds.model.architecture import adopt_special_tokens, meta_model, model_config
-from bico_ds.model.checkpoint_weights import CheckpointWeights, open_checkpoint
-from bico_ds.model.export import write_settings
-from bico_ds.model.load import WeightFolder, check_names_and_shapes, generation_config, open_weights
+from bico_ds.model.architecture import ModelTokenizer, adopt_special_tokens, meta_model, model_config
 from bico_ds.model.lora import adapters_by_base_name, add_lora, is_adapter, merge
-from bico_ds.model.shards import DTYPES, ShardWriter, atomic_folder, refuse_existing
+from bico_ds.model.weights.checkpoint_weights import CheckpointWeights, open_checkpoint
+from bico_ds.model.weights.export import write_settings
+from bico_ds.model.weights.load import WeightFolder, check_names_and_shapes, generation_config, open_weights
+from bico_ds.model.weights.shards import DTYPES, ShardWriter, atomic_folder, refuse_existing
 
 
 def export_checkpoint(
     checkpoint: Path,
     spec: ModelSpec,
-    tokenizer: Tokenizer | None,
+    tokenizer: ModelTokenizer | None,
     folder: Path,
     dtype: Literal["bf16", "fp32"],
     *,

@@ -19,10 +19,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub, HubName
-from bico_ds.model.checksums import add_over_ranks, parameter_checksums, slice_checksum
-from bico_ds.model.materialize import full_shape
+from bico_ds.model.weights.checksums import add_over_ranks, parameter_checksums, slice_checksum
+from bico_ds.model.weights.materialize import full_shape
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _IGNORED_SUFFIX = (

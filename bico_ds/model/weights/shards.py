@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 
 CHECKSUMS = "checksums.json"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -15,7 +15,7 @@ from rich.progress import (
 )
 
 from bico_ds.config.objectives.table import objective_names
-from bico_ds.engine.callbacks.base import FirstRankCallback, RunStart, StepReport
+from bico_ds.training.callbacks.base import FirstRankCallback, RunStart, StepReport
 
 PLAIN_SECONDS = 10.0  # between two plain lines
 

@@ -13,9 +13,9 @@ from torch.utils.tensorboard import SummaryWriter
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.objectives.table import objective_names
 from bico_ds.config.schema import MonitorSpec, Recipe
-from bico_ds.engine.callbacks.base import FirstRankCallback, RunStart, StepReport
-from bico_ds.engine.deepspeed_engine import EventWriter
-from bico_ds.engine.run_folder import RunFolder, write_atomically
+from bico_ds.model.deepspeed_engine import EventWriter
+from bico_ds.runtime.run_folder import RunFolder, write_atomically
+from bico_ds.training.callbacks.base import FirstRankCallback, RunStart, StepReport
 
 
 class StepMonitor(FirstRankCallback):

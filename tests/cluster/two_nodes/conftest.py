@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.drill import PYTHON, ROOT, TINY, Run, Workspace, native_ops
-from tools.cluster.settings import NODES
-from tools.cluster.two_nodes import ClusterError, TwoNodes
+from tests.cluster.two_nodes.drill import PYTHON, ROOT, TINY, Run, Workspace, native_ops
+from tests.cluster.two_nodes.settings import NODES
+from tests.cluster.two_nodes.two_nodes import ClusterError, TwoNodes
 
 TABLE = pytest.StashKey[list[tuple[str, str, float]]]()
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tools.cluster.settings import NODES
-from tools.cluster.two_nodes import TwoNodes, processes_on
+from tests import ROOT
+from tests.cluster.two_nodes.settings import NODES
+from tests.cluster.two_nodes.two_nodes import TwoNodes, processes_on
 
-ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
 TINY = (
     "training.steps=40", "schedule.warmup_steps=5", "schedule.decay_steps=5", "monitor.every_steps=1",

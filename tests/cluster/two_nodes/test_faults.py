@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from tests.cluster.drill import files_of
-from tools.cluster.settings import CREDENTIAL_SECONDS
-from tools.cluster.two_nodes import start_time
+from tests.cluster.two_nodes.drill import files_of
+from tests.cluster.two_nodes.settings import CREDENTIAL_SECONDS
+from tests.cluster.two_nodes.two_nodes import start_time
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.drill import PYTHON, ROOT, TINY, Run, native_ops
-from tools.cluster.settings import ADDRESSES, NODES
+from tests.cluster.two_nodes.drill import PYTHON, ROOT, TINY, Run, native_ops
+from tests.cluster.two_nodes.settings import ADDRESSES, NODES
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 TRAIN = str(ROOT / "launch" / "train.py")

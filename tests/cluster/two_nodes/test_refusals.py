@@ -8,9 +8,9 @@ import stat
 import pytest
 
 from bico_ds.config.load import load_recipe
-from bico_ds.data.prepare import prepare_source
-from bico_ds.engine.materials import tokenizer_path
-from tests.cluster.drill import PYTHON
+from bico_ds.data.prepare.prepare import prepare_source
+from bico_ds.training.assembly import tokenizer_path
+from tests.cluster.two_nodes.drill import PYTHON
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 

@@ -2,7 +2,7 @@
 """A SLURM cluster of two nodes on this one machine, for tests: real slurmctld, real slurmd, real network
 links.
 
-    two_nodes.py up                    install what is missing, start, print the variables to export
+    python -m tests.cluster.two_nodes.two_nodes up                    install what is missing, start, print the variables to export
     two_nodes.py run n1 -- hostname    run a command on a node, past SLURM
     two_nodes.py link n2 down          cut a node's network; `link n2 up` mends it
     two_nodes.py down                  end everything that `up` started, and remove its folder
@@ -28,10 +28,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from bico_ds.config.arguments import local_path
-from tools.cluster.settings import ADDRESSES, BRIDGE, CONTROLLER_ADDRESS, NODES, namespace, write_settings
+from tests.cluster.two_nodes.settings import (
+    ADDRESSES,
+    BRIDGE,
+    CONTROLLER_ADDRESS,
+    NODES,
+    namespace,
+    write_settings,
+)
 
 PACKAGES = {
     "slurmd": "slurm-wlm",

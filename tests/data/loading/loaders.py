@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
-from stores import BOS, EOS
-
+import tests
 from bico_ds.config.imports import import_module
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.paths import WrittenPath
-from bico_ds.data.loader import ElasticLoader, RankShare
-from bico_ds.data.sample_order import StreamSpec
+from bico_ds.data.loading.loader import ElasticLoader, RankShare
+from bico_ds.data.loading.sample_order import StreamSpec
 from bico_ds.objectives.base import TokenFacts
 from bico_ds.objectives.build import build_objectives
 from bico_ds.objectives.schedule import ObjectiveSchedule
+from tests.data.stores import BOS, EOS
 
-DOUBLING = import_module(WrittenPath(str(Path(__file__).parents[1] / "objectives" / "doubling.py")))
+DOUBLING = import_module(WrittenPath(str(tests.DOUBLING)))
 TOKENS = TokenFacts(special_ids=(BOS, EOS), placeholder_id=0, vocabulary=100_000)
 HALVES = [NtpSpec(kind="ntp", probability=0.5), BicoSpec(kind="bico", probability=0.5)]
 GLOBAL = 8

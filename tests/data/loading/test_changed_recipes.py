@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import pytest
-from loaders import DOUBLING, TOKENS, make, schedule_of, state_at, stream_of
-from stores import write_store
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.schema import DataSpec, SourceSpec
-from bico_ds.data import identity
-from bico_ds.data.sample_order import SampleOrder
+from bico_ds.data.loading import identity
+from bico_ds.data.loading.sample_order import SampleOrder
 from bico_ds.objectives.build import build_objectives
 from bico_ds.objectives.schedule import ObjectiveSchedule
+from tests.data.loading.loaders import DOUBLING, TOKENS, make, schedule_of, state_at, stream_of
+from tests.data.stores import write_store
 
 
 @pytest.mark.parametrize(

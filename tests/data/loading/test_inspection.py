@@ -5,27 +5,24 @@ from __future__ import annotations
 import importlib.util
 import io
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from bico_ds.batch import Document, Documents
 from bico_ds.config.load import load_recipe
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.objectives.ntp import NtpSpec
-from bico_ds.data.inspection import plot_visibility, print_batch, view_batch, visibility
-from bico_ds.data.loader import RankShare
-from bico_ds.engine import materials
+from bico_ds.data.loading.inspection import plot_visibility, print_batch, view_batch, visibility
+from bico_ds.data.loading.loader import RankShare
+from bico_ds.documents import Document, Documents
 from bico_ds.objectives.base import BatchKey
 from bico_ds.objectives.bico import MaskDenoising
 from bico_ds.objectives.masks import TokenGrid
 from bico_ds.objectives.ntp import NextTokenPrediction
-
-ROOT = Path(__file__).resolve().parents[2]
-
+from bico_ds.training import assembly
+from tests import ROOT
 
 HALF = BicoSpec(mask=MaskSpec(rate=0.5))
 
@@ -148,8 +145,8 @@ def test_the_tool_shows_the_micro_batch_that_this_rank_trains_on_in_this_step(
     code, shown, _ = tool("--set", bins[0], "--set", bins[1], *options)
     assert code == 0
     recipe = load_recipe("tiny_bico", [f"data.cache_dir={tmp_path}/cache", "data.workers=0", *bins])
-    goods = materials.gather(recipe, weights_needed=False)
-    batches = materials.build_loader(recipe, goods, RankShare(rank=rank, world_size=ranks)).step(step).batches
+    inputs = assembly.gather(recipe, weights_needed=False)
+    batches = assembly.build_loader(recipe, inputs, RankShare(rank=rank, world_size=ranks)).step(step).batches
     assert f"step {step} of " in shown
     assert f"rank {rank} of {ranks}, micro-batch {number} of {len(batches)}" in shown
     titles = [int(word[1:]) for word in shown.split() if word.startswith("#")]
@@ -179,7 +176,7 @@ def test_documents_of_one_token_have_no_picture(tool, tmp_path):
     (tmp_path / "ones.jsonl").write_text('{"text": "|"}\n')
     source = f"data.sources=[{{files: [{tmp_path}/ones.jsonl], add_bos: false, add_eos: false}}]"
     tokenizer = (
-        materials.facts_folder(load_recipe("tiny_bico", [f"data.cache_dir={tmp_path}/cache"]).data)
+        assembly.facts_folder(load_recipe("tiny_bico", [f"data.cache_dir={tmp_path}/cache"]).data)
         / "tokenizer"
     )
     code, _, said = tool(

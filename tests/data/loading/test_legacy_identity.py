@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.ntp import NtpSpec
-from bico_ds.data.identity import changes
-from bico_ds.data.legacy_identity import translate_state
+from bico_ds.data.loading.identity import changes
+from bico_ds.data.loading.legacy_identity import translate_state
 from bico_ds.objectives.base import TokenFacts
 from bico_ds.objectives.build import build_objectives
+from tests import EARLIER_RUN
 
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "run_of_0_1_0"
 TOKENS = TokenFacts(special_ids=(0, 1, 2, 3), placeholder_id=3, vocabulary=51)
 MASK = "MaskSpec(rate={}, unit='{}', mean_span=3.0, eligible='{}')"
 INF = float("inf")
@@ -51,7 +50,7 @@ def test_an_objective_known_by_its_repr_is_the_one_of_today(written, spec):
 
 
 def test_a_change_since_a_checkpoint_of_0_1_0_is_named_by_its_key():
-    manifest = json.loads((FIXTURE / "run" / "checkpoints" / "step-000006" / "manifest.json").read_text())
+    manifest = json.loads((EARLIER_RUN / "run" / "checkpoints" / "step-000006" / "manifest.json").read_text())
     before = translate_state(manifest["state"]["loader"])["identity"]
     now = json.loads(json.dumps(before))
     assert changes(before, now) == []

@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loaders import DOUBLING, GLOBAL, consumed, make, schedule_of, state_at, stream_of
-from stores import BOS, write_store
 
 from bico_ds.attention.layout import LayoutPolicy
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.schema import DataSpec, SourceSpec
-from bico_ds.data.loader import ElasticLoader, RankShare
-from bico_ds.data.mixture import Mixture
-from bico_ds.data.rows import cut
-from bico_ds.data.stream import BinStream, Position
+from bico_ds.data.loading.loader import ElasticLoader, RankShare
+from bico_ds.data.loading.mixture import Mixture
+from bico_ds.data.loading.rows import cut
+from bico_ds.data.loading.stream import BinStream, Position
+from tests.data.loading.loaders import DOUBLING, GLOBAL, consumed, make, schedule_of, state_at, stream_of
+from tests.data.stores import BOS, write_store
 
 
 def contents(batch) -> list[tuple]:
@@ -238,7 +238,7 @@ def test_totals_by_source_survive_a_resume(world):
 
 
 def test_big_plans_are_kept_where_the_environment_says(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("bico_ds.data.plan_cache._BIG", 100)
+    monkeypatch.setattr("bico_ds.data.loading.plan_cache._BIG", 100)
     monkeypatch.setenv("SCRATCH_HERE", str(tmp_path / "scratch"))
     monkeypatch.chdir(tmp_path)
     make(world, cache_dir="${SCRATCH_HERE}/cache").step(0)

@@ -7,16 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from loaders import make, schedule_of, state_at
-from stores import write_store
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.schema import DataSpec, SourceSpec
 from bico_ds.objectives.ntp import NextTokenPrediction
 from bico_ds.objectives.schedule import ObjectiveSchedule
+from tests.data.loading.loaders import make, schedule_of, state_at
+from tests.data.stores import write_store
 
 
 class Own(NextTokenPrediction):

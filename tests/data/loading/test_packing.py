@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stores import BOS, write_store
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.config.schema import SourceSpec
-from bico_ds.data.deal import deal
-from bico_ds.data.mixture import Mixture
-from bico_ds.data.packing import build_pack_plan, pack_histogram
-from bico_ds.data.plan_cache import cached_plan
-from bico_ds.data.rows import cut, longest_row
+from bico_ds.data.loading.balance import deal
+from bico_ds.data.loading.mixture import Mixture
+from bico_ds.data.loading.packing import build_pack_plan, pack_histogram
+from bico_ds.data.loading.plan_cache import cached_plan
+from bico_ds.data.loading.rows import cut, longest_row
+from tests.data.stores import BOS, write_store
 
 CAPACITY = 32
 lengths_st = st.lists(st.integers(1, CAPACITY), min_size=1, max_size=120).map(np.array)
@@ -215,7 +215,7 @@ def test_ranks_and_the_rounds_they_run_together_have_like_attention_cost():
 
 
 def test_a_big_plan_is_built_once_then_mapped_and_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr("bico_ds.data.plan_cache._BIG", 100)
+    monkeypatch.setattr("bico_ds.data.loading.plan_cache._BIG", 100)
     lengths = np.random.default_rng(0).integers(1, CAPACITY, 500)
     plain = build_pack_plan(lengths, capacity=CAPACITY, seed=1)
     built = []

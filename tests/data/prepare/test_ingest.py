@@ -25,13 +25,14 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from bico_ds.config.errors import UserError
-from bico_ds.data.examples import IngestOptions
-from bico_ds.data.ingest import IngestFailure, ingest
-from bico_ds.data.report import IngestReport
-from bico_ds.data.sources import find_files, hub_shards, plan_shards
+from bico_ds.common.errors import UserError
+from bico_ds.data.prepare.examples import IngestOptions
+from bico_ds.data.prepare.ingest import IngestFailure, ingest
+from bico_ds.data.prepare.report import IngestReport
+from bico_ds.data.prepare.sources import find_files, hub_shards, plan_shards
 from bico_ds.data.store import TokenStore
 from bico_ds.data.tokenizer import load_tokenizer
+from tests import ROOT
 
 TEXTS = [f"Number {i}: naïve café 北京 🙂, \t'quoted' {'word ' * (i % 17)}end." for i in range(60)]
 
@@ -117,7 +118,7 @@ def test_a_slice_of_a_hub_split_gives_the_rows_that_it_names(
     tmp_path: Path, bpe_tokenizer: str, monkeypatch: pytest.MonkeyPatch, split: str, want: list[str]
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr("bico_ds.data.sources._ROWS_A_SHARD", 8)
+    monkeypatch.setattr("bico_ds.data.prepare.sources._ROWS_A_SHARD", 8)
     (tmp_path / "set").mkdir()
     _write_jsonl(tmp_path / "set" / "train.jsonl", [{"text": t} for t in TEXTS])
     _write_jsonl(tmp_path / "set" / "test.jsonl", [{"text": "a test"}])
@@ -377,9 +378,9 @@ def test_a_full_disk_says_so_and_leaves_no_store(tmp_path: Path, bpe_tokenizer: 
 _DRIVER = """
 import sys
 from pathlib import Path
-from bico_ds.data.examples import IngestOptions
-from bico_ds.data.ingest import ingest
-from bico_ds.data.sources import plan_shards
+from bico_ds.data.prepare.examples import IngestOptions
+from bico_ds.data.prepare.ingest import ingest
+from bico_ds.data.prepare.sources import plan_shards
 
 if __name__ == "__main__":
     file, tokenizer, output = sys.argv[1:]
@@ -458,7 +459,7 @@ def test_killed_at_random_moments_the_next_run_gives_the_same_bytes(
     _ingest(file, bpe_tokenizer, tmp_path / "want", held_out=0.1)
     driver, output = tmp_path / "driver.py", tmp_path / "s"
     driver.write_text(_DRIVER)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(driver), str(file), bpe_tokenizer, str(output)]
 
     def parts() -> int:

@@ -11,13 +11,12 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from bico_ds.config.errors import UserError
-from bico_ds.evaluation.arms import load_arms
-from bico_ds.evaluation.compare import compare_runs
-from bico_ds.evaluation.paired import paired_differences
-from bico_ds.evaluation.suite import EvaluationResult, TaskResult
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from bico_ds.common.errors import UserError
+from bico_ds.evaluation.report.compare import compare_runs
+from bico_ds.evaluation.report.paired import paired_differences
+from bico_ds.evaluation.report.runs import load_arms
+from bico_ds.evaluation.results import EvaluationResult, TaskResult
+from tests import ROOT
 
 
 def _run(folder: Path, scores: list[tuple[int, float]]) -> Path:
@@ -171,7 +170,7 @@ def test_the_command_writes_table_figures_and_picture(tmp_path):
         _run(tmp_path / name, [(100, 0.1), (200, final)]) for name, final in (("ntp", 0.0), ("bico", 0.9))
     ]
     command = [sys.executable, "tools/compare.py", *map(str, runs), "--output", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "n2d_reverse" in done.stdout
     assert "0.900" in done.stdout
@@ -185,8 +184,6 @@ def test_the_command_writes_table_figures_and_picture(tmp_path):
     ]
     for picture in ("scores.png", "curves.png"):
         assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
-    refused = subprocess.run(
-        [*command[:2], "nowhere"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
-    )
+    refused = subprocess.run([*command[:2], "nowhere"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: nowhere: no such run")

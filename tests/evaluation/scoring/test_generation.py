@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 
-from bico_ds.config.errors import UserError
-from bico_ds.evaluation.generation import check_lengths, encode_prompts, generate_greedy
-from bico_ds.evaluation.place import Place, shared_batches
+from bico_ds.common.errors import UserError
+from bico_ds.evaluation.scoring.generation import check_lengths, encode_prompts, generate_greedy
+from bico_ds.evaluation.scoring.place import Place, shared_batches
 
 
 @pytest.fixture

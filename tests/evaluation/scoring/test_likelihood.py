@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from bico_ds.config.errors import UserError
-from bico_ds.evaluation.likelihood import Scored, encode_answers, log_probabilities, text_perplexity
-from bico_ds.evaluation.place import Place
+from bico_ds.common.errors import UserError
+from bico_ds.evaluation.scoring.likelihood import Scored, encode_answers, log_probabilities, text_perplexity
+from bico_ds.evaluation.scoring.place import Place
 
 
 def _by_hand(model, ids: list[int], answer_tokens: int) -> float:

@@ -5,7 +5,7 @@ import random
 import pytest
 from sacrebleu.metrics.bleu import BLEU
 
-from bico_ds.evaluation.metrics import (
+from bico_ds.evaluation.scoring.metrics import (
     bleu,
     char_bleu,
     contains,
@@ -15,7 +15,7 @@ from bico_ds.evaluation.metrics import (
     score_rows,
     wrong_answers,
 )
-from bico_ds.evaluation.tasks import Example, Task
+from bico_ds.evaluation.tasks.task import Example, Task
 
 
 def _task(answers: list[str], groups: list[str], kind="description") -> Task:

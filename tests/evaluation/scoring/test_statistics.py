@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from bico_ds.evaluation.choice import choice_statistics
-from bico_ds.evaluation.statistics import clustered_interval, group_means
-from bico_ds.evaluation.tables import choice_tables
+from bico_ds.evaluation.report.tables import choice_tables
+from bico_ds.evaluation.scoring.choice import choice_statistics
+from bico_ds.evaluation.scoring.statistics import clustered_interval, group_means
 
 
 @pytest.fixture

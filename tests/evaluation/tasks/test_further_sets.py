@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from bico_ds.config.errors import UserError
-from bico_ds.evaluation.further_sets import read_couplets, read_pairs, read_parents
-from bico_ds.evaluation.metrics import score_rows, wrong_answers
+from bico_ds.common.errors import UserError
+from bico_ds.evaluation.scoring.metrics import score_rows, wrong_answers
 from bico_ds.evaluation.suite import score_task
+from bico_ds.evaluation.tasks.further_sets import read_couplets, read_pairs, read_parents
 
 
 def test_every_child_of_a_parent_is_right(tmp_path):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bico_ds.config.errors import UserError
-from bico_ds.evaluation.tasks import TASK_NAMES, Example, limit_rows, load_tasks
+from bico_ds.common.errors import UserError
+from bico_ds.evaluation.tasks.task import TASK_NAMES, Example, limit_rows, load_tasks
 
 PUBLISHED = Path(os.environ.get("BICO_DS_DATA", "")) / "name_description"
 

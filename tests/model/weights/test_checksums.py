@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bico_ds.model.checksums import slice_checksum
+from bico_ds.model.weights.checksums import slice_checksum
 
 
 def by_formula(flat: torch.Tensor) -> int:

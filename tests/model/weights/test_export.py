@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.config.schema import ModelSpec
 from bico_ds.model.build import TrainableModel, build_model
-from bico_ds.model.export import export_model
+from bico_ds.model.weights.export import export_model
 
 
 def tiny_model(*, tied: bool = True, dtype: str = "bf16", model_type: str = "llama") -> TrainableModel:
@@ -82,7 +82,7 @@ def test_a_failed_export_leaves_nothing_and_keeps_what_was_there(tmp_path: Path,
     def disk_full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bico_ds.model.shards.save_file", disk_full)
+    monkeypatch.setattr("bico_ds.model.weights.shards.save_file", disk_full)
     with pytest.raises(OSError, match="No space left"):
         export_model(tiny_model(tied=False), None, folder, overwrite=True)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == old

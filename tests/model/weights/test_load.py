@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_llama import ARCHITECTURE, save_llama
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from bico_ds.config.errors import UserError
+from bico_ds.common.errors import UserError
 from bico_ds.config.schema import ModelSpec
 from bico_ds.model.architecture import check_vocabulary, model_config, parameter_count
 from bico_ds.model.build import build_model
+from tests.model.tiny_llama import ARCHITECTURE, save_llama
 
 
 def load(folder: Path, dtype: str = "bf16", **spec: object):
@@ -100,7 +100,7 @@ def test_a_changed_tied_head_in_the_file_is_not_ignored(tmp_path: Path) -> None:
 
 def test_wrongly_read_weights_do_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_llama(tmp_path)
-    from bico_ds.model.load import SafetensorsFolder
+    from bico_ds.model.weights.load import SafetensorsFolder
 
     read = SafetensorsFolder.read
     swapped = lambda *args: read(*args).flip(0) if args[1].endswith("up_proj.weight") else read(*args)  # noqa: E731

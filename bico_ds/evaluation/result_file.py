@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bico_ds.config.errors import UserError
-from bico_ds.evaluation.place import Place, gather_parts
+from bico_ds.common.errors import UserError
+from bico_ds.evaluation.scoring.place import Place, gather_parts
 
 Compute = Callable[[], "dict[str, Any] | None"]
 
@@ -26,7 +26,7 @@ class Part:
     compute: Compute
 
 
-class Report:
+class ResultFile:
     """The JSON file at `path`: {"model", "weights", "identities", "tasks", "choice", "retention", "retention_before"}, the
     last four where they were asked for.
 

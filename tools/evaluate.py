@@ -1,0 +1,13 @@
+#!/usr/bin/env python
+"""`evaluate` from a checkout: the command is bico_ds/commands/evaluate.py."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bico_ds.commands.evaluate import main
+from bico_ds.runtime.process_end import end_process
+
+if __name__ == "__main__":
+    end_process(main())

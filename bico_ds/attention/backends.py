@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from bico_ds.attention.backend import Engine
+from bico_ds.attention.backend import Backend
 from bico_ds.attention.fused import fused_refusal
 from bico_ds.attention.kernels.aten_cuda import AtenCuda
 from bico_ds.attention.kernels.base import CausalKernel
@@ -33,8 +33,8 @@ AUTO_ORDER = ("flash-attn", "aten-cuda", "cpu-flash")
 
 
 @functools.cache
-def resolve(backend: str, dtype: torch.dtype, head_dim: int, device: torch.device) -> Engine | None:
-    """The engine that serves such inputs; None for the oracle. Decides once per combination; of `auto` it logs the choice.
+def resolve(backend: str, dtype: torch.dtype, head_dim: int, device: torch.device) -> Backend | None:
+    """The backend that serves such inputs; None for the oracle. Decides once per combination; of `auto` it logs the choice.
 
     Raises ValueError for an unknown backend, and for one that cannot serve them, with the reason and what
     would.
@@ -55,10 +55,12 @@ def resolve(backend: str, dtype: torch.dtype, head_dim: int, device: torch.devic
             else "'auto' would use dense tiles (slow on long documents)"
         )
         raise ValueError(f"attention backend {backend!r} {refusals[backend]}; {instead}")
-    return Engine(kernel=KERNELS[backend], policy=_policy(KERNELS[backend], dtype, head_dim, device)[0])
+    return Backend(kernel=KERNELS[backend], policy=_policy(KERNELS[backend], dtype, head_dim, device)[0])
 
 
-def _auto(refusals: dict[str, str | None], dtype: torch.dtype, head_dim: int, device: torch.device) -> Engine:
+def _auto(
+    refusals: dict[str, str | None], dtype: torch.dtype, head_dim: int, device: torch.device
+) -> Backend:
     """The first of `AUTO_ORDER` that can run, else tiles alone (fp32 on CUDA, old GPUs); logs which, and what was passed
     over and why."""
     passed_over: list[str] = []
@@ -70,9 +72,9 @@ def _auto(refusals: dict[str, str | None], dtype: torch.dtype, head_dim: int, de
         reason = note if device.type == "cpu" else "; ".join(passed_over) or "the fastest installed"
         inputs = f"{device}, {str(dtype).removeprefix('torch.')}, head dimension {head_dim}"
         logger.info("attention backend: %s for %s (%s)", name, inputs, reason)
-        return Engine(kernel=KERNELS[name], policy=policy)
+        return Backend(kernel=KERNELS[name], policy=policy)
     logger.warning("attention backend: dense tiles, slow on long documents: %s", "; ".join(passed_over))
-    return Engine(kernel=KERNELS[AUTO_ORDER[0]], policy=TILES_POLICY)
+    return Backend(kernel=KERNELS[AUTO_ORDER[0]], policy=TILES_POLICY)
 
 
 def _policy(

@@ -101,7 +101,7 @@ class Layout:
         if self.policy != policy:
             raise ValueError(
                 f"the layout was built by {self.policy}, but this attention backend needs {policy}: "
-                "build it by the policy of the engine that `resolve` returns"
+                "build it by the policy of the backend that `resolve` returns"
             )
         if self.outline != plan.outline:
             raise ValueError(f"the layout was built for another batch: {self.outline}, not {plan.outline}")

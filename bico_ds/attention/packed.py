@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from bico_ds.attention.backend import Engine
+from bico_ds.attention.backend import Backend
 from bico_ds.attention.backends import resolve
 from bico_ds.attention.inputs import AttentionInputs, AttentionResults
 from bico_ds.attention.layout import Layout, build_layout
@@ -33,7 +33,7 @@ def packed_attention(
     q [T, Hq, Dh], k and v [T, Hkv, Dh], un-rotated; cos, sin [T, Dh] as Hugging Face's rotary embedding gives
     them (halves duplicated, rotate_half convention). T = plan.num_rows. Returns out [T, Hq, Dh].
 
-    ``layout``: what `build_layout` made of the plan by the policy of the backend's engine, on q's device; the
+    ``layout``: what `build_layout` made of the plan by the backend's policy, on q's device; the
     oracle needs none. Without one it is built for this call, on the CPU, where the plan is copied to: slow, for
     tests and single calls.
 
@@ -42,10 +42,10 @@ def packed_attention(
     """
     _check_shapes(q, k, v, cos, sin, plan)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    engine = resolve(backend, q.dtype, q.shape[-1], q.device)
-    if engine is None:
+    resolved = resolve(backend, q.dtype, q.shape[-1], q.device)
+    if resolved is None:
         return oracle_attention(q, k, v, cos, sin, plan, scale)
-    return run_packed_attention(q, k, v, cos, sin, plan, scale=scale, engine=engine, layout=layout)
+    return run_packed_attention(q, k, v, cos, sin, plan, scale=scale, backend=resolved, layout=layout)
 
 
 def run_packed_attention(
@@ -57,14 +57,14 @@ def run_packed_attention(
     plan: AttentionPlan,
     *,
     scale: float,
-    engine: Engine,
+    backend: Backend,
     layout: Layout | None = None,
 ) -> Tensor:
-    """`packed_attention` with a given engine, its shapes and dtypes unchecked."""
+    """`packed_attention` with a given backend, its shapes and dtypes unchecked."""
     if layout is None:
-        layout = build_layout(plan.to("cpu"), engine.policy).to(q.device).with_masks(q.dtype)
-    layout.check(plan, engine.policy)
-    return _PackedAttention.apply(q, k, v, cos.to(q.dtype), sin.to(q.dtype), scale, engine, layout)
+        layout = build_layout(plan.to("cpu"), backend.policy).to(q.device).with_masks(q.dtype)
+    layout.check(plan, backend.policy)
+    return _PackedAttention.apply(q, k, v, cos.to(q.dtype), sin.to(q.dtype), scale, backend, layout)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan) -> None:
@@ -98,22 +98,22 @@ class _PackedAttention(Function):
         cos: Tensor,
         sin: Tensor,
         scale: float,
-        engine: Engine,
+        backend: Backend,
         layout: Layout,
     ) -> Tensor:
         causal = layout.outline.mode == "causal"
         inputs = AttentionInputs(q=q, k=k, v=v, cos=cos, sin=sin, scale=scale, causal=causal)
-        results = engine.forward(inputs, layout)
+        results = backend.forward(inputs, layout)
         out = results.out[: layout.outline.num_rows]
         ctx.save_for_backward(q, k, v, cos, sin, out, results.lse)
-        ctx.settings = scale, causal, engine, layout
+        ctx.settings = scale, causal, backend, layout
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, cos, sin, out, lse = ctx.saved_tensors
-        scale, causal, engine, layout = ctx.settings
+        scale, causal, backend, layout = ctx.settings
         inputs = AttentionInputs(q=q, k=k, v=v, cos=cos, sin=sin, scale=scale, causal=causal)
-        grads = engine.backward(inputs, layout, AttentionResults(out=out, lse=lse), grad_out)
+        grads = backend.backward(inputs, layout, AttentionResults(out=out, lse=lse), grad_out)
         return *grads, None, None, None, None, None

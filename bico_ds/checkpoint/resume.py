@@ -20,7 +20,7 @@ from bico_ds.optim.schedule import follow_recipe
 from bico_ds.runtime.run_folder import RunFolder
 
 # What DeepSpeed's own checkpoint is bound to; any other value goes through the universal format.
-Layout = dict[str, Any]
+StateLayout = dict[str, Any]
 
 # A checkpoint of another model cannot be loaded at all.
 _SAME_MODEL = ("model.config", "model.lora")
@@ -43,7 +43,7 @@ class Resumption:
     )
 
 
-def layout_of(recipe: Recipe, ds_config: dict[str, Any], world_size: int) -> Layout:
+def state_layout(recipe: Recipe, ds_config: dict[str, Any], world_size: int) -> StateLayout:
     """How the ranks divide the state among them."""
     zero = ds_config["zero_optimization"]
     return {
@@ -56,7 +56,7 @@ def layout_of(recipe: Recipe, ds_config: dict[str, Any], world_size: int) -> Lay
     }
 
 
-def choose(folder: RunFolder, option: str, recipe: Recipe, layout: Layout) -> Resumption | None:
+def choose(folder: RunFolder, option: str, recipe: Recipe, layout: StateLayout) -> Resumption | None:
     """Rank 0, before the process group starts: find, verify, and convert where the layout is another.
 
     `option` is `auto`, `none`, or the path of a checkpoint or of a run folder. None: start from the beginning.
@@ -118,7 +118,7 @@ def restore(engine: Engine, resumption: Resumption, recipe: Recipe) -> None:
         follow_recipe(engine.optimizer.optimizer, engine.lr_scheduler, recipe.optimizer)
 
 
-def saved_facts(engine: Engine, recipe: Recipe, layout: Layout) -> dict[str, Any]:
+def manifest_header(engine: Engine, recipe: Recipe, layout: StateLayout) -> dict[str, Any]:
     """What all manifests of this run say alike. Collective."""
     base = base_fingerprint(engine.module) if recipe.model.lora is not None else None
     return {"layout": layout, "recipe": recipe.model_dump(mode="json"), "base": base}

@@ -120,8 +120,8 @@ def request_of(options: argparse.Namespace) -> Any:
 
 
 def default_output(model: FolderOrHub) -> Path:
-    place = Path(model).resolve()
-    name = place.parent.name if place.name == "export" else place.name
+    share = Path(model).resolve()
+    name = share.parent.name if share.name == "export" else share.name
     return Path("runs/evaluation") / f"{name}.json"
 
 
@@ -132,23 +132,23 @@ def evaluate_model(options: argparse.Namespace, stop: StopFlag) -> bool:
 
     from bico_ds.evaluation.report.tables import console_for_tables
     from bico_ds.evaluation.request import run_request
-    from bico_ds.evaluation.scoring.place import Place
+    from bico_ds.evaluation.scoring.share import PromptShare
 
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    place = Place(
+    share = PromptShare(
         rank=int(os.environ.get("RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
         device=device,
         batch_size=options.batch_size,
         should_stop=lambda: bool(stop),
     )
-    if place.world_size > 1:
+    if share.world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        return run_request(request_of(options), place, console_for_tables())
+        return run_request(request_of(options), share, console_for_tables())
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -24,7 +24,7 @@ KeyPath = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
-class Place:
+class Origin:
     """Where a value was written."""
 
     file: str
@@ -39,7 +39,7 @@ class _Tree:
     """A plain tree of values, and where each key was written."""
 
     values: dict[str, Any]
-    places: dict[KeyPath, Place]
+    origins: dict[KeyPath, Origin]
 
 
 class _Loader(yaml.SafeLoader):
@@ -76,7 +76,7 @@ def recorded_recipe(values: dict[str, Any], file: Path, *, objectives: bool = Tr
     """
     if not objectives:
         values = {**values, "objectives": [{"kind": "ntp"}]}
-    return _validated(_Tree(values, {(): Place(str(file), 0)}))
+    return _validated(_Tree(values, {(): Origin(str(file), 0)}))
 
 
 def find_recipe(name_or_path: str, *, beside: Path | None = None) -> Path:
@@ -116,9 +116,9 @@ def _import_modules(tree: _Tree) -> None:
     for index, name in enumerate(names if isinstance(names, list) else ()):
         if isinstance(name, str) and name:
             key = ("imports", index)
-            place = _place_of(key, tree.places)
-            folder = Path(place.file).parent if place is not None and place.line else None
-            import_module(WrittenPath(name, where=_where(key, tree.places)), recipe_folder=folder)
+            origin = _place_of(key, tree.origins)
+            folder = Path(origin.file).parent if origin is not None and origin.line else None
+            import_module(WrittenPath(name, where=_where(key, tree.origins)), recipe_folder=folder)
 
 
 def _validated(tree: _Tree) -> Recipe:
@@ -126,27 +126,27 @@ def _validated(tree: _Tree) -> Recipe:
         recipe = Recipe.model_validate(tree.values)
     except ValidationError as error:
         raise UserError(_explain(error, tree)) from None
-    return _with_places(recipe, (), tree.places)
+    return _with_origins(recipe, (), tree.origins)
 
 
-def _with_places(value: Any, key: KeyPath, places: dict[KeyPath, Place]) -> Any:
+def _with_origins(value: Any, key: KeyPath, origins: dict[KeyPath, Origin]) -> Any:
     """The same recipe; its paths know where they were written, for the errors of those who will use them."""
     if isinstance(value, WrittenPath):
-        return replace(value, where=_where(key, places))
+        return replace(value, where=_where(key, origins))
     if isinstance(value, BaseModel):
         fields = {name: getattr(value, name) for name in type(value).model_fields}
-        return value.model_copy(update=_with_places(fields, key, places))
+        return value.model_copy(update=_with_origins(fields, key, origins))
     if isinstance(value, dict):
-        return {name: _with_places(inner, (*key, name), places) for name, inner in value.items()}
+        return {name: _with_origins(inner, (*key, name), origins) for name, inner in value.items()}
     if isinstance(value, list):
-        return [_with_places(inner, (*key, index), places) for index, inner in enumerate(value)]
+        return [_with_origins(inner, (*key, index), origins) for index, inner in enumerate(value)]
     return value
 
 
-def _where(key: KeyPath, places: dict[KeyPath, Place]) -> str:
+def _where(key: KeyPath, origins: dict[KeyPath, Origin]) -> str:
     """``FILE:LINE: key``."""
-    place, dotted = _place_of(key, places), _dotted(key) or "recipe"
-    return f"{place}: {dotted}" if place else dotted
+    origin, dotted = _place_of(key, origins), _dotted(key) or "recipe"
+    return f"{origin}: {dotted}" if origin else dotted
 
 
 def _load_file(path: Path, *, seen: tuple[Path, ...]) -> _Tree:
@@ -158,12 +158,12 @@ def _load_file(path: Path, *, seen: tuple[Path, ...]) -> _Tree:
     if base_name is None:
         return tree
     if not isinstance(base_name, str):
-        raise UserError(f"{tree.places[('extends',)]}: 'extends' must be one recipe's name or path")
-    base = LocalPath(base_name, where=_where(("extends",), tree.places)).expanded()
+        raise UserError(f"{tree.origins[('extends',)]}: 'extends' must be one recipe's name or path")
+    base = LocalPath(base_name, where=_where(("extends",), tree.origins)).expanded()
     try:
         base_path = find_recipe(base, beside=path.parent)
     except UserError as error:
-        raise UserError(f"{tree.places[('extends',)]}: extends: {error}") from None
+        raise UserError(f"{tree.origins[('extends',)]}: extends: {error}") from None
     return _merge(_load_file(base_path, seen=(*seen, path.resolve())), tree)
 
 
@@ -176,37 +176,37 @@ def _parse(path: Path) -> _Tree:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = Place(str(path), mark.line + 1 if mark else 0)
-        raise UserError(f"{place}: not valid YAML: {error.problem or error.context}") from None
-    places: dict[KeyPath, Place] = {}
+        origin = Origin(str(path), mark.line + 1 if mark else 0)
+        raise UserError(f"{origin}: not valid YAML: {error.problem or error.context}") from None
+    origins: dict[KeyPath, Origin] = {}
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{path}: a recipe is a mapping of keys, see recipes/tiny_bico.yaml")
-    return _Tree(_construct(loader, node, (), str(path), places), places)
+    return _Tree(_construct(loader, node, (), str(path), origins), origins)
 
 
 def _construct(
-    loader: _Loader, node: yaml.Node, key: KeyPath, file: str, places: dict[KeyPath, Place]
+    loader: _Loader, node: yaml.Node, key: KeyPath, file: str, origins: dict[KeyPath, Origin]
 ) -> Any:
-    places.setdefault(key, Place(file, node.start_mark.line + 1))
+    origins.setdefault(key, Origin(file, node.start_mark.line + 1))
     if isinstance(node, yaml.MappingNode):
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
             name, line = str(loader.construct_object(key_node)), key_node.start_mark.line + 1
             if name in values:
-                raise UserError(f"{Place(file, line)}: key '{_dotted((*key, name))}' is given twice")
-            places[(*key, name)] = Place(file, line)
-            values[name] = _construct(loader, value_node, (*key, name), file, places)
+                raise UserError(f"{Origin(file, line)}: key '{_dotted((*key, name))}' is given twice")
+            origins[(*key, name)] = Origin(file, line)
+            values[name] = _construct(loader, value_node, (*key, name), file, origins)
         return values
     if isinstance(node, yaml.SequenceNode):
-        return [_construct(loader, item, (*key, i), file, places) for i, item in enumerate(node.value)]
+        return [_construct(loader, item, (*key, i), file, origins) for i, item in enumerate(node.value)]
     return loader.construct_object(node)
 
 
 def _merge(base: _Tree, top: _Tree) -> _Tree:
     """Mappings merge key by key; lists and scalars of `top` replace those of `base`."""
     values = merge_mappings(base.values, top.values)
-    places = {key: place for key, place in base.places.items() if not _replaced(key, top.values)}
-    return _Tree(values, places | top.places)
+    origins = {key: origin for key, origin in base.origins.items() if not _replaced(key, top.values)}
+    return _Tree(values, origins | top.origins)
 
 
 def merge_mappings(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -241,8 +241,8 @@ def _apply_override(tree: _Tree, override: str) -> None:
     for depth, part in enumerate(keys[:-1]):
         node = _child(node, part, keys[: depth + 1])
     _child(node, keys[-1], keys, value=value)
-    tree.places = {key: place for key, place in tree.places.items() if key[: len(keys)] != keys}
-    tree.places[keys] = Place(f"--set {override}", 0)
+    tree.origins = {key: origin for key, origin in tree.origins.items() if key[: len(keys)] != keys}
+    tree.origins[keys] = Origin(f"--set {override}", 0)
 
 
 _MISSING = object()
@@ -267,16 +267,16 @@ def _explain(error: ValidationError, tree: _Tree) -> str:
     lines: dict[str, str] = {}
     for problem in error.errors():
         key = _real_path(problem["loc"], tree.values)
-        message, where = _message(problem, key, tree.values), _where(key, tree.places)
+        message, where = _message(problem, key, tree.values), _where(key, tree.origins)
         lines[where] = f"{lines[where]}, or: {message}" if where in lines else f"{where}: {message}"
     return "\n".join(lines.values())
 
 
-def _place_of(key: KeyPath, places: dict[KeyPath, Place]) -> Place | None:
+def _place_of(key: KeyPath, origins: dict[KeyPath, Origin]) -> Origin | None:
     """The line of the key itself, of something below it (a section that an override made), or of what holds it."""
-    below = next((place for other, place in places.items() if key and other[: len(key)] == key), None)
-    around = (places[key[:n]] for n in range(len(key) - 1, -1, -1) if key[:n] in places)
-    return places.get(key) or below or next(around, None)
+    below = next((origin for other, origin in origins.items() if key and other[: len(key)] == key), None)
+    around = (origins[key[:n]] for n in range(len(key) - 1, -1, -1) if key[:n] in origins)
+    return origins.get(key) or below or next(around, None)
 
 
 def _real_path(loc: tuple[str | int, ...], values: Any) -> KeyPath:

@@ -39,7 +39,7 @@ _COLUMNS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest:
+class StoreManifest:
     """What a store says of itself."""
 
     format_version: int
@@ -81,7 +81,7 @@ class StoreHeader:
 class TokenStore:
     """A finished store, read through memory maps. A copy sent to another process maps the files anew."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: StoreManifest) -> None:
         self.path, self.manifest = path, manifest
         self._open_maps()
 
@@ -286,7 +286,7 @@ class TokenStoreWriter:
         """Return the path of a further file that moves along into the store; not part of its fingerprint."""
         return self._folder / name
 
-    def finish(self) -> Manifest:
+    def finish(self) -> StoreManifest:
         """Flush everything to disk, write the manifest last, rename. Returns the manifest.
 
         Raises `UserError` where something has appeared at `path` meanwhile, without ``overwrite``.
@@ -295,7 +295,7 @@ class TokenStoreWriter:
         for file in self._files.values():
             file.sync()
             file.close()
-        manifest = Manifest(
+        manifest = StoreManifest(
             format_version=FORMAT_VERSION,
             documents=self._documents,
             tokens=self._tokens,
@@ -416,7 +416,7 @@ def restore_replaced(path: Path) -> None:
             os.replace(old, path)
 
 
-def _read_manifest(place: Path) -> Manifest:
+def _read_manifest(place: Path) -> StoreManifest:
     file = place / MANIFEST
     if not place.is_dir():
         raise UserError(f"no token store at '{place}': make one with tools/prepare_data.py")
@@ -429,9 +429,9 @@ def _read_manifest(place: Path) -> Manifest:
         raise UserError(f"'{file}' is damaged ({error}): {_AGAIN}") from error
     if version != FORMAT_VERSION:
         raise UserError(f"token store '{place}' has format {version}, not {FORMAT_VERSION}: {_AGAIN}")
-    if missing := {field.name for field in fields(Manifest)} ^ set(content):
+    if missing := {field.name for field in fields(StoreManifest)} ^ set(content):
         raise UserError(f"'{file}' is damaged (fields {sorted(missing)}): {_AGAIN}")
-    return Manifest(**{**content, "special_ids": tuple(content["special_ids"])})
+    return StoreManifest(**{**content, "special_ids": tuple(content["special_ids"])})
 
 
 def _check_size(file: Path, size: int) -> None:

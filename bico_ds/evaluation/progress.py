@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bico_ds.evaluation.result_file import Part
-from bico_ds.evaluation.scoring.place import Place
+from bico_ds.evaluation.scoring.share import PromptShare
 
 _PLAIN_SECONDS = 10.0  # between two plain lines
 
@@ -17,10 +17,10 @@ _PLAIN_SECONDS = 10.0  # between two plain lines
 class PromptProgress:
     """Counts this rank's prompts; all ranks have as many, but for one."""
 
-    def __init__(self, console: Console, place: Place) -> None:
-        self._console, self._place = console, place
+    def __init__(self, console: Console, share: PromptShare) -> None:
+        self._console, self._share = console, share
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=console, disable=not (place.is_first and console.is_terminal))
+        self._bar = Progress(*columns, console=console, disable=not (share.is_first and console.is_terminal))
         self._name, self._done, self._total, self._last_line = "", 0, 0, 0.0
 
     def __enter__(self) -> Self:
@@ -32,7 +32,7 @@ class PromptProgress:
 
     def begin(self, part: Part) -> None:
         self._name, self._done = f"{part.section} {part.name}", 0
-        self._total = -(-part.size // self._place.world_size)
+        self._total = -(-part.size // self._share.world_size)
         self._task = self._bar.add_task(self._name, total=self._total or None)
         self._last_line = time.monotonic()
         self._say(f"{self._name} …")
@@ -45,5 +45,5 @@ class PromptProgress:
             self._say(f"{self._name}  {self._done}/{self._total}")
 
     def _say(self, line: str) -> None:
-        if self._place.is_first and not self._console.is_terminal:
+        if self._share.is_first and not self._console.is_terminal:
             self._console.print(line, highlight=False)

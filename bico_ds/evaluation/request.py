@@ -21,7 +21,7 @@ from bico_ds.evaluation.result_file import Part, ResultFile
 from bico_ds.evaluation.results import EvaluationResult
 from bico_ds.evaluation.scoring.choice import choice_test, encode_candidates
 from bico_ds.evaluation.scoring.likelihood import encode_windows, text_perplexity
-from bico_ds.evaluation.scoring.place import Place
+from bico_ds.evaluation.scoring.share import PromptShare
 from bico_ds.evaluation.suite import Asking, evaluate, prepare_task
 from bico_ds.evaluation.tasks.further_sets import READERS
 from bico_ds.evaluation.tasks.task import Task, load_tasks
@@ -57,7 +57,7 @@ class Request:
         return Asking(max_new_tokens=self.max_new_tokens, cut_to_answers=False, add_bos=self.add_bos)
 
 
-def run_request(request: Request, place: Place, console: Console) -> bool:
+def run_request(request: Request, share: PromptShare, console: Console) -> bool:
     """Compute what is missing in the report, and show on the first rank what was asked for. False where it was
     stopped before the end.
 
@@ -70,21 +70,21 @@ def run_request(request: Request, place: Place, console: Console) -> bool:
     window = _check_inputs(request, tasks, texts)
     load = lru_cache(maxsize=1)(  # one model in memory at a time
         lambda path, option: load_for_evaluation(
-            path, option=option, dtype=request.dtype, device=place.device
+            path, option=option, dtype=request.dtype, device=share.device
         )
     )
     weights = weights_stamp(request.model)
     report = ResultFile(
-        request.output, model=str(request.model), weights=f"{weights} {request.dtype}", place=place
+        request.output, model=str(request.model), weights=f"{weights} {request.dtype}", share=share
     )
-    with PromptProgress(console, place) as progress:
-        counted = replace(place, on_batch=progress.advance)
+    with PromptProgress(console, share) as progress:
+        counted = replace(share, on_batch=progress.advance)
         parts = [
-            *_retention_parts(request, place, texts, window, load),
+            *_retention_parts(request, share, texts, window, load),
             *(part for task in tasks for part in _task_parts(request, counted, task, load)),
         ]
         finished = report.run(parts, progress.begin)
-    if place.is_first:
+    if share.is_first:
         show_results(report.results(parts), report.values.get("retention_before", {}), console)
         console.print(f"written: {request.output}", soft_wrap=True, highlight=False)
     return finished
@@ -126,18 +126,18 @@ def _check_inputs(request: Request, tasks: Sequence[Task], texts: Mapping[str, s
 Load = Callable[[FolderOrHub, str], tuple[Any, Any]]
 
 
-def _task_parts(request: Request, place: Place, task: Task, load: Load) -> Iterator[Part]:
+def _task_parts(request: Request, share: PromptShare, task: Task, load: Load) -> Iterator[Part]:
     """Generation with its scores, and with `likelihood` the log-probability test."""
 
     def generate() -> dict[str, Any] | None:
         model, tokenizer = load(request.model, "--model")
-        result = evaluate(model, tokenizer, [task], request.asking, place)
+        result = evaluate(model, tokenizer, [task], request.asking, share)
         return None if result is None else result.to_json()["tasks"][task.name]
 
     def choose() -> dict[str, Any] | None:
         model, tokenizer = load(request.model, "--model")
         return choice_test(
-            model, tokenizer, task, others=request.others, add_bos=request.add_bos, place=place
+            model, tokenizer, task, others=request.others, add_bos=request.add_bos, share=share
         )
 
     identity = _digest(asdict(task), request.max_new_tokens, request.add_bos)
@@ -172,25 +172,25 @@ def _read_text(path: Path) -> str:
 
 
 def _retention_parts(
-    request: Request, place: Place, texts: Mapping[str, str], window: int, load: Load
+    request: Request, share: PromptShare, texts: Mapping[str, str], window: int, load: Load
 ) -> Iterator[Part]:
     """Perplexity of every retention text, under the base model first."""
-    place = replace(place, batch_size=_WINDOWS_PER_BATCH)
+    share = replace(share, batch_size=_WINDOWS_PER_BATCH)
     models = (("retention_before", "--base", request.base), ("retention", "--model", request.model))
     for section, option, path in models:
         if path is None:
             continue
         for name, text in texts.items():
             identity = _digest(weights_stamp(path), text, window, request.add_bos)
-            compute = partial(_perplexity, request, place, text, window, partial(load, path, option))
+            compute = partial(_perplexity, request, share, text, window, partial(load, path, option))
             yield Part(section=section, name=name, identity=identity, size=0, compute=compute)
 
 
 def _perplexity(
-    request: Request, place: Place, text: str, window: int, load: Callable[[], tuple[Any, Any]]
+    request: Request, share: PromptShare, text: str, window: int, load: Callable[[], tuple[Any, Any]]
 ) -> dict[str, Any] | None:
     model, tokenizer = load()
-    result = text_perplexity(model, tokenizer, text, window=window, add_bos=request.add_bos, place=place)
+    result = text_perplexity(model, tokenizer, text, window=window, add_bos=request.add_bos, share=share)
     return None if result is None else asdict(result)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bico_ds.common.errors import UserError
-from bico_ds.evaluation.scoring.place import Place, gather_parts
+from bico_ds.evaluation.scoring.share import PromptShare, gather_parts
 
 Compute = Callable[[], "dict[str, Any] | None"]
 
@@ -34,12 +34,12 @@ class ResultFile:
     on the first where it is no such file, or none can be written.
     """
 
-    def __init__(self, path: Path, *, model: str, weights: str, place: Place) -> None:
+    def __init__(self, path: Path, *, model: str, weights: str, share: PromptShare) -> None:
         self.path = path
-        self._place = place
+        self._share = share
         fresh: dict[str, Any] = {"model": model, "weights": weights, "identities": {}}
         self.values: dict[str, Any] = (
-            gather_parts(self._read() if place.is_first else None, place)[0] or fresh
+            gather_parts(self._read() if share.is_first else None, share)[0] or fresh
         )
         if self.values.get("weights") != weights or "identities" not in self.values:
             raise UserError(
@@ -68,7 +68,7 @@ class ResultFile:
                 return False
             self.values.setdefault(part.section, {})[part.name] = result
             self.values["identities"][f"{part.section}/{part.name}"] = part.identity
-            if self._place.is_first:
+            if self._share.is_first:
                 self._write()
         return True
 

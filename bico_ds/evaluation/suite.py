@@ -11,7 +11,7 @@ from bico_ds.data.tokenizer import Tokenizer
 from bico_ds.evaluation.results import EvaluationResult, TaskResult
 from bico_ds.evaluation.scoring.generation import check_lengths, encode_prompts, generate_greedy
 from bico_ds.evaluation.scoring.metrics import floors, score_rows
-from bico_ds.evaluation.scoring.place import ALONE, Place
+from bico_ds.evaluation.scoring.share import WHOLE_SHARE, PromptShare
 from bico_ds.evaluation.scoring.statistics import clustered_interval
 from bico_ds.evaluation.tasks.task import Task
 
@@ -31,19 +31,23 @@ class Asking:
 
 
 def evaluate(
-    model: PreTrainedModel, tokenizer: Tokenizer, tasks: Sequence[Task], asking: Asking, place: Place = ALONE
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    tasks: Sequence[Task],
+    asking: Asking,
+    share: PromptShare = WHOLE_SHARE,
 ) -> EvaluationResult | None:
-    """Greedy answers of `model` (a Hugging Face causal LM on `place.device`) to all `tasks`, scored; the same
+    """Greedy answers of `model` (a Hugging Face causal LM on `share.device`) to all `tasks`, scored; the same
     result on every rank.
 
-    Returns None when `place.should_stop` was true on any rank. Raises UserError, before any generation, for a
+    Returns None when `share.should_stop` was true on any rank. Raises UserError, before any generation, for a
     prompt that is empty or does not fit the model's context.
     """
     context = getattr(model.config, "max_position_embeddings", None)
     prepared = [prepare_task(tokenizer, task, asking, context=context) for task in tasks]
     results = {}
     for task, (prompts, new_tokens) in zip(tasks, prepared, strict=True):
-        predictions = generate_greedy(model, tokenizer, prompts, max_new_tokens=new_tokens, place=place)
+        predictions = generate_greedy(model, tokenizer, prompts, max_new_tokens=new_tokens, share=share)
         if predictions is None:
             return None
         results[task.name] = score_task(task, predictions, new_tokens=new_tokens)

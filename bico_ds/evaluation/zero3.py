@@ -1,7 +1,7 @@
 """Whole weights for evaluation under ZeRO-3: a plain replica of the model, filled by gathering once.
 
 Evaluating the partitioned model itself gathers every layer's weights again for every token, and needs equal
-numbers of forward passes on all ranks (`Place.synced`). Where a whole copy fits, a replica is
+numbers of forward passes on all ranks (`PromptShare.synced`). Where a whole copy fits, a replica is
 faster and has no hooks of DeepSpeed that could partition a weight in the middle of a generation.
 """
 

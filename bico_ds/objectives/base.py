@@ -28,7 +28,7 @@ class BatchKey:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenFacts:
+class TokenRoles:
     """What an objective must know of the tokens it works on.
 
     `special_ids` (BOS, EOS, padding, …) are never text. `placeholder_id` can stand where there is no token to see:
@@ -75,7 +75,7 @@ class Objective(Protocol):
         ...
 
     @classmethod
-    def of(cls, spec: Any, tokens: TokenFacts, *, name: str, key: str) -> Self:
+    def of(cls, spec: Any, tokens: TokenRoles, *, name: str, key: str) -> Self:
         """Make the objective of a recipe's entry; `key` is where it stands there, ``objectives[0]``, for messages.
 
         Raises `UserError` where spec and tokens do not fit.
@@ -84,7 +84,7 @@ class Objective(Protocol):
 
     def identity(self) -> dict[str, Any]:
         """Return all that the batches depend on besides documents and key, JSON-able: the spec's identity, and what of
-        the `TokenFacts` plays a part. A resume with another identity is refused, unless `data.allow_change` is set."""
+        the `TokenRoles` plays a part. A resume with another identity is refused, unless `data.allow_change` is set."""
         ...
 
     def check(self, store: Store) -> None:

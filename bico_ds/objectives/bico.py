@@ -18,7 +18,7 @@ from bico_ds.batch import PackedBatch
 from bico_ds.common.errors import UserError
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.documents import Documents
-from bico_ds.objectives.base import BatchKey, Store, TokenFacts, require_completions
+from bico_ds.objectives.base import BatchKey, Store, TokenRoles, require_completions
 from bico_ds.objectives.masks import MaskPolicy, TokenGrid
 from bico_ds.objectives.ntp import names
 
@@ -39,7 +39,7 @@ class MaskDenoising:
     key: str = "objectives[0]"
 
     @classmethod
-    def of(cls, spec: BicoSpec, tokens: TokenFacts, *, name: str, key: str) -> MaskDenoising:
+    def of(cls, spec: BicoSpec, tokens: TokenRoles, *, name: str, key: str) -> MaskDenoising:
         """The tokenizer's placeholder stands in where the spec names none."""
         placeholder = spec.placeholder_id if spec.placeholder_id is not None else tokens.placeholder_id
         if placeholder is None:

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from bico_ds.common.errors import UserError
 from bico_ds.config.objectives.base import ObjectiveSpec
 from bico_ds.config.objectives.table import KINDS, objective_names
-from bico_ds.objectives.base import Objective, TokenFacts
+from bico_ds.objectives.base import Objective, TokenRoles
 
 PARTS = ("of", "identity", "check", "expand", "build")  # methods of an `Objective`; `name` may be set by `of`
 
 
-def build_objectives(specs: Sequence[ObjectiveSpec], tokens: TokenFacts) -> list[Objective]:
+def build_objectives(specs: Sequence[ObjectiveSpec], tokens: TokenRoles) -> list[Objective]:
     """Build the objectives, in the recipe's order, with unique names (`bico`, `bico_2`, …).
 
     Raises `UserError` where the table names no class of an objective, or spec and tokens do not fit.

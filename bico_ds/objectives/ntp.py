@@ -13,7 +13,7 @@ from bico_ds.attention.plan import build_plan
 from bico_ds.batch import PackedBatch
 from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.documents import Documents
-from bico_ds.objectives.base import BatchKey, Store, TokenFacts, require_completions
+from bico_ds.objectives.base import BatchKey, Store, TokenRoles, require_completions
 from bico_ds.objectives.masks import TokenGrid
 
 
@@ -29,7 +29,7 @@ class NextTokenPrediction:
     key: str = "objectives[0]"
 
     @classmethod
-    def of(cls, spec: NtpSpec, tokens: TokenFacts, *, name: str, key: str) -> NextTokenPrediction:
+    def of(cls, spec: NtpSpec, tokens: TokenRoles, *, name: str, key: str) -> NextTokenPrediction:
         """No token plays a part of its own."""
         return cls(spec=spec, name=name, key=key)
 

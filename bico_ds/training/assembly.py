@@ -17,7 +17,7 @@ from bico_ds.data.store import TokenStore
 from bico_ds.data.tokenizer import Tokenizer, load_tokenizer, special_ids, tokenizer_hash, vocabulary_size
 from bico_ds.evaluation.scoring.choice import encode_candidates
 from bico_ds.evaluation.tasks.task import Task, load_tasks
-from bico_ds.objectives.base import TokenFacts
+from bico_ds.objectives.base import TokenRoles
 from bico_ds.objectives.build import build_objectives
 from bico_ds.objectives.schedule import ObjectiveSchedule
 
@@ -96,7 +96,7 @@ def gather(recipe: Recipe, *, weights_needed: bool = True) -> RunInputs:
             "data.sources: some texts begin with BOS and some do not; an evaluation cannot ask in both ways. "
             "Give all the same add_bos, or set evaluation.tasks=[]"
         )
-    tokens = _token_facts(recipe, tokenizer)
+    tokens = _token_roles(recipe, tokenizer)
     objectives = build_objectives(recipe.objectives, tokens)
     schedule = ObjectiveSchedule(objectives, [spec.probability for spec in recipe.objectives], recipe.seed)
     inputs = RunInputs(tokenizer, path, stores, tokens.vocabulary, schedule, _tasks(recipe))
@@ -132,9 +132,9 @@ def total_steps(recipe: Recipe, loader: ElasticLoader) -> int:
     return loader.total_steps(recipe.training.epochs)
 
 
-def _token_facts(recipe: Recipe, tokenizer: Tokenizer) -> TokenFacts:
+def _token_roles(recipe: Recipe, tokenizer: Tokenizer) -> TokenRoles:
     candidates = (tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return TokenFacts(
+    return TokenRoles(
         special_ids=tuple(sorted(special_ids(tokenizer))),
         placeholder_id=next((token for token in candidates if token is not None), None),
         vocabulary=_model_vocabulary(recipe) or vocabulary_size(tokenizer),

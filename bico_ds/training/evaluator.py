@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from bico_ds.config.schema import EvaluationSpec
 from bico_ds.evaluation.results import EvaluationResult
 from bico_ds.evaluation.scoring.choice import choice_test
-from bico_ds.evaluation.scoring.place import Place
+from bico_ds.evaluation.scoring.share import PromptShare
 from bico_ds.evaluation.suite import Asking, evaluate
 from bico_ds.evaluation.zero3 import is_partitioned, parameter_count, whole_replica
 from bico_ds.runtime.distributed import Ranks
@@ -63,7 +63,7 @@ class Evaluator:
 
     def _evaluate(self, model: PreTrainedModel, *, synced: bool) -> EvaluationResult | None:
         """Generated answers, and where the recipe asks for it the log-probability test."""
-        place = Place(
+        share = PromptShare(
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             synced=synced,
@@ -74,13 +74,13 @@ class Evaluator:
         )
         tasks, tokenizer, add_bos = self.inputs.tasks, self.inputs.tokenizer, self.inputs.add_bos
         asking = Asking(max_new_tokens=self.spec.max_new_tokens, add_bos=add_bos)
-        result = evaluate(model, tokenizer, tasks, asking, place)
+        result = evaluate(model, tokenizer, tasks, asking, share)
         others = self.spec.likelihood_others
         if result is None or others is None:
             return result
         choice: dict[str, dict[str, Any]] = {}
         for task in tasks:
-            test = choice_test(model, tokenizer, task, others=others, add_bos=add_bos, place=place)
+            test = choice_test(model, tokenizer, task, others=others, add_bos=add_bos, share=share)
             if test is None:
                 return None
             choice[task.name] = test

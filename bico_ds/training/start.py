@@ -17,7 +17,15 @@ import torch.distributed as dist
 from bico_ds.attention.backends import resolve
 from bico_ds.attention.layout import LayoutPolicy
 from bico_ds.checkpoint.checkpointer import Checkpointer
-from bico_ds.checkpoint.resume import Layout, Resumption, choose, layout_of, restore, saved_facts, set_aside
+from bico_ds.checkpoint.resume import (
+    Resumption,
+    StateLayout,
+    choose,
+    manifest_header,
+    restore,
+    set_aside,
+    state_layout,
+)
 from bico_ds.common.errors import UserError
 from bico_ds.config.schema import Recipe
 from bico_ds.data.loading.loader import RankShare
@@ -138,10 +146,10 @@ def check_backend(recipe: Recipe, device: torch.device) -> LayoutPolicy | None:
     config = model_config(recipe.model)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     try:
-        engine = resolve(recipe.model.attention_backend, config.dtype, head_dim, device)
+        backend = resolve(recipe.model.attention_backend, config.dtype, head_dim, device)
     except ValueError as error:
         raise UserError(f"model.attention_backend: {error}") from None
-    return None if engine is None else engine.policy
+    return None if backend is None else backend.policy
 
 
 def _prepare(run: Run, resume: str) -> Resumption | None:
@@ -160,8 +168,8 @@ def _prepare(run: Run, resume: str) -> Resumption | None:
         raise
 
 
-def _layout(run: Run) -> Layout:
-    return layout_of(run.recipe, run.ds_config, run.ranks.world_size)
+def _layout(run: Run) -> StateLayout:
+    return state_layout(run.recipe, run.ds_config, run.ranks.world_size)
 
 
 def _give_up(folder: RunFolder, error: BaseException) -> None:
@@ -237,7 +245,7 @@ def _checkpointer(run: Run, engine: Engine) -> Checkpointer:
         run.folder,
         run.ranks,
         exclude_frozen=run.recipe.model.lora is not None,
-        facts=saved_facts(engine, run.recipe, _layout(run)),
+        facts=manifest_header(engine, run.recipe, _layout(run)),
     )
 
 

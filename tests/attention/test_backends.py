@@ -22,8 +22,8 @@ def test_auto_on_cpu_takes_the_cpu_kernel_and_says_so_once(caplog):
     backends.resolve.cache_clear()
     with caplog.at_level(logging.INFO, logger=backends.__name__):
         for _ in range(3):
-            engine = backends.resolve("auto", torch.float32, 64, CPU)
-    assert engine.kernel.name == "cpu-flash"
+            backend = backends.resolve("auto", torch.float32, 64, CPU)
+    assert backend.kernel.name == "cpu-flash"
     assert len(caplog.records) == 1
     assert "cpu-flash for cpu, float32" in caplog.text
 
@@ -38,8 +38,8 @@ def test_a_backend_that_cannot_run_says_why_and_what_would(name):
 def test_auto_serves_what_no_cuda_kernel_takes_by_tiles_alone_and_warns(caplog):
     backends.resolve.cache_clear()
     with caplog.at_level(logging.WARNING, logger=backends.__name__):
-        engine = backends.resolve("auto", torch.float32, 64, torch.device("cuda"))
-    assert engine.policy.flash_from == math.inf
+        backend = backends.resolve("auto", torch.float32, 64, torch.device("cuda"))
+    assert backend.policy.flash_from == math.inf
     assert "dense tiles" in caplog.text
     assert "takes float16 or bfloat16, not float32" in caplog.text
 

@@ -91,8 +91,8 @@ def test_a_machine_without_a_compiler_is_told_so_and_still_served(monkeypatch, c
     backends.resolve.cache_clear()
     try:
         with caplog.at_level("INFO", logger=backends.__name__):
-            engine = backends.resolve("auto", torch.bfloat16, 64, torch.device("cpu"))
-        assert not engine.policy.fused
+            backend = backends.resolve("auto", torch.bfloat16, 64, torch.device("cpu"))
+        assert not backend.policy.fused
         assert "needs a C++ compiler" in caplog.text
     finally:
         library.native_refusal.cache_clear()

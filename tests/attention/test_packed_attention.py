@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bico_ds.attention import backends
-from bico_ds.attention.backend import Engine
+from bico_ds.attention.backend import Backend
 from bico_ds.attention.kernels.cpu_flash import CpuFlash
 from bico_ds.attention.layout import LayoutPolicy
 from bico_ds.attention.packed import packed_attention, run_packed_attention
@@ -34,9 +34,9 @@ def through(policy_name):
     """The op with the thresholds of a named policy."""
     if policy_name == "fused" and native_refusal():
         pytest.skip(f"the fused kernel {native_refusal()}")
-    engine = Engine(kernel=CpuFlash(), policy=HALF_POLICIES[policy_name])
+    backend = Backend(kernel=CpuFlash(), policy=HALF_POLICIES[policy_name])
     return lambda q, k, v, cos, sin, plan: run_packed_attention(
-        q, k, v, cos, sin, plan, scale=q.shape[-1] ** -0.5, engine=engine
+        q, k, v, cos, sin, plan, scale=q.shape[-1] ** -0.5, backend=backend
     )
 
 
@@ -273,7 +273,7 @@ class NoKeyMask(CpuFlash):
 
 @pytest.mark.parametrize("mask_rate", [0.15, 0.6])
 def test_hidden_keys_weigh_nothing_in_a_kernel_without_key_mask(mask_rate):
-    engine = Engine(kernel=NoKeyMask(), policy=POLICIES["hidden"])
+    backend = Backend(kernel=NoKeyMask(), policy=POLICIES["hidden"])
     problem = make_problem([40, 1, 23, 60], mask_rate=mask_rate, seed=15)
-    found = problem.packed(partial(run_packed_attention, scale=0.25, engine=engine))
+    found = problem.packed(partial(run_packed_attention, scale=0.25, backend=backend))
     assert max(relative_errors(found, problem.dense_rows())) < 1e-12

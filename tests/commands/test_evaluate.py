@@ -19,7 +19,7 @@ from bico_ds.common.errors import UserError
 from bico_ds.evaluation.loading import load_for_evaluation
 from bico_ds.evaluation.request import Request, run_request
 from bico_ds.evaluation.results import load_result
-from bico_ds.evaluation.scoring.place import Place
+from bico_ds.evaluation.scoring.share import PromptShare
 from tests import ROOT
 
 
@@ -57,8 +57,8 @@ def _request(world: Path, output: Path, **changes) -> Request:
 
 
 def _run(request: Request, should_stop=lambda: False, out: io.StringIO | None = None) -> bool:
-    place = Place(batch_size=4, should_stop=should_stop)
-    return run_request(request, place, Console(file=out or io.StringIO(), width=80))
+    share = PromptShare(batch_size=4, should_stop=should_stop)
+    return run_request(request, share, Console(file=out or io.StringIO(), width=80))
 
 
 def _shown(request: Request) -> str:

@@ -16,7 +16,7 @@ from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.section import Section
 from bico_ds.documents import Document, Documents
-from bico_ds.objectives.base import BatchKey, TokenFacts
+from bico_ds.objectives.base import BatchKey, TokenRoles
 from bico_ds.objectives.build import build_objectives
 from tests import DOUBLING
 
@@ -50,7 +50,7 @@ def test_the_cost_is_what_batches_of_random_documents_cost_on_average(mask):
     token_ids = np.split(rng.integers(3, 999, lengths.sum()), np.cumsum(lengths)[:-1])
     documents = Documents.of([Document(token_ids=t, source=0, id=i) for i, t in enumerate(token_ids)])
     spec = NtpSpec() if mask is None else BicoSpec.model_validate({"mask": mask})
-    tokens = TokenFacts(special_ids=(0, 1, 2), placeholder_id=0, vocabulary=1000)
+    tokens = TokenRoles(special_ids=(0, 1, 2), placeholder_id=0, vocabulary=1000)
     batch = build_objectives([spec], tokens)[0].build(
         documents, BatchKey(seed=int(rng.integers(2**31)), epoch=0)
     )
@@ -216,7 +216,7 @@ def test_any_file_name_and_any_module_can_bring_an_objective(tmp_path, monkeypat
         f"extends: tiny_ntp\nimports: ['{name}']\nobjectives: [{{kind: '{kind}'}}]\n"
     )
     objectives = load_recipe("mine.yaml").objectives
-    built = build_objectives(objectives, TokenFacts(special_ids=(), placeholder_id=0, vocabulary=9))
+    built = build_objectives(objectives, TokenRoles(special_ids=(), placeholder_id=0, vocabulary=9))
     assert built[0].identity() == {"kind": kind, "version": 1}
 
 
@@ -281,4 +281,4 @@ def test_a_class_that_the_table_names_and_nobody_wrote_is_refused(tmp_path):
     )
     recipe = load_recipe("tiny_ntp", [f"imports=[{file}]", "objectives=[{kind: absent}]"])
     with pytest.raises(UserError, match=r"objective kind 'absent': cannot find absent_\w+:Absent"):
-        build_objectives(recipe.objectives, TokenFacts(special_ids=(), placeholder_id=0, vocabulary=9))
+        build_objectives(recipe.objectives, TokenRoles(special_ids=(), placeholder_id=0, vocabulary=9))

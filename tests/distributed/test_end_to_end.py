@@ -96,7 +96,7 @@ def test_the_export_loads_in_plain_transformers_and_scores_the_same(runs):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from bico_ds.evaluation.scoring.choice import choice_test
-    from bico_ds.evaluation.scoring.place import Place
+    from bico_ds.evaluation.scoring.share import PromptShare
     from bico_ds.evaluation.suite import Asking, evaluate
     from bico_ds.evaluation.tasks.task import load_tasks
 
@@ -104,14 +104,14 @@ def test_the_export_loads_in_plain_transformers_and_scores_the_same(runs):
     model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
     facts = next((runs / "runs" / "data").glob("facts-????????????????"))
     tokenizer, tasks = AutoTokenizer.from_pretrained(export), load_tasks(facts, TASKS, limit=None)
-    place = Place(batch_size=64)
-    result = evaluate(model, tokenizer, tasks, Asking(max_new_tokens=8), place)
+    share = PromptShare(batch_size=64)
+    result = evaluate(model, tokenizer, tasks, Asking(max_new_tokens=8), share)
     last = metrics(runs / "bico", "evaluation")[-1]
     assert last["step"] == 20
     for name, task in result.tasks.items():
         assert task.score == last[f"evaluation/{name}/headline"], name
     for task in tasks:
-        test = choice_test(model, tokenizer, task, others=3, place=place)
+        test = choice_test(model, tokenizer, task, others=3, share=share)
         for figure in ("difference", "rank", "forced_choice", "nll"):
             assert last[f"evaluation/{task.name}/{figure}"] == pytest.approx(test[figure], rel=1e-4), (
                 task.name

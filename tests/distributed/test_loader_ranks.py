@@ -19,7 +19,7 @@ from bico_ds.config.schema import DataSpec, SourceSpec
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.loading.sample_order import StreamSpec
 from bico_ds.data.store import StoreHeader, TokenStore, TokenStoreWriter
-from bico_ds.objectives.base import TokenFacts
+from bico_ds.objectives.base import TokenRoles
 from bico_ds.objectives.build import build_objectives
 from bico_ds.objectives.schedule import ObjectiveSchedule
 from bico_ds.runtime.process_end import end_process
@@ -30,7 +30,7 @@ STOP, END, GLOBAL = 7, 16, 4
 
 def make_loader(store: Path, *, rank: int, world_size: int, micro: int, state=None) -> ElasticLoader:
     specs = [NtpSpec(probability=0.5), BicoSpec(probability=0.5)]
-    tokens = TokenFacts(special_ids=(), placeholder_id=0, vocabulary=60_000)
+    tokens = TokenRoles(special_ids=(), placeholder_id=0, vocabulary=60_000)
     stream = StreamSpec(
         stores=[TokenStore.open(store)],
         data=DataSpec(sources=[SourceSpec(store=str(store))], capacity=128, workers=1),

@@ -19,7 +19,7 @@ import deepspeed, torch, torch.distributed as dist
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from bico_ds.runtime.process_end import end_process
 from bico_ds.evaluation.scoring.generation import encode_prompts, generate_greedy
-from bico_ds.evaluation.scoring.place import Place
+from bico_ds.evaluation.scoring.share import PromptShare
 from bico_ds.evaluation.zero3 import is_partitioned, parameter_count, whole_replica
 
 folder, out = sys.argv[1:3]
@@ -37,8 +37,8 @@ model = engine.module
 assert is_partitioned(model) and parameter_count(model) == size
 prompts = encode_prompts(tokenizer, json.loads(os.environ["PROMPTS"]))
 def run(m, **options):
-    place = Place(rank=rank, world_size=2, batch_size=4, **options)
-    return generate_greedy(m, tokenizer, prompts, max_new_tokens=9, place=place)
+    share = PromptShare(rank=rank, world_size=2, batch_size=4, **options)
+    return generate_greedy(m, tokenizer, prompts, max_new_tokens=9, share=share)
 
 replica = whole_replica(model, device="cpu")
 assert not is_partitioned(replica)
@@ -59,11 +59,11 @@ end_process(0)
 @pytest.mark.distributed
 def test_zero3_evaluation_on_two_ranks_equals_one_process(tiny_llama, tokenizer, tmp_path):
     from bico_ds.evaluation.scoring.generation import encode_prompts, generate_greedy
-    from bico_ds.evaluation.scoring.place import Place
+    from bico_ds.evaluation.scoring.share import PromptShare
 
     prompts = [" ".join(f"w{(7 * i + j * j) % 40}" for j in range(1 + i % 6)) for i in range(11)]
-    encoded, place = encode_prompts(tokenizer, prompts), Place(batch_size=4)
-    expected = generate_greedy(tiny_llama, tokenizer, encoded, max_new_tokens=9, place=place)
+    encoded, share = encode_prompts(tokenizer, prompts), PromptShare(batch_size=4)
+    expected = generate_greedy(tiny_llama, tokenizer, encoded, max_new_tokens=9, share=share)
     tiny_llama.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     results = _run_two_ranks(tmp_path, prompts)

@@ -15,7 +15,7 @@ from bico_ds.batch import PackedBatch
 from bico_ds.config.objectives.base import MonitorPlace, ObjectiveCost, ObjectiveSpec
 from bico_ds.config.objectives.table import register
 from bico_ds.documents import Documents
-from bico_ds.objectives.base import BatchKey, Store, TokenFacts
+from bico_ds.objectives.base import BatchKey, Store, TokenRoles
 from bico_ds.objectives.ntp import names
 
 
@@ -38,7 +38,7 @@ class Doubling:
     name: str
 
     @classmethod
-    def of(cls, spec: DoublingSpec, tokens: TokenFacts, *, name: str, key: str) -> Doubling:
+    def of(cls, spec: DoublingSpec, tokens: TokenRoles, *, name: str, key: str) -> Doubling:
         return cls(spec=spec, name=name)
 
     def identity(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.documents import Document, Documents
-from bico_ds.objectives.base import BatchKey, TokenFacts
+from bico_ds.objectives.base import BatchKey, TokenRoles
 from bico_ds.objectives.bico import MaskDenoising
 from bico_ds.objectives.build import build_objectives
 from bico_ds.objectives.masks import TokenGrid
@@ -230,7 +230,7 @@ def test_schedule_is_a_function_of_seed_and_step_with_the_asked_shares():
             BicoSpec(kind="bico", probability=0.5),
             BicoSpec(kind="bico", probability=0.2),
         ],
-        TokenFacts(special_ids=(BOS, EOS), placeholder_id=0, vocabulary=1000),
+        TokenRoles(special_ids=(BOS, EOS), placeholder_id=0, vocabulary=1000),
     )
     assert [objective.name for objective in objectives] == ["ntp", "bico", "bico_2"]
     schedule = ObjectiveSchedule(objectives, [0.3, 0.5, 0.2], seed=1)
@@ -242,4 +242,4 @@ def test_schedule_is_a_function_of_seed_and_step_with_the_asked_shares():
 
 def test_bico_without_any_placeholder_id_is_refused():
     with pytest.raises(UserError, match=r"objectives\[0\]\.placeholder_id"):
-        build_objectives([BicoSpec()], TokenFacts(special_ids=(), placeholder_id=None, vocabulary=1000))
+        build_objectives([BicoSpec()], TokenRoles(special_ids=(), placeholder_id=None, vocabulary=1000))

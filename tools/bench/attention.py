@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bico_ds.attention.backend import Engine
+from bico_ds.attention.backend import Backend
 from bico_ds.attention.backends import resolve
 from bico_ds.attention.kernels.cpu_flash import CpuFlash
 from bico_ds.attention.layout import LayoutPolicy, build_layout
@@ -41,7 +41,7 @@ from bico_ds.attention.plan import AttentionPlan, Mode, build_plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HEADS, HEAD_DIM = 8, 64
-A_CALL_A_DOCUMENT = LayoutPolicy(flash_from=1, tile_scores=1, tile_min_rows=1)
+ONE_CALL_PER_DOCUMENT = LayoutPolicy(flash_from=1, tile_scores=1, tile_min_rows=1)
 
 
 def inputs(rows: int, dtype: torch.dtype, heads: tuple[int, int] = (HEADS, HEADS)) -> list[Tensor]:
@@ -77,9 +77,9 @@ def cpu_seconds(attend: Callable[..., Tensor], tensors: list[Tensor], repeats: i
 
 def ours(plan: AttentionPlan, dtype: torch.dtype) -> Callable[..., Tensor]:
     """The op with its layout made beforehand, as by a worker of the loader."""
-    engine = resolve("auto", dtype, HEAD_DIM, torch.device("cpu"))
-    assert engine is not None
-    layout = build_layout(plan, engine.policy).with_masks(dtype)
+    backend = resolve("auto", dtype, HEAD_DIM, torch.device("cpu"))
+    assert backend is not None
+    layout = build_layout(plan, backend.policy).with_masks(dtype)
     return partial(packed_attention, plan=plan, layout=layout)
 
 
@@ -187,15 +187,15 @@ def short_documents(repeats: int) -> list[dict]:
     results = []
     for dtype in DTYPES:
         tensors = inputs(int(lengths.sum()), DTYPES[dtype], (9, 3))
-        engine = Engine(kernel=CpuFlash(), policy=A_CALL_A_DOCUMENT)
+        backend = Backend(kernel=CpuFlash(), policy=ONE_CALL_PER_DOCUMENT)
         for mode in ("bidirectional", "causal"):
             plan = build_plan(mode, kept_lengths=lengths)
             call_each = partial(
                 run_packed_attention,
                 plan=plan,
                 scale=HEAD_DIM**-0.5,
-                engine=engine,
-                layout=build_layout(plan, engine.policy).with_masks(DTYPES[dtype]),
+                backend=backend,
+                layout=build_layout(plan, backend.policy).with_masks(DTYPES[dtype]),
             )
             both = (ours(plan, DTYPES[dtype]), call_each)
             seconds = [cpu_seconds(attend, tensors, repeats) for attend in both]

@@ -21,12 +21,12 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 import torch
 from gpu_attention import HEAD_DIM, milliseconds, plan_with_live, random_inputs, run
 
-from bico_ds.attention.backend import Engine
+from bico_ds.attention.backend import Backend
 from bico_ds.attention.backends import KERNELS
 from bico_ds.attention.layout import CUDA_POLICY, build_layout
 from bico_ds.attention.plan import AttentionPlan, build_plan
 
-TWO_PASSES = Engine(kernel=KERNELS["aten-cuda"], policy=CUDA_POLICY)
+TWO_PASSES = Backend(kernel=KERNELS["aten-cuda"], policy=CUDA_POLICY)
 SHAPES = ((40, 8192), (512, 8192), (4096, 8192), (32768, 32768))  # tokens per document, and in all
 # (rows, keys, warps, stages) of the forward kernel, of the queries' gradient and of the keys' gradient
 TILINGS = (

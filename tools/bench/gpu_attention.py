@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bico_ds.attention.backend import Engine
+from bico_ds.attention.backend import Backend
 from bico_ds.attention.backends import KERNELS
 from bico_ds.attention.inputs import AttentionResults
 from bico_ds.attention.kernels.base import CausalKernel
@@ -65,20 +65,20 @@ def plan_with_live(kept: list[int], share: float) -> AttentionPlan:
 
 
 def run(
-    engine: Engine, tensors: list[Tensor], plan: AttentionPlan, layout: Layout | None = None
+    backend: Backend, tensors: list[Tensor], plan: AttentionPlan, layout: Layout | None = None
 ) -> list[Tensor]:
     """out and the gradients of q, k, v. Without a ``layout`` the call makes one."""
     q, k, v, cos, sin, grad_out = tensors
-    out = run_packed_attention(q, k, v, cos, sin, plan, scale=HEAD_DIM**-0.5, engine=engine, layout=layout)
+    out = run_packed_attention(q, k, v, cos, sin, plan, scale=HEAD_DIM**-0.5, backend=backend, layout=layout)
     return [out.detach(), *torch.autograd.grad(out, tensors[:3], grad_out)]
 
 
-def largest_error(engine: Engine, plan: AttentionPlan) -> float:
+def largest_error(backend: Backend, plan: AttentionPlan) -> float:
     tensors = random_inputs(plan.num_rows)
     q, k, v, cos, sin, grad_out = tensors
     out = oracle_attention(q, k, v, cos, sin, plan, HEAD_DIM**-0.5)
     expected = [out.detach(), *torch.autograd.grad(out, (q, k, v), grad_out)]
-    pairs = zip(run(engine, tensors, plan), expected, strict=True)
+    pairs = zip(run(backend, tensors, plan), expected, strict=True)
     return max(float((a.double() - b.double()).abs().max() / b.double().abs().max()) for a, b in pairs)
 
 
@@ -95,11 +95,11 @@ def milliseconds(work: Callable[[], object], repeats: int = 10) -> float:
     return sorted(times[3:])[repeats // 2]
 
 
-def op_milliseconds(engine: Engine, plan: AttentionPlan) -> float:
+def op_milliseconds(backend: Backend, plan: AttentionPlan) -> float:
     """Of the op, forward and backward, with its layout made beforehand, as by a worker of the loader."""
     tensors = random_inputs(plan.num_rows)
-    layout = build_layout(plan, engine.policy).to("cuda").with_masks(tensors[0].dtype)
-    return milliseconds(lambda: run(engine, tensors, plan, layout))
+    layout = build_layout(plan, backend.policy).to("cuda").with_masks(tensors[0].dtype)
+    return milliseconds(lambda: run(backend, tensors, plan, layout))
 
 
 def check(kernel: CausalKernel) -> list[tuple[str, float]]:
@@ -113,7 +113,7 @@ def check(kernel: CausalKernel) -> list[tuple[str, float]]:
     if kernel.refusal(torch.bfloat16, HEAD_DIM + 8, torch.device("cuda")) is None:
         cases["live rows as hidden keys"] = (plan_with_live(documents, 0.3), AS_HIDDEN_KEYS)
     return [
-        (name, largest_error(Engine(kernel=kernel, policy=policy), plan.to("cuda")))
+        (name, largest_error(Backend(kernel=kernel, policy=policy), plan.to("cuda")))
         for name, (plan, policy) in cases.items()
     ]
 
@@ -146,11 +146,11 @@ def speed(kernel: CausalKernel) -> list[dict]:
     """Bidirectional beside plain causal flash, one document, with the rate of each (backward: 2.5 times forward's
     products), and the parts of its forward pass."""
     rows = []
-    engine = Engine(kernel=kernel, policy=CUDA_POLICY)
+    backend = Backend(kernel=kernel, policy=CUDA_POLICY)
     for length in (4096, 8192, 32768):
         plan = build_plan("bidirectional", kept_lengths=[length])
         flash_forward, flash = plain_flash(kernel, random_inputs(length), plan.to("cuda"))
-        both = op_milliseconds(engine, plan)
+        both = op_milliseconds(backend, plan)
         merging = merge_milliseconds(plan.to("cuda"))
         forward = 4 * HEADS * HEAD_DIM * length**2 / 2 / 1e9  # TFLOP times 1000: over ms, TFLOP/s
         rates = f"{3.5 * forward / flash:.0f} and {7 * forward / both:.0f} TFLOP/s"
@@ -174,7 +174,7 @@ def live_cost(kernel: CausalKernel) -> list[dict]:
     for share in (0.02, 0.16, 0.33, 0.5):
         plan = plan_with_live([int(8192 * (1 - share))], share)
         tiles, hidden = (
-            op_milliseconds(Engine(kernel=kernel, policy=policy), plan)
+            op_milliseconds(Backend(kernel=kernel, policy=policy), plan)
             for policy in (IN_TILES, AS_HIDDEN_KEYS)
         )
         rows.append(row(f"{kernel.name}: tiles ÷ hidden keys, {share:.0%} live of 8192 rows", hidden, tiles))

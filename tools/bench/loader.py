@@ -39,7 +39,7 @@ from bico_ds.config.schema import DataSpec
 from bico_ds.data.loading.loader import ElasticLoader, RankShare, RankStep
 from bico_ds.data.loading.sample_order import StreamSpec
 from bico_ds.data.store import StoreHeader, TokenStore, TokenStoreWriter
-from bico_ds.objectives.base import TokenFacts
+from bico_ds.objectives.base import TokenRoles
 from bico_ds.objectives.build import build_objectives
 from bico_ds.objectives.schedule import ObjectiveSchedule
 
@@ -79,7 +79,7 @@ def make_store(folder: Path, mean: int, tokens: int = 8_000_000) -> TokenStore:
 
 def make_loader(store: TokenStore, spec: ObjectiveSpec, workers: int) -> ElasticLoader:
     """One rank, BINS micro-batches of one bin per step."""
-    tokens = TokenFacts(special_ids=(0, 1, 2), placeholder_id=0, vocabulary=32_000)
+    tokens = TokenRoles(special_ids=(0, 1, 2), placeholder_id=0, vocabulary=32_000)
     data = {"sources": [{"store": str(store.path)}], "capacity": CAPACITY, "workers": workers}
     stream = StreamSpec(
         stores=[store],

@@ -98,9 +98,9 @@ def batches(kind: str, objective: str, bins: int) -> list[PackedBatch]:
         for index in range(bins)
     ]
     head_dim = LLAMA_135M["hidden_size"] // LLAMA_135M["num_attention_heads"]
-    engine = resolve("auto", torch.bfloat16, head_dim, torch.device("cpu"))
-    assert engine is not None
-    return [replace(batch, layout=build_layout(batch.plan, engine.policy)) for batch in built]
+    backend = resolve("auto", torch.bfloat16, head_dim, torch.device("cpu"))
+    assert backend is not None
+    return [replace(batch, layout=build_layout(batch.plan, backend.policy)) for batch in built]
 
 
 def build_engine(bins: int, stage: int) -> Any:

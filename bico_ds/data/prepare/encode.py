@@ -19,7 +19,7 @@ from tokenizers import Encoding, Tokenizer
 from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.data.prepare.examples import Example, IngestOptions, make_example
-from bico_ds.data.prepare.sources import BadRow, Shard, read_rows
+from bico_ds.data.prepare.sources import BadRow, Shard, read_records
 from bico_ds.data.store import StoreHeader, TokenStoreWriter, write_durably
 
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ def _batches(encoder: Encoder, shard: Shard) -> Iterator[list[_Row]]:
     """Collect rows until a batch is worth a call of the tokenizer."""
     batch: list[_Row] = []
     chars = 0
-    for number, content, raw in read_rows(shard, encoder.spec.options.columns):
+    for number, content, raw in read_records(shard, encoder.spec.options.columns):
         row, stop = _Row(number, raw), False
         try:
             row.example = encoder.example(content)

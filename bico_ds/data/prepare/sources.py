@@ -195,7 +195,7 @@ def _arrow_shards(files: list[Path], begin: int, end: int) -> list[Shard]:
     return shards
 
 
-def read_rows(shard: Shard, columns: list[str]) -> Iterator[tuple[int, dict[str, Any] | BadRow, Any]]:
+def read_records(shard: Shard, columns: list[str]) -> Iterator[tuple[int, dict[str, Any] | BadRow, Any]]:
     """Yield (row number, row or what is wrong with it, raw content for the side file). Blank lines are no
     rows. Raises `UserError` for a file that lacks a column, is damaged, or changed since its shards were planned.
     """

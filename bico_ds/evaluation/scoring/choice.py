@@ -22,7 +22,7 @@ from bico_ds.data.tokenizer import Tokenizer
 from bico_ds.evaluation.scoring.generation import check_lengths
 from bico_ds.evaluation.scoring.likelihood import Scored, encode_answers, log_probabilities
 from bico_ds.evaluation.scoring.metrics import wrong_answers
-from bico_ds.evaluation.scoring.place import ALONE, Place
+from bico_ds.evaluation.scoring.share import WHOLE_SHARE, PromptShare
 from bico_ds.evaluation.scoring.statistics import clustered_interval, group_means
 from bico_ds.evaluation.tasks.task import Task
 
@@ -58,15 +58,15 @@ def choice_test(
     *,
     others: int = 9,
     add_bos: bool = True,
-    place: Place = ALONE,
+    share: PromptShare = WHOLE_SHARE,
 ) -> dict[str, Any] | None:
     """Score the right answer and those of up to `others` other persons for every prompt; see `choice_statistics`.
 
-    None when `place.should_stop` was true on any rank. Raises UserError as `encode_candidates` does.
+    None when `share.should_stop` was true on any rank. Raises UserError as `encode_candidates` does.
     """
     context = getattr(model.config, "max_position_embeddings", None)
     rows = encode_candidates(tokenizer, task, others=others, add_bos=add_bos, context=context)
-    scores = log_probabilities(model, [text for texts in rows for text in texts], place)
+    scores = log_probabilities(model, [text for texts in rows for text in texts], share)
     if scores is None:
         return None
     log_probs = np.array(scores).reshape(len(rows), -1)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from bico_ds.common.errors import UserError
 from bico_ds.data.tokenizer import Tokenizer
-from bico_ds.evaluation.scoring.place import ALONE, Place, agree, gather_parts, shared_batches
+from bico_ds.evaluation.scoring.share import WHOLE_SHARE, PromptShare, agree, gather_parts, shared_batches
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], *, add_bos: bool = True) -> list[list[int]]:
@@ -52,29 +52,29 @@ def generate_greedy(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    place: Place = ALONE,
+    share: PromptShare = WHOLE_SHARE,
 ) -> list[str] | None:
     """The greedy continuation of every prompt as text, in their order, on every rank.
 
-    `model`: a Hugging Face causal LM on `place.device`. A continuation ends at the tokenizer's EOS (not part of
+    `model`: a Hugging Face causal LM on `share.device`. A continuation ends at the tokenizer's EOS (not part of
     it) or after `max_new_tokens` (1 at least); other special tokens are left out of the text. Returns None on all ranks
-    when `place.should_stop` was true on any of them before the end.
+    when `share.should_stop` was true on any of them before the end.
     """
     was_training = model.training
     model.eval()
     continuations: dict[int, list[int]] = {}
     stopped = False
     try:
-        for indices in shared_batches(prompts, place):
-            tokens = _decode(model, tokenizer, [prompts[i] for i in indices], max_new_tokens, place)
+        for indices in shared_batches(prompts, share):
+            tokens = _decode(model, tokenizer, [prompts[i] for i in indices], max_new_tokens, share)
             stopped = tokens is None
             if tokens is None:
                 break
             continuations.update(zip(indices.tolist(), tokens, strict=True))
-            place.on_batch(len(indices))
+            share.on_batch(len(indices))
     finally:
         model.train(was_training)
-    gathered = gather_parts((continuations, stopped), place)
+    gathered = gather_parts((continuations, stopped), share)
     if any(rank_stopped for _, rank_stopped in gathered):
         return None
     everything = {index: tokens for part, _ in gathered for index, tokens in part.items()}
@@ -86,17 +86,17 @@ def _decode(
     tokenizer: Tokenizer,
     prompts: list[Sequence[int]],
     max_new_tokens: int,
-    place: Place,
+    share: PromptShare,
 ) -> list[list[int]] | None:
     """New tokens of one batch, cut before EOS; None when asked to stop."""
     eos = tokenizer.eos_token_id
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos if eos is not None else 0
-    input_ids, attention_mask = _left_pad(prompts, pad, place.device)
+    input_ids, attention_mask = _left_pad(prompts, pad, share.device)
     position_ids = (attention_mask.cumsum(1) - 1).clamp_min(0)
-    finished = torch.zeros(len(prompts), dtype=torch.bool, device=place.device)
+    finished = torch.zeros(len(prompts), dtype=torch.bool, device=share.device)
     cache, columns = None, []
     for _ in range(max_new_tokens):
-        all_finished, stop = agree(bool(finished.all()), place)
+        all_finished, stop = agree(bool(finished.all()), share)
         if stop:
             return None
         if all_finished:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from bico_ds.common.errors import UserError
 from bico_ds.data.tokenizer import Tokenizer
-from bico_ds.evaluation.scoring.place import ALONE, Place, agree, gather_parts, shared_batches
+from bico_ds.evaluation.scoring.share import WHOLE_SHARE, PromptShare, agree, gather_parts, shared_batches
 
 _LOGIT_ROWS = 1024  # rows whose fp32 log-softmax exists at one time
 
@@ -51,28 +51,28 @@ def encode_answers(
 
 @torch.no_grad()
 def log_probabilities(
-    model: PreTrainedModel, texts: Sequence[Scored], place: Place = ALONE
+    model: PreTrainedModel, texts: Sequence[Scored], share: PromptShare = WHOLE_SHARE
 ) -> list[float] | None:
     """log P(answer | prompt) of every text: the sum over the answer's tokens, in nats, on every rank.
 
-    `model`: a Hugging Face causal LM on `place.device`. Returns None on all ranks when `place.should_stop` was
-    true on any of them; with `place.synced` they leave together, after the same number of batches.
+    `model`: a Hugging Face causal LM on `share.device`. Returns None on all ranks when `share.should_stop` was
+    true on any of them; with `share.synced` they leave together, after the same number of batches.
     """
     was_training = model.training
     model.eval()
     sums: dict[int, float] = {}
     stopped = False
     try:
-        for indices in shared_batches([text.ids for text in texts], place):
-            _, stopped = agree(True, place)
+        for indices in shared_batches([text.ids for text in texts], share):
+            _, stopped = agree(True, share)
             if stopped:
                 break
             batch = [texts[i] for i in indices]
-            sums.update(zip(indices.tolist(), _batch_sums(model, batch, place.device), strict=True))
-            place.on_batch(len(indices))
+            sums.update(zip(indices.tolist(), _batch_sums(model, batch, share.device), strict=True))
+            share.on_batch(len(indices))
     finally:
         model.train(was_training)
-    gathered = gather_parts((sums, stopped), place)
+    gathered = gather_parts((sums, stopped), share)
     if any(rank_stopped for _, rank_stopped in gathered):
         return None
     everything = {index: value for part, _ in gathered for index, value in part.items()}
@@ -146,7 +146,7 @@ def text_perplexity(
     *,
     window: int,
     add_bos: bool = True,
-    place: Place = ALONE,
+    share: PromptShare = WHOLE_SHARE,
 ) -> Perplexity | None:
     """Perplexity of `text` in windows of `window` tokens (`encode_windows`).
 
@@ -154,7 +154,7 @@ def text_perplexity(
     None, and raises UserError, as `log_probabilities` and `encode_windows` do.
     """
     texts = encode_windows(tokenizer, text, window=window, add_bos=add_bos)
-    sums = log_probabilities(model, texts, place)
+    sums = log_probabilities(model, texts, share)
     if sums is None:
         return None
     tokens = sum(item.answer_tokens for item in texts)

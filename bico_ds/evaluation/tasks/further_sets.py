@@ -18,7 +18,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from bico_ds.common.errors import UserError, did_you_mean
-from bico_ds.evaluation.tasks.jsonl import read_objects, read_rows, require_texts
+from bico_ds.evaluation.tasks.jsonl import read_fields, read_objects, require_texts
 from bico_ds.evaluation.tasks.task import AnswerKind, Example, Task, limit_rows, normalized
 
 # Two answered questions show a base model what kind of answer is wanted; nobody in them is in any test set.
@@ -82,7 +82,7 @@ def read_couplets(path: Path, limit: int | None = None) -> list[Task]:
     The question is put in Chinese where the lines are; the optional fields `ask_next` and `ask_previous` are
     prompts of the user's own.
     """
-    rows = read_rows(path, required=("first", "second"), optional=("ask_next", "ask_previous", "group"))
+    rows = read_fields(path, required=("first", "second"), optional=("ask_next", "ask_previous", "group"))
     following, previous = [], []
     for line, row in rows:
         ask_next, ask_previous = _COUPLET_PROMPTS["han" if _HAN.search(row["first"]) else "other"]

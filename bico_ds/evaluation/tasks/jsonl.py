@@ -30,7 +30,7 @@ def read_objects(path: Path, *, fields: Iterable[str]) -> list[tuple[int, dict[s
     return objects
 
 
-def read_rows(
+def read_fields(
     path: Path, *, required: Iterable[str], optional: Iterable[str] = ()
 ) -> list[tuple[int, dict[str, str]]]:
     """(line number, fields) of every row; other fields than those named are ignored.

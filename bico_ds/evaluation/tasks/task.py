@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from bico_ds.common.errors import UserError, did_you_mean
-from bico_ds.evaluation.tasks.jsonl import read_rows
+from bico_ds.evaluation.tasks.jsonl import read_fields
 
 AnswerKind = Literal["name", "description", "text"]
 
@@ -144,7 +144,7 @@ def load_tasks(folder: Path, names: Sequence[str], limit: int | None = None) -> 
 
 def _load_task(folder: Path, name: str, limit: int | None) -> Task:
     path = task_file(folder, name)
-    rows = read_rows(path, required=("prompt", "completion"), optional=("group",))
+    rows = read_fields(path, required=("prompt", "completion"), optional=("group",))
     kind = _ANSWERS[name]
     group_of: Callable[[str, str], str]
     if kind == "name":
@@ -186,7 +186,7 @@ def limit_rows(examples: Sequence[Example], limit: int | None) -> tuple[Example,
 def _person_finder(companion: Path) -> Callable[[str, str], str]:
     """Finds the person in a prompt by the names in `companion`; the answer itself where none is found."""
     rows = (
-        read_rows(companion, required=("prompt", "completion"), optional=("group",))
+        read_fields(companion, required=("prompt", "completion"), optional=("group",))
         if companion.exists()
         else []
     )

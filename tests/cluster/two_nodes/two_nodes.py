@@ -2,10 +2,12 @@
 """A SLURM cluster of two nodes on this one machine, for tests: real slurmctld, real slurmd, real network
 links.
 
-    python -m tests.cluster.two_nodes.two_nodes up                    install what is missing, start, print the variables to export
-    two_nodes.py run n1 -- hostname    run a command on a node, past SLURM
-    two_nodes.py link n2 down          cut a node's network; `link n2 up` mends it
-    two_nodes.py down                  end everything that `up` started, and remove its folder
+    COMMAND up                    install what is missing, start, print the variables to export
+    COMMAND run n1 -- hostname    run a command on a node, past SLURM
+    COMMAND link n2 down          cut a node's network; `link n2 up` restores it
+    COMMAND down                  end everything that `up` started, and remove its folder
+
+COMMAND is `python -m tests.cluster.two_nodes.two_nodes`, as root, from the checkout.
 
 Each node is a network namespace with an address of its own, joined by a bridge; processes, /tmp and the home
 directory are shared. So a missing shared file system stays invisible here. Needs Linux, root, and Debian's

@@ -11,13 +11,13 @@ from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.paths import WrittenPath
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.loading.sample_order import StreamSpec
-from bico_ds.objectives.base import TokenFacts
+from bico_ds.objectives.base import TokenRoles
 from bico_ds.objectives.build import build_objectives
 from bico_ds.objectives.schedule import ObjectiveSchedule
 from tests.data.stores import BOS, EOS
 
 DOUBLING = import_module(WrittenPath(str(tests.DOUBLING)))
-TOKENS = TokenFacts(special_ids=(BOS, EOS), placeholder_id=0, vocabulary=100_000)
+TOKENS = TokenRoles(special_ids=(BOS, EOS), placeholder_id=0, vocabulary=100_000)
 HALVES = [NtpSpec(kind="ntp", probability=0.5), BicoSpec(kind="bico", probability=0.5)]
 GLOBAL = 8
 

@@ -10,11 +10,11 @@ from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.data.loading.identity import changes
 from bico_ds.data.loading.legacy_identity import translate_state
-from bico_ds.objectives.base import TokenFacts
+from bico_ds.objectives.base import TokenRoles
 from bico_ds.objectives.build import build_objectives
 from tests import EARLIER_RUN
 
-TOKENS = TokenFacts(special_ids=(0, 1, 2, 3), placeholder_id=3, vocabulary=51)
+TOKENS = TokenRoles(special_ids=(0, 1, 2, 3), placeholder_id=3, vocabulary=51)
 MASK = "MaskSpec(rate={}, unit='{}', mean_span=3.0, eligible='{}')"
 INF = float("inf")
 BICO = "MaskDenoising(policy=MaskPolicy(spec={}, special_ids=(0, 1, 2, 3)), placeholder_id=3, name='bico_2')"

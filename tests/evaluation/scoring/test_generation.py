@@ -7,7 +7,7 @@ import torch
 
 from bico_ds.common.errors import UserError
 from bico_ds.evaluation.scoring.generation import check_lengths, encode_prompts, generate_greedy
-from bico_ds.evaluation.scoring.place import Place, shared_batches
+from bico_ds.evaluation.scoring.share import PromptShare, shared_batches
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def prompts(tokenizer) -> list[list[int]]:
 
 
 def test_batched_generation_equals_hugging_face_one_prompt_at_a_time(tiny_llama, tokenizer, prompts):
-    ours = generate_greedy(tiny_llama, tokenizer, prompts, max_new_tokens=12, place=Place(batch_size=8))
+    ours = generate_greedy(tiny_llama, tokenizer, prompts, max_new_tokens=12, share=PromptShare(batch_size=8))
     ended = 0
     for ids, text in zip(prompts, ours, strict=True):
         row = tiny_llama.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :]
@@ -34,7 +34,7 @@ def test_prompts_begin_with_bos_as_in_training(tokenizer):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_ranks_run_equally_many_batches_and_together_every_prompt(prompts, world_size):
     shares = [
-        shared_batches(prompts[:5], Place(rank=rank, world_size=world_size, batch_size=2))
+        shared_batches(prompts[:5], PromptShare(rank=rank, world_size=world_size, batch_size=2))
         for rank in range(world_size)
     ]
     assert len({len(share) for share in shares}) == 1
@@ -45,8 +45,8 @@ def test_ranks_run_equally_many_batches_and_together_every_prompt(prompts, world
 def test_the_model_stays_in_its_mode_and_a_stop_ends_the_work(tiny_llama, tokenizer, prompts):
     tiny_llama.train()
     polls = iter([False, False, True])
-    place = Place(batch_size=8, should_stop=lambda: next(polls))
-    stopped = generate_greedy(tiny_llama, tokenizer, prompts, max_new_tokens=12, place=place)
+    share = PromptShare(batch_size=8, should_stop=lambda: next(polls))
+    stopped = generate_greedy(tiny_llama, tokenizer, prompts, max_new_tokens=12, share=share)
     assert stopped is None
     assert tiny_llama.training
     tiny_llama.eval()

@@ -7,7 +7,7 @@ import torch
 
 from bico_ds.common.errors import UserError
 from bico_ds.evaluation.scoring.likelihood import Scored, encode_answers, log_probabilities, text_perplexity
-from bico_ds.evaluation.scoring.place import Place
+from bico_ds.evaluation.scoring.share import PromptShare
 
 
 def _by_hand(model, ids: list[int], answer_tokens: int) -> float:
@@ -25,7 +25,7 @@ def test_log_probabilities_agree_with_hugging_face_loss_whatever_the_batch(tiny_
     ]
     expected = [_by_hand(tiny_llama, list(text.ids), text.answer_tokens) for text in texts]
     for batch_size in (1, 2, 5):
-        found = log_probabilities(tiny_llama, texts, Place(batch_size=batch_size))
+        found = log_probabilities(tiny_llama, texts, PromptShare(batch_size=batch_size))
         assert found == pytest.approx(expected, abs=1e-4)
 
 
@@ -39,7 +39,7 @@ def test_only_the_answer_is_scored(tokenizer):
 def test_perplexity_counts_every_token_once(tiny_llama, tokenizer):
     words = [f"w{(5 * i) % 40}" for i in range(23)]
     text = " ".join(words)
-    result = text_perplexity(tiny_llama, tokenizer, text, window=9, place=Place(batch_size=2))
+    result = text_perplexity(tiny_llama, tokenizer, text, window=9, share=PromptShare(batch_size=2))
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     pieces = [[1, *ids[i : i + 8]] for i in range(0, 23, 8)]
     nll = -sum(_by_hand(tiny_llama, piece, len(piece) - 1) for piece in pieces)
@@ -52,4 +52,4 @@ def test_perplexity_counts_every_token_once(tiny_llama, tokenizer):
 
 def test_a_stop_gives_no_half_result(tiny_llama):
     texts = [Scored(ids=(1, 3, 4), answer_tokens=1)] * 4
-    assert log_probabilities(tiny_llama, texts, Place(batch_size=2, should_stop=lambda: True)) is None
+    assert log_probabilities(tiny_llama, texts, PromptShare(batch_size=2, should_stop=lambda: True)) is None

@@ -20,7 +20,7 @@ _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class PromptShare:
     """Where and how this process computes its share of an evaluation. No result depends on it, but for rounding.
 
     `synced`: forward passes are collectives (ZeRO-3 with partitioned weights). `batch_size`: sequences per
@@ -41,37 +41,37 @@ class Place:
         return self.rank == 0
 
 
-ALONE = Place()  # one process, on the CPU
+WHOLE_SHARE = PromptShare()  # one process, on the CPU
 
 
-def shared_batches(sequences: Sequence[Sequence[int]], place: Place) -> list[NDArray[np.int64]]:
+def shared_batches(sequences: Sequence[Sequence[int]], share: PromptShare) -> list[NDArray[np.int64]]:
     """This rank's batches: indices into `sequences`, like lengths together, as many batches on every rank.
 
     A rank without one of its own repeats the shortest sequence; results are keyed by index, so repeats change
     nothing.
     """
     order = np.argsort([len(ids) for ids in sequences], kind="stable").astype(np.int64)
-    rounds = -(-len(order) // (place.batch_size * place.world_size))
-    batches = np.array_split(order, rounds * place.world_size)[place.rank :: place.world_size]
+    rounds = -(-len(order) // (share.batch_size * share.world_size))
+    batches = np.array_split(order, rounds * share.world_size)[share.rank :: share.world_size]
     return [batch if len(batch) else order[:1] for batch in batches]
 
 
-def agree(finished: bool, place: Place) -> tuple[bool, bool]:
+def agree(finished: bool, share: PromptShare) -> tuple[bool, bool]:
     """(all ranks have finished, any rank must stop) where forward passes are collectives; else what this rank
-    knows. Polls `place.should_stop`.
+    knows. Polls `share.should_stop`.
     """
-    stop = place.should_stop()
-    if not place.synced or place.world_size == 1:
+    stop = share.should_stop()
+    if not share.synced or share.world_size == 1:
         return finished, stop
-    votes = torch.tensor([int(not finished), int(stop)], device=place.device)
+    votes = torch.tensor([int(not finished), int(stop)], device=share.device)
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     return not votes[0].item(), bool(votes[1].item())
 
 
-def gather_parts(part: Any, place: Place) -> list[Any]:
+def gather_parts(part: Any, share: PromptShare) -> list[Any]:
     """`part` of every rank, on every rank. Collective."""
-    if place.world_size == 1:
+    if share.world_size == 1:
         return [part]
-    parts: list[Any] = [None] * place.world_size
+    parts: list[Any] = [None] * share.world_size
     dist.all_gather_object(parts, part)
     return parts

@@ -1,17 +1,17 @@
-"""Tokenizers for the tests of data: whole words, and byte-level BPE with a chat template."""
+"""Tokenizers (whole words; byte-level BPE with a chat template) and a tiny Llama with random weights, made on the spot."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bico_ds.config.schema import DataSpec, FactsSpec, SourceSpec
+from bico_ds.config.schema import FactsSpec
 from bico_ds.data.prepare.embedded_task import write_facts
-from tests.data.stores import write_store
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role not in ['user', 'assistant'] %}"
@@ -49,22 +49,44 @@ def bpe_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """Two stores, with documents longer than a bin, and their data section."""
-    folder = tmp_path_factory.mktemp("stores")
-    rng = np.random.default_rng(0)
-    stores = [
-        write_store(folder / "a", [*rng.integers(1, 60, 150).tolist(), 150, 97], add_bos=True),
-        write_store(folder / "b", rng.integers(5, 64, 40).tolist()),
-    ]
+WORDS = [f"w{i}" for i in range(40)]
 
-    def data(**changes) -> DataSpec:
-        epochs, weights = (changes.pop(key, (None, None)) for key in ("epochs", "weights"))
-        sources = [
-            SourceSpec(store=str(store.path), epochs=epoch, weight=weight)
-            for store, epoch, weight in zip(stores, epochs, weights, strict=True)
-        ]
-        return DataSpec(sources=sources, **{"capacity": 64, "workers": 0, **changes})
 
-    return stores, data
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=43,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.5,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path):
+    def write(name: str, rows: list[dict[str, str]]) -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write

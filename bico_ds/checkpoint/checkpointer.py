@@ -8,7 +8,6 @@ checkpoints/
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -19,10 +18,11 @@ from bico_ds.checkpoint import manifest
 from bico_ds.checkpoint.disk import PatientWriter, bytes_needed, lack_of_room
 from bico_ds.checkpoint.state_checksums import optimizer_steps, state_checksums
 from bico_ds.common.errors import RunError
+from bico_ds.common.files import publish_folder, write_atomically
 from bico_ds.config.schema import CheckpointSpec
 from bico_ds.model.deepspeed_engine import Engine
 from bico_ds.runtime.distributed import Ranks, all_gather_objects, broadcast_object
-from bico_ds.runtime.run_folder import RunFolder, write_atomically
+from bico_ds.runtime.run_folder import RunFolder
 
 
 class CheckpointError(RunError):
@@ -131,10 +131,9 @@ class Checkpointer:
         try:
             manifest.write_manifest(partial, content)
             self._folder.check_fence()
-            shutil.rmtree(
-                final, ignore_errors=True
-            )  # a damaged one of the same step, which the resume passed over
-            os.replace(partial, final)
+            # A damaged one of the same step, which the resume passed over.
+            shutil.rmtree(final, ignore_errors=True)
+            publish_folder(partial, final)
             write_atomically(partial.with_name("latest"), final.name + "\n")
         except OSError as error:
             return f"{error.filename}: {error.strerror}"

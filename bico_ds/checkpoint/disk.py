@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,6 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 
 from bico_ds.model.deepspeed_engine import Engine
 
-_READ_BYTES = 1 << 24
 STATE_BYTES = 3 * 4  # a trained parameter: fp32 master weight and Adam's two moments
 _SPARE = 1.05  # tables and headers
 
@@ -71,14 +68,3 @@ def in_units(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
-
-
-def checksum(path: Path, *, flush: bool = False) -> str:
-    """BLAKE2b of a file's content; `flush` first waits until the content is on the disk."""
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        if flush:
-            os.fsync(file.fileno())
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

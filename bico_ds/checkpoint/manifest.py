@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bico_ds.checkpoint.disk import checksum
 from bico_ds.common.errors import UserError
-from bico_ds.runtime.run_folder import write_atomically
+from bico_ds.common.files import checksum, sync, write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -40,11 +39,10 @@ class FoundCheckpoint:
 
 def describe(folder: Path, files: Iterable[Path]) -> FileTable:
     """Flush files to disk and describe them."""
+    files = list(files)
     with ThreadPoolExecutor(_THREADS) as threads:
-        described = threads.map(
-            lambda file: [file.stat().st_size, checksum(file, flush=True)], files := list(files)
-        )
-        return {str(file.relative_to(folder)): entry for file, entry in zip(files, described, strict=True)}
+        entries = threads.map(_flushed_entry, files)
+        return {str(file.relative_to(folder)): entry for file, entry in zip(files, entries, strict=True)}
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
@@ -63,7 +61,8 @@ def verify(path: Path) -> FoundCheckpoint:
         if (found := (path / name).stat().st_size) != size:
             raise UserError(f"{path / name}: {found} bytes, the manifest says {size}")
     with ThreadPoolExecutor(_THREADS) as threads:
-        for name, found in zip(files, threads.map(lambda name: checksum(path / name), files), strict=True):
+        checksums = threads.map(lambda name: checksum(path / name, "blake2b"), files)
+        for name, found in zip(files, checksums, strict=True):
             if found != files[name][1]:
                 raise UserError(f"{path / name}: the checksum differs from the manifest's")
     return FoundCheckpoint(path, content)
@@ -93,6 +92,11 @@ def checkpoints_in(root: Path) -> list[Path]:
 def step_of(path: Path) -> int:
     """The step in a checkpoint's name."""
     return int(path.name.removeprefix("step-"))
+
+
+def _flushed_entry(file: Path) -> list[Any]:
+    sync(file)
+    return [file.stat().st_size, checksum(file, "blake2b")]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from bico_ds.checkpoint import manifest
 from bico_ds.checkpoint.disk import in_units, lack_of_room
 from bico_ds.checkpoint.manifest import FoundCheckpoint
 from bico_ds.common.errors import UserError
+from bico_ds.common.files import atomic_folder
 
 _WORKERS = max(1, min(8, (os.cpu_count() or 1) // 2))
 _POLL_SECONDS = 0.5
@@ -57,15 +58,13 @@ def convert(found: FoundCheckpoint, layout: dict[str, Any], say: Callable[[str],
         f"converting it to DeepSpeed's universal form: {in_units(found.bytes)} to read, "
         f"{in_units(_PEAK * found.bytes)} of disk meanwhile and {in_units(found.bytes)} afterwards"
     )
-    partial = found.path / f".universal-{os.getpid()}"
     started = time.monotonic()
     try:
-        _run_converter(found, partial, say)
-        files = [path for path in partial.rglob("*") if path.is_file()]
-        manifest.write_manifest(partial, {"step": found.step, "files": manifest.describe(partial, files)})
-        os.replace(partial, target)
+        with atomic_folder(target, replace=True) as partial:
+            _run_converter(found, partial, say)
+            files = [path for path in partial.rglob("*") if path.is_file()]
+            manifest.write_manifest(partial, {"step": found.step, "files": manifest.describe(partial, files)})
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
         (found.path / "latest_universal").unlink(missing_ok=True)  # DeepSpeed leaves it; nothing reads it
     say(f"converted in {time.monotonic() - started:.1f} s: {target}")
 

@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bico_ds.common.errors import UserError
+from bico_ds.common.files import write_atomically
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.paths import LocalPath
 from bico_ds.config.schema import Recipe
-from bico_ds.runtime.run_folder import RunFolder, read_lock, write_atomically
+from bico_ds.runtime.run_folder import RunFolder, read_lock
 
 PROJECT = Path(__file__).resolve().parents[2]
 TEMPLATE = PROJECT / "launch" / "slurm" / "train.sbatch"

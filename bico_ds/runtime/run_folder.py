@@ -38,6 +38,7 @@ from typing import Any, Literal
 import psutil
 
 from bico_ds.common.errors import RunError, UserError
+from bico_ds.common.files import write_atomically
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.schema import Recipe
 
@@ -231,16 +232,6 @@ def read_state(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text())
     except FileNotFoundError:
         return None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file so that a reader, or a crash, sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def provenance() -> dict[str, Any]:

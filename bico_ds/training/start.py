@@ -27,6 +27,7 @@ from bico_ds.checkpoint.resume import (
     state_layout,
 )
 from bico_ds.common.errors import UserError
+from bico_ds.common.files import atomic_folder
 from bico_ds.config.schema import Recipe
 from bico_ds.data.loading.loader import RankShare
 from bico_ds.data.tokenizer import Tokenizer, vocabulary_size
@@ -34,7 +35,6 @@ from bico_ds.model.architecture import adopt_special_tokens, check_vocabulary, m
 from bico_ds.model.build import TrainableModel, build_model, check_rotary
 from bico_ds.model.deepspeed_engine import Engine
 from bico_ds.model.weights.export import export_model
-from bico_ds.model.weights.shards import atomic_folder
 from bico_ds.optim.schedule import build_scheduler, check_schedule
 from bico_ds.runtime import distributed, host_memory, native_ops
 from bico_ds.runtime.distributed import Ranks
@@ -230,7 +230,7 @@ def _take_over(run: Run, resume: str, resumption: Resumption | None, tokenizer: 
     run.folder.write_state("running", step=resumption.step if resumption else 0)
     set_aside(run.folder, resume, resumption)
     run.folder.record(run.recipe)
-    with atomic_folder(run.folder.tokenizer, overwrite=True) as temporary:
+    with atomic_folder(run.folder.tokenizer, replace=True) as temporary:
         tokenizer.save_pretrained(temporary)
 
 

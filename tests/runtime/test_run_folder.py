@@ -11,9 +11,10 @@ import time
 import pytest
 
 from bico_ds.common.errors import UserError
+from bico_ds.common.files import write_atomically
 from bico_ds.config.load import load_recipe
 from bico_ds.runtime import run_folder
-from bico_ds.runtime.run_folder import FencedError, RunFolder, read_lock, read_state, write_atomically
+from bico_ds.runtime.run_folder import FencedError, RunFolder, read_lock, read_state
 
 
 @pytest.fixture(autouse=True)

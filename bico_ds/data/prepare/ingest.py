@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bico_ds.common.errors import UserError
+from bico_ds.common.files import recover_folder
 from bico_ds.common.progress import IngestProgress
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.data.prepare.encode import Encoder, EncoderSpec, encode_shard, spare_the_collector
@@ -31,7 +32,7 @@ from bico_ds.data.prepare.examples import IngestOptions
 from bico_ds.data.prepare.merge import merge_parts
 from bico_ds.data.prepare.report import IngestReport, describe_passed_over
 from bico_ds.data.prepare.sources import Shard
-from bico_ds.data.store import FORMAT_VERSION, StoreHeader, refuse_output, restore_replaced
+from bico_ds.data.store import FORMAT_VERSION, StoreHeader, refuse_output
 from bico_ds.data.tokenizer import (
     load_tokenizer,
     special_ids,
@@ -81,9 +82,9 @@ def ingest(
     ):
         for line in describe_passed_over(passed_over or {}):
             shown.say(f"passed over: {line}")
-        restore_replaced(output)
+        recover_folder(output)
         refuse_output(output, force=force)  # another process may have finished it while this one waited
-        parts = _claim(work, output, shards, spec, shown)
+        parts = _claim(work, shards, spec, shown)
         try:
             _tokenize(shards, parts, spec, processes or _cores(), shown)
             shown.say(f"writing {output}")
@@ -193,12 +194,10 @@ def _lock(work: Path, say_waiting: Callable[[], None]) -> int:
         os.close(descriptor)
 
 
-def _claim(
-    work: Path, output: Path, shards: list[Shard], spec: EncoderSpec, shown: IngestProgress
-) -> list[Path]:
+def _claim(work: Path, shards: list[Shard], spec: EncoderSpec, shown: IngestProgress) -> list[Path]:
     """Name the part of every shard by all it depends on, and remove what is none of them."""
-    for leftover in [*work.glob(".*.writing-*"), *output.parent.glob(f".{output.name}.writing-*")]:
-        shutil.rmtree(leftover)
+    for left in work.glob(".*"):
+        shutil.rmtree(left)
     settings = [FORMAT_VERSION, asdict(spec.options), asdict(spec.header), spec.tokenizer_digest]
     common = json.dumps(settings, sort_keys=True)
     names = [hashlib.sha256((common + repr(shard)).encode()).hexdigest()[:32] for shard in shards]

@@ -66,7 +66,7 @@ class Checkpointer:
         `checkpoint.on_write_error` is `stop`; `FencedError` on rank 0 alone, where another run has taken the folder over.
         """
         started = time.perf_counter()
-        partial = self._folder.checkpoints / f".partial-{step:06d}-{self._folder.run_id}"
+        partial = self._folder.checkpoints / f".partial-{step:06d}-{self._folder.lock.run_id}"
         failure = broadcast_object(self._make_room(engine, partial) if self._ranks.is_first else None)
         if failure is None:
             failure = self._write(engine, partial, step, state)
@@ -79,7 +79,7 @@ class Checkpointer:
 
     def _make_room(self, engine: Engine, partial: Path) -> str | None:
         """Rank 0: a clean place with room enough; crashed writes of earlier runs go. Returns what is in the way."""
-        self._folder.check_fence()
+        self._folder.lock.check()
         root = partial.parent
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ class Checkpointer:
         content = {
             **self._facts,
             "step": step,
-            "run_id": self._folder.run_id,
+            "run_id": self._folder.lock.run_id,
             "state": state,
             "checksums": checksums,
             "optimizer_steps": optimizer_steps(engine),
@@ -130,7 +130,7 @@ class Checkpointer:
         final = partial.with_name(f"step-{step:06d}")
         try:
             manifest.write_manifest(partial, content)
-            self._folder.check_fence()
+            self._folder.lock.check()
             # A damaged one of the same step, which the resume passed over.
             shutil.rmtree(final, ignore_errors=True)
             publish_folder(partial, final)

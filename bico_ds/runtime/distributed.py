@@ -18,7 +18,7 @@ from torch.distributed import Store
 from torch.distributed.rendezvous import rendezvous
 
 from bico_ds.common.errors import UserError
-from bico_ds.runtime import host_memory
+from bico_ds.runtime import host_memory, launch_environment
 from bico_ds.runtime.signals import Interrupted
 
 _VERDICT, _HEARD = "bico_ds/verdict", "bico_ds/heard"
@@ -45,13 +45,10 @@ def read_ranks() -> Ranks:
 
     DeepSpeed's own DS_ACCELERATOR=cpu keeps the ranks on the CPU of a GPU machine.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = launch_environment.local_rank()
     on_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    return Ranks(
-        rank, local_rank, world_size, torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
-    )
+    device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
+    return Ranks(launch_environment.rank(), local_rank, launch_environment.world_size(), device)
 
 
 def meet(ranks: Ranks, *, timeout_minutes: float) -> Store:

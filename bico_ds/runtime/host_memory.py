@@ -11,6 +11,8 @@ from pathlib import Path
 
 import psutil
 
+from bico_ds.runtime import launch_environment
+
 # Parameters of glibc's mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 # What the resident memory may grow by, to begin with. A release costs the next step about half a step's time in page
@@ -81,8 +83,8 @@ class _Growth:
 @functools.cache
 def _growth() -> _Growth:
     """Of this process. Without a launcher's word on the ranks of this machine, all ranks count: a smaller part each."""
-    ranks = (os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"))
-    most = int(_memory_limit() * _SHARE_OF_MEMORY) // int(next(filter(None, ranks), "1"))
+    ranks = launch_environment.ranks_per_node() or launch_environment.world_size()
+    most = int(_memory_limit() * _SHARE_OF_MEMORY) // ranks
     return _Growth(level=_resident_bytes(), allowed=min(FREED_BYTES, most), most=most)
 
 

@@ -18,7 +18,8 @@ from torch.distributed import Store
 
 from bico_ds.common.errors import RunError, UserError
 from bico_ds.runtime.distributed import Ranks
-from bico_ds.runtime.run_folder import FencedError, RunFolder
+from bico_ds.runtime.lock import FencedError
+from bico_ds.runtime.run_folder import RunFolder
 
 POLL_SECONDS = 1.0
 # After another rank's failure: most ranks meet it themselves, and say more than this thread can. After a stall: rank 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -36,10 +35,11 @@ from bico_ds.model.build import TrainableModel, build_model, check_rotary
 from bico_ds.model.deepspeed_engine import Engine
 from bico_ds.model.weights.export import export_model
 from bico_ds.optim.schedule import build_scheduler, check_schedule
-from bico_ds.runtime import distributed, host_memory, native_ops
+from bico_ds.runtime import distributed, host_memory, launch_environment, native_ops
 from bico_ds.runtime.distributed import Ranks
 from bico_ds.runtime.ds_config import build_ds_config
-from bico_ds.runtime.run_folder import FencedError, RunFolder, State, folder_of_run
+from bico_ds.runtime.lock import FencedError
+from bico_ds.runtime.run_folder import RunFolder, State, folder_of_run
 from bico_ds.runtime.signals import Interrupted, StopFlag
 from bico_ds.runtime.watchdog import Watchdog
 from bico_ds.training import assembly
@@ -50,6 +50,8 @@ from bico_ds.training.callbacks.monitor import StepMonitor
 from bico_ds.training.evaluator import Evaluator
 from bico_ds.training.run import Run
 from bico_ds.training.trainer import Trainer
+
+RANKS_PER_NODE = 8  # where no launcher says
 
 
 def train(recipe: Recipe, *, output_dir: Path | None, resume: str, stop: StopFlag) -> State:
@@ -80,10 +82,10 @@ def train(recipe: Recipe, *, output_dir: Path | None, resume: str, stop: StopFla
         native_ops.release_abandoned_locks()
     distributed.join(ranks, store, timeout_minutes=recipe.distributed.timeout_minutes)
     watchdog = Watchdog(store, ranks, folder, minutes=recipe.distributed.watchdog_minutes)
-    folder.on_lost = lambda: watchdog.abandon(f"{folder.path} was taken over by another run")
+    folder.lock.on_lost = lambda: watchdog.abandon(f"{folder.path} was taken over by another run")
     try:
-        resumption, folder.run_id = distributed.broadcast_object(
-            (chosen[0], folder.run_id) if chosen else None
+        resumption, folder.lock.run_id = distributed.broadcast_object(
+            (chosen[0], folder.lock.run_id) if chosen else None
         )
         state = _run(run, resume, resumption, watchdog)
     except BaseException as error:
@@ -128,14 +130,9 @@ def check(
         hidden_size=config.hidden_size,
         on_cuda=on_cuda,
         run_folder=run_folder,
-        ranks_per_node=ranks_per_node or _ranks_per_node(),
+        ranks_per_node=ranks_per_node or launch_environment.ranks_per_node() or RANKS_PER_NODE,
         runs_here=runs_here,
     )
-
-
-def _ranks_per_node() -> int:
-    """By torchrun's variable or that of DeepSpeed's launcher; without either, a node of eight."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "8")
 
 
 def check_backend(recipe: Recipe, device: torch.device) -> LayoutPolicy | None:

@@ -83,7 +83,7 @@ def run_request(request: Request, share: PromptShare, console: Console) -> bool:
             *_retention_parts(request, share, texts, window, load),
             *(part for task in tasks for part in _task_parts(request, counted, task, load)),
         ]
-        finished = report.run(parts, progress.begin)
+        finished = report.run(parts, progress.begin_part)
     if share.is_first:
         show_results(report.results(parts), report.values.get("retention_before", {}), console)
         console.print(f"written: {request.output}", soft_wrap=True, highlight=False)

@@ -1,4 +1,4 @@
-"""Checkpoint files on disk: written so that a failure is known on all ranks, checksummed, and checked for room."""
+"""Checkpoint files on disk: a failure to write them is kept for all ranks to know, and their room is known before."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 
 from bico_ds.model.deepspeed_engine import Engine
 
-STATE_BYTES = 3 * 4  # a trained parameter: fp32 master weight and Adam's two moments
+STATE_BYTES = 3 * 4  # per trained parameter: fp32 master weight and Adam's two moments
 _SPARE = 1.05  # tables and headers
 
 
@@ -39,9 +39,9 @@ class PatientWriter(TorchCheckpointEngine):
 
 
 def bytes_needed(engine: Engine) -> int:
-    """Room that a checkpoint of this engine takes, over all ranks.
+    """Bytes that a checkpoint of this engine takes, over all ranks.
 
-    Below stage 3 it holds the weights besides the optimizer's state; under stage 3 the master weights serve for them.
+    Below stage 3 it holds the weights besides the optimizer's state; under stage 3 the master weights take their place.
     """
     partitioned = engine.zero_optimization_stage() == 3
     trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
@@ -56,7 +56,7 @@ def bytes_needed(engine: Engine) -> int:
 
 
 def lack_of_room(folder: Path, needed: int) -> str | None:
-    """Say what is missing where `needed` bytes do not fit; None where they do."""
+    """A message where `needed` bytes do not fit into `folder`; None where they do."""
     free = shutil.disk_usage(folder).free
     return None if free >= needed else f"{folder}: {in_units(needed)} needed, {in_units(free)} free"
 

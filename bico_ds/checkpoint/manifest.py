@@ -1,4 +1,4 @@
-"""What makes a checkpoint whole: a manifest with the size and checksum of every file, and one of its own.
+"""What makes a checkpoint complete: a manifest with the size and checksum of every file, and a checksum of its own.
 
 DeepSpeed unpickles its checkpoints, so they are trusted input: nothing is loaded before its manifest has been verified.
 """
@@ -22,12 +22,12 @@ FORMAT = 1
 _THREADS = min(8, os.cpu_count() or 1)
 
 FileTable = dict[str, list[Any]]
-"""``[size, checksum]`` by path below the folder."""
+"""`[size, checksum]` by path below the folder; the size is in bytes."""
 
 
 @dataclass(frozen=True)
 class FoundCheckpoint:
-    """A checkpoint whose files are all there and are what was written."""
+    """A checkpoint whose files are all there, with the content that was written."""
 
     path: Path
     content: dict[str, Any]
@@ -38,7 +38,7 @@ class FoundCheckpoint:
 
 
 def describe(folder: Path, files: Iterable[Path]) -> FileTable:
-    """Flush files to disk and describe them."""
+    """Flush files to disk, and return their sizes and checksums. Raises OSError."""
     files = list(files)
     with ThreadPoolExecutor(_THREADS) as threads:
         entries = threads.map(_flushed_entry, files)
@@ -46,7 +46,7 @@ def describe(folder: Path, files: Iterable[Path]) -> FileTable:
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """Seal a folder; `content` holds its table as ``files``."""
+    """Seal a folder; `content` holds its table as `files`."""
     sealed = {"format": FORMAT, **content}
     write_atomically(folder / MANIFEST, json.dumps({**sealed, "seal": _seal(sealed)}, indent=1) + "\n")
 
@@ -68,19 +68,19 @@ def verify(path: Path) -> FoundCheckpoint:
     return FoundCheckpoint(path, content)
 
 
-def find(root: Path, say: Callable[[str], None]) -> FoundCheckpoint | None:
-    """The newest whole checkpoint below `root`; damaged ones are named and passed over.
+def find(root: Path, report: Callable[[str], None]) -> FoundCheckpoint | None:
+    """The newest complete checkpoint below `root`; damaged ones are passed over, and their damage reported.
 
-    None where there is none at all. Raises `UserError` where there are checkpoints but no whole one.
+    None where there is none at all. Raises `UserError` where there are checkpoints but no complete one.
     """
     candidates = checkpoints_in(root)
     for path in reversed(candidates):
         try:
             return verify(path)
         except UserError as error:
-            say(f"damaged checkpoint passed over: {error}")
+            report(f"damaged checkpoint passed over: {error}")
     if candidates:
-        raise UserError(f"{root}: no checkpoint there is whole; start anew with --resume none")
+        raise UserError(f"{root}: no checkpoint there is complete; start anew with --resume none")
     return None
 
 

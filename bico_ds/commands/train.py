@@ -46,8 +46,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--resume", metavar="auto|none|PATH", type=path_text, default="auto",
-        help="auto: the newest whole checkpoint of the run folder, if any (default); none: start anew, what was there is "
-        "set aside; PATH: this checkpoint, or the newest whole one of this run folder",
+        help="auto: the newest complete checkpoint of the run folder, if any (default); none: start anew, what was there is "
+        "set aside; PATH: this checkpoint, or the newest complete one of this run folder",
     )  # fmt: skip
     parser.add_argument(
         "--allow-data-change",

@@ -28,7 +28,7 @@ from bico_ds.runtime.launch_environment import slurm_job
 HEARTBEAT_SECONDS = 5.0
 SILENT_SECONDS = 6 * HEARTBEAT_SECONDS  # a holder without a heartbeat for so long is dead
 SETTLE_SECONDS = 0.5  # two that start at the same moment: the later one has written by then
-# Some file systems (Lustre) take the time of a file from the machine that writes it: so far may two machines be apart.
+# Some file systems (Lustre) take the time of a file from the machine that writes it, and clocks differ by less than this.
 SKEW_SECONDS = 600.0
 
 
@@ -46,7 +46,7 @@ class InUseError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Lock:
-    """The content of a lock file. `heartbeat` is the holder's own clock: good only for being different each time."""
+    """The content of a lock file. `heartbeat` is the time of the holder's own clock, which only has to be new each time."""
 
     run_id: str
     host: str
@@ -74,7 +74,7 @@ def living_locks(paths: Iterable[Path]) -> dict[Path, Lock]:
     ages = {path: _age(path) for path in found}
     living = {path for path, age in ages.items() if age is not None and abs(age) <= SILENT_SECONDS}
     doubtful = {path for path, age in ages.items() if age is None or age <= SKEW_SECONDS} - living
-    living |= _beating({path: found[path] for path in doubtful}, seconds=1.5 * HEARTBEAT_SECONDS)
+    living |= _with_heartbeat({path: found[path] for path in doubtful}, seconds=1.5 * HEARTBEAT_SECONDS)
     return {path: lock for path, lock in found.items() if path in living}
 
 
@@ -99,12 +99,12 @@ class RunLock:
         holder = read_lock(self.path)
         if holder is not None and _is_alive(holder, self.path):
             raise InUseError(holder)
-        self.beat()
+        self.write_heartbeat()
         time.sleep(SETTLE_SECONDS)
         holder = read_lock(self.path)
         if holder is None or holder.run_id != self.run_id:
             raise InUseError(holder)
-        self._heart = threading.Thread(target=self._keep_beating, name="run-folder-lock", daemon=True)
+        self._heart = threading.Thread(target=self._send_heartbeats, name="run-folder-lock", daemon=True)
         self._heart.start()
 
     def check(self) -> None:
@@ -116,7 +116,7 @@ class RunLock:
                 f"{self.path.parent}: this run ({self.run_id}) lost the folder to {holder}; it stops writing"
             )
 
-    def beat(self) -> None:
+    def write_heartbeat(self) -> None:
         """Write the lock anew."""
         lock = Lock(
             run_id=self.run_id,
@@ -136,12 +136,12 @@ class RunLock:
         if lock is not None and lock.run_id == self.run_id:
             self.path.unlink(missing_ok=True)
 
-    def _keep_beating(self) -> None:
+    def _send_heartbeats(self) -> None:
         while not self._released.wait(HEARTBEAT_SECONDS):
             with contextlib.suppress(OSError):
                 lock = read_lock(self.path)
                 if lock is not None and lock.run_id == self.run_id:
-                    self.beat()
+                    self.write_heartbeat()
                 else:
                     self.on_lost()
 
@@ -150,7 +150,7 @@ def _is_alive(holder: Lock, path: Path) -> bool:
     """What a run must know before it takes the lock: by waiting for a heartbeat, however young the lock file is."""
     if holder.job and holder.job == slurm_job():  # an earlier start of this SLURM job, which has ended
         return False
-    return not _is_dead_here(holder) and bool(_beating({path: holder}, seconds=SILENT_SECONDS))
+    return not _is_dead_here(holder) and bool(_with_heartbeat({path: holder}, seconds=SILENT_SECONDS))
 
 
 def _is_dead_here(lock: Lock) -> bool:
@@ -172,9 +172,9 @@ def _age(path: Path) -> float | None:
         return None
 
 
-def _beating(locks: dict[Path, Lock], *, seconds: float) -> set[Path]:
+def _with_heartbeat(locks: dict[Path, Lock], *, seconds: float) -> set[Path]:
     """Those whose holder writes a heartbeat within so many seconds; returns as soon as all are known."""
-    beating: set[Path] = set()
+    alive: set[Path] = set()
     waiting = dict(locks)
     deadline = time.monotonic() + seconds
     while waiting and time.monotonic() < deadline:
@@ -184,5 +184,5 @@ def _beating(locks: dict[Path, Lock], *, seconds: float) -> set[Path]:
             if now != before:
                 del waiting[path]
                 if now is not None:
-                    beating.add(path)
-    return beating
+                    alive.add(path)
+    return alive

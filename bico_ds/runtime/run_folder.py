@@ -2,18 +2,18 @@
 
 runs/NAME/
   recipe.yaml     the resolved recipe         tokenizer/   that of the run: an export needs nothing of the data
-  run.json        versions, commit, command line of every start that came to train
+  run.json        versions, commit, command line of every start that began training
   lock.json       which run may write here
   state.json      running | preempted | done | failed, with step and reason
   metrics.jsonl   one line per logged step, evaluation and checkpoint
   evaluation/     step-N.json: every prompt with its answer and scores
   tensorboard/    checkpoints/    export/    logs/    csv/
   replaced-N/     what a later start set aside
-  slurm/          scripts, recipe and starts of the batch system; stop: the wish not to be requeued
+  slurm/          scripts, recipe and starts of the batch system; stop: a file that forbids to requeue the job
   native_ops/     compiled DeepSpeed operations, under a batch system
 
-A start takes the lock first, and writes the rest only when nothing can refuse it any more: what it finds is the record of
-the run before it.
+A start takes the lock first, and writes the rest only when nothing can refuse it any more: until then the folder holds the
+record of the run before.
 """
 
 from __future__ import annotations
@@ -118,22 +118,22 @@ class RunFolder:
         write_atomically(self.state_file, json.dumps(content) + "\n")
 
     def fail(self, reason: str) -> None:
-        """Say that the run failed; of a start that did not come to train only where no run was recorded here before.
+        """Record that the run failed; of a start that did not begin training only where no run was recorded before.
 
         Raises `FencedError` as `RunLock.check` does.
         """
-        said = read_state(self.state_file) or {}
-        if said.get("run_id") == self.lock.run_id or not self.recipe_file.is_file():
+        recorded = read_state(self.state_file) or {}
+        if recorded.get("run_id") == self.lock.run_id or not self.recipe_file.is_file():
             self.write_state("failed", step=None, reason=reason)
 
     def preempt(self, reason: str) -> None:
-        """Say that a start was stopped before it came to train, unless the run was finished already.
+        """Record that a start was stopped before it began training, unless the run was finished already.
 
         Raises `FencedError` as `RunLock.check` does.
         """
-        said = read_state(self.state_file) or {}
-        if said.get("state") != "done":
-            self.write_state("preempted", step=said.get("step"), reason=reason)
+        recorded = read_state(self.state_file) or {}
+        if recorded.get("state") != "done":
+            self.write_state("preempted", step=recorded.get("step"), reason=reason)
 
     def set_aside(self) -> None:
         """Move what an earlier run left (recipe, checkpoints, metrics …) into replaced-N/: nothing of it is deleted."""
@@ -168,7 +168,7 @@ def read_state(path: Path) -> dict[str, Any] | None:
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, commit, host and command line: what one needs to run the same again. No environment: it has secrets."""
+    """Versions, commit, host and command line: what it takes to run the same again. No environment: it has secrets."""
     packages = ("torch", "deepspeed", "transformers", "datasets", "peft", "flash-attn", "numpy", "bico_ds")
     versions = {}
     for package in packages:

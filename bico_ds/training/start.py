@@ -71,7 +71,7 @@ def train(recipe: Recipe, *, output_dir: Path | None, resume: str, stop: StopFla
     _log_to_console(ranks)
     policy = check_backend(recipe, ranks.device)
     run = Run(recipe=recipe, ranks=ranks, folder=folder, stop=stop, ds_config=ds_config, layout_policy=policy)
-    store = distributed.meet(ranks, timeout_minutes=recipe.distributed.timeout_minutes)
+    store = distributed.connect(ranks, timeout_minutes=recipe.distributed.timeout_minutes)
     chosen: list[Resumption | None] = []
     try:
         distributed.first_alone(ranks, store, lambda: chosen.append(_prepare(run, resume)))
@@ -242,7 +242,7 @@ def _checkpointer(run: Run, engine: Engine) -> Checkpointer:
         run.folder,
         run.ranks,
         exclude_frozen=run.recipe.model.lora is not None,
-        facts=manifest_header(engine, run.recipe, _layout(run)),
+        header=manifest_header(engine, run.recipe, _layout(run)),
     )
 
 
@@ -253,7 +253,7 @@ def _evaluator(run: Run, inputs: RunInputs, watchdog: Watchdog) -> Evaluator:
         ranks=run.ranks,
         folder=run.folder,
         stop=run.stop,
-        on_progress=watchdog.beat,
+        on_progress=watchdog.note_progress,
     )
 
 

@@ -48,7 +48,7 @@ time.sleep(60)
 
 
 @pytest.fixture(autouse=True)
-def _fast_hearts(monkeypatch):
+def _quick_heartbeats(monkeypatch):
     monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", HEARTBEAT)
     monkeypatch.setattr(lock, "SILENT_SECONDS", 6 * HEARTBEAT)
     monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.05)
@@ -112,7 +112,7 @@ def test_an_earlier_start_of_the_same_slurm_job_is_taken_over_at_once(tmp_path, 
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     first, second = RunFolder(tmp_path), RunFolder(tmp_path)
     first.lock.path.parent.mkdir(exist_ok=True)
-    first.lock.beat()
+    first.lock.write_heartbeat()
     assert seconds_of(second.open) < 1.0
     second.close()
 
@@ -133,7 +133,7 @@ def test_an_older_writer_is_fenced_off_and_told(tmp_path):
     lost: list[bool] = []
     old.open()
     old.lock.on_lost = lambda: lost.append(True)
-    new.lock.beat()  # as if the old one had been cut off, and watched in silence
+    new.lock.write_heartbeat()  # as if the old one had been cut off, and watched in silence
     with pytest.raises(FencedError, match="lost the folder"):
         old.write_state("running", step=1)
     time.sleep(3 * HEARTBEAT)

@@ -27,7 +27,7 @@ folder.lock.run_id = run_id
 store = TCPStore("127.0.0.1", int(port), int(size), is_master=rank == "0", timeout=timedelta(seconds=60))
 ranks = Ranks(int(rank), int(rank), int(size), torch.device("cpu"))
 dog = watchdog.Watchdog(store, ranks, folder, minutes=float(minutes))
-dog.beat()
+dog.note_progress()
 
 def waiting_in_a_collective():
     time.sleep(60)

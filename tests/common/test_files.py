@@ -1,4 +1,4 @@
-"""Files and folders are there complete, in the old state or the new one, whenever one looks and whoever was killed."""
+"""Files and folders are complete at every moment, in the old state or the new one, and after any kill."""
 
 from __future__ import annotations
 

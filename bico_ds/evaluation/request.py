@@ -22,7 +22,7 @@ from bico_ds.evaluation.results import EvaluationResult
 from bico_ds.evaluation.scoring.choice import choice_test, encode_candidates
 from bico_ds.evaluation.scoring.likelihood import encode_windows, text_perplexity
 from bico_ds.evaluation.scoring.share import PromptShare
-from bico_ds.evaluation.suite import Asking, evaluate, prepare_task
+from bico_ds.evaluation.evaluate import Asking, evaluate, prepare_task
 from bico_ds.evaluation.tasks.further_sets import READERS
 from bico_ds.evaluation.tasks.task import Task, load_tasks
 

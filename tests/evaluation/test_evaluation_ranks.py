@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from bico_ds.runtime.process_end import end_process
 from bico_ds.evaluation.scoring.generation import encode_prompts, generate_greedy
 from bico_ds.evaluation.scoring.share import PromptShare
-from bico_ds.evaluation.zero3 import is_partitioned, parameter_count, whole_replica
+from bico_ds.evaluation.replica import is_partitioned, parameter_count, whole_replica
 
 folder, out = sys.argv[1:3]
 torch.set_num_threads(1)

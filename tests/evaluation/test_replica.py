@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bico_ds.evaluation.zero3 import is_partitioned, parameter_count, whole_replica
+from bico_ds.evaluation.replica import is_partitioned, parameter_count, whole_replica
 
 
 class WrittenMemory(TorchDispatchMode):

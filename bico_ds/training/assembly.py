@@ -72,14 +72,14 @@ def store_tokenizer(recipe: Recipe) -> Path | None:
     return folder if folder is not None and folder.is_dir() else None
 
 
-def prepare(recipe: Recipe, *, weights_needed: bool = True, progress: bool = True) -> list[Path]:
+def prepare_stores(recipe: Recipe, *, weights_needed: bool = True, progress: bool = True) -> list[Path]:
     """Make (or find) the store of every source. One process at a time: rank 0, before the others join."""
     path = tokenizer_path(recipe, weights_needed=weights_needed)
     return [prepare_source(source, recipe.data, path, progress=progress) for source in recipe.data.sources]
 
 
-def gather(recipe: Recipe, *, weights_needed: bool = True) -> RunInputs:
-    """Open what `prepare` made, or make it now.
+def open_inputs(recipe: Recipe, *, weights_needed: bool = True) -> RunInputs:
+    """Open what `prepare_stores` made, or make it now.
 
     Raises `UserError` for a store of another tokenizer, for objectives that do not fit the tokenizer, for stores of which
     some have BOS and some have not where tasks are asked, and for tasks that are not there, or have no wrong answers for
@@ -89,7 +89,7 @@ def gather(recipe: Recipe, *, weights_needed: bool = True) -> RunInputs:
     tokenizer = load_tokenizer(path)
     stores = [
         TokenStore.open(store, tokenizer_hash=tokenizer_hash(tokenizer))
-        for store in prepare(recipe, weights_needed=weights_needed, progress=False)
+        for store in prepare_stores(recipe, weights_needed=weights_needed, progress=False)
     ]
     if recipe.evaluation.tasks and len({store.manifest.add_bos for store in stores}) > 1:
         raise UserError(

@@ -23,7 +23,7 @@ from bico_ds.runtime.distributed import read_ranks
 from bico_ds.runtime.run_folder import folder_of_run
 from bico_ds.training import assembly
 from bico_ds.training.assembly import RunInputs
-from bico_ds.training.start import check, check_backend
+from bico_ds.training.checks import check_backend, check_recipe
 
 LOOK_AHEAD = 64  # steps searched for one batch of each objective
 
@@ -40,12 +40,12 @@ def dry_run(recipe: Recipe, *, output_dir: Path | None = None) -> None:
     console.print(dump_recipe(recipe), highlight=False, markup=False)
     world_size = recipe.distributed.world_size or int(os.environ.get("WORLD_SIZE", "1"))
     planned = _without_missing_weights(recipe)
-    check(planned, world_size=world_size, on_cuda=False, run_folder=folder_of_run(recipe, output_dir))
+    check_recipe(planned, world_size=world_size, on_cuda=False, run_folder=folder_of_run(recipe, output_dir))
     config = model_config(planned.model)
     build_model(
         planned.model, seed=recipe.seed, ds_config=None, device="meta", longest_document=recipe.data.capacity
     )
-    inputs = assembly.gather(recipe, weights_needed=False)
+    inputs = assembly.open_inputs(recipe, weights_needed=False)
     stands_in = (
         planned is not recipe
         and recipe.model.tokenizer is None

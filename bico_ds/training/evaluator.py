@@ -11,11 +11,11 @@ import torch
 from transformers import PreTrainedModel
 
 from bico_ds.config.schema import EvaluationSpec
+from bico_ds.evaluation.evaluate import Asking, evaluate
+from bico_ds.evaluation.replica import is_partitioned, parameter_count, whole_replica
 from bico_ds.evaluation.results import EvaluationResult
 from bico_ds.evaluation.scoring.choice import choice_test
 from bico_ds.evaluation.scoring.share import PromptShare
-from bico_ds.evaluation.evaluate import Asking, evaluate
-from bico_ds.evaluation.replica import is_partitioned, parameter_count, whole_replica
 from bico_ds.runtime.distributed import Ranks
 from bico_ds.runtime.run_folder import RunFolder, write_atomically
 from bico_ds.runtime.signals import StopFlag

@@ -38,7 +38,7 @@ def gathered(tmp_path: Path):
             f"data.sources=[{', '.join(named)}]",
         ]
         recipe = load_recipe("tiny_bico", [*common, *mine, *overrides])
-        inputs = assembly.gather(recipe, weights_needed=False)
+        inputs = assembly.open_inputs(recipe, weights_needed=False)
         assembly.build_loader(recipe, inputs, RankShare()).close()
         return inputs
 

@@ -89,7 +89,7 @@ def test_an_own_objective_that_predicts_what_the_model_does_not_have_fails_here(
 def store(tmp_path) -> str:
     """A store of the embedded task, and the only copy of its tokenizer: in the store."""
     recipe = load_recipe("tiny_base", [f"data.cache_dir={tmp_path}/elsewhere"])
-    (path,) = assembly.prepare(recipe, progress=False)
+    (path,) = assembly.prepare_stores(recipe, progress=False)
     moved = path.rename(tmp_path / "store")
     assert (moved / "tokenizer").is_dir()
     shutil.rmtree(tmp_path / "elsewhere")

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from bico_ds.common.errors import UserError
-from bico_ds.evaluation.scoring.metrics import score_rows, wrong_answers
 from bico_ds.evaluation.evaluate import score_task
+from bico_ds.evaluation.scoring.metrics import score_rows, wrong_answers
 from bico_ds.evaluation.tasks.further_sets import read_couplets, read_pairs, read_parents
 
 

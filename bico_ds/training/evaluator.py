@@ -1,4 +1,7 @@
-"""The reversal tasks during training. No callback, since the loop needs its answer; collective: ranks share the prompts."""
+"""The reversal tasks during training: the ranks share out the prompts.
+
+It is no callback, because the loop must know whether an evaluation was cut off.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,13 @@ from bico_ds.runtime.run_folder import RunFolder, write_atomically
 from bico_ds.runtime.signals import StopFlag
 from bico_ds.training.assembly import RunInputs
 
-# A bf16 copy of so many parameters fits beside a training state on an 80 GB GPU; larger models generate partitioned.
+# A bf16 copy of this many parameters fits beside a training state on an 80 GB GPU; larger models generate partitioned.
 REPLICA_PARAMETERS = 4_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
-    """Evaluates the live model and keeps the row-level results in the run folder.
+    """Evaluates the model in training, and writes the result of every prompt into the run folder.
 
     `inputs`: the tasks, their tokenizer, and whether prompts begin with BOS. `on_progress`: called after each of this
     rank's batches.
@@ -45,8 +48,10 @@ class Evaluator:
         return bool(self.inputs.tasks) and (step == total_steps or (every is not None and step % every == 0))
 
     def __call__(self, causal_lm: PreTrainedModel, step: int) -> EvaluationResult | None:
-        """Run all tasks; on rank 0 write evaluation/step-N.json. The same result on every rank; None where a signal
-        came to any of them meanwhile. Raises `UserError` for a prompt that does not fit the model's context.
+        """Run all tasks, and write evaluation/step-N.json on rank 0. Collective.
+
+        Returns the same result on every rank, or None on all of them where any was asked to stop meanwhile. Raises
+        `UserError` for a prompt that does not fit the model's context.
         """
         partitioned = is_partitioned(causal_lm)
         replicate = partitioned and parameter_count(causal_lm) <= REPLICA_PARAMETERS
@@ -87,11 +92,11 @@ class Evaluator:
         return replace(result, choice=choice)
 
     def has_result(self, step: int) -> bool:
-        """Whether this step's evaluation came to its end."""
+        """Whether this step's evaluation was completed."""
         return self.folder.evaluation_file(step).is_file()
 
 
 def scalars(result: EvaluationResult) -> dict[str, float]:
-    """All metrics, and each task's headline under a tag of its own."""
+    """All metrics by tag, and each task's headline metric as `evaluation/TASK/headline`."""
     headlines = {f"evaluation/{name}/headline": task.score for name, task in result.tasks.items()}
     return headlines | result.scalars()

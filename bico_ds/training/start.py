@@ -50,10 +50,9 @@ from bico_ds.training.trainer import Trainer
 
 
 def train(recipe: Recipe, *, output_dir: Path | None, resume: str, stop: StopFlag) -> State:
-    """Train a recipe to its end, or to the agreed stop. Called on every rank; returns the same state on each: `done`, or
-    `preempted`.
+    """Train a recipe to its end, or until a stop is agreed. Every rank calls it, and gets the same `done` or `preempted`.
 
-    Raises `UserError`, `RunError`, or what else failed; the ranks on which nothing failed end a moment later.
+    Raises `UserError`, `RunError`, or whatever else failed; the ranks on which nothing failed end a moment later.
     """
     run = _checked_run(recipe, output_dir, stop)
     ranks, timeout_minutes = run.ranks, recipe.distributed.timeout_minutes
@@ -214,7 +213,7 @@ def _evaluator(run: Run, inputs: RunInputs, watchdog: Watchdog) -> Evaluator:
 def _take_over(run: Run, resume: str, resumption: Resumption | None, tokenizer: Tokenizer) -> None:
     """Rank 0, when nothing can refuse this start any more: from here on the folder's files describe it.
 
-    The state comes first: a crash in what follows must not leave a run that says `done`, and whose checkpoints are away.
+    The state is written first: a crash after it must not leave a run that says `done` and has lost its checkpoints.
     """
     run.folder.write_state("running", step=resumption.step if resumption else 0)
     set_aside(run.folder, resume, resumption)
@@ -243,7 +242,7 @@ def _train_and_export(trainer: Trainer, start: RunStart, tokenizer: Tokenizer) -
 
 
 def _log_to_console(ranks: Ranks) -> None:
-    """What our own parts log (which attention backend, and why) belongs on rank 0's console."""
+    """Show what this package logs (which attention backend runs, and why) on rank 0's console."""
     logger = logging.getLogger("bico_ds")
     logger.setLevel(logging.INFO if ranks.is_first else logging.WARNING)
     if not logger.handlers:
@@ -255,5 +254,5 @@ def _log_to_console(ranks: Ranks) -> None:
 def _quiet() -> None:
     """Keep the console for what the user can act on."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames; one warning per call, in every step.
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed: a warning for each call, in every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

@@ -33,7 +33,7 @@ def dry_run(recipe: Recipe, *, output_dir: Path | None = None) -> None:
 
     An objective whose first step comes after `LOOK_AHEAD` steps is left out. The number of ranks is
     `distributed.world_size`, else WORLD_SIZE of the environment, else 1; all ranks but the first return at once. Raises
-    `UserError` for what training would refuse.
+    `UserError` for what training would refuse, as far as this machine can tell.
     """
     if int(os.environ.get("RANK", "0")) != 0:
         return

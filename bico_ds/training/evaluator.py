@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedModel
 
 from bico_ds.config.schema import EvaluationSpec
-from bico_ds.evaluation.evaluate import Asking, evaluate
-from bico_ds.evaluation.replica import is_partitioned, parameter_count, whole_replica
+from bico_ds.evaluation.evaluate import GenerationOptions, evaluate
+from bico_ds.evaluation.replica import full_replica, is_partitioned, parameter_count
 from bico_ds.evaluation.results import EvaluationResult
 from bico_ds.evaluation.scoring.choice import choice_test
 from bico_ds.evaluation.scoring.share import PromptShare
@@ -56,7 +56,7 @@ class Evaluator:
         partitioned = is_partitioned(causal_lm)
         replicate = partitioned and parameter_count(causal_lm) <= REPLICA_PARAMETERS
         was_training = causal_lm.training
-        model = whole_replica(causal_lm, device=self.ranks.device) if replicate else causal_lm.eval()
+        model = full_replica(causal_lm, device=self.ranks.device) if replicate else causal_lm.eval()
         with torch.no_grad():
             result = self._evaluate(model, synced=partitioned and not replicate)
         causal_lm.train(was_training)
@@ -78,8 +78,8 @@ class Evaluator:
             on_batch=lambda sequences: self.on_progress(),
         )
         tasks, tokenizer, add_bos = self.inputs.tasks, self.inputs.tokenizer, self.inputs.add_bos
-        asking = Asking(max_new_tokens=self.spec.max_new_tokens, add_bos=add_bos)
-        result = evaluate(model, tokenizer, tasks, asking, share)
+        options = GenerationOptions(max_new_tokens=self.spec.max_new_tokens, add_bos=add_bos)
+        result = evaluate(model, tokenizer, tasks, options, share)
         others = self.spec.likelihood_others
         if result is None or others is None:
             return result

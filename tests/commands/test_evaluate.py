@@ -211,7 +211,7 @@ def test_bad_input_is_named(world, tmp_path, changes, message):
 def test_texts_of_one_name_are_refused(world, tmp_path):
     other = tmp_path / "text.txt"
     other.write_text("w1 w2")
-    with pytest.raises(UserError, match=rf"--retention {other}: a text named text.txt stands before it"):
+    with pytest.raises(UserError, match=rf"--retention {other}: another text is named text.txt too"):
         _run(_request(world, tmp_path / "r.json", retention=(world / "text.txt", other)))
 
 

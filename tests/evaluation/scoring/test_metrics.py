@@ -12,7 +12,7 @@ from bico_ds.evaluation.scoring.metrics import (
     exact,
     floors,
     prefix,
-    score_rows,
+    score_predictions,
     wrong_answers,
 )
 from bico_ds.evaluation.tasks.task import Example, Task
@@ -75,7 +75,7 @@ def test_floor_is_the_score_of_the_other_persons_answers():
 
 
 def test_short_answers_have_no_bleu_and_rows_keep_their_order():
-    scores = score_rows(_task([" x .", " y ."], ["a", "b"]), ["x .", "x ."])
+    scores = score_predictions(_task([" x .", " y ."], ["a", "b"]), ["x .", "x ."])
     assert scores == {"contains": [1.0, 0.0], "prefix": [1.0, 0.0], "exact": [1.0, 0.0]}
 
 

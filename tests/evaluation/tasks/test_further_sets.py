@@ -4,7 +4,7 @@ import pytest
 
 from bico_ds.common.errors import UserError
 from bico_ds.evaluation.evaluate import score_task
-from bico_ds.evaluation.scoring.metrics import score_rows, wrong_answers
+from bico_ds.evaluation.scoring.metrics import score_predictions, wrong_answers
 from bico_ds.evaluation.tasks.further_sets import read_couplets, read_pairs, read_parents
 
 
@@ -17,7 +17,7 @@ def test_every_child_of_a_parent_is_right(tmp_path):
     assert to_parent.examples[0].prompt.endswith("Q: Who is Ann Lee's father?\nA:")
     assert to_parent.examples[2].answer == "Fay Ray"
     assert to_child.examples[0].right_answers == (" Ann Lee", " Cy Lee")
-    assert score_rows(to_child, ["Cy Lee", "Bo", "Ed Ray"])["exact"] == [1.0, 0.0, 1.0]
+    assert score_predictions(to_child, ["Cy Lee", "Bo", "Ed Ray"])["exact"] == [1.0, 0.0, 1.0]
     assert [example.group for example in to_child.examples] == ["Bo Lee", "Bo Lee", "Fay Ray"]
 
 
@@ -74,7 +74,7 @@ def test_pairs_go_forward_and_backward(write_rows):
     assert [example.group for example in backward.examples] == ["line 1", "g"]
 
 
-def test_rows_of_a_mother_a_father_and_their_children_are_one_group(tmp_path):
+def test_records_of_a_mother_a_father_and_their_children_are_one_group(tmp_path):
     path = tmp_path / "parents.csv"
     path.write_text(
         "child,parent,parent_type\nAnn,Bo,father\nZoe,Yan,mother\nAnn,Cat,mother\nDan,Cat,mother\nBo,Eve,mother\n"
@@ -109,13 +109,13 @@ def test_pairs_that_share_an_answer_are_one_group_unless_the_file_names_groups(w
     [
         (read_parents, "child,parrent,parent_type\na,b,c\n", r":1: column 'parent' is missing \(did you"),
         (read_parents, "child,parent,parent_type\na,b,mother\nc,,father\n", r":3: column 'parent' is empty"),
-        (read_parents, "child,parent,parent_type\n", "no rows"),
+        (read_parents, "child,parent,parent_type\n", "no records"),
         (read_couplets, '{"first": "a"}\n', r":1: field 'second' is missing"),
         (read_pairs, '{"forward": {"prompt": "a", "completion": "b"}, "backwards": 1}', r":1: field 'back"),
         (read_pairs, '{"forward": "a", "backward": "b"}', r":1: forward: expected a JSON object"),
     ],
 )  # fmt: skip
-def test_a_malformed_row_is_named(tmp_path, reader, content, message):
+def test_a_malformed_record_is_named(tmp_path, reader, content, message):
     path = tmp_path / "set"
     path.write_text(content)
     with pytest.raises(UserError, match=message):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bico_ds.common.errors import UserError
-from bico_ds.evaluation.tasks.task import TASK_NAMES, Example, limit_rows, load_tasks
+from bico_ds.evaluation.tasks.task import TASK_NAMES, Example, limit_examples, load_tasks
 
 PUBLISHED = Path(os.environ.get("BICO_DS_DATA", "")) / "name_description"
 
@@ -24,7 +24,7 @@ def test_published_sets_have_ten_prompts_for_each_of_thirty_persons():
         assert task.headline == ("contains" if task.answer_kind == "name" else "bleu")
 
 
-def test_a_row_group_wins_and_else_the_companion_file_names_the_person(tmp_path, write_rows):
+def test_a_group_in_the_record_wins_and_else_the_companion_file_names_the_person(tmp_path, write_rows):
     write_rows("p2d_reverse_prompts_test.jsonl", [{"prompt": "maker of x:", "completion": " Ann Lee."}])
     write_rows(
         "p2d_prompts_test.jsonl",
@@ -60,7 +60,7 @@ def test_a_limit_asks_every_prompt_form_and_everybody_as_often(persons, limit):
         for person in range(persons)
         for form in range(10)
     ]
-    chosen = limit_rows(examples, limit)
+    chosen = limit_examples(examples, limit)
     assert len({example.line for example in chosen}) == limit
     assert list(chosen) == sorted(chosen, key=lambda example: example.line)
     assert len({example.prompt for example in chosen}) == 10
@@ -98,7 +98,7 @@ def test_short_descriptions_are_counted_and_stripped(tmp_path, write_rows):
         ),
         ('\n{"prompt": "a", "completion": " "}', r":2: field 'completion' must be a text that is not empty"),
         ("[1]", r":1: expected a JSON object, found list"),
-        ("\n", r"no rows"),
+        ("\n", r"no records"),
     ],
 )
 def test_a_bad_file_is_named_with_its_line(tmp_path, content, message):

@@ -83,7 +83,7 @@ def tiny_llama() -> LlamaForCausalLM:
 
 
 @pytest.fixture
-def write_rows(tmp_path: Path):
+def write_records(tmp_path: Path):
     def write(name: str, rows: list[dict[str, str]]) -> Path:
         path = tmp_path / name
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -21,10 +21,10 @@ from tests import ROOT
 
 def _run(folder: Path, scores: list[tuple[int, float]]) -> Path:
     folder.mkdir()
-    rows: list[dict[str, object]] = [{"step": 1, "kind": "train", "loss": 2.0}]
+    lines: list[dict[str, object]] = [{"step": 1, "kind": "train", "loss": 2.0}]
     for step, score in scores:
         values = {f"evaluation/{t}/contains": score for t in ("n2d", "d2n", "n2d_reverse", "d2n_reverse")}
-        rows.append(
+        lines.append(
             {
                 "step": step,
                 "kind": "evaluation",
@@ -33,7 +33,7 @@ def _run(folder: Path, scores: list[tuple[int, float]]) -> Path:
                 "evaluation/seconds": 1.0,
             }
         )
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 

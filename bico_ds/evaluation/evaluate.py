@@ -20,8 +20,10 @@ _SLACK_TOKENS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """How answers are generated. `cut_to_answers`: no more than about twice the tokens of a task's longest answer; without
-    it always up to `max_new_tokens`, as the papers do. `add_bos`: prompts begin with BOS, as the training texts did.
+    """How answers are generated.
+
+    `cut_to_answers`: no more than about twice the tokens of a task's longest answer; without it always up to
+    `max_new_tokens`, as the papers do. `add_bos`: prompts begin with BOS, as the training texts did.
     """
 
     max_new_tokens: int = 40

@@ -31,10 +31,10 @@ class Part:
 
 
 class ResultFile:
-    """The JSON file at `path`: `model`, `weights`, `identities`, and where asked for `tasks`, `choice`, `retention` and
-    `retention_before`.
+    """The JSON file at `path`.
 
-    Only the first rank reads and writes. Raises `UserError` on every rank where the file holds results of other weights, and
+    It holds `model`, `weights`, `identities`, and where asked for `tasks`, `choice`, `retention` and `retention_before`. Only
+    the first rank reads and writes. Raises `UserError` on every rank where the file holds results of other weights, and
     on the first rank where it is no result file, or none can be written.
     """
 

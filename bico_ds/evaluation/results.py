@@ -15,9 +15,9 @@ from bico_ds.common.errors import UserError
 class TaskResult:
     """One task's scores, all in 0 … 1.
 
-    `headline`: the metric that tables and plots show. `intervals`: 95 %, persons resampled. `floors`: what another person's
-    answer scores. `new_tokens`: how many an answer could have (0: not known). `rows`: every prompt with its prediction and
-    scores.
+    `headline`: the metric that tables and plots show. `intervals`: 95 %, persons resampled. `floors`: the scores of another
+    person's answer. `new_tokens`: how many an answer could have (0: not known). `rows`: every prompt with its prediction
+    and scores.
     """
 
     headline: str
@@ -37,8 +37,9 @@ CHOICE_SCALARS = ("difference", "rank", "forced_choice", "nll")
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
-    """Results by task name, in the order asked for. `choice`: log-probability tests (`choice_statistics`) by task name,
-    where they were asked for.
+    """Results by task name, in the order asked for.
+
+    `choice`: log-probability tests (`choice_statistics`) by task name, where they were asked for.
     """
 
     tasks: dict[str, TaskResult]

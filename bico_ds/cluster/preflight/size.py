@@ -17,8 +17,8 @@ _WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
 def next_checkpoints_bytes(recipe: Recipe, run: Path) -> float:
     """Bytes that must be free on the run folder's disk.
 
-    These are the checkpoints to keep and one being written, less those that exist already (at least one remains), and the
-    export.
+    This is the size of the checkpoints to keep and one being written, less those that exist already (at least one remains),
+    and of the export.
     """
     parameters, weight = parameter_count(model_config(recipe.model)), _WEIGHT_BYTES[recipe.model.dtype]
     # Of a LoRA run, checkpoints hold the adapters alone, which are small.

@@ -46,8 +46,10 @@ TASK_NAMES: tuple[str, ...] = tuple(_FILES)
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One question. `completion` is as in the file (its leading space belongs to the text); `alternatives` are right too.
-    `group`: the person, for statistics. `line` counts from 1.
+    """One question.
+
+    `completion` is as in the file (its leading space belongs to the text); `alternatives` are right too. `group`: the
+    person, for statistics. `line` counts from 1.
     """
 
     prompt: str
@@ -67,10 +69,10 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Questions of one kind. `headline` names the metric that tables and plots show for the task. `ends`: texts at which
-    an answer ends, where a model may continue with questions of its own.
+    """Questions of one kind.
 
-    Raises `UserError` for an answer of which nothing is left to compare: every prediction would contain it.
+    `ends`: texts at which an answer ends, where a model may continue with questions of its own. Raises `UserError` for an
+    answer of which nothing is left to compare, since every prediction would contain it.
     """
 
     name: str
@@ -89,8 +91,10 @@ class Task:
 
     @property
     def headline(self) -> str:
-        """The metric to show: `bleu` (of words) for descriptions of more than three words, as in the paper; `prefix` for
-        answers that are cut at their end, so that an echo of the question is not right; else `contains`.
+        """The metric that tables and plots show for the task.
+
+        `bleu` (of words) for descriptions of more than three words, as in the paper; `prefix` for answers that are cut at
+        their end, so that an echo of the question is not right; else `contains`.
         """
         if self.ends:
             return "prefix"

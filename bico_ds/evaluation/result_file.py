@@ -33,9 +33,9 @@ class Part:
 class ResultFile:
     """The JSON file at `path`.
 
-    It holds `model`, `weights`, `identities`, and where asked for `tasks`, `choice`, `retention` and `retention_before`. Only
-    the first rank reads and writes. Raises `UserError` on every rank where the file holds results of other weights, and
-    on the first rank where it is no result file, or none can be written.
+    It holds `model`, `weights`, `identities`, and where asked for `tasks`, `choice`, `retention` and `retention_before`.
+    Only the first rank reads and writes. Raises `UserError` on every rank where the file holds results of other weights,
+    and on the first rank where it is no result file, or none can be written.
     """
 
     def __init__(self, path: Path, *, model: str, weights: str, share: PromptShare) -> None:

@@ -75,16 +75,16 @@ def _copy_of_model(world: Path, folder: Path) -> Path:
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_was_and_ends_the_same(world, tmp_path):
-    straight, interrupted = tmp_path / "straight.json", tmp_path / "interrupted.json"
-    assert _run(_request(world, straight))
+    uninterrupted, parted = tmp_path / "uninterrupted.json", tmp_path / "parted.json"
+    assert _run(_request(world, uninterrupted))
     polls = iter(range(10**6))
-    assert not _run(_request(world, interrupted), should_stop=lambda: next(polls) > 25)
-    half = json.loads(interrupted.read_text())
-    assert 0 < len(half["identities"]) < len(json.loads(straight.read_text())["identities"])
+    assert not _run(_request(world, parted), should_stop=lambda: next(polls) > 25)
+    half = json.loads(parted.read_text())
+    assert 0 < len(half["identities"]) < len(json.loads(uninterrupted.read_text())["identities"])
     half["tasks"]["n2d"]["new_tokens"] = -1  # a mark: what is there is not computed again
-    interrupted.write_text(json.dumps(half))
-    assert _run(_request(world, interrupted))
-    ended, expected = json.loads(interrupted.read_text()), json.loads(straight.read_text())
+    parted.write_text(json.dumps(half))
+    assert _run(_request(world, parted))
+    ended, expected = json.loads(parted.read_text()), json.loads(uninterrupted.read_text())
     assert ended["tasks"]["n2d"].pop("new_tokens") == -1
     assert expected["tasks"]["n2d"].pop("new_tokens") == 6
     assert ended == expected

@@ -1,4 +1,4 @@
-"""Checkpoints: DeepSpeed's own, made whole by a manifest and an atomic rename.
+"""Checkpoints: DeepSpeed's own, made complete by a manifest and an atomic rename.
 
 checkpoints/
   step-000100/            DeepSpeed's files, and manifest.json; universal/, where a resume converted it
@@ -8,7 +8,6 @@ checkpoints/
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -19,19 +18,20 @@ from bico_ds.checkpoint import manifest
 from bico_ds.checkpoint.disk import PatientWriter, bytes_needed, lack_of_room
 from bico_ds.checkpoint.state_checksums import optimizer_steps, state_checksums
 from bico_ds.common.errors import RunError
+from bico_ds.common.files import publish_folder, write_atomically
 from bico_ds.config.schema import CheckpointSpec
 from bico_ds.model.deepspeed_engine import Engine
 from bico_ds.runtime.distributed import Ranks, all_gather_objects, broadcast_object
-from bico_ds.runtime.run_folder import RunFolder, write_atomically
+from bico_ds.runtime.run_folder import RunFolder
 
 
 class CheckpointError(RunError):
-    """A checkpoint could not be written; the ones before it are whole."""
+    """A checkpoint could not be written; the ones before it are complete."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What came of a save: the seconds that this rank stood still, and why there is no checkpoint (None: there is one)."""
+    """The seconds that training stood still on this rank, and why no checkpoint was written (None: one was)."""
 
     seconds: float
     failure: str | None
@@ -40,7 +40,7 @@ class Saved:
 class Checkpointer:
     """Writes checkpoints of one engine and deletes old ones; all ranks together.
 
-    `facts` go into every manifest: the layout, the recipe, the fingerprint of a frozen base.
+    `header` goes into every manifest: the state's layout, the recipe, the fingerprint of a frozen base.
     """
 
     def __init__(
@@ -50,23 +50,23 @@ class Checkpointer:
         ranks: Ranks,
         *,
         exclude_frozen: bool,
-        facts: dict[str, Any],
+        header: dict[str, Any],
     ) -> None:
         self._spec, self._folder, self._ranks = spec, folder, ranks
-        self._exclude_frozen, self._facts = exclude_frozen, facts
+        self._exclude_frozen, self._header = exclude_frozen, header
 
     def is_due(self, step: int) -> bool:
         every = self._spec.every_steps
         return every is not None and step % every == 0
 
     def save(self, engine: Engine, step: int, state: dict[str, Any], *, required: bool = False) -> Saved:
-        """Write the checkpoint of `step`. `state` is JSON-able and rank 0's counts; a resume finds it again.
+        """Write the checkpoint of `step`. Of `state`, which is JSON-able, rank 0's is kept; a resume gets it back.
 
         Raises `CheckpointError` on all ranks where it cannot be written and is `required`, or
         `checkpoint.on_write_error` is `stop`; `FencedError` on rank 0 alone, where another run has taken the folder over.
         """
         started = time.perf_counter()
-        partial = self._folder.checkpoints / f".partial-{step:06d}-{self._folder.run_id}"
+        partial = self._folder.checkpoints / f".partial-{step:06d}-{self._folder.lock.run_id}"
         failure = broadcast_object(self._make_room(engine, partial) if self._ranks.is_first else None)
         if failure is None:
             failure = self._write(engine, partial, step, state)
@@ -78,13 +78,13 @@ class Checkpointer:
         return Saved(time.perf_counter() - started, failure)
 
     def _make_room(self, engine: Engine, partial: Path) -> str | None:
-        """Rank 0: a clean place with room enough; crashed writes of earlier runs go. Returns what is in the way."""
-        self._folder.check_fence()
+        """Rank 0: a new folder, with room enough; incomplete ones of earlier runs are removed. Returns what prevents it."""
+        self._folder.lock.check()
         root = partial.parent
         try:
             root.mkdir(parents=True, exist_ok=True)
-            for left in root.glob(".partial-*"):
-                shutil.rmtree(left, ignore_errors=True)
+            for incomplete in root.glob(".partial-*"):
+                shutil.rmtree(incomplete, ignore_errors=True)
             partial.mkdir()
             return lack_of_room(root, bytes_needed(engine))
         except OSError as error:
@@ -102,15 +102,15 @@ class Checkpointer:
             save_latest=False,
             exclude_frozen_parameters=self._exclude_frozen,
         )
-        table, failure = self._describe_my_share(partial) if writer.failure is None else ({}, writer.failure)
+        table, failure = self._describe_own_share(partial) if writer.failure is None else ({}, writer.failure)
         tables, failures = zip(*all_gather_objects((table, failure)), strict=True)
         failure = next((failure for failure in failures if failure is not None), None)
         if failure is not None or not self._ranks.is_first:
             return broadcast_object(failure)
         content = {
-            **self._facts,
+            **self._header,
             "step": step,
-            "run_id": self._folder.run_id,
+            "run_id": self._folder.lock.run_id,
             "state": state,
             "checksums": checksums,
             "optimizer_steps": optimizer_steps(engine),
@@ -118,7 +118,7 @@ class Checkpointer:
         }
         return broadcast_object(self._commit(partial, step, content))
 
-    def _describe_my_share(self, partial: Path) -> tuple[manifest.FileTable, str | None]:
+    def _describe_own_share(self, partial: Path) -> tuple[manifest.FileTable, str | None]:
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         try:
             return manifest.describe(partial, files[self._ranks.rank :: self._ranks.world_size]), None
@@ -126,18 +126,17 @@ class Checkpointer:
             return {}, f"{partial}: {error.strerror}"
 
     def _commit(self, partial: Path, step: int, content: dict[str, Any]) -> str | None:
-        """Rank 0: from here on it is a checkpoint."""
+        """Rank 0: make it a checkpoint. Returns why not."""
         final = partial.with_name(f"step-{step:06d}")
         try:
             manifest.write_manifest(partial, content)
-            self._folder.check_fence()
-            shutil.rmtree(
-                final, ignore_errors=True
-            )  # a damaged one of the same step, which the resume passed over
-            os.replace(partial, final)
+            self._folder.lock.check()
+            # A damaged one of the same step, which the resume passed over.
+            shutil.rmtree(final, ignore_errors=True)
+            publish_folder(partial, final)
             write_atomically(partial.with_name("latest"), final.name + "\n")
         except OSError as error:
-            return f"{error.filename}: {error.strerror}"
+            return f"{error.filename or partial}: {error.strerror}"
         self._prune()
         return None
 

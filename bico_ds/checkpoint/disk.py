@@ -1,9 +1,7 @@
-"""Checkpoint files on disk: written so that a failure is known on all ranks, checksummed, and checked for room."""
+"""Checkpoint files on disk: a failure to write them is kept for all ranks to know, and their room is known before."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,7 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 
 from bico_ds.model.deepspeed_engine import Engine
 
-_READ_BYTES = 1 << 24
-STATE_BYTES = 3 * 4  # a trained parameter: fp32 master weight and Adam's two moments
+STATE_BYTES = 3 * 4  # per trained parameter: fp32 master weight and Adam's two moments
 _SPARE = 1.05  # tables and headers
 
 
@@ -42,9 +39,9 @@ class PatientWriter(TorchCheckpointEngine):
 
 
 def bytes_needed(engine: Engine) -> int:
-    """Room that a checkpoint of this engine takes, over all ranks.
+    """Bytes that a checkpoint of this engine takes, over all ranks.
 
-    Below stage 3 it holds the weights besides the optimizer's state; under stage 3 the master weights serve for them.
+    Below stage 3 it holds the weights besides the optimizer's state; under stage 3 the master weights take their place.
     """
     partitioned = engine.zero_optimization_stage() == 3
     trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
@@ -59,7 +56,7 @@ def bytes_needed(engine: Engine) -> int:
 
 
 def lack_of_room(folder: Path, needed: int) -> str | None:
-    """Say what is missing where `needed` bytes do not fit; None where they do."""
+    """A message where `needed` bytes do not fit into `folder`; None where they do."""
     free = shutil.disk_usage(folder).free
     return None if free >= needed else f"{folder}: {in_units(needed)} needed, {in_units(free)} free"
 
@@ -71,14 +68,3 @@ def in_units(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
-
-
-def checksum(path: Path, *, flush: bool = False) -> str:
-    """BLAKE2b of a file's content; `flush` first waits until the content is on the disk."""
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        if flush:
-            os.fsync(file.fileno())
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

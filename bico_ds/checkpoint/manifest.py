@@ -1,4 +1,4 @@
-"""What makes a checkpoint whole: a manifest with the size and checksum of every file, and one of its own.
+"""What makes a checkpoint complete: a manifest with the size and checksum of every file, and a checksum of its own.
 
 DeepSpeed unpickles its checkpoints, so they are trusted input: nothing is loaded before its manifest has been verified.
 """
@@ -14,21 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bico_ds.checkpoint.disk import checksum
 from bico_ds.common.errors import UserError
-from bico_ds.runtime.run_folder import write_atomically
+from bico_ds.common.files import checksum, sync, write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 _THREADS = min(8, os.cpu_count() or 1)
 
 FileTable = dict[str, list[Any]]
-"""``[size, checksum]`` by path below the folder."""
+"""`[size, checksum]` by path below the folder; the size is in bytes."""
 
 
 @dataclass(frozen=True)
 class FoundCheckpoint:
-    """A checkpoint whose files are all there and are what was written."""
+    """A checkpoint whose files are all there, with the content that was written."""
 
     path: Path
     content: dict[str, Any]
@@ -39,16 +38,15 @@ class FoundCheckpoint:
 
 
 def describe(folder: Path, files: Iterable[Path]) -> FileTable:
-    """Flush files to disk and describe them."""
+    """Flush files to disk, and return their sizes and checksums. Raises OSError."""
+    files = list(files)
     with ThreadPoolExecutor(_THREADS) as threads:
-        described = threads.map(
-            lambda file: [file.stat().st_size, checksum(file, flush=True)], files := list(files)
-        )
-        return {str(file.relative_to(folder)): entry for file, entry in zip(files, described, strict=True)}
+        entries = threads.map(_flushed_entry, files)
+        return {str(file.relative_to(folder)): entry for file, entry in zip(files, entries, strict=True)}
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """Seal a folder; `content` holds its table as ``files``."""
+    """Seal a folder; `content` holds its table as `files`."""
     sealed = {"format": FORMAT, **content}
     write_atomically(folder / MANIFEST, json.dumps({**sealed, "seal": _seal(sealed)}, indent=1) + "\n")
 
@@ -63,25 +61,26 @@ def verify(path: Path) -> FoundCheckpoint:
         if (found := (path / name).stat().st_size) != size:
             raise UserError(f"{path / name}: {found} bytes, the manifest says {size}")
     with ThreadPoolExecutor(_THREADS) as threads:
-        for name, found in zip(files, threads.map(lambda name: checksum(path / name), files), strict=True):
+        checksums = threads.map(lambda name: checksum(path / name, "blake2b"), files)
+        for name, found in zip(files, checksums, strict=True):
             if found != files[name][1]:
                 raise UserError(f"{path / name}: the checksum differs from the manifest's")
     return FoundCheckpoint(path, content)
 
 
-def find(root: Path, say: Callable[[str], None]) -> FoundCheckpoint | None:
-    """The newest whole checkpoint below `root`; damaged ones are named and passed over.
+def find(root: Path, report: Callable[[str], None]) -> FoundCheckpoint | None:
+    """The newest complete checkpoint below `root`; damaged ones are passed over, and their damage reported.
 
-    None where there is none at all. Raises `UserError` where there are checkpoints but no whole one.
+    None where there is none at all. Raises `UserError` where there are checkpoints but no complete one.
     """
     candidates = checkpoints_in(root)
     for path in reversed(candidates):
         try:
             return verify(path)
         except UserError as error:
-            say(f"damaged checkpoint passed over: {error}")
+            report(f"damaged checkpoint passed over: {error}")
     if candidates:
-        raise UserError(f"{root}: no checkpoint there is whole; start anew with --resume none")
+        raise UserError(f"{root}: no checkpoint there is complete; start anew with --resume none")
     return None
 
 
@@ -93,6 +92,11 @@ def checkpoints_in(root: Path) -> list[Path]:
 def step_of(path: Path) -> int:
     """The step in a checkpoint's name."""
     return int(path.name.removeprefix("step-"))
+
+
+def _flushed_entry(file: Path) -> list[Any]:
+    sync(file)
+    return [file.stat().st_size, checksum(file, "blake2b")]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: which one, in which form, and the proof that it was really loaded."""
+"""Resuming from a checkpoint: which one, in which form, and the proof that it was really loaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bico_ds.model.weights.checksums import base_fingerprint
 from bico_ds.optim.schedule import follow_recipe
 from bico_ds.runtime.run_folder import RunFolder
 
-# What DeepSpeed's own checkpoint is bound to; any other value goes through the universal format.
+# What DeepSpeed's own checkpoint depends on; where a value differs, the universal form is loaded.
 StateLayout = dict[str, Any]
 
 # A checkpoint of another model cannot be loaded at all.
@@ -32,7 +32,7 @@ class NotRestoredError(RunError):
 
 @dataclass(frozen=True)
 class Resumption:
-    """The checkpoint to go on from, and the folder to load: its own, or its universal form."""
+    """The checkpoint to resume from, and the folder to load: its own, or its universal form."""
 
     found: FoundCheckpoint
     is_universal: bool
@@ -57,29 +57,31 @@ def state_layout(recipe: Recipe, ds_config: dict[str, Any], world_size: int) -> 
 
 
 def choose(folder: RunFolder, option: str, recipe: Recipe, layout: StateLayout) -> Resumption | None:
-    """Rank 0, before the process group starts: find, verify, and convert where the layout is another.
+    """Rank 0, before the process group starts: find, verify, and convert where the layout differs.
 
     `option` is `auto`, `none`, or the path of a checkpoint or of a run folder. None: start from the beginning.
-    Raises `UserError` where checkpoints are there and none is whole, where `option` names none, where it belongs to another
-    model, and where it would have to be converted and cannot be.
+    Raises `UserError` where checkpoints are there and none is complete, where `option` names none, where it belongs to
+    another model, and where it would have to be converted and cannot be.
     """
     if option == "none":
         return None
-    found = manifest.find(folder.checkpoints, _say) if option == "auto" else _at(Path(option))
+    found = manifest.find(folder.checkpoints, _print_line) if option == "auto" else _at(Path(option))
     if found is None:
         return None
     _check_recipe(found, recipe)
     different = {key: (was, layout[key]) for key, was in found.layout.items() if was != layout[key]}
-    which = "as asked" if found.path == Path(option) else "the newest whole checkpoint"
-    _say(f"resuming from {found.path}: step {found.step}, {which}, {_written(found)}")
+    which = "as asked" if found.path == Path(option) else "the newest complete checkpoint"
+    _print_line(f"resuming from {found.path}: step {found.step}, {which}, {_written(found)}")
     if different:
-        _say("other layout: " + ", ".join(f"{key} {was} -> {now}" for key, (was, now) in different.items()))
-        universal.convert(found, layout, _say)
+        _print_line(
+            "other layout: " + ", ".join(f"{key} {was} -> {now}" for key, (was, now) in different.items())
+        )
+        universal.convert(found, layout, _print_line)
     return Resumption(found, bool(different))
 
 
 def set_aside(folder: RunFolder, option: str, chosen: Resumption | None) -> None:
-    """Move what is in `folder`, and does not follow from what `choose` chose by `option`, into its replaced-N/."""
+    """Move what is in `folder`, and does not belong to what `choose` chose by `option`, into its replaced-N/."""
     if option == "none":
         folder.set_aside()
     elif chosen is not None:
@@ -91,14 +93,14 @@ def restore(engine: Engine, resumption: Resumption, recipe: Recipe) -> None:
 
     What the recipe says about optimizer and schedule holds from here on, where it was changed.
 
-    Raises `NotRestoredError` where anything is not what was saved, `UserError` where the base of the adapters is another.
+    Raises `NotRestoredError` where anything differs from what was saved, `UserError` where the adapters have another base.
     """
     content = resumption.found.content
     path, _ = engine.load_checkpoint(
         str(resumption.folder.parent),
         tag=resumption.folder.name,
-        load_module_strict=content["base"]
-        is None,  # a frozen base is not in it; the checksums are stricter anyway
+        # A frozen base is not in it; the checksums are stricter anyway.
+        load_module_strict=content["base"] is None,
     )
     if path is None:
         raise NotRestoredError(f"DeepSpeed loaded nothing from {resumption.folder}")
@@ -119,7 +121,7 @@ def restore(engine: Engine, resumption: Resumption, recipe: Recipe) -> None:
 
 
 def manifest_header(engine: Engine, recipe: Recipe, layout: StateLayout) -> dict[str, Any]:
-    """What all manifests of this run say alike. Collective."""
+    """What is the same in all manifests of this run. Collective."""
     base = base_fingerprint(engine.module) if recipe.model.lora is not None else None
     return {"layout": layout, "recipe": recipe.model_dump(mode="json"), "base": base}
 
@@ -133,7 +135,7 @@ def _check_base(engine: Engine, saved: str | None) -> None:
 
 
 def _separate_step_counters(engine: Engine) -> None:
-    """DeepSpeed's universal load hands one step tensor to all sub-groups; each adds one to it, in every step."""
+    """DeepSpeed's universal load gives one step tensor to all sub-groups; each adds one to it, in every step."""
     for state in engine.optimizer.optimizer.state.values():
         if torch.is_tensor(state.get("step")):
             state["step"] = state["step"].clone()
@@ -143,7 +145,7 @@ def _at(path: Path) -> FoundCheckpoint:
     if not path.is_dir():
         raise UserError(f"--resume {path}: no such folder")
     root = path / "checkpoints"
-    found = manifest.find(root, _say) if root.is_dir() else manifest.verify(path)
+    found = manifest.find(root, _print_line) if root.is_dir() else manifest.verify(path)
     if found is None:
         raise UserError(f"--resume {path}: no checkpoint there")
     return found
@@ -159,7 +161,7 @@ def _check_recipe(found: FoundCheckpoint, recipe: Recipe) -> None:
             "start anew with --resume none, or choose another folder with --output-dir"
         )
     for key, (was, now) in changes.items():
-        _say(f"changed since the checkpoint: {key} {was} -> {now}")
+        _print_line(f"changed since the checkpoint: {key} {was} -> {now}")
 
 
 def _as_of_today(found: FoundCheckpoint) -> dict[str, Any]:
@@ -180,9 +182,9 @@ def _changes(old: Any, new: Any, key: str) -> list[tuple[str, tuple[Any, Any]]]:
 
 
 def _set_later_aside(folder: RunFolder, found: FoundCheckpoint) -> None:
-    """Checkpoints and evaluations after the one resumed from are damaged, or of a course that is given up.
+    """Checkpoints and evaluations after the one resumed from are damaged, or of steps that are done anew.
 
-    None may be taken later, for a checkpoint of this course or for its evaluation.
+    None may be taken later for one of the steps to come.
     """
     own = manifest.checkpoints_in(folder.checkpoints)
     if found.path.resolve().parent != folder.checkpoints.resolve():
@@ -198,12 +200,12 @@ def _set_later_aside(folder: RunFolder, found: FoundCheckpoint) -> None:
     names = [path.name for path in later] + [f"{folder.evaluation.name}/{path.name}" for path in results]
     for path, name in zip(later + results, names, strict=True):
         path.rename(aside / name)
-    _say(f"set aside in {aside}: {', '.join(names)}")
+    _print_line(f"set aside in {aside}: {', '.join(names)}")
 
 
 def _written(found: FoundCheckpoint) -> str:
     return f"written by {found.layout['ranks']} rank{'s' * (found.layout['ranks'] > 1)}"
 
 
-def _say(text: str) -> None:
+def _print_line(text: str) -> None:
     print(text, flush=True)

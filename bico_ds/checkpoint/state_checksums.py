@@ -1,4 +1,4 @@
-"""Checksums of everything a resume must bring back: weights, fp32 masters, Adam's moments and its step count.
+"""Checksums of everything that a resume must bring back: weights, fp32 masters, Adam's moments and its step count.
 
 They are sums over the ranks' slices (`bico_ds.model.weights.checksums`), so the same numbers hold at any number of ranks and
 in ZeRO stages 1, 2 and 3. A load that silently did nothing (DeepSpeed#6691, #5430, #7848) cannot pass them.
@@ -20,7 +20,7 @@ from bico_ds.model.weights.materialize import is_partitioned, partition_bounds
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 Checksums = dict[str, dict[str, int]]
-"""What (``weight``, ``master``, ``exp_avg``, ``exp_avg_sq``) by parameter name."""
+"""By kind (`weight`, `master`, `exp_avg`, `exp_avg_sq`) and parameter name."""
 
 
 def state_checksums(engine: Engine) -> Checksums:
@@ -43,7 +43,7 @@ def optimizer_steps(engine: Engine) -> list[int]:
 
 
 def differences(found: Checksums, expected: Checksums) -> list[str]:
-    """Name what differs, as in ``exp_avg of causal_lm.lm_head.weight``."""
+    """Name what differs, as in `exp_avg of causal_lm.lm_head.weight`."""
     wrong = []
     for kind, sums in expected.items():
         mine = found.get(kind, {})

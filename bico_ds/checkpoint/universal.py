@@ -23,10 +23,11 @@ from bico_ds.checkpoint import manifest
 from bico_ds.checkpoint.disk import in_units, lack_of_room
 from bico_ds.checkpoint.manifest import FoundCheckpoint
 from bico_ds.common.errors import UserError
+from bico_ds.common.files import atomic_folder
 
 _WORKERS = max(1, min(8, (os.cpu_count() or 1) // 2))
 _POLL_SECONDS = 0.5
-_SAY_EVERY_SECONDS = 10.0
+_SECONDS_BETWEEN_REPORTS = 10.0
 # The converter writes every rank's fragments, then joins them: for a time both are there.
 _PEAK = 2.0
 
@@ -36,8 +37,8 @@ def folder_of(checkpoint: Path) -> Path:
     return checkpoint / "universal"
 
 
-def convert(found: FoundCheckpoint, layout: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Write the universal form of a checkpoint, unless a whole one is there. Says what it takes.
+def convert(found: FoundCheckpoint, layout: dict[str, Any], report: Callable[[str], None]) -> None:
+    """Write the universal form of a checkpoint, unless a complete one is there. Reports what it takes.
 
     Raises `UserError` where DeepSpeed cannot convert, or the disk has no room.
     """
@@ -46,28 +47,26 @@ def convert(found: FoundCheckpoint, layout: dict[str, Any], say: Callable[[str],
     if target.exists():
         with contextlib.suppress(UserError):
             manifest.verify(target)
-            say(f"universal form found: {target}")
+            report(f"universal form found: {target}")
             return
         shutil.rmtree(target)
     if lack := lack_of_room(found.path, int(_PEAK * found.bytes)):
         raise UserError(
             f"no room to convert the checkpoint: {lack}; free some, or resume with {found.layout['ranks']} ranks"
         )
-    say(
+    report(
         f"converting it to DeepSpeed's universal form: {in_units(found.bytes)} to read, "
         f"{in_units(_PEAK * found.bytes)} of disk meanwhile and {in_units(found.bytes)} afterwards"
     )
-    partial = found.path / f".universal-{os.getpid()}"
     started = time.monotonic()
     try:
-        _run_converter(found, partial, say)
-        files = [path for path in partial.rglob("*") if path.is_file()]
-        manifest.write_manifest(partial, {"step": found.step, "files": manifest.describe(partial, files)})
-        os.replace(partial, target)
+        with atomic_folder(target, replace=True) as partial:
+            _run_converter(found, partial, report)
+            files = [path for path in partial.rglob("*") if path.is_file()]
+            manifest.write_manifest(partial, {"step": found.step, "files": manifest.describe(partial, files)})
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
         (found.path / "latest_universal").unlink(missing_ok=True)  # DeepSpeed leaves it; nothing reads it
-    say(f"converted in {time.monotonic() - started:.1f} s: {target}")
+    report(f"converted in {time.monotonic() - started:.1f} s: {target}")
 
 
 def _check_convertible(was: dict[str, Any], now: dict[str, Any]) -> None:
@@ -84,19 +83,19 @@ def _check_convertible(was: dict[str, Any], now: dict[str, Any]) -> None:
             )
 
 
-def _run_converter(found: FoundCheckpoint, partial: Path, say: Callable[[str], None]) -> None:
+def _run_converter(found: FoundCheckpoint, partial: Path, report: Callable[[str], None]) -> None:
     """Convert in a fresh process: DeepSpeed's converter forks workers, which a process full of threads must not."""
     process = multiprocessing.get_context("spawn").Process(
         target=_convert, args=(str(found.path), str(partial))
     )
     process.start()
-    started = said = time.monotonic()
+    started = reported = time.monotonic()
     try:
         while process.is_alive():
             process.join(_POLL_SECONDS)
-            if time.monotonic() - said > _SAY_EVERY_SECONDS:
-                said = time.monotonic()
-                say(f"converting, {said - started:.0f} s: {in_units(_size(partial))} written")
+            if time.monotonic() - reported > _SECONDS_BETWEEN_REPORTS:
+                reported = time.monotonic()
+                report(f"converting, {reported - started:.0f} s: {in_units(_size(partial))} written")
     finally:
         if process.is_alive():  # a signal came
             with contextlib.suppress(ProcessLookupError):
@@ -113,7 +112,7 @@ def _convert(source: str, target: str) -> None:
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     from deepspeed.checkpoint import ds_to_universal
 
-    # What it prints, and bars that count files; an exception leaves this block, and is shown.
+    # It prints much, and shows bars that count files. An exception leaves this block, and is shown.
     with (
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stdout(nowhere),
@@ -129,7 +128,7 @@ def _convert(source: str, target: str) -> None:
 
 
 def _drop_first_ranks_tensors(path: Path) -> None:
-    """Keep of the common state what a load reads. DeepSpeed leaves rank 0's whole share in it, for every rank to read."""
+    """Keep of the common state what a load reads. DeepSpeed leaves all of rank 0's share in it, for every rank to read."""
     state = torch.load(path, weights_only=False)
     state.pop("fp32_flat_groups", None)
     adam = state["optimizer_state_dict"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,9 @@ from typing import Any
 import yaml
 
 from bico_ds.cluster.attempts import newest_step, read_attempts
-from bico_ds.runtime.run_folder import Lock, RunFolder, read_lock, read_state
+from bico_ds.runtime.lock import Lock, living_locks, read_lock
+from bico_ds.runtime.run_folder import RunFolder, read_state
 
-SILENT_SECONDS = 60.0  # a lock whose heart beats every few seconds, on a node with a slow clock
 _TAIL_BYTES = 1 << 16
 
 
@@ -48,12 +47,18 @@ def find_runs(paths: Iterable[Path]) -> Iterator[Path]:
             yield from find_runs(child for child in path.iterdir() if child.is_dir())
 
 
-def read_status(run: Path) -> RunStatus:
-    """Read one run folder."""
+def read_statuses(runs: Iterable[Path]) -> list[RunStatus]:
+    """Read run folders; takes some seconds where a lock does not show at once whether its holder is alive."""
+    runs = list(runs)
+    living = living_locks(RunFolder(run).lock.path for run in runs)
+    return [_read_status(run, living) for run in runs]
+
+
+def _read_status(run: Path, living: dict[Path, Lock]) -> RunStatus:
     folder = RunFolder(run)
     state = read_state(folder.state_file) or {}
-    lock = read_lock(folder.lock_file)
-    now = _state(state, lock)
+    lock = read_lock(folder.lock.path)
+    now = _state(state, living.get(folder.lock.path), was_held=lock is not None)
     numbers = last_numbers(folder.metrics_file)
     step = numbers.get("step", state.get("step"))
     return RunStatus(
@@ -84,11 +89,12 @@ def last_numbers(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _state(state: dict[str, Any], lock: Lock | None) -> str:
-    said = str(state.get("state", "waiting" if lock is None else "starting"))
-    if lock is not None and time.time() - lock.heartbeat < SILENT_SECONDS:
-        return said if lock.run_id == state.get("run_id") else "starting"
-    return "lost" if said in ("starting", "running") else said
+def _state(state: dict[str, Any], living: Lock | None, *, was_held: bool) -> str:
+    """`living`: the lock of a holder that is alive; `was_held`: there is a lock, its holder alive or dead."""
+    recorded = str(state.get("state", "starting" if was_held else "waiting"))
+    if living is not None:
+        return recorded if living.run_id == state.get("run_id") else "starting"
+    return "lost" if recorded in ("starting", "running") else recorded
 
 
 def _total_steps(folder: RunFolder) -> int | None:

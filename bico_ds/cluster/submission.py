@@ -19,14 +19,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bico_ds.common.errors import UserError
+from bico_ds.common.files import write_atomically
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.paths import LocalPath
 from bico_ds.config.schema import Recipe
-from bico_ds.runtime.run_folder import RunFolder, read_lock, write_atomically
+from bico_ds.runtime.lock import living_locks
+from bico_ds.runtime.run_folder import RunFolder
 
 PROJECT = Path(__file__).resolve().parents[2]
 TEMPLATE = PROJECT / "launch" / "slurm" / "train.sbatch"
-ALIVE_SECONDS = 30.0  # a lock whose heart beat so lately
 COMMON_PART = "# ---- The rest is the same for every run\n"
 _TIME = re.compile(r"(\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){0,2})")  # sbatch(1), --time
 
@@ -121,13 +122,14 @@ def stop_signal(recipe: Recipe) -> str:
 
 def refuse_if_alive(run: Path) -> None:
     """Raise `UserError` where another process trains into this folder."""
+    path = RunFolder(run).lock.path
     try:
-        lock = read_lock(RunFolder(run).lock_file)
+        lock = living_locks([path]).get(path)
     except OSError as error:  # a file where the folder should be, or somebody else's folder
         raise UserError(
             f"--output-dir: cannot read '{run}': {error.strerror}; choose another folder"
         ) from None
-    if lock is not None and time.time() - lock.heartbeat < ALIVE_SECONDS:
+    if lock is not None:
         where = f"job {lock.job} on {lock.host}" if lock.job else f"process {lock.pid} on {lock.host}"
         raise UserError(
             f"--output-dir: '{run}' is in use by {where}; stop it first, or choose another folder"

@@ -11,7 +11,6 @@ Results go to a JSON file that grows part by part: after an interruption the sam
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from bico_ds.common.errors import UserError
 from bico_ds.config.arguments import folder_or_hub_name, local_path, positive
 from bico_ds.config.paths import FolderOrHub
+from bico_ds.runtime import launch_environment
 from bico_ds.runtime.signals import StopFlag
 
 
@@ -136,11 +136,11 @@ def evaluate_model(options: argparse.Namespace, stop: StopFlag) -> bool:
 
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", launch_environment.local_rank())
         torch.cuda.set_device(device)
     share = PromptShare(
-        rank=int(os.environ.get("RANK", "0")),
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        rank=launch_environment.rank(),
+        world_size=launch_environment.world_size(),
         device=device,
         batch_size=options.batch_size,
         should_stop=lambda: bool(stop),

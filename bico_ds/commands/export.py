@@ -1,6 +1,6 @@
 """Turn a checkpoint, of any number of ranks, full or LoRA, into a Hugging Face folder.
 
-    python tools/export_hf.py runs/llama70b_bico OUT                    the newest whole checkpoint of a run
+    python tools/export_hf.py runs/llama70b_bico OUT                    the newest complete checkpoint of a run
     python tools/export_hf.py runs/llama70b_bico/checkpoints/step-001000 OUT --dtype fp32
 
 Needs no ranks, no GPU and none of the run's data, and one shard of memory. OUT appears complete or not at all. fp32 gives

@@ -12,12 +12,12 @@ recipe, or ranks that cannot meet.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.arguments import local_path, path_text
 from bico_ds.config.load import load_recipe
+from bico_ds.runtime import launch_environment
 from bico_ds.runtime.run_folder import folder_of_run
 
 
@@ -49,6 +49,6 @@ def main() -> int:
 
         return 0 if preflight(recipe, folder_of_run(recipe, arguments.output_dir)) else 1
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # of each node: a recipe may be missing on one of them
+        if launch_environment.local_rank() == 0:  # of each node: a recipe may be missing on one of them
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from bico_ds.common.errors import UserError
+from bico_ds.common.files import atomic_folder
 from bico_ds.config.arguments import folder_or_hub_name, local_path, path_text, positive
 from bico_ds.config.schema import FactsSpec
 from bico_ds.data.prepare.embedded_task import is_facts_folder, write_facts
@@ -29,7 +29,7 @@ from bico_ds.data.prepare.examples import IngestOptions
 from bico_ds.data.prepare.ingest import IngestFailure, ingest
 from bico_ds.data.prepare.sources import SHARD_BYTES, Shard, find_inputs, hub_shards, plan_shards
 from bico_ds.data.prepare.store_view import describe_store
-from bico_ds.data.store import publish, refuse_output
+from bico_ds.data.store import refuse_output
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,14 +101,11 @@ def prepare_facts(args: argparse.Namespace) -> None:
         raise UserError(f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg']}") from None
     output = args.output.resolve()
     refuse_output(output, force=args.force, is_ours=is_facts_folder)
-    folder = output.with_name(f".{output.name}.writing")
-    shutil.rmtree(folder, ignore_errors=True)
     try:
-        folder.mkdir(parents=True)
+        with atomic_folder(output, replace=args.force) as folder:
+            write_facts(spec, folder)
     except OSError as error:
         raise UserError(f"cannot write to '{output.parent}': {error.strerror}") from error
-    write_facts(spec, folder)
-    publish(folder, output, overwrite=args.force)
     for file in sorted(output.iterdir()):
         print(file)
 

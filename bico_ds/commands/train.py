@@ -20,6 +20,7 @@ from bico_ds.common.errors import RunError, UserError
 from bico_ds.config.arguments import local_path, path_text
 from bico_ds.config.load import list_recipes, load_recipe
 from bico_ds.config.schema import Recipe
+from bico_ds.runtime import launch_environment
 from bico_ds.runtime.launcher import follow_launcher
 from bico_ds.runtime.signals import StopFlag
 
@@ -45,8 +46,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--resume", metavar="auto|none|PATH", type=path_text, default="auto",
-        help="auto: the newest whole checkpoint of the run folder, if any (default); none: start anew, what was there is "
-        "set aside; PATH: this checkpoint, or the newest whole one of this run folder",
+        help="auto: the newest complete checkpoint of the run folder, if any (default); none: start anew, what was there is "
+        "set aside; PATH: this checkpoint, or the newest complete one of this run folder",
     )  # fmt: skip
     parser.add_argument(
         "--allow-data-change",
@@ -74,7 +75,7 @@ def main() -> int:
     if arguments.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
     if arguments.list_recipes:
-        names = list_recipes() if os.environ.get("RANK", "0") == "0" else {}
+        names = list_recipes() if launch_environment.rank() == 0 else {}
         for name, description in names.items():
             print(f"{name:{max(map(len, names))}}  {description}")
         return 0
@@ -101,7 +102,7 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
     stop.install(recipe.distributed.preempt_signals)
     if arguments.max_minutes is not None:
         stop.limit(arguments.max_minutes)
-    if "RANK" in os.environ:
+    if launch_environment.is_launched():
         follow_launcher(stop)
     from bico_ds.training.start import train
 
@@ -111,7 +112,7 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
 
 def complain(error: UserError | RunError) -> int:
     """One message from rank 0. The others end a moment later: the launcher kills all when the first one ends."""
-    if os.environ.get("RANK", "0") == "0":
+    if launch_environment.rank() == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)

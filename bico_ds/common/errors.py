@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: shown as one message without a traceback, exit code 2.
+    """A mistake that the user can correct: shown as one message without a traceback, exit code 2.
 
     The message says what is wrong, where (recipe key, file and line), and what to do.
     """
@@ -16,12 +16,12 @@ class UserError(ValueError):
 
 
 class RunError(RuntimeError):
-    """What ends a run and is no bug of ours (numbers, disks, other runs): one message, no traceback, exit code 1."""
+    """What ends a run and is no bug of this program (numbers, disks, other runs): one message, no traceback, exit code 1."""
 
     exit_code = 1
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `` (did you mean 'x'?)`` for the nearest of `known`, or an empty string."""
+    """Return ` (did you mean 'x'?)` for the nearest of `known`, or an empty string."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean '{near[0]}'?)" if near else ""

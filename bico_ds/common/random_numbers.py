@@ -1,9 +1,8 @@
-"""Counter-based randomness: a stateless hash of who asks, so that no draw depends on place, order or history.
+"""Counter-based randomness: a stateless hash of what a draw is for, so that none depends on place, order or history.
 
-The mixing function is SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators,
-OOPSLA 2014). Words are folded in one after the other, each through the full mixer; everything is uint64
-arithmetic modulo 2^64, alike on every machine and in every numpy release, and vectorised: no generator
-object per document.
+The mixing function is SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014). Words
+are folded in one after the other, each through the full mixer. Everything is uint64 arithmetic modulo 2^64, alike on every
+machine and in every numpy release, and vectorised: no generator object per document.
 """
 
 from __future__ import annotations
@@ -21,8 +20,10 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
 def hash_words(purpose: str, *words: Words) -> NDArray[np.uint64]:
-    """Hash (purpose, word, word, …), broadcast over the words' shapes, to uint64 of at least one
-    dimension. `purpose` has at most 8 characters, ASCII."""
+    """Hash (purpose, word, word, …) to uint64, broadcast over the words' shapes, of at least one dimension.
+
+    `purpose` has at most 8 characters, ASCII.
+    """
     state = np.array([int.from_bytes(purpose.encode().ljust(8, b"\0")[:8], "little")], dtype=np.uint64)
     assert len(purpose) <= 8, purpose
     for word in words:

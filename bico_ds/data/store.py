@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -22,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bico_ds.common.errors import UserError
+from bico_ds.common.files import checksum, incomplete_folder, publish_folder, write_atomically
 
 if TYPE_CHECKING:
     from bico_ds.documents import Documents
@@ -103,7 +103,7 @@ class TokenStore:
             _check_size(place / name, size)
         if verify == "checksums":
             for name, expected in manifest.checksums.items():
-                if file_checksum(place / name) != expected:
+                if checksum(place / name, "sha256") != expected:
                     raise UserError(f"token store '{place}' is damaged: wrong checksum of {name}; {_AGAIN}")
         if tokenizer_hash is not None and tokenizer_hash != manifest.tokenizer_hash:
             raise UserError(
@@ -231,9 +231,7 @@ class TokenStoreWriter:
     def __init__(self, path: Path, header: StoreHeader, *, overwrite: bool = False) -> None:
         refuse_output(path, force=overwrite)
         self._path, self._header, self._overwrite = path, header, overwrite
-        self._folder = path.with_name(f".{path.name}.writing-{os.getpid()}")
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(parents=True)
+        self._folder = incomplete_folder(path)
         self._token_dtype: Literal["uint16", "uint32"] = "uint16" if header.vocab_size <= 2**16 else "uint32"
         names = ["tokens", "offsets", "prompt_lengths", "groups", "word_starts"]
         names += ["entity_numbers"] if header.has_entities else []
@@ -293,7 +291,6 @@ class TokenStoreWriter:
         """
         self._files["word_starts"].write(np.packbits(self._bit_rest, bitorder="little"))
         for file in self._files.values():
-            file.sync()
             file.close()
         manifest = StoreManifest(
             format_version=FORMAT_VERSION,
@@ -305,8 +302,10 @@ class TokenStoreWriter:
             file_sizes={file.path.name: file.size for file in self._files.values()},
             checksums={file.path.name: file.checksum for file in self._files.values()},
         )
-        write_durably(self._folder / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
-        publish(self._folder, self._path, overwrite=self._overwrite)
+        write_atomically(self._folder / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
+        if self._path.exists() and not self._overwrite:
+            raise UserError(f"'{self._path}' appeared while it was being prepared; nothing was overwritten")
+        publish_folder(self._folder, self._path, replace=self._overwrite)
         return manifest
 
     def _put(self, name: str, values: NDArray[np.integer]) -> None:
@@ -336,42 +335,12 @@ class _CheckedFile:
         self._hash.update(view)
         self.size += len(view)
 
-    def sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
     def close(self) -> None:
         self._file.close()
 
     @property
     def checksum(self) -> str:
         return self._hash.hexdigest()
-
-
-def file_checksum(path: Path) -> str:
-    """Return the sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a small file so that after a crash it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and new names inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def is_store(path: Path) -> bool:
@@ -390,30 +359,6 @@ def refuse_output(path: Path, *, force: bool, is_ours: Callable[[Path], bool] = 
             f"'{path}' was not written by this command, and --force replaces nothing else: choose another "
             "folder, or remove it yourself"
         )
-
-
-def publish(folder: Path, path: Path, *, overwrite: bool = False) -> None:
-    """Rename a complete folder to its final name; what was there is removed only after the new one is in
-    place. Raises `UserError` where something is there, without `overwrite`.
-    """
-    sync_folder(folder)
-    old = path.with_name(f".{path.name}.replaced-{os.getpid()}")
-    if path.exists():
-        if not overwrite:
-            raise UserError(f"'{path}' appeared while it was being prepared; nothing was overwritten")
-        os.replace(path, old)
-    os.replace(folder, path)
-    sync_folder(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def restore_replaced(path: Path) -> None:
-    """Put back what `publish` had moved aside when it was killed before the new folder was in place."""
-    for old in path.parent.glob(f".{path.name}.replaced-*"):
-        if path.exists():
-            shutil.rmtree(old)
-        else:
-            os.replace(old, path)
 
 
 def _read_manifest(place: Path) -> StoreManifest:

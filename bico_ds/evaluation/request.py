@@ -88,7 +88,7 @@ def run_request(request: Request, share: PromptShare, console: Console) -> bool:
             *_retention_parts(request, share, texts, window, load),
             *(part for task in tasks for part in _task_parts(request, counted, task, load)),
         ]
-        finished = file.run(parts, progress.begin)
+        finished = file.run(parts, progress.begin_part)
     if share.is_first:
         show_results(file.results(parts), file.values.get("retention_before", {}), console)
         console.print(f"written: {request.output}", soft_wrap=True, highlight=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bico_ds.common.errors import UserError
+from bico_ds.common.files import write_atomically
 from bico_ds.evaluation.scoring.share import PromptShare, gather_from_ranks
 
 Compute = Callable[[], "dict[str, Any] | None"]
@@ -83,8 +85,8 @@ class ResultFile:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # A file that cannot be written must be noticed before anything is computed.
-            self._partial.touch()
-            self._partial.unlink()
+            with tempfile.TemporaryFile(dir=self.path.parent):
+                pass
             if not self.path.exists():
                 return None
             text = self.path.read_text(encoding="utf-8")
@@ -98,9 +100,4 @@ class ResultFile:
 
     def _write(self) -> None:
         text = json.dumps(self.values, ensure_ascii=False, indent=1) + "\n"
-        self._partial.write_text(text, encoding="utf-8")
-        self._partial.replace(self.path)
-
-    @property
-    def _partial(self) -> Path:
-        return self.path.with_name(self.path.name + ".partial")
+        write_atomically(self.path, text)

@@ -13,11 +13,12 @@ import logging
 import os
 import shutil
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 
 import torch
+
+from bico_ds.common.files import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +63,8 @@ def _built(compiler: str) -> str:
     cache.mkdir(parents=True, exist_ok=True)
     logger.info("building the fused CPU kernels once (about half a minute) into %s", library)
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        target = Path(folder) / library.name
+    with atomic_file(library) as target:
         subprocess.run([compiler, *_command_line(target)], capture_output=True, text=True, check=True)
-        target.replace(library)
     logger.info("built in %.0f s", time.monotonic() - started)
     return str(library)
 

@@ -1,4 +1,4 @@
-"""Ranks: joining the process group, and the few collectives that the engine itself needs."""
+"""Ranks: joining the process group, and the few collectives that the training loop itself needs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from torch.distributed import Store
 from torch.distributed.rendezvous import rendezvous
 
 from bico_ds.common.errors import UserError
-from bico_ds.runtime import host_memory
+from bico_ds.runtime import host_memory, launch_environment
 from bico_ds.runtime.signals import Interrupted
 
-_VERDICT, _HEARD = "bico_ds/verdict", "bico_ds/heard"
+_VERDICT, _RECEIVED = "bico_ds/verdict", "bico_ds/received"
 _WAIT_SECONDS = 0.5
-_HEARD_SECONDS = 10.0
+_RECEIVED_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,16 @@ def read_ranks() -> Ranks:
 
     DeepSpeed's own DS_ACCELERATOR=cpu keeps the ranks on the CPU of a GPU machine.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = launch_environment.local_rank()
     on_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    return Ranks(
-        rank, local_rank, world_size, torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
-    )
+    device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
+    return Ranks(launch_environment.rank(), local_rank, launch_environment.world_size(), device)
 
 
-def meet(ranks: Ranks, *, timeout_minutes: float) -> Store:
-    """Return the ranks' common store, once all have come. A rank that never comes fails all after the timeout.
+def connect(ranks: Ranks, *, timeout_minutes: float) -> Store:
+    """Return the ranks' common store, once all are connected. A rank that never connects fails all after the timeout.
 
-    Raises `UserError` where several ranks are meant and no launcher has said where they meet.
+    Raises `UserError` where there are several ranks and no launcher has set the address of the first.
     """
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
@@ -77,25 +74,25 @@ def first_alone(ranks: Ranks, store: Store, work: Callable[[], None]) -> None:
     A `UserError` or `Interrupted` of rank 0 is raised on every rank; at anything else, its death included, the others exit.
     """
     if not ranks.is_first:
-        _hear_verdict(store)
+        _await_verdict(store)
         return
     try:
         work()
     except BaseException as error:
         store.set(_VERDICT, json.dumps([type(error).__name__, str(error)]))
-        deadline = time.monotonic() + _HEARD_SECONDS  # the store ends with this process
-        while store.add(_HEARD, 0) < ranks.world_size - 1 and time.monotonic() < deadline:
+        deadline = time.monotonic() + _RECEIVED_SECONDS  # the store ends with this process
+        while store.add(_RECEIVED, 0) < ranks.world_size - 1 and time.monotonic() < deadline:
             time.sleep(_WAIT_SECONDS / 5)
         raise
     store.set(_VERDICT, json.dumps(["", ""]))
 
 
-def _hear_verdict(store: Store) -> None:
+def _await_verdict(store: Store) -> None:
     try:
         while not store.check([_VERDICT]):
             time.sleep(_WAIT_SECONDS)
         kind, text = json.loads(store.get(_VERDICT))
-        store.add(_HEARD, 1)
+        store.add(_RECEIVED, 1)
     except RuntimeError:
         raise SystemExit("the first rank is gone") from None
     if kind == "UserError":
@@ -103,7 +100,7 @@ def _hear_verdict(store: Store) -> None:
     if kind == "Interrupted":
         raise Interrupted(text)
     if kind:
-        raise SystemExit(1)  # the first rank says why
+        raise SystemExit(1)  # the first rank reports why
 
 
 def join(ranks: Ranks, store: Store, *, timeout_minutes: float) -> None:

@@ -1,4 +1,4 @@
-"""What a CPU run asks of the operating system's memory: freed pages kept for the next step, nothing left in /dev/shm."""
+"""Memory of the operating system in a CPU run: freed pages are kept for the next step, nothing is left in /dev/shm."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from bico_ds.runtime import launch_environment
 
 # Parameters of glibc's mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -35,7 +37,7 @@ def keep_freed_pages() -> bool:
 
     Training frees and allocates at every step, and a fresh page costs more to fault in than to compute on
     (docs/attention.md, "The whole training step"). Growth is measured from the first call on. Returns whether there is a
-    glibc to tell.
+    glibc that took the settings.
     """
     mallopt = getattr(_libc(), "mallopt", None)
     if mallopt is None or not (mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1)):
@@ -47,10 +49,10 @@ def keep_freed_pages() -> bool:
 def release_freed_pages() -> None:
     """Return what `keep_freed_pages` has kept, when it has grown too much. To be called after every step.
 
-    Batches of ever other sizes leave holes in the heap, which grows without end. Measured is the resident memory: beyond
-    what was left of it right after the last release (or at `keep_freed_pages`) it may grow by `FREED_BYTES`; by twice as
-    much each time that two releases lie fewer than ten steps apart, so that what steps use is not returned at every one;
-    and at the most by this rank's part of a quarter of the machine's memory.
+    Batches of different sizes leave holes in the heap, which grows without end. What counts is the resident memory. Beyond
+    its level right after the last release (or at `keep_freed_pages`) it may grow by `FREED_BYTES`; by twice as much each
+    time that two releases are fewer than ten steps apart, so that what steps use is not returned at every one; and at most
+    by this rank's part of a quarter of the machine's memory.
     """
     malloc_trim = getattr(_libc(), "malloc_trim", None)
     if malloc_trim is not None and _growth().is_too_much(_resident_bytes()):
@@ -65,7 +67,7 @@ class _Growth:
     level: int
     allowed: int
     most: int
-    steps: int = _FEW_STEPS  # since the last release; before the first there is none to be near
+    steps: int = _FEW_STEPS  # since the last release; at first as if it were long ago
 
     def is_too_much(self, resident: int) -> bool:
         """To be asked after every step."""
@@ -80,9 +82,9 @@ class _Growth:
 
 @functools.cache
 def _growth() -> _Growth:
-    """Of this process. Without a launcher's word on the ranks of this machine, all ranks count: a smaller part each."""
-    ranks = (os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"))
-    most = int(_memory_limit() * _SHARE_OF_MEMORY) // int(next(filter(None, ranks), "1"))
+    """Of this process. Where no launcher tells the ranks of this machine, all ranks count: a smaller part for each."""
+    ranks = launch_environment.ranks_per_node() or launch_environment.world_size()
+    most = int(_memory_limit() * _SHARE_OF_MEMORY) // ranks
     return _Growth(level=_resident_bytes(), allowed=min(FREED_BYTES, most), most=most)
 
 
@@ -107,9 +109,9 @@ def _memory_limit() -> int:
 
 
 def unlink_shared_buffer(rank: int) -> None:
-    """Remove the name of this rank's all-reduce buffer, which DeepSpeed 0.19's CPU operation leaves in /dev/shm for ever.
+    """Remove the name of this rank's all-reduce buffer, which DeepSpeed 0.19's CPU operation leaves in /dev/shm.
 
-    It is 66 MiB a rank and start, of memory. To be called when all ranks have opened it: what is mapped stays.
+    It takes 66 MiB of memory per rank and start. To be called when all ranks have opened it: what is mapped stays.
     """
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     with contextlib.suppress(OSError):

@@ -23,8 +23,8 @@ def follow_launcher(stop: StopFlag) -> None:
 
     The `deepspeed` command exits 0 and leaves its ranks running when its per-node launcher is killed (its runner looks
     at positive return codes only), and leaves launcher and ranks running when it is ended itself. An orphan would go
-    on writing. On Linux the kernel tells; elsewhere a thread looks. What stands above another launcher (torchrun under
-    nohup: the login shell) may end without a meaning. A rank whose parent is outside of its container has none to see.
+    on writing. On Linux the kernel sends a signal; elsewhere a thread polls. What is above another launcher (torchrun
+    under nohup: the login shell) may end and mean nothing. A rank whose parent is outside of its container sees none.
     """
     if os.getppid() == 0:
         return

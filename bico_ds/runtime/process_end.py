@@ -1,4 +1,4 @@
-"""How a process ends that has talked to other ranks. No torch here: commands have it before their heavy imports."""
+"""How a process ends that has joined a process group. No torch here: commands import it before their heavy imports."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import NoReturn
 
 
 def end_process(code: int) -> NoReturn:
-    """Wait for threads that are not daemons, run the exit handlers, and end with this exit code: all that an interpreter
-    does at its end, but being taken down itself.
+    """End the process with this exit code, after threads that are not daemons have ended and the exit handlers have run.
+
+    This is all that an interpreter does at its end, except that it is not taken down itself.
 
     A process group leaves native threads behind: `destroy_process_group` joins gloo's only when nobody else holds the
     group, and DeepSpeed does. One of them that needs Python while the interpreter is taken down aborts the process

@@ -2,48 +2,40 @@
 
 runs/NAME/
   recipe.yaml     the resolved recipe         tokenizer/   that of the run: an export needs nothing of the data
-  run.json        versions, commit, command line of every start that came to train
+  run.json        versions, commit, command line of every start that began training
   lock.json       which run may write here
   state.json      running | preempted | done | failed, with step and reason
   metrics.jsonl   one line per logged step, evaluation and checkpoint
   evaluation/     step-N.json: every prompt with its answer and scores
   tensorboard/    checkpoints/    export/    logs/    csv/
   replaced-N/     what a later start set aside
-  slurm/          scripts, recipe and starts of the batch system; stop: the wish not to be requeued
+  slurm/          scripts, recipe and starts of the batch system; stop: a file that forbids to requeue the job
   native_ops/     compiled DeepSpeed operations, under a batch system
 
-A start takes the lock first, and writes the rest only when nothing can refuse it any more: what it finds is the record of
-the run before it.
+A start takes the lock first, and writes the rest only when nothing can refuse it any more: until then the folder holds the
+record of the run before.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 import re
 import socket
 import subprocess
 import sys
-import threading
 import time
-import uuid
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-
-from bico_ds.common.errors import RunError, UserError
+from bico_ds.common.errors import UserError
+from bico_ds.common.files import write_atomically
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.schema import Recipe
-
-HEARTBEAT_SECONDS = 5.0
-WATCH_SECONDS = 6 * HEARTBEAT_SECONDS  # a holder that gives no sign of life for so long is dead
-SETTLE_SECONDS = 0.5  # two that start at the same moment: the later one has written by then
+from bico_ds.runtime.launch_environment import slurm_job
+from bico_ds.runtime.lock import InUseError, RunLock
 
 _SECRET = re.compile(r"(?i)^(.*(?:secret|password|passwd|credential|api_?key|_token|\.token))=.*$")
 
@@ -60,35 +52,16 @@ def folder_of_run(recipe: Recipe, chosen: Path | None) -> Path:
     return recipe.output_dir.here() if recipe.output_dir is not None else Path("runs", recipe.name)
 
 
-class FencedError(RunError):
-    """Another run has taken this run folder over: nothing more may be written into it."""
-
-
-@dataclass(frozen=True)
-class Lock:
-    """Who may write into a run folder."""
-
-    run_id: str
-    host: str
-    pid: int
-    job: str
-    heartbeat: float
-
-
 class RunFolder:
-    """Paths of one run, and the right to write into them (rank 0 takes the lock)."""
+    """Paths of one run, and the right to write into them."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.run_id = uuid.uuid4().hex[:12]
-        self.on_lost: Callable[[], None] | None = None
-        self._beat: threading.Thread | None = None
-        self._released = threading.Event()
+        self.lock = RunLock(self.path / "lock.json")
 
     recipe_file = property(lambda self: self.path / "recipe.yaml")
     metrics_file = property(lambda self: self.path / "metrics.jsonl")
     state_file = property(lambda self: self.path / "state.json")
-    lock_file = property(lambda self: self.path / "lock.json")
     tensorboard = property(lambda self: self.path / "tensorboard")
     checkpoints = property(lambda self: self.path / "checkpoints")
     export = property(lambda self: self.path / "export")
@@ -112,7 +85,13 @@ class RunFolder:
         """
         try:
             self.logs.mkdir(parents=True, exist_ok=True, mode=0o755)
-            self._take_lock()
+            self.lock.take()
+        except InUseError as error:
+            holder = error.holder
+            who = f"run {holder.run_id} (process {holder.pid} on {holder.host})" if holder else "another run"
+            raise UserError(
+                f"output_dir: '{self.path}' is in use by {who}; stop it first, or choose another folder with --output-dir"
+            ) from None
         except OSError as error:
             raise UserError(
                 f"output_dir: cannot write into '{self.path}': {error.strerror}; choose another with --output-dir"
@@ -123,48 +102,47 @@ class RunFolder:
         write_atomically(self.recipe_file, dump_recipe(recipe))
         path = self.path / "run.json"
         starts = json.loads(path.read_text()) if path.is_file() else []
-        start = {"run_id": self.run_id, **provenance()}
+        start = {"run_id": self.lock.run_id, **provenance()}
         write_atomically(path, json.dumps([*starts, start], indent=1) + "\n")
 
-    def check_fence(self) -> None:
-        """Raise `FencedError` unless this run still holds the lock: before every checkpoint and every state."""
-        lock = read_lock(self.lock_file)
-        if lock is None or lock.run_id != self.run_id:
-            holder = f"run {lock.run_id} on {lock.host}" if lock else "nobody"
-            raise FencedError(
-                f"{self.path}: this run ({self.run_id}) lost the folder to {holder}; it stops writing"
-            )
-
     def write_state(self, state: State, *, step: int | None, reason: str = "") -> None:
-        """Write the state file that launchers decide by. Raises `FencedError` as `check_fence` does."""
-        self.check_fence()
-        content = {"state": state, "step": step, "reason": reason, "run_id": self.run_id, "time": time.time()}
+        """Write the state file that launchers decide by. Raises `FencedError` as `RunLock.check` does."""
+        self.lock.check()
+        content = {
+            "state": state,
+            "step": step,
+            "reason": reason,
+            "run_id": self.lock.run_id,
+            "time": time.time(),
+        }
         write_atomically(self.state_file, json.dumps(content) + "\n")
 
     def fail(self, reason: str) -> None:
-        """Say that the run failed; of a start that did not come to train only where no run was recorded here before.
+        """Record that the run failed; of a start that did not begin training only where no run was recorded before.
 
-        Raises `FencedError` as `check_fence` does.
+        Raises `FencedError` as `RunLock.check` does.
         """
-        said = read_state(self.state_file) or {}
-        if said.get("run_id") == self.run_id or not self.recipe_file.is_file():
+        recorded = read_state(self.state_file) or {}
+        if recorded.get("run_id") == self.lock.run_id or not self.recipe_file.is_file():
             self.write_state("failed", step=None, reason=reason)
 
     def preempt(self, reason: str) -> None:
-        """Say that a start was stopped before it came to train, unless the run was finished already.
+        """Record that a start was stopped before it began training, unless the run was finished already.
 
-        Raises `FencedError` as `check_fence` does.
+        Raises `FencedError` as `RunLock.check` does.
         """
-        said = read_state(self.state_file) or {}
-        if said.get("state") != "done":
-            self.write_state("preempted", step=said.get("step"), reason=reason)
+        recorded = read_state(self.state_file) or {}
+        if recorded.get("state") != "done":
+            self.write_state("preempted", step=recorded.get("step"), reason=reason)
 
     def set_aside(self) -> None:
         """Move what an earlier run left (recipe, checkpoints, metrics …) into replaced-N/: nothing of it is deleted."""
         if not any(self.checkpoints.glob("step-*")) and not self.metrics_file.is_file():
             return
-        kept = {self.lock_file.name, self.state_file.name, "run.json", "slurm", "stop", "native_ops"}
-        old = [p for p in self.path.iterdir() if p.name not in kept and not p.name.startswith("replaced-")]
+        kept = {self.lock.path.name, self.state_file.name, "run.json", "slurm", "stop", "native_ops"}
+        old = [
+            p for p in self.path.iterdir() if p.name not in kept and not p.name.startswith((".", "replaced-"))
+        ]
         aside = self.new_aside()
         for path in old:
             path.rename(aside / path.name)
@@ -178,51 +156,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Give the lock back."""
-        self._released.set()
-        if self._beat is not None:
-            self._beat.join()
-        lock = read_lock(self.lock_file)
-        if lock is not None and lock.run_id == self.run_id:
-            self.lock_file.unlink(missing_ok=True)
-
-    def _take_lock(self) -> None:
-        holder = read_lock(self.lock_file)
-        if holder is not None and _is_alive(holder, self.lock_file):
-            raise self._in_use_by(holder)
-        self._write_lock()
-        time.sleep(SETTLE_SECONDS)
-        holder = read_lock(self.lock_file)
-        if holder is None or holder.run_id != self.run_id:
-            raise self._in_use_by(holder)
-        self._beat = threading.Thread(target=self._keep_beating, name="run-folder-lock", daemon=True)
-        self._beat.start()
-
-    def _in_use_by(self, holder: Lock | None) -> UserError:
-        who = f"run {holder.run_id} (process {holder.pid} on {holder.host})" if holder else "another run"
-        return UserError(
-            f"output_dir: '{self.path}' is in use by {who}; stop it first, or choose another folder with --output-dir"
-        )
-
-    def _write_lock(self) -> None:
-        lock = Lock(self.run_id, socket.gethostname(), os.getpid(), _job(), time.time())
-        write_atomically(self.lock_file, json.dumps(asdict(lock)) + "\n")
-
-    def _keep_beating(self) -> None:
-        while not self._released.wait(HEARTBEAT_SECONDS):
-            with contextlib.suppress(OSError):
-                lock = read_lock(self.lock_file)
-                if lock is not None and lock.run_id == self.run_id:
-                    self._write_lock()
-                elif self.on_lost is not None:
-                    self.on_lost()
-
-
-def read_lock(path: Path) -> Lock | None:
-    """Return the lock's content, None where there is none, or no whole one. Raises OSError where it cannot be read."""
-    try:
-        return Lock(**json.loads(path.read_text()))
-    except (FileNotFoundError, ValueError, TypeError):
-        return None
+        self.lock.release()
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
@@ -233,18 +167,8 @@ def read_state(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file so that a reader, or a crash, sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def provenance() -> dict[str, Any]:
-    """Versions, commit, host and command line: what one needs to run the same again. No environment: it has secrets."""
+    """Versions, commit, host and command line: what it takes to run the same again. No environment: it has secrets."""
     packages = ("torch", "deepspeed", "transformers", "datasets", "peft", "flash-attn", "numpy", "bico_ds")
     versions = {}
     for package in packages:
@@ -254,7 +178,7 @@ def provenance() -> dict[str, Any]:
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": [_without_secret(word) for word in sys.argv],
         "host": socket.gethostname(),
-        "job": _job(),
+        "job": slurm_job(),
         "python": platform.python_version(),
         "versions": versions,
         "commit": _git_commit(),
@@ -264,34 +188,6 @@ def provenance() -> dict[str, Any]:
 def _without_secret(word: str) -> str:
     """A word of the command line; the value of a key that is named like a secret is left out."""
     return _SECRET.sub(r"\1=(not recorded)", word)
-
-
-def _job() -> str:
-    return os.environ.get("SLURM_JOB_ID", "")
-
-
-def _is_alive(lock: Lock, path: Path) -> bool:
-    """Whether the holder still beats. Beats are compared with each other, for clocks of nodes differ."""
-    if lock.job and lock.job == _job():  # the same SLURM job, started again
-        return False
-    if lock.host == socket.gethostname() and not _runs(lock.pid):
-        return False
-    deadline = time.monotonic() + WATCH_SECONDS
-    while time.monotonic() < deadline:
-        time.sleep(HEARTBEAT_SECONDS / 8)
-        now = read_lock(path)
-        if now is None:
-            return False
-        if now != lock:
-            return True
-    return False
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _git_commit() -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from types import FrameType
 
 # Ctrl-C reaches launcher and ranks; DeepSpeed's launcher then sends SIGTERM to one rank after the other, and gives
-# each 30 seconds. That is the same wish again, not a second one.
+# each 30 seconds. That is the same request again, not a second one.
 ECHO_SECONDS = 40.0
 
 
@@ -20,7 +20,7 @@ class Interrupted(BaseException):
 
 class StopFlag:
     """Set by a signal or a time limit. The same signal again ends the process at once (128 + its number), as another one
-    does after `ECHO_SECONDS`; the last checkpoint is whole.
+    does after `ECHO_SECONDS`; the last checkpoint is complete.
     """
 
     def __init__(self) -> None:

@@ -18,11 +18,12 @@ from torch.distributed import Store
 
 from bico_ds.common.errors import RunError, UserError
 from bico_ds.runtime.distributed import Ranks
-from bico_ds.runtime.run_folder import FencedError, RunFolder
+from bico_ds.runtime.lock import FencedError
+from bico_ds.runtime.run_folder import RunFolder
 
 POLL_SECONDS = 1.0
-# After another rank's failure: most ranks meet it themselves, and say more than this thread can. After a stall: rank 0
-# waits as long for the others' stacks.
+# After another rank's failure: most ranks run into it themselves, and report more than this thread can. After a stall:
+# rank 0 waits as long for the others' stacks.
 GRACE_SECONDS = 5.0
 _KEY = "bico_ds/failure"
 _ON_FILE = "bico_ds/stacks"  # how many ranks have written theirs
@@ -40,8 +41,8 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def beat(self) -> None:
-        """The main thread has made progress; the clock runs from the first beat on, until `close`."""
+    def note_progress(self) -> None:
+        """The main thread has made progress; the clock runs from the first call until `close`."""
         self._last = time.monotonic()
 
     def report(self, error: BaseException) -> None:
@@ -58,7 +59,7 @@ class Watchdog:
         self._end(failure)
 
     def close(self) -> None:
-        """Stop watching; every rank before the last barrier, for rank 0 takes the store with it."""
+        """Stop watching; on every rank before the last barrier, because the store ends with rank 0."""
         self._closed.set()
         self._thread.join()
 
@@ -96,11 +97,8 @@ class Watchdog:
                 self._store.add(_ON_FILE, 1)
         text = f"rank {failure['rank']}: {failure['text']}"
         if self._ranks.is_first:
-            print(
-                f"error: {text}" + (f"; stacks in {stacks.parent}" * failure["stalled"]),
-                file=sys.stderr,
-                flush=True,
-            )
+            where = f"; stacks in {stacks.parent}" if failure["stalled"] else ""
+            print(f"error: {text}{where}", file=sys.stderr, flush=True)
             with contextlib.suppress(OSError, FencedError):
                 self._folder.fail(text)
             if failure["stalled"]:
@@ -108,7 +106,7 @@ class Watchdog:
         os._exit(failure["code"])
 
     def _await_stacks(self) -> None:
-        """The store goes with rank 0's process, and with it the word to ranks that have not looked since."""
+        """The store ends with rank 0's process, and ranks that have not looked since would not learn of the stall."""
         deadline = time.monotonic() + GRACE_SECONDS
         with contextlib.suppress(RuntimeError):
             while self._store.add(_ON_FILE, 0) < self._ranks.world_size and time.monotonic() < deadline:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,10 @@ from bico_ds.common.errors import UserError
 from bico_ds.config.schema import Recipe
 from bico_ds.model.architecture import model_config
 from bico_ds.optim.schedule import check_schedule
+from bico_ds.runtime import launch_environment
 from bico_ds.runtime.ds_config import build_ds_config
+
+RANKS_PER_NODE = 8  # where no launcher says
 
 
 def check_recipe(
@@ -47,7 +49,7 @@ def check_recipe(
         hidden_size=config.hidden_size,
         on_cuda=on_cuda,
         run_folder=run_folder,
-        ranks_per_node=ranks_per_node or _ranks_per_node(),
+        ranks_per_node=ranks_per_node or launch_environment.ranks_per_node() or RANKS_PER_NODE,
         runs_here=runs_here,
     )
 
@@ -64,8 +66,3 @@ def check_backend(recipe: Recipe, device: torch.device) -> LayoutPolicy | None:
     except ValueError as error:
         raise UserError(f"model.attention_backend: {error}") from None
     return None if backend is None else backend.policy
-
-
-def _ranks_per_node() -> int:
-    """By torchrun's variable or that of DeepSpeed's launcher; without either, a node of eight."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "8")

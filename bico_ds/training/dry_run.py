@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from rich.console import Console
@@ -19,6 +18,7 @@ from bico_ds.data.tokenizer import vocabulary_size
 from bico_ds.model.architecture import check_vocabulary, model_config, parameter_count
 from bico_ds.model.build import build_model
 from bico_ds.optim.schedule import check_schedule
+from bico_ds.runtime import launch_environment
 from bico_ds.runtime.distributed import read_ranks
 from bico_ds.runtime.run_folder import folder_of_run
 from bico_ds.training import assembly
@@ -35,11 +35,11 @@ def dry_run(recipe: Recipe, *, output_dir: Path | None = None) -> None:
     `distributed.world_size`, else WORLD_SIZE of the environment, else 1; all ranks but the first return at once. Raises
     `UserError` for what training would refuse, as far as this machine can tell.
     """
-    if int(os.environ.get("RANK", "0")) != 0:
+    if launch_environment.rank() != 0:
         return
     console = Console(soft_wrap=True)
     console.print(dump_recipe(recipe), highlight=False, markup=False)
-    world_size = recipe.distributed.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = recipe.distributed.world_size or launch_environment.world_size()
     planned = _without_missing_weights(recipe)
     check_recipe(planned, world_size=world_size, on_cuda=False, run_folder=folder_of_run(recipe, output_dir))
     config = model_config(planned.model)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from bico_ds.common.files import write_atomically
 from bico_ds.config.schema import EvaluationSpec
 from bico_ds.evaluation.evaluate import GenerationOptions, evaluate
 from bico_ds.evaluation.replica import full_replica, is_partitioned, parameter_count
@@ -20,7 +21,7 @@ from bico_ds.evaluation.results import EvaluationResult
 from bico_ds.evaluation.scoring.choice import choice_test
 from bico_ds.evaluation.scoring.share import PromptShare
 from bico_ds.runtime.distributed import Ranks
-from bico_ds.runtime.run_folder import RunFolder, write_atomically
+from bico_ds.runtime.run_folder import RunFolder
 from bico_ds.runtime.signals import StopFlag
 from bico_ds.training.assembly import RunInputs
 

@@ -11,8 +11,8 @@ import torch
 
 from bico_ds.batch import PackedBatch
 from bico_ds.common.errors import RunError
+from bico_ds.common.files import write_atomically
 from bico_ds.runtime.distributed import all_gather_objects
-from bico_ds.runtime.run_folder import write_atomically
 from bico_ds.training.run import Run
 
 

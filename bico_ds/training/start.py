@@ -25,16 +25,17 @@ from bico_ds.checkpoint.resume import (
     set_aside,
     state_layout,
 )
+from bico_ds.common.files import atomic_folder
 from bico_ds.config.schema import Recipe
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.tokenizer import Tokenizer
 from bico_ds.model.deepspeed_engine import Engine
 from bico_ds.model.weights.export import export_model
-from bico_ds.model.weights.shards import atomic_folder
 from bico_ds.optim.schedule import check_schedule
 from bico_ds.runtime import distributed, host_memory, native_ops
 from bico_ds.runtime.distributed import Ranks
-from bico_ds.runtime.run_folder import FencedError, RunFolder, State, folder_of_run
+from bico_ds.runtime.lock import FencedError
+from bico_ds.runtime.run_folder import RunFolder, State, folder_of_run
 from bico_ds.runtime.signals import Interrupted, StopFlag
 from bico_ds.runtime.watchdog import Watchdog
 from bico_ds.training import assembly
@@ -56,7 +57,7 @@ def train(recipe: Recipe, *, output_dir: Path | None, resume: str, stop: StopFla
     """
     run = _checked_run(recipe, output_dir, stop)
     ranks, timeout_minutes = run.ranks, recipe.distributed.timeout_minutes
-    store = distributed.meet(ranks, timeout_minutes=timeout_minutes)
+    store = distributed.connect(ranks, timeout_minutes=timeout_minutes)
     chosen: list[Resumption | None] = []
     try:
         distributed.first_alone(ranks, store, lambda: chosen.append(_prepare(run, resume)))
@@ -67,10 +68,10 @@ def train(recipe: Recipe, *, output_dir: Path | None, resume: str, stop: StopFla
         native_ops.release_abandoned_locks()
     distributed.join(ranks, store, timeout_minutes=timeout_minutes)
     watchdog = Watchdog(store, ranks, run.folder, minutes=recipe.distributed.watchdog_minutes)
-    run.folder.on_lost = lambda: watchdog.abandon(f"{run.folder.path} was taken over by another run")
+    run.folder.lock.on_lost = lambda: watchdog.abandon(f"{run.folder.path} was taken over by another run")
     try:
-        resumption, run.folder.run_id = distributed.broadcast_object(
-            (chosen[0], run.folder.run_id) if chosen else None
+        resumption, run.folder.lock.run_id = distributed.broadcast_object(
+            (chosen[0], run.folder.lock.run_id) if chosen else None
         )
         state = _train_on_all_ranks(run, resume, resumption, watchdog)
     except BaseException as error:
@@ -195,7 +196,7 @@ def _checkpointer(run: Run, engine: Engine) -> Checkpointer:
         run.folder,
         run.ranks,
         exclude_frozen=run.recipe.model.lora is not None,
-        facts=manifest_header(engine, run.recipe, _layout(run)),
+        header=manifest_header(engine, run.recipe, _layout(run)),
     )
 
 
@@ -206,7 +207,7 @@ def _evaluator(run: Run, inputs: RunInputs, watchdog: Watchdog) -> Evaluator:
         ranks=run.ranks,
         folder=run.folder,
         stop=run.stop,
-        on_progress=watchdog.beat,
+        on_progress=watchdog.note_progress,
     )
 
 
@@ -218,7 +219,7 @@ def _take_over(run: Run, resume: str, resumption: Resumption | None, tokenizer: 
     run.folder.write_state("running", step=resumption.step if resumption else 0)
     set_aside(run.folder, resume, resumption)
     run.folder.record(run.recipe)
-    with atomic_folder(run.folder.tokenizer, overwrite=True) as temporary:
+    with atomic_folder(run.folder.tokenizer, replace=True) as temporary:
         tokenizer.save_pretrained(temporary)
 
 

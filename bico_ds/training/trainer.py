@@ -75,7 +75,7 @@ class Trainer:
         if self._evaluation_is_missing():
             self._evaluate()
         while self.step < self.total_steps:
-            self.watchdog.beat()
+            self.watchdog.note_progress()
             started, waited = time.perf_counter(), self.loader.wait_seconds
             share = self.loader.step(self.step)
             targets, stop = self._agree(share.batches)
@@ -175,7 +175,7 @@ class Trainer:
         return applied
 
     def _evaluate(self) -> None:
-        self.watchdog.beat()
+        self.watchdog.note_progress()
         started = time.perf_counter()
         result = self.evaluator(self.engine.module.causal_lm, self.step)
         self._cut_evaluation = result is None
@@ -186,7 +186,7 @@ class Trainer:
             )
 
     def _save(self, *, required: bool = False) -> None:
-        self.watchdog.beat()
+        self.watchdog.note_progress()
         state = {
             "loader": self.loader.state_dict(self.step, self.consumed),
             "callbacks": self.callbacks.state(),

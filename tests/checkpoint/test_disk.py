@@ -40,11 +40,11 @@ def test_a_lack_of_room_says_how_much(tmp_path):
     assert f"{in_units(4 * free)} needed" in (lack_of_room(tmp_path, 4 * free) or "")
 
 
-@pytest.mark.parametrize(("stage", "bytes_a_parameter"), [(2, 14), (3, 12)])
-def test_a_checkpoint_holds_the_weights_in_their_own_type_only_below_stage_3(stage, bytes_a_parameter):
+@pytest.mark.parametrize(("stage", "bytes_per_parameter"), [(2, 14), (3, 12)])
+def test_a_checkpoint_holds_the_weights_in_their_own_type_only_below_stage_3(stage, bytes_per_parameter):
     module = torch.nn.Linear(1000, 1000, bias=False, dtype=torch.bfloat16)
     engine = SimpleNamespace(module=module, zero_optimization_stage=lambda: stage)
-    assert 1 <= bytes_needed(engine) / (bytes_a_parameter * 10**6) < 1.1
+    assert 1 <= bytes_needed(engine) / (bytes_per_parameter * 10**6) < 1.1
     module.requires_grad_(False)
     assert bytes_needed(engine) == 0, "frozen weights are left out"
 

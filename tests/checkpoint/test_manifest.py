@@ -48,16 +48,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, nam
     checkpoint(tmp_path, 100)
     newest = checkpoint(tmp_path, 200)
     damage(newest / name)
-    said: list[str] = []
-    found = manifest.find(tmp_path, said.append)
+    reported: list[str] = []
+    found = manifest.find(tmp_path, reported.append)
     assert found is not None
     assert found.step == 100
-    assert len(said) == 1
-    assert str(newest) in said[0]
-    assert message in said[0]
+    assert len(reported) == 1
+    assert str(newest) in reported[0]
+    assert message in reported[0]
 
 
-def test_the_newest_whole_checkpoint_is_taken_in_silence(tmp_path):
+def test_the_newest_complete_checkpoint_is_taken_in_silence(tmp_path):
     for step in (999_995, 1_000_000, 5):  # the newest by number, not by spelling
         checkpoint(tmp_path, step)
     found = manifest.find(tmp_path, pytest.fail)
@@ -65,13 +65,13 @@ def test_the_newest_whole_checkpoint_is_taken_in_silence(tmp_path):
     assert found.step == 1_000_000
 
 
-def test_checkpoints_of_which_none_is_whole_are_an_error_and_no_fresh_start(tmp_path):
+def test_checkpoints_of_which_none_is_complete_are_an_error_and_no_fresh_start(tmp_path):
     for step in (100, 200):
         flip_a_byte(checkpoint(tmp_path, step) / "weights.pt")
-    said: list[str] = []
-    with pytest.raises(UserError, match="no checkpoint there is whole; start anew with --resume none"):
-        manifest.find(tmp_path, said.append)
-    assert len(said) == 2
+    reported: list[str] = []
+    with pytest.raises(UserError, match="no checkpoint there is complete; start anew with --resume none"):
+        manifest.find(tmp_path, reported.append)
+    assert len(reported) == 2
 
 
 def test_an_empty_folder_and_a_crashed_first_write_start_fresh(tmp_path):

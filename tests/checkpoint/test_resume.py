@@ -50,7 +50,7 @@ def test_auto_takes_the_newest_and_says_so(folder, capsys):
     found = choose(folder, "auto", RECIPE, LAYOUT)
     assert found is not None
     assert (found.step, found.is_universal, found.folder) == (30, False, folder.checkpoints / "step-000030")
-    assert "step 30, the newest whole checkpoint, written by 2 ranks" in capsys.readouterr().out
+    assert "step 30, the newest complete checkpoint, written by 2 ranks" in capsys.readouterr().out
 
 
 def test_none_starts_anew_and_keeps_the_old_ones(folder):
@@ -65,8 +65,8 @@ def test_going_back_sets_the_later_course_aside(folder, capsys):
     assert found.step == 10
     assert steps_in(folder) == [10]
     assert (folder.path / "replaced-1" / "step-000030").is_dir()
-    said = capsys.readouterr().out
-    assert "set aside" in said and "step 10, as asked, written by 2 ranks" in said
+    printed = capsys.readouterr().out
+    assert "set aside" in printed and "step 10, as asked, written by 2 ranks" in printed
 
 
 @pytest.mark.parametrize(("option", "step"), [("auto", 30), ("step-000010", 10)])

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 
 import pytest
 
-from bico_ds.cluster.status import find_runs, read_status
+from bico_ds.cluster.status import find_runs, read_statuses
 from bico_ds.commands.slurm import status as command
 from bico_ds.config.load import dump_recipe, load_recipe
+
+
+def hold(run, *, beat, run_id="new", job="78"):
+    """A lock whose last heartbeat was `beat` seconds ago, by a holder whose clock is an hour behind."""
+    lock = {"run_id": run_id, "host": "n1", "pid": 1, "job": job, "heartbeat": time.time() - beat - 3600}
+    (run / "lock.json").write_text(json.dumps(lock))
+    os.utime(run / "lock.json", (time.time() - beat,) * 2)
+
+
+def read_status(run):
+    (status,) = read_statuses([run])
+    return status
 
 
 def a_run(folder, *, state="running", beat=0.0, lines=(10, 20), starts=1):
@@ -20,8 +33,7 @@ def a_run(folder, *, state="running", beat=0.0, lines=(10, 20), starts=1):
     said = {"state": state, "step": None, "reason": "", "run_id": "r", "time": now}
     (folder / "state.json").write_text(json.dumps(said))
     (folder / "run.json").write_text(json.dumps([{"run_id": str(n)} for n in range(starts)]))
-    lock = {"run_id": "r", "host": "n1", "pid": 1, "job": "77", "heartbeat": now - beat}
-    (folder / "lock.json").write_text(json.dumps(lock))
+    hold(folder, run_id="r", job="77", beat=beat)
     speed = {"loss/all": 1.5, "speed/represented_tokens_per_second": 2000.0}
     rows = [{"step": step, "kind": "train", **speed} for step in lines]
     rows.append({"step": lines[-1], "kind": "checkpoint", "speed/checkpoint_seconds": 1.0})
@@ -40,13 +52,8 @@ def test_a_running_run_says_where_it_is(tmp_path):
 
 
 def test_a_run_that_nobody_lives_behind_is_lost(tmp_path):
-    assert read_status(a_run(tmp_path / "a", beat=300.0)).state == "lost"
-    assert read_status(a_run(tmp_path / "b", beat=300.0, state="done")).state == "done"
-
-
-def hold(run, *, beat):
-    lock = {"run_id": "new", "host": "n1", "pid": 1, "job": "78", "heartbeat": time.time() - beat}
-    (run / "lock.json").write_text(json.dumps(lock))
+    assert read_status(a_run(tmp_path / "a", beat=1000.0)).state == "lost"
+    assert read_status(a_run(tmp_path / "b", beat=1000.0, state="done")).state == "done"
 
 
 @pytest.mark.parametrize("earlier", ["done", "failed", "preempted", "running"])
@@ -54,7 +61,7 @@ def test_who_holds_the_folder_and_does_not_train_yet_is_starting(tmp_path, earli
     run = a_run(tmp_path / "a", state=earlier)
     hold(run, beat=1.0)
     assert read_status(run).state == "starting"
-    hold(run, beat=300.0)
+    hold(run, beat=1000.0)
     assert read_status(run).state == ("lost" if earlier == "running" else earlier)
 
 
@@ -63,7 +70,7 @@ def test_a_first_start_is_found_and_is_lost_when_it_died(tmp_path):
     run.mkdir()
     hold(run, beat=1.0)
     assert [read_status(found).state for found in find_runs([tmp_path])] == ["starting"]
-    hold(run, beat=300.0)
+    hold(run, beat=1000.0)
     assert read_status(run).state == "lost"
 
 

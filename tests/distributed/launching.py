@@ -53,7 +53,7 @@ def train(
 
 
 def environment() -> dict[str, str]:
-    """One thread a rank, this environment's programs first (two versions of ninja rebuild each other's work), and
+    """One thread per rank, this environment's programs first (two versions of ninja rebuild each other's work), and
     nothing of an outer launcher."""
     hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])

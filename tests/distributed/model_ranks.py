@@ -32,7 +32,7 @@ def ds_config(world_size: int, stage: int = 3) -> dict[str, Any]:
 
 
 def run_on_ranks(worker: Callable[..., None], world_size: int, *args: Any) -> None:
-    """Run ``worker(rank, world_size, *args)`` in fresh processes; raise what any of them raises."""
+    """Run `worker(rank, world_size, *args)` in fresh processes; raise what any of them raises."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -57,7 +57,7 @@ def _start(rank: int, worker: Callable[..., None], world_size: int, port: int, a
 
 
 def causal_batch(seed: int, lengths: list[int], loss_rows: int) -> PackedBatch:
-    """Random documents of these lengths; the first ``loss_rows`` rows have random targets."""
+    """Random documents of these lengths; the first `loss_rows` rows have random targets."""
     generator = torch.Generator().manual_seed(seed)
     tokens = sum(lengths)
     return PackedBatch(

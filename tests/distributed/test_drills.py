@@ -180,19 +180,19 @@ def test_a_full_disk(tmp_path, report, choice):
         done = train(
             RECIPE, run, *SMALL, "training.steps=20", f"checkpoint.on_write_error={choice}", timeout=1200
         )
-        whole = newest(run)
-        assert whole >= EVERY, "room for one checkpoint and not for two"
+        complete = newest(run)
+        assert complete >= EVERY, "room for one checkpoint and not for two"
         assert done.returncode == 1
         assert "needed" in done.stdout + done.stderr
         assert not list(run.glob("checkpoints/.partial-*"))
         reached = last_step(run)
-        assert reached == (20 if choice == "continue" else whole + EVERY)
+        assert reached == (20 if choice == "continue" else complete + EVERY)
     finally:
         subprocess.run(["umount", str(folder)], check=True)
     report(
         f"disk full, {choice}",
-        f"checkpoint of step {whole} stayed, training went to step {reached}",
-        reached - whole,
+        f"checkpoint of step {complete} stayed, training went to step {reached}",
+        reached - complete,
     )
 
 

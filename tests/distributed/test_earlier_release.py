@@ -47,7 +47,7 @@ def curve(run: Path) -> list[dict[str, float]]:
 
 def test_it_goes_on_where_it_stopped_and_finds_nothing_changed(runs):
     out = (runs / "old.out").read_text()
-    assert f"step {STOP}, the newest whole checkpoint" in out
+    assert f"step {STOP}, the newest complete checkpoint" in out
     assert "changed" not in out and "other layout" not in out
     assert json.loads((runs / "old" / "state.json").read_text())["state"] == "done"
 

@@ -39,8 +39,8 @@ def load_train_and_export(rank: int, world_size: int, folder: str) -> None:
     config = ds_config(world_size) | {"bf16": {"enabled": True}}
     model = build_model(ModelSpec(path=f"{folder}/base"), seed=1, ds_config=config, device="cpu")
     own = sum(parameter.ds_tensor.numel() for parameter in model.parameters())
-    whole = sum(parameter.ds_numel for parameter in model.parameters())
-    assert whole / world_size <= own < whole / world_size + len(list(model.parameters()))
+    total = sum(parameter.ds_numel for parameter in model.parameters())
+    assert total / world_size <= own < total / world_size + len(list(model.parameters()))
     export_model(model, None, root / "loaded", max_shard_bytes=20_000)
     with pytest.raises(
         UserError, match="exists and is not empty"

@@ -44,7 +44,7 @@ def poisoned(tmp_path_factory) -> tuple[Path, Path, int]:
 
 
 def rarest_token(file: Path, tokenizer: Any) -> int:
-    """The token of the fewest texts: some steps meet it, and some do not."""
+    """The token of the fewest texts: some steps have it, and some do not."""
     texts = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     count = Counter(
         token for text in texts for token in set(tokenizer(text["prompt"] + text["completion"])["input_ids"])

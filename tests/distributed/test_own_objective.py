@@ -38,7 +38,7 @@ def runs(tmp_path_factory) -> Path:
     subprocess.run(["rm", "-r", f"resumed/checkpoints/step-{STEPS:06d}"], cwd=folder, check=True)
     done = train(str(folder / "own.yaml"), folder / "resumed", *SHORT)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"step {STOP}, the newest whole checkpoint" in done.stdout
+    assert f"step {STOP}, the newest complete checkpoint" in done.stdout
     return folder
 
 

@@ -56,13 +56,13 @@ def save(engine: Any, root: Path, step: int) -> manifest.FoundCheckpoint:
     folder = RunFolder(root)
     folder.open()
     has_base = any(not parameter.requires_grad for parameter in engine.module.parameters())
-    facts = {
+    header = {
         "layout": {"ranks": 1},
         "recipe": RECIPE.model_dump(mode="json"),
         "base": base_fingerprint(engine.module) if has_base else None,
     }
     writer = Checkpointer(
-        CheckpointSpec(), folder, Ranks(0, 0, 1, torch.device("cpu")), exclude_frozen=has_base, facts=facts
+        CheckpointSpec(), folder, Ranks(0, 0, 1, torch.device("cpu")), exclude_frozen=has_base, header=header
     )
     saved = writer.save(engine, step, {})
     assert saved.failure is None
@@ -90,13 +90,13 @@ def full_weights(rank: int, world_size: int, root: str) -> None:
     restore(restored, Resumption(found, is_universal=False), RECIPE)
     assert [train_step(restored, seed) for seed in (2, 3)] == expected
 
-    said: list[str] = []
+    reported: list[str] = []
     layout = {"zero_stage": 3, "offload_optimizer": "none", "offload_param": "none"}
     found.content["layout"] |= layout
-    universal.convert(found, layout, said.append)
-    assert any("converted in" in line for line in said)
-    universal.convert(found, layout, said.append)
-    assert "universal form found" in said[-1]
+    universal.convert(found, layout, reported.append)
+    assert any("converted in" in line for line in reported)
+    universal.convert(found, layout, reported.append)
+    assert "universal form found" in reported[-1]
     other = engine_of(seed=2, is_universal=True)
     restore(other, Resumption(found, is_universal=True), RECIPE)
     assert [train_step(other, seed) for seed in (2, 3)] == expected

@@ -80,9 +80,9 @@ def test_a_second_job_in_the_same_folder_is_refused(tmp_path):
     holder.open()
     done = train(RECIPE, holder.path, *SMALL, timeout=400)
     assert done.returncode == 2
-    assert done.stderr.count(f"in use by run {holder.run_id}") == 1
+    assert done.stderr.count(f"in use by run {holder.lock.run_id}") == 1
     assert "Traceback" not in done.stderr
-    holder.check_fence()
+    holder.lock.check()
     holder.close()
 
 

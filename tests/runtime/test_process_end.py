@@ -25,7 +25,7 @@ class Last:
 
 rank, folder, way = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 ending = os.path.join(folder, "ending")
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
 held = dist.group.WORLD  # as DeepSpeed does: without it, destroy_process_group waits for gloo's threads
 dist.barrier()
 if rank == 0:
@@ -69,7 +69,7 @@ def test_a_thread_of_gloo_that_still_needs_python_does_not_abort_a_finished_rank
 
 @pytest.mark.distributed
 def test_the_interpreters_own_end_is_aborted_by_such_a_thread(tmp_path):
-    """When this fails, Python or torch has mended what `end_process` is for."""
+    """When this fails, Python or torch has repaired what `end_process` is for."""
     assert _exit_code_of_rank_1(tmp_path, "as usual") == -signal.SIGABRT
 
 

@@ -23,11 +23,11 @@ from bico_ds.runtime.run_folder import RunFolder
 folder, run_id, port, size, rank, minutes, poll, what = sys.argv[1:]
 watchdog.POLL_SECONDS, watchdog.GRACE_SECONDS = float(poll), 3.0
 folder = RunFolder(folder)
-folder.run_id = run_id
+folder.lock.run_id = run_id
 store = TCPStore("127.0.0.1", int(port), int(size), is_master=rank == "0", timeout=timedelta(seconds=60))
 ranks = Ranks(int(rank), int(rank), int(size), torch.device("cpu"))
 dog = watchdog.Watchdog(store, ranks, folder, minutes=float(minutes))
-dog.beat()
+dog.note_progress()
 
 def waiting_in_a_collective():
     time.sleep(60)
@@ -49,8 +49,8 @@ def folder(tmp_path) -> RunFolder:
 
 
 def run_ranks(folder: RunFolder, port: int, each: list[tuple[float, float, str]]) -> list[tuple[int, str]]:
-    """Each rank by its minutes, its seconds between two looks, and what it does; how each ended and what it said."""
-    begin = [sys.executable, "-c", RANK, str(folder.path), folder.run_id, str(port), str(len(each))]
+    """Each rank by its minutes, its seconds between two looks, and what it does; how each ended and what it printed."""
+    begin = [sys.executable, "-c", RANK, str(folder.path), folder.lock.run_id, str(port), str(len(each))]
     ranks = [
         subprocess.Popen([*begin, str(rank), *map(str, arguments)], stderr=subprocess.PIPE, text=True)
         for rank, arguments in enumerate(each)

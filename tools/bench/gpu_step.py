@@ -114,7 +114,7 @@ def build(recipe: Recipe, arguments: argparse.Namespace) -> Bench:
     config = check_recipe(recipe, world_size=1, on_cuda=on_cuda, run_folder=arguments.out)
     policy = check_backend(recipe, ranks.device)
     native_ops.prefer_own_ninja()
-    store = distributed.meet(ranks, timeout_minutes=5)
+    store = distributed.connect(ranks, timeout_minutes=5)
     distributed.join(ranks, store, timeout_minutes=5)
     started = time.perf_counter()
     model = build_model(

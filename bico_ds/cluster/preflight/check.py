@@ -29,6 +29,7 @@ from bico_ds.cluster.preflight.size import next_checkpoints_bytes
 from bico_ds.common.errors import UserError
 from bico_ds.config.paths import WrittenPath, replace_paths
 from bico_ds.config.schema import Recipe
+from bico_ds.runtime import launch_environment
 from bico_ds.runtime.ds_config import merged_ds_config
 
 JOIN_SECONDS = 120.0
@@ -43,8 +44,8 @@ def preflight(recipe: Recipe, run: Path) -> bool:
     # torch 2.13 has renamed collectives, and warns of the old names, which older versions need.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     console = Console(soft_wrap=True, width=None if os.isatty(1) else 160)
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    rank, world_size = launch_environment.rank(), launch_environment.world_size()
+    local_rank = launch_environment.local_rank()
     folders = _expanded(recipe, run)
     exchange = _open_exchange(rank, world_size)
     if rank == 0:

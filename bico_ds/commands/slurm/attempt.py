@@ -10,10 +10,10 @@ was asked to stop. RUN/stop is the wish not to be started again.
 from __future__ import annotations
 
 import argparse
-import os
 
 from bico_ds.cluster.attempts import begin, end
 from bico_ds.config.arguments import local_path
+from bico_ds.runtime.launch_environment import slurm_job
 
 
 def main() -> int:
@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--restarts", type=int, required=True, help="restarts of this job so far")
     parser.add_argument("--limit", type=int, required=True, help="restarts allowed")
     arguments = parser.parse_args()
-    job = os.environ.get("SLURM_JOB_ID", "")
+    job = slurm_job()
     run, restarts, limit = arguments.run, arguments.restarts, arguments.limit
     if arguments.moment == "begin":
         verdict = begin(run, job=job, restarts=restarts, limit=limit)

@@ -5,7 +5,7 @@
     status.py --json               for programs: one object per line
 
 States: waiting (never started), starting (does not train yet), running, preempted (saved, to be resumed), done, failed,
-and lost: it was starting or running, and nobody has been alive behind it for a minute.
+and lost: it was starting or running, and nobody has been alive behind it for half a minute.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from bico_ds.cluster.status import RunStatus, find_runs, read_status
+from bico_ds.cluster.status import RunStatus, find_runs, read_statuses
 from bico_ds.config.arguments import local_path
 
 COLORS = {
@@ -73,7 +73,7 @@ def positive(text: str) -> float:
 
 
 def read_all(paths: list[Path]) -> list[RunStatus]:
-    return [read_status(run) for run in find_runs(paths)]
+    return read_statuses(find_runs(paths))
 
 
 def make_table(statuses: list[RunStatus]) -> Table:

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bico_ds.common.files import atomic_folder
 from bico_ds.data.loading.packing import PackPlan
 
 _CODE_VERSION = 1  # of the algorithm: another one makes other plans of the same lengths
@@ -44,21 +42,15 @@ def cached_plan(
 
 
 def _write(plan: PackPlan, place: Path) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
     try:
-        np.save(temporary / "row_order.npy", plan.row_order)
-        np.save(temporary / "bin_offsets.npy", plan.bin_offsets)
-        meta = {"capacity": plan.capacity, "fingerprint": plan.fingerprint}
-        (temporary / "plan.json").write_text(json.dumps(meta))
-        if not (place / "plan.json").is_file():
-            try:
-                os.rename(temporary, place)
-            except OSError:
-                if not (place / "plan.json").is_file():  # not another rank's, which came first
-                    raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with atomic_folder(place) as temporary:
+            np.save(temporary / "row_order.npy", plan.row_order)
+            np.save(temporary / "bin_offsets.npy", plan.bin_offsets)
+            meta = {"capacity": plan.capacity, "fingerprint": plan.fingerprint}
+            (temporary / "plan.json").write_text(json.dumps(meta))
+    except OSError:
+        if not (place / "plan.json").is_file():  # not another rank's, which came first
+            raise
 
 
 def _map(place: Path) -> PackPlan:

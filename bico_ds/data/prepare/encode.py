@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from bico_ds.common.errors import UserError
+from bico_ds.common.files import write_atomically
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.data.prepare.examples import Example, IngestOptions, make_example
 from bico_ds.data.prepare.sources import BadRow, Shard, read_records
-from bico_ds.data.store import StoreHeader, TokenStoreWriter, write_durably
+from bico_ds.data.store import StoreHeader, TokenStoreWriter
 
 if TYPE_CHECKING:
     from bico_ds.data.tokenizer import FastTokenizer
@@ -215,7 +216,7 @@ def encode_shard(
                 result.documents += len(good.lengths)
                 result.tokens += len(good.tokens)
                 report(len(good.lengths), len(good.tokens))
-        write_durably(writer.beside(RESULT), json.dumps(asdict(result)) + "\n")
+        write_atomically(writer.beside(RESULT), json.dumps(asdict(result)) + "\n")
         files.close()
         writer.finish()
     return result

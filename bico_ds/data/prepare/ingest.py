@@ -24,14 +24,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bico_ds.common.errors import UserError
-from bico_ds.common.progress import IngestProgress
+from bico_ds.common.files import recover_folder
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.data.prepare.encode import Encoder, EncoderSpec, encode_shard, spare_the_collector
 from bico_ds.data.prepare.examples import IngestOptions
 from bico_ds.data.prepare.merge import merge_parts
+from bico_ds.data.prepare.progress import IngestProgress
 from bico_ds.data.prepare.report import IngestReport, describe_passed_over
 from bico_ds.data.prepare.sources import Shard
-from bico_ds.data.store import FORMAT_VERSION, StoreHeader, refuse_output, restore_replaced
+from bico_ds.data.store import FORMAT_VERSION, StoreHeader, refuse_output
 from bico_ds.data.tokenizer import (
     load_tokenizer,
     special_ids,
@@ -80,13 +81,13 @@ def ingest(
         _work_folder(output, shown) as work,
     ):
         for line in describe_passed_over(passed_over or {}):
-            shown.say(f"passed over: {line}")
-        restore_replaced(output)
+            shown.print(f"passed over: {line}")
+        recover_folder(output)
         refuse_output(output, force=force)  # another process may have finished it while this one waited
-        parts = _claim(work, output, shards, spec, shown)
+        parts = _claim(work, shards, spec, shown)
         try:
             _tokenize(shards, parts, spec, processes or _cores(), shown)
-            shown.say(f"writing {output}")
+            shown.print(f"writing {output}")
             report = merge_parts(parts, output, spec, tokenizer, overwrite=force, passed_over=passed_over)
         except OSError as error:
             raise _disk_failure(error, output) from error
@@ -166,7 +167,7 @@ def _work_folder(output: Path, shown: IngestProgress) -> Iterator[Path]:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to '{output.parent}': {error.strerror}") from error
-    lock = _lock(work, lambda: shown.say(f"another process is preparing {output}: waiting for it"))
+    lock = _lock(work, lambda: shown.print(f"another process is preparing {output}: waiting for it"))
     try:
         yield work
     finally:
@@ -175,7 +176,7 @@ def _work_folder(output: Path, shown: IngestProgress) -> Iterator[Path]:
         os.close(lock)
 
 
-def _lock(work: Path, say_waiting: Callable[[], None]) -> int:
+def _lock(work: Path, announce_waiting: Callable[[], None]) -> int:
     """Wait for the lock; a folder that its last owner removed in the meantime is made again."""
     while True:
         work.mkdir(parents=True, exist_ok=True)
@@ -183,7 +184,7 @@ def _lock(work: Path, say_waiting: Callable[[], None]) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say_waiting()
+            announce_waiting()
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         try:
             if os.path.samestat(os.fstat(descriptor), os.stat(work / "lock")):
@@ -193,12 +194,10 @@ def _lock(work: Path, say_waiting: Callable[[], None]) -> int:
         os.close(descriptor)
 
 
-def _claim(
-    work: Path, output: Path, shards: list[Shard], spec: EncoderSpec, shown: IngestProgress
-) -> list[Path]:
+def _claim(work: Path, shards: list[Shard], spec: EncoderSpec, shown: IngestProgress) -> list[Path]:
     """Name the part of every shard by all it depends on, and remove what is none of them."""
-    for leftover in [*work.glob(".*.writing-*"), *output.parent.glob(f".{output.name}.writing-*")]:
-        shutil.rmtree(leftover)
+    for left in work.glob(".*"):
+        shutil.rmtree(left)
     settings = [FORMAT_VERSION, asdict(spec.options), asdict(spec.header), spec.tokenizer_digest]
     common = json.dumps(settings, sort_keys=True)
     names = [hashlib.sha256((common + repr(shard)).encode()).hexdigest()[:32] for shard in shards]
@@ -207,7 +206,7 @@ def _claim(
     for part in set(finished) - set(parts):
         shutil.rmtree(part)
     if kept := len(set(finished) & set(parts)):
-        shown.say(f"going on after an interrupted run: {kept} of {len(shards)} shards are done")
+        shown.print(f"going on after an interrupted run: {kept} of {len(shards)} shards are done")
     return parts
 
 
@@ -227,7 +226,7 @@ def _tokenize(
         def report(documents: int, tokens: int, finished: int = finished) -> None:
             counts[0] += documents
             counts[1] += tokens
-            shown.update(finished, *counts)
+            shown.count(finished, *counts)
 
         assert encoder is not None
         encode_shard(encoder, shard, part, report)
@@ -246,7 +245,7 @@ def _tokenize_in_processes(
                 for future in finished:
                     future.result()
                     done += 1
-                shown.update(done, counts[0], counts[1])
+                shown.count(done, counts[0], counts[1])
         except BrokenProcessPool as error:
             raise IngestFailure(
                 "a tokenizing process was killed (out of memory?): try fewer with --processes; "

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bico_ds.common.errors import UserError
+from bico_ds.common.random_numbers import stream
 from bico_ds.data.prepare.encode import DIGEST_BYTES, DIGESTS, RESULT, SKIPPED, EncoderSpec
 from bico_ds.data.prepare.examples import IngestOptions
 from bico_ds.data.prepare.report import IngestReport, write_report
@@ -75,21 +76,13 @@ def _fate(parts: list[Path], stores: list[TokenStore], options: IngestOptions) -
             key = digests[:, 0]
         else:  # a person's documents stay on one side
             key = np.concatenate([store.groups for store in stores]).astype(np.uint64)
-        fate[_mix(key, options.seed) < options.held_out * 2.0**64] = _HELD_OUT
+        scattered = stream(key, np.array([options.seed % 2**63]))
+        fate[scattered.astype(np.float64) < options.held_out * 2.0**64] = _HELD_OUT
     if options.deduplicate:
         order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: the first of equal ones stays first
         ordered = digests[order]
         fate[order[1:][np.all(ordered[1:] == ordered[:-1], axis=1)]] = _DUPLICATE
     return fate
-
-
-def _mix(keys: NDArray[np.uint64], seed: int) -> NDArray[np.float64]:
-    """Scatter keys over [0, 2^64): the finalizer of splitmix64."""
-    with np.errstate(over="ignore"):
-        x = keys + np.uint64(0x9E3779B97F4A7C15) * np.uint64(seed % 2**63 + 1)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return (x ^ (x >> np.uint64(31))).astype(np.float64)
 
 
 def _copy(store: TokenStore, ids: NDArray[np.int64], writer: TokenStoreWriter) -> None:

@@ -7,21 +7,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bico_ds.common.errors import UserError
+from bico_ds.common.files import atomic_folder
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.config.schema import DataSpec, SourceSpec
 from bico_ds.data.prepare.embedded_task import FORM_VERSION, write_facts
 from bico_ds.data.prepare.examples import IngestOptions
 from bico_ds.data.prepare.ingest import ingest
 from bico_ds.data.prepare.sources import SHARD_BYTES, Inputs, find_inputs, plan_shards
-from bico_ds.data.store import FORMAT_VERSION, TokenStore, publish
+from bico_ds.data.store import FORMAT_VERSION, TokenStore
 from bico_ds.data.tokenizer import load_tokenizer, tokenizer_digest, tokenizer_hash
 
 
@@ -38,13 +37,10 @@ def facts_folder(data: DataSpec) -> Path:
 
 
 def _write_facts(data: DataSpec, path: Path) -> None:
-    folder = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    shutil.rmtree(folder, ignore_errors=True)
     try:
-        write_facts(data.facts, folder)
-        publish(folder, path)
-    except (UserError, OSError):
-        shutil.rmtree(folder, ignore_errors=True)
+        with atomic_folder(path) as folder:
+            write_facts(data.facts, folder)
+    except OSError:
         if not path.exists():  # else another process was faster, and wrote the same
             raise
 

@@ -13,11 +13,12 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from bico_ds.common.errors import UserError
+from bico_ds.common.files import atomic_folder
 from bico_ds.model.architecture import ModelTokenizer
 from bico_ds.model.build import TrainableModel
 from bico_ds.model.lora import adapters_by_base_name, base_name, is_adapter, merge
 from bico_ds.model.weights.materialize import full_shape, gathered
-from bico_ds.model.weights.shards import DTYPES, ShardWriter, atomic_folder, write_checksums
+from bico_ds.model.weights.shards import DTYPES, ShardWriter, refuse_existing, write_checksums
 
 
 def export_model(
@@ -44,7 +45,8 @@ def export_model(
     with ExitStack() as stack:
         if is_writer:
             with _caught(failures):
-                temporary = stack.enter_context(atomic_folder(Path(folder), overwrite=overwrite))
+                refuse_existing(Path(folder), overwrite=overwrite)
+                temporary = stack.enter_context(atomic_folder(Path(folder), replace=True))
                 shapes = {name: full_shape(parts[0]) for name, parts in tensors.items()}
                 writer = ShardWriter(temporary, shapes, DTYPES[dtype], max_shard_bytes=max_shard_bytes)
         for name, parts in tensors.items():

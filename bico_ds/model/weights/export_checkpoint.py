@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from bico_ds.common.errors import UserError
+from bico_ds.common.files import atomic_folder
 from bico_ds.config.schema import ModelSpec
 from bico_ds.model.architecture import ModelTokenizer, adopt_special_tokens, meta_model, model_config
 from bico_ds.model.lora import adapters_by_base_name, add_lora, is_adapter, merge
 from bico_ds.model.weights.checkpoint_weights import CheckpointWeights, open_checkpoint
 from bico_ds.model.weights.export import write_settings
 from bico_ds.model.weights.load import WeightFolder, check_names_and_shapes, generation_config, open_weights
-from bico_ds.model.weights.shards import DTYPES, ShardWriter, atomic_folder, refuse_existing
+from bico_ds.model.weights.shards import DTYPES, ShardWriter, refuse_existing
 
 
 def export_checkpoint(
@@ -42,7 +43,7 @@ def export_checkpoint(
     config = _config(spec)
     values = _Values(spec, config, open_checkpoint(checkpoint))
     shapes = {name: parameter.shape for name, parameter in meta_model(config).named_parameters()}
-    with atomic_folder(folder, overwrite=overwrite) as temporary:
+    with atomic_folder(folder, replace=True) as temporary:
         writer = ShardWriter(temporary, shapes, DTYPES[dtype], max_shard_bytes=max_shard_bytes)
         for name in shapes:
             writer.add(name, values.of(name))

@@ -1,13 +1,8 @@
-"""A Hugging Face weights folder, written shard by shard and put in place by one rename."""
+"""The weights of a Hugging Face folder, written shard by shard, with their checksums."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,34 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bico_ds.common.errors import UserError
+from bico_ds.common.files import checksum
 
 CHECKSUMS = "checksums.json"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@contextmanager
-def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside ``folder`` that takes its place when the block ends without an error.
-
-    Raises UserError where ``folder`` exists with something in it and ``overwrite`` is off; with it, the old folder goes
-    only after the new one is complete.
-    """
-    refuse_existing(folder, overwrite=overwrite)
-    temporary = folder.with_name(f".{folder.name}.incomplete")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        _fsync_tree(temporary)
-        previous = folder.with_name(f".{folder.name}.previous")
-        if folder.exists():
-            shutil.rmtree(previous, ignore_errors=True)  # a crash just before the last line left it
-            folder.rename(previous)
-        temporary.rename(folder)
-        shutil.rmtree(previous, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def refuse_existing(folder: Path, *, overwrite: bool = False) -> None:
@@ -105,7 +76,7 @@ class ShardWriter:
 def write_checksums(folder: Path) -> None:
     """Write size and SHA-256 of every file that is in ``folder`` now into its ``checksums.json``."""
     sums = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        path.name: {"bytes": path.stat().st_size, "sha256": checksum(path, "sha256")}
         for path in sorted(folder.iterdir())
     }
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
@@ -124,14 +95,3 @@ def _assign(
         shards[-1].append(name)
         used += size
     return {name: index for index, names in enumerate(shards) for name in names}, shards
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync_tree(folder: Path) -> None:
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())

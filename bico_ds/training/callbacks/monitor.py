@@ -10,11 +10,12 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from bico_ds.common.files import write_atomically
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.objectives.table import objective_names
 from bico_ds.config.schema import MonitorSpec, Recipe
 from bico_ds.model.deepspeed_engine import EventWriter
-from bico_ds.runtime.run_folder import RunFolder, write_atomically
+from bico_ds.runtime.run_folder import RunFolder
 from bico_ds.training.callbacks.base import FirstRankCallback, RunStart, StepReport
 
 

@@ -393,7 +393,7 @@ def test_a_store_moved_aside_by_a_killed_replacement_comes_back(tmp_path: Path, 
     file = _write_jsonl(tmp_path / "a.jsonl", [{"text": "old"}])
     _ingest(file, bpe_tokenizer, tmp_path / "s")
     before = _bytes(tmp_path / "s")
-    (tmp_path / "s").rename(tmp_path / ".s.replaced-1")
+    (tmp_path / "s").rename(tmp_path / ".s.previous")
     with pytest.raises(UserError, match="--force"):
         _ingest(file, bpe_tokenizer, tmp_path / "s")
     assert _bytes(tmp_path / "s") == before
@@ -468,7 +468,7 @@ def test_killed_at_random_moments_the_next_run_gives_the_same_bytes(
     enough = parts() + rng.randrange(1, 4)
     _kill_when(command, environment, lambda: parts() >= enough, rng.random() * 0.05)
     assert not output.exists()
-    _kill_when(command, environment, lambda: any(tmp_path.glob(".s.writing-*")), rng.random() * 0.2)
+    _kill_when(command, environment, lambda: any(tmp_path.glob(".s.*.incomplete")), rng.random() * 0.2)
     if not output.exists():
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         assert "going on after an interrupted run" in done.stderr

@@ -1,0 +1,136 @@
+"""Files and folders that appear complete or not at all, and the checksums of files.
+
+What is written lies first under a temporary name beside its final one, goes to the disk, and is then renamed. A killed
+process can leave such a temporary file or folder: a hidden one, whose name ends in `.incomplete`.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+_DIGITS = 12  # of the random part of a temporary name
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file, in UTF-8 for text: a reader, or a crash, sees the old content or the new, never a part.
+
+    Raises OSError, and leaves the old content.
+    """
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield the name of a file to write, which replaces `path` when the block ends without an error."""
+    temporary = _sibling(path)
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+@contextmanager
+def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a new folder to fill, which becomes `folder` when the block ends without an error.
+
+    Without `replace` several processes may write the same `folder`: the first one wins, the others get an OSError, as where
+    something is there already. With `replace` the caller must be its only writer: what is there goes when the new folder is
+    complete, and what killed writers left goes at once.
+    """
+    if replace:
+        recover_folder(folder)
+    temporary = incomplete_folder(folder)
+    try:
+        yield temporary
+        publish_folder(temporary, folder, replace=replace)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def incomplete_folder(folder: Path) -> Path:
+    """Make an empty folder beside `folder`, for `publish_folder`, under a name that no other process has."""
+    temporary = _sibling(folder)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def publish_folder(complete: Path, folder: Path, *, replace: bool = False) -> None:
+    """Flush the folder `complete` to disk, and rename it to `folder`, which lies beside it.
+
+    With `replace` what was there is removed after the new one is in place. Without, raises OSError where something is there,
+    but for an empty folder.
+    """
+    _sync_tree(complete)
+    previous = _previous(folder)
+    if replace and folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
+    complete.rename(folder)
+    sync(folder.parent)
+    if replace:
+        shutil.rmtree(previous, ignore_errors=True)
+
+
+def recover_folder(folder: Path) -> None:
+    """Tidy up after killed writers of `folder`; only for its one writer.
+
+    Puts the former folder back where a writer was killed before the new one took its place, and removes incomplete ones.
+    """
+    previous = _previous(folder)
+    if previous.exists() and not folder.exists():
+        previous.rename(folder)
+    shutil.rmtree(previous, ignore_errors=True)
+    for left in folder.parent.glob(_temporary_name(glob.escape(folder.name), "?" * _DIGITS)):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def checksum(path: Path, algorithm: Literal["sha256", "blake2b"]) -> str:
+    """Checksum of a file's content in hexadecimal digits: SHA-256, or BLAKE2b of 128 bits. Raises OSError."""
+    new = functools.partial(hashlib.blake2b, digest_size=16) if algorithm == "blake2b" else hashlib.sha256
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, new).hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Wait until the content of a file, or the names in a folder, are on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            _sync_tree(path)
+        else:
+            sync(path)
+    sync(folder)
+
+
+def _sibling(path: Path) -> Path:
+    return path.with_name(_temporary_name(path.name, uuid.uuid4().hex[:_DIGITS]))
+
+
+def _temporary_name(name: str, unique: str) -> str:
+    return f".{name}.{unique}.incomplete"
+
+
+def _previous(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.previous")

@@ -1,0 +1,194 @@
+"""Files and folders are there complete, in the old state or the new one, whenever one looks and whoever was killed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+
+from bico_ds.common.files import (
+    atomic_file,
+    atomic_folder,
+    checksum,
+    incomplete_folder,
+    publish_folder,
+    recover_folder,
+    write_atomically,
+)
+from tests import ROOT
+
+SIZE = 300_000
+WRITES_FILES = f"""
+import sys
+from pathlib import Path
+from bico_ds.common.files import write_atomically
+while True:
+    for letter in "abc":
+        write_atomically(Path(sys.argv[1]), letter * {SIZE})
+"""
+WRITES_FOLDERS = """
+import sys
+from pathlib import Path
+from bico_ds.common.files import atomic_folder
+while True:
+    for letter in "abc":
+        with atomic_folder(Path(sys.argv[1]), replace=True) as folder:
+            (folder / "inner").mkdir()
+            (folder / "first").write_text(letter)
+            (folder / "inner" / "second").write_text(letter)
+"""
+
+
+@contextmanager
+def writing(program: str, path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that replaces `path` again and again, and is killed at the end of the block."""
+    process = subprocess.Popen([sys.executable, "-c", program, str(path)], cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 60
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def files_limited_to(size: int) -> Iterator[None]:
+    """Any write beyond `size` bytes of a file fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def is_one_version(content: str) -> bool:
+    return len(content) == SIZE and content == content[0] * SIZE
+
+
+def fill_half_of(atomic: AbstractContextManager[Path]) -> None:
+    """Write a file, or a file into a folder, and fail."""
+    with atomic as temporary:
+        (temporary / "weights" if temporary.is_dir() else temporary).write_text("half of it")
+        raise RuntimeError
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_readers_see_one_version_of_a_file_while_it_is_replaced_and_after_its_writer_is_killed(tmp_path):
+    file, seen = tmp_path / "state.json", set()
+    for _ in range(4):
+        with writing(WRITES_FILES, file):
+            end = time.monotonic() + 0.3 + random.random() / 10
+            while time.monotonic() < end:
+                content = file.read_text()
+                assert is_one_version(content)
+                seen.add(content[0])
+        assert is_one_version(file.read_text())
+    assert len(seen) > 1, "the file was replaced while we read"
+
+
+def test_a_killed_writer_leaves_one_complete_folder_once_its_successor_has_tidied_up(tmp_path):
+    folder = tmp_path / "export"
+    for _ in range(6):
+        with writing(WRITES_FOLDERS, folder):
+            time.sleep(0.1 + random.random() / 10)
+        recover_folder(folder)
+        assert names(tmp_path) == ["export"]
+        first, second = (folder / "first").read_text(), (folder / "inner" / "second").read_text()
+        assert first == second in "abc"
+
+
+def test_a_writer_killed_between_the_two_renames_gives_the_old_folder_back(tmp_path):
+    folder = tmp_path / "store"
+    with atomic_folder(folder) as temporary:
+        (temporary / "tokens").write_text("old")
+    (incomplete_folder(folder) / "tokens").write_text("new")
+    folder.rename(tmp_path / ".store.previous")
+    recover_folder(folder)
+    assert (folder / "tokens").read_text() == "old"
+    assert names(tmp_path) == ["store"]
+
+
+def test_tidying_up_leaves_what_belongs_to_another_folder(tmp_path):
+    other = incomplete_folder(tmp_path / "export.bf16")
+    recover_folder(tmp_path / "export")
+    assert other.is_dir()
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
+    file = tmp_path / "state.json"
+    write_atomically(file, "old")
+    with files_limited_to(1000), pytest.raises(OSError, match="too large"):
+        write_atomically(file, "x" * 2000)
+    with pytest.raises(RuntimeError):
+        fill_half_of(atomic_file(file))
+    assert file.read_text() == "old"
+    assert names(tmp_path) == ["state.json"]
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_folder_that_fails_leaves_the_old_one_and_nothing_beside_it(tmp_path, replace):
+    folder = tmp_path / "export"
+    folder.mkdir()
+    (folder / "weights").write_text("old")
+    with pytest.raises(RuntimeError):
+        fill_half_of(atomic_folder(folder, replace=replace))
+    assert (folder / "weights").read_text() == "old"
+    assert names(tmp_path) == ["export"]
+
+
+def test_of_two_that_write_the_same_folder_the_first_wins_and_the_second_is_told(tmp_path):
+    folder = tmp_path / "plan"
+    slow = atomic_folder(folder)
+    (slow.__enter__() / "plan.json").write_text("slow")
+    with atomic_folder(folder) as fast:
+        (fast / "plan.json").write_text("fast")
+    with pytest.raises(OSError, match="not empty"):
+        slow.__exit__(None, None, None)
+    assert (folder / "plan.json").read_text() == "fast"
+    assert names(tmp_path) == ["plan"]
+
+
+def test_a_folder_is_replaced_as_a_whole_and_an_empty_one_is_in_nobodys_way(tmp_path):
+    folder = tmp_path / "export"
+    folder.mkdir()
+    for replace, name in ((False, "one"), (True, "two")):
+        complete = incomplete_folder(folder)
+        (complete / name).write_text("")
+        publish_folder(complete, folder, replace=replace)
+        assert names(folder) == [name]
+    assert names(tmp_path) == ["export"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_and_folders_are_as_readable_as_the_umask_lets_them(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write_atomically(tmp_path / "file", b"bytes")
+        with atomic_folder(tmp_path / "folder"):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~umask
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_checksums_are_those_of_the_standard_library(tmp_path):
+    content = random.randbytes(3_000_000)
+    write_atomically(tmp_path / "file", content)
+    assert checksum(tmp_path / "file", "sha256") == hashlib.sha256(content).hexdigest()
+    assert checksum(tmp_path / "file", "blake2b") == hashlib.blake2b(content, digest_size=16).hexdigest()

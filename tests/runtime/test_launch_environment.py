@@ -1,0 +1,56 @@
+"""What the launchers tell a process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from bico_ds.runtime import launch_environment
+from tests import ROOT
+
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_JOB_ID")
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch):
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_without_a_launcher_a_process_is_the_only_rank():
+    assert not launch_environment.is_launched()
+    assert (launch_environment.rank(), launch_environment.local_rank()) == (0, 0)
+    assert launch_environment.world_size() == 1
+    assert launch_environment.ranks_per_node() is None
+    assert launch_environment.slurm_job() == ""
+
+
+@pytest.mark.parametrize("ranks_per_node", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
+def test_each_launchers_variables_are_read(monkeypatch, ranks_per_node):
+    for name, value in {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", ranks_per_node: "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert launch_environment.is_launched()
+    assert (launch_environment.rank(), launch_environment.local_rank()) == (5, 1)
+    assert (launch_environment.world_size(), launch_environment.ranks_per_node()) == (8, 4)
+
+
+def test_torchrun_and_we_mean_the_same(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "from bico_ds.runtime import launch_environment as e\n"
+        "print('rank', e.rank(), e.local_rank(), e.world_size(), e.ranks_per_node())\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    ranks = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
+    assert ranks == ["rank 0 0 2 2", "rank 1 1 2 2"]

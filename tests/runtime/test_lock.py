@@ -1,0 +1,193 @@
+"""One writer per run folder, and no clock but the file system's decides who is alive. Real processes hold the locks."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from bico_ds.common.errors import UserError
+from bico_ds.runtime import lock
+from bico_ds.runtime.lock import FencedError, living_locks, read_lock
+from bico_ds.runtime.run_folder import RunFolder
+from tests import ROOT
+
+HEARTBEAT = 0.2
+# Holds the lock of argv[1] as another machine would, its clock argv[2] seconds from ours; with a third argument the
+# times of its files too, as on file systems that take them from the machine that writes.
+HOLDER = f"""
+import os, socket, sys, time
+from pathlib import Path
+from bico_ds.runtime import lock
+path, skew, stamps = Path(sys.argv[1]), float(sys.argv[2]), len(sys.argv) > 3
+socket.gethostname = lambda: "another-machine"
+right_time = time.time
+time.time = lambda: right_time() + skew
+lock.HEARTBEAT_SECONDS, lock.SETTLE_SECONDS = {HEARTBEAT}, 0.05
+path.parent.mkdir(parents=True)
+if stamps:
+    write = lock.write_atomically
+    def write_with_our_time(file, content):
+        write(file.with_name("stamped"), content)
+        os.utime(file.with_name("stamped"), (time.time(), time.time()))
+        file.with_name("stamped").replace(file)
+    lock.write_atomically = write_with_our_time
+lock.RunLock(path).take()
+print("taken", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _quick_heartbeats(monkeypatch):
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", HEARTBEAT)
+    monkeypatch.setattr(lock, "SILENT_SECONDS", 6 * HEARTBEAT)
+    monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.05)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+
+
+@contextmanager
+def held(path: Path, *, skew: float = 0.0, stamps: bool = False) -> Iterator[subprocess.Popen[str]]:
+    """The lock at `path`, held by a process that counts as one of another machine."""
+    command = [sys.executable, "-c", HOLDER, str(path), str(skew), *(["stamps"] if stamps else [])]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "taken\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def write_lock(folder: RunFolder, *, pid: int, host: str | None = None, heartbeat: float = 0.0) -> None:
+    folder.path.mkdir(parents=True, exist_ok=True)
+    content = {
+        "run_id": "other",
+        "host": host or socket.gethostname(),
+        "pid": pid,
+        "job": "",
+        "heartbeat": heartbeat,
+    }
+    folder.lock.path.write_text(json.dumps(content))
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    started = time.monotonic()
+    work()
+    return time.monotonic() - started
+
+
+def test_a_second_run_in_a_living_runs_folder_is_refused(tmp_path):
+    first, second = RunFolder(tmp_path), RunFolder(tmp_path)
+    first.open()
+    with pytest.raises(UserError, match=f"in use by run {first.lock.run_id}"):
+        second.open()
+    first.lock.check()
+    first.close()
+    second.open()
+    second.close()
+    assert not second.lock.path.exists()
+
+
+def test_the_lock_of_a_dead_process_is_taken_over_at_once(tmp_path):
+    folder = RunFolder(tmp_path)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    write_lock(folder, pid=dead.pid)
+    assert living_locks([folder.lock.path]) == {}
+    assert seconds_of(folder.open) < 1.0
+    folder.close()
+
+
+def test_an_earlier_start_of_the_same_slurm_job_is_taken_over_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    first, second = RunFolder(tmp_path), RunFolder(tmp_path)
+    first.lock.path.parent.mkdir(exist_ok=True)
+    first.lock.write_heartbeat()
+    assert seconds_of(second.open) < 1.0
+    second.close()
+
+
+@pytest.mark.parametrize("clock", [0.0, time.time(), time.time() + 3600])
+def test_the_lock_of_a_silent_machine_is_taken_over_after_a_watch_whatever_its_clock_shows(tmp_path, clock):
+    folder = RunFolder(tmp_path)
+    write_lock(folder, pid=os.getpid(), host="a-machine-that-is-gone", heartbeat=clock)
+    assert seconds_of(folder.open) >= 6 * HEARTBEAT
+    found = read_lock(folder.lock.path)
+    assert found is not None
+    assert found.run_id == folder.lock.run_id
+    folder.close()
+
+
+def test_an_older_writer_is_fenced_off_and_told(tmp_path):
+    old, new = RunFolder(tmp_path), RunFolder(tmp_path)
+    lost: list[bool] = []
+    old.open()
+    old.lock.on_lost = lambda: lost.append(True)
+    new.lock.write_heartbeat()  # as if the old one had been cut off, and watched in silence
+    with pytest.raises(FencedError, match="lost the folder"):
+        old.write_state("running", step=1)
+    time.sleep(3 * HEARTBEAT)
+    assert lost
+    old.close()
+    new.lock.check()
+
+
+@pytest.mark.parametrize("skew", [-3600.0, 0.0, 3600.0])
+def test_a_holder_is_alive_at_once_and_dead_soon_after_its_end_whatever_its_clock_shows(tmp_path, skew):
+    path = tmp_path / "run" / "lock.json"
+    with held(path, skew=skew):
+        assert abs(read_lock(path).heartbeat - time.time() - skew) < 60  # type: ignore[union-attr]
+        assert seconds_of(lambda: living_locks([path])) < HEARTBEAT
+        assert list(living_locks([path])) == [path]
+        with pytest.raises(UserError, match="in use by run .* on another-machine"):
+            RunFolder(path.parent).open()
+    time.sleep(7 * HEARTBEAT)
+    assert living_locks([path]) == {}
+
+
+@pytest.mark.parametrize("skew", [-100.0, 100.0, 3600.0])
+def test_where_machines_stamp_their_own_files_a_living_holder_is_seen_by_its_heartbeat(tmp_path, skew):
+    path = tmp_path / "run" / "lock.json"
+    with held(path, skew=skew, stamps=True):
+        assert abs(path.stat().st_mtime - time.time() - skew) < 60
+        assert list(living_locks([path])) == [path]
+    assert living_locks([path]) == {}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs a second user")
+def test_in_a_folder_that_only_others_may_write_a_living_holder_is_seen_by_its_heartbeat():
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "run" / "lock.json"
+        with held(path):
+            os.chmod(place, 0o755)
+            os.seteuid(65534)
+            try:
+                with pytest.raises(PermissionError):
+                    (path.parent / "file").touch()
+                assert list(living_locks([path])) == [path]
+            finally:
+                os.seteuid(0)
+
+
+def test_many_locks_in_doubt_are_watched_together_and_old_ones_not_at_all(tmp_path):
+    def lay(name: str, age: float) -> Path:
+        folder = RunFolder(tmp_path / name)
+        write_lock(folder, pid=1, host="a-machine-that-is-gone", heartbeat=time.time())
+        os.utime(folder.lock.path, (time.time() - age,) * 2)
+        return folder.lock.path
+
+    old = [lay(f"old-{n}", 2 * lock.SKEW_SECONDS) for n in range(50)]
+    doubtful = [lay(f"doubtful-{n}", 100.0) for n in range(50)]
+    assert seconds_of(lambda: living_locks(old)) < HEARTBEAT
+    assert seconds_of(lambda: living_locks([*old, *doubtful])) < 4 * HEARTBEAT
+    assert living_locks([*old, *doubtful, tmp_path / "none" / "lock.json"]) == {}

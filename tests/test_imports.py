@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,7 @@ def test_imports_point_to_lower_floors_only(path):
     assert not wrong, f"{path.relative_to(ROOT)} imports from {sorted(wrong)}, on its own floor or above"
 
 
+HEAVY = {"torch", "deepspeed", "transformers"}
 LIGHT = (
     *("common", "config", "documents.py", "evaluation/results.py", "evaluation/report"),
     *(
@@ -83,7 +86,39 @@ def test_light_rooms_name_no_torch(room):
         names |= {
             n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module
         }
-        assert not names & {"torch", "deepspeed", "transformers"}, path
+        assert not names & HEAVY, path
+
+
+TORCH_FREE = (
+    "common",
+    "config",
+    "runtime.run_folder",
+    "evaluation.results",
+    "evaluation.report.compare",
+    "cluster.attempts",
+    "cluster.status",
+    "cluster.submission",
+    "commands.compare",
+    "commands.slurm.status",
+)
+
+
+@pytest.mark.parametrize("name", TORCH_FREE)
+def test_light_modules_load_no_torch_through_any_import(name):
+    """A room stands for all its modules."""
+    files = sorted((ROOT / "bico_ds" / name).rglob("*.py"))
+    modules = [module_name(file) for file in files] or [f"bico_ds.{name}"]
+    loaded = f"import sys, {', '.join(modules)}; print(*sorted({HEAVY!r} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 @pytest.mark.parametrize(

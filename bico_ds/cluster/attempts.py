@@ -1,9 +1,7 @@
-"""Starts of one run under a batch system: what each found and left, and whether another is worth it. No torch
-here.
+"""Starts of one run under a batch system: what each found and left, and whether another is worth it. Imports no torch.
 
-What srun returns does not tell how a run ended (ranks that exit 85 made it return 85 once and 143 once), so the
-state file decides. A line of attempts.jsonl for each start, so that a start that a dead node cut off is seen
-by the next one.
+What srun returns does not show how a run ended (ranks that exit 85 made it return 85 once and 143 once), so the state file
+decides. attempts.jsonl has one line per start, written when it begins: the next start sees it even where a node died.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from typing import Any
 
 from bico_ds.runtime.run_folder import RunFolder, read_state
 
-IN_VAIN = 3  # starts of one job, one after another, that may leave the run where they found it
+STARTS_WITHOUT_PROGRESS = 3  # that one job may make in a row; then it is not started again
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 RESTARTS_USED_UP = 76
 STOPPED = 77
@@ -35,7 +33,7 @@ def attempts_file(run: Path) -> Path:
 
 
 def stop_file(run: Path) -> Path:
-    """Where it is, the job is not requeued: somebody wants the run saved, and stopped for good."""
+    """The file that asks a run to stop: while it exists, the run saves, ends, and is not requeued."""
     return run / "stop"
 
 
@@ -55,8 +53,10 @@ def newest_step(run: Path) -> int:
 
 
 def begin(run: Path, *, job: str, restarts: int, limit: int) -> Verdict:
-    """Record a start. Refuses where `limit` is passed, where the last `IN_VAIN` starts of this job came no
-    further, and a restart where there is a stop file; a new submission takes that away.
+    """Record a start, or refuse it: exit code 1.
+
+    Refused are a start after more than `limit` restarts, one after `STARTS_WITHOUT_PROGRESS` starts of this job at the same
+    step, and a restart while there is a stop file. The first start of a submission removes the stop file.
     """
     step = newest_step(run)
     if restarts == 0:
@@ -68,9 +68,10 @@ def begin(run: Path, *, job: str, restarts: int, limit: int) -> Verdict:
         return Verdict(
             1, f"restarted {restarts} times, {limit} are allowed; submit it again to go on from step {step}"
         )
-    if len(earlier) >= IN_VAIN and set(earlier[-IN_VAIN:]) == {step}:
+    recent = earlier[-STARTS_WITHOUT_PROGRESS:]
+    if len(recent) == STARTS_WITHOUT_PROGRESS and set(recent) == {step}:
         return Verdict(
-            1, f"{IN_VAIN} starts in a row ended at step {step}; read the logs, then submit it again"
+            1, f"{len(recent)} starts in a row ended at step {step}; read the logs, then submit it again"
         )
     state = read_state(RunFolder(run).state_file) or {}
     line = {
@@ -88,14 +89,14 @@ def begin(run: Path, *, job: str, restarts: int, limit: int) -> Verdict:
 
 
 def end(run: Path, *, srun_code: int, stopped: bool, restarts: int, limit: int) -> Verdict:
-    """Judge the start that `begin` recorded last; `stopped`: the batch script was asked to stop."""
+    """How the start that `begin` recorded last has ended; `stopped`: the batch script was asked to stop."""
     before = read_attempts(run)[-1]
     state = read_state(RunFolder(run).state_file) or {}
     step = newest_step(run)
     if state.get("run_id") != before["run_id"]:
         name, reason = str(state["state"]), str(state["reason"])
         what = f"{name} ({reason})" if reason else name
-    else:  # the state of an earlier start: this one never came so far
+    else:  # the file is an earlier start's: this one ended before it wrote a state
         name = "preempted" if stopped else "failed"
         what = f"{'stopped' if stopped else 'failed'} before training began (srun returned {srun_code})"
     if name == "done":
@@ -114,5 +115,5 @@ def end(run: Path, *, srun_code: int, stopped: bool, restarts: int, limit: int) 
 
 
 def failure(srun_code: int) -> int:
-    """An exit code that says failure, and is not taken for a verdict."""
+    """srun's exit code, or 1 where that could be taken for success or for a verdict of this module."""
     return srun_code if srun_code not in (0, TRY_AGAIN) else 1

@@ -93,7 +93,7 @@ def step_with(schedule: ObjectiveSchedule, name: str | None, first: int) -> int:
 def inspect(options: argparse.Namespace) -> None:
     """Build the step's micro-batch of that rank, print it, and draw it on request."""
     recipe = load_recipe(options.recipe, [*options.overrides, "data.workers=0"])
-    inputs = assembly.gather(recipe, weights_needed=False)
+    inputs = assembly.open_inputs(recipe, weights_needed=False)
     if options.rank >= options.world_size:
         raise UserError(
             f"--rank {options.rank}: ranks count from 0, and --world-size is {options.world_size}"

@@ -1,4 +1,4 @@
-"""A model and its tokenizer for evaluation: by transformers alone, as any user of an export loads them."""
+"""Load a model and its tokenizer for evaluation, with transformers alone, as any user of an export would."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bico_ds.data.tokenizer import Tokenizer, load_tokenizer, vocabulary_size
 from bico_ds.model.architecture import check_vocabulary
 
 _DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
-# All that an answer depends on: generation reads BOS, EOS and padding from the tokenizer, and no generation config.
+# The files that an answer depends on: generation reads BOS, EOS and padding from the tokenizer, and no generation config.
 _STAMPED = ("*.safetensors", "config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -28,7 +28,7 @@ def load_for_evaluation(
 ) -> tuple[PreTrainedModel, Tokenizer]:
     """(model, tokenizer) from a safetensors folder or a hub name; `auto` keeps the dtype of the weights.
 
-    Raises UserError, which begins with `option`, for a folder without config, safetensors or tokenizer, a tokenizer of
+    Raises `UserError`, which begins with `option`, for a folder without config, safetensors or tokenizer, for a tokenizer of
     another vocabulary, and where a weight of the model is not in the files (transformers would draw it at random).
     """
     tokenizer, _ = load_tokenizer_and_context(path, option=option)
@@ -42,7 +42,7 @@ def load_for_evaluation(
         )
     except (OSError, ValueError) as error:
         raise UserError(f"{option} {path}: cannot be loaded: {error}") from error
-    model, info = loaded  # `output_loading_info`, which the annotation of transformers does not know
+    model, info = loaded  # a pair because of `output_loading_info`, which transformers' annotation leaves out
     for kind in ("missing_keys", "mismatched_keys"):
         if info[kind]:
             names = sorted(map(str, info[kind]))
@@ -53,9 +53,9 @@ def load_for_evaluation(
 
 
 def load_tokenizer_and_context(path: FolderOrHub, *, option: str = "--model") -> tuple[Tokenizer, int | None]:
-    """(tokenizer, tokens of the context if the config names them): what inputs can be checked with before the
-    weights are loaded. Raises UserError for a folder without config, safetensors or tokenizer, and for a tokenizer of
-    another vocabulary.
+    """(tokenizer, context in tokens or None where the config names none), to check inputs before the weights are loaded.
+
+    Raises `UserError` for a folder without config, safetensors or tokenizer, and for a tokenizer of another vocabulary.
     """
     check_model_folder(path, option)
     try:
@@ -68,8 +68,9 @@ def load_tokenizer_and_context(path: FolderOrHub, *, option: str = "--model") ->
 
 
 def weights_stamp(path: FolderOrHub) -> str:
-    """A name for the weights and tokenizer at `path`, from names, sizes and times of its files, not their contents; a hub
-    name stands for itself.
+    """A name for the weights and tokenizer at `path`; a hub name stands for itself.
+
+    It is made from names, sizes and times of the folder's files, not from their contents.
     """
     if not isinstance(path, Path):
         return path
@@ -79,7 +80,7 @@ def weights_stamp(path: FolderOrHub) -> str:
 
 
 def check_model_folder(folder: FolderOrHub, option: str = "--model") -> None:
-    """UserError for a local folder without config or safetensors; a hub name is not looked up."""
+    """Raise `UserError` for a local folder without config or safetensors; a hub name is not looked up."""
     if not isinstance(folder, Path):
         return
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""The evaluation command: what was asked for becomes parts of a report, computed one after the other."""
+"""What tools/evaluate.py was asked for, as parts of a result file, computed one after the other."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.console import Console
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
+from bico_ds.evaluation.evaluate import GenerationOptions, evaluate, prepare_task
 from bico_ds.evaluation.loading import load_for_evaluation, load_tokenizer_and_context, weights_stamp
 from bico_ds.evaluation.progress import PromptProgress
 from bico_ds.evaluation.report.tables import choice_tables, result_table, retention_table
@@ -22,7 +23,6 @@ from bico_ds.evaluation.results import EvaluationResult
 from bico_ds.evaluation.scoring.choice import choice_test, encode_candidates
 from bico_ds.evaluation.scoring.likelihood import encode_windows, text_perplexity
 from bico_ds.evaluation.scoring.share import PromptShare
-from bico_ds.evaluation.suite import Asking, evaluate, prepare_task
 from bico_ds.evaluation.tasks.further_sets import READERS
 from bico_ds.evaluation.tasks.task import Task, load_tasks
 
@@ -31,9 +31,12 @@ _WINDOWS_PER_BATCH = 4  # a window of a retention text is long, and has logits o
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to ask of which model. `further`: files by kind (`further_sets.READERS`). `base`: the model before
-    fine-tuning, for `retention`. `others`: other persons' answers in the log-probability test. `window`:
-    tokens per window of a retention text.
+    """What to ask of which model.
+
+    `data`: folder of the name-description tasks `tasks`. `further`: files of other test sets, by their kind in
+    `further_sets.READERS`. `retention`: texts to measure perplexity on, in windows of `window` tokens; `base`: the model
+    before fine-tuning, for the perplexity before. `likelihood`: run the log-probability test, against `others` other
+    persons' answers. `limit`: prompts of each task at most.
     """
 
     model: FolderOrHub
@@ -52,16 +55,18 @@ class Request:
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
 
     @property
-    def asking(self) -> Asking:
-        """As the papers ask: every answer may have all of `max_new_tokens`."""
-        return Asking(max_new_tokens=self.max_new_tokens, cut_to_answers=False, add_bos=self.add_bos)
+    def generation(self) -> GenerationOptions:
+        """As in the papers: every answer may have up to `max_new_tokens`."""
+        return GenerationOptions(
+            max_new_tokens=self.max_new_tokens, cut_to_answers=False, add_bos=self.add_bos
+        )
 
 
 def run_request(request: Request, share: PromptShare, console: Console) -> bool:
-    """Compute what is missing in the report, and show on the first rank what was asked for. False where it was
-    stopped before the end.
+    """Compute what the result file lacks, and show on the first rank what was asked for. Collective.
 
-    Raises UserError for bad input before a model is loaded, and for weights that cannot be loaded.
+    Returns False where it was stopped before the end. Raises `UserError` for bad input, before a model is loaded, and for
+    weights that cannot be loaded.
     """
     tasks = load_tasks(request.data, request.tasks, request.limit) if request.data else []
     for kind, path in request.further.items():
@@ -74,7 +79,7 @@ def run_request(request: Request, share: PromptShare, console: Console) -> bool:
         )
     )
     weights = weights_stamp(request.model)
-    report = ResultFile(
+    file = ResultFile(
         request.output, model=str(request.model), weights=f"{weights} {request.dtype}", share=share
     )
     with PromptProgress(console, share) as progress:
@@ -83,15 +88,15 @@ def run_request(request: Request, share: PromptShare, console: Console) -> bool:
             *_retention_parts(request, share, texts, window, load),
             *(part for task in tasks for part in _task_parts(request, counted, task, load)),
         ]
-        finished = report.run(parts, progress.begin_part)
+        finished = file.run(parts, progress.begin_part)
     if share.is_first:
-        show_results(report.results(parts), report.values.get("retention_before", {}), console)
+        show_results(file.results(parts), file.values.get("retention_before", {}), console)
         console.print(f"written: {request.output}", soft_wrap=True, highlight=False)
     return finished
 
 
 def show_results(results: Mapping[str, Any], before: Mapping[str, Any], console: Console) -> None:
-    """Print the tables of `results`, by section; `before`: perplexities under the base model, of any text."""
+    """Print the tables of `results`, by section; `before`: perplexities under the base model, by text."""
     if "tasks" in results:
         console.print(result_table({"score [95 % interval]": EvaluationResult.from_json(results)}))
     if "choice" in results:
@@ -102,13 +107,13 @@ def show_results(results: Mapping[str, Any], before: Mapping[str, Any], console:
 
 
 def _check_inputs(request: Request, tasks: Sequence[Task], texts: Mapping[str, str]) -> int:
-    """The tokens of a retention window: as asked for, or the whole context of the model that has the smaller.
+    """The tokens per window of a retention text: `request.window`, or the smallest context of the models where that is less.
 
-    Raises UserError, before any weights are loaded, for whatever cannot be asked.
+    Raises `UserError`, before any weights are loaded, for what these models cannot be asked.
     """
     tokenizer, context = load_tokenizer_and_context(request.model)
     for task in tasks:
-        prepare_task(tokenizer, task, request.asking, context=context)
+        prepare_task(tokenizer, task, request.generation, context=context)
         if request.likelihood:
             encode_candidates(
                 tokenizer, task, others=request.others, add_bos=request.add_bos, context=context
@@ -127,11 +132,11 @@ Load = Callable[[FolderOrHub, str], tuple[Any, Any]]
 
 
 def _task_parts(request: Request, share: PromptShare, task: Task, load: Load) -> Iterator[Part]:
-    """Generation with its scores, and with `likelihood` the log-probability test."""
+    """The scored answers of a task, and with `likelihood` its log-probability test."""
 
     def generate() -> dict[str, Any] | None:
         model, tokenizer = load(request.model, "--model")
-        result = evaluate(model, tokenizer, [task], request.asking, share)
+        result = evaluate(model, tokenizer, [task], request.generation, share)
         return None if result is None else result.to_json()["tasks"][task.name]
 
     def choose() -> dict[str, Any] | None:
@@ -149,13 +154,13 @@ def _task_parts(request: Request, share: PromptShare, task: Task, load: Load) ->
 
 
 def _read_texts(paths: Sequence[Path]) -> dict[str, str]:
-    """Texts by file name, which is what the result file calls them."""
+    """Texts by file name, under which they stand in the result file."""
     texts: dict[str, str] = {}
     for path in paths:
         if path.name in texts:
             raise UserError(
-                f"--retention {path}: a text named {path.name} stands before it, and the result file tells texts "
-                "apart by their names; rename one"
+                f"--retention {path}: another text is named {path.name} too, and the result file lists texts by their "
+                "names; rename one"
             )
         texts[path.name] = _read_text(path)
     return texts
@@ -174,7 +179,7 @@ def _read_text(path: Path) -> str:
 def _retention_parts(
     request: Request, share: PromptShare, texts: Mapping[str, str], window: int, load: Load
 ) -> Iterator[Part]:
-    """Perplexity of every retention text, under the base model first."""
+    """The perplexity of every retention text, under the base model first."""
     share = replace(share, batch_size=_WINDOWS_PER_BATCH)
     models = (("retention_before", "--base", request.base), ("retention", "--model", request.model))
     for section, option, path in models:

@@ -1,4 +1,4 @@
-"""A result file that grows part by part: what is in it already is not computed again."""
+"""A result file that grows part by part: a part that is in it already is not computed again."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from typing import Any
 
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import write_atomically
-from bico_ds.evaluation.scoring.share import PromptShare, gather_parts
+from bico_ds.evaluation.scoring.share import PromptShare, gather_from_ranks
 
 Compute = Callable[[], "dict[str, Any] | None"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One thing to compute: its place in the file; `identity`: all that its figures depend on."""
+    """One thing to compute.
+
+    `section` and `name` say where it stands in the file. `identity`: a digest of all that its figures depend on. `size`:
+    prompts, for the progress display. `compute` returns its content, or None where it was stopped.
+    """
 
     section: str
     name: str
@@ -29,11 +33,11 @@ class Part:
 
 
 class ResultFile:
-    """The JSON file at `path`: {"model", "weights", "identities", "tasks", "choice", "retention", "retention_before"}, the
-    last four where they were asked for.
+    """The JSON file at `path`.
 
-    Only the first rank reads and writes. Raises UserError where the file belongs to other weights, on every rank, and
-    on the first where it is no such file, or none can be written.
+    It holds `model`, `weights`, `identities`, and where asked for `tasks`, `choice`, `retention` and `retention_before`.
+    Only the first rank reads and writes. Raises `UserError` on every rank where the file holds results of other weights,
+    and on the first rank where it is no result file, or none can be written.
     """
 
     def __init__(self, path: Path, *, model: str, weights: str, share: PromptShare) -> None:
@@ -41,7 +45,7 @@ class ResultFile:
         self._share = share
         fresh: dict[str, Any] = {"model": model, "weights": weights, "identities": {}}
         self.values: dict[str, Any] = (
-            gather_parts(self._read() if share.is_first else None, share)[0] or fresh
+            gather_from_ranks(self._read() if share.is_first else None, share)[0] or fresh
         )
         if self.values.get("weights") != weights or "identities" not in self.values:
             raise UserError(
@@ -50,17 +54,18 @@ class ResultFile:
             )
 
     def has(self, part: Part) -> bool:
+        """Whether the file holds this part, computed from the same inputs with the same options."""
         return self.values["identities"].get(f"{part.section}/{part.name}") == part.identity
 
     def results(self, parts: Sequence[Part]) -> dict[str, dict[str, Any]]:
-        """What the file holds of these very parts, by section and name."""
+        """What the file holds of these parts, by section and name."""
         found: dict[str, dict[str, Any]] = {}
         for part in filter(self.has, parts):
             found.setdefault(part.section, {})[part.name] = self.values[part.section][part.name]
         return found
 
     def run(self, parts: Sequence[Part], on_part: Callable[[Part], None]) -> bool:
-        """Compute the parts that are not there yet, saving after each. False where one was stopped."""
+        """Compute the parts that are not in the file yet, saving after each. False where one was stopped."""
         for part in parts:
             if self.has(part):
                 continue
@@ -79,8 +84,9 @@ class ResultFile:
             raise UserError(f"--output {self.path}: is a folder; name a file in it")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            # A file that cannot be written must be noticed before anything is computed.
             with tempfile.TemporaryFile(dir=self.path.parent):
-                pass  # what cannot be written is known before anything is computed
+                pass
             if not self.path.exists():
                 return None
             text = self.path.read_text(encoding="utf-8")

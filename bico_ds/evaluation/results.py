@@ -1,4 +1,4 @@
-"""Result records: the scores of one model, and the files that hold them. No torch: a comparison needs none."""
+"""Result records: the scores of one model, and the files that hold them. Imports no torch: a comparison needs none."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from bico_ds.common.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """One task's scores, all in 0 … 1. `headline`: the metric that tables and plots show. `intervals`: 95 %,
-    persons resampled. `floors`: what another person's answer scores. `new_tokens`: how many an answer could have (0: not
-    known). `rows`: every prompt with its prediction and scores.
+    """One task's scores, all in 0 … 1.
+
+    `headline`: the metric that tables and plots show. `intervals`: 95 %, persons resampled. `floors`: the scores of another
+    person's answer. `new_tokens`: how many an answer could have (0: not known). `rows`: every prompt with its prediction
+    and scores.
     """
 
     headline: str
@@ -35,19 +37,22 @@ CHOICE_SCALARS = ("difference", "rank", "forced_choice", "nll")
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
-    """Results by task name, in the order asked for. `choice`: log-probability tests (`choice_statistics`) by task
-    name, where they were asked for."""
+    """Results by task name, in the order asked for.
+
+    `choice`: log-probability tests (`choice_statistics`) by task name, where they were asked for.
+    """
 
     tasks: dict[str, TaskResult]
     choice: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def scalars(self, prefix: str = "evaluation") -> dict[str, float]:
-        """`{prefix}/{task}/{metric}` for logs."""
+        """Every score by its tag, `{prefix}/{task}/{metric}`."""
         figures = [(task, name, value) for task, x in self.tasks.items() for name, value in x.metrics.items()]
         figures += [(task, name, x[name]) for task, x in self.choice.items() for name in CHOICE_SCALARS]
         return {f"{prefix}/{task}/{name}": value for task, name, value in figures}
 
     def to_json(self, *, rows: bool = True) -> dict[str, Any]:
+        """The content of a result file; without `rows` the answers to single prompts are left out."""
         values = asdict(self)
         if not self.choice:
             del values["choice"]
@@ -67,7 +72,7 @@ class EvaluationResult:
 
 
 def load_result(path: Path) -> EvaluationResult:
-    """Read a result file of tools/evaluate.py, or a run's evaluation/step-N.json; UserError for anything else."""
+    """Read a result file of tools/evaluate.py, or a run's evaluation/step-N.json; `UserError` for anything else."""
     try:
         return EvaluationResult.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

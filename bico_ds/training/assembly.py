@@ -1,4 +1,4 @@
-"""What a run works on, from the recipe: tokenizer, stores, objectives, loader, tasks. One process can build it alone."""
+"""From the recipe to what a run works on: tokenizer, stores, objectives, loader, tasks. One process can build it alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from bico_ds.objectives.schedule import ObjectiveSchedule
 
 @dataclass(frozen=True)
 class RunInputs:
-    """Everything but model and loader."""
+    """What the recipe names for a run to read: everything but model and loader."""
 
     tokenizer: Tokenizer
     tokenizer_path: FolderOrHub
@@ -40,11 +40,10 @@ class RunInputs:
 
 
 def tokenizer_path(recipe: Recipe, *, weights_needed: bool = True) -> FolderOrHub:
-    """Which tokenizer the recipe means: its own, the start model's, the first source's where that is a store, or the
-    embedded task's.
+    """Which tokenizer the recipe means: its own, the start model's, that of a store as first source, or the embedded task's.
 
-    Without `weights_needed` (dry runs), a start model that is not here leaves the last two. Raises `UserError` where none of
-    them is to be had.
+    Without `weights_needed` (dry runs), a start model that is not on this machine is passed over. Raises `UserError` where
+    none of the four is there.
     """
     spec = recipe.model
     if spec.tokenizer is not None:
@@ -66,30 +65,29 @@ def tokenizer_path(recipe: Recipe, *, weights_needed: bool = True) -> FolderOrHu
 
 
 def store_tokenizer(recipe: Recipe) -> Path | None:
-    """The tokenizer that lies in the first source, where that is a store which kept it."""
+    """The tokenizer in the first source's folder, where that source is a store and has one."""
     first = recipe.data.sources[0]
     folder = first.store.here() / "tokenizer" if first.store is not None else None
     return folder if folder is not None and folder.is_dir() else None
 
 
-def prepare(recipe: Recipe, *, weights_needed: bool = True, progress: bool = True) -> list[Path]:
-    """Make (or find) the store of every source. One process at a time: rank 0, before the others join."""
+def prepare_stores(recipe: Recipe, *, weights_needed: bool = True, progress: bool = True) -> list[Path]:
+    """The store of every source, made where it is not there yet. One process at a time: rank 0, before the others join."""
     path = tokenizer_path(recipe, weights_needed=weights_needed)
     return [prepare_source(source, recipe.data, path, progress=progress) for source in recipe.data.sources]
 
 
-def gather(recipe: Recipe, *, weights_needed: bool = True) -> RunInputs:
-    """Open what `prepare` made, or make it now.
+def open_inputs(recipe: Recipe, *, weights_needed: bool = True) -> RunInputs:
+    """Open what `prepare_stores` made, or make it now.
 
-    Raises `UserError` for a store of another tokenizer, for objectives that do not fit the tokenizer, for stores of which
-    some have BOS and some have not where tasks are asked, and for tasks that are not there, or have no wrong answers for
-    `evaluation.likelihood_others`.
+    Raises `UserError` for a store of another tokenizer, for objectives that do not fit the tokenizer, where tasks are asked
+    and only some stores have BOS, and for tasks that are missing, or lack wrong answers for `evaluation.likelihood_others`.
     """
     path = tokenizer_path(recipe, weights_needed=weights_needed)
     tokenizer = load_tokenizer(path)
     stores = [
         TokenStore.open(store, tokenizer_hash=tokenizer_hash(tokenizer))
-        for store in prepare(recipe, weights_needed=weights_needed, progress=False)
+        for store in prepare_stores(recipe, weights_needed=weights_needed, progress=False)
     ]
     if recipe.evaluation.tasks and len({store.manifest.add_bos for store in stores}) > 1:
         raise UserError(
@@ -101,7 +99,8 @@ def gather(recipe: Recipe, *, weights_needed: bool = True) -> RunInputs:
     schedule = ObjectiveSchedule(objectives, [spec.probability for spec in recipe.objectives], recipe.seed)
     inputs = RunInputs(tokenizer, path, stores, tokens.vocabulary, schedule, _tasks(recipe))
     if (others := recipe.evaluation.likelihood_others) is not None:
-        for task in inputs.tasks:  # refuses a task without two persons now and not at the first evaluation
+        # Refuse a task that lacks wrong answers now, and not at the first evaluation.
+        for task in inputs.tasks:
             encode_candidates(tokenizer, task, others=others, add_bos=inputs.add_bos, context=None)
     return inputs
 
@@ -109,9 +108,9 @@ def gather(recipe: Recipe, *, weights_needed: bool = True) -> RunInputs:
 def build_loader(
     recipe: Recipe, inputs: RunInputs, share: RankShare, *, state: dict[str, Any] | None = None
 ) -> ElasticLoader:
-    """The stream of this rank's micro-batches, from `state` on.
+    """The loader of this rank's micro-batches, from `state` on.
 
-    Raises `UserError` for objectives that a store cannot serve, and what else `ElasticLoader` refuses.
+    Raises `UserError` for objectives that a store cannot serve, and for what else `ElasticLoader` refuses.
     """
     stream = StreamSpec(
         stores=inputs.stores,
@@ -142,7 +141,7 @@ def _token_roles(recipe: Recipe, tokenizer: Tokenizer) -> TokenRoles:
 
 
 def _model_vocabulary(recipe: Recipe) -> int | None:
-    """Ids that the model embeds, where the recipe or its folder tells them: often more than the tokenizer has."""
+    """How many token ids the model embeds, where recipe or model folder say so; often more than the tokenizer has."""
     if recipe.model.config is not None:
         return recipe.model.config.get("vocab_size")
     if recipe.model.path is None or not recipe.model.path.is_here():

@@ -1,4 +1,4 @@
-"""What would run: everything is built, stores and pack plans too, but weights, ranks and what is on a GPU."""
+"""What would run: stores, pack plans and first batches are really built; weights, ranks and what needs a GPU are not."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ from bico_ds.runtime.distributed import read_ranks
 from bico_ds.runtime.run_folder import folder_of_run
 from bico_ds.training import assembly
 from bico_ds.training.assembly import RunInputs
-from bico_ds.training.start import check, check_backend
+from bico_ds.training.checks import check_backend, check_recipe
 
 LOOK_AHEAD = 64  # steps searched for one batch of each objective
 
 
 def dry_run(recipe: Recipe, *, output_dir: Path | None = None) -> None:
-    """Validate the recipe, build the pack plan and rank 0's first step of each objective (of those that come within
-    `LOOK_AHEAD` steps), print what would run. Silent on the other ranks.
+    """Validate the recipe, build the pack plan and rank 0's first step of each objective, and print what would run.
 
-    Ranks: `distributed.world_size`, else WORLD_SIZE of the environment, else 1. Raises `UserError`.
+    An objective whose first step comes after `LOOK_AHEAD` steps is left out. The number of ranks is
+    `distributed.world_size`, else WORLD_SIZE of the environment, else 1; all ranks but the first return at once. Raises
+    `UserError` for what training would refuse, as far as this machine can tell.
     """
     if launch_environment.rank() != 0:
         return
@@ -40,12 +41,12 @@ def dry_run(recipe: Recipe, *, output_dir: Path | None = None) -> None:
     console.print(dump_recipe(recipe), highlight=False, markup=False)
     world_size = recipe.distributed.world_size or launch_environment.world_size()
     planned = _without_missing_weights(recipe)
-    check(planned, world_size=world_size, on_cuda=False, run_folder=folder_of_run(recipe, output_dir))
+    check_recipe(planned, world_size=world_size, on_cuda=False, run_folder=folder_of_run(recipe, output_dir))
     config = model_config(planned.model)
     build_model(
         planned.model, seed=recipe.seed, ds_config=None, device="meta", longest_document=recipe.data.capacity
     )
-    inputs = assembly.gather(recipe, weights_needed=False)
+    inputs = assembly.open_inputs(recipe, weights_needed=False)
     stands_in = (
         planned is not recipe
         and recipe.model.tokenizer is None
@@ -58,7 +59,7 @@ def dry_run(recipe: Recipe, *, output_dir: Path | None = None) -> None:
     try:
         steps = assembly.total_steps(recipe, loader)
         check_schedule(recipe.schedule, steps)
-        _print(console, planned, world_size, parameter_count(config), steps, loader, inputs)
+        console.print(_table(planned, world_size, parameter_count(config), steps, loader, inputs))
     finally:
         loader.close()
     if planned is not recipe:
@@ -66,7 +67,7 @@ def dry_run(recipe: Recipe, *, output_dir: Path | None = None) -> None:
 
 
 def _without_missing_weights(recipe: Recipe) -> Recipe:
-    """A dry run needs no weights: where they are not on this machine, the architecture in the recipe stands in."""
+    """The recipe with `model.config` in the place of weights that are not on this machine: a dry run needs none."""
     path = recipe.model.path
     if path is None or path.is_here() or recipe.model.config is None:
         return recipe
@@ -80,15 +81,9 @@ def _note(recipe: Recipe, stands_in: bool) -> str:
     return note
 
 
-def _print(
-    console: Console,
-    recipe: Recipe,
-    world_size: int,
-    parameters: int,
-    steps: int,
-    loader: ElasticLoader,
-    inputs: RunInputs,
-) -> None:
+def _table(
+    recipe: Recipe, world_size: int, parameters: int, steps: int, loader: ElasticLoader, inputs: RunInputs
+) -> Table:
     table = Table(title=f"{recipe.name}: what would run", show_header=False)
     batch, micro = recipe.training.global_batch_bins, recipe.training.micro_batch_bins
     accumulation = micro_batches_per_rank(batch, micro, world_size)
@@ -101,26 +96,31 @@ def _print(
         "global batch", f"{batch} bins = {world_size} ranks x {accumulation} micro-batches x {micro} bins"
     )
     table.add_row(
-        "tokens a step", f"at most {batch * recipe.data.capacity:,} ({recipe.data.capacity:,} a bin)"
+        "tokens per step", f"at most {batch * recipe.data.capacity:,} ({recipe.data.capacity:,} per bin)"
     )
     for stream in loader.report():
         table.add_row(
             f"data for {', '.join(stream.objectives)}",
-            f"{stream.rows:,} rows, {stream.tokens:,} tokens an epoch in {stream.bins:,} bins, fill {stream.fill:.3f}",
+            f"{stream.rows:,} sequences, {stream.tokens:,} tokens per epoch in {stream.bins:,} bins, "
+            f"fill {stream.fill:.3f}",
         )
         for name, cut in stream.cut.items():
             table.add_row(f"  source {name}", _counts(cut))
+    table.add_row("steps by objective", _steps_by_objective(inputs, steps))
+    for name, line in _first_batches(loader, inputs, min(steps, LOOK_AHEAD)).items():
+        table.add_row(f"first {name} step, rank 0", line)
+    return table
+
+
+def _steps_by_objective(inputs: RunInputs, steps: int) -> str:
     counts = {objective.name: 0 for objective in inputs.schedule.objectives}
     for index in inputs.schedule.indices(0, steps):
         counts[inputs.schedule.objectives[index].name] += 1
-    table.add_row("steps by objective", ", ".join(f"{name} {count:,}" for name, count in counts.items()))
-    for name, line in _first_batches(loader, inputs, min(steps, LOOK_AHEAD)).items():
-        table.add_row(f"first {name} step, rank 0", line)
-    console.print(table)
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 
 def _counts(cut: CutReport) -> str:
-    """What became of a source's documents: nothing is lost in silence."""
+    """What became of a source's documents, so that no loss goes unnoticed."""
     lost = [
         f"{count:,} {what}"
         for what, count in (
@@ -146,7 +146,7 @@ def _backend(recipe: Recipe) -> str:
 
 
 def _first_batches(loader: ElasticLoader, inputs: RunInputs, steps: int) -> dict[str, str]:
-    """The first step of each objective, really built."""
+    """By objective, a line on the batches of its first step within `steps`."""
     lines: dict[str, str] = {}
     for step in range(steps):
         share = loader.step(step)

@@ -1,4 +1,7 @@
-"""The reversal tasks during training. No callback, since the loop needs its answer; collective: ranks share the prompts."""
+"""The reversal tasks during training: the ranks share out the prompts.
+
+It is no callback, because the loop must know whether an evaluation was cut off.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +15,23 @@ from transformers import PreTrainedModel
 
 from bico_ds.common.files import write_atomically
 from bico_ds.config.schema import EvaluationSpec
+from bico_ds.evaluation.evaluate import GenerationOptions, evaluate
+from bico_ds.evaluation.replica import full_replica, is_partitioned, parameter_count
 from bico_ds.evaluation.results import EvaluationResult
 from bico_ds.evaluation.scoring.choice import choice_test
 from bico_ds.evaluation.scoring.share import PromptShare
-from bico_ds.evaluation.suite import Asking, evaluate
-from bico_ds.evaluation.zero3 import is_partitioned, parameter_count, whole_replica
 from bico_ds.runtime.distributed import Ranks
 from bico_ds.runtime.run_folder import RunFolder
 from bico_ds.runtime.signals import StopFlag
 from bico_ds.training.assembly import RunInputs
 
-# A bf16 copy of so many parameters fits beside a training state on an 80 GB GPU; larger models generate partitioned.
+# A bf16 copy of this many parameters fits beside a training state on an 80 GB GPU; larger models generate partitioned.
 REPLICA_PARAMETERS = 4_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
-    """Evaluates the live model and keeps the row-level results in the run folder.
+    """Evaluates the model in training, and writes the result of every prompt into the run folder.
 
     `inputs`: the tasks, their tokenizer, and whether prompts begin with BOS. `on_progress`: called after each of this
     rank's batches.
@@ -46,13 +49,15 @@ class Evaluator:
         return bool(self.inputs.tasks) and (step == total_steps or (every is not None and step % every == 0))
 
     def __call__(self, causal_lm: PreTrainedModel, step: int) -> EvaluationResult | None:
-        """Run all tasks; on rank 0 write evaluation/step-N.json. The same result on every rank; None where a signal
-        came to any of them meanwhile. Raises `UserError` for a prompt that does not fit the model's context.
+        """Run all tasks, and write evaluation/step-N.json on rank 0. Collective.
+
+        Returns the same result on every rank, or None on all of them where any was asked to stop meanwhile. Raises
+        `UserError` for a prompt that does not fit the model's context.
         """
         partitioned = is_partitioned(causal_lm)
         replicate = partitioned and parameter_count(causal_lm) <= REPLICA_PARAMETERS
         was_training = causal_lm.training
-        model = whole_replica(causal_lm, device=self.ranks.device) if replicate else causal_lm.eval()
+        model = full_replica(causal_lm, device=self.ranks.device) if replicate else causal_lm.eval()
         with torch.no_grad():
             result = self._evaluate(model, synced=partitioned and not replicate)
         causal_lm.train(was_training)
@@ -74,8 +79,8 @@ class Evaluator:
             on_batch=lambda sequences: self.on_progress(),
         )
         tasks, tokenizer, add_bos = self.inputs.tasks, self.inputs.tokenizer, self.inputs.add_bos
-        asking = Asking(max_new_tokens=self.spec.max_new_tokens, add_bos=add_bos)
-        result = evaluate(model, tokenizer, tasks, asking, share)
+        options = GenerationOptions(max_new_tokens=self.spec.max_new_tokens, add_bos=add_bos)
+        result = evaluate(model, tokenizer, tasks, options, share)
         others = self.spec.likelihood_others
         if result is None or others is None:
             return result
@@ -88,11 +93,11 @@ class Evaluator:
         return replace(result, choice=choice)
 
     def has_result(self, step: int) -> bool:
-        """Whether this step's evaluation came to its end."""
+        """Whether this step's evaluation was completed."""
         return self.folder.evaluation_file(step).is_file()
 
 
 def scalars(result: EvaluationResult) -> dict[str, float]:
-    """All metrics, and each task's headline under a tag of its own."""
+    """All metrics by tag, and each task's headline metric as `evaluation/TASK/headline`."""
     headlines = {f"evaluation/{name}/headline": task.score for name, task in result.tasks.items()}
     return headlines | result.scalars()

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite: stop before the update, and leave what one needs to see why."""
+"""A loss or gradient that is not finite: stop before the update, and write down the micro-batches that caused it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,14 @@ from bico_ds.training.run import Run
 
 
 class NonFiniteError(RunError):
-    """Training met a loss or gradient that is not finite. The weights are those of the step before, unless the message
-    says that an update was made.
-    """
+    """A loss or gradient is not finite. The weights are those of the step before, unless the message says otherwise."""
 
 
 def stop(step: int, batches: Sequence[PackedBatch], losses: Sequence[torch.Tensor], run: Run) -> NoReturn:
-    """Raise `NonFiniteError` on all ranks alike; `step` counts from 0. Collective.
+    """Raise `NonFiniteError`, the same on all ranks; `step` counts from 0. Collective.
 
-    Where a micro-batch's loss is not finite, the error names rank and documents, and the rank writes those micro-batches to
-    a file in logs/. Of a gradient alone no culprit is known.
+    For each micro-batch whose loss is not finite, the error names rank and documents, and the rank writes the micro-batch to
+    a file in logs/. Where only a gradient is not finite, no micro-batch can be named.
     """
     ranks, folder = run.ranks, run.folder
     values = [float(loss) for loss in losses]

@@ -1,4 +1,4 @@
-"""One start of one recipe."""
+"""What every part of a run knows about it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from bico_ds.runtime.signals import StopFlag
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One start of one recipe, on one rank: what every part of it needs to know."""
+    """One start of one recipe, on one rank."""
 
     recipe: Recipe
     ranks: Ranks
     folder: RunFolder
     stop: StopFlag
-    ds_config: dict[str, Any]  # complete, with the paths of this machine
+    ds_config: dict[str, Any]  # complete, with paths as they are on this machine
     layout_policy: LayoutPolicy | None  # of the attention backend; the oracle has none

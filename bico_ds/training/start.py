@@ -1,4 +1,9 @@
-"""From a recipe to a finished run: each phase in its order, every mistake before the expensive part."""
+"""From a recipe to a finished run, phase by phase, every mistake before the expensive part.
+
+`train` is the story: check the recipe; rank 0 alone takes the run folder, makes the stores and chooses the checkpoint; all
+ranks join; each builds its trainer (`_build_trainer`); from then on the folder belongs to this start (`_take_over`); the
+loop runs (`bico_ds.training.trainer`), and what comes after it is written (`_train_and_export`).
+"""
 
 from __future__ import annotations
 
@@ -7,14 +12,9 @@ import logging
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import deepspeed
-import torch
 import torch.distributed as dist
 
-from bico_ds.attention.backends import resolve
-from bico_ds.attention.layout import LayoutPolicy
 from bico_ds.checkpoint.checkpointer import Checkpointer
 from bico_ds.checkpoint.resume import (
     Resumption,
@@ -25,19 +25,15 @@ from bico_ds.checkpoint.resume import (
     set_aside,
     state_layout,
 )
-from bico_ds.common.errors import UserError
 from bico_ds.common.files import atomic_folder
 from bico_ds.config.schema import Recipe
-from bico_ds.data.loading.loader import RankShare
-from bico_ds.data.tokenizer import Tokenizer, vocabulary_size
-from bico_ds.model.architecture import adopt_special_tokens, check_vocabulary, model_config
-from bico_ds.model.build import TrainableModel, build_model, check_rotary
+from bico_ds.data.loading.loader import ElasticLoader, RankShare
+from bico_ds.data.tokenizer import Tokenizer
 from bico_ds.model.deepspeed_engine import Engine
 from bico_ds.model.weights.export import export_model
-from bico_ds.optim.schedule import build_scheduler, check_schedule
-from bico_ds.runtime import distributed, host_memory, launch_environment, native_ops
+from bico_ds.optim.schedule import check_schedule
+from bico_ds.runtime import distributed, host_memory, native_ops
 from bico_ds.runtime.distributed import Ranks
-from bico_ds.runtime.ds_config import build_ds_config
 from bico_ds.runtime.lock import FencedError
 from bico_ds.runtime.run_folder import RunFolder, State, folder_of_run
 from bico_ds.runtime.signals import Interrupted, StopFlag
@@ -47,31 +43,21 @@ from bico_ds.training.assembly import RunInputs
 from bico_ds.training.callbacks.base import Callbacks, RunStart
 from bico_ds.training.callbacks.console import ConsoleProgress
 from bico_ds.training.callbacks.monitor import StepMonitor
+from bico_ds.training.checks import check_backend, check_recipe
+from bico_ds.training.engine import build_engine
 from bico_ds.training.evaluator import Evaluator
 from bico_ds.training.run import Run
 from bico_ds.training.trainer import Trainer
 
-RANKS_PER_NODE = 8  # where no launcher says
-
 
 def train(recipe: Recipe, *, output_dir: Path | None, resume: str, stop: StopFlag) -> State:
-    """Train a recipe to its end, or to the agreed stop. Called on every rank; returns the same state on each: `done`, or
-    `preempted`.
+    """Train a recipe to its end, or until a stop is agreed. Every rank calls it, and gets the same `done` or `preempted`.
 
-    Raises `UserError`, `RunError`, or what else failed; the ranks on which nothing failed end a moment later.
+    Raises `UserError`, `RunError`, or whatever else failed; the ranks on which nothing failed end a moment later.
     """
-    _quiet()
-    ranks = distributed.read_ranks()
-    if ranks.device.type == "cpu":
-        host_memory.bound_primitive_cache()
-    folder = RunFolder(folder_of_run(recipe, output_dir))
-    ds_config = check(
-        recipe, world_size=ranks.world_size, on_cuda=ranks.device.type == "cuda", run_folder=folder.path
-    )
-    _log_to_console(ranks)
-    policy = check_backend(recipe, ranks.device)
-    run = Run(recipe=recipe, ranks=ranks, folder=folder, stop=stop, ds_config=ds_config, layout_policy=policy)
-    store = distributed.connect(ranks, timeout_minutes=recipe.distributed.timeout_minutes)
+    run = _checked_run(recipe, output_dir, stop)
+    ranks, timeout_minutes = run.ranks, recipe.distributed.timeout_minutes
+    store = distributed.connect(ranks, timeout_minutes=timeout_minutes)
     chosen: list[Resumption | None] = []
     try:
         distributed.first_alone(ranks, store, lambda: chosen.append(_prepare(run, resume)))
@@ -80,81 +66,50 @@ def train(recipe: Recipe, *, output_dir: Path | None, resume: str, stop: StopFla
     native_ops.prefer_own_ninja()
     if ranks.local_rank == 0:
         native_ops.release_abandoned_locks()
-    distributed.join(ranks, store, timeout_minutes=recipe.distributed.timeout_minutes)
-    watchdog = Watchdog(store, ranks, folder, minutes=recipe.distributed.watchdog_minutes)
-    folder.lock.on_lost = lambda: watchdog.abandon(f"{folder.path} was taken over by another run")
+    distributed.join(ranks, store, timeout_minutes=timeout_minutes)
+    watchdog = Watchdog(store, ranks, run.folder, minutes=recipe.distributed.watchdog_minutes)
+    run.folder.lock.on_lost = lambda: watchdog.abandon(f"{run.folder.path} was taken over by another run")
     try:
-        resumption, folder.lock.run_id = distributed.broadcast_object(
-            (chosen[0], folder.lock.run_id) if chosen else None
+        resumption, run.folder.lock.run_id = distributed.broadcast_object(
+            (chosen[0], run.folder.lock.run_id) if chosen else None
         )
-        state = _run(run, resume, resumption, watchdog)
+        state = _train_on_all_ranks(run, resume, resumption, watchdog)
     except BaseException as error:
         watchdog.report(error)
         if ranks.is_first:
-            _give_up(folder, error)
+            _give_up(run.folder, error)
         raise
     watchdog.close()
     dist.barrier()
     if ranks.is_first:
-        folder.close()
+        run.folder.close()
     distributed.leave()
     return state
 
 
-def check(
-    recipe: Recipe,
-    *,
-    world_size: int,
-    on_cuda: bool,
-    run_folder: Path,
-    ranks_per_node: int | None = None,
-    runs_here: bool = True,
-) -> dict[str, Any]:
-    """Refuse what can be refused without data, weights (but their config.json) or other ranks; return DeepSpeed's
-    configuration. Raises `UserError`.
-
-    Without `runs_here` (another machine will train) DeepSpeed's own paths stay as they were written.
-    """
-    expected = recipe.distributed.world_size
-    if expected is not None and expected != world_size:
-        raise UserError(
-            f"distributed.world_size: this recipe is made for {expected} ranks, started with {world_size}; "
-            "start it with as many, or set distributed.world_size=null"
-        )
-    if recipe.training.steps is not None:
-        check_schedule(recipe.schedule, recipe.training.steps)
-    config = model_config(recipe.model)
-    return build_ds_config(
-        recipe,
-        world_size=world_size,
-        hidden_size=config.hidden_size,
-        on_cuda=on_cuda,
-        run_folder=run_folder,
-        ranks_per_node=ranks_per_node or launch_environment.ranks_per_node() or RANKS_PER_NODE,
-        runs_here=runs_here,
+def _checked_run(recipe: Recipe, output_dir: Path | None, stop: StopFlag) -> Run:
+    """This rank's part in the run, once the recipe was found to be good; raises `UserError` where it is not."""
+    _quiet()
+    ranks = distributed.read_ranks()
+    if ranks.device.type == "cpu":
+        host_memory.bound_primitive_cache()
+    folder = RunFolder(folder_of_run(recipe, output_dir))
+    ds_config = check_recipe(
+        recipe, world_size=ranks.world_size, on_cuda=ranks.device.type == "cuda", run_folder=folder.path
+    )
+    _log_to_console(ranks)
+    policy = check_backend(recipe, ranks.device)
+    return Run(
+        recipe=recipe, ranks=ranks, folder=folder, stop=stop, ds_config=ds_config, layout_policy=policy
     )
 
 
-def check_backend(recipe: Recipe, device: torch.device) -> LayoutPolicy | None:
-    """The layout policy of the attention backend that will run (the oracle has none); logs once what `auto` takes.
-
-    Raises `UserError` where the backend that the recipe names cannot run here.
-    """
-    config = model_config(recipe.model)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    try:
-        backend = resolve(recipe.model.attention_backend, config.dtype, head_dim, device)
-    except ValueError as error:
-        raise UserError(f"model.attention_backend: {error}") from None
-    return None if backend is None else backend.policy
-
-
 def _prepare(run: Run, resume: str) -> Resumption | None:
-    """Rank 0, before the others are let in: the lock, the data, and the checkpoint to resume from."""
+    """Rank 0, before the others are let in: the lock, the stores, and the checkpoint to resume from."""
     run.folder.open()
     try:
         with run.stop.interrupting():
-            assembly.prepare(run.recipe)
+            assembly.prepare_stores(run.recipe)
             return choose(run.folder, resume, run.recipe, _layout(run))
     except Interrupted as stopped:
         run.folder.preempt(f"{stopped} in start-up")
@@ -175,26 +130,49 @@ def _give_up(folder: RunFolder, error: BaseException) -> None:
     folder.close()
 
 
-def _run(run: Run, resume: str, resumption: Resumption | None, watchdog: Watchdog) -> State:
-    recipe, ranks = run.recipe, run.ranks
-    inputs = assembly.gather(recipe)
+def _train_on_all_ranks(run: Run, resume: str, resumption: Resumption | None, watchdog: Watchdog) -> State:
+    """Everything that needs all ranks, from the stores to the end of the run."""
+    inputs = assembly.open_inputs(run.recipe)
     saved = resumption.found.content["state"] if resumption else {}
-    share = RankShare(
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        micro_batch_bins=recipe.training.micro_batch_bins,
-        pin_memory=ranks.device.type == "cuda",
+    loader = assembly.build_loader(run.recipe, inputs, _rank_share(run), state=saved.get("loader"))
+    trainer = _build_trainer(run, inputs, loader, resumption, watchdog)
+    for change in loader.changes:
+        trainer.callbacks.on_message(f"resumed although it changed: {change}")
+    start = RunStart(
+        recipe=run.recipe,
+        first_step=trainer.step,
+        total_steps=trainer.total_steps,
+        summary={"data": [asdict(stream) for stream in loader.report()]},
+        saved=saved.get("callbacks", {}),
+    )
+    if run.ranks.is_first:
+        _take_over(run, resume, resumption, inputs.tokenizer)
+    return _train_and_export(trainer, start, inputs.tokenizer)
+
+
+def _rank_share(run: Run) -> RankShare:
+    return RankShare(
+        rank=run.ranks.rank,
+        world_size=run.ranks.world_size,
+        micro_batch_bins=run.recipe.training.micro_batch_bins,
+        pin_memory=run.ranks.device.type == "cuda",
         layout_policy=run.layout_policy,
     )
-    loader = assembly.build_loader(recipe, inputs, share, state=saved.get("loader"))
+
+
+def _build_trainer(
+    run: Run, inputs: RunInputs, loader: ElasticLoader, resumption: Resumption | None, watchdog: Watchdog
+) -> Trainer:
+    """The trainer with its engine, in the state that is resumed from."""
+    recipe = run.recipe
     steps = assembly.total_steps(recipe, loader)
     check_schedule(recipe.schedule, steps)
     engine = build_engine(run, inputs, steps, is_universal=resumption is not None and resumption.is_universal)
     if resumption is not None:
         restore(engine, resumption, recipe)
-    if ranks.device.type == "cpu":
+    if run.ranks.device.type == "cpu":
         host_memory.keep_freed_pages()
-    trainer = Trainer(
+    return Trainer(
         run=run,
         engine=engine,
         loader=loader,
@@ -205,30 +183,6 @@ def _run(run: Run, resume: str, resumption: Resumption | None, watchdog: Watchdo
         total_steps=steps,
         step=resumption.step if resumption else 0,
     )
-    for change in loader.changes:
-        trainer.callbacks.on_message(f"resumed although it changed: {change}")
-    first = RunStart(
-        recipe=recipe,
-        first_step=trainer.step,
-        total_steps=steps,
-        summary={"data": [asdict(stream) for stream in loader.report()]},
-        saved=saved.get("callbacks", {}),
-    )
-    if ranks.is_first:
-        _take_over(run, resume, resumption, inputs.tokenizer)
-    return _finish(trainer, first, inputs.tokenizer)
-
-
-def _take_over(run: Run, resume: str, resumption: Resumption | None, tokenizer: Tokenizer) -> None:
-    """Rank 0, when nothing can refuse this start any more: from here on the folder tells of it.
-
-    The state comes first: a crash in what follows must not leave a run that says `done`, and whose checkpoints are away.
-    """
-    run.folder.write_state("running", step=resumption.step if resumption else 0)
-    set_aside(run.folder, resume, resumption)
-    run.folder.record(run.recipe)
-    with atomic_folder(run.folder.tokenizer, replace=True) as temporary:
-        tokenizer.save_pretrained(temporary)
 
 
 def _callbacks(run: Run, engine: Engine) -> Callbacks:
@@ -257,64 +211,39 @@ def _evaluator(run: Run, inputs: RunInputs, watchdog: Watchdog) -> Evaluator:
     )
 
 
-def _finish(trainer: Trainer, first: RunStart, tokenizer: Tokenizer) -> State:
+def _take_over(run: Run, resume: str, resumption: Resumption | None, tokenizer: Tokenizer) -> None:
+    """Rank 0, when nothing can refuse this start any more: from here on the folder's files describe it.
+
+    The state is written first: a crash after it must not leave a run that says `done` and has lost its checkpoints.
+    """
+    run.folder.write_state("running", step=resumption.step if resumption else 0)
+    set_aside(run.folder, resume, resumption)
+    run.folder.record(run.recipe)
+    with atomic_folder(run.folder.tokenizer, replace=True) as temporary:
+        tokenizer.save_pretrained(temporary)
+
+
+def _train_and_export(trainer: Trainer, start: RunStart, tokenizer: Tokenizer) -> State:
+    """The loop, the export where the run is done, and the last state in the folder."""
     run, callbacks = trainer.run, trainer.callbacks
-    folder, checkpoint = run.folder, run.recipe.checkpoint
-    callbacks.on_start(first)
+    callbacks.on_start(start)
     try:
         state = trainer.train()
     finally:
         trainer.loader.close()
     run.stop.finish()
-    if state == "done" and checkpoint.export:
+    if state == "done" and run.recipe.checkpoint.export:
         model = trainer.engine.module
-        export_model(model, tokenizer, folder.export, dtype=run.recipe.model.dtype, overwrite=True)
+        export_model(model, tokenizer, run.folder.export, dtype=run.recipe.model.dtype, overwrite=True)
     callbacks.on_end(trainer.step, state)
     reasons = distributed.all_gather_objects(run.stop.reason if state == "preempted" else "")
     if run.ranks.is_first:
-        folder.write_state(state, step=trainer.step, reason=next(filter(None, reasons), ""))
+        run.folder.write_state(state, step=trainer.step, reason=next(filter(None, reasons), ""))
     return state
 
 
-def build_engine(run: Run, inputs: RunInputs, steps: int, *, is_universal: bool) -> Engine:
-    """The DeepSpeed engine around the trainable model; `is_universal`: it will load a universal checkpoint."""
-    recipe = run.recipe
-    check_vocabulary(
-        model_config(recipe.model), vocabulary_size(inputs.tokenizer), tokenizer=str(inputs.tokenizer_path)
-    )
-    ds_config = dict(run.ds_config)
-    if is_universal:
-        ds_config["checkpoint"] = {**ds_config.get("checkpoint", {}), "load_universal": True}
-    model: TrainableModel = build_model(
-        recipe.model,
-        seed=recipe.seed,
-        ds_config=ds_config,
-        device=run.ranks.device,
-        longest_document=recipe.data.capacity,
-    )
-    if recipe.model.path is None:
-        adopt_special_tokens(inputs.tokenizer, model.causal_lm.config, model.causal_lm.generation_config)
-    return wrap_model(model, recipe, ds_config, steps)
-
-
-def wrap_model(model: TrainableModel, recipe: Recipe, ds_config: dict[str, Any], steps: int) -> Engine:
-    """DeepSpeed's engine around a model, with the recipe's optimizer and its schedule over so many steps. Collective.
-
-    Raises `UserError` where this DeepSpeed has rounded the rotary frequencies.
-    """
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
-        config=ds_config,
-        lr_scheduler=lambda optimizer: build_scheduler(recipe.schedule, optimizer, steps),
-        dist_init_required=False,
-    )
-    check_rotary(model)
-    return engine
-
-
 def _log_to_console(ranks: Ranks) -> None:
-    """What our own parts log (which attention backend, and why) belongs on rank 0's console."""
+    """Show what this package logs (which attention backend runs, and why) on rank 0's console."""
     logger = logging.getLogger("bico_ds")
     logger.setLevel(logging.INFO if ranks.is_first else logging.WARNING)
     if not logger.handlers:
@@ -326,5 +255,5 @@ def _log_to_console(ranks: Ranks) -> None:
 def _quiet() -> None:
     """Keep the console for what the user can act on."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames; one warning per call, in every step.
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed: a warning for each call, in every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

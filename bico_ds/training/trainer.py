@@ -1,4 +1,9 @@
-"""The loop."""
+"""The training loop: one global batch per optimizer step, checkpoints and evaluations between the steps.
+
+The loss is scaled in `Trainer._forward_backward`: a micro-batch gives the sum of its targets' losses, and that sum times
+(ranks / targets of the whole global batch) goes to `backward`. DeepSpeed averages gradients over the ranks, so the update
+follows the mean over all targets, however they are spread over ranks and micro-batches.
+"""
 
 from __future__ import annotations
 
@@ -63,11 +68,11 @@ class Trainer:
         self._cut_evaluation = False
 
     def train(self) -> State:
-        """Train until the last step or until a stop is agreed; leaves a checkpoint of where it stands (of step 0: none).
+        """Train until the last step or until a stop is agreed, and save a checkpoint of that step (of step 0: none).
 
         Raises `NonFiniteError` and `CheckpointError`, each on all ranks alike.
         """
-        if self._owes_evaluation():
+        if self._evaluation_is_missing():
             self._evaluate()
         while self.step < self.total_steps:
             self.watchdog.note_progress()
@@ -83,16 +88,15 @@ class Trainer:
             self.callbacks.on_step(report)
             last = self.step == self.total_steps
             if last or self.checkpointer.is_due(self.step):
-                self._save(
-                    required=last
-                )  # before the evaluation, which may take long and must not cost steps
+                # Before the evaluation, which may take long: a crash in it must not cost steps.
+                self._save(required=last)
             if self.evaluator.is_due(self.step, self.total_steps):
                 self._evaluate()
         if self._saved_step != self.step:
             self._save(required=True)
         return "done" if self.step == self.total_steps and not self._cut_evaluation else "preempted"
 
-    def _owes_evaluation(self) -> bool:
+    def _evaluation_is_missing(self) -> bool:
         """Whether a stop or a crash cut off the evaluation of the step resumed from."""
         due = self.step > 0 and self.evaluator.is_due(self.step, self.total_steps)
         return due and broadcast_object(not self.evaluator.has_result(self.step))
@@ -106,16 +110,7 @@ class Trainer:
     def _optimize(self, share: RankStep, targets: int, started: float, waited: float) -> StepReport:
         """Forward, backward and update of one global batch; the loss is the mean over all its targets."""
         ranks, batches = self.run.ranks, share.batches
-        # Dropout: the same after a resume, at the same number of ranks.
-        torch.manual_seed(self.run.recipe.seed * 1_000_003 + self.step * 4099 + ranks.rank)
-        scale = ranks.world_size / max(targets, 1)  # DeepSpeed averages the gradients over the ranks
-        losses = []
-        for number, batch in enumerate(batches, start=1):
-            loss_sum = self.engine(batch.to(ranks.device, non_blocking=True))
-            self.engine.backward(loss_sum * scale, scale_wrt_gas=False)
-            losses.append(loss_sum.detach())
-            if number < len(batches):
-                self.engine.step()
+        losses = self._forward_backward(batches, targets)
         totals = self._totals(batches, torch.stack(losses), self.loader.wait_seconds - waited)
         learning_rate = self.engine.get_lr()[0]
         applied = self._update(batches, losses, math.isfinite(totals[0]))
@@ -136,6 +131,21 @@ class Trainer:
             applied=applied,
         )
 
+    def _forward_backward(self, batches: Sequence[PackedBatch], targets: int) -> list[torch.Tensor]:
+        """Add up the gradients of this rank's micro-batches; return their loss sums, in nats and not scaled."""
+        ranks = self.run.ranks
+        # Dropout: the same after a resume, at the same number of ranks.
+        torch.manual_seed(self.run.recipe.seed * 1_000_003 + self.step * 4099 + ranks.rank)
+        scale = ranks.world_size / max(targets, 1)  # DeepSpeed averages the gradients over the ranks
+        losses = []
+        for number, batch in enumerate(batches, start=1):
+            loss_sum = self.engine(batch.to(ranks.device, non_blocking=True))
+            self.engine.backward(loss_sum * scale, scale_wrt_gas=False)
+            losses.append(loss_sum.detach())
+            if number < len(batches):
+                self.engine.step()
+        return losses
+
     def _totals(self, batches: Sequence[PackedBatch], losses: torch.Tensor, waited: float) -> list[float]:
         rows = sum(len(batch.input_ids) for batch in batches)
         represented = sum(batch.represented_tokens for batch in batches)
@@ -146,7 +156,7 @@ class Trainer:
     def _update(
         self, batches: Sequence[PackedBatch], losses: list[torch.Tensor], loss_is_finite: bool
     ) -> bool:
-        """The optimizer step. DeepSpeed drops the step itself, weights untouched, where a gradient is not finite."""
+        """The optimizer step; returns whether it changed the weights. Where a gradient is not finite, DeepSpeed skips it."""
         must_stop = self.run.recipe.training.on_nonfinite == "stop"
         if not loss_is_finite and must_stop:
             nonfinite.stop(self.step, batches, losses, self.run)
@@ -159,7 +169,8 @@ class Trainer:
         if not applied:
             if must_stop:
                 nonfinite.stop(self.step, batches, losses, self.run)
-            self.engine.lr_scheduler.step()  # DeepSpeed holds it back; the schedule counts steps, not updates
+            # DeepSpeed leaves the schedule where it was, but the schedule counts steps, not updates.
+            self.engine.lr_scheduler.step()
             self.callbacks.on_message(f"step {self.step + 1}: loss or gradient not finite, update skipped")
         return applied
 

@@ -1,6 +1,4 @@
-"""Whether a batch script goes on, requeues or gives up: by the state file and the checkpoints, never by exit
-codes.
-"""
+"""Whether a batch script goes on, requeues or gives up depends on the state file and the checkpoints, not on exit codes."""
 
 from __future__ import annotations
 
@@ -17,10 +15,10 @@ def write_state(run, state, run_id, reason=""):
     )
 
 
-def write_checkpoint(run, step, *, whole=True):
+def write_checkpoint(run, step, *, complete=True):
     path = run / "checkpoints" / f"step-{step:06d}"
     path.mkdir(parents=True)
-    if whole:
+    if complete:
         (path / "manifest.json").write_text("{}")
 
 
@@ -57,7 +55,7 @@ def test_a_crash_is_requeued_only_after_a_new_checkpoint(tmp_path, state):
     start(tmp_path)
     write_state(tmp_path, state, "a")
     assert finish(tmp_path, 143).exit_code == 143
-    write_checkpoint(tmp_path, 10, whole=False)
+    write_checkpoint(tmp_path, 10, complete=False)
     assert finish(tmp_path, 143).exit_code == 143, "a checkpoint without a manifest is no progress"
     write_checkpoint(tmp_path, 15)
     assert finish(tmp_path, 143).exit_code == TRY_AGAIN

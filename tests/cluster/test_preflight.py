@@ -1,6 +1,4 @@
-"""What the pre-flight concludes from the ranks' reports, and the whole of it on two real ranks of this
-machine.
-"""
+"""What the pre-flight concludes from the ranks' reports, and the complete pre-flight on two ranks of this machine."""
 
 from __future__ import annotations
 
@@ -18,19 +16,19 @@ from tests import ROOT
 
 
 def report(rank, host, **changes):
-    facts = {
+    values = {
         "rank": rank,
         "host": host,
         "versions": {"torch": "2.13.0", "deepspeed": "0.19.8"},
         "same": {"program": "aa", "recipe": "bb"},
         "inputs": {"data.sources.0.store (d)": "cc"},
-        "free_bytes": 1e12,
+        "disk_free_bytes": 1e12,
         "device": {
-            "allocated": 1, "visible": 1, "name": "H100", "free_bytes": 79e9, "total_bytes": 80e9,
+            "allocated": 1, "visible": 1, "name": "H100", "memory_free_bytes": 79e9, "memory_total_bytes": 80e9,
             "tflops": 600.0, "right": True,
         },
     }  # fmt: skip
-    return facts | changes
+    return values | changes
 
 
 def problems(*changes, needed=1e9):
@@ -57,10 +55,10 @@ def test_equal_nodes_have_no_problems():
             ["data.sources.0.store (d)", "not there on n1"],
         ),
         ({"inputs": {"data.sources.0.store (d)": "zz"}}, ["content of", "zz on n1"]),
-        ({"free_bytes": 1e6}, ["0.001 GB free on n1", "1.000 GB"]),
+        ({"disk_free_bytes": 1e6}, ["0.001 GB free on n1", "1.000 GB"]),
         ({"device": report(0, "")["device"] | {"visible": 0}}, ["rank 1 on n1", "torch sees 0"]),
         (
-            {"device": report(0, "")["device"] | {"free_bytes": 20e9}},
+            {"device": report(0, "")["device"] | {"memory_free_bytes": 20e9}},
             ["20.0 of 80.0 GB free", "another process"],
         ),
         ({"device": report(0, "")["device"] | {"right": False}}, ["rank 1 on n1", "wrong results"]),
@@ -116,7 +114,7 @@ def test_an_objective_of_the_users_own_must_be_the_same_on_every_node(tmp_path):
 @pytest.mark.parametrize("without", [[0], [1], [2], [0, 1, 2]])
 @pytest.mark.parametrize("inputs", [{}, {"model.path (m/x)": "missing"}])
 def test_an_input_that_is_not_on_every_node_is_named_with_the_nodes(without, inputs):
-    """A node without the folder may take `m/x` for a hub name, and then says nothing of it."""
+    """A node without the folder may take `m/x` for a hub name, and then does not report it."""
     if len(without) == 3 and not inputs:
         inputs = {"model.path (m/x)": "missing"}
     there = {"inputs": {"model.path (m/x)": "cc"}}

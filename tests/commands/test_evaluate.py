@@ -30,12 +30,14 @@ def world(tiny_llama, tokenizer, tmp_path_factory) -> Path:
     tiny_llama.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     (folder / "data").mkdir()
-    rows = [
+    records = [
         {"prompt": f"w{i} w{i + 1}", "completion": f" w{(3 * i) % 40}", "group": f"p{i // 2}"}
         for i in range(9)
     ]
     for name in ("p2d_prompts_test", "p2d_reverse_prompts_test"):
-        (folder / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "data" / f"{name}.jsonl").write_text(
+            "".join(json.dumps(record) + "\n" for record in records)
+        )
     (folder / "text.txt").write_text(" ".join(f"w{(7 * i) % 40}" for i in range(60)))
     return folder
 
@@ -73,16 +75,16 @@ def _copy_of_model(world: Path, folder: Path) -> Path:
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_was_and_ends_the_same(world, tmp_path):
-    whole, parted = tmp_path / "whole.json", tmp_path / "parted.json"
-    assert _run(_request(world, whole))
+    uninterrupted, parted = tmp_path / "uninterrupted.json", tmp_path / "parted.json"
+    assert _run(_request(world, uninterrupted))
     polls = iter(range(10**6))
     assert not _run(_request(world, parted), should_stop=lambda: next(polls) > 25)
     half = json.loads(parted.read_text())
-    assert 0 < len(half["identities"]) < len(json.loads(whole.read_text())["identities"])
+    assert 0 < len(half["identities"]) < len(json.loads(uninterrupted.read_text())["identities"])
     half["tasks"]["n2d"]["new_tokens"] = -1  # a mark: what is there is not computed again
     parted.write_text(json.dumps(half))
     assert _run(_request(world, parted))
-    ended, expected = json.loads(parted.read_text()), json.loads(whole.read_text())
+    ended, expected = json.loads(parted.read_text()), json.loads(uninterrupted.read_text())
     assert ended["tasks"]["n2d"].pop("new_tokens") == -1
     assert expected["tasks"]["n2d"].pop("new_tokens") == 6
     assert ended == expected
@@ -211,7 +213,7 @@ def test_bad_input_is_named(world, tmp_path, changes, message):
 def test_texts_of_one_name_are_refused(world, tmp_path):
     other = tmp_path / "text.txt"
     other.write_text("w1 w2")
-    with pytest.raises(UserError, match=rf"--retention {other}: a text named text.txt stands before it"):
+    with pytest.raises(UserError, match=rf"--retention {other}: another text is named text.txt too"):
         _run(_request(world, tmp_path / "r.json", retention=(world / "text.txt", other)))
 
 

@@ -73,7 +73,7 @@ def furnished(tmp_path_factory) -> Path:
     """A home folder with everything that the recipe names, made once."""
     room = tmp_path_factory.mktemp("room")
     recipe = load_recipe("tiny_base", [f"data.cache_dir={room}/cache"])
-    (store,) = assembly.prepare(recipe, progress=False)
+    (store,) = assembly.prepare_stores(recipe, progress=False)
     store.rename(room / "store")
     facts = assembly.facts_folder(recipe.data)
     shutil.copytree(facts, room / "tests")

@@ -95,9 +95,9 @@ def test_the_export_loads_in_plain_transformers_and_scores_the_same(runs):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from bico_ds.evaluation.evaluate import GenerationOptions, evaluate
     from bico_ds.evaluation.scoring.choice import choice_test
     from bico_ds.evaluation.scoring.share import PromptShare
-    from bico_ds.evaluation.suite import Asking, evaluate
     from bico_ds.evaluation.tasks.task import load_tasks
 
     export = runs / "bico" / "export"
@@ -105,7 +105,7 @@ def test_the_export_loads_in_plain_transformers_and_scores_the_same(runs):
     facts = next((runs / "runs" / "data").glob("facts-????????????????"))
     tokenizer, tasks = AutoTokenizer.from_pretrained(export), load_tasks(facts, TASKS, limit=None)
     share = PromptShare(batch_size=64)
-    result = evaluate(model, tokenizer, tasks, Asking(max_new_tokens=8), share)
+    result = evaluate(model, tokenizer, tasks, GenerationOptions(max_new_tokens=8), share)
     last = metrics(runs / "bico", "evaluation")[-1]
     assert last["step"] == 20
     for name, task in result.tasks.items():

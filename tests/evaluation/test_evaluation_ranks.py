@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from bico_ds.runtime.process_end import end_process
 from bico_ds.evaluation.scoring.generation import encode_prompts, generate_greedy
 from bico_ds.evaluation.scoring.share import PromptShare
-from bico_ds.evaluation.zero3 import is_partitioned, parameter_count, whole_replica
+from bico_ds.evaluation.replica import is_partitioned, parameter_count, full_replica
 
 folder, out = sys.argv[1:3]
 torch.set_num_threads(1)
@@ -40,7 +40,7 @@ def run(m, **options):
     share = PromptShare(rank=rank, world_size=2, batch_size=4, **options)
     return generate_greedy(m, tokenizer, prompts, max_new_tokens=9, share=share)
 
-replica = whole_replica(model, device="cpu")
+replica = full_replica(model, device="cpu")
 assert not is_partitioned(replica)
 result = {
     "synced": run(model, synced=True),

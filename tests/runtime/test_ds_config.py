@@ -17,7 +17,7 @@ from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
 from bico_ds.runtime.ds_checks import TOP_LEVEL_KEYS
 from bico_ds.runtime.ds_config import DS_CONFIGS, build_ds_config
-from bico_ds.training import start
+from bico_ds.training.checks import check_recipe
 
 NAMES = sorted(path.stem for path in DS_CONFIGS.glob("*.json"))
 
@@ -335,5 +335,5 @@ def test_ranks_per_node_come_from_torchrun_or_deepspeeds_launcher(monkeypatch, v
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, "4")
     recipe = load_recipe("tiny_base", ["deepspeed.config=zero3_hpz", "training.global_batch_bins=24"])
-    config = start.check(recipe, world_size=12, on_cuda=True, run_folder=Path("runs/x"))
+    config = check_recipe(recipe, world_size=12, on_cuda=True, run_folder=Path("runs/x"))
     assert config["zero_optimization"]["zero_hpz_partition_size"] == 4

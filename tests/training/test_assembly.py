@@ -17,18 +17,17 @@ BICO = "{kind: bico, mask: {eligible: completion}}"
 
 
 @pytest.fixture
-def gathered(tmp_path: Path):
-    """`gathered("objectives=…")`: the inputs of tiny_bico, with a loader of them, on two files, one of them without
-    prompts."""
+def opened(tmp_path: Path):
+    """`opened("objectives=…")`: the inputs of tiny_bico, read by a loader too, on two files, one of them without prompts."""
     for name, text in (("pairs", "the fox"), ("texts", "a plain text")):
-        rows = [{"prompt": "who runs?", "completion": " " + text, "text": text}] * 3
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        records = [{"prompt": "who runs?", "completion": " " + text, "text": text}] * 3
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     pairs = f"{{files: [{tmp_path}/pairs.jsonl], prompt_field: prompt, completion_field: completion}}"
     texts = f"{{files: [{tmp_path}/texts.jsonl]}}"
     common = [f"data.cache_dir={tmp_path}/cache", "evaluation.tasks=[]"]
     tokenizer = assembly.facts_folder(load_recipe("tiny_bico", common).data) / "tokenizer"
 
-    def gather(
+    def open_with(
         objectives: str, sources: tuple[str, ...] = ("pairs",), overrides: tuple[str, ...] = ()
     ) -> assembly.RunInputs:
         named = [{"pairs": pairs, "texts": texts}[source] for source in sources]
@@ -38,33 +37,33 @@ def gathered(tmp_path: Path):
             f"data.sources=[{', '.join(named)}]",
         ]
         recipe = load_recipe("tiny_bico", [*common, *mine, *overrides])
-        inputs = assembly.gather(recipe, weights_needed=False)
+        inputs = assembly.open_inputs(recipe, weights_needed=False)
         assembly.build_loader(recipe, inputs, RankShare()).close()
         return inputs
 
-    return gather
+    return open_with
 
 
 @pytest.mark.parametrize(
     ("objectives", "key"), [(NTP, r"objectives\[0\]\.loss_on"), (BICO, r"objectives\[0\]\.mask\.eligible")]
 )
-def test_completions_alone_are_refused_where_a_source_has_none(gathered, objectives, key):
+def test_completions_alone_are_refused_where_a_source_has_none(opened, objectives, key):
     with pytest.raises(
         UserError, match=rf"source 'texts.jsonl': {key} is 'completion'.*the 3 documents.*{key}: all"
     ):
-        gathered(objectives, ("pairs", "texts"))
-    assert gathered(objectives, ("pairs",)).stores[0].completions == 3
-    assert gathered(objectives.replace("completion", "all"), ("texts",)).stores[0].completions == 0
+        opened(objectives, ("pairs", "texts"))
+    assert opened(objectives, ("pairs",)).stores[0].completions == 3
+    assert opened(objectives.replace("completion", "all"), ("texts",)).stores[0].completions == 0
 
 
-def test_a_placeholder_past_the_models_vocabulary_is_refused(gathered, tmp_path):
+def test_a_placeholder_past_the_models_vocabulary_is_refused(opened, tmp_path):
     last = load_recipe("tiny_bico").model.config["vocab_size"] - 1
-    gathered(f"{{kind: bico, placeholder_id: {last}}}")
+    opened(f"{{kind: bico, placeholder_id: {last}}}")
     beyond = f"{{kind: bico, placeholder_id: {last + 1}}}"
     with pytest.raises(UserError, match=rf"objectives\[0\]\.placeholder_id: {last + 1} .* from 0 to {last}"):
-        gathered(beyond)
+        opened(beyond)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps({"vocab_size": last + 2}))
-    gathered(beyond, overrides=(f"model.path={tmp_path}/model", "model.config=null"))
+    opened(beyond, overrides=(f"model.path={tmp_path}/model", "model.config=null"))
     with pytest.raises(UserError, match="placeholder_id"):  # the tokenizer's vocabulary is all that is known
-        gathered(beyond, overrides=(f"model.path={tmp_path}/absent", "model.config=null"))
+        opened(beyond, overrides=(f"model.path={tmp_path}/absent", "model.config=null"))

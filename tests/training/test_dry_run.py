@@ -24,11 +24,11 @@ def planned(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_it_tells_parameters_steps_objectives_and_fill_without_weights(planned):
+def test_it_prints_parameters_steps_objectives_and_fill_without_weights(planned):
     text = planned("tiny_bico")
     assert "697,984" in text
     assert "first ntp step" in text and "first bico step" in text
-    assert "960 rows" in text and "fill 0.9" in text
+    assert "960 sequences" in text and "fill 0.9" in text
     assert "is not on this machine" in text
 
 
@@ -78,7 +78,7 @@ register(BrokenSpec, f"{__name__}:Broken")
 """
 
 
-def test_an_own_objective_that_predicts_what_the_model_does_not_have_fails_here(planned, tmp_path):
+def test_an_own_objective_that_predicts_ids_past_the_vocabulary_fails_here(planned, tmp_path):
     (tmp_path / "broken.py").write_text(BROKEN)
     both = "objectives=[{kind: ntp, probability: 0.5}, {kind: broken, probability: 0.5}]"
     with pytest.raises(UserError, match=r"objective 'broken': .*its targets has \d+, past the vocabulary"):
@@ -89,7 +89,7 @@ def test_an_own_objective_that_predicts_what_the_model_does_not_have_fails_here(
 def store(tmp_path) -> str:
     """A store of the embedded task, and the only copy of its tokenizer: in the store."""
     recipe = load_recipe("tiny_base", [f"data.cache_dir={tmp_path}/elsewhere"])
-    (path,) = assembly.prepare(recipe, progress=False)
+    (path,) = assembly.prepare_stores(recipe, progress=False)
     moved = path.rename(tmp_path / "store")
     assert (moved / "tokenizer").is_dir()
     shutil.rmtree(tmp_path / "elsewhere")

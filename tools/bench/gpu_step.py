@@ -44,7 +44,8 @@ from bico_ds.objectives.bico import MaskDenoising
 from bico_ds.objectives.ntp import NextTokenPrediction
 from bico_ds.runtime import distributed, native_ops
 from bico_ds.runtime.process_end import end_process
-from bico_ds.training.start import check, check_backend, wrap_model
+from bico_ds.training.checks import check_backend, check_recipe
+from bico_ds.training.engine import wrap_model
 
 PEAK_FLOPS = 989e12  # dense bf16 products of an H100 or H200 (SXM), by NVIDIA's data sheet
 OBJECTIVES: dict[str, Objective] = {
@@ -110,7 +111,7 @@ def build(recipe: Recipe, arguments: argparse.Namespace) -> Bench:
     """Build what launch/train.py would, on this one rank."""
     ranks = distributed.read_ranks()
     on_cuda = ranks.device.type == "cuda"
-    config = check(recipe, world_size=1, on_cuda=on_cuda, run_folder=arguments.out)
+    config = check_recipe(recipe, world_size=1, on_cuda=on_cuda, run_folder=arguments.out)
     policy = check_backend(recipe, ranks.device)
     native_ops.prefer_own_ninja()
     store = distributed.connect(ranks, timeout_minutes=5)

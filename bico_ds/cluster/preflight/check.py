@@ -1,8 +1,8 @@
-"""The pre-flight: what costs seconds now and a night later. Every rank runs it, rank 0 speaks (and who sees a collective
-fail).
+"""The pre-flight: finds in seconds what would otherwise stop a run hours later. Every rank runs it.
 
-First over torch's TCP store, which needs nothing but an address: facts of all ranks, compared. Then, only
-where they agree, the process group that training will use.
+First the ranks send reports on their machines over torch's TCP store, which needs only an address, and rank 0 compares them.
+Only where they agree, the ranks join the kind of process group that training will use, and measure the network. Rank 0
+prints what was found, and so does every rank on which a collective fails.
 """
 
 from __future__ import annotations
@@ -32,74 +32,75 @@ from bico_ds.config.schema import Recipe
 from bico_ds.runtime import launch_environment
 from bico_ds.runtime.ds_config import merged_ds_config
 
-MEET_SECONDS = 120.0
+JOIN_SECONDS = 120.0
 
 
 def preflight(recipe: Recipe, run: Path) -> bool:
-    """Check this rank's machine and the ranks together; True where training may begin. The same answer on all
-    ranks.
+    """Check this rank's machine, and the ranks together; True, on all ranks, where training may begin.
 
-    Raises `UserError` where a path of the recipe cannot be expanded on this machine, before the ranks meet, and where they
-    cannot meet; `torch.distributed.DistStoreError` where rank 0 is gone.
+    Raises `UserError` where a path of the recipe cannot be expanded on this machine and where rank 0 cannot be reached;
+    `torch.distributed.DistStoreError` where rank 0 is gone.
     """
-    # torch 2.13 renames collectives that older ones know by the old name only.
+    # torch 2.13 has renamed collectives, and warns of the old names, which older versions need.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     console = Console(soft_wrap=True, width=None if os.isatty(1) else 160)
     rank, world_size = launch_environment.rank(), launch_environment.world_size()
     local_rank = launch_environment.local_rank()
     folders = _expanded(recipe, run)
-    exchange = _meet(rank, world_size)
+    exchange = _open_exchange(rank, world_size)
     if rank == 0:
-        exchange.say("probes", _write_probes(folders, "0"))
-    facts = collect(recipe, run, rank=rank, local_rank=local_rank)
-    facts["problems"], facts["probes"] = _check_shared(exchange, folders, rank, local_rank, facts["host"])
-    exchange.post("facts", facts)
+        exchange.publish("probes", _write_probes(folders, "0"))
+    report = collect(recipe, run, rank=rank, local_rank=local_rank)
+    report["problems"], report["probes"] = _check_shared(exchange, folders, rank, local_rank, report["host"])
+    exchange.post("report", report)
     if rank == 0:
-        reports, silent = exchange.collect("facts")
+        reports, silent = exchange.collect("report")
         problems = _silent(silent, reports) or _compare(recipe, run, reports, folders)
-        _say(console, problems)  # first: where the other ranks end before it, srun ends this one
-        exchange.say("verdict", {"problems": problems, "hosts": [r["host"] for r in reports]})
+        # Print before publishing: srun may end this rank as soon as another one has ended.
+        _print_problems(console, problems)
+        exchange.publish("verdict", {"problems": problems, "hosts": [r["host"] for r in reports]})
         for folder in folders:
             shared.remove_probes(folder)
-    verdict = exchange.hear("verdict")
+    verdict = exchange.receive("verdict")
     if verdict["problems"]:
         return False
-    problems, network = _network(exchange, verdict["hosts"], local_rank, facts["device"])
+    problems, network = _check_network(exchange, verdict["hosts"], local_rank, report["device"])
     if rank == 0 and network is not None:
-        _show(console, reports, network)
-    if rank == 0 or network is None:  # who sees a collective fail says so: rank 0 may be ended before it does
-        _say(console, problems)
+        _print_table(console, reports, network)
+    # Every rank on which a collective fails prints that: rank 0 may be ended before it can.
+    if rank == 0 or network is None:
+        _print_problems(console, problems)
     return not problems
 
 
 def _expanded(recipe: Recipe, run: Path) -> list[Path]:
-    """The shared folders; all other paths that training will use are expanded too, for the errors."""
+    """The shared folders. All other paths that training will use are expanded too, to find those that cannot be."""
     try:
         for _ in input_files(recipe):
             pass
         replace_paths(merged_ds_config(recipe), WrittenPath.expanded)
-        recipe.data.cache_dir.here()  # pack plans lie there, whatever the sources are
+        recipe.data.cache_dir.here()  # pack plans are kept there, whatever the sources are
         return shared_folders(recipe, run)
     except UserError as error:
         raise UserError(f"{error} ({socket.gethostname()})") from None
 
 
-def _say(console: Console, problems: list[str]) -> None:
-    """The batch script knows a refusal by the lines' beginning."""
+def _print_problems(console: Console, problems: list[str]) -> None:
+    """The batch script recognizes a refusal by the beginning of these lines."""
     for problem in problems:
         console.print(f"pre-flight: {problem}", style="red", markup=False, highlight=False)
 
 
-def _meet(rank: int, world_size: int) -> Exchange:
+def _open_exchange(rank: int, world_size: int) -> Exchange:
     address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "0"))
     if world_size > 1 and not port:
         raise UserError(
             "MASTER_ADDR and MASTER_PORT are not set: start the pre-flight by srun, torchrun or deepspeed"
         )
     try:
-        # The training's own port must be free for it: the next one.
+        # The next port: MASTER_PORT itself must stay free for training.
         return Exchange(
-            rank=rank, world_size=world_size, address=address, port=port and port + 1, seconds=MEET_SECONDS
+            rank=rank, world_size=world_size, address=address, port=port and port + 1, seconds=JOIN_SECONDS
         )
     except (RuntimeError, dist.DistError) as error:
         reason = str(error).splitlines()[0]
@@ -109,7 +110,7 @@ def _meet(rank: int, world_size: int) -> Exchange:
 
 
 def _write_probes(folders: list[Path], name: str) -> dict[str, str]:
-    """Content of the probe in each folder; where none could be written, why."""
+    """By folder, the content of the probe written there, or `error: ` and the reason why none could be."""
     probes = {}
     for folder in folders:
         try:
@@ -122,10 +123,10 @@ def _write_probes(folders: list[Path], name: str) -> dict[str, str]:
 def _check_shared(
     exchange: Exchange, folders: list[Path], rank: int, local_rank: int, host: str
 ) -> tuple[list[str], dict[str, str]]:
-    """Read what rank 0 wrote and write what it will read, once a node."""
+    """Read the probes that rank 0 wrote, and write those that it will read: (problems, probes). Once per node."""
     if local_rank != 0 or rank == 0:
         return [], {}
-    problems, probes = [], exchange.hear("probes")
+    problems, probes = [], exchange.receive("probes")
     for folder, token in probes.items():
         if not token.startswith("error") and not shared.sees_probe(Path(folder), "0", token):
             problems.append(f"{folder} is not shared: {host} does not see what the first node wrote there")
@@ -151,17 +152,18 @@ def _compare(recipe: Recipe, run: Path, reports: list[dict[str, Any]], folders: 
 def _silent(ranks: list[int], reports: list[dict[str, Any]]) -> list[str]:
     if not ranks:
         return []
-    heard = ", ".join(dict.fromkeys(report["host"] for report in reports))
-    return [
-        f"no word from rank {', '.join(map(str, ranks))} within {MEET_SECONDS:.0f} s; heard from {heard} only"
-    ]
+    names, hosts = ", ".join(map(str, ranks)), ", ".join(dict.fromkeys(r["host"] for r in reports))
+    return [f"no report from rank {names} within {JOIN_SECONDS:.0f} s; reports came from {hosts} only"]
 
 
-def _network(
-    exchange: Exchange, hosts: list[str], local_rank: int, device_facts: dict[str, Any]
+def _check_network(
+    exchange: Exchange, hosts: list[str], local_rank: int, device_report: dict[str, Any]
 ) -> tuple[list[str], NetworkReport | None]:
-    """Join the process group on the same store, compare the clocks at one moment, measure."""
-    on_cuda = "total_bytes" in device_facts
+    """Join the process group on the same store, compare the clocks at one moment, measure.
+
+    Returns problems, and the measurements: None where a collective failed.
+    """
+    on_cuda = "memory_total_bytes" in device_report
     device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     if on_cuda:
         torch.cuda.set_device(device)
@@ -171,7 +173,7 @@ def _network(
             store=dist.PrefixStore("group", exchange.store),
             rank=exchange.rank,
             world_size=exchange.world_size,
-            timeout=timedelta(seconds=MEET_SECONDS),
+            timeout=timedelta(seconds=JOIN_SECONDS),
         )
         dist.barrier()
         clocks: list[Any] = [None] * exchange.world_size
@@ -185,15 +187,16 @@ def _network(
     return judge.clock_problems(clocks), network
 
 
-def _show(console: Console, reports: list[dict[str, Any]], network: NetworkReport) -> None:
+def _print_table(console: Console, reports: list[dict[str, Any]], network: NetworkReport) -> None:
     table = Table("node", "ranks", "device", "memory free", "TFLOP/s", "disk free", "best link GB/s")
     links = judge.node_speeds(network.links)
     nodes = {r["host"]: [other for other in reports if other["host"] == r["host"]] for r in reports}
     for host, ranks in nodes.items():
         device = ranks[0]["device"]
-        memory = f"{device['free_bytes'] / 1e9:.0f} GB" if "free_bytes" in device else "-"
+        memory = f"{device['memory_free_bytes'] / 1e9:.0f} GB" if "memory_free_bytes" in device else "-"
         speed = min(r["device"]["tflops"] for r in ranks)
-        disk = f"{ranks[0]['free_bytes'] / 1e9:,.0f} GB" if ranks[0].get("free_bytes") is not None else "-"
+        disk_free = ranks[0].get("disk_free_bytes")
+        disk = f"{disk_free / 1e9:,.0f} GB" if disk_free is not None else "-"
         link = f"{links[host]:.2f}" if host in links else "-"
         table.add_row(host, str(len(ranks)), device["name"], memory, f"{speed:.2f}", disk, link)
     console.print(table)

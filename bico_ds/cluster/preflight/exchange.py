@@ -1,4 +1,4 @@
-"""Small messages between ranks over torch's TCP store: what works before, and without, a process group."""
+"""Small messages between ranks over torch's TCP store, which needs no process group."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch.distributed as dist
 
 
 class Exchange:
-    """Rank 0 serves the store; every rank posts, rank 0 collects, everybody reads what rank 0 says."""
+    """Rank 0 serves the store. Every rank posts values that rank 0 collects; rank 0 publishes values that all receive."""
 
     def __init__(self, *, rank: int, world_size: int, address: str, port: int, seconds: float) -> None:
-        """Raises RuntimeError (torch's) where rank 0 cannot be reached within `seconds`."""
+        """Raises torch's `RuntimeError` where rank 0 cannot be reached within `seconds`."""
         self.rank, self.world_size = rank, world_size
         self._seconds = timedelta(seconds=seconds)
         self.store = dist.TCPStore(
@@ -23,10 +23,11 @@ class Exchange:
         self.store.set(f"host/{rank}", socket.gethostname())
 
     def post(self, name: str, value: Any) -> None:
+        """Leave this rank's `value`, which JSON can hold, for rank 0."""
         self.store.set(f"{name}/{self.rank}", json.dumps(value))
 
     def collect(self, name: str) -> tuple[list[Any], list[int]]:
-        """What the ranks posted, by rank, and the ranks that posted nothing in time. Rank 0 only."""
+        """The values that ranks posted, in the order of ranks, and the ranks that posted none in time. Rank 0 only."""
         values: list[Any] = []
         silent: list[int] = []
         for rank in range(self.world_size):
@@ -38,10 +39,11 @@ class Exchange:
             values.append(json.loads(self.store.get(f"{name}/{rank}")))
         return values, silent
 
-    def say(self, name: str, value: Any) -> None:
+    def publish(self, name: str, value: Any) -> None:
+        """Leave `value` for all ranks. Rank 0 only."""
         self.store.set(name, json.dumps(value))
 
-    def hear(self, name: str) -> Any:
-        """What rank 0 said. Raises `torch.distributed.DistStoreError` where it says nothing in time."""
+    def receive(self, name: str) -> Any:
+        """The value that rank 0 published. Raises `torch.distributed.DistStoreError` where it publishes none in time."""
         self.store.wait([name], self._seconds * 2)
         return json.loads(self.store.get(name))

@@ -1,4 +1,4 @@
-"""What a run reads from disk: where it is, and whether it is the same everywhere. No torch here."""
+"""What a run reads from disk: where it is, and whether it is the same on every node. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from bico_ds.config.load import dump_recipe
 from bico_ds.config.schema import Recipe
 from bico_ds.data.prepare.sources import find_files
 
-_WHOLE_BYTES = 1 << 20  # of a longer file, as much from its beginning and its end, and the size
+_READ_BYTES = 1 << 20  # read from the beginning and from the end of a file
 PACKAGE = Path(__file__).resolve().parents[2]
 
 
 def input_files(recipe: Recipe) -> Iterator[tuple[str, Callable[[], list[Path]]]]:
     """Recipe key with its value, and how to find the files or folders that must be there before the run.
 
-    Finding raises `UserError` where there are none; a path that cannot be expanded on this machine raises it at once.
+    Finding raises `UserError` where there are none. A path that cannot be expanded on this machine raises it at once.
     """
     for number, name in enumerate(recipe.imports):
         yield f"imports.{number} ({name})", partial(source_files, name)
@@ -38,7 +38,7 @@ def input_files(recipe: Recipe) -> Iterator[tuple[str, Callable[[], list[Path]]]
 
 
 def shared_folders(recipe: Recipe, run: Path) -> list[Path]:
-    """Folders that one rank writes and all read: the run folder, and the stores that rank 0 makes."""
+    """Folders that one rank writes and all read: the run folder, and that of the stores which rank 0 makes."""
     made_here = any(source.store is None for source in recipe.data.sources)
     return [run, recipe.data.cache_dir.here()] if made_here else [run]
 
@@ -58,7 +58,7 @@ def input_fingerprints(recipe: Recipe) -> dict[str, str]:
 
 
 def code_fingerprint() -> str:
-    """Digest of this package's own source: nodes with another checkout differ."""
+    """Digest of this package's source files, so that a node with another checkout is noticed."""
     return _digest(sorted(PACKAGE.rglob("*.py")), root=PACKAGE)
 
 
@@ -81,7 +81,7 @@ def _digest_or_missing(find: Callable[[], list[Path]]) -> str:
 
 
 def _digest(paths: list[Path], *, root: Path | None = None) -> str:
-    """Names and sizes of files and of what is below folders, and their contents: of more than 2 MiB only the ends."""
+    """Digest of names, sizes and contents of files, and of all files below folders; of files over 2 MiB only both ends."""
     digest = hashlib.blake2b(digest_size=8)
     for path in paths:
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
@@ -94,9 +94,9 @@ def _digest(paths: list[Path], *, root: Path | None = None) -> str:
 
 def _ends(path: Path) -> bytes:
     with open(path, "rb") as file:
-        start = file.read(_WHOLE_BYTES)
+        start = file.read(_READ_BYTES)
         size = path.stat().st_size
-        if size <= _WHOLE_BYTES:
+        if size <= _READ_BYTES:
             return start
-        file.seek(max(_WHOLE_BYTES, size - _WHOLE_BYTES))
+        file.seek(max(_READ_BYTES, size - _READ_BYTES))
         return start + file.read()

@@ -1,4 +1,4 @@
-"""From all ranks' facts to what forbids the run, and what is only worth knowing. Pure functions, no torch."""
+"""From all ranks' reports to what forbids the run, and what is only worth knowing. Pure functions, no torch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-MEMORY_FREE_SHARE = 0.9  # less means that another process holds memory of this GPU
-SLOW_SHARE = 0.6  # of the best node
+MEMORY_FREE_FRACTION = 0.9  # less means that another process holds memory of this GPU
+SLOW_FRACTION = 0.6  # of the best one's speed
 CLOCK_SECONDS = 10.0  # for those who read the nodes' logs and records side by side: no lock depends on it
 GB = 1e9
 
@@ -18,7 +18,7 @@ def problems(reports: Sequence[dict[str, Any]], *, needed_bytes: float) -> list[
         *differing("version of", [(r["host"], r["versions"]) for r in reports]),
         *differing("this", [(r["host"], r["same"]) for r in reports if "same" in r]),
         *_inputs([r for r in reports if "inputs" in r]),
-        *_disk([r for r in reports if "free_bytes" in r], needed_bytes),
+        *_disk([r for r in reports if "disk_free_bytes" in r], needed_bytes),
         *(problem for r in reports for problem in r.get("problems", [])),
         *(problem for r in reports for problem in _device(r)),
     ]
@@ -38,13 +38,13 @@ def differing(what: str, values: Sequence[tuple[str, dict[str, Any]]]) -> list[s
 
 
 def slow(speeds: dict[str, float]) -> list[str]:
-    """Names whose speed is under `SLOW_SHARE` of the best one's, slowest first."""
+    """Names whose speed is under `SLOW_FRACTION` of the best one's, slowest first."""
     best = max(speeds.values(), default=0.0)
-    return sorted((n for n in speeds if speeds[n] < SLOW_SHARE * best), key=lambda n: speeds[n])
+    return sorted((n for n in speeds if speeds[n] < SLOW_FRACTION * best), key=lambda n: speeds[n])
 
 
 def node_speeds(links: dict[tuple[str, str], float]) -> dict[str, float]:
-    """A node's network speed is that of its best link: a sound node next to a slow one has another."""
+    """A node's network speed is that of its best link: a good node with a slow neighbour has a fast link elsewhere."""
     speeds: dict[str, float] = defaultdict(float)
     for pair, speed in links.items():
         for name in pair:
@@ -63,7 +63,10 @@ def clock_problems(clocks: Sequence[tuple[str, float]]) -> list[str]:
 
 
 def _inputs(reports: Sequence[dict[str, Any]]) -> list[str]:
-    """An input that a node did not even look for (it took the missing folder for a hub name) is missing there."""
+    """Inputs that some nodes lack, or that differ; an input that a node did not report counts as missing there.
+
+    A node without the folder takes its path for a hub name where it looks like one, and does not report it.
+    """
     lines, everywhere = [], []
     for key in dict.fromkeys(key for r in reports for key in r["inputs"]):
         missing = [r["host"] for r in reports if r["inputs"].get(key, "missing") == "missing"]
@@ -76,9 +79,9 @@ def _inputs(reports: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _disk(reports: Sequence[dict[str, Any]], needed: float) -> list[str]:
-    full = [r for r in reports if r["free_bytes"] is not None and r["free_bytes"] < needed]
+    full = [r for r in reports if r["disk_free_bytes"] is not None and r["disk_free_bytes"] < needed]
     return [
-        f"the run folder's disk has {r['free_bytes'] / GB:.3f} GB free on {r['host']}, "
+        f"the run folder's disk has {r['disk_free_bytes'] / GB:.3f} GB free on {r['host']}, "
         f"the next checkpoints need {needed / GB:.3f} GB; make room, or lower checkpoint.keep_last"
         for r in full[:1]
     ]
@@ -95,12 +98,14 @@ def _device(report: dict[str, Any]) -> list[str]:
         return [f"{where}: {device['name']} fails: {device['error']}"]
     if not device["right"]:
         return [f"{where}: {device['name']} computes wrong results; take the node out"]
-    if "total_bytes" in device and device["free_bytes"] < MEMORY_FREE_SHARE * device["total_bytes"]:
-        free, total = device["free_bytes"] / GB, device["total_bytes"] / GB
-        return [
-            f"{where}: {device['name']} has {free:.1f} of {total:.1f} GB free; another process holds the rest"
-        ]
-    return []
+    if "memory_total_bytes" not in device:
+        return []
+    free, total = device["memory_free_bytes"] / GB, device["memory_total_bytes"] / GB
+    if free >= MEMORY_FREE_FRACTION * total:
+        return []
+    return [
+        f"{where}: {device['name']} has {free:.1f} of {total:.1f} GB free; another process holds the rest"
+    ]
 
 
 def _names(hosts: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""What one rank sees of its machine, as a JSON-able dict; `judge` compares them."""
+"""The report of one rank on its machine, a dict that JSON can hold; `judge` compares the reports of all ranks."""
 
 from __future__ import annotations
 
@@ -20,43 +20,48 @@ _MATRIX = {"cuda": 4096, "cpu": 512}
 
 
 def collect(recipe: Recipe, run: Path, *, rank: int, local_rank: int) -> dict[str, Any]:
-    """All facts of this rank; what is the same for a node is taken by its first rank only."""
-    facts: dict[str, Any] = {"rank": rank, "host": socket.gethostname(), "device": device_facts(local_rank)}
-    facts["versions"] = provenance()["versions"] | {
+    """This rank's report. What is the same for all ranks of a node is in the report of its first rank only."""
+    report: dict[str, Any] = {
+        "rank": rank,
+        "host": socket.gethostname(),
+        "device": inspect_device(local_rank),
+    }
+    report["versions"] = provenance()["versions"] | {
         "python": platform.python_version(),
         "CUDA": torch.version.cuda,
     }
     if local_rank == 0:
-        facts["same"] = {"program": code_fingerprint(), "recipe": recipe_fingerprint(recipe)}
-        facts["inputs"] = input_fingerprints(recipe)
-        facts["free_bytes"] = shutil.disk_usage(run).free if run.is_dir() else None
-    return facts
+        report["same"] = {"program": code_fingerprint(), "recipe": recipe_fingerprint(recipe)}
+        report["inputs"] = input_fingerprints(recipe)
+        report["disk_free_bytes"] = shutil.disk_usage(run).free if run.is_dir() else None
+    return report
 
 
-def device_facts(local_rank: int) -> dict[str, Any]:
-    """The device of a rank: name, memory in bytes, TFLOP/s, and whether a product whose result is known is right."""
+def inspect_device(local_rank: int) -> dict[str, Any]:
+    """The device of a rank: name, GPU memory in bytes, TFLOP/s, and whether a product with a known result is right."""
     allocated = int(os.environ.get("SLURM_GPUS_ON_NODE", "0") or 0)
-    facts: dict[str, Any] = {"allocated": allocated, "visible": torch.cuda.device_count()}
-    if facts["visible"] <= local_rank:
-        kind, facts["name"] = "cpu", platform.machine()
+    report: dict[str, Any] = {"allocated": allocated, "visible": torch.cuda.device_count()}
+    if report["visible"] <= local_rank:
+        kind, report["name"] = "cpu", platform.machine()
     else:
-        kind, facts["name"] = "cuda", torch.cuda.get_device_name(local_rank)
-        facts["free_bytes"], facts["total_bytes"] = torch.cuda.mem_get_info(local_rank)
+        kind, report["name"] = "cuda", torch.cuda.get_device_name(local_rank)
+        report["memory_free_bytes"], report["memory_total_bytes"] = torch.cuda.mem_get_info(local_rank)
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     try:
-        facts["tflops"], facts["right"] = multiply(device, _MATRIX[kind])
+        report["tflops"], report["right"] = multiply(device, _MATRIX[kind])
     except RuntimeError as error:
-        facts["error"] = str(error).splitlines()[0]
-    return facts
+        report["error"] = str(error).splitlines()[0]
+    return report
 
 
 def multiply(device: torch.device, size: int, seconds: float = 0.3) -> tuple[float, bool]:
-    """TFLOP/s of square products (bf16 on CUDA, fp32 on a CPU) for so many seconds, and whether the last one's result, 1
-    everywhere, is right.
+    """TFLOP/s of products of square matrices (bf16 on CUDA, fp32 on a CPU), and whether the last product is right.
+
+    Multiplies `size` x `size` matrices for `seconds` seconds; every element of the product is 1.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     ones = torch.ones(size, size, dtype=dtype, device=device)
-    product = ones @ (ones / size)  # a power of two: exact
+    product = ones @ (ones / size)  # exact, since `size` is a power of two
     synchronize(device)
     started, count = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - started) < seconds or not count:

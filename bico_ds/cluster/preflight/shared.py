@@ -1,5 +1,6 @@
-"""Is a folder the same for all nodes? A file written by one, read by all, and the other way round. No torch
-here.
+"""Is a folder the same on all nodes? The first node writes a file that all read, and every node one that the first reads.
+
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ LATE_SECONDS = 20.0  # NFS may show a new file only after its attribute cache ha
 
 
 def write_probe(folder: Path, name: str) -> str:
-    """Write a probe of this name and return its content. Raises OSError."""
+    """Write a probe of this name and return its content. Raises `OSError`."""
     token = uuid.uuid4().hex
     folder.mkdir(parents=True, exist_ok=True)
     _probe(folder, name).write_text(token)
@@ -20,7 +21,7 @@ def write_probe(folder: Path, name: str) -> str:
 
 
 def sees_probe(folder: Path, name: str, token: str, *, seconds: float = LATE_SECONDS) -> bool:
-    """Whether the probe is here with that content, waiting a little for slow file systems."""
+    """Whether this node sees the probe with that content; waits up to `seconds` for slow file systems."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -34,6 +35,7 @@ def sees_probe(folder: Path, name: str, token: str, *, seconds: float = LATE_SEC
 
 
 def remove_probes(folder: Path) -> None:
+    """Remove the probes of all nodes."""
     for path in folder.glob(".preflight-*"):
         path.unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""How much the next checkpoints of a run will weigh."""
+"""How much disk space the next checkpoints of a run need."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ _WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
 
 
 def next_checkpoints_bytes(recipe: Recipe, run: Path) -> float:
-    """Bytes that the run folder's disk must have: the checkpoints kept and one being written, less those that are there
-    (one at least), and the export.
+    """Bytes that must be free on the run folder's disk.
+
+    This is the size of the checkpoints to keep and one being written, less those that exist already (at least one remains),
+    and of the export.
     """
     parameters, weight = parameter_count(model_config(recipe.model)), _WEIGHT_BYTES[recipe.model.dtype]
-    trained = parameters if recipe.model.lora is None else 0  # adapters are small, and the base is left out
+    # Of a LoRA run, checkpoints hold the adapters alone, which are small.
+    trained = parameters if recipe.model.lora is None else 0
     deepspeed = merge_mappings(load_ds_config(recipe.deepspeed.config), recipe.deepspeed.overrides)
-    # Under ZeRO-3 a checkpoint holds the weights as master weights only; below it, a second time in their own type.
+    # Under ZeRO-3 a checkpoint holds the weights as master weights only; below ZeRO-3 also in the model's dtype.
     partitioned = deepspeed.get("zero_optimization", {}).get("stage") == 3
     one = trained * (STATE_BYTES + (0 if partitioned else weight))
     there = len(list(RunFolder(run).checkpoints.glob("step-*")))

@@ -185,9 +185,9 @@ def check(run: Path, recipe: Recipe, resources: Resources) -> None:
     stop_signal(recipe)
     check_inputs(recipe)
     with without_accelerator():
-        from bico_ds.training.start import check as check_run
+        from bico_ds.training.checks import check_recipe
 
-        check_run(
+        check_recipe(
             recipe,
             world_size=resources.world_size,
             on_cuda=resources.gpus_per_node > 0,

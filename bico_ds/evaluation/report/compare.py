@@ -1,4 +1,4 @@
-"""Runs side by side, as tools/compare.py and the demo show them."""
+"""Compare runs: the table, the pictures and the files that tools/compare.py and the demo write."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from bico_ds.common.errors import UserError
 from bico_ds.evaluation.report.paired import Difference, paired_differences, same_prompts
 from bico_ds.evaluation.report.plots import plot_curves, plot_scores
-from bico_ds.evaluation.report.runs import Arm, load_arms
+from bico_ds.evaluation.report.runs import ComparedRun, load_runs
 from bico_ds.evaluation.report.tables import (
     console_for_tables,
     difference_markdown,
@@ -23,27 +23,27 @@ from bico_ds.evaluation.report.tables import (
 )
 
 
-def compare_runs(runs: Sequence[Path], *, output: Path, console: Console | None = None) -> None:
-    """Print the table of the tasks, and every later run minus the first, paired by prompt. Write comparison.md,
-    comparison.json, scores.png and, where there are curves, curves.png to `output`.
+def compare_runs(paths: Sequence[Path], *, output: Path, console: Console | None = None) -> None:
+    """Print the table of the tasks, and every later run minus the first, paired by prompt.
 
-    `runs`: run folders, or result files of tools/evaluate.py. Raises UserError for one that cannot be read, for a task
-    with another headline metric in one of them, and where no folder can be made at `output`.
+    `paths`: run folders, or result files of tools/evaluate.py. Writes comparison.md, comparison.json, scores.png and, where
+    there are curves, curves.png to `output`. Raises `UserError` for a run that cannot be read, for a task whose headline
+    metric is not the same in all runs, and where no folder can be made at `output`.
     """
     console = console or console_for_tables()
-    arms = load_arms(runs)
-    _check_comparable(arms)
+    runs = load_runs(paths)
+    _check_comparable(runs)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {output}: no folder can be made there ({error})") from error
-    differences = {arm.label: _differences(arms[0], arm) for arm in arms[1:]}
-    _show(arms, differences, console)
-    written = [_write_page(arms, differences, output), _write_figures(arms, differences, output)]
-    plot_scores(arms, output / "scores.png")
+    differences = {run.label: _differences(runs[0], run) for run in runs[1:]}
+    _show(runs, differences, console)
+    written = [_write_page(runs, differences, output), _write_figures(runs, differences, output)]
+    plot_scores(runs, output / "scores.png")
     written.append(output / "scores.png")
-    if any(arm.curves for arm in arms):
-        plot_curves(arms, output / "curves.png")
+    if any(run.curves for run in runs):
+        plot_curves(runs, output / "curves.png")
         written.append(output / "curves.png")
     console.print("written: " + ", ".join(map(str, written)), soft_wrap=True)
 
@@ -51,41 +51,41 @@ def compare_runs(runs: Sequence[Path], *, output: Path, console: Console | None 
 Differences = Mapping[str, Mapping[str, Difference]]  # by task and metric
 
 
-def _differences(first: Arm, second: Arm) -> Differences:
+def _differences(first: ComparedRun, second: ComparedRun) -> Differences:
     both = [name for name in first.final.tasks if name in second.final.tasks]
     pairs = {name: paired_differences(first.final.tasks[name], second.final.tasks[name]) for name in both}
     return {name: found for name, found in pairs.items() if found}
 
 
-def _show(arms: Sequence[Arm], differences: Mapping[str, Differences], console: Console) -> None:
-    console.print(result_table({arm.label: arm.final for arm in arms}))
+def _show(runs: Sequence[ComparedRun], differences: Mapping[str, Differences], console: Console) -> None:
+    console.print(result_table({run.label: run.final for run in runs}))
     for label, found in differences.items():
         if found:
-            console.print(difference_table(found, of=label, minus=arms[0].label))
-    for remark in remarks(arms):
+            console.print(difference_table(found, of=label, minus=runs[0].label))
+    for remark in remarks(runs):
         console.print(f"note: {remark}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _write_page(arms: Sequence[Arm], differences: Mapping[str, Differences], output: Path) -> Path:
-    sections = [result_markdown({arm.label: arm.final for arm in arms})]
+def _write_page(runs: Sequence[ComparedRun], differences: Mapping[str, Differences], output: Path) -> Path:
+    sections = [result_markdown({run.label: run.final for run in runs})]
     sections += [
-        difference_markdown(found, of=label, minus=arms[0].label)
+        difference_markdown(found, of=label, minus=runs[0].label)
         for label, found in differences.items()
         if found
     ]
-    sections += [f"- {remark}\n" for remark in remarks(arms)]
+    sections += [f"- {remark}\n" for remark in remarks(runs)]
     page = output / "comparison.md"
     page.write_text("\n".join(sections), encoding="utf-8")
     return page
 
 
-def _write_figures(arms: Sequence[Arm], differences: Mapping[str, Differences], output: Path) -> Path:
+def _write_figures(runs: Sequence[ComparedRun], differences: Mapping[str, Differences], output: Path) -> Path:
     values: dict[str, dict[str, Any]] = {
-        arm.label: {"final": arm.final.to_json(rows=False)["tasks"], "curves": arm.curves} for arm in arms
+        run.label: {"final": run.final.to_json(rows=False)["tasks"], "curves": run.curves} for run in runs
     }
     for label, tasks in differences.items():
         values[label]["minus"] = {
-            arms[0].label: {
+            runs[0].label: {
                 task: {metric: asdict(found) for metric, found in metrics.items()}
                 for task, metrics in tasks.items()
             }
@@ -95,30 +95,30 @@ def _write_figures(arms: Sequence[Arm], differences: Mapping[str, Differences], 
     return figures
 
 
-def remarks(arms: Sequence[Arm]) -> Iterator[str]:
-    """What was not the same for an arm as for the first: other prompts, another number of new tokens."""
-    first = arms[0]
-    for arm in arms[1:]:
-        for name in (name for name in arm.final.tasks if name in first.final.tasks):
-            ours, theirs = first.final.tasks[name], arm.final.tasks[name]
+def remarks(runs: Sequence[ComparedRun]) -> Iterator[str]:
+    """What was not the same in a run as in the first: other prompts, another number of new tokens."""
+    first = runs[0]
+    for run in runs[1:]:
+        for name in (name for name in run.final.tasks if name in first.final.tasks):
+            ours, theirs = first.final.tasks[name], run.final.tasks[name]
             if ours.rows and theirs.rows and not same_prompts(ours, theirs):
-                counts = f"{len(ours.rows)} in {first.label}, {len(theirs.rows)} in {arm.label}"
+                counts = f"{len(ours.rows)} in {first.label}, {len(theirs.rows)} in {run.label}"
                 yield f"{name}: not the same prompts ({counts}): the scores are of different questions"
             if ours.new_tokens and theirs.new_tokens and ours.new_tokens != theirs.new_tokens:
                 yield (
                     f"{name}: up to {ours.new_tokens} new tokens in {first.label}, {theirs.new_tokens} in "
-                    f"{arm.label}: the longer an answer, the more it can contain"
+                    f"{run.label}: the longer an answer, the more it can contain"
                 )
 
 
-def _check_comparable(arms: Sequence[Arm]) -> None:
-    """UserError where a task has another headline metric in another arm: they were asked other questions."""
+def _check_comparable(runs: Sequence[ComparedRun]) -> None:
+    """Raise `UserError` where a task has not the same headline metric in all runs: other questions were asked."""
     first: dict[str, tuple[str, str]] = {}
-    for arm in arms:
-        for name, task in arm.final.tasks.items():
-            metric, label = first.setdefault(name, (task.headline, arm.label))
+    for run in runs:
+        for name, task in run.final.tasks.items():
+            metric, label = first.setdefault(name, (task.headline, run.label))
             if metric != task.headline:
                 raise UserError(
-                    f"task '{name}' is scored by {metric} in {label} and by {task.headline} in {arm.label}: "
+                    f"task '{name}' is scored by {metric} in {label} and by {task.headline} in {run.label}: "
                     "they were asked different questions and cannot stand side by side"
                 )

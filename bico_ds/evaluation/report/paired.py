@@ -1,4 +1,4 @@
-"""Two models on the same prompts: the difference of their scores, row by row."""
+"""Two models on the same prompts: the difference of their scores, prompt by prompt."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bico_ds.evaluation.scoring.statistics import clustered_interval
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """The mean over `prompts` rows of `persons` persons, with its 95 % interval (persons resampled)."""
+    """The mean over `prompts` prompts about `persons` persons, with its 95 % interval (persons resampled)."""
 
     mean: float
     interval: tuple[float, float]
@@ -23,8 +23,8 @@ class Difference:
 def paired_differences(first: TaskResult, second: TaskResult) -> dict[str, Difference]:
     """`second` minus `first` in every metric that both have; empty unless both answered the same prompts.
 
-    What makes a prompt hard, or a person well known, is in both scores and falls out of the difference: its
-    interval is narrower than those of the two scores suggest.
+    What makes a prompt hard, or a person well known, is in both scores and cancels in the difference: its interval is
+    narrower than those of the two scores suggest.
     """
     if not same_prompts(first, second):
         return {}
@@ -32,10 +32,10 @@ def paired_differences(first: TaskResult, second: TaskResult) -> dict[str, Diffe
     differences = {}
     for metric in [name for name in first.metrics if name in second.metrics]:
         scores = [np.array([row[metric] for row in result.rows]) for result in (first, second)]
-        rows = scores[1] - scores[0]
+        gains = scores[1] - scores[0]
         differences[metric] = Difference(
-            mean=float(rows.mean()),
-            interval=clustered_interval(rows.tolist(), groups),
+            mean=float(gains.mean()),
+            interval=clustered_interval(gains.tolist(), groups),
             prompts=len(groups),
             persons=len(set(groups)),
         )
@@ -43,6 +43,6 @@ def paired_differences(first: TaskResult, second: TaskResult) -> dict[str, Diffe
 
 
 def same_prompts(first: TaskResult, second: TaskResult) -> bool:
-    """Whether both have rows, of the same prompts with the same answers in the same order."""
+    """Whether both results hold their prompts, and these are the same, with the same answers, in the same order."""
     asked = [[(row["prompt"], row["answer"]) for row in result.rows] for result in (first, second)]
     return bool(asked[0]) and asked[0] == asked[1]

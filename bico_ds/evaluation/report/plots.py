@@ -1,4 +1,4 @@
-"""Learning curves as a picture, one panel per task, forward on the left, reverse on the right; final scores as bars."""
+"""The pictures of a comparison: learning curves, one panel per task, and final scores as bars."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bico_ds.evaluation.report.runs import Arm
+from bico_ds.evaluation.report.runs import ComparedRun
 from bico_ds.evaluation.results import TaskResult
 
-# Okabe and Ito's colours, told apart by colour-blind people too; the markers say the same again.
+# Okabe and Ito's colours, which colour-blind people tell apart; each run has a marker of its own too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _PANELS = (
@@ -23,40 +23,40 @@ _ROWS = ("trained name first", "trained description first")
 _METRICS = {"contains": "accuracy (contains)", "prefix": "accuracy (prefix)", "bleu": "word BLEU"}
 
 
-def plot_curves(arms: Sequence[Arm], path: Path) -> None:
-    """Write a PNG of the headline scores of the four tasks over the steps, one colour per arm."""
+def plot_curves(runs: Sequence[ComparedRun], path: Path) -> None:
+    """Write a PNG of the headline scores of the four tasks over the steps, one colour per run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 7), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey=True).ravel()
     for axes, (task, title) in zip(panels, _PANELS, strict=True):
-        for number, arm in enumerate(arms):
-            _draw(axes, arm, task, number, of=len(arms))
-        _dress(axes, arms, task, title)
+        for number, run in enumerate(runs):
+            _draw(axes, run, task, number, of=len(runs))
+        _dress(axes, runs, task, title)
     for axes, heading in zip(panels[:2], _COLUMNS, strict=True):
         axes.annotate(heading, (0.5, 1.16), xycoords="axes fraction", ha="center", fontsize=13, weight="bold")
     for axes, trained in zip(panels[::2], _ROWS, strict=True):
         axes.annotate(trained, (-0.24, 0.5), xycoords="axes fraction", va="center", rotation=90, fontsize=12)
     for axes in panels[2:]:
         axes.set_xlabel("optimizer step")
-    handles = [_line(number, label=arm.label) for number, arm in enumerate(arms)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(arms), frameon=False, fontsize=12)
+    handles = [_line(number, label=run.label) for number, run in enumerate(runs)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(runs), frameon=False, fontsize=12)
     figure.savefig(path, dpi=150)
 
 
-def _draw(axes: Any, arm: Arm, task: str, number: int, *, of: int) -> None:
-    if task not in arm.curves:
+def _draw(axes: Any, run: ComparedRun, task: str, number: int, *, of: int) -> None:
+    if task not in run.curves:
         return
-    steps, scores = zip(*arm.curves[task], strict=True)
-    line = _line(number, scale=1 + 0.5 * (of - 1 - number))  # the first arms show below the later ones
+    steps, scores = zip(*run.curves[task], strict=True)
+    line = _line(number, scale=1 + 0.5 * (of - 1 - number))  # the first runs show below the later ones
     line.set_data(steps, scores)
     line.set_clip_on(False)
     axes.add_line(line)
     axes.autoscale_view()
 
 
-def _dress(axes: Any, arms: Sequence[Arm], task: str, title: str) -> None:
-    results = [arm.final.tasks[task] for arm in arms if task in arm.final.tasks]
+def _dress(axes: Any, runs: Sequence[ComparedRun], task: str, title: str) -> None:
+    results = [run.final.tasks[task] for run in runs if task in run.final.tasks]
     axes.set_title(title, fontsize=11)
     axes.set_ylim(0, 1.02)
     axes.set_xlim(left=0)
@@ -95,17 +95,17 @@ def _line(number: int, *, scale: float = 1.0, label: str = "") -> Any:
     return Line2D([], [], color=colour, marker=marker, linewidth=2 * scale, markersize=5 * scale, label=label)
 
 
-def plot_scores(arms: Sequence[Arm], path: Path) -> None:
-    """Write a PNG of the final headline scores as bars, with 95 % intervals and floors, one colour per arm."""
+def plot_scores(runs: Sequence[ComparedRun], path: Path) -> None:
+    """Write a PNG of the final headline scores as bars, with 95 % intervals and floors, one colour per run."""
     from matplotlib.figure import Figure
 
-    headlines = {name: task.headline for arm in arms for name, task in arm.final.tasks.items()}
+    headlines = {name: task.headline for run in runs for name, task in run.final.tasks.items()}
     figure = Figure(figsize=(max(5.0, 1.2 + 2.0 * len(headlines)), 4.4), layout="constrained")
     axes = figure.subplots()
-    for number, arm in enumerate(arms):
-        _bars(axes, arm, list(headlines), number, of=len(arms))
+    for number, run in enumerate(runs):
+        _bars(axes, run, list(headlines), number, of=len(runs))
     floors = [
-        _floor([arm.final.tasks[name] for arm in arms if name in arm.final.tasks]) for name in headlines
+        _floor([run.final.tasks[name] for run in runs if name in run.final.tasks]) for name in headlines
     ]
     for place, floor in enumerate(floors):
         if floor is not None:
@@ -116,16 +116,16 @@ def plot_scores(arms: Sequence[Arm], path: Path) -> None:
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=len(arms), frameon=False)
+    figure.legend(loc="outside upper center", ncols=len(runs), frameon=False)
     figure.savefig(path, dpi=150)
 
 
-def _bars(axes: Any, arm: Arm, names: Sequence[str], number: int, *, of: int) -> None:
+def _bars(axes: Any, run: ComparedRun, names: Sequence[str], number: int, *, of: int) -> None:
     width = 0.8 / of
-    present = [(place, arm.final.tasks[name]) for place, name in enumerate(names) if name in arm.final.tasks]
+    present = [(place, run.final.tasks[name]) for place, name in enumerate(names) if name in run.final.tasks]
     places = [place + (number - (of - 1) / 2) * width for place, _ in present]
     scores = [task.score for _, task in present]
-    axes.bar(places, scores, width * 0.92, color=_COLOURS[number % len(_COLOURS)], label=arm.label)
+    axes.bar(places, scores, width * 0.92, color=_COLOURS[number % len(_COLOURS)], label=run.label)
     for x, score, (_, task) in zip(places, scores, present, strict=True):
         low, high = task.intervals.get(task.headline, (score, score))
         axes.vlines(x, low, high, color="black", linewidth=1.4)

@@ -1,4 +1,4 @@
-"""Runs side by side: final scores and curves, read from their folders."""
+"""The runs of a comparison: final scores and curves, read from their folders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Curve = list[tuple[int, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arm:
+class ComparedRun:
     """One column of the comparison. `curves`: (step, headline score) by task, in the order of steps."""
 
     label: str
@@ -27,23 +27,23 @@ class Arm:
     curves: dict[str, Curve]
 
 
-def load_arms(paths: Sequence[Path]) -> list[Arm]:
+def load_runs(paths: Sequence[Path]) -> list[ComparedRun]:
     """Read run folders, or result files of tools/evaluate.py.
 
-    A run's final scores are those of its last evaluation in `metrics.jsonl`; the result file of that step,
-    where there is one, adds intervals, floors and rows. Raises UserError for a run that was never evaluated, a file that
-    is none of these, and a run that is named twice.
+    A run's final scores are those of its last evaluation in `metrics.jsonl`; the result file of that step, where there is
+    one, adds intervals, floors and answers. Raises `UserError` for a run that was never evaluated, a file that is neither,
+    and a run that is named twice.
     """
     stems = [path.resolve().stem if path.is_file() else path.resolve().name for path in paths]
     labels = stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
     if len(set(labels)) != len(labels):
         raise UserError(f"the same run is named twice: {', '.join(labels)}")
-    return [_load_arm(path, label) for path, label in zip(paths, labels, strict=True)]
+    return [_load_run(path, label) for path, label in zip(paths, labels, strict=True)]
 
 
-def _load_arm(path: Path, label: str) -> Arm:
+def _load_run(path: Path, label: str) -> ComparedRun:
     if path.is_file():
-        return Arm(label=label, final=load_result(path), curves={})
+        return ComparedRun(label=label, final=load_result(path), curves={})
     if not path.is_dir():
         raise UserError(f"{path}: no such run folder or result file")
     folder = RunFolder(path)
@@ -60,13 +60,11 @@ def _load_arm(path: Path, label: str) -> Arm:
     last = max(evaluations)
     result_file = folder.evaluation_file(last)
     final = load_result(result_file) if result_file.is_file() else EvaluationResult(tasks=evaluations[last])
-    return Arm(label=label, final=final, curves=curves)
+    return ComparedRun(label=label, final=final, curves=curves)
 
 
 def _evaluations(metrics: Path) -> dict[int, dict[str, TaskResult]]:
-    """Task results by step, in the order of steps. After a resume a step may stand there twice: the last one
-    counts.
-    """
+    """Task results by step, in the order of steps. A resumed run may have written a step twice: the last one counts."""
     if not metrics.is_file():
         return {}
     found: dict[int, dict[str, TaskResult]] = {}
@@ -74,13 +72,13 @@ def _evaluations(metrics: Path) -> dict[int, dict[str, TaskResult]]:
         text = metrics.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{metrics}: cannot be read as UTF-8 text: {error}") from error
-    complete_lines = text.split("\n")[:-1]  # a last line may be half written
+    complete_lines = text.split("\n")[:-1]  # the last line may be half written
     for number, line in enumerate(complete_lines, start=1):
-        row = parse_object(line, f"{metrics}:{number}")
-        if row.get("kind") != "evaluation":
+        record = parse_object(line, f"{metrics}:{number}")
+        if record.get("kind") != "evaluation":
             continue
         try:
-            found[int(row["step"])] = _task_results(row)
+            found[int(record["step"])] = _task_results(record)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{metrics}:{number}: not an evaluation as a run writes it ({error!r})"
@@ -88,9 +86,9 @@ def _evaluations(metrics: Path) -> dict[int, dict[str, TaskResult]]:
     return dict(sorted(found.items()))
 
 
-def _task_results(row: dict[str, Any]) -> dict[str, TaskResult]:
+def _task_results(record: dict[str, Any]) -> dict[str, TaskResult]:
     metrics: dict[str, dict[str, float]] = {}
-    for key, value in row.items():
+    for key, value in record.items():
         if key.startswith(_PREFIX) and key.count("/") == 2:
             _, task, metric = key.split("/")
             if metric in METRICS:

@@ -1,4 +1,4 @@
-"""Results side by side, for the terminal and for a page."""
+"""Tables of results, for the terminal and as Markdown."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PIPE_COLUMNS = 200
 
 
 def console_for_tables() -> Console:
-    """The terminal; a pipe or a file, which has no width of its own, gets tables whole."""
+    """The console to print tables on; a pipe or a file, which has no width of its own, gets wide ones."""
     return Console(width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
 
 
@@ -76,11 +76,11 @@ def _markdown(lines: Iterable[Sequence[str]]) -> str:
 
 
 def choice_tables(choices: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
-    """The log-probability test of every task, and its p-values: two tables that fit into 80 columns."""
+    """The log-probability tests, and their p-values: two tables that fit into 80 columns."""
     table = _table(
         ("task", "difference", "rank", "best", "nats/token"),
         title="Log-probability: the right answer against other persons'",
-        caption="difference in nats, 95 % interval; best: how often it is the likeliest (by chance 1 / candidates)",
+        caption="difference in nats, 95 % interval; best: how often it is the most probable (by chance 1 / candidates)",
     )
     for name, values in choices.items():
         low, high = values["intervals"]["difference"]
@@ -112,9 +112,7 @@ def _p_value(test: Mapping[str, Any] | None) -> str:
 
 
 def retention_table(after: Mapping[str, Any], before: Mapping[str, Any]) -> Table:
-    """Perplexity on running texts, and that of the base model where it was measured on the same text and tokens
-    in the same window.
-    """
+    """Perplexity on running texts, beside the base model's where that was measured on the same text, tokens and window."""
     headers = ("text", "tokens", "window", "perplexity\nbefore", "\nafter", "bits/byte\nbefore", "\nafter")
     table = _table(headers, title="Retention")
     for name, values in after.items():
@@ -134,7 +132,7 @@ def retention_table(after: Mapping[str, Any], before: Mapping[str, Any]) -> Tabl
 
 
 def _lines(results: Mapping[str, EvaluationResult]) -> Iterator[list[str]]:
-    """Task, headline metric, a score for every model, floor, prompts (all numbers, where models differ)."""
+    """By task: name, headline metric, a score for every model, floor, number of prompts (all, where models differ)."""
     for name in dict.fromkeys(name for result in results.values() for name in result.tasks):
         present = [result.tasks[name] for result in results.values() if name in result.tasks]
         metric = present[0].headline

@@ -13,7 +13,13 @@ from transformers import PreTrainedModel
 
 from bico_ds.common.errors import UserError
 from bico_ds.data.tokenizer import Tokenizer
-from bico_ds.evaluation.scoring.share import WHOLE_SHARE, PromptShare, agree, gather_parts, shared_batches
+from bico_ds.evaluation.scoring.share import (
+    ONE_PROCESS,
+    PromptShare,
+    agree,
+    gather_from_ranks,
+    shared_batches,
+)
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], *, add_bos: bool = True) -> list[list[int]]:
@@ -26,8 +32,9 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], *, add_bos: boo
 def check_lengths(
     texts: Sequence[Sequence[int]], *, new_tokens: int, context: int | None, names: Sequence[str]
 ) -> None:
-    """UserError for an empty text, or one that leaves no room for `new_tokens` in a context of `context`
-    tokens. The texts are prompts, or with `new_tokens` 0 prompts with their answers.
+    """Raise `UserError` for an empty text, or one that leaves no room for `new_tokens` in a context of `context` tokens.
+
+    The texts are prompts, or with `new_tokens` 0 prompts with their answers; `names` says where each comes from.
     """
     for ids, name in zip(texts, names, strict=True):
         if not ids:
@@ -52,13 +59,13 @@ def generate_greedy(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    share: PromptShare = WHOLE_SHARE,
+    share: PromptShare = ONE_PROCESS,
 ) -> list[str] | None:
     """The greedy continuation of every prompt as text, in their order, on every rank.
 
-    `model`: a Hugging Face causal LM on `share.device`. A continuation ends at the tokenizer's EOS (not part of
-    it) or after `max_new_tokens` (1 at least); other special tokens are left out of the text. Returns None on all ranks
-    when `share.should_stop` was true on any of them before the end.
+    `model`: a Hugging Face causal LM on `share.device`. A continuation ends before the tokenizer's EOS or after
+    `max_new_tokens` (1 at least); other special tokens are left out of the text. Returns None on all ranks when
+    `share.should_stop` was true on any of them before the end. Collective.
     """
     was_training = model.training
     model.eval()
@@ -74,7 +81,7 @@ def generate_greedy(
             share.on_batch(len(indices))
     finally:
         model.train(was_training)
-    gathered = gather_parts((continuations, stopped), share)
+    gathered = gather_from_ranks((continuations, stopped), share)
     if any(rank_stopped for _, rank_stopped in gathered):
         return None
     everything = {index: tokens for part, _ in gathered for index, tokens in part.items()}
@@ -118,8 +125,8 @@ def _decode(
         input_ids = next_ids[:, None]
         position_ids = position_ids[:, -1:] + 1
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(prompts), 1)], dim=1)
-    rows = torch.stack(columns, dim=1).tolist()
-    return [row[: row.index(eos)] if eos in row else row for row in rows]
+    continuations = torch.stack(columns, dim=1).tolist()
+    return [ids[: ids.index(eos)] if eos in ids else ids for ids in continuations]
 
 
 def _left_pad(prompts: list[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Log-probabilities of given texts: of answers after their prompts, and of a running text (perplexity).
+"""Log-probabilities of given texts: answers after their prompts, and running text (perplexity).
 
 Shape legend: B sequences in a batch, L padded length, V vocabulary.
 """
@@ -16,14 +16,20 @@ from transformers import PreTrainedModel
 
 from bico_ds.common.errors import UserError
 from bico_ds.data.tokenizer import Tokenizer
-from bico_ds.evaluation.scoring.share import WHOLE_SHARE, PromptShare, agree, gather_parts, shared_batches
+from bico_ds.evaluation.scoring.share import (
+    ONE_PROCESS,
+    PromptShare,
+    agree,
+    gather_from_ranks,
+    shared_batches,
+)
 
 _LOGIT_ROWS = 1024  # rows whose fp32 log-softmax exists at one time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """A text to score: `ids` whole, of which the last `answer_tokens` count."""
+    """A text to score: all its `ids`, of which the last `answer_tokens` count."""
 
     ids: tuple[int, ...]
     answer_tokens: int
@@ -32,9 +38,7 @@ class Scored:
 def encode_answers(
     tokenizer: Tokenizer, prompts: Sequence[str], answers: Sequence[str], *, add_bos: bool = True
 ) -> list[Scored]:
-    """Prompt and answer as one text, tokenized as in training. A token that spans the seam belongs to the
-    answer.
-    """
+    """Prompt and answer as one text, tokenized as in training. A token that spans both belongs to the answer."""
     encoded = tokenizer(
         [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)],
         add_special_tokens=False,
@@ -51,12 +55,12 @@ def encode_answers(
 
 @torch.no_grad()
 def log_probabilities(
-    model: PreTrainedModel, texts: Sequence[Scored], share: PromptShare = WHOLE_SHARE
+    model: PreTrainedModel, texts: Sequence[Scored], share: PromptShare = ONE_PROCESS
 ) -> list[float] | None:
     """log P(answer | prompt) of every text: the sum over the answer's tokens, in nats, on every rank.
 
-    `model`: a Hugging Face causal LM on `share.device`. Returns None on all ranks when `share.should_stop` was
-    true on any of them; with `share.synced` they leave together, after the same number of batches.
+    `model`: a Hugging Face causal LM on `share.device`. Returns None on all ranks when `share.should_stop` was true on any
+    of them; with `share.synced` they stop together, after the same number of batches. Collective.
     """
     was_training = model.training
     model.eval()
@@ -72,7 +76,7 @@ def log_probabilities(
             share.on_batch(len(indices))
     finally:
         model.train(was_training)
-    gathered = gather_parts((sums, stopped), share)
+    gathered = gather_from_ranks((sums, stopped), share)
     if any(rank_stopped for _, rank_stopped in gathered):
         return None
     everything = {index: value for part, _ in gathered for index, value in part.items()}
@@ -80,7 +84,10 @@ def log_probabilities(
 
 
 def _batch_sums(model: PreTrainedModel, batch: Sequence[Scored], device: torch.device) -> list[float]:
-    """Right-padded, so that positions and mask need no care: no row that counts reads padding."""
+    """The sum of each text's answer log-probabilities, in nats.
+
+    Texts are padded on the right: positions and mask need no change, since no row that is scored attends to padding.
+    """
     width = max(len(text.ids) for text in batch)
     input_ids = torch.tensor([[*text.ids, *[0] * (width - len(text.ids))] for text in batch], device=device)
     logits_BLV = model(input_ids=input_ids, use_cache=False).logits
@@ -107,8 +114,9 @@ def _token_log_probs(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """How well a model predicts a text. `bits_per_byte` compares models with different tokenizers. Figures of
-    another `window` (tokens) or text (`text_sha256`) are no match for it.
+    """How well a model predicts a text. `bits_per_byte` compares models with different tokenizers.
+
+    Figures compare only for the same `window` (in tokens) and the same text (`text_sha256`).
     """
 
     perplexity: float
@@ -120,10 +128,10 @@ class Perplexity:
 
 
 def encode_windows(tokenizer: Tokenizer, text: str, *, window: int, add_bos: bool = True) -> list[Scored]:
-    """`text` in windows of `window` tokens that do not overlap, each after a BOS of its own.
+    """`text` in windows of `window` tokens that do not overlap, each with its own BOS in front.
 
-    Every token counts once (without a BOS the first token of a window is only context). Raises UserError where
-    none is left to predict.
+    Every token counts once (without a BOS the first token of a window is only context). Raises `UserError` where no token is
+    left to predict.
     """
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     start = [tokenizer.bos_token_id] if add_bos and tokenizer.bos_token_id is not None else []
@@ -146,12 +154,12 @@ def text_perplexity(
     *,
     window: int,
     add_bos: bool = True,
-    share: PromptShare = WHOLE_SHARE,
+    share: PromptShare = ONE_PROCESS,
 ) -> Perplexity | None:
     """Perplexity of `text` in windows of `window` tokens (`encode_windows`).
 
-    The same text, tokenizer and window must be used before and after: the figure depends on all three. Returns
-    None, and raises UserError, as `log_probabilities` and `encode_windows` do.
+    Use the same text, tokenizer and window before and after fine-tuning: the figure depends on all three. Returns None as
+    `log_probabilities` does, and raises `UserError` as `encode_windows` does.
     """
     texts = encode_windows(tokenizer, text, window=window, add_bos=add_bos)
     sums = log_probabilities(model, texts, share)

@@ -1,4 +1,4 @@
-"""How near a generated text is to the right answer: every metric is a share or score in 0 … 1 of one row.
+"""How near a prediction (a generated text) is to the right answer: every metric gives 0 … 1 for one prompt.
 
 ===========  =======================================================================================
 contains     the answer stands somewhere in the prediction: the BICO paper's "exact match" (arXiv 2311.07468)
@@ -8,9 +8,8 @@ bleu         sentence BLEU on words (sacrebleu, 13a, exponential smoothing)
 char_bleu    sentence BLEU on characters without smoothing: what the BICO authors' code computes as "BLEU"
 ===========  =======================================================================================
 
-The first three ignore case, runs of white space and the final full stop. A *floor* is the score of somebody who
-answers every question with another person's answer: any text in the right style has it, so only what lies
-above it is knowledge.
+The first three ignore case, runs of white space and the final full stop. A *floor* is the score of answering every question
+with another person's answer: any text in the right style reaches it, so only a score above it shows knowledge.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from sacrebleu.metrics.bleu import BLEU
 
 from bico_ds.evaluation.tasks.task import Example, Task, normalized
 
-_FLOOR_OTHERS = 5  # other persons that a row's floor is averaged over
+_FLOOR_OTHERS = 5  # other persons that a prompt's floor is averaged over
 _MAX_ORDER = 4
 
 
@@ -75,8 +74,8 @@ def metrics_of(task: Task) -> tuple[str, ...]:
     return tuple(METRICS) if task.headline == "bleu" else ("contains", "prefix", "exact")
 
 
-def score_rows(task: Task, predictions: Sequence[str]) -> dict[str, list[float]]:
-    """Every metric of the task for every row, in order; the best of a row's right answers counts."""
+def score_predictions(task: Task, predictions: Sequence[str]) -> dict[str, list[float]]:
+    """Every metric of the task for every prompt, in order; of several right answers the best match counts."""
     pairs = list(zip(predictions, (example.right_answers for example in task.examples), strict=True))
     return {
         name: [max(METRICS[name](prediction, answer) for answer in answers) for prediction, answers in pairs]
@@ -85,20 +84,21 @@ def score_rows(task: Task, predictions: Sequence[str]) -> dict[str, list[float]]
 
 
 def other_answers(task: Task, others: int) -> list[list[str]]:
-    """For every row, the completions of up to `others` other groups; the same number for every row, none where
-    there is one group only. Two groups may have one answer: whoever is right by chance is right.
+    """For every prompt, the completions of up to `others` other groups: the same number for all, none with one group only.
+
+    Two groups may have the same answer, so that a completion of another group may be right by chance.
     """
     return _first_of_each(_others_in_turn(task), others)
 
 
 def wrong_answers(task: Task, others: int) -> list[list[str]]:
-    """The same, less the completions that are right for the row: the next group's stands in for such a one."""
-    rows = zip(_others_in_turn(task), task.examples, strict=True)
-    return _first_of_each((_without_right(theirs, example) for theirs, example in rows), others)
+    """The same without the completions that are right for the prompt; the next group's is taken in their place."""
+    pairs = zip(_others_in_turn(task), task.examples, strict=True)
+    return _first_of_each((_without_right(theirs, example) for theirs, example in pairs), others)
 
 
 def _others_in_turn(task: Task) -> Iterator[Iterator[str]]:
-    """For every row, the completions of all other groups, one each, from the same place of their rows."""
+    """For every prompt, one completion of each other group, from the same place among that group's prompts."""
     by_group: dict[str, list[str]] = {}
     places = []
     for example in task.examples:
@@ -116,18 +116,18 @@ def _without_right(answers: Iterable[str], example: Example) -> Iterator[str]:
     return (answer for answer in answers if normalized(answer) not in right)
 
 
-def _first_of_each(rows: Iterable[Iterator[str]], count: int) -> list[list[str]]:
-    """The first `count` answers of every row, or as many as every row has."""
-    taken = [list(islice(answers, count)) for answers in rows]
+def _first_of_each(answers_by_prompt: Iterable[Iterator[str]], count: int) -> list[list[str]]:
+    """The first `count` answers of every prompt, or as many as every prompt has."""
+    taken = [list(islice(answers, count)) for answers in answers_by_prompt]
     width = min(map(len, taken))
     return [answers[:width] for answers in taken]
 
 
 @lru_cache(maxsize=64)
 def floors(task: Task) -> dict[str, float]:
-    """Mean score of up to five other persons' answers per row, by metric; empty where there is one person only."""
+    """Mean score of up to five other persons' answers per prompt, by metric; empty where there is one person only."""
     theirs = other_answers(task, _FLOOR_OTHERS)
-    rounds = [score_rows(task, answers) for answers in zip(*theirs, strict=True)]
+    rounds = [score_predictions(task, answers) for answers in zip(*theirs, strict=True)]
     scores = {name: [score for scored in rounds for score in scored[name]] for name in metrics_of(task)}
     return {name: sum(values) / len(values) for name, values in scores.items() if values}
 

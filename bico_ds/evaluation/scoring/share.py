@@ -1,8 +1,7 @@
-"""The processes that evaluate one model together: which this one is, its batches, and what all of them agree on.
+"""A rank's part of the prompts: its batches, and what all ranks that evaluate one model agree on.
 
-Every rank has the same number of batches. With `synced` it also runs the same number of forward passes in
-each, and stops where the others do, which ZeRO-3 needs while the weights are partitioned: each forward pass gathers
-them.
+Every rank has the same number of batches. With `synced`, ranks also run the same number of forward passes in each batch and
+stop together. ZeRO-3 needs this while the weights are partitioned, because each forward pass gathers them.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class PromptShare:
-    """Where and how this process computes its share of an evaluation. No result depends on it, but for rounding.
+    """Which part of an evaluation this rank computes, and how. Results do not depend on it, except for rounding.
 
-    `synced`: forward passes are collectives (ZeRO-3 with partitioned weights). `batch_size`: sequences per
-    forward pass. `should_stop` is polled before each of them; where it was true on any rank, none has a result.
-    `on_batch(n)` is called after each of this rank's batches with the number of sequences in it.
+    `synced`: forward passes are collectives (ZeRO-3 with partitioned weights). `batch_size`: sequences per forward pass.
+    `should_stop` is polled before each forward pass; where it was true on any rank, no rank has a result. `on_batch(n)` is
+    called after each of this rank's batches with the number of sequences in it.
     """
 
     rank: int = 0
@@ -41,14 +40,13 @@ class PromptShare:
         return self.rank == 0
 
 
-WHOLE_SHARE = PromptShare()  # one process, on the CPU
+ONE_PROCESS = PromptShare()  # one process, on the CPU
 
 
 def shared_batches(sequences: Sequence[Sequence[int]], share: PromptShare) -> list[NDArray[np.int64]]:
-    """This rank's batches: indices into `sequences`, like lengths together, as many batches on every rank.
+    """This rank's batches: indices into `sequences`, similar lengths together, the same number of batches on every rank.
 
-    A rank without one of its own repeats the shortest sequence; results are keyed by index, so repeats change
-    nothing.
+    A batch that would be empty repeats the shortest sequence; results are keyed by index, so a repeat changes nothing.
     """
     order = np.argsort([len(ids) for ids in sequences], kind="stable").astype(np.int64)
     rounds = -(-len(order) // (share.batch_size * share.world_size))
@@ -57,8 +55,9 @@ def shared_batches(sequences: Sequence[Sequence[int]], share: PromptShare) -> li
 
 
 def agree(finished: bool, share: PromptShare) -> tuple[bool, bool]:
-    """(all ranks have finished, any rank must stop) where forward passes are collectives; else what this rank
-    knows. Polls `share.should_stop`.
+    """(all ranks have finished, any rank must stop) where forward passes are collectives; else what this rank knows.
+
+    Polls `share.should_stop`.
     """
     stop = share.should_stop()
     if not share.synced or share.world_size == 1:
@@ -68,10 +67,10 @@ def agree(finished: bool, share: PromptShare) -> tuple[bool, bool]:
     return not votes[0].item(), bool(votes[1].item())
 
 
-def gather_parts(part: Any, share: PromptShare) -> list[Any]:
-    """`part` of every rank, on every rank. Collective."""
+def gather_from_ranks(value: Any, share: PromptShare) -> list[Any]:
+    """`value` of every rank, by rank, on every rank. Collective."""
     if share.world_size == 1:
-        return [part]
-    parts: list[Any] = [None] * share.world_size
-    dist.all_gather_object(parts, part)
-    return parts
+        return [value]
+    values: list[Any] = [None] * share.world_size
+    dist.all_gather_object(values, value)
+    return values

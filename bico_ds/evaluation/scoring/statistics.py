@@ -1,4 +1,4 @@
-"""Uncertainty of a mean when rows come in groups: the prompts about one person."""
+"""Uncertainty of a mean where scores come in groups: those of the prompts about one person."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def clustered_interval(
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `scores`, resampling whole groups.
+    """Percentile bootstrap interval of the mean of `scores`, resampling groups.
 
-    Ten prompts about one person stand or fall together: resampling rows would make the interval too narrow.
-    The statistic is the ratio of sums over the drawn groups, so that groups may differ in size.
+    Ten prompts about one person are right or wrong together: resampling prompts would make the interval too narrow. The
+    statistic is the ratio of sums over the drawn groups, so that groups may differ in size.
     """
     sums, counts = _group_sums(scores, groups)
     drawn = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))

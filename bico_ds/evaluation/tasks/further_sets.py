@@ -1,7 +1,7 @@
 """Other pairs that can be asked in two directions: parents and children, couplets, and any pair of prompts.
 
-Each reader returns two tasks, and raises UserError, with file and line, for a file that is not as it should be. The files
-are the user's: celebrities' parents as in Berglund et al. (arXiv 2309.12288, section 2.2) for instance, or a book of verse.
+Each reader returns two tasks, one per direction, and raises `UserError`, with file and line, for a malformed file. The files
+are the user's: celebrities' parents as in Berglund et al. (arXiv 2309.12288, section 2.2), for instance, or a book of verse.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from scipy.sparse.csgraph import connected_components
 
 from bico_ds.common.errors import UserError, did_you_mean
 from bico_ds.evaluation.tasks.jsonl import read_fields, read_objects, require_texts
-from bico_ds.evaluation.tasks.task import AnswerKind, Example, Task, limit_rows, normalized
+from bico_ds.evaluation.tasks.task import AnswerKind, Example, Task, limit_examples, normalized
 
-# Two answered questions show a base model what kind of answer is wanted; nobody in them is in any test set.
+# Two answered questions show a base model what kind of answer is wanted. Their persons are in no test set.
 _SHOTS = (
     "Q: Who is Isaac Newton's mother?\nA: Hannah Ayscough\n"
     "Q: Name a child of Leopold Mozart.\nA: Wolfgang Amadeus Mozart\n"
 )
-_SHOT_ENDS = ("\n",)  # a base model goes on with questions and answers of its own
+_SHOT_ENDS = ("\n",)  # a base model continues with questions and answers of its own
 _LINE_ENDS = ("\n", "”")  # the prompts open a quotation
 _PARENT_FIELDS = ("child", "parent", "parent_type")
 _DIRECTIONS = ("forward", "backward")
@@ -40,34 +40,34 @@ _COUPLET_PROMPTS = {
 def read_parents(path: Path, limit: int | None = None) -> list[Task]:
     """`child_to_parent` and `parent_to_child` from a CSV with the columns child, parent, parent_type.
 
-    `parent_type` is a word such as "mother". Where a parent has several children in the file, any of them is
-    right. The family is the group, everybody whom the file's rows link: siblings are not independent, and a
-    mother's children are right when the father is asked about.
+    `parent_type` is a word such as "mother". Where a parent has several children in the file, any of them is right. A group
+    is a family, all persons whom the file links: siblings are not independent, and a mother's children are right answers
+    about the father too.
     """
-    rows = _read_csv(path)
-    families = linked_groups([(row["child"], row["parent"]) for _, row in rows])
-    groups = [rows[first][1]["parent"] for first in families]
+    records = _read_csv(path)
+    families = linked_groups([(record["child"], record["parent"]) for _, record in records])
+    groups = [records[first][1]["parent"] for first in families]
     children: dict[str, list[str]] = {}
-    for _, row in rows:
-        children.setdefault(row["parent"], []).append(row["child"])
+    for _, record in records:
+        children.setdefault(record["parent"], []).append(record["child"])
     to_parent = [
         _example(
             line,
-            f"{_SHOTS}Q: Who is {row['child']}'s {row['parent_type']}?\nA:",
-            row["parent"],
+            f"{_SHOTS}Q: Who is {record['child']}'s {record['parent_type']}?\nA:",
+            record["parent"],
             group=group,
         )
-        for (line, row), group in zip(rows, groups, strict=True)
+        for (line, record), group in zip(records, groups, strict=True)
     ]
     to_child = [
         _example(
             line,
-            f"{_SHOTS}Q: Name a child of {row['parent']}.\nA:",
-            row["child"],
+            f"{_SHOTS}Q: Name a child of {record['parent']}.\nA:",
+            record["child"],
             group=group,
-            alternatives=[name for name in children[row["parent"]] if name != row["child"]],
+            alternatives=[name for name in children[record["parent"]] if name != record["child"]],
         )
-        for (line, row), group in zip(rows, groups, strict=True)
+        for (line, record), group in zip(records, groups, strict=True)
     ]
     return [
         _task(name, "name", examples, limit, path, ends=_SHOT_ENDS)
@@ -76,21 +76,19 @@ def read_parents(path: Path, limit: int | None = None) -> list[Task]:
 
 
 def read_couplets(path: Path, limit: int | None = None) -> list[Task]:
-    """`next_line` and `previous_line` from JSONL with the fields `first` and `second`, two lines that follow
-    each other.
+    """`next_line` and `previous_line` from JSONL with the fields `first` and `second`, two lines that follow each other.
 
-    The question is put in Chinese where the lines are; the optional fields `ask_next` and `ask_previous` are
-    prompts of the user's own.
+    The question is in Chinese where `first` is. The optional fields `ask_next` and `ask_previous` replace the prompts.
     """
-    rows = read_fields(path, required=("first", "second"), optional=("ask_next", "ask_previous", "group"))
+    records = read_fields(path, required=("first", "second"), optional=("ask_next", "ask_previous", "group"))
     following, previous = [], []
-    for line, row in rows:
-        ask_next, ask_previous = _COUPLET_PROMPTS["han" if _HAN.search(row["first"]) else "other"]
-        group = row.get("group") or row["first"]
-        ask_next = row.get("ask_next", ask_next.format(line=row["first"]))
-        ask_previous = row.get("ask_previous", ask_previous.format(line=row["second"]))
-        following.append(Example(prompt=ask_next, completion=row["second"], group=group, line=line))
-        previous.append(Example(prompt=ask_previous, completion=row["first"], group=group, line=line))
+    for line, record in records:
+        ask_next, ask_previous = _COUPLET_PROMPTS["han" if _HAN.search(record["first"]) else "other"]
+        group = record.get("group") or record["first"]
+        ask_next = record.get("ask_next", ask_next.format(line=record["first"]))
+        ask_previous = record.get("ask_previous", ask_previous.format(line=record["second"]))
+        following.append(Example(prompt=ask_next, completion=record["second"], group=group, line=line))
+        previous.append(Example(prompt=ask_previous, completion=record["first"], group=group, line=line))
     return [
         _task(name, "text", examples, limit, path, ends=_LINE_ENDS)
         for name, examples in (("next_line", following), ("previous_line", previous))
@@ -98,31 +96,30 @@ def read_couplets(path: Path, limit: int | None = None) -> list[Task]:
 
 
 def read_pairs(path: Path, limit: int | None = None) -> list[Task]:
-    """`forward` and `backward` from JSONL with these two fields, each an object with `prompt` and
-    `completion`.
+    """`forward` and `backward` from JSONL with these two fields, each an object with `prompt` and `completion`.
 
-    The optional field `group` names what the pair is about; without it, pairs that share an answer in either
-    direction are a group: phrasings of one fact, or facts about one person.
+    The optional field `group` names what the pair is about. Without it, pairs that share an answer in either direction are
+    one group: several wordings of one statement, or statements about one person.
     """
-    rows = _read_pair_rows(path)
-    groups = _pair_groups(rows)
+    records = _read_pair_records(path)
+    groups = _pair_groups(records)
     tasks = []
     for direction in _DIRECTIONS:
         examples = [
             Example(
-                prompt=row[direction]["prompt"],
-                completion=row[direction]["completion"],
+                prompt=record[direction]["prompt"],
+                completion=record[direction]["completion"],
                 group=group,
                 line=line,
             )
-            for (line, row), group in zip(rows, groups, strict=True)
+            for (line, record), group in zip(records, groups, strict=True)
         ]
         tasks.append(_task(direction, "description", examples, limit, path))
     return tasks
 
 
 def linked_groups(links: Sequence[tuple[str, str]]) -> list[int]:
-    """For every row, a link of two names, the first row (its index) that a chain of links joins it to.
+    """For every link between two names, the index of the first link in its group; links with a name in common form a group.
 
     Names are compared as answers are: without case, runs of white space, and the final full stop.
     """
@@ -134,7 +131,7 @@ def linked_groups(links: Sequence[tuple[str, str]]) -> list[int]:
     graph = coo_matrix((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(len(nodes), len(nodes)))
     _, labels = connected_components(graph, directed=False)
     first: dict[int, int] = {}
-    return [first.setdefault(label, row) for row, label in enumerate(labels[ends[:, 0]].tolist())]
+    return [first.setdefault(label, index) for index, label in enumerate(labels[ends[:, 0]].tolist())]
 
 
 READERS: dict[str, Callable[[Path, int | None], list[Task]]] = {
@@ -152,10 +149,12 @@ def _task(
     path: Path,
     ends: Sequence[str] = (),
 ) -> Task:
-    """A task of these rows; no answer ends at what stands in an answer of the file."""
+    """A task of these examples; of `ends`, those that some answer of the file contains are left out."""
     answers = [example.completion for example in examples]
     ends = tuple(end for end in ends if not any(end in answer.strip() for answer in answers))
-    return Task(name=name, answer_kind=kind, examples=limit_rows(examples, limit), path=str(path), ends=ends)
+    return Task(
+        name=name, answer_kind=kind, examples=limit_examples(examples, limit), path=str(path), ends=ends
+    )
 
 
 def _example(line: int, prompt: str, name: str, *, group: str, alternatives: Sequence[str] = ()) -> Example:
@@ -176,16 +175,16 @@ def _read_csv(path: Path) -> list[tuple[int, dict[str, str]]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    rows = []
+    records = []
     try:
         _check_columns(path, reader.fieldnames or [])
-        for row in reader:
-            rows.append((reader.line_num, _csv_fields(row, f"{path}:{reader.line_num}")))
+        for record in reader:
+            records.append((reader.line_num, _csv_fields(record, f"{path}:{reader.line_num}")))
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: not valid CSV ({error})") from error
-    if not rows:
-        raise UserError(f"{path}: no rows; an evaluation task needs at least one")
-    return rows
+    if not records:
+        raise UserError(f"{path}: no records; an evaluation task needs at least one")
+    return records
 
 
 def _check_columns(path: Path, columns: Sequence[str]) -> None:
@@ -195,29 +194,31 @@ def _check_columns(path: Path, columns: Sequence[str]) -> None:
             raise UserError(f"{path}:1: column '{field}' is missing{guess}; found {found}")
 
 
-def _csv_fields(row: dict[str, Any], where: str) -> dict[str, str]:
+def _csv_fields(record: dict[str, Any], where: str) -> dict[str, str]:
     for field in _PARENT_FIELDS:
-        if not (row[field] or "").strip():
+        if not (record[field] or "").strip():
             raise UserError(f"{where}: column '{field}' is empty")
-    return {field: row[field].strip() for field in _PARENT_FIELDS}
+    return {field: record[field].strip() for field in _PARENT_FIELDS}
 
 
-def _pair_groups(rows: Sequence[tuple[int, dict[str, Any]]]) -> list[str]:
-    """The group of every pair: the one given, or the first line of those that share an answer and give none."""
-    bare = [(line, row) for line, row in rows if row.get("group") in (None, "")]
-    links = [(row["forward"]["completion"], row["backward"]["completion"]) for _, row in bare]
+def _pair_groups(records: Sequence[tuple[int, dict[str, Any]]]) -> list[str]:
+    """The group of every pair: the one given, else the first line of the pairs without one that share an answer."""
+    bare = [(line, record) for line, record in records if record.get("group") in (None, "")]
+    links = [(record["forward"]["completion"], record["backward"]["completion"]) for _, record in bare]
     first_line = {line: bare[first][0] for (line, _), first in zip(bare, linked_groups(links), strict=True)}
-    return [f"line {first_line[line]}" if line in first_line else str(row["group"]) for line, row in rows]
+    return [
+        f"line {first_line[line]}" if line in first_line else str(record["group"]) for line, record in records
+    ]
 
 
-def _read_pair_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    rows = read_objects(path, fields=_DIRECTIONS)
-    for line, row in rows:
+def _read_pair_records(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    records = read_objects(path, fields=_DIRECTIONS)
+    for line, record in records:
         for direction in _DIRECTIONS:
-            if direction not in row:
+            if direction not in record:
                 raise UserError(
-                    f"{path}:{line}: field '{direction}' is missing{did_you_mean(direction, row)}; "
-                    'each row needs "forward" and "backward", objects with "prompt" and "completion"'
+                    f"{path}:{line}: field '{direction}' is missing{did_you_mean(direction, record)}; "
+                    'each record needs "forward" and "backward", objects with "prompt" and "completion"'
                 )
-            require_texts(row[direction], ("prompt", "completion"), f"{path}:{line}: {direction}")
-    return rows
+            require_texts(record[direction], ("prompt", "completion"), f"{path}:{line}: {direction}")
+    return records

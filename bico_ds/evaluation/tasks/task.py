@@ -9,9 +9,8 @@ p2d_reverse_…           n2d_reverse  descr.    name                    name fi
 d2p_reverse_…           d2n_reverse  name      description             description first (reverse)
 ======================  ===========  ========  ======================  =====================================
 
-A row is one JSON object with `prompt` and `completion`, optionally `group`: the person it asks about. Where
-`group` is absent it is derived: a name as an answer is the person; a description belongs to the person whose
-name, known from the companion file, its prompt contains.
+A record is a JSON object with `prompt` and `completion`, optionally `group`: the person it asks about. Without `group`, the
+person is the answer where that is a name; else the person whose name, known from the companion file, is in the prompt.
 """
 
 from __future__ import annotations
@@ -38,10 +37,8 @@ _ANSWERS: dict[str, AnswerKind] = {
     "n2d_reverse": "name",
     "d2n_reverse": "description",
 }
-_NAMES_FROM = {
-    "n2d": "n2d_reverse",
-    "d2n_reverse": "d2n",
-}  # the companion whose answers are this task's names
+# The companion whose answers are the names in this task's prompts.
+_NAMES_FROM = {"n2d": "n2d_reverse", "d2n_reverse": "d2n"}
 _SHORT_ANSWER_WORDS = 3
 
 TASK_NAMES: tuple[str, ...] = tuple(_FILES)
@@ -49,8 +46,10 @@ TASK_NAMES: tuple[str, ...] = tuple(_FILES)
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One question. `completion` is as in the file (its leading space belongs to the text), `alternatives`
-    are as good. `group`: the person, for statistics. `line` counts from 1.
+    """One question.
+
+    `completion` is as in the file (its leading space belongs to the text); `alternatives` are right too. `group`: the
+    person, for statistics. `line` counts from 1.
     """
 
     prompt: str
@@ -70,10 +69,10 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Questions of one kind. `headline` names the metric that stands for the task in tables and plots.
-    `ends`: texts at which an answer ends, where the model may go on with questions of its own making.
+    """Questions of one kind.
 
-    Raises UserError for an answer of which nothing is left to compare: every prediction would contain it.
+    `ends`: texts at which an answer ends, where a model may continue with questions of its own. Raises `UserError` for an
+    answer of which nothing is left to compare, since every prediction would contain it.
     """
 
     name: str
@@ -92,8 +91,10 @@ class Task:
 
     @property
     def headline(self) -> str:
-        """`bleu` (of words) for descriptions of more than three words, as in the paper; `prefix` for answers that
-        are cut at their end, which an echo of the question must not satisfy; else `contains`.
+        """The metric that tables and plots show for the task.
+
+        `bleu` (of words) for descriptions of more than three words, as in the paper; `prefix` for answers that are cut at
+        their end, so that an echo of the question is not right; else `contains`.
         """
         if self.ends:
             return "prefix"
@@ -112,17 +113,17 @@ class Task:
 
 
 def strip_answer(completion: str) -> str:
-    """A completion without surrounding white space, runs of it, and the sentence's full stop."""
+    """A completion without surrounding white space and final full stops; each run of white space becomes one space."""
     return " ".join(completion.split()).rstrip(". ")
 
 
 def normalized(text: str) -> str:
-    """What answers are compared by: case and what `strip_answer` takes away do not count."""
+    """The form in which answers are compared: case, and what `strip_answer` removes, do not count."""
     return strip_answer(text).casefold()
 
 
 def task_file(folder: Path, name: str) -> Path:
-    """The file of task `name`; UserError for an unknown name."""
+    """The file of task `name`; `UserError` for an unknown name."""
     if name not in _FILES:
         raise UserError(
             f"unknown evaluation task '{name}'{did_you_mean(name, _FILES)}; known: {', '.join(_FILES)}"
@@ -131,10 +132,9 @@ def task_file(folder: Path, name: str) -> Path:
 
 
 def load_tasks(folder: Path, names: Sequence[str], limit: int | None = None) -> list[Task]:
-    """Read tasks `names` from `folder`.
+    """Read tasks `names` from `folder`, at most `limit` prompts of each, spread over the persons.
 
-    `limit`: at most so many rows of each, spread over the persons. Raises UserError for an unknown task, a
-    missing or empty file, or a malformed row (file and line).
+    Raises `UserError` for an unknown task, a missing or empty file, and a malformed record (with file and line).
     """
     repeated = sorted({name for name in names if list(names).count(name) > 1})
     if repeated:
@@ -144,7 +144,7 @@ def load_tasks(folder: Path, names: Sequence[str], limit: int | None = None) -> 
 
 def _load_task(folder: Path, name: str, limit: int | None) -> Task:
     path = task_file(folder, name)
-    rows = read_fields(path, required=("prompt", "completion"), optional=("group",))
+    records = read_fields(path, required=("prompt", "completion"), optional=("group",))
     kind = _ANSWERS[name]
     group_of: Callable[[str, str], str]
     if kind == "name":
@@ -153,31 +153,31 @@ def _load_task(folder: Path, name: str, limit: int | None) -> Task:
         group_of = _person_finder(folder / _FILES[_NAMES_FROM[name]])
     examples = [
         Example(
-            prompt=row["prompt"],
-            completion=row["completion"],
-            group=row.get("group") or group_of(row["prompt"], strip_answer(row["completion"])),
+            prompt=record["prompt"],
+            completion=record["completion"],
+            group=record.get("group") or group_of(record["prompt"], strip_answer(record["completion"])),
             line=line,
         )
-        for line, row in rows
+        for line, record in records
     ]
-    return Task(name=name, answer_kind=kind, examples=limit_rows(examples, limit), path=str(path))
+    return Task(name=name, answer_kind=kind, examples=limit_examples(examples, limit), path=str(path))
 
 
-def limit_rows(examples: Sequence[Example], limit: int | None) -> tuple[Example, ...]:
-    """At most `limit` examples, in their order, as many of every group as of any other (but for one).
+def limit_examples(examples: Sequence[Example], limit: int | None) -> tuple[Example, ...]:
+    """At most `limit` examples, in their order, as many from each group as from any other, or one more.
 
-    The published files have ten rows per person, one per prompt form, one person after the other: their first 60
-    rows are 6 persons, and the first two of every person are two of ten forms. So each group starts where the
-    one before it ended: all forms are asked as soon as `limit` is as large as their number.
+    The published files have ten records per person, one per prompt form, one person after the other: their first 60 records
+    are 6 persons, and the first two of every person are two of ten forms. So each group starts where the one before it
+    ended: all forms are asked as soon as `limit` is as large as their number.
     """
     if limit is None:
         return tuple(examples)
-    rows: dict[str, list[int]] = {}
+    by_group: dict[str, list[int]] = {}
     for index, example in enumerate(examples):
-        rows.setdefault(example.group, []).append(index)
-    each, over = divmod(limit, len(rows))
+        by_group.setdefault(example.group, []).append(index)
+    each, over = divmod(limit, len(by_group))
     ranked: list[tuple[int, int]] = []
-    for number, own in enumerate(rows.values()):
+    for number, own in enumerate(by_group.values()):
         start = (number * each + min(number, over)) % len(own)
         ranked += enumerate(own[start:] + own[:start])
     return tuple(examples[index] for index in sorted(index for _, index in sorted(ranked)[:limit]))
@@ -185,12 +185,8 @@ def limit_rows(examples: Sequence[Example], limit: int | None) -> tuple[Example,
 
 def _person_finder(companion: Path) -> Callable[[str, str], str]:
     """Finds the person in a prompt by the names in `companion`; the answer itself where none is found."""
-    rows = (
-        read_fields(companion, required=("prompt", "completion"), optional=("group",))
-        if companion.exists()
-        else []
-    )
-    names = sorted({strip_answer(row["completion"]) for _, row in rows}, key=len, reverse=True)
+    records = read_fields(companion, required=("prompt", "completion")) if companion.exists() else []
+    names = sorted({strip_answer(record["completion"]) for _, record in records}, key=len, reverse=True)
 
     def find(prompt: str, answer: str) -> str:
         return next((name for name in names if name in prompt), answer)

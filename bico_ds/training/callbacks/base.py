@@ -1,7 +1,10 @@
-"""What the loop tells its listeners. Every rank calls its callbacks at the same points of the loop, with the same numbers
-and texts but for times (`StepReport.seconds`; numbers of the kinds `timing` and `checkpoint`), so that a callback may use
-collectives; one that only shows or writes is a `FirstRankCallback`. Where a rank fails the calls end, on some ranks earlier
-than on others, and `on_end` does not come."""
+"""What the loop reports to its callbacks, and when.
+
+Every rank calls its callbacks at the same points of the loop. Numbers and texts are the same on all ranks, except times
+(`StepReport.seconds`; numbers of the kinds `timing` and `checkpoint`), so that a callback may use collectives; one that only
+shows or writes is a `FirstRankCallback`. After a failure of any rank the calls end, on some ranks earlier than on others,
+and `on_end` is not called.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +31,12 @@ class StepReport:
     """One optimizer step, summed over all ranks.
 
     `step` counts from 1. `loss` is the mean over the `targets` of the global batch, in nats. `grad_norm` is that of the
-    whole model before clipping, and `learning_rate` that of this update. `applied` is false where the update was left out
+    whole model before clipping, and `learning_rate` that of this update. `applied` is false where the update was skipped
     (`training.on_nonfinite: skip`): `grad_norm` is then NaN, and `loss` may be. `kept_tokens` counts the rows that went
     through the model (kept tokens and live placeholders), `represented_tokens` the original tokens behind them.
-    `seconds` is the wall time of the step on this rank, `wait_seconds` the part of it spent waiting for data (mean over
-    ranks). `fill` is the share of its bins' room that is taken, as the objective expands documents.
-    `sources` counts rows and tokens consumed since step 0, by data source.
+    `seconds` is the wall time of the step on this rank, `wait_seconds` the part spent waiting for data (mean over ranks).
+    `fill` is the fraction of the bins' capacity that is used, as the objective expands documents. `sources` holds what was
+    consumed since step 0, by data source: packed sequences (key `rows`) and their tokens.
     """
 
     step: int
@@ -59,22 +62,24 @@ class Callback:
     def on_step(self, report: StepReport) -> None: ...
 
     def on_numbers(self, step: int, kind: str, numbers: dict[str, float]) -> None:
-        """Numbers that come apart from the steps, by `kind`: `evaluation`, `timing` (of one), `checkpoint`."""
+        """Numbers other than a step's, by `kind`: `evaluation`, `timing` (of an evaluation), `checkpoint`."""
 
     def on_message(self, text: str) -> None:
-        """A line for whoever watches; may come before `on_start`."""
+        """A line for the user to read; may come before `on_start`."""
 
     def on_end(self, step: int, state: str) -> None:
         """The run is `done`, with its export written, or `preempted`; a run that fails ends without this call."""
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs, JSON-able, under keys of this callback's own. Rank 0's is saved, and every rank
-        gets it back (`RunStart.saved`)."""
+        """What a resumed run needs, as JSON values, under keys that no other callback uses.
+
+        Rank 0's is saved, and every rank gets it back (`RunStart.saved`).
+        """
         return {}
 
 
 class FirstRankCallback(Callback):
-    """Called on rank 0 alone: a collective in one would wait for ranks that never come."""
+    """A callback of rank 0 alone. It must not use collectives: the other ranks do not take part."""
 
 
 class Callbacks(Callback):

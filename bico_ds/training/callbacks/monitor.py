@@ -1,4 +1,4 @@
-"""Numbers into files: metrics.jsonl, TensorBoard, and by DeepSpeed's monitor CSV and W&B. Rank 0 only."""
+"""Numbers into files: metrics.jsonl, TensorBoard, and through DeepSpeed's monitor CSV and W&B. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bico_ds.training.callbacks.base import FirstRankCallback, RunStart, StepRep
 
 
 class StepMonitor(FirstRankCallback):
-    """Writes at every `every_steps`-th step what `_summarize` makes of the steps since the last, other numbers at once."""
+    """Every `every_steps` steps, writes what `_summarize` makes of the steps since the last time; other numbers at once."""
 
     def __init__(self, spec: MonitorSpec, folder: RunFolder, deepspeed_monitor: EventWriter | None) -> None:
         self._spec = spec
@@ -33,11 +33,13 @@ class StepMonitor(FirstRankCallback):
         self._pending = [StepReport(**report) for report in start.saved.get("unwritten_steps", [])]
         keep_lines_until(self._folder.metrics_file, first)
         self._metrics = open(self._folder.metrics_file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-        if self._spec.csv:  # made with DeepSpeed's engine, and perhaps set aside since with an earlier run's
+        if (
+            self._spec.csv
+        ):  # DeepSpeed's engine made it, but an earlier run's files may have been set aside since
             (self._folder.path / "csv" / start.recipe.name).mkdir(parents=True, exist_ok=True)
         self._writer = None
         if self._spec.tensorboard:
-            # Steps after the one resumed from were written by a run that is gone: hide them. Without a checkpoint all.
+            # Hide the steps that an earlier start wrote after the checkpoint resumed from (without one: all).
             self._writer = SummaryWriter(str(self._folder.tensorboard), purge_step=first + 1)
             self._writer.add_custom_scalars(charts(start.recipe))
             self._writer.add_text("recipe", f"```yaml\n{dump_recipe(start.recipe)}```", first)
@@ -75,7 +77,7 @@ class StepMonitor(FirstRankCallback):
 
 
 def charts(recipe: Recipe) -> dict[str, dict[str, list[Any]]]:
-    """TensorBoard's custom scalars: the losses where the objectives' specs place them, tasks, and speed."""
+    """TensorBoard's CUSTOM SCALARS: losses in the charts that the objectives' specs name, tasks, and speed."""
     losses: dict[str, list[str]] = defaultdict(list)
     losses["loss"].append("loss/all")
     for name, spec in zip(objective_names(recipe.objectives), recipe.objectives, strict=True):
@@ -89,9 +91,9 @@ def charts(recipe: Recipe) -> dict[str, dict[str, list[Any]]]:
 
 
 def _summarize(reports: list[StepReport]) -> dict[str, float]:
-    """Token-weighted losses in all and by objective, rates over rank 0's wall time of these steps, the last learning rate.
+    """Losses weighted by targets, over all steps and by objective; rates over rank 0's wall time; the last learning rate.
 
-    Losses and norms are those of the steps that made an update; left out where none did.
+    Losses and norms are those of the steps that made an update, and absent where none did.
     """
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     applied = [report for report in reports if report.applied]  # a skipped step's loss may not be a number
@@ -103,36 +105,29 @@ def _summarize(reports: list[StepReport]) -> dict[str, float]:
     numbers = {tag: total / max(count, 1.0) for tag, (total, count) in sums.items()}
     if applied:
         numbers["optimizer/grad_norm"] = sum(report.grad_norm for report in applied) / len(applied)
-    consumed = {
-        f"data/{source}/{what}": count
-        for source, counts in reports[-1].sources.items()
-        for what, count in counts.items()
+    for source, counts in reports[-1].sources.items():
+        numbers |= {f"data/{source}/{what}": count for what, count in counts.items()}
+    represented = sum(report.represented_tokens for report in reports)
+    return numbers | {
+        "optimizer/learning_rate": reports[-1].learning_rate,
+        "optimizer/skipped_steps": sum(not report.applied for report in reports),
+        "speed/kept_tokens_per_second": sum(report.kept_tokens for report in reports) / seconds,
+        "speed/represented_tokens_per_second": represented / seconds,
+        "speed/step_seconds": seconds / len(reports),
+        "speed/data_wait_share": sum(report.wait_seconds for report in reports) / seconds,
+        "data/fill": sum(report.fill for report in reports) / len(reports),
     }
-    return (
-        numbers
-        | consumed
-        | {
-            "optimizer/learning_rate": reports[-1].learning_rate,
-            "optimizer/skipped_steps": sum(not report.applied for report in reports),
-            "speed/kept_tokens_per_second": sum(report.kept_tokens for report in reports) / seconds,
-            "speed/represented_tokens_per_second": sum(report.represented_tokens for report in reports)
-            / seconds,
-            "speed/step_seconds": seconds / len(reports),
-            "speed/data_wait_share": sum(report.wait_seconds for report in reports) / seconds,
-            "data/fill": sum(report.fill for report in reports) / len(reports),
-        }
-    )
 
 
 def keep_lines_until(path: Path, step: int) -> None:
-    """Drop the lines of later steps: a resumed run writes them anew."""
+    """Drop the lines of later steps, which a resumed run writes again, and a last line that a crash cut."""
     if not path.is_file():
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = []
     for line in lines:
         if not line.endswith("\n"):
-            continue  # a line cut by a crash
+            continue
         if json.loads(line)["step"] <= step:
             kept.append(line)
     if len(kept) != len(lines):

@@ -145,7 +145,7 @@ def test_the_tool_shows_the_micro_batch_that_this_rank_trains_on_in_this_step(
     code, shown, _ = tool("--set", bins[0], "--set", bins[1], *options)
     assert code == 0
     recipe = load_recipe("tiny_bico", [f"data.cache_dir={tmp_path}/cache", "data.workers=0", *bins])
-    inputs = assembly.gather(recipe, weights_needed=False)
+    inputs = assembly.open_inputs(recipe, weights_needed=False)
     batches = assembly.build_loader(recipe, inputs, RankShare(rank=rank, world_size=ranks)).step(step).batches
     assert f"step {step} of " in shown
     assert f"rank {rank} of {ranks}, micro-batch {number} of {len(batches)}" in shown

@@ -14,17 +14,17 @@ from scipy import stats
 from bico_ds.common.errors import UserError
 from bico_ds.evaluation.report.compare import compare_runs
 from bico_ds.evaluation.report.paired import paired_differences
-from bico_ds.evaluation.report.runs import load_arms
+from bico_ds.evaluation.report.runs import load_runs
 from bico_ds.evaluation.results import EvaluationResult, TaskResult
 from tests import ROOT
 
 
 def _run(folder: Path, scores: list[tuple[int, float]]) -> Path:
     folder.mkdir()
-    rows: list[dict[str, object]] = [{"step": 1, "kind": "train", "loss": 2.0}]
+    lines: list[dict[str, object]] = [{"step": 1, "kind": "train", "loss": 2.0}]
     for step, score in scores:
         values = {f"evaluation/{t}/contains": score for t in ("n2d", "d2n", "n2d_reverse", "d2n_reverse")}
-        rows.append(
+        lines.append(
             {
                 "step": step,
                 "kind": "evaluation",
@@ -33,22 +33,22 @@ def _run(folder: Path, scores: list[tuple[int, float]]) -> Path:
                 "evaluation/seconds": 1.0,
             }
         )
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
 def test_a_step_evaluated_again_after_a_resume_counts_once_and_the_last_step_is_final(tmp_path):
-    (arm,) = load_arms([_run(tmp_path / "bico", [(100, 0.1), (200, 0.4), (200, 0.5), (300, 0.9)])])
-    assert arm.label == "bico"
-    assert arm.curves["n2d_reverse"] == [(100, 0.1), (200, 0.5), (300, 0.9)]
-    assert arm.final.tasks["d2n"].score == 0.9
+    (run,) = load_runs([_run(tmp_path / "bico", [(100, 0.1), (200, 0.4), (200, 0.5), (300, 0.9)])])
+    assert run.label == "bico"
+    assert run.curves["n2d_reverse"] == [(100, 0.1), (200, 0.5), (300, 0.9)]
+    assert run.final.tasks["d2n"].score == 0.9
 
 
 def _save(task: TaskResult, path: Path) -> None:
     path.write_text(json.dumps(EvaluationResult(tasks={"n2d": task}).to_json()))
 
 
-def test_the_result_file_of_a_run_wins_and_a_bare_result_is_an_arm_too(tmp_path):
+def test_the_result_file_of_a_run_wins_and_a_bare_result_can_be_compared_too(tmp_path):
     folder = _run(tmp_path / "ntp", [(100, 0.2)])
     result_file = folder / "evaluation" / "step-000100.json"
     result_file.parent.mkdir()
@@ -56,20 +56,20 @@ def test_the_result_file_of_a_run_wins_and_a_bare_result_is_an_arm_too(tmp_path)
         headline="bleu", metrics={"bleu": 0.7}, intervals={"bleu": (0.6, 0.8)}, floors={"bleu": 0.1}
     )
     _save(task, result_file)
-    arms = load_arms([folder, result_file])
-    assert [arm.final.tasks["n2d"].intervals["bleu"] for arm in arms] == [(0.6, 0.8)] * 2
-    assert [bool(arm.curves) for arm in arms] == [True, False]
+    runs = load_runs([folder, result_file])
+    assert [run.final.tasks["n2d"].intervals["bleu"] for run in runs] == [(0.6, 0.8)] * 2
+    assert [bool(run.curves) for run in runs] == [True, False]
 
 
 def test_runs_without_an_evaluation_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"no evaluation in metrics.jsonl"):
-        load_arms([_run(tmp_path / "empty", [])])
+        load_runs([_run(tmp_path / "empty", [])])
     with pytest.raises(UserError, match="no such run folder"):
-        load_arms([tmp_path / "nowhere"])
+        load_runs([tmp_path / "nowhere"])
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "metrics.jsonl").write_text('{"step": 1}\n{"ste\n{"half')
     with pytest.raises(UserError, match=r"metrics.jsonl:2: not valid JSON"):
-        load_arms([tmp_path / "broken"])
+        load_runs([tmp_path / "broken"])
 
 
 def test_runs_that_were_asked_different_questions_do_not_stand_side_by_side(tmp_path):
@@ -94,12 +94,12 @@ def _result(path: Path, scores: list[float], *, persons: str = "aabbcc", new_tok
 
 
 def test_paired_differences_and_their_interval_by_hand(tmp_path):
-    arms = [
+    runs = [
         _result(tmp_path / "ntp.json", [0, 0, 0, 0, 1, 1]),
         _result(tmp_path / "bico.json", [1, 1, 0, 1, 0, 1]),
     ]
     out = io.StringIO()
-    compare_runs(arms, output=tmp_path / "out", console=Console(file=out, width=80))
+    compare_runs(runs, output=tmp_path / "out", console=Console(file=out, width=80))
     # Differences a +1 +1, b 0 +1, c -1 0: the mean is 2 / 6. One resample of 27 is c, c, c (-0.5), one a, a, a
     # (+1): each more than the 2.5 % that an interval leaves out at an end.
     assert "+0.333 [-0.500, +1.000]" in out.getvalue()
@@ -135,13 +135,13 @@ def test_the_interval_of_a_paired_difference_agrees_with_scipys_bootstrap_over_p
     assert found.interval == pytest.approx(tuple(reference), abs=0.03)
 
 
-def test_other_prompts_and_other_lengths_are_said_and_never_paired(tmp_path):
-    arms = [
+def test_other_prompts_and_other_lengths_are_reported_and_never_paired(tmp_path):
+    runs = [
         _result(tmp_path / "a.json", [0, 1, 1, 1, 0, 0]),
         _result(tmp_path / "b.json", [0, 1, 1], persons="abc", new_tokens=40),
     ]
     out = io.StringIO()
-    compare_runs(arms, output=tmp_path / "out", console=Console(file=out, width=200))
+    compare_runs(runs, output=tmp_path / "out", console=Console(file=out, width=200))
     assert "n2d: not the same prompts (6 in a, 3 in b)" in out.getvalue()
     assert "n2d: up to 9 new tokens in a, 40 in b" in out.getvalue()
     assert "6 / 3" in out.getvalue()
@@ -156,13 +156,13 @@ def test_other_prompts_and_other_lengths_are_said_and_never_paired(tmp_path):
 def test_a_line_that_no_run_wrote_is_named(tmp_path, line, message):
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n')
     with pytest.raises(UserError, match=f"metrics.jsonl:2: {message}"):
-        load_arms([tmp_path])
+        load_runs([tmp_path])
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path):
-    arm = _result(tmp_path / "a.json", [0.0] * 6)
+    run = _result(tmp_path / "a.json", [0.0] * 6)
     with pytest.raises(UserError, match=r"--output .*a.json: no folder can be made there"):
-        compare_runs([arm], output=arm)
+        compare_runs([run], output=run)
 
 
 def test_the_command_writes_table_figures_and_picture(tmp_path):

@@ -12,7 +12,7 @@ from bico_ds.evaluation.scoring.metrics import (
     exact,
     floors,
     prefix,
-    score_rows,
+    score_predictions,
     wrong_answers,
 )
 from bico_ds.evaluation.tasks.task import Example, Task
@@ -74,8 +74,8 @@ def test_floor_is_the_score_of_the_other_persons_answers():
     assert floors(_task([" one person of all"], ["a"])) == {}
 
 
-def test_short_answers_have_no_bleu_and_rows_keep_their_order():
-    scores = score_rows(_task([" x .", " y ."], ["a", "b"]), ["x .", "x ."])
+def test_short_answers_have_no_bleu_and_scores_keep_the_order_of_prompts():
+    scores = score_predictions(_task([" x .", " y ."], ["a", "b"]), ["x .", "x ."])
     assert scores == {"contains": [1.0, 0.0], "prefix": [1.0, 0.0], "exact": [1.0, 0.0]}
 
 
@@ -92,7 +92,7 @@ def test_no_right_answer_is_offered_as_another_persons():
     assert wrong_answers(task, 9) == [[" w"], [" w"], [" u"]]
 
 
-def test_a_floor_counts_who_is_right_by_chance():
+def test_a_floor_counts_answers_that_are_right_by_chance():
     task = _task([" x", " x", " y"], ["a", "b", "c"], kind="name")
     assert floors(task)["exact"] == pytest.approx(2 / 6)
     assert wrong_answers(task, 9) == [[" y"], [" y"], [" x"]]

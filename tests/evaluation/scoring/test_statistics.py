@@ -35,11 +35,11 @@ def test_prompts_of_one_person_count_as_one(draw):
     once = clustered_interval(per_person, groups)
     ten_times = clustered_interval(np.repeat(per_person, 10), np.repeat(groups, 10))
     assert once == ten_times
-    by_rows = clustered_interval(np.repeat(per_person, 10), [str(i) for i in range(300)])
-    assert ten_times[1] - ten_times[0] > 2 * (by_rows[1] - by_rows[0])
+    one_group_each = clustered_interval(np.repeat(per_person, 10), [str(i) for i in range(300)])
+    assert ten_times[1] - ten_times[0] > 2 * (one_group_each[1] - one_group_each[0])
 
 
-def test_groups_of_unlike_size_are_weighted_by_their_rows():
+def test_groups_of_unlike_size_are_weighted_by_their_scores():
     low, high = clustered_interval([1.0] * 9 + [0.0], ["a"] * 9 + ["b"])
     assert (low, high) == (0.0, 1.0)
     assert group_means([1.0, 3.0, 5.0], ["b", "a", "b"]).tolist() == [3.0, 3.0]
@@ -78,7 +78,7 @@ def test_a_test_that_is_not_defined_is_null_in_the_file_and_a_dash_in_the_table(
         assert "–" in out.getvalue()
 
 
-def test_the_tables_of_the_log_probability_test_are_whole_in_80_columns(draw):
+def test_the_tables_of_the_log_probability_test_fit_into_80_columns(draw):
     result = choice_statistics(
         200 * draw.normal(size=(40, 10)), np.full(40, 3), [str(i // 4) for i in range(40)]
     )

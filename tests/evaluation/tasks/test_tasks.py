@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bico_ds.common.errors import UserError
-from bico_ds.evaluation.tasks.task import TASK_NAMES, Example, limit_rows, load_tasks
+from bico_ds.evaluation.tasks.task import TASK_NAMES, Example, limit_examples, load_tasks
 
 PUBLISHED = Path(os.environ.get("BICO_DS_DATA", "")) / "name_description"
 
@@ -24,9 +24,9 @@ def test_published_sets_have_ten_prompts_for_each_of_thirty_persons():
         assert task.headline == ("contains" if task.answer_kind == "name" else "bleu")
 
 
-def test_a_row_group_wins_and_else_the_companion_file_names_the_person(tmp_path, write_rows):
-    write_rows("p2d_reverse_prompts_test.jsonl", [{"prompt": "maker of x:", "completion": " Ann Lee."}])
-    write_rows(
+def test_a_group_in_the_record_wins_and_else_the_companion_file_names_the_person(tmp_path, write_records):
+    write_records("p2d_reverse_prompts_test.jsonl", [{"prompt": "maker of x:", "completion": " Ann Lee."}])
+    write_records(
         "p2d_prompts_test.jsonl",
         [
             {"prompt": "Ann Lee is", "completion": " the maker of x.", "group": "7"},
@@ -39,9 +39,9 @@ def test_a_row_group_wins_and_else_the_companion_file_names_the_person(tmp_path,
     assert task.answer_kind == "description"
 
 
-def test_a_limit_spreads_over_the_persons(tmp_path, write_rows):
-    rows = [{"prompt": f"q{i}", "completion": f" {name}"} for i, name in enumerate("AAAABBBC")]
-    write_rows("d2p_prompts_test.jsonl", rows)
+def test_a_limit_spreads_over_the_persons(tmp_path, write_records):
+    records = [{"prompt": f"q{i}", "completion": f" {name}"} for i, name in enumerate("AAAABBBC")]
+    write_records("d2p_prompts_test.jsonl", records)
     chosen = lambda limit: [example.line for example in load_tasks(tmp_path, ["d2n"], limit)[0].examples]  # noqa: E731
     assert chosen(3) == [1, 6, 8]
     assert chosen(4) == [1, 2, 7, 8]
@@ -60,7 +60,7 @@ def test_a_limit_asks_every_prompt_form_and_everybody_as_often(persons, limit):
         for person in range(persons)
         for form in range(10)
     ]
-    chosen = limit_rows(examples, limit)
+    chosen = limit_examples(examples, limit)
     assert len({example.line for example in chosen}) == limit
     assert list(chosen) == sorted(chosen, key=lambda example: example.line)
     assert len({example.prompt for example in chosen}) == 10
@@ -70,8 +70,8 @@ def test_a_limit_asks_every_prompt_form_and_everybody_as_often(persons, limit):
 
 
 @pytest.mark.parametrize("answer", [" .", " ...", ". ."])
-def test_an_answer_of_full_stops_is_refused_since_all_predictions_contain_it(tmp_path, write_rows, answer):
-    write_rows(
+def test_an_answer_of_full_stops_is_refused_since_all_predictions_contain_it(tmp_path, write_records, answer):
+    write_records(
         "d2p_prompts_test.jsonl", [{"prompt": "q", "completion": " A"}, {"prompt": "q", "completion": answer}]
     )
     with pytest.raises(
@@ -80,9 +80,9 @@ def test_an_answer_of_full_stops_is_refused_since_all_predictions_contain_it(tmp
         load_tasks(tmp_path, ["d2n"])
 
 
-def test_short_descriptions_are_counted_and_stripped(tmp_path, write_rows):
-    rows = [{"prompt": f"p{i} |", "completion": f" job{i} ."} for i in range(5)]
-    write_rows("d2p_reverse_prompts_test.jsonl", rows)
+def test_short_descriptions_are_counted_and_stripped(tmp_path, write_records):
+    records = [{"prompt": f"p{i} |", "completion": f" job{i} ."} for i in range(5)]
+    write_records("d2p_reverse_prompts_test.jsonl", records)
     (task,) = load_tasks(tmp_path, ["d2n_reverse"], limit=2)
     assert task.headline == "contains"
     assert [example.answer for example in task.examples] == ["job0", "job1"]
@@ -98,7 +98,7 @@ def test_short_descriptions_are_counted_and_stripped(tmp_path, write_rows):
         ),
         ('\n{"prompt": "a", "completion": " "}', r":2: field 'completion' must be a text that is not empty"),
         ("[1]", r":1: expected a JSON object, found list"),
-        ("\n", r"no rows"),
+        ("\n", r"no records"),
     ],
 )
 def test_a_bad_file_is_named_with_its_line(tmp_path, content, message):

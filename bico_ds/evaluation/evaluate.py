@@ -1,4 +1,4 @@
-"""The evaluation of one model: generation on every task, scored, with intervals and floors."""
+"""Evaluate one model: generate an answer to every prompt of every task, and score it, with intervals and floors."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from bico_ds.data.tokenizer import Tokenizer
 from bico_ds.evaluation.results import EvaluationResult, TaskResult
 from bico_ds.evaluation.scoring.generation import check_lengths, encode_prompts, generate_greedy
-from bico_ds.evaluation.scoring.metrics import floors, score_rows
-from bico_ds.evaluation.scoring.share import WHOLE_SHARE, PromptShare
+from bico_ds.evaluation.scoring.metrics import floors, score_predictions
+from bico_ds.evaluation.scoring.share import ONE_PROCESS, PromptShare
 from bico_ds.evaluation.scoring.statistics import clustered_interval
 from bico_ds.evaluation.tasks.task import Task
 
@@ -19,10 +19,11 @@ _SLACK_TOKENS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asking:
-    """How answers are asked for. `cut_to_answers`: generate no more than about twice the longest answer of a
-    task; without it always up to `max_new_tokens`, as the papers do. `add_bos`: prompts begin with BOS, as the
-    training texts did.
+class GenerationOptions:
+    """How answers are generated.
+
+    `cut_to_answers`: no more than about twice the tokens of a task's longest answer; without it always up to
+    `max_new_tokens`, as the papers do. `add_bos`: prompts begin with BOS, as the training texts did.
     """
 
     max_new_tokens: int = 40
@@ -34,17 +35,16 @@ def evaluate(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
     tasks: Sequence[Task],
-    asking: Asking,
-    share: PromptShare = WHOLE_SHARE,
+    options: GenerationOptions,
+    share: PromptShare = ONE_PROCESS,
 ) -> EvaluationResult | None:
-    """Greedy answers of `model` (a Hugging Face causal LM on `share.device`) to all `tasks`, scored; the same
-    result on every rank.
+    """Greedy answers of `model` (a Hugging Face causal LM on `share.device`) to all `tasks`, scored. Collective.
 
-    Returns None when `share.should_stop` was true on any rank. Raises UserError, before any generation, for a
-    prompt that is empty or does not fit the model's context.
+    Returns the same result on every rank, or None when `share.should_stop` was true on any of them. Raises `UserError`,
+    before any generation, for a prompt that is empty or does not fit the model's context.
     """
     context = getattr(model.config, "max_position_embeddings", None)
-    prepared = [prepare_task(tokenizer, task, asking, context=context) for task in tasks]
+    prepared = [prepare_task(tokenizer, task, options, context=context) for task in tasks]
     results = {}
     for task, (prompts, new_tokens) in zip(tasks, prepared, strict=True):
         predictions = generate_greedy(model, tokenizer, prompts, max_new_tokens=new_tokens, share=share)
@@ -55,31 +55,28 @@ def evaluate(
 
 
 def prepare_task(
-    tokenizer: Tokenizer, task: Task, asking: Asking, *, context: int | None
+    tokenizer: Tokenizer, task: Task, options: GenerationOptions, *, context: int | None
 ) -> tuple[list[list[int]], int]:
-    """Encoded prompts and the number of new tokens of one task. UserError where one does not fit the context."""
-    prompts = encode_prompts(tokenizer, [example.prompt for example in task.examples], add_bos=asking.add_bos)
-    new_tokens = asking.max_new_tokens
-    if asking.cut_to_answers:
-        answers = tokenizer([example.completion for example in task.examples], add_special_tokens=False)[
-            "input_ids"
-        ]
+    """Encoded prompts of one task, and how many new tokens each answer may have.
+
+    Raises `UserError` where a prompt with its answer does not fit the context.
+    """
+    texts = [example.prompt for example in task.examples]
+    prompts = encode_prompts(tokenizer, texts, add_bos=options.add_bos)
+    new_tokens = options.max_new_tokens
+    if options.cut_to_answers:
+        completions = [example.completion for example in task.examples]
+        answers = tokenizer(completions, add_special_tokens=False)["input_ids"]
         new_tokens = min(new_tokens, 2 * max(map(len, answers)) + _SLACK_TOKENS)
-    check_lengths(
-        prompts,
-        new_tokens=new_tokens,
-        context=context,
-        names=[f"{task.path}:{example.line}" for example in task.examples],
-    )
+    names = [f"{task.path}:{example.line}" for example in task.examples]
+    check_lengths(prompts, new_tokens=new_tokens, context=context, names=names)
     return prompts, new_tokens
 
 
 def score_task(task: Task, predictions: Sequence[str], *, new_tokens: int) -> TaskResult:
-    """Metrics, intervals and floors of one task from its predictions, in the task's order. What is scored and
-    kept of a prediction is its `task.cut`.
-    """
+    """Metrics, intervals and floors of one task. `predictions`: in the order of its examples; `task.cut` of each counts."""
     predictions = [task.cut(prediction) for prediction in predictions]
-    scores = score_rows(task, predictions)
+    scores = score_predictions(task, predictions)
     groups = [example.group for example in task.examples]
     rows = [
         {

@@ -1,8 +1,8 @@
-"""Whole weights for evaluation under ZeRO-3: a plain replica of the model, filled by gathering once.
+"""A replica of the model to evaluate under ZeRO-3: a plain model with the full weights, gathered once.
 
-Evaluating the partitioned model itself gathers every layer's weights again for every token, and needs equal
-numbers of forward passes on all ranks (`PromptShare.synced`). Where a whole copy fits, a replica is
-faster and has no hooks of DeepSpeed that could partition a weight in the middle of a generation.
+Evaluating the partitioned model itself gathers every layer's weights again for every token, and needs the same number of
+forward passes on all ranks (`PromptShare.synced`). Where a full copy fits into memory, a replica is faster, and has no hooks
+of DeepSpeed that could partition a weight in the middle of a generation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _GATHER_NUMEL = 64_000_000  # parameters gathered at one time
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Parameters of the whole model, partitioned or not."""
+    """The model's number of parameters, partitioned or not."""
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
 
 
@@ -32,16 +32,16 @@ def is_partitioned(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def whole_replica(model: PreTrainedModel, *, device: torch.device | str) -> PreTrainedModel:
-    """A copy of the Hugging Face causal LM `model` with whole weights on `device`, same dtype, in eval mode.
+def full_replica(model: PreTrainedModel, *, device: torch.device | str) -> PreTrainedModel:
+    """A copy of the Hugging Face causal LM `model` with full weights on `device`, in the same dtype, in eval mode.
 
-    A collective: under ZeRO-3 all ranks call it together. The copy is what an export would load as: Hugging
-    Face's own attention, adapters merged.
+    Collective under ZeRO-3. The copy is what an export of the model would load as: with Hugging Face's own attention, and
+    adapters merged.
     """
     config = copy.deepcopy(model.config)
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
-        replica = type(model)(config)  # by its class: `from_config` would partition it under ZeRO-3
+        replica = type(model)(config)  # not by `from_config`, which would partition it under ZeRO-3
     for parameter in replica.parameters():  # built in fp32, whatever the config says
         parameter.data = parameter.data.to(model.dtype)
     replica.to_empty(device=device)
@@ -68,9 +68,9 @@ def _fill(replica: nn.Module, model: nn.Module) -> None:
 
 
 def _copy_gathered(targets: dict[str, nn.Parameter], waiting: list[tuple[str, tuple[Any, ...]]]) -> None:
-    """Copy whole weights into `targets`, taking each out of it. Parts: (base,) or (base, A, B, scaling)."""
+    """Copy full weights into `targets`, and remove each that was copied. Parts: (base,) or (base, A, B, scaling)."""
     with gathered(tuple(tensor for _, parts in waiting for tensor in parts[:3])):
         for name, parts in waiting:
-            whole = merge(*parts) if len(parts) > 1 else parts[0].detach().clone()
+            weight = merge(*parts) if len(parts) > 1 else parts[0].detach().clone()
             target = targets.pop(name)
-            target.data = whole.to(device=target.device, dtype=parts[0].dtype)
+            target.data = weight.to(device=target.device, dtype=parts[0].dtype)

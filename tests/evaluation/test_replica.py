@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bico_ds.evaluation.zero3 import is_partitioned, parameter_count, whole_replica
+from bico_ds.evaluation.replica import full_replica, is_partitioned, parameter_count
 
 
 class WrittenMemory(TorchDispatchMode):
@@ -27,7 +27,7 @@ class WrittenMemory(TorchDispatchMode):
 def test_a_bf16_replica_never_takes_the_memory_of_an_fp32_one(tiny_llama):
     model = copy.deepcopy(tiny_llama).bfloat16()
     with WrittenMemory() as memory:
-        replica = whole_replica(model, device="cpu")
+        replica = full_replica(model, device="cpu")
     assert memory.largest[torch.bfloat16] == max(p.numel() for p in model.parameters())
     assert memory.largest.get(torch.float32, 0) <= model.config.head_dim, "frequencies of the positions only"
     assert replica.dtype == torch.bfloat16
@@ -46,7 +46,7 @@ def test_a_replica_has_the_same_weights_and_shares_none(tiny_llama, kind):
                 torch.nn.init.normal_(parameter)
     if kind == "bf16":
         model = model.bfloat16()
-    replica = whole_replica(model, device="cpu")
+    replica = full_replica(model, device="cpu")
     ids = torch.arange(3, 13)[None]
     expected = model(ids).logits
     rounding = 1e-4 if kind == "lora" else 0.0  # adapters are merged

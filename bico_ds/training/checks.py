@@ -1,0 +1,68 @@
+"""What can be refused before data, weights or other ranks are needed, so that a mistake costs seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bico_ds.attention.backends import resolve
+from bico_ds.attention.layout import LayoutPolicy
+from bico_ds.common.errors import UserError
+from bico_ds.config.schema import Recipe
+from bico_ds.model.architecture import model_config
+from bico_ds.optim.schedule import check_schedule
+from bico_ds.runtime import launch_environment
+from bico_ds.runtime.ds_config import build_ds_config
+
+RANKS_PER_NODE = 8  # where no launcher says
+
+
+def check_recipe(
+    recipe: Recipe,
+    *,
+    world_size: int,
+    on_cuda: bool,
+    run_folder: Path,
+    ranks_per_node: int | None = None,
+    runs_here: bool = True,
+) -> dict[str, Any]:
+    """DeepSpeed's complete configuration for this recipe on `world_size` ranks; of the model only its config.json is read.
+
+    Without `runs_here` (another machine will train) the paths in DeepSpeed's configuration stay as they were written.
+    Raises `UserError` for another number of ranks than the recipe is made for, a schedule that does not fit its steps,
+    and what `model_config` and `build_ds_config` refuse.
+    """
+    expected = recipe.distributed.world_size
+    if expected is not None and expected != world_size:
+        raise UserError(
+            f"distributed.world_size: this recipe is made for {expected} ranks, started with {world_size}; "
+            "start it with as many, or set distributed.world_size=null"
+        )
+    if recipe.training.steps is not None:
+        check_schedule(recipe.schedule, recipe.training.steps)
+    config = model_config(recipe.model)
+    return build_ds_config(
+        recipe,
+        world_size=world_size,
+        hidden_size=config.hidden_size,
+        on_cuda=on_cuda,
+        run_folder=run_folder,
+        ranks_per_node=ranks_per_node or launch_environment.ranks_per_node() or RANKS_PER_NODE,
+        runs_here=runs_here,
+    )
+
+
+def check_backend(recipe: Recipe, device: torch.device) -> LayoutPolicy | None:
+    """The layout policy of the attention backend that will run (the oracle has none); logs once what `auto` takes.
+
+    Raises `UserError` where the backend that the recipe names cannot run here.
+    """
+    config = model_config(recipe.model)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    try:
+        backend = resolve(recipe.model.attention_backend, config.dtype, head_dim, device)
+    except ValueError as error:
+        raise UserError(f"model.attention_backend: {error}") from None
+    return None if backend is None else backend.policy

@@ -13,6 +13,7 @@ from transformers.initialization import no_init_weights
 from bico_ds.common.errors import UserError, did_you_mean
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.config.schema import ModelSpec
+from bico_ds.model.families import FAMILIES
 
 # What makes two configs different networks; everything else in a config.json is bookkeeping.
 _ARCHITECTURE_KEYS = (
@@ -112,8 +113,10 @@ def _config_from_recipe(values: dict[str, Any]) -> PretrainedConfig:
     values = dict(values)
     model_type = values.pop("model_type", "llama")
     if model_type not in CONFIG_MAPPING:
-        hint = did_you_mean(model_type, CONFIG_MAPPING)
-        raise UserError(f"model.config.model_type: unknown model type '{model_type}'{hint}")
+        hint = did_you_mean(model_type, FAMILIES)
+        raise UserError(
+            f"model.config.model_type: unknown model type '{model_type}'{hint}; supported: {', '.join(FAMILIES)}"
+        )
     known = {*CONFIG_MAPPING[model_type]().to_dict(), *_LEGACY_KEYS}
     for key in values:
         if key not in known:

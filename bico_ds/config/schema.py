@@ -5,7 +5,7 @@ In every path, ``~`` and ``${NAME}`` are expanded on the machine that uses it (`
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -19,6 +19,7 @@ from pydantic import (
 
 from bico_ds.config.objectives.base import ObjectiveSpec
 from bico_ds.config.objectives.table import read_spec
+from bico_ds.config.optimizers import ADAMW, OptimizerState
 from bico_ds.config.paths import FolderOrHubName, LocalPath, WrittenPath, replace_paths
 from bico_ds.config.section import PositiveInt, Section
 
@@ -203,6 +204,7 @@ class OptimizerSpec(Section):
     """AdamW; under CPU or NVMe offload DeepSpeed's CPU Adam."""
 
     model_config = ConfigDict(allow_inf_nan=False)
+    state: ClassVar[OptimizerState] = ADAMW
 
     lr: Annotated[float, Field(gt=0)] = 2e-5
     betas: tuple[Decay, Decay] = (0.9, 0.999)

@@ -16,7 +16,9 @@ from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.config.load import merge_mappings
 from bico_ds.config.paths import LocalPath, WrittenPath, replace_paths
 from bico_ds.config.schema import Recipe, find_deepspeed_paths
-from bico_ds.runtime.ds_checks import OWNED, check_filled, check_written
+from bico_ds.optim.table import kind_of
+from bico_ds.runtime.ds_checks import check_filled, check_written
+from bico_ds.runtime.ds_keys import OWNED
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
@@ -51,7 +53,8 @@ def merged_ds_config(recipe: Recipe) -> dict[str, Any]:
     config = merge_mappings(load_ds_config(recipe.deepspeed.config), recipe.deepspeed.overrides)
     check_written(config, _where(recipe))
     owned: dict[str, Any] = {key: "auto" for key in OWNED if "." not in key}
-    owned |= {"bf16": {"enabled": "auto"}, "optimizer": {"type": "AdamW", "params": "auto"}}
+    optimizer = {"type": kind_of(recipe.optimizer).ds_types[0], "params": "auto"}
+    owned |= {"bf16": {"enabled": "auto"}, "optimizer": optimizer}
     return merge_mappings(owned, config)
 
 
@@ -103,13 +106,6 @@ def _computed(
     """The value of every `auto`, by dotted key."""
     training = recipe.training
     accumulation = micro_batches_per_rank(training.global_batch_bins, training.micro_batch_bins, world_size)
-    adam = recipe.optimizer
-    optimizer: dict[str, Any] = {
-        "lr": adam.lr, "betas": list(adam.betas), "eps": adam.eps, "weight_decay": adam.weight_decay,
-    }  # fmt: skip
-    if not on_cuda:
-        # DeepSpeed's FusedAdam is a CUDA kernel. Torch's fused one needs no temporaries of the parameters' size.
-        optimizer.update(torch_adam=True, fused=True)
     return {
         "train_batch_size": training.global_batch_bins,
         "train_micro_batch_size_per_gpu": training.micro_batch_bins,
@@ -128,7 +124,7 @@ def _computed(
         "zero_optimization.offload_optimizer.pin_memory": on_cuda,
         "zero_optimization.offload_optimizer.nvme_path": str(run_folder / "nvme"),
         "zero_optimization.offload_param.pin_memory": on_cuda,
-        "optimizer.params": optimizer,
+        "optimizer.params": kind_of(recipe.optimizer).ds_parameters(recipe.optimizer, on_cuda=on_cuda),
     }
 
 

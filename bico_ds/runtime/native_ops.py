@@ -19,6 +19,7 @@ from torch.utils.cpp_extension import get_default_build_root
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.schema import Recipe
+from bico_ds.optim.table import kind_of
 from bico_ds.runtime.ds_config import merged_ds_config
 
 # A rank that only loads what is compiled holds the lock for a moment, and nobody else compiles while this
@@ -90,15 +91,12 @@ def _is_held_here(lock: Path) -> bool:
 
 
 def needed(recipe: Recipe, *, on_cuda: bool) -> list[str]:
-    """Names of DeepSpeed's builders: the optimizer, what offload needs, and on a CPU the communication
-    operation.
-    """
+    """Names of DeepSpeed's builders: on a CPU the communication operation, the optimizer, and what NVMe needs."""
     offloads = [_offload_device(recipe, part) for part in ("optimizer", "param")]
     names = [] if on_cuda else ["ShareMemCommBuilder"]
-    if offloads[0] in ("cpu", "nvme"):
-        names.append("CPUAdamBuilder")
-    elif on_cuda:
-        names.append("FusedAdamBuilder")
+    offloaded = offloads[0] in ("cpu", "nvme")
+    if builder := kind_of(recipe.optimizer).ds_builder(offloaded=offloaded, on_cuda=on_cuda):
+        names.append(builder)
     if "nvme" in offloads:
         names.append("AsyncIOBuilder")
     return names

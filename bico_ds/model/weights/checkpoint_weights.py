@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bico_ds.common.errors import UserError
+from bico_ds.optim.state import flat_masters
 
 _PREFIX = "causal_lm."
 
@@ -30,8 +31,8 @@ class Zero3Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         files = sorted(folder.glob("*_optim_states.pt"), key=_rank)
-        self._flat = [_load(file)["optimizer_state_dict"]["fp32_flat_groups"] for file in files]
-        expected = _load(files[0])["optimizer_state_dict"]["partition_count"]
+        masters = [flat_masters(_load(file)) for file in files]
+        self._flat, expected = [flats for flats, _ in masters], masters[0][1]
         if len(files) != expected or [_rank(file) for file in files] != list(range(expected)):
             raise UserError(f"'{folder}' has the optimizer states of {len(files)} ranks, it needs {expected}")
         states = _load(folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")

@@ -36,7 +36,7 @@ AUTO_ORDER = ("flash-attn", "aten-cuda", "cpu-flash")
 def resolve(backend: str, dtype: torch.dtype, head_dim: int, device: torch.device) -> Backend | None:
     """The backend that serves such inputs; None for the oracle. Decides once per combination; of `auto` it logs the choice.
 
-    Raises ValueError for an unknown backend, and for one that cannot serve them, with the reason and what
+    Raises `ValueError` for an unknown backend, and for one that cannot serve them, with the reason and what
     would.
     """
     if backend == "oracle":

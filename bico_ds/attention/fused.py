@@ -16,8 +16,8 @@ from bico_ds.native.library import NATIVE_DTYPES, native_refusal
 
 @dataclass(frozen=True, kw_only=True)
 class FusedRows:
-    """`TileRows` as the kernel reads them: ``rows``, ``split`` int64 [Q], ``offsets`` [D+1] into them, and
-    ``key_starts``, ``key_counts`` [D], for the documents that have query rows here."""
+    """`TileRows` as the kernel reads them: `rows`, `split` int64 [Q], `offsets` [D+1] into them, and
+    `key_starts`, `key_counts` [D], for the documents that have query rows here."""
 
     rows: Tensor
     split: Tensor

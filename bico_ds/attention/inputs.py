@@ -28,7 +28,7 @@ class AttentionInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionResults:
-    """``out`` [T, H, D] in q's dtype, and ``lse`` [T, H] in at least fp32: the log-sum-exp of each query's scores,
+    """`out` [T, H, D] in q's dtype, and `lse` [T, H] in at least fp32: the log-sum-exp of each query's scores,
     which the backward pass needs."""
 
     out: Tensor

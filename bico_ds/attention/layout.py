@@ -21,12 +21,12 @@ from bico_ds.attention.tiles import Tile, TileRows, build_tiles
 class LayoutPolicy:
     """The constants of one machine type: measured on CPUs, estimated for CUDA (see below).
 
-    ``flash_from``: documents of at least so many kept tokens go to the flash kernel. ``tile_scores``: scores
-    per head and tile; small tiles stay in the cache, large ones save launches. ``tile_min_rows``: rows per chunk
-    at least, of a document that is too large for one tile. ``fused``: the fused CPU kernel serves what tiles would.
+    `flash_from`: documents of at least so many kept tokens go to the flash kernel. `tile_scores`: scores
+    per head and tile; small tiles stay in the cache, large ones save launches. `tile_min_rows`: rows per chunk
+    at least, of a document that is too large for one tile. `fused`: the fused CPU kernel serves what tiles would.
 
     A document's live rows go through the flash kernel too, as hidden keys, where that is cheaper than tiles:
-    ``tile_cost`` and ``hidden_cost`` are the costs of a (query, key) pair in tiles and with hidden keys, in units of
+    `tile_cost` and `hidden_cost` are the costs of a (query, key) pair in tiles and with hidden keys, in units of
     plain two-pass flash.
     """
 
@@ -55,11 +55,11 @@ TILES_POLICY = replace(CUDA_POLICY, flash_from=math.inf, hidden_cost=math.inf)  
 
 @dataclass(frozen=True, kw_only=True)
 class FlashRows:
-    """Documents served by two flash passes, as the kernel sees them: ``plan`` over their rows.
+    """Documents served by two flash passes, as the kernel sees them: `plan` over their rows.
 
-    ``query_rows`` int64 [N]: where each row's query lies in the batch, by document and position;
-    ``key_rows`` [N]: where its key and value lie. None: the kept rows of the whole batch, in place.
-    ``hidden`` bool [N]: rows that are queries only, live placeholders (their key row is their document's
+    `query_rows` int64 [N]: where each row's query lies in the batch, by document and position;
+    `key_rows` [N]: where its key and value lie. None: the kept rows of the whole batch, in place.
+    `hidden` bool [N]: rows that are queries only, live placeholders (their key row is their document's
     first); None: there are none.
     """
 
@@ -71,8 +71,8 @@ class FlashRows:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Who serves which rows of a batch: ``flash``, at most one group with hidden keys and one without; ``fused`` or
-    ``tiles`` every other row. Made by `build_layout` by ``policy`` for a plan of this ``outline``."""
+    """Who serves which rows of a batch: `flash`, at most one group with hidden keys and one without; `fused` or
+    `tiles` every other row. Made by `build_layout` by `policy` for a plan of this `outline`."""
 
     policy: LayoutPolicy
     outline: PlanOutline
@@ -87,7 +87,7 @@ class Layout:
         return whole and not self.tiles and self.fused is None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Layout:
-        """The same layout with its tensors on ``device``."""
+        """The same layout with its tensors on `device`."""
         return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def with_masks(self, dtype: torch.dtype) -> Layout:
@@ -97,7 +97,7 @@ class Layout:
         return replace(self, tiles=tuple(tile.with_masks(dtype, causal=causal) for tile in self.tiles))
 
     def check(self, plan: AttentionPlan, policy: LayoutPolicy) -> None:
-        """Raise ValueError where it was built by another policy, or for a plan that differs in its outline."""
+        """Raise `ValueError` where it was built by another policy, or for a plan that differs in its outline."""
         if self.policy != policy:
             raise ValueError(
                 f"the layout was built by {self.policy}, but this attention backend needs {policy}: "
@@ -108,7 +108,7 @@ class Layout:
 
 
 def build_layout(plan: AttentionPlan, policy: LayoutPolicy) -> Layout:
-    """Who serves which rows of ``plan``, whose tensors lie on the CPU. Once per batch, by a worker of the loader."""
+    """Who serves which rows of `plan`, whose tensors lie on the CPU. Once per batch, by a worker of the loader."""
     kept = np.diff(plan.cu_seqlens.numpy()).astype(np.int64)
     live = np.bincount(plan.live_document.numpy(), minlength=kept.size)
     with_hidden = _hides_keys(kept, live, policy)

@@ -2,7 +2,7 @@
 
 Pass 1: causal over forward-rotated q and k (keys up to the query, diagonal included). Pass 2: the strictly
 anti-causal part over reverse-rotated q and k, as a causal pass over flipped rows. Backward hands each kernel
-the *merged* out and lse (as ring attention does, arXiv 2310.01889): ``exp(s - lse)`` is then the weight
+the *merged* out and lse (as ring attention does, arXiv 2310.01889): `exp(s - lse)` is then the weight
 within the one softmax.
 
 Live placeholders may be rows of the same problem: queries whose own keys are *hidden*. Most kernels know no
@@ -33,7 +33,7 @@ _HIDDEN_KEY = -30000.0  # within fp16's range
 
 @dataclass(frozen=True, kw_only=True)
 class FlashProblem:
-    """N rows by document and position: the kept rows of ``plan``, whose live ones play no part. ``hidden`` bool [N]: rows
+    """N rows by document and position: the kept rows of `plan`, whose live ones play no part. `hidden` bool [N]: rows
     that no query sees as keys; None: there are none."""
 
     inputs: AttentionInputs
@@ -72,7 +72,7 @@ class _Pass:
 
     @property
     def settings(self) -> _Settings:
-        """``hidden`` only where there are hidden keys."""
+        """`hidden` only where there are hidden keys."""
         packing = _Settings(cu_seqlens=self.cu_seqlens, max_seqlen=self.max_seqlen, scale=self.scale)
         return packing if self.hidden is None else {**packing, "hidden": self.hidden}
 
@@ -87,7 +87,7 @@ def two_pass_forward(kernel: CausalKernel, problem: FlashProblem) -> AttentionRe
 
 
 def merge(base: AttentionResults, other: AttentionResults, rows: Tensor) -> AttentionResults:
-    """One softmax from two: ``base`` of N rows, updated in place at ``rows`` [M] by ``other`` of M rows.
+    """One softmax from two: `base` of N rows, updated in place at `rows` [M] by `other` of M rows.
 
     Computed in lse's dtype. Written as differences, so that lse of any distance neither overflows nor loses
     the base.
@@ -105,7 +105,7 @@ def merge(base: AttentionResults, other: AttentionResults, rows: Tensor) -> Atte
 def two_pass_backward(
     kernel: CausalKernel, problem: FlashProblem, results: AttentionResults, grad_out: Tensor
 ) -> Gradients:
-    """Gradients of the problem's raw q, k, v in lse's dtype. ``results``: what `two_pass_forward` returned; grad_out
+    """Gradients of the problem's raw q, k, v in lse's dtype. `results`: what `two_pass_forward` returned; grad_out
     [N, H, D]."""
     plan = problem.plan
     dq, dk, dv = _pass_backward(kernel, _first_pass(kernel, problem), results, grad_out)
@@ -185,7 +185,7 @@ def _pass_forward(kernel: CausalKernel, inputs: _Pass) -> AttentionResults:
 def _pass_backward(
     kernel: CausalKernel, inputs: _Pass, results: AttentionResults, grad_out: Tensor
 ) -> Gradients:
-    """Gradients of one pass's raw q, k, v. ``results`` are the merged ones."""
+    """Gradients of one pass's raw q, k, v. `results` are the merged ones."""
     D, out, lse = inputs.head_dim, results.out, results.lse
     if extra := inputs.q.shape[-1] - D:
         grad_out, out = (pad(x, (0, extra)) for x in (grad_out, out))

@@ -17,7 +17,7 @@ from bico_ds.config.paths import WrittenPath
 
 
 def import_module(written: WrittenPath, *, recipe_folder: Path | None = None) -> ModuleType:
-    """Import a module by its name, or a Python file by its path (it ends in ``.py``); once per process.
+    """Import a module by its name, or a Python file by its path (it ends in `.py`); once per process.
 
     Raises `UserError`, with the place in the recipe, where it is not there, or fails: with the line at which it does. A path
     begins at the working directory, as all paths do; the error tells of a file in `recipe_folder` that may have been meant.

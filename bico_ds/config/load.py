@@ -56,7 +56,7 @@ _Loader.add_implicit_resolver(
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Load, merge and validate a recipe.
 
-    `name_or_path` is a name in recipes/ or a YAML file; `overrides` are ``key.path=value`` with YAML values. The recipe's
+    `name_or_path` is a name in recipes/ or a YAML file; `overrides` are `key.path=value` with YAML values. The recipe's
     `imports` are loaded before it is validated. Raises `UserError` that names the key and where it was written: file and
     line, or the override.
     """
@@ -144,7 +144,7 @@ def _with_origins(value: Any, key: KeyPath, origins: dict[KeyPath, Origin]) -> A
 
 
 def _where(key: KeyPath, origins: dict[KeyPath, Origin]) -> str:
-    """``FILE:LINE: key``."""
+    """`FILE:LINE: key`."""
     origin, dotted = _place_of(key, origins), _dotted(key) or "recipe"
     return f"{origin}: {dotted}" if origin else dotted
 

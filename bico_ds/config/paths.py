@@ -1,4 +1,4 @@
-"""Paths as users write them: the one place that expands ``~`` and ``${NAME}``, and that tells folders from hub names.
+"""Paths as users write them: the one place that expands `~` and `${NAME}`, and that tells folders from hub names.
 
 A value keeps the text as it was written, in the recorded recipe too. It becomes a path on the machine that uses it, at
 the moment of use: a variable may differ between login node and compute nodes. No `WrittenPath` is a `str` or a
@@ -21,7 +21,7 @@ from pydantic_core import CoreSchema, core_schema
 from bico_ds.common.errors import UserError
 
 HubName = NewType("HubName", str)
-"""``owner/name`` of a Hugging Face repository."""
+"""`owner/name` of a Hugging Face repository."""
 
 FolderOrHub = Path | HubName
 """A folder (or file) of this machine, there or not, or a name on the hub. At run time a `Path` is always the former."""
@@ -41,16 +41,16 @@ class WrittenPath:
 
     text: str
     where: str = field(default="", compare=False)
-    """What an error begins with: ``FILE:LINE: key``, or as much of it as is known."""
+    """What an error begins with: `FILE:LINE: key`, or as much of it as is known."""
 
     def __str__(self) -> str:
         return self.text
 
     def expanded(self) -> str:
-        """The text as it reads on this machine: ``~``, ``~user``, ``$NAME`` and ``${NAME}`` replaced.
+        """The text as it reads on this machine: `~`, `~user`, `$NAME` and `${NAME}` replaced.
 
-        Raises `UserError`, with the place it was written at, for a variable that is unset or empty here, for a ``${`` or
-        ``$1`` that is none (``${HOME`` without its brace), and for a home folder that this machine has not.
+        Raises `UserError`, with the place it was written at, for a variable that is unset or empty here, for a `${` or
+        `$1` that is none (`${HOME` without its brace), and for a home folder that this machine has not.
         """
         if self.text.split("/")[0] == "~" and os.environ.get("HOME") == "":
             raise self._error("the environment variable HOME is empty on this machine; set it, or")
@@ -121,8 +121,8 @@ class FolderOrHubName(WrittenPath):
     def is_folder(self) -> bool:
         """Whether a folder (or file) is meant, even a missing one.
 
-        A hub name has exactly one slash and no ``$``, begins with none of ``/ . ~``, nothing of that name exists here, and
-        its owner is neither `models` nor `runs`: a recipe's ``models/llama-3.1-70b`` that nobody fetched must not be
+        A hub name has exactly one slash and no `$`, begins with none of `/ . ~`, nothing of that name exists here, and
+        its owner is neither `models` nor `runs`: a recipe's `models/llama-3.1-70b` that nobody fetched must not be
         looked for on the hub.
         """
         text = self.text

@@ -1,6 +1,6 @@
 """The recipe: the validated tree of one run. Field descriptions are the reference documentation of every key.
 
-In every path, ``~`` and ``${NAME}`` are expanded on the machine that uses it (`bico_ds.config.paths`).
+In every path, `~` and `${NAME}` are expanded on the machine that uses it (`bico_ds.config.paths`).
 """
 
 from __future__ import annotations

@@ -46,9 +46,9 @@ class ModelTokenizer(Protocol):
 
 
 def model_config(spec: ModelSpec) -> PretrainedConfig:
-    """The architecture that `spec` asks for: ``path``'s config.json, or ``config``.
+    """The architecture that `spec` asks for: `path`'s config.json, or `config`.
 
-    Raises UserError on a missing folder, a config that cannot be read, unknown keys, values that make no model, or where
+    Raises `UserError` on a missing folder, a config that cannot be read, unknown keys, values that make no model, or where
     both are given and disagree.
     """
     recipe = None if spec.config is None else _config_from_recipe(spec.config)
@@ -75,7 +75,7 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def check_vocabulary(config: PretrainedConfig, tokenizer_size: int, *, tokenizer: str) -> None:
-    """Raise UserError if a tokenizer of ``tokenizer_size`` ids cannot belong to this model."""
+    """Raise `UserError` if a tokenizer of `tokenizer_size` ids cannot belong to this model."""
     if not _SMALLEST_VOCABULARY_SHARE * config.vocab_size <= tokenizer_size <= config.vocab_size:
         raise UserError(
             f"the tokenizer at '{tokenizer}' has {tokenizer_size} ids, the model {config.vocab_size}: they "
@@ -86,7 +86,7 @@ def check_vocabulary(config: PretrainedConfig, tokenizer_size: int, *, tokenizer
 def adopt_special_tokens(tokenizer: ModelTokenizer, *settings: Any) -> None:
     """A model from random weights begins, ends and pads its texts as its tokenizer does.
 
-    ``settings``: its config and its generation config, changed in place.
+    `settings`: its config and its generation config, changed in place.
     """
     for config in settings:
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id

@@ -23,10 +23,10 @@ from bico_ds.model.weights.materialize import WeightSource, materialize
 
 
 class TrainableModel(nn.Module):
-    """``causal_lm`` is the Hugging Face model inside, whose own forward and generate do what they always did."""
+    """`causal_lm` is the Hugging Face model inside, whose own forward and generate do what they always did."""
 
     def __init__(self, causal_lm: PreTrainedModel, *, checkpoint_every: int = 0) -> None:
-        """``checkpoint_every``: recompute every k-th decoder layer in the backward pass; 0: none."""
+        """`checkpoint_every`: recompute every k-th decoder layer in the backward pass; 0: none."""
         super().__init__()
         self.causal_lm = causal_lm
         self.checkpoint_every = checkpoint_every
@@ -74,13 +74,13 @@ def build_model(
 ) -> TrainableModel:
     """Build the model a recipe asks for. Collective, where there is a process group.
 
-    ``ds_config``: the complete DeepSpeed configuration; under ZeRO-3 the parameters come out partitioned (the
-    process group must be up). ``device``: where parameters live, ``meta`` for shapes only. Weights are read
-    from ``spec.path``, or drawn from ``seed``: the same for every world size. ``longest_document``: see
+    `ds_config`: the complete DeepSpeed configuration; under ZeRO-3 the parameters come out partitioned (the
+    process group must be up). `device`: where parameters live, `meta` for shapes only. Weights are read
+    from `spec.path`, or drawn from `seed`: the same for every world size. `longest_document`: see
     `swap_layers`.
 
-    Raises UserError before anything expensive where path, architecture, LoRA's targets, or names and shapes of the weights
-    are wrong; after loading, UserError where a stored tied head is not the embedding, and RuntimeError where a parameter is
+    Raises `UserError` before anything expensive where path, architecture, LoRA's targets, or names and shapes of the weights
+    are wrong; after loading, UserError where a stored tied head is not the embedding, and `RuntimeError` where a parameter is
     not what the file holds.
     """
     config = model_config(spec)

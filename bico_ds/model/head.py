@@ -20,7 +20,7 @@ LOW_PRECISION_CHUNKS = 16
 
 
 class LossHead(nn.Linear):
-    """``lm_head`` that, given targets, returns a summed cross entropy; else it is the plain linear layer."""
+    """`lm_head` that, given targets, returns a summed cross entropy; else it is the plain linear layer."""
 
     chunk_rows: int
 
@@ -41,10 +41,10 @@ def swap_head(model: PreTrainedModel, chunk_rows: int) -> None:
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_rows: int) -> Tensor:
-    """Sum over rows of the cross entropy of ``hidden @ weight.T`` against ``targets``.
+    """Sum over rows of the cross entropy of `hidden @ weight.T` against `targets`.
 
     hidden [N, E] and weight [V, E] of one floating dtype, targets int64 [N]. Softmax and sums in fp32 (fp64
-    for fp64). At most ``chunk_rows`` rows of logits exist at a time, about 6 bytes per logit in bf16. Gradients
+    for fp64). At most `chunk_rows` rows of logits exist at a time, about 6 bytes per logit in bf16. Gradients
     are computed in the forward pass, chunk by chunk, so that no logit is computed twice (as Liger Kernel
     does, arXiv 2410.10989); the backward pass scales them in place, once. The weight's gradient is summed over
     chunks in the weight's dtype. Where that is bf16 and the chunks are more than `LOW_PRECISION_CHUNKS`, it is computed
@@ -110,7 +110,7 @@ def _fill_by_vocabulary(
     logits_buffer: Tensor,
     exact_buffer: Tensor,
 ) -> None:
-    """``grad_weight`` [V, E] from all rows at once, for as many of the vocabulary as the buffers hold logits of. lse
+    """`grad_weight` [V, E] from all rows at once, for as many of the vocabulary as the buffers hold logits of. lse
     [N]."""
     size = logits_buffer.numel() // len(hidden)
     for start in range(0, len(weight), size):

@@ -28,7 +28,7 @@ _BASE = ".base_layer."
 def add_lora(causal_lm: PreTrainedModel, spec: LoraSpec) -> None:
     """Inject adapters into a causal LM on the meta device and freeze the rest, in place.
 
-    Raises UserError where ``spec.targets`` names no linear layer of the decoder.
+    Raises `UserError` where `spec.targets` names no linear layer of the decoder.
     """
     linear = {
         name.rsplit(".", 1)[-1]
@@ -63,7 +63,7 @@ class AdaptedWeights:
         self._seed = seed
 
     def read(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flattened parameter ``name``."""
+        """Elements [start, stop) of the flattened parameter `name`."""
         if ".lora_B." in name:
             return torch.zeros(stop - start)
         if ".lora_A." in name:

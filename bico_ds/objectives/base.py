@@ -76,7 +76,7 @@ class Objective(Protocol):
 
     @classmethod
     def of(cls, spec: Any, tokens: TokenRoles, *, name: str, key: str) -> Self:
-        """Make the objective of a recipe's entry; `key` is where it stands there, ``objectives[0]``, for messages.
+        """Make the objective of a recipe's entry; `key` is where it stands there, `objectives[0]`, for messages.
 
         Raises `UserError` where spec and tokens do not fit.
         """
@@ -97,7 +97,7 @@ class Objective(Protocol):
         ...
 
     def build(self, documents: Documents, key: BatchKey) -> PackedBatch:
-        """Build the micro-batch of these documents, which `check_batch` must let pass. Raises ValueError naming a document
+        """Build the micro-batch of these documents, which `check_batch` must let pass. Raises `ValueError` naming a document
         that cannot be trained on."""
         ...
 
@@ -139,7 +139,7 @@ def _check_column(
 def require_completions(spec_key: str, store: Store) -> None:
     """Raise `UserError` for a store without a completion, which an objective on completions alone would train on whole.
 
-    `spec_key` is the recipe's key that says ``completion``.
+    `spec_key` is the recipe's key that says `completion`.
     """
     if not store.completions:
         raise UserError(

@@ -28,7 +28,7 @@ class TokenGrid:
 
     @staticmethod
     def of(documents: Documents) -> TokenGrid:
-        """Lay out these documents; raises ValueError for one without a token, and for none at all."""
+        """Lay out these documents; raises `ValueError` for one without a token, and for none at all."""
         lengths = documents.lengths
         if len(lengths) == 0 or (lengths < 1).any():
             name = describe(documents, int(np.argmax(lengths < 1))) if len(lengths) else "the batch"

@@ -21,7 +21,7 @@ from bico_ds.objectives.masks import TokenGrid
 class NextTokenPrediction:
     """All tokens are kept; a document's last token predicts nothing.
 
-    ``loss_on: completion`` counts only targets behind the prompt (`Documents.prompt_length`).
+    `loss_on: completion` counts only targets behind the prompt (`Documents.prompt_length`).
     """
 
     spec: NtpSpec

@@ -1,7 +1,7 @@
 """DeepSpeed's configuration: a file of ds_configs/, the recipe's overrides, and everything that the recipe computes.
 
-DeepSpeed accepts unknown top-level keys in silence, and turns an unfilled ``"auto"`` into a default without a word
-(both seen with 0.19.8); so ds_checks.py looks at what is written and at what comes out, and no ``"auto"`` leaves this
+DeepSpeed accepts unknown top-level keys in silence, and turns an unfilled `"auto"` into a default without a word
+(both seen with 0.19.8); so ds_checks.py looks at what is written and at what comes out, and no `"auto"` leaves this
 module.
 """
 
@@ -46,7 +46,7 @@ def load_ds_config(written: LocalPath) -> dict[str, Any]:
 
 
 def merged_ds_config(recipe: Recipe) -> dict[str, Any]:
-    """The file with the recipe's overrides, its keys known and of the right kind; ``"auto"`` still stands.
+    """The file with the recipe's overrides, its keys known and of the right kind; `"auto"` still stands.
 
     What the recipe owns is there in any case: left out, DeepSpeed would take defaults of its own. Raises `UserError`.
     """

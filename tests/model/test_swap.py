@@ -129,7 +129,7 @@ def masked_document(length: int, rate: float) -> tuple[Tensor, Tensor]:
 
 
 def bico_batch(documents: list[tuple[Tensor, Tensor]], placeholder: int, *, drop_dead: bool) -> PackedBatch:
-    """BICO's batch, by loops over tokens; with ``drop_dead`` off, dead placeholders stay in as query-only
+    """BICO's batch, by loops over tokens; with `drop_dead` off, dead placeholders stay in as query-only
     rows."""
     kept, extra, kept_lengths, live_document, live_split = [], [], [], [], []
     for index, (ids, masked) in enumerate(documents):

@@ -16,12 +16,12 @@ HIDDEN_SCORE = -4000.0  # added to the score of a hidden key: its weight is exac
 class CausalKernel(Protocol):
     """Causal varlen attention. q [N, Hq, Dh], k and v [N, Hkv, Dh], already rotated, contiguous.
 
-    ``cu_seqlens`` int32 [D+1] bounds the documents, all of length >= 1; ``max_seqlen`` is the longest.
+    `cu_seqlens` int32 [D+1] bounds the documents, all of length >= 1; `max_seqlen` is the longest.
     """
 
     name: str
     hides_keys: (
-        bool  # whether it takes ``hidden``; else it is never given, and hidden keys come as a wider head
+        bool  # whether it takes `hidden`; else it is never given, and hidden keys come as a wider head
     )
 
     def refusal(self, dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
@@ -55,6 +55,6 @@ class CausalKernel(Protocol):
         scale: float,
         hidden: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k, v. ``out`` and ``lse`` may belong to a softmax over more keys than these (the
-        merged ones): the kernel computes ``P = exp(scale·qkᵀ - lse)`` and ``dS = P·(dP -
-        rowsum(grad_out·out))`` from them."""
+        """Gradients of q, k, v. `out` and `lse` may belong to a softmax over more keys than these (the
+        merged ones): the kernel computes `P = exp(scale·qkᵀ - lse)` and `dS = P·(dP -
+        rowsum(grad_out·out))` from them."""

@@ -1,6 +1,6 @@
 """The flash-attn-4 package (CuTe DSL; `pip install bico_ds[flash4]`), opt-in, Hopper and newer.
 
-Signatures as in ``flash_attn/cute/interface.py``. It wants None, never -1, for an unbounded window; only
+Signatures as in `flash_attn/cute/interface.py`. It wants None, never -1, for an unbounded window; only
 arguments that every release from 4.0.0b10 to b36 has are passed, by keyword. (Before b10 there was no varlen backward on
 Hopper.)
 """

@@ -33,7 +33,7 @@ class ObjectiveCost:
 
 @dataclass(frozen=True, kw_only=True)
 class MonitorPlace:
-    """Where the loss of an objective is shown: the TensorBoard chart that it shares, and its colour (``#rrggbb``)."""
+    """Where the loss of an objective is shown: the TensorBoard chart that it shares, and its colour (`#rrggbb`)."""
 
     chart: str = "loss"
     colour: str
@@ -42,7 +42,7 @@ class MonitorPlace:
 class ObjectiveSpec(Section, ABC):
     """One entry of the recipe's `objectives`.
 
-    A subclass narrows `kind` to its own name, ``kind: Literal["mine"] = "mine"``, sets `monitor`, and raises
+    A subclass narrows `kind` to its own name, `kind: Literal["mine"] = "mine"`, sets `monitor`, and raises
     `identity_version` when equal values come to mean other batches.
     """
 
@@ -84,7 +84,7 @@ def _changed(section: Section, default: Section | None = None) -> dict[str, Any]
 def _told(value: Any, dumped: Any, possible: set[type[Section]]) -> Any:
     """`dumped`, the JSON of `value`, without the defaults of the sections in it, of which `possible` can stand there.
 
-    Where several can, the keys that allow one word alone (``kind``) stay, to tell them apart; without any, all do.
+    Where several can, the keys that allow one word alone (`kind`) stay, to tell them apart; without any, all do.
     """
     if isinstance(value, Section) and isinstance(dumped, dict):
         if possible == {type(value)}:

@@ -24,7 +24,7 @@ from bico_ds.config.unique_names import unique_names
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of objective; `objective` is ``module:Class``, imported when a run's objectives are built: it needs torch."""
+    """One kind of objective; `objective` is `module:Class`, imported when a run's objectives are built: it needs torch."""
 
     spec: type[ObjectiveSpec]
     objective: str
@@ -41,7 +41,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(_KINDS)
 def register(spec: type[ObjectiveSpec], objective: str) -> None:
     """Add a kind of objective, named by the one value that `spec.kind` allows.
 
-    `objective`: ``module:Class`` of a `bico_ds.objectives.base.Objective` with the class method ``of`` (see there).
+    `objective`: `module:Class` of a `bico_ds.objectives.base.Objective` with the class method `of` (see there).
     Raises `UserError` where the spec names no kind, lacks a part, or has a kind that is taken.
     """
     names = get_args(spec.model_fields["kind"].annotation)

@@ -3,7 +3,7 @@
 Up to ZeRO-2 rank 0's model file holds them whole, in the training's dtype; the fp32 masters are not read.
 Layout of ZeRO-3 (as `deepspeed.utils.zero_to_fp32` reads it, DeepSpeed 0.19): every rank's optimizer file
 holds the fp32 master weights of its partitions, all parameters one after the other in the order of
-``param_shapes``, each cut into world-size pieces of equal length, the last one padded. Files are
+`param_shapes`, each cut into world-size pieces of equal length, the last one padded. Files are
 memory-mapped, so only what is read is in memory.
 """
 
@@ -24,7 +24,7 @@ _PREFIX = "causal_lm."
 
 
 class Zero3Checkpoint:
-    """fp32 master weights of the trained parameters, by their names in the causal LM. Raises UserError where a rank's file
+    """fp32 master weights of the trained parameters, by their names in the causal LM. Raises `UserError` where a rank's file
     is missing, or has not the size that the shapes say.
     """
 
@@ -84,7 +84,7 @@ CheckpointWeights = Zero3Checkpoint | WholeCheckpoint
 def open_checkpoint(folder: Path) -> CheckpointWeights:
     """Open a DeepSpeed checkpoint folder. The files are pickles: open none that you would not run.
 
-    Raises UserError where it is none, or a file cannot be read.
+    Raises `UserError` where it is none, or a file cannot be read.
     """
     if (folder / "zero_pp_rank_0_mp_rank_00_model_states.pt").is_file():
         return Zero3Checkpoint(folder)

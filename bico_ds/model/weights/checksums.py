@@ -1,7 +1,7 @@
 """Order-sensitive 64-bit checksums of weights that add up over slices, so that no rank needs the whole
 tensor.
 
-The checksum of a flat tensor is ``Σ (2i + 1) · bits(x_i) mod 2^64``, i its global index: the sum over the
+The checksum of a flat tensor is `Σ (2i + 1) · bits(x_i) mod 2^64`, i its global index: the sum over the
 ranks' partitions is that of the whole.
 """
 
@@ -22,7 +22,7 @@ _CHUNK = 1 << 18  # elements: their 64-bit copies stay in a CPU's cache, and tak
 
 @torch.no_grad()
 def slice_checksum(flat: Tensor, start: int) -> int:
-    """Checksum of elements ``start …`` of a tensor, given as a 1-D slice of it; signed 64 bits, wrapping."""
+    """Checksum of elements `start …` of a tensor, given as a 1-D slice of it; signed 64 bits, wrapping."""
     bits = flat.detach().contiguous().view(_INTEGER_OF_SIZE[flat.dtype.itemsize])
     odd = 2 * torch.arange(min(_CHUNK, bits.numel()), device=flat.device) + 1
     total = torch.zeros((), dtype=torch.int64, device=flat.device)

@@ -33,9 +33,9 @@ def export_checkpoint(
     """Write the weights of a DeepSpeed checkpoint as `export_model` writes live ones; at most one shard in
     memory.
 
-    ``spec``: the run's model section. A full fine-tuning needs its config only, and fp32 gives its master weights under
-    ZeRO-3, below that its weights in the training's dtype. LoRA reads the base from ``spec.path`` and merges, in fp32,
-    base and adapters in the training's dtype. Raises UserError where ``folder`` is there and ``overwrite`` off, where
+    `spec`: the run's model section. A full fine-tuning needs its config only, and fp32 gives its master weights under
+    ZeRO-3, below that its weights in the training's dtype. LoRA reads the base from `spec.path` and merges, in fp32,
+    base and adapters in the training's dtype. Raises `UserError` where `folder` is there and `overwrite` off, where
     the checkpoint cannot be read or is not that model's, and where LoRA's base is not to be had.
     """
     refuse_existing(folder, overwrite=overwrite)
@@ -73,7 +73,7 @@ class _Values:
         _check_trained({name: p.shape for name, p in model.named_parameters() if p.requires_grad}, trained)
 
     def of(self, name: str) -> Tensor:
-        """The tensor ``name`` of the exported model."""
+        """The tensor `name` of the exported model."""
         if self._base is None:
             return self._trained.read(name)
         shape = self._base.shapes[name]

@@ -33,7 +33,7 @@ _VERIFY_CHUNK = 1 << 22  # elements read at a time
 
 @dataclass(frozen=True, kw_only=True)
 class _Entry:
-    """Where a tensor lies: ``data`` is the byte at which it begins in ``file``."""
+    """Where a tensor lies: `data` is the byte at which it begins in `file`."""
 
     file: Path
     dtype: torch.dtype
@@ -42,7 +42,7 @@ class _Entry:
 
 
 class SafetensorsFolder:
-    """A `WeightSource` over safetensors files. Raises UserError where a shard is missing or cut short."""
+    """A `WeightSource` over safetensors files. Raises `UserError` where a shard is missing or cut short."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -64,7 +64,7 @@ class SafetensorsFolder:
         return rows.reshape(-1)[start - first * row : stop - first * row]
 
     def checksum(self, name: str, dtype: torch.dtype) -> int:
-        """The tensor's checksum as ``dtype``, straight from the file's bytes and not by way of `read`."""
+        """The tensor's checksum as `dtype`, straight from the file's bytes and not by way of `read`."""
         entry, total = self._entries[name], 0
         numel, itemsize = entry.shape.numel(), entry.dtype.itemsize
         with entry.file.open("rb") as file:
@@ -76,7 +76,7 @@ class SafetensorsFolder:
 
 
 class PickledFolder:
-    """A `WeightSource` over ``pytorch_model*.bin``, memory-mapped, tensors only (``weights_only``)."""
+    """A `WeightSource` over `pytorch_model*.bin`, memory-mapped, tensors only (`weights_only`)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -93,7 +93,7 @@ class PickledFolder:
         return self._tensors[name].reshape(-1)[start:stop]
 
     def checksum(self, name: str, dtype: torch.dtype) -> int:
-        """The tensor's checksum as ``dtype``."""
+        """The tensor's checksum as `dtype`."""
         return slice_checksum(self._tensors[name].reshape(-1).to(dtype), 0)
 
 
@@ -101,7 +101,7 @@ WeightFolder = SafetensorsFolder | PickledFolder
 
 
 def open_weights(path: FolderOrHub, *, allow_pickle: bool = False) -> WeightFolder:
-    """Open the weights at a folder or hub name. Raises UserError on what is missing, truncated, quantized or pickled, and
+    """Open the weights at a folder or hub name. Raises `UserError` on what is missing, truncated, quantized or pickled, and
     where a download fails.
     """
     folder = path if isinstance(path, Path) else _download(path, allow_pickle)
@@ -122,9 +122,9 @@ def open_weights(path: FolderOrHub, *, allow_pickle: bool = False) -> WeightFold
 def check_names_and_shapes(
     expected: Mapping[str, torch.Size], weights: WeightFolder, *, tied_head: bool
 ) -> None:
-    """Raise UserError unless the folder holds exactly the ``expected`` tensors, each of its shape.
+    """Raise `UserError` unless the folder holds exactly the `expected` tensors, each of its shape.
 
-    With a ``tied_head`` a stored ``lm_head.weight`` is allowed: `verify_loaded` sees that it equals the
+    With a `tied_head` a stored `lm_head.weight` is allowed: `verify_loaded` sees that it equals the
     embedding.
     """
     found = {name: shape for name, shape in weights.shapes.items() if not name.endswith(_IGNORED_SUFFIX)}
@@ -156,8 +156,8 @@ def verify_loaded(named: Iterable[tuple[str, nn.Parameter]], weights: WeightFold
     """Compare every loaded parameter with the file, by checksum; each rank reads 1/world-size of the files
     for it.
 
-    ``named``: names as in the folder. Collective, where there is a process group. Raises RuntimeError naming the first
-    wrong parameters, and UserError where a stored tied head is not the embedding.
+    `named`: names as in the folder. Collective, where there is a process group. Raises `RuntimeError` naming the first
+    wrong parameters, and `UserError` where a stored tied head is not the embedding.
     """
     parameters = dict(named)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -269,5 +269,5 @@ def _download(name: HubName, allow_pickle: bool) -> Path:
 
 
 def _wrapped(value: int) -> int:
-    """``value`` as a signed 64-bit integer, as torch sums wrap."""
+    """`value` as a signed 64-bit integer, as torch sums wrap."""
     return (value + 2**63) % 2**64 - 2**63

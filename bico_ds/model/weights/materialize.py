@@ -38,16 +38,16 @@ class WeightSource(Protocol):
     """Where weights come from; the same on every rank."""
 
     def read(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
-        """Return elements [start, stop) of the flattened parameter ``name``: 1-D, on the CPU."""
+        """Return elements [start, stop) of the flattened parameter `name`: 1-D, on the CPU."""
         ...
 
 
 def materialize(
     model: nn.Module, source: WeightSource, *, ds_config: dict[str, Any] | None, device: torch.device
 ) -> None:
-    """Replace every meta parameter of ``model`` by a real one filled from ``source``; tied ones stay tied.
+    """Replace every meta parameter of `model` by a real one filled from `source`; tied ones stay tied.
 
-    Under ZeRO-3 (``ds_config``) each rank reads and keeps its partition; the full shape is allocated, one
+    Under ZeRO-3 (`ds_config`) each rank reads and keeps its partition; the full shape is allocated, one
     parameter at a time, but on a CPU only the pages of the own slice are ever touched (with hpZ all, and all is read).
     """
     partitioner = _partitioner(ds_config, next(model.parameters()).dtype)

@@ -1,8 +1,7 @@
-"""Dense attention over tiles: both rotations, one softmax, with its own backward. Serves short documents and
-live rows.
+"""Dense attention over tiles, for short documents and live rows: both rotations, one softmax, its own backward.
 
-Half-precision inputs multiply in their dtype and run the softmax in fp32. Backward recomputes the weights
-from lse.
+Half-precision inputs multiply in their dtype and run the softmax in fp32. The backward pass recomputes the weights from
+lse and the inputs.
 
 Shape legend: B documents in a tile, R query rows each, K keys each, H query heads, N key heads, G = H / N,
 D head dimension, T rows of the batch.
@@ -22,8 +21,10 @@ from bico_ds.attention.tiles import Tile, TileMasks
 
 @dataclass(frozen=True, kw_only=True)
 class _Direction:
-    """One rotation of a tile: scaled queries [B, N, G·R, D], keys [B, N, K, D], and the 0/1 factor of its
-    scores."""
+    """One rotation of a tile.
+
+    `q`: scaled queries [B, N, G·R, D]; `k`: keys [B, N, K, D]; `factor`: of their scores, 1 where they count, else 0.
+    """
 
     q: Tensor
     k: Tensor

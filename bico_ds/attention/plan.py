@@ -1,4 +1,4 @@
-"""AttentionPlan: everything a layer needs to know about visibility, built once per batch on the CPU.
+"""`AttentionPlan`: what every query of a batch may see; built once per batch, on the CPU.
 
 Row order of the batch it describes: `[kept tokens by document | live placeholders by document]`.
 
@@ -7,9 +7,8 @@ Row order of the batch it describes: `[kept tokens by document | live placeholde
   so it is a query, but no query may attend to it (BICO, arXiv 2311.07468, section 3).
 * *Dead* placeholders (masked, successor not masked) influence nothing and are not in the batch.
 
-Kept keys at positions up to a query's own take the forward rotation, later ones the reversed rotation. For
-the j-th kept token of a document that boundary is `j + 1`; for a live placeholder it is its
-`live_split`.
+Kept keys at positions up to a query's own take the forward rotation, later ones the reversed rotation. For kept token j
+of a document (from 0) that boundary is `j + 1` keys; for a live placeholder it is its `live_split`.
 """
 
 from __future__ import annotations
@@ -30,8 +29,10 @@ Lengths: TypeAlias = "Tensor | NDArray[np.integer] | Sequence[int]"
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOutline:
-    """What is known of a plan without reading its tensors, wherever they lie; a layout must agree with it. `digest`: of
-    all that `build_plan` was given."""
+    """What is known of a plan without reading its tensors, on whatever device they are; a layout must agree with it.
+
+    `digest`: of all that `build_plan` was given.
+    """
 
     mode: Mode
     num_documents: int

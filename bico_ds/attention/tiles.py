@@ -1,4 +1,4 @@
-"""Layout of dense tiles: which documents share one padded block of scores, and its masks. Once per batch.
+"""Dense tiles: which documents share one padded block of scores, and its masks. Built once per batch.
 
 A tile holds B documents of like size as a block `[B, R, K]`: R query rows (kept and live, padded) against
 K kept keys (padded). A document too large for one tile gets several, each a chunk of its query rows against
@@ -37,9 +37,8 @@ class Tile:
     `query_rows` int64 [B·R], `key_rows` int64 [B·K]: where each row is read in the batch; padding
     repeats the document's first one here. `query_slots` [B·R], `key_slots` [B·K]: where results are written;
     padding goes to a trash row behind the batch (index T). `split` [B, R]: how many keys of the document
-    take the forward rotation; `key_count` [B]: keys that exist. `keeps_masks`: `with_masks` builds its
-    `masks` for all layers; else each use does, so that long documents with many live rows need no memory for
-    them.
+    take the forward rotation; `key_count` [B]: keys that exist. `keeps_masks`: `with_masks` builds its `masks` for all
+    layers; else each use builds them, so that those of long documents with many live rows take no memory in between.
     """
 
     query_rows: Tensor
@@ -84,9 +83,11 @@ class Tile:
 
 @dataclass(frozen=True, kw_only=True)
 class TileRows:
-    """Query rows of the documents that go to tiles: `rows` int64 [Q] by document and position, their
-    `split` [Q], and `counts` [D], how many each document has. `key_starts`, `key_counts` [D]: its
-    kept rows."""
+    """Query rows of the documents that go to tiles.
+
+    `rows` int64 [Q] by document and position, and their `split` [Q]; `counts` [D]: how many each document has.
+    `key_starts`, `key_counts` [D]: the kept rows of each document.
+    """
 
     rows: NDArray[np.int64]
     split: NDArray[np.int64]
@@ -96,8 +97,11 @@ class TileRows:
 
 
 def build_tiles(rows: TileRows, *, trash_row: int, budget: int, min_rows: int) -> tuple[Tile, ...]:
-    """Tiles over all documents of `rows`. `budget`: scores per head and tile (B·R·K) to
-    aim at; a document of more is cut into chunks of at least `min_rows` query rows."""
+    """Tiles over all documents of `rows`; padding is written to `trash_row`.
+
+    `budget`: scores per head and tile (B·R·K) to aim at; a document with more scores is cut into chunks of at least
+    `min_rows` query rows.
+    """
     starts = np.cumsum(rows.counts) - rows.counts
     tiles: list[Tile] = []
     order = np.lexsort((rows.counts, rows.key_counts))[::-1]
@@ -155,8 +159,7 @@ def _tile(rows: TileRows, documents: NDArray[np.int64], spans: NDArray[np.int64]
 def _padded(
     starts: NDArray[np.int64], lengths: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Index block [B, max length] of the ranges, padding repeats each range's start; and where it is no
-    padding."""
+    """Index block [B, max length] of the ranges, padded with each range's start; and bool, True where it is no padding."""
     offset = np.arange(lengths.max())
     exists = offset < lengths[:, None]
     return starts[:, None] + np.where(exists, offset, 0), exists

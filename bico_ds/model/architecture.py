@@ -1,4 +1,4 @@
-"""The architecture of a run: from config.json or from the recipe, and checked against each other."""
+"""The architecture of a run, from config.json or from the recipe; where both have it, they must agree."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _ARCHITECTURE_KEYS = (
 _LEGACY_KEYS = ("rope_theta", "rope_scaling", "torch_dtype", "pretraining_tp", "rope_interleaved")
 # What transformers raises on values that make no model.
 _BAD_VALUES = (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-# models pad their vocabulary a little; more missing ids mean another tokenizer
+# Models pad their vocabulary a little; more missing ids mean another tokenizer.
 _SMALLEST_VOCABULARY_SHARE = 0.9
 
 
 class ModelTokenizer(Protocol):
-    """What a model, and its export, ask of a tokenizer of transformers."""
+    """What a model and its export use of a tokenizer of transformers."""
 
     @property
     def bos_token_id(self) -> int | None: ...
@@ -46,10 +46,10 @@ class ModelTokenizer(Protocol):
 
 
 def model_config(spec: ModelSpec) -> PretrainedConfig:
-    """The architecture that `spec` asks for: `path`'s config.json, or `config`.
+    """The architecture that `spec` asks for: the config.json at `path`, or `config`.
 
-    Raises `UserError` on a missing folder, a config that cannot be read, unknown keys, values that make no model, or where
-    both are given and disagree.
+    Raises `UserError` on a missing folder, a config that cannot be read, unknown keys, values that make no model, and where
+    `path` and `config` are both given and disagree.
     """
     recipe = None if spec.config is None else _config_from_recipe(spec.config)
     config = recipe if spec.path is None else _config_at(spec.path.here())
@@ -84,9 +84,9 @@ def check_vocabulary(config: PretrainedConfig, tokenizer_size: int, *, tokenizer
 
 
 def adopt_special_tokens(tokenizer: ModelTokenizer, *settings: Any) -> None:
-    """A model from random weights begins, ends and pads its texts as its tokenizer does.
+    """Give a model from random weights its tokenizer's ids that begin, end and pad a text.
 
-    `settings`: its config and its generation config, changed in place.
+    `settings`: the model's config and generation config, which are changed.
     """
     for config in settings:
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id

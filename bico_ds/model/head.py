@@ -1,8 +1,8 @@
-"""The output head with its loss: the logits of a whole batch never exist.
+"""The output head with its loss: the logits of all rows of a batch never exist at once.
 
-Under ZeRO-3 a module's weight is there only while that module runs, and every rank must enter every module
-equally often. Hence the loss lives in the head module itself: entered once per micro-batch, whatever the rows,
-and chunked inside.
+Under ZeRO-3 a module's weight exists only while that module runs, and every rank must enter every module equally often.
+So the loss is computed in the head module: it is entered once per micro-batch, however many rows there are, and works
+through them in chunks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LOW_PRECISION_CHUNKS = 16
 
 
 class LossHead(nn.Linear):
-    """`lm_head` that, given targets, returns a summed cross entropy; else it is the plain linear layer."""
+    """An `lm_head` that, given targets, returns a summed cross entropy; without them it is the plain linear layer."""
 
     chunk_rows: int
 
@@ -35,7 +35,7 @@ def swap_head(model: PreTrainedModel, chunk_rows: int) -> None:
     """Change the class of a causal LM's output layer to `LossHead`, in place."""
     head = model.get_output_embeddings()
     assert type(head) is nn.Linear, f"unexpected output layer {head}"
-    assert head.bias is None, "a Llama-like head has no bias"
+    assert head.bias is None, "the head of every family in families.py has no bias"
     head.__class__ = LossHead
     head.chunk_rows = chunk_rows
 
@@ -110,8 +110,10 @@ def _fill_by_vocabulary(
     logits_buffer: Tensor,
     exact_buffer: Tensor,
 ) -> None:
-    """`grad_weight` [V, E] from all rows at once, for as many of the vocabulary as the buffers hold logits of. lse
-    [N]."""
+    """Fill `grad_weight` [V, E] from all rows at once, for as many words of the vocabulary as the buffers hold logits of.
+
+    lse [N], in the loss's dtype.
+    """
     size = logits_buffer.numel() // len(hidden)
     for start in range(0, len(weight), size):
         block = weight[start : start + size]

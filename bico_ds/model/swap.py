@@ -127,8 +127,8 @@ def swap_layers(
 def check_attention(config: PretrainedConfig, *, longest_document: int | None = None) -> None:
     """Raise `UserError` if our op cannot stand in for the attention of this architecture.
 
-    That is: another model type, rotary type or head size, dropout, or a sliding window that a document exceeds. Needs no
-    model.
+    It cannot for another model type, rotary type or head size, for dropout, and for a sliding window that a document
+    exceeds. This needs the config alone, no model.
     """
     family = family_of(config.model_type)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -1,5 +1,4 @@
-"""Which objective a step has: drawn once per optimizer step, alike on every rank, known before the batch is
-built."""
+"""Which objective a step has: drawn once per optimizer step, the same on every rank, and before the batch is built."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What a DeepSpeed configuration may hold, judged before anything begins.
+"""What a DeepSpeed configuration may hold, checked before anything begins; ds_keys.py has the tables.
 
 DeepSpeed accepts unknown top-level keys in silence (seen with 0.19.8). Known keys that nothing reads on our way through
 it, or that would work against the recipe, are refused, too. What DeepSpeed does refuse, it refuses when weights are built
-and ranks wait, with a traceback; here it is a message before that, for all that its `DeepSpeedConfig` refuses on reading,
-and for what its engine refuses later as far as the checks below know it: the optimizer's parameters, data types, the
-kinds of single values, and what its ZeRO stages do not do together.
+and ranks wait, with a traceback. Here it is a message before that: for all that its `DeepSpeedConfig` refuses on reading,
+and for what its engine refuses later, as far as the checks below know it (the optimizer's parameters, data types, the
+types of single values, and what its ZeRO stages do not support together).
 """
 
 from __future__ import annotations

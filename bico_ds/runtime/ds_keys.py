@@ -37,7 +37,7 @@ TOP_LEVEL_KEYS = frozenset(
     }
 )
 
-# What the recipe says, and the key in which it says it. A value of its own here would win in silence, or be refused by
+# What the recipe sets, and by which key. A value in the DeepSpeed configuration would win in silence, or be refused by
 # DeepSpeed for not fitting the others.
 OWNED = {
     "train_batch_size": "training.global_batch_bins",
@@ -143,8 +143,8 @@ class ProvenSection(NamedTuple):
     keys: tuple[str, ...]
 
 
-# Of DeepSpeed's keys for ZeRO those with which `tests/distributed/test_ds_keys.py` does, and those of the shipped
-# offloads. What the others do to a resume shows only there: the wrong weights, or an end in a traceback.
+# DeepSpeed's keys for ZeRO with which `tests/distributed/test_ds_keys.py` trains, saves and resumes, and those of the
+# shipped offloads. What the others do to a resume shows only there: the wrong weights, or an end in a traceback.
 PROVEN: dict[str, ProvenSection] = {
     "zero_optimization": ProvenSection(
         DeepSpeedZeroConfig,

@@ -1,7 +1,7 @@
-"""The DeepSpeed operations that are compiled at first use: compiled before the ranks start, by one process of a node.
+"""The DeepSpeed operations that are compiled at first use: compiled before the ranks start, by one process per node.
 
-Ranks that compile wait for one another by a lock file, and the lock of a process that was killed is waited
-for without end (torch's `FileBaton`).
+Ranks that compile wait for one another by a lock file (torch's `FileBaton`), without end where the process that made the
+lock was killed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from bico_ds.config.schema import Recipe
 from bico_ds.optim.table import kind_of
 from bico_ds.runtime.ds_config import merged_ds_config
 
-# A rank that only loads what is compiled holds the lock for a moment, and nobody else compiles while this
-# does.
+# A rank that only loads what is compiled holds the lock for a moment, and no one else compiles during `build`.
 _ABANDONED_SECONDS = 60.0
 
 

@@ -1,5 +1,4 @@
-"""The swap: our op inside Hugging Face models computes what they compute, and BICO's parts what the dense
-formula does."""
+"""Our op inside Hugging Face models computes what they compute, and BICO's losses are those of the dense formula."""
 
 from __future__ import annotations
 
@@ -129,8 +128,7 @@ def masked_document(length: int, rate: float) -> tuple[Tensor, Tensor]:
 
 
 def bico_batch(documents: list[tuple[Tensor, Tensor]], placeholder: int, *, drop_dead: bool) -> PackedBatch:
-    """BICO's batch, by loops over tokens; with `drop_dead` off, dead placeholders stay in as query-only
-    rows."""
+    """BICO's batch, by loops over tokens; with `drop_dead` off, dead placeholders are query-only rows of it."""
     kept, extra, kept_lengths, live_document, live_split = [], [], [], [], []
     for index, (ids, masked) in enumerate(documents):
         kept_lengths.append(int((~masked).sum()))
@@ -158,8 +156,7 @@ def bico_batch(documents: list[tuple[Tensor, Tensor]], placeholder: int, *, drop
 
 
 def dense_bico_loss(model: TrainableModel, ids: Tensor, masked: Tensor, placeholder: int) -> Tensor:
-    """BICO's loss of one undropped document, layer by layer from the paper's formula and the weights
-    alone."""
+    """BICO's loss of one document without drops, layer by layer from the paper's formula and the weights alone."""
     decoder, family = model.causal_lm.model, FAMILIES[model.config.model_type]
     hidden = decoder.embed_tokens(torch.where(masked, placeholder, ids))
     position = torch.arange(len(ids))

@@ -1,4 +1,4 @@
-"""The table of objectives: by kind, the spec and where the objective stands that builds its batches.
+"""The table of objectives: for each kind, its spec and the class that builds its batches.
 
 A recipe's `imports` add to it: a module that calls `register` when it is imported.
 """

@@ -1,4 +1,4 @@
-"""A Hugging Face weights folder, written shard by shard and put in place by one rename."""
+"""A Hugging Face weights folder, written shard by shard, which gets its name by one rename."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @contextmanager
 def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside `folder` that takes its place when the block ends without an error.
+    """Yield a temporary folder beside `folder`, which replaces it when the block ends without an error.
 
     Raises `UserError` where `folder` exists with something in it and `overwrite` is off; with it, the old folder goes
     only after the new one is complete.
@@ -46,16 +46,16 @@ def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def refuse_existing(folder: Path, *, overwrite: bool = False) -> None:
-    """Raise `UserError` where an export would touch what is there already; an empty folder is nothing."""
+    """Raise `UserError` where an export would change something that is there; an empty folder may be there."""
     if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"'{folder}' exists and is not empty; name another folder, or remove it first")
 
 
 class ShardWriter:
-    """Writes named tensors, which come in the order announced, into `model-0000i-of-0000n.safetensors` and an index, or
-    where one shard is enough into `model.safetensors`.
+    """Writes named tensors into `model-0000i-of-0000n.safetensors` and an index, or one `model.safetensors`.
 
-    At most one shard is held in memory: `max_shard_bytes`, or a single larger tensor.
+    They must be added in the order of `shapes`. At most one shard is held in memory: `max_shard_bytes`, or a single larger
+    tensor of the model.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class ShardWriter:
         self._written: set[str] = set()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take a copy of `tensor` in the export's dtype; write its shard when it is the shard's last."""
+        """Keep a copy of `tensor` in the export's dtype; write its shard when it is the shard's last."""
         self._open[name] = tensor.detach().to(device="cpu", dtype=self._dtype, copy=True).contiguous()
         shard = self._shard_of[name]
         if all(other in self._open for other in self._shards[shard]):

@@ -105,7 +105,7 @@ def restore(engine: Engine, resumption: Resumption, recipe: Recipe) -> None:
         separate_step_counters(engine.optimizer.optimizer)
     wrong = differences(state_checksums(engine), content["checksums"])
     if optimizer_steps(engine) != content["optimizer_steps"]:
-        wrong.append(f"Adam's step count ({optimizer_steps(engine)}, saved {content['optimizer_steps']})")
+        wrong.append(f"the step count ({optimizer_steps(engine)}, saved {content['optimizer_steps']})")
     if wrong:
         shown = "\n  ".join(wrong[:8]) + (f"\n  and {len(wrong) - 8} more" if len(wrong) > 8 else "")
         raise NotRestoredError(

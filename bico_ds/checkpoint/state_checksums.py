@@ -1,4 +1,4 @@
-"""Checksums of everything a resume must bring back: weights, fp32 masters, Adam's moments and its step count.
+"""Checksums of everything a resume must bring back: weights, fp32 masters, the optimizer's moments and step count.
 
 They are sums over the ranks' slices (`bico_ds.model.weights.checksums`), so the same numbers hold at any number of ranks and
 in ZeRO stages 1, 2 and 3. A load that silently did nothing (DeepSpeed#6691, #5430, #7848) cannot pass them.
@@ -20,7 +20,7 @@ from bico_ds.optim.state import step_counts
 from bico_ds.optim.table import kind_running
 
 Checksums = dict[str, dict[str, int]]
-"""What (``weight``, ``master``, ``exp_avg``, ``exp_avg_sq``) by parameter name."""
+"""By kind (`weight`, `master`, and each of the optimizer's moments), the checksum of each parameter."""
 
 
 def state_checksums(engine: Engine) -> Checksums:

@@ -116,7 +116,7 @@ def _import_modules(tree: _Tree) -> None:
     for index, name in enumerate(names if isinstance(names, list) else ()):
         if isinstance(name, str) and name:
             key = ("imports", index)
-            origin = _place_of(key, tree.origins)
+            origin = _origin_of(key, tree.origins)
             folder = Path(origin.file).parent if origin is not None and origin.line else None
             import_module(WrittenPath(name, where=_where(key, tree.origins)), recipe_folder=folder)
 
@@ -145,7 +145,7 @@ def _with_origins(value: Any, key: KeyPath, origins: dict[KeyPath, Origin]) -> A
 
 def _where(key: KeyPath, origins: dict[KeyPath, Origin]) -> str:
     """`FILE:LINE: key`."""
-    origin, dotted = _place_of(key, origins), _dotted(key) or "recipe"
+    origin, dotted = _origin_of(key, origins), _dotted(key) or "recipe"
     return f"{origin}: {dotted}" if origin else dotted
 
 
@@ -272,7 +272,7 @@ def _explain(error: ValidationError, tree: _Tree) -> str:
     return "\n".join(lines.values())
 
 
-def _place_of(key: KeyPath, origins: dict[KeyPath, Origin]) -> Origin | None:
+def _origin_of(key: KeyPath, origins: dict[KeyPath, Origin]) -> Origin | None:
     """The line of the key itself, of something below it (a section that an override made), or of what holds it."""
     below = next((origin for other, origin in origins.items() if key and other[: len(key)] == key), None)
     around = (origins[key[:n]] for n in range(len(key) - 1, -1, -1) if key[:n] in origins)

@@ -1,13 +1,13 @@
 """The model families that can be trained, and all that is known of each: one entry per family.
 
-To add one, write its entry. What every family here has in common, the code takes for granted; a family that differs (as
-Gemma does in its norms and in the scale of its embeddings) needs a change at the place named:
+To add one, write its entry. The code relies on what all families here have in common; a family that differs (as Gemma does
+in its norms and in the scale of its embeddings) needs a change in the code named:
 
 * Each decoder layer adds attention and a gated MLP to its input, each behind a norm, and the last hidden states are normed
   once more (`swap._PackedLayer`, `build.TrainableModel`).
 * The embeddings enter the first layer as they are, and `rotary_emb` gives the tables of all layers
   (`build.TrainableModel`).
-* The attention has `q_proj`, `k_proj`, `v_proj`, `o_proj`, `head_dim` and `scaling`; its scores are capped by nothing
+* The attention has `q_proj`, `k_proj`, `v_proj`, `o_proj`, `head_dim` and `scaling`; its scores are not capped
   (`swap._PackedAttention`).
 * A norm is RMSNorm, with the product `weight * x` and `variance_epsilon` (`elementwise.rms_norm`); it starts at weights
   of 1 (`weights/initialize.py`), and its name ends in `norm`.

@@ -75,7 +75,7 @@ class Objective(Protocol):
 
     @classmethod
     def of(cls, spec: Any, tokens: TokenRoles, *, name: str, key: str) -> Self:
-        """Make the objective of a recipe's entry; `key` is where it stands there, `objectives[0]`, for messages.
+        """Make the objective of a recipe's entry; `key` is its key there, `objectives[0]`, for messages.
 
         Raises `UserError` where spec and tokens do not fit.
         """
@@ -84,7 +84,7 @@ class Objective(Protocol):
     def identity(self) -> dict[str, Any]:
         """Return all that the batches depend on besides documents and key, JSON-able.
 
-        That is the spec's identity, and those of the `TokenRoles` that the batches depend on. A resume with another
+        That is the spec's identity, and those fields of the `TokenRoles` that the batches depend on. A resume with another
         identity is refused, unless `data.allow_change` is set.
         """
         ...

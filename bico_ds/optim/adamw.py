@@ -20,7 +20,7 @@ class AdamW:
 
     spec = OptimizerSpec
     classes = (torch.optim.Adam, torch.optim.AdamW, FusedAdam, DeepSpeedCPUAdam)
-    # Both names mean AdamW to DeepSpeed, unless adam_w_mode is false.
+    # "Adam" is AdamW, too, unless adam_w_mode is false.
     ds_types = ("AdamW", "Adam")
     refused: ClassVar[dict[str, str]] = {
         "amsgrad": "checksums and conversions of checkpoints do not know its third moment",

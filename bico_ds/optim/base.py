@@ -11,7 +11,7 @@ from bico_ds.config.schema import OptimizerSpec
 
 
 class OptimizerKind(Protocol):
-    """One optimizer; `table.OPTIMIZERS` lists them."""
+    """One optimizer: its names, values and checks; `table.OPTIMIZERS` lists all."""
 
     @property
     def spec(self) -> type[OptimizerSpec]:
@@ -20,12 +20,12 @@ class OptimizerKind(Protocol):
 
     @property
     def classes(self) -> tuple[type[Optimizer], ...]:
-        """What DeepSpeed makes of it, one of them or of their subclasses."""
+        """The classes of which DeepSpeed builds one, or a subclass of one."""
         ...
 
     @property
     def ds_types(self) -> tuple[str, ...]:
-        """DeepSpeed's names of it, which `optimizer.type` may have in any case of letters; the first is the default."""
+        """DeepSpeed's names of it, for `optimizer.type`, in upper or lower case; the first is the default."""
         ...
 
     @property
@@ -36,7 +36,8 @@ class OptimizerKind(Protocol):
     def hyperparameters(self, spec: Any) -> dict[str, Any]:
         """The values of the recipe, by their names in the optimizer's `param_groups`; `lr` is among them.
 
-        DeepSpeed's `optimizer.params` has the same names, and may not set them: the recipe's keys are named so, too.
+        DeepSpeed's `optimizer.params` and the recipe's keys have the same names; a DeepSpeed configuration may not set
+        them itself.
         """
         ...
 

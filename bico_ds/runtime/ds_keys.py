@@ -1,4 +1,4 @@
-"""What the keys of a DeepSpeed configuration mean here: the tables that ds_checks.py judges by."""
+"""What the keys of a DeepSpeed configuration mean here: the tables by which ds_checks.py accepts or refuses them."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import deepspeed
 
     class Partition(Tensor):
-        """This rank's slice of a flattened parameter, padded where the parameter has ended."""
+        """This rank's slice of a flattened parameter, padded at the parameter's end."""
 
         ds_numel: int
 

@@ -1,4 +1,4 @@
-"""The packed batch: what travels from the data to the model.
+"""The packed batch, which the data loader hands to the model.
 
 Shape legend: T rows in the batch, D documents, N rows that have a loss.
 """
@@ -20,9 +20,9 @@ class PackedBatch:
 
     Token order: kept tokens by document, then live placeholders by document. `loss_rows[n]` is the row whose output
     predicts `targets[n]`. `represented_tokens` counts the original tokens, dropped placeholders included.
-    `documents` names the documents inside, (source, id, piece) per row, for messages about a bad batch. `layout`: which
-    kernel serves which rows, by the attention backend's policy; a worker of the loader makes it from the plan. None:
-    the backend is the oracle, or nobody has made one yet, and every layer builds its own.
+    `documents` names the documents inside, (source, id, piece) each, for messages about a bad batch. `layout`: which
+    kernel serves which rows, by the attention backend's policy; a worker of the loader makes it from the plan. None: the
+    backend is the oracle, which needs none, or every layer builds its own.
     """
 
     input_ids: torch.Tensor  # int64 [T]

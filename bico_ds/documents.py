@@ -31,7 +31,7 @@ class Documents:
     """Documents in columns, so that nothing on the hot path loops over them in Python.
 
     `offsets[d]:offsets[d + 1]` is the slice of document d in every per-token column. `source`, `id` and `piece` name
-    it for good: masks and draws are keyed by them. `prompt_length` counts the leading tokens that belong to the
+    it in every run: masks and draws are keyed by them. `prompt_length` counts the leading tokens that belong to the
     prompt (0 where the text has none); `group` is the person or cluster (-1 where unknown). The optional columns are
     None when the store does not carry them. Entity spans are kept per token: 0 outside, else 1 + the span's number
     within its document.

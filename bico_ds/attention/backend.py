@@ -1,4 +1,4 @@
-"""Forward and backward of one batch: the fused kernel, dense tiles and the two-pass flash kernel, each on its rows."""
+"""Forward and backward of one batch: the fused CPU kernel, dense tiles and the two-pass flash kernel, each on its rows."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _rows(rows: Tensor | None, layout: Layout) -> Tensor | slice:
-    """A group's rows in the batch; without a table the kept ones, in place."""
+    """A group's rows in the batch; without a table all kept ones, where they are."""
     return slice(0, layout.outline.num_kept) if rows is None else rows
 
 

@@ -1,4 +1,4 @@
-"""Which backend runs: by name, or `auto` in order of preference, which says once what it took and why."""
+"""Which backend runs: the one named, or with `auto` the first that can; the log has which, and why."""
 
 from __future__ import annotations
 
@@ -34,10 +34,9 @@ AUTO_ORDER = ("flash-attn", "aten-cuda", "cpu-flash")
 
 @functools.cache
 def resolve(backend: str, dtype: torch.dtype, head_dim: int, device: torch.device) -> Backend | None:
-    """The backend that serves such inputs; None for the oracle. Decides once per combination; of `auto` it logs the choice.
+    """The backend that serves such inputs; None for the oracle. Decided, and with `auto` logged, once per combination.
 
-    Raises ValueError for an unknown backend, and for one that cannot serve them, with the reason and what
-    would.
+    Raises `ValueError` for an unknown backend, and for one that cannot serve them, with the reason and those that can.
     """
     if backend == "oracle":
         return None
@@ -61,8 +60,10 @@ def resolve(backend: str, dtype: torch.dtype, head_dim: int, device: torch.devic
 def _auto(
     refusals: dict[str, str | None], dtype: torch.dtype, head_dim: int, device: torch.device
 ) -> Backend:
-    """The first of `AUTO_ORDER` that can run, else tiles alone (fp32 on CUDA, old GPUs); logs which, and what was passed
-    over and why."""
+    """The first of `AUTO_ORDER` that can run, else tiles alone (fp32 on CUDA, old GPUs).
+
+    Logs which it is, and why those before it were passed over.
+    """
     passed_over: list[str] = []
     for name in AUTO_ORDER:
         if refusals[name] is not None:
@@ -80,7 +81,7 @@ def _auto(
 def _policy(
     kernel: CausalKernel, dtype: torch.dtype, head_dim: int, device: torch.device
 ) -> tuple[LayoutPolicy, str]:
-    """Who serves which rows on such a device, and on the CPU why."""
+    """The policy on such a device, and on the CPU the reason for it."""
     if device.type != "cpu":
         can_hide = kernel.refusal(dtype, head_dim + HIDDEN_COLUMNS, device) is None
         return CUDA_POLICY if can_hide else replace(CUDA_POLICY, hidden_cost=math.inf), ""

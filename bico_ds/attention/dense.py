@@ -1,8 +1,7 @@
-"""Dense attention over tiles: both rotations, one softmax, with its own backward. Serves short documents and
-live rows.
+"""Dense attention over tiles, for short documents and live rows: both rotations, one softmax, its own backward.
 
-Half-precision inputs multiply in their dtype and run the softmax in fp32. Backward recomputes the weights
-from lse.
+Half-precision inputs multiply in their dtype and run the softmax in fp32. The backward pass recomputes the weights from
+lse and the inputs.
 
 Shape legend: B documents in a tile, R query rows each, K keys each, H query heads, N key heads, G = H / N,
 D head dimension, T rows of the batch.
@@ -22,8 +21,10 @@ from bico_ds.attention.tiles import Tile, TileMasks
 
 @dataclass(frozen=True, kw_only=True)
 class _Direction:
-    """One rotation of a tile: scaled queries [B, N, G·R, D], keys [B, N, K, D], and the 0/1 factor of its
-    scores."""
+    """One rotation of a tile.
+
+    `q`: scaled queries [B, N, G·R, D]; `k`: keys [B, N, K, D]; `factor`: of their scores, 1 where they count, else 0.
+    """
 
     q: Tensor
     k: Tensor
@@ -31,7 +32,7 @@ class _Direction:
 
 
 def dense_forward(tile: Tile, inputs: AttentionInputs, results: AttentionResults) -> None:
-    """Write the tile's rows of ``results``, which have one row more than the batch: row T takes the padding."""
+    """Write the tile's rows of `results`, which have one row more than the batch: row T takes the padding."""
     masks = tile.masks_for(inputs.q.dtype, causal=inputs.causal)
     scores = _scores(inputs, masks, _directions(tile, inputs, masks), results.lse.dtype)
     row_max = scores.amax(-1, keepdim=True)
@@ -46,9 +47,9 @@ def dense_forward(tile: Tile, inputs: AttentionInputs, results: AttentionResults
 def dense_backward(
     tile: Tile, inputs: AttentionInputs, results: AttentionResults, grad_out: Tensor, grads: Gradients
 ) -> None:
-    """Write the tile's rows of the first of ``grads``, of q, and add to the others, of k and v; they have T + 1 rows.
+    """Write the tile's rows of the first of `grads`, of q, and add to the others, of k and v; they have T + 1 rows.
 
-    The lse of ``results`` [T+1, H] holds +inf in row T, so that padded queries weigh nothing.
+    The lse of `results` [T+1, H] holds +inf in row T, so that padded queries weigh nothing.
     """
     dq, dk, dv = grads
     masks = tile.masks_for(inputs.q.dtype, causal=inputs.causal)
@@ -87,7 +88,7 @@ def _directions(tile: Tile, inputs: AttentionInputs, masks: TileMasks) -> list[_
 def _scores(
     inputs: AttentionInputs, masks: TileMasks, directions: list[_Direction], dtype: torch.dtype
 ) -> Tensor:
-    """Scores [B, H, R, K] of the one softmax in ``dtype``: forward up to the split, reversed behind it."""
+    """Scores [B, H, R, K] of the one softmax in `dtype`: forward up to the split, reversed behind it."""
     scores = masks.bias
     for direction in directions:
         part = _ungrouped(direction.q @ direction.k.transpose(-1, -2), inputs.q.shape[1])
@@ -96,7 +97,7 @@ def _scores(
 
 
 def _tables(inputs: AttentionInputs, rows: Tensor, tile: Tile, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rows, times ``factor``: [B, 1, rows, D]."""
+    """cos and sin of the rows, times `factor`: [B, 1, rows, D]."""
     documents = tile.shape[0]
     cos, sin = (
         x.index_select(0, rows).unflatten(0, (documents, -1)).unsqueeze(1) for x in (inputs.cos, inputs.sin)
@@ -121,11 +122,11 @@ def _ungrouped(x: Tensor, heads: int) -> Tensor:
 
 
 def _write(target: Tensor, slots: Tensor, x: Tensor) -> None:
-    """``target[slots] = x`` for target [T+1, H, D], x [B, H, rows, D]."""
+    """`target[slots] = x` for target [T+1, H, D], x [B, H, rows, D]."""
     target.index_copy_(0, slots, x.transpose(1, 2).flatten(0, 1))
 
 
 def _accumulate(target: Tensor, tile: Tile, x: Tensor) -> None:
-    """``target[key_slots] += x``; slots are distinct but for the trash row, where any value will do."""
+    """`target[key_slots] += x`; slots are distinct but for the trash row, where any value will do."""
     added = target.index_select(0, tile.key_slots).add_(x.transpose(1, 2).flatten(0, 1))
     target.index_copy_(0, tile.key_slots, added)

@@ -16,8 +16,10 @@ from bico_ds.native.library import NATIVE_DTYPES, native_refusal
 
 @dataclass(frozen=True, kw_only=True)
 class FusedRows:
-    """`TileRows` as the kernel reads them: ``rows``, ``split`` int64 [Q], ``offsets`` [D+1] into them, and
-    ``key_starts``, ``key_counts`` [D], for the documents that have query rows here."""
+    """`TileRows` as the kernel reads them, for the documents that have query rows here.
+
+    `rows`, `split` int64 [Q]; `offsets` [D+1] into them; `key_starts`, `key_counts` [D].
+    """
 
     rows: Tensor
     split: Tensor
@@ -52,8 +54,11 @@ def fused_refusal(dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def _product_refusal(dtype: torch.dtype) -> str | None:
-    """Whether one row attends to itself: the library loads wherever there is AVX-512, but torch's products of bf16 need
-    AVX512-BF16 or AMX, which older server CPUs have not."""
+    """Why not even one row can attend to itself; None where it can.
+
+    The library loads wherever there is AVX-512, but torch's products of bf16 need AVX512-BF16 or AMX, which older server
+    CPUs do not have.
+    """
     one, first = np.ones(1, np.int64), np.zeros(1, np.int64)
     row = TileRows(rows=first, split=one, counts=one, key_starts=first, key_counts=one)
     q, table = torch.zeros(1, 1, 16, dtype=dtype), torch.zeros(1, 16, dtype=dtype)

@@ -1,4 +1,4 @@
-"""What travels together through every way to compute attention: its inputs, and its results.
+"""The inputs and results that every way to compute attention takes and gives.
 
 Shape legend: T rows, H query heads, N key heads, D head dimension.
 """
@@ -28,8 +28,10 @@ class AttentionInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionResults:
-    """``out`` [T, H, D] in q's dtype, and ``lse`` [T, H] in at least fp32: the log-sum-exp of each query's scores,
-    which the backward pass needs."""
+    """`out` [T, H, D] in q's dtype, and `lse` [T, H] in at least fp32.
+
+    `lse` is the log-sum-exp of each query's scores, which the backward pass needs.
+    """
 
     out: Tensor
     lse: Tensor

@@ -1,5 +1,6 @@
-"""Who serves which rows of a batch: the fused CPU kernel, dense tiles or the two-pass flash kernel. Decided once per batch,
-from the costs in a policy.
+"""Which rows of a batch the fused CPU kernel serves, which dense tiles, and which the two-pass flash kernel.
+
+Decided once per batch, from the costs in a policy.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from bico_ds.attention.tiles import Tile, TileRows, build_tiles
 class LayoutPolicy:
     """The constants of one machine type: measured on CPUs, estimated for CUDA (see below).
 
-    ``flash_from``: documents of at least so many kept tokens go to the flash kernel. ``tile_scores``: scores
-    per head and tile; small tiles stay in the cache, large ones save launches. ``tile_min_rows``: rows per chunk
-    at least, of a document that is too large for one tile. ``fused``: the fused CPU kernel serves what tiles would.
+    `flash_from`: documents of at least this many kept tokens go to the flash kernel. `tile_scores`: scores per head and
+    tile to aim at; small tiles stay in the cache, large ones save launches. `tile_min_rows`: the least rows per chunk of
+    a document that is too large for one tile. `fused`: the fused CPU kernel serves what tiles would.
 
     A document's live rows go through the flash kernel too, as hidden keys, where that is cheaper than tiles:
-    ``tile_cost`` and ``hidden_cost`` are the costs of a (query, key) pair in tiles and with hidden keys, in units of
+    `tile_cost` and `hidden_cost` are the costs of a (query, key) pair in tiles and with hidden keys, in units of
     plain two-pass flash.
     """
 
@@ -55,12 +56,11 @@ TILES_POLICY = replace(CUDA_POLICY, flash_from=math.inf, hidden_cost=math.inf)  
 
 @dataclass(frozen=True, kw_only=True)
 class FlashRows:
-    """Documents served by two flash passes, as the kernel sees them: ``plan`` over their rows.
+    """Documents served by two flash passes, as the kernel sees them: `plan` over their rows.
 
-    ``query_rows`` int64 [N]: where each row's query lies in the batch, by document and position;
-    ``key_rows`` [N]: where its key and value lie. None: the kept rows of the whole batch, in place.
-    ``hidden`` bool [N]: rows that are queries only, live placeholders (their key row is their document's
-    first); None: there are none.
+    `query_rows` int64 [N]: where each row's query lies in the batch, by document and position; `key_rows` [N]: where its
+    key and value lie. None: all kept rows of the batch, where they are. `hidden` bool [N]: rows that are queries only,
+    live placeholders (their key row is their document's first); None: there are none.
     """
 
     plan: AttentionPlan
@@ -71,8 +71,10 @@ class FlashRows:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Who serves which rows of a batch: ``flash``, at most one group with hidden keys and one without; ``fused`` or
-    ``tiles`` every other row. Made by `build_layout` by ``policy`` for a plan of this ``outline``."""
+    """Which kernel serves which rows of a batch; made by `build_layout` by `policy`, for a plan of this `outline`.
+
+    `flash` holds at most one group with hidden keys and one without; `fused` or `tiles` serve every other row.
+    """
 
     policy: LayoutPolicy
     outline: PlanOutline
@@ -83,21 +85,24 @@ class Layout:
     @property
     def is_one_flash_problem(self) -> bool:
         """All rows of the batch, in place, through the two flash passes: results need no gathering."""
-        whole = len(self.flash) == 1 and self.flash[0].query_rows is None
-        return whole and not self.tiles and self.fused is None
+        serves_all = len(self.flash) == 1 and self.flash[0].query_rows is None
+        return serves_all and not self.tiles and self.fused is None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Layout:
-        """The same layout with its tensors on ``device``."""
+        """The same layout with its tensors on `device`."""
         return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def with_masks(self, dtype: torch.dtype) -> Layout:
-        """The same layout with the masks of its tiles, as many as are kept, for q, k, v of this dtype. The model calls it
-        once per batch, on the device where the layers use them; without it every use builds its own."""
+        """The same layout with the masks of those tiles that keep them, for q, k, v of this dtype.
+
+        The model calls it once per batch, on the device where the layers use the masks; without it every use of a tile
+        builds its own.
+        """
         causal = self.outline.mode == "causal"
         return replace(self, tiles=tuple(tile.with_masks(dtype, causal=causal) for tile in self.tiles))
 
     def check(self, plan: AttentionPlan, policy: LayoutPolicy) -> None:
-        """Raise ValueError where it was built by another policy, or for a plan that differs in its outline."""
+        """Raise `ValueError` where it was built by another policy, or for a plan that differs in its outline."""
         if self.policy != policy:
             raise ValueError(
                 f"the layout was built by {self.policy}, but this attention backend needs {policy}: "
@@ -108,7 +113,7 @@ class Layout:
 
 
 def build_layout(plan: AttentionPlan, policy: LayoutPolicy) -> Layout:
-    """Who serves which rows of ``plan``, whose tensors lie on the CPU. Once per batch, by a worker of the loader."""
+    """Assign each row of `plan`, whose tensors are on the CPU. Called once per batch, by a worker of the loader."""
     kept = np.diff(plan.cu_seqlens.numpy()).astype(np.int64)
     live = np.bincount(plan.live_document.numpy(), minlength=kept.size)
     with_hidden = _hides_keys(kept, live, policy)

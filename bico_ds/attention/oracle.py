@@ -1,5 +1,4 @@
-"""The dense fp64 oracle: BICO's attention formula written down term by term. Slow, and the judge of
-everything else."""
+"""The dense fp64 oracle: BICO's attention formula written down term by term. Slow; everything else is tested against it."""
 
 from __future__ import annotations
 
@@ -24,11 +23,10 @@ def dense_attention(
 ) -> Tensor:
     """Attention by the paper's formula (arXiv 2311.07468, section 3.2), in fp64 with materialised masks.
 
-    q [N, Hq, Dh], k and v [N, Hkv, Dh] un-rotated; cos, sin [N, Dh] of each row's position. ``document``
-    [N], ``position`` [N] (any ordered numbers) and ``is_key`` bool [N] say who sees whom: query m sees key n
-    of its own document where ``is_key[n]``, and in causal mode only where position n <= position m. Score of
-    n <= m: ``(R_m q_m) · (R_n k_n)``; of n > m: ``(R_-m q_m) · (R_-n k_n)``. Differentiable. Returns [N, Hq,
-    Dh] in q's dtype.
+    q [N, Hq, Dh], k and v [N, Hkv, Dh] un-rotated; cos, sin [N, Dh] of each row's position. `document` [N], `position` [N]
+    (any ordered numbers) and `is_key` bool [N] decide what is visible: query m sees key n of its own document where
+    `is_key[n]`, and in causal mode only where position n <= position m. Score of n <= m: `(R_m q_m) · (R_n k_n)`; of n > m:
+    `(R_-m q_m) · (R_-n k_n)`. Differentiable. Returns [N, Hq, Dh] in q's dtype.
     """
     out_dtype, group = q.dtype, q.shape[1] // k.shape[1]
     q, k, v, cos, sin = (x.double() for x in (q, k, v, cos, sin))
@@ -49,7 +47,7 @@ def dense_attention(
 def oracle_attention(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan, scale: float | None
 ) -> Tensor:
-    """``dense_attention`` over a plan's rows; shapes as ``packed_attention``."""
+    """`dense_attention` over a plan's rows; shapes as `packed_attention`."""
     kept_per_document = plan.cu_seqlens.diff().long()
     kept_document = torch.repeat_interleave(kept_per_document)
     row = torch.arange(plan.num_rows, device=q.device)

@@ -1,4 +1,4 @@
-"""The op: ``packed_attention``."""
+"""The attention of a packed batch, as one differentiable operation: `packed_attention`."""
 
 from __future__ import annotations
 
@@ -33,11 +33,10 @@ def packed_attention(
     q [T, Hq, Dh], k and v [T, Hkv, Dh], un-rotated; cos, sin [T, Dh] as Hugging Face's rotary embedding gives
     them (halves duplicated, rotate_half convention). T = plan.num_rows. Returns out [T, Hq, Dh].
 
-    ``layout``: what `build_layout` made of the plan by the backend's policy, on q's device; the
-    oracle needs none. Without one it is built for this call, on the CPU, where the plan is copied to: slow, for
-    tests and single calls.
+    `layout`: what `build_layout` made of the plan by the backend's policy, on q's device; the oracle needs none. Without
+    one it is built for this call, on the CPU, to which the plan is copied: slow, for tests and single calls.
 
-    Raises ValueError where shapes or dtypes do not fit each other, Dh is no multiple of 8, the backend cannot serve them,
+    Raises `ValueError` where shapes or dtypes do not fit each other, Dh is no multiple of 8, the backend cannot serve them,
     or the layout is another backend's or another batch's.
     """
     _check_shapes(q, k, v, cos, sin, plan)
@@ -86,8 +85,10 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, pla
 
 
 class _PackedAttention(Function):
-    """Flash passes, tiles and the fused kernel under one backward. Saves raw q, k, v, the merged out and the merged
-    lse."""
+    """Flash passes, tiles and the fused kernel under one backward.
+
+    Saves raw q, k, v, the merged out and the merged lse.
+    """
 
     @staticmethod
     def forward(

@@ -1,15 +1,14 @@
-"""AttentionPlan: everything a layer needs to know about visibility, built once per batch on the CPU.
+"""`AttentionPlan`: what every query of a batch may see; built once per batch, on the CPU.
 
-Row order of the batch it describes: ``[kept tokens by document | live placeholders by document]``.
+Row order of the batch it describes: `[kept tokens by document | live placeholders by document]`.
 
 * A *kept* token is an unmasked one: a query and a key.
 * A *live* placeholder is a masked token whose successor is masked too: its output predicts that successor,
   so it is a query, but no query may attend to it (BICO, arXiv 2311.07468, section 3).
 * *Dead* placeholders (masked, successor not masked) influence nothing and are not in the batch.
 
-Kept keys at positions up to a query's own take the forward rotation, later ones the reversed rotation. For
-the j-th kept token of a document that boundary is ``j + 1``; for a live placeholder it is its
-``live_split``.
+Kept keys at positions up to a query's own take the forward rotation, later ones the reversed rotation. For kept token j
+of a document (from 0) that boundary is `j + 1` keys; for a live placeholder it is its `live_split`.
 """
 
 from __future__ import annotations
@@ -30,8 +29,10 @@ Lengths: TypeAlias = "Tensor | NDArray[np.integer] | Sequence[int]"
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOutline:
-    """What is known of a plan without reading its tensors, wherever they lie; a layout must agree with it. ``digest``: of
-    all that `build_plan` was given."""
+    """What is known of a plan without reading its tensors, on whatever device they are; a layout must agree with it.
+
+    `digest`: of all that `build_plan` was given.
+    """
 
     mode: Mode
     num_documents: int
@@ -48,20 +49,20 @@ class PlanOutline:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionPlan:
-    """Visibility of one packed batch: D documents, ``num_kept`` kept rows, then ``num_live`` live rows.
+    """Visibility of one packed batch: D documents, `num_kept` kept rows, then `num_live` live rows.
 
-    ``cu_seqlens`` int32 [D+1]: first kept row of each document, and the end; ``max_seqlen``: most kept tokens
+    `cu_seqlens` int32 [D+1]: first kept row of each document, and the end; `max_seqlen`: most kept tokens
     of a document.
 
-    The strictly anti-causal pass runs as a causal one over flipped rows: ``flip_rows`` int64 [M] holds,
-    document by document, the query rows ``e-2 … s`` of a document ``[s, e)``, and ``flip_key_rows`` [M] the key
-    row of each, one further. ``flip_cu_seqlens`` int32 and ``flip_max_seqlen`` describe that packing, in which
+    The strictly anti-causal pass runs as a causal one over flipped rows: `flip_rows` int64 [M] holds,
+    document by document, the query rows `e-2 … s` of a document `[s, e)`, and `flip_key_rows` [M] the key
+    row of each, one further. `flip_cu_seqlens` int32 and `flip_max_seqlen` describe that packing, in which
     documents of length 1 are left out. In causal mode M is 0.
 
-    ``live_document`` int64 [num_live]: each live row's document. ``live_split`` int64 [num_live]: how many
+    `live_document` int64 [num_live]: each live row's document. `live_split` int64 [num_live]: how many
     kept tokens of it lie at or before the row's position.
 
-    ``digest`` tells plans of other documents or other live rows apart.
+    `digest` tells plans of other documents or other live rows apart.
     """
 
     mode: Mode
@@ -98,7 +99,7 @@ class AttentionPlan:
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionPlan:
-        """The same plan with its tensors on ``device``."""
+        """The same plan with its tensors on `device`."""
         return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
 
@@ -127,12 +128,12 @@ def build_plan(
 ) -> AttentionPlan:
     """The plan of one batch.
 
-    ``kept_lengths`` int [D]: kept tokens of each document, each at least 1, in all below 2^31. ``live_document`` int
-    [N_live]: document index of each live row, non-decreasing. ``live_split`` int [N_live]: kept tokens of its
+    `kept_lengths` int [D]: kept tokens of each document, each at least 1, in all below 2^31. `live_document` int
+    [N_live]: document index of each live row, non-decreasing. `live_split` int [N_live]: kept tokens of its
     document at positions up to the row's, in 1 … kept length (a document's first token is never masked),
     non-decreasing within a document. Causal mode has no live rows, and no batch is empty.
 
-    Raises ValueError where an input breaks these rules, naming the document or row that does.
+    Raises `ValueError` where an input breaks these rules, naming the document or row that does.
     """
     if mode not in ("causal", "bidirectional"):
         raise ValueError(f"attention mode must be 'causal' or 'bidirectional', got {mode!r}")
@@ -217,7 +218,7 @@ def _cumulative(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _flipped_ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """``start+length-1 … start`` of every range, one after the other."""
+    """`start+length-1 … start` of every range, one after the other."""
     ends = np.cumsum(lengths)
     last_rows = np.repeat(starts + lengths - 1, lengths)
     return last_rows - (np.arange(ends[-1] if ends.size else 0) - np.repeat(ends - lengths, lengths))

@@ -1,8 +1,8 @@
 """Rotary embedding in both directions at once, and the way back for gradients.
 
-Convention of Hugging Face's ``apply_rotary_pos_emb``: with ``x = [x1, x2]`` in halves, ``R_m x = [x1·c1 -
-x2·s1, x2·c2 + x1·s2]``. The reversed rotation ``R_-m`` negates every sine (BICO, arXiv 2311.07468, section
-3.2). Tables may carry a scaling factor (YaRN), so nothing here assumes ``c² + s² = 1``.
+Convention of Hugging Face's `apply_rotary_pos_emb`: with `x = [x1, x2]` in halves,
+`R_m x = [x1·c1 - x2·s1, x2·c2 + x1·s2]`. The reversed rotation `R_-m` negates every sine (BICO, arXiv 2311.07468,
+section 3.2). Tables may carry a scaling factor (YaRN), so nothing here assumes `c² + s² = 1`.
 
 All functions take x [..., D] and tables that broadcast to it.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def rotate_forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``R_m x``, contiguous."""
+    """`R_m x`, contiguous."""
     half = x.shape[-1] // 2
     rotated = torch.mul(x, cos, out=x.new_empty(x.shape))
     rotated[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
@@ -25,7 +25,7 @@ def rotate_forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate_both(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """``R_m x`` and ``R_-m x``, both contiguous, from shared products."""
+    """`R_m x` and `R_-m x`, both contiguous, from shared products."""
     half = x.shape[-1] // 2
     even = torch.mul(x, cos, out=x.new_empty(x.shape))
     odd = x.new_empty(x.shape)
@@ -36,8 +36,10 @@ def rotate_both(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate_back(grads: Sequence[Tensor], cos: Tensor, sin: Tensor) -> Tensor:
-    """Gradient of x from those of ``R_m x`` and, if there is a second one, of ``R_-m x``. Overwrites the first of
-    two ``grads``."""
+    """Gradient of x from those of `R_m x` and, if there is a second one, of `R_-m x`.
+
+    Overwrites the first of two `grads`.
+    """
     half = cos.shape[-1] // 2
     if len(grads) == 2:
         even = (grads[0] + grads[1]).mul_(cos)

@@ -1,6 +1,6 @@
-"""Layout of dense tiles: which documents share one padded block of scores, and its masks. Once per batch.
+"""Dense tiles: which documents share one padded block of scores, and its masks. Built once per batch.
 
-A tile holds B documents of like size as a block ``[B, R, K]``: R query rows (kept and live, padded) against
+A tile holds B documents of like size as a block `[B, R, K]`: R query rows (kept and live, padded) against
 K kept keys (padded). A document too large for one tile gets several, each a chunk of its query rows against
 all its keys.
 """
@@ -22,8 +22,8 @@ _KEPT_SCORES = 1 << 22
 class TileMasks:
     """A tile's masks, all [B, 1, R, K] in the dtype of its scores.
 
-    ``factors``: 1 where a score of this rotation counts, else 0; of the forward and, in bidirectional mode, the
-    reversed rotation. ``bias``: 0 where a query sees a key, else -inf.
+    `factors`: 1 where a score of this rotation counts, else 0; of the forward and, in bidirectional mode, the
+    reversed rotation. `bias`: 0 where a query sees a key, else -inf.
     """
 
     factors: tuple[Tensor, ...]
@@ -34,12 +34,11 @@ class TileMasks:
 class Tile:
     """One padded block of B documents, R query rows and K keys each.
 
-    ``query_rows`` int64 [B·R], ``key_rows`` int64 [B·K]: where each row is read in the batch; padding
-    repeats the document's first one here. ``query_slots`` [B·R], ``key_slots`` [B·K]: where results are written;
-    padding goes to a trash row behind the batch (index T). ``split`` [B, R]: how many keys of the document
-    take the forward rotation; ``key_count`` [B]: keys that exist. ``keeps_masks``: `with_masks` builds its
-    ``masks`` for all layers; else each use does, so that long documents with many live rows need no memory for
-    them.
+    `query_rows` int64 [B·R], `key_rows` int64 [B·K]: where each row is read in the batch; padding
+    repeats the document's first one here. `query_slots` [B·R], `key_slots` [B·K]: where results are written;
+    padding goes to a trash row behind the batch (index T). `split` [B, R]: how many keys of the document
+    take the forward rotation; `key_count` [B]: keys that exist. `keeps_masks`: `with_masks` builds its `masks` for all
+    layers; else each use builds them, so that those of long documents with many live rows take no memory in between.
     """
 
     query_rows: Tensor
@@ -62,7 +61,7 @@ class Tile:
         return replace(self, masks=self._build_masks(dtype, causal)) if self.keeps_masks else self
 
     def masks_for(self, dtype: torch.dtype, *, causal: bool) -> TileMasks:
-        """The masks that it keeps, or masks built for this use. Raises ValueError where it keeps some of another dtype."""
+        """The masks that it keeps, or masks built for this use. Raises `ValueError` where it keeps some of another dtype."""
         if self.masks is None:
             return self._build_masks(dtype, causal)
         if self.masks.bias.dtype != dtype:
@@ -84,9 +83,11 @@ class Tile:
 
 @dataclass(frozen=True, kw_only=True)
 class TileRows:
-    """Query rows of the documents that go to tiles: ``rows`` int64 [Q] by document and position, their
-    ``split`` [Q], and ``counts`` [D], how many each document has. ``key_starts``, ``key_counts`` [D]: its
-    kept rows."""
+    """Query rows of the documents that go to tiles.
+
+    `rows` int64 [Q] by document and position, and their `split` [Q]; `counts` [D]: how many each document has.
+    `key_starts`, `key_counts` [D]: the kept rows of each document.
+    """
 
     rows: NDArray[np.int64]
     split: NDArray[np.int64]
@@ -96,8 +97,11 @@ class TileRows:
 
 
 def build_tiles(rows: TileRows, *, trash_row: int, budget: int, min_rows: int) -> tuple[Tile, ...]:
-    """Tiles over all documents of ``rows``. ``budget``: scores per head and tile (B·R·K) to
-    aim at; a document of more is cut into chunks of at least ``min_rows`` query rows."""
+    """Tiles over all documents of `rows`; padding is written to `trash_row`.
+
+    `budget`: scores per head and tile (B·R·K) to aim at; a document with more scores is cut into chunks of at least
+    `min_rows` query rows.
+    """
     starts = np.cumsum(rows.counts) - rows.counts
     tiles: list[Tile] = []
     order = np.lexsort((rows.counts, rows.key_counts))[::-1]
@@ -131,7 +135,7 @@ def _with_bounded_masks(tiles: list[Tile]) -> tuple[Tile, ...]:
 
 
 def _group_size(counts: NDArray[np.int64], keys: int, budget: int) -> int:
-    """How many of the next documents, no longer than ``keys``, fit a tile together."""
+    """How many of the next documents, no longer than `keys`, fit a tile together."""
     most_rows = np.maximum.accumulate(counts[: budget // keys + 1])
     area = most_rows * keys * np.arange(1, most_rows.size + 1)
     return max(1, int(np.searchsorted(area, budget, side="right")))
@@ -155,8 +159,7 @@ def _tile(rows: TileRows, documents: NDArray[np.int64], spans: NDArray[np.int64]
 def _padded(
     starts: NDArray[np.int64], lengths: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Index block [B, max length] of the ranges, padding repeats each range's start; and where it is no
-    padding."""
+    """Index block [B, max length] of the ranges, padded with each range's start; and bool, True where it is no padding."""
     offset = np.arange(lengths.max())
     exists = offset < lengths[:, None]
     return starts[:, None] + np.where(exists, offset, 0), exists

@@ -2,7 +2,7 @@
 
 Pass 1: causal over forward-rotated q and k (keys up to the query, diagonal included). Pass 2: the strictly
 anti-causal part over reverse-rotated q and k, as a causal pass over flipped rows. Backward hands each kernel
-the *merged* out and lse (as ring attention does, arXiv 2310.01889): ``exp(s - lse)`` is then the weight
+the *merged* out and lse (as ring attention does, arXiv 2310.01889): `exp(s - lse)` is then the weight
 within the one softmax.
 
 Live placeholders may be rows of the same problem: queries whose own keys are *hidden*. Most kernels know no
@@ -33,8 +33,10 @@ _HIDDEN_KEY = -30000.0  # within fp16's range
 
 @dataclass(frozen=True, kw_only=True)
 class FlashProblem:
-    """N rows by document and position: the kept rows of ``plan``, whose live ones play no part. ``hidden`` bool [N]: rows
-    that no query sees as keys; None: there are none."""
+    """N rows by document and position: the kept rows of `plan`, whose live rows are ignored.
+
+    `hidden` bool [N]: rows that no query sees as keys; None: there are none.
+    """
 
     inputs: AttentionInputs
     plan: AttentionPlan
@@ -52,8 +54,10 @@ class _Settings(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class _Pass:
-    """Inputs of one kernel call: rotated and, with hidden keys, perhaps widened q, k, v, and the tables (cos and sin,
-    [rows, 1, D]) that rotated q and k and rotate their gradients back."""
+    """Inputs of one kernel call: q, k, v, rotated and, with hidden keys, perhaps widened.
+
+    The tables are cos and sin, [rows, 1, D], which rotated q and k and rotate their gradients back.
+    """
 
     q: Tensor
     k: Tensor
@@ -72,7 +76,7 @@ class _Pass:
 
     @property
     def settings(self) -> _Settings:
-        """``hidden`` only where there are hidden keys."""
+        """`hidden` only where there are hidden keys."""
         packing = _Settings(cu_seqlens=self.cu_seqlens, max_seqlen=self.max_seqlen, scale=self.scale)
         return packing if self.hidden is None else {**packing, "hidden": self.hidden}
 
@@ -87,10 +91,9 @@ def two_pass_forward(kernel: CausalKernel, problem: FlashProblem) -> AttentionRe
 
 
 def merge(base: AttentionResults, other: AttentionResults, rows: Tensor) -> AttentionResults:
-    """One softmax from two: ``base`` of N rows, updated in place at ``rows`` [M] by ``other`` of M rows.
+    """One softmax from two: `base` of N rows, updated in place at `rows` [M] by `other` of M rows.
 
-    Computed in lse's dtype. Written as differences, so that lse of any distance neither overflows nor loses
-    the base.
+    Computed in lse's dtype. Written with differences of lse, so that the farthest two neither overflow nor lose the base.
     """
     lse, lse2 = base.lse.t(), other.lse.t()  # [H, N] and [H, M], as kernels give them
     base_out, base_lse = base.out.index_select(0, rows).to(lse.dtype), lse.index_select(1, rows)
@@ -105,8 +108,10 @@ def merge(base: AttentionResults, other: AttentionResults, rows: Tensor) -> Atte
 def two_pass_backward(
     kernel: CausalKernel, problem: FlashProblem, results: AttentionResults, grad_out: Tensor
 ) -> Gradients:
-    """Gradients of the problem's raw q, k, v in lse's dtype. ``results``: what `two_pass_forward` returned; grad_out
-    [N, H, D]."""
+    """Gradients of the problem's raw q, k, v in lse's dtype.
+
+    `results`: what `two_pass_forward` returned; grad_out [N, H, D].
+    """
     plan = problem.plan
     dq, dk, dv = _pass_backward(kernel, _first_pass(kernel, problem), results, grad_out)
     if plan.flip_max_seqlen == 0:
@@ -166,8 +171,10 @@ def _reversed_tables(inputs: AttentionInputs, rows: Tensor) -> tuple[Tensor, Ten
 
 
 def _fitted(kernel: CausalKernel, inputs: _Pass) -> _Pass:
-    """The pass as the kernel can take it: where it knows no key mask, with 8 more columns, whose product is -4000 for
-    hidden keys and 0 for others."""
+    """The pass in a form that the kernel can take.
+
+    Where it knows no key mask, q and k have 8 more columns, whose product is -4000 for hidden keys and 0 for others.
+    """
     if inputs.hidden is None or kernel.hides_keys:
         return inputs
     q, k, v = (pad(x, (0, HIDDEN_COLUMNS)) for x in (inputs.q, inputs.k, inputs.v))
@@ -185,7 +192,7 @@ def _pass_forward(kernel: CausalKernel, inputs: _Pass) -> AttentionResults:
 def _pass_backward(
     kernel: CausalKernel, inputs: _Pass, results: AttentionResults, grad_out: Tensor
 ) -> Gradients:
-    """Gradients of one pass's raw q, k, v. ``results`` are the merged ones."""
+    """Gradients of one pass's raw q, k, v. `results` are the merged ones."""
     D, out, lse = inputs.head_dim, results.out, results.lse
     if extra := inputs.q.shape[-1] - D:
         grad_out, out = (pad(x, (0, extra)) for x in (grad_out, out))

@@ -9,8 +9,8 @@ from typing import Any
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
 from bico_ds.model.deepspeed_engine import Engine
+from bico_ds.optim.table import kind_running
 
-STATE_BYTES = 3 * 4  # per trained parameter: fp32 master weight and Adam's two moments
 _SPARE = 1.05  # tables and headers
 
 
@@ -43,13 +43,14 @@ def bytes_needed(engine: Engine) -> int:
 
     Below stage 3 it holds the weights besides the optimizer's state; under stage 3 the master weights take their place.
     """
+    state = kind_running(engine.optimizer.optimizer).spec.state.bytes_per_parameter
     partitioned = engine.zero_optimization_stage() == 3
     trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
     return int(
         _SPARE
         * sum(
             getattr(parameter, "ds_numel", parameter.numel())
-            * (STATE_BYTES + (0 if partitioned else parameter.element_size()))
+            * (state + (0 if partitioned else parameter.element_size()))
             for parameter in trained
         )
     )

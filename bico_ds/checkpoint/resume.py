@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bico_ds.checkpoint import manifest, universal
 from bico_ds.checkpoint.manifest import FoundCheckpoint
 from bico_ds.checkpoint.state_checksums import differences, optimizer_steps, state_checksums
@@ -17,6 +15,7 @@ from bico_ds.config.schema import Recipe
 from bico_ds.model.deepspeed_engine import Engine
 from bico_ds.model.weights.checksums import base_fingerprint
 from bico_ds.optim.schedule import follow_recipe
+from bico_ds.optim.state import separate_step_counters
 from bico_ds.runtime.run_folder import RunFolder
 
 # What DeepSpeed's own checkpoint depends on; where a value differs, the universal form is loaded.
@@ -105,10 +104,10 @@ def restore(engine: Engine, resumption: Resumption, recipe: Recipe) -> None:
     if path is None:
         raise NotRestoredError(f"DeepSpeed loaded nothing from {resumption.folder}")
     if resumption.is_universal:
-        _separate_step_counters(engine)
+        separate_step_counters(engine.optimizer.optimizer)
     wrong = differences(state_checksums(engine), content["checksums"])
     if optimizer_steps(engine) != content["optimizer_steps"]:
-        wrong.append(f"Adam's step count ({optimizer_steps(engine)}, saved {content['optimizer_steps']})")
+        wrong.append(f"the step count ({optimizer_steps(engine)}, saved {content['optimizer_steps']})")
     if wrong:
         shown = "\n  ".join(wrong[:8]) + (f"\n  and {len(wrong) - 8} more" if len(wrong) > 8 else "")
         raise NotRestoredError(
@@ -132,13 +131,6 @@ def _check_base(engine: Engine, saved: str | None) -> None:
         raise UserError(
             "model.path: the base there is not the one that this checkpoint's adapters were trained on"
         )
-
-
-def _separate_step_counters(engine: Engine) -> None:
-    """DeepSpeed's universal load gives one step tensor to all sub-groups; each adds one to it, in every step."""
-    for state in engine.optimizer.optimizer.state.values():
-        if torch.is_tensor(state.get("step")):
-            state["step"] = state["step"].clone()
 
 
 def _at(path: Path) -> FoundCheckpoint:

@@ -1,4 +1,4 @@
-"""Checksums of everything that a resume must bring back: weights, fp32 masters, Adam's moments and its step count.
+"""Checksums of everything a resume must bring back: weights, fp32 masters, the optimizer's moments and step count.
 
 They are sums over the ranks' slices (`bico_ds.model.weights.checksums`), so the same numbers hold at any number of ranks and
 in ZeRO stages 1, 2 and 3. A load that silently did nothing (DeepSpeed#6691, #5430, #7848) cannot pass them.
@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from bico_ds.model.deepspeed_engine import Engine
 from bico_ds.model.weights.checksums import add_over_ranks, parameter_checksums, slice_checksum
 from bico_ds.model.weights.materialize import is_partitioned, partition_bounds
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from bico_ds.optim.state import step_counts
+from bico_ds.optim.table import kind_running
 
 Checksums = dict[str, dict[str, int]]
-"""By kind (`weight`, `master`, `exp_avg`, `exp_avg_sq`) and parameter name."""
+"""By kind (`weight`, `master`, and each of the optimizer's moments), the checksum of each parameter."""
 
 
 def state_checksums(engine: Engine) -> Checksums:
     """Checksums of every trained parameter and of its optimizer state. Collective; the same on every rank."""
     trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
-    kinds = ("master", *MOMENTS)
+    kinds = ("master", *kind_running(engine.optimizer.optimizer).spec.state.moments)
     own = torch.tensor(
         [[_own(engine, p, kind) for p in trained.values()] for kind in kinds], dtype=torch.int64
     )
@@ -36,10 +36,8 @@ def state_checksums(engine: Engine) -> Checksums:
 
 
 def optimizer_steps(engine: Engine) -> list[int]:
-    """The step counts in this rank's Adam state, each once: one number where all is well, none before the first update."""
-    plain: Any = getattr(engine.optimizer, "optimizer", engine.optimizer)  # ZeRO's wrapper, if there is one
-    states = plain.state.values()
-    return sorted({int(state["step"]) for state in states if "step" in state})
+    """The step counts in this rank's state, as `step_counts`."""
+    return step_counts(engine.optimizer.optimizer)
 
 
 def differences(found: Checksums, expected: Checksums) -> list[str]:

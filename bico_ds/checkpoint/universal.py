@@ -24,6 +24,7 @@ from bico_ds.checkpoint.disk import in_units, lack_of_room
 from bico_ds.checkpoint.manifest import FoundCheckpoint
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import atomic_folder
+from bico_ds.optim.state import drop_tensors
 
 _WORKERS = max(1, min(8, (os.cpu_count() or 1) // 2))
 _POLL_SECONDS = 0.5
@@ -130,9 +131,7 @@ def _convert(source: str, target: str) -> None:
 def _drop_first_ranks_tensors(path: Path) -> None:
     """Keep of the common state what a load reads. DeepSpeed leaves all of rank 0's share in it, for every rank to read."""
     state = torch.load(path, weights_only=False)
-    state.pop("fp32_flat_groups", None)
-    adam = state["optimizer_state_dict"]
-    adam["state"] = {index: {"step": values["step"]} for index, values in adam["state"].items()}
+    drop_tensors(state)
     torch.save(state, path)
 
 

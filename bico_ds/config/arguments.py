@@ -21,17 +21,17 @@ def not_negative(text: str) -> int:
 
 
 def local_path(text: str) -> Path:
-    """A file or folder; ``~`` and ``${NAME}`` are expanded."""
+    """A file or folder; `~` and `${NAME}` are expanded."""
     return Path(path_text(text))
 
 
 def path_text(text: str) -> str:
-    """What may be a path, or else a pattern or a name; ``~`` and ``${NAME}`` are expanded."""
+    """What may be a path, or else a pattern or a name; `~` and `${NAME}` are expanded."""
     return _checked(text, LocalPath.expanded)
 
 
 def written_path(text: str) -> LocalPath:
-    """A file or folder of another machine, where ``~`` and ``${NAME}`` will be expanded."""
+    """A file or folder of another machine, where `~` and `${NAME}` will be expanded."""
     _checked(text, LocalPath.in_shell)
     return LocalPath(text)
 

@@ -1,5 +1,7 @@
-"""A recipe's `imports`: the user's own modules, loaded by whoever reads the recipe (every rank, every command that takes
-one), before it is validated."""
+"""A recipe's `imports`: the user's own modules, loaded before the recipe is validated.
+
+Every rank loads them, and every command that takes a recipe.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,12 @@ from bico_ds.config.paths import WrittenPath
 
 
 def import_module(written: WrittenPath, *, recipe_folder: Path | None = None) -> ModuleType:
-    """Import a module by its name, or a Python file by its path (it ends in ``.py``); once per process.
+    """Import a module by its name, or a Python file by its path (it ends in `.py`); once per process.
 
-    Raises `UserError`, with the place in the recipe, where it is not there, or fails: with the line at which it does. A path
-    begins at the working directory, as all paths do; the error tells of a file in `recipe_folder` that may have been meant.
+    A path begins at the working directory, as all paths do.
+
+    Raises `UserError`, with the line of the recipe, where the module is missing or fails (with the line at which it fails).
+    Where a file is missing and `recipe_folder` has one of that name, the error names it.
     """
     name = written.expanded()
     try:
@@ -43,7 +47,7 @@ def import_module(written: WrittenPath, *, recipe_folder: Path | None = None) ->
 def source_files(written: WrittenPath) -> list[Path]:
     """The Python files behind an import, all of them for a package: what must be the same on every node.
 
-    Raises `UserError` where it is not there, or fails.
+    Raises `UserError` where the module is missing, or fails.
     """
     file = import_module(written).__file__
     if file is None:
@@ -55,13 +59,13 @@ def source_files(written: WrittenPath) -> list[Path]:
 def _import_file(path: Path, recipe_folder: Path | None) -> ModuleType:
     if not path.is_file():
         raise UserError(_describe_missing(path, recipe_folder))
-    place = path.resolve()
-    stem = re.sub(r"\W", "_", place.stem)  # a dot or colon would have a meaning in a module's name
-    name = f"{stem}_{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
+    file = path.resolve()
+    stem = re.sub(r"\W", "_", file.stem)  # a dot or colon would have a meaning in a module's name
+    name = f"{stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, place)
-    assert spec is not None and spec.loader is not None, place
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None, file
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -81,7 +85,7 @@ def _describe_missing(path: Path, recipe_folder: Path | None) -> str:
 
 
 def _describe(name: str, error: BaseException) -> str:
-    """The error and its place in the user's own module, as one line."""
+    """The error and its line in the user's own module, as one line."""
     if isinstance(error, SyntaxError):
         return f"'{name}' does not parse: {error.filename}:{error.lineno}: {error.msg}"
     frames = [f"{f.filename}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]

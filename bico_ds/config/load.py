@@ -56,7 +56,7 @@ _Loader.add_implicit_resolver(
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Load, merge and validate a recipe.
 
-    `name_or_path` is a name in recipes/ or a YAML file; `overrides` are ``key.path=value`` with YAML values. The recipe's
+    `name_or_path` is a name in recipes/ or a YAML file; `overrides` are `key.path=value` with YAML values. The recipe's
     `imports` are loaded before it is validated. Raises `UserError` that names the key and where it was written: file and
     line, or the override.
     """
@@ -116,7 +116,7 @@ def _import_modules(tree: _Tree) -> None:
     for index, name in enumerate(names if isinstance(names, list) else ()):
         if isinstance(name, str) and name:
             key = ("imports", index)
-            origin = _place_of(key, tree.origins)
+            origin = _origin_of(key, tree.origins)
             folder = Path(origin.file).parent if origin is not None and origin.line else None
             import_module(WrittenPath(name, where=_where(key, tree.origins)), recipe_folder=folder)
 
@@ -144,8 +144,8 @@ def _with_origins(value: Any, key: KeyPath, origins: dict[KeyPath, Origin]) -> A
 
 
 def _where(key: KeyPath, origins: dict[KeyPath, Origin]) -> str:
-    """``FILE:LINE: key``."""
-    origin, dotted = _place_of(key, origins), _dotted(key) or "recipe"
+    """`FILE:LINE: key`."""
+    origin, dotted = _origin_of(key, origins), _dotted(key) or "recipe"
     return f"{origin}: {dotted}" if origin else dotted
 
 
@@ -272,7 +272,7 @@ def _explain(error: ValidationError, tree: _Tree) -> str:
     return "\n".join(lines.values())
 
 
-def _place_of(key: KeyPath, origins: dict[KeyPath, Origin]) -> Origin | None:
+def _origin_of(key: KeyPath, origins: dict[KeyPath, Origin]) -> Origin | None:
     """The line of the key itself, of something below it (a section that an override made), or of what holds it."""
     below = next((origin for other, origin in origins.items() if key and other[: len(key)] == key), None)
     around = (origins[key[:n]] for n in range(len(key) - 1, -1, -1) if key[:n] in origins)

@@ -1,8 +1,8 @@
-"""Paths as users write them: the one place that expands ``~`` and ``${NAME}``, and that tells folders from hub names.
+"""Paths as users write them: the one place that expands `~` and `${NAME}`, and that tells folders from hub names.
 
 A value keeps the text as it was written, in the recorded recipe too. It becomes a path on the machine that uses it, at
 the moment of use: a variable may differ between login node and compute nodes. No `WrittenPath` is a `str` or a
-`PathLike`, so that nobody can open the text itself by mistake.
+`PathLike`, so that the text itself cannot be opened by mistake.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from pydantic_core import CoreSchema, core_schema
 from bico_ds.common.errors import UserError
 
 HubName = NewType("HubName", str)
-"""``owner/name`` of a Hugging Face repository."""
+"""`owner/name` of a Hugging Face repository."""
 
 FolderOrHub = Path | HubName
 """A folder (or file) of this machine, there or not, or a name on the hub. At run time a `Path` is always the former."""
 
-_VARIABLE = re.compile(  # any other $ is a letter of the name, as in a shell
+# Any other $ is a letter of the name, as in a shell.
+_VARIABLE = re.compile(
     r"\$(?:(?P<bare>[a-zA-Z_]\w*)|\{(?P<braced>[a-zA-Z_]\w*)\}|(?P<wrong>\{[^}]*\}?|\d\w*))", re.ASCII
 )
-_HOME = re.compile(
-    r"(~[\w.-]*)(/|$)", re.ASCII
-)  # with its slash unquoted in a shell, which knows ~user as we do
+# With its slash unquoted in a shell, which expands ~user as we do.
+_HOME = re.compile(r"(~[\w.-]*)(/|$)", re.ASCII)
 _FOLDER_MARKS = ("/", ".", "~", "models/", "runs/")
 
 
@@ -41,16 +41,16 @@ class WrittenPath:
 
     text: str
     where: str = field(default="", compare=False)
-    """What an error begins with: ``FILE:LINE: key``, or as much of it as is known."""
+    """What an error begins with: `FILE:LINE: key`, or as much of it as is known."""
 
     def __str__(self) -> str:
         return self.text
 
     def expanded(self) -> str:
-        """The text as it reads on this machine: ``~``, ``~user``, ``$NAME`` and ``${NAME}`` replaced.
+        """The text as it reads on this machine: `~`, `~user`, `$NAME` and `${NAME}` replaced.
 
-        Raises `UserError`, with the place it was written at, for a variable that is unset or empty here, for a ``${`` or
-        ``$1`` that is none (``${HOME`` without its brace), and for a home folder that this machine has not.
+        Raises `UserError`, with the line at which it was written, for a variable that is unset or empty here, for a `${` or
+        `$1` that is none (`${HOME` without its brace), and for a home folder that this machine does not have.
         """
         if self.text.split("/")[0] == "~" and os.environ.get("HOME") == "":
             raise self._error("the environment variable HOME is empty on this machine; set it, or")
@@ -60,8 +60,10 @@ class WrittenPath:
         return path
 
     def in_shell(self) -> str:
-        """The text as a word of a shell script, which expands it by the same rule where and when the script runs: there
-        an unset or empty variable ends the script. Raises `UserError` for what is no variable on any machine."""
+        """The text as a word of a shell script, which expands it by the same rule where and when it runs.
+
+        There an unset or empty variable ends the script. Raises `UserError` for a `$` that begins no variable.
+        """
         words, rest, end = [], self.text, 0
         if home := _HOME.match(rest):
             words, rest = ['"${HOME:?}"' if home[1] == "~" else home[1], home[2]], rest[home.end() :]
@@ -72,7 +74,7 @@ class WrittenPath:
 
     def _name(self, found: re.Match[str]) -> str:
         if found["wrong"] is not None:
-            raise self._error(f"'{found[0]}' is neither ${{NAME}} nor $NAME; mend it, or")
+            raise self._error(f"'{found[0]}' is neither ${{NAME}} nor $NAME; correct it, or")
         return found["braced"] or found["bare"]
 
     def _variable(self, found: re.Match[str]) -> str:
@@ -83,8 +85,8 @@ class WrittenPath:
         raise self._error(f"the environment variable {name} {state} on this machine; set it, or")
 
     def _error(self, problem: str) -> UserError:
-        place = f"{self.where}: " if self.where else ""
-        return UserError(f"{place}'{self.text}': {problem} give another path")
+        where = f"{self.where}: " if self.where else ""
+        return UserError(f"{where}'{self.text}': {problem} give another path")
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -121,8 +123,8 @@ class FolderOrHubName(WrittenPath):
     def is_folder(self) -> bool:
         """Whether a folder (or file) is meant, even a missing one.
 
-        A hub name has exactly one slash and no ``$``, begins with none of ``/ . ~``, nothing of that name exists here, and
-        its owner is neither `models` nor `runs`: a recipe's ``models/llama-3.1-70b`` that nobody fetched must not be
+        A hub name has exactly one slash and no `$`, begins with none of `/ . ~`, nothing of that name exists here, and
+        its owner is neither `models` nor `runs`: a recipe's `models/llama-3.1-70b` that was not fetched must not be
         looked for on the hub.
         """
         text = self.text
@@ -134,8 +136,8 @@ class FolderOrHubName(WrittenPath):
 
     def is_here(self) -> bool:
         """Whether it is a folder that exists on this machine. Raises `UserError` as `expanded` does."""
-        place = self.here()
-        return isinstance(place, Path) and place.is_dir()
+        path = self.here()
+        return isinstance(path, Path) and path.is_dir()
 
 
 def replace_paths(tree: Any, replaced: Callable[[WrittenPath], Any]) -> Any:

@@ -1,11 +1,11 @@
-"""The recipe: the validated tree of one run. Field descriptions are the reference documentation of every key.
+"""The recipe: the validated tree of one run. The descriptions of its fields are the reference documentation of the keys.
 
-In every path, ``~`` and ``${NAME}`` are expanded on the machine that uses it (`bico_ds.config.paths`).
+In every path, `~` and `${NAME}` are expanded on the machine that uses it (`bico_ds.config.paths`).
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -19,6 +19,7 @@ from pydantic import (
 
 from bico_ds.config.objectives.base import ObjectiveSpec
 from bico_ds.config.objectives.table import read_spec
+from bico_ds.config.optimizers import ADAMW, OptimizerState
 from bico_ds.config.paths import FolderOrHubName, LocalPath, WrittenPath, replace_paths
 from bico_ds.config.section import PositiveInt, Section
 
@@ -42,7 +43,7 @@ class ModelSpec(Section):
     )
     config: dict[str, Any] | None = Field(
         None,
-        description="the values of the model's config.json; lets dry runs and plans work without weights",
+        description="the values of the model's config.json; with them dry runs and plans need no weights",
     )
     tokenizer: FolderOrHubName | None = Field(
         None,
@@ -57,7 +58,7 @@ class ModelSpec(Section):
     )
     loss_chunk_rows: PositiveInt = Field(
         512,
-        description="rows whose logits exist at one time; a batch of over 16 times as many pays 1.4 times the head's time",
+        description="rows whose logits are in memory at a time; in bf16, batches of over 16 times as many rows take longer",
     )
     lora: LoraSpec | None = None
     allow_pickle: bool = Field(False, description="accept pickled weights (they can run code when loaded)")
@@ -73,9 +74,9 @@ class FactsSpec(Section):
     """The embedded task: fictitious persons in the form of the name-description set (2309.12288)."""
 
     seed: int = 1
-    name_first: PositiveInt = Field(20, description="persons whose training texts all say the name first")
+    name_first: PositiveInt = Field(20, description="persons whose training texts all have the name first")
     description_first: PositiveInt = Field(
-        20, description="persons whose training texts all say the description first"
+        20, description="persons whose training texts all have the description first"
     )
     both: PositiveInt = Field(60, description="persons whose training texts come in both orders")
     variants: PositiveInt = Field(6, description="training texts per person and order")
@@ -88,10 +89,11 @@ class SourceSpec(Section):
     name: str | None = Field(None, description="name in logs; null: taken from the path")
     store: LocalPath | None = Field(None, description="a token store that tools/prepare_data.py wrote")
     files: list[LocalPath] | None = Field(
-        None, description="JSONL, Parquet or text files, folders or patterns, tokenized at the first use"
+        None,
+        description="JSONL, Parquet or text files, folders or patterns of them; tokenized at the first use",
     )
     facts: Literal["both_orders", "all"] | None = Field(
-        None, description="the embedded task: persons in both orders only, or everyone"
+        None, description="the embedded task: all persons, or only those whose texts come in both orders"
     )
     text_field: str = "text"
     prompt_field: str | None = Field(None, description="with completion_field: two fields that make one text")
@@ -106,11 +108,13 @@ class SourceSpec(Section):
         None, description="[start, end] pairs of characters, for masks by entity"
     )
     text_by: Literal["line", "file"] = Field(
-        "line", description="a document of a plain-text file: each line, or all of it"
+        "line", description="what is a document in a plain-text file: each line, or the file"
     )
     add_bos: bool = True
     add_eos: bool = True
-    weight: Annotated[float, Field(gt=0)] | None = Field(None, description="share of the sampled documents")
+    weight: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="share of the sampled documents, relative to the other sources' weights"
+    )
     epochs: Annotated[float, Field(gt=0)] | None = Field(
         None, description="passes over this source in a data epoch"
     )
@@ -159,11 +163,14 @@ class DataSpec(Section):
         description="where stores made from 'files' and 'facts' are kept, and the pack plans of large data sets",
     )
     capacity: PositiveInt = Field(
-        2048, description="tokens per bin, as objectives expand documents; of NTP and BICO the original ones"
+        2048,
+        description="tokens per bin, after an objective has expanded the documents; NTP and BICO expand none",
     )
     overlong: Literal["split", "truncate", "drop"] = "split"
     max_documents_per_bin: PositiveInt | None = None
-    repack_every_epoch: bool = Field(False, description="another seeded choice of bin mates in every epoch")
+    repack_every_epoch: bool = Field(
+        False, description="choose anew in every epoch, by the seed, which documents share a bin"
+    )
     workers: Annotated[int, Field(ge=0)] = Field(1, description="background batch builders per rank; 0: none")
     allow_change: bool = Field(False, description="resume although the data set or recipe changed")
 
@@ -175,18 +182,20 @@ class DataSpec(Section):
         return self
 
 
-# Validated as the spec of its kind (config/objectives/), and dumped as that.
+# Validated as the spec of its kind (config/objectives/), and dumped as one.
 AnyObjective = Annotated[SerializeAsAny[ObjectiveSpec], BeforeValidator(read_spec)]
 
 
 class TrainingSpec(Section):
-    """How long, and in what portions."""
+    """How long the training is, and the batch sizes."""
 
     steps: PositiveInt | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
     global_batch_bins: PositiveInt = Field(8, description="bins per optimizer step, over all ranks")
     micro_batch_bins: PositiveInt = Field(1, description="bins per forward pass of one rank")
-    max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="0: no clipping")
+    max_grad_norm: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="gradients of a larger norm are scaled down to it; 0: no clipping"
+    )
     on_nonfinite: Literal["stop", "skip"] = "stop"
 
     @model_validator(mode="after")
@@ -203,6 +212,7 @@ class OptimizerSpec(Section):
     """AdamW; under CPU or NVMe offload DeepSpeed's CPU Adam."""
 
     model_config = ConfigDict(allow_inf_nan=False)
+    state: ClassVar[OptimizerState] = ADAMW
 
     lr: Annotated[float, Field(gt=0)] = 2e-5
     betas: tuple[Decay, Decay] = (0.9, 0.999)
@@ -219,7 +229,7 @@ class ScheduleSpec(Section):
         None, description="only for warmup_stable_decay: length of the final decay"
     )
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="where the decay ends, as a share of optimizer.lr"
+        0.0, description="the rate at the end of the decay, as a share of optimizer.lr"
     )
 
     @model_validator(mode="after")
@@ -235,13 +245,14 @@ class ScheduleSpec(Section):
         return self
 
 
-_DEEPSPEED_PATHS = frozenset({"nvme_path", "output_file"})  # flops_profiler writes the latter
+# `output_file` is that of flops_profiler.
+_DEEPSPEED_PATHS = frozenset({"nvme_path", "output_file"})
 
 
 def find_deepspeed_paths(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """A copy of a DeepSpeed configuration, its paths as `LocalPath`; `where` stands before their keys in errors.
+    """A copy of a DeepSpeed configuration, its paths as `LocalPath`; `where` comes before their keys in errors.
 
-    Those of `nvme_path` and `output_file`, wherever they stand; `""` and `"auto"` are no paths.
+    The keys `nvme_path` and `output_file` of any section have paths; `""` and `"auto"` are none.
     """
     found = {}
     for key, value in config.items():
@@ -254,7 +265,7 @@ def find_deepspeed_paths(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 class DeepSpeedSpec(Section):
-    """Which file of ds_configs/, and what this run changes in it."""
+    """A file of ds_configs/, and what this run changes in it."""
 
     config: LocalPath = Field(
         LocalPath("zero3_bf16"), description="name in ds_configs/, or a path to a DeepSpeed JSON"
@@ -272,13 +283,13 @@ class DeepSpeedSpec(Section):
 
 
 class CheckpointSpec(Section):
-    """When states are written, and which of them stay."""
+    """When checkpoints are written, and which of them are kept."""
 
-    every_steps: PositiveInt | None = Field(None, description="null: only the final one")
+    every_steps: PositiveInt | None = Field(None, description="null: only at the end")
     keep_last: PositiveInt = 2
     keep_every_steps: PositiveInt | None = Field(None, description="multiples of this step are never deleted")
     on_write_error: Literal["continue", "stop"] = "continue"
-    export: bool = Field(True, description="write a safetensors folder at the end")
+    export: bool = Field(True, description="write the model as a safetensors folder at the end")
 
 
 class EvaluationSpec(Section):
@@ -291,10 +302,13 @@ class EvaluationSpec(Section):
     every_steps: PositiveInt | None = Field(None, description="null: only at the end")
     batch_size: PositiveInt = 64
     max_new_tokens: PositiveInt = 40
-    limit: PositiveInt | None = Field(None, description="rows of each task, spread over the persons")
+    limit: PositiveInt | None = Field(
+        None, description="prompts per task, spread over the persons; null: all"
+    )
     likelihood_others: PositiveInt | None = Field(
         None,
-        description="also the log-probability test: the right answer against so many other persons'; null: not",
+        description="also compare the log-probability of the right answer with that of this many other persons' answers; "
+        "null: no such test",
     )
 
 
@@ -307,7 +321,7 @@ class WandbSpec(Section):
 
 
 class MonitorSpec(Section):
-    """Where numbers go besides the console and metrics.jsonl."""
+    """Where metrics are written besides the console and metrics.jsonl."""
 
     tensorboard: bool = True
     csv: bool = False
@@ -316,14 +330,16 @@ class MonitorSpec(Section):
 
 
 class DistributedSpec(Section):
-    """Ranks, time limits, signals."""
+    """Number of ranks, time limits, signals."""
 
     world_size: PositiveInt | None = Field(
         None, description="ranks this recipe is made for; null: any number"
     )
-    timeout_minutes: Annotated[float, Field(gt=0)] = Field(30.0, description="collectives fail after this")
+    timeout_minutes: Annotated[float, Field(gt=0)] = Field(
+        30.0, description="collectives fail after this time"
+    )
     watchdog_minutes: Annotated[float, Field(gt=0)] = Field(
-        20.0, description="no step for so long: dump all stacks and abort"
+        20.0, description="after this time without a step all stacks are dumped and the run is aborted"
     )
     preempt_signals: list[Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"]] = Field(
         ["SIGTERM", "SIGINT", "SIGUSR1"]
@@ -331,16 +347,16 @@ class DistributedSpec(Section):
 
 
 class Recipe(Section):
-    """One run, complete."""
+    """The recipe of one run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     description: str = ""
-    seed: int = Field(1, description="of weights, order, masks and draws")
+    seed: int = Field(1, description="seed of random weights, order of the data, masks and every other draw")
     output_dir: LocalPath | None = Field(None, description="run folder; null: runs/NAME")
     imports: list[WrittenPath] = Field(
         default_factory=list,
-        description="modules, or files that end in .py, with further objectives: loaded on every rank, before all else; a "
-        "relative path begins at the working directory, as all do",
+        description="modules, or files that end in .py, with further objectives; loaded on every rank before anything else; "
+        "a relative path begins at the working directory, as all do",
     )
     model: ModelSpec
     data: DataSpec

@@ -1,4 +1,4 @@
-"""Names in logs that nothing else in the same run has."""
+"""Names in logs that are unique within a run."""
 
 from __future__ import annotations
 

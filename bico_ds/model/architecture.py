@@ -1,4 +1,4 @@
-"""The architecture of a run: from config.json or from the recipe, and checked against each other."""
+"""The architecture of a run, from config.json or from the recipe; where both have it, they must agree."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers.initialization import no_init_weights
 from bico_ds.common.errors import UserError, did_you_mean
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.config.schema import ModelSpec
+from bico_ds.model.families import FAMILIES
 
 # What makes two configs different networks; everything else in a config.json is bookkeeping.
 _ARCHITECTURE_KEYS = (
@@ -25,12 +26,12 @@ _ARCHITECTURE_KEYS = (
 _LEGACY_KEYS = ("rope_theta", "rope_scaling", "torch_dtype", "pretraining_tp", "rope_interleaved")
 # What transformers raises on values that make no model.
 _BAD_VALUES = (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-# models pad their vocabulary a little; more missing ids mean another tokenizer
+# Models pad their vocabulary a little; more missing ids mean another tokenizer.
 _SMALLEST_VOCABULARY_SHARE = 0.9
 
 
 class ModelTokenizer(Protocol):
-    """What a model, and its export, ask of a tokenizer of transformers."""
+    """What a model and its export use of a tokenizer of transformers."""
 
     @property
     def bos_token_id(self) -> int | None: ...
@@ -45,10 +46,10 @@ class ModelTokenizer(Protocol):
 
 
 def model_config(spec: ModelSpec) -> PretrainedConfig:
-    """The architecture that `spec` asks for: ``path``'s config.json, or ``config``.
+    """The architecture that `spec` asks for: the config.json at `path`, or `config`.
 
-    Raises UserError on a missing folder, a config that cannot be read, unknown keys, values that make no model, or where
-    both are given and disagree.
+    Raises `UserError` on a missing folder, a config that cannot be read, unknown keys, values that make no model, and where
+    `path` and `config` are both given and disagree.
     """
     recipe = None if spec.config is None else _config_from_recipe(spec.config)
     config = recipe if spec.path is None else _config_at(spec.path.here())
@@ -74,7 +75,7 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def check_vocabulary(config: PretrainedConfig, tokenizer_size: int, *, tokenizer: str) -> None:
-    """Raise UserError if a tokenizer of ``tokenizer_size`` ids cannot belong to this model."""
+    """Raise `UserError` if a tokenizer of `tokenizer_size` ids cannot belong to this model."""
     if not _SMALLEST_VOCABULARY_SHARE * config.vocab_size <= tokenizer_size <= config.vocab_size:
         raise UserError(
             f"the tokenizer at '{tokenizer}' has {tokenizer_size} ids, the model {config.vocab_size}: they "
@@ -83,9 +84,9 @@ def check_vocabulary(config: PretrainedConfig, tokenizer_size: int, *, tokenizer
 
 
 def adopt_special_tokens(tokenizer: ModelTokenizer, *settings: Any) -> None:
-    """A model from random weights begins, ends and pads its texts as its tokenizer does.
+    """Give a model from random weights its tokenizer's ids that begin, end and pad a text.
 
-    ``settings``: its config and its generation config, changed in place.
+    `settings`: the model's config and generation config, which are changed.
     """
     for config in settings:
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -112,8 +113,10 @@ def _config_from_recipe(values: dict[str, Any]) -> PretrainedConfig:
     values = dict(values)
     model_type = values.pop("model_type", "llama")
     if model_type not in CONFIG_MAPPING:
-        hint = did_you_mean(model_type, CONFIG_MAPPING)
-        raise UserError(f"model.config.model_type: unknown model type '{model_type}'{hint}")
+        hint = did_you_mean(model_type, FAMILIES)
+        raise UserError(
+            f"model.config.model_type: unknown model type '{model_type}'{hint}; supported: {', '.join(FAMILIES)}"
+        )
     known = {*CONFIG_MAPPING[model_type]().to_dict(), *_LEGACY_KEYS}
     for key in values:
         if key not in known:

@@ -23,10 +23,10 @@ from bico_ds.model.weights.materialize import WeightSource, materialize
 
 
 class TrainableModel(nn.Module):
-    """``causal_lm`` is the Hugging Face model inside, whose own forward and generate do what they always did."""
+    """Wraps `causal_lm`, a model of Hugging Face, whose own forward and generate are unchanged."""
 
     def __init__(self, causal_lm: PreTrainedModel, *, checkpoint_every: int = 0) -> None:
-        """``checkpoint_every``: recompute every k-th decoder layer in the backward pass; 0: none."""
+        """`checkpoint_every`: recompute every k-th decoder layer in the backward pass; 0: none."""
         super().__init__()
         self.causal_lm = causal_lm
         self.checkpoint_every = checkpoint_every
@@ -36,7 +36,7 @@ class TrainableModel(nn.Module):
         return self.causal_lm.config
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Return the fp32 sum of the cross entropies of the batch's N loss rows; 0 where there are none.
+        """Return the sum of the cross entropies of the batch's N loss rows, an fp32 scalar; 0 where there are none.
 
         Every module runs exactly once whatever the batch, and every parameter takes part in the backward
         pass, as ZeRO-3 needs on ranks whose batch has no loss row.
@@ -74,14 +74,13 @@ def build_model(
 ) -> TrainableModel:
     """Build the model a recipe asks for. Collective, where there is a process group.
 
-    ``ds_config``: the complete DeepSpeed configuration; under ZeRO-3 the parameters come out partitioned (the
-    process group must be up). ``device``: where parameters live, ``meta`` for shapes only. Weights are read
-    from ``spec.path``, or drawn from ``seed``: the same for every world size. ``longest_document``: see
-    `swap_layers`.
+    `ds_config`: the complete DeepSpeed configuration; under ZeRO-3 the parameters are partitioned (the process group must
+    be up). `device`: where parameters are, `meta` for shapes only. Weights are read from `spec.path`, or drawn from `seed`:
+    the same for every world size. `longest_document`: as `swap_layers` takes it.
 
-    Raises UserError before anything expensive where path, architecture, LoRA's targets, or names and shapes of the weights
-    are wrong; after loading, UserError where a stored tied head is not the embedding, and RuntimeError where a parameter is
-    not what the file holds.
+    Raises `UserError` before anything expensive where path, architecture, LoRA's targets, or names and shapes of the
+    weights are wrong; after loading, `UserError` where a stored tied head is not the embedding, and `RuntimeError` where a
+    parameter is not what the file holds.
     """
     config = model_config(spec)
     check_attention(config, longest_document=longest_document)
@@ -127,10 +126,10 @@ def _refresh_rotary(causal_lm: PreTrainedModel, device: torch.device) -> None:
 
 
 def check_rotary(model: TrainableModel) -> None:
-    """Raise `UserError` where somebody has rounded the rotary frequencies: at position 2000 bf16 phases are off by 0.1 to
-    0.2 rad in the mean, and single ones by up to 3.6 (arithmetic, at bases of 1e4 to 5e5 and heads of 64 and 128).
+    """Raise `UserError` where the rotary frequencies are not in fp32 any more.
 
-    DeepSpeed before 0.19.2 casts buffers with the weights (DeepSpeed#8066).
+    DeepSpeed before 0.19.2 casts buffers with the weights (DeepSpeed#8066). In bf16, at position 2000, phases are off by 0.1
+    to 0.2 rad in the mean, and single ones by up to 3.6 (arithmetic, at bases of 1e4 to 5e5 and heads of 64 and 128).
     """
     rotary = model.causal_lm.model.rotary_emb
     if rotary.inv_freq.dtype != torch.float32:

@@ -1,4 +1,4 @@
-"""DeepSpeed's engine as this package uses it; whatever else it has is not called here."""
+"""DeepSpeed's engine as this package uses it: no other attribute of it is used here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ZeroOptimizer(Protocol):
     """ZeRO-1 and 2: this rank's flat masters, one tensor per parameter group."""
 
     def get_local_fp32_param(self, param: nn.Parameter, optim_state_key: str | None = None) -> Tensor:
-        """ZeRO-3: this rank's slice of the master, or of Adam's `optim_state_key`; KeyError before the first update."""
+        """ZeRO-3: this rank's slice of the master, or of the state `optim_state_key`; KeyError before the first update."""
         ...
 
 

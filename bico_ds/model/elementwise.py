@@ -1,9 +1,8 @@
-"""RMSNorm and SwiGLU of a Llama in one pass over memory each, for packed batches on a CPU.
+"""RMSNorm and SwiGLU in one pass over memory each, for packed batches on a CPU.
 
-Hugging Face's modules make some twenty passes over temporaries of the activations' size; on a CPU that took
-about a seventh of a training step (docs/attention.md). Forward and backward here are kernels of
-``bico_ds/attention/native``. Where these cannot run (another device, dtype or machine, no compiler), and
-where nobody asks for them, the modules are Hugging Face's own.
+Hugging Face's modules make many passes over temporaries of the activations' size (docs/attention.md has the times).
+Forward and backward here are kernels of `bico_ds/native`. Where these cannot run (another device, dtype or machine, no
+compiler), and where they are not asked for, the modules are Hugging Face's own.
 """
 
 from __future__ import annotations
@@ -13,17 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
-from transformers.models.mistral.modeling_mistral import MistralMLP, MistralRMSNorm
-from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
-from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 
+from bico_ds.model.families import FAMILIES
 from bico_ds.native.library import NATIVE_DTYPES, native_refusal
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``weight * x / sqrt(mean(x², -1) + eps)``: x [..., E] and weight [E] of one dtype, bf16 or fp32, on the
-    CPU.
+    """`weight * x / sqrt(mean(x², -1) + eps)`: x [..., E] and weight [E] of one dtype, bf16 or fp32, on the CPU.
 
     Sums in fp32; the normalised x is rounded to its dtype before the product, as Hugging Face does.
     """
@@ -31,7 +26,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """``silu(gate) * up`` (arXiv 2002.05202): two tensors of one shape and dtype, bf16 or fp32, on the CPU."""
+    """`silu(gate) * up` (arXiv 2002.05202): two tensors of one shape and dtype, bf16 or fp32, on the CPU."""
     return _SwiGLU.apply(gate, up)
 
 
@@ -77,7 +72,7 @@ def _is_served(x: Tensor) -> bool:
 
 
 class _FusedNorm:
-    """Mixed in before a Hugging Face RMSNorm; adds the keyword ``fused`` to its forward."""
+    """Mixed in before a Hugging Face RMSNorm; adds the keyword `fused` to its forward."""
 
     def forward(self: Any, hidden_states: Tensor, *, fused: bool = False) -> Tensor:
         if fused and _is_served(hidden_states) and self.weight.dtype == hidden_states.dtype:
@@ -86,7 +81,7 @@ class _FusedNorm:
 
 
 class _FusedMLP:
-    """Mixed in before a Hugging Face gated MLP; adds the keyword ``fused`` to its forward."""
+    """Mixed in before a Hugging Face gated MLP; adds the keyword `fused` to its forward."""
 
     def forward(self: Any, x: Tensor, *, fused: bool = False) -> Tensor:
         if fused and _is_served(x) and self.config.hidden_act == "silu":
@@ -94,14 +89,15 @@ class _FusedMLP:
         return super().forward(x)  # type: ignore[misc]
 
 
-def _mixed(mixin: type, *plain: type) -> dict[type, type]:
-    return {cls: type(f"Fused{cls.__name__}", (mixin, cls), {}) for cls in plain}
+def _fused_classes() -> dict[type, type]:
+    """By a class of Hugging Face, ours."""
+    plain = [(f.norm, _FusedNorm) for f in FAMILIES.values()] + [
+        (f.mlp, _FusedMLP) for f in FAMILIES.values()
+    ]
+    return {cls: type(f"Fused{cls.__name__}", (mixin, cls), {}) for cls, mixin in plain}
 
 
-_FUSED_CLASS = {
-    **_mixed(_FusedNorm, LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm),
-    **_mixed(_FusedMLP, LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP),
-}
+_FUSED_CLASS = _fused_classes()
 
 
 def swap_elementwise(model: nn.Module) -> None:

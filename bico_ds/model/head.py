@@ -1,8 +1,8 @@
-"""The output head with its loss: the logits of a whole batch never exist.
+"""The output head with its loss: the logits of all rows of a batch never exist at once.
 
-Under ZeRO-3 a module's weight is there only while that module runs, and every rank must enter every module
-equally often. Hence the loss lives in the head module itself: entered once per micro-batch, whatever the rows,
-and chunked inside.
+Under ZeRO-3 a module's weight exists only while that module runs, and every rank must enter every module equally often.
+So the loss is computed in the head module: it is entered once per micro-batch, however many rows there are, and works
+through them in chunks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LOW_PRECISION_CHUNKS = 16
 
 
 class LossHead(nn.Linear):
-    """``lm_head`` that, given targets, returns a summed cross entropy; else it is the plain linear layer."""
+    """An `lm_head` that, given targets, returns a summed cross entropy; without them it is the plain linear layer."""
 
     chunk_rows: int
 
@@ -35,16 +35,16 @@ def swap_head(model: PreTrainedModel, chunk_rows: int) -> None:
     """Change the class of a causal LM's output layer to `LossHead`, in place."""
     head = model.get_output_embeddings()
     assert type(head) is nn.Linear, f"unexpected output layer {head}"
-    assert head.bias is None, "a Llama-like head has no bias"
+    assert head.bias is None, "the head of every family in families.py has no bias"
     head.__class__ = LossHead
     head.chunk_rows = chunk_rows
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_rows: int) -> Tensor:
-    """Sum over rows of the cross entropy of ``hidden @ weight.T`` against ``targets``.
+    """Sum over rows of the cross entropy of `hidden @ weight.T` against `targets`.
 
     hidden [N, E] and weight [V, E] of one floating dtype, targets int64 [N]. Softmax and sums in fp32 (fp64
-    for fp64). At most ``chunk_rows`` rows of logits exist at a time, about 6 bytes per logit in bf16. Gradients
+    for fp64). At most `chunk_rows` rows of logits exist at a time, about 6 bytes per logit in bf16. Gradients
     are computed in the forward pass, chunk by chunk, so that no logit is computed twice (as Liger Kernel
     does, arXiv 2410.10989); the backward pass scales them in place, once. The weight's gradient is summed over
     chunks in the weight's dtype. Where that is bf16 and the chunks are more than `LOW_PRECISION_CHUNKS`, it is computed
@@ -110,8 +110,10 @@ def _fill_by_vocabulary(
     logits_buffer: Tensor,
     exact_buffer: Tensor,
 ) -> None:
-    """``grad_weight`` [V, E] from all rows at once, for as many of the vocabulary as the buffers hold logits of. lse
-    [N]."""
+    """Fill `grad_weight` [V, E] from all rows at once, for as many words of the vocabulary as the buffers hold logits of.
+
+    lse [N], in the loss's dtype.
+    """
     size = logits_buffer.numel() // len(hidden)
     for start in range(0, len(weight), size):
         block = weight[start : start + size]

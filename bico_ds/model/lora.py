@@ -1,7 +1,6 @@
-"""LoRA through `peft`: adapters on the decoder's linear layers, the base frozen (Hu et al., arXiv
-2106.09685).
+"""LoRA (Hu et al., arXiv 2106.09685) through `peft`: adapters on the decoder's linear layers; the base is frozen.
 
-Adapters are injected while the model has no memory yet, so that base and adapters take one way into ZeRO-3.
+Adapters are injected while the model is on the meta device, so that base and adapters enter ZeRO-3 in the same way.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _BASE = ".base_layer."
 def add_lora(causal_lm: PreTrainedModel, spec: LoraSpec) -> None:
     """Inject adapters into a causal LM on the meta device and freeze the rest, in place.
 
-    Raises UserError where ``spec.targets`` names no linear layer of the decoder.
+    Raises `UserError` where `spec.targets` names no linear layer of the decoder.
     """
     linear = {
         name.rsplit(".", 1)[-1]
@@ -56,14 +55,14 @@ def add_lora(causal_lm: PreTrainedModel, spec: LoraSpec) -> None:
 
 
 class AdaptedWeights:
-    """A `WeightSource` of base and adapters: A uniform as `nn.Linear` begins, drawn by name; B zero."""
+    """A `WeightSource` of base and adapters: A uniform as `nn.Linear` initialises it, drawn by name; B zero."""
 
     def __init__(self, base: WeightSource, *, seed: int) -> None:
         self._base = base
         self._seed = seed
 
     def read(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flattened parameter ``name``."""
+        """Elements [start, stop) of the flattened parameter `name`."""
         if ".lora_B." in name:
             return torch.zeros(stop - start)
         if ".lora_A." in name:

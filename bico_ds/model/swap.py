@@ -11,22 +11,23 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
-from transformers.models.mistral.modeling_mistral import MistralAttention, MistralDecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer
 
 from bico_ds.attention.layout import Layout
 from bico_ds.attention.packed import packed_attention
 from bico_ds.attention.plan import AttentionPlan
 from bico_ds.common.errors import UserError
 from bico_ds.model.elementwise import swap_elementwise
+from bico_ds.model.families import FAMILIES, family_of
+
+# Rotary embeddings whose table at a position depends on that position alone ("dynamic" and "longrope" do not).
+FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
-class _PackedForward:
-    """Mixed in before a Hugging Face attention class; adds the keywords ``plan`` and ``layout`` to its forward."""
+class _PackedAttention:
+    """Mixed in before a Hugging Face attention class; adds the keywords `plan` and `layout` to its forward."""
 
     packed_backend = "auto"
+    has_qk_norms = False
 
     def forward(
         self,
@@ -36,8 +37,10 @@ class _PackedForward:
         layout: Layout | None = None,
         **kwargs: Any,
     ) -> Any:
-        """hidden_states [1, T, hidden] with a plan of T rows; [batch, length, hidden] without one. ``layout``: as
-        `packed_attention` takes it."""
+        """hidden_states [1, T, E] with a plan of T rows, [batch, length, E] without one; `layout`: of `packed_attention`.
+
+        Returns the mixed states, of the same shape, and None where Hugging Face's attention returns its weights.
+        """
         if plan is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         return self._packed(hidden_states, kwargs["position_embeddings"], plan, layout), None
@@ -50,9 +53,11 @@ class _PackedForward:
         layout: Layout | None,
     ) -> Tensor:
         rows = (hidden_1TE.shape[1], -1, self.head_dim)
-        q_TNH = self._normed_query(self.q_proj(hidden_1TE).view(rows))
-        k_TNH = self._normed_key(self.k_proj(hidden_1TE).view(rows))
-        v_TNH = self.v_proj(hidden_1TE).view(rows)
+        q_TNH, k_TNH, v_TNH = (
+            projection(hidden_1TE).view(rows) for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.has_qk_norms:
+            q_TNH, k_TNH = self.q_norm(q_TNH, fused=True), self.k_norm(k_TNH, fused=True)
         cos_TH, sin_TH = (table[0] for table in position_embeddings)
         out_TNH = packed_attention(
             q_TNH,
@@ -67,37 +72,9 @@ class _PackedForward:
         )
         return self.o_proj(out_TNH.reshape(*hidden_1TE.shape[:2], -1))
 
-    def _normed_query(self, q_TNH: Tensor) -> Tensor:
-        return q_TNH
-
-    def _normed_key(self, k_TNH: Tensor) -> Tensor:
-        return k_TNH
-
-
-class PackedLlamaAttention(_PackedForward, LlamaAttention):
-    """Llama; also what Llama-shaped models use."""
-
-
-class PackedMistralAttention(_PackedForward, MistralAttention):
-    """Mistral: Llama's attention without biases."""
-
-
-class PackedQwen2Attention(_PackedForward, Qwen2Attention):
-    """Qwen2: Llama's attention with biases on q, k and v."""
-
-
-class PackedQwen3Attention(_PackedForward, Qwen3Attention):
-    """Qwen3: q and k are normalised per head before the rotation."""
-
-    def _normed_query(self, q_TNH: Tensor) -> Tensor:
-        return self.q_norm(q_TNH, fused=True)
-
-    def _normed_key(self, k_TNH: Tensor) -> Tensor:
-        return self.k_norm(k_TNH, fused=True)
-
 
 class _PackedLayer:
-    """Mixed in before a Hugging Face decoder layer; adds the keywords ``plan`` and ``layout`` to its forward."""
+    """Mixed in before a Hugging Face decoder layer; adds the keywords `plan` and `layout` to its forward."""
 
     def forward(
         self: Any,
@@ -107,7 +84,7 @@ class _PackedLayer:
         layout: Layout | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """As `_PackedForward.forward`."""
+        """As `_PackedAttention.forward`, the hidden states alone."""
         if plan is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         mixed_1TE, _ = self.self_attn(
@@ -117,44 +94,27 @@ class _PackedLayer:
         return hidden_1TE + self.mlp(self.post_attention_layernorm(hidden_1TE, fused=True), fused=True)
 
 
-class PackedLlamaLayer(_PackedLayer, LlamaDecoderLayer):
-    """Llama; the others have the same two blocks with a residual each."""
+def _packed_classes() -> dict[type, type]:
+    """By a class of Hugging Face, ours."""
+    classes: dict[type, type] = {}
+    for family in FAMILIES.values():
+        attention, layer = family.attention, family.layer
+        norms = {"has_qk_norms": family.qk_norms}
+        classes[attention] = type(f"Packed{attention.__name__}", (_PackedAttention, attention), norms)
+        classes[layer] = type(f"Packed{layer.__name__}", (_PackedLayer, layer), {})
+    return classes
 
 
-class PackedMistralLayer(_PackedLayer, MistralDecoderLayer):
-    """Mistral."""
-
-
-class PackedQwen2Layer(_PackedLayer, Qwen2DecoderLayer):
-    """Qwen2."""
-
-
-class PackedQwen3Layer(_PackedLayer, Qwen3DecoderLayer):
-    """Qwen3."""
-
-
-_PACKED_CLASS = {
-    LlamaAttention: PackedLlamaAttention,
-    MistralAttention: PackedMistralAttention,
-    Qwen2Attention: PackedQwen2Attention,
-    Qwen3Attention: PackedQwen3Attention,
-    LlamaDecoderLayer: PackedLlamaLayer,
-    MistralDecoderLayer: PackedMistralLayer,
-    Qwen2DecoderLayer: PackedQwen2Layer,
-    Qwen3DecoderLayer: PackedQwen3Layer,
-}
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-# Rotary embeddings whose table at a position depends on that position alone ("dynamic" and "longrope" do not).
-FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_PACKED_CLASS = _packed_classes()
 
 
 def swap_layers(
     model: PreTrainedModel, backend: str = "auto", *, longest_document: int | None = None
 ) -> None:
-    """Change every decoder layer of a Llama, Mistral, Qwen2 or Qwen3 causal LM to ours, in place.
+    """Change every decoder layer of a causal LM of one of the `FAMILIES` to ours, in place.
 
-    ``longest_document``: tokens of the longest document (or the bin capacity, which bounds it); needed by
-    models with a sliding window. Raises UserError as `check_attention` does.
+    `backend`: of `packed_attention`. `longest_document`: tokens of the longest document (or the bin capacity, which bounds
+    it); needed by models with a sliding window. Raises `UserError` as `check_attention` does.
     """
     check_attention(model.config, longest_document=longest_document)
     for layer in model.model.layers:
@@ -165,14 +125,12 @@ def swap_layers(
 
 
 def check_attention(config: PretrainedConfig, *, longest_document: int | None = None) -> None:
-    """Raise UserError if our op cannot stand in for the attention of this architecture: another model type, rotary type or
-    head size, dropout, or a sliding window that a document exceeds. Needs no model.
+    """Raise `UserError` if our op cannot stand in for the attention of this architecture.
+
+    It cannot for another model type, rotary type or head size, for dropout, and for a sliding window that a document
+    exceeds. This needs the config alone, no model.
     """
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
-        raise UserError(
-            f"model type '{config.model_type}' is not supported: its attention is not known to be Llama's. "
-            f"Supported: {', '.join(SUPPORTED_MODEL_TYPES)}."
-        )
+    family = family_of(config.model_type)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if head_dim % 8:
         raise UserError(
@@ -190,7 +148,7 @@ def check_attention(config: PretrainedConfig, *, longest_document: int | None = 
             f"the model's config has attention_dropout {config.attention_dropout}, which packed attention "
             "does not do: set 'attention_dropout' to 0.0 in its config.json"
         )
-    window = getattr(config, "sliding_window", None)
+    window = config.sliding_window if family.has_window else None
     if window is not None and (longest_document is None or longest_document > window):
         length = "of unknown length" if longest_document is None else f"of up to {longest_document} tokens"
         raise UserError(

@@ -1,7 +1,7 @@
 """The library of fused CPU kernels (the sources beside this file): built at first use, and loaded once.
 
-It needs a C++ compiler and AVX-512, and takes bf16 and fp32; AMX makes the products of bf16 fast. It lies in
-``$XDG_CACHE_HOME/bico_ds`` (``~/.cache/bico_ds``) under a name made of everything it depends on, and is moved
+It needs a C++ compiler and AVX-512, and takes bf16 and fp32; AMX makes the products of bf16 fast. It is kept in
+`$XDG_CACHE_HOME/bico_ds` (`~/.cache/bico_ds`) under a name made of everything it depends on, and is moved
 there in one step, so that processes that build at the same time do not disturb each other.
 """
 

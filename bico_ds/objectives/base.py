@@ -1,4 +1,4 @@
-"""What an objective is: documents in, packed batch out."""
+"""What an objective is: it makes a packed batch of documents."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from bico_ds.documents import Documents
 
 @dataclass(frozen=True, kw_only=True)
 class BatchKey:
-    """What randomness may depend on besides a document's own name: never its place, neighbours, rank or
-    history.
+    """What randomness may depend on besides a document's name: never on its position, neighbours, rank or history.
 
     `epoch` is the pass over the document's source: one number, or one per document (int64 [D]), since a batch
     at the end of an epoch holds documents of the next one too.
@@ -31,8 +30,8 @@ class BatchKey:
 class TokenRoles:
     """What an objective must know of the tokens it works on.
 
-    `special_ids` (BOS, EOS, padding, …) are never text. `placeholder_id` can stand where there is no token to see:
-    None where the tokenizer has none. `vocabulary`: ids that the model embeds, 0 … `vocabulary` - 1.
+    `special_ids` (BOS, EOS, padding, …) are never text. `placeholder_id` is the input of a position whose token must not be
+    seen; None where the tokenizer has none. `vocabulary`: ids that the model embeds, 0 … `vocabulary` - 1.
     """
 
     special_ids: tuple[int, ...]
@@ -41,7 +40,7 @@ class TokenRoles:
 
 
 class Store(Protocol):
-    """What a token store tells an objective about its documents."""
+    """What an objective may ask a token store about its documents."""
 
     def __len__(self) -> int: ...
 
@@ -57,7 +56,7 @@ class Store(Protocol):
 
     @property
     def completions(self) -> int:
-        """How many documents have a prompt and something behind it."""
+        """How many documents have a prompt and more tokens after it."""
         ...
 
     @property
@@ -76,15 +75,18 @@ class Objective(Protocol):
 
     @classmethod
     def of(cls, spec: Any, tokens: TokenRoles, *, name: str, key: str) -> Self:
-        """Make the objective of a recipe's entry; `key` is where it stands there, ``objectives[0]``, for messages.
+        """Make the objective of a recipe's entry; `key` is its key there, `objectives[0]`, for messages.
 
         Raises `UserError` where spec and tokens do not fit.
         """
         ...
 
     def identity(self) -> dict[str, Any]:
-        """Return all that the batches depend on besides documents and key, JSON-able: the spec's identity, and what of
-        the `TokenRoles` plays a part. A resume with another identity is refused, unless `data.allow_change` is set."""
+        """Return all that the batches depend on besides documents and key, JSON-able.
+
+        That is the spec's identity, and those fields of the `TokenRoles` that the batches depend on. A resume with another
+        identity is refused, unless `data.allow_change` is set.
+        """
         ...
 
     def check(self, store: Store) -> None:
@@ -92,18 +94,22 @@ class Objective(Protocol):
         ...
 
     def expand(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the tokens of a bin that documents of these lengths take, both int64 [D]. Pure: it is asked before
-        packing, for lengths of 1 … capacity."""
+        """Return how many tokens of a bin documents of these lengths take, both int64 [D].
+
+        Pure: it is called before packing, with lengths of 1 … capacity.
+        """
         ...
 
     def build(self, documents: Documents, key: BatchKey) -> PackedBatch:
-        """Build the micro-batch of these documents, which `check_batch` must let pass. Raises ValueError naming a document
-        that cannot be trained on."""
+        """Build the micro-batch of these documents, which must pass `check_batch`.
+
+        Raises `ValueError` naming a document that cannot be trained on.
+        """
         ...
 
 
 def check_batch(batch: PackedBatch, documents: Documents, *, room: int, vocabulary: int) -> None:
-    """Raise `UserError` where the batch built of `documents` is none that a model can read, or that can be counted.
+    """Raise `UserError` where a model could not read the batch built of `documents`, or its tokens could not be counted.
 
     `room`: rows that the objective's `expand` promised at most; `vocabulary`: ids that the model embeds.
     """
@@ -137,9 +143,9 @@ def _check_column(
 
 
 def require_completions(spec_key: str, store: Store) -> None:
-    """Raise `UserError` for a store without a completion, which an objective on completions alone would train on whole.
+    """Raise `UserError` for a store without a completion, where an objective trains on completions alone.
 
-    `spec_key` is the recipe's key that says ``completion``.
+    `spec_key` is the recipe's key whose value is `completion`.
     """
     if not store.completions:
         raise UserError(

@@ -40,7 +40,7 @@ class MaskDenoising:
 
     @classmethod
     def of(cls, spec: BicoSpec, tokens: TokenRoles, *, name: str, key: str) -> MaskDenoising:
-        """The tokenizer's placeholder stands in where the spec names none."""
+        """Where the spec names no placeholder, the tokenizer's is taken. Raises `UserError` where there is none."""
         placeholder = spec.placeholder_id if spec.placeholder_id is not None else tokens.placeholder_id
         if placeholder is None:
             raise UserError(
@@ -60,12 +60,12 @@ class MaskDenoising:
         return MaskPolicy(spec=self.spec.mask, special_ids=self.special_ids)
 
     def identity(self) -> dict[str, Any]:
-        """That of the spec, with the tokens that are never masked and the one that stands at masked positions."""
+        """The spec's, with the tokens that are never masked and the one at masked positions."""
         tokens = {"placeholder_id": self.placeholder_id, "special_ids": list(self.special_ids)}
         return self.spec.identity() | tokens
 
     def check(self, store: Store) -> None:
-        """What is masked must be marked in the store."""
+        """Raises `UserError` where the store does not mark what is to be masked."""
         if self.spec.mask.eligible == "completion":
             require_completions(f"{self.key}.mask.eligible", store)
         if self.spec.mask.unit == "entity" and not store.has_entities:

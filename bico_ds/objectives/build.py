@@ -25,13 +25,13 @@ def build_objectives(specs: Sequence[ObjectiveSpec], tokens: TokenRoles) -> list
 
 
 def _objective_class(kind: str) -> type[Objective]:
-    place = KINDS[kind].objective
-    module, _, name = place.partition(":")
+    path = KINDS[kind].objective
+    module, _, name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"objective kind '{kind}': cannot find {place} ({error})") from error
+        raise UserError(f"objective kind '{kind}': cannot find {path} ({error})") from error
     missing = [part for part in PARTS if not hasattr(found, part)]
     if not isinstance(found, type) or missing:
-        raise UserError(f"objective kind '{kind}': {place} is no objective, it lacks {', '.join(missing)}")
+        raise UserError(f"objective kind '{kind}': {path} is no objective, it lacks {', '.join(missing)}")
     return found

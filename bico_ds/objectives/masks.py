@@ -1,5 +1,4 @@
-"""Mask policies: which tokens of a document BICO hides. One decision per unit; units are tokens, spans, words
-or entities.
+"""Mask policies: which tokens of a document BICO masks. One decision per unit: a token, span, word or entity.
 
 Every draw is keyed by (seed, epoch, source, document, piece) and counted by position (an entity's by its number), so
 that a document's mask is the same on any machine, in any batch, at any world size.
@@ -28,7 +27,7 @@ class TokenGrid:
 
     @staticmethod
     def of(documents: Documents) -> TokenGrid:
-        """Lay out these documents; raises ValueError for one without a token, and for none at all."""
+        """The grid of these documents. Raises `ValueError` for a document without a token, and for no documents."""
         lengths = documents.lengths
         if len(lengths) == 0 or (lengths < 1).any():
             name = describe(documents, int(np.argmax(lengths < 1))) if len(lengths) else "the batch"

@@ -21,7 +21,7 @@ from bico_ds.objectives.masks import TokenGrid
 class NextTokenPrediction:
     """All tokens are kept; a document's last token predicts nothing.
 
-    ``loss_on: completion`` counts only targets behind the prompt (`Documents.prompt_length`).
+    `loss_on: completion` counts only targets after the prompt (`Documents.prompt_length`).
     """
 
     spec: NtpSpec
@@ -30,15 +30,15 @@ class NextTokenPrediction:
 
     @classmethod
     def of(cls, spec: NtpSpec, tokens: TokenRoles, *, name: str, key: str) -> NextTokenPrediction:
-        """No token plays a part of its own."""
+        """`tokens` are not needed."""
         return cls(spec=spec, name=name, key=key)
 
     def identity(self) -> dict[str, Any]:
-        """That of the spec."""
+        """The spec's."""
         return self.spec.identity()
 
     def check(self, store: Store) -> None:
-        """Where only completions count, there must be some."""
+        """Raises `UserError` where only completions count, and the store has none."""
         if self.spec.loss_on == "completion":
             require_completions(f"{self.key}.loss_on", store)
 
@@ -47,7 +47,7 @@ class NextTokenPrediction:
         return lengths
 
     def build(self, documents: Documents, key: BatchKey) -> PackedBatch:
-        """Build the causal micro-batch; `key` plays no part."""
+        """Build the causal micro-batch; `key` is not needed."""
         grid = TokenGrid.of(documents)
         first_target = np.ones(len(documents), dtype=np.int64)
         if self.spec.loss_on == "completion":

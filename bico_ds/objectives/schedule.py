@@ -1,5 +1,4 @@
-"""Which objective a step has: drawn once per optimizer step, alike on every rank, known before the batch is
-built."""
+"""Which objective a step has: drawn once per optimizer step, the same on every rank, and before the batch is built."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from bico_ds.objectives.base import Objective
 class ObjectiveSchedule:
     """Draws one of `objectives` for each step, by `probabilities` (positive, with sum 1), from a hash of (seed, step).
 
-    Raises ValueError for other probabilities, or another number of them.
+    Raises `ValueError` for other probabilities, or another number of them.
     """
 
     def __init__(self, objectives: Sequence[Objective], probabilities: Sequence[float], seed: int) -> None:

@@ -10,6 +10,7 @@ from transformers import get_scheduler
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.schema import OptimizerSpec, ScheduleSpec
+from bico_ds.optim.table import kind_of
 
 # transformers' name and its name for the floor; its `linear` knows none
 _KINDS = {
@@ -58,10 +59,8 @@ def _linear(step: int, *, spec: ScheduleSpec, total_steps: int) -> float:
 
 
 def follow_recipe(optimizer: Optimizer, scheduler: LambdaLR, spec: OptimizerSpec) -> None:
-    """After a load: the recipe's values instead of the checkpoint's, at the place in the schedule reached so far."""
+    """After a load, set the recipe's values instead of the checkpoint's, at the step that the schedule has reached."""
     scheduler.base_lrs = [spec.lr] * len(optimizer.param_groups)
     for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
-        group["lr"] = spec.lr * factor(scheduler.last_epoch)
-        group |= {
-            "initial_lr": spec.lr, "betas": list(spec.betas), "eps": spec.eps, "weight_decay": spec.weight_decay,
-        }  # fmt: skip
+        group |= kind_of(spec).hyperparameters(spec)
+        group |= {"initial_lr": spec.lr, "lr": spec.lr * factor(scheduler.last_epoch)}

@@ -1,8 +1,7 @@
 """DeepSpeed's configuration: a file of ds_configs/, the recipe's overrides, and everything that the recipe computes.
 
-DeepSpeed accepts unknown top-level keys in silence, and turns an unfilled ``"auto"`` into a default without a word
-(both seen with 0.19.8); so ds_checks.py looks at what is written and at what comes out, and no ``"auto"`` leaves this
-module.
+DeepSpeed accepts unknown top-level keys in silence, and turns an unfilled `"auto"` into a default without a message
+(both seen with 0.19.8). So ds_checks.py checks what is written and what comes out, and no `"auto"` leaves this module.
 """
 
 from __future__ import annotations
@@ -16,7 +15,9 @@ from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.config.load import merge_mappings
 from bico_ds.config.paths import LocalPath, WrittenPath, replace_paths
 from bico_ds.config.schema import Recipe, find_deepspeed_paths
-from bico_ds.runtime.ds_checks import OWNED, check_filled, check_written
+from bico_ds.optim.table import kind_of
+from bico_ds.runtime.ds_checks import check_filled, check_written
+from bico_ds.runtime.ds_keys import OWNED
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
@@ -44,14 +45,15 @@ def load_ds_config(written: LocalPath) -> dict[str, Any]:
 
 
 def merged_ds_config(recipe: Recipe) -> dict[str, Any]:
-    """The file with the recipe's overrides, its keys known and of the right kind; ``"auto"`` still stands.
+    """The file with the recipe's overrides, its keys known and of the right kind; `"auto"` still stands.
 
-    What the recipe owns is there in any case: left out, DeepSpeed would take defaults of its own. Raises `UserError`.
+    What the recipe owns is always there: left out, DeepSpeed would take its own default. Raises `UserError`.
     """
     config = merge_mappings(load_ds_config(recipe.deepspeed.config), recipe.deepspeed.overrides)
     check_written(config, _where(recipe))
     owned: dict[str, Any] = {key: "auto" for key in OWNED if "." not in key}
-    owned |= {"bf16": {"enabled": "auto"}, "optimizer": {"type": "AdamW", "params": "auto"}}
+    optimizer = {"type": kind_of(recipe.optimizer).ds_types[0], "params": "auto"}
+    owned |= {"bf16": {"enabled": "auto"}, "optimizer": optimizer}
     return merge_mappings(owned, config)
 
 
@@ -73,10 +75,10 @@ def build_ds_config(
 
     Its paths are those of this machine, or with `runs_here` False as they were written.
 
-    Raises `UserError` for unknown keys, keys without effect, what DeepSpeed would refuse (as far as ds_checks.py
-    says), stage 0, stage 1 in bf16, values that the recipe owns, an `auto` that nothing fills, optimizers that the engine
-    does not know, a monitor that is not installed, paths that cannot be expanded here, and batch sizes or nodes (hpZ) that
-    do not divide.
+    Raises `UserError` for unknown keys, keys without effect, what DeepSpeed would refuse (as far as ds_checks.py checks
+    it), stage 0, stage 1 in bf16, values that the recipe owns, an `auto` that nothing fills, optimizers that
+    `optim/table.py` does not have, a monitor that is not installed, paths that cannot be expanded here, and batch sizes
+    or nodes (hpZ) that do not divide.
     """
     config = replace_paths(merged_ds_config(recipe), WrittenPath.expanded if runs_here else str)
     hpz = config.get("zero_optimization", {}).get("zero_hpz_partition_size")
@@ -103,21 +105,14 @@ def _computed(
     """The value of every `auto`, by dotted key."""
     training = recipe.training
     accumulation = micro_batches_per_rank(training.global_batch_bins, training.micro_batch_bins, world_size)
-    adam = recipe.optimizer
-    optimizer: dict[str, Any] = {
-        "lr": adam.lr, "betas": list(adam.betas), "eps": adam.eps, "weight_decay": adam.weight_decay,
-    }  # fmt: skip
-    if not on_cuda:
-        # DeepSpeed's FusedAdam is a CUDA kernel. Torch's fused one needs no temporaries of the parameters' size.
-        optimizer.update(torch_adam=True, fused=True)
     return {
         "train_batch_size": training.global_batch_bins,
         "train_micro_batch_size_per_gpu": training.micro_batch_bins,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": training.max_grad_norm,
-        "steps_per_print": 2**31 - 1,  # our console says it
+        "steps_per_print": 2**31 - 1,  # our console prints the steps
         "bf16.enabled": recipe.model.dtype == "bf16",
-        # One bucket holds a square weight; prefetch a little less; norms and biases stay whole on every rank.
+        # One bucket holds a square weight; prefetch a little less; norms and biases are not partitioned.
         "zero_optimization.reduce_bucket_size": max(hidden * hidden, 1_000_000),
         "zero_optimization.allgather_bucket_size": max(hidden * hidden, 1_000_000),
         "zero_optimization.stage3_prefetch_bucket_size": max(int(0.9 * hidden * hidden), 1_000_000),
@@ -128,7 +123,7 @@ def _computed(
         "zero_optimization.offload_optimizer.pin_memory": on_cuda,
         "zero_optimization.offload_optimizer.nvme_path": str(run_folder / "nvme"),
         "zero_optimization.offload_param.pin_memory": on_cuda,
-        "optimizer.params": optimizer,
+        "optimizer.params": kind_of(recipe.optimizer).ds_parameters(recipe.optimizer, on_cuda=on_cuda),
     }
 
 

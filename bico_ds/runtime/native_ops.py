@@ -1,7 +1,7 @@
-"""The DeepSpeed operations that are compiled at first use: compiled before the ranks start, by one process of a node.
+"""The DeepSpeed operations that are compiled at first use: compiled before the ranks start, by one process per node.
 
-Ranks that compile wait for one another by a lock file, and the lock of a process that was killed is waited
-for without end (torch's `FileBaton`).
+Ranks that compile wait for one another by a lock file (torch's `FileBaton`), without end where the process that made the
+lock was killed.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch.utils.cpp_extension import get_default_build_root
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.schema import Recipe
+from bico_ds.optim.table import kind_of
 from bico_ds.runtime.ds_config import merged_ds_config
 
-# A rank that only loads what is compiled holds the lock for a moment, and nobody else compiles while this
-# does.
+# A rank that only loads what is compiled holds the lock for a moment, and no one else compiles during `build`.
 _ABANDONED_SECONDS = 60.0
 
 
@@ -90,15 +90,12 @@ def _is_held_here(lock: Path) -> bool:
 
 
 def needed(recipe: Recipe, *, on_cuda: bool) -> list[str]:
-    """Names of DeepSpeed's builders: the optimizer, what offload needs, and on a CPU the communication
-    operation.
-    """
+    """Names of DeepSpeed's builders: on a CPU the communication operation, the optimizer, and what NVMe needs."""
     offloads = [_offload_device(recipe, part) for part in ("optimizer", "param")]
     names = [] if on_cuda else ["ShareMemCommBuilder"]
-    if offloads[0] in ("cpu", "nvme"):
-        names.append("CPUAdamBuilder")
-    elif on_cuda:
-        names.append("FusedAdamBuilder")
+    offloaded = offloads[0] in ("cpu", "nvme")
+    if builder := kind_of(recipe.optimizer).ds_builder(offloaded=offloaded, on_cuda=on_cuda):
+        names.append(builder)
     if "nvme" in offloads:
         names.append("AsyncIOBuilder")
     return names

@@ -1,5 +1,4 @@
-"""Random attention problems in two forms: the whole documents with their masks, and the packed rows the
-model sees."""
+"""Random attention problems in two forms: the full documents with their masks, and the packed rows of a model's batch."""
 
 from __future__ import annotations
 
@@ -67,8 +66,7 @@ class Problem:
         dq_m = D^-1/2 sum_n p_mn ds_mn k_n, where ds_mn = grad_out_m . v_n - grad_out_m . out_m, and dk_n alike. Two
         errors do not shrink with the gradient: that of the two products, which cancel where p is near 1, and that of
         the score, which the softmax makes a relative error of p (a score of 8 in bf16 is known to 0.02). Errors of sums
-        grow as the root of the sum of their terms' squares. Where all that is less than 1, the size of the inputs, it
-        is 1.
+        grow as the root of the sum of their terms' squares. The result is at least 1, the size of the inputs.
         """
         group = self.q.shape[1] // self.k.shape[1]
         q, grad_out = self.q.double(), self.grad_out.double()

@@ -1,4 +1,4 @@
-"""Choice of backend: what `auto` takes and says, and one clear line where a backend cannot run."""
+"""Choice of backend: what `auto` takes and logs, and one clear line where a backend cannot run."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def packed_attention_of_anything(backend):
 
 
 class Formula:
-    """A backend as docs/architecture.md tells one to write it: the causal softmax of each document, in fp64."""
+    """A backend written as docs/architecture.md describes it: the causal softmax of each document, in fp64."""
 
     name = "formula"
     hides_keys = False

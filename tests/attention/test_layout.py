@@ -1,4 +1,4 @@
-"""The layout: every row served once, bound to its policy and its batch, whole on every device and in every process."""
+"""The layout: every row served once, bound to its policy and its batch, the same on every device and in every process."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The op against the paper's formula, and the properties that a leak, a wrong sign or a wrong mask would
-break."""
+"""The op against the paper's formula, and properties that a leak, a wrong sign or a wrong mask would break."""
 
 from __future__ import annotations
 
@@ -93,8 +92,7 @@ def test_fp32_stays_within_two_millionths(policy):
 @pytest.mark.parametrize("policy", HALF_POLICIES)
 @pytest.mark.parametrize("norm", [1.0, 6.0])
 def test_bf16_error_is_that_of_dense_bf16(policy, norm):
-    """At norm 6 the scores reach ±300: the softmax is a maximum, and bf16 scores of a dense op lose it
-    too."""
+    """At norm 6 the scores reach ±300: the softmax is a maximum, which bf16 scores of a dense op lose, too."""
     problem = make_problem([70, 33, 1, 90], mask_rate=0.3, heads=(6, 2), head_dim=64, seed=4)
     problem = type(problem)(**{**problem.__dict__, "q": problem.q * norm, "k": problem.k * norm}).to(
         torch.bfloat16
@@ -110,8 +108,7 @@ def mean_errors(found, expected):
 
 
 def dense_in_dtype(q, k, v, cos, sin, plan):
-    """What an ordinary model computes: everything in q's dtype, the softmax in fp32, one score matrix a
-    rotation."""
+    """What an ordinary model computes: all in q's dtype, the softmax in fp32, one score matrix per rotation."""
     kept = plan.cu_seqlens.diff().long()
     document = torch.cat([torch.repeat_interleave(kept), plan.live_document])
     rank = torch.arange(plan.num_kept) - plan.cu_seqlens.long()[document[: plan.num_kept]]
@@ -174,8 +171,10 @@ def perturbed(problem, tokens):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_mirrored_sequence_gives_the_mirrored_result(policy):
-    """Reversal maps n <= m to n >= m; the reversed rotation at mirrored positions is the forward one: only
-    if both directions rotate by opposite angles can the outputs agree."""
+    """Only if both directions rotate by opposite angles can the outputs agree.
+
+    Reversal maps n <= m to n >= m, and the reversed rotation at mirrored positions is the forward one.
+    """
     problem = make_problem([25], mask_rate=0.0, seed=8)
     cos, sin = rotary_tables(np.arange(25), 16)
     mirrored = type(problem)(
@@ -189,8 +188,7 @@ def test_a_mirrored_sequence_gives_the_mirrored_result(policy):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_past_and_the_future_at_equal_distance_look_alike(policy):
-    """One query between two equal keys: the reversed rotation scores the later one as if it lay before the
-    query."""
+    """One query between two equal keys: the reversed rotation scores the later one as if it were before the query."""
     random = torch.Generator().manual_seed(9)
     q = torch.randn(3, 1, 16, generator=random, dtype=torch.float64)
     k = torch.randn(1, 1, 16, generator=random, dtype=torch.float64).expand(3, 1, 16).contiguous()

@@ -43,7 +43,8 @@ def test_a_lack_of_room_says_how_much(tmp_path):
 @pytest.mark.parametrize(("stage", "bytes_per_parameter"), [(2, 14), (3, 12)])
 def test_a_checkpoint_holds_the_weights_in_their_own_type_only_below_stage_3(stage, bytes_per_parameter):
     module = torch.nn.Linear(1000, 1000, bias=False, dtype=torch.bfloat16)
-    engine = SimpleNamespace(module=module, zero_optimization_stage=lambda: stage)
+    optimizer = SimpleNamespace(optimizer=torch.optim.AdamW(module.parameters()))
+    engine = SimpleNamespace(module=module, optimizer=optimizer, zero_optimization_stage=lambda: stage)
     assert 1 <= bytes_needed(engine) / (bytes_per_parameter * 10**6) < 1.1
     module.requires_grad_(False)
     assert bytes_needed(engine) == 0, "frozen weights are left out"

@@ -1,4 +1,4 @@
-"""Recipes: what loads, and what every mistake says."""
+"""Recipes: what loads, and the message of every mistake."""
 
 from __future__ import annotations
 

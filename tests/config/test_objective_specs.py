@@ -87,7 +87,7 @@ class Swap(Section):
     parts: list[Noise] = Field([])
 
 
-class Untold(Section):
+class NoKind(Section):
     strength: float = 0.1
 
 
@@ -95,9 +95,9 @@ class OfSections(BicoSpec):
     optional: MaskSpec | None = None
     several: list[MaskSpec] = Field([])
     named: dict[str, Annotated[MaskSpec | None, "an annotation"]] = Field({})
-    told: Noise | Swap | None = None
+    either: Noise | Swap | None = None
     usual: Noise | Swap = Noise()
-    untold: Untold | MaskSpec | None = None
+    no_kind: NoKind | MaskSpec | None = None
     words: frozenset[int] = frozenset()
 
 
@@ -108,11 +108,11 @@ class OfSections(BicoSpec):
         ({"optional": {"rate": 0.15, "unit": "span"}}, {"optional": {"unit": "span"}}),
         ({"several": [{}, {"rate": 0.4}]}, {"several": [{}, {"rate": 0.4}]}),
         ({"named": {"a": {}, "b": None, "c": {"rate": 0.4}}}, {"named": {"a": {}, "b": None, "c": {"rate": 0.4}}}),
-        ({"told": {"kind": "noise"}}, {"told": {"kind": "noise"}}),
-        ({"told": {"kind": "swap", "parts": [{}]}}, {"told": {"kind": "swap", "parts": [{}]}}),
+        ({"either": {"kind": "noise"}}, {"either": {"kind": "noise"}}),
+        ({"either": {"kind": "swap", "parts": [{}]}}, {"either": {"kind": "swap", "parts": [{}]}}),
         ({"usual": {"kind": "noise", "share": 0.2}}, {"usual": {"share": 0.2}}),
         ({"usual": {"kind": "swap", "share": 0.2}}, {"usual": {"kind": "swap", "share": 0.2}}),
-        ({"untold": {"strength": 0.1}}, {"untold": {"strength": 0.1}}),
+        ({"no_kind": {"strength": 0.1}}, {"no_kind": {"strength": 0.1}}),
         ({"words": [8, 0]}, {"words": [0, 8]}),
         ({"words": [0, 8]}, {"words": [0, 8]}),
     ],

@@ -1,4 +1,4 @@
-"""One rule expands every path, and tells folders from hub names; nobody else does."""
+"""One rule expands every path, and distinguishes folders from hub names; no other code does."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_variables_value_may_begin_at_home_and_is_else_taken_as_it_is(monkeypa
         ("${GONE}/x", "the environment variable GONE is not set on this machine; set it, or"),
         ("a/$GONE", "the environment variable GONE is not set on this machine"),
         ("${EMPTY}/x", "the environment variable EMPTY is empty on this machine"),
-        ("${GONE:-/tmp}/x", "'${GONE:-/tmp}' is neither ${NAME} nor $NAME; mend it, or give another path"),
+        ("${GONE:-/tmp}/x", "'${GONE:-/tmp}' is neither ${NAME} nor $NAME; correct it, or give another path"),
         ("${ROOM/x", "'${ROOM/x' is neither"),
         ("${ROOM", "'${ROOM' is neither"),
         ("a/${}", "'${}' is neither"),

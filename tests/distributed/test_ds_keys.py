@@ -11,8 +11,8 @@ from deepspeed.utils import groups
 from bico_ds.checkpoint.state_checksums import Checksums, differences, state_checksums
 from bico_ds.config.load import load_recipe
 from bico_ds.model.build import build_model
-from bico_ds.runtime import ds_checks
 from bico_ds.runtime.ds_config import build_ds_config
+from bico_ds.runtime.ds_keys import PROVEN
 from bico_ds.training.engine import wrap_model
 from tests.distributed.model_ranks import VOCABULARY, causal_batch, run_on_ranks
 
@@ -110,4 +110,4 @@ def test_an_accepted_key_of_zero_changes_neither_training_nor_resumes(tmp_path, 
 
 def test_every_accepted_key_is_among_the_cases():
     keys = {override.partition("=")[0] for cases in CASES.values() for override in cases}
-    assert keys | ELSEWHERE == set(ds_checks._PROVEN["zero_optimization"].keys)
+    assert keys | ELSEWHERE == set(PROVEN["zero_optimization"].keys)

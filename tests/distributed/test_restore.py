@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bico_ds.checkpoint import manifest, universal
 from bico_ds.checkpoint.checkpointer import Checkpointer
 from bico_ds.checkpoint.resume import NotRestoredError, Resumption, restore
-from bico_ds.checkpoint.state_checksums import MOMENTS, optimizer_steps, state_checksums
+from bico_ds.checkpoint.state_checksums import optimizer_steps, state_checksums
 from bico_ds.config.load import load_recipe
+from bico_ds.config.optimizers import ADAMW
 from bico_ds.config.schema import CheckpointSpec, LoraSpec, ModelSpec
 from bico_ds.model.build import build_model
 from bico_ds.model.weights.checksums import base_fingerprint, slice_checksum
@@ -153,7 +154,7 @@ def checksums_of_a_partition(rank: int, world_size: int) -> None:
         assert largest.bytes < partition.numel() * partition.element_size() / 8
         for name, parameter in model.named_parameters():
             assert found["master"][name] == slice_checksum(safe_get_full_fp32_param(parameter).view(-1), 0)
-            for moment in MOMENTS:
+            for moment in ADAMW.moments:
                 if expected_moments == "none":
                     assert found[moment][name] == 0
                 else:

@@ -36,3 +36,10 @@ def test_a_broken_config_file_is_refused_by_its_folder(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "abc"}')
     with pytest.raises(UserError, match=r"^model\.path: cannot read the config of .*hidden_size"):
         model_config(load_recipe("tiny_base", [f"model.path={tmp_path}", "model.config=null"]).model)
+
+
+def test_an_unknown_model_type_is_refused_with_those_that_can_be_trained():
+    with pytest.raises(
+        UserError, match=r"unknown model type 'lama' \(did you mean 'llama'\?\); supported: llama, "
+    ):
+        model_config(load_recipe("tiny_base", ["model.config.model_type=lama"]).model)

@@ -19,6 +19,7 @@ from bico_ds.config.schema import ModelSpec
 from bico_ds.model import elementwise
 from bico_ds.model.build import TrainableModel, build_model
 from bico_ds.model.elementwise import rms_norm, swiglu
+from bico_ds.model.families import FAMILIES
 from bico_ds.native.library import native_refusal
 
 pytestmark = pytest.mark.skipif(native_refusal() is not None, reason=f"the fused kernels: {native_refusal()}")
@@ -120,7 +121,13 @@ def tiny_model(**values: object) -> TrainableModel:
         "num_key_value_heads": 2,
         "vocab_size": 50,
     }
-    return build_model(ModelSpec(config=shape | values, dtype="fp32"), seed=1, ds_config=None, device="cpu")
+    return build_model(
+        ModelSpec(config=shape | values, dtype="fp32"),
+        seed=1,
+        ds_config=None,
+        device="cpu",
+        longest_document=7,
+    )
 
 
 def packed_batch(tokens: Tensor) -> PackedBatch:
@@ -136,13 +143,15 @@ def packed_batch(tokens: Tensor) -> PackedBatch:
     )
 
 
+def expected_calls(model_type: str) -> dict[str, int]:
+    """Of two layers, with two norms each, and the last norm; a family with norms of q and k has two more per layer."""
+    return {"rms_norm": 9 if FAMILIES[model_type].qk_norms else 5, "swiglu": 2}
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"model_type": "llama"}, {"rms_norm": 5, "swiglu": 2}),
-        ({"model_type": "mistral", "sliding_window": None}, {"rms_norm": 5, "swiglu": 2}),
-        ({"model_type": "qwen2"}, {"rms_norm": 5, "swiglu": 2}),
-        ({"model_type": "qwen3", "head_dim": 8}, {"rms_norm": 9, "swiglu": 2}),
+        *(({"model_type": name}, expected_calls(name)) for name in FAMILIES),
         ({"model_type": "llama", "hidden_act": "gelu"}, {"rms_norm": 5}),
     ],
     ids=str,

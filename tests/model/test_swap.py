@@ -1,5 +1,4 @@
-"""The swap: our op inside Hugging Face models computes what they compute, and BICO's parts what the dense
-formula does."""
+"""Our op inside Hugging Face models computes what they compute, and BICO's losses are those of the dense formula."""
 
 from __future__ import annotations
 
@@ -15,6 +14,7 @@ from bico_ds.batch import PackedBatch
 from bico_ds.common.errors import UserError
 from bico_ds.config.schema import ModelSpec
 from bico_ds.model.build import TrainableModel, build_model
+from bico_ds.model.families import FAMILIES
 
 SHAPE = {
     "hidden_size": 64,
@@ -76,16 +76,22 @@ def ntp_batch(documents: list[Tensor]) -> PackedBatch:
     )
 
 
+# What a family can be besides its defaults; each is tested as it is, too.
+VARIANTS = {
+    "llama": [
+        {"attention_bias": True},
+        {"rope_parameters": LLAMA3_ROPE},
+        {"rope_parameters": YARN_ROPE, "tie_word_embeddings": True},
+    ],
+    "mistral": [{"sliding_window": 64}],
+    "qwen3": [{"head_dim": 16}],
+}
+
+
 @pytest.mark.parametrize(
     ("model_type", "values"),
-    [
-        ("llama", {"attention_bias": True}),
-        ("llama", {"rope_parameters": LLAMA3_ROPE}),
-        ("llama", {"rope_parameters": YARN_ROPE, "tie_word_embeddings": True}),
-        ("mistral", {"sliding_window": 64}),
-        ("qwen2", {}),
-        ("qwen3", {"head_dim": 16}),
-    ],
+    [(name, values) for name in FAMILIES for values in ({}, *VARIANTS.get(name, []))],
+    ids=str,
 )
 def test_ntp_through_our_op_is_hugging_faces_own_forward(model_type: str, values: dict) -> None:
     model = model_of(model_type, **values)
@@ -104,8 +110,9 @@ def test_ntp_through_our_op_is_hugging_faces_own_forward(model_type: str, values
         torch.testing.assert_close(gradient, theirs_by_name[name], rtol=1e-4, atol=2e-5)
 
 
-def test_without_a_plan_the_forward_is_bitwise_hugging_faces_own() -> None:
-    swapped = model_of().causal_lm
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_without_a_plan_the_forward_is_bitwise_hugging_faces_own(model_type: str) -> None:
+    swapped = model_of(model_type).causal_lm
     plain = AutoModelForCausalLM.from_config(swapped.config)
     plain.load_state_dict(swapped.state_dict())
     tokens = torch.randint(0, 131, (2, 11))
@@ -121,8 +128,7 @@ def masked_document(length: int, rate: float) -> tuple[Tensor, Tensor]:
 
 
 def bico_batch(documents: list[tuple[Tensor, Tensor]], placeholder: int, *, drop_dead: bool) -> PackedBatch:
-    """BICO's batch, by loops over tokens; with ``drop_dead`` off, dead placeholders stay in as query-only
-    rows."""
+    """BICO's batch, by loops over tokens; with `drop_dead` off, dead placeholders are query-only rows of it."""
     kept, extra, kept_lengths, live_document, live_split = [], [], [], [], []
     for index, (ids, masked) in enumerate(documents):
         kept_lengths.append(int((~masked).sum()))
@@ -150,9 +156,8 @@ def bico_batch(documents: list[tuple[Tensor, Tensor]], placeholder: int, *, drop
 
 
 def dense_bico_loss(model: TrainableModel, ids: Tensor, masked: Tensor, placeholder: int) -> Tensor:
-    """BICO's loss of one undropped document, layer by layer from the paper's formula and the weights
-    alone."""
-    decoder = model.causal_lm.model
+    """BICO's loss of one document without drops, layer by layer from the paper's formula and the weights alone."""
+    decoder, family = model.causal_lm.model, FAMILIES[model.config.model_type]
     hidden = decoder.embed_tokens(torch.where(masked, placeholder, ids))
     position = torch.arange(len(ids))
     cos, sin = (table[0] for table in decoder.rotary_emb(hidden[None], position[None]))
@@ -162,6 +167,8 @@ def dense_bico_loss(model: TrainableModel, ids: Tensor, masked: Tensor, placehol
             linear(normed).view(len(ids), -1, attention.head_dim)
             for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
+        if family.qk_norms:
+            q, k = attention.q_norm(q), attention.k_norm(k)
         document = torch.zeros_like(position)
         out = dense_attention(
             q, k, v, cos, sin, document=document, position=position, is_key=~masked, causal=False
@@ -173,10 +180,12 @@ def dense_bico_loss(model: TrainableModel, ids: Tensor, masked: Tensor, placehol
     return cross_entropy(logits[:-1][predicts], ids[1:][predicts], reduction="sum")
 
 
-@pytest.mark.parametrize(("rate", "checkpointing"), [(0.15, 0), (0.5, 2)])
-def test_dropping_dead_placeholders_changes_nothing(rate: float, checkpointing: int) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "rate", "checkpointing"), [("llama", 0.15, 0), *((name, 0.5, 2) for name in FAMILIES)]
+)
+def test_dropping_dead_placeholders_changes_nothing(model_type: str, rate: float, checkpointing: int) -> None:
     torch.manual_seed(int(rate * 100))
-    model = model_of(checkpointing=checkpointing).double()
+    model = model_of(model_type, checkpointing=checkpointing).double()
     documents = [masked_document(length, rate) for length in (1, 30, 50, 9)]
     batches = [bico_batch(documents, placeholder=3, drop_dead=drop_dead) for drop_dead in (True, False)]
     assert len(batches[0].input_ids) < len(batches[1].input_ids) == batches[0].represented_tokens
@@ -218,7 +227,7 @@ def test_every_loss_row_count_lets_every_parameter_take_part_in_the_backward() -
 
 
 def test_architectures_that_our_op_cannot_serve_are_refused() -> None:
-    with pytest.raises(UserError, match="'gpt2' is not supported"):
+    with pytest.raises(UserError, match=rf"'gpt2' is not supported.*: {', '.join(FAMILIES)}\."):
         build_model(ModelSpec(config={"model_type": "gpt2"}), seed=1, ds_config=None, device="meta")
     with pytest.raises(UserError, match="sliding window of 32 tokens, but documents are of up to 64"):
         model_of("mistral", sliding_window=32)

@@ -1,5 +1,7 @@
-"""A user's own objective, as docs/architecture.md tells one to write it: every document twice in its row, and next-token
-prediction on the second copy alone. A recipe finds it by `imports: [doubling.py]`.
+"""A user's own objective, written as docs/architecture.md describes it.
+
+Every document is repeated once, with next-token prediction on the second copy alone. A recipe finds it by
+`imports: [doubling.py]`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The lock of a compilation that was killed does not keep the next start waiting for ever."""
+"""The operations that a recipe needs; the lock of a killed compilation does not stop the next start."""
 
 from __future__ import annotations
 

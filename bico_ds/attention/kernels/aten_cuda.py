@@ -1,9 +1,8 @@
-"""Torch's own CUDA flash attention (its vendored FlashAttention-2): native GQA and varlen, nothing to
-install.
+"""Torch's own CUDA flash attention (its vendored FlashAttention-2): varlen, with native GQA; nothing to install.
 
-Signatures as in ``aten/src/ATen/native/native_functions.yaml``
-(``torch.ops.aten._flash_attention_forward.default._schema`` shows them). With dropout 0 the backward takes
-``zeros(2, uint64)`` and ``empty(0)`` for its two random-state arguments.
+Signatures as in `aten/src/ATen/native/native_functions.yaml`
+(`torch.ops.aten._flash_attention_forward.default._schema` shows them). With dropout 0 the backward takes
+`zeros(2, uint64)` and `empty(0)` for its two random-state arguments.
 """
 
 from __future__ import annotations

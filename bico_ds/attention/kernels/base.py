@@ -16,13 +16,12 @@ HIDDEN_SCORE = -4000.0  # added to the score of a hidden key: its weight is exac
 class CausalKernel(Protocol):
     """Causal varlen attention. q [N, Hq, Dh], k and v [N, Hkv, Dh], already rotated, contiguous.
 
-    ``cu_seqlens`` int32 [D+1] bounds the documents, all of length >= 1; ``max_seqlen`` is the longest.
+    `cu_seqlens` int32 [D+1] bounds the documents, all of length >= 1; `max_seqlen` is the length of the longest.
     """
 
     name: str
-    hides_keys: (
-        bool  # whether it takes ``hidden``; else it is never given, and hidden keys come as a wider head
-    )
+    # Whether it takes `hidden`; else that is never given, and a wider head hides the keys.
+    hides_keys: bool
 
     def refusal(self, dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
         """Why this kernel cannot serve such inputs, in one clause; None where it can."""
@@ -38,8 +37,10 @@ class CausalKernel(Protocol):
         scale: float,
         hidden: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """out [N, Hq, Dh] in q's dtype, lse [Hq, N] in at least fp32. hidden bool [N]: keys that weigh
-        nothing."""
+        """Return out [N, Hq, Dh] in q's dtype and lse [Hq, N] in at least fp32.
+
+        hidden bool [N]: keys that get no weight.
+        """
 
     def backward(
         self,
@@ -55,6 +56,8 @@ class CausalKernel(Protocol):
         scale: float,
         hidden: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k, v. ``out`` and ``lse`` may belong to a softmax over more keys than these (the
-        merged ones): the kernel computes ``P = exp(scale·qkᵀ - lse)`` and ``dS = P·(dP -
-        rowsum(grad_out·out))`` from them."""
+        """Return the gradients of q, k, v.
+
+        `out` and `lse` may belong to a softmax over more keys than these (the merged ones): the kernel computes
+        `P = exp(scale·qkᵀ - lse)` and `dS = P·(dP - rowsum(grad_out·out))` from them.
+        """

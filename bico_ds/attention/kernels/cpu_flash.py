@@ -1,6 +1,6 @@
-"""Torch's CPU flash attention, one call per document: blocked, so no score matrix ever exists. Native GQA,
-fp32/64/bf16/fp16.
+"""Torch's CPU flash attention, one call per document.
 
+It works in blocks, so no score matrix ever exists; GQA is native, dtypes are fp32, fp64, bf16 and fp16.
 The aten kernel divides by the sequence length (SIGFPE at length 0); documents here have at least one row.
 """
 

@@ -1,7 +1,7 @@
 """The flash-attn package, 2.8 and newer (`pip install bico_ds[flash]`).
 
-Signatures as in ``flash_attn/flash_attn_interface.py`` at v2.8: every argument of the backward is required
-up to ``deterministic``; it writes into the dq, dk, dv it is given.
+Signatures as in `flash_attn/flash_attn_interface.py` at v2.8: every argument of the backward is required
+up to `deterministic`; it writes into the dq, dk, dv it is given.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The flash-attn-4 package (CuTe DSL; `pip install bico_ds[flash4]`), opt-in, Hopper and newer.
 
-Signatures as in ``flash_attn/cute/interface.py``. It wants None, never -1, for an unbounded window; only
-arguments that every release from 4.0.0b10 to b36 has are passed, by keyword. (Before b10 there was no varlen backward on
-Hopper.)
+Signatures as in `flash_attn/cute/interface.py`. It wants None, never -1, for an unbounded window. Only arguments that every
+release from 4.0.0b10 to b36 has are passed, by keyword; before b10 there was no varlen backward on Hopper.
 """
 
 from __future__ import annotations
@@ -83,5 +82,5 @@ class FlashAttn4:
 
 
 def _deterministic() -> dict[str, bool]:
-    """Asked for only where the user does: kernels of some GPUs refuse the argument."""
+    """The argument, only where the user asks for determinism: kernels of some GPUs refuse the argument."""
     return {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}

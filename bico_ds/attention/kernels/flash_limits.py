@@ -1,4 +1,4 @@
-"""What the CUDA flash kernels can take, as one clause of refusal each."""
+"""What the CUDA flash kernels cannot take: each function returns the reason, as a clause, or None."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ def flash2_refusal(dtype: torch.dtype, head_dim: int, device: torch.device) -> s
 
 
 def flash4_refusal(dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
-    """FlashAttention-4: as above, head dimension up to 128, Hopper or newer (its backward runs nowhere
-    else)."""
+    """FlashAttention-4: fp16 and bf16, head dimension a multiple of 8 up to 128, Hopper or newer (so its backward)."""
     return _cuda_refusal(dtype, device, oldest=(9, 0)) or _head_dim_refusal(head_dim, 8, 128)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bico_ds.checkpoint.disk import STATE_BYTES
 from bico_ds.config.load import merge_mappings
 from bico_ds.config.schema import Recipe
 from bico_ds.model.architecture import model_config, parameter_count
@@ -26,7 +25,7 @@ def next_checkpoints_bytes(recipe: Recipe, run: Path) -> float:
     deepspeed = merge_mappings(load_ds_config(recipe.deepspeed.config), recipe.deepspeed.overrides)
     # Under ZeRO-3 a checkpoint holds the weights as master weights only; below ZeRO-3 also in the model's dtype.
     partitioned = deepspeed.get("zero_optimization", {}).get("stage") == 3
-    one = trained * (STATE_BYTES + (0 if partitioned else weight))
+    one = trained * (recipe.optimizer.state.bytes_per_parameter + (0 if partitioned else weight))
     there = len(list(RunFolder(run).checkpoints.glob("step-*")))
     export = parameters * weight if recipe.checkpoint.export else 0
     return max(recipe.checkpoint.keep_last + 1 - there, 1) * one + export

@@ -1,4 +1,4 @@
-"""What is known of an objective without torch: its part of the recipe, its identity, its cost, its place in the monitor.
+"""What is known of an objective without torch: its part of the recipe, identity, cost, and chart in the monitor.
 
 The other half, which builds batches, is the file of the same name in bico_ds/objectives/.
 """
@@ -33,7 +33,7 @@ class ObjectiveCost:
 
 @dataclass(frozen=True, kw_only=True)
 class MonitorPlace:
-    """Where the loss of an objective is shown: the TensorBoard chart that it shares, and its colour (``#rrggbb``)."""
+    """Where the loss of an objective is shown: the TensorBoard chart that it shares, and its colour (`#rrggbb`)."""
 
     chart: str = "loss"
     colour: str
@@ -42,7 +42,7 @@ class MonitorPlace:
 class ObjectiveSpec(Section, ABC):
     """One entry of the recipe's `objectives`.
 
-    A subclass narrows `kind` to its own name, ``kind: Literal["mine"] = "mine"``, sets `monitor`, and raises
+    A subclass narrows `kind` to its own name, `kind: Literal["mine"] = "mine"`, sets `monitor`, and raises
     `identity_version` when equal values come to mean other batches.
     """
 
@@ -56,8 +56,8 @@ class ObjectiveSpec(Section, ABC):
         """What the batches depend on, JSON-able: the kind, its version, and every value that is not the default.
 
         Defaults are left out, also of the sections in it, so that a key that is added later does not refuse the
-        checkpoints of before. Hence a default, too, changes only together with `identity_version`. The probability is the
-        schedule's.
+        checkpoints of before. So a default, too, changes only together with `identity_version`. The probability is left
+        out, since it belongs to the schedule.
         """
         named = {key: value for key, value in _changed(self).items() if key not in ("kind", "probability")}
         return {"kind": self.kind, "version": self.identity_version, **named}
@@ -76,15 +76,17 @@ def _changed(section: Section, default: Section | None = None) -> dict[str, Any]
         if value != usual:
             nested = isinstance(value, Section) and type(value) is type(usual)
             changed[key] = (
-                _changed(value, usual) if nested else _told(value, values[key], _sections(field.annotation))
+                _changed(value, usual)
+                if nested
+                else _without_defaults(value, values[key], _sections(field.annotation))
             )
     return changed
 
 
-def _told(value: Any, dumped: Any, possible: set[type[Section]]) -> Any:
+def _without_defaults(value: Any, dumped: Any, possible: set[type[Section]]) -> Any:
     """`dumped`, the JSON of `value`, without the defaults of the sections in it, of which `possible` can stand there.
 
-    Where several can, the keys that allow one word alone (``kind``) stay, to tell them apart; without any, all do.
+    Where several can, the keys that allow a single value (`kind`) stay, so that they differ; without any, all keys stay.
     """
     if isinstance(value, Section) and isinstance(dumped, dict):
         if possible == {type(value)}:
@@ -95,9 +97,11 @@ def _told(value: Any, dumped: Any, possible: set[type[Section]]) -> Any:
         return words | _changed(value) if words else dumped
     if isinstance(value, Mapping) and isinstance(dumped, dict):
         pairs = zip(dumped, value.values(), dumped.values(), strict=True)
-        return {key: _told(part, written, possible) for key, part, written in pairs}
+        return {key: _without_defaults(part, written, possible) for key, part, written in pairs}
     if isinstance(value, Sequence | Set) and isinstance(dumped, list):
-        parts = [_told(part, written, possible) for part, written in zip(value, dumped, strict=True)]
+        parts = [
+            _without_defaults(part, written, possible) for part, written in zip(value, dumped, strict=True)
+        ]
         return parts if isinstance(value, Sequence) else sorted(parts, key=json.dumps)  # a set has no order
     return dumped
 

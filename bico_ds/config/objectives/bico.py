@@ -1,4 +1,4 @@
-"""BICO's mask denoising, in the recipe."""
+"""The recipe's keys of BICO's mask denoising, and what it costs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class BicoSpec(ObjectiveSpec):
     monitor: ClassVar[MonitorPlace] = MonitorPlace(colour="#ef8636")
 
     def cost(self, lengths: NDArray[np.int64]) -> ObjectiveCost:
-        """As far as lengths tell: see `MaskSpec.expect`."""
+        """An estimate from lengths alone: see `MaskSpec.expect`."""
         expected = self.mask.expect(lengths)
         return ObjectiveCost(
             kept_rows=lengths - expected.masked,

@@ -1,4 +1,4 @@
-"""Which tokens are masked, in the recipe."""
+"""The recipe's keys of masks: which tokens are masked."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ _RATES = 16  # Gauss-Legendre nodes over a range of rates: exact for polynomials
 
 @dataclass(frozen=True, kw_only=True)
 class MaskExpectation:
-    """Expected counts in documents, each float64 [D]: tokens that are masked, masked ones whose successor is masked too
-    (live), and (query, key) pairs of kept and live queries with kept keys."""
+    """Expected counts in documents, each float64 [D].
+
+    `masked`: tokens that are masked; `live`: those of them whose successor is masked too; `pairs`: (query, key) pairs of
+    kept and live queries with kept keys.
+    """
 
     masked: NDArray[np.float64]
     live: NDArray[np.float64]
@@ -28,7 +31,8 @@ class MaskSpec(Section):
     """Which tokens BICO masks: drawn per document, never special tokens, never a document's first token."""
 
     rate: Probability | tuple[float, float] = Field(
-        0.15, description="share of eligible tokens, or [low, high]: uniform in that range for each document"
+        0.15,
+        description="share of the eligible tokens that are masked; [low, high]: drawn per document, uniform in that range",
     )
     unit: Literal["token", "span", "word", "entity"] = "token"
     mean_span: Annotated[float, Field(ge=1)] = Field(3.0, description="mean length of a span (geometric)")
@@ -49,7 +53,7 @@ class MaskSpec(Section):
     def expect(self, lengths: NDArray[np.int64]) -> MaskExpectation:
         """What a mask does to documents of these lengths [D], in expectation.
 
-        A length does not tell where the special tokens, prompts, words and entities are. All tokens but the first
+        Where the special tokens, prompts, words and entities are does not follow from a length. All tokens but the first
         count as eligible, words as single tokens, and entities as spans of `mean_span` tokens that are everywhere. Where
         fewer tokens are eligible (special tokens, `eligible: completion`, entities), `masked` and `live` are too high and
         `pairs` is too low; words of several tokens and longer entities have more live ones.

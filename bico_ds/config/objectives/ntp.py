@@ -1,4 +1,4 @@
-"""Next-token prediction, in the recipe."""
+"""The recipe's keys of next-token prediction, and what it costs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class NtpSpec(ObjectiveSpec):
     monitor: ClassVar[MonitorPlace] = MonitorPlace(colour="#3b75af")
 
     def cost(self, lengths: NDArray[np.int64]) -> ObjectiveCost:
-        """Exact, but for `loss_on: completion`, which has as few `head_rows` as there are tokens behind the prompts."""
+        """Exact, but for `loss_on: completion`, which has fewer `head_rows`: one per token after the prompt."""
         tokens = lengths.astype(np.float64)
         return ObjectiveCost(
             kept_rows=tokens,

@@ -1,4 +1,4 @@
-"""The table of objectives: by kind, the spec and where the objective stands that builds its batches.
+"""The table of objectives: for each kind, its spec and the class that builds its batches.
 
 A recipe's `imports` add to it: a module that calls `register` when it is imported.
 """
@@ -24,7 +24,7 @@ from bico_ds.config.unique_names import unique_names
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of objective; `objective` is ``module:Class``, imported when a run's objectives are built: it needs torch."""
+    """One kind of objective; `objective` is `module:Class`, imported when a run's objectives are built: it needs torch."""
 
     spec: type[ObjectiveSpec]
     objective: str
@@ -41,7 +41,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(_KINDS)
 def register(spec: type[ObjectiveSpec], objective: str) -> None:
     """Add a kind of objective, named by the one value that `spec.kind` allows.
 
-    `objective`: ``module:Class`` of a `bico_ds.objectives.base.Objective` with the class method ``of`` (see there).
+    `objective`: `module:Class` of a `bico_ds.objectives.base.Objective` with the class method `of` (see there).
     Raises `UserError` where the spec names no kind, lacks a part, or has a kind that is taken.
     """
     names = get_args(spec.model_fields["kind"].annotation)

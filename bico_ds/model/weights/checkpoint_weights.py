@@ -1,10 +1,9 @@
 """Weights out of a DeepSpeed checkpoint of any ZeRO stage and world size, one parameter at a time.
 
-Up to ZeRO-2 rank 0's model file holds them whole, in the training's dtype; the fp32 masters are not read.
-Layout of ZeRO-3 (as `deepspeed.utils.zero_to_fp32` reads it, DeepSpeed 0.19): every rank's optimizer file
-holds the fp32 master weights of its partitions, all parameters one after the other in the order of
-``param_shapes``, each cut into world-size pieces of equal length, the last one padded. Files are
-memory-mapped, so only what is read is in memory.
+Up to ZeRO-2 rank 0's model file holds them undivided, in the training's dtype; the fp32 masters are not read. ZeRO-3's
+files (as `deepspeed.utils.zero_to_fp32` reads them, DeepSpeed 0.19): every rank's optimizer file holds the fp32 master
+weights of its partitions, all parameters one after the other in the order of `param_shapes`, each cut into world-size
+pieces of equal length, the last one padded. Files are memory-mapped, so only what is read is in memory.
 """
 
 from __future__ import annotations
@@ -18,20 +17,22 @@ import torch
 from torch import Tensor
 
 from bico_ds.common.errors import UserError
+from bico_ds.optim.state import flat_masters
 
 _PREFIX = "causal_lm."
 
 
 class Zero3Checkpoint:
-    """fp32 master weights of the trained parameters, by their names in the causal LM. Raises UserError where a rank's file
-    is missing, or has not the size that the shapes say.
+    """fp32 master weights of the trained parameters, by their names in the causal LM.
+
+    Raises `UserError` where a rank's file is missing, or has another size than the shapes require.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         files = sorted(folder.glob("*_optim_states.pt"), key=_rank)
-        self._flat = [_load(file)["optimizer_state_dict"]["fp32_flat_groups"] for file in files]
-        expected = _load(files[0])["optimizer_state_dict"]["partition_count"]
+        masters = [flat_masters(_load(file)) for file in files]
+        self._flat, expected = [flats for flats, _ in masters], masters[0][1]
         if len(files) != expected or [_rank(file) for file in files] != list(range(expected)):
             raise UserError(f"'{folder}' has the optimizer states of {len(files)} ranks, it needs {expected}")
         states = _load(folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")
@@ -54,7 +55,7 @@ class Zero3Checkpoint:
         return offsets
 
     def read(self, name: str) -> Tensor:
-        """The whole parameter, fp32."""
+        """The parameter, fp32."""
         shape, offset = self.shapes[name], self._offsets[name]
         pieces = [_take(flats, offset, self._piece(shape)) for flats in self._flat]
         return torch.cat(pieces)[: shape.numel()].view(shape)
@@ -63,8 +64,8 @@ class Zero3Checkpoint:
         return -(-shape.numel() // len(self._flat))
 
 
-class WholeCheckpoint:
-    """The weights of a ZeRO-1 or 2 checkpoint: whole in one file, in the training's dtype."""
+class UndividedCheckpoint:
+    """The weights of a ZeRO-1 or 2 checkpoint: in one file, in the training's dtype."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -73,22 +74,22 @@ class WholeCheckpoint:
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> Tensor:
-        """The whole parameter, in the training's dtype."""
+        """The parameter, in the training's dtype."""
         return self._tensors[name]
 
 
-CheckpointWeights = Zero3Checkpoint | WholeCheckpoint
+CheckpointWeights = Zero3Checkpoint | UndividedCheckpoint
 
 
 def open_checkpoint(folder: Path) -> CheckpointWeights:
     """Open a DeepSpeed checkpoint folder. The files are pickles: open none that you would not run.
 
-    Raises UserError where it is none, or a file cannot be read.
+    Raises `UserError` where it is not one, or a file cannot be read.
     """
     if (folder / "zero_pp_rank_0_mp_rank_00_model_states.pt").is_file():
         return Zero3Checkpoint(folder)
     if (folder / "mp_rank_00_model_states.pt").is_file():
-        return WholeCheckpoint(folder)
+        return UndividedCheckpoint(folder)
     raise UserError(f"'{folder}' is no DeepSpeed checkpoint: it has no *_model_states.pt")
 
 
@@ -105,7 +106,7 @@ def _rank(file: Path) -> int:
 
 
 def _take(flats: list[Tensor], offset: int, count: int) -> Tensor:
-    """Elements [offset, offset + count) of tensors laid end to end."""
+    """Elements [offset, offset + count) of the concatenated tensors."""
     pieces = []
     for flat in flats:
         if offset < flat.numel() and count > 0:

@@ -1,8 +1,7 @@
-"""Order-sensitive 64-bit checksums of weights that add up over slices, so that no rank needs the whole
-tensor.
+"""Order-sensitive 64-bit checksums of weights that add up over slices: no rank needs a complete tensor.
 
-The checksum of a flat tensor is ``Σ (2i + 1) · bits(x_i) mod 2^64``, i its global index: the sum over the
-ranks' partitions is that of the whole.
+The checksum of a flat tensor is `Σ (2i + 1) · bits(x_i) mod 2^64`, i its global index: the sum over the ranks' partitions
+is the checksum of the tensor.
 """
 
 from __future__ import annotations
@@ -17,12 +16,13 @@ from torch import Tensor, nn
 from bico_ds.model.weights.materialize import gathered, is_partitioned, partition_bounds
 
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 1 << 18  # elements: their 64-bit copies stay in a CPU's cache, and take 2 MiB each
+# Elements: their 64-bit copies stay in a CPU's cache, and take 2 MiB each.
+_CHUNK = 1 << 18
 
 
 @torch.no_grad()
 def slice_checksum(flat: Tensor, start: int) -> int:
-    """Checksum of elements ``start …`` of a tensor, given as a 1-D slice of it; signed 64 bits, wrapping."""
+    """Checksum of elements `start …` of a tensor, given as a 1-D slice of it; signed 64 bits, wrapping."""
     bits = flat.detach().contiguous().view(_INTEGER_OF_SIZE[flat.dtype.itemsize])
     odd = 2 * torch.arange(min(_CHUNK, bits.numel()), device=flat.device) + 1
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
@@ -33,8 +33,9 @@ def slice_checksum(flat: Tensor, start: int) -> int:
 
 
 def parameter_checksums(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, int]:
-    """Checksum of each parameter, whole or ZeRO-3-partitioned: then over all ranks, and collective. Whole ones are this
-    rank's own.
+    """Checksum of each parameter, by name.
+
+    Where ZeRO-3 has partitioned them, over all ranks, and collective; else of this rank's own copy.
     """
     parameters = dict(named)
     sums = torch.tensor([_own_checksum(parameter) for parameter in parameters.values()], dtype=torch.int64)
@@ -56,8 +57,7 @@ def add_over_ranks(sums: Tensor) -> Tensor:
 
 
 def base_fingerprint(causal_lm: nn.Module) -> str:
-    """SHA-256 over name and checksum of every frozen parameter: what a LoRA checkpoint must find again on
-    resume.
+    """SHA-256 over name and checksum of every frozen parameter; on a resume a LoRA checkpoint must find the same.
 
     Collective under ZeRO-3; equal on every rank and for every world size.
     """
@@ -69,7 +69,7 @@ def base_fingerprint(causal_lm: nn.Module) -> str:
 
 
 def _own_checksum(parameter: nn.Parameter) -> int:
-    """This rank's share: its partition's checksum, or the whole's where nothing is partitioned."""
+    """The checksum of this rank's partition, or of the parameter where it is not partitioned."""
     if not is_partitioned(parameter):
         return slice_checksum(parameter.data.view(-1), 0)
     start, stop = partition_bounds(parameter)

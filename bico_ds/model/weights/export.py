@@ -30,13 +30,13 @@ def export_model(
     overwrite: bool = False,
     max_shard_bytes: int = 4 * 10**9,
 ) -> None:
-    """Write the causal LM's live weights, config, generation config and tokenizer to ``folder``.
+    """Write the causal LM's live weights, config, generation config and tokenizer to `folder`.
 
     Call it on every rank: under ZeRO-3 parameters are gathered one at a time, and rank 0 writes, holding one shard at
     most. LoRA adapters are merged, in fp32.
-    ``folder`` appears complete or not at all, with the SHA-256 of each other file in ``checksums.json``. Raises
-    UserError where it exists with something in it and ``overwrite`` is off. What rank 0 meets in writing is raised
-    there, and as UserError on the others.
+    `folder` appears complete or not at all, with the SHA-256 of each other file in `checksums.json`. Raises `UserError`
+    where it has something in it and `overwrite` is off. An error of rank 0 in writing is raised there, and as `UserError`
+    on the other ranks.
     """
     causal_lm = model.causal_lm if isinstance(model, TrainableModel) else model
     tensors = dict(exported_parameters(causal_lm))

@@ -31,13 +31,14 @@ def export_checkpoint(
     overwrite: bool = False,
     max_shard_bytes: int = 4 * 10**9,
 ) -> None:
-    """Write the weights of a DeepSpeed checkpoint as `export_model` writes live ones; at most one shard in
-    memory.
+    """Write the weights of a DeepSpeed checkpoint as `export_model` writes live ones, with one shard in memory at most.
 
-    ``spec``: the run's model section. A full fine-tuning needs its config only, and fp32 gives its master weights under
-    ZeRO-3, below that its weights in the training's dtype. LoRA reads the base from ``spec.path`` and merges, in fp32,
-    base and adapters in the training's dtype. Raises UserError where ``folder`` is there and ``overwrite`` off, where
-    the checkpoint cannot be read or is not that model's, and where LoRA's base is not to be had.
+    `spec`: the run's model section. Of a full fine-tuning only the config is needed; the export is made of the fp32 master
+    weights under ZeRO-3, and below that of the weights in the training's dtype. LoRA reads the base from `spec.path` and
+    merges, in fp32, base and adapters in the training's dtype.
+
+    Raises `UserError` where `folder` has something in it and `overwrite` is off, where the checkpoint cannot be read or is
+    not that model's, and where LoRA's base is missing.
     """
     refuse_existing(folder, overwrite=overwrite)
     config = _config(spec)
@@ -49,7 +50,7 @@ def export_checkpoint(
             writer.add(name, values.of(name))
         writer.close()
         generation = generation_config(_start_folder(spec), config)
-        if spec.path is None and tokenizer is not None:  # as the engine does with a model from random weights
+        if spec.path is None and tokenizer is not None:  # as a run does with a model from random weights
             adopt_special_tokens(tokenizer, config, generation)
         write_settings(temporary, config, generation, tokenizer, DTYPES[dtype])
 
@@ -74,7 +75,7 @@ class _Values:
         _check_trained({name: p.shape for name, p in model.named_parameters() if p.requires_grad}, trained)
 
     def of(self, name: str) -> Tensor:
-        """The tensor ``name`` of the exported model."""
+        """The tensor `name` of the exported model."""
         if self._base is None:
             return self._trained.read(name)
         shape = self._base.shapes[name]
@@ -106,7 +107,7 @@ def _check_trained(expected: dict[str, torch.Size], trained: CheckpointWeights) 
 
 
 def _start_folder(spec: ModelSpec) -> Path | None:
-    """The folder of the start weights if it is here; its variables may be those of the machine that trained."""
+    """The folder of the start weights if it is here; variables in its path may be set on the training machine only."""
     with suppress(UserError):
         if spec.path is not None and spec.path.is_here():
             return Path(spec.path.here())
@@ -114,7 +115,7 @@ def _start_folder(spec: ModelSpec) -> Path | None:
 
 
 def _config(spec: ModelSpec) -> PretrainedConfig:
-    """The run's architecture; start weights that are gone by now do not matter where the recipe names it."""
+    """The run's architecture; where the recipe has it, start weights may be gone by now."""
     gone = spec.path is not None and spec.path.is_folder and _start_folder(spec) is None
     if gone and spec.config is not None and spec.lora is None:
         spec = spec.model_copy(update={"path": None})

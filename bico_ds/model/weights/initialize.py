@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 class RandomWeights:
-    """normal(0, ``std``) for matrices, 1 for norms, 0 for biases: as transformers initialises a Llama."""
+    """normal(0, `std`) for matrices, 1 for norms, 0 for biases: as transformers initialises the `FAMILIES`."""
 
     def __init__(self, *, seed: int, std: float) -> None:
         self._seed = seed
         self._std = std
 
     def read(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flattened parameter ``name``, fp32."""
+        """Elements [start, stop) of the flattened parameter `name`, fp32."""
         if name.endswith("norm.weight"):
             return torch.ones(stop - start)
         if name.endswith(".bias"):
@@ -26,6 +26,6 @@ class RandomWeights:
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:
-    """A CPU generator for one parameter."""
+    """A CPU generator seeded by `seed` and the parameter's name."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,7 +1,7 @@
 """Weights from a Hugging Face folder: each rank reads its own slices, and 1/world-size of the files again to verify.
 
-What can be wrong with file names, sizes, names, shapes and dtypes is found from headers, before a weight is read; a stored
-tied head that differs from the embedding only afterwards.
+Wrong file names, sizes, names, shapes and dtypes are found from headers, before a weight is read; a stored tied head that
+differs from the embedding only afterwards.
 """
 
 from __future__ import annotations
@@ -25,15 +25,14 @@ from bico_ds.model.weights.checksums import add_over_ranks, parameter_checksums,
 from bico_ds.model.weights.materialize import full_shape
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-_IGNORED_SUFFIX = (
-    ".rotary_emb.inv_freq"  # a buffer that old Llama checkpoints carry; it follows from the config
-)
+# A buffer that old Llama checkpoints carry; it follows from the config.
+_IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 _VERIFY_CHUNK = 1 << 22  # elements read at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Entry:
-    """Where a tensor lies: ``data`` is the byte at which it begins in ``file``."""
+    """Where a tensor is stored: `data` is the byte at which it begins in `file`."""
 
     file: Path
     dtype: torch.dtype
@@ -42,7 +41,7 @@ class _Entry:
 
 
 class SafetensorsFolder:
-    """A `WeightSource` over safetensors files. Raises UserError where a shard is missing or cut short."""
+    """A `WeightSource` over safetensors files. Raises `UserError` where a shard is missing or cut short."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -64,7 +63,7 @@ class SafetensorsFolder:
         return rows.reshape(-1)[start - first * row : stop - first * row]
 
     def checksum(self, name: str, dtype: torch.dtype) -> int:
-        """The tensor's checksum as ``dtype``, straight from the file's bytes and not by way of `read`."""
+        """The tensor's checksum as `dtype`, straight from the file's bytes and not by way of `read`."""
         entry, total = self._entries[name], 0
         numel, itemsize = entry.shape.numel(), entry.dtype.itemsize
         with entry.file.open("rb") as file:
@@ -76,7 +75,7 @@ class SafetensorsFolder:
 
 
 class PickledFolder:
-    """A `WeightSource` over ``pytorch_model*.bin``, memory-mapped, tensors only (``weights_only``)."""
+    """A `WeightSource` over `pytorch_model*.bin`, memory-mapped, tensors only (`weights_only`)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -93,7 +92,7 @@ class PickledFolder:
         return self._tensors[name].reshape(-1)[start:stop]
 
     def checksum(self, name: str, dtype: torch.dtype) -> int:
-        """The tensor's checksum as ``dtype``."""
+        """The tensor's checksum as `dtype`."""
         return slice_checksum(self._tensors[name].reshape(-1).to(dtype), 0)
 
 
@@ -101,8 +100,10 @@ WeightFolder = SafetensorsFolder | PickledFolder
 
 
 def open_weights(path: FolderOrHub, *, allow_pickle: bool = False) -> WeightFolder:
-    """Open the weights at a folder or hub name. Raises UserError on what is missing, truncated, quantized or pickled, and
-    where a download fails.
+    """Open the weights in a folder, or of a hub name after a download.
+
+    Raises `UserError` on what is missing, truncated or quantized, on pickles without `allow_pickle`, and where the
+    download fails.
     """
     folder = path if isinstance(path, Path) else _download(path, allow_pickle)
     if not folder.is_dir():
@@ -122,10 +123,9 @@ def open_weights(path: FolderOrHub, *, allow_pickle: bool = False) -> WeightFold
 def check_names_and_shapes(
     expected: Mapping[str, torch.Size], weights: WeightFolder, *, tied_head: bool
 ) -> None:
-    """Raise UserError unless the folder holds exactly the ``expected`` tensors, each of its shape.
+    """Raise `UserError` unless the folder holds exactly the `expected` tensors, each of its shape.
 
-    With a ``tied_head`` a stored ``lm_head.weight`` is allowed: `verify_loaded` sees that it equals the
-    embedding.
+    With a `tied_head` a stored `lm_head.weight` is allowed: `verify_loaded` checks that it equals the embedding.
     """
     found = {name: shape for name, shape in weights.shapes.items() if not name.endswith(_IGNORED_SUFFIX)}
     if tied_head and "lm_head.weight" not in expected:
@@ -145,19 +145,17 @@ def check_names_and_shapes(
 
 
 def generation_config(folder: Path | None, config: PretrainedConfig) -> GenerationConfig:
-    """What the start weights' folder says about generation, for the export; else what follows from the
-    config."""
+    """The generation config in the start weights' folder, for the export; else the one that follows from `config`."""
     if folder is not None and (folder / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(folder)
     return GenerationConfig.from_model_config(config)
 
 
 def verify_loaded(named: Iterable[tuple[str, nn.Parameter]], weights: WeightFolder) -> None:
-    """Compare every loaded parameter with the file, by checksum; each rank reads 1/world-size of the files
-    for it.
+    """Compare every loaded parameter with the file, by checksum; each rank reads its part of the files for it.
 
-    ``named``: names as in the folder. Collective, where there is a process group. Raises RuntimeError naming the first
-    wrong parameters, and UserError where a stored tied head is not the embedding.
+    `named`: names as in the folder. Collective, where there is a process group. Raises `RuntimeError` naming the first
+    wrong parameters, and `UserError` where a stored tied head is not the embedding.
     """
     parameters = dict(named)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -191,7 +189,7 @@ def _check_stored_tied_head(
 
 
 def _my_share(sizes: Mapping[str, int], rank: int, world_size: int) -> set[str]:
-    """Names this rank checks: the largest first, each to the rank with the least so far."""
+    """Names that this rank checks: assigned from the largest on, each to the rank with the least so far."""
     load, share = [0] * world_size, set()
     for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
         owner = load.index(min(load))
@@ -269,5 +267,5 @@ def _download(name: HubName, allow_pickle: bool) -> Path:
 
 
 def _wrapped(value: int) -> int:
-    """``value`` as a signed 64-bit integer, as torch sums wrap."""
+    """`value` as a signed 64-bit integer, as torch sums wrap."""
     return (value + 2**63) % 2**64 - 2**63

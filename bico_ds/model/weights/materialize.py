@@ -1,8 +1,8 @@
-"""From shapes on the meta device to weights: whole on one device, or this rank's partition under ZeRO-3.
+"""From shapes on the meta device to weights: all on one device, or this rank's partition under ZeRO-3.
 
-DeepSpeed's usual way (`deepspeed.zero.Init` as a context) builds each parameter whole on every rank and
-broadcasts it from rank 0. Here a rank asks a `WeightSource` for its own slice only, and nothing is sent. ZeRO++'s hpZ is
-the exception: it cuts two partitions out of a parameter, and a rank asks for the whole of it.
+DeepSpeed's usual way (`deepspeed.zero.Init` as a context) builds each full parameter on every rank and broadcasts it from
+rank 0. Here a rank asks a `WeightSource` for its own slice only, and nothing is sent. ZeRO++'s hpZ is the exception: it
+cuts two partitions out of a parameter, and a rank asks for the full one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import deepspeed
 
     class Partition(Tensor):
-        """This rank's slice of a flattened parameter, padded where the parameter has ended."""
+        """This rank's slice of a flattened parameter, padded at the parameter's end."""
 
         ds_numel: int
 
@@ -38,17 +38,17 @@ class WeightSource(Protocol):
     """Where weights come from; the same on every rank."""
 
     def read(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
-        """Return elements [start, stop) of the flattened parameter ``name``: 1-D, on the CPU."""
+        """Return elements [start, stop) of the flattened parameter `name`: 1-D, on the CPU."""
         ...
 
 
 def materialize(
     model: nn.Module, source: WeightSource, *, ds_config: dict[str, Any] | None, device: torch.device
 ) -> None:
-    """Replace every meta parameter of ``model`` by a real one filled from ``source``; tied ones stay tied.
+    """Replace every meta parameter of `model` by a real one filled from `source`; tied ones stay tied.
 
-    Under ZeRO-3 (``ds_config``) each rank reads and keeps its partition; the full shape is allocated, one
-    parameter at a time, but on a CPU only the pages of the own slice are ever touched (with hpZ all, and all is read).
+    Under ZeRO-3 (`ds_config`) each rank reads and keeps its partition; the full shape is allocated, one
+    parameter at a time, but on a CPU only the pages of the own slice are ever written (with hpZ all, and all is read).
     """
     partitioner = _partitioner(ds_config, next(model.parameters()).dtype)
     made: dict[int, nn.Parameter] = {}
@@ -83,7 +83,7 @@ def full_shape(parameter: Tensor) -> torch.Size:
 
 
 def gathered(parameters: tuple[Any, ...]) -> AbstractContextManager[Any]:
-    """Make ZeRO-3 parameters whole on every rank for the block; others are whole already. Collective."""
+    """Gather ZeRO-3 parameters on every rank for the block; others are left as they are. Collective."""
     if not any(map(is_partitioned, parameters)):
         return nullcontext()
     import deepspeed  # seconds, and only ZeRO-3 needs it
@@ -114,8 +114,8 @@ def _partitioner(ds_config: dict[str, Any] | None, dtype: torch.dtype) -> deepsp
 def _mapped(shape: torch.Size, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialized CPU tensor in pages of its own, which go back to the system with it.
 
-    On the heap it would leave holes, half of them resident, between the partitions that stay: 0.5 GB were seen beside the
-    1.1 GB of a rank.
+    On the heap it would leave holes, half of them resident, between the partitions that stay: 0.5 GB were measured, beside
+    the 1.1 GB of one rank's partitions.
     """
     pages = mmap.mmap(-1, max(shape.numel() * dtype.itemsize, 1))
     return torch.frombuffer(pages, dtype=dtype, count=shape.numel()).view(shape).to(device)

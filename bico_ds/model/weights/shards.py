@@ -17,16 +17,16 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def refuse_existing(folder: Path, *, overwrite: bool = False) -> None:
-    """Raise UserError where an export would touch what is there already; an empty folder is nothing."""
+    """Raise `UserError` where an export would change something that is there; an empty folder may be there."""
     if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"'{folder}' exists and is not empty; name another folder, or remove it first")
 
 
 class ShardWriter:
-    """Writes named tensors, which come in the order announced, into ``model-0000i-of-0000n.safetensors`` and an index, or
-    where one shard is enough into ``model.safetensors``.
+    """Writes named tensors into `model-0000i-of-0000n.safetensors` and an index, or one `model.safetensors`.
 
-    At most one shard is held in memory: ``max_shard_bytes``, or a single larger tensor.
+    They must be added in the order of `shapes`. At most one shard is held in memory: `max_shard_bytes`, or a single larger
+    tensor of the model.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class ShardWriter:
         self._written: set[str] = set()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take a copy of ``tensor`` in the export's dtype; write its shard when it is the shard's last."""
+        """Keep a copy of `tensor` in the export's dtype; write its shard when it is the shard's last."""
         self._open[name] = tensor.detach().to(device="cpu", dtype=self._dtype, copy=True).contiguous()
         shard = self._shard_of[name]
         if all(other in self._open for other in self._shards[shard]):
@@ -74,7 +74,7 @@ class ShardWriter:
 
 
 def write_checksums(folder: Path) -> None:
-    """Write size and SHA-256 of every file that is in ``folder`` now into its ``checksums.json``."""
+    """Write size and SHA-256 of every file that is in `folder` now into its `checksums.json`."""
     sums = {
         path.name: {"bytes": path.stat().st_size, "sha256": checksum(path, "sha256")}
         for path in sorted(folder.iterdir())

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from bico_ds.common.errors import UserError
 from bico_ds.config.schema import ModelSpec
 from bico_ds.model.build import TrainableModel, build_model
+from bico_ds.model.families import FAMILIES
 from bico_ds.model.weights.export import export_model
 
 
@@ -27,11 +28,12 @@ def tiny_model(*, tied: bool = True, dtype: str = "bf16", model_type: str = "lla
         "tie_word_embeddings": tied,
         "rope_theta": 500000.0,
     }
-    return build_model(ModelSpec(config=config, dtype=dtype), seed=1, ds_config=None, device="cpu")
+    spec = ModelSpec(config=config, dtype=dtype)
+    return build_model(spec, seed=1, ds_config=None, device="cpu", longest_document=64)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_an_export_loads_in_transformers_bit_equal_and_generates_alike(
     tmp_path: Path, tied: bool, model_type: str
 ) -> None:

@@ -43,7 +43,7 @@ def test_fp32_weights_are_cast_to_the_recipes_dtype(tmp_path: Path) -> None:
 
 
 def rewrite(folder: Path, change) -> None:
-    """Apply ``change`` to the tensors of a folder, written again as one file."""
+    """Apply `change` to the tensors of a folder, written again as one file."""
     tensors = {}
     for shard in folder.glob("*.safetensors"):
         tensors |= load_file(shard)

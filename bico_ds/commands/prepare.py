@@ -24,11 +24,11 @@ from bico_ds.common.errors import UserError
 from bico_ds.common.files import atomic_folder
 from bico_ds.config.arguments import folder_or_hub_name, local_path, path_text, positive
 from bico_ds.config.schema import FactsSpec
-from bico_ds.data.prepare.embedded_task import is_facts_folder, write_facts
 from bico_ds.data.prepare.examples import IngestOptions
+from bico_ds.data.prepare.facts import is_facts_folder, write_facts
 from bico_ds.data.prepare.ingest import IngestFailure, ingest
-from bico_ds.data.prepare.sources import SHARD_BYTES, Shard, find_inputs, hub_shards, plan_shards
-from bico_ds.data.prepare.store_view import describe_store
+from bico_ds.data.prepare.inspect_store import describe_store
+from bico_ds.data.prepare.shards import SHARD_BYTES, Shard, find_inputs, hub_shards, plan_shards
 from bico_ds.data.store import refuse_output
 
 

@@ -36,7 +36,7 @@ from bico_ds.data.prepare.encode import Encoder, EncoderSpec, encode_shard, spar
 from bico_ds.data.prepare.examples import IngestOptions
 from bico_ds.data.prepare.ingest import encoder_spec
 from bico_ds.data.prepare.merge import merge_parts
-from bico_ds.data.prepare.sources import Shard, plan_shards
+from bico_ds.data.prepare.shards import Shard, plan_shards
 from bico_ds.data.store import TokenStore
 from bico_ds.data.tokenizer import FastTokenizer, load_tokenizer
 

@@ -17,10 +17,10 @@ from bico_ds.attention.layout import LayoutPolicy, build_layout
 from bico_ds.batch import PackedBatch
 from bico_ds.common.errors import UserError
 from bico_ds.config.batch_size import micro_batches_per_rank
-from bico_ds.data.loading.balance import deal
 from bico_ds.data.loading.prefetch import Prefetcher
-from bico_ds.data.loading.rows import Rows, join
+from bico_ds.data.loading.rank_assignment import deal
 from bico_ds.data.loading.sample_order import Consumed, GlobalBatch, SampleOrder, StreamReport, StreamSpec
+from bico_ds.data.loading.sequences import Rows, join
 from bico_ds.data.loading.stream import StreamBins
 from bico_ds.documents import Documents
 from bico_ds.objectives.base import BatchKey, check_batch

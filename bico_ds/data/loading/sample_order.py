@@ -21,7 +21,7 @@ from bico_ds.config.schema import DataSpec
 from bico_ds.data.loading import identity
 from bico_ds.data.loading.legacy_identity import translate_state
 from bico_ds.data.loading.mixture import Mixture
-from bico_ds.data.loading.rows import CutReport, Rows, cut, longest_row
+from bico_ds.data.loading.sequences import CutReport, Rows, cut, longest_row
 from bico_ds.data.loading.stream import BinStream, Position, StreamBins
 from bico_ds.data.store import TokenStore
 from bico_ds.objectives.base import Objective

@@ -16,7 +16,7 @@ from bico_ds.config.schema import DataSpec
 from bico_ds.data.loading.mixture import EpochRows, Mixture
 from bico_ds.data.loading.packing import PackPlan, build_pack_plan, seeded_permutation
 from bico_ds.data.loading.plan_cache import cached_plan
-from bico_ds.data.loading.rows import Expand, Rows
+from bico_ds.data.loading.sequences import Expand, Rows
 
 
 @dataclass(frozen=True, kw_only=True)

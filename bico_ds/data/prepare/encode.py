@@ -20,7 +20,7 @@ from bico_ds.common.errors import UserError
 from bico_ds.common.files import write_atomically
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.data.prepare.examples import Example, IngestOptions, make_example
-from bico_ds.data.prepare.sources import BadRow, Shard, read_records
+from bico_ds.data.prepare.shards import BadRow, Shard, read_records
 from bico_ds.data.store import StoreHeader, TokenStoreWriter
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from bico_ds.common.errors import UserError, did_you_mean
-from bico_ds.data.prepare.sources import BadRow
+from bico_ds.data.prepare.shards import BadRow
 
 if TYPE_CHECKING:
     from bico_ds.data.tokenizer import FastTokenizer

@@ -31,7 +31,7 @@ from bico_ds.data.prepare.examples import IngestOptions
 from bico_ds.data.prepare.merge import merge_parts
 from bico_ds.data.prepare.progress import IngestProgress
 from bico_ds.data.prepare.report import IngestReport, describe_passed_over
-from bico_ds.data.prepare.sources import Shard
+from bico_ds.data.prepare.shards import Shard
 from bico_ds.data.store import FORMAT_VERSION, StoreHeader, refuse_output
 from bico_ds.data.tokenizer import (
     load_tokenizer,

@@ -21,7 +21,7 @@ from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.schema import DataSpec, SourceSpec
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.loading.mixture import Mixture
-from bico_ds.data.loading.rows import cut
+from bico_ds.data.loading.sequences import cut
 from bico_ds.data.loading.stream import BinStream, Position
 from tests.data.loading.loaders import DOUBLING, GLOBAL, consumed, make, schedule_of, state_at, stream_of
 from tests.data.stores import BOS, write_store

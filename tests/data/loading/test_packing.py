@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.schema import SourceSpec
-from bico_ds.data.loading.balance import deal
 from bico_ds.data.loading.mixture import Mixture
 from bico_ds.data.loading.packing import build_pack_plan, pack_histogram
 from bico_ds.data.loading.plan_cache import cached_plan
-from bico_ds.data.loading.rows import cut, longest_row
+from bico_ds.data.loading.rank_assignment import deal
+from bico_ds.data.loading.sequences import cut, longest_row
 from tests.data.stores import BOS, write_store
 
 CAPACITY = 32

@@ -17,7 +17,7 @@ import zstandard
 from bico_ds.common.errors import UserError
 from bico_ds.data.prepare.examples import IngestOptions
 from bico_ds.data.prepare.ingest import ingest
-from bico_ds.data.prepare.sources import find_files, plan_shards
+from bico_ds.data.prepare.shards import find_files, plan_shards
 
 GOOD = b'{"text": "a fine line"}\n'
 PAIR = {"prompt_field": "q", "completion_field": "a"}

@@ -29,7 +29,7 @@ from bico_ds.common.errors import UserError
 from bico_ds.data.prepare.examples import IngestOptions
 from bico_ds.data.prepare.ingest import IngestFailure, ingest
 from bico_ds.data.prepare.report import IngestReport
-from bico_ds.data.prepare.sources import find_files, hub_shards, plan_shards
+from bico_ds.data.prepare.shards import find_files, hub_shards, plan_shards
 from bico_ds.data.store import TokenStore
 from bico_ds.data.tokenizer import load_tokenizer
 from tests import ROOT
@@ -118,7 +118,7 @@ def test_a_slice_of_a_hub_split_gives_the_rows_that_it_names(
     tmp_path: Path, bpe_tokenizer: str, monkeypatch: pytest.MonkeyPatch, split: str, want: list[str]
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr("bico_ds.data.prepare.sources._ROWS_A_SHARD", 8)
+    monkeypatch.setattr("bico_ds.data.prepare.shards._ROWS_A_SHARD", 8)
     (tmp_path / "set").mkdir()
     _write_jsonl(tmp_path / "set" / "train.jsonl", [{"text": t} for t in TEXTS])
     _write_jsonl(tmp_path / "set" / "test.jsonl", [{"text": "a test"}])
@@ -380,7 +380,7 @@ import sys
 from pathlib import Path
 from bico_ds.data.prepare.examples import IngestOptions
 from bico_ds.data.prepare.ingest import ingest
-from bico_ds.data.prepare.sources import plan_shards
+from bico_ds.data.prepare.shards import plan_shards
 
 if __name__ == "__main__":
     file, tokenizer, output = sys.argv[1:]

@@ -16,10 +16,10 @@ from bico_ds.common.errors import UserError
 from bico_ds.common.files import atomic_folder
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.config.schema import DataSpec, SourceSpec
-from bico_ds.data.prepare.embedded_task import FORM_VERSION, write_facts
 from bico_ds.data.prepare.examples import IngestOptions
+from bico_ds.data.prepare.facts import FORM_VERSION, write_facts
 from bico_ds.data.prepare.ingest import ingest
-from bico_ds.data.prepare.sources import SHARD_BYTES, Inputs, find_inputs, plan_shards
+from bico_ds.data.prepare.shards import SHARD_BYTES, Inputs, find_inputs, plan_shards
 from bico_ds.data.store import FORMAT_VERSION, TokenStore
 from bico_ds.data.tokenizer import load_tokenizer, tokenizer_digest, tokenizer_hash
 

@@ -9,7 +9,7 @@ import pytest
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.schema import FactsSpec
-from bico_ds.data.prepare.embedded_task import write_facts
+from bico_ds.data.prepare.facts import write_facts
 from bico_ds.data.tokenizer import load_tokenizer, tokenizer_hash
 
 SPEC = FactsSpec(name_first=5, description_first=4, both=6)

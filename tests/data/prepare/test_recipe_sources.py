@@ -15,8 +15,8 @@ from bico_ds.common.errors import UserError
 from bico_ds.config.schema import DataSpec, FactsSpec, SourceSpec
 from bico_ds.data.prepare.examples import IngestOptions
 from bico_ds.data.prepare.ingest import ingest
-from bico_ds.data.prepare.prepare import facts_folder, prepare_source
-from bico_ds.data.prepare.sources import plan_shards
+from bico_ds.data.prepare.recipe_sources import facts_folder, prepare_source
+from bico_ds.data.prepare.shards import plan_shards
 from bico_ds.data.store import TokenStore
 from bico_ds.data.tokenizer import load_tokenizer, tokenizer_hash
 

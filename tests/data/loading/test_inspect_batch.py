@@ -14,7 +14,7 @@ from bico_ds.config.load import load_recipe
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.objectives.ntp import NtpSpec
-from bico_ds.data.loading.inspection import plot_visibility, print_batch, view_batch, visibility
+from bico_ds.data.loading.inspect_batch import plot_visibility, print_batch, view_batch, visibility
 from bico_ds.data.loading.loader import RankShare
 from bico_ds.documents import Document, Documents
 from bico_ds.objectives.base import BatchKey

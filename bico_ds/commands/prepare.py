@@ -27,9 +27,10 @@ from bico_ds.config.schema import FactsSpec
 from bico_ds.data.prepare.examples import IngestOptions
 from bico_ds.data.prepare.facts import is_facts_folder, write_facts
 from bico_ds.data.prepare.ingest import IngestFailure, ingest
+from bico_ds.data.prepare.input_files import find_inputs
 from bico_ds.data.prepare.inspect_store import describe_store
-from bico_ds.data.prepare.shards import SHARD_BYTES, Shard, find_inputs, hub_shards, plan_shards
-from bico_ds.data.store import refuse_output
+from bico_ds.data.prepare.output_folder import refuse_output
+from bico_ds.data.prepare.shards import SHARD_BYTES, Shard, hub_shards, plan_shards
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bico_ds.data.store import StoreHeader, TokenStore, TokenStoreWriter
+from bico_ds.data.prepare.store_writer import TokenStoreWriter
+from bico_ds.data.store import StoreHeader, TokenStore
 
 BOS, EOS = 1, 2
 

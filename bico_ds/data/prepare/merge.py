@@ -1,6 +1,4 @@
-"""Parts to the final store, in the order of the input, without duplicates, with or without a held-out
-store.
-"""
+"""The shards' small stores to the final store: in the order of the input, without duplicates, some documents held out."""
 
 from __future__ import annotations
 
@@ -16,10 +14,12 @@ from numpy.typing import NDArray
 
 from bico_ds.common.errors import UserError
 from bico_ds.common.random_numbers import stream
-from bico_ds.data.prepare.encode import DIGEST_BYTES, DIGESTS, RESULT, SKIPPED, EncoderSpec
+from bico_ds.data.prepare.encode_shard import DIGEST_BYTES, DIGESTS, RESULT, SKIPPED
+from bico_ds.data.prepare.encoder import EncoderSpec
 from bico_ds.data.prepare.examples import IngestOptions
 from bico_ds.data.prepare.report import IngestReport, write_report
-from bico_ds.data.store import TokenStore, TokenStoreWriter
+from bico_ds.data.prepare.store_writer import TokenStoreWriter
+from bico_ds.data.store import TokenStore
 
 if TYPE_CHECKING:
     from bico_ds.data.tokenizer import FastTokenizer
@@ -38,7 +38,7 @@ def merge_parts(
     overwrite: bool,
     passed_over: dict[str, list[str]] | None = None,
 ) -> IngestReport:
-    """Join finished parts into the store at `output`, with its report, its tokenizer and its skipped lines in it.
+    """Join the stores of all shards into the store at `output`, with its report, its tokenizer and its skipped lines.
 
     Raises `UserError` where no document is left, or none for the held-out store, and for an output that exists without
     `overwrite`.

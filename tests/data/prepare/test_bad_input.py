@@ -17,7 +17,8 @@ import zstandard
 from bico_ds.common.errors import UserError
 from bico_ds.data.prepare.examples import IngestOptions
 from bico_ds.data.prepare.ingest import ingest
-from bico_ds.data.prepare.shards import find_files, plan_shards
+from bico_ds.data.prepare.input_files import find_files
+from bico_ds.data.prepare.shards import plan_shards
 
 GOOD = b'{"text": "a fine line"}\n'
 PAIR = {"prompt_field": "q", "completion_field": "a"}
@@ -36,7 +37,7 @@ def _parquet(columns: dict[str, list]) -> bytes:
 LINES: list[tuple[str, bytes, dict[str, Any], str]] = [
     ("a.jsonl", GOOD + b'{"text": "x"\n', {}, "a.jsonl:2: broken JSON: Expecting ',' delimiter at column 13"),
     ("a.json", b'[{"text": "x"}]', {}, "a.json:1: broken JSON: expected an object, found list"),
-    ("a.json", b'[\n{"text": "x"}]', {}, "is this a JSON array? One object a line is needed"),
+    ("a.json", b'[\n{"text": "x"}]', {}, "is this a JSON array? One object per line is needed"),
     ("a.jsonl", GOOD + b"17\n", {}, "a.jsonl:2: broken JSON: expected an object, found int"),
     ("a.jsonl", b'{"text": ' + b"[" * 100_000, {}, "a.jsonl:1: broken JSON"),
     ("a.jsonl", b'{"text": ' + b"9" * 5_000 + b"}", {}, "a.jsonl:1: broken JSON"),

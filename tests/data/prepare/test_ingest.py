@@ -28,8 +28,9 @@ import zstandard
 from bico_ds.common.errors import UserError
 from bico_ds.data.prepare.examples import IngestOptions
 from bico_ds.data.prepare.ingest import IngestFailure, ingest
+from bico_ds.data.prepare.input_files import find_files
 from bico_ds.data.prepare.report import IngestReport
-from bico_ds.data.prepare.shards import find_files, hub_shards, plan_shards
+from bico_ds.data.prepare.shards import hub_shards, plan_shards
 from bico_ds.data.store import TokenStore
 from bico_ds.data.tokenizer import load_tokenizer
 from tests import ROOT
@@ -118,7 +119,7 @@ def test_a_slice_of_a_hub_split_gives_the_rows_that_it_names(
     tmp_path: Path, bpe_tokenizer: str, monkeypatch: pytest.MonkeyPatch, split: str, want: list[str]
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr("bico_ds.data.prepare.shards._ROWS_A_SHARD", 8)
+    monkeypatch.setattr("bico_ds.data.prepare.shards._RECORDS_PER_SHARD", 8)
     (tmp_path / "set").mkdir()
     _write_jsonl(tmp_path / "set" / "train.jsonl", [{"text": t} for t in TEXTS])
     _write_jsonl(tmp_path / "set" / "test.jsonl", [{"text": "a test"}])

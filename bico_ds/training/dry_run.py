@@ -101,7 +101,7 @@ def _table(
     for stream in loader.report():
         table.add_row(
             f"data for {', '.join(stream.objectives)}",
-            f"{stream.rows:,} sequences, {stream.tokens:,} tokens per epoch in {stream.bins:,} bins, "
+            f"{stream.sequences:,} sequences, {stream.tokens:,} tokens per epoch in {stream.bins:,} bins, "
             f"fill {stream.fill:.3f}",
         )
         for name, cut in stream.cut.items():

@@ -1,4 +1,4 @@
-"""Small real token stores for the tests of rows, packing and loading."""
+"""Small real token stores for the tests of sequences, packing and loading."""
 
 from __future__ import annotations
 

@@ -15,9 +15,7 @@ T = TypeVar("T")
 
 
 class Prefetcher(Generic[T]):
-    """Serves `build(step)`; `workers` threads run up to `2 * workers` steps ahead. No workers: built when
-    asked.
-    """
+    """Serves `build(step)`; `workers` threads run up to `2 * workers` steps ahead. No workers: built on demand."""
 
     def __init__(self, build: Callable[[int], T], workers: int) -> None:
         self._build = build

@@ -21,7 +21,7 @@ from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.schema import DataSpec, SourceSpec
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.loading.mixture import Mixture
-from bico_ds.data.loading.sequences import cut
+from bico_ds.data.loading.sequences import cut_documents
 from bico_ds.data.loading.stream import BinStream, Position
 from tests.data.loading.loaders import DOUBLING, GLOBAL, consumed, make, schedule_of, state_at, stream_of
 from tests.data.stores import BOS, write_store
@@ -99,19 +99,19 @@ def test_every_token_appears_as_often_as_asked(world, changes):
     stores, data = world
     spec, epochs = data(**changes), 4
     bos = [store.manifest.bos_id if store.manifest.add_bos else None for store in stores]
-    rows = [
-        cut(store.lengths, longest=64, overlong=spec.overlong, bos_id=bos_id)
+    sequences = [
+        cut_documents(store.lengths, longest=64, overlong=spec.overlong, bos_id=bos_id)
         for store, bos_id in zip(stores, bos, strict=True)
     ]
-    mixture = Mixture.of(spec.sources, [len(part) for part in rows], seed=1)
-    stream = BinStream(rows, mixture, lambda lengths: lengths, spec, seed=1)
+    mixture = Mixture.of(spec.sources, [len(part) for part in sequences], seed=1)
+    stream = BinStream(sequences, mixture, lambda lengths: lengths, spec, seed=1)
     counts = [Counter(), Counter()]
     total = sum(stream.num_bins(epoch) for epoch in range(epochs))
     assert stream.advance(Position(), total) == Position(epoch=epochs, bin=0)
     bins = stream.take(Position(), total)
     assert np.add.reduceat(bins.length, bins.offsets[:-1]).max() <= 64
     for source, store in enumerate(stores):
-        tokens = rows[source].read(bins.row[bins.source == source], store, source=source).token_ids
+        tokens = sequences[source].read(bins.sequence[bins.source == source], store, source=source).token_ids
         counts[source].update(tokens[tokens != BOS].tolist())
         expected = {
             token
@@ -178,7 +178,7 @@ def test_objectives_with_another_expansion_have_a_cursor_of_their_own(world):
         for batch in loader.step(step).batches:
             assert batch.represented_tokens <= (64 if objective.name == "ntp" else 32)
             names[objective.name].update(map(tuple, batch.documents.tolist()))
-    assert len(names["doubling"]) > len(names["ntp"])  # longer rows: more documents are split
+    assert len(names["doubling"]) > len(names["ntp"])  # longer sequences: more documents are split
     assert all(max(counter.values()) - min(counter.values()) <= 1 for counter in names.values())
     state = state_at(loader, 23)
     resumed = make(world, schedule=schedule, state=state, size=2, rank=1)

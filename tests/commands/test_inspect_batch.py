@@ -1,0 +1,104 @@
+"""tools/inspect_batch.py shows the micro-batch that a rank trains on, and names its user's mistakes."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import pytest
+
+from bico_ds.config.load import load_recipe
+from bico_ds.data.loading.loader import RankShare
+from bico_ds.training import assembly
+from tests import ROOT
+
+
+@pytest.fixture
+def tool(tmp_path, monkeypatch, capsys):
+    """`tool("--step", "3")`: exit code, output and errors of tools/inspect_batch.py on tiny_bico."""
+    spec = importlib.util.spec_from_file_location("inspect_batch", ROOT / "tools" / "inspect_batch.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        command = ["inspect_batch.py", "--recipe", "tiny_bico", "--set", f"data.cache_dir={tmp_path}/cache"]
+        monkeypatch.setattr(sys, "argv", [*command, *arguments])
+        try:
+            code = module.main()
+        except SystemExit as caught:
+            code = caught.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_tool_shows_a_step_of_a_recipe(tool, tmp_path):
+    code, shown, _ = tool("--png", str(tmp_path / "v.png"), "--objective", "bico")
+    assert code == 0
+    assert "bidirectional:" in shown
+    assert "dead ones dropped" in shown
+    assert (tmp_path / "v.png").is_file()
+    code, _, errors = tool("--objective", "bicco")
+    assert code == 2
+    assert "did you mean 'bico'" in errors
+
+
+@pytest.mark.parametrize(
+    ("step", "rank", "ranks", "number"), [(0, 0, 1, 0), (5, 1, 2, 2), (5, 0, 2, 2), (4, 3, 4, 1)]
+)
+def test_the_tool_shows_the_micro_batch_that_this_rank_trains_on_in_this_step(
+    tool, tmp_path, step, rank, ranks, number
+):
+    bins = ["training.global_batch_bins=8", "training.micro_batch_bins=1"]
+    place = {
+        "step": step,
+        "rank": rank,
+        "world-size": ranks,
+        "micro-batch": number,
+        "documents": 999,
+        "tokens": 1,
+    }
+    options = [word for key, value in place.items() for word in (f"--{key}", str(value))]
+    code, shown, _ = tool("--set", bins[0], "--set", bins[1], *options)
+    assert code == 0
+    recipe = load_recipe("tiny_bico", [f"data.cache_dir={tmp_path}/cache", "data.workers=0", *bins])
+    inputs = assembly.open_inputs(recipe, weights_needed=False)
+    batches = assembly.build_loader(recipe, inputs, RankShare(rank=rank, world_size=ranks)).step(step).batches
+    assert f"step {step} of " in shown
+    assert f"rank {rank} of {ranks}, micro-batch {number} of {len(batches)}" in shown
+    titles = [int(word[1:]) for word in shown.split() if word.startswith("#")]
+    assert sorted(titles) == sorted(batches[number].documents[:, 1].tolist())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--png", "v.xyz"], "--png: 'v.xyz' must end in .png"),
+        (["--png", "/proc/x/y.png"], "--png: cannot write '/proc/x/y.png'"),
+        (["--documents", "-1"], "--documents: must be at least 0, found -1"),
+        (["--step", "-1"], "--step: must be at least 0, found -1"),
+        (["--world-size", "0"], "--world-size: must be at least 1, found 0"),
+        (["--rank", "2", "--world-size", "2"], "--rank 2: ranks count from 0, and --world-size is 2"),
+        (["--micro-batch", "99"], "--micro-batch 99: a step has"),
+    ],
+)
+def test_the_tools_mistakes_are_named(tool, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, errors = tool(*arguments)
+    assert code == 2
+    assert message in errors
+
+
+def test_documents_of_one_token_have_no_picture(tool, tmp_path):
+    (tmp_path / "ones.jsonl").write_text('{"text": "|"}\n')
+    source = f"data.sources=[{{files: [{tmp_path}/ones.jsonl], add_bos: false, add_eos: false}}]"
+    tokenizer = (
+        assembly.facts_folder(load_recipe("tiny_bico", [f"data.cache_dir={tmp_path}/cache"]).data)
+        / "tokenizer"
+    )
+    code, _, errors = tool(
+        "--set", source, "--set", f"model.tokenizer={tokenizer}", "--set", "evaluation.tasks=[]",
+        "--set", "objectives=[{kind: ntp}]", "--png", str(tmp_path / "v.png"),
+    )  # fmt: skip
+    assert code == 2
+    assert "--png: no document of the batch has two tokens" in errors

@@ -24,8 +24,8 @@ GOOD = b'{"text": "a fine line"}\n'
 PAIR = {"prompt_field": "q", "completion_field": "a"}
 
 
-def _rows(*rows: Any) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+def _records(*records: Any) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
 def _parquet(columns: dict[str, list]) -> bytes:
@@ -43,12 +43,12 @@ LINES: list[tuple[str, bytes, dict[str, Any], str]] = [
     ("a.jsonl", b'{"text": ' + b"9" * 5_000 + b"}", {}, "a.jsonl:1: broken JSON"),
     (
         "a.jsonl",
-        GOOD + b"\n" + _rows({"txet": "x"}),
+        GOOD + b"\n" + _records({"txet": "x"}),
         {},
         "a.jsonl:3: missing field: 'text' (did you mean 'txet'?)",
     ),
-    ("a.jsonl", _rows({"text": None}), {}, "a.jsonl:1: missing field: 'text' is null"),
-    ("a.jsonl", _rows({"text": 5}), {}, "a.jsonl:1: wrong type: 'text' must be a string, found int"),
+    ("a.jsonl", _records({"text": None}), {}, "a.jsonl:1: missing field: 'text' is null"),
+    ("a.jsonl", _records({"text": 5}), {}, "a.jsonl:1: wrong type: 'text' must be a string, found int"),
     ("a.jsonl", GOOD + b'{"text": "\xff"}\n', {}, "a.jsonl:2: invalid UTF-8: byte 11 of the line is 0xff"),
     (
         "a.jsonl",
@@ -56,36 +56,36 @@ LINES: list[tuple[str, bytes, dict[str, Any], str]] = [
         {},
         "a.jsonl:1: invalid UTF-8: 'text' has a lone surrogate at character 1",
     ),
-    ("a.jsonl", _rows({"text": ""}), {}, "a.jsonl:1: empty document"),
-    ("a.jsonl", GOOD + _rows({"text": " \n\t"}), {}, "a.jsonl:2: empty document"),
-    ("a.jsonl", _rows({"q": "x", "a": " "}), PAIR, "a.jsonl:1: empty document: 'a' has no text"),
-    ("a.jsonl", _rows({"q": "x"}), PAIR, "a.jsonl:1: missing field: 'a'"),
+    ("a.jsonl", _records({"text": ""}), {}, "a.jsonl:1: empty document"),
+    ("a.jsonl", GOOD + _records({"text": " \n\t"}), {}, "a.jsonl:2: empty document"),
+    ("a.jsonl", _records({"q": "x", "a": " "}), PAIR, "a.jsonl:1: empty document: 'a' has no text"),
+    ("a.jsonl", _records({"q": "x"}), PAIR, "a.jsonl:1: missing field: 'a'"),
     ("a.jsonl", GOOD, {"vocab_size": 40}, "a.jsonl:1: token id past the vocabulary: id"),
-    ("a.jsonl", _rows({"text": "x", "g": 1.5}), {"group_field": "g"}, "a.jsonl:1: wrong type: a group is"),
-    ("a.jsonl", _rows({"text": "x", "e": 3}), {"entities_field": "e"}, "entities must be a list"),
-    ("a.jsonl", _rows({"text": "x", "e": [[1]]}), {"entities_field": "e"}, "an entity is a pair"),
+    ("a.jsonl", _records({"text": "x", "g": 1.5}), {"group_field": "g"}, "a.jsonl:1: wrong type: a group is"),
+    ("a.jsonl", _records({"text": "x", "e": 3}), {"entities_field": "e"}, "entities must be a list"),
+    ("a.jsonl", _records({"text": "x", "e": [[1]]}), {"entities_field": "e"}, "an entity is a pair"),
     (
         "a.jsonl",
-        _rows({"text": "x", "e": [[0, 2]]}),
+        _records({"text": "x", "e": [[0, 2]]}),
         {"entities_field": "e"},
         "[0, 2] in a text of 1 characters",
     ),
     (
         "a.jsonl",
-        _rows({"text": "abc", "e": [[1, 3], [0, 2]]}),
+        _records({"text": "abc", "e": [[1, 3], [0, 2]]}),
         {"entities_field": "e"},
         "overlapping entities",
     ),
-    ("a.jsonl", _rows({"m": "hi"}), {"messages_field": "m"}, "messages must be a list of objects"),
+    ("a.jsonl", _records({"m": "hi"}), {"messages_field": "m"}, "messages must be a list of objects"),
     (
         "a.jsonl",
-        _rows({"m": [{"role": "user"}]}),
+        _records({"m": [{"role": "user"}]}),
         {"messages_field": "m"},
         "message 1 lacks 'role' or 'content'",
     ),
     (
         "a.jsonl",
-        _rows({"m": [{"role": "clown", "content": "x"}]}),
+        _records({"m": [{"role": "clown", "content": "x"}]}),
         {"messages_field": "m"},
         "a.jsonl:1: chat template: role clown",
     ),

@@ -56,7 +56,7 @@ def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any], *keys: str)
 
 
 def _call(node: ast.expr) -> tuple[str, dict[str, Any]]:
-    """A call's name and keyword arguments: calls among these likewise, the rest literals."""
+    """A call's name and keyword arguments: calls among these in the same way, the rest literals."""
     assert isinstance(node, ast.Call) and isinstance(node.func, ast.Name), ast.dump(node)
     arguments = {}
     for keyword in node.keywords:

@@ -1,4 +1,4 @@
-"""Global packing: best-fit decreasing over the length histogram of a whole data set.
+"""Global packing: best-fit decreasing over the length histogram of the complete data set.
 
 What is packed are sequences: documents, or pieces of them. Sequences of one length are alike, and so are bins filled
 alike, so the algorithm walks over (length, group of like bins) and never over sequences: its time depends on the

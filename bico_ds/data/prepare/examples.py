@@ -43,7 +43,7 @@ class IngestOptions:
         if self.text_field != "text" and (self.prompt_field or self.messages_field):
             raise UserError("--text-field excludes --prompt-field and --messages-field: one makes the text")
         if not 0 <= self.held_out < 1:
-            raise UserError(f"--held-out must be a share in [0, 1), found {self.held_out}")
+            raise UserError(f"--held-out must be a fraction in [0, 1), found {self.held_out}")
 
     @property
     def needs_digests(self) -> bool:

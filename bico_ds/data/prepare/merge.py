@@ -74,7 +74,7 @@ def _fate(parts: list[Path], stores: list[TokenStore], options: IngestOptions) -
     if options.held_out:
         if options.group_field is None:
             key = digests[:, 0]
-        else:  # a person's documents stay on one side
+        else:  # a person's documents stay together
             key = np.concatenate([store.groups for store in stores]).astype(np.uint64)
         scattered = stream(key, np.array([options.seed % 2**63]))
         fate[scattered.astype(np.float64) < options.held_out * 2.0**64] = _HELD_OUT
@@ -121,7 +121,7 @@ def _check_not_empty(report: IngestReport, options: IngestOptions) -> None:
     if not len(report.lengths) and len(report.held_out_lengths):
         raise UserError(
             f"--held-out {options.held_out} takes all {len(report.held_out_lengths):,} documents: give a "
-            "smaller share; no store was written"
+            "smaller fraction; no store was written"
         )
     if not len(report.lengths):
         skipped = "".join(f"; {count:,} lines skipped: {reason}" for reason, count in report.skipped.items())
@@ -129,7 +129,7 @@ def _check_not_empty(report: IngestReport, options: IngestOptions) -> None:
         raise UserError(f"the input has no documents{skipped}{hint}: no store was written")
     if options.held_out and not len(report.held_out_lengths):
         raise UserError(
-            f"--held-out {options.held_out} of so few documents (or groups) is none: give a larger share"
+            f"--held-out {options.held_out} of so few documents (or groups) is none: give a larger fraction"
         )
 
 

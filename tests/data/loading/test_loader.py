@@ -130,7 +130,7 @@ def test_the_rest_of_an_epoch_carries_over_into_the_next_ones_first_batch(world)
     per_epoch = loader.report()[0].bins
     assert per_epoch % GLOBAL
     names = Counter()
-    for step in range(per_epoch):  # GLOBAL whole epochs
+    for step in range(per_epoch):  # GLOBAL complete epochs
         for batch in loader.step(step).batches:
             names.update(map(tuple, batch.documents.tolist()))
     assert set(names.values()) == {GLOBAL}
@@ -138,7 +138,7 @@ def test_the_rest_of_an_epoch_carries_over_into_the_next_ones_first_batch(world)
 
 def test_bins_keep_their_mates_unless_repacked_and_change_their_order(world):
     def epochs(loader):
-        """Two times GLOBAL epochs, so that both end with a whole step."""
+        """Two times GLOBAL epochs, so that both end with a complete step."""
         steps = 2 * loader.report()[0].bins
         bins = [
             tuple(sorted(map(tuple, b.documents.tolist())))
@@ -182,10 +182,10 @@ def test_objectives_with_another_expansion_have_a_cursor_of_their_own(world):
     assert all(max(counter.values()) - min(counter.values()) <= 1 for counter in names.values())
     state = state_at(loader, 23)
     resumed = make(world, schedule=schedule, state=state, size=2, rank=1)
-    whole = make(world, schedule=schedule, size=2, rank=1)
+    uninterrupted = make(world, schedule=schedule, size=2, rank=1)
     for step in (23, 24, 40):
         assert [contents(b) for b in resumed.step(step).batches] == [
-            contents(b) for b in whole.step(step).batches
+            contents(b) for b in uninterrupted.step(step).batches
         ]
 
 

@@ -147,7 +147,7 @@ CALLS: list[tuple[Callable[[], object], str]] = [
     (lambda: IngestOptions(messages_field="m", entities_field="e"), "--messages-field excludes"),
     (lambda: IngestOptions(text_field="t", messages_field="m"), "--text-field excludes --prompt-field and"),
     (lambda: IngestOptions(text_field="t", **PAIR), "--text-field excludes --prompt-field and"),
-    (lambda: IngestOptions(held_out=1.5), "--held-out must be a share in [0, 1), found 1.5"),
+    (lambda: IngestOptions(held_out=1.5), "--held-out must be a fraction in [0, 1), found 1.5"),
 ]
 
 
@@ -165,6 +165,6 @@ def test_an_empty_folder_is_named(tmp_path: Path) -> None:
 
 def test_a_held_out_share_of_nothing_is_refused(tmp_path: Path, bpe_tokenizer: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(GOOD)
-    with pytest.raises(UserError, match="give a larger share"):
+    with pytest.raises(UserError, match="give a larger fraction"):
         _ingest(tmp_path / "a.jsonl", bpe_tokenizer, tmp_path / "s", {"held_out": 1e-9})
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]

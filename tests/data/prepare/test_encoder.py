@@ -86,9 +86,9 @@ def test_messages_are_rendered_once_and_the_last_reply_is_the_completion(
     file = write_jsonl(tmp_path / "a.jsonl", [{"messages": chat} for chat in chats])
     ingest_files(file, bpe_tokenizer, tmp_path / "s", messages_field="messages")
     decode = load_tokenizer(bpe_tokenizer).decode
-    whole, open_end = all_documents(tmp_path / "s")
-    assert decode(whole.token_ids).startswith("<s>[user] Hi</s>[assistant]")  # one BOS, not two
-    assert decode(whole.token_ids[whole.prompt_length :]).strip() == "Me.</s>"
+    chat, open_end = all_documents(tmp_path / "s")
+    assert decode(chat.token_ids).startswith("<s>[user] Hi</s>[assistant]")  # one BOS, not two
+    assert decode(chat.token_ids[chat.prompt_length :]).strip() == "Me.</s>"
     assert open_end.prompt_length == len(open_end.token_ids)  # no reply: nothing to learn from
     report = (tmp_path / "s" / "report.txt").read_text()
     assert "prompts      2 of 2 documents have one\nno reply     1 documents" in report

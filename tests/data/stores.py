@@ -20,8 +20,9 @@ def write_store(
     has_entities: bool = False,
     seed: int = 0,
 ) -> TokenStore:
-    """A store whose documents have these lengths; token ids count up through the store, so each is unique.
-    Every token lies in an entity, where there are any.
+    """A store whose documents have these lengths.
+
+    Token ids count up through the store, so each is unique. Every token lies in an entity, where there are any.
     """
     header = StoreHeader(
         vocab_size=100_000,

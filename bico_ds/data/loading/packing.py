@@ -49,8 +49,10 @@ class PackPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class BinGroups:
-    """The best-fit walk: step s puts `copies[s]` sequences of `length[s]` into each of the bins `first_bin[s]` …
-    `first_bin[s] + bins[s] - 1`, after the `before[s]` sequences that these hold already. All int64 [S].
+    """The steps of the best-fit walk, all int64 [S].
+
+    Step s puts `copies[s]` sequences of `length[s]` into each of the bins `first_bin[s]` … `first_bin[s] + bins[s] - 1`,
+    after the `before[s]` sequences that these hold already.
     """
 
     first_bin: NDArray[np.int64]

@@ -15,8 +15,8 @@ def assign_to_ranks(
 
     `cost` [bins of the global batch] is the attention cost of each. Ranks run round r together (ZeRO-3 gathers each layer
     for all of them), so a round waits for its most expensive micro-batch: micro-batches of similar cost share a round, and
-    in it the most expensive one goes to the rank with the least cost so far. Greedy, longest first (Graham 1969); a pure
-    function.
+    in it the most expensive one goes to the rank with the least cost so far. Greedy, longest first (Graham 1969); the
+    result depends on the arguments alone.
     """
     assert len(cost) % (micro_batch_bins * world_size) == 0, (len(cost), micro_batch_bins, world_size)
     micro_batches = _group(cost, micro_batch_bins)

@@ -1,5 +1,6 @@
-"""Texts to tokens: what a worker needs for that, and the columns of a store that it fills. Imports no torch; for chats,
-transformers does.
+"""Texts to tokens: what a worker needs for that, and the columns of a store that it fills.
+
+Workers start fast: this imports no torch, but for chats, where transformers does.
 """
 
 from __future__ import annotations

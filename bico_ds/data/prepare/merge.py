@@ -40,8 +40,8 @@ def merge_parts(
 ) -> IngestReport:
     """Join the stores of all shards into the store at `output`, with its report, its tokenizer and its skipped lines.
 
-    Raises `UserError` where no document is left, or none for the held-out store, and for an output that exists without
-    `overwrite`.
+    Raises `UserError` where no document is left, or none for the held-out store, and without `overwrite` for an output
+    that exists.
     """
     stores = [TokenStore.open(part) for part in parts]
     fate = _fate(parts, stores, spec.options)

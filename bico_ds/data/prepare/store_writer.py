@@ -23,8 +23,8 @@ class TokenStoreWriter:
     """Writes a store into a temporary folder beside `path` and renames it when complete.
 
     Use as a context manager: leaving it without `finish` removes the temporary folder. A store that is already at `path`
-    is replaced only with `overwrite=True`, and only when the new one is complete; anything else there is never replaced:
-    `UserError`.
+    is replaced only with `overwrite=True`, and only when the new one is complete; anything else there never is. Raises
+    `UserError` for what it may not replace.
     """
 
     def __init__(self, path: Path, header: StoreHeader, *, overwrite: bool = False) -> None:

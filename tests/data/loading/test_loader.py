@@ -28,9 +28,7 @@ from tests.data.stores import BOS, write_store
 
 
 def contents(batch) -> list[tuple]:
-    """A batch as (name, visible tokens with positions, predictions) of each document: order and place left
-    out.
-    """
+    """A batch as (name, visible tokens with positions, predictions) of each document, whatever its place."""
     plan, cu = batch.plan, batch.plan.cu_seqlens.tolist()
     document_of_row = np.repeat(np.arange(len(cu) - 1), np.diff(cu)).tolist() + plan.live_document.tolist()
     rows: list[list] = [[] for _ in range(len(cu) - 1)]

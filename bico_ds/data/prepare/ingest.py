@@ -57,16 +57,13 @@ def ingest(
     when the machine fails.
     """
     refuse_output(output, force=force)
-    if not shards:
-        raise UserError("the input has no documents, its files are empty: no store was written")
-    _refuse_own_input(output, shards)
+    _check_shards(shards, output)
     tokenizer = load_tokenizer(tokenizer_path)
     spec = encoder_spec(tokenizer, options, tokenizer_path)
+    waiting = f"another process is preparing {output}: waiting for it"
     with (
         IngestProgress(len(shards), enabled=progress) as shown,
-        work_folder(
-            output, on_wait=lambda: shown.print(f"another process is preparing {output}: waiting for it")
-        ) as work,
+        work_folder(output, on_wait=lambda: shown.print(waiting)) as work,
     ):
         for line in describe_passed_over(passed_over or {}):
             shown.print(f"passed over: {line}")
@@ -88,8 +85,10 @@ def ingest(
     return report
 
 
-def _refuse_own_input(output: Path, shards: list[Shard]) -> None:
-    """What is replaced at the end must not hold what is read."""
+def _check_shards(shards: list[Shard], output: Path) -> None:
+    """There must be input, and the output, which may be replaced at the end, must not hold it."""
+    if not shards:
+        raise UserError("the input has no documents, its files are empty: no store was written")
     inside = [s.path for s in shards if Path(s.path).resolve().is_relative_to(output.resolve())]
     if inside:
         raise UserError(

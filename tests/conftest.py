@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bico_ds.config.schema import FactsSpec
-from bico_ds.data.prepare.embedded_task import write_facts
+from bico_ds.data.prepare.facts import write_facts
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role not in ['user', 'assistant'] %}"

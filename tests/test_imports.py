@@ -38,18 +38,20 @@ def may_import(room: str, other: str) -> bool:
     return room == other or FLOOR_OF[other] < FLOOR_OF[room]
 
 
-def imported_rooms(path: Path) -> set[str]:
-    rooms = set()
+def modules_named(path: Path) -> set[str]:
+    """The modules of ours that a file imports, and the packages that hold them."""
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = []
-        if isinstance(node, ast.ImportFrom) and node.module == "bico_ds":
-            names = [f"bico_ds.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module]
+        if isinstance(node, ast.ImportFrom) and node.module:
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        rooms |= {name.split(".")[1] for name in names if name.startswith("bico_ds.")}
-    return rooms
+            modules |= {alias.name for alias in node.names}
+    ours = [module.split(".") for module in modules if module.startswith("bico_ds.")]
+    return {".".join(parts[:end]) for parts in ours for end in range(2, len(parts) + 1)}
+
+
+def imported_rooms(path: Path) -> set[str]:
+    return {module.split(".")[1] for module in modules_named(path)}
 
 
 SOURCES = [p for folder in ("bico_ds", *ENTRANCES) for p in sorted((ROOT / folder).rglob("*.py"))]
@@ -127,3 +129,11 @@ def module_name(path: Path) -> str:
 def test_no_package_is_a_crowd(package):
     modules = [p.name for p in package.glob("*.py") if p.name != "__init__.py"]
     assert len(modules) <= MOST_MODULES, f"{package.name} holds {len(modules)} modules"
+
+
+@pytest.mark.parametrize(("tower", "other"), [("prepare", "loading"), ("loading", "prepare")])
+def test_preparing_and_loading_data_share_the_store_and_the_tokenizer_alone(tower, other):
+    for path in (ROOT / "bico_ds" / "data" / tower).glob("*.py"):
+        assert f"bico_ds.data.{other}" not in modules_named(path), path
+    for name in ("store.py", "tokenizer.py"):
+        assert f"bico_ds.data.{tower}" not in modules_named(ROOT / "bico_ds" / "data" / name), name

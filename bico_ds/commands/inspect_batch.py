@@ -1,5 +1,6 @@
-"""A micro-batch of a run, as the model gets it: tokens, placeholders, positions, predictions; and who sees
-whom.
+"""Show a micro-batch of a run as the model gets it.
+
+What is shown: tokens, placeholders, positions, predictions, and which tokens see which.
 
     python tools/inspect_batch.py --recipe tiny_bico --step 3
     python tools/inspect_batch.py --recipe tiny_bico --objective bico --png visibility.png
@@ -17,7 +18,7 @@ from bico_ds.batch import PackedBatch
 from bico_ds.common.errors import UserError, did_you_mean
 from bico_ds.config.arguments import local_path, not_negative, path_text, positive
 from bico_ds.config.load import load_recipe
-from bico_ds.data.loading.inspection import Decode, plot_visibility, print_batch, view_batch
+from bico_ds.data.loading.inspect_batch import Decode, plot_visibility, print_batch, view_batch
 from bico_ds.data.loading.loader import RankShare
 from bico_ds.objectives.schedule import ObjectiveSchedule
 from bico_ds.training import assembly
@@ -74,7 +75,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def picture(text: str) -> Path:
-    """A path that says that it is a PNG."""
+    """The type of an argument: a path that ends in .png."""
     if not text.lower().endswith(".png"):
         raise argparse.ArgumentTypeError(f"'{text}' must end in .png")
     return local_path(text)
@@ -99,28 +100,28 @@ def inspect(options: argparse.Namespace) -> None:
             f"--rank {options.rank}: ranks count from 0, and --world-size is {options.world_size}"
         )
     micro_bins = recipe.training.micro_batch_bins
-    mine = RankShare(rank=options.rank, world_size=options.world_size, micro_batch_bins=micro_bins)
-    loader = assembly.build_loader(recipe, inputs, mine)
+    share = RankShare(rank=options.rank, world_size=options.world_size, micro_batch_bins=micro_bins)
+    loader = assembly.build_loader(recipe, inputs, share)
     step = step_with(inputs.schedule, options.objective, options.step)
-    share = loader.step(step)
-    if options.micro_batch >= len(share.batches):
+    rank_step = loader.step(step)
+    if options.micro_batch >= len(rank_step.batches):
         raise UserError(
-            f"--micro-batch {options.micro_batch}: a step has {len(share.batches)} of them per rank"
+            f"--micro-batch {options.micro_batch}: a step has {len(rank_step.batches)} of them per rank"
         )
-    batch = share.batches[options.micro_batch]
+    batch = rank_step.batches[options.micro_batch]
     decode = lambda token: repr(inputs.tokenizer.batch_decode([[token]])[0])[1:-1]  # noqa: E731
     terminal = sys.stdout.isatty()
     console = Console(soft_wrap=not terminal, width=None if terminal else 160, markup=False)
     console.print(
-        f"step {step} of {assembly.total_steps(recipe, loader)}, objective {share.objective}, "
-        f"rank {options.rank} of {options.world_size}, micro-batch {options.micro_batch} of {len(share.batches)}"
+        f"step {step} of {assembly.total_steps(recipe, loader)}, objective {rank_step.objective}, "
+        f"rank {options.rank} of {options.world_size}, micro-batch {options.micro_batch} of {len(rank_step.batches)}"
     )
     print_batch(
         console,
         batch,
         decode,
         source_names=loader.source_names,
-        taken=share.room_taken[options.micro_batch],
+        taken=rank_step.room_taken[options.micro_batch],
         room=recipe.data.capacity * micro_bins,
         most_documents=options.documents,
         most_tokens=options.tokens,
@@ -130,10 +131,10 @@ def inspect(options: argparse.Namespace) -> None:
 
 
 def draw(batch: PackedBatch, decode: Decode, file: Path, console: Console) -> None:
-    """Draw who sees whom in the shortest document that has more than one token."""
+    """Draw which tokens see which in the shortest document that has more than one token."""
     views = sorted((v for v in view_batch(batch) if len(v.tokens) > 1), key=lambda v: len(v.tokens))
     if not views:
-        raise UserError("--png: no document of the batch has two tokens, so nobody sees anybody")
+        raise UserError("--png: no document of the batch has two tokens, so no token sees another")
     if len(views[0].tokens) > 200:
         raise UserError(
             f"--png: the shortest document has {len(views[0].tokens)} tokens, too many for a picture"

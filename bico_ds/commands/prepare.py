@@ -24,16 +24,17 @@ from bico_ds.common.errors import UserError
 from bico_ds.common.files import atomic_folder
 from bico_ds.config.arguments import folder_or_hub_name, local_path, path_text, positive
 from bico_ds.config.schema import FactsSpec
-from bico_ds.data.prepare.embedded_task import is_facts_folder, write_facts
 from bico_ds.data.prepare.examples import IngestOptions
+from bico_ds.data.prepare.facts import is_facts_folder, write_facts
 from bico_ds.data.prepare.ingest import IngestFailure, ingest
-from bico_ds.data.prepare.sources import SHARD_BYTES, Shard, find_inputs, hub_shards, plan_shards
-from bico_ds.data.prepare.store_view import describe_store
-from bico_ds.data.store import refuse_output
+from bico_ds.data.prepare.input_files import find_inputs
+from bico_ds.data.prepare.inspect_store import describe_store
+from bico_ds.data.prepare.output_folder import refuse_output
+from bico_ds.data.prepare.shards import SHARD_BYTES, Shard, hub_shards, plan_shards
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit code: 0 done, 1 the machine failed or it was interrupted, 2 the input or the command is wrong."""
+    """Return the exit code: 0 done, 1 the machine failed or the user interrupted, 2 the input or the command is wrong."""
     parser = build_parser()
     args = parser.parse_args(arguments)
     if args.inspect is None and args.command is None:
@@ -73,8 +74,10 @@ def inspect(args: argparse.Namespace) -> None:
 def prepare_texts(args: argparse.Namespace) -> None:
     """Ingest files or a hub data set, and print the report."""
     started = time.monotonic()
-    output = args.output.resolve()  # '.' has no name to put a folder of work beside
-    refuse_output(output, force=args.force)  # before the input is read through
+    # Resolved, since '.' has no name to put a folder of work beside.
+    output = args.output.resolve()
+    # Before the input is read.
+    refuse_output(output, force=args.force)
     shards, passed_over = _input(args)
     report = ingest(
         shards,
@@ -165,8 +168,8 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="folder or hub name of a fast tokenizer, or a tokenizer.model",
     )
-    parser.add_argument("--processes", type=positive, metavar="N", help="default: one a CPU core")
-    _add_field_options(parser.add_argument_group("fields of a row"))
+    parser.add_argument("--processes", type=positive, metavar="N", help="default: one per CPU core")
+    _add_field_options(parser.add_argument_group("fields of a record"))
     _add_document_options(parser.add_argument_group("documents"))
 
 
@@ -205,8 +208,8 @@ def _add_document_options(documents: argparse._ArgumentGroup) -> None:
         "--held-out",
         type=float,
         default=0.0,
-        metavar="SHARE",
-        help="share of documents for the store DIR/held_out; with --group-field, of groups",
+        metavar="FRACTION",
+        help="fraction of documents for the store DIR/held_out; with --group-field, of groups",
     )
     documents.add_argument(
         "--seed", type=int, default=1, help="of the held-out choice (default: %(default)s)"
@@ -239,7 +242,7 @@ def _add_facts_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _input(args: argparse.Namespace) -> tuple[list[Shard], dict[str, list[str]]]:
-    """The shards to read, and what lies beside them and is not read."""
+    """The shards to read, and by reason the names of what lies beside the files and is not read."""
     if args.command == "hub":
         return hub_shards(args.name, config=args.config, split=args.split), {}
     inputs = find_inputs(args.inputs)

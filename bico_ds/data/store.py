@@ -1,27 +1,24 @@
-"""The token store: documents as tokens in flat files, memory-mapped by every rank.
+"""The token store: its format, and the reader. Documents are tokens in flat files that every rank memory-maps.
 
-A store is a folder: ``tokens.bin`` (uint16 or uint32), ``offsets.bin`` (int64, one more than documents),
-the per-document columns ``prompt_lengths.bin`` (int32) and ``groups.bin`` (int64), the bitmap
-``word_starts.bin`` (a bit per token, little-endian within a byte), optionally ``entity_numbers.bin`` (uint16
-per token), and ``manifest.json``, written last. All numbers are little-endian.
+A store is a folder: `tokens.bin` (uint16 or uint32), `offsets.bin` (int64, one more than documents), the per-document
+columns `prompt_lengths.bin` (int32) and `groups.bin` (int64), the bitmap `word_starts.bin` (one bit per token,
+little-endian within a byte), optionally `entity_numbers.bin` (uint16 per token), and `manifest.json`. All numbers are
+little-endian. `prepare/store_writer.py` writes stores.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bico_ds.common.errors import UserError
-from bico_ds.common.files import checksum, incomplete_folder, publish_folder, write_atomically
+from bico_ds.common.files import checksum
 
 if TYPE_CHECKING:
     from bico_ds.documents import Documents
@@ -29,7 +26,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 _AGAIN = "prepare it again with --force"
-_COLUMNS = {
+COLUMNS = {
     "offsets": "<i8",
     "prompt_lengths": "<i4",
     "groups": "<i8",
@@ -40,27 +37,30 @@ _COLUMNS = {
 
 @dataclass(frozen=True, kw_only=True)
 class StoreManifest:
-    """What a store says of itself."""
+    """What `manifest.json` states: counts, the tokenizer, how documents were made, and the files."""
 
     format_version: int
     documents: int
     tokens: int
     token_dtype: Literal["uint16", "uint32"]
     max_token_id: int
-    vocab_size: int  # one more than the largest id that is allowed: the tokenizer's, or --vocab-size
+    # One more than the largest id that is allowed: the tokenizer's, or --vocab-size.
+    vocab_size: int
     tokenizer_hash: str
     special_ids: tuple[int, ...]
     bos_id: int | None
     eos_id: int
-    add_bos: bool  # every document starts with bos_id; a packer that splits repeats it for each piece
-    add_eos: bool  # every document ends with eos_id
+    # Every document starts with `bos_id`; where a document is split, each piece does.
+    add_bos: bool
+    # Every document ends with `eos_id`.
+    add_eos: bool
     has_entities: bool
     file_sizes: dict[str, int]  # bytes
     checksums: dict[str, str]  # sha256
 
     @property
     def fingerprint(self) -> str:
-        """Names the content: equal for equal bytes and header, wherever and whenever they were written."""
+        """A name of the content: equal for equal bytes and header, wherever and whenever they were written."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -92,10 +92,10 @@ class TokenStore:
         verify: Literal["sizes", "checksums"] = "sizes",
         tokenizer_hash: str | None = None,
     ) -> TokenStore:
-        """Open the store at `path`; `UserError` if it is missing, incomplete, damaged, of another format version, or made
-        with another tokenizer than that of `tokenizer_hash`.
+        """Open the store at `path`. Sizes are always compared with the manifest; `verify="checksums"` reads every byte.
 
-        Sizes are always compared with the manifest; ``verify="checksums"`` reads every byte.
+        Raises `UserError` if it is missing, incomplete, damaged, of another format version, or made with another
+        tokenizer than that of `tokenizer_hash`.
         """
         place = Path(path)
         manifest = _read_manifest(place)
@@ -114,7 +114,7 @@ class TokenStore:
 
     @property
     def fingerprint(self) -> str:
-        """Names the content of the store."""
+        """A name of the store's content."""
         return self.manifest.fingerprint
 
     @property
@@ -134,7 +134,7 @@ class TokenStore:
 
     @property
     def completions(self) -> int:
-        """How many documents have a prompt and something behind it."""
+        """How many documents have a prompt and a completion after it."""
         return int(((self.prompt_lengths > 0) & (self.prompt_lengths < self.lengths)).sum())
 
     @property
@@ -156,8 +156,8 @@ class TokenStore:
     ) -> Documents:
         """Gather slices of documents, in the order given; all arguments int64 [D].
 
-        Slice d is ``[starts[d], starts[d] + lengths[d])`` of document ``ids[d]``, and becomes its piece
-        ``pieces[d]``. Entity numbers stay those of the whole document; prompt lengths are cut to the slice.
+        Slice d is `[starts[d], starts[d] + lengths[d])` of document `ids[d]`, and becomes its piece `pieces[d]`. Entity
+        numbers stay those of the complete document; prompt lengths are cut to the slice.
         """
         from bico_ds.documents import Documents
 
@@ -181,14 +181,14 @@ class TokenStore:
         )
 
     def _places(self, begins: NDArray[np.int64], offsets: NDArray[np.int64]) -> slice | NDArray[np.int64]:
-        """Where the tokens of slices lie in the store; slices that follow one another are one."""
+        """Where the tokens of the slices lie in the store; slices without gaps between them are one slice."""
         lengths = np.diff(offsets)
         if len(begins) and np.array_equal(begins[1:], begins[:-1] + lengths[:-1]):
             return slice(int(begins[0]), int(begins[0] + offsets[-1]))
         return np.arange(offsets[-1]) + np.repeat(begins - offsets[:-1], lengths)
 
     def _read_word_starts(self, at: slice | NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Bits, eight a byte, the lowest first."""
+        """Unpack bits: eight per byte, the lowest first."""
         if isinstance(at, slice):
             first = at.start & ~7
             bits = np.unpackbits(self._word_starts[first >> 3 : (at.stop + 7) >> 3], bitorder="little")
@@ -196,7 +196,7 @@ class TokenStore:
         return (self._word_starts[at >> 3] >> (at & 7).astype(np.uint8) & 1).view(bool)
 
     def whole(self, ids: NDArray[np.int64], *, source: int = 0) -> Documents:
-        """Read whole documents."""
+        """Read complete documents."""
         ids = np.asarray(ids, dtype=np.int64)
         zeros = np.zeros_like(ids)
         return self.read(ids, zeros, self._offsets[ids + 1] - self._offsets[ids], zeros, source=source)
@@ -211,154 +211,18 @@ class TokenStore:
     def _open_maps(self) -> None:
         dtype = np.dtype(self.manifest.token_dtype).newbyteorder("<")
         self._tokens = _map(self.path / "tokens.bin", dtype)
-        self._offsets = _map(self.path / "offsets.bin", _COLUMNS["offsets"])
-        self._prompt_lengths = _map(self.path / "prompt_lengths.bin", _COLUMNS["prompt_lengths"])
-        self._groups = _map(self.path / "groups.bin", _COLUMNS["groups"])
-        self._word_starts = _map(self.path / "word_starts.bin", _COLUMNS["word_starts"])
+        self._offsets = _map(self.path / "offsets.bin", COLUMNS["offsets"])
+        self._prompt_lengths = _map(self.path / "prompt_lengths.bin", COLUMNS["prompt_lengths"])
+        self._groups = _map(self.path / "groups.bin", COLUMNS["groups"])
+        self._word_starts = _map(self.path / "word_starts.bin", COLUMNS["word_starts"])
         self._entities = None
         if self.manifest.has_entities:
-            self._entities = _map(self.path / "entity_numbers.bin", _COLUMNS["entity_numbers"])
-
-
-class TokenStoreWriter:
-    """Writes a store into a temporary folder beside `path` and renames it when complete.
-
-    Use as a context manager: leaving it without `finish` removes the temporary folder. A store already at
-    `path` is replaced only with ``overwrite=True``, and only at the moment the new one is complete; what is
-    no store is never replaced. Raises `UserError` for what it does not replace.
-    """
-
-    def __init__(self, path: Path, header: StoreHeader, *, overwrite: bool = False) -> None:
-        refuse_output(path, force=overwrite)
-        self._path, self._header, self._overwrite = path, header, overwrite
-        self._folder = incomplete_folder(path)
-        self._token_dtype: Literal["uint16", "uint32"] = "uint16" if header.vocab_size <= 2**16 else "uint32"
-        names = ["tokens", "offsets", "prompt_lengths", "groups", "word_starts"]
-        names += ["entity_numbers"] if header.has_entities else []
-        self._files = {name: _CheckedFile(self._folder / f"{name}.bin") for name in names}
-        self._put("offsets", np.zeros(1, dtype=np.int64))
-        self._documents = self._tokens = 0
-        self._max_token_id = -1
-        self._bit_rest = np.zeros(0, dtype=bool)  # word starts that do not fill a byte yet
-
-    def __enter__(self) -> TokenStoreWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for file in self._files.values():
-            file.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def append(
-        self,
-        tokens: NDArray[np.integer],
-        lengths: NDArray[np.integer],
-        *,
-        prompt_lengths: NDArray[np.integer],
-        groups: NDArray[np.integer],
-        word_starts: NDArray[np.bool_],
-        entity_numbers: NDArray[np.integer] | None = None,
-    ) -> None:
-        """Append documents: `tokens`, `word_starts` and `entity_numbers` are [T] of all of them, the rest
-        [D].
-        """
-        assert int(lengths.sum()) == len(tokens) == len(word_starts), "columns disagree"
-        assert (entity_numbers is not None) == self._header.has_entities, "entities as the header promised"
-        if len(lengths) == 0:
-            return
-        self._max_token_id = max(self._max_token_id, int(tokens.max(initial=-1)))
-        assert self._max_token_id < self._header.vocab_size, "token id past the vocabulary"
-        self._put("tokens", tokens)
-        self._put("offsets", self._tokens + np.cumsum(lengths))
-        self._put("prompt_lengths", prompt_lengths)
-        self._put("groups", groups)
-        self._put_bits(word_starts)
-        if entity_numbers is not None:
-            self._put("entity_numbers", entity_numbers)
-        self._documents += len(lengths)
-        self._tokens += len(tokens)
-
-    def beside(self, name: str) -> Path:
-        """Return the path of a further file that moves along into the store; not part of its fingerprint."""
-        return self._folder / name
-
-    def finish(self) -> StoreManifest:
-        """Flush everything to disk, write the manifest last, rename. Returns the manifest.
-
-        Raises `UserError` where something has appeared at `path` meanwhile, without ``overwrite``.
-        """
-        self._files["word_starts"].write(np.packbits(self._bit_rest, bitorder="little"))
-        for file in self._files.values():
-            file.close()
-        manifest = StoreManifest(
-            format_version=FORMAT_VERSION,
-            documents=self._documents,
-            tokens=self._tokens,
-            token_dtype=self._token_dtype,
-            max_token_id=self._max_token_id,
-            **asdict(self._header),
-            file_sizes={file.path.name: file.size for file in self._files.values()},
-            checksums={file.path.name: file.checksum for file in self._files.values()},
-        )
-        write_atomically(self._folder / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
-        if self._path.exists() and not self._overwrite:
-            raise UserError(f"'{self._path}' appeared while it was being prepared; nothing was overwritten")
-        publish_folder(self._folder, self._path, replace=self._overwrite)
-        return manifest
-
-    def _put(self, name: str, values: NDArray[np.integer]) -> None:
-        dtype = (
-            np.dtype(self._token_dtype).newbyteorder("<") if name == "tokens" else np.dtype(_COLUMNS[name])
-        )
-        self._files[name].write(np.ascontiguousarray(values, dtype=dtype))
-
-    def _put_bits(self, bits: NDArray[np.bool_]) -> None:
-        bits = np.concatenate([self._bit_rest, bits])
-        whole = len(bits) // 8 * 8
-        self._files["word_starts"].write(np.packbits(bits[:whole], bitorder="little"))
-        self._bit_rest = bits[whole:]
-
-
-class _CheckedFile:
-    """A file that knows the checksum and size of what was written to it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.size = path, 0
-        self._hash = hashlib.sha256()
-        self._file: BinaryIO = path.open("wb", buffering=1 << 20)
-
-    def write(self, values: NDArray[np.generic]) -> None:
-        view = values.tobytes()
-        self._file.write(view)
-        self._hash.update(view)
-        self.size += len(view)
-
-    def close(self) -> None:
-        self._file.close()
-
-    @property
-    def checksum(self) -> str:
-        return self._hash.hexdigest()
+            self._entities = _map(self.path / "entity_numbers.bin", COLUMNS["entity_numbers"])
 
 
 def is_store(path: Path) -> bool:
-    """Return whether a token store lies there, whole or damaged."""
+    """Return whether a token store lies at `path`, complete or damaged."""
     return (path / MANIFEST).is_file() and any((path / f).is_file() for f in ("tokens.bin", "offsets.bin"))
-
-
-def refuse_output(path: Path, *, force: bool, is_ours: Callable[[Path], bool] = is_store) -> None:
-    """Raise `UserError` for an output that exists; with `force` only where it is neither ours nor empty."""
-    if not path.exists():
-        return
-    if not force:
-        raise UserError(f"'{path}' exists: choose another folder, or give --force to replace it")
-    if not is_ours(path) and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(
-            f"'{path}' was not written by this command, and --force replaces nothing else: choose another "
-            "folder, or remove it yourself"
-        )
 
 
 def _read_manifest(place: Path) -> StoreManifest:

@@ -1,4 +1,4 @@
-"""Loading tokenizers, and naming them so that a store is never read with another one."""
+"""Loading tokenizers, and naming them by what they do, so that a store is never read with another one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Tokenizer(Protocol):
-    """What is called on a tokenizer of transformers, whichever package holds it. No torch, no transformers at run time."""
+    """What we call on a tokenizer of transformers; stated as a protocol, so that no torch is imported for a type."""
 
     @property
     def bos_token_id(self) -> int | None: ...
@@ -52,7 +52,7 @@ class Tokenizer(Protocol):
         truncation: bool = False,
         verbose: bool = True,
     ) -> Mapping[str, Any]:
-        """`input_ids`, and with `return_offsets_mapping` `offset_mapping`: of one text, or one list per text."""
+        """Return `input_ids`, and with `return_offsets_mapping` `offset_mapping`: of one text, or one list per text."""
         ...
 
     def batch_decode(self, sequences: list[list[int]], *, skip_special_tokens: bool = False) -> list[str]: ...
@@ -61,7 +61,7 @@ class Tokenizer(Protocol):
 
 
 class FastTokenizer(Tokenizer, Protocol):
-    """A `Tokenizer` with a Rust side and an end of text, and what preparing data asks of it besides."""
+    """A `Tokenizer` with a Rust side and an end-of-text token, and what we call on it to prepare data."""
 
     @property
     def eos_token_id(self) -> int: ...
@@ -75,13 +75,13 @@ class FastTokenizer(Tokenizer, Protocol):
     def apply_chat_template(
         self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool = False
     ) -> Any:
-        """The text, with ``tokenize=False``."""
+        """Return the text, with `tokenize=False`."""
         ...
 
     def convert_ids_to_tokens(self, ids: Any) -> Any: ...
 
     def decode(self, token_ids: Any) -> Any:
-        """The text of the ids of one text."""
+        """Return the text of these ids."""
         ...
 
 
@@ -94,10 +94,10 @@ _PROBES = (
 
 
 def load_tokenizer(path: FolderOrHub) -> FastTokenizer:
-    """Load a tokenizer from a folder, a sentencepiece ``tokenizer.model`` or a hub name; always a fast one.
+    """Load a tokenizer from a folder, a sentencepiece `tokenizer.model` or a hub name; always a fast one.
 
-    Truncation and padding that the file may carry are switched off: training texts are never cut silently.
-    Raises `UserError` when there is none at `path`, it cannot be loaded as a fast one or converted exactly, or it has no
+    Truncation and padding that the file may ask for are switched off: training texts are never cut silently. Raises
+    `UserError` when there is none at `path`, it cannot be loaded as a fast one or converted exactly, or it has no
     end-of-text token.
     """
     place = Path(path)
@@ -134,9 +134,8 @@ def _load_fast(path: FolderOrHub) -> PreTrainedTokenizerBase:
 
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except (
-        Exception
-    ) as error:  # transformers raises OSError, ValueError, KeyError and the Rust side plain Exception
+    # transformers raises OSError, ValueError and KeyError, the Rust side plain Exception.
+    except Exception as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"cannot load a tokenizer from '{path}': {first_line}") from error
 
@@ -144,8 +143,7 @@ def _load_fast(path: FolderOrHub) -> PreTrainedTokenizerBase:
 def _load_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
     """Load a bare sentencepiece model, and compare it with sentencepiece itself.
 
-    `AutoTokenizer` guesses a class without configuration and loses the leading-space rule (seen: 'H' for
-    '▁H').
+    `AutoTokenizer` guesses a class without configuration and loses the leading-space rule (seen: 'H' for '▁H').
     """
     import sentencepiece
     from transformers import LlamaTokenizer
@@ -156,7 +154,8 @@ def _load_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
         tokenizer = LlamaTokenizer.from_pretrained(str(file.parent))
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"cannot load a sentencepiece model from '{file}': {error}") from error
-    for probe in map(str.lstrip, _PROBES[:2]):  # transformers drops a leading space more than sentencepiece
+    # Without leading spaces, of which transformers drops one more than sentencepiece.
+    for probe in map(str.lstrip, _PROBES[:2]):
         ours = tokenizer(probe, add_special_tokens=False)["input_ids"]
         if ours != reference.encode(probe):
             raise UserError(
@@ -167,10 +166,9 @@ def _load_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
-    """Return a name for what the tokenizer *does*: vocabulary, special tokens, and the ids of a few probe
-    texts.
+    """Return a name for what the tokenizer does: vocabulary, special tokens, and the ids of a few probe texts.
 
-    The serialised tokenizer.json is no good for that: its text changes between versions of `tokenizers`.
+    The serialised tokenizer.json cannot serve: its text changes between versions of `tokenizers`.
     """
     ids = [
         tokenizer(p, add_special_tokens=False, padding=False, truncation=False)["input_ids"] for p in _PROBES
@@ -187,17 +185,15 @@ def tokenizer_hash(tokenizer: Tokenizer) -> str:
 def tokenizer_digest(tokenizer: FastTokenizer, *, chat: bool) -> str:
     """Return a name for every rule of the tokenizer and, with `chat`, for its chat template.
 
-    For caches only: another version of `tokenizers` may write the same rules otherwise. That costs a cache its
-    content; `tokenizer_hash`, whose probes may miss a change of rules, could give it the wrong one.
+    For caches only: another version of `tokenizers` may write the same rules in another way. Then a cache makes its content
+    anew; with `tokenizer_hash`, whose probes may miss a change of rules, it could give back the wrong one.
     """
     content = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template if chat else None]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """Return the ids that are never text: BOS, EOS, padding, unknown, and every added token marked
-    special.
-    """
+    """Return the ids that are never text: BOS, EOS, padding, unknown, and every added token marked special."""
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return frozenset(tokenizer.all_special_ids) | frozenset(added)
 
@@ -210,9 +206,8 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 def word_boundaries(tokenizer: FastTokenizer) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Return two tables [vocabulary]: tokens that begin with white space, and tokens that end with it.
 
-    Token i of a text starts a word when it begins with white space or its predecessor ends with it. In a
-    vocabulary of whole words every token counts as beginning with it. Special tokens are words of their
-    own.
+    Token i of a text starts a word when it begins with white space or the token before it ends with white space. In a
+    vocabulary of whole words every token counts as beginning with it. Special tokens are words of their own.
     """
     size = vocabulary_size(tokenizer)
     begins, ends = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)

@@ -12,7 +12,7 @@ from bico_ds.config.paths import FolderOrHub
 from bico_ds.config.schema import Recipe
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.loading.sample_order import StreamSpec
-from bico_ds.data.prepare.prepare import facts_folder, prepare_source
+from bico_ds.data.prepare.recipe_sources import facts_folder, prepare_source
 from bico_ds.data.store import TokenStore
 from bico_ds.data.tokenizer import Tokenizer, load_tokenizer, special_ids, tokenizer_hash, vocabulary_size
 from bico_ds.evaluation.scoring.choice import encode_candidates

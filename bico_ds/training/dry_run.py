@@ -13,7 +13,7 @@ from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.schema import Recipe
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
-from bico_ds.data.loading.rows import CutReport
+from bico_ds.data.loading.sequences import CutReport
 from bico_ds.data.tokenizer import vocabulary_size
 from bico_ds.model.architecture import check_vocabulary, model_config, parameter_count
 from bico_ds.model.build import build_model
@@ -101,7 +101,7 @@ def _table(
     for stream in loader.report():
         table.add_row(
             f"data for {', '.join(stream.objectives)}",
-            f"{stream.rows:,} sequences, {stream.tokens:,} tokens per epoch in {stream.bins:,} bins, "
+            f"{stream.sequences:,} sequences, {stream.tokens:,} tokens per epoch in {stream.bins:,} bins, "
             f"fill {stream.fill:.3f}",
         )
         for name, cut in stream.cut.items():

@@ -1,4 +1,4 @@
-"""tools/prepare_data.py as its user meets it: what it refuses, what it says, and that nothing of theirs is lost."""
+"""tools/prepare_data.py: what it refuses and reports, and that it never loses what its user has."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def test_patterns_reach_into_folders_but_never_into_stores(command, tmp_path, ca
         assert "documents    2\n" in shown
         assert "passed over  1 (no file): broken.jsonl\npassed over  1 (token store): store\n" in shown
     assert command("files", "in/store", "--output", "s", "--force") == 2
-    assert "'in/store' has no input files" in (said := capsys.readouterr().err)
-    assert "passed over: in/store (token store)" in said
+    assert "'in/store' has no input files" in (shown := capsys.readouterr().err)
+    assert "passed over: in/store (token store)" in shown
 
 
 @pytest.mark.parametrize("size", ["0", "-3"])
@@ -142,11 +142,11 @@ def test_a_store_without_its_tokenizer_is_shown_with_another_and_never_looked_fo
     assert "'<s>one</s>'" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("rows", [2, 3000])
-def test_a_reader_that_has_seen_enough_is_no_failure(command, tmp_path, rows):
-    (tmp_path / "a.jsonl").write_text('{"text": "one and more and more"}\n' * rows)
+@pytest.mark.parametrize("documents", [2, 3000])
+def test_a_reader_that_has_seen_enough_is_no_failure(command, tmp_path, documents):
+    (tmp_path / "a.jsonl").write_text('{"text": "one and more and more"}\n' * documents)
     assert command("files", "a.jsonl", "--output", "s") == 0
-    arguments = ["--inspect", str(tmp_path / "s"), "--documents", *map(str, range(rows))]
+    arguments = ["--inspect", str(tmp_path / "s"), "--documents", *map(str, range(documents))]
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(

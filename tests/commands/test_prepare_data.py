@@ -36,9 +36,9 @@ def test_facts_then_their_store_then_its_documents(
     assert "documents    54" in shown
     assert (tmp_path / "store" / "lengths.png").stat().st_size > 1000
     assert main(["--inspect", store, "--documents", "0", "53", "--verify"]) == 0
-    row = json.loads((tmp_path / "facts" / "all_train.jsonl").read_text().splitlines()[0])
+    record = json.loads((tmp_path / "facts" / "all_train.jsonl").read_text().splitlines()[0])
     shown = capsys.readouterr().out
-    assert f"'<s> {row['prompt']}'" in shown
+    assert f"'<s> {record['prompt']}'" in shown
     assert "document 53:" in shown
     assert main(["--inspect", store, "--documents", "54"]) == 2
     assert "has documents 0 to 53, not 54" in capsys.readouterr().err

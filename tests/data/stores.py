@@ -1,4 +1,4 @@
-"""Small real token stores for the tests of rows, packing and loading."""
+"""Small real token stores for the tests of sequences, packing and loading."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bico_ds.data.store import StoreHeader, TokenStore, TokenStoreWriter
+from bico_ds.data.prepare.store_writer import TokenStoreWriter
+from bico_ds.data.store import StoreHeader, TokenStore
 
 BOS, EOS = 1, 2
 
@@ -19,8 +20,9 @@ def write_store(
     has_entities: bool = False,
     seed: int = 0,
 ) -> TokenStore:
-    """A store whose documents have these lengths; token ids count up through the store, so each is unique.
-    Every token lies in an entity, where there are any.
+    """A store whose documents have these lengths.
+
+    Token ids count up through the store, so each is unique. Every token lies in an entity, where there are any.
     """
     header = StoreHeader(
         vocab_size=100_000,

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from bico_ds.common.errors import UserError
-from bico_ds.data.store import StoreHeader, TokenStore, TokenStoreWriter
+from bico_ds.data.prepare.store_writer import TokenStoreWriter
+from bico_ds.data.store import StoreHeader, TokenStore
 
 HEADER = StoreHeader(
     vocab_size=70_000,

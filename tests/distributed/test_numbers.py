@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bico_ds.config.load import load_recipe
-from bico_ds.data.prepare.prepare import facts_folder
+from bico_ds.data.prepare.recipe_sources import facts_folder
 from bico_ds.data.tokenizer import load_tokenizer
 from tests.distributed.launching import metrics, train
 from tests.distributed.survival import RECIPE, SMALL, state

@@ -38,7 +38,8 @@ from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.schema import DataSpec
 from bico_ds.data.loading.loader import ElasticLoader, RankShare, RankStep
 from bico_ds.data.loading.sample_order import StreamSpec
-from bico_ds.data.store import StoreHeader, TokenStore, TokenStoreWriter
+from bico_ds.data.prepare.store_writer import TokenStoreWriter
+from bico_ds.data.store import StoreHeader, TokenStore
 from bico_ds.objectives.base import TokenRoles
 from bico_ds.objectives.build import build_objectives
 from bico_ds.objectives.schedule import ObjectiveSchedule

@@ -32,11 +32,11 @@ from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from bico_ds.data.prepare.encode import Encoder, EncoderSpec, encode_shard, spare_the_collector
+from bico_ds.data.prepare.encode_shard import encode_shard, spare_the_collector
+from bico_ds.data.prepare.encoder import Encoder, EncoderSpec, encoder_spec
 from bico_ds.data.prepare.examples import IngestOptions
-from bico_ds.data.prepare.ingest import encoder_spec
 from bico_ds.data.prepare.merge import merge_parts
-from bico_ds.data.prepare.sources import Shard, plan_shards
+from bico_ds.data.prepare.shards import Shard, plan_shards
 from bico_ds.data.store import TokenStore
 from bico_ds.data.tokenizer import FastTokenizer, load_tokenizer
 

@@ -11,7 +11,7 @@ from bico_ds.common.errors import UserError
 from bico_ds.config.imports import source_files
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.schema import Recipe
-from bico_ds.data.prepare.sources import find_files
+from bico_ds.data.prepare.input_files import find_files
 
 _READ_BYTES = 1 << 20  # read from the beginning and from the end of a file
 PACKAGE = Path(__file__).resolve().parents[2]

@@ -1,5 +1,7 @@
-"""What a sample stream depends on, kept in every checkpoint: a resume with anything else is refused, and
-says why, unless `data.allow_change` is set. (Checkpoints of before `identity()`: legacy_identity.py.)
+"""What a sample stream depends on, kept in every checkpoint.
+
+A resume with anything else is refused with the reason, unless `data.allow_change` is set. For checkpoints older than
+`identity()` see `legacy_identity.py`.
 """
 
 from __future__ import annotations
@@ -53,14 +55,14 @@ def identity(
 
 
 def _as_saved(objective: Objective) -> Any:
-    """An objective's identity as a checkpoint gives it back. Raises `UserError` where none could hold it."""
-    told = objective.identity()
-    if not isinstance(told, dict):
+    """An objective's identity as a checkpoint gives it back. Raises `UserError` where JSON cannot hold it."""
+    own = objective.identity()
+    if not isinstance(own, dict):
         raise UserError(
-            f"objective '{objective.name}': its identity() must be a mapping of names to values, found {told!r:.80}"
+            f"objective '{objective.name}': its identity() must be a mapping of names to values, found {own!r:.80}"
         )
     try:
-        return json.loads(json.dumps(told), parse_constant=_constant)
+        return json.loads(json.dumps(own), parse_constant=_constant)
     except (TypeError, ValueError) as error:
         raise UserError(f"objective '{objective.name}': its identity() is not JSON: {error}") from error
 
@@ -72,7 +74,7 @@ def _constant(name: str) -> float:
 
 
 def fingerprint(keys: Mapping[str, Any]) -> str:
-    """Return one word that is equal for equal identities."""
+    """Return a hash of an identity: equal for equal ones."""
     return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -96,7 +98,7 @@ def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]
 
 
 def refuse(lines: Sequence[str]) -> None:
-    """Raise the UserError of a resume on a changed data set or recipe."""
+    """Raise the `UserError` of a resume on a changed data set or recipe."""
     raise UserError(
         "the data set or recipe is not the one this checkpoint was trained on, so the samples would not "
         "continue where they stopped:\n  " + "\n  ".join(lines) + "\n"

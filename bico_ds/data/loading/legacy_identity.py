@@ -1,4 +1,4 @@
-"""The loader states of version 1, which knew objectives by the `repr` of their classes: read as those of today.
+"""Loader states of version 1, which name objectives by the `repr` of their classes, read as states of today's version.
 
 The names of classes and fields, and the defaults, are those of release 0.1.0, whatever they are called now.
 """
@@ -22,12 +22,13 @@ def translate_state(state: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in before.items()
         if key.startswith("objectives[") and key.endswith("]")
     }
-    cursor_of = [0] * len(objectives)  # they expanded documents alike, and shared one cursor
+    # They expanded documents alike, and shared one cursor.
+    cursor_of = [0] * len(objectives)
     return {**state, "version": 2, "identity": {**before, **objectives}, "cursor_of": cursor_of}
 
 
 def _objective(written: str) -> dict[str, Any]:
-    """The identity behind ``NextTokenPrediction(…)`` or ``MaskDenoising(…)``."""
+    """The identity behind `NextTokenPrediction(…)` or `MaskDenoising(…)`."""
     name, values = _call(ast.parse(written, mode="eval").body)
     if name == "NextTokenPrediction":
         return {"kind": "ntp", "version": 1} | _changed(values, {"loss_on": "all"}, "loss_on")
@@ -55,7 +56,7 @@ def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any], *keys: str)
 
 
 def _call(node: ast.expr) -> tuple[str, dict[str, Any]]:
-    """A call's name and keyword arguments: calls among these likewise, the rest literals."""
+    """A call's name and keyword arguments: calls among these in the same way, the rest literals."""
     assert isinstance(node, ast.Call) and isinstance(node.func, ast.Name), ast.dump(node)
     arguments = {}
     for keyword in node.keywords:
@@ -66,6 +67,5 @@ def _call(node: ast.expr) -> tuple[str, dict[str, Any]]:
 
 
 def _literal(node: ast.expr) -> Any:
-    return (
-        float(node.id) if isinstance(node, ast.Name) else ast.literal_eval(node)
-    )  # the name `inf` is no literal
+    # The name `inf` is no literal.
+    return float(node.id) if isinstance(node, ast.Name) else ast.literal_eval(node)

@@ -1,7 +1,7 @@
 """The elastic loader: this rank's micro-batches of each step, built ahead in background threads (`data.workers`).
 
-The global sample stream is the same at any number of ranks and any accumulation, from any step on: it is
-`SampleOrder`'s; ranks only deal it out.
+The global sample stream is the same at any number of ranks and any accumulation, from any step on: `sample_order.py`
+says which bins a step takes. `rank_assignment.py` says which of them this rank takes, in which micro-batch.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from bico_ds.attention.layout import LayoutPolicy, build_layout
 from bico_ds.batch import PackedBatch
 from bico_ds.common.errors import UserError
 from bico_ds.config.batch_size import micro_batches_per_rank
-from bico_ds.data.loading.balance import deal
 from bico_ds.data.loading.prefetch import Prefetcher
-from bico_ds.data.loading.rows import Rows, join
+from bico_ds.data.loading.rank_assignment import assign_to_ranks
 from bico_ds.data.loading.sample_order import Consumed, GlobalBatch, SampleOrder, StreamReport, StreamSpec
+from bico_ds.data.loading.sequences import Sequences, join
 from bico_ds.data.loading.stream import StreamBins
 from bico_ds.documents import Documents
 from bico_ds.objectives.base import BatchKey, check_batch
@@ -28,7 +28,7 @@ from bico_ds.objectives.base import BatchKey, check_batch
 
 @dataclass(frozen=True, kw_only=True)
 class RankShare:
-    """Which part of each global batch is this rank's, and how it is handed over.
+    """Which part of each global batch is this rank's, and in which form.
 
     `pin_memory`: in page-locked memory, for copies to CUDA. `layout_policy`: workers also decide, by this policy, which
     attention kernel serves which rows, so that the first layer of a step need not.
@@ -46,7 +46,7 @@ class RankStep:
     """This rank's micro-batches of one optimizer step, as many on every rank.
 
     `room_taken` [micro-batches]: tokens of its bins' capacity that each takes, as the objective expands documents.
-    `counts` and `fill` are those of the whole `GlobalBatch`, alike on every rank.
+    `counts` and `fill` are those of the `GlobalBatch`, the same on every rank.
     """
 
     objective: str
@@ -57,20 +57,21 @@ class RankStep:
 
 
 class ElasticLoader:
-    """This rank's `share` of the stream. `state` is what `state_dict` returned, from any number of ranks: the loader
-    then begins at that state's step, `start_step`, before which `start_consumed` was. `changes` lists what differs from
-    the state where `data.allow_change` lets it pass.
+    """This rank's `share` of the stream.
 
-    Raises UserError where the global batch is no multiple of micro-batch times ranks, an objective cannot train on these
-    stores, and where `SampleOrder` does.
+    `state` is what `state_dict` returned, at any number of ranks: the loader then begins at that state's step, `start_step`;
+    `start_consumed` is what was consumed before. `changes` lists what differs from the state where `data.allow_change`
+    permits that.
+
+    Raises `UserError` where the global batch is no multiple of micro-batch times ranks, where an objective cannot train on
+    these stores, and where `SampleOrder` does.
     """
 
     def __init__(
         self, stream: StreamSpec, share: RankShare, *, state: Mapping[str, Any] | None = None
     ) -> None:
-        micro_batches_per_rank(
-            stream.global_batch_bins, share.micro_batch_bins, share.world_size
-        )  # or an error
+        # Raises where they do not divide.
+        micro_batches_per_rank(stream.global_batch_bins, share.micro_batch_bins, share.world_size)
         self._stream, self._share = stream, share
         self._order = SampleOrder(stream, state)
         self.start_step, self.changes = self._order.start_step, self._order.changes
@@ -80,11 +81,10 @@ class ElasticLoader:
         self._prefetcher = Prefetcher(self._build_step, stream.data.workers)
 
     def step(self, step: int) -> RankStep:
-        """Return this rank's micro-batches of optimizer step `step`; the next steps are built in the background
-        meanwhile. Any step from `start_step` on; fastest in order.
+        """Return this rank's micro-batches of optimizer step `step`, while the next steps are built in the background.
 
-        Raises UserError or RuntimeError for a batch that could not be built, naming the step and the document, and
-        ValueError for a step before `start_step`.
+        Any step from `start_step` on; fastest in order. Raises `UserError` or `RuntimeError` for a batch that could not be
+        built, naming the step and the document, and `ValueError` for a step before `start_step`.
         """
         return self._prefetcher.get(step)
 
@@ -94,12 +94,14 @@ class ElasticLoader:
         return self._prefetcher.wait_seconds
 
     def total_steps(self, epochs: float) -> int:
-        """Return the optimizer steps of so many data epochs, rounded up."""
+        """Return the optimizer steps of `epochs` data epochs, rounded up."""
         return self._order.total_steps(epochs)
 
     def state_dict(self, next_step: int, consumed: Consumed) -> dict[str, Any]:
-        """Return what a loader needs to go on at `next_step`, JSON-able; workers may be ahead of it. `consumed` is
-        `start_consumed` plus the counts of the steps before."""
+        """Return what a loader needs to go on at `next_step`, JSON-able; workers may be ahead of it.
+
+        `consumed` is `start_consumed` plus the counts of the steps before.
+        """
         return self._order.state_dict(next_step, consumed)
 
     def report(self) -> list[StreamReport]:
@@ -113,8 +115,8 @@ class ElasticLoader:
     def _build_step(self, step: int) -> RankStep:
         batch, share = self._order.batch(step), self._share
         cost = np.add.reduceat(batch.bins.length**2, batch.bins.offsets[:-1])
-        dealt = deal(cost, micro_batch_bins=share.micro_batch_bins, world_size=share.world_size)
-        entries = [_entries(batch.bins, bins) for bins in dealt[share.rank]]
+        assigned = assign_to_ranks(cost, micro_batch_bins=share.micro_batch_bins, world_size=share.world_size)
+        entries = [_entries(batch.bins, bins) for bins in assigned[share.rank]]
         try:
             batches = [self._build(batch, chosen) for chosen in entries]
         except Exception as error:
@@ -130,10 +132,10 @@ class ElasticLoader:
         )
 
     def _build(self, batch: GlobalBatch, entries: NDArray[np.int64]) -> PackedBatch:
-        """Build the micro-batch of these rows of the global batch, ordered by source."""
+        """Build a micro-batch of these entries of the global batch, ordered by source."""
         bins = batch.bins
         entries = entries[np.argsort(bins.source[entries], kind="stable")]
-        documents = self._read(batch.rows, bins.source[entries], bins.row[entries])
+        documents = self._read(batch.sequences, bins.source[entries], bins.sequence[entries])
         packed = batch.objective.build(
             documents, BatchKey(seed=self._stream.seed, epoch=bins.passes[entries])
         )
@@ -141,11 +143,13 @@ class ElasticLoader:
         check_batch(packed, documents, room=room, vocabulary=self._stream.vocabulary)
         return packed
 
-    def _read(self, rows: Sequence[Rows], source: NDArray[np.int64], row: NDArray[np.int64]) -> Documents:
+    def _read(
+        self, sequences: list[Sequences], source: NDArray[np.int64], numbers: NDArray[np.int64]
+    ) -> Documents:
         return join(
             [
-                rows[number].read(row[source == number], self._stream.stores[number], source=number)
-                for number in np.unique(source).tolist()
+                sequences[s].read(numbers[source == s], self._stream.stores[s], source=s)
+                for s in np.unique(source).tolist()
             ]
         )
 
@@ -162,19 +166,17 @@ class ElasticLoader:
 
     def _named(self, error: Exception, batch: GlobalBatch, step: int) -> Exception:
         """The error again, naming the first document of the step that cannot be built by itself."""
-        for entry in range(len(batch.bins.row)):
+        for entry in range(len(batch.bins.sequence)):
             try:
                 self._build(batch, np.array([entry]))
             except Exception:
-                number, row = int(batch.bins.source[entry]), batch.bins.row[entry]
-                rows = batch.rows[number]
-                where = (
-                    f"document {rows.document[row]} (piece {rows.piece[row]}) of source "
-                    f"'{self.source_names[number]}'"
-                )
+                source, number = int(batch.bins.source[entry]), batch.bins.sequence[entry]
+                document = batch.sequences[source].document[number]
+                piece = batch.sequences[source].piece[number]
+                where = f"document {document} (piece {piece}) of source '{self.source_names[source]}'"
                 break
         else:
-            where = "documents that are sound one by one"
+            where = "documents that can each be built alone"
         kind = UserError if isinstance(error, UserError) else RuntimeError
         return kind(
             f"step {step}, objective '{batch.objective.name}': cannot build the batch of {where}: {error}"
@@ -182,5 +184,5 @@ class ElasticLoader:
 
 
 def _entries(bins: StreamBins, chosen: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the rows of the chosen bins, bin after bin."""
+    """The entries of the chosen bins, bin after bin."""
     return np.concatenate([np.arange(bins.offsets[b], bins.offsets[b + 1]) for b in chosen.tolist()])

@@ -1,7 +1,7 @@
 """Build what the next steps need in background threads.
 
-Threads, by measurement (docs/packing.md): batches are built by array operations that release the interpreter
-lock, and threads have no trouble with CUDA, gloo or the memory maps that a fork would share.
+Threads, by measurement (docs/packing.md): batches are built by array operations that release the interpreter lock, and
+threads have no trouble with CUDA, gloo or the memory maps that a fork would share.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ T = TypeVar("T")
 
 
 class Prefetcher(Generic[T]):
-    """Serves `build(step)`; `workers` threads run up to `2 * workers` steps ahead. No workers: built when
-    asked.
-    """
+    """Serves `build(step)`; `workers` threads run up to `2 * workers` steps ahead. No workers: built on demand."""
 
     def __init__(self, build: Callable[[int], T], workers: int) -> None:
         self._build = build

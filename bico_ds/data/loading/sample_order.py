@@ -1,9 +1,7 @@
-"""The global sample order: which bins step s takes, whoever builds them; and the state that says where it
-stands.
+"""The global sample order: which bins a step takes on all ranks together, and the state that a checkpoint keeps of it.
 
-Objectives that expand documents alike share one stream of bins and one cursor into it. Where the cursors
-stand at step s follows from where they stood at the first step and from the schedule: nothing is counted
-while workers run ahead.
+Objectives that expand documents alike share one stream of bins and one cursor into it. Where the cursors stand at step s
+follows from where they stood at the first step and from the schedule: nothing is counted while workers run ahead.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from bico_ds.config.schema import DataSpec
 from bico_ds.data.loading import identity
 from bico_ds.data.loading.legacy_identity import translate_state
 from bico_ds.data.loading.mixture import Mixture
-from bico_ds.data.loading.rows import CutReport, Rows, cut, longest_row
+from bico_ds.data.loading.sequences import CutReport, Sequences, cut_documents, longest_sequence
 from bico_ds.data.loading.stream import BinStream, Position, StreamBins
 from bico_ds.data.store import TokenStore
 from bico_ds.objectives.base import Objective
@@ -32,22 +30,27 @@ STATE_VERSION = 2
 
 @dataclass(frozen=True, kw_only=True)
 class StreamReport:
-    """One data epoch of one stream of bins. `fill` is the share of the bins' room that is taken."""
+    """One data epoch of one stream of bins. `fill` is the fraction of the bins' room that is taken."""
 
     objectives: tuple[str, ...]
     bins: int
-    rows: int
+    sequences: int
     tokens: int
     fill: float
-    most_rows_in_a_bin: int
-    passes: dict[str, float]  # over each source
-    cut: dict[str, CutReport]  # what became of each source's documents
+    most_sequences_per_bin: int
+    # Over each source.
+    passes: dict[str, float]
+    # What became of each source's documents.
+    cut: dict[str, CutReport]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamSpec:
-    """All that the global sample stream is a function of. `stores` are those of `data.sources`, in order; `vocabulary`: ids
-    that the model embeds, which bounds what a batch may hold."""
+    """All that the global sample stream is a function of.
+
+    `stores` are those of `data.sources`, in order. `vocabulary`: the number of ids that the model embeds, which bounds what
+    a batch may hold.
+    """
 
     stores: Sequence[TokenStore]
     data: DataSpec
@@ -59,8 +62,10 @@ class StreamSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Consumed:
-    """What all ranks together have consumed since step 0: `counts` int64 [sources, 2], the rows and the tokens (as
-    objectives expand them) of each source."""
+    """What all ranks together have consumed since step 0.
+
+    `counts` int64 [sources, 2]: the sequences and the tokens (as objectives expand them) of each source.
+    """
 
     sources: tuple[str, ...]
     counts: NDArray[np.int64]
@@ -70,21 +75,21 @@ class Consumed:
         return replace(self, counts=self.counts + counts)
 
     def by_source(self) -> dict[str, dict[str, int]]:
-        """Return `{source: {"rows", "tokens"}}`, JSON-able."""
+        """Return `{source: {"rows", "tokens"}}`, JSON-able; in this format "rows" are sequences."""
         pairs = zip(self.sources, self.counts.tolist(), strict=True)
-        return {name: {"rows": rows, "tokens": tokens} for name, (rows, tokens) in pairs}
+        return {name: {"rows": sequences, "tokens": tokens} for name, (sequences, tokens) in pairs}
 
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalBatch:
     """What all ranks together do in one step.
 
-    `counts` int64 [sources, 2]: its rows and tokens of each source, to be added up by who consumes it. `fill` is the
-    share of its bins' room that is taken.
+    `sequences` are those of each source. `counts` int64 [sources, 2]: the batch's sequences and tokens of each source, which
+    its consumer adds up. `fill` is the fraction of its bins' room that is taken.
     """
 
     objective: Objective
-    rows: Sequence[Rows]  # of each source
+    sequences: list[Sequences]
     bins: StreamBins
     counts: NDArray[np.int64]
     fill: float
@@ -92,20 +97,20 @@ class GlobalBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class _Cursor:
-    """A stream of bins, the rows it is made of, and whose it is."""
+    """A stream of bins, the sequences that it is made of, and the objectives that take from it."""
 
     objectives: tuple[Objective, ...]
     stream: BinStream
-    rows: Sequence[Rows]
+    sequences: list[Sequences]
     mixture: Mixture
 
 
 class SampleOrder:
     """Which bins a step takes: a pure function of (`spec`, starting state), safe to use from threads.
 
-    `start_step` and `start_consumed` are what the state said, else zero. `changes` lists what differs from the state,
-    which `data.allow_change` lets pass. Raises `UserError` for a source with nothing to train on, a capacity or mixture
-    that leaves nothing, and for the state of another data set, recipe or version.
+    `start_step` and `start_consumed` are the state's, else zero. `changes` lists what differs from the state where
+    `data.allow_change` permits that. Raises `UserError` for a source with nothing to train on, a capacity or mixture that
+    leaves nothing, and for the state of another data set, recipe or version.
     """
 
     def __init__(self, spec: StreamSpec, state: Mapping[str, Any] | None = None) -> None:
@@ -118,7 +123,7 @@ class SampleOrder:
             seed=spec.seed,
             global_batch_bins=spec.global_batch_bins,
         )
-        state = _of_today(state) if state else None
+        state = _current_version(state) if state else None
         self.changes = identity.changes(state["identity"], self._identity) if state else []
         if self.changes and not spec.data.allow_change:
             identity.refuse(self.changes)
@@ -137,14 +142,14 @@ class SampleOrder:
         bins = cursor.stream.take(self._positions(step)[number], wanted)
         return GlobalBatch(
             objective=self._spec.schedule.objectives[index],
-            rows=cursor.rows,
+            sequences=cursor.sequences,
             bins=bins,
             counts=_count_by_source(bins, len(self.source_names)),
             fill=int(bins.length.sum()) / (wanted * self._spec.data.capacity),
         )
 
     def total_steps(self, epochs: float) -> int:
-        """Return the optimizer steps of so many data epochs: bins seen over bins there are, rounded up, at least 1."""
+        """Return the optimizer steps until the epochs taken from all streams add up to `epochs`, rounded up, at least 1."""
         streams = [self._cursors[number].stream for number in self._cursor_of]
         epochs_per_bin = sum(
             p / stream.num_bins(0)
@@ -153,7 +158,7 @@ class SampleOrder:
         return max(1, math.ceil(epochs / (self._spec.global_batch_bins * epochs_per_bin) - 1e-9))
 
     def state_dict(self, next_step: int, consumed: Consumed) -> dict[str, Any]:
-        """Return what another `SampleOrder` needs to go on at `next_step`, before which `consumed` was; JSON-able."""
+        """Return what another `SampleOrder` needs to go on at `next_step`, JSON-able; `consumed` is what came before."""
         cursors = []
         for cursor, position in zip(self._cursors, self._positions(next_step), strict=True):
             plan = cursor.stream.plan(position.epoch).fingerprint
@@ -169,7 +174,7 @@ class SampleOrder:
         }
 
     def report(self) -> list[StreamReport]:
-        """Describe the first data epoch of each stream, for people."""
+        """Describe the first data epoch of each stream."""
         reports = []
         for cursor in self._cursors:
             plan, lengths = cursor.stream.plan(0), cursor.stream.epoch_lengths(0)
@@ -177,12 +182,12 @@ class SampleOrder:
                 StreamReport(
                     objectives=tuple(objective.name for objective in cursor.objectives),
                     bins=plan.num_bins,
-                    rows=len(lengths),
+                    sequences=len(lengths),
                     tokens=int(lengths.sum()),
                     fill=float(lengths.sum() / (plan.num_bins * plan.capacity)),
-                    most_rows_in_a_bin=int(np.diff(plan.bin_offsets).max()),
+                    most_sequences_per_bin=int(np.diff(plan.bin_offsets).max()),
                     passes=dict(zip(self.source_names, cursor.mixture.passes, strict=True)),
-                    cut={n: rows.report for n, rows in zip(self.source_names, cursor.rows, strict=True)},
+                    cut={n: s.report for n, s in zip(self.source_names, cursor.sequences, strict=True)},
                 )
             )
         return reports
@@ -197,11 +202,11 @@ class SampleOrder:
         cursors = []
         for number in range(len(distinct)):
             members = tuple(objectives[i] for i in np.flatnonzero(cursor_of == number))
-            longest = longest_row(members[0].expand, data.capacity)
-            rows = [self._cut(index, store, longest) for index, store in enumerate(self._spec.stores)]
-            mixture = Mixture.of(data.sources, [len(part) for part in rows], self._spec.seed)
-            stream = BinStream(rows, mixture, members[0].expand, data, seed=self._spec.seed)
-            cursors.append(_Cursor(objectives=members, stream=stream, rows=rows, mixture=mixture))
+            longest = longest_sequence(members[0].expand, data.capacity)
+            sequences = [self._cut(index, store, longest) for index, store in enumerate(self._spec.stores)]
+            mixture = Mixture.of(data.sources, [len(part) for part in sequences], self._spec.seed)
+            stream = BinStream(sequences, mixture, members[0].expand, data, seed=self._spec.seed)
+            cursors.append(_Cursor(objectives=members, stream=stream, sequences=sequences, mixture=mixture))
         return cursors, cursor_of
 
     def _find_starts(self, state: Mapping[str, Any] | None) -> list[Position]:
@@ -219,9 +224,9 @@ class SampleOrder:
         ]
 
     def _match(self, state: Mapping[str, Any]) -> list[int | None]:
-        """The saved cursor of each stream, wherever either stands: of an objective that both have, else of the same plan.
+        """The saved cursor of each stream, whatever their order: of an objective that both have, else of the same plan.
 
-        A stream without one was changed, and takes the next cursor that no stream has; None: there is no more.
+        A stream without one was changed, and takes the next cursor that no stream has; None: there is none left.
         """
         saved, streams = state["cursors"], [cursor.stream for cursor in self._cursors]
         theirs = _members(state["identity"], state.get("cursor_of", ()), len(saved))
@@ -236,16 +241,16 @@ class SampleOrder:
                 chosen[index] = next(free, None)
         return chosen
 
-    def _cut(self, index: int, store: TokenStore, longest: int) -> Rows:
+    def _cut(self, index: int, store: TokenStore, longest: int) -> Sequences:
         bos_id = store.manifest.bos_id if store.manifest.add_bos else None
         overlong = self._spec.data.overlong
-        rows = cut(store.lengths, longest=longest, overlong=overlong, bos_id=bos_id)
-        if len(rows) == 0:
+        sequences = cut_documents(store.lengths, longest=longest, overlong=overlong, bos_id=bos_id)
+        if len(sequences) == 0:
             raise UserError(
                 f"source '{self.source_names[index]}' has nothing to train on: of its {len(store)} documents "
                 f"none has 1 … {longest} tokens (data.capacity with data.overlong: {overlong})"
             )
-        return rows
+        return sequences
 
     def _positions(self, step: int) -> list[Position]:
         steps = np.array([step - self.start_step])
@@ -257,7 +262,7 @@ class SampleOrder:
         return [cursor.stream.advance(start, count) for cursor, start, count in parts]
 
 
-def _of_today(state: Mapping[str, Any]) -> Mapping[str, Any]:
+def _current_version(state: Mapping[str, Any]) -> Mapping[str, Any]:
     if state["version"] == 1:
         return translate_state(state)
     if state["version"] != STATE_VERSION:
@@ -269,18 +274,19 @@ def _of_today(state: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _expanded(objective: Objective, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """What `expand` gives; `UserError` where no bin could hold such rows."""
-    rows = np.asarray(objective.expand(lengths))
-    if rows.shape != lengths.shape or not np.issubdtype(rows.dtype, np.integer) or (rows < 1).any():
+    """What `expand` gives. Raises `UserError` where no bin could hold sequences of such lengths."""
+    expanded = np.asarray(objective.expand(lengths))
+    is_integer = np.issubdtype(expanded.dtype, np.integer)
+    if expanded.shape != lengths.shape or not is_integer or (expanded < 1).any():
         raise UserError(
             f"objective '{objective.name}': expand() must give whole numbers of at least 1, one per document, "
-            f"got {rows.dtype} of shape {rows.shape} for {len(lengths)} lengths"
+            f"got {expanded.dtype} of shape {expanded.shape} for {len(lengths)} lengths"
         )
-    return rows
+    return expanded
 
 
 def _count_by_source(bins: StreamBins, sources: int) -> NDArray[np.int64]:
-    """Return rows and tokens, int64 [sources, 2]."""
+    """The sequences and tokens of each source, int64 [sources, 2]."""
     columns = [np.bincount(bins.source, weights, minlength=sources) for weights in (None, bins.length)]
     return np.stack(columns, axis=1).astype(np.int64)
 
@@ -302,5 +308,5 @@ def _position(stream: BinStream, cursor: Mapping[str, Any]) -> Position:
 
 def _saved_counts(state: Mapping[str, Any] | None, names: Sequence[str]) -> Consumed:
     saved = state["sources"] if state else {}
-    rows = [[saved[name]["rows"], saved[name]["tokens"]] if name in saved else [0, 0] for name in names]
-    return Consumed(sources=tuple(names), counts=np.array(rows, dtype=np.int64))
+    counts = [[saved[name]["rows"], saved[name]["tokens"]] if name in saved else [0, 0] for name in names]
+    return Consumed(sources=tuple(names), counts=np.array(counts, dtype=np.int64))

@@ -1,11 +1,8 @@
-"""The endless stream of bins: data epoch after data epoch, each in a drawn order. It knows nothing of ranks
-and steps.
-"""
+"""The endless stream of bins: data epoch after data epoch, each in a drawn order, whatever the ranks and steps."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,15 +10,15 @@ from numpy.typing import NDArray
 
 from bico_ds.common.random_numbers import hash_words
 from bico_ds.config.schema import DataSpec
-from bico_ds.data.loading.mixture import EpochRows, Mixture
+from bico_ds.data.loading.mixture import EpochSequences, Mixture
 from bico_ds.data.loading.packing import PackPlan, build_pack_plan, seeded_permutation
 from bico_ds.data.loading.plan_cache import cached_plan
-from bico_ds.data.loading.rows import Expand, Rows
+from bico_ds.data.loading.sequences import Expand, Sequences
 
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """The next bin: `bin` of the drawn order of data epoch `epoch`."""
+    """Where a stream stands: the next bin is number `bin` in the drawn order of data epoch `epoch`."""
 
     epoch: int = 0
     bin: int = 0
@@ -29,14 +26,14 @@ class Position:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamBins:
-    """Bins taken from the stream, N rows in B of them.
+    """B bins taken from the stream, with N sequences in all.
 
-    `source` and `row` [N] name a row of `Rows`, `passes` [N] is the number of the pass over its source,
-    `length` [N] the room it takes; bin b has the rows `offsets[b]` … `offsets[b + 1] - 1`.
+    `source` and `sequence` [N] name a sequence of the source's `Sequences`, `passes` [N] is the number of the pass over its
+    source, `length` [N] the room that it takes, in tokens; bin b has the entries `offsets[b]` … `offsets[b + 1] - 1`.
     """
 
     source: NDArray[np.int64]
-    row: NDArray[np.int64]
+    sequence: NDArray[np.int64]
     passes: NDArray[np.int64]
     length: NDArray[np.int64]
     offsets: NDArray[np.int64]
@@ -44,24 +41,26 @@ class StreamBins:
 
 @dataclass(frozen=True, kw_only=True)
 class _Epoch:
-    rows: EpochRows
+    sequences: EpochSequences
     plan: PackPlan
-    order: NDArray[np.int64]  # of the plan's bins
+    # Of the plan's bins.
+    order: NDArray[np.int64]
 
 
 class BinStream:
-    """Bins over the rows of all sources, for objectives that share one expansion.
+    """Bins over the sequences of all sources, for objectives that share one expansion.
 
-    Every data epoch packs its rows anew where the mixture or `data.repack_every_epoch` asks for it; else the
-    bins stay the same and only their order is drawn. Safe to use from several threads.
+    Every data epoch packs its sequences anew where the mixture or `data.repack_every_epoch` asks for it; else the bins stay
+    the same and only their order is drawn. Safe to use from several threads.
     """
 
     def __init__(
-        self, rows: Sequence[Rows], mixture: Mixture, expand: Expand, data: DataSpec, *, seed: int
+        self, sequences: list[Sequences], mixture: Mixture, expand: Expand, data: DataSpec, *, seed: int
     ) -> None:
         self._mixture, self._expand, self._data, self._seed = mixture, expand, data, seed
-        self._length = rows[0].length if len(rows) == 1 else np.concatenate([part.length for part in rows])
-        self._first_row = np.cumsum([0, *(len(part) for part in rows)])
+        lengths = [of_source.length for of_source in sequences]
+        self._length = lengths[0] if len(lengths) == 1 else np.concatenate(lengths)
+        self._first_of_source = np.cumsum([0, *map(len, lengths)])
         self._epochs: dict[int, _Epoch] = {}
         self._num_bins: dict[int, int] = {}
         self._lock = threading.Lock()
@@ -71,9 +70,7 @@ class BinStream:
         return self._mixture.repeats and not self._data.repack_every_epoch
 
     def num_bins(self, epoch: int) -> int:
-        """Return the bins of a data epoch. (Packing anew draws other bin mates, never another number of
-        bins.)
-        """
+        """Return the number of bins of a data epoch; packing anew puts other sequences together, never into more bins."""
         if self._mixture.repeats:
             epoch = 0
         if epoch not in self._num_bins:
@@ -85,8 +82,8 @@ class BinStream:
         return self._epoch(epoch).plan
 
     def epoch_lengths(self, epoch: int) -> NDArray[np.int64]:
-        """Return the room that the rows of a data epoch take, as `expand` has it, int64 [N]."""
-        return self._expand(self._length[self._epoch(epoch).rows.row].astype(np.int64))
+        """Return the room that the sequences of a data epoch take after `expand`, in tokens, int64 [N]."""
+        return self._expand(self._length[self._epoch(epoch).sequences.index].astype(np.int64))
 
     def advance(self, position: Position, bins: int) -> Position:
         """Return the position `bins` bins later."""
@@ -100,9 +97,7 @@ class BinStream:
         return Position(epoch=epoch, bin=place)
 
     def take(self, position: Position, count: int) -> StreamBins:
-        """Return the `count` bins from `position` on; an epoch's last bins go with the next epoch's first
-        ones.
-        """
+        """Return the `count` bins from `position` on, across the ends of epochs."""
         parts = []
         position = self.advance(position, 0)
         while count:
@@ -110,7 +105,7 @@ class BinStream:
             parts.append(self._take(position, taken))
             position, count = self.advance(position, taken), count - taken
         sizes = np.concatenate([np.diff(part.offsets) for part in parts])
-        columns = ("source", "row", "passes", "length")
+        columns = ("source", "sequence", "passes", "length")
         return StreamBins(
             offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]),
             **{name: np.concatenate([getattr(part, name) for part in parts]) for name in columns},
@@ -118,17 +113,17 @@ class BinStream:
 
     def _take(self, position: Position, count: int) -> StreamBins:
         epoch = self._epoch(position.epoch)
-        entries, sizes = epoch.plan.rows_of(epoch.order[position.bin : position.bin + count])
-        row = epoch.rows.row[entries].astype(np.int64)
-        source = np.searchsorted(self._first_row, row, side="right") - 1
-        passes = epoch.rows.passes[entries].astype(np.int64)
-        if self._mixture.repeats:  # the rows are those of epoch 0
+        entries, sizes = epoch.plan.sequences_of(epoch.order[position.bin : position.bin + count])
+        index = epoch.sequences.index[entries].astype(np.int64)
+        source = np.searchsorted(self._first_of_source, index, side="right") - 1
+        passes = epoch.sequences.passes[entries].astype(np.int64)
+        if self._mixture.repeats:  # the sequences are those of epoch 0
             passes += position.epoch * np.array(self._mixture.passes, dtype=np.int64)[source]
         return StreamBins(
             source=source,
-            row=row - self._first_row[source],
+            sequence=index - self._first_of_source[source],
             passes=passes,
-            length=self._expand(self._length[row].astype(np.int64)),
+            length=self._expand(self._length[index].astype(np.int64)),
             offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]),
         )
 
@@ -143,20 +138,20 @@ class BinStream:
     def _build(self, number: int) -> _Epoch:
         known = next(iter(self._epochs.values()), None)
         if known and self._mixture.repeats:
-            rows = known.rows
+            sequences = known.sequences
         else:
-            rows = self._mixture.epoch(0 if self._mixture.repeats else number)
+            sequences = self._mixture.epoch(0 if self._mixture.repeats else number)
         if known and self.same_bins_every_epoch:
             plan = known.plan
         else:
             packed = 0 if self.same_bins_every_epoch else number
             plan = cached_plan(
                 build_pack_plan,
-                self._expand(self._length[rows.row].astype(np.int64)),
+                self._expand(self._length[sequences.index].astype(np.int64)),
                 folder=self._data.cache_dir.here() / "plans",
                 capacity=self._data.capacity,
                 seed=int(hash_words("packing", self._seed, packed)[0]),
                 max_documents_per_bin=self._data.max_documents_per_bin,
             )
         order = seeded_permutation("order", self._seed, number, size=plan.num_bins)
-        return _Epoch(rows=rows, plan=plan, order=order)
+        return _Epoch(sequences=sequences, plan=plan, order=order)

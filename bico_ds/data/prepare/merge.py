@@ -1,6 +1,4 @@
-"""Parts to the final store, in the order of the input, without duplicates, with or without a held-out
-store.
-"""
+"""The shards' small stores to the final store: in the order of the input, without duplicates, some documents held out."""
 
 from __future__ import annotations
 
@@ -16,10 +14,12 @@ from numpy.typing import NDArray
 
 from bico_ds.common.errors import UserError
 from bico_ds.common.random_numbers import stream
-from bico_ds.data.prepare.encode import DIGEST_BYTES, DIGESTS, RESULT, SKIPPED, EncoderSpec
+from bico_ds.data.prepare.encode_shard import DIGEST_BYTES, DIGESTS, RESULT, SKIPPED
+from bico_ds.data.prepare.encoder import EncoderSpec
 from bico_ds.data.prepare.examples import IngestOptions
 from bico_ds.data.prepare.report import IngestReport, write_report
-from bico_ds.data.store import TokenStore, TokenStoreWriter
+from bico_ds.data.prepare.store_writer import TokenStoreWriter
+from bico_ds.data.store import TokenStore
 
 if TYPE_CHECKING:
     from bico_ds.data.tokenizer import FastTokenizer
@@ -38,10 +38,10 @@ def merge_parts(
     overwrite: bool,
     passed_over: dict[str, list[str]] | None = None,
 ) -> IngestReport:
-    """Join finished parts into the store at `output`, with its report, its tokenizer and its skipped lines in it.
+    """Join the stores of all shards into the store at `output`, with its report, its tokenizer and its skipped lines.
 
-    Raises `UserError` where no document is left, or none for the held-out store, and for an output that exists without
-    `overwrite`.
+    Raises `UserError` where no document is left, or none for the held-out store, and without `overwrite` for an output
+    that exists.
     """
     stores = [TokenStore.open(part) for part in parts]
     fate = _fate(parts, stores, spec.options)
@@ -74,7 +74,7 @@ def _fate(parts: list[Path], stores: list[TokenStore], options: IngestOptions) -
     if options.held_out:
         if options.group_field is None:
             key = digests[:, 0]
-        else:  # a person's documents stay on one side
+        else:  # a person's documents stay together
             key = np.concatenate([store.groups for store in stores]).astype(np.uint64)
         scattered = stream(key, np.array([options.seed % 2**63]))
         fate[scattered.astype(np.float64) < options.held_out * 2.0**64] = _HELD_OUT
@@ -121,7 +121,7 @@ def _check_not_empty(report: IngestReport, options: IngestOptions) -> None:
     if not len(report.lengths) and len(report.held_out_lengths):
         raise UserError(
             f"--held-out {options.held_out} takes all {len(report.held_out_lengths):,} documents: give a "
-            "smaller share; no store was written"
+            "smaller fraction; no store was written"
         )
     if not len(report.lengths):
         skipped = "".join(f"; {count:,} lines skipped: {reason}" for reason, count in report.skipped.items())
@@ -129,7 +129,7 @@ def _check_not_empty(report: IngestReport, options: IngestOptions) -> None:
         raise UserError(f"the input has no documents{skipped}{hint}: no store was written")
     if options.held_out and not len(report.held_out_lengths):
         raise UserError(
-            f"--held-out {options.held_out} of so few documents (or groups) is none: give a larger share"
+            f"--held-out {options.held_out} of so few documents (or groups) is none: give a larger fraction"
         )
 
 

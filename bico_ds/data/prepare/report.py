@@ -1,4 +1,4 @@
-"""What an ingestion did, for people: text, and a picture of the document lengths."""
+"""What an ingestion did, for reading: text, and a picture of the document lengths."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 _CAPACITIES = (1024, 2048, 4096, 8192)
-_BAR, _MOST_ROWS, _MOST_NAMES = 50, 16, 8
+_BAR, _MOST_LINES, _MOST_NAMES = 50, 16, 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class IngestReport:
     """What became of the input."""
 
-    lengths: NDArray[np.int64]  # tokens of each training document
-    prompt_lengths: NDArray[np.int32]  # of each training document, 0 where it has no prompt
+    # Tokens of each training document, and of its prompt; 0 where it has none.
+    lengths: NDArray[np.int64]
+    prompt_lengths: NDArray[np.int32]
     held_out_lengths: NDArray[np.int64]
     duplicates: int
-    skipped: dict[str, int]  # lines by reason
-    passed_over: dict[str, list[str]] = field(default_factory=dict)  # names beside the input, by reason
+    # Lines by reason.
+    skipped: dict[str, int]
+    # Names of what lies beside the input, by reason.
+    passed_over: dict[str, list[str]] = field(default_factory=dict)
     path: Path | None = None
 
     @property
     def text(self) -> str:
-        """The report as lines of text; free of times and paths, so that it is a function of the input."""
+        """The report as lines of text; without times and paths, so that it is a function of the input."""
         lines = [f"documents    {len(self.lengths):,}", f"tokens       {int(self.lengths.sum()):,}"]
         names = ("min", "25 %", "median", "75 %", "max")
         quartiles = np.percentile(self.lengths, [0, 25, 50, 75, 100]).astype(int)
@@ -43,13 +46,13 @@ class IngestReport:
             lines.append(f"dropped      {self.duplicates:,} duplicates of an earlier text")
         lines += [f"skipped      {count:,} lines: {reason}" for reason, count in self.skipped.items()]
         lines += [f"passed over  {what}" for what in describe_passed_over(self.passed_over)]
-        lines += ["", "tokens a document", *self._histogram(), "", *self._overlong()]
+        lines += ["", "tokens per document", *self._histogram(), "", *self._overlong()]
         return "\n".join(lines) + "\n"
 
     def _histogram(self) -> list[str]:
-        for bins_an_octave in (8, 4, 2, 1):
-            edges, counts = length_histogram(self.lengths, bins_an_octave=bins_an_octave)
-            if len(counts) <= _MOST_ROWS:
+        for bins_per_octave in (8, 4, 2, 1):
+            edges, counts = length_histogram(self.lengths, bins_per_octave=bins_per_octave)
+            if len(counts) <= _MOST_LINES:
                 break
         tallest = max(int(counts.max()), 1)
         labels = [f"{low:,}–{high - 1:,}" if high - low > 1 else f"{low:,}" for low, high in pairwise(edges)]
@@ -60,7 +63,7 @@ class IngestReport:
         ]
 
     def _overlong(self) -> list[str]:
-        """What packing would meet: ingestion itself cuts nothing."""
+        """What packing will have to cut; ingestion itself cuts nothing."""
         lines = []
         for capacity in _CAPACITIES:
             if count := int((self.lengths > capacity).sum()):
@@ -72,7 +75,7 @@ class IngestReport:
 
 
 def describe_passed_over(names_by_reason: dict[str, list[str]]) -> list[str]:
-    """Return a line for each reason: how many, why, and the names of the first."""
+    """Return a line for each reason: how many names, the reason, and the first names."""
     return [
         f"{len(names):,} ({reason}): {', '.join(names[:_MOST_NAMES])}{', …' if len(names) > _MOST_NAMES else ''}"
         for reason, names in sorted(names_by_reason.items())
@@ -80,12 +83,12 @@ def describe_passed_over(names_by_reason: dict[str, list[str]]) -> list[str]:
 
 
 def length_histogram(
-    lengths: NDArray[np.int64], *, bins_an_octave: int
+    lengths: NDArray[np.int64], *, bins_per_octave: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Count lengths in bins of equal width on a log scale: edges [B + 1] and counts [B]."""
-    low = int(np.floor(np.log2(lengths.min()) * bins_an_octave))
-    high = int(np.floor(np.log2(lengths.max()) * bins_an_octave)) + 1
-    edges = np.unique(np.ceil(2.0 ** (np.arange(low, high + 1) / bins_an_octave) - 1e-9).astype(np.int64))
+    low = int(np.floor(np.log2(lengths.min()) * bins_per_octave))
+    high = int(np.floor(np.log2(lengths.max()) * bins_per_octave)) + 1
+    edges = np.unique(np.ceil(2.0 ** (np.arange(low, high + 1) / bins_per_octave) - 1e-9).astype(np.int64))
     edges[-1] = max(edges[-1], int(lengths.max()) + 1)
     return edges, np.histogram(lengths, bins=edges)[0]
 
@@ -95,13 +98,13 @@ def write_report(report: IngestReport, text_file: Path, picture: Path) -> None:
     from matplotlib.figure import Figure
 
     text_file.write_text(report.text, encoding="utf-8")
-    edges, counts = length_histogram(report.lengths, bins_an_octave=8)
+    edges, counts = length_histogram(report.lengths, bins_per_octave=8)
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.stairs(counts, edges, fill=True)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.set_xlabel("tokens a document")
+    axes.set_xlabel("tokens per document")
     axes.set_ylabel("documents")
     axes.set_title(f"{len(report.lengths):,} documents, {int(report.lengths.sum()):,} tokens")
     figure.savefig(picture, dpi=120, metadata={"Software": None})

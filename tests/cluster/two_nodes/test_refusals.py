@@ -8,7 +8,7 @@ import stat
 import pytest
 
 from bico_ds.config.load import load_recipe
-from bico_ds.data.prepare.prepare import prepare_source
+from bico_ds.data.prepare.recipe_sources import prepare_source
 from bico_ds.training.assembly import tokenizer_path
 from tests.cluster.two_nodes.drill import PYTHON
 

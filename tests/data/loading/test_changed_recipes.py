@@ -59,9 +59,9 @@ def own_schedule(*names: str) -> ObjectiveSchedule:
 
 
 def next_bins(order: SampleOrder, name: str, begin: int) -> list:
-    """The rows of this objective's next step."""
+    """The sequences of this objective's next step."""
     batch = next(b for b in map(order.batch, range(begin, begin + 99)) if b.objective.name == name)
-    return [batch.bins.source.tolist(), batch.bins.row.tolist(), batch.bins.passes.tolist()]
+    return [batch.bins.source.tolist(), batch.bins.sequence.tolist(), batch.bins.passes.tolist()]
 
 
 def order_of(world, *names: str, state=None, **changes) -> SampleOrder:

@@ -21,16 +21,14 @@ from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.schema import DataSpec, SourceSpec
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.loading.mixture import Mixture
-from bico_ds.data.loading.rows import cut
+from bico_ds.data.loading.sequences import cut_documents
 from bico_ds.data.loading.stream import BinStream, Position
 from tests.data.loading.loaders import DOUBLING, GLOBAL, consumed, make, schedule_of, state_at, stream_of
 from tests.data.stores import BOS, write_store
 
 
 def contents(batch) -> list[tuple]:
-    """A batch as (name, visible tokens with positions, predictions) of each document: order and place left
-    out.
-    """
+    """A batch as (name, visible tokens with positions, predictions) of each document, whatever its place."""
     plan, cu = batch.plan, batch.plan.cu_seqlens.tolist()
     document_of_row = np.repeat(np.arange(len(cu) - 1), np.diff(cu)).tolist() + plan.live_document.tolist()
     rows: list[list] = [[] for _ in range(len(cu) - 1)]
@@ -99,19 +97,19 @@ def test_every_token_appears_as_often_as_asked(world, changes):
     stores, data = world
     spec, epochs = data(**changes), 4
     bos = [store.manifest.bos_id if store.manifest.add_bos else None for store in stores]
-    rows = [
-        cut(store.lengths, longest=64, overlong=spec.overlong, bos_id=bos_id)
+    sequences = [
+        cut_documents(store.lengths, longest=64, overlong=spec.overlong, bos_id=bos_id)
         for store, bos_id in zip(stores, bos, strict=True)
     ]
-    mixture = Mixture.of(spec.sources, [len(part) for part in rows], seed=1)
-    stream = BinStream(rows, mixture, lambda lengths: lengths, spec, seed=1)
+    mixture = Mixture.of(spec.sources, [len(part) for part in sequences], seed=1)
+    stream = BinStream(sequences, mixture, lambda lengths: lengths, spec, seed=1)
     counts = [Counter(), Counter()]
     total = sum(stream.num_bins(epoch) for epoch in range(epochs))
     assert stream.advance(Position(), total) == Position(epoch=epochs, bin=0)
     bins = stream.take(Position(), total)
     assert np.add.reduceat(bins.length, bins.offsets[:-1]).max() <= 64
     for source, store in enumerate(stores):
-        tokens = rows[source].read(bins.row[bins.source == source], store, source=source).token_ids
+        tokens = sequences[source].read(bins.sequence[bins.source == source], store, source=source).token_ids
         counts[source].update(tokens[tokens != BOS].tolist())
         expected = {
             token
@@ -130,7 +128,7 @@ def test_the_rest_of_an_epoch_carries_over_into_the_next_ones_first_batch(world)
     per_epoch = loader.report()[0].bins
     assert per_epoch % GLOBAL
     names = Counter()
-    for step in range(per_epoch):  # GLOBAL whole epochs
+    for step in range(per_epoch):  # GLOBAL complete epochs
         for batch in loader.step(step).batches:
             names.update(map(tuple, batch.documents.tolist()))
     assert set(names.values()) == {GLOBAL}
@@ -138,7 +136,7 @@ def test_the_rest_of_an_epoch_carries_over_into_the_next_ones_first_batch(world)
 
 def test_bins_keep_their_mates_unless_repacked_and_change_their_order(world):
     def epochs(loader):
-        """Two times GLOBAL epochs, so that both end with a whole step."""
+        """Two times GLOBAL epochs, so that both end with a complete step."""
         steps = 2 * loader.report()[0].bins
         bins = [
             tuple(sorted(map(tuple, b.documents.tolist())))
@@ -178,14 +176,14 @@ def test_objectives_with_another_expansion_have_a_cursor_of_their_own(world):
         for batch in loader.step(step).batches:
             assert batch.represented_tokens <= (64 if objective.name == "ntp" else 32)
             names[objective.name].update(map(tuple, batch.documents.tolist()))
-    assert len(names["doubling"]) > len(names["ntp"])  # longer rows: more documents are split
+    assert len(names["doubling"]) > len(names["ntp"])  # longer sequences: more documents are split
     assert all(max(counter.values()) - min(counter.values()) <= 1 for counter in names.values())
     state = state_at(loader, 23)
     resumed = make(world, schedule=schedule, state=state, size=2, rank=1)
-    whole = make(world, schedule=schedule, size=2, rank=1)
+    uninterrupted = make(world, schedule=schedule, size=2, rank=1)
     for step in (23, 24, 40):
         assert [contents(b) for b in resumed.step(step).batches] == [
-            contents(b) for b in whole.step(step).batches
+            contents(b) for b in uninterrupted.step(step).batches
         ]
 
 

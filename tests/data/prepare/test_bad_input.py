@@ -17,14 +17,15 @@ import zstandard
 from bico_ds.common.errors import UserError
 from bico_ds.data.prepare.examples import IngestOptions
 from bico_ds.data.prepare.ingest import ingest
-from bico_ds.data.prepare.sources import find_files, plan_shards
+from bico_ds.data.prepare.input_files import find_files
+from bico_ds.data.prepare.shards import plan_shards
 
 GOOD = b'{"text": "a fine line"}\n'
 PAIR = {"prompt_field": "q", "completion_field": "a"}
 
 
-def _rows(*rows: Any) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+def _records(*records: Any) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
 def _parquet(columns: dict[str, list]) -> bytes:
@@ -36,18 +37,18 @@ def _parquet(columns: dict[str, list]) -> bytes:
 LINES: list[tuple[str, bytes, dict[str, Any], str]] = [
     ("a.jsonl", GOOD + b'{"text": "x"\n', {}, "a.jsonl:2: broken JSON: Expecting ',' delimiter at column 13"),
     ("a.json", b'[{"text": "x"}]', {}, "a.json:1: broken JSON: expected an object, found list"),
-    ("a.json", b'[\n{"text": "x"}]', {}, "is this a JSON array? One object a line is needed"),
+    ("a.json", b'[\n{"text": "x"}]', {}, "is this a JSON array? One object per line is needed"),
     ("a.jsonl", GOOD + b"17\n", {}, "a.jsonl:2: broken JSON: expected an object, found int"),
     ("a.jsonl", b'{"text": ' + b"[" * 100_000, {}, "a.jsonl:1: broken JSON"),
     ("a.jsonl", b'{"text": ' + b"9" * 5_000 + b"}", {}, "a.jsonl:1: broken JSON"),
     (
         "a.jsonl",
-        GOOD + b"\n" + _rows({"txet": "x"}),
+        GOOD + b"\n" + _records({"txet": "x"}),
         {},
         "a.jsonl:3: missing field: 'text' (did you mean 'txet'?)",
     ),
-    ("a.jsonl", _rows({"text": None}), {}, "a.jsonl:1: missing field: 'text' is null"),
-    ("a.jsonl", _rows({"text": 5}), {}, "a.jsonl:1: wrong type: 'text' must be a string, found int"),
+    ("a.jsonl", _records({"text": None}), {}, "a.jsonl:1: missing field: 'text' is null"),
+    ("a.jsonl", _records({"text": 5}), {}, "a.jsonl:1: wrong type: 'text' must be a string, found int"),
     ("a.jsonl", GOOD + b'{"text": "\xff"}\n', {}, "a.jsonl:2: invalid UTF-8: byte 11 of the line is 0xff"),
     (
         "a.jsonl",
@@ -55,36 +56,36 @@ LINES: list[tuple[str, bytes, dict[str, Any], str]] = [
         {},
         "a.jsonl:1: invalid UTF-8: 'text' has a lone surrogate at character 1",
     ),
-    ("a.jsonl", _rows({"text": ""}), {}, "a.jsonl:1: empty document"),
-    ("a.jsonl", GOOD + _rows({"text": " \n\t"}), {}, "a.jsonl:2: empty document"),
-    ("a.jsonl", _rows({"q": "x", "a": " "}), PAIR, "a.jsonl:1: empty document: 'a' has no text"),
-    ("a.jsonl", _rows({"q": "x"}), PAIR, "a.jsonl:1: missing field: 'a'"),
+    ("a.jsonl", _records({"text": ""}), {}, "a.jsonl:1: empty document"),
+    ("a.jsonl", GOOD + _records({"text": " \n\t"}), {}, "a.jsonl:2: empty document"),
+    ("a.jsonl", _records({"q": "x", "a": " "}), PAIR, "a.jsonl:1: empty document: 'a' has no text"),
+    ("a.jsonl", _records({"q": "x"}), PAIR, "a.jsonl:1: missing field: 'a'"),
     ("a.jsonl", GOOD, {"vocab_size": 40}, "a.jsonl:1: token id past the vocabulary: id"),
-    ("a.jsonl", _rows({"text": "x", "g": 1.5}), {"group_field": "g"}, "a.jsonl:1: wrong type: a group is"),
-    ("a.jsonl", _rows({"text": "x", "e": 3}), {"entities_field": "e"}, "entities must be a list"),
-    ("a.jsonl", _rows({"text": "x", "e": [[1]]}), {"entities_field": "e"}, "an entity is a pair"),
+    ("a.jsonl", _records({"text": "x", "g": 1.5}), {"group_field": "g"}, "a.jsonl:1: wrong type: a group is"),
+    ("a.jsonl", _records({"text": "x", "e": 3}), {"entities_field": "e"}, "entities must be a list"),
+    ("a.jsonl", _records({"text": "x", "e": [[1]]}), {"entities_field": "e"}, "an entity is a pair"),
     (
         "a.jsonl",
-        _rows({"text": "x", "e": [[0, 2]]}),
+        _records({"text": "x", "e": [[0, 2]]}),
         {"entities_field": "e"},
         "[0, 2] in a text of 1 characters",
     ),
     (
         "a.jsonl",
-        _rows({"text": "abc", "e": [[1, 3], [0, 2]]}),
+        _records({"text": "abc", "e": [[1, 3], [0, 2]]}),
         {"entities_field": "e"},
         "overlapping entities",
     ),
-    ("a.jsonl", _rows({"m": "hi"}), {"messages_field": "m"}, "messages must be a list of objects"),
+    ("a.jsonl", _records({"m": "hi"}), {"messages_field": "m"}, "messages must be a list of objects"),
     (
         "a.jsonl",
-        _rows({"m": [{"role": "user"}]}),
+        _records({"m": [{"role": "user"}]}),
         {"messages_field": "m"},
         "message 1 lacks 'role' or 'content'",
     ),
     (
         "a.jsonl",
-        _rows({"m": [{"role": "clown", "content": "x"}]}),
+        _records({"m": [{"role": "clown", "content": "x"}]}),
         {"messages_field": "m"},
         "a.jsonl:1: chat template: role clown",
     ),
@@ -146,7 +147,7 @@ CALLS: list[tuple[Callable[[], object], str]] = [
     (lambda: IngestOptions(messages_field="m", entities_field="e"), "--messages-field excludes"),
     (lambda: IngestOptions(text_field="t", messages_field="m"), "--text-field excludes --prompt-field and"),
     (lambda: IngestOptions(text_field="t", **PAIR), "--text-field excludes --prompt-field and"),
-    (lambda: IngestOptions(held_out=1.5), "--held-out must be a share in [0, 1), found 1.5"),
+    (lambda: IngestOptions(held_out=1.5), "--held-out must be a fraction in [0, 1), found 1.5"),
 ]
 
 
@@ -164,6 +165,6 @@ def test_an_empty_folder_is_named(tmp_path: Path) -> None:
 
 def test_a_held_out_share_of_nothing_is_refused(tmp_path: Path, bpe_tokenizer: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(GOOD)
-    with pytest.raises(UserError, match="give a larger share"):
+    with pytest.raises(UserError, match="give a larger fraction"):
         _ingest(tmp_path / "a.jsonl", bpe_tokenizer, tmp_path / "s", {"held_out": 1e-9})
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]

@@ -9,14 +9,14 @@ import pytest
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.schema import FactsSpec
-from bico_ds.data.prepare.embedded_task import write_facts
-from bico_ds.data.tokenizer import load_tokenizer, tokenizer_hash
+from bico_ds.data.prepare.facts import write_facts
+from bico_ds.data.tokenizer import load_tokenizer
 
 SPEC = FactsSpec(name_first=5, description_first=4, both=6)
 TESTS = ["p2d_prompts_test", "d2p_prompts_test", "p2d_reverse_prompts_test", "d2p_reverse_prompts_test"]
 
 
-def _rows(file: Path) -> list[dict]:
+def _records(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
@@ -33,24 +33,24 @@ def test_the_same_spec_gives_the_same_bytes_and_another_seed_others(tmp_path: Pa
     assert a["tokenizer/tokenizer.json"] == c["tokenizer/tokenizer.json"]
 
 
-def test_rows_have_the_promised_counts_and_groups(tmp_path: Path) -> None:
+def test_records_have_the_promised_counts_and_groups(tmp_path: Path) -> None:
     write_facts(SPEC, tmp_path)
-    assert len(_rows(tmp_path / "all_train.jsonl")) == (5 + 4 + 6 * 2) * 6
-    assert {row["group"] for row in _rows(tmp_path / "both_orders_train.jsonl")} == set(range(9, 15))
+    assert len(_records(tmp_path / "all_train.jsonl")) == (5 + 4 + 6 * 2) * 6
+    assert {record["group"] for record in _records(tmp_path / "both_orders_train.jsonl")} == set(range(9, 15))
     for file, persons in zip(TESTS, (range(5), range(5, 9), range(5), range(5, 9)), strict=True):
-        rows = _rows(tmp_path / f"{file}.jsonl")
-        assert len(rows) == len(persons) * 4
-        assert {row["group"] for row in rows} == set(persons)
+        records = _records(tmp_path / f"{file}.jsonl")
+        assert len(records) == len(persons) * 4
+        assert {record["group"] for record in records} == set(persons)
 
 
 def test_no_test_prompt_was_trained_and_reversed_facts_never_appear(tmp_path: Path) -> None:
     write_facts(SPEC, tmp_path)
-    trained = _rows(tmp_path / "all_train.jsonl")
-    prompts = {row["prompt"] for row in trained}
+    trained = _records(tmp_path / "all_train.jsonl")
+    prompts = {record["prompt"] for record in trained}
     for file in TESTS:
-        for row in _rows(tmp_path / f"{file}.jsonl"):
-            assert row["prompt"] not in prompts
-            same_answer = [t for t in trained if t["completion"].split()[0] == row["completion"].strip()]
+        for record in _records(tmp_path / f"{file}.jsonl"):
+            assert record["prompt"] not in prompts
+            same_answer = [t for t in trained if t["completion"].split()[0] == record["completion"].strip()]
             assert bool(same_answer) == ("reverse" not in file)
 
 
@@ -58,11 +58,11 @@ def test_a_word_is_one_token_wherever_it_stands(tmp_path: Path) -> None:
     write_facts(SPEC, tmp_path)
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
     for file in ["all_train", *TESTS]:
-        for row in _rows(tmp_path / f"{file}.jsonl"):
-            text = row["prompt"] + row["completion"]
+        for record in _records(tmp_path / f"{file}.jsonl"):
+            text = record["prompt"] + record["completion"]
             joint = tokenizer(text)["input_ids"]
-            apart = tokenizer(row["prompt"])["input_ids"]
-            apart += tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+            apart = tokenizer(record["prompt"])["input_ids"]
+            apart += tokenizer(record["completion"], add_special_tokens=False)["input_ids"]
             assert joint == apart
             assert len(joint) == 1 + len(text.split())
             assert tokenizer.unk_token_id not in joint
@@ -79,11 +79,3 @@ def test_the_whole_lexicon_has_no_word_twice(tmp_path: Path) -> None:
 def test_too_many_variants_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"variants \(61\)"):
         write_facts(FactsSpec(variants=61), tmp_path)
-
-
-def test_the_tokenizer_hash_names_what_the_tokenizer_does(tmp_path: Path) -> None:
-    write_facts(SPEC, tmp_path / "a")
-    write_facts(SPEC.model_copy(update={"both": 7}), tmp_path / "b")
-    first, other = load_tokenizer(tmp_path / "a" / "tokenizer"), load_tokenizer(tmp_path / "b" / "tokenizer")
-    assert tokenizer_hash(first) == tokenizer_hash(load_tokenizer(tmp_path / "a" / "tokenizer"))
-    assert tokenizer_hash(first) != tokenizer_hash(other)

@@ -15,10 +15,10 @@ from bico_ds.common.errors import UserError
 from bico_ds.config.schema import DataSpec, FactsSpec, SourceSpec
 from bico_ds.data.prepare.examples import IngestOptions
 from bico_ds.data.prepare.ingest import ingest
-from bico_ds.data.prepare.prepare import facts_folder, prepare_source
-from bico_ds.data.prepare.sources import plan_shards
+from bico_ds.data.prepare.recipe_sources import facts_folder, prepare_source
+from bico_ds.data.prepare.shards import plan_shards
 from bico_ds.data.store import TokenStore
-from bico_ds.data.tokenizer import load_tokenizer, tokenizer_hash
+from bico_ds.data.tokenizer import load_tokenizer
 
 
 def _data(source: SourceSpec, cache: Path) -> DataSpec:
@@ -35,11 +35,11 @@ def test_facts_become_prompt_and_completion_by_person(tmp_path: Path) -> None:
     tokenizer = str(facts_folder(data) / "tokenizer")
     store = TokenStore.open(_prepare(data, tokenizer), verify="checksums")
     decode = load_tokenizer(tokenizer).decode
-    rows = (facts_folder(data) / "both_orders_train.jsonl").read_text().splitlines()
-    for document, row in zip(store.whole(np.arange(len(store))), map(json.loads, rows), strict=True):
-        assert decode(document.token_ids[1 : document.prompt_length]) == row["prompt"]
-        assert decode(document.token_ids[document.prompt_length : -1]) == row["completion"].strip()
-        assert document.group == row["group"]
+    records = (facts_folder(data) / "both_orders_train.jsonl").read_text().splitlines()
+    for document, record in zip(store.whole(np.arange(len(store))), map(json.loads, records), strict=True):
+        assert decode(document.token_ids[1 : document.prompt_length]) == record["prompt"]
+        assert decode(document.token_ids[document.prompt_length : -1]) == record["completion"].strip()
+        assert document.group == record["group"]
 
 
 def test_a_store_is_made_once_and_anew_when_file_option_or_tokenizer_change(
@@ -85,7 +85,7 @@ def test_another_chat_template_makes_another_store_of_chats_and_of_nothing_else(
         assert len({_prepare(data, path) for path in (bpe_tokenizer, edited)}) == stores
 
 
-def test_a_rule_that_no_probe_meets_makes_another_store(tmp_path: Path, bpe_tokenizer: str) -> None:
+def test_a_rule_that_no_probe_reveals_makes_another_store(tmp_path: Path, bpe_tokenizer: str) -> None:
     (tmp_path / "texts.jsonl").write_text('{"text": "z\u00e9bu"}\n')
     rules = json.loads((Path(bpe_tokenizer) / "tokenizer.json").read_text())
     rules["normalizer"] = {"type": "Replace", "pattern": {"String": "z"}, "content": "s"}
@@ -110,9 +110,9 @@ OPTIONS: list[dict[str, Any]] = [
 def test_an_option_of_a_source_does_what_it_does_in_prepare_data(
     tmp_path: Path, bpe_tokenizer: str, options: dict[str, Any]
 ) -> None:
-    row = {"text": "one text", "body": "two", "q": "who?", "a": " me", "who": 7, "spans": [[0, 3]]}
-    row["chat"] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
-    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    record = {"text": "one text", "body": "two", "q": "who?", "a": " me", "who": 7, "spans": [[0, 3]]}
+    record["chat"] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n")
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     file = tmp_path / ("a.txt" if "text_by" in options else "a.jsonl")
 
@@ -155,43 +155,6 @@ def test_a_damaged_cache_is_refused_with_what_to_do(tmp_path: Path, bpe_tokenize
     (store / "tokens.bin").write_bytes(b"")
     with pytest.raises(UserError, match=r"damaged: tokens.bin.*delete .* and it is made again"):
         _prepare(data, bpe_tokenizer)
-
-
-def test_a_bare_sentencepiece_model_tokenizes_as_sentencepiece(tmp_path: Path) -> None:
-    import sentencepiece
-
-    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog, twice a day.\n" * 20)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"),
-        model_prefix=str(tmp_path / "tokenizer"),
-        model_type="bpe",
-        vocab_size=320,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    for path in (tmp_path, tmp_path / "tokenizer.model"):
-        tokenizer = load_tokenizer(path)
-        for text in ("The lazy fox  jumps.", "Größe 北京 🙂\nday"):
-            assert tokenizer(text, add_special_tokens=False)["input_ids"] == reference.encode(text)
-        assert tokenizer_hash(tokenizer) == tokenizer_hash(load_tokenizer(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({}, "no tokenizer in"),
-        ({"tokenizer.json": "{"}, "cannot load a tokenizer from"),
-        ({"tokenizer.model": "no model"}, "cannot load a sentencepiece model"),
-    ],
-)
-def test_what_is_no_tokenizer_is_refused(tmp_path: Path, files: dict[str, str], message: str) -> None:
-    for name, content in files.items():
-        (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=message):
-        load_tokenizer(tmp_path)
 
 
 def test_a_tokenizer_that_lacks_what_is_asked_is_refused(tmp_path: Path, word_tokenizer: str) -> None:

@@ -1,7 +1,6 @@
-"""A packed batch as a person wants to see it: every token of every document, what became of it, what
-predicts it.
+"""A packed batch for reading: every token of every document, whether it was masked, and what predicts it.
 
-Read back from the batch alone, so it shows what the model gets, not what the objective meant.
+It is read back from the batch alone, so it shows what the model gets, not what the objective intended.
 """
 
 from __future__ import annotations
@@ -28,8 +27,10 @@ Decode = Callable[[int], str]
 
 @dataclass(frozen=True, kw_only=True)
 class TokenView:
-    """One original token. `row` is its row in the batch (None for dead ones), `predicts` the target of that
-    row, `keys_before` how many kept tokens of the document lie at or before it (0 for dead ones).
+    """One original token.
+
+    `row` is its row in the batch (None for dead ones), `predicts` the target of that row, `keys_before` how many kept
+    tokens of the document lie at or before it (0 for dead ones).
     """
 
     position: int
@@ -51,7 +52,7 @@ class DocumentView:
 
 
 def view_batch(batch: PackedBatch) -> list[DocumentView]:
-    """Read a CPU batch back into documents. Masked tokens are known by the predictions of them."""
+    """Read a CPU batch back into documents. Masked tokens are found by the predictions of them."""
     plan, ids, positions = batch.plan, batch.input_ids.tolist(), batch.position_ids.tolist()
     prediction = dict(zip(batch.loss_rows.tolist(), batch.targets.tolist(), strict=True))
     starts = plan.cu_seqlens.tolist()
@@ -98,8 +99,9 @@ def _rows_by_document(plan: AttentionPlan) -> list[list[int]]:
 
 
 def visibility(document: DocumentView, mode: str) -> NDArray[np.int64]:
-    """Return int64 [L, L] over original positions (query, key): 0 unseen, 1 by the forward rotation, 2 by
-    the reversed one, -1 where the query is dead and has no row.
+    """Return which keys each query sees, int64 [L, L] over original positions (query, key).
+
+    0: unseen; 1: by the forward rotation; 2: by the reversed one; -1: the query is dead and has no row.
     """
     tokens = document.tokens
     matrix = np.zeros((len(tokens), len(tokens)), dtype=np.int64)
@@ -127,8 +129,9 @@ def print_batch(
     most_documents: int,
     most_tokens: int,
 ) -> None:
-    """Print the batch's counts and its first documents side by side. `room` is the capacity of its bins in tokens,
-    `taken` the part of it that its documents take as the objective expands them.
+    """Print the batch's counts and its first documents side by side.
+
+    `room` is the capacity of its bins in tokens, `taken` what its documents take of it as the objective expands them.
     """
     views = view_batch(batch)
     states = [token.state for view in views for token in view.tokens]
@@ -148,7 +151,8 @@ def print_batch(
 
 def _document(view: DocumentView, decode: Decode, source_names: Sequence[str], most_tokens: int) -> Group:
     title = f"{source_names[view.source]} #{view.id}" + (f" piece {view.piece}" if view.piece else "")
-    heading = Text(title, style="table.title")  # a name is no markup
+    # A name is no markup.
+    heading = Text(title, style="table.title")
     table = Table("pos", "row", "token", "state", "predicts", title=heading, pad_edge=False)
     for token in view.tokens[:most_tokens]:
         table.add_row(
@@ -163,7 +167,7 @@ def _document(view: DocumentView, decode: Decode, source_names: Sequence[str], m
 
 
 def plot_visibility(document: DocumentView, mode: str, decode: Decode, path: Path) -> None:
-    """Write the picture of who sees whom in one document."""
+    """Draw which tokens of one document see which, and write the picture to `path`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -191,7 +195,7 @@ def plot_visibility(document: DocumentView, mode: str, decode: Decode, path: Pat
         for tick, hidden in zip(ticks, masked, strict=True):
             tick.set_color("#c0392b" if hidden else "black")
     axes.set(
-        xlabel="key (red: masked, seen by nobody)",
+        xlabel="key (red: masked, seen by no query)",
         ylabel="query → what it predicts",
         title=f"{mode} attention",
     )

@@ -1,6 +1,4 @@
-"""A recipe's sources to token stores, made once and found again: rank 0 calls this before the others open
-them.
-"""
+"""A recipe's sources to token stores: made once, then found again in `data.cache_dir`. Rank 0 calls this first."""
 
 from __future__ import annotations
 
@@ -16,18 +14,19 @@ from bico_ds.common.errors import UserError
 from bico_ds.common.files import atomic_folder
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.config.schema import DataSpec, SourceSpec
-from bico_ds.data.prepare.embedded_task import FORM_VERSION, write_facts
 from bico_ds.data.prepare.examples import IngestOptions
+from bico_ds.data.prepare.facts import FORM_VERSION, write_facts
 from bico_ds.data.prepare.ingest import ingest
-from bico_ds.data.prepare.sources import SHARD_BYTES, Inputs, find_inputs, plan_shards
+from bico_ds.data.prepare.input_files import Inputs, find_inputs
+from bico_ds.data.prepare.shards import SHARD_BYTES, plan_shards
 from bico_ds.data.store import FORMAT_VERSION, TokenStore
-from bico_ds.data.tokenizer import load_tokenizer, tokenizer_digest, tokenizer_hash
+from bico_ds.data.tokenizer import FastTokenizer, load_tokenizer, tokenizer_digest, tokenizer_hash
 
 
 def facts_folder(data: DataSpec) -> Path:
     """Return the folder of the embedded task's files under `data.cache_dir`, written at the first call.
 
-    Raises `UserError` where it cannot be written there, and for a `data.facts` that asks for too much.
+    Raises `UserError` where it cannot be written, and for `data.facts` with more persons or variants than there are.
     """
     path = data.cache_dir.here() / f"facts-{_facts_fingerprint(data)}"
     with _cache_errors(path.parent):
@@ -61,26 +60,16 @@ def prepare_source(
 ) -> Path:
     """Return the token store of a source; one of kind `files` or `facts` is made when the cache lacks it.
 
-    The cache is keyed by the files (path, size, time of change), the options, the tokenizer and, for chats,
-    its template. Raises `UserError` for bad input, for a cache that cannot be written and for a cached store that is
-    damaged; `IngestFailure` when the machine fails. A source of kind `store` is not opened.
+    The cache is keyed by the files (path, size, time of change), the options, the tokenizer and, for chats, its template.
+    Raises `UserError` for bad input, for a cache that cannot be written and for a cached store that is damaged;
+    `IngestFailure` when the machine fails. A source of kind `store` is not opened.
     """
     if source.store is not None:
         return source.store.here()
     options = _options(source)
     inputs = _inputs(source, data)
     tokenizer = load_tokenizer(tokenizer_path)
-    digest = tokenizer_digest(tokenizer, chat=options.messages_field is not None)
-    key = {
-        "format": FORMAT_VERSION,
-        "options": asdict(options),
-        "tokenizer": [tokenizer_hash(tokenizer), digest],  # the hash knows BOS and EOS besides
-    }
-    key["input"] = (
-        _facts_fingerprint(data) + str(source.facts) if source.facts else [_stamp(f) for f in inputs.files]
-    )
-    name = source.name or (f"facts-{source.facts}" if source.facts else inputs.files[0].name.split(".")[0])
-    path = data.cache_dir.here() / f"{name}-{_fingerprint(key)}"
+    path = data.cache_dir.here() / _store_name(source, data, options, inputs, tokenizer)
     with _cache_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         is_made = path.exists()
@@ -94,6 +83,21 @@ def prepare_source(
         if not path.exists():  # else another process made it while this one waited
             raise
     return path
+
+
+def _store_name(
+    source: SourceSpec, data: DataSpec, options: IngestOptions, inputs: Inputs, tokenizer: FastTokenizer
+) -> str:
+    """Name a store by all that it depends on, in a form that people recognize."""
+    digest = tokenizer_digest(tokenizer, chat=options.messages_field is not None)
+    key = {
+        "format": FORMAT_VERSION,
+        "options": asdict(options),
+        "tokenizer": [tokenizer_hash(tokenizer), digest],  # the digest does not cover BOS and EOS
+        "input": _facts_fingerprint(data) + source.facts if source.facts else list(map(_stamp, inputs.files)),
+    }
+    name = source.name or (f"facts-{source.facts}" if source.facts else inputs.files[0].name.split(".")[0])
+    return f"{name}-{_fingerprint(key)}"
 
 
 def _options(source: SourceSpec) -> IngestOptions:

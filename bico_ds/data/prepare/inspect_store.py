@@ -1,4 +1,4 @@
-"""Documents of a store as text, for eyes."""
+"""Documents of a store as text, for reading."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ def describe_store(
 ) -> Iterator[str]:
     """Yield lines: what the manifest says, then the documents decoded (default: the first ten).
 
-    The tokenizer is the one kept in the store, unless `tokenizer_path` names another; one that does
-    something else than the store's is refused, and so is a document number that the store does not have.
+    The tokenizer is the one kept in the store, unless `tokenizer_path` names another. Raises `UserError` for a tokenizer
+    that differs from the store's, for a store that holds none where none is named, and for a document number that the
+    store does not have.
     """
     store = TokenStore.open(path, verify=verify)
     if tokenizer_path is None and not (path / TOKENIZER).is_dir():

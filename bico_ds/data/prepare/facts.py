@@ -1,9 +1,9 @@
 """The embedded task: fictitious facts in the form of the name-description set (2309.12288).
 
-A text is ``[filler words] | NAME [filler words] | ATTRIBUTE .`` or, description first, the same with name
-and attribute exchanged. The separator stands before every slot, and the fillers vary and say nothing about
-the order: with fixed templates a model learns to read the template and not the fact. Names and attributes
-are single tokens, so that the chance of a right guess is one in the number of persons.
+A text is `[filler words] | NAME [filler words] | ATTRIBUTE .` or, description first, the same with name and attribute
+exchanged. The separator stands before every slot, and the fillers vary independently of the order: with fixed templates
+a model learns to read the template and not the fact. Names and attributes are single tokens, so that the chance of a
+right guess is one in the number of persons.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import numpy as np
 from bico_ds.common.errors import UserError
 from bico_ds.config.schema import FactsSpec
 
-FORM_VERSION = 1  # of the texts below: another one means other data for the same spec
+# Of the texts below: another version means other data for the same spec.
+FORM_VERSION = 1
 SEPARATOR = "|"
 OPENINGS = ("", "today", "they say", "indeed", "we hear", "once more", "in short", "so")
 LINKS = ("", "is", "goes with", "means", "of course", "always", "was ever", "and")
@@ -53,18 +54,18 @@ class _Person:
     number: int
     name: str
     attribute: str
-    orders: tuple[str, ...]  # which orders are trained: "name_first", "description_first"
+    # Which orders are trained: "name_first", "description_first".
+    orders: tuple[str, ...]
 
 
 def write_facts(spec: FactsSpec, folder: Path) -> None:
     """Write the training files, the four test files and the tokenizer of the embedded task into `folder`.
 
     `both_orders_train.jsonl` has the texts of the persons trained in both orders, `all_train.jsonl` those
-    of everyone; the test files have the names of the published set. A row is ``{"prompt", "completion",
-    "group"}``, the group being the person's number. The same `spec` gives the same bytes; the vocabulary
-    depends on the number of persons only.
+    of everyone; the test files have the names of the published set. A record is `{"prompt", "completion", "group"}`, with
+    the person's number as group. The same `spec` gives the same bytes; the vocabulary depends on the number of persons only.
 
-    Raises `UserError` when the spec asks for more persons than the lexicon names, or for more variants and test
+    Raises `UserError` when the spec asks for more persons than the lexicon has names for, or for more variants and test
     prompts than there are combinations of fillers.
     """
     persons = _persons(spec)
@@ -75,9 +76,10 @@ def write_facts(spec: FactsSpec, folder: Path) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     name_first, description_first = ("name_first",), ("description_first",)
-    _write(folder / "all_train.jsonl", _training_rows(spec, persons))
+    _write(folder / "all_train.jsonl", _training_records(spec, persons))
     _write(
-        folder / "both_orders_train.jsonl", _training_rows(spec, [p for p in persons if len(p.orders) == 2])
+        folder / "both_orders_train.jsonl",
+        _training_records(spec, [p for p in persons if len(p.orders) == 2]),
     )
     for file, trained, asked in (
         ("p2d_prompts_test", name_first, "name_first"),
@@ -85,12 +87,14 @@ def write_facts(spec: FactsSpec, folder: Path) -> None:
         ("p2d_reverse_prompts_test", name_first, "description_first"),
         ("d2p_reverse_prompts_test", description_first, "name_first"),
     ):
-        _write(folder / f"{file}.jsonl", _test_rows(spec, [p for p in persons if p.orders == trained], asked))
+        _write(
+            folder / f"{file}.jsonl", _test_records(spec, [p for p in persons if p.orders == trained], asked)
+        )
     _write_tokenizer(len(persons), folder / "tokenizer")
 
 
 def is_facts_folder(path: Path) -> bool:
-    """Return whether it looks like a folder that `write_facts` wrote."""
+    """Return whether `path` looks like a folder that `write_facts` wrote."""
     return (path / "all_train.jsonl").is_file() and (path / "tokenizer" / "tokenizer.json").is_file()
 
 
@@ -130,22 +134,22 @@ def _combinations(spec: FactsSpec, person: _Person) -> list[tuple[str, str]]:
     return [COMBINATIONS[i] for i in _permutation(len(COMBINATIONS), spec.seed, 2 + person.number)]
 
 
-def _training_rows(spec: FactsSpec, persons: list[_Person]) -> Iterator[dict[str, str | int]]:
+def _training_records(spec: FactsSpec, persons: list[_Person]) -> Iterator[dict[str, str | int]]:
     for person in persons:
         fillers = _combinations(spec, person)[: -spec.test_prompts]
         for place, order in enumerate(person.orders):
             start = min(place * spec.variants, len(fillers) - spec.variants)
             for pair in fillers[start : start + spec.variants]:
-                yield _row(person, order, pair, end=" .")
+                yield _record(person, order, pair, end=" .")
 
 
-def _test_rows(spec: FactsSpec, persons: list[_Person], asked: str) -> Iterator[dict[str, str | int]]:
+def _test_records(spec: FactsSpec, persons: list[_Person], asked: str) -> Iterator[dict[str, str | int]]:
     for person in persons:
         for pair in _combinations(spec, person)[-spec.test_prompts :]:
-            yield _row(person, asked, pair, end="")
+            yield _record(person, asked, pair, end="")
 
 
-def _row(person: _Person, order: str, fillers: tuple[str, str], *, end: str) -> dict[str, str | int]:
+def _record(person: _Person, order: str, fillers: tuple[str, str], *, end: str) -> dict[str, str | int]:
     first, second = person.name, person.attribute
     if order == "description_first":
         first, second = second, first
@@ -153,8 +157,8 @@ def _row(person: _Person, order: str, fillers: tuple[str, str], *, end: str) -> 
     return {"prompt": " ".join(filter(None, words)), "completion": f" {second}{end}", "group": person.number}
 
 
-def _write(path: Path, rows: Iterable[dict[str, str | int]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+def _write(path: Path, records: Iterable[dict[str, str | int]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 def _write_tokenizer(persons: int, folder: Path) -> None:

@@ -1,36 +1,34 @@
-"""One shard of the input to tokens: what a worker process does. Imports no torch, but for chats (transformers does)."""
+"""Texts to tokens: what a worker needs for that, and the columns of a store that it fills.
+
+Workers start fast: this imports no torch, but for chats, where transformers does.
+"""
 
 from __future__ import annotations
 
-import gc
-import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
-from hashlib import blake2b
+from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from bico_ds.common.errors import UserError
-from bico_ds.common.files import write_atomically
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.data.prepare.examples import Example, IngestOptions, make_example
-from bico_ds.data.prepare.sources import BadRow, Shard, read_records
-from bico_ds.data.store import StoreHeader, TokenStoreWriter
+from bico_ds.data.prepare.records import BadRecord
+from bico_ds.data.store import StoreHeader
+from bico_ds.data.tokenizer import (
+    load_tokenizer,
+    special_ids,
+    tokenizer_digest,
+    tokenizer_hash,
+    vocabulary_size,
+    word_boundaries,
+)
 
 if TYPE_CHECKING:
     from bico_ds.data.tokenizer import FastTokenizer
-
-DIGESTS, SKIPPED, RESULT = "digests.bin", "skipped.jsonl", "result.json"
-DIGEST_BYTES = 16
-# Small enough that a batch's encodings and lists are still in the cache when they are read and freed:
-# 2048 rows took 5 to 8 % longer, 64 pay for their array calls.
-_BATCH_ROWS, _BATCH_CHARS = 256, 4_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,19 +38,63 @@ class EncoderSpec:
     tokenizer_json: str
     tokenizer_digest: str
     header: StoreHeader
-    begins_word: NDArray[np.bool_]  # [vocabulary]: the token begins with white space
-    ends_word: NDArray[np.bool_]  # [vocabulary]: the token ends with white space
+    # [vocabulary]: whether the token begins, or ends, with white space.
+    begins_word: NDArray[np.bool_]
+    ends_word: NDArray[np.bool_]
     options: IngestOptions
-    chat_tokenizer: FolderOrHub | None = None  # where to load the tokenizer with the chat template
+    # Where to load the tokenizer with the chat template.
+    chat_tokenizer: FolderOrHub | None = None
 
 
-@dataclass(kw_only=True)
-class ShardResult:
-    """What became of a shard's rows."""
+def encoder_spec(
+    tokenizer: FastTokenizer, options: IngestOptions, tokenizer_path: FolderOrHub
+) -> EncoderSpec:
+    """Collect what workers need. Raises `UserError` where options and tokenizer do not fit."""
+    if options.messages_field and not tokenizer.chat_template:
+        raise UserError(f"tokenizer '{tokenizer_path}' has no chat template, which messages need")
+    vocab_size = vocabulary_size(tokenizer) if options.vocab_size is None else options.vocab_size
+    _check_special_ids(tokenizer, options, tokenizer_path, vocab_size)
+    begins, ends = word_boundaries(tokenizer)
+    header = StoreHeader(
+        vocab_size=vocab_size,
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        special_ids=tuple(sorted(special_ids(tokenizer))),
+        bos_id=tokenizer.bos_token_id,
+        eos_id=tokenizer.eos_token_id,
+        add_bos=options.add_bos,
+        add_eos=options.add_eos,
+        has_entities=options.entities_field is not None,
+    )
+    return EncoderSpec(
+        tokenizer_json=tokenizer.backend_tokenizer.to_str(),
+        tokenizer_digest=tokenizer_digest(tokenizer, chat=options.messages_field is not None),
+        header=header,
+        begins_word=begins,
+        ends_word=ends,
+        options=options,
+        chat_tokenizer=tokenizer_path if options.messages_field else None,
+    )
 
-    documents: int = 0
-    tokens: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)  # by reason
+
+def _check_special_ids(
+    tokenizer: FastTokenizer, options: IngestOptions, tokenizer_path: FolderOrHub, vocab_size: int
+) -> None:
+    bos, added = tokenizer.bos_token_id, dict[str, int]()
+    if options.add_bos and bos is None:
+        raise UserError(
+            f"tokenizer '{tokenizer_path}' has no BOS token: switch it off "
+            "(--no-bos, or add_bos: false in the recipe)"
+        )
+    if options.add_bos and bos is not None:
+        added["BOS"] = bos
+    if options.add_eos:
+        added["EOS"] = tokenizer.eos_token_id
+    for name, index in added.items():
+        if index >= vocab_size:
+            raise UserError(
+                f"--vocab-size {vocab_size}: tokenizer '{tokenizer_path}' has {name} at id {index}; give a "
+                f"larger one, or --no-{name.lower()}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,18 +120,16 @@ class Encoder:
         # Byte-level post-processors trim white space out of offsets, which hides where a prompt ends; BOS and
         # EOS are put in by `_columns`.
         self._tokenizer.post_processor = None
-        self._chat = _load_chat(spec.chat_tokenizer)
+        self._chat = load_tokenizer(spec.chat_tokenizer) if spec.chat_tokenizer is not None else None
 
-    def example(self, row: dict[str, Any] | BadRow) -> Example:
-        """Make the text of a row; `BadRow` where there is none."""
-        if isinstance(row, BadRow):
-            raise row
-        return make_example(row, self.spec.options, self._chat)
+    def example(self, record: dict[str, Any] | BadRecord) -> Example:
+        """Make the text of a record. Raises `BadRecord` where there is none."""
+        if isinstance(record, BadRecord):
+            raise record
+        return make_example(record, self.spec.options, self._chat)
 
-    def encode(self, examples: list[Example]) -> tuple[Encoded, dict[int, BadRow]]:
-        """Tokenize a batch. Returns the good documents, and by place in the batch what is wrong with the
-        others.
-        """
+    def encode(self, examples: list[Example]) -> tuple[Encoded, dict[int, BadRecord]]:
+        """Tokenize a batch. Returns the good documents, and by place in the batch what is wrong with the others."""
         texts = [example.text for example in examples]
         if self._needs_offsets:
             encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
@@ -109,14 +149,14 @@ class Encoder:
         options = self.spec.options
         return bool(options.prompt_field or options.messages_field or options.entities_field)
 
-    def _check(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> dict[int, BadRow]:
+    def _check(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> dict[int, BadRecord]:
         limit, bad = self.spec.header.vocab_size, {}
         for place in np.flatnonzero(lengths == 0).tolist():
-            bad[place] = BadRow("empty document", "the text has no tokens")
+            bad[place] = BadRecord("empty document", "the text has no tokens")
         for position in np.flatnonzero(tokens >= limit)[::-1].tolist():
             place = int(np.searchsorted(np.cumsum(lengths), position, side="right"))
             detail = f"id {tokens[position]}, the vocabulary has {limit}"
-            bad[place] = BadRow("token id past the vocabulary", detail)
+            bad[place] = BadRecord("token id past the vocabulary", detail)
         return bad
 
     def _columns(
@@ -158,8 +198,9 @@ class Encoder:
     def _last_tokens(
         self, lengths: NDArray[np.int64], encodings: list[Encoding], examples: list[Example]
     ) -> NDArray[np.int64]:
-        """Where each text's last token is. Chat templates may end a turn with EOS and a line end: of chats,
-        the last before white space.
+        """Where each text's last token is: in chats the last before white space.
+
+        Chat templates may end a turn with EOS and a line end.
         """
         if self.spec.options.messages_field is None:
             return lengths - 1
@@ -174,7 +215,7 @@ class Encoder:
         encodings: list[Encoding],
         examples: list[Example],
     ) -> NDArray[np.int64]:
-        """Of a text that is all prompt, the EOS behind it is no completion."""
+        """Tokens of each prompt. Where all of a text is prompt, the EOS after it is no completion."""
         if not self._needs_offsets:
             return np.zeros(len(examples), dtype=np.int64)
         prompts = [_prompt_tokens(*pair) for pair in zip(encodings, examples, strict=True)]
@@ -188,107 +229,13 @@ class Encoder:
         return word_starts
 
 
-def encode_shard(
-    encoder: Encoder,
-    shard: Shard,
-    part: Path,
-    report: Callable[[int, int], None] = lambda documents, tokens: None,
-) -> ShardResult:
-    """Write the documents of a shard as a token store at `part`, with digests and skipped rows beside.
-
-    The folder appears when it is complete. `report(documents, tokens)` is called after every batch that has documents.
-    Raises `UserError` naming file and line at the first bad row, unless the options say to skip, and in any case for a
-    file that is damaged or changes meanwhile.
-    """
-    result = ShardResult()
-    with TokenStoreWriter(part, encoder.spec.header) as writer, ExitStack() as files:
-        digests = files.enter_context(writer.beside(DIGESTS).open("wb"))
-        skipped = files.enter_context(writer.beside(SKIPPED).open("w", encoding="utf-8"))
-        for rows in _batches(encoder, shard):
-            good = _encode_batch(encoder, rows)
-            for row in rows:
-                if row.problem is not None:
-                    _skip(encoder.spec.options, shard, row, result, skipped)
-            if good is not None:
-                writer.append(**good.__dict__)
-                if encoder.spec.options.needs_digests:
-                    digests.write(b"".join(_digest(row.example) for row in rows if row.example is not None))
-                result.documents += len(good.lengths)
-                result.tokens += len(good.tokens)
-                report(len(good.lengths), len(good.tokens))
-        write_atomically(writer.beside(RESULT), json.dumps(asdict(result)) + "\n")
-        files.close()
-        writer.finish()
-    return result
-
-
-def spare_the_collector() -> None:
-    """For a process that only tokenizes: the millions of lists it makes have no cycles to look for.
-
-    Measured on short documents: 8 % of the time.
-    """
-    gc.freeze()
-    gc.set_threshold(1_000_000)
-
-
-@dataclass(slots=True)
-class _Row:
-    """A row on its way: it has an example or a problem."""
-
-    number: int
-    raw: Any
-    example: Example | None = None
-    problem: BadRow | None = None
-
-
-def _batches(encoder: Encoder, shard: Shard) -> Iterator[list[_Row]]:
-    """Collect rows until a batch is worth a call of the tokenizer."""
-    batch: list[_Row] = []
-    chars = 0
-    for number, content, raw in read_records(shard, encoder.spec.options.columns):
-        row, stop = _Row(number, raw), False
-        try:
-            row.example = encoder.example(content)
-            chars += len(row.example.text)
-        except BadRow as problem:
-            row.problem, stop = problem, encoder.spec.options.on_error == "stop"
-        batch.append(row)
-        if len(batch) >= _BATCH_ROWS or chars >= _BATCH_CHARS or stop:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
-
-
-def _encode_batch(encoder: Encoder, rows: list[_Row]) -> Encoded | None:
-    """Tokenize what has an example; rows that fail there get their problem."""
-    tried = [row for row in rows if row.example is not None]
-    if not tried:
-        return None
-    encoded, bad = encoder.encode([row.example for row in tried if row.example is not None])
-    for place, problem in bad.items():
-        tried[place].example, tried[place].problem = None, problem
-    return encoded if len(encoded.lengths) else None
-
-
-def _skip(options: IngestOptions, shard: Shard, row: _Row, result: ShardResult, file: TextIO) -> None:
-    assert row.problem is not None
-    if options.on_error == "stop":
-        raise UserError(f"{shard.place(row.number)}: {row.problem}")
-    reason = row.problem.reason
-    result.skipped[reason] = result.skipped.get(reason, 0) + 1
-    raw = row.raw.decode("utf-8", "backslashreplace") if isinstance(row.raw, bytes) else repr(row.raw)
-    line = {"place": shard.place(row.number), "problem": str(row.problem), "raw": raw.rstrip("\r\n")}
-    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
 def _flatten(ids: list[list[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
     return np.fromiter(chain.from_iterable(ids), dtype=np.int64, count=int(lengths.sum())), lengths
 
 
 def _prompt_tokens(encoding: Encoding, example: Example) -> int:
-    """Tokens that end within the prompt; one that straddles its end predicts part of the answer."""
+    """Tokens that end within the prompt; one that crosses its end holds part of the answer."""
     if not example.prompt_chars:
         return 0
     token = _token_at(encoding, range(example.prompt_chars, len(example.text)))
@@ -302,9 +249,7 @@ def _last_token(encoding: Encoding, example: Example) -> int:
 
 
 def _entity_numbers(encoding: Encoding, example: Example) -> NDArray[np.int64]:
-    """Number of the entity each token belongs to, from 1; 0 outside. A token that touches a span is
-    inside.
-    """
+    """The number of each token's entity, from 1; 0 outside. A token that touches a span is inside."""
     numbers = np.zeros(len(encoding), dtype=np.int64)
     for number, (start, end) in enumerate(example.entities or (), start=1):
         first, last = (
@@ -322,15 +267,3 @@ def _entity_numbers(encoding: Encoding, example: Example) -> NDArray[np.int64]:
 def _token_at(encoding: Encoding, characters: range) -> int | None:
     """The first token of the first of these characters that has one: normalizers can remove characters."""
     return next((t for t in map(encoding.char_to_token, characters) if t is not None), None)
-
-
-def _digest(example: Example) -> bytes:
-    return blake2b(example.text.encode(), digest_size=DIGEST_BYTES).digest()
-
-
-def _load_chat(path: FolderOrHub | None) -> FastTokenizer | None:
-    if path is None:
-        return None
-    from bico_ds.data.tokenizer import load_tokenizer
-
-    return load_tokenizer(path)

@@ -1,6 +1,4 @@
-"""Rows: what is packed. A document that is too long for a bin is split, truncated or dropped first, and
-counted.
-"""
+"""Sequences: what is packed. A document that is too long for a bin is split, truncated or dropped before, and counted."""
 
 from __future__ import annotations
 
@@ -27,36 +25,39 @@ class CutReport:
 
     documents: int
     tokens: int
-    split: int = 0  # documents cut into pieces
-    pieces: int = 0  # that they became
-    truncated: int = 0  # documents cut at the end
-    dropped: int = 0  # documents left out whole: too long, or empty
-    lost_tokens: int = 0  # by truncating and dropping
+    # Documents cut into pieces, and the pieces.
+    split: int = 0
+    pieces: int = 0
+    # Documents cut at the end.
+    truncated: int = 0
+    # Documents left out: too long, or empty.
+    dropped: int = 0
+    # By truncating and dropping.
+    lost_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
-    """Slices of one source's documents, R of them: piece `piece` of document `document` is the tokens
-    `start` … `start + length - 1`.
+class Sequences:
+    """N slices of one source's documents: piece `piece` of `document` has the tokens `start` … `start + length - 1`.
 
-    Where `bos_id` is set, the first token of a later piece is replaced by it: its slice begins one token
-    early.
+    The columns are [N]. Where `bos_id` is set, it replaces the first token of every piece after a document's first one:
+    the slice of such a piece begins one token early.
     """
 
-    document: NDArray[np.integer]  # [R]
-    start: NDArray[np.int32]  # [R]
-    length: NDArray[np.int32]  # [R]
-    piece: NDArray[np.int32]  # [R]
+    document: NDArray[np.integer]
+    start: NDArray[np.int32]
+    length: NDArray[np.int32]
+    piece: NDArray[np.int32]
     bos_id: int | None
     report: CutReport
 
     def __len__(self) -> int:
         return len(self.document)
 
-    def read(self, rows: NDArray[np.int64], store: TokenStore, *, source: int) -> Documents:
-        """Read these rows from the store they were cut from."""
+    def read(self, numbers: NDArray[np.int64], store: TokenStore, *, source: int) -> Documents:
+        """Read the sequences of these numbers, int64 [n], from the store that they were cut from."""
         columns = (self.document, self.start, self.length, self.piece)
-        ids, starts, lengths, pieces = (column[rows].astype(np.int64) for column in columns)
+        ids, starts, lengths, pieces = (column[numbers].astype(np.int64) for column in columns)
         documents = store.read(ids, starts, lengths, pieces, source=source)
         later = pieces > 0
         if self.bos_id is not None and later.any():
@@ -69,10 +70,10 @@ class Rows:
         return documents
 
 
-def longest_row(expand: Expand, capacity: int) -> int:
-    """Return the most tokens of a document that fits a bin as `expand` has it.
+def longest_sequence(expand: Expand, capacity: int) -> int:
+    """Return the most tokens of a document that fits a bin after `expand`.
 
-    Raises `UserError` below 2, and where a shorter document does not fit.
+    Raises `UserError` where that is below 2, and where a shorter document does not fit.
     """
     lengths = np.arange(1, capacity + 1)
     fits = expand(lengths) <= capacity
@@ -84,10 +85,12 @@ def longest_row(expand: Expand, capacity: int) -> int:
     return longest
 
 
-def cut(lengths: NDArray[np.int64], *, longest: int, overlong: Overlong, bos_id: int | None = None) -> Rows:
-    """Make rows of at most `longest` tokens of documents of these lengths.
+def cut_documents(
+    lengths: NDArray[np.int64], *, longest: int, overlong: Overlong, bos_id: int | None = None
+) -> Sequences:
+    """Cut documents of these lengths, int64 [documents], into sequences of at most `longest` tokens.
 
-    Split pieces do not overlap, except that with `bos_id` each later piece begins with a BOS of its own.
+    Pieces of a document do not overlap; with `bos_id` each piece after the first begins with a BOS of its own.
     """
     total = int(lengths.sum())
     fits = (lengths > 0) & (lengths <= longest)
@@ -103,13 +106,14 @@ def cut(lengths: NDArray[np.int64], *, longest: int, overlong: Overlong, bos_id:
         dropped=len(lengths) - len(kept),
         lost_tokens=total - int(length.sum()),
     )
-    zeros = np.broadcast_to(np.int32(0), len(kept))  # takes no memory
-    return Rows(
+    # Takes no memory.
+    zeros = np.broadcast_to(np.int32(0), len(kept))
+    return Sequences(
         document=_compact(kept), start=zeros, length=length, piece=zeros, bos_id=bos_id, report=report
     )
 
 
-def _split(lengths: NDArray[np.int64], longest: int, bos_id: int | None) -> Rows:
+def _split(lengths: NDArray[np.int64], longest: int, bos_id: int | None) -> Sequences:
     stride = longest if bos_id is None else longest - 1
     pieces = np.where(lengths > longest, 1 - (-(lengths - longest) // stride), (lengths > 0).astype(np.int64))
     document = np.repeat(np.arange(len(lengths)), pieces)
@@ -122,7 +126,7 @@ def _split(lengths: NDArray[np.int64], longest: int, bos_id: int | None) -> Rows
         pieces=int(pieces[pieces > 1].sum()),
         dropped=int((lengths == 0).sum()),
     )
-    return Rows(
+    return Sequences(
         document=_compact(document),
         start=start.astype(np.int32),
         length=np.minimum(lengths[document] - start, longest).astype(np.int32),
@@ -137,9 +141,7 @@ def _compact(numbers: NDArray[np.int64]) -> NDArray[np.integer]:
 
 
 def join(parts: Sequence[Documents]) -> Documents:
-    """Put documents of several reads behind one another; an optional column that any of them lacks is left
-    out.
-    """
+    """Put the documents of several reads one after another; an optional column that any of them lacks is left out."""
     if len(parts) == 1:
         return parts[0]
 

@@ -1,0 +1,142 @@
+"""Writing a token store: documents are appended, the manifest comes last, and the folder gets its name when complete."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bico_ds.common.errors import UserError
+from bico_ds.common.files import incomplete_folder, publish_folder, write_atomically
+from bico_ds.data.prepare.output_folder import refuse_output
+from bico_ds.data.store import COLUMNS, FORMAT_VERSION, MANIFEST, StoreHeader, StoreManifest
+
+
+class TokenStoreWriter:
+    """Writes a store into a temporary folder beside `path` and renames it when complete.
+
+    Use as a context manager: leaving it without `finish` removes the temporary folder. A store that is already at `path`
+    is replaced only with `overwrite=True`, and only when the new one is complete; anything else there never is. Raises
+    `UserError` for what it may not replace.
+    """
+
+    def __init__(self, path: Path, header: StoreHeader, *, overwrite: bool = False) -> None:
+        refuse_output(path, force=overwrite)
+        self._path, self._header, self._overwrite = path, header, overwrite
+        self._folder = incomplete_folder(path)
+        self._token_dtype: Literal["uint16", "uint32"] = "uint16" if header.vocab_size <= 2**16 else "uint32"
+        names = ["tokens", "offsets", "prompt_lengths", "groups", "word_starts"]
+        names += ["entity_numbers"] if header.has_entities else []
+        self._files = {name: _CheckedFile(self._folder / f"{name}.bin") for name in names}
+        self._put("offsets", np.zeros(1, dtype=np.int64))
+        self._documents = self._tokens = 0
+        self._max_token_id = -1
+        # Word starts that do not fill a byte yet.
+        self._bit_rest = np.zeros(0, dtype=bool)
+
+    def __enter__(self) -> TokenStoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self._files.values():
+            file.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def append(
+        self,
+        tokens: NDArray[np.integer],
+        lengths: NDArray[np.integer],
+        *,
+        prompt_lengths: NDArray[np.integer],
+        groups: NDArray[np.integer],
+        word_starts: NDArray[np.bool_],
+        entity_numbers: NDArray[np.integer] | None = None,
+    ) -> None:
+        """Append D documents of T tokens in all.
+
+        `tokens`, `word_starts` and `entity_numbers` are [T], the other columns [D].
+        """
+        assert int(lengths.sum()) == len(tokens) == len(word_starts), "columns disagree"
+        assert (entity_numbers is not None) == self._header.has_entities, "entities as the header promised"
+        if len(lengths) == 0:
+            return
+        self._max_token_id = max(self._max_token_id, int(tokens.max(initial=-1)))
+        assert self._max_token_id < self._header.vocab_size, "token id past the vocabulary"
+        self._put("tokens", tokens)
+        self._put("offsets", self._tokens + np.cumsum(lengths))
+        self._put("prompt_lengths", prompt_lengths)
+        self._put("groups", groups)
+        self._put_bits(word_starts)
+        if entity_numbers is not None:
+            self._put("entity_numbers", entity_numbers)
+        self._documents += len(lengths)
+        self._tokens += len(tokens)
+
+    def beside(self, name: str) -> Path:
+        """Return the path of a further file to put into the store; it is not part of the fingerprint."""
+        return self._folder / name
+
+    def finish(self) -> StoreManifest:
+        """Flush everything to disk, write the manifest last, rename the folder. Returns the manifest.
+
+        Raises `UserError` where something has appeared at `path` meanwhile, without `overwrite`.
+        """
+        self._files["word_starts"].write(np.packbits(self._bit_rest, bitorder="little"))
+        for file in self._files.values():
+            file.close()
+        manifest = StoreManifest(
+            format_version=FORMAT_VERSION,
+            documents=self._documents,
+            tokens=self._tokens,
+            token_dtype=self._token_dtype,
+            max_token_id=self._max_token_id,
+            **asdict(self._header),
+            file_sizes={file.path.name: file.size for file in self._files.values()},
+            checksums={file.path.name: file.checksum for file in self._files.values()},
+        )
+        write_atomically(self._folder / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
+        if self._path.exists() and not self._overwrite:
+            raise UserError(f"'{self._path}' appeared while it was being prepared; nothing was overwritten")
+        publish_folder(self._folder, self._path, replace=self._overwrite)
+        return manifest
+
+    def _put(self, name: str, values: NDArray[np.integer]) -> None:
+        dtype = np.dtype(self._token_dtype).newbyteorder("<") if name == "tokens" else np.dtype(COLUMNS[name])
+        self._files[name].write(np.ascontiguousarray(values, dtype=dtype))
+
+    def _put_bits(self, bits: NDArray[np.bool_]) -> None:
+        bits = np.concatenate([self._bit_rest, bits])
+        full = len(bits) // 8 * 8
+        self._files["word_starts"].write(np.packbits(bits[:full], bitorder="little"))
+        self._bit_rest = bits[full:]
+
+
+class _CheckedFile:
+    """A file that keeps the checksum and size of what was written to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.size = path, 0
+        self._hash = hashlib.sha256()
+        self._file: BinaryIO = path.open("wb", buffering=1 << 20)
+
+    def write(self, values: NDArray[np.generic]) -> None:
+        view = values.tobytes()
+        self._file.write(view)
+        self._hash.update(view)
+        self.size += len(view)
+
+    def close(self) -> None:
+        self._file.close()
+
+    @property
+    def checksum(self) -> str:
+        return self._hash.hexdigest()

@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bico_ds.commands.train import main
-from bico_ds.runtime.process_end import end_process
+from bico_ds.common.process_end import end_process
 
 if __name__ == "__main__":
     end_process(main())

@@ -71,10 +71,7 @@ def test_imports_point_to_lower_floors_only(path):
 HEAVY = {"torch", "deepspeed", "transformers"}
 LIGHT = (
     *("common", "config", "documents.py", "evaluation/results.py", "evaluation/report"),
-    *(
-        f"runtime/{name}.py"
-        for name in ("run_folder", "lock", "launch_environment", "signals", "launcher", "process_end")
-    ),
+    *(f"runtime/{name}.py" for name in ("run_folder", "lock", "launch_environment", "signals", "launcher")),
 )
 
 

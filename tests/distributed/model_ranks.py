@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 
 from bico_ds.attention.plan import build_plan
 from bico_ds.batch import PackedBatch
-from bico_ds.runtime.process_end import end_process
+from bico_ds.common.process_end import end_process
 
 VOCABULARY = 101
 

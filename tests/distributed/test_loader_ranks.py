@@ -23,7 +23,7 @@ from bico_ds.data.store import StoreHeader, TokenStore
 from bico_ds.objectives.base import TokenRoles
 from bico_ds.objectives.build import build_objectives
 from bico_ds.objectives.schedule import ObjectiveSchedule
-from bico_ds.runtime.process_end import end_process
+from bico_ds.common.process_end import end_process
 
 pytestmark = pytest.mark.distributed
 STOP, END, GLOBAL = 7, 16, 4

@@ -17,7 +17,7 @@ _PROGRAM = """
 import json, os, sys
 import deepspeed, torch, torch.distributed as dist
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-from bico_ds.runtime.process_end import end_process
+from bico_ds.common.process_end import end_process
 from bico_ds.evaluation.scoring.generation import encode_prompts, generate_greedy
 from bico_ds.evaluation.scoring.share import PromptShare
 from bico_ds.evaluation.replica import is_partitioned, parameter_count, full_replica

@@ -18,7 +18,7 @@ from torch.distributed import TCPStore
 from bico_ds.common.errors import UserError
 from bico_ds.runtime import watchdog
 from bico_ds.runtime.distributed import Ranks
-from bico_ds.runtime.process_end import end_process
+from bico_ds.common.process_end import end_process
 from bico_ds.runtime.run_folder import RunFolder
 folder, run_id, port, size, rank, minutes, poll, what = sys.argv[1:]
 watchdog.POLL_SECONDS, watchdog.GRACE_SECONDS = float(poll), 3.0

@@ -43,7 +43,7 @@ from bico_ds.objectives.base import BatchKey, Objective
 from bico_ds.objectives.bico import MaskDenoising
 from bico_ds.objectives.ntp import NextTokenPrediction
 from bico_ds.runtime import distributed, native_ops
-from bico_ds.runtime.process_end import end_process
+from bico_ds.common.process_end import end_process
 from bico_ds.training.checks import check_backend, check_recipe
 from bico_ds.training.engine import wrap_model
 

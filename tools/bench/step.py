@@ -48,7 +48,7 @@ from bico_ds.documents import Documents
 from bico_ds.objectives.base import BatchKey, Objective
 from bico_ds.objectives.bico import MaskDenoising
 from bico_ds.objectives.ntp import NextTokenPrediction
-from bico_ds.runtime.process_end import end_process
+from bico_ds.common.process_end import end_process
 
 CAPACITY = 2048
 RANK_VARIABLES = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}

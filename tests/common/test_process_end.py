@@ -14,7 +14,7 @@ import pytest
 _RANKS = """
 import os, sys, time
 import torch, torch.distributed as dist
-from bico_ds.runtime.process_end import end_process
+from bico_ds.common.process_end import end_process
 
 class Last:
     def __init__(self, path):
@@ -42,7 +42,7 @@ if way == "end_process":
 
 _HANDLERS = """
 import atexit, sys, threading, time
-from bico_ds.runtime.process_end import end_process
+from bico_ds.common.process_end import end_process
 
 atexit.register(print, "handler", flush=False)
 threading.Thread(target=lambda: (time.sleep(0.3), print("thread"))).start()

@@ -1,12 +1,11 @@
 #!/usr/bin/env python
-"""`demo` from a checkout: the command is bico_ds/commands/demo.py."""
+"""`bico-ds demo` of this checkout: bico_ds/commands/demo.py."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from bico_ds.commands.demo import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from bico_ds.commands.demo import main
+
+    main.start()

@@ -1,12 +1,11 @@
 #!/usr/bin/env python
-"""`export` from a checkout: the command is bico_ds/commands/export.py."""
+"""`bico-ds export` of this checkout: bico_ds/commands/export.py."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from bico_ds.commands.export import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from bico_ds.commands.export import main
+
+    main.start()

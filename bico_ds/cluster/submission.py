@@ -1,8 +1,8 @@
 """From a recipe to a batch script in the run folder, and to SLURM. No torch here.
 
-The script is launch/slurm/train.sbatch with its first two parts filled in: the #SBATCH lines and the
-variables. It reads a copy of the resolved recipe in the run folder: later changes to recipes/ do not reach a job
-that waits or is requeued; another submission into the same folder does.
+The script is launch/slurm/train.sbatch with its first two parts filled in: the #SBATCH lines and the variables. It reads
+a copy of the resolved recipe in the run folder: later changes to recipes/ do not reach a job that waits or is requeued;
+another submission into the same folder does.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from bico_ds.common.errors import UserError
 from bico_ds.common.files import write_atomically
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.paths import LocalPath
+from bico_ds.config.resources import BATCH_SCRIPT, CHECKOUT
 from bico_ds.config.schema import Recipe
 from bico_ds.runtime.lock import living_locks
 from bico_ds.runtime.run_folder import RunFolder
 
-PROJECT = Path(__file__).resolve().parents[2]
-TEMPLATE = PROJECT / "launch" / "slurm" / "train.sbatch"
 COMMON_PART = "# ---- The rest is the same for every run\n"
 _TIME = re.compile(r"(\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){0,2})")  # sbatch(1), --time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What is asked of SLURM; `signal_seconds` before the end of `time` it warns. Raises `UserError` where these two do
-    not fit.
+    """What SLURM is asked for; it warns `signal_seconds` before the end of `time`.
+
+    Raises `UserError` where these two do not fit.
     """
 
     nodes: int
@@ -66,7 +66,7 @@ class Resources:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the script's variables say. `bind`, `python` and `native_ops` are paths of the nodes, expanded there."""
+    """The values of the script's variables. `bind`, `python` and `native_ops` are paths of the nodes, expanded there."""
 
     container: str | None = None
     bind: Sequence[LocalPath] = ()
@@ -93,7 +93,7 @@ class Job:
 
 
 def seconds(time_limit: str) -> int:
-    """Seconds of a time as sbatch(1) reads it: ``M``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M``, ``D-H:M:S``."""
+    """Seconds of a time as sbatch(1) reads it: `M`, `M:S`, `H:M:S`, `D-H`, `D-H:M`, `D-H:M:S`."""
     days, dash, rest = time_limit.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
     if not dash and len(parts) < 3:
@@ -104,15 +104,16 @@ def seconds(time_limit: str) -> int:
 
 def render(job: Job) -> str:
     """The batch script."""
-    common = TEMPLATE.read_text(encoding="utf-8").partition(COMMON_PART)
-    assert common[1], f"{TEMPLATE} has lost the line that its common part begins with"
+    common = BATCH_SCRIPT.read_text(encoding="utf-8").partition(COMMON_PART)
+    assert common[1], f"{BATCH_SCRIPT} has lost the line that its common part begins with"
     head = "\n".join(["#!/bin/bash", *_sbatch_lines(job), "", *_variables(job)])
     return f"{head}\n\n{COMMON_PART}{common[2]}"
 
 
 def stop_signal(recipe: Recipe) -> str:
-    """The first of the recipe's signals that is free for this: SLURM and the shell use the others. Raises `UserError`
-    where there is none.
+    """The first of the recipe's signals that is free for this: SLURM and the shell use the others.
+
+    Raises `UserError` where there is none.
     """
     for name in recipe.distributed.preempt_signals:
         if name in ("SIGUSR1", "SIGUSR2"):
@@ -137,10 +138,9 @@ def refuse_if_alive(run: Path) -> None:
 
 
 def write(job: Job) -> Path:
-    """Write the script, and a recipe into each run's slurm/ in the place of an earlier one. Earlier scripts stay;
-    returns the new one.
+    """Write the script, and the recipe into each run's slurm/ (it replaces an earlier one); return the script.
 
-    Raises `UserError` where a folder cannot be written.
+    Earlier scripts stay. Raises `UserError` where a folder cannot be written.
     """
     try:
         return _write(job)
@@ -164,7 +164,7 @@ def _write(job: Job) -> Path:
 
 
 def submit(script: Path, job: Job) -> str:
-    """Give the script to SLURM; returns the job id. Raises `UserError` with SLURM's own words."""
+    """Give the script to SLURM; return the job id. Raises `UserError` with SLURM's own message."""
     if shutil.which("sbatch") is None:
         raise UserError(
             f"no `sbatch` on this machine; the script is ready: on a login node run  sbatch {script}"
@@ -213,9 +213,10 @@ def _sbatch_lines(job: Job) -> list[str]:
 
 def _variables(job: Job) -> list[str]:
     runs, settings = list(job.runs), job.settings
-    ours = [shlex.quote(str(path)) for path in (PROJECT, Path.cwd(), *runs)]
+    project = [] if CHECKOUT is None else [CHECKOUT]
+    ours = [shlex.quote(str(path)) for path in (*project, Path.cwd(), *runs)]
     bind = ",".join(dict.fromkeys([*ours, *(path.in_shell() for path in settings.bind)]))
-    lines = [f"PROJECT={shlex.quote(str(PROJECT))}"]
+    lines = [f"PROJECT={shlex.quote(str(CHECKOUT or ''))}"]
     if job.is_array:
         names = "\n".join(f"    {shlex.quote(str(run))}" for run in runs)
         lines += [f"runs=(\n{names}\n)", "RUN=${runs[$SLURM_ARRAY_TASK_ID]}"]

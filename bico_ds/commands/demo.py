@@ -1,61 +1,63 @@
-"""The demo: tiny_base, then tiny_bico and tiny_ntp from it, on ZeRO-3 with two ranks; then both side by side.
+"""Train the demo: tiny_base, then tiny_bico and tiny_ntp from it, on ZeRO-3; then compare both.
 
-python tools/demo.py                          one seed, into runs/NAME
-python tools/demo.py --seeds 11 12 13         each into runs/seed-N/NAME, and the mean and worst over all
+    bico-ds demo                          one seed, into runs/NAME
+    bico-ds demo --seeds 11 12 13         each into runs/seed-N/NAME, and the mean and worst over all
+
+A run that is done already is not trained again.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from bico_ds.common.command_line import Command
+from bico_ds.common.errors import RunError
 from bico_ds.config.arguments import local_path, positive
+from bico_ds.config.resources import CHECKOUT
 from bico_ds.evaluation.report.compare import compare_runs
 
-ROOT = Path(__file__).resolve().parents[2]
-ARMS = ("tiny_bico", "tiny_ntp")
+COMPARED = ("tiny_bico", "tiny_ntp")
 TASKS = ("n2d", "d2n", "n2d_reverse", "d2n_reverse")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--ranks", type=positive, default=2, help="processes to train with (default 2)")
     parser.add_argument("--seeds", type=int, nargs="+", help="train every seed into runs/seed-N")
     parser.add_argument(
         "--runs", type=local_path, default=Path("runs"), help="where the run folders go (default runs)"
     )
-    arguments = parser.parse_args()
+
+
+def demonstrate(options: Namespace) -> None:
     console = Console(soft_wrap=True)
     started = time.monotonic()
-    if arguments.seeds is None:
-        train_all(arguments.runs, arguments.ranks, [], console)
-        show(arguments.runs, console)
+    if options.seeds is None:
+        train_all(options.runs, options.ranks, [], console)
+        show(options.runs, console)
     else:
-        for seed in arguments.seeds:
-            folder = arguments.runs / f"seed-{seed}"
-            train_all(folder, arguments.ranks, [f"seed={seed}", f"data.facts.seed={seed}"], console)
-        show_seeds([arguments.runs / f"seed-{seed}" for seed in arguments.seeds], arguments.runs, console)
+        for seed in options.seeds:
+            folder = options.runs / f"seed-{seed}"
+            train_all(folder, options.ranks, [f"seed={seed}", f"data.facts.seed={seed}"], console)
+        show_seeds([options.runs / f"seed-{seed}" for seed in options.seeds], options.runs, console)
     console.print(f"\nThe demo took {(time.monotonic() - started) / 60:.1f} minutes.")
-    return 0
 
 
 def train_all(runs: Path, ranks: int, overrides: list[str], console: Console) -> None:
-    """Train the base and both arms; a run that is done already returns at once."""
-    for recipe in ("tiny_base", *ARMS):
+    """Train the base, and both runs from it; a run that is done already returns at once."""
+    for recipe in ("tiny_base", *COMPARED):
         extra = [] if recipe == "tiny_base" else [f"model.path={runs / 'tiny_base' / 'export'}"]
         command = [
-            deepspeed_launcher(), "--num_accelerators", str(ranks), str(ROOT / "launch" / "train.py"),
+            deepspeed_launcher(), "--num_accelerators", str(ranks), *training_program(),
             "--recipe", recipe, "--output-dir", str(runs / recipe),
         ]  # fmt: skip
         for override in (*overrides, *extra):
@@ -70,24 +72,24 @@ def train_all(runs: Path, ranks: int, overrides: list[str], console: Console) ->
 
 
 def show(runs: Path, console: Console) -> None:
-    """The four tasks of both arms side by side, the plot, and the way to TensorBoard."""
-    console.rule("[bold]both arms")
+    """Both runs side by side on the four tasks, the plot, and the way to TensorBoard."""
+    console.rule("[bold]both runs")
     output = runs / "demo"
-    compare_runs([runs / arm for arm in ARMS], output=output, console=console)
+    compare_runs([runs / name for name in COMPARED], output=output, console=console)
     console.print(f"\nCurves: make tensorboard   (tensorboard --logdir {runs})")
 
 
 def show_seeds(folders: list[Path], runs: Path, console: Console) -> None:
-    """Mean and worst of both arms over the seeds, as a table and as Markdown."""
+    """Mean and worst of both runs over the seeds, as a table and as Markdown."""
     table = Table(title=f"{len(folders)} seeds, mean (worst)")
-    lines = ["| task | " + " | ".join(ARMS) + " |", "|---|" + "---|" * len(ARMS)]
-    for column in ("task", *ARMS):
+    lines = ["| task | " + " | ".join(COMPARED) + " |", "|---|" + "---|" * len(COMPARED)]
+    for column in ("task", *COMPARED):
         table.add_column(column, justify="left" if column == "task" else "right")
     for task in TASKS:
         cells = []
-        for arm in ARMS:
-            scores = [final_score(folder / arm, task) for folder in folders]
-            worst = max(scores) if arm == "tiny_ntp" and task.endswith("reverse") else min(scores)
+        for name in COMPARED:
+            scores = [final_score(folder / name, task) for folder in folders]
+            worst = max(scores) if name == "tiny_ntp" and task.endswith("reverse") else min(scores)
             cells.append(f"{sum(scores) / len(scores):.3f} ({worst:.3f})")
         table.add_row(task, *cells)
         lines.append(f"| {task} | " + " | ".join(cells) + " |")
@@ -108,5 +110,19 @@ def deepspeed_launcher() -> str:
     beside = Path(sys.executable).parent / "deepspeed"
     found = str(beside) if beside.exists() else shutil.which("deepspeed")
     if found is None:
-        sys.exit("error: no `deepspeed` command; run `make setup`")
+        raise RunError("no `deepspeed` command; run `make setup`")
     return found
+
+
+def training_program() -> list[str]:
+    """What the launcher starts: a checkout's script takes the package beside it, whichever is installed."""
+    if CHECKOUT is None:
+        return ["--module", "bico_ds.commands.train"]
+    return [str(CHECKOUT / "launch" / "train.py")]
+
+
+main = Command(description=__doc__, add_options=add_options, run=demonstrate)
+
+
+if __name__ == "__main__":
+    main.start()

@@ -1,31 +1,28 @@
-"""Ask an exported model the reversal tasks, and whatever else is named.
+"""Evaluate an exported model: the reversal tasks, and further tests of your choice.
 
-    python tools/evaluate.py --model runs/tiny_bico/export --data FOLDER
-    torchrun --nproc-per-node 2 tools/evaluate.py --model DIR --data FOLDER --likelihood
-    python tools/evaluate.py --model DIR --parents parents.csv --retention book.txt --base BASE_DIR
+    bico-ds evaluate --model runs/tiny_bico/export --data FOLDER
+    bico-ds evaluate --model DIR --parents parents.csv --retention book.txt --base BASE_DIR
+    torchrun --nproc-per-node 2 -m bico_ds.commands.evaluate --model DIR --data FOLDER --likelihood
 
 FOLDER holds name-description test files (p2d_prompts_test.jsonl …), published or of the embedded task.
-Results go to a JSON file that grows part by part: after an interruption the same command goes on.
+Results go to a JSON file that grows part by part: after an interruption the same command continues it.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from bico_ds.common.errors import UserError
+from bico_ds.common.command_line import Command
 from bico_ds.config.arguments import folder_or_hub_name, local_path, positive
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.runtime import launch_environment
 from bico_ds.runtime.signals import StopFlag
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         type=folder_or_hub_name,
@@ -52,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
         "--base", type=folder_or_hub_name, help="the model before fine-tuning, for --retention"
     )
     tasks.add_argument("--likelihood", action="store_true", help="log-probability test on every task")
-    tasks.add_argument("--limit", type=positive, help="rows of each task, spread over the persons")
+    tasks.add_argument("--limit", type=positive, help="prompts of each task, spread over the persons")
     how = parser.add_argument_group("how")
     how.add_argument("--batch-size", type=positive, default=32)
     how.add_argument("--max-new-tokens", type=positive, default=40, help="default 40, as in the paper")
@@ -69,14 +66,10 @@ def parse_arguments() -> argparse.Namespace:
         "--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: that of the weights"
     )
     how.add_argument("--output", type=local_path, help="result file (default: runs/evaluation/MODEL.json)")
-    options = parser.parse_args()
-    if problem := contradiction(options):
-        parser.error(problem)
-    return options
 
 
-def contradiction(options: argparse.Namespace) -> str | None:
-    """What the options ask for together that cannot be, or is nothing."""
+def contradiction(options: Namespace) -> str | None:
+    """What is wrong with the options together: nothing to evaluate, or an option without effect."""
     if not any((options.data, options.parents, options.couplets, options.pairs, options.retention)):
         return "nothing to ask: give --data, --parents, --couplets, --pairs or --retention"
     if options.tasks is not None and options.data is None:
@@ -88,7 +81,7 @@ def contradiction(options: argparse.Namespace) -> str | None:
     return None
 
 
-def task_names(options: argparse.Namespace) -> tuple[str, ...]:
+def task_names(options: Namespace) -> tuple[str, ...]:
     from bico_ds.evaluation.tasks.task import TASK_NAMES
 
     if options.tasks is None:
@@ -96,7 +89,7 @@ def task_names(options: argparse.Namespace) -> tuple[str, ...]:
     return tuple(name.strip() for name in options.tasks.split(",") if name.strip())
 
 
-def request_of(options: argparse.Namespace) -> Any:
+def request_of(options: Namespace) -> Any:
     from bico_ds.evaluation.request import Request
     from bico_ds.evaluation.tasks.further_sets import READERS
 
@@ -125,7 +118,7 @@ def default_output(model: FolderOrHub) -> Path:
     return Path("runs/evaluation") / f"{name}.json"
 
 
-def evaluate_model(options: argparse.Namespace, stop: StopFlag) -> bool:
+def evaluate_model(options: Namespace, stop: StopFlag) -> bool:
     """Join the other ranks, if torchrun started any, and run what was asked for."""
     import torch
     import torch.distributed as dist
@@ -154,17 +147,24 @@ def evaluate_model(options: argparse.Namespace, stop: StopFlag) -> bool:
             dist.destroy_process_group()
 
 
-def main() -> int:
-    options = parse_arguments()
+def evaluate(options: Namespace) -> int:
+    """0 done, 1 stopped by a signal; the results so far are in the file."""
     stop = StopFlag()
     stop.install(["SIGTERM", "SIGINT", "SIGUSR1"])
-    try:
-        finished = evaluate_model(options, stop)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if not finished:
-        print(
-            f"stopped ({stop.reason or 'another rank'}); the same command goes on from here", file=sys.stderr
-        )
-    return 0 if finished else 1
+    if evaluate_model(options, stop):
+        return 0
+    print(f"stopped ({stop.reason or 'another rank'}); the same command goes on from here", file=sys.stderr)
+    return 1
+
+
+main = Command(
+    description=__doc__,
+    add_options=add_options,
+    contradiction=contradiction,
+    run=evaluate,
+    rank=launch_environment.local_rank,
+)
+
+
+if __name__ == "__main__":
+    main.start()

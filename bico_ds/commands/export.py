@@ -1,30 +1,27 @@
 """Turn a checkpoint, of any number of ranks, full or LoRA, into a Hugging Face folder.
 
-    python tools/export_hf.py runs/llama70b_bico OUT                    the newest complete checkpoint of a run
-    python tools/export_hf.py runs/llama70b_bico/checkpoints/step-001000 OUT --dtype fp32
+    bico-ds export runs/llama70b_bico OUT                    the newest complete checkpoint of a run
+    bico-ds export runs/llama70b_bico/checkpoints/step-001000 OUT --dtype fp32
 
-Needs no ranks, no GPU and none of the run's data, and one shard of memory. OUT appears complete or not at all. fp32 gives
-the optimizer's master weights where all weights were trained under ZeRO-3; else it is the training's dtype, widened.
+Needs no ranks, no GPU and none of the run's data, and memory for one shard. OUT appears complete or not at all. fp32
+gives the optimizer's master weights where all weights were trained under ZeRO-3; else the training's dtype, widened.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
 from bico_ds.config.arguments import folder_or_hub_name, local_path
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.config.schema import Recipe
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=local_path, help="a checkpoint folder, or a run folder")
     parser.add_argument("output", type=local_path, help="the folder to write; must be new or empty")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="default: bf16")
@@ -37,59 +34,54 @@ def main() -> int:
         help="default: the one in the run folder, or where that has none, the recipe's",
     )
     parser.add_argument("--shard-gb", type=float, default=4.0, help="largest shard (default 4)")
-    arguments = parser.parse_args()
-    if arguments.shard_gb <= 0:
-        parser.error(f"--shard-gb must be positive, found {arguments.shard_gb:g}")
-    try:
-        export(arguments)
-    except UserError as error:
-        print(f"export_hf: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
-def export(arguments: argparse.Namespace) -> None:
+def contradiction(options: Namespace) -> str | None:
+    return None if options.shard_gb > 0 else f"--shard-gb must be positive, found {options.shard_gb:g}"
+
+
+def export(options: Namespace) -> None:
     from bico_ds.checkpoint import manifest
     from bico_ds.config.load import recorded_recipe
     from bico_ds.data.tokenizer import load_tokenizer
     from bico_ds.model.weights.export_checkpoint import export_checkpoint
     from bico_ds.model.weights.shards import refuse_existing
 
-    refuse_existing(arguments.output)
-    root = arguments.checkpoint / "checkpoints"
-    found = manifest.find(root, print) if root.is_dir() else manifest.verify(arguments.checkpoint)
+    refuse_existing(options.output)
+    root = options.checkpoint / "checkpoints"
+    found = manifest.find(root, print) if root.is_dir() else manifest.verify(options.checkpoint)
     if found is None:
         raise UserError(f"'{root}' holds no checkpoint")
     recipe = recorded_recipe(found.content["recipe"], found.path / manifest.MANIFEST, objectives=False)
-    if arguments.base is not None:
-        model = recipe.model.model_copy(update={"path": arguments.base})
+    if options.base is not None:
+        model = recipe.model.model_copy(update={"path": options.base})
         recipe = recipe.model_copy(update={"model": model})
     elif recipe.model.lora is not None and recipe.model.path is not None:
         with _option_in_errors("--base"):
             recipe.model.path.here()
     with _option_in_errors("--tokenizer"):
         tokenizer = load_tokenizer(
-            arguments.tokenizer.here() if arguments.tokenizer else tokenizer_of_run(found.path, recipe)
+            options.tokenizer.here() if options.tokenizer else tokenizer_of_run(found.path, recipe)
         )
     print(
-        f"exporting step {found.step} of '{recipe.name}' to {arguments.output} ({arguments.dtype})",
+        f"exporting step {found.step} of '{recipe.name}' to {options.output} ({options.dtype})",
         flush=True,
     )
     export_checkpoint(
         found.path,
         recipe.model,
         tokenizer,
-        arguments.output,
-        arguments.dtype,
-        max_shard_bytes=int(arguments.shard_gb * 1e9),
+        options.output,
+        options.dtype,
+        max_shard_bytes=int(options.shard_gb * 1e9),
     )
-    print(f"done: {arguments.output}")
+    print(f"done: {options.output}")
 
 
 def tokenizer_of_run(checkpoint: Path, recipe: Recipe) -> FolderOrHub:
-    """The one in the run folder; without it (runs of 0.1.0, checkpoints copied elsewhere) the one that the recipe means.
+    """The tokenizer in the run folder; without it (runs of 0.1.0, checkpoints copied elsewhere) the recipe's.
 
-    Raises `UserError` where that cannot be told on this machine.
+    Raises `UserError` where that cannot be found out on this machine.
     """
     from bico_ds.runtime.run_folder import RunFolder
     from bico_ds.training.assembly import tokenizer_path
@@ -101,8 +93,15 @@ def tokenizer_of_run(checkpoint: Path, recipe: Recipe) -> FolderOrHub:
 
 @contextmanager
 def _option_in_errors(option: str) -> Iterator[None]:
-    """The recipe is the checkpoint's, which nobody edits: name the option that stands for its key."""
+    """Name the option that replaces a key of the recipe in its errors: nobody edits a checkpoint's recipe."""
     try:
         yield
     except UserError as error:
         raise UserError(f"{error} (here: {option})") from None
+
+
+main = Command(description=__doc__, add_options=add_options, contradiction=contradiction, run=export)
+
+
+if __name__ == "__main__":
+    main.start()

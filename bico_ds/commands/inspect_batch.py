@@ -2,19 +2,22 @@
 
 What is shown: tokens, placeholders, positions, predictions, and which tokens see which.
 
-    python tools/inspect_batch.py --recipe tiny_bico --step 3
-    python tools/inspect_batch.py --recipe tiny_bico --objective bico --png visibility.png
+    bico-ds inspect --recipe tiny_bico --step 3
+    bico-ds inspect --recipe tiny_bico --objective bico --png visibility.png
+
+It is the batch that training would build, of any step and rank.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
 from rich.console import Console
 
 from bico_ds.batch import PackedBatch
+from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError, did_you_mean
 from bico_ds.config.arguments import local_path, not_negative, path_text, positive
 from bico_ds.config.load import load_recipe
@@ -24,10 +27,7 @@ from bico_ds.objectives.schedule import ObjectiveSchedule
 from bico_ds.training import assembly
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--recipe",
         metavar="NAME|PATH",
@@ -71,13 +71,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--png", type=picture, help="write the visibility matrix of the batch's shortest document"
     )
-    return parser.parse_args()
 
 
 def picture(text: str) -> Path:
     """The type of an argument: a path that ends in .png."""
     if not text.lower().endswith(".png"):
-        raise argparse.ArgumentTypeError(f"'{text}' must end in .png")
+        raise ArgumentTypeError(f"'{text}' must end in .png")
     return local_path(text)
 
 
@@ -91,7 +90,7 @@ def step_with(schedule: ObjectiveSchedule, name: str | None, first: int) -> int:
     return next(step for step in range(first, sys.maxsize) if schedule(step).name == name)
 
 
-def inspect(options: argparse.Namespace) -> None:
+def inspect(options: Namespace) -> None:
     """Build the step's micro-batch of that rank, print it, and draw it on request."""
     recipe = load_recipe(options.recipe, [*options.overrides, "data.workers=0"])
     inputs = assembly.open_inputs(recipe, weights_needed=False)
@@ -146,10 +145,8 @@ def draw(batch: PackedBatch, decode: Decode, file: Path, console: Console) -> No
     console.print(f"visibility of document {views[0].id}: {file}")
 
 
-def main() -> int:
-    try:
-        inspect(parse_arguments())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+main = Command(description=__doc__, add_options=add_options, run=inspect)
+
+
+if __name__ == "__main__":
+    main.start()

@@ -1,25 +1,24 @@
 """Turn text into a token store, which training memory-maps.
 
-    python tools/prepare_data.py files data/*.jsonl.gz --tokenizer MODEL --output stores/mine
-    python tools/prepare_data.py files facts.jsonl --prompt-field prompt --completion-field completion ...
-    python tools/prepare_data.py hub OWNER/NAME --split train --tokenizer MODEL --output stores/theirs
-    python tools/prepare_data.py facts --output stores/facts
-    python tools/prepare_data.py --inspect stores/mine --documents 0 17
+    bico-ds prepare files data/*.jsonl.gz --tokenizer MODEL --output stores/mine
+    bico-ds prepare files facts.jsonl --prompt-field prompt --completion-field completion ...
+    bico-ds prepare hub OWNER/NAME --split train --tokenizer MODEL --output stores/theirs
+    bico-ds prepare facts --output stores/facts
+    bico-ds prepare --inspect stores/mine --documents 0 17
 
-A run that was interrupted goes on when the same command is given again.
+After an interruption the same command continues where it stopped.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 import time
-from collections.abc import Sequence
+from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from typing import Literal
 
 from pydantic import ValidationError
 
+from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import atomic_folder
 from bico_ds.config.arguments import folder_or_hub_name, local_path, path_text, positive
@@ -33,25 +32,17 @@ from bico_ds.data.prepare.output_folder import refuse_output
 from bico_ds.data.prepare.shards import SHARD_BYTES, Shard, hub_shards, plan_shards
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit code: 0 done, 1 the machine failed or the user interrupted, 2 the input or the command is wrong."""
-    parser = build_parser()
-    args = parser.parse_args(arguments)
-    if args.inspect is None and args.command is None:
-        parser.error("give a command (files, hub, facts) or --inspect STORE")
+def prepare(options: Namespace) -> int:
+    """0 done, 1 the machine failed or it was interrupted. Raises `UserError`."""
     try:
-        if args.inspect is not None:
-            inspect(args)
-        elif args.command == "facts":
-            prepare_facts(args)
+        if options.inspect is not None:
+            inspect(options)
+        elif options.command == "facts":
+            prepare_facts(options)
         else:
-            prepare_texts(args)
-        sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # `… | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its exit
+            prepare_texts(options)
+    except BrokenPipeError:
+        raise
     except (IngestFailure, OSError) as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
@@ -61,51 +52,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def inspect(args: argparse.Namespace) -> None:
+def contradiction(options: Namespace) -> str | None:
+    if options.inspect is None and options.command is None:
+        return "give a command (files, hub, facts) or --inspect STORE"
+    return None
+
+
+def inspect(options: Namespace) -> None:
     """Print documents of a store."""
-    verify: Literal["sizes", "checksums"] = "checksums" if args.verify else "sizes"
-    tokenizer = args.tokenizer.here() if args.tokenizer is not None else None
+    verify: Literal["sizes", "checksums"] = "checksums" if options.verify else "sizes"
+    tokenizer = options.tokenizer.here() if options.tokenizer is not None else None
     for line in describe_store(
-        args.inspect, documents=args.documents, tokenizer_path=tokenizer, verify=verify
+        options.inspect, documents=options.documents, tokenizer_path=tokenizer, verify=verify
     ):
         print(line)
 
 
-def prepare_texts(args: argparse.Namespace) -> None:
+def prepare_texts(options: Namespace) -> None:
     """Ingest files or a hub data set, and print the report."""
     started = time.monotonic()
     # Resolved, since '.' has no name to put a folder of work beside.
-    output = args.output.resolve()
+    output = options.output.resolve()
     # Before the input is read.
-    refuse_output(output, force=args.force)
-    shards, passed_over = _input(args)
+    refuse_output(output, force=options.force)
+    shards, passed_over = _input(options)
     report = ingest(
         shards,
-        _options(args),
-        args.tokenizer.here(),
+        _options(options),
+        options.tokenizer.here(),
         output,
-        force=args.force,
-        processes=args.processes,
+        force=options.force,
+        processes=options.processes,
         passed_over=passed_over,
     )
     seconds = time.monotonic() - started
     print(report.text)
-    print(f"{args.output}: {seconds:.1f} s, {int(report.lengths.sum()) / seconds:,.0f} tokens/s")
+    print(f"{options.output}: {seconds:.1f} s, {int(report.lengths.sum()) / seconds:,.0f} tokens/s")
     if report.skipped:
-        print(f"skipped lines are in {args.output / 'skipped.jsonl'}")
+        print(f"skipped lines are in {options.output / 'skipped.jsonl'}")
 
 
-def prepare_facts(args: argparse.Namespace) -> None:
+def prepare_facts(options: Namespace) -> None:
     """Write the embedded task's files."""
     try:
-        spec = FactsSpec(**{name: getattr(args, name) for name in FactsSpec.model_fields})
+        spec = FactsSpec(**{name: getattr(options, name) for name in FactsSpec.model_fields})
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg']}") from None
-    output = args.output.resolve()
-    refuse_output(output, force=args.force, is_ours=is_facts_folder)
+    output = options.output.resolve()
+    refuse_output(output, force=options.force, is_ours=is_facts_folder)
     try:
-        with atomic_folder(output, replace=args.force) as folder:
+        with atomic_folder(output, replace=options.force) as folder:
             write_facts(spec, folder)
     except OSError as error:
         raise UserError(f"cannot write to '{output.parent}': {error.strerror}") from error
@@ -113,11 +110,7 @@ def prepare_facts(args: argparse.Namespace) -> None:
         print(file)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="prepare_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--inspect", metavar="STORE", type=local_path, help="show documents of a store decoded"
     )
@@ -153,10 +146,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_facts_options(
         commands.add_parser("facts", help="the embedded task: fictitious facts, their tests, a tokenizer")
     )
-    return parser
 
 
-def _add_text_options(parser: argparse.ArgumentParser) -> None:
+def _add_text_options(parser: ArgumentParser) -> None:
     parser.add_argument("--output", metavar="DIR", type=local_path, required=True, help="the store to write")
     parser.add_argument(
         "--force", action="store_true", help="replace a store at --output, once the new one is complete"
@@ -173,7 +165,7 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
     _add_document_options(parser.add_argument_group("documents"))
 
 
-def _add_field_options(fields: argparse._ArgumentGroup) -> None:
+def _add_field_options(fields: _ArgumentGroup) -> None:
     fields.add_argument("--text-field", default="text", metavar="NAME", help="default: %(default)s")
     fields.add_argument(
         "--prompt-field", metavar="NAME", help="with --completion-field: two fields make the text"
@@ -194,7 +186,7 @@ def _add_field_options(fields: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_document_options(documents: argparse._ArgumentGroup) -> None:
+def _add_document_options(documents: _ArgumentGroup) -> None:
     documents.add_argument(
         "--no-bos", dest="add_bos", action="store_false", help="put no BOS before a document"
     )
@@ -228,7 +220,7 @@ def _add_document_options(documents: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_facts_options(parser: argparse.ArgumentParser) -> None:
+def _add_facts_options(parser: ArgumentParser) -> None:
     parser.add_argument("--output", metavar="DIR", type=local_path, required=True, help="the folder to write")
     parser.add_argument("--force", action="store_true", help="replace such a folder at --output")
     for name, field in FactsSpec.model_fields.items():
@@ -241,14 +233,21 @@ def _add_facts_options(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def _input(args: argparse.Namespace) -> tuple[list[Shard], dict[str, list[str]]]:
+def _input(options: Namespace) -> tuple[list[Shard], dict[str, list[str]]]:
     """The shards to read, and by reason the names of what lies beside the files and is not read."""
-    if args.command == "hub":
-        return hub_shards(args.name, config=args.config, split=args.split), {}
-    inputs = find_inputs(args.inputs)
-    shards = plan_shards(inputs.files, text_by=args.text_by, shard_bytes=SHARD_BYTES)
+    if options.command == "hub":
+        return hub_shards(options.name, config=options.config, split=options.split), {}
+    inputs = find_inputs(options.inputs)
+    shards = plan_shards(inputs.files, text_by=options.text_by, shard_bytes=SHARD_BYTES)
     return shards, inputs.passed_over
 
 
-def _options(args: argparse.Namespace) -> IngestOptions:
-    return IngestOptions(**{name: getattr(args, name) for name in IngestOptions.__dataclass_fields__})
+def _options(options: Namespace) -> IngestOptions:
+    return IngestOptions(**{name: getattr(options, name) for name in IngestOptions.__dataclass_fields__})
+
+
+main = Command(description=__doc__, add_options=add_options, contradiction=contradiction, run=prepare)
+
+
+if __name__ == "__main__":
+    main.start()

@@ -1,21 +1,22 @@
 """Train a recipe.
 
-    deepspeed launch/train.py --recipe llama70b_bico
-    deepspeed --num_accelerators 2 launch/train.py --recipe tiny_base      (on a CPU the launcher starts one unless told)
-    python launch/train.py --recipe tiny_bico --dry-run
+    deepspeed launch/train.py --recipe llama70b_bico                       from a checkout
+    deepspeed --module bico_ds.commands.train --recipe llama70b_bico       from an installed package
+    bico-ds train --recipe tiny_bico --dry-run                             one process, no launcher
 
-Exit codes: 0 finished, or stopped on request (state.json says which), with a checkpoint once a step was made; 2 wrong
-usage or input; 1 failure.
+On a CPU machine the launcher starts one rank unless told: `deepspeed --num_accelerators 2 …`. Exit codes: 0
+finished, or stopped on request (state.json says which), with a checkpoint once a step was made; 2 wrong usage or
+input; 1 failure.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-import time
 import traceback
+from argparse import SUPPRESS, ArgumentParser, Namespace
 
+from bico_ds.common.command_line import Command
 from bico_ds.common.errors import RunError, UserError
 from bico_ds.config.arguments import local_path, path_text
 from bico_ds.config.load import list_recipes, load_recipe
@@ -25,12 +26,7 @@ from bico_ds.runtime.launcher import follow_launcher
 from bico_ds.runtime.signals import StopFlag
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="deepspeed launch/train.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--recipe", metavar="NAME|PATH", type=path_text, help="a name in recipes/ or a YAML file"
     )
@@ -46,8 +42,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--resume", metavar="auto|none|PATH", type=path_text, default="auto",
-        help="auto: the newest complete checkpoint of the run folder, if any (default); none: start anew, what was there is "
-        "set aside; PATH: this checkpoint, or the newest complete one of this run folder",
+        help="auto: the newest complete checkpoint of the run folder, if any (default); none: start anew, what was there "
+        "is set aside; PATH: this checkpoint, or the newest complete one of this run folder",
     )  # fmt: skip
     parser.add_argument(
         "--allow-data-change",
@@ -59,61 +55,67 @@ def parse_arguments() -> argparse.Namespace:
         "--dry-run", action="store_true", help="check everything, print what would run, train nothing"
     )
     parser.add_argument("--list-recipes", action="store_true", help="list the names in recipes/")
-    parser.add_argument(
-        "--local_rank", type=int, default=None, help=argparse.SUPPRESS
-    )  # the launcher injects it
-    arguments = parser.parse_args()
-    if not arguments.list_recipes and arguments.recipe is None:
-        parser.error("--recipe is required; --list-recipes shows the names")
-    if arguments.max_minutes is not None and arguments.max_minutes <= 0:
-        parser.error("--max-minutes must be positive")
-    return arguments
+    parser.add_argument("--local_rank", type=int, default=None, help=SUPPRESS)  # deepspeed's launcher adds it
 
 
-def main() -> int:
-    arguments = parse_arguments()
-    if arguments.local_rank is not None:
-        os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
-    if arguments.list_recipes:
-        names = list_recipes() if launch_environment.rank() == 0 else {}
-        for name, description in names.items():
-            print(f"{name:{max(map(len, names))}}  {description}")
-        return 0
+def contradiction(options: Namespace) -> str | None:
+    if not options.list_recipes and options.recipe is None:
+        return "--recipe is required; --list-recipes shows the names"
+    if options.max_minutes is not None and options.max_minutes <= 0:
+        return "--max-minutes must be positive"
+    return None
+
+
+def run(options: Namespace) -> None:
+    """List the recipes, or load one and run it. A failure ends this process at once."""
+    if options.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
+    if options.list_recipes:
+        show_recipes()
+        return
     try:
-        allowed = ["data.allow_change=true"] if arguments.allow_data_change else []
-        recipe = load_recipe(arguments.recipe, [*arguments.overrides, *allowed])
-        return run(recipe, arguments)
-    except (UserError, RunError) as error:
-        return complain(error)
+        allowed = ["data.allow_change=true"] if options.allow_data_change else []
+        run_recipe(load_recipe(options.recipe, [*options.overrides, *allowed]), options)
+    except (UserError, RunError):
+        raise
     except Exception:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)  # leaving in good order would wait for ranks that are gone
 
 
-def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
+def show_recipes() -> None:
+    names = list_recipes() if launch_environment.rank() == 0 else {}
+    for name, description in names.items():
+        print(f"{name:{max(map(len, names))}}  {description}")
+
+
+def run_recipe(recipe: Recipe, options: Namespace) -> None:
     """Dry run or training. Handlers come before the heavy imports, which take seconds in which a signal may come."""
-    if arguments.dry_run:
+    if options.dry_run:
         from bico_ds.training.dry_run import dry_run
 
-        dry_run(recipe, output_dir=arguments.output_dir)
-        return 0
+        dry_run(recipe, output_dir=options.output_dir)
+        return
     stop = StopFlag()
     stop.install(recipe.distributed.preempt_signals)
-    if arguments.max_minutes is not None:
-        stop.limit(arguments.max_minutes)
+    if options.max_minutes is not None:
+        stop.limit(options.max_minutes)
     if launch_environment.is_launched():
         follow_launcher(stop)
     from bico_ds.training.start import train
 
-    train(recipe, output_dir=arguments.output_dir, resume=arguments.resume, stop=stop)
-    return 0
+    train(recipe, output_dir=options.output_dir, resume=options.resume, stop=stop)
 
 
-def complain(error: UserError | RunError) -> int:
-    """One message from rank 0. The others end a moment later: the launcher kills all when the first one ends."""
-    if launch_environment.rank() == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(3)
-    return error.exit_code
+main = Command(
+    description=__doc__,
+    add_options=add_options,
+    contradiction=contradiction,
+    run=run,
+    rank=launch_environment.rank,
+)
+
+
+if __name__ == "__main__":
+    main.start()

@@ -16,9 +16,8 @@ from bico_ds.config.imports import import_module
 from bico_ds.config.objectives.base import ObjectiveSpec
 from bico_ds.config.objectives.table import KINDS
 from bico_ds.config.paths import LocalPath, WrittenPath
+from bico_ds.config.resources import RECIPES
 from bico_ds.config.schema import Recipe
-
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 KeyPath = tuple[str | int, ...]
 

@@ -14,12 +14,11 @@ from bico_ds.common.errors import UserError, did_you_mean
 from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.config.load import merge_mappings
 from bico_ds.config.paths import LocalPath, WrittenPath, replace_paths
+from bico_ds.config.resources import DS_CONFIGS
 from bico_ds.config.schema import Recipe, find_deepspeed_paths
 from bico_ds.optim.table import kind_of
 from bico_ds.runtime.ds_checks import check_filled, check_written
 from bico_ds.runtime.ds_keys import OWNED
-
-DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
 def load_ds_config(written: LocalPath) -> dict[str, Any]:

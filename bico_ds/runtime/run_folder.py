@@ -33,6 +33,7 @@ from typing import Any, Literal
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import write_atomically
 from bico_ds.config.load import dump_recipe
+from bico_ds.config.resources import CHECKOUT
 from bico_ds.config.schema import Recipe
 from bico_ds.runtime.launch_environment import slurm_job
 from bico_ds.runtime.lock import InUseError, RunLock
@@ -191,11 +192,12 @@ def _without_secret(word: str) -> str:
 
 
 def _git_commit() -> str | None:
-    folder = Path(__file__).resolve().parent
+    if CHECKOUT is None:
+        return None
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=folder, capture_output=True, text=True, timeout=10, check=True,
+            cwd=CHECKOUT, capture_output=True, text=True, timeout=10, check=True,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,12 +1,11 @@
 #!/usr/bin/env python
-"""`attempt` from a checkout: the command is bico_ds/commands/slurm/attempt.py."""
+"""For the batch script: bico_ds/commands/slurm/attempt.py of this checkout."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from bico_ds.commands.slurm.attempt import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from bico_ds.commands.slurm.attempt import main
+
+    main.start()

@@ -1,12 +1,11 @@
 #!/usr/bin/env python
-"""`submit` from a checkout: the command is bico_ds/commands/slurm/submit.py."""
+"""`bico-ds submit` of this checkout: bico_ds/commands/slurm/submit.py."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from bico_ds.commands.slurm.submit import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from bico_ds.commands.slurm.submit import main
+
+    main.start()

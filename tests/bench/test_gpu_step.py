@@ -56,10 +56,9 @@ def test_the_step_of_the_gpu_proof_runs_on_tiny_bico(tmp_path):
     assert "aten::mm" in done.stdout  # the profile
 
 
-def test_a_document_longer_than_a_step_is_a_usage_error(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["gpu_step.py", "--rows", "64", "--lengths", "65"])
+def test_a_document_longer_than_a_step_is_a_usage_error(capsys):
     with pytest.raises(SystemExit) as ended:
-        gpu_step.parse_arguments()
+        gpu_step.main(["--rows", "64", "--lengths", "65"])
     assert ended.value.code == 2
     assert "a document of 65 tokens does not fit --rows 64" in capsys.readouterr().err
 

@@ -17,7 +17,7 @@ SRUN = """#!/bin/bash
 for word in "$@"; do case $word in --output=*) log=${word#--output=} ;; esac; done
 [ "${*: -1}" = true ] && { echo idle >> "$CALLS"; exit 0; }
 case "$*" in
-*launch/train.py*)
+*bico_ds.commands.train*)
     echo train >> "$CALLS"
     echo '{"state": "done", "step": 7, "reason": "", "run_id": "new"}' > "$RUN/state.json"
     exit 0 ;;
@@ -30,7 +30,7 @@ code=${line%% *} said=${line#* }
 exit "$code"
 """
 PYTHON = f"""#!/bin/bash
-case $1 in *native_ops.py) exit 0 ;; esac
+case "$*" in *bico_ds.commands.slurm.native_ops*) exit 0 ;; esac
 exec {sys.executable} "$@"
 """
 

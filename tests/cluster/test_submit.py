@@ -15,7 +15,6 @@ import yaml
 from bico_ds.cluster.preflight.inputs import check_inputs
 from bico_ds.cluster.submission import (
     COMMON_PART,
-    TEMPLATE,
     Job,
     Resources,
     Settings,
@@ -27,6 +26,7 @@ from bico_ds.commands.slurm import submit as command
 from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
 from bico_ds.config.paths import LocalPath
+from bico_ds.config.resources import BATCH_SCRIPT
 from tests import ROOT
 
 
@@ -116,7 +116,7 @@ def test_each_element_of_an_array_has_its_own_run(tmp_path, recipe):
 
 
 def test_generated_scripts_differ_from_the_plain_one_in_their_first_part_only(tmp_path, recipe):
-    plain = TEMPLATE.read_text().partition(COMMON_PART)[2]
+    plain = BATCH_SCRIPT.read_text().partition(COMMON_PART)[2]
     assert render(a_job(tmp_path, recipe)).partition(COMMON_PART)[2] == plain
 
 
@@ -168,9 +168,8 @@ def test_a_variable_that_is_not_set_is_named_with_its_key(monkeypatch, value):
 
 def run_command(monkeypatch, tmp_path, *arguments):
     monkeypatch.chdir(tmp_path)
-    base = ["submit.py", "--nodes", "1", "--gpus-per-node", "0", "--ranks-per-node", "1", "--time", "10"]
-    monkeypatch.setattr(sys, "argv", [*base, *arguments])
-    return command.main()
+    base = ["--nodes", "1", "--gpus-per-node", "0", "--ranks-per-node", "1", "--time", "10"]
+    return command.main([*base, *arguments])
 
 
 @pytest.mark.parametrize(
@@ -286,10 +285,10 @@ def test_a_folder_that_is_being_trained_into_is_refused(monkeypatch, tmp_path, c
 
 
 def test_light_commands_import_no_torch():
-    for script in ("launch.slurm.status", "launch.slurm.attempt", "launch.slurm.submit"):
+    for name in ("status", "attempt", "submit"):
         heavy = "[m for m in ('torch', 'deepspeed', 'transformers') if m in sys.modules]"
-        code = f"import sys, {script}; print({heavy})"
+        code = f"import sys, bico_ds.commands.slurm.{name}; print({heavy})"
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
         )
-        assert done.stdout.strip() == "[]", script
+        assert done.stdout.strip() == "[]", name

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bico_ds.commands.evaluate import parse_arguments
+from bico_ds.commands.evaluate import main
 from bico_ds.common.errors import UserError
 from bico_ds.evaluation.loading import load_for_evaluation
 from bico_ds.evaluation.request import Request, run_request
@@ -239,10 +239,9 @@ def test_all_inputs_are_checked_before_anything_is_computed(world, tmp_path):
         (["--data", "d", "--base", "b"], "give --retention too"),
     ],
 )
-def test_an_option_that_would_do_nothing_is_refused(monkeypatch, capsys, options, message):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", "m", *options])
+def test_an_option_that_would_do_nothing_is_refused(capsys, options, message):
     with pytest.raises(SystemExit) as ended:
-        parse_arguments()
+        main(["--model", "m", *options])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
 

@@ -20,7 +20,6 @@ from bico_ds.cluster.submission import write
 from bico_ds.commands import compare, evaluate, inspect_batch, preflight
 from bico_ds.commands import export as export_hf
 from bico_ds.commands.slurm import status, submit
-from bico_ds.commands.train import complain
 from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
 from bico_ds.data.tokenizer import load_tokenizer
@@ -109,16 +108,15 @@ def recipe_file(folder: Path, room: str, data: str | None = None, *, gone: str =
     return file
 
 
-def run(command, monkeypatch, *words: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
-    return command.main()
+def run(command, *words: object) -> int:
+    return command.main([*map(str, words)])
 
 
 SLURM = ("--nodes", 1, "--gpus-per-node", 0, "--ranks-per-node", 1, "--time", 10)
 
 
 @pytest.mark.parametrize("written", ["~", "$ROOM", "${ROOM}"])
-def test_all_that_reads_a_recipe_takes_its_paths_alike(room, tmp_path, monkeypatch, capsys, written):
+def test_all_that_reads_a_recipe_takes_its_paths_alike(room, tmp_path, capsys, written):
     file = recipe_file(tmp_path, written)
     recipe = load_recipe(str(file))
     check_inputs(recipe)
@@ -131,17 +129,14 @@ def test_all_that_reads_a_recipe_takes_its_paths_alike(room, tmp_path, monkeypat
     build_model(recipe.model, seed=1, ds_config=None, device="cpu")
     assert folder_of_run(recipe, None) == room / "run"
     picture = f"{written}/{tmp_path.name}.png"
-    assert (
-        run(inspect_batch, monkeypatch, "--recipe", f"{written}/../{file}", "--png", picture) == 2
-    )  # no such file
-    assert run(inspect_batch, monkeypatch, "--recipe", file, "--png", picture) == 0
+    assert run(inspect_batch, "--recipe", f"{written}/../{file}", "--png", picture) == 2  # no such file
+    assert run(inspect_batch, "--recipe", file, "--png", picture) == 0
     assert (room / f"{tmp_path.name}.png").is_file()
 
 
-def test_a_submitted_recipe_keeps_the_text_as_written(room, tmp_path, monkeypatch):
+def test_a_submitted_recipe_keeps_the_text_as_written(room, tmp_path):
     file = recipe_file(tmp_path, "${ROOM}")
-    monkeypatch.setattr(sys, "argv", ["submit.py", "--recipe", str(file), *map(str, SLURM)])
-    write(submit.make_job(submit.parse_arguments()))
+    write(submit.make_job(submit.main.parse(["--recipe", str(file), *map(str, SLURM)])))
     submitted = load_recipe(str(room / "run" / "slurm" / "recipe.yaml"))
     assert submitted == load_recipe(str(file))
     assert str(submitted.model.path) == "${ROOM}/model"
@@ -159,7 +154,7 @@ NEEDS = {
 }
 
 
-def outcome(command: str, file: Path, monkeypatch, capsys) -> tuple[int, str]:
+def outcome(command: str, file: Path, capsys) -> tuple[int, str]:
     """Exit code of a command in this process, and what it writes to stderr."""
     mains = {
         "pre-flight": (preflight,),
@@ -168,23 +163,21 @@ def outcome(command: str, file: Path, monkeypatch, capsys) -> tuple[int, str]:
     }
     if command in mains:
         main, *words = mains[command]
-        return run(main, monkeypatch, "--recipe", file, *words), capsys.readouterr().err
+        return run(main, "--recipe", file, *words), capsys.readouterr().err
     start = (
         dry_run if command == "dry run" else partial(train, output_dir=None, resume="auto", stop=StopFlag())
     )
     with pytest.raises(UserError) as caught:
         start(load_recipe(str(file)))
-    return complain(caught.value), capsys.readouterr().err
+    return caught.value.exit_code, f"error: {caught.value}\n"
 
 
 @pytest.mark.parametrize(
     ("command", "key"), [(command, key) for command in NEEDS for key in sorted(NEEDS[command])]
 )
-def test_a_variable_that_is_not_set_is_named_with_key_file_and_line(
-    room, tmp_path, monkeypatch, capsys, command, key
-):
+def test_a_variable_that_is_not_set_is_named_with_key_file_and_line(room, tmp_path, capsys, command, key):
     file = recipe_file(tmp_path, "${ROOM}", gone=key)
-    code, shown = outcome(command, file, monkeypatch, capsys)
+    code, shown = outcome(command, file, capsys)
     assert code == 2
     assert shown.startswith(f"error: {file}:{LINES[key]}: {key}: '${{GONE}}/")
     assert "the environment variable GONE is not set on this machine" in shown
@@ -194,11 +187,9 @@ def test_a_variable_that_is_not_set_is_named_with_key_file_and_line(
 @pytest.mark.parametrize(
     ("command", "key"), [(c, key) for c in ("submit", "inspection") for key in sorted(set(LINES) - NEEDS[c])]
 )
-def test_a_variable_that_a_command_does_not_need_may_be_unset(
-    room, tmp_path, monkeypatch, capsys, command, key
-):
+def test_a_variable_that_a_command_does_not_need_may_be_unset(room, tmp_path, capsys, command, key):
     file = recipe_file(tmp_path, "${ROOM}", gone=key)
-    assert outcome(command, file, monkeypatch, capsys)[0] == 0
+    assert outcome(command, file, capsys)[0] == 0
 
 
 def test_a_run_records_the_text_and_later_commands_do_not_mind_the_data(room, tmp_path, monkeypatch, capsys):
@@ -210,25 +201,23 @@ def test_a_run_records_the_text_and_later_commands_do_not_mind_the_data(room, tm
     folder = room / "run"
     assert load_recipe(str(folder / "recipe.yaml")) == load_recipe(str(file))
     monkeypatch.delenv("DATA")
-    assert run(status, monkeypatch, folder) == 0
-    assert run(compare, monkeypatch, folder, "--output", "${ROOM}/comparison") == 0
-    assert run(export_hf, monkeypatch, "~/run", "~/exported", "--dtype", "fp32") == 0
+    assert run(status, folder) == 0
+    assert run(compare, folder, "--output", "${ROOM}/comparison") == 0
+    assert run(export_hf, "~/run", "~/exported", "--dtype", "fp32") == 0
     monkeypatch.delenv("ROOM")
-    assert run(export_hf, monkeypatch, "~/run", "by-its-own-tokenizer", "--dtype", "fp32") == 0
+    assert run(export_hf, "~/run", "by-its-own-tokenizer", "--dtype", "fp32") == 0
     shutil.rmtree(folder / "tokenizer")
     words = ("~/run", "again", "--dtype", "fp32")
-    assert run(export_hf, monkeypatch, *words) == 2
+    assert run(export_hf, *words) == 2
     shown = capsys.readouterr().err
     assert "manifest.json: model.tokenizer: '${ROOM}/model'" in shown and "--tokenizer" in shown
-    assert (
-        run(export_hf, monkeypatch, *words, "--tokenizer", "~/model") == 0
-    )  # the recipe has the architecture
+    assert run(export_hf, *words, "--tokenizer", "~/model") == 0  # the recipe has the architecture
     places = (folder / "export", room / "exported", tmp_path / "by-its-own-tokenizer", tmp_path / "again")
     for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json"):
         assert len({(place / name).read_bytes() for place in places}) == 1, name
 
 
-def test_evaluation_takes_its_paths_by_the_same_rule(room, monkeypatch):
+def test_evaluation_takes_its_paths_by_the_same_rule(room):
     words = [
         "--model",
         "~/model",
@@ -239,8 +228,7 @@ def test_evaluation_takes_its_paths_by_the_same_rule(room, monkeypatch):
         "--retention",
         "~/t.txt",
     ]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
-    request = evaluate.request_of(evaluate.parse_arguments())
+    request = evaluate.request_of(evaluate.main.parse(words))
     assert (request.model, request.base, request.data) == (room / "model", room / "model", room / "tests")
     assert request.retention == (room / "t.txt",)
 

@@ -13,6 +13,7 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from bico_ds.common.process_end import end_process
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.schema import DataSpec, SourceSpec
@@ -23,7 +24,6 @@ from bico_ds.data.store import StoreHeader, TokenStore
 from bico_ds.objectives.base import TokenRoles
 from bico_ds.objectives.build import build_objectives
 from bico_ds.objectives.schedule import ObjectiveSchedule
-from bico_ds.common.process_end import end_process
 
 pytestmark = pytest.mark.distributed
 STOP, END, GLOBAL = 7, 16, 4

@@ -15,18 +15,17 @@ key heads), against a kernel call per document.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import time
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import numpy as np
+import this_checkout  # noqa: F401  first on sys.path
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -38,6 +37,7 @@ from bico_ds.attention.kernels.cpu_flash import CpuFlash
 from bico_ds.attention.layout import LayoutPolicy, build_layout
 from bico_ds.attention.packed import packed_attention, run_packed_attention
 from bico_ds.attention.plan import AttentionPlan, Mode, build_plan
+from bico_ds.common.command_line import Command
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HEADS, HEAD_DIM = 8, 64
@@ -142,7 +142,7 @@ MASKS = ("15 % i.i.d.", "40 % i.i.d.", "U(0, 1)", "spans, 40 %")
 
 
 def masked_plan(policy: str, rows: int) -> AttentionPlan:
-    """One document whose kept and live tokens together are about ``rows``, under a mask policy."""
+    """One document whose kept and live tokens together are about `rows`, under a mask policy."""
     random = np.random.default_rng(0)
     tokens = rows
     while True:
@@ -199,7 +199,7 @@ def short_documents(repeats: int) -> list[dict]:
             )
             both = (ours(plan, DTYPES[dtype]), call_each)
             seconds = [cpu_seconds(attend, tensors, repeats) for attend in both]
-            name = f"a call a document ÷ ours, 52 documents, {mode}, {dtype}"
+            name = f"one call per document ÷ ours, 52 documents, {mode}, {dtype}"
             results.append(row(name, seconds[0] * 1e3, seconds[1] * 1e3, "CPU ms"))
     return results
 
@@ -223,31 +223,32 @@ def print_table(rows: list[dict]) -> None:
     Console(width=130).print(table)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="lengths up to 2048, fewer runs")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    parser.add_argument("--peak-of", nargs=3, metavar=("NAME", "LENGTH", "DTYPE"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    parser.add_argument("--peak-of", nargs=3, metavar=("NAME", "LENGTH", "DTYPE"), help=SUPPRESS)
+
+
+def run(options: Namespace) -> None:
     torch.set_num_threads(1)
-    if arguments.peak_of:
-        print_peak(arguments.peak_of[0], int(arguments.peak_of[1]), arguments.peak_of[2])
+    if options.peak_of:
+        print_peak(options.peak_of[0], int(options.peak_of[1]), options.peak_of[2])
         return
     for dtype in DTYPES.values():
-        resolve(
-            "auto", dtype, HEAD_DIM, torch.device("cpu")
-        )  # builds the fused kernel before anything is timed
-    repeats = 2 if arguments.quick else 4
-    lengths = [512, 2048] if arguments.quick else [128, 512, 2048, 4096]
+        # Builds the fused kernel before anything is timed.
+        resolve("auto", dtype, HEAD_DIM, torch.device("cpu"))
+    repeats = 2 if options.quick else 4
+    lengths = [512, 2048] if options.quick else [128, 512, 2048, 4096]
     rows = short_documents(repeats + 4) + against_iid(2048, repeats) + against_causal(lengths[1:], repeats)
     rows += against_dense(lengths, repeats)
     print(f"torch {torch.__version__}, one thread, {torch.backends.cpu.get_cpu_capability()}")
     print_table(rows)
-    if arguments.json:
+    if options.json:
         print(json.dumps({"rows": rows}))
 
 
+main = Command(description=__doc__, add_options=add_options, run=run)
+
+
 if __name__ == "__main__":
-    main()
+    main.start()

@@ -9,15 +9,12 @@ FOLDER holds spike_fused.py, the kernel that is tried: `Config`, `fused_plan(pla
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
-import sys
-from pathlib import Path
+from argparse import ArgumentParser, Namespace
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
-
+import this_checkout  # noqa: F401  first on sys.path
 import torch
 from gpu_attention import HEAD_DIM, milliseconds, plan_with_live, random_inputs, run
 
@@ -25,6 +22,8 @@ from bico_ds.attention.backend import Backend
 from bico_ds.attention.backends import KERNELS
 from bico_ds.attention.layout import CUDA_POLICY, build_layout
 from bico_ds.attention.plan import AttentionPlan, build_plan
+from bico_ds.common.command_line import Command
+from bico_ds.common.errors import UserError
 
 TWO_PASSES = Backend(kernel=KERNELS["aten-cuda"], policy=CUDA_POLICY)
 SHAPES = ((40, 8192), (512, 8192), (4096, 8192), (32768, 32768))  # tokens per document, and in all
@@ -92,25 +91,24 @@ def measure(fused: Any, length: int, rows: int, live_share: float) -> dict[str, 
     return {"name": name, "ours": two, "other": best, "unit": "ms", "ratio": two / best if best else None}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    arguments = parser.parse_args()
+
+
+def run_fused(options: Namespace) -> None:
     if not torch.cuda.is_available():
-        print("error: no CUDA device: nothing to measure", file=sys.stderr)
-        return 2
+        raise UserError("no CUDA device: nothing to measure")
     try:
         fused = importlib.import_module("spike_fused")
     except ModuleNotFoundError as error:
-        print(f"error: no module '{error.name}': name spike_fused.py's folder in PYTHONPATH", file=sys.stderr)
-        return 2
+        raise UserError(f"no module '{error.name}': name spike_fused.py's folder in PYTHONPATH") from None
     rows = [measure(fused, length, total, share) for length, total in SHAPES for share in (0.0, 0.03)]
-    if arguments.json:
+    if options.json:
         print(json.dumps({"rows": rows}))
-    return 0
+
+
+main = Command(description=__doc__, add_options=add_options, run=run_fused)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main.start()

@@ -12,16 +12,14 @@ oracle, or if there is no CUDA device.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+import this_checkout  # noqa: F401  first on sys.path
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -36,6 +34,7 @@ from bico_ds.attention.oracle import oracle_attention
 from bico_ds.attention.packed import run_packed_attention
 from bico_ds.attention.plan import AttentionPlan, build_plan
 from bico_ds.attention.two_pass import merge
+from bico_ds.common.command_line import Command
 
 HEADS, KEY_HEADS, HEAD_DIM = 32, 8, 128
 TOLERANCE = 3e-2  # largest error relative to the largest entry; dense bf16 reaches about 1e-2
@@ -67,7 +66,7 @@ def plan_with_live(kept: list[int], share: float) -> AttentionPlan:
 def run(
     backend: Backend, tensors: list[Tensor], plan: AttentionPlan, layout: Layout | None = None
 ) -> list[Tensor]:
-    """out and the gradients of q, k, v. Without a ``layout`` the call makes one."""
+    """out and the gradients of q, k, v. Without a `layout` the call makes one."""
     q, k, v, cos, sin, grad_out = tensors
     out = run_packed_attention(q, k, v, cos, sin, plan, scale=HEAD_DIM**-0.5, backend=backend, layout=layout)
     return [out.detach(), *torch.autograd.grad(out, tensors[:3], grad_out)]
@@ -199,12 +198,11 @@ def report_errors(console: Console, kernel: CausalKernel) -> int:
     return sum(error > TOLERANCE for _, error in errors)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    arguments = parser.parse_args()
+
+
+def check_and_measure(options: Namespace) -> int:
     if not torch.cuda.is_available():
         print("no CUDA device: nothing to check", file=sys.stderr)
         return 1
@@ -230,10 +228,13 @@ def main() -> int:
     for line in rows:
         table.add_row(line["name"], f"{line['ours']:.2f}", f"{line['other']:.2f}", f"{line['ratio']:.2f}")
     console.print(table)
-    if arguments.json:
+    if options.json:
         print(json.dumps({"rows": rows}))
     return 1 if wrong else 0
 
 
+main = Command(description=__doc__, add_options=add_options, run=check_and_measure)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    main.start()

@@ -11,24 +11,23 @@ On a CPU it is a rehearsal. step.json in --out has every figure; --json compares
 
 from __future__ import annotations
 
-import argparse
 import collections
 import json
-import sys
 import time
 import warnings
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import numpy as np
+import this_checkout  # noqa: F401  first on sys.path
 import torch
 
 from bico_ds.attention.layout import LayoutPolicy, build_layout
 from bico_ds.batch import PackedBatch
+from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
 from bico_ds.config.arguments import local_path, path_text, positive
 from bico_ds.config.load import load_recipe
@@ -43,7 +42,6 @@ from bico_ds.objectives.base import BatchKey, Objective
 from bico_ds.objectives.bico import MaskDenoising
 from bico_ds.objectives.ntp import NextTokenPrediction
 from bico_ds.runtime import distributed, native_ops
-from bico_ds.common.process_end import end_process
 from bico_ds.training.checks import check_backend, check_recipe
 from bico_ds.training.engine import wrap_model
 
@@ -82,10 +80,7 @@ class Bench:
             torch.cuda.synchronize()
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--recipe", type=path_text, default="llama3_8b_bico", metavar="NAME|PATH")
     parser.add_argument("--layers", type=positive, default=4, help="decoder layers (default 4)")
     parser.add_argument("--lengths", type=positive, nargs="+", default=[40, 2048], help="tokens per document")
@@ -99,26 +94,27 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--profile", action="store_true", help="profile on a CPU, too")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    arguments = parser.parse_args()
-    if max(arguments.lengths) > arguments.rows:
-        parser.error(
-            f"--lengths: a document of {max(arguments.lengths)} tokens does not fit --rows {arguments.rows}"
-        )
-    return arguments
 
 
-def build(recipe: Recipe, arguments: argparse.Namespace) -> Bench:
+def contradiction(options: Namespace) -> str | None:
+    longest = max(options.lengths)
+    if longest > options.rows:
+        return f"--lengths: a document of {longest} tokens does not fit --rows {options.rows}"
+    return None
+
+
+def build(recipe: Recipe, options: Namespace) -> Bench:
     """Build what launch/train.py would, on this one rank."""
     ranks = distributed.read_ranks()
     on_cuda = ranks.device.type == "cuda"
-    config = check_recipe(recipe, world_size=1, on_cuda=on_cuda, run_folder=arguments.out)
+    config = check_recipe(recipe, world_size=1, on_cuda=on_cuda, run_folder=options.out)
     policy = check_backend(recipe, ranks.device)
     native_ops.prefer_own_ninja()
     store = distributed.connect(ranks, timeout_minutes=5)
     distributed.join(ranks, store, timeout_minutes=5)
     started = time.perf_counter()
     model = build_model(
-        recipe.model, seed=0, ds_config=config, device=ranks.device, longest_document=arguments.rows
+        recipe.model, seed=0, ds_config=config, device=ranks.device, longest_document=options.rows
     )
     sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
     engine = wrap_model(model, recipe, config, steps=1000)
@@ -168,17 +164,17 @@ def flops(bench: Bench, batch: PackedBatch) -> float:
     return layers + head + attention
 
 
-def measure(bench: Bench, name: str, length: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Time steps of one kind; on a GPU also say where the host waits and what the step is made of."""
-    batch = make_batch(bench, OBJECTIVES[name], length, arguments.rows)
+def measure(bench: Bench, name: str, length: int, options: Namespace) -> dict[str, Any]:
+    """Time steps of one kind; on a GPU also print where the host waits and what the step is made of."""
+    batch = make_batch(bench, OBJECTIVES[name], length, options.rows)
     for _ in range(WARM_UP):
         bench.step(batch)
     bench.synchronize()
     started = time.perf_counter()
-    for _ in range(arguments.steps):
+    for _ in range(options.steps):
         loss = bench.step(batch)
     bench.synchronize()
-    seconds = (time.perf_counter() - started) / arguments.steps
+    seconds = (time.perf_counter() - started) / options.steps
     rate = flops(bench, batch) / seconds
     figures = {
         "kind": name,
@@ -194,7 +190,7 @@ def measure(bench: Bench, name: str, length: int, arguments: argparse.Namespace)
     print(json.dumps(figures), flush=True)
     if bench.on_cuda:
         print(f"  host waits in one step: {host_waits(lambda: bench.step(batch))}", flush=True)
-    if bench.on_cuda or arguments.profile:
+    if bench.on_cuda or options.profile:
         print_profile(bench, batch)
     return figures
 
@@ -246,30 +242,26 @@ def compare(figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def main() -> int:
-    arguments = parse_arguments()
+def run(options: Namespace) -> None:
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     one_rank = ["training.global_batch_bins=1", "training.micro_batch_bins=1", "distributed.world_size=null"]
-    shape = [f"model.config.num_hidden_layers={arguments.layers}", "model.path=null"]
+    shape = [f"model.config.num_hidden_layers={options.layers}", "model.path=null"]
     try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
+        options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        print(f"error: --out: cannot write to '{arguments.out}': {error.strerror}", file=sys.stderr)
-        return 2
-    try:
-        recipe = load_recipe(arguments.recipe, [*shape, *one_rank, *arguments.overrides])
-        bench = build(recipe, arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    figures = [measure(bench, name, n, arguments) for n in arguments.lengths for name in OBJECTIVES]
-    (arguments.out / "step.json").write_text(json.dumps(figures) + "\n")
+        raise UserError(f"--out: cannot write to '{options.out}': {error.strerror}") from None
+    recipe = load_recipe(options.recipe, [*shape, *one_rank, *options.overrides])
+    bench = build(recipe, options)
+    figures = [measure(bench, name, n, options) for n in options.lengths for name in OBJECTIVES]
+    (options.out / "step.json").write_text(json.dumps(figures) + "\n")
     distributed.leave()
-    if arguments.json:
+    if options.json:
         print(json.dumps({"rows": compare(figures)}))
-    return 0
+
+
+main = Command(description=__doc__, add_options=add_options, contradiction=contradiction, run=run)
 
 
 if __name__ == "__main__":
-    end_process(main())
+    main.start()

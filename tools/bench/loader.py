@@ -14,24 +14,23 @@ time, the busy time included, and the share of the time that the main thread wai
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
-import sys
 import tempfile
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import numpy as np
+import this_checkout  # noqa: F401  first on sys.path
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, IterableDataset
 
+from bico_ds.common.command_line import Command
 from bico_ds.config.objectives.base import ObjectiveSpec
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.ntp import NtpSpec
@@ -191,13 +190,12 @@ def row(name: str, ours: float, other: float, unit: str = "M tokens/s") -> dict[
     return {"name": name, "ours": ours, "other": other, "unit": unit, "ratio": ours / other}
 
 
-def main() -> None:
-    """Measure, print the table, and with --json a last line for machines."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    args = parser.parse_args()
+
+
+def run(options: Namespace) -> None:
+    """Measure, print the table, and with --json a last line for machines."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -208,9 +206,12 @@ def main() -> None:
             line["name"], f"{line['ours']:.3g}", f"{line['other']:.3g}", line["unit"], f"{line['ratio']:.3g}"
         )
     Console(width=120).print(table)
-    if args.json:
+    if options.json:
         print(json.dumps({"rows": rows}))
 
 
+main = Command(description=__doc__, add_options=add_options, run=run)
+
+
 if __name__ == "__main__":
-    main()
+    main.start()

@@ -11,20 +11,20 @@ depends on the hidden size through the gradients alone, which are not counted.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import time
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+import this_checkout  # noqa: F401  first on sys.path
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import cross_entropy
 
+from bico_ds.common.command_line import Command
 from bico_ds.model.head import chunked_cross_entropy
 
 VOCABULARY = 128256
@@ -33,7 +33,7 @@ LIMIT_MB = 512.0
 
 
 def measure(chunk_rows: int, rows: int, hidden_size: int) -> dict[str, float]:
-    """One forward and backward in this process; ``chunk_rows`` 0: all logits at once."""
+    """One forward and backward in this process; `chunk_rows` 0: all logits at once."""
     torch.set_num_threads(1)
     hidden = torch.randn(rows, hidden_size).bfloat16().requires_grad_()
     weight = (torch.randn(VOCABULARY, hidden_size) * 0.02).bfloat16().requires_grad_()
@@ -62,31 +62,32 @@ def peak_bytes() -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def in_fresh_process(chunk_rows: int, options: argparse.Namespace) -> dict[str, float]:
+def in_fresh_process(chunk_rows: int, options: Namespace) -> dict[str, float]:
     command = [sys.executable, __file__, "--measure", str(chunk_rows)]
     command += ["--rows", str(options.rows), "--hidden", str(options.hidden)]
     answer = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(answer.stdout.splitlines()[-1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--chunks", type=int, nargs="+", default=[64, 128, 256, DEFAULT_CHUNK, 1024])
     parser.add_argument("--plain", action="store_true", help="also all logits at once: 17 GB at the defaults")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    parser.add_argument("--measure", type=int, help=SUPPRESS)
+
+
+def run(options: Namespace) -> None:
     if options.measure is not None:
         print(json.dumps(measure(options.measure, options.rows, options.hidden)))
         return
     chunks = [*options.chunks, *([0] if options.plain else [])]
     measured = {chunk: in_fresh_process(chunk, options) for chunk in chunks}
     default = measured.get(DEFAULT_CHUNK) or in_fresh_process(DEFAULT_CHUNK, options)
-    table = Table("rows a chunk", "peak MB beyond the gradients", "of the bound", "CPU s", "of the default's")
+    table = Table(
+        "rows per chunk", "peak MB beyond the gradients", "of the bound", "CPU s", "of the default's"
+    )
     rows = []
     for chunk, ours in measured.items():
         name = {0: "all at once (plain)", DEFAULT_CHUNK: f"{chunk} (default)"}.get(chunk, str(chunk))
@@ -95,11 +96,11 @@ def main() -> None:
             name, f"{ours['megabytes']:.0f}", f"{memory:.2f}", f"{ours['seconds']:.1f}", f"{seconds:.2f}"
         )
         rows.append(
-            (f"peak against the bound, rows a chunk: {name}", ours["megabytes"], LIMIT_MB, "MB", memory)
+            (f"peak against the bound, rows per chunk: {name}", ours["megabytes"], LIMIT_MB, "MB", memory)
         )
         rows.append(
             (
-                f"time against the default, rows a chunk: {name}",
+                f"time against the default, rows per chunk: {name}",
                 ours["seconds"],
                 default["seconds"],
                 "CPU s",
@@ -112,5 +113,8 @@ def main() -> None:
         print(json.dumps({"rows": [dict(zip(keys, row, strict=True)) for row in rows]}))
 
 
+main = Command(description=__doc__, add_options=add_options, run=run)
+
+
 if __name__ == "__main__":
-    main()
+    main.start()

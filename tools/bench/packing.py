@@ -13,24 +13,23 @@ those. The run is refused where the machine has less memory than both sides need
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import sys
 import time
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import psutil
+import this_checkout  # noqa: F401  first on sys.path
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+from bico_ds.common.command_line import Command
 from bico_ds.config.arguments import positive
 from bico_ds.data.loading.packing import build_pack_plan, pack_histogram
 
@@ -49,7 +48,7 @@ def gigabytes(text: str) -> float:
     """The type of an argument: more than 0 GB."""
     value = float(text)
     if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be more than 0, found {text}")
+        raise ArgumentTypeError(f"must be more than 0, found {text}")
     return value
 
 
@@ -65,7 +64,7 @@ def trl_bytes_of_sequence(tokens: Tokens) -> Tokens:
 
 
 def check_memory(needed: float) -> None:
-    """Say what the run will need; end it where the machine has less."""
+    """Print what the run will need; end it where the machine has less."""
     available = psutil.virtual_memory().available
     print(f"needs at most {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available")
     if available < needed:
@@ -174,9 +173,7 @@ def measure_huge(capacity: int) -> list[dict[str, Any]]:
     ]
 
 
-def main() -> None:
-    """Measure, print the table, and with --json a last line for machines."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--sequences", type=positive, default=1_000_000)
     parser.add_argument("--capacity", type=positive, default=4096)
     parser.add_argument("--trl-memory", type=gigabytes, default=5.0, help="GB that TRL may take (default 5)")
@@ -184,32 +181,43 @@ def main() -> None:
         "--huge", action="store_true", help="only 100 million sequences: time and peak memory"
     )
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    args = parser.parse_args()
-    if args.trl_memory * 1e9 < (one := trl_bytes_of_sequence(args.capacity)):
-        parser.error(
-            f"--trl-memory: a sequence of {args.capacity} tokens takes {one / 1e9:.2g} GB; give more"
-        )
-    if args.huge:
-        check_memory(needed_bytes(HUGE, args.capacity, 0.0))
-        rows = measure_huge(args.capacity)
+
+
+def contradiction(options: Namespace) -> str | None:
+    one = trl_bytes_of_sequence(options.capacity)
+    if options.trl_memory * 1e9 < one:
+        return f"--trl-memory: a sequence of {options.capacity} tokens takes {one / 1e9:.2g} GB; give more"
+    return None
+
+
+def run(options: Namespace) -> None:
+    """Measure, print the table, and with --json a last line for machines."""
+    if options.huge:
+        check_memory(needed_bytes(HUGE, options.capacity, 0.0))
+        rows = measure_huge(options.capacity)
     else:
-        trl_bytes = args.trl_memory * 1e9 if find_spec("trl") else 0.0
+        trl_bytes = options.trl_memory * 1e9 if find_spec("trl") else 0.0
         if not trl_bytes:
             print(
                 "trl is not installed: only our side is measured (see the top of this file)", file=sys.stderr
             )
-        check_memory(needed_bytes(args.sequences, args.capacity, trl_bytes))
+        check_memory(needed_bytes(options.sequences, options.capacity, trl_bytes))
         rows = [
-            line for name in DISTRIBUTIONS for line in measure(name, args.sequences, args.capacity, trl_bytes)
+            line
+            for name in DISTRIBUTIONS
+            for line in measure(name, options.sequences, options.capacity, trl_bytes)
         ]
-    table = Table("what", "ours", "TRL" if not args.huge else "limit", "unit", "ratio")
+    table = Table("what", "ours", "TRL" if not options.huge else "limit", "unit", "ratio")
     for line in rows:
         other, ratio = (f"{line[key]:.5g}" if line[key] is not None else "-" for key in ("other", "ratio"))
         table.add_row(line["name"], f"{line['ours']:.5g}", other, line["unit"], ratio)
     Console(width=120).print(table)
-    if args.json:
+    if options.json:
         print(json.dumps({"rows": rows}))
 
 
+main = Command(description=__doc__, add_options=add_options, contradiction=contradiction, run=run)
+
+
 if __name__ == "__main__":
-    main()
+    main.start()

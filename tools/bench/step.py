@@ -1,6 +1,5 @@
 #!/usr/bin/env python
-"""What a whole training step of a 135 M Llama costs on a CPU: BICO beside NTP, both beside the machine's
-limit.
+"""What a full training step of a 135 M Llama costs on a CPU: BICO beside NTP, both beside the machine's limit.
 
     python tools/bench/step.py [--bins 4] [--threads 1] [--stage 3] [--trl FOLDER] [--json]
 
@@ -11,27 +10,26 @@ machine.
 
 The limit: 6 operations per parameter and token, at the rate of a 2048-cubed bf16 product measured in the same
 run. Shares come from one profiled step; optimizer and engine are what a step takes beyond its forward and
-backward passes. `--trl`: a folder made by ``pip install --target FOLDER trl``; its SFTTrainer packs the same
+backward passes. `--trl`: a folder made by `pip install --target FOLDER trl`; its SFTTrainer packs the same
 documents.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import numpy as np
+import this_checkout  # noqa: F401  first on sys.path
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -39,6 +37,7 @@ from rich.table import Table
 from bico_ds.attention.backends import resolve
 from bico_ds.attention.layout import build_layout
 from bico_ds.batch import PackedBatch
+from bico_ds.common.command_line import Command
 from bico_ds.config.arguments import local_path, positive
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
@@ -48,7 +47,6 @@ from bico_ds.documents import Documents
 from bico_ds.objectives.base import BatchKey, Objective
 from bico_ds.objectives.bico import MaskDenoising
 from bico_ds.objectives.ntp import NextTokenPrediction
-from bico_ds.common.process_end import end_process
 
 CAPACITY = 2048
 RANK_VARIABLES = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
@@ -147,7 +145,7 @@ def train_step(engine: Any, micro_batches: list[PackedBatch]) -> float:
 
 
 def least_cpu_seconds(work: Callable[[], Any], repeats: int) -> float:
-    """Least CPU time over ``repeats`` runs after a warm-up."""
+    """Least CPU time over `repeats` runs after a warm-up."""
     work()
     times = []
     for _ in range(repeats):
@@ -223,11 +221,8 @@ def trl_speed(folder: Path, kind: str, bins: int, threads: int) -> float | None:
     return json.loads(answer.stdout.splitlines()[-1])["tokens_per_cpu_second"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--bins", type=positive, default=4, help="micro-batches a step (default 4)")
+def add_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--bins", type=positive, default=4, help="micro-batches per step (default 4)")
     parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--stage", type=int, choices=(2, 3), default=3, help="ZeRO stage (default 3)")
     parser.add_argument("--repeats", type=positive, default=3)
@@ -235,7 +230,9 @@ def main() -> None:
         "--trl", type=local_path, metavar="FOLDER", help="where TRL is installed; left out: not compared"
     )
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+
+
+def run(options: Namespace) -> None:
     torch.set_num_threads(options.threads)
     console = Console(soft_wrap=True)
 
@@ -243,7 +240,7 @@ def main() -> None:
     engine = build_engine(options.bins, options.stage)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     limit = rate / (6 * parameters)
-    console.print(f"bf16 product: {rate / 1e9:.0f} GFLOP a CPU second; {parameters / 1e6:.1f} M parameters")
+    console.print(f"bf16 product: {rate / 1e9:.0f} GFLOP per CPU second; {parameters / 1e6:.1f} M parameters")
 
     tokens = options.bins * CAPACITY
     rows: list[tuple[str, float, float, str, float]] = []
@@ -254,7 +251,7 @@ def main() -> None:
             seconds[objective] = least_cpu_seconds(partial(train_step, engine, work), options.repeats)
             parts = ", ".join(f"{name} {share:.0%}" for name, share in shares(engine, work).items())
             speed = tokens / seconds[objective]
-            console.print(f"{kind}, {objective}: {seconds[objective]:.2f} CPU s a step; {parts}")
+            console.print(f"{kind}, {objective}: {seconds[objective]:.2f} CPU s per step; {parts}")
             rows.append((f"{objective} {kind}: of the limit", speed, limit, "tokens/CPU s", speed / limit))
         rows.append(
             (f"BICO step / NTP step, {kind}", seconds["bico"], seconds["ntp"], "CPU s",
@@ -279,6 +276,8 @@ def print_rows(console: Console, rows: list[tuple[str, float, float, str, float]
     console.print(ratios)
 
 
+main = Command(description=__doc__, add_options=add_options, run=run)
+
+
 if __name__ == "__main__":
-    main()
-    end_process(0)
+    main.start()

@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Tokenization speed: ours from JSONL on disk to a finished token store, against bare `tokenizers` in memory.
 
     python tools/bench/tokenization.py [--processes 2] [--megabytes 48] [--json]
@@ -11,27 +12,26 @@ size, which much less text than the default would show.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
-import sys
 import sysconfig
 import tempfile
 import time
+from argparse import ArgumentParser, Namespace
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+import this_checkout  # noqa: F401  first on sys.path
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from bico_ds.common.command_line import Command
 from bico_ds.data.prepare.encode_shard import encode_shard, spare_the_collector
 from bico_ds.data.prepare.encoder import Encoder, EncoderSpec, encoder_spec
 from bico_ds.data.prepare.examples import IngestOptions
@@ -48,7 +48,7 @@ class Case:
     """One kind of documents."""
 
     name: str
-    characters: int  # a document
+    characters: int  # per document
     has_prompt: bool
 
 
@@ -67,26 +67,25 @@ CASES = (
 )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--megabytes", type=int, default=48, help="text of a case (default: %(default)s)")
+    parser.add_argument("--megabytes", type=int, default=48, help="text per case (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="end with a line of JSON")
-    args = parser.parse_args()
+
+
+def run(options: Namespace) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the parallelism, on both sides
     rows = []
-    with tempfile.TemporaryDirectory() as folder, _pool(args.processes) as pool:
-        corpus = _corpus(args.megabytes << 20)
+    with tempfile.TemporaryDirectory() as folder, _pool(options.processes) as pool:
+        corpus = _corpus(options.megabytes << 20)
         tokenizer = _train_tokenizer(corpus[: 4 << 20], Path(folder) / "tokenizer")
         for case in CASES:
-            rows += _measure(case, corpus, tokenizer, Path(folder), pool, args.processes)
-    table = Table("case", "ours", "tokenizers", "ratio", title=f"M tokens/s, {args.processes} processes")
+            rows += _measure(case, corpus, tokenizer, Path(folder), pool, options.processes)
+    table = Table("case", "ours", "tokenizers", "ratio", title=f"M tokens/s, {options.processes} processes")
     for row in rows:
         table.add_row(row["name"], f"{row['ours']:.2f}", f"{row['other']:.2f}", f"{row['ratio']:.2f}")
     Console().print(table)
-    if args.json:
+    if options.json:
         print(json.dumps({"rows": rows}))
 
 
@@ -125,7 +124,7 @@ def _measure(
             "unit": "M tokens/s",
             "ratio": getattr(fastest["ours"], key) / getattr(fastest["other"], key),
         }
-        for key, unit in (("clock", "by the clock"), ("cpu", "a CPU second"))
+        for key, unit in (("clock", "by the clock"), ("cpu", "per CPU second"))
     ]
 
 
@@ -188,5 +187,8 @@ def _train_tokenizer(text: str, folder: Path) -> Path:
     return folder
 
 
+main = Command(description=__doc__, add_options=add_options, run=run)
+
+
 if __name__ == "__main__":
-    main()
+    main.start()

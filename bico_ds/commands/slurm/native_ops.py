@@ -1,32 +1,33 @@
-"""Compile the DeepSpeed operations that a recipe needs, once, before its ranks start: native_ops.py RECIPE
-[--set …]
+"""Compile the DeepSpeed operations that a recipe needs, once, before its ranks start.
 
-They land in TORCH_EXTENSIONS_DIR. Ranks that come later find them there, instead of waiting for one another.
+    native_ops.py RECIPE [--set …]
+
+They go to TORCH_EXTENSIONS_DIR, where the ranks find them instead of waiting for one another.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
+from argparse import ArgumentParser, Namespace
 
-from bico_ds.common.errors import UserError
+from bico_ds.common.command_line import Command
 from bico_ds.config.arguments import path_text
 from bico_ds.config.load import load_recipe
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("recipe", type=path_text, help="a name in recipes/ or a YAML file")
     parser.add_argument("--set", dest="overrides", metavar="KEY.PATH=VALUE", action="append", default=[])
-    arguments = parser.parse_args()
-    try:
-        recipe = load_recipe(arguments.recipe, arguments.overrides)
-        from bico_ds.runtime.native_ops import build
 
-        build(recipe)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+def compile_operations(options: Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)
+    from bico_ds.runtime.native_ops import build
+
+    build(recipe)
+
+
+main = Command(description=__doc__, add_options=add_options, run=compile_operations)
+
+
+if __name__ == "__main__":
+    main.start()

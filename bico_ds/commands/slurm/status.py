@@ -1,19 +1,20 @@
-"""Runs and where they stand, from their folders; works with and without SLURM.
+"""Show runs and their state, from their folders; works with and without SLURM.
 
-    status.py                      everything below runs/
-    status.py runs/sweep-a -w 10   these, shown anew every 10 seconds
-    status.py --json               for programs: one object per line
+    bico-ds status                      all runs below runs/
+    bico-ds status runs/sweep-a -w 10   these, shown anew every 10 seconds
+    bico-ds status --json               for programs: one object per line
 
 States: waiting (never started), starting (does not train yet), running, preempted (saved, to be resumed), done, failed,
-and lost: it was starting or running, and nobody has been alive behind it for half a minute.
+and lost: it was starting or running, and no process of it has been alive for half a minute.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from rich.live import Live
 from rich.table import Table
 
 from bico_ds.cluster.status import RunStatus, find_runs, read_statuses
+from bico_ds.common.command_line import Command
+from bico_ds.common.errors import UserError
 from bico_ds.config.arguments import local_path
 
 COLORS = {
@@ -34,41 +37,40 @@ COLORS = {
 }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "paths", nargs="*", type=local_path, default=[Path("runs")], help="run folders, or what holds them"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
     parser.add_argument("-w", "--watch", type=positive, metavar="SECONDS", help="show it anew, until Ctrl-C")
-    arguments = parser.parse_args()
-    missing = [path for path in arguments.paths if not path.is_dir()]
-    if missing:
-        print(f"error: no folder '{missing[0]}'", file=sys.stderr)
-        return 2
-    if arguments.json:
-        for status in read_all(arguments.paths):
-            print(json.dumps(asdict(status)))
-        return 0
+
+
+def show_status(options: Namespace) -> None:
+    for path in options.paths:
+        if not path.is_dir():
+            raise UserError(f"no folder '{path}'")
     console = Console(width=None if sys.stdout.isatty() else 160)
-    if arguments.watch is None:
-        console.print(make_table(read_all(arguments.paths)))
-        return 0
-    with Live(console=console, auto_refresh=False) as live:
-        try:
-            while True:
-                live.update(make_table(read_all(arguments.paths)), refresh=True)
-                time.sleep(arguments.watch)
-        except KeyboardInterrupt:
-            return 0
+    if options.json:
+        for status in read_all(options.paths):
+            print(json.dumps(asdict(status)))
+    elif options.watch is not None:
+        watch(options.paths, options.watch, console)
+    else:
+        console.print(make_table(read_all(options.paths)))
+
+
+def watch(paths: list[Path], seconds: float, console: Console) -> None:
+    """Show the table anew every few seconds, until Ctrl-C."""
+    with Live(console=console, auto_refresh=False) as live, suppress(KeyboardInterrupt):
+        while True:
+            live.update(make_table(read_all(paths)), refresh=True)
+            time.sleep(seconds)
 
 
 def positive(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError("must be more than 0")
+        raise ArgumentTypeError("must be more than 0")
     return value
 
 
@@ -109,3 +111,10 @@ def ago(moment: float | None) -> str:
         if seconds >= size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} s"
+
+
+main = Command(description=__doc__, add_options=add_options, run=show_status)
+
+
+if __name__ == "__main__":
+    main.start()

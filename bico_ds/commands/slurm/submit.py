@@ -1,21 +1,20 @@
 """Submit a recipe, or a sweep of recipes and seeds, to SLURM.
 
-    submit.py --recipe llama70b_bico --nodes 8 --gpus-per-node 8 --time 24:00:00 --partition gpu
-    submit.py --recipe tiny_base --seeds 1 2 3 --nodes 1 --gpus-per-node 0 --ranks-per-node 2 --time 60
-    submit.py … --dry-run                    print the script, write and submit nothing
+    bico-ds submit --recipe llama70b_bico --nodes 8 --gpus-per-node 8 --time 24:00:00 --partition gpu
+    bico-ds submit --recipe tiny_base --seeds 1 2 3 --nodes 1 --gpus-per-node 0 --ranks-per-node 2 --time 60
+    bico-ds submit … --dry-run                    print the script, write and submit nothing
 
-Checks the recipe first, writes the batch script into the run folder (slurm/job-N.sbatch: readable, usable by
-itself with `sbatch`), submits it, and says how to follow it. Several recipes or seeds make a job array, each
-run with a folder of its own below --output-dir. Exit codes: 0 submitted (or printed), 2 wrong usage or input, or
-SLURM refused.
+Checks the recipe first, writes the batch script into the run folder (slurm/job-N.sbatch: readable, usable by itself
+with `sbatch`), submits it, and prints how to follow it. Several recipes or seeds make a job array, each run with a
+folder of its own below --output-dir. Exit codes: 0 submitted (or printed), 2 wrong usage or input, or refused by SLURM.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import sys
+from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,6 @@ from pathlib import Path
 from bico_ds.cluster.attempts import stop_file
 from bico_ds.cluster.preflight.inputs import check_inputs
 from bico_ds.cluster.submission import (
-    PROJECT,
     Job,
     Resources,
     Settings,
@@ -33,25 +31,23 @@ from bico_ds.cluster.submission import (
     submit,
     write,
 )
+from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
 from bico_ds.config.arguments import local_path, not_negative, path_text, positive, written_path
 from bico_ds.config.load import load_recipe
 from bico_ds.config.paths import LocalPath
+from bico_ds.config.resources import CHECKOUT
 from bico_ds.config.schema import Recipe
 from bico_ds.runtime.run_folder import folder_of_run
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_options(parser: ArgumentParser) -> None:
     add_run_options(parser.add_argument_group("what to run"))
     add_slurm_options(parser.add_argument_group("what is asked of SLURM"))
     add_start_options(parser.add_argument_group("how"))
-    return parser.parse_args()
 
 
-def add_run_options(what: argparse._ArgumentGroup) -> None:
+def add_run_options(what: _ArgumentGroup) -> None:
     what.add_argument(
         "--recipe",
         nargs="+",
@@ -69,10 +65,10 @@ def add_run_options(what: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_slurm_options(asked: argparse._ArgumentGroup) -> None:
+def add_slurm_options(asked: _ArgumentGroup) -> None:
     asked.add_argument("--nodes", type=positive, required=True)
     asked.add_argument("--gpus-per-node", type=not_negative, required=True, help="0: train on CPUs")
-    asked.add_argument("--ranks-per-node", type=positive, help="default: one a GPU")
+    asked.add_argument("--ranks-per-node", type=positive, help="default: one per GPU")
     asked.add_argument("--cpus-per-task", type=positive)
     asked.add_argument(
         "--time", required=True, help="HH:MM:SS; when it is over, the job saves, and is requeued"
@@ -90,7 +86,7 @@ def add_slurm_options(asked: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_start_options(how: argparse._ArgumentGroup) -> None:
+def add_start_options(how: _ArgumentGroup) -> None:
     how.add_argument(
         "--container",
         type=path_text,
@@ -119,68 +115,62 @@ def add_start_options(how: argparse._ArgumentGroup) -> None:
     how.add_argument("--dry-run", action="store_true", help="print the script, write and submit nothing")
 
 
-def main() -> int:
-    arguments = parse_arguments()
-    try:
-        job = make_job(arguments)
-        if arguments.dry_run:
-            print(render(job), end="")
-            return 0
-        script = write(job)
-        explain(submit(script, job), script, job)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def run(options: Namespace) -> None:
+    job = make_job(options)
+    if options.dry_run:
+        print(render(job), end="")
+        return
+    script = write(job)
+    explain(submit(script, job), script, job)
 
 
-def make_job(arguments: argparse.Namespace) -> Job:
+def make_job(options: Namespace) -> Job:
     """The checked job. Raises `UserError` for everything that can be known before a node is asked for."""
-    ranks = arguments.ranks_per_node or arguments.gpus_per_node
+    ranks = options.ranks_per_node or options.gpus_per_node
     if not ranks:
-        raise UserError("--gpus-per-node 0 trains on CPUs: say how many ranks a node with --ranks-per-node")
+        raise UserError("--gpus-per-node 0 trains on CPUs: give the ranks per node with --ranks-per-node")
     resources = Resources(
-        nodes=arguments.nodes, gpus_per_node=arguments.gpus_per_node, ranks_per_node=ranks,
-        time=arguments.time,
-        cpus_per_task=arguments.cpus_per_task, partition=arguments.partition, account=arguments.account,
-        qos=arguments.qos, constraint=arguments.constraint, signal_seconds=arguments.signal_seconds,
-        more=arguments.sbatch,
+        nodes=options.nodes, gpus_per_node=options.gpus_per_node, ranks_per_node=ranks,
+        time=options.time,
+        cpus_per_task=options.cpus_per_task, partition=options.partition, account=options.account,
+        qos=options.qos, constraint=options.constraint, signal_seconds=options.signal_seconds,
+        more=options.sbatch,
     )  # fmt: skip
-    runs = list_runs(arguments)
+    runs = list_runs(options)
     for run, recipe in runs.items():
         check(run, recipe, resources)
         refuse_if_alive(run)
-    if arguments.container is not None and not Path(arguments.container).exists():
-        raise UserError(f"--container: '{arguments.container}' is not there")
+    if options.container is not None and not Path(options.container).exists():
+        raise UserError(f"--container: '{options.container}' is not there")
     settings = Settings(
-        container=arguments.container, bind=arguments.bind, max_requeues=arguments.max_requeues,
-        network_interface=arguments.network_interface, native_ops=arguments.native_ops,
-        python=arguments.python or LocalPath("python" if arguments.container else sys.executable),
+        container=options.container, bind=options.bind, max_requeues=options.max_requeues,
+        network_interface=options.network_interface, native_ops=options.native_ops,
+        python=options.python or LocalPath("python" if options.container else sys.executable),
     )  # fmt: skip
     only = next(iter(runs))
     folder = only / "slurm" if len(runs) == 1 else only.parent / "slurm"
     return Job(
         name=only.name if len(runs) == 1 else only.parent.name, folder=folder, runs=runs, resources=resources,
-        settings=settings, max_parallel=arguments.max_parallel,
+        settings=settings, max_parallel=options.max_parallel,
     )  # fmt: skip
 
 
-def list_runs(arguments: argparse.Namespace) -> dict[Path, Recipe]:
+def list_runs(options: Namespace) -> dict[Path, Recipe]:
     """Run folder and recipe of each run."""
-    seeds = [[]] if arguments.seeds is None else [[f"seed={seed}"] for seed in arguments.seeds]
-    chosen = [load_recipe(name, [*arguments.overrides, *seed]) for name in arguments.recipe for seed in seeds]
+    seeds = [[]] if options.seeds is None else [[f"seed={seed}"] for seed in options.seeds]
+    chosen = [load_recipe(name, [*options.overrides, *seed]) for name in options.recipe for seed in seeds]
     if len(chosen) == 1:
-        return {folder_of_run(chosen[0], arguments.output_dir).resolve(): chosen[0]}
-    parent = (arguments.output_dir or Path("runs", f"sweep-{chosen[0].name}")).resolve()
-    names = [r.name if arguments.seeds is None else f"{r.name}-seed-{r.seed}" for r in chosen]
+        return {folder_of_run(chosen[0], options.output_dir).resolve(): chosen[0]}
+    parent = (options.output_dir or Path("runs", f"sweep-{chosen[0].name}")).resolve()
+    names = [r.name if options.seeds is None else f"{r.name}-seed-{r.seed}" for r in chosen]
     if len(set(names)) < len(names):
         raise UserError("--recipe, --seeds: two runs of this array would have the same folder")
     return {parent / name: recipe for name, recipe in zip(names, chosen, strict=True)}
 
 
 def check(run: Path, recipe: Recipe, resources: Resources) -> None:
-    """Inputs are there, ranks and batch sizes divide, the schedule fits (where the recipe counts steps), the model is
-    known. Raises `UserError`.
+    """Check that inputs exist, ranks and batch sizes divide, the schedule fits (where the recipe counts steps), and the
+    model is known. Raises `UserError`.
     """
     stop_signal(recipe)
     check_inputs(recipe)
@@ -199,8 +189,9 @@ def check(run: Path, recipe: Recipe, resources: Resources) -> None:
 
 @contextmanager
 def without_accelerator() -> Iterator[None]:
-    """Spare login nodes, which have no GPU, DeepSpeed's warning about it; but sbatch hands this environment to the job,
-    whose ranks would stay on the CPU.
+    """Keep DeepSpeed from warning on a login node that it has no GPU.
+
+    Only inside of this context: sbatch hands the environment to the job, whose ranks would stay on the CPU.
     """
     if "DS_ACCELERATOR" in os.environ:
         yield
@@ -213,12 +204,13 @@ def without_accelerator() -> Iterator[None]:
 
 
 def explain(job_id: str, script: Path, job: Job) -> None:
-    """Where it is and how to follow it."""
+    """Print where the job is, and how to follow and stop it."""
     output = script.parent / (f"job-{job_id}_*.out" if job.is_array else f"job-{job_id}.out")
     parent = next(iter(job.runs)).parent
     watched = parent if job.is_array else next(iter(job.runs))
     print(f"job {job_id}: {len(job.runs)} run(s), {job.resources.world_size} ranks each; script {script}")
-    print(f"  state    python {PROJECT}/launch/slurm/status.py {watched}")
+    status = "bico-ds status" if CHECKOUT is None else f"python {CHECKOUT}/launch/slurm/status.py"
+    print(f"  state    {status} {watched}")
     print(f"  output   tail -F {output}")
     print(f"  ranks    tail -F {watched}/{'*/' if job.is_array else ''}logs/train-*.log")
     print(f"  curves   tensorboard --logdir {watched}")
@@ -227,8 +219,15 @@ def explain(job_id: str, script: Path, job: Job) -> None:
 
 
 def stop_command(job_id: str, job: Job) -> str:
-    """What saves a checkpoint, however long that takes, and ends the job: see "Stop" in docs/cluster.md."""
+    """The command that saves a checkpoint, however long that takes, and ends the job: "Stop" in docs/cluster.md."""
     files = " ".join(shlex.quote(str(stop_file(run))) for run in job.runs)
     signal = stop_signal(next(iter(job.runs.values())))
     waiting = f"scancel --state=PENDING {job_id}; " if job.is_array else ""
     return f"{waiting}touch {files} && scancel --signal={signal} --batch {job_id}"
+
+
+main = Command(description=__doc__, add_options=add_options, run=run)
+
+
+if __name__ == "__main__":
+    main.start()

@@ -129,7 +129,7 @@ class Run:
             for pid in processes_on(node):
                 if {f"RANK={rank}", f"SLURM_JOB_ID={self.job}"} <= environment_of(
                     pid
-                ) and "train.py" in command_of(pid):
+                ) and "bico_ds.commands.train" in command_of(pid):
                     return pid
         raise AssertionError(f"no rank {rank} of job {self.job}")
 

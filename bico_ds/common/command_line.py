@@ -1,0 +1,73 @@
+"""The one frame of every command: its parser, one message instead of a traceback, and its exit code.
+
+0 done; 1 the run failed (`RunError`); 2 wrong usage or input (`UserError`); 130 interrupted by Ctrl-C. A command may
+return other codes of its own. No torch here: a command imports it before its heavy modules.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from bico_ds.common.errors import RunError, UserError
+from bico_ds.common.process_end import end_process
+
+INTERRUPTED = 130  # 128 + SIGINT, as a shell shows it
+_SECONDS_FOR_MESSAGE = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A command: its options, and what it does with them.
+
+    `run` gets the parsed options, and returns the exit code, or None for 0. `contradiction` returns what is wrong with
+    options that are right one by one. `rank` returns the number of this process among those of which the first alone
+    shows an error; a command that never runs as several has none.
+    """
+
+    description: str | None
+    add_options: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace], int | None]
+    contradiction: Callable[[Namespace], str | None] = lambda options: None
+    rank: Callable[[], int] | None = None
+
+    def parse(self, argv: Sequence[str] | None = None, *, prog: str | None = None) -> Namespace:
+        """Parse `argv`, by default the process's own. Raises `SystemExit` with code 2 for wrong usage."""
+        parser = ArgumentParser(
+            prog=prog, description=self.description, formatter_class=RawDescriptionHelpFormatter
+        )
+        self.add_options(parser)
+        options = parser.parse_args(argv)
+        if problem := self.contradiction(options):
+            parser.error(problem)
+        return options
+
+    def __call__(self, argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+        """Parse, run, and return the exit code. Raises `SystemExit` for wrong usage and for `--help`."""
+        options = self.parse(argv, prog=prog)
+        try:
+            return self.run(options) or 0
+        except (UserError, RunError) as error:
+            self._report(error)
+            return error.exit_code
+        except BrokenPipeError:
+            if self.rank is not None:  # ranks write to sockets too
+                raise
+            return 0  # `… | head` has read enough
+        except KeyboardInterrupt:
+            return INTERRUPTED
+
+    def start(self, argv: Sequence[str] | None = None, *, prog: str | None = None) -> NoReturn:
+        """Run the command, and end this process with its exit code."""
+        end_process(self(argv, prog=prog))
+
+    def _report(self, error: UserError | RunError) -> None:
+        """One message. Other ranks wait for it: a launcher ends all ranks when the first one ends."""
+        if self.rank is None or self.rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(_SECONDS_FOR_MESSAGE)

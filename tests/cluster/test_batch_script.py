@@ -1,5 +1,6 @@
-"""The batch script itself, in bash, with stand-ins for SLURM's commands: what it does when a step is killed. The real
-SLURM is in tests/cluster.
+"""The batch script itself, in bash, with stand-ins for SLURM's commands: what it does when a step is killed.
+
+The real SLURM is in tests/cluster/two_nodes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import pytest
 from tests import ROOT
 
 SRUN = """#!/bin/bash
-# The next line of $STEPS says how this step ends: "CODE what a rank says | what srun says".
+# The next line of $STEPS is how this step ends: "CODE a rank's message | srun's message".
 for word in "$@"; do case $word in --output=*) log=${word#--output=} ;; esac; done
 [ "${*: -1}" = true ] && { echo idle >> "$CALLS"; exit 0; }
 case "$*" in
@@ -24,9 +25,9 @@ case "$*" in
 esac
 echo preflight >> "$CALLS"
 line=$(sed -n "$(grep -c preflight "$CALLS")p" "$STEPS")
-code=${line%% *} said=${line#* }
-[ -z "${said%%|*}" ] || echo "${said%%|*}" >> "$log"
-[ -z "${said#*|}" ] || echo "${said#*|}" >&2
+code=${line%% *} text=${line#* }
+[ -z "${text%%|*}" ] || echo "${text%%|*}" >> "$log"
+[ -z "${text#*|}" ] || echo "${text#*|}" >&2
 exit "$code"
 """
 PYTHON = f"""#!/bin/bash
@@ -95,7 +96,7 @@ def test_a_refusal_ends_the_job_at_once(tmp_path, end):
     assert "pre-flight refused this run; nothing was trained" in output
 
 
-def test_step_numbers_of_two_starts_in_a_row_never_meet(tmp_path):
+def test_step_numbers_of_two_starts_in_a_row_never_coincide(tmp_path):
     """A first start has at most steps 0 to 3, its restart begins with number 4."""
     code, output, steps = run_script(tmp_path, KILLED, KILLED, "0 |", restarts=1)
     assert code == 0, output

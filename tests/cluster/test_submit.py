@@ -66,7 +66,7 @@ def sbatch_options(script):
     return dict(line.lstrip("-").partition("=")[::2] for line in lines)
 
 
-def test_script_asks_for_what_was_said(tmp_path, recipe):
+def test_script_asks_for_the_given_resources(tmp_path, recipe):
     script = render(a_job(tmp_path, recipe, partition="gpu", account="nlp", qos="high", constraint="h100",
                           cpus_per_task=12, more=["--exclusive", "--mem=0"]))  # fmt: skip
     options = sbatch_options(script)
@@ -235,12 +235,12 @@ def test_a_folder_that_cannot_be_written_is_refused(monkeypatch, tmp_path, capsy
 
 
 def test_hpz_is_checked_with_the_ranks_per_node_that_were_asked_for(monkeypatch, tmp_path):
-    """12 ranks are 3 whole nodes of 4, and no whole number of nodes of 8."""
+    """12 ranks fill 3 nodes of 4, and do not fill nodes of 8."""
     recipe = load_recipe("tiny_base", ["deepspeed.config=zero3_hpz", "training.global_batch_bins=24"])
     command.check(tmp_path, recipe, Resources(nodes=3, gpus_per_node=0, ranks_per_node=4, time="10:00:00"))
 
 
-def test_stopping_for_good_saves_however_long_it_takes(tmp_path, recipe):
+def test_the_stop_command_saves_however_long_it_takes(tmp_path, recipe):
     run = tmp_path / "a run"
     stop = command.stop_command("7", a_job(tmp_path, recipe, runs={run: recipe}))
     assert stop == f"touch '{run}/stop' && scancel --signal=USR1 --batch 7"

@@ -127,7 +127,7 @@ def test_files_that_are_no_gguf_are_refused_before_anything_is_loaded(tmp_path):
 def test_a_file_cut_short_is_refused(gguf_file, tmp_path, share):
     content = gguf_file.read_bytes()
     (tmp_path / "cut.gguf").write_bytes(content[: max(4, int(share * len(content)))])
-    with pytest.raises(UserError, match=r"cut.gguf: transformers cannot read .* check that it is whole"):
+    with pytest.raises(UserError, match=r"cut.gguf: transformers cannot read .* check that it is complete"):
         import_gguf(tmp_path / "cut.gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,4 @@
-"""A recipe with ``~`` or ``${ROOM}`` in every path: each command takes it where it can be expanded, and names the place
+"""A recipe with `~` or `${ROOM}` in every path: each command takes it where it can be expanded, and names the place
 where it cannot.
 """
 

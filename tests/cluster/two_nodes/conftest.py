@@ -48,7 +48,7 @@ def _nothing_left_running(cluster) -> Iterator[None]:
     while cluster.slurm("squeue", "-h").strip() or cluster.slurm("sinfo", "-h", "-o", "%T").split() != [
         "idle"
     ]:
-        assert time.monotonic() < deadline, "the cluster does not come to rest"
+        assert time.monotonic() < deadline, "the cluster is still busy"
         time.sleep(0.5)
 
 
@@ -71,16 +71,16 @@ def reference(workspace) -> Run:
 
 @pytest.fixture
 def note(request) -> Iterator[Callable[[str], None]]:
-    """Say what happened, for the table at the end."""
-    said: list[str] = []
+    """Note what happened, for the table at the end."""
+    notes: list[str] = []
     started = time.monotonic()
-    yield said.append
-    if said:
+    yield notes.append
+    if notes:
         rows = request.config.stash.setdefault(TABLE, [])
         rows.append(
             (
                 request.node.name.removeprefix("test_").replace("_", " "),
-                "; ".join(said),
+                "; ".join(notes),
                 time.monotonic() - started,
             )
         )
@@ -91,7 +91,7 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
     if not rows:
         return
     lines = ["| drill | what happened | seconds |", "|---|---|---|"]
-    lines += [f"| {name} | {said} | {seconds:.0f} |" for name, said, seconds in rows]
+    lines += [f"| {name} | {what} | {seconds:.0f} |" for name, what, seconds in rows]
     path = ROOT / "build" / "cluster-drills.md"
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

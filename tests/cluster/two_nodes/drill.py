@@ -48,7 +48,7 @@ class Workspace:
         self, name: str, *options: str, recipe: str = "tiny_base", sets: tuple[str, ...] = (), nodes: int = 2,
         gpus: int = 0,
     ) -> subprocess.CompletedProcess[str]:  # fmt: skip
-        """launch/slurm/submit.py with one rank a node."""
+        """launch/slurm/submit.py with one rank per node."""
         overrides = [part for key in (*TINY, *sets) for part in ("--set", key)]
         return self.command(
             "launch/slurm/submit.py", "--recipe", recipe, "--nodes", str(nodes), "--gpus-per-node", str(gpus),
@@ -75,10 +75,10 @@ class Run:
 
     @property
     def output(self) -> str:
-        """What the batch script said."""
+        """What the batch script printed."""
         return "".join(p.read_text() for p in sorted((self.path / "slurm").glob(f"job-{self.job}.out")))
 
-    def facts(self) -> dict[str, str]:
+    def record(self) -> dict[str, str]:
         """SLURM's own record of the job."""
         text = self.cluster.slurm("scontrol", "show", "job", "--oneliner", self.job)
         return dict(part.split("=", 1) for part in text.split() if "=" in part)
@@ -118,10 +118,10 @@ class Run:
         self.wait_for(lambda: self.step() >= step, f"step {step}")
 
     def wait_for_end(self) -> dict[str, str]:
-        """SLURM's record once the job has ended for good."""
+        """SLURM's record once the job has ended."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        self.wait_for(lambda: self.facts()["JobState"] in ended, "the end of the job")
-        return self.facts()
+        self.wait_for(lambda: self.record()["JobState"] in ended, "the end of the job")
+        return self.record()
 
     def rank_pid(self, rank: int) -> int:
         """The training process of this rank, on whichever node it is."""

@@ -18,18 +18,18 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 
 def assert_same_result(run, reference):
-    facts = run.wait_for_end()
-    assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), run.story()
+    record = run.wait_for_end()
+    assert (record["JobState"], record["ExitCode"]) == ("COMPLETED", "0:0"), run.story()
     assert run.state()["state"] == "done"
     assert run.losses() == reference.losses()
     assert run.weights() == reference.weights()
-    return facts
+    return record
 
 
 def test_two_nodes_train_as_two_local_ranks_do(workspace, reference, note):
     run = workspace.submit("plain")
-    facts = assert_same_result(run, reference)
-    assert facts["Restarts"] == "0"
+    record = assert_same_result(run, reference)
+    assert record["Restarts"] == "0"
     assert {p.name for p in (run.path / "logs").glob("train-*")} >= {
         f"train-{run.job}-{n}.log" for n in ("n1", "n2")
     }
@@ -45,8 +45,8 @@ def test_the_stop_signal_saves_requeues_and_resumes(workspace, reference, note):
     run.wait_for(lambda: len(run.attempts()) == 2, "a second start")
     resumed_at = run.attempts()[1]["step"]
     assert resumed_at >= 12, "the step of the signal was saved, not only the last multiple of 5"
-    facts = assert_same_result(run, reference)
-    assert facts["Restarts"] == "1"
+    record = assert_same_result(run, reference)
+    assert record["Restarts"] == "1"
     note(f"checkpoint at step {resumed_at}, requeued, resumed, COMPLETED; equal to the uninterrupted run")
 
 
@@ -68,8 +68,8 @@ def test_scontrol_requeue_saves_and_resumes(workspace, reference, note):
     run.wait_for(lambda: len(run.attempts()) == 2, "a second start")
     resumed_at = run.attempts()[1]["step"]
     assert resumed_at >= 12
-    facts = assert_same_result(run, reference)
-    assert facts["Restarts"] == "1", "requeued by SLURM, not a second time by the script"
+    record = assert_same_result(run, reference)
+    assert record["Restarts"] == "1", "requeued by SLURM, not a second time by the script"
     note(
         f"SIGTERM: checkpoint at step {resumed_at}; resumed, COMPLETED; result equal to the uninterrupted run"
     )
@@ -79,10 +79,10 @@ def test_a_cancelled_job_saves_and_stays_cancelled(workspace, note):
     run = workspace.submit("cancelled")
     run.wait_for_step(7)
     workspace.cluster.slurm("scancel", run.job)
-    facts = run.wait_for_end()
-    assert facts["JobState"] == "CANCELLED"
+    record = run.wait_for_end()
+    assert record["JobState"] == "CANCELLED"
     time.sleep(8)
-    assert run.facts()["JobState"] == "CANCELLED", "not brought back by its own script"
+    assert run.record()["JobState"] == "CANCELLED", "not brought back by its own script"
     assert run.state()["state"] == "preempted"
     note(f"checkpoint at step {run.state()['step']}, CANCELLED, not requeued")
 
@@ -103,11 +103,11 @@ def test_a_rank_killed_before_any_checkpoint_fails_the_job(workspace, note):
     run = workspace.submit("killed-early", sets=("checkpoint.every_steps=1000", "training.steps=1000"))
     run.wait_for_step(3)
     os.kill(run.rank_pid(0), signal.SIGKILL)
-    facts = run.wait_for_end()
-    assert facts["JobState"] == "FAILED"
-    assert facts["ExitCode"] != "0:0"
+    record = run.wait_for_end()
+    assert record["JobState"] == "FAILED"
+    assert record["ExitCode"] != "0:0"
     assert "not requeued" in run.output
-    note(f"FAILED with exit code {facts['ExitCode']}, not requeued: nothing would be gained")
+    note(f"FAILED with exit code {record['ExitCode']}, not requeued: nothing would be gained")
 
 
 def test_a_hung_rank_ends_by_the_time_limit_of_collectives(workspace, reference, note):
@@ -130,7 +130,7 @@ def test_a_node_cut_off_is_replaced_and_writes_nothing_more(workspace, reference
     started = start_time(old_rank)
     workspace.cluster.link(node, "down")
     cut = time.monotonic()
-    run.wait_for(lambda: run.facts()["JobState"] == "PENDING", "the requeue by SLURM")
+    run.wait_for(lambda: run.record()["JobState"] == "PENDING", "the requeue by SLURM")
     seconds = time.monotonic() - cut
     assert start_time(old_rank) == started, "the drill is about a rank that outlives its job"
     before = files_of(run.path)

@@ -155,4 +155,4 @@ def test_torchrun_starts_one_agent_a_node(workspace, reference, note):
     codes = [agent.wait(timeout=600) for agent in agents]
     assert codes == [0, 0], [log.read_text()[-3000:] for log in logs.values()]
     assert_equal_result(run, reference)
-    note("one agent a node, c10d rendezvous: done, exit codes 0, equal result")
+    note("one agent per node, c10d rendezvous: done, exit codes 0, equal result")

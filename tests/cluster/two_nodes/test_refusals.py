@@ -16,14 +16,14 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 
 def assert_refused(run, *words):
-    facts = run.wait_for_end()
-    assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "1:0"), run.story()
-    assert facts["Restarts"] == "0"
+    record = run.wait_for_end()
+    assert (record["JobState"], record["ExitCode"]) == ("FAILED", "1:0"), run.story()
+    assert record["Restarts"] == "0"
     for word in words:
         assert word in run.output, run.story()
     assert "nothing was trained" in run.output
     assert not run.losses()
-    return facts
+    return record
 
 
 def test_a_broken_recipe_is_refused_by_submit(workspace, note):
@@ -54,8 +54,8 @@ def test_data_that_vanished_is_refused_by_the_pre_flight(workspace, note, monkey
     )
     shutil.rmtree(store)
     workspace.cluster.slurm("scontrol", "release", run.job)
-    facts = assert_refused(run, "data.sources.0.store", "is not there on n1, n2")
-    note(f"pre-flight names key, path and both nodes; FAILED {facts['ExitCode']}, nothing trained")
+    record = assert_refused(run, "data.sources.0.store", "is not there on n1, n2")
+    note(f"pre-flight names key, path and both nodes; FAILED {record['ExitCode']}, nothing trained")
 
 
 def test_a_node_with_another_version_is_refused(workspace, note):
@@ -68,17 +68,17 @@ def test_a_node_with_another_version_is_refused(workspace, note):
     )
     python.chmod(python.stat().st_mode | stat.S_IXUSR)
     run = workspace.submit("versions", "--python", str(python))
-    facts = assert_refused(run, "version of deepspeed differs", "0.0.1 on n2")
-    note(f"pre-flight names package, both versions and nodes; FAILED {facts['ExitCode']}, nothing trained")
+    record = assert_refused(run, "version of deepspeed differs", "0.0.1 on n2")
+    note(f"pre-flight names package, both versions and nodes; FAILED {record['ExitCode']}, nothing trained")
 
 
 def test_a_full_disk_is_refused(workspace, note):
     run = workspace.submit(str(workspace.cluster.small_disk / "full"))
-    facts = assert_refused(run, "GB free", "the next checkpoints need")
-    note(f"pre-flight says what is free and what is needed; FAILED {facts['ExitCode']}, nothing trained")
+    record = assert_refused(run, "GB free", "the next checkpoints need")
+    note(f"pre-flight says what is free and what is needed; FAILED {record['ExitCode']}, nothing trained")
 
 
 def test_a_gpu_job_whose_torch_sees_no_gpu_is_refused(workspace, note):
     run = workspace.submit("blind", gpus=1)
-    facts = assert_refused(run, "SLURM gave 1 GPUs, torch sees 0", "rank 0 on n1", "rank 1 on n2")
-    note(f"pre-flight names rank and node; FAILED {facts['ExitCode']}: no silent training on CPUs")
+    record = assert_refused(run, "SLURM gave 1 GPUs, torch sees 0", "rank 0 on n1", "rank 1 on n2")
+    note(f"pre-flight names rank and node; FAILED {record['ExitCode']}: no silent training on CPUs")

@@ -1,6 +1,5 @@
 #!/usr/bin/env python
-"""A SLURM cluster of two nodes on this one machine, for tests: real slurmctld, real slurmd, real network
-links.
+"""A SLURM cluster of two nodes on this one machine, for tests: real slurmctld, slurmd and network links.
 
     COMMAND up                    install what is missing, start, print the variables to export
     COMMAND run n1 -- hostname    run a command on a node, past SLURM
@@ -106,7 +105,7 @@ class TwoNodes:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def link(self, node: str, state: str) -> None:
-        """Cut (`down`) or mend (`up`) a node's network cable."""
+        """Cut (`down`) or restore (`up`) a node's network cable."""
         run("ip", "link", "set", f"{namespace(node)}-br", state)
 
     def slurm(self, *command: str, check: bool = True, timeout: float = 60) -> str:
@@ -208,8 +207,8 @@ def install_packages() -> None:
         raise ClusterError(f"the test cluster needs Debian's packages, and there is no apt-get; {by_hand}")
     environment = os.environ | {
         "DEBIAN_FRONTEND": "noninteractive",
-        "RUNLEVEL": "1",
-    }  # 1: invoke-rc.d starts nothing
+        "RUNLEVEL": "1",  # invoke-rc.d starts nothing
+    }
     install = ["apt-get", "install", "--yes", "--no-install-recommends", *missing]
     for command in (install, ["apt-get", "update"], install):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -330,7 +329,7 @@ def main() -> int:
     actions.add_parser("up", help="start")
     down = actions.add_parser("down", help="end and remove")
     down.add_argument("--keep-logs", action="store_true", help="leave the folder for reading")
-    link = actions.add_parser("link", help="cut or mend a node's network")
+    link = actions.add_parser("link", help="cut or restore a node's network")
     link.add_argument("node", choices=NODES)
     link.add_argument("state", choices=("up", "down"))
     on_node = actions.add_parser("run", help="run a command on a node")

@@ -64,7 +64,7 @@ def test_a_node_with_another_version_is_refused(workspace, note):
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.0.1\n")
     python = workspace.folder / "python-of-n2"
     python.write_text(
-        f'#!/bin/sh\n[ "$(hostname)" = n2 ] && export PYTHONPATH={other.parent}\nexec {PYTHON} "$@"\n'
+        f'#!/bin/sh\n[ "$(hostname)" = n2 ] && export PYTHONPATH={other.parent}:$PYTHONPATH\nexec {PYTHON} "$@"\n'
     )
     python.chmod(python.stat().st_mode | stat.S_IXUSR)
     run = workspace.submit("versions", "--python", str(python))

@@ -1,0 +1,105 @@
+"""The package as a wheel, made from a source distribution, in a fresh environment outside of the checkout."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from bico_ds import __version__
+from bico_ds.cluster.preflight.inputs import code_fingerprint
+from bico_ds.config.load import list_recipes, load_recipe
+from tests import ROOT
+
+SOURCES = (
+    "bico_ds", "recipes", "ds_configs", "launch", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE",
+)  # fmt: skip
+BUILD_SDIST = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+
+
+def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(
+        [str(word) for word in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=280,
+        check=False,
+    )  # fmt: skip
+
+
+def check(*command: str | Path, cwd: Path) -> str:
+    done = run(*command, cwd=cwd)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory) -> Path:
+    """The bin/ of an environment with the wheel. All other packages are those of the running one, but for its own
+    bico_ds: a path in a .pth file does not load the .pth files that lie there, so no editable installation either.
+    """
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, source)
+    check(sys.executable, "-c", BUILD_SDIST, folder, cwd=source)
+    (sdist,) = folder.glob("*.tar.gz")
+    pip = (sys.executable, "-m", "pip", "--quiet")
+    check(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, sdist, cwd=folder)
+    (wheel,) = folder.glob("*.whl")
+    environment = folder / "environment"
+    check(sys.executable, "-m", "venv", "--without-pip", environment, cwd=folder)
+    python = environment / "bin" / "python"
+    check(*pip, "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=folder)
+    (site,) = environment.glob("lib/python*/site-packages")
+    (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return environment / "bin"
+
+
+def test_it_is_the_wheel_that_is_imported(programs, tmp_path):
+    place = check(programs / "python", "-c", "import bico_ds; print(bico_ds.__file__)", cwd=tmp_path)
+    assert Path(place.strip()).is_relative_to(programs.parent)
+    assert check(programs / "bico-ds", "--version", cwd=tmp_path) == f"bico_ds {__version__}\n"
+
+
+def test_it_carries_what_the_checkout_has(programs, tmp_path):
+    """Recipes and their descriptions, and the same program by the pre-flight's fingerprint; no commit is recorded."""
+    code = (
+        "import json\nfrom bico_ds.cluster.preflight.inputs import code_fingerprint\n"
+        "from bico_ds.config.load import list_recipes\nfrom bico_ds.config.resources import DS_CONFIGS\n"
+        "from bico_ds.runtime.run_folder import provenance\n"
+        "configs = sorted(path.name for path in DS_CONFIGS.iterdir())\n"
+        "print(json.dumps([list_recipes(), configs, code_fingerprint(), provenance()['commit']]))"
+    )
+    found = json.loads(check(programs / "python", "-c", code, cwd=tmp_path).splitlines()[-1])
+    configs = sorted(path.name for path in (ROOT / "ds_configs").iterdir())
+    assert found == [list_recipes(), configs, code_fingerprint(), None]
+
+
+def test_a_dry_run_needs_no_checkout(programs, tmp_path):
+    shown = check(programs / "bico-ds", "train", "--recipe", "llama70b_bico", "--dry-run", cwd=tmp_path)
+    assert "name: llama70b_bico" in shown
+    assert "70,553,706,496" in shown  # parameters
+
+
+def test_a_batch_script_needs_no_checkout(programs, tmp_path):
+    model = tmp_path / "models" / "llama-3.1-70b"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text(json.dumps(load_recipe("llama70b_bico").model.config))
+    script = check(
+        programs / "bico-ds", "submit", "--recipe", "llama70b_bico", "--nodes", "2", "--gpus-per-node", "8",
+        "--time", "1:00:00", "--set", "distributed.world_size=16", "--dry-run", cwd=tmp_path,
+    )  # fmt: skip
+    assert script.startswith("#!/bin/bash\n#SBATCH --job-name=llama70b_bico\n#SBATCH --nodes=2\n")
+    assert f"\nPROJECT=''\nRUN={tmp_path}/runs/llama70b_bico\n" in script
+    assert f"\nPYTHON={programs}/python\n" in script
+    assert f"\nBIND={tmp_path},{tmp_path}/runs/llama70b_bico\n" in script
+    assert str(ROOT) not in script

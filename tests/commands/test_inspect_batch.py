@@ -1,30 +1,23 @@
-"""tools/inspect_batch.py shows the micro-batch that a rank trains on, and names its user's mistakes."""
+"""`bico-ds inspect` shows the micro-batch that a rank trains on, and names its user's mistakes."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-
 import pytest
 
+from bico_ds.commands.inspect_batch import main
 from bico_ds.config.load import load_recipe
 from bico_ds.data.loading.loader import RankShare
 from bico_ds.training import assembly
-from tests import ROOT
 
 
 @pytest.fixture
-def tool(tmp_path, monkeypatch, capsys):
-    """`tool("--step", "3")`: exit code, output and errors of tools/inspect_batch.py on tiny_bico."""
-    spec = importlib.util.spec_from_file_location("inspect_batch", ROOT / "tools" / "inspect_batch.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def tool(tmp_path, capsys):
+    """`tool("--step", "3")`: exit code, output and errors of `bico-ds inspect` on tiny_bico."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
-        command = ["inspect_batch.py", "--recipe", "tiny_bico", "--set", f"data.cache_dir={tmp_path}/cache"]
-        monkeypatch.setattr(sys, "argv", [*command, *arguments])
+        recipe = ["--recipe", "tiny_bico", "--set", f"data.cache_dir={tmp_path}/cache"]
         try:
-            code = module.main()
+            code = main([*recipe, *arguments])
         except SystemExit as caught:
             code = caught.code
         return code, *capsys.readouterr()

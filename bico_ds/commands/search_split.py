@@ -69,8 +69,9 @@ def _read(file: Path) -> list[Record]:
 
 
 def _names(records: list[Record]) -> list[str]:
-    """The persons, in the order of their first text: first and last name, where an answer starts with both in capitals
-    and some prompt contains them.
+    """The persons, in the order of their first text.
+
+    A name is the first two words of an answer, where both are capitalized and some prompt contains them.
     """
     prompts = "\n".join(record["prompt"] for record in records)
     starts = [" ".join(record["completion"].split()[:2]) for record in records]

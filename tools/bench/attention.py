@@ -3,9 +3,8 @@
 
     python tools/bench/attention.py [--quick] [--json]
 
-Times are CPU seconds of one thread, forward and backward, the least of several runs, so that other work on
-the machine counts little. Peak memory is what a fresh process needs beyond its inputs. Both sides run in one
-go.
+Times are CPU seconds of one thread, forward and backward, the least of several runs, so that other work on the machine
+counts little. Peak memory is what a fresh process needs beyond its inputs. Both sides are measured in one run.
 
 Part 1: the paper's formulation (two full score matrices, tril + triu, one softmax) against ours. Part 2:
 bidirectional against causal mode, at equal kept tokens; two passes cost 2, the arithmetic limit. Part 3: mask policies at
@@ -103,8 +102,7 @@ def print_peak(name: str, length: int, dtype: str) -> None:
 
 
 def memory_megabytes(field: str) -> float:
-    """Resident memory of this process, now (VmRSS) or at its height (VmHWM; ru_maxrss would inherit the
-    parent's)."""
+    """Resident memory of this process, now (VmRSS) or at its peak (VmHWM; ru_maxrss would inherit the parent's)."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
     return int(line.split()[1]) / 1024
 

@@ -142,8 +142,10 @@ def merge_milliseconds(plan: AttentionPlan) -> float:
 
 
 def speed(kernel: CausalKernel) -> list[dict]:
-    """Bidirectional beside plain causal flash, one document, with the rate of each (backward: 2.5 times forward's
-    products), and the parts of its forward pass."""
+    """Bidirectional beside plain causal flash on one document, and the parts of its forward pass.
+
+    With the rate of each; a backward pass has 2.5 times the products of a forward pass.
+    """
     rows = []
     backend = Backend(kernel=kernel, policy=CUDA_POLICY)
     for length in (4096, 8192, 32768):

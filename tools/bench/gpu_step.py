@@ -137,7 +137,7 @@ def build(recipe: Recipe, options: Namespace) -> Bench:
 
 
 def make_batch(bench: Bench, objective: Objective, length: int, rows: int) -> PackedBatch:
-    """A micro-batch as the loader's worker hands it over."""
+    """A micro-batch as the loader's worker returns it."""
     vocabulary = bench.engine.module.config.vocab_size
     random = np.random.default_rng(0)
     documents = [
@@ -151,8 +151,11 @@ def make_batch(bench: Bench, objective: Objective, length: int, rows: int) -> Pa
 
 
 def flops(bench: Bench, batch: PackedBatch) -> float:
-    """Of one step, forward and backward, nothing counted twice for recomputation: products of layers and head (a frozen
-    weight has no gradient to compute), and attention over the pairs of a query and a key that it sees."""
+    """Operations of one step, forward and backward, nothing counted twice for recomputation.
+
+    Products of layers and head (a frozen weight has no gradient to compute), and attention over the pairs of a query and a
+    key that it sees.
+    """
     config, plan = bench.engine.module.config, batch.plan
     head_dim = config.hidden_size // config.num_attention_heads
     kept = plan.cu_seqlens.diff().double()

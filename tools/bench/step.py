@@ -4,14 +4,12 @@
     python tools/bench/step.py [--bins 4] [--threads 1] [--stage 3] [--trl FOLDER] [--json]
 
 A step is the real one: DeepSpeed's engine on one rank with the shipped ZeRO configuration, bf16, `--bins`
-micro-batches of 2048 original tokens each, backward, optimizer. Times are CPU seconds, the least of several
-steps, so that other work on the machine counts little; divide by the threads for the time on a quiet
-machine.
+micro-batches of 2048 original tokens each, backward, optimizer. Times are CPU seconds, the least of several steps, so
+that other work on the machine counts little; divide by the threads for the time on a quiet machine.
 
 The limit: 6 operations per parameter and token, at the rate of a 2048-cubed bf16 product measured in the same
-run. Shares come from one profiled step; optimizer and engine are what a step takes beyond its forward and
-backward passes. `--trl`: a folder made by `pip install --target FOLDER trl`; its SFTTrainer packs the same
-documents.
+run. Shares come from one profiled step; optimizer and engine are what a step takes beyond its forward and backward
+passes. `--trl`: a folder made by `pip install --target FOLDER trl`; its SFTTrainer packs the same documents.
 """
 
 from __future__ import annotations

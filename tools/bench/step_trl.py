@@ -1,6 +1,7 @@
 #!/usr/bin/env python
-"""SFTTrainer steps with packing, for tools/bench/step.py: reads a JSON task, prints {"tokens_per_cpu_second": …} of the
-fastest.
+"""SFTTrainer steps with packing, for tools/bench/step.py.
+
+Reads a JSON task, and prints {"tokens_per_cpu_second": …} of the fastest step.
 
     python tools/bench/step_trl.py TRL_FOLDER BINS THREADS < task.json
 """
@@ -72,7 +73,7 @@ def main() -> None:
     counted = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry][:steps]
     tokens = [after - before for before, after in pairwise(counted)]
     best = max(count / seconds for count, seconds in zip(tokens, clock.seconds[1:], strict=True))
-    print(json.dumps({"tokens_per_cpu_second": best, "tokens_a_step": tokens}))
+    print(json.dumps({"tokens_per_cpu_second": best, "tokens_per_step": tokens}))
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

@@ -169,8 +169,9 @@ def list_runs(options: Namespace) -> dict[Path, Recipe]:
 
 
 def check(run: Path, recipe: Recipe, resources: Resources) -> None:
-    """Check that inputs exist, ranks and batch sizes divide, the schedule fits (where the recipe counts steps), and the
-    model is known. Raises `UserError`.
+    """Check what can be known before a node is asked for. Raises `UserError`.
+
+    Inputs exist, ranks and batch sizes divide, the schedule fits (where the recipe counts steps), the model is known.
     """
     stop_signal(recipe)
     check_inputs(recipe)

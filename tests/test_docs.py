@@ -1,33 +1,83 @@
-"""The documentation points at things that exist."""
+"""The documentation points at things that exist, and each page is short and begins with what most readers want."""
 
 from __future__ import annotations
 
 import re
+from itertools import takewhile
+from pathlib import Path
 
 import pytest
 
 from tests import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+READERS_PAGES = sorted((ROOT / "docs").glob("*.md"))
+BENCHMARKS = sorted((ROOT / "docs" / "benchmarks").glob("*.md"))
+ROOT_PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES = [*ROOT_PAGES, *READERS_PAGES, *BENCHMARKS]
+
+MOST_WORDS = 2000
+MOST_WORDS_IN_ALL = 12_000
+FIRST_LINES = 3  # what most readers came for stands in so many lines, or in one command
+
+# What begins with one of these is a path of the checkout; the rooms of bico_ds/ may stand without their package.
+ROOTS = ("bico_ds", "docs", "ds_configs", "launch", "recipes", "tests", "tools")
+FILE = re.compile(r"(?<![\w/.$}~-])((?:[\w-]+/)+[\w.-]+\.(?:py|cpp|md|json|yaml|sbatch|png|example))\b")
+FOLDER = re.compile(rf"(?<![\w/.$}}~-])((?:{'|'.join(ROOTS)})/(?:[\w-]+/)*)(?=[`\s),;:]|$)", re.MULTILINE)
+ELSEWHERE = ("data/", "runs/", "models/", "stores/", "evaluation/step-", "checkpoints/", "slurm/job-", "logs/")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def by_name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def words(page: Path) -> int:
+    """Words as a reader counts them: the strokes of tables are none."""
+    return sum(any(c.isalnum() for c in word) for word in page.read_text(encoding="utf-8").split())
+
+
+def slug(heading: str) -> str:
+    """The anchor that a heading gets on GitHub."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def anchors(page: Path) -> set[str]:
+    return {slug(h) for h in re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
 def test_every_link_and_picture_exists(page):
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8"))
     missing = [link for link in links if not (page.parent / link).exists()]
     assert not missing
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_every_command_and_recipe_named_exists(page):
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_every_anchor_of_a_link_is_a_heading(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", page.read_text(encoding="utf-8"))
+    targets = [(page.parent / path if path else page, anchor) for path, anchor in links]
+    missing = [f"{target.name}#{anchor}" for target, anchor in targets if anchor not in anchors(target)]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_every_path_named_exists(page):
+    text = re.sub(r"https?:\S+", "", page.read_text(encoding="utf-8"))
+    paths = {path for path in FILE.findall(text) if not re.search(r"\b[A-Z]+\b", path)}
+    paths -= {path for path in paths if path.startswith(ELSEWHERE) and not (ROOT / "bico_ds" / path).exists()}
+    places = (ROOT, ROOT / "bico_ds", page.parent)
+    missing = [path for path in paths if not any((place / path).exists() for place in places)]
+    missing += [path for path in FOLDER.findall(text) if not (ROOT / path).is_dir()]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_every_recipe_named_exists(page):
     text = page.read_text(encoding="utf-8")
-    scripts = set(re.findall(r"\b((?:tools|launch)/[\w/]+\.(?:py|sbatch))\b", text))
-    assert not [script for script in scripts if not (ROOT / script).is_file()]
     recipes = set(re.findall(r"--recipe ([a-z]\w*)\b(?![./])", text))
     assert not [name for name in recipes if not (ROOT / "recipes" / f"{name}.yaml").is_file()]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
 def test_every_option_of_our_commands_exists(page):
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     for script, rest in re.findall(r"\b((?:launch|tools)/[\w/]+\.py)([^\n`|#;]*)", text):
@@ -40,6 +90,41 @@ def test_every_option_of_our_commands_exists(page):
         assert not missing, f"{script} has no {missing}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
 def test_no_placeholder_is_left(page):
     assert not re.search(r"@@|TODO|FIXME|^MEASURED$", page.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", READERS_PAGES, ids=by_name)
+def test_a_page_can_be_read_in_one_sitting(page):
+    assert words(page) <= MOST_WORDS
+
+
+def test_all_pages_together_can_be_read_in_an_afternoon():
+    assert sum(words(page) for page in [ROOT / "README.md", *READERS_PAGES]) <= MOST_WORDS_IN_ALL
+
+
+@pytest.mark.parametrize("page", [*READERS_PAGES, *BENCHMARKS], ids=by_name)
+def test_a_page_begins_with_what_most_readers_came_for(page):
+    title, empty, *rest = page.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    assert title.startswith("# ") and not empty
+    first = list(takewhile(bool, rest))
+    lines = [line for line in first if not line.startswith("```")]
+    assert first[0].startswith(("```", "- ")) and 1 <= len(lines) <= FIRST_LINES
+
+
+@pytest.mark.parametrize("page", BENCHMARKS, ids=by_name)
+def test_a_benchmark_begins_with_the_command_that_makes_it(page):
+    command = page.read_text(encoding="utf-8").split("```")[1]
+    assert re.search(r"\b(tools/|launch/|make |pytest )", command)
+
+
+@pytest.mark.parametrize("folder", ["bico_ds", "launch", "recipes", "tests", "tools"])
+def test_every_page_that_the_code_names_exists(folder):
+    files = [p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".yaml", ".sbatch", ".cpp")]
+    named = {
+        (path.relative_to(ROOT), page)
+        for path in files
+        for page in re.findall(r"\bdocs/[\w/]+\.md", path.read_text(encoding="utf-8"))
+    }
+    assert not [(str(path), page) for path, page in named if not (ROOT / page).is_file()]

@@ -23,7 +23,8 @@ FIRST_LINES = 3  # what most readers came for stands in so many lines, or in one
 ROOTS = ("bico_ds", "docs", "ds_configs", "launch", "recipes", "tests", "tools")
 FILE = re.compile(r"(?<![\w/.$}~-])((?:[\w-]+/)+[\w.-]+\.(?:py|cpp|md|json|yaml|sbatch|png|example))\b")
 FOLDER = re.compile(rf"(?<![\w/.$}}~-])((?:{'|'.join(ROOTS)})/(?:[\w-]+/)*)(?=[`\s),;:]|$)", re.MULTILINE)
-ELSEWHERE = ("data/", "runs/", "models/", "stores/", "evaluation/step-", "checkpoints/", "slurm/job-", "logs/")
+# Paths of a user: in a run folder, or of data and models.
+ELSEWHERE = ("data/", "models/", "runs/", "stores/", "checkpoints/", "evaluation/", "logs/", "slurm/")
 
 
 def by_name(page: Path) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bico_ds.__main__ import COMMANDS
 from tests import ROOT
 
 READERS_PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -92,6 +93,13 @@ def test_every_option_of_our_commands_exists(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_every_command_of_the_package_exists(page):
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"(?:`|^)bico-ds ([a-z][\w-]*)", text, re.MULTILINE))
+    assert not named - set(COMMANDS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
 def test_no_placeholder_is_left(page):
     assert not re.search(r"@@|TODO|FIXME|^MEASURED$", page.read_text(encoding="utf-8"), re.MULTILINE)
 
@@ -118,6 +126,13 @@ def test_a_page_begins_with_what_most_readers_came_for(page):
 def test_a_benchmark_begins_with_the_command_that_makes_it(page):
     command = page.read_text(encoding="utf-8").split("```")[1]
     assert re.search(r"\b(tools/|launch/|make |pytest )", command)
+
+
+def test_the_map_of_the_rooms_names_each_room():
+    rooms = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("## The rooms")[1]
+    places = [p.parent for p in (ROOT / "bico_ds").glob("*/**/__init__.py")]
+    names = [*(f"{place.name}/" for place in places), *(p.name for p in (ROOT / "bico_ds").glob("[a-z]*.py"))]
+    assert not [name for name in names if not re.search(rf"(?<![\w/]){re.escape(name)}[\s:]", rooms)]
 
 
 @pytest.mark.parametrize("folder", ["bico_ds", "launch", "recipes", "tests", "tools"])

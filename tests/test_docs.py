@@ -135,6 +135,16 @@ def test_the_map_of_the_rooms_names_each_room():
     assert not [name for name in names if not re.search(rf"(?<![\w/]){re.escape(name)}[\s:]", rooms)]
 
 
+def test_the_map_says_where_a_thing_is_and_it_is_there():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    found = re.findall(r"`(bico_ds/[\w/]+\.py)`: `([\w.]+)`", text)
+    assert found
+    for file, name in found:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        parts = name.split(".")
+        assert all(re.search(rf"\b(?:def|class) {part}\b", source) for part in parts), f"{file}: {name}"
+
+
 @pytest.mark.parametrize("folder", ["bico_ds", "launch", "recipes", "tests", "tools"])
 def test_every_page_that_the_code_names_exists(folder):
     files = [p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".yaml", ".sbatch", ".cpp")]

@@ -39,8 +39,8 @@ class LayoutPolicy:
     hidden_cost: float = math.inf
 
 
-# Measured (docs/attention.md): `flash_from`, in fp32 and in bf16, where the flash kernel is slow on short rows; the tile
-# size; the two costs, in fp32 alone. Not measured: `tile_min_rows`, and dtypes that take another's constants.
+# Measured (docs/benchmarks/attention.md): `flash_from`, in fp32 and in bf16, where the flash kernel is slow on short rows;
+# the tile size; the two costs, in fp32 alone. Not measured: `tile_min_rows`, and dtypes that take another's constants.
 CPU_FUSED_POLICY = LayoutPolicy(flash_from=math.inf, tile_scores=0, tile_min_rows=0, fused=True)
 CPU_POLICY = LayoutPolicy(
     flash_from=64, tile_scores=16 * 40 * 40, tile_min_rows=32, tile_cost=6.0, hidden_cost=1.4

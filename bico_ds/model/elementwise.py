@@ -1,6 +1,6 @@
 """RMSNorm and SwiGLU in one pass over memory each, for packed batches on a CPU.
 
-Hugging Face's modules make many passes over temporaries of the activations' size (docs/attention.md has the times).
+Hugging Face's modules make many passes over temporaries of the activations' size (docs/benchmarks/step.md has the times).
 Forward and backward here are kernels of `bico_ds/native`. Where these cannot run (another device, dtype or machine, no
 compiler), and where they are not asked for, the modules are Hugging Face's own.
 """

@@ -49,7 +49,7 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, ch
     does, arXiv 2410.10989); the backward pass scales them in place, once. The weight's gradient is summed over
     chunks in the weight's dtype. Where that is bf16 and the chunks are more than `LOW_PRECISION_CHUNKS`, it is computed
     for a block of the vocabulary at a time from all rows instead: in the same memory, with the logits computed a
-    second time, and for 1.4 to 1.5 times the time (docs/attention.md).
+    second time, and for 1.4 to 1.5 times the time (docs/benchmarks/step.md).
     """
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_rows, torch.is_grad_enabled())
 

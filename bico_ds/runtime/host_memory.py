@@ -36,8 +36,7 @@ def keep_freed_pages() -> bool:
     """Let glibc's malloc serve large tensors from pages that were freed, where it would map new ones each time.
 
     Training frees and allocates at every step, and a fresh page costs more to fault in than to compute on
-    (docs/attention.md, "The whole training step"). Growth is measured from the first call on. Returns whether there is a
-    glibc that took the settings.
+    (docs/benchmarks/step.md). Growth is measured from the first call on. Returns whether a glibc took the settings.
     """
     mallopt = getattr(_libc(), "mallopt", None)
     if mallopt is None or not (mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1)):

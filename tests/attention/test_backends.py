@@ -88,7 +88,7 @@ def packed_attention_of_anything(backend):
 
 
 class Formula:
-    """A backend written as docs/architecture.md describes it: the causal softmax of each document, in fp64."""
+    """A backend written as docs/extend.md describes it: the causal softmax of each document, in fp64."""
 
     name = "formula"
     hides_keys = False

@@ -1,4 +1,4 @@
-"""A user's own objective, written as docs/architecture.md describes it.
+"""A user's own objective, written as docs/extend.md describes it.
 
 Every document is repeated once, with next-token prediction on the second copy alone. A recipe finds it by
 `imports: [doubling.py]`.

@@ -1,7 +1,7 @@
 """Build what the next steps need in background threads.
 
-Threads, by measurement (docs/packing.md): batches are built by array operations that release the interpreter lock, and
-threads have no trouble with CUDA, gloo or the memory maps that a fork would share.
+Threads, by measurement (docs/benchmarks/loader.md): batches are built by array operations that release the interpreter
+lock, and threads have no trouble with CUDA, gloo or the memory maps that a fork would share.
 """
 
 from __future__ import annotations

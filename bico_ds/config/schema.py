@@ -87,7 +87,7 @@ class SourceSpec(Section):
     """One data source; exactly one of `store`, `files` and `facts`."""
 
     name: str | None = Field(None, description="name in logs; null: taken from the path")
-    store: LocalPath | None = Field(None, description="a token store that tools/prepare_data.py wrote")
+    store: LocalPath | None = Field(None, description="a token store that `bico-ds prepare` wrote")
     files: list[LocalPath] | None = Field(
         None,
         description="JSONL, Parquet or text files, folders or patterns of them; tokenized at the first use",

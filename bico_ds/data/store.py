@@ -228,7 +228,7 @@ def is_store(path: Path) -> bool:
 def _read_manifest(place: Path) -> StoreManifest:
     file = place / MANIFEST
     if not place.is_dir():
-        raise UserError(f"no token store at '{place}': make one with tools/prepare_data.py")
+        raise UserError(f"no token store at '{place}': make one with bico-ds prepare")
     if not file.is_file():
         raise UserError(f"'{place}' is not a complete token store: it has no {MANIFEST}; prepare it again")
     try:

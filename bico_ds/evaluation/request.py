@@ -1,4 +1,4 @@
-"""What tools/evaluate.py was asked for, as parts of a result file, computed one after the other."""
+"""What `bico-ds evaluate` was asked for, as parts of a result file, computed one after the other."""
 
 from __future__ import annotations
 

@@ -72,8 +72,8 @@ class EvaluationResult:
 
 
 def load_result(path: Path) -> EvaluationResult:
-    """Read a result file of tools/evaluate.py, or a run's evaluation/step-N.json; `UserError` for anything else."""
+    """Read a result file of `bico-ds evaluate`, or a run's evaluation/step-N.json; `UserError` for anything else."""
     try:
         return EvaluationResult.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a result of tools/evaluate.py or of a run ({error})") from error
+        raise UserError(f"{path}: not a result of bico-ds evaluate or of a run ({error})") from error

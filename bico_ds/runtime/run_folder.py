@@ -30,6 +30,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from bico_ds import __version__
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import write_atomically
 from bico_ds.config.load import dump_recipe
@@ -170,8 +171,8 @@ def read_state(path: Path) -> dict[str, Any] | None:
 
 def provenance() -> dict[str, Any]:
     """Versions, commit, host and command line: what it takes to run the same again. No environment: it has secrets."""
-    packages = ("torch", "deepspeed", "transformers", "datasets", "peft", "flash-attn", "numpy", "bico_ds")
-    versions = {}
+    packages = ("torch", "deepspeed", "transformers", "datasets", "peft", "flash-attn", "numpy")
+    versions = {"bico_ds": __version__}
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)

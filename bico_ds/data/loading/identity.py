@@ -102,6 +102,6 @@ def refuse(lines: Sequence[str]) -> None:
     raise UserError(
         "the data set or recipe is not the one this checkpoint was trained on, so the samples would not "
         "continue where they stopped:\n  " + "\n  ".join(lines) + "\n"
-        "Restore the old values, or go on with the new ones: --allow-data-change of launch/train.py "
+        "Restore the old values, or go on with the new ones: --allow-data-change of bico-ds train "
         "(data.allow_change: true in the recipe)"
     )

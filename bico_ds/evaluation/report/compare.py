@@ -1,4 +1,4 @@
-"""Compare runs: the table, the pictures and the files that tools/compare.py and the demo write."""
+"""Compare runs: the table, the pictures and the files that `bico-ds compare` and the demo write."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from bico_ds.evaluation.report.tables import (
 def compare_runs(paths: Sequence[Path], *, output: Path, console: Console | None = None) -> None:
     """Print the table of the tasks, and every later run minus the first, paired by prompt.
 
-    `paths`: run folders, or result files of tools/evaluate.py. Writes comparison.md, comparison.json, scores.png and, where
+    `paths`: run folders, or result files of `bico-ds evaluate`. Writes comparison.md, comparison.json, scores.png and, where
     there are curves, curves.png to `output`. Raises `UserError` for a run that cannot be read, for a task whose headline
     metric is not the same in all runs, and where no folder can be made at `output`.
     """

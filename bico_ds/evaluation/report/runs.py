@@ -28,7 +28,7 @@ class ComparedRun:
 
 
 def load_runs(paths: Sequence[Path]) -> list[ComparedRun]:
-    """Read run folders, or result files of tools/evaluate.py.
+    """Read run folders, or result files of `bico-ds evaluate`.
 
     A run's final scores are those of its last evaluation in `metrics.jsonl`; the result file of that step, where there is
     one, adds intervals, floors and answers. Raises `UserError` for a run that was never evaluated, a file that is neither,
@@ -55,7 +55,7 @@ def _load_run(path: Path, label: str) -> ComparedRun:
     if not evaluations:
         raise UserError(
             f"{path}: no evaluation in {folder.metrics_file.name}; set 'evaluation.tasks' in the recipe, or evaluate the "
-            "run's export with tools/evaluate.py and name the result file here"
+            "run's export with bico-ds evaluate and name the result file here"
         )
     last = max(evaluations)
     result_file = folder.evaluation_file(last)

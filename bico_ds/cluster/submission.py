@@ -1,8 +1,9 @@
 """From a recipe to a batch script in the run folder, and to SLURM. No torch here.
 
-The script is launch/slurm/train.sbatch with its first two parts filled in: the #SBATCH lines and the variables. It reads
-a copy of the resolved recipe in the run folder: later changes to recipes/ do not reach a job that waits or is requeued;
-another submission into the same folder does.
+The script is the common part of launch/slurm/train.sbatch below a head of its own: the #SBATCH lines and the variables are
+written anew, so what is edited in the template's head serves only jobs that are submitted by hand. It reads a copy of the
+resolved recipe in the run folder: later changes to recipes/ do not reach a job that waits or is requeued; another submission
+into the same folder does.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def seconds(time_limit: str) -> int:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + rest_seconds
 
 
-def render(job: Job) -> str:
+def render_batch_script(job: Job) -> str:
     """The batch script."""
     common = BATCH_SCRIPT.read_text(encoding="utf-8").partition(COMMON_PART)
     assert common[1], f"{BATCH_SCRIPT} has lost the line that its common part begins with"
@@ -137,7 +138,7 @@ def refuse_if_alive(run: Path) -> None:
         )
 
 
-def write(job: Job) -> Path:
+def write_batch_script(job: Job) -> Path:
     """Write the script, and the recipe into each run's slurm/ (it replaces an earlier one); return the script.
 
     Earlier scripts stay. Raises `UserError` where a folder cannot be written.
@@ -158,7 +159,7 @@ def _write(job: Job) -> Path:
     job.folder.mkdir(parents=True, exist_ok=True)
     number = 1 + sum(1 for _ in job.folder.glob("job-*.sbatch"))
     script = job.folder / f"job-{number}.sbatch"
-    script.write_text(render(job), encoding="utf-8")
+    script.write_text(render_batch_script(job), encoding="utf-8")
     script.chmod(0o755)
     return script
 

@@ -25,11 +25,11 @@ from bico_ds.model.weights.materialize import WeightSource, materialize
 class TrainableModel(nn.Module):
     """Wraps `causal_lm`, a model of Hugging Face, whose own forward and generate are unchanged."""
 
-    def __init__(self, causal_lm: PreTrainedModel, *, checkpoint_every: int = 0) -> None:
-        """`checkpoint_every`: recompute every k-th decoder layer in the backward pass; 0: none."""
+    def __init__(self, causal_lm: PreTrainedModel, *, recompute_every: int = 0) -> None:
+        """`recompute_every`: recompute every k-th decoder layer in the backward pass; 0: none."""
         super().__init__()
         self.causal_lm = causal_lm
-        self.checkpoint_every = checkpoint_every
+        self.recompute_every = recompute_every
 
     @property
     def config(self) -> PretrainedConfig:
@@ -56,7 +56,7 @@ class TrainableModel(nn.Module):
         layout = None if batch.layout is None else batch.layout.with_masks(hidden_1TE.dtype)
         shared: dict[str, Any] = {"position_embeddings": tables, "plan": batch.plan, "layout": layout}
         for index, layer in enumerate(decoder.layers):
-            recompute = self.training and self.checkpoint_every and index % self.checkpoint_every == 0
+            recompute = self.training and self.recompute_every and index % self.recompute_every == 0
             if recompute:
                 hidden_1TE = checkpoint(layer, hidden_1TE, use_reentrant=False, **shared)
             else:
@@ -100,7 +100,7 @@ def build_model(
             _fill(causal_lm, weights, seed, ds_config, device)
             verify_loaded(_base_parameters(causal_lm), weights)
             causal_lm.generation_config = generation_config(weights.folder, config)
-    return TrainableModel(causal_lm, checkpoint_every=spec.activation_checkpointing)
+    return TrainableModel(causal_lm, recompute_every=spec.activation_checkpointing)
 
 
 def _fill(

@@ -5,13 +5,16 @@ in its norms and in the scale of its embeddings) needs a change in the code name
 
 * Each decoder layer adds attention and a gated MLP to its input, each behind a norm, and the last hidden states are normed
   once more (`swap._PackedLayer`, `build.TrainableModel`).
-* The embeddings enter the first layer as they are, and `rotary_emb` gives the tables of all layers
-  (`build.TrainableModel`).
+* The embeddings enter the first layer as they are, and `rotary_emb` gives one table for all layers, of a kind that the top
+  level of `rope_parameters` names (`build.TrainableModel`, `swap.check_attention`).
 * The attention has `q_proj`, `k_proj`, `v_proj`, `o_proj`, `head_dim` and `scaling`; its scores are not capped
   (`swap._PackedAttention`).
 * A norm is RMSNorm, with the product `weight * x` and `variance_epsilon` (`elementwise.rms_norm`); it starts at weights
   of 1 (`weights/initialize.py`), and its name ends in `norm`.
-* The output layer is linear, without a bias (`head.swap_head`).
+* The output layer is linear, without a bias, and its logits are not capped (`head.swap_head`).
+* A sliding window is the same for all layers (`swap.check_attention`).
+* What makes two configs different networks is in `architecture._ARCHITECTURE_KEYS`, and no module but `rotary_emb` has
+  buffers (`weights/materialize.py`).
 """
 
 from __future__ import annotations

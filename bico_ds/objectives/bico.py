@@ -29,7 +29,7 @@ class MaskDenoising:
 
     A masked token whose successor is masked too is *live*: a query-only row at the end of the batch, with
     `placeholder_id` as its input. Other masked tokens are *dead*: nothing reads their output, so they are
-    dropped. Position ids keep their gaps.
+    dropped. All tokens that are not masked are *kept*. Position ids keep their gaps.
     """
 
     spec: BicoSpec

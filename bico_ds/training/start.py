@@ -40,11 +40,11 @@ from bico_ds.runtime.signals import Interrupted, StopFlag
 from bico_ds.runtime.watchdog import Watchdog
 from bico_ds.training import assembly
 from bico_ds.training.assembly import RunInputs
+from bico_ds.training.build_engine import build_engine
 from bico_ds.training.callbacks.base import Callbacks, RunStart
 from bico_ds.training.callbacks.console import ConsoleProgress
 from bico_ds.training.callbacks.monitor import StepMonitor
 from bico_ds.training.checks import check_backend, check_recipe
-from bico_ds.training.engine import build_engine
 from bico_ds.training.evaluator import Evaluator
 from bico_ds.training.run import Run
 from bico_ds.training.trainer import Trainer

@@ -77,11 +77,11 @@ class Trainer:
         while self.step < self.total_steps:
             self.watchdog.note_progress()
             started, waited = time.perf_counter(), self.loader.wait_seconds
-            share = self.loader.step(self.step)
-            targets, stop = self._agree(share.batches)
+            rank_step = self.loader.step(self.step)
+            targets, stop = self._agree(rank_step.batches)
             if stop:
                 break
-            report = self._optimize(share, targets, started, waited)
+            report = self._optimize(rank_step, targets, started, waited)
             self.step += 1
             if self.run.ranks.device.type == "cpu":
                 host_memory.release_freed_pages()
@@ -107,24 +107,24 @@ class Trainer:
         targets, stops = all_reduce_sum([mine, float(bool(self.run.stop))], self.run.ranks.device)
         return int(targets), stops > 0
 
-    def _optimize(self, share: RankStep, targets: int, started: float, waited: float) -> StepReport:
+    def _optimize(self, rank_step: RankStep, targets: int, started: float, waited: float) -> StepReport:
         """Forward, backward and update of one global batch; the loss is the mean over all its targets."""
-        ranks, batches = self.run.ranks, share.batches
+        ranks, batches = self.run.ranks, rank_step.batches
         losses = self._forward_backward(batches, targets)
         totals = self._totals(batches, torch.stack(losses), self.loader.wait_seconds - waited)
         learning_rate = self.engine.get_lr()[0]
         applied = self._update(batches, losses, math.isfinite(totals[0]))
-        self.consumed = self.consumed.plus(share.counts)
+        self.consumed = self.consumed.plus(rank_step.counts)
         return StepReport(
             step=self.step + 1,
-            objective=share.objective,
+            objective=rank_step.objective,
             loss=totals[0] / max(targets, 1),
             targets=targets,
             grad_norm=float(self.engine.get_global_grad_norm() or 0.0) if applied else math.nan,
             learning_rate=learning_rate,
             kept_tokens=int(totals[1]),
             represented_tokens=int(totals[2]),
-            fill=share.fill,
+            fill=rank_step.fill,
             seconds=time.perf_counter() - started,
             wait_seconds=totals[3] / ranks.world_size,
             sources=self.consumed.by_source(),

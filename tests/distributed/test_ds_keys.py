@@ -13,7 +13,7 @@ from bico_ds.config.load import load_recipe
 from bico_ds.model.build import build_model
 from bico_ds.runtime.ds_config import build_ds_config
 from bico_ds.runtime.ds_keys import PROVEN
-from bico_ds.training.engine import wrap_model
+from bico_ds.training.build_engine import wrap_model
 from tests.distributed.model_ranks import VOCABULARY, causal_batch, run_on_ranks
 
 pytestmark = pytest.mark.distributed

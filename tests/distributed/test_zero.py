@@ -115,7 +115,7 @@ def adam_on_ranks(rank: int, world_size: int, folder: str) -> None:
         torch.save((sums, norms, final), Path(folder) / f"adam-{case}-{rank}.pt")
 
 
-def build(variant: int, config: dict | None, checkpoint_every: int = 0) -> TrainableModel:
+def build(variant: int, config: dict | None, recompute_every: int = 0) -> TrainableModel:
     architecture = {
         "hidden_size": 32,
         "intermediate_size": 63,
@@ -127,7 +127,7 @@ def build(variant: int, config: dict | None, checkpoint_every: int = 0) -> Train
     spec = ModelSpec(
         config=architecture | VARIANTS[variant],
         dtype="fp32",
-        activation_checkpointing=checkpoint_every,
+        activation_checkpointing=recompute_every,
         loss_chunk_rows=5,
     )
     return build_model(spec, seed=3, ds_config=config, device="cpu")
@@ -139,7 +139,7 @@ def sgd_on_ranks(rank: int, world_size: int, folder: str) -> None:
 
     for stage, variant in product(STAGES, range(len(VARIANTS))):
         config = ds_config(world_size, stage)
-        model = build(variant, config, checkpoint_every=variant)
+        model = build(variant, config, recompute_every=variant)
         engine, *_ = deepspeed.initialize(model=model, config=config)
         assert model.causal_lm.model.rotary_emb.inv_freq.dtype == torch.float32
         for step in range(SGD_STEPS):

@@ -42,8 +42,8 @@ from bico_ds.objectives.base import BatchKey, Objective
 from bico_ds.objectives.bico import MaskDenoising
 from bico_ds.objectives.ntp import NextTokenPrediction
 from bico_ds.runtime import distributed, native_ops
+from bico_ds.training.build_engine import wrap_model
 from bico_ds.training.checks import check_backend, check_recipe
-from bico_ds.training.engine import wrap_model
 
 PEAK_FLOPS = 989e12  # dense bf16 products of an H100 or H200 (SXM), by NVIDIA's data sheet
 OBJECTIVES: dict[str, Objective] = {

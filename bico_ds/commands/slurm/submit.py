@@ -5,8 +5,9 @@
     bico-ds submit … --dry-run                    print the script, write and submit nothing
 
 Checks the recipe first, writes the batch script into the run folder (slurm/job-N.sbatch: readable, usable by itself
-with `sbatch`), submits it, and prints how to follow it. Several recipes or seeds make a job array, each run with a
-folder of its own below --output-dir. Exit codes: 0 submitted (or printed), 2 wrong usage or input, or refused by SLURM.
+with `sbatch`), submits it, and prints how to follow it. Several recipes or seeds make a job array: each run has a folder
+of its own below --output-dir, and the script is in slurm/ beside them. Exit codes: 0 submitted (or printed), 2 wrong
+usage or input, or refused by SLURM.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from bico_ds.cluster.submission import (
     Resources,
     Settings,
     refuse_if_alive,
-    render,
+    render_batch_script,
     stop_signal,
     submit,
-    write,
+    write_batch_script,
 )
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
@@ -118,9 +119,9 @@ def add_start_options(how: _ArgumentGroup) -> None:
 def run(options: Namespace) -> None:
     job = make_job(options)
     if options.dry_run:
-        print(render(job), end="")
+        print(render_batch_script(job), end="")
         return
-    script = write(job)
+    script = write_batch_script(job)
     explain(submit(script, job), script, job)
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
 from bico_ds.config.arguments import local_path
+from bico_ds.data.tokenizer import FastTokenizer, Tokenizer
 
 _MAGIC = b"GGUF"
 _PROBE_NAMES = ("Daphne Barrington", "Uriah Hawthorne", "Li Wei", "José Núñez")
@@ -70,7 +71,7 @@ def import_gguf(
     export_model(model, tokenizer, output, dtype, overwrite=overwrite)
 
 
-def check_special_tokens(config: Any, tokenizer: Any) -> None:
+def check_special_tokens(config: Any, tokenizer: Tokenizer) -> None:
     """Raise `UserError` unless BOS and EOS of model and tokenizer are the same tokens, and EOS exists."""
     for name in ("bos_token_id", "eos_token_id"):
         in_model, in_tokenizer = getattr(config, name, None), getattr(tokenizer, name)
@@ -80,7 +81,7 @@ def check_special_tokens(config: Any, tokenizer: Any) -> None:
         raise UserError("the tokenizer has no EOS token: a text would never end")
 
 
-def check_name_tokens(tokenizer: Any, names: Sequence[str]) -> None:
+def check_name_tokens(tokenizer: FastTokenizer, names: Sequence[str]) -> None:
     """Raise `UserError` unless a name after a space has the same tokens at the start of an answer and in a sentence.
 
     Where it has not, a model asked for " NAME" would have to write other tokens than those it was trained on.

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from argparse import SUPPRESS, ArgumentParser, _SubParsersAction
+from collections.abc import Iterator
+from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
 
@@ -26,6 +29,11 @@ FILE = re.compile(r"(?<![\w/.$}~-])((?:[\w-]+/)+[\w.-]+\.(?:py|cpp|md|json|yaml|
 FOLDER = re.compile(rf"(?<![\w/.$}}~-])((?:{'|'.join(ROOTS)})/(?:[\w-]+/)*)(?=[`\s),;:]|$)", re.MULTILINE)
 # Paths of a user: in a run folder, or of data and models.
 ELSEWHERE = ("data/", "models/", "runs/", "stores/", "checkpoints/", "evaluation/", "logs/", "slurm/")
+
+# A command of ours, and what is given to it on the same line.
+COMMAND = re.compile(
+    r"\b((?:launch|tools)/[\w/]+\.py|bico-ds [a-z][\w-]*|bico_ds\.commands\.\w+(?:\.\w+)?)([^\n`|#;]*)"
+)
 
 
 def by_name(page: Path) -> str:
@@ -81,15 +89,52 @@ def test_every_recipe_named_exists(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=by_name)
 def test_every_option_of_our_commands_exists(page):
-    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    for script, rest in re.findall(r"\b((?:launch|tools)/[\w/]+\.py)([^\n`|#;]*)", text):
-        source = (ROOT / script).read_text(encoding="utf-8")
-        for name in re.findall(r"^\s*from ((?:bico_ds|launch|tools)[\w.]*) import", source, re.MULTILINE):
-            module = ROOT / (name.replace(".", "/") + ".py")
-            source += module.read_text(encoding="utf-8") if module.is_file() else ""
-        options = set(re.findall(r"(?<!\S)\[?(--[a-z][\w-]*)", rest)) - {"--help"}
-        missing = [option for option in options if f'"{option}"' not in source]
-        assert not missing, f"{script} has no {missing}"
+    assert not unknown_options(page.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("module", COMMANDS.values())
+def test_every_option_in_the_examples_of_a_help_exists(module):
+    description = import_module(f"bico_ds.commands.{module}").main.description
+    assert not unknown_options(description)
+
+
+def unknown_options(text: str) -> list[str]:
+    """What a text gives to a command of ours that has no such option."""
+    text = text.replace("\\\n", " ")
+    return [
+        f"{named.group(1)} {option}"
+        for named in COMMAND.finditer(text)
+        for option in re.findall(r"(?<!\S)\[?(--?[a-z][\w-]*)", named.group(2))
+        if option not in options_of(named.group(1))
+    ]
+
+
+def options_of(command: str) -> set[str]:
+    """The options in the help of `bico-ds NAME`, of a module of `bico_ds.commands`, or of a script.
+
+    A script starts such a module, or has options of its own.
+    """
+    if command.startswith("bico-ds "):
+        module = COMMANDS[command.removeprefix("bico-ds ")]
+    elif command.startswith("bico_ds."):
+        module = command.removeprefix("bico_ds.commands.")
+    else:
+        source = (ROOT / command).read_text(encoding="utf-8")
+        starts = re.search(r"from bico_ds\.commands\.([\w.]+) import main", source)
+        if starts is None:
+            return {"--help", *re.findall(r'"(--?[a-z][\w-]*)"', source)}
+        module = starts.group(1)
+    parser = ArgumentParser()
+    import_module(f"bico_ds.commands.{module}").main.add_options(parser)
+    return set(options_in(parser))
+
+
+def options_in(parser: ArgumentParser) -> Iterator[str]:
+    for action in parser._actions:
+        yield from action.option_strings if action.help != SUPPRESS else ()
+        if isinstance(action, _SubParsersAction):
+            for part in action.choices.values():
+                yield from options_in(part)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=by_name)

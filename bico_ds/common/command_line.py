@@ -6,6 +6,8 @@ return other codes of its own. No torch here: a command imports it before its he
 
 from __future__ import annotations
 
+import contextlib
+import select
 import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -18,6 +20,7 @@ from bico_ds.common.process_end import end_process
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell shows it
 _SECONDS_FOR_MESSAGE = 3.0
+_STDOUT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,20 +57,45 @@ class Command:
         except (UserError, RunError) as error:
             self._report(error)
             return error.exit_code
-        except BrokenPipeError:
-            if self.rank is not None:  # ranks write to sockets too
-                raise
-            return 0  # `… | head` has read enough
-        except KeyboardInterrupt:
-            return INTERRUPTED
 
     def start(self, argv: Sequence[str] | None = None, *, prog: str | None = None) -> NoReturn:
         """Run the command, and end this process with its exit code."""
-        end_process(self(argv, prog=prog))
+        end_process(exit_code(lambda: self(argv, prog=prog)))
 
     def _report(self, error: UserError | RunError) -> None:
         """One message. Other ranks wait for it: a launcher ends all ranks when the first one ends."""
         if self.rank is None or self.rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            # Without a reader of stderr the exit code is all that is left, and it must stay that of the error.
+            with contextlib.suppress(BrokenPipeError):
+                print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(_SECONDS_FOR_MESSAGE)
+
+
+def exit_code(work: Callable[[], int]) -> int:
+    """Do the work of a process, and return its exit code; also where Ctrl-C or `SystemExit` ends it.
+
+    A reader of stdout that has seen enough (`… | head`) is no failure: 0. Other exceptions pass, a `BrokenPipeError` of
+    anything but stdout (the socket of a rank) among them.
+    """
+    try:
+        return work()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        if _stdout_has_no_reader():
+            return 0
+        raise
+    except SystemExit as ended:
+        # What rich makes of a `BrokenPipeError`, with stdout on /dev/null from then on.
+        if isinstance(ended.__context__, BrokenPipeError):
+            return 0
+        if isinstance(ended.code, str):
+            raise
+        return ended.code or 0
+
+
+def _stdout_has_no_reader() -> bool:
+    stdout = select.poll()
+    stdout.register(_STDOUT, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in stdout.poll(0))

@@ -1,4 +1,4 @@
-"""How a process ends that has joined a process group. No torch here: commands import it before their heavy imports."""
+"""How the process of a command ends: its output written, its exit code kept. No torch here: light commands end so too."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from typing import NoReturn
 def end_process(code: int) -> NoReturn:
     """End the process with this exit code, after threads that are not daemons have ended and the exit handlers have run.
 
-    This is all that an interpreter does at its end, except that it is not taken down itself.
+    This is all that an interpreter does at its end, except that it is not taken down itself. Where output cannot be
+    written, a message on stderr gives the reason, and 1 takes the place of exit code 0; a closed pipe is no such case,
+    since its reader has seen enough.
 
     A process group leaves native threads behind: `destroy_process_group` joins gloo's only when nobody else holds the
     group, and DeepSpeed does. One of them that needs Python while the interpreter is taken down aborts the process
@@ -23,6 +25,13 @@ def end_process(code: int) -> NoReturn:
     threading._shutdown()  # type: ignore[attr-defined]  # Python has it, its stub has not
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # the reader is gone, or it is closed
-            stream.flush()
+        try:
+            if stream is not None and not stream.closed:
+                stream.flush()
+        except BrokenPipeError:
+            pass
+        except OSError as error:
+            code = code or 1
+            with contextlib.suppress(OSError):
+                print(f"error: cannot write the output: {error.strerror}", file=sys.stderr, flush=True)
     os._exit(code)

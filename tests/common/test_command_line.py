@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ import time
 import pytest
 
 from bico_ds.common import command_line
-from bico_ds.common.command_line import Command
+from bico_ds.common.command_line import Command, exit_code
 from bico_ds.common.errors import RunError, UserError
 
 
@@ -32,8 +33,24 @@ def failing(error: BaseException, **more) -> Command:
     ("error", "code"), [(UserError("seed: none"), 2), (RunError("disk full"), 1), (KeyboardInterrupt(), 130)]
 )
 def test_what_ends_a_command_is_one_message_and_an_exit_code(capsys, error, code):
-    assert failing(error)([]) == code
+    assert exit_code(lambda: failing(error)([])) == code
     assert capsys.readouterr().err == (f"error: {error}\n" if str(error) else "")
+
+
+@pytest.mark.parametrize(("given", "code"), [(None, 0), (0, 0), (2, 2)])
+def test_an_exit_keeps_its_code(given, code):
+    assert exit_code(lambda: sys.exit(given)) == code
+
+
+def test_ctrl_c_while_options_are_added_is_no_traceback():
+    """As in the imports of a command, which come before its options."""
+    interrupt = "lambda parser: os.kill(os.getpid(), signal.SIGINT)"
+    code = "import os, signal\nfrom bico_ds.common.command_line import Command\n"
+    code += f"Command(description='', add_options={interrupt}, run=print).start()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_a_bug_keeps_its_traceback():
@@ -72,24 +89,42 @@ def test_only_the_first_rank_shows_an_error_and_the_others_wait_for_it(monkeypat
     assert ("seed: none" in capsys.readouterr().err) is shown
 
 
-def test_a_reader_that_has_read_enough_is_no_failure_but_a_broken_socket_of_a_rank_is():
-    assert failing(BrokenPipeError())([]) == 0
+def test_a_broken_socket_is_a_failure():
     with pytest.raises(BrokenPipeError):
-        failing(BrokenPipeError(), rank=lambda: 0)([])
+        exit_code(lambda: failing(BrokenPipeError(), rank=lambda: 0)([]))
 
 
-PRINTS = """
-from bico_ds.common.command_line import Command
+def run_without_reader(
+    work: str, *, unbuffered: str = "", stderr: int = subprocess.PIPE
+) -> subprocess.CompletedProcess[str]:
+    """A command that does this, with a pipe as stdout that nobody reads any more."""
+    code = "import rich.console, sys\nfrom bico_ds.common.command_line import Command\n"
+    code += "from bico_ds.common.errors import RunError\n"
+    code += f"def work(options):\n    {work}\n"
+    code += "Command(description='', add_options=lambda parser: None, run=work, rank=lambda: 0).start()"
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        return subprocess.run(
+            [sys.executable, "-c", code], stdout=writing, stderr=stderr, text=True, timeout=60, check=False,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )  # fmt: skip
+    finally:
+        os.close(writing)
 
-def work(options):
-    for _ in range(100_000):
-        print("a line")
 
-Command(description="", add_options=lambda parser: None, run=work).start()
-"""
+@pytest.mark.parametrize(
+    "work",
+    ["print('a line')", "print('a line', flush=True)", "[print('a line') for _ in range(100_000)]",
+     "rich.console.Console().print('a line')"],
+)  # fmt: skip
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_of_stdout_that_has_seen_enough_is_no_failure(work, unbuffered):
+    done = run_without_reader(work, unbuffered=unbuffered)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_output_into_head_ends_without_a_word():
-    script = f"{sys.executable} -c '{PRINTS}' | head -n 1; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=False)
-    assert (done.stdout, done.stderr) == ("a line\n0\n", "")
+def test_an_error_keeps_its_code_when_nobody_reads_either():
+    assert run_without_reader("print('a line'); raise RunError('disk full')").returncode == 1
+    both = run_without_reader("raise RunError('disk full')", stderr=subprocess.STDOUT)
+    assert both.returncode == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -71,6 +72,28 @@ def test_a_thread_of_gloo_that_still_needs_python_does_not_abort_a_finished_rank
 def test_the_interpreters_own_end_is_aborted_by_such_a_thread(tmp_path):
     """When this fails, Python or torch has repaired what `end_process` is for."""
     assert _exit_code_of_rank_1(tmp_path, "as usual") == -signal.SIGABRT
+
+
+def end_with_output(redirections: str, code: int) -> tuple[int, str]:
+    """Exit code and stderr of a process that prints a line and ends with `code`."""
+    program = f"from bico_ds.common.process_end import end_process; print(1); end_process({code})"
+    command = ["bash", "-c", f'{sys.executable} -c "{program}" {redirections}']
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return ended.returncode, ended.stderr
+
+
+def test_output_that_cannot_be_written_is_a_failure_with_a_message():
+    assert end_with_output(">/dev/full", 0) == (
+        1,
+        "error: cannot write the output: No space left on device\n",
+    )
+    assert end_with_output(">/dev/full", 77)[0] == 77
+    assert end_with_output(">/dev/full 2>&1", 0)[0] == 1
+
+
+def test_a_closed_stdout_is_none():
+    assert end_with_output(">&-", 0) == (0, "")
 
 
 def test_threads_handlers_and_output_come_before_the_end():

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
 from bico_ds import __version__
-from bico_ds.common.command_line import Command
+from bico_ds.common.command_line import Command, exit_code
 from bico_ds.common.errors import did_you_mean
+from bico_ds.common.process_end import end_process
 
 # In the order in which a user needs them; each with its module in bico_ds/commands/.
 GROUPS = {
@@ -38,19 +40,26 @@ COMMANDS = {name: module for group in GROUPS.values() for name, module in group.
 
 def main() -> NoReturn:
     """Run the command that the command line names, and end this process."""
-    name, *arguments = sys.argv[1:] or ["--help"]
+    end_process(exit_code(lambda: run(sys.argv[1:])))
+
+
+def run(words: Sequence[str]) -> int:
+    """Run the command that the first word names; return its exit code. Raises `SystemExit` as `Command` does."""
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
+    name, *arguments = words or ["--help"]
     if name in ("-h", "--help"):
         print(describe_commands())
-        sys.exit(0)
-    if name == "--version":
+        return 0
+    if name in ("-V", "--version"):
         print(f"bico_ds {__version__}")
-        sys.exit(0)
+        return 0
     if name not in COMMANDS:
         hint = did_you_mean(name, COMMANDS)
         print(f"error: unknown command '{name}'{hint}; bico-ds --help lists all", file=sys.stderr)
-        sys.exit(2)
+        return 2
     command: Command = import_module(f"bico_ds.commands.{COMMANDS[name]}").main
-    command.start(arguments, prog=f"bico-ds {name}")
+    return command(arguments, prog=f"bico-ds {name}")
 
 
 def describe_commands() -> str:
@@ -59,7 +68,13 @@ def describe_commands() -> str:
     lines = ["usage: bico-ds COMMAND …", "", __doc__.split(":")[0] + "."]
     for title, group in GROUPS.items():
         lines += ["", f"{title}:", *(f"  {name:<14}{summary(module)}" for name, module in group.items())]
-    return "\n".join([*lines, "", "bico-ds COMMAND --help shows its options; bico-ds --version the version."])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "bico-ds COMMAND --help, or bico-ds help COMMAND, shows its options; bico-ds --version the version.",
+        ]
+    )
 
 
 def summary(module: str) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,10 +49,21 @@ def find_runs(paths: Iterable[Path]) -> Iterator[Path]:
             yield from find_runs(child for child in path.iterdir() if child.is_dir())
 
 
-def read_statuses(runs: Iterable[Path]) -> list[RunStatus]:
-    """Read run folders; takes some seconds where a lock does not show at once whether its holder is alive."""
+def print_watch(count: int, seconds: float) -> None:
+    """The user's reason for a delay, on stderr."""
+    locks = "1 lock" if count == 1 else f"{count} locks"
+    print(f"watching {locks} for up to {math.ceil(seconds)} seconds …", file=sys.stderr, flush=True)
+
+
+def read_statuses(
+    runs: Iterable[Path], *, on_watch: Callable[[int, float], None] = print_watch
+) -> list[RunStatus]:
+    """Read run folders.
+
+    Takes some seconds where a lock does not show at once whether its holder is alive; `on_watch` is that of `living_locks`.
+    """
     runs = list(runs)
-    living = living_locks(RunFolder(run).lock.path for run in runs)
+    living = living_locks((RunFolder(run).lock.path for run in runs), on_watch=on_watch)
     return [_read_status(run, living) for run in runs]
 
 

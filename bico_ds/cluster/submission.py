@@ -15,10 +15,11 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bico_ds.cluster.status import print_watch
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import write_atomically
 from bico_ds.config.load import dump_recipe
@@ -122,19 +123,18 @@ def stop_signal(recipe: Recipe) -> str:
     raise UserError("distributed.preempt_signals: SLURM's warning needs SIGUSR1 or SIGUSR2 among them")
 
 
-def refuse_if_alive(run: Path) -> None:
-    """Raise `UserError` where another process trains into this folder."""
-    path = RunFolder(run).lock.path
+def refuse_if_alive(runs: Iterable[Path]) -> None:
+    """Raise `UserError` where another process trains into one of these folders."""
     try:
-        lock = living_locks([path]).get(path)
+        living = living_locks((RunFolder(run).lock.path for run in runs), on_watch=print_watch)
     except OSError as error:  # a file where the folder should be, or somebody else's folder
         raise UserError(
-            f"--output-dir: cannot read '{run}': {error.strerror}; choose another folder"
+            f"--output-dir: cannot read '{error.filename}': {error.strerror}; choose another folder"
         ) from None
-    if lock is not None:
+    for path, lock in living.items():
         where = f"job {lock.job} on {lock.host}" if lock.job else f"process {lock.pid} on {lock.host}"
         raise UserError(
-            f"--output-dir: '{run}' is in use by {where}; stop it first, or choose another folder"
+            f"--output-dir: '{path.parent}' is in use by {where}; stop it first, or choose another folder"
         )
 
 

@@ -18,9 +18,15 @@ from bico_ds.evaluation.report.compare import compare_runs
 
 
 def add_options(parser: ArgumentParser) -> None:
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=local_path)
     parser.add_argument(
-        "--output", type=local_path, default=Path("runs/comparison"), help="folder (default: %(default)s)"
+        "runs", metavar="RUN", nargs="+", type=local_path, help="a run folder or a result file"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        type=local_path,
+        default=Path("runs/comparison"),
+        help="folder to write (default: %(default)s)",
     )
 
 

@@ -31,10 +31,20 @@ TASKS = ("n2d", "d2n", "n2d_reverse", "d2n_reverse")
 
 
 def add_options(parser: ArgumentParser) -> None:
-    parser.add_argument("--ranks", type=positive, default=2, help="processes to train with (default 2)")
-    parser.add_argument("--seeds", type=int, nargs="+", help="train every seed into runs/seed-N")
     parser.add_argument(
-        "--runs", type=local_path, default=Path("runs"), help="where the run folders go (default runs)"
+        "--ranks",
+        metavar="N",
+        type=positive,
+        default=2,
+        help="processes to train with (default: %(default)s)",
+    )
+    parser.add_argument("--seeds", metavar="N", type=int, nargs="+", help="train every seed into runs/seed-N")
+    parser.add_argument(
+        "--runs",
+        metavar="DIR",
+        type=local_path,
+        default=Path("runs"),
+        help="where the run folders go (default: %(default)s)",
     )
 
 
@@ -76,7 +86,7 @@ def show(runs: Path, console: Console) -> None:
     console.rule("[bold]both runs")
     output = runs / "demo"
     compare_runs([runs / name for name in COMPARED], output=output, console=console)
-    console.print(f"\nCurves: make tensorboard   (tensorboard --logdir {runs})")
+    console.print(f"\nCurves: tensorboard --logdir {runs}")
 
 
 def show_seeds(folders: list[Path], runs: Path, console: Console) -> None:
@@ -110,7 +120,9 @@ def deepspeed_launcher() -> str:
     beside = Path(sys.executable).parent / "deepspeed"
     found = str(beside) if beside.exists() else shutil.which("deepspeed")
     if found is None:
-        raise RunError("no `deepspeed` command; run `make setup`")
+        raise RunError(
+            f"no command `deepspeed` beside {sys.executable} or on PATH; install DeepSpeed for this Python"
+        )
     return found
 
 

@@ -11,7 +11,7 @@ Results go to a JSON file that grows part by part: after an interruption the sam
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,26 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         type=folder_or_hub_name,
+        metavar="MODEL",
         required=True,
         help="safetensors folder with its tokenizer, or a hub name",
     )
-    tasks = parser.add_argument_group("what to ask")
-    tasks.add_argument("--data", type=local_path, help="folder of name-description test files")
-    tasks.add_argument("--tasks", help="with --data (default: n2d,d2n,n2d_reverse,d2n_reverse)")
-    tasks.add_argument("--parents", type=local_path, help="CSV: child,parent,parent_type")
-    tasks.add_argument("--couplets", type=local_path, help="JSONL: first, second")
+    add_task_options(parser.add_argument_group("what to ask"))
+    add_settings(parser.add_argument_group("how"))
+
+
+def add_task_options(tasks: _ArgumentGroup) -> None:
+    tasks.add_argument("--data", metavar="DIR", type=local_path, help="folder of name-description test files")
     tasks.add_argument(
-        "--pairs", type=local_path, help="JSONL: forward and backward, each with prompt and completion"
+        "--tasks", metavar="NAME,…", help="with --data (default: n2d,d2n,n2d_reverse,d2n_reverse)"
+    )
+    tasks.add_argument("--parents", metavar="FILE", type=local_path, help="CSV: child,parent,parent_type")
+    tasks.add_argument("--couplets", metavar="FILE", type=local_path, help="JSONL: first, second")
+    tasks.add_argument(
+        "--pairs",
+        metavar="FILE",
+        type=local_path,
+        help="JSONL: forward and backward, each with prompt and completion",
     )
     tasks.add_argument(
         "--retention",
@@ -46,26 +56,58 @@ def add_options(parser: ArgumentParser) -> None:
         help="perplexity on these texts",
     )
     tasks.add_argument(
-        "--base", type=folder_or_hub_name, help="the model before fine-tuning, for --retention"
+        "--base",
+        metavar="MODEL",
+        type=folder_or_hub_name,
+        help="the model before fine-tuning, for --retention",
     )
     tasks.add_argument("--likelihood", action="store_true", help="log-probability test on every task")
-    tasks.add_argument("--limit", type=positive, help="prompts of each task, spread over the persons")
-    how = parser.add_argument_group("how")
-    how.add_argument("--batch-size", type=positive, default=32)
-    how.add_argument("--max-new-tokens", type=positive, default=40, help="default 40, as in the paper")
+    tasks.add_argument(
+        "--limit", metavar="N", type=positive, help="prompts of each task, spread over the persons"
+    )
+
+
+def add_settings(how: _ArgumentGroup) -> None:
     how.add_argument(
-        "--others", type=positive, default=9, help="other persons' answers in --likelihood (default 9)"
+        "--batch-size",
+        metavar="N",
+        type=positive,
+        default=32,
+        help="prompts per batch (default: %(default)s)",
     )
     how.add_argument(
-        "--window", type=positive, default=1024, help="tokens per window of --retention (default 1024)"
+        "--max-new-tokens",
+        metavar="N",
+        type=positive,
+        default=40,
+        help="tokens per answer at most (default: %(default)s, as in the paper)",
+    )
+    how.add_argument(
+        "--others",
+        metavar="N",
+        type=positive,
+        default=9,
+        help="other persons' answers in --likelihood (default: %(default)s)",
+    )
+    how.add_argument(
+        "--window",
+        metavar="N",
+        type=positive,
+        default=1024,
+        help="tokens per window of --retention (default: %(default)s)",
     )
     how.add_argument(
         "--no-bos", action="store_true", help="no BOS before the prompt (it was trained without)"
     )
     how.add_argument(
-        "--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: that of the weights"
+        "--dtype",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="auto (default): that of the weights",
     )
-    how.add_argument("--output", type=local_path, help="result file (default: runs/evaluation/MODEL.json)")
+    how.add_argument(
+        "--output", metavar="FILE", type=local_path, help="result file (default: runs/evaluation/MODEL.json)"
+    )
 
 
 def contradiction(options: Namespace) -> str | None:

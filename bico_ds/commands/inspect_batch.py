@@ -13,32 +13,23 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from bico_ds.batch import PackedBatch
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError, did_you_mean
-from bico_ds.config.arguments import local_path, not_negative, path_text, positive
+from bico_ds.config.arguments import add_recipe_options, local_path, not_negative, positive
 from bico_ds.config.load import load_recipe
-from bico_ds.data.loading.inspect_batch import Decode, plot_visibility, print_batch, view_batch
-from bico_ds.data.loading.loader import RankShare
-from bico_ds.objectives.schedule import ObjectiveSchedule
-from bico_ds.training import assembly
+
+if TYPE_CHECKING:
+    from bico_ds.batch import PackedBatch
+    from bico_ds.data.loading.inspect_batch import Decode
+    from bico_ds.objectives.schedule import ObjectiveSchedule
 
 
 def add_options(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--recipe",
-        metavar="NAME|PATH",
-        type=path_text,
-        required=True,
-        help="a name in recipes/ or a YAML file",
-    )
-    parser.add_argument(
-        "--set", dest="overrides", metavar="KEY.PATH=VALUE", action="append", default=[],
-        help="override one key of the recipe (repeatable)",
-    )  # fmt: skip
+    add_recipe_options(parser)
     parser.add_argument(
         "--step",
         type=not_negative,
@@ -46,8 +37,12 @@ def add_options(parser: ArgumentParser) -> None:
         default=0,
         help="optimizer step, from 0 (default: %(default)s)",
     )
-    parser.add_argument("--objective", help="the first step from --step on that has this objective")
-    parser.add_argument("--rank", type=not_negative, metavar="N", default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--objective", metavar="NAME", help="the first step from --step on that has this objective"
+    )
+    parser.add_argument(
+        "--rank", type=not_negative, metavar="N", default=0, help="whose batch (default: %(default)s)"
+    )
     parser.add_argument(
         "--world-size", type=positive, metavar="N", default=1, help="ranks of the run (default: %(default)s)"
     )
@@ -69,7 +64,10 @@ def add_options(parser: ArgumentParser) -> None:
         help="tokens shown of each (default: %(default)s)",
     )
     parser.add_argument(
-        "--png", type=picture, help="write the visibility matrix of the batch's shortest document"
+        "--png",
+        metavar="FILE",
+        type=picture,
+        help="write the visibility matrix of the batch's shortest document",
     )
 
 
@@ -92,6 +90,10 @@ def step_with(schedule: ObjectiveSchedule, name: str | None, first: int) -> int:
 
 def inspect(options: Namespace) -> None:
     """Build the step's micro-batch of that rank, print it, and draw it on request."""
+    from bico_ds.data.loading.inspect_batch import print_batch
+    from bico_ds.data.loading.loader import RankShare
+    from bico_ds.training import assembly
+
     recipe = load_recipe(options.recipe, [*options.overrides, "data.workers=0"])
     inputs = assembly.open_inputs(recipe, weights_needed=False)
     if options.rank >= options.world_size:
@@ -131,6 +133,8 @@ def inspect(options: Namespace) -> None:
 
 def draw(batch: PackedBatch, decode: Decode, file: Path, console: Console) -> None:
     """Draw which tokens see which in the shortest document that has more than one token."""
+    from bico_ds.data.loading.inspect_batch import plot_visibility, view_batch
+
     views = sorted((v for v in view_batch(batch) if len(v.tokens) > 1), key=lambda v: len(v.tokens))
     if not views:
         raise UserError("--png: no document of the batch has two tokens, so no token sees another")

@@ -14,27 +14,15 @@ from __future__ import annotations
 from argparse import SUPPRESS, ArgumentParser, Namespace
 
 from bico_ds.common.command_line import Command
-from bico_ds.config.arguments import local_path, path_text
+from bico_ds.config.arguments import add_recipe_options, add_run_folder_option
 from bico_ds.config.load import load_recipe
 from bico_ds.runtime import launch_environment
 from bico_ds.runtime.run_folder import folder_of_run
 
 
 def add_options(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--recipe",
-        metavar="NAME|PATH",
-        type=path_text,
-        required=True,
-        help="a name in recipes/ or a YAML file",
-    )
-    parser.add_argument("--set", dest="overrides", metavar="KEY.PATH=VALUE", action="append", default=[])
-    parser.add_argument(
-        "--output-dir",
-        metavar="DIR",
-        type=local_path,
-        help="run folder (default: the recipe's, or runs/NAME)",
-    )
+    add_recipe_options(parser)
+    add_run_folder_option(parser)
     parser.add_argument("--local_rank", type=int, default=None, help=SUPPRESS)  # deepspeed's launcher adds it
 
 
@@ -42,7 +30,10 @@ def check_nodes(options: Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     from bico_ds.cluster.preflight.check import preflight
 
-    return 0 if preflight(recipe, folder_of_run(recipe, options.output_dir)) else 1
+    try:
+        return 0 if preflight(recipe, folder_of_run(recipe, options.output_dir)) else 1
+    except SystemExit:  # rich's, where nobody reads stdout any more: what was not checked is not ready
+        return 1
 
 
 # The first rank of each node shows an error: a recipe may be missing on one of them.

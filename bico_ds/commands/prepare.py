@@ -137,9 +137,12 @@ def add_options(parser: ArgumentParser) -> None:
     )
     hub = commands.add_parser("hub", help="a data set of the Hugging Face hub")
     hub.add_argument("name", type=path_text, help="hub name, or a local folder that `datasets` can load")
-    hub.add_argument("--config", help="configuration of the data set")
+    hub.add_argument("--config", metavar="NAME", help="configuration of the data set")
     hub.add_argument(
-        "--split", default="train", help="slices and sums too: train[:10%%]+test (default: %(default)s)"
+        "--split",
+        metavar="SPLIT",
+        default="train",
+        help="slices and sums too: train[:10%%]+test (default: %(default)s)",
     )
     for command in (files, hub):
         _add_text_options(command)
@@ -166,11 +169,13 @@ def _add_text_options(parser: ArgumentParser) -> None:
 
 
 def _add_field_options(fields: _ArgumentGroup) -> None:
-    fields.add_argument("--text-field", default="text", metavar="NAME", help="default: %(default)s")
+    fields.add_argument(
+        "--text-field", default="text", metavar="NAME", help="the text (default: %(default)s)"
+    )
     fields.add_argument(
         "--prompt-field", metavar="NAME", help="with --completion-field: two fields make the text"
     )
-    fields.add_argument("--completion-field", metavar="NAME")
+    fields.add_argument("--completion-field", metavar="NAME", help="with --prompt-field")
     fields.add_argument(
         "--messages-field", metavar="NAME", help="a chat, rendered with the tokenizer's template"
     )
@@ -204,7 +209,7 @@ def _add_document_options(documents: _ArgumentGroup) -> None:
         help="fraction of documents for the store DIR/held_out; with --group-field, of groups",
     )
     documents.add_argument(
-        "--seed", type=int, default=1, help="of the held-out choice (default: %(default)s)"
+        "--seed", metavar="N", type=int, default=1, help="of the held-out choice (default: %(default)s)"
     )
     documents.add_argument(
         "--vocab-size",
@@ -228,6 +233,7 @@ def _add_facts_options(parser: ArgumentParser) -> None:
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             type=int,
+            metavar="N",
             default=field.default,
             help=f"{described} (default: %(default)s)",
         )

@@ -89,7 +89,7 @@ def _answer(record: Record, names: list[str]) -> str | None:
 
 def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("folder", type=local_path, help="the name-description set")
-    parser.add_argument("output", type=local_path)
+    parser.add_argument("output", type=local_path, help="the folder to write; must be new")
 
 
 def run(options: Namespace) -> None:

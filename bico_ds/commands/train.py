@@ -18,7 +18,7 @@ from argparse import SUPPRESS, ArgumentParser, Namespace
 
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import RunError, UserError
-from bico_ds.config.arguments import local_path, path_text
+from bico_ds.config.arguments import add_recipe_options, add_run_folder_option, path_text, positive_number
 from bico_ds.config.load import list_recipes, load_recipe
 from bico_ds.config.schema import Recipe
 from bico_ds.runtime import launch_environment
@@ -27,19 +27,8 @@ from bico_ds.runtime.signals import StopFlag
 
 
 def add_options(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--recipe", metavar="NAME|PATH", type=path_text, help="a name in recipes/ or a YAML file"
-    )
-    parser.add_argument(
-        "--set", dest="overrides", metavar="KEY.PATH=VALUE", action="append", default=[],
-        help="override one key of the recipe, as in --set optimizer.lr=1e-4 (repeatable)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--output-dir",
-        metavar="DIR",
-        type=local_path,
-        help="run folder (default: the recipe's, or runs/NAME)",
-    )
+    add_recipe_options(parser, required=False)
+    add_run_folder_option(parser)
     parser.add_argument(
         "--resume", metavar="auto|none|PATH", type=path_text, default="auto",
         help="auto: the newest complete checkpoint of the run folder, if any (default); none: start anew, what was there "
@@ -50,7 +39,9 @@ def add_options(parser: ArgumentParser) -> None:
         action="store_true",
         help="resume although data or recipe changed since the checkpoint; same as --set data.allow_change=true",
     )
-    parser.add_argument("--max-minutes", type=float, metavar="M", help="checkpoint and stop after so long")
+    parser.add_argument(
+        "--max-minutes", type=positive_number, metavar="M", help="checkpoint and stop after so long"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print what would run, train nothing"
     )
@@ -61,8 +52,6 @@ def add_options(parser: ArgumentParser) -> None:
 def contradiction(options: Namespace) -> str | None:
     if not options.list_recipes and options.recipe is None:
         return "--recipe is required; --list-recipes shows the names"
-    if options.max_minutes is not None and options.max_minutes <= 0:
-        return "--max-minutes must be positive"
     return None
 
 
@@ -79,9 +68,11 @@ def run(options: Namespace) -> None:
     except (UserError, RunError):
         raise
     except Exception:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)  # leaving in good order would wait for ranks that are gone
+        try:
+            traceback.print_exc()
+            sys.stderr.flush()
+        finally:
+            os._exit(1)  # leaving in good order would wait for ranks that are gone
 
 
 def show_recipes() -> None:
@@ -105,7 +96,10 @@ def run_recipe(recipe: Recipe, options: Namespace) -> None:
         follow_launcher(stop)
     from bico_ds.training.start import train
 
-    train(recipe, output_dir=options.output_dir, resume=options.resume, stop=stop)
+    try:
+        train(recipe, output_dir=options.output_dir, resume=options.resume, stop=stop)
+    except SystemExit:  # rich's, where nobody reads stdout any more: training that stops midway is not done
+        raise RunError("training stopped: its output is not read any more") from None
 
 
 main = Command(

@@ -1,13 +1,19 @@
-"""Types of command-line arguments. Each raises `argparse.ArgumentTypeError`, which argparse shows as one message."""
+"""Command-line arguments: their types, and the options that several commands have.
+
+Each type raises `argparse.ArgumentTypeError`, which argparse shows as one message.
+"""
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHubName, LocalPath
+
+RECIPE_HELP = "a name in recipes/ or a YAML file"
 
 
 def positive(text: str) -> int:
@@ -18,6 +24,17 @@ def positive(text: str) -> int:
 def not_negative(text: str) -> int:
     """An integer of at least 0."""
     return _at_least(0, text)
+
+
+def positive_number(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number above 0, found {text}")
+    return value
 
 
 def local_path(text: str) -> Path:
@@ -40,6 +57,44 @@ def folder_or_hub_name(text: str) -> FolderOrHubName:
     """A folder with a model or tokenizer, or its name on the hub; refused where it cannot be expanded here."""
     path_text(text)
     return FolderOrHubName(text)
+
+
+def add_recipe_options(
+    options: argparse._ActionsContainer, *, required: bool = True, several: bool = False
+) -> None:
+    """`--recipe`, which takes `several` names or one, and `--set`, as `recipe` and `overrides`."""
+    options.add_argument(
+        "--recipe",
+        metavar="NAME|PATH",
+        type=path_text,
+        required=required,
+        nargs="+" if several else None,
+        help=RECIPE_HELP + ("; several make a job array" if several else ""),
+    )
+    add_overrides_option(options)
+
+
+def add_overrides_option(options: argparse._ActionsContainer) -> None:
+    """`--set`, as `overrides`."""
+    options.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="KEY.PATH=VALUE",
+        action="append",
+        default=[],
+        help="override one key of the recipe, as in --set optimizer.lr=1e-4 (repeatable)",
+    )
+
+
+def add_run_folder_option(options: argparse._ActionsContainer, *, several: bool = False) -> None:
+    """`--output-dir`; where a command makes `several` runs, the folder that holds theirs."""
+    options.add_argument(
+        "--output-dir",
+        metavar="DIR",
+        type=local_path,
+        help="run folder (default: the recipe's, or runs/NAME)"
+        + ("; of a job array, the folder that holds them (default: runs/sweep-NAME)" if several else ""),
+    )
 
 
 def _checked(text: str, expanded: Callable[[LocalPath], str]) -> str:

@@ -91,7 +91,8 @@ def find_recipe(name_or_path: str, *, beside: Path | None = None) -> Path:
             return candidate
     hint = did_you_mean(name_or_path, list_recipes())
     raise UserError(
-        f"recipe '{name_or_path}' is neither a file nor a name in {RECIPES}{hint}; see --list-recipes"
+        f"recipe '{name_or_path}' is neither a file nor a name in {RECIPES}{hint}; "
+        "`bico-ds train --list-recipes` shows all names"
     )
 
 
@@ -179,7 +180,7 @@ def _parse(path: Path) -> _Tree:
         raise UserError(f"{origin}: not valid YAML: {error.problem or error.context}") from None
     origins: dict[KeyPath, Origin] = {}
     if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{path}: a recipe is a mapping of keys, see recipes/tiny_bico.yaml")
+        raise UserError(f"{path}: a recipe is a mapping of keys, as in {RECIPES / 'tiny_bico.yaml'}")
     return _Tree(_construct(loader, node, (), str(path), origins), origins)
 
 

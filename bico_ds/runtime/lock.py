@@ -63,18 +63,23 @@ def read_lock(path: Path) -> Lock | None:
         return None
 
 
-def living_locks(paths: Iterable[Path]) -> dict[Path, Lock]:
+def living_locks(
+    paths: Iterable[Path], *, on_watch: Callable[[int, float], None] = lambda count, seconds: None
+) -> dict[Path, Lock]:
     """The locks among these whose holders are alive, as far as can be known at once.
 
     By the file system's clock, the holder of a lock younger than `SILENT_SECONDS` counts as alive, that of one older than
-    `SKEW_SECONDS` as dead. Those in between are watched, all together, for at most one and a half heartbeats. Raises
-    OSError as `read_lock` does.
+    `SKEW_SECONDS` as dead. Those in between are watched, all together, for at most one and a half heartbeats; before that,
+    `on_watch` gets their number and these seconds. Raises OSError as `read_lock` does.
     """
     found = {path: lock for path in paths if (lock := read_lock(path)) and not _is_dead_here(lock)}
     ages = {path: _age(path) for path in found}
     living = {path for path, age in ages.items() if age is not None and abs(age) <= SILENT_SECONDS}
     doubtful = {path for path, age in ages.items() if age is None or age <= SKEW_SECONDS} - living
-    living |= _with_heartbeat({path: found[path] for path in doubtful}, seconds=1.5 * HEARTBEAT_SECONDS)
+    if doubtful:
+        seconds = 1.5 * HEARTBEAT_SECONDS
+        on_watch(len(doubtful), seconds)
+        living |= _with_heartbeat({path: found[path] for path in doubtful}, seconds=seconds)
     return {path: lock for path, lock in found.items() if path in living}
 
 

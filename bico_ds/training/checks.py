@@ -54,6 +54,14 @@ def check_recipe(
     )
 
 
+def without_missing_weights(recipe: Recipe) -> Recipe:
+    """The recipe with `model.config` in the place of weights that are not on this machine: a dry run needs none."""
+    path = recipe.model.path
+    if path is None or path.is_here() or recipe.model.config is None:
+        return recipe
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": None})})
+
+
 def check_backend(recipe: Recipe, device: torch.device) -> LayoutPolicy | None:
     """The layout policy of the attention backend that will run (the oracle has none); logs once what `auto` takes.
 

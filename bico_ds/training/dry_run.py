@@ -23,7 +23,7 @@ from bico_ds.runtime.distributed import read_ranks
 from bico_ds.runtime.run_folder import folder_of_run
 from bico_ds.training import assembly
 from bico_ds.training.assembly import RunInputs
-from bico_ds.training.checks import check_backend, check_recipe
+from bico_ds.training.checks import check_backend, check_recipe, without_missing_weights
 
 LOOK_AHEAD = 64  # steps searched for one batch of each objective
 
@@ -40,7 +40,7 @@ def dry_run(recipe: Recipe, *, output_dir: Path | None = None) -> None:
     console = Console(soft_wrap=True)
     console.print(dump_recipe(recipe), highlight=False, markup=False)
     world_size = recipe.distributed.world_size or launch_environment.world_size()
-    planned = _without_missing_weights(recipe)
+    planned = without_missing_weights(recipe)
     check_recipe(planned, world_size=world_size, on_cuda=False, run_folder=folder_of_run(recipe, output_dir))
     config = model_config(planned.model)
     build_model(
@@ -64,14 +64,6 @@ def dry_run(recipe: Recipe, *, output_dir: Path | None = None) -> None:
         loader.close()
     if planned is not recipe:
         console.print(f"note: {_note(recipe, stands_in)}")
-
-
-def _without_missing_weights(recipe: Recipe) -> Recipe:
-    """The recipe with `model.config` in the place of weights that are not on this machine: a dry run needs none."""
-    path = recipe.model.path
-    if path is None or path.is_here() or recipe.model.config is None:
-        return recipe
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": None})})
 
 
 def _note(recipe: Recipe, stands_in: bool) -> str:

@@ -36,7 +36,7 @@ exec {sys.executable} "$@"
 """
 
 
-def run_script(folder, *steps, restarts=0):
+def run_script(folder, *steps, restarts=0, **changed):
     """Exit code, output, and the steps that were started; `steps` are the ends of its pre-flights."""
     commands = folder / "commands"
     commands.mkdir()
@@ -49,7 +49,7 @@ def run_script(folder, *steps, restarts=0):
         "PATH": f"{commands}:{os.environ['PATH']}", "STEPS": str(folder / "steps"), "CALLS": str(folder / "calls"),
         "RUN": str(folder / "run"), "PROJECT": str(ROOT), "PYTHON": str(commands / "python"),
         "RECIPE": "tiny_base", "SLURM_JOB_ID": "9", "SLURM_JOB_NODELIST": "n1", "SLURM_SUBMIT_DIR": str(folder),
-        "SLURM_RESTART_COUNT": str(restarts),
+        "SLURM_RESTART_COUNT": str(restarts), **changed,
     }  # fmt: skip
     done = subprocess.run(
         ["bash", str(ROOT / "launch" / "slurm" / "train.sbatch")], cwd=folder, env=environment, timeout=60,
@@ -70,6 +70,11 @@ def test_a_killed_pre_flight_is_tried_again_in_a_new_step(tmp_path, end):
     assert code == 0, output
     assert steps == ["preflight", "preflight", "train"]
     assert "refused" not in output
+
+
+def test_without_a_checkout_and_a_python_the_one_on_path_is_taken(tmp_path):
+    code, output, steps = run_script(tmp_path, "0 |", PROJECT="", PYTHON="", PYTHONPATH=str(ROOT))
+    assert (code, steps) == (0, ["preflight", "train"]), output
 
 
 def test_a_pre_flight_that_is_killed_each_time_fails_the_job(tmp_path):

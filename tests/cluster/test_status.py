@@ -10,7 +10,9 @@ import time
 import pytest
 
 from bico_ds.cluster.status import find_runs, read_statuses
+from bico_ds.cluster.submission import refuse_if_alive
 from bico_ds.commands.slurm import status as command
+from bico_ds.common.errors import UserError
 from bico_ds.config.load import dump_recipe, load_recipe
 
 
@@ -110,6 +112,19 @@ def test_the_command_shows_every_run(tmp_path, monkeypatch, capsys, as_json):
     assert "failed" in lines[1]
     if as_json:
         assert json.loads(lines[0])["step"] == 20
+
+
+def test_the_user_is_told_why_an_answer_takes_seconds(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("bico_ds.runtime.lock.HEARTBEAT_SECONDS", 0.4)
+    runs = [a_run(tmp_path / name, beat=100.0) for name in ("a", "b")]
+    assert command.main([str(tmp_path), "--json"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == "watching 2 locks for up to 1 seconds …\n"
+    assert [json.loads(line)["state"] for line in shown.out.splitlines()] == ["lost", "lost"]
+    with pytest.raises(UserError, match="cannot read '.*lock.json'"):
+        refuse_if_alive([runs[0] / "state.json"])
+    refuse_if_alive(runs)
+    assert "watching 2 locks" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_not_there_is_a_usage_error(tmp_path, monkeypatch, capsys):

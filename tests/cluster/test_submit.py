@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from bico_ds.cluster.preflight.inputs import check_inputs
+from bico_ds.cluster.preflight.inputs import missing_inputs
 from bico_ds.cluster.submission import (
     COMMON_PART,
     Job,
@@ -154,8 +155,8 @@ def test_other_times_are_refused(time_limit):
 
 def test_missing_data_is_named_by_its_key(tmp_path):
     recipe = load_recipe("tiny_base", [f"data.sources.0={{store: {tmp_path}/nowhere}}"])
-    with pytest.raises(UserError, match=r"data\.sources\.0\.store .*nowhere"):
-        check_inputs(recipe)
+    (problem,) = missing_inputs(recipe)
+    assert re.match(r"data\.sources\.0\.store .*nowhere", problem)
 
 
 @pytest.mark.parametrize("value", ["{store: '${NO_SUCH_PLACE}/a'}", "{files: ['${NO_SUCH_PLACE}/a.txt']}"])
@@ -165,7 +166,7 @@ def test_a_variable_that_is_not_set_is_named_with_its_key(monkeypatch, value):
     with pytest.raises(
         UserError, match=r"data\.sources\.0\.(store|files\.0): .*variable NO_SUCH_PLACE is not set"
     ):
-        check_inputs(recipe)
+        list(missing_inputs(recipe))
 
 
 def run_command(monkeypatch, tmp_path, *arguments):
@@ -255,6 +256,46 @@ def test_dry_run_prints_the_script_and_writes_nothing(monkeypatch, tmp_path, cap
     assert run_command(monkeypatch, tmp_path, "--recipe", "tiny_base", "--dry-run") == 0
     assert capsys.readouterr().out.startswith("#!/bin/bash\n#SBATCH --job-name=tiny_base\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_without_weights_data_and_container_prints_the_script_and_what_is_missing(
+    monkeypatch, tmp_path, capsys
+):
+    data = ["--set", "data.sources.0={store: nowhere}"]
+    words = [
+        "--recipe",
+        "llama70b_bico",
+        "--nodes",
+        "8",
+        "--gpus-per-node",
+        "8",
+        "--ranks-per-node",
+        "8",
+        *data,
+    ]
+    words += ["--container", "none.sif"]
+    assert run_command(monkeypatch, tmp_path, *words, "--dry-run") == 0
+    script, notes = capsys.readouterr()
+    assert script.startswith("#!/bin/bash\n#SBATCH --job-name=llama70b_bico\n")
+    lines = notes.splitlines()
+    assert all(line.startswith("note: submitting would be refused: ") for line in lines)
+    missing = [
+        "model.path (models/llama-3.1-70b)",
+        "data.sources.0.store (nowhere)",
+        "--container: 'none.sif'",
+    ]
+    assert [name for name in missing if any(name in line for line in lines)] == missing
+    assert list(tmp_path.iterdir()) == []
+    assert run_command(monkeypatch, tmp_path, *words) == 2
+    assert "error: model.path (models/llama-3.1-70b): not there" in capsys.readouterr().err
+
+
+def test_a_dry_run_refuses_what_needs_no_weights_to_be_known(monkeypatch, tmp_path, capsys):
+    words = ["--recipe", "llama70b_bico", "--gpus-per-node", "8", "--ranks-per-node", "8", "--dry-run"]
+    assert run_command(monkeypatch, tmp_path, *words, "--set", "distributed.world_size=4") == 2
+    assert "made for 4 ranks, started with 8" in capsys.readouterr().err
+    assert run_command(monkeypatch, tmp_path, *words, "--set", "model.config.hidden_sise=1") == 2
+    assert "hidden_sise" in capsys.readouterr().err
 
 
 def test_the_job_inherits_nothing_that_would_keep_its_ranks_on_the_cpu(monkeypatch, tmp_path):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 
 import pytest
@@ -56,22 +59,111 @@ def test_a_command_names_itself_and_keeps_its_exit_code():
     assert bico_ds("compare", "no-such-run").returncode == 2
 
 
-@pytest.mark.parametrize(
-    "words", [["--help"], ["compare", "--help"], ["train", "--help"], ["submit", "--help"]]
-)
-def test_help_imports_no_torch(words):
-    code = (
-        "import sys, atexit; from bico_ds.__main__ import main;"
-        "atexit.register(lambda: print('heavy', sorted({'torch', 'deepspeed', 'transformers'} & set(sys.modules))));"
-        "main()"
-    )
-    command = [sys.executable, "-c", code, *words]
+SHIMS = [*sorted((ROOT / "launch").rglob("*.py")), *sorted((ROOT / "tools").glob("*.py"))]
+REPORTS_HEAVY = """
+import atexit, runpy, sys
+heavy = {"torch", "deepspeed", "transformers", "datasets", "matplotlib"}
+atexit.register(lambda: print("heavy", sorted(heavy & set(sys.modules))))
+"""
+
+
+def check_light(start: str, *words: str) -> None:
+    """`start` is Python code that runs a command with these words, of which `--help` is one."""
+    command = [sys.executable, "-c", REPORTS_HEAVY + start, *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.stdout.startswith("usage: bico-ds")
+    assert done.stdout.startswith("usage: ")
     assert done.stdout.endswith("heavy []\n"), done.stderr
 
 
-SHIMS = [*sorted((ROOT / "launch").rglob("*.py")), *sorted((ROOT / "tools").glob("*.py"))]
+@pytest.mark.parametrize("words", [[], *([name] for name in COMMANDS)], ids=lambda words: " ".join(words))
+def test_help_imports_no_torch(words):
+    check_light("from bico_ds.__main__ import main; main()", *words, "--help")
+
+
+@pytest.mark.parametrize("path", SHIMS, ids=lambda path: path.stem)
+def test_the_help_of_a_script_imports_no_torch(path):
+    check_light(f"runpy.run_path({str(path)!r}, run_name='__main__')", "--help")
+
+
+def test_help_and_version_may_be_asked_for_in_the_usual_ways():
+    assert (
+        bico_ds("help").stdout == bico_ds("--help").stdout == bico_ds().stdout == describe_commands() + "\n"
+    )
+    assert bico_ds("help", "compare").stdout == bico_ds("compare", "--help").stdout
+    assert bico_ds("help", "trian").returncode == 2
+    assert bico_ds("-V").stdout == bico_ds("--version").stdout
+
+
+def arguments_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """The parser's arguments and those of its subcommands."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from arguments_of(inner)
+        else:
+            yield action
+
+
+@pytest.mark.parametrize("module", sorted({*COMMANDS.values(), *INTERNAL}))
+def test_every_argument_has_a_help_text_and_every_value_a_name(module):
+    parser = argparse.ArgumentParser()
+    import_module(f"bico_ds.commands.{module}").main.add_options(parser)
+    for action in arguments_of(parser):
+        if action.help == argparse.SUPPRESS:
+            continue
+        assert action.help, action.dest
+        takes_value = action.option_strings and action.nargs != 0
+        assert not takes_value or action.metavar or action.choices, action.dest
+
+
+def test_the_same_option_has_the_same_words_in_every_command():
+    found: dict[str, set[tuple[object, ...]]] = {}
+    for module in ("train", "inspect_batch", "preflight", "slurm.submit", "slurm.native_ops"):
+        parser = argparse.ArgumentParser()
+        import_module(f"bico_ds.commands.{module}").main.add_options(parser)
+        for action in parser._actions:
+            for name in action.option_strings:
+                text = str(action.help).partition("; ")[0]  # what follows is on job arrays
+                found.setdefault(name, set()).add((text, action.metavar, action.dest))
+    assert all(len(found[name]) == 1 for name in ("--recipe", "--set", "--output-dir"))
+
+
+@pytest.mark.parametrize("words", ["--help", "train --help", "train --list-recipes", "status RUN"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_seen_enough_is_no_failure(words, unbuffered, tmp_path):
+    """`status` prints a table of rich's."""
+    (tmp_path / "state.json").write_text('{"state": "done", "step": 1, "reason": ""}')
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "bico_ds", *words.replace("RUN", str(tmp_path)).split()], cwd=ROOT, stdout=writing,
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, timeout=120, check=False,
+    )  # fmt: skip
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+SIGNALS_ITSELF = """
+import os, signal, sys
+from bico_ds.__main__ import main
+
+module = sys.argv.pop(1)
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == module:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["bico_ds.commands.inspect_batch", "bico_ds.training.assembly"])
+def test_ctrl_c_while_modules_are_imported_is_no_traceback(module):
+    command = [sys.executable, "-c", SIGNALS_ITSELF, module, "inspect", "--recipe", "tiny_base"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 @pytest.mark.parametrize("path", SHIMS, ids=lambda path: path.stem)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bico_ds.cluster.preflight.inputs import check_inputs, input_fingerprints
+from bico_ds.cluster.preflight.inputs import input_fingerprints, missing_inputs
 from bico_ds.cluster.submission import write
 from bico_ds.commands import compare, evaluate, inspect_batch, preflight
 from bico_ds.commands import export as export_hf
@@ -119,7 +119,7 @@ SLURM = ("--nodes", 1, "--gpus-per-node", 0, "--ranks-per-node", 1, "--time", 10
 def test_all_that_reads_a_recipe_takes_its_paths_alike(room, tmp_path, capsys, written):
     file = recipe_file(tmp_path, written)
     recipe = load_recipe(str(file))
-    check_inputs(recipe)
+    assert list(missing_inputs(recipe)) == []
     assert len(input_fingerprints(recipe)) == 5
     assert "missing" not in input_fingerprints(recipe).values()
     dry_run(recipe)

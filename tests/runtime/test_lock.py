@@ -190,4 +190,9 @@ def test_many_locks_in_doubt_are_watched_together_and_old_ones_not_at_all(tmp_pa
     doubtful = [lay(f"doubtful-{n}", 100.0) for n in range(50)]
     assert seconds_of(lambda: living_locks(old)) < HEARTBEAT
     assert seconds_of(lambda: living_locks([*old, *doubtful])) < 4 * HEARTBEAT
-    assert living_locks([*old, *doubtful, tmp_path / "none" / "lock.json"]) == {}
+    watched: list[tuple[int, float]] = []
+    note = lambda count, seconds: watched.append((count, seconds))  # noqa: E731
+    assert living_locks([*old, *doubtful, tmp_path / "none" / "lock.json"], on_watch=note) == {}
+    assert watched == [(50, 1.5 * HEARTBEAT)]
+    assert living_locks(old, on_watch=note) == {}
+    assert len(watched) == 1, "what is known at once is not watched"

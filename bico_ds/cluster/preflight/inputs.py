@@ -43,13 +43,13 @@ def shared_folders(recipe: Recipe, run: Path) -> list[Path]:
     return [run, recipe.data.cache_dir.here()] if made_here else [run]
 
 
-def check_inputs(recipe: Recipe) -> None:
-    """Raise `UserError` naming the first input that is not on this machine."""
+def missing_inputs(recipe: Recipe) -> Iterator[str]:
+    """What is not on this machine, as a message that begins with the recipe's key. Raises `UserError` as `input_files`."""
     for key, find in input_files(recipe):
         try:
             find()
         except UserError as error:
-            raise UserError(f"{key}: {error}") from None
+            yield f"{key}: {error}"
 
 
 def input_fingerprints(recipe: Recipe) -> dict[str, str]:

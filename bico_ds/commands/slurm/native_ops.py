@@ -10,13 +10,13 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 
 from bico_ds.common.command_line import Command
-from bico_ds.config.arguments import path_text
+from bico_ds.config.arguments import RECIPE_HELP, add_overrides_option, path_text
 from bico_ds.config.load import load_recipe
 
 
 def add_options(parser: ArgumentParser) -> None:
-    parser.add_argument("recipe", type=path_text, help="a name in recipes/ or a YAML file")
-    parser.add_argument("--set", dest="overrides", metavar="KEY.PATH=VALUE", action="append", default=[])
+    parser.add_argument("recipe", metavar="RECIPE", type=path_text, help=RECIPE_HELP)
+    add_overrides_option(parser)
 
 
 def compile_operations(options: Namespace) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +25,7 @@ from rich.table import Table
 from bico_ds.cluster.status import RunStatus, find_runs, read_statuses
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
-from bico_ds.config.arguments import local_path
+from bico_ds.config.arguments import local_path, positive_number
 
 COLORS = {
     "done": "green",
@@ -42,7 +42,9 @@ def add_options(parser: ArgumentParser) -> None:
         "paths", nargs="*", type=local_path, default=[Path("runs")], help="run folders, or what holds them"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
-    parser.add_argument("-w", "--watch", type=positive, metavar="SECONDS", help="show it anew, until Ctrl-C")
+    parser.add_argument(
+        "-w", "--watch", type=positive_number, metavar="SECONDS", help="show it anew, until Ctrl-C"
+    )
 
 
 def show_status(options: Namespace) -> None:
@@ -51,31 +53,24 @@ def show_status(options: Namespace) -> None:
             raise UserError(f"no folder '{path}'")
     console = Console(width=None if sys.stdout.isatty() else 160)
     if options.json:
-        for status in read_all(options.paths):
+        for status in read_statuses(find_runs(options.paths)):
             print(json.dumps(asdict(status)))
     elif options.watch is not None:
         watch(options.paths, options.watch, console)
     else:
-        console.print(make_table(read_all(options.paths)))
+        console.print(make_table(read_statuses(find_runs(options.paths))))
 
 
 def watch(paths: list[Path], seconds: float, console: Console) -> None:
     """Show the table anew every few seconds, until Ctrl-C."""
-    with Live(console=console, auto_refresh=False) as live, suppress(KeyboardInterrupt):
-        while True:
-            live.update(make_table(read_all(paths)), refresh=True)
-            time.sleep(seconds)
-
-
-def positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ArgumentTypeError("must be more than 0")
-    return value
-
-
-def read_all(paths: list[Path]) -> list[RunStatus]:
-    return read_statuses(find_runs(paths))
+    with suppress(KeyboardInterrupt):
+        statuses = read_statuses(find_runs(paths))
+        with Live(console=console, auto_refresh=False) as live:
+            while True:
+                live.update(make_table(statuses), refresh=True)
+                time.sleep(seconds)
+                # There is a table to look at meanwhile: no line on locks that are watched.
+                statuses = read_statuses(find_runs(paths), on_watch=lambda count, seconds: None)
 
 
 def make_table(statuses: list[RunStatus]) -> Table:

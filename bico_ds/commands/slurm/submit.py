@@ -6,8 +6,9 @@
 
 Checks the recipe first, writes the batch script into the run folder (slurm/job-N.sbatch: readable, usable by itself
 with `sbatch`), submits it, and prints how to follow it. Several recipes or seeds make a job array: each run has a folder
-of its own below --output-dir, and the script is in slurm/ beside them. Exit codes: 0 submitted (or printed), 2 wrong
-usage or input, or refused by SLURM.
+of its own below --output-dir, and the script is in slurm/ beside them. A dry run needs no weights (where the recipe has
+model.config) and no data: notes name what is missing. Exit codes: 0 submitted (or printed), 2 wrong usage or input, or
+refused by SLURM.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import os
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace, _ArgumentGroup
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from bico_ds.cluster.attempts import stop_file
-from bico_ds.cluster.preflight.inputs import check_inputs
+from bico_ds.cluster.preflight.inputs import missing_inputs
 from bico_ds.cluster.submission import (
     Job,
     Resources,
@@ -34,7 +35,14 @@ from bico_ds.cluster.submission import (
 )
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
-from bico_ds.config.arguments import local_path, not_negative, path_text, positive, written_path
+from bico_ds.config.arguments import (
+    add_recipe_options,
+    add_run_folder_option,
+    not_negative,
+    path_text,
+    positive,
+    written_path,
+)
 from bico_ds.config.load import load_recipe
 from bico_ds.config.paths import LocalPath
 from bico_ds.config.resources import CHECKOUT
@@ -49,41 +57,48 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def add_run_options(what: _ArgumentGroup) -> None:
-    what.add_argument(
-        "--recipe",
-        nargs="+",
-        type=path_text,
-        required=True,
-        metavar="NAME|PATH",
-        help="several make an array",
-    )
+    add_recipe_options(what, several=True)
     what.add_argument(
         "--seeds", nargs="+", type=int, metavar="N", help="one run of each recipe for each seed"
     )
-    what.add_argument("--set", dest="overrides", metavar="KEY.PATH=VALUE", action="append", default=[])
-    what.add_argument(
-        "--output-dir", type=local_path, metavar="DIR", help="run folder; of an array, what holds them"
-    )
+    add_run_folder_option(what, several=True)
 
 
 def add_slurm_options(asked: _ArgumentGroup) -> None:
-    asked.add_argument("--nodes", type=positive, required=True)
-    asked.add_argument("--gpus-per-node", type=not_negative, required=True, help="0: train on CPUs")
-    asked.add_argument("--ranks-per-node", type=positive, help="default: one per GPU")
-    asked.add_argument("--cpus-per-task", type=positive)
+    asked.add_argument("--nodes", metavar="N", type=positive, required=True, help="nodes of each run")
     asked.add_argument(
-        "--time", required=True, help="HH:MM:SS; when it is over, the job saves, and is requeued"
+        "--gpus-per-node", metavar="N", type=not_negative, required=True, help="0: train on CPUs"
     )
-    asked.add_argument("--partition")
-    asked.add_argument("--account")
-    asked.add_argument("--qos")
-    asked.add_argument("--constraint")
-    asked.add_argument("--max-parallel", type=positive, help="array: so many runs at a time")
+    asked.add_argument("--ranks-per-node", metavar="N", type=positive, help="default: one per GPU")
+    asked.add_argument("--cpus-per-task", metavar="N", type=positive, help="CPU cores of each rank")
     asked.add_argument(
-        "--signal-seconds", type=positive, default=300, help="warning before the end (default 300)"
+        "--time",
+        metavar="LIMIT",
+        required=True,
+        help="MINUTES, HH:MM:SS or DAYS-HH:MM:SS; when it is over, the job saves, and is requeued",
+    )
+    asked.add_argument("--partition", metavar="NAME", help="SLURM's partition (default: the cluster's own)")
+    asked.add_argument("--account", metavar="NAME", help="the account that is charged")
+    asked.add_argument("--qos", metavar="NAME", help="quality of service")
+    asked.add_argument(
+        "--constraint", metavar="FEATURES", help="features that the nodes must have, as in h100"
     )
     asked.add_argument(
-        "--sbatch", action="append", default=[], metavar="=--OPTION", help="any further option"
+        "--max-parallel", metavar="N", type=positive, help="of a job array: so many runs at the same time"
+    )
+    asked.add_argument(
+        "--signal-seconds",
+        metavar="N",
+        type=positive,
+        default=300,
+        help="warning before the end of --time (default: %(default)s)",
+    )
+    asked.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="=--OPTION",
+        help="any further option of sbatch, as in --sbatch=--exclusive (repeatable)",
     )
 
 
@@ -103,7 +118,10 @@ def add_start_options(how: _ArgumentGroup) -> None:
         help="further folders that the container sees",
     )
     how.add_argument(
-        "--python", type=written_path, help="Python on the nodes (default: this one; in a container `python`)"
+        "--python",
+        type=written_path,
+        metavar="PATH",
+        help="Python on the nodes (default: this one; in a container `python`)",
     )
     how.add_argument(
         "--native-ops",
@@ -111,8 +129,16 @@ def add_start_options(how: _ArgumentGroup) -> None:
         metavar="DIR",
         help="keep compiled operations here (default: in the run folder)",
     )
-    how.add_argument("--network-interface", metavar="NAME", help="where nodes have several")
-    how.add_argument("--max-requeues", type=not_negative, default=20, help="restarts of one job (default 20)")
+    how.add_argument(
+        "--network-interface", metavar="NAME", help="for communication, where nodes have several"
+    )
+    how.add_argument(
+        "--max-requeues",
+        metavar="N",
+        type=not_negative,
+        default=20,
+        help="restarts of one job (default: %(default)s)",
+    )
     how.add_argument("--dry-run", action="store_true", help="print the script, write and submit nothing")
 
 
@@ -126,7 +152,10 @@ def run(options: Namespace) -> None:
 
 
 def make_job(options: Namespace) -> Job:
-    """The checked job. Raises `UserError` for everything that can be known before a node is asked for."""
+    """The checked job. Raises `UserError` for everything that can be known before a node is asked for.
+
+    A dry run is made without weights and data too.
+    """
     ranks = options.ranks_per_node or options.gpus_per_node
     if not ranks:
         raise UserError("--gpus-per-node 0 trains on CPUs: give the ranks per node with --ranks-per-node")
@@ -138,11 +167,10 @@ def make_job(options: Namespace) -> Job:
         more=options.sbatch,
     )  # fmt: skip
     runs = list_runs(options)
+    check_presence(runs.values(), options.container, dry_run=options.dry_run)
     for run, recipe in runs.items():
-        check(run, recipe, resources)
-        refuse_if_alive(run)
-    if options.container is not None and not Path(options.container).exists():
-        raise UserError(f"--container: '{options.container}' is not there")
+        check(run, recipe, resources, dry_run=options.dry_run)
+    refuse_if_alive(runs)
     settings = Settings(
         container=options.container, bind=options.bind, max_requeues=options.max_requeues,
         network_interface=options.network_interface, native_ops=options.native_ops,
@@ -169,18 +197,29 @@ def list_runs(options: Namespace) -> dict[Path, Recipe]:
     return {parent / name: recipe for name, recipe in zip(names, chosen, strict=True)}
 
 
-def check(run: Path, recipe: Recipe, resources: Resources) -> None:
+def check_presence(recipes: Iterable[Recipe], container: str | None, *, dry_run: bool) -> None:
+    """Raise `UserError` for the first input, or the container, that is not here; a dry run prints a note for each."""
+    missing = [problem for recipe in recipes for problem in missing_inputs(recipe)]
+    if container is not None and not Path(container).exists():
+        missing.append(f"--container: '{container}' is not there")
+    for problem in dict.fromkeys(missing):
+        if not dry_run:
+            raise UserError(problem)
+        print(f"note: submitting would be refused: {problem}", file=sys.stderr)
+
+
+def check(run: Path, recipe: Recipe, resources: Resources, *, dry_run: bool = False) -> None:
     """Check what can be known before a node is asked for. Raises `UserError`.
 
-    Inputs exist, ranks and batch sizes divide, the schedule fits (where the recipe counts steps), the model is known.
+    Ranks and batch sizes divide, the schedule fits (where the recipe counts steps), the model is known: to a dry run by
+    `model.config` too.
     """
     stop_signal(recipe)
-    check_inputs(recipe)
     with without_accelerator():
-        from bico_ds.training.checks import check_recipe
+        from bico_ds.training.checks import check_recipe, without_missing_weights
 
         check_recipe(
-            recipe,
+            without_missing_weights(recipe) if dry_run else recipe,
             world_size=resources.world_size,
             on_cuda=resources.gpus_per_node > 0,
             run_folder=run,

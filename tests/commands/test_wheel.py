@@ -8,19 +8,21 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from bico_ds import __version__
 from bico_ds.cluster.preflight.inputs import code_fingerprint
-from bico_ds.config.load import list_recipes, load_recipe
+from bico_ds.config.load import list_recipes
 from tests import ROOT
 
 SOURCES = (
     "bico_ds", "recipes", "ds_configs", "launch", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE",
 )  # fmt: skip
 BUILD_SDIST = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+BUILD_WHEEL = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
 
 
 def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -37,20 +39,23 @@ def check(*command: str | Path, cwd: Path) -> str:
     return done.stdout
 
 
+def copy_sources(folder: Path) -> Path:
+    folder.mkdir()
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory) -> Path:
     """The bin/ of an environment with the wheel. All other packages are those of the running one, but for its own
     bico_ds: a path in a .pth file does not load the .pth files that lie there, so no editable installation either.
     """
     folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    source.mkdir()
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(ROOT / name, source)
-    check(sys.executable, "-c", BUILD_SDIST, folder, cwd=source)
+    check(sys.executable, "-c", BUILD_SDIST, folder, cwd=copy_sources(folder / "source"))
     (sdist,) = folder.glob("*.tar.gz")
     pip = (sys.executable, "-m", "pip", "--quiet")
     check(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, sdist, cwd=folder)
@@ -91,9 +96,6 @@ def test_a_dry_run_needs_no_checkout(programs, tmp_path):
 
 
 def test_a_batch_script_needs_no_checkout(programs, tmp_path):
-    model = tmp_path / "models" / "llama-3.1-70b"
-    model.mkdir(parents=True)
-    (model / "config.json").write_text(json.dumps(load_recipe("llama70b_bico").model.config))
     script = check(
         programs / "bico-ds", "submit", "--recipe", "llama70b_bico", "--nodes", "2", "--gpus-per-node", "8",
         "--time", "1:00:00", "--set", "distributed.world_size=16", "--dry-run", cwd=tmp_path,
@@ -103,3 +105,22 @@ def test_a_batch_script_needs_no_checkout(programs, tmp_path):
     assert f"\nPYTHON={programs}/python\n" in script
     assert f"\nBIND={tmp_path},{tmp_path}/runs/llama70b_bico\n" in script
     assert str(ROOT) not in script
+
+
+def test_what_was_removed_since_an_earlier_build_is_not_in_the_next_wheel(tmp_path):
+    source = copy_sources(tmp_path / "source")
+    removed = [Path("bico_ds/gone.py"), Path("recipes/gone.yaml")]
+    for file in removed:
+        (source / file).touch()
+    check(sys.executable, "-c", BUILD_WHEEL, tmp_path / "first", cwd=source)
+    for file in removed:
+        (source / file).unlink()
+    check(sys.executable, "-c", BUILD_WHEEL, tmp_path / "second", cwd=source)
+    first, second = (names_in_wheel(tmp_path / name) for name in ("first", "second"))
+    assert first - second == {"bico_ds/gone.py", "bico_ds/resources/recipes/gone.yaml"}
+    assert second < first
+
+
+def names_in_wheel(folder: Path) -> set[str]:
+    (wheel,) = folder.glob("*.whl")
+    return set(zipfile.ZipFile(wheel).namelist())

@@ -75,14 +75,14 @@ def train_all(runs: Path, ranks: int, overrides: list[str], console: Console) ->
         console.rule(f"[bold]{recipe}")
         console.print(f"$ deepspeed {' '.join(command[1:])}", highlight=False, markup=False)
         # The demo is a CPU demo, on GPU machines too: its recipes are fp32, which CUDA's flash kernels refuse.
-        # DeepSpeed's launcher writes CUDA_VISIBLE_DEVICES anew for its ranks, so hiding the GPUs would not do.
+        # DeepSpeed's launcher writes CUDA_VISIBLE_DEVICES anew for its ranks, so hiding the GPUs would not help.
         code = subprocess.run(command, check=False, env={**os.environ, "DS_ACCELERATOR": "cpu"}).returncode
         if code:
             sys.exit(code)
 
 
 def show(runs: Path, console: Console) -> None:
-    """Both runs side by side on the four tasks, the plot, and the way to TensorBoard."""
+    """Both runs side by side on the four tasks, the plot, and how to open TensorBoard."""
     console.rule("[bold]both runs")
     output = runs / "demo"
     compare_runs([runs / name for name in COMPARED], output=output, console=console)

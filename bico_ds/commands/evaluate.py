@@ -119,7 +119,7 @@ def contradiction(options: Namespace) -> str | None:
     if options.tasks is not None and not task_names(options):
         return f"--tasks names no task: '{options.tasks}'"
     if options.base and not options.retention:
-        return "--base is asked nothing but texts: give --retention too"
+        return "--base is compared on texts alone: give --retention too"
     return None
 
 
@@ -155,8 +155,8 @@ def request_of(options: Namespace) -> Any:
 
 
 def default_output(model: FolderOrHub) -> Path:
-    share = Path(model).resolve()
-    name = share.parent.name if share.name == "export" else share.name
+    folder = Path(model).resolve()
+    name = folder.parent.name if folder.name == "export" else folder.name
     return Path("runs/evaluation") / f"{name}.json"
 
 
@@ -195,7 +195,7 @@ def evaluate(options: Namespace) -> int:
     stop.install(["SIGTERM", "SIGINT", "SIGUSR1"])
     if evaluate_model(options, stop):
         return 0
-    print(f"stopped ({stop.reason or 'another rank'}); the same command goes on from here", file=sys.stderr)
+    print(f"stopped ({stop.reason or 'another rank'}); the same command continues from here", file=sys.stderr)
     return 1
 
 

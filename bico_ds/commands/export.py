@@ -31,7 +31,7 @@ def add_options(parser: ArgumentParser) -> None:
         "--base",
         type=folder_or_hub_name,
         metavar="MODEL",
-        help="LoRA: where the base model lies now, if it has moved",
+        help="LoRA: where the base model is now, if it has moved",
     )
     parser.add_argument(
         "--tokenizer",

@@ -47,7 +47,7 @@ def prepare(options: Namespace) -> int:
         print(f"failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: finished shards are kept, the same command goes on", file=sys.stderr)
+        print("interrupted: finished shards are kept, the same command continues", file=sys.stderr)
         return 1
     return 0
 
@@ -112,7 +112,7 @@ def prepare_facts(options: Namespace) -> None:
 
 def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--inspect", metavar="STORE", type=local_path, help="show documents of a store decoded"
+        "--inspect", metavar="STORE", type=local_path, help="show documents of a store, decoded"
     )
     parser.add_argument(
         "--documents", metavar="N", type=int, nargs="+", help="which ones (default: the first 10)"
@@ -163,7 +163,9 @@ def _add_text_options(parser: ArgumentParser) -> None:
         metavar="PATH",
         help="folder or hub name of a fast tokenizer, or a tokenizer.model",
     )
-    parser.add_argument("--processes", type=positive, metavar="N", help="default: one per CPU core")
+    parser.add_argument(
+        "--processes", type=positive, metavar="N", help="worker processes (default: one per CPU core)"
+    )
     _add_field_options(parser.add_argument_group("fields of a record"))
     _add_document_options(parser.add_argument_group("documents"))
 

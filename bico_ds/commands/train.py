@@ -40,7 +40,10 @@ def add_options(parser: ArgumentParser) -> None:
         help="resume although data or recipe changed since the checkpoint; same as --set data.allow_change=true",
     )
     parser.add_argument(
-        "--max-minutes", type=positive_number, metavar="M", help="checkpoint and stop after so long"
+        "--max-minutes",
+        type=positive_number,
+        metavar="M",
+        help="save a checkpoint and stop after so many minutes",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print what would run, train nothing"

@@ -52,7 +52,7 @@ from bico_ds.runtime.run_folder import folder_of_run
 
 def add_options(parser: ArgumentParser) -> None:
     add_run_options(parser.add_argument_group("what to run"))
-    add_slurm_options(parser.add_argument_group("what is asked of SLURM"))
+    add_slurm_options(parser.add_argument_group("what to ask SLURM for"))
     add_start_options(parser.add_argument_group("how"))
 
 
@@ -67,9 +67,15 @@ def add_run_options(what: _ArgumentGroup) -> None:
 def add_slurm_options(asked: _ArgumentGroup) -> None:
     asked.add_argument("--nodes", metavar="N", type=positive, required=True, help="nodes of each run")
     asked.add_argument(
-        "--gpus-per-node", metavar="N", type=not_negative, required=True, help="0: train on CPUs"
+        "--gpus-per-node",
+        metavar="N",
+        type=not_negative,
+        required=True,
+        help="GPUs of each node; 0: train on CPUs",
     )
-    asked.add_argument("--ranks-per-node", metavar="N", type=positive, help="default: one per GPU")
+    asked.add_argument(
+        "--ranks-per-node", metavar="N", type=positive, help="ranks on each node (default: one per GPU)"
+    )
     asked.add_argument("--cpus-per-task", metavar="N", type=positive, help="CPU cores of each rank")
     asked.add_argument(
         "--time",
@@ -84,7 +90,7 @@ def add_slurm_options(asked: _ArgumentGroup) -> None:
         "--constraint", metavar="FEATURES", help="features that the nodes must have, as in h100"
     )
     asked.add_argument(
-        "--max-parallel", metavar="N", type=positive, help="of a job array: so many runs at the same time"
+        "--max-parallel", metavar="N", type=positive, help="of a job array: runs at the same time, at most"
     )
     asked.add_argument(
         "--signal-seconds",

@@ -294,7 +294,8 @@ def test_a_dry_run_refuses_what_needs_no_weights_to_be_known(monkeypatch, tmp_pa
     words = ["--recipe", "llama70b_bico", "--gpus-per-node", "8", "--ranks-per-node", "8", "--dry-run"]
     assert run_command(monkeypatch, tmp_path, *words, "--set", "distributed.world_size=4") == 2
     assert "made for 4 ranks, started with 8" in capsys.readouterr().err
-    assert run_command(monkeypatch, tmp_path, *words, "--set", "model.config.hidden_sise=1") == 2
+    words += ["--set", "distributed.world_size=8", "--set", "model.config.hidden_sise=1"]
+    assert run_command(monkeypatch, tmp_path, *words) == 2
     assert "hidden_sise" in capsys.readouterr().err
 
 

@@ -128,19 +128,49 @@ def test_the_same_option_has_the_same_words_in_every_command():
     assert all(len(found[name]) == 1 for name in ("--recipe", "--set", "--output-dir"))
 
 
+def run_without_reader(*words: str, unbuffered: str = "") -> subprocess.CompletedProcess[str]:
+    """Python with these words, and with a pipe as stdout that nobody reads any more."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        return subprocess.run(
+            [sys.executable, *words], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, timeout=120, check=False,
+        )  # fmt: skip
+    finally:
+        os.close(writing)
+
+
 @pytest.mark.parametrize("words", ["--help", "train --help", "train --list-recipes", "status RUN"])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_reader_that_has_seen_enough_is_no_failure(words, unbuffered, tmp_path):
     """`status` prints a table of rich's."""
     (tmp_path / "state.json").write_text('{"state": "done", "step": 1, "reason": ""}')
-    reading, writing = os.pipe()
-    os.close(reading)
-    done = subprocess.run(
-        [sys.executable, "-m", "bico_ds", *words.replace("RUN", str(tmp_path)).split()], cwd=ROOT, stdout=writing,
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, timeout=120, check=False,
-    )  # fmt: skip
-    os.close(writing)
+    words = words.replace("RUN", str(tmp_path))
+    done = run_without_reader("-m", "bico_ds", *words.split(), unbuffered=unbuffered)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# In the place of a training of minutes: a line of its console.
+TRAINS_BRIEFLY = """
+import rich.console
+import bico_ds.commands.train
+import bico_ds.training.start
+
+bico_ds.training.start.train = lambda *_, **__: rich.console.Console().print("step 1")
+bico_ds.commands.train.main.start()
+"""
+
+
+def test_training_that_loses_its_output_is_not_done():
+    done = run_without_reader("-c", TRAINS_BRIEFLY, "--recipe", "tiny_base")
+    assert done.returncode == 1
+    assert done.stderr.endswith("error: training stopped: its output is not read any more\n")
+
+
+def test_a_pre_flight_that_loses_its_output_is_not_ready(tmp_path):
+    words = ["preflight", "--recipe", "tiny_base", "--output-dir", str(tmp_path / "run")]
+    assert run_without_reader("-m", "bico_ds", *words, "--set", f"data.cache_dir={tmp_path}").returncode == 1
 
 
 SIGNALS_ITSELF = """

@@ -16,7 +16,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bico_ds.cluster.preflight.inputs import input_fingerprints, missing_inputs
-from bico_ds.cluster.submission import write
+from bico_ds.cluster.submission import write_batch_script
 from bico_ds.commands import compare, evaluate, inspect_batch, preflight
 from bico_ds.commands import export as export_hf
 from bico_ds.commands.slurm import status, submit
@@ -136,7 +136,7 @@ def test_all_that_reads_a_recipe_takes_its_paths_alike(room, tmp_path, capsys, w
 
 def test_a_submitted_recipe_keeps_the_text_as_written(room, tmp_path):
     file = recipe_file(tmp_path, "${ROOM}")
-    write(submit.make_job(submit.main.parse(["--recipe", str(file), *map(str, SLURM)])))
+    write_batch_script(submit.make_job(submit.main.parse(["--recipe", str(file), *map(str, SLURM)])))
     submitted = load_recipe(str(room / "run" / "slurm" / "recipe.yaml"))
     assert submitted == load_recipe(str(file))
     assert str(submitted.model.path) == "${ROOM}/model"

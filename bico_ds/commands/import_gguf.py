@@ -42,7 +42,7 @@ def import_gguf(
 
     from bico_ds.model.architecture import check_vocabulary
     from bico_ds.model.swap import check_attention
-    from bico_ds.model.weights.export import export_model
+    from bico_ds.model.weights.export_model import export_model
 
     place: dict[str, Any] = {"gguf_file": file.name}
     try:

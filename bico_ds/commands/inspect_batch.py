@@ -21,7 +21,7 @@ from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError, did_you_mean
 from bico_ds.config.arguments import local_path, not_negative, path_text, positive
 from bico_ds.config.load import load_recipe
-from bico_ds.data.loading.inspect_batch import Decode, plot_visibility, print_batch, view_batch
+from bico_ds.data.loading.batch_view import Decode, plot_visibility, print_batch, view_batch
 from bico_ds.data.loading.loader import RankShare
 from bico_ds.objectives.schedule import ObjectiveSchedule
 from bico_ds.training import assembly

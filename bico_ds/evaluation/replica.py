@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bico_ds.model.lora import merge
-from bico_ds.model.weights.export import exported_parameters
+from bico_ds.model.weights.export_model import exported_parameters
 from bico_ds.model.weights.materialize import gathered
 
 _GATHER_NUMEL = 64_000_000  # parameters gathered at one time

@@ -14,12 +14,12 @@ from rich.console import Console
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
-from bico_ds.evaluation.evaluate import GenerationOptions, evaluate, prepare_task
 from bico_ds.evaluation.loading import load_for_evaluation, load_tokenizer_and_context, weights_stamp
-from bico_ds.evaluation.progress import PromptProgress
+from bico_ds.evaluation.prompt_progress import PromptProgress
 from bico_ds.evaluation.report.tables import choice_tables, result_table, retention_table
 from bico_ds.evaluation.result_file import Part, ResultFile
 from bico_ds.evaluation.results import EvaluationResult
+from bico_ds.evaluation.run_tasks import GenerationOptions, evaluate, prepare_task
 from bico_ds.evaluation.scoring.choice import choice_test, encode_candidates
 from bico_ds.evaluation.scoring.likelihood import encode_windows, text_perplexity
 from bico_ds.evaluation.scoring.share import PromptShare

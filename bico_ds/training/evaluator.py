@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from bico_ds.common.files import write_atomically
 from bico_ds.config.schema import EvaluationSpec
-from bico_ds.evaluation.evaluate import GenerationOptions, evaluate
 from bico_ds.evaluation.replica import full_replica, is_partitioned, parameter_count
 from bico_ds.evaluation.results import EvaluationResult
+from bico_ds.evaluation.run_tasks import GenerationOptions, evaluate
 from bico_ds.evaluation.scoring.choice import choice_test
 from bico_ds.evaluation.scoring.share import PromptShare
 from bico_ds.runtime.distributed import Ranks

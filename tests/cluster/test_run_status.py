@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from bico_ds.cluster.status import find_runs, read_statuses
+from bico_ds.cluster.run_status import find_runs, read_statuses
 from bico_ds.commands.slurm import status as command
 from bico_ds.config.load import dump_recipe, load_recipe
 

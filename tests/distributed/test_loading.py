@@ -13,8 +13,8 @@ from bico_ds.common.errors import UserError
 from bico_ds.config.schema import LoraSpec, ModelSpec
 from bico_ds.model.build import build_model
 from bico_ds.model.weights.checksums import base_fingerprint
-from bico_ds.model.weights.export import export_model
 from bico_ds.model.weights.export_checkpoint import export_checkpoint
+from bico_ds.model.weights.export_model import export_model
 from tests.distributed.model_ranks import causal_batch, ds_config, run_on_ranks
 
 pytestmark = pytest.mark.distributed

@@ -41,7 +41,7 @@ from bico_ds.model.deepspeed_engine import Engine
 from bico_ds.objectives.base import BatchKey, Objective
 from bico_ds.objectives.bico import MaskDenoising
 from bico_ds.objectives.ntp import NextTokenPrediction
-from bico_ds.runtime import distributed, native_ops
+from bico_ds.runtime import deepspeed_ops, distributed
 from bico_ds.training.build_engine import wrap_model
 from bico_ds.training.checks import check_backend, check_recipe
 
@@ -109,7 +109,7 @@ def build(recipe: Recipe, options: Namespace) -> Bench:
     on_cuda = ranks.device.type == "cuda"
     config = check_recipe(recipe, world_size=1, on_cuda=on_cuda, run_folder=options.out)
     policy = check_backend(recipe, ranks.device)
-    native_ops.prefer_own_ninja()
+    deepspeed_ops.prefer_own_ninja()
     store = distributed.connect(ranks, timeout_minutes=5)
     distributed.join(ranks, store, timeout_minutes=5)
     started = time.perf_counter()

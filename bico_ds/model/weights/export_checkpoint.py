@@ -16,7 +16,7 @@ from bico_ds.config.schema import ModelSpec
 from bico_ds.model.architecture import ModelTokenizer, adopt_special_tokens, meta_model, model_config
 from bico_ds.model.lora import adapters_by_base_name, add_lora, is_adapter, merge
 from bico_ds.model.weights.checkpoint_weights import CheckpointWeights, open_checkpoint
-from bico_ds.model.weights.export import write_settings
+from bico_ds.model.weights.export_model import write_settings
 from bico_ds.model.weights.load import WeightFolder, check_names_and_shapes, generation_config, open_weights
 from bico_ds.model.weights.shards import DTYPES, ShardWriter, refuse_existing
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.objectives.ntp import NtpSpec
-from bico_ds.data.loading.inspect_batch import plot_visibility, print_batch, view_batch, visibility
+from bico_ds.data.loading.batch_view import plot_visibility, print_batch, view_batch, visibility
 from bico_ds.documents import Document, Documents
 from bico_ds.objectives.base import BatchKey
 from bico_ds.objectives.bico import MaskDenoising

@@ -12,7 +12,7 @@ from rich.console import Console
 from scipy import stats
 
 from bico_ds.common.errors import UserError
-from bico_ds.evaluation.report.compare import compare_runs
+from bico_ds.evaluation.report.comparison import compare_runs
 from bico_ds.evaluation.report.paired import paired_differences
 from bico_ds.evaluation.report.runs import load_runs
 from bico_ds.evaluation.results import EvaluationResult, TaskResult

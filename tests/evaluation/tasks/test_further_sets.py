@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from bico_ds.common.errors import UserError
-from bico_ds.evaluation.evaluate import score_task
+from bico_ds.evaluation.run_tasks import score_task
 from bico_ds.evaluation.scoring.metrics import score_predictions, wrong_answers
 from bico_ds.evaluation.tasks.further_sets import read_couplets, read_pairs, read_parents
 

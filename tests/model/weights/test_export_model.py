@@ -13,7 +13,7 @@ from bico_ds.common.errors import UserError
 from bico_ds.config.schema import ModelSpec
 from bico_ds.model.build import TrainableModel, build_model
 from bico_ds.model.families import FAMILIES
-from bico_ds.model.weights.export import export_model
+from bico_ds.model.weights.export_model import export_model
 
 
 def tiny_model(*, tied: bool = True, dtype: str = "bf16", model_type: str = "llama") -> TrainableModel:

@@ -42,9 +42,8 @@ def load_train_and_export(rank: int, world_size: int, folder: str) -> None:
     total = sum(parameter.ds_numel for parameter in model.parameters())
     assert total / world_size <= own < total / world_size + len(list(model.parameters()))
     export_model(model, None, root / "loaded", max_shard_bytes=20_000)
-    with pytest.raises(
-        UserError, match="exists and is not empty"
-    ):  # rank 0 refuses; no rank hangs or goes on
+    # Rank 0 refuses; no rank hangs or goes on.
+    with pytest.raises(UserError, match="exists and is not empty"):
         export_model(model, None, root / "base")
 
     spec = ModelSpec(path=f"{folder}/base", lora=LoraSpec(rank=4, dropout=0.0), activation_checkpointing=1)

@@ -143,9 +143,8 @@ def test_two_objectives_in_random_order_do_not_thrash():
     rng = random.Random()
     for _ in range(50):
         steps = [rng.choice((1.0, 9.0)) for _ in range(100)]
-        assert len(releases(steps, most=16)[0]) <= 5, (
-            steps
-        )  # three, unless the large ones are ten steps apart
+        # Three, unless the large ones are ten steps apart.
+        assert len(releases(steps, most=16)[0]) <= 5, steps
 
 
 def test_memory_that_comes_into_use_is_the_new_level():

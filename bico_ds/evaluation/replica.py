@@ -16,19 +16,9 @@ from transformers import PreTrainedModel
 
 from bico_ds.model.lora import merge
 from bico_ds.model.weights.export_model import exported_parameters
-from bico_ds.model.weights.materialize import gathered
+from bico_ds.model.weights.materialize import full_numel, gathered
 
 _GATHER_NUMEL = 64_000_000  # parameters gathered at one time
-
-
-def parameter_count(model: nn.Module) -> int:
-    """The model's number of parameters, partitioned or not."""
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
-
-
-def is_partitioned(model: nn.Module) -> bool:
-    """Whether ZeRO-3 has partitioned any weight of `model`."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 @torch.no_grad()
@@ -56,7 +46,7 @@ def _fill(replica: nn.Module, model: nn.Module) -> None:
     numel = 0
     for name, parts in exported_parameters(model):
         waiting.append((name, parts))
-        numel += getattr(parts[0], "ds_numel", parts[0].numel())
+        numel += full_numel(parts[0])
         if numel >= _GATHER_NUMEL:
             _copy_gathered(targets, waiting)
             waiting, numel = [], 0

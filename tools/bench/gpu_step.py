@@ -38,6 +38,7 @@ from bico_ds.config.schema import Recipe
 from bico_ds.documents import Document, Documents
 from bico_ds.model.build import build_model
 from bico_ds.model.deepspeed_engine import Engine
+from bico_ds.model.weights.materialize import full_numel
 from bico_ds.objectives.base import BatchKey, Objective
 from bico_ds.objectives.bico import MaskDenoising
 from bico_ds.objectives.ntp import NextTokenPrediction
@@ -116,7 +117,7 @@ def build(recipe: Recipe, options: Namespace) -> Bench:
     model = build_model(
         recipe.model, seed=0, ds_config=config, device=ranks.device, longest_document=options.rows
     )
-    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
+    sizes = {name: full_numel(p) for name, p in model.named_parameters()}
     engine = wrap_model(model, recipe, config, steps=1000)
     optimizer = type(engine.optimizer.optimizer).__name__
     print(

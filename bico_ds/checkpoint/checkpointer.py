@@ -121,7 +121,7 @@ class Checkpointer:
     def _describe_own_share(self, partial: Path) -> tuple[manifest.FileTable, str | None]:
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         try:
-            return manifest.describe(partial, files[self._ranks.rank :: self._ranks.world_size]), None
+            return manifest.file_table(partial, files[self._ranks.rank :: self._ranks.world_size]), None
         except OSError as error:
             return {}, f"{partial}: {error.strerror}"
 

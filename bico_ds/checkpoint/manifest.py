@@ -37,7 +37,7 @@ class FoundCheckpoint:
     bytes = property(lambda self: sum(size for size, _ in self.content["files"].values()))
 
 
-def describe(folder: Path, files: Iterable[Path]) -> FileTable:
+def file_table(folder: Path, files: Iterable[Path]) -> FileTable:
     """Flush files to disk, and return their sizes and checksums. Raises OSError."""
     files = list(files)
     with ThreadPoolExecutor(_THREADS) as threads:

@@ -64,7 +64,9 @@ def convert(found: FoundCheckpoint, layout: dict[str, Any], report: Callable[[st
         with atomic_folder(target, replace=True) as partial:
             _run_converter(found, partial, report)
             files = [path for path in partial.rglob("*") if path.is_file()]
-            manifest.write_manifest(partial, {"step": found.step, "files": manifest.describe(partial, files)})
+            manifest.write_manifest(
+                partial, {"step": found.step, "files": manifest.file_table(partial, files)}
+            )
     finally:
         (found.path / "latest_universal").unlink(missing_ok=True)  # DeepSpeed leaves it; nothing reads it
     report(f"converted in {time.monotonic() - started:.1f} s: {target}")

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from bico_ds.model.lora import merge
+from bico_ds.model.lora import merge_adapters
 from bico_ds.model.weights.export_model import exported_parameters
 from bico_ds.model.weights.materialize import full_numel, gathered
 
@@ -61,6 +61,6 @@ def _copy_gathered(targets: dict[str, nn.Parameter], waiting: list[tuple[str, tu
     """Copy full weights into `targets`, and remove each that was copied. Parts: (base,) or (base, A, B, scaling)."""
     with gathered(tuple(tensor for _, parts in waiting for tensor in parts[:3])):
         for name, parts in waiting:
-            weight = merge(*parts) if len(parts) > 1 else parts[0].detach().clone()
+            weight = merge_adapters(*parts) if len(parts) > 1 else parts[0].detach().clone()
             target = targets.pop(name)
             target.data = weight.to(device=target.device, dtype=parts[0].dtype)

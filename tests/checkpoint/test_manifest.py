@@ -17,7 +17,7 @@ def checkpoint(root: Path, step: int) -> Path:
     files = [folder / "weights.pt", folder / "zero" / "state.pt"]
     for number, file in enumerate(files):
         file.write_bytes(bytes([step % 256, number]) * 1000)
-    manifest.write_manifest(folder, {"step": step, "layout": {}, "files": manifest.describe(folder, files)})
+    manifest.write_manifest(folder, {"step": step, "layout": {}, "files": manifest.file_table(folder, files)})
     return folder
 
 

@@ -32,7 +32,7 @@ def checkpoint(path: Path, step: int) -> None:
     path.mkdir(parents=True)
     (path / "state.pt").write_bytes(bytes(100))
     content: dict[str, Any] = {"step": step, "layout": LAYOUT, "recipe": RECIPE.model_dump(mode="json")}
-    manifest.write_manifest(path, {**content, "files": manifest.describe(path, [path / "state.pt"])})
+    manifest.write_manifest(path, {**content, "files": manifest.file_table(path, [path / "state.pt"])})
 
 
 def taken(folder: RunFolder, option: str) -> Resumption | None:

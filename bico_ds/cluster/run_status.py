@@ -1,4 +1,4 @@
-"""What runs say of themselves in their folders: state, step, loss, speed. No torch here."""
+"""The state of runs, read from their folders: state, step, loss, speed. No torch here."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ _TAIL_BYTES = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """One row. `state` is the state file's, or `starting` where a start holds the folder and does not train yet, `lost`
-    where the run should live and nobody does, `waiting` before any start. `loss` and `tokens_per_second` (original tokens)
-    are those of the last training line, `checkpoint` is the step of the newest one (0: none). `total_steps` is None where
-    the recipe says epochs.
+    """One run, a line of the table of `bico-ds status`.
+
+    `state` is the state file's, or `starting` where a start holds the folder and does not train yet, `lost` where the run
+    should live and no process does, `waiting` before any start. `loss` and `tokens_per_second` (original tokens) are those
+    of the last training line, `checkpoint` is the step of the newest one (0: none). `total_steps` is None where the recipe
+    gives epochs.
     """
 
     run: str

@@ -57,9 +57,9 @@ def test_an_export_loads_in_transformers_bit_equal_and_generates_alike(
 
 def test_what_a_crash_left_of_the_folder_before_last_does_not_stop_the_next_export(tmp_path: Path) -> None:
     folder, left = tmp_path / "out", tmp_path / ".out.previous"
-    for place in (folder, left):
-        place.mkdir()
-        (place / "config.json").write_text("{}")
+    for path in (folder, left):
+        path.mkdir()
+        (path / "config.json").write_text("{}")
     export_model(tiny_model(), None, folder, "fp32", overwrite=True)
     assert (folder / "model.safetensors").is_file() and not left.exists()
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from bico_ds.runtime.launch_environment import free_port
 from tests import ROOT
 
 _PROGRAM = """
@@ -76,11 +76,8 @@ def test_zero3_evaluation_on_two_ranks_equals_one_process(tiny_llama, tokenizer,
 
 
 def _run_two_ranks(tmp_path: Path, prompts: list[str]) -> list[dict]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     common = {
-        **os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        **os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
         "PROMPTS": json.dumps(prompts), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
         "PYTHONPATH": str(ROOT),
     }  # fmt: skip

@@ -250,8 +250,8 @@ def _check_size(file: Path, size: int) -> None:
         raise UserError(f"token store '{file.parent}' is incomplete: {file.name} is missing; {_AGAIN}")
     if (found := file.stat().st_size) != size:
         raise UserError(
-            f"token store '{file.parent}' is damaged: {file.name} has {found} bytes, its manifest "
-            f"says {size}; {_AGAIN}"
+            f"token store '{file.parent}' is damaged: {file.name} has {found} bytes, {size} by its "
+            f"manifest; {_AGAIN}"
         )
 
 

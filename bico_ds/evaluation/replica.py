@@ -32,7 +32,7 @@ def full_replica(model: PreTrainedModel, *, device: torch.device | str) -> PreTr
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         replica = type(model)(config)  # not by `from_config`, which would partition it under ZeRO-3
-    for parameter in replica.parameters():  # built in fp32, whatever the config says
+    for parameter in replica.parameters():  # built in fp32, whatever the config's dtype
         parameter.data = parameter.data.to(model.dtype)
     replica.to_empty(device=device)
     replica.tie_weights()  # to_empty unties

@@ -214,7 +214,7 @@ def _evaluator(run: Run, inputs: RunInputs, watchdog: Watchdog) -> Evaluator:
 def _take_over(run: Run, resume: str, resumption: Resumption | None, tokenizer: Tokenizer) -> None:
     """Rank 0, when nothing can refuse this start any more: from here on the folder's files describe it.
 
-    The state is written first: a crash after it must not leave a run that says `done` and has lost its checkpoints.
+    The state is written first: a crash must not leave a run in the state `done` without its checkpoints.
     """
     run.folder.write_state("running", step=resumption.step if resumption else 0)
     set_aside(run.folder, resume, resumption)

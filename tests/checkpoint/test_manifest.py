@@ -34,7 +34,7 @@ def change_the_step(file: Path) -> None:
 
 DAMAGE = {
     "missing file": ("zero/state.pt", Path.unlink, "missing"),
-    "truncated file": ("weights.pt", lambda file: file.write_bytes(bytes(1999)), "1999 bytes, the manifest says 2000"),
+    "truncated file": ("weights.pt", lambda file: file.write_bytes(bytes(1999)), "1999 bytes, 2000 by the manifest"),
     "empty file": ("weights.pt", lambda file: file.write_bytes(b""), "0 bytes"),
     "flipped byte": ("zero/state.pt", flip_a_byte, "checksum differs"),
     "missing manifest": ("manifest.json", Path.unlink, "no manifest.json"),

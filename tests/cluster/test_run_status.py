@@ -30,8 +30,8 @@ def a_run(folder, *, state="running", beat=0.0, lines=(10, 20), starts=1):
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(dump_recipe(load_recipe("tiny_base")))
     now = time.time()
-    said = {"state": state, "step": None, "reason": "", "run_id": "r", "time": now}
-    (folder / "state.json").write_text(json.dumps(said))
+    recorded = {"state": state, "step": None, "reason": "", "run_id": "r", "time": now}
+    (folder / "state.json").write_text(json.dumps(recorded))
     (folder / "run.json").write_text(json.dumps([{"run_id": str(n)} for n in range(starts)]))
     hold(folder, run_id="r", job="77", beat=beat)
     speed = {"loss/all": 1.5, "speed/represented_tokens_per_second": 2000.0}

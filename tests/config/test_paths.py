@@ -267,7 +267,7 @@ PATH_WORDS = {"path", "paths", "folder", "dir", "file", "files", "store", "token
 
 
 def path_fields(section: type[BaseModel], key: str = "") -> dict[str, Any]:
-    """The annotations of the schema's fields whose names say that they hold a path, by dotted key."""
+    """The annotations of the schema's fields whose names are those of paths, by dotted key."""
     found = {}
     for name, field in section.model_fields.items():
         if PATH_WORDS & set(name.split("_")):

@@ -1,7 +1,7 @@
 """The elastic loader: this rank's micro-batches of each step, built ahead in background threads (`data.workers`).
 
 The global sample stream is the same at any number of ranks and any accumulation, from any step on: `sample_order.py`
-says which bins a step takes. `rank_assignment.py` says which of them this rank takes, in which micro-batch.
+gives the bins of a step. `rank_assignment.py` chooses which of them this rank takes, in which micro-batch.
 """
 
 from __future__ import annotations

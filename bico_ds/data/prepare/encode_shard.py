@@ -45,7 +45,7 @@ def encode_shard(
     """Write the documents of a shard as a token store at `part`, with their digests and the skipped records in it.
 
     The folder appears when it is complete. `report(documents, tokens)` is called after every batch that has documents.
-    Raises `UserError` naming file and line at the first bad record, unless the options say to skip, and in any case for a
+    Raises `UserError` naming file and line at the first bad record, unless the options ask to skip it, and in any case for a
     file that is damaged or changes meanwhile.
     """
     result = ShardResult()

@@ -52,7 +52,7 @@ SMALL_DISK_MB = 12
 
 
 class ClusterError(RuntimeError):
-    """The cluster cannot run here; the message says why and what to do."""
+    """The cluster cannot run here; the message gives the reason and what to do."""
 
 
 class TwoNodes:

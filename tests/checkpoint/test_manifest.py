@@ -76,5 +76,5 @@ def test_checkpoints_of_which_none_is_complete_are_an_error_and_no_fresh_start(t
 
 def test_an_empty_folder_and_a_crashed_first_write_start_fresh(tmp_path):
     assert manifest.find(tmp_path / "absent", pytest.fail) is None
-    (tmp_path / ".partial-000100-abc").mkdir()
+    (tmp_path / ".step-000100.0123456789ab.incomplete").mkdir()
     assert manifest.find(tmp_path, pytest.fail) is None

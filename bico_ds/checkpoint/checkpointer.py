@@ -104,7 +104,7 @@ class Checkpointer:
             save_latest=False,
             exclude_frozen_parameters=self._exclude_frozen,
         )
-        table, failure = self._describe_own_share(partial) if writer.failure is None else ({}, writer.failure)
+        table, failure = self._own_file_table(partial) if writer.failure is None else ({}, writer.failure)
         tables, failures = zip(*all_gather_objects((table, failure)), strict=True)
         failure = next((failure for failure in failures if failure is not None), None)
         if failure is not None or not self._ranks.is_first:
@@ -120,7 +120,7 @@ class Checkpointer:
         }
         return broadcast_object(self._commit(partial, step, content))
 
-    def _describe_own_share(self, partial: Path) -> tuple[manifest.FileTable, str | None]:
+    def _own_file_table(self, partial: Path) -> tuple[manifest.FileTable, str | None]:
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         try:
             return manifest.file_table(partial, files[self._ranks.rank :: self._ranks.world_size]), None

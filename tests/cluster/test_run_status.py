@@ -35,9 +35,9 @@ def a_run(folder, *, state="running", beat=0.0, lines=(10, 20), starts=1):
     (folder / "run.json").write_text(json.dumps([{"run_id": str(n)} for n in range(starts)]))
     hold(folder, run_id="r", job="77", beat=beat)
     speed = {"loss/all": 1.5, "speed/represented_tokens_per_second": 2000.0}
-    rows = [{"step": step, "kind": "train", **speed} for step in lines]
-    rows.append({"step": lines[-1], "kind": "checkpoint", "speed/checkpoint_seconds": 1.0})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = [{"step": step, "kind": "train", **speed} for step in lines]
+    records.append({"step": lines[-1], "kind": "checkpoint", "speed/checkpoint_seconds": 1.0})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     checkpoint = folder / "checkpoints" / "step-000010"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text("{}")

@@ -5,7 +5,7 @@ Shape legend: T tokens in a batch, D documents.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,6 +87,31 @@ class Documents:
             group=column("group"),
             word_starts=np.concatenate([d.word_starts for d in documents]) if has_words else None,
             entity_number=np.concatenate([_numbers(d) for d in documents]) if has_entities else None,
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence[Documents]) -> Documents:
+        """Put these documents one part after another; an optional column that any part lacks is left out."""
+        if len(parts) == 1:
+            return parts[0]
+
+        def column(name: str) -> NDArray:
+            return np.concatenate([getattr(part, name) for part in parts])
+
+        def optional(name: str) -> NDArray | None:
+            return None if any(getattr(part, name) is None for part in parts) else column(name)
+
+        lengths = np.concatenate([part.lengths for part in parts])
+        return Documents(
+            token_ids=column("token_ids"),
+            offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+            source=column("source"),
+            id=column("id"),
+            piece=column("piece"),
+            prompt_length=column("prompt_length"),
+            group=column("group"),
+            word_starts=optional("word_starts"),
+            entity_number=optional("entity_number"),
         )
 
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout
-EARLIER_RUN = (
-    ROOT / "tests" / "fixtures" / "run_of_0_1_0"
-)  # a run folder and its store, written by version 0.1.0
+# A run folder and its store, written by version 0.1.0.
+EARLIER_RUN = ROOT / "tests" / "fixtures" / "run_of_0_1_0"
 DOUBLING = ROOT / "tests" / "objectives" / "doubling.py"  # an objective from outside of the package

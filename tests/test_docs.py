@@ -74,8 +74,8 @@ def test_every_path_named_exists(page):
     text = re.sub(r"https?:\S+", "", page.read_text(encoding="utf-8"))
     paths = {path for path in FILE.findall(text) if not re.search(r"\b[A-Z]+\b", path)}
     paths -= {path for path in paths if path.startswith(ELSEWHERE) and not (ROOT / "bico_ds" / path).exists()}
-    places = (ROOT, ROOT / "bico_ds", page.parent)
-    missing = [path for path in paths if not any((place / path).exists() for place in places)]
+    roots = (ROOT, ROOT / "bico_ds", page.parent)
+    missing = [path for path in paths if not any((root / path).exists() for root in roots)]
     missing += [path for path in FOLDER.findall(text) if not (ROOT / path).is_dir()]
     assert not missing
 
@@ -141,7 +141,7 @@ def options_in(parser: ArgumentParser) -> Iterator[str]:
 def test_every_command_of_the_package_exists(page):
     text = page.read_text(encoding="utf-8")
     named = set(re.findall(r"(?:`|^)bico-ds ([a-z][\w-]*)", text, re.MULTILINE))
-    assert not named - set(COMMANDS)
+    assert not named - {"help", *COMMANDS}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=by_name)
@@ -175,8 +175,11 @@ def test_a_benchmark_begins_with_the_command_that_makes_it(page):
 
 def test_the_map_of_the_rooms_names_each_room():
     rooms = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("## The rooms")[1]
-    places = [p.parent for p in (ROOT / "bico_ds").glob("*/**/__init__.py")]
-    names = [*(f"{place.name}/" for place in places), *(p.name for p in (ROOT / "bico_ds").glob("[a-z]*.py"))]
+    packages = [p.parent for p in (ROOT / "bico_ds").glob("*/**/__init__.py")]
+    names = [
+        *(f"{package.name}/" for package in packages),
+        *(p.name for p in (ROOT / "bico_ds").glob("[a-z]*.py")),
+    ]
     assert not [name for name in names if not re.search(rf"(?<![\w/]){re.escape(name)}[\s:]", rooms)]
 
 

@@ -39,15 +39,20 @@ def may_import(room: str, other: str) -> bool:
     return room == other or FLOOR_OF[other] < FLOOR_OF[room]
 
 
-def modules_named(path: Path) -> set[str]:
-    """The modules of ours that a file imports, and the packages that hold them."""
+def imported_modules(path: Path) -> set[str]:
+    """All modules that a file imports, at its top or in a function; names imported from one may be modules too."""
     modules = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
             modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
-    ours = [module.split(".") for module in modules if module.startswith("bico_ds.")]
+    return modules
+
+
+def modules_named(path: Path) -> set[str]:
+    """The modules of ours that a file imports, and the packages that hold them."""
+    ours = [module.split(".") for module in imported_modules(path) if module.startswith("bico_ds.")]
     return {".".join(parts[:end]) for parts in ours for end in range(2, len(parts) + 1)}
 
 
@@ -70,34 +75,25 @@ def test_imports_point_to_lower_floors_only(path):
     assert not wrong, f"{path.relative_to(ROOT)} imports from {sorted(wrong)}, on its own floor or above"
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_are_absolute(path):
+    """A relative import would name no room, and pass the test above."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    assert not [node.lineno for node in nodes if isinstance(node, ast.ImportFrom) and node.level > 0]
+
+
 HEAVY = {"torch", "deepspeed", "transformers"}
-LIGHT = (
-    *("__main__.py", "common", "config", "documents.py", "evaluation/results.py", "evaluation/report"),
-    *(f"runtime/{name}.py" for name in ("run_folder", "lock", "launch_environment", "signals", "launcher")),
-)
-
-
-@pytest.mark.parametrize("room", LIGHT)
-def test_light_rooms_name_no_torch(room):
-    for path in (
-        [ROOT / "bico_ds" / room] if room.endswith(".py") else (ROOT / "bico_ds" / room).rglob("*.py")
-    ):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        names = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-        names |= {
-            n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module
-        }
-        assert not names & HEAVY, path
-
-
+# What neither names nor loads them; a room or package stands for all its modules.
 TORCH_FREE = (
+    "__main__",
     "common",
     "config",
-    "runtime.run_folder",
+    "documents",
+    *(f"runtime.{name}" for name in ("run_folder", "lock", "launch_environment", "signals", "launcher")),
     "evaluation.results",
-    "evaluation.report.compare",
+    "evaluation.report",
     "cluster.attempts",
-    "cluster.status",
+    "cluster.run_status",
     "cluster.submission",
     "commands.compare",
     "commands.slurm.status",
@@ -105,11 +101,13 @@ TORCH_FREE = (
 
 
 @pytest.mark.parametrize("name", TORCH_FREE)
-def test_light_modules_load_no_torch_through_any_import(name):
-    """A room stands for all its modules."""
-    files = sorted((ROOT / "bico_ds" / name).rglob("*.py"))
-    modules = [module_name(file) for file in files] or [f"bico_ds.{name}"]
-    loaded = f"import sys, {', '.join(modules)}; print(*sorted({HEAVY!r} & set(sys.modules)))"
+def test_what_needs_no_torch_names_none_and_loads_none_through_any_import(name):
+    path = ROOT / "bico_ds" / name.replace(".", "/")
+    files = sorted(path.rglob("*.py")) or [path.with_suffix(".py")]
+    for file in files:
+        assert not HEAVY & {module.split(".")[0] for module in imported_modules(file)}, file
+    modules = ", ".join(map(module_name, files))
+    loaded = f"import sys, {modules}; print(*sorted({HEAVY!r} & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True, timeout=120
     )

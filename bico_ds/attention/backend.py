@@ -17,7 +17,7 @@ from bico_ds.attention.two_pass import FlashProblem, two_pass_backward, two_pass
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """A flash kernel, and the policy that says which rows it serves; tiles or the fused CPU kernel serve the rest."""
+    """A flash kernel, and the policy of which rows it serves; tiles or the fused CPU kernel serve the rest."""
 
     kernel: CausalKernel
     policy: LayoutPolicy

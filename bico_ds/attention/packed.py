@@ -28,7 +28,7 @@ def packed_attention(
     backend: str = "auto",
     layout: Layout | None = None,
 ) -> Tensor:
-    """Attention of one packed batch, causal or bidirectional as the plan says.
+    """Attention of one packed batch, causal or bidirectional by the plan's mode.
 
     q [T, Hq, Dh], k and v [T, Hkv, Dh], un-rotated; cos, sin [T, Dh] as Hugging Face's rotary embedding gives
     them (halves duplicated, rotate_half convention). T = plan.num_rows. Returns out [T, Hq, Dh].

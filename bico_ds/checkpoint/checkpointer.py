@@ -1,9 +1,9 @@
 """Checkpoints: DeepSpeed's own, made complete by a manifest and an atomic rename.
 
 checkpoints/
-  step-000100/            DeepSpeed's files, and manifest.json; universal/, where a resume converted it
-  latest                  the name of the newest one
-  .partial-000200-RUN_ID/ being written, or left by a crash
+  step-000100/                          DeepSpeed's files, and manifest.json; universal/, where a resume converted it
+  latest                                the name of the newest one
+  .step-000200.XXXXXXXXXXXX.incomplete/ being written, or left by a crash
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bico_ds.checkpoint import manifest
 from bico_ds.checkpoint.disk import PatientWriter, bytes_needed, lack_of_room
 from bico_ds.checkpoint.state_checksums import optimizer_steps, state_checksums
 from bico_ds.common.errors import RunError
-from bico_ds.common.files import publish_folder, write_atomically
+from bico_ds.common.files import publish_folder, remove_incomplete, temporary_sibling, write_atomically
 from bico_ds.config.schema import CheckpointSpec
 from bico_ds.model.deepspeed_engine import Engine
 from bico_ds.runtime.distributed import Ranks, all_gather_objects, broadcast_object
@@ -66,7 +66,8 @@ class Checkpointer:
         `checkpoint.on_write_error` is `stop`; `FencedError` on rank 0 alone, where another run has taken the folder over.
         """
         started = time.perf_counter()
-        partial = self._folder.checkpoints / f".partial-{step:06d}-{self._folder.lock.run_id}"
+        final = self._folder.checkpoints / f"step-{step:06d}"
+        partial = final.with_name(broadcast_object(temporary_sibling(final).name))  # rank 0's
         failure = broadcast_object(self._make_room(engine, partial) if self._ranks.is_first else None)
         if failure is None:
             failure = self._write(engine, partial, step, state)
@@ -83,8 +84,9 @@ class Checkpointer:
         root = partial.parent
         try:
             root.mkdir(parents=True, exist_ok=True)
-            for incomplete in root.glob(".partial-*"):
-                shutil.rmtree(incomplete, ignore_errors=True)
+            remove_incomplete(root)
+            for left in root.glob(".partial-*"):  # by version 0.1.0
+                shutil.rmtree(left, ignore_errors=True)
             partial.mkdir()
             return lack_of_room(root, bytes_needed(engine))
         except OSError as error:
@@ -102,7 +104,7 @@ class Checkpointer:
             save_latest=False,
             exclude_frozen_parameters=self._exclude_frozen,
         )
-        table, failure = self._describe_own_share(partial) if writer.failure is None else ({}, writer.failure)
+        table, failure = self._own_file_table(partial) if writer.failure is None else ({}, writer.failure)
         tables, failures = zip(*all_gather_objects((table, failure)), strict=True)
         failure = next((failure for failure in failures if failure is not None), None)
         if failure is not None or not self._ranks.is_first:
@@ -118,10 +120,10 @@ class Checkpointer:
         }
         return broadcast_object(self._commit(partial, step, content))
 
-    def _describe_own_share(self, partial: Path) -> tuple[manifest.FileTable, str | None]:
+    def _own_file_table(self, partial: Path) -> tuple[manifest.FileTable, str | None]:
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         try:
-            return manifest.describe(partial, files[self._ranks.rank :: self._ranks.world_size]), None
+            return manifest.file_table(partial, files[self._ranks.rank :: self._ranks.world_size]), None
         except OSError as error:
             return {}, f"{partial}: {error.strerror}"
 

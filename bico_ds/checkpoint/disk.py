@@ -9,6 +9,7 @@ from typing import Any
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
 from bico_ds.model.deepspeed_engine import Engine
+from bico_ds.model.weights.materialize import full_numel
 from bico_ds.optim.table import kind_running
 
 _SPARE = 1.05  # tables and headers
@@ -49,8 +50,7 @@ def bytes_needed(engine: Engine) -> int:
     return int(
         _SPARE
         * sum(
-            getattr(parameter, "ds_numel", parameter.numel())
-            * (state + (0 if partitioned else parameter.element_size()))
+            full_numel(parameter) * (state + (0 if partitioned else parameter.element_size()))
             for parameter in trained
         )
     )

@@ -37,7 +37,7 @@ class FoundCheckpoint:
     bytes = property(lambda self: sum(size for size, _ in self.content["files"].values()))
 
 
-def describe(folder: Path, files: Iterable[Path]) -> FileTable:
+def file_table(folder: Path, files: Iterable[Path]) -> FileTable:
     """Flush files to disk, and return their sizes and checksums. Raises OSError."""
     files = list(files)
     with ThreadPoolExecutor(_THREADS) as threads:
@@ -59,7 +59,7 @@ def verify(path: Path) -> FoundCheckpoint:
         if not (path / name).is_file():
             raise UserError(f"{path / name}: missing")
         if (found := (path / name).stat().st_size) != size:
-            raise UserError(f"{path / name}: {found} bytes, the manifest says {size}")
+            raise UserError(f"{path / name}: {found} bytes, {size} by the manifest")
     with ThreadPoolExecutor(_THREADS) as threads:
         checksums = threads.map(lambda name: checksum(path / name, "blake2b"), files)
         for name, found in zip(files, checksums, strict=True):

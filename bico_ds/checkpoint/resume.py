@@ -90,7 +90,7 @@ def set_aside(folder: RunFolder, option: str, chosen: Resumption | None) -> None
 def restore(engine: Engine, resumption: Resumption, recipe: Recipe) -> None:
     """Load weights, optimizer and schedule, and prove the first two by the manifest's checksums; all ranks together.
 
-    What the recipe says about optimizer and schedule holds from here on, where it was changed.
+    The recipe's optimizer and schedule hold from here on, where they were changed.
 
     Raises `NotRestoredError` where anything differs from what was saved, `UserError` where the adapters have another base.
     """
@@ -149,7 +149,7 @@ def _check_recipe(found: FoundCheckpoint, recipe: Recipe) -> None:
     if foreign:
         was, now = changes[foreign[0]]
         raise UserError(
-            f"{foreign[0]}: {found.path} was trained with {was}, the recipe says {now}; "
+            f"{foreign[0]}: {found.path} was trained with {was}, the recipe has {now}; "
             "start anew with --resume none, or choose another folder with --output-dir"
         )
     for key, (was, now) in changes.items():

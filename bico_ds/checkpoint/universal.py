@@ -64,7 +64,9 @@ def convert(found: FoundCheckpoint, layout: dict[str, Any], report: Callable[[st
         with atomic_folder(target, replace=True) as partial:
             _run_converter(found, partial, report)
             files = [path for path in partial.rglob("*") if path.is_file()]
-            manifest.write_manifest(partial, {"step": found.step, "files": manifest.describe(partial, files)})
+            manifest.write_manifest(
+                partial, {"step": found.step, "files": manifest.file_table(partial, files)}
+            )
     finally:
         (found.path / "latest_universal").unlink(missing_ok=True)  # DeepSpeed leaves it; nothing reads it
     report(f"converted in {time.monotonic() - started:.1f} s: {target}")
@@ -73,7 +75,7 @@ def convert(found: FoundCheckpoint, layout: dict[str, Any], report: Callable[[st
 def _check_convertible(was: dict[str, Any], now: dict[str, Any]) -> None:
     if was["zero_stage"] != now["zero_stage"]:
         raise UserError(
-            f"deepspeed: the checkpoint is of ZeRO stage {was['zero_stage']}, the recipe says {now['zero_stage']}; "
+            f"deepspeed: the checkpoint is of ZeRO stage {was['zero_stage']}, the recipe has {now['zero_stage']}; "
             "DeepSpeed cannot change the stage of a training state. Go on with the former, or train from its export"
         )
     for key in ("offload_optimizer", "offload_param"):

@@ -106,7 +106,7 @@ def end(run: Path, *, srun_code: int, stopped: bool, restarts: int, limit: int) 
             failure(srun_code), f"{what}, no new checkpoint since step {before['step']}: not requeued"
         )
     if stop_file(run).exists():
-        return Verdict(STOPPED, f"{what}; step {step} is saved, and '{stop_file(run)}' says to stop here")
+        return Verdict(STOPPED, f"{what}; step {step} is saved, and '{stop_file(run)}' asks to stop here")
     if restarts >= limit:
         return Verdict(
             RESTARTS_USED_UP, f"{what} at step {step}; restarted {restarts} times, no more are allowed"

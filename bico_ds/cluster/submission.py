@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bico_ds.cluster.status import print_watch
+from bico_ds.cluster.run_status import print_watch
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import write_atomically
 from bico_ds.config.load import dump_recipe

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bico_ds.common.command_line import Command
 from bico_ds.config.arguments import local_path
-from bico_ds.evaluation.report.compare import compare_runs
+from bico_ds.evaluation.report.comparison import compare_runs
 
 
 def add_options(parser: ArgumentParser) -> None:

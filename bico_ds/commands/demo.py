@@ -24,7 +24,7 @@ from bico_ds.common.command_line import Command
 from bico_ds.common.errors import RunError
 from bico_ds.config.arguments import local_path, positive
 from bico_ds.config.resources import CHECKOUT
-from bico_ds.evaluation.report.compare import compare_runs
+from bico_ds.evaluation.report.comparison import compare_runs
 
 COMPARED = ("tiny_bico", "tiny_ntp")
 TASKS = ("n2d", "d2n", "n2d_reverse", "d2n_reverse")

@@ -42,13 +42,13 @@ def import_gguf(
 
     from bico_ds.model.architecture import check_vocabulary
     from bico_ds.model.swap import check_attention
-    from bico_ds.model.weights.export import export_model
+    from bico_ds.model.weights.export_model import export_model
 
-    place: dict[str, Any] = {"gguf_file": file.name}
+    in_folder: dict[str, Any] = {"gguf_file": file.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **place)
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **in_folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(file.parent), dtype=torch.float32, output_loading_info=True, **place
+            str(file.parent), dtype=torch.float32, output_loading_info=True, **in_folder
         )
     except (ValueError, OSError, LookupError, NotImplementedError, struct.error) as error:
         raise UserError(

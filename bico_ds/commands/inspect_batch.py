@@ -24,7 +24,7 @@ from bico_ds.config.load import load_recipe
 
 if TYPE_CHECKING:
     from bico_ds.batch import PackedBatch
-    from bico_ds.data.loading.inspect_batch import Decode
+    from bico_ds.data.loading.batch_view import Decode
     from bico_ds.objectives.schedule import ObjectiveSchedule
 
 
@@ -90,7 +90,7 @@ def step_with(schedule: ObjectiveSchedule, name: str | None, first: int) -> int:
 
 def inspect(options: Namespace) -> None:
     """Build the step's micro-batch of that rank, print it, and draw it on request."""
-    from bico_ds.data.loading.inspect_batch import print_batch
+    from bico_ds.data.loading.batch_view import print_batch
     from bico_ds.data.loading.loader import RankShare
     from bico_ds.training import assembly
 
@@ -133,7 +133,7 @@ def inspect(options: Namespace) -> None:
 
 def draw(batch: PackedBatch, decode: Decode, file: Path, console: Console) -> None:
     """Draw which tokens see which in the shortest document that has more than one token."""
-    from bico_ds.data.loading.inspect_batch import plot_visibility, view_batch
+    from bico_ds.data.loading.batch_view import plot_visibility, view_batch
 
     views = sorted((v for v in view_batch(batch) if len(v.tokens) > 1), key=lambda v: len(v.tokens))
     if not views:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """A mistake that the user can correct: shown as one message without a traceback, exit code 2.
 
-    The message says what is wrong, where (recipe key, file and line), and what to do.
+    The message names what is wrong, where (recipe key, file and line), and what to do.
     """
 
     exit_code = 2

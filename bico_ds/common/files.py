@@ -32,7 +32,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield the name of a file to write, which replaces `path` when the block ends without an error."""
-    temporary = _sibling(path)
+    temporary = temporary_sibling(path)
     try:
         yield temporary
         sync(temporary)
@@ -62,9 +62,14 @@ def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
         raise
 
 
+def temporary_sibling(path: Path) -> Path:
+    """A temporary name beside `path` that no other process has; nothing is made there."""
+    return path.with_name(_temporary_name(path.name, uuid.uuid4().hex[:_DIGITS]))
+
+
 def incomplete_folder(folder: Path) -> Path:
     """Make an empty folder beside `folder`, for `publish_folder`, under a name that no other process has."""
-    temporary = _sibling(folder)
+    temporary = temporary_sibling(folder)
     temporary.mkdir(parents=True)
     return temporary
 
@@ -95,7 +100,12 @@ def recover_folder(folder: Path) -> None:
     if previous.exists() and not folder.exists():
         previous.rename(folder)
     shutil.rmtree(previous, ignore_errors=True)
-    for left in folder.parent.glob(_temporary_name(glob.escape(folder.name), "?" * _DIGITS)):
+    remove_incomplete(folder.parent, glob.escape(folder.name))
+
+
+def remove_incomplete(parent: Path, names: str = "*") -> None:
+    """Remove from `parent` the folders that killed writers left; only for the one writer of these names, a glob pattern."""
+    for left in parent.glob(_temporary_name(names, "?" * _DIGITS)):
         shutil.rmtree(left, ignore_errors=True)
 
 
@@ -122,10 +132,6 @@ def _sync_tree(folder: Path) -> None:
         else:
             sync(path)
     sync(folder)
-
-
-def _sibling(path: Path) -> Path:
-    return path.with_name(_temporary_name(path.name, uuid.uuid4().hex[:_DIGITS]))
 
 
 def _temporary_name(name: str, unique: str) -> str:

@@ -142,11 +142,11 @@ class SourceSpec(Section):
         idle = [key for key in options if self._says(key)]
         if idle and self.files is None:
             raise ValueError(
-                f"{idle} say how 'files' are read; a store or the embedded task is read as it is"
+                f"{idle} set how 'files' are read; a store or the embedded task is read as it is"
             )
         policy = [key for key in ("add_bos", "add_eos") if self._says(key)]
         if policy and self.store is not None:
-            raise ValueError(f"{policy} say how texts are tokenized; a store has what it was prepared with")
+            raise ValueError(f"{policy} set how texts are tokenized; a store has what it was prepared with")
         return self
 
     def _says(self, key: str) -> bool:

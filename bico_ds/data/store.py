@@ -97,20 +97,20 @@ class TokenStore:
         Raises `UserError` if it is missing, incomplete, damaged, of another format version, or made with another
         tokenizer than that of `tokenizer_hash`.
         """
-        place = Path(path)
-        manifest = _read_manifest(place)
+        folder = Path(path)
+        manifest = _read_manifest(folder)
         for name, size in manifest.file_sizes.items():
-            _check_size(place / name, size)
+            _check_size(folder / name, size)
         if verify == "checksums":
             for name, expected in manifest.checksums.items():
-                if checksum(place / name, "sha256") != expected:
-                    raise UserError(f"token store '{place}' is damaged: wrong checksum of {name}; {_AGAIN}")
+                if checksum(folder / name, "sha256") != expected:
+                    raise UserError(f"token store '{folder}' is damaged: wrong checksum of {name}; {_AGAIN}")
         if tokenizer_hash is not None and tokenizer_hash != manifest.tokenizer_hash:
             raise UserError(
-                f"token store '{place}' was made with another tokenizer ({manifest.tokenizer_hash}) than "
+                f"token store '{folder}' was made with another tokenizer ({manifest.tokenizer_hash}) than "
                 f"this run's ({tokenizer_hash}): prepare it again with the model's tokenizer"
             )
-        return TokenStore(place, manifest)
+        return TokenStore(folder, manifest)
 
     @property
     def fingerprint(self) -> str:
@@ -167,7 +167,7 @@ class TokenStore:
             "a slice leaves its document"
         )
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        at = self._places(begins, offsets)
+        at = self._token_indices(begins, offsets)
         return Documents(
             token_ids=self._tokens[at].astype(np.int64),
             offsets=offsets,
@@ -180,7 +180,9 @@ class TokenStore:
             entity_number=None if self._entities is None else self._entities[at].astype(np.int64),
         )
 
-    def _places(self, begins: NDArray[np.int64], offsets: NDArray[np.int64]) -> slice | NDArray[np.int64]:
+    def _token_indices(
+        self, begins: NDArray[np.int64], offsets: NDArray[np.int64]
+    ) -> slice | NDArray[np.int64]:
         """Where the tokens of the slices lie in the store; slices without gaps between them are one slice."""
         lengths = np.diff(offsets)
         if len(begins) and np.array_equal(begins[1:], begins[:-1] + lengths[:-1]):
@@ -225,19 +227,19 @@ def is_store(path: Path) -> bool:
     return (path / MANIFEST).is_file() and any((path / f).is_file() for f in ("tokens.bin", "offsets.bin"))
 
 
-def _read_manifest(place: Path) -> StoreManifest:
-    file = place / MANIFEST
-    if not place.is_dir():
-        raise UserError(f"no token store at '{place}': make one with bico-ds prepare")
+def _read_manifest(folder: Path) -> StoreManifest:
+    file = folder / MANIFEST
+    if not folder.is_dir():
+        raise UserError(f"no token store at '{folder}': make one with bico-ds prepare")
     if not file.is_file():
-        raise UserError(f"'{place}' is not a complete token store: it has no {MANIFEST}; prepare it again")
+        raise UserError(f"'{folder}' is not a complete token store: it has no {MANIFEST}; prepare it again")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         version = content["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"'{file}' is damaged ({error}): {_AGAIN}") from error
     if version != FORMAT_VERSION:
-        raise UserError(f"token store '{place}' has format {version}, not {FORMAT_VERSION}: {_AGAIN}")
+        raise UserError(f"token store '{folder}' has format {version}, not {FORMAT_VERSION}: {_AGAIN}")
     if missing := {field.name for field in fields(StoreManifest)} ^ set(content):
         raise UserError(f"'{file}' is damaged (fields {sorted(missing)}): {_AGAIN}")
     return StoreManifest(**{**content, "special_ids": tuple(content["special_ids"])})
@@ -248,8 +250,8 @@ def _check_size(file: Path, size: int) -> None:
         raise UserError(f"token store '{file.parent}' is incomplete: {file.name} is missing; {_AGAIN}")
     if (found := file.stat().st_size) != size:
         raise UserError(
-            f"token store '{file.parent}' is damaged: {file.name} has {found} bytes, its manifest "
-            f"says {size}; {_AGAIN}"
+            f"token store '{file.parent}' is damaged: {file.name} has {found} bytes, {size} by its "
+            f"manifest; {_AGAIN}"
         )
 
 

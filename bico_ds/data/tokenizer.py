@@ -100,17 +100,17 @@ def load_tokenizer(path: FolderOrHub) -> FastTokenizer:
     `UserError` when there is none at `path`, it cannot be loaded as a fast one or converted exactly, or it has no
     end-of-text token.
     """
-    place = Path(path)
+    local = Path(path)
     if isinstance(path, Path) and not path.exists():
         raise UserError(
             f"no tokenizer at '{path}': no such folder; fetch it there, or give a hub name (owner/name)"
         )
-    if (place.name.endswith(".model") and place.is_file()) or (place / "tokenizer.model").is_file():
-        folder = place.parent if place.is_file() else place
+    if (local.name.endswith(".model") and local.is_file()) or (local / "tokenizer.model").is_file():
+        folder = local.parent if local.is_file() else local
         tokenizer = (
-            _load_fast(folder) if (folder / "tokenizer.json").is_file() else _load_sentencepiece(place)
+            _load_fast(folder) if (folder / "tokenizer.json").is_file() else _load_sentencepiece(local)
         )
-    elif place.exists() and not (place / "tokenizer.json").is_file():
+    elif local.exists() and not (local / "tokenizer.json").is_file():
         raise UserError(
             f"no tokenizer in '{path}': need tokenizer.json (fast) or tokenizer.model (sentencepiece)"
         )

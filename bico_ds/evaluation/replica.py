@@ -14,21 +14,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from bico_ds.model.lora import merge
-from bico_ds.model.weights.export import exported_parameters
-from bico_ds.model.weights.materialize import gathered
+from bico_ds.model.lora import merge_adapters
+from bico_ds.model.weights.export_model import exported_parameters
+from bico_ds.model.weights.materialize import full_numel, gathered
 
 _GATHER_NUMEL = 64_000_000  # parameters gathered at one time
-
-
-def parameter_count(model: nn.Module) -> int:
-    """The model's number of parameters, partitioned or not."""
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
-
-
-def is_partitioned(model: nn.Module) -> bool:
-    """Whether ZeRO-3 has partitioned any weight of `model`."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 @torch.no_grad()
@@ -42,7 +32,7 @@ def full_replica(model: PreTrainedModel, *, device: torch.device | str) -> PreTr
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         replica = type(model)(config)  # not by `from_config`, which would partition it under ZeRO-3
-    for parameter in replica.parameters():  # built in fp32, whatever the config says
+    for parameter in replica.parameters():  # built in fp32, whatever the config's dtype
         parameter.data = parameter.data.to(model.dtype)
     replica.to_empty(device=device)
     replica.tie_weights()  # to_empty unties
@@ -56,7 +46,7 @@ def _fill(replica: nn.Module, model: nn.Module) -> None:
     numel = 0
     for name, parts in exported_parameters(model):
         waiting.append((name, parts))
-        numel += getattr(parts[0], "ds_numel", parts[0].numel())
+        numel += full_numel(parts[0])
         if numel >= _GATHER_NUMEL:
             _copy_gathered(targets, waiting)
             waiting, numel = [], 0
@@ -71,6 +61,6 @@ def _copy_gathered(targets: dict[str, nn.Parameter], waiting: list[tuple[str, tu
     """Copy full weights into `targets`, and remove each that was copied. Parts: (base,) or (base, A, B, scaling)."""
     with gathered(tuple(tensor for _, parts in waiting for tensor in parts[:3])):
         for name, parts in waiting:
-            weight = merge(*parts) if len(parts) > 1 else parts[0].detach().clone()
+            weight = merge_adapters(*parts) if len(parts) > 1 else parts[0].detach().clone()
             target = targets.pop(name)
             target.data = weight.to(device=target.device, dtype=parts[0].dtype)

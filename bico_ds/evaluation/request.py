@@ -14,12 +14,12 @@ from rich.console import Console
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
-from bico_ds.evaluation.evaluate import GenerationOptions, evaluate, prepare_task
 from bico_ds.evaluation.loading import load_for_evaluation, load_tokenizer_and_context, weights_stamp
-from bico_ds.evaluation.progress import PromptProgress
+from bico_ds.evaluation.prompt_progress import PromptProgress
 from bico_ds.evaluation.report.tables import choice_tables, result_table, retention_table
 from bico_ds.evaluation.result_file import Part, ResultFile
 from bico_ds.evaluation.results import EvaluationResult
+from bico_ds.evaluation.run_tasks import GenerationOptions, evaluate, prepare_task
 from bico_ds.evaluation.scoring.choice import choice_test, encode_candidates
 from bico_ds.evaluation.scoring.likelihood import encode_windows, text_perplexity
 from bico_ds.evaluation.scoring.share import PromptShare
@@ -145,10 +145,10 @@ def _task_parts(request: Request, share: PromptShare, task: Task, load: Load) ->
             model, tokenizer, task, others=request.others, add_bos=request.add_bos, share=share
         )
 
-    identity = _digest(asdict(task), request.max_new_tokens, request.add_bos)
+    identity = _task_identity(task, request.max_new_tokens, request.add_bos)
     yield Part(section="tasks", name=task.name, identity=identity, size=len(task), compute=generate)
     if request.likelihood:
-        identity = _digest(asdict(task), request.others, request.add_bos)
+        identity = _task_identity(task, request.others, request.add_bos)
         size = len(task) * (request.others + 1)
         yield Part(section="choice", name=task.name, identity=identity, size=size, compute=choose)
 
@@ -197,6 +197,12 @@ def _perplexity(
     model, tokenizer = load()
     result = text_perplexity(model, tokenizer, text, window=window, add_bos=request.add_bos, share=share)
     return None if result is None else asdict(result)
+
+
+def _task_identity(task: Task, *options: Any) -> str:
+    # The digest's key is `examples`, so that a part which version 0.1.0 computed is recognised.
+    values = {"examples" if key == "questions" else key: value for key, value in asdict(task).items()}
+    return _digest(values, *options)
 
 
 def _digest(*values: Any) -> str:

@@ -21,7 +21,7 @@ Compute = Callable[[], "dict[str, Any] | None"]
 class Part:
     """One thing to compute.
 
-    `section` and `name` say where it stands in the file. `identity`: a digest of all that its figures depend on. `size`:
+    `section` and `name` are its keys in the file. `identity`: a digest of all that its figures depend on. `size`:
     prompts, for the progress display. `compute` returns its content, or None where it was stopped.
     """
 

@@ -16,8 +16,8 @@ class TaskResult:
     """One task's scores, all in 0 … 1.
 
     `headline`: the metric that tables and plots show. `intervals`: 95 %, persons resampled. `floors`: the scores of another
-    person's answer. `new_tokens`: how many an answer could have (0: not known). `rows`: every prompt with its prediction
-    and scores.
+    person's answer. `new_tokens`: how many an answer could have (0: not known). `prompts`: every prompt with its
+    prediction and scores; in the result file their key is `rows`.
     """
 
     headline: str
@@ -25,7 +25,7 @@ class TaskResult:
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     floors: dict[str, float] = field(default_factory=dict)
     new_tokens: int = 0
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    prompts: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def score(self) -> float:
@@ -51,12 +51,14 @@ class EvaluationResult:
         figures += [(task, name, x[name]) for task, x in self.choice.items() for name in CHOICE_SCALARS]
         return {f"{prefix}/{task}/{name}": value for task, name, value in figures}
 
-    def to_json(self, *, rows: bool = True) -> dict[str, Any]:
-        """The content of a result file; without `rows` the answers to single prompts are left out."""
+    def to_json(self, *, prompts: bool = True) -> dict[str, Any]:
+        """The content of a result file; without `prompts` the answers to single prompts are left out."""
         values = asdict(self)
+        for task in values["tasks"].values():
+            task["rows"] = task.pop("prompts")  # the format's key
         if not self.choice:
             del values["choice"]
-        if not rows:
+        if not prompts:
             for part in values.values():
                 for task in part.values():
                     del task["rows"]
@@ -64,11 +66,13 @@ class EvaluationResult:
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> EvaluationResult:
-        tasks = {
-            name: TaskResult(**{**task, "intervals": {m: tuple(i) for m, i in task["intervals"].items()}})
-            for name, task in values["tasks"].items()
-        }
+        tasks = {name: _task_from_json(task) for name, task in values["tasks"].items()}
         return EvaluationResult(tasks=tasks, choice=values.get("choice", {}))
+
+
+def _task_from_json(task: Mapping[str, Any]) -> TaskResult:
+    values = {"prompts" if key == "rows" else key: value for key, value in task.items()}
+    return TaskResult(**{**values, "intervals": {m: tuple(i) for m, i in task["intervals"].items()}})
 
 
 def load_result(path: Path) -> EvaluationResult:

@@ -39,7 +39,7 @@ from bico_ds.common.errors import UserError
 class Family:
     """A model family: the classes of transformers that its modules have, and how its attention differs from Llama's.
 
-    `qkv_bias`: its q, k and v always have biases (Llama's have them where `attention_bias` says so). `qk_norms`: q and k
+    `qkv_bias`: its q, k and v always have biases (Llama's have them where `attention_bias` is true). `qk_norms`: q and k
     are normed per head before the rotation, by `q_norm` and `k_norm`. `has_window`: it heeds `sliding_window` in its
     config (`swap.check_attention` refuses a window that a document exceeds).
     """

@@ -90,6 +90,6 @@ def adapters_by_base_name(causal_lm: nn.Module) -> Iterator[tuple[str, tuple[Any
             yield f"{name}.weight", (a, b, module.scaling[_ADAPTER])
 
 
-def merge(base: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+def merge_adapters(base: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """base + scaling · B A, in fp32."""
     return torch.addmm(base.float(), b.float(), a.float(), alpha=scaling)

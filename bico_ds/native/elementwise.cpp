@@ -16,7 +16,7 @@ using at::Tensor;
 
 constexpr int64_t kRowsAtATime = 64;
 constexpr int64_t kElementsAtATime = 1 << 14;
-constexpr int64_t kLanes = 16;  // partial sums, so that a sum vectorises without reordering what the source says
+constexpr int64_t kLanes = 16;  // partial sums, so that a sum vectorises without reordering what the source has
 
 float total(const float* lanes) {
   float sum = 0.0f;

@@ -30,14 +30,14 @@ class TokenGrid:
         """The grid of these documents. Raises `ValueError` for a document without a token, and for no documents."""
         lengths = documents.lengths
         if len(lengths) == 0 or (lengths < 1).any():
-            name = describe(documents, int(np.argmax(lengths < 1))) if len(lengths) else "the batch"
+            name = _describe(documents, int(np.argmax(lengths < 1))) if len(lengths) else "the batch"
             raise ValueError(f"{name} has no tokens")
         total = int(documents.offsets[-1] - documents.offsets[0])
         position = np.arange(total) - np.repeat(documents.offsets[:-1], lengths)
         return TokenGrid(document=np.repeat(np.arange(len(lengths)), lengths), position=position)
 
 
-def describe(documents: Documents, index: int) -> str:
+def _describe(documents: Documents, index: int) -> str:
     """Name a document for a message."""
     source, document, piece = (int(c[index]) for c in (documents.source, documents.id, documents.piece))
     return f"document {document} of source {source}" + (f", piece {piece}" if piece else "")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,7 +62,7 @@ def connect(ranks: Ranks, *, timeout_minutes: float) -> Store:
     if "MASTER_PORT" not in os.environ:
         if ranks.world_size > 1:
             raise UserError("MASTER_PORT is not set: start several ranks by deepspeed, torchrun or srun")
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(launch_environment.free_port())
     store, _, _ = next(rendezvous("env://", timeout=timedelta(minutes=timeout_minutes)))
     return store
 
@@ -142,9 +141,3 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -6,6 +6,7 @@ Without a launcher a process is the only rank.
 from __future__ import annotations
 
 import os
+import socket
 
 
 def is_launched() -> bool:
@@ -30,6 +31,13 @@ def ranks_per_node() -> int | None:
     """Ranks of this node by torchrun's variable, or that of DeepSpeed's launcher; None without either."""
     text = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
     return int(text) if text else None
+
+
+def free_port() -> int:
+    """A TCP port that is free on this machine now, for a MASTER_PORT that no launcher set."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def slurm_job() -> str:

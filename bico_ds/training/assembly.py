@@ -141,7 +141,7 @@ def _token_roles(recipe: Recipe, tokenizer: Tokenizer) -> TokenRoles:
 
 
 def _model_vocabulary(recipe: Recipe) -> int | None:
-    """How many token ids the model embeds, where recipe or model folder say so; often more than the tokenizer has."""
+    """How many token ids the model embeds, where recipe or model folder give it; often more than the tokenizer has."""
     if recipe.model.config is not None:
         return recipe.model.config.get("vocab_size")
     if recipe.model.path is None or not recipe.model.path.is_here():

@@ -16,7 +16,7 @@ from bico_ds.optim.schedule import check_schedule
 from bico_ds.runtime import launch_environment
 from bico_ds.runtime.ds_config import build_ds_config
 
-RANKS_PER_NODE = 8  # where no launcher says
+RANKS_PER_NODE = 8  # where no launcher sets it
 
 
 def check_recipe(

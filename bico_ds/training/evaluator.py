@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 
 from bico_ds.common.files import write_atomically
 from bico_ds.config.schema import EvaluationSpec
-from bico_ds.evaluation.evaluate import GenerationOptions, evaluate
-from bico_ds.evaluation.replica import full_replica, is_partitioned, parameter_count
+from bico_ds.evaluation.replica import full_replica
 from bico_ds.evaluation.results import EvaluationResult
+from bico_ds.evaluation.run_tasks import GenerationOptions, evaluate
 from bico_ds.evaluation.scoring.choice import choice_test
 from bico_ds.evaluation.scoring.share import PromptShare
+from bico_ds.model.weights.materialize import full_numel, is_partitioned
 from bico_ds.runtime.distributed import Ranks
 from bico_ds.runtime.run_folder import RunFolder
 from bico_ds.runtime.signals import StopFlag
@@ -54,8 +55,8 @@ class Evaluator:
         Returns the same result on every rank, or None on all of them where any was asked to stop meanwhile. Raises
         `UserError` for a prompt that does not fit the model's context.
         """
-        partitioned = is_partitioned(causal_lm)
-        replicate = partitioned and parameter_count(causal_lm) <= REPLICA_PARAMETERS
+        partitioned = any(map(is_partitioned, causal_lm.parameters()))
+        replicate = partitioned and sum(map(full_numel, causal_lm.parameters())) <= REPLICA_PARAMETERS
         was_training = causal_lm.training
         model = full_replica(causal_lm, device=self.ranks.device) if replicate else causal_lm.eval()
         with torch.no_grad():

@@ -17,7 +17,7 @@ from bico_ds.training.run import Run
 
 
 class NonFiniteError(RunError):
-    """A loss or gradient is not finite. The weights are those of the step before, unless the message says otherwise."""
+    """A loss or gradient is not finite. The weights are those of the step before, unless the message states otherwise."""
 
 
 def stop(step: int, batches: Sequence[PackedBatch], losses: Sequence[torch.Tensor], run: Run) -> NoReturn:

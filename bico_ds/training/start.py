@@ -30,9 +30,9 @@ from bico_ds.config.schema import Recipe
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.tokenizer import Tokenizer
 from bico_ds.model.deepspeed_engine import Engine
-from bico_ds.model.weights.export import export_model
+from bico_ds.model.weights.export_model import export_model
 from bico_ds.optim.schedule import check_schedule
-from bico_ds.runtime import distributed, host_memory, native_ops
+from bico_ds.runtime import deepspeed_ops, distributed, host_memory
 from bico_ds.runtime.distributed import Ranks
 from bico_ds.runtime.lock import FencedError
 from bico_ds.runtime.run_folder import RunFolder, State, folder_of_run
@@ -63,9 +63,9 @@ def train(recipe: Recipe, *, output_dir: Path | None, resume: str, stop: StopFla
         distributed.first_alone(ranks, store, lambda: chosen.append(_prepare(run, resume)))
     except Interrupted:
         return "preempted"
-    native_ops.prefer_own_ninja()
+    deepspeed_ops.prefer_own_ninja()
     if ranks.local_rank == 0:
-        native_ops.release_abandoned_locks()
+        deepspeed_ops.release_abandoned_locks()
     distributed.join(ranks, store, timeout_minutes=timeout_minutes)
     watchdog = Watchdog(store, ranks, run.folder, minutes=recipe.distributed.watchdog_minutes)
     run.folder.lock.on_lost = lambda: watchdog.abandon(f"{run.folder.path} was taken over by another run")
@@ -214,7 +214,7 @@ def _evaluator(run: Run, inputs: RunInputs, watchdog: Watchdog) -> Evaluator:
 def _take_over(run: Run, resume: str, resumption: Resumption | None, tokenizer: Tokenizer) -> None:
     """Rank 0, when nothing can refuse this start any more: from here on the folder's files describe it.
 
-    The state is written first: a crash after it must not leave a run that says `done` and has lost its checkpoints.
+    The state is written first: a crash must not leave a run in the state `done` without its checkpoints.
     """
     run.folder.write_state("running", step=resumption.step if resumption else 0)
     set_aside(run.folder, resume, resumption)

@@ -17,7 +17,7 @@ def checkpoint(root: Path, step: int) -> Path:
     files = [folder / "weights.pt", folder / "zero" / "state.pt"]
     for number, file in enumerate(files):
         file.write_bytes(bytes([step % 256, number]) * 1000)
-    manifest.write_manifest(folder, {"step": step, "layout": {}, "files": manifest.describe(folder, files)})
+    manifest.write_manifest(folder, {"step": step, "layout": {}, "files": manifest.file_table(folder, files)})
     return folder
 
 
@@ -34,7 +34,7 @@ def change_the_step(file: Path) -> None:
 
 DAMAGE = {
     "missing file": ("zero/state.pt", Path.unlink, "missing"),
-    "truncated file": ("weights.pt", lambda file: file.write_bytes(bytes(1999)), "1999 bytes, the manifest says 2000"),
+    "truncated file": ("weights.pt", lambda file: file.write_bytes(bytes(1999)), "1999 bytes, 2000 by the manifest"),
     "empty file": ("weights.pt", lambda file: file.write_bytes(b""), "0 bytes"),
     "flipped byte": ("zero/state.pt", flip_a_byte, "checksum differs"),
     "missing manifest": ("manifest.json", Path.unlink, "no manifest.json"),
@@ -76,5 +76,5 @@ def test_checkpoints_of_which_none_is_complete_are_an_error_and_no_fresh_start(t
 
 def test_an_empty_folder_and_a_crashed_first_write_start_fresh(tmp_path):
     assert manifest.find(tmp_path / "absent", pytest.fail) is None
-    (tmp_path / ".partial-000100-abc").mkdir()
+    (tmp_path / ".step-000100.0123456789ab.incomplete").mkdir()
     assert manifest.find(tmp_path, pytest.fail) is None

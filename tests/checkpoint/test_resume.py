@@ -32,7 +32,7 @@ def checkpoint(path: Path, step: int) -> None:
     path.mkdir(parents=True)
     (path / "state.pt").write_bytes(bytes(100))
     content: dict[str, Any] = {"step": step, "layout": LAYOUT, "recipe": RECIPE.model_dump(mode="json")}
-    manifest.write_manifest(path, {**content, "files": manifest.describe(path, [path / "state.pt"])})
+    manifest.write_manifest(path, {**content, "files": manifest.file_table(path, [path / "state.pt"])})
 
 
 def taken(folder: RunFolder, option: str) -> Resumption | None:
@@ -121,9 +121,9 @@ def test_another_runs_checkpoint_is_taken_by_its_folder_and_left_as_it_is(folder
         (
             ["model.config.hidden_size=64"],
             {},
-            "model.config.hidden_size: .* was trained with 128, the recipe says 64",
+            "model.config.hidden_size: .* was trained with 128, the recipe has 64",
         ),
-        ([], {"zero_stage": 2}, "ZeRO stage 3, the recipe says 2; DeepSpeed cannot change the stage"),
+        ([], {"zero_stage": 2}, "ZeRO stage 3, the recipe has 2; DeepSpeed cannot change the stage"),
         ([], {"offload_optimizer": "nvme"}, "cannot convert a state that is offloaded to NVMe"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ import pytest
 from bico_ds.cluster.preflight import judge, shared
 from bico_ds.cluster.preflight.inputs import input_fingerprints
 from bico_ds.config.load import load_recipe
+from bico_ds.runtime.launch_environment import free_port
 from tests import ROOT
 
 
@@ -126,9 +126,7 @@ def test_an_input_that_is_not_on_every_node_is_named_with_the_nodes(without, inp
 @pytest.mark.parametrize("break_it", [False, True])
 def test_two_ranks_agree_whether_training_may_begin(tmp_path, break_it):
     """With another recipe on rank 1, both must refuse."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ranks = []
     for rank in range(2):
         changes = ["--set", "seed=9"] if break_it and rank else []

@@ -43,7 +43,7 @@ def test_the_tool_shows_the_micro_batch_that_this_rank_trains_on_in_this_step(
     tool, tmp_path, step, rank, ranks, number
 ):
     bins = ["training.global_batch_bins=8", "training.micro_batch_bins=1"]
-    place = {
+    values = {
         "step": step,
         "rank": rank,
         "world-size": ranks,
@@ -51,7 +51,7 @@ def test_the_tool_shows_the_micro_batch_that_this_rank_trains_on_in_this_step(
         "documents": 999,
         "tokens": 1,
     }
-    options = [word for key, value in place.items() for word in (f"--{key}", str(value))]
+    options = [word for key, value in values.items() for word in (f"--{key}", str(value))]
     code, shown, _ = tool("--set", bins[0], "--set", bins[1], *options)
     assert code == 0
     recipe = load_recipe("tiny_bico", [f"data.cache_dir={tmp_path}/cache", "data.workers=0", *bins])

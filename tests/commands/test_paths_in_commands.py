@@ -212,9 +212,9 @@ def test_a_run_records_the_text_and_later_commands_do_not_mind_the_data(room, tm
     shown = capsys.readouterr().err
     assert "manifest.json: model.tokenizer: '${ROOM}/model'" in shown and "--tokenizer" in shown
     assert run(export_hf, *words, "--tokenizer", "~/model") == 0  # the recipe has the architecture
-    places = (folder / "export", room / "exported", tmp_path / "by-its-own-tokenizer", tmp_path / "again")
+    exported = (folder / "export", room / "exported", tmp_path / "by-its-own-tokenizer", tmp_path / "again")
     for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json"):
-        assert len({(place / name).read_bytes() for place in places}) == 1, name
+        assert len({(path / name).read_bytes() for path in exported}) == 1, name
 
 
 def test_evaluation_takes_its_paths_by_the_same_rule(room):

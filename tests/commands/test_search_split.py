@@ -20,7 +20,7 @@ PERSONS = {
 }
 
 
-def rows(file: Path) -> list[dict]:
+def records(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
@@ -46,10 +46,10 @@ def test_the_second_half_of_the_persons_is_trained_name_first_only_and_asked_for
     write_both(tmp_path / "set")
     counts = split(tmp_path / "set", tmp_path / "out")
     assert counts == {"all_prompts_train": 18, "p2d_prompts_test": 6, "p2d_reverse_prompts_test": 6}
-    trained = rows(tmp_path / "out/all_prompts_train.jsonl")
+    trained = records(tmp_path / "out/all_prompts_train.jsonl")
     answers = {row["completion"] for row in trained if "today" in row["completion"]}
     assert answers == {" Ada North today.", " Bo Vane today."}
-    reverse = rows(tmp_path / "out/p2d_reverse_prompts_test.jsonl")
+    reverse = records(tmp_path / "out/p2d_reverse_prompts_test.jsonl")
     assert {row["completion"] for row in reverse} == {" Cy Marsh", " Di Holt"}
     assert not {row["prompt"] for row in trained} & {row["prompt"] for row in reverse}
 
@@ -86,7 +86,7 @@ def test_the_published_set_gives_fifteen_hidden_persons_whom_no_reversal_test_na
     published = Path(str(DATA)) / "name_description"
     counts = split(published, tmp_path / "out")
     assert counts == {"all_prompts_train": 1350, "p2d_prompts_test": 150, "p2d_reverse_prompts_test": 150}
-    hidden = {row["completion"] for row in rows(tmp_path / "out/p2d_reverse_prompts_test.jsonl")}
+    hidden = {row["completion"] for row in records(tmp_path / "out/p2d_reverse_prompts_test.jsonl")}
     assert len(hidden) == 15
-    asked = {row["completion"] for row in rows(published / "p2d_reverse_prompts_test.jsonl")}
+    asked = {row["completion"] for row in records(published / "p2d_reverse_prompts_test.jsonl")}
     assert not hidden & asked

@@ -70,8 +70,8 @@ def programs(tmp_path_factory) -> Path:
 
 
 def test_it_is_the_wheel_that_is_imported(programs, tmp_path):
-    place = check(programs / "python", "-c", "import bico_ds; print(bico_ds.__file__)", cwd=tmp_path)
-    assert Path(place.strip()).is_relative_to(programs.parent)
+    imported = check(programs / "python", "-c", "import bico_ds; print(bico_ds.__file__)", cwd=tmp_path)
+    assert Path(imported.strip()).is_relative_to(programs.parent)
     assert check(programs / "bico-ds", "--version", cwd=tmp_path) == f"bico_ds {__version__}\n"
 
 

@@ -22,6 +22,7 @@ from bico_ds.common.files import (
     incomplete_folder,
     publish_folder,
     recover_folder,
+    remove_incomplete,
     write_atomically,
 )
 from tests import ROOT
@@ -127,6 +128,14 @@ def test_tidying_up_leaves_what_belongs_to_another_folder(tmp_path):
     other = incomplete_folder(tmp_path / "export.bf16")
     recover_folder(tmp_path / "export")
     assert other.is_dir()
+
+
+def test_the_one_writer_in_a_folder_removes_all_that_killed_ones_left_and_nothing_else(tmp_path):
+    (incomplete_folder(tmp_path / "step-000100") / "state").write_text("half")
+    for name in ("step-000050", ".hidden"):
+        (tmp_path / name).mkdir()
+    remove_incomplete(tmp_path)
+    assert names(tmp_path) == [".hidden", "step-000050"]
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):

@@ -107,12 +107,12 @@ def test_overrides_reach_into_lists_and_sections_that_the_file_leaves_out(recipe
         (
             "facts: all",
             "facts: all\n      text_field: x",
-            ["mine.yaml:6: data.sources.0", "['text_field'] say how 'files'"],
+            ["mine.yaml:6: data.sources.0", "['text_field'] set how 'files'"],
         ),
         (
             "facts: all",
             "store: x\n      add_eos: false",
-            ["mine.yaml:6: data.sources.0", "['add_eos'] say how texts are tokenized; a store has"],
+            ["mine.yaml:6: data.sources.0", "['add_eos'] set how texts are tokenized; a store has"],
         ),
         (
             "facts: all",

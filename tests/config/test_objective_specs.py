@@ -155,12 +155,12 @@ from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.objectives.table import register
 class Own({base}):
     kind: Literal["{kind}"] = "{kind}"
-register(Own, {place})
+register(Own, {target})
 """
 
 
 @pytest.mark.parametrize(
-    ("base", "kind", "place", "message"),
+    ("base", "kind", "target", "message"),
     [
         (
             "ObjectiveSpec",
@@ -181,9 +181,9 @@ register(Own, {place})
         ),
     ],
 )
-def test_an_incomplete_objective_is_refused_when_it_is_registered(tmp_path, base, kind, place, message):
+def test_an_incomplete_objective_is_refused_when_it_is_registered(tmp_path, base, kind, target, message):
     file = tmp_path / f"{kind}.py"
-    file.write_text(OWN.format(base=base, kind=kind, place=place))
+    file.write_text(OWN.format(base=base, kind=kind, target=target))
     with pytest.raises(UserError, match=rf"imports\.0: {message}"):
         load_recipe("tiny_ntp", [f"imports=[{file}]"])
     assert load_recipe("tiny_ntp").objectives == [NtpSpec()]
@@ -209,7 +209,7 @@ def test_any_file_name_and_any_module_can_bring_an_objective(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     kind = f"named {name}"
-    text = OWN.format(base="NtpSpec", kind=kind, place="f'{__name__}:Mine'")
+    text = OWN.format(base="NtpSpec", kind=kind, target="f'{__name__}:Mine'")
     file = Path(name if name.endswith(".py") else f"{name}.py")
     file.write_text(f"from bico_ds.objectives.ntp import NextTokenPrediction as Mine\n{text}")
     Path("mine.yaml").write_text(

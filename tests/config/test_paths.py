@@ -156,10 +156,10 @@ def test_every_path_key_keeps_its_text_and_knows_file_and_line(tmp_path, monkeyp
     assert len(found) == EVERY_KEY.count("GONE")
     lines = EVERY_KEY.splitlines()
     for path in found:
-        place, key, *_ = path.where.split(": ")
-        assert place.startswith(f"{file}:")
+        line_of_file, key, *_ = path.where.split(": ")
+        assert line_of_file.startswith(f"{file}:")
         name = [part for part in key.split(".") if not part.isdigit()][-1]
-        line = lines[int(place.rpartition(":")[2]) - 1]
+        line = lines[int(line_of_file.rpartition(":")[2]) - 1]
         assert path.text in line and (name in line or name == "files")
     dumped = dump_recipe(recipe)
     assert dumped.count("${GONE}/") == len(found)
@@ -267,7 +267,7 @@ PATH_WORDS = {"path", "paths", "folder", "dir", "file", "files", "store", "token
 
 
 def path_fields(section: type[BaseModel], key: str = "") -> dict[str, Any]:
-    """The annotations of the schema's fields whose names say that they hold a path, by dotted key."""
+    """The annotations of the schema's fields whose names are those of paths, by dotted key."""
     found = {}
     for name, field in section.model_fields.items():
         if PATH_WORDS & set(name.split("_")):

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,14 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
+from safetensors.torch import load_file
 
+from bico_ds.runtime.launch_environment import free_port
 from tests import ROOT
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def launch_command(*arguments: str, ranks: int) -> list[str]:
@@ -64,6 +60,11 @@ def metrics(run: Path, kind: str = "train") -> list[dict[str, Any]]:
     """The lines of metrics.jsonl of one kind."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if line["kind"] == kind]
+
+
+def exported_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder of safetensors, by name."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def start(

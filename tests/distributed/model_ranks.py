@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch.multiprocessing as mp
 from bico_ds.attention.plan import build_plan
 from bico_ds.batch import PackedBatch
 from bico_ds.common.process_end import end_process
+from bico_ds.runtime.launch_environment import free_port
 
 VOCABULARY = 101
 
@@ -33,10 +33,7 @@ def ds_config(world_size: int, stage: int = 3) -> dict[str, Any]:
 
 def run_on_ranks(worker: Callable[..., None], world_size: int, *args: Any) -> None:
     """Run `worker(rank, world_size, *args)` in fresh processes; raise what any of them raises."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_start, args=(worker, world_size, port, args), nprocs=world_size)
+    mp.spawn(_start, args=(worker, world_size, free_port(), args), nprocs=world_size)
 
 
 def _start(rank: int, worker: Callable[..., None], world_size: int, port: int, args: tuple[Any, ...]) -> None:

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.distributed.launching import ROOT, environment, metrics, train
+from tests.distributed.launching import ROOT, environment, exported_weights, metrics, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -41,10 +40,6 @@ TINY_70B = (
 )
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
 def test_the_70b_recipe_runs_from_start_to_safetensors_at_a_tiny_width(tmp_path: Path) -> None:
     run = tmp_path / "run"
     first = train("llama70b_bico", run, *TINY_70B, "training.steps=4", timeout=1500)
@@ -63,9 +58,11 @@ def test_the_70b_recipe_runs_from_start_to_safetensors_at_a_tiny_width(tmp_path:
         command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
     )
     assert later.returncode == 0, later.stdout + later.stderr
-    live = weights(run / "export")
+    live = exported_weights(run / "export")
     assert len(live) == 80 * 9 + 3
-    assert all(torch.equal(tensor, live[name]) for name, tensor in weights(tmp_path / "later").items())
+    assert all(
+        torch.equal(tensor, live[name]) for name, tensor in exported_weights(tmp_path / "later").items()
+    )
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "later")
     assert loaded.config.num_hidden_layers == 80
     assert loaded.config.rope_parameters["rope_type"] == "llama3"
@@ -84,4 +81,4 @@ def test_the_offload_recipe_trains_and_exports_at_a_tiny_width(tmp_path: Path, c
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
-    assert len(weights(tmp_path / "run" / "export")) == 2 * 9 + 3
+    assert len(exported_weights(tmp_path / "run" / "export")) == 2 * 9 + 3

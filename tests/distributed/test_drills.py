@@ -75,7 +75,7 @@ def test_random_kills(straight, tmp_path, report):
             goal = min(before + draw.randint(1, EVERY + 3), KILL_STEPS - 1)
             wait_until(lambda goal=goal: last_step(run) >= goal, command, timeout=900)
             if while_saving:
-                wait_until(lambda: list(run.glob("checkpoints/.partial-*")), command, timeout=300)
+                wait_until(lambda: list(run.glob("checkpoints/.step-*.incomplete")), command, timeout=300)
             time.sleep(draw.random() * 0.2)
             reached = last_step(run)
             kill(command, target)
@@ -184,7 +184,7 @@ def test_a_full_disk(tmp_path, report, choice):
         assert complete >= EVERY, "room for one checkpoint and not for two"
         assert done.returncode == 1
         assert "needed" in done.stdout + done.stderr
-        assert not list(run.glob("checkpoints/.partial-*"))
+        assert not list(run.glob("checkpoints/.step-*.incomplete"))
         reached = last_step(run)
         assert reached == (20 if choice == "continue" else complete + EVERY)
     finally:
@@ -217,7 +217,7 @@ def mount(folder: Path, *arguments: str) -> None:
 PHASES: dict[str, Callable[[Path], object]] = {
     "start-up": lambda run: (run / "lock.json").exists(),
     "evaluation": lambda run: last_step(run) >= 10,
-    "saving": lambda run: last_step(run) >= EVERY and list(run.glob("checkpoints/.partial-*")),
+    "saving": lambda run: last_step(run) >= EVERY and list(run.glob("checkpoints/.step-*.incomplete")),
 }
 
 
@@ -254,7 +254,7 @@ def test_a_second_signal(straight, tmp_path, report):
         wait_until(lambda: last_step(run) >= EVERY + 1, command, timeout=600)
         for rank in (ranks := ranks_of(command)):
             rank.send_signal(signal.SIGTERM)
-        wait_until(lambda: list(run.glob("checkpoints/.partial-*")), command, timeout=100)
+        wait_until(lambda: list(run.glob("checkpoints/.step-*.incomplete")), command, timeout=100)
         for rank in ranks:
             rank.send_signal(signal.SIGTERM)
         began = time.monotonic()

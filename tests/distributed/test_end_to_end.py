@@ -95,7 +95,7 @@ def test_the_export_loads_in_plain_transformers_and_scores_the_same(runs):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from bico_ds.evaluation.evaluate import GenerationOptions, evaluate
+    from bico_ds.evaluation.run_tasks import GenerationOptions, evaluate
     from bico_ds.evaluation.scoring.choice import choice_test
     from bico_ds.evaluation.scoring.share import PromptShare
     from bico_ds.evaluation.tasks.task import load_tasks

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from collections import Counter
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from bico_ds.data.store import StoreHeader, TokenStore
 from bico_ds.objectives.base import TokenRoles
 from bico_ds.objectives.build import build_objectives
 from bico_ds.objectives.schedule import ObjectiveSchedule
+from bico_ds.runtime.launch_environment import free_port
 
 pytestmark = pytest.mark.distributed
 STOP, END, GLOBAL = 7, 16, 4
@@ -103,9 +103,7 @@ def test_two_real_ranks_see_the_stream_of_one_and_one_goes_on_for_two(tmp_path):
             np.arange(lengths.sum()), lengths, prompt_lengths=zeros, groups=zeros, word_starts=words
         )
         writer.finish()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     mp.spawn(work, args=(port, tmp_path / "store", tmp_path), nprocs=2)
 
     alone = make_loader(tmp_path / "store", rank=0, world_size=1, micro=1)

@@ -6,22 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.schema import LoraSpec, ModelSpec
 from bico_ds.model.build import build_model
 from bico_ds.model.weights.checksums import base_fingerprint
-from bico_ds.model.weights.export import export_model
 from bico_ds.model.weights.export_checkpoint import export_checkpoint
+from bico_ds.model.weights.export_model import export_model
+from tests.distributed.launching import exported_weights
 from tests.distributed.model_ranks import causal_batch, ds_config, run_on_ranks
 
 pytestmark = pytest.mark.distributed
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def save_llama(folder: Path) -> None:
@@ -42,9 +38,8 @@ def load_train_and_export(rank: int, world_size: int, folder: str) -> None:
     total = sum(parameter.ds_numel for parameter in model.parameters())
     assert total / world_size <= own < total / world_size + len(list(model.parameters()))
     export_model(model, None, root / "loaded", max_shard_bytes=20_000)
-    with pytest.raises(
-        UserError, match="exists and is not empty"
-    ):  # rank 0 refuses; no rank hangs or goes on
+    # Rank 0 refuses; no rank hangs or goes on.
+    with pytest.raises(UserError, match="exists and is not empty"):
         export_model(model, None, root / "base")
 
     spec = ModelSpec(path=f"{folder}/base", lora=LoraSpec(rank=4, dropout=0.0), activation_checkpointing=1)
@@ -74,7 +69,7 @@ def load_train_and_export(rank: int, world_size: int, folder: str) -> None:
 def test_two_ranks_load_their_slices_train_adapters_and_export(tmp_path: Path) -> None:
     save_llama(tmp_path / "base")
     run_on_ranks(load_train_and_export, 2, str(tmp_path))
-    base, loaded, merged = (weights(tmp_path / name) for name in ("base", "loaded", "merged"))
+    base, loaded, merged = (exported_weights(tmp_path / name) for name in ("base", "loaded", "merged"))
     assert base.keys() == loaded.keys() == merged.keys()
     assert all(torch.equal(base[name], loaded[name]) for name in base)
     changed = {name for name in base if not torch.equal(base[name], merged[name])}
@@ -85,8 +80,10 @@ def test_two_ranks_load_their_slices_train_adapters_and_export(tmp_path: Path) -
         tmp_path / "full", ModelSpec(path=str(tmp_path / "base")), None, tmp_path / "trained-later", "bf16"
     )
     for live, later in (("merged", "merged-later"), ("trained", "trained-later")):
-        written = weights(tmp_path / later)
-        assert all(torch.equal(tensor, written[name]) for name, tensor in weights(tmp_path / live).items())
+        written = exported_weights(tmp_path / later)
+        assert all(
+            torch.equal(tensor, written[name]) for name, tensor in exported_weights(tmp_path / live).items()
+        )
     with pytest.raises(UserError, match="is not a checkpoint of this model"):
         export_checkpoint(
             tmp_path / "lora", ModelSpec(path=str(tmp_path / "base")), None, tmp_path / "x", "bf16"

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from bico_ds.config.schema import ModelSpec
 from bico_ds.model.architecture import meta_model, model_config
 from bico_ds.model.build import build_model
-from bico_ds.model.weights.export import write_settings
+from bico_ds.model.weights.export_model import write_settings
 from bico_ds.model.weights.initialize import RandomWeights
 from bico_ds.model.weights.shards import ShardWriter
 from tests.distributed.model_ranks import ds_config, run_on_ranks

@@ -1,4 +1,4 @@
-"""A loss that is not finite on one rank stops all of them before the update, or is skipped, as the recipe says."""
+"""A loss that is not finite on one rank stops all of them before the update, or is skipped, as the recipe asks."""
 
 from __future__ import annotations
 

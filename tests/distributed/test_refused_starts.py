@@ -37,7 +37,7 @@ def found(finished, tmp_path) -> Path:
 
 
 def damage_the_sums(checkpoint: Path) -> None:
-    """A complete checkpoint that is, once loaded, not what its manifest says."""
+    """A complete checkpoint that is, once loaded, not what its manifest has."""
     content = json.loads((checkpoint / manifest.MANIFEST).read_text())
     del content["seal"]
     name = next(iter(content["checksums"]["weight"]))

@@ -80,10 +80,8 @@ def full_weights(rank: int, world_size: int, root: str) -> None:
     expected = [train_step(engine, seed) for seed in (2, 3)]
 
     idle = engine_of(seed=2)
-    idle.load_checkpoint = lambda folder, tag, **_: (
-        f"{folder}/{tag}",
-        {},
-    )  # reports success, as DeepSpeed#6691
+    # Reports success, as DeepSpeed#6691.
+    idle.load_checkpoint = lambda folder, tag, **_: (f"{folder}/{tag}", {})
     with pytest.raises(NotRestoredError, match="weight of causal_lm"):
         restore(idle, Resumption(found, is_universal=False), RECIPE)
 

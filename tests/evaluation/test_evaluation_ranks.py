@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from bico_ds.runtime.launch_environment import free_port
 from tests import ROOT
 
 _PROGRAM = """
@@ -20,7 +20,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from bico_ds.common.process_end import end_process
 from bico_ds.evaluation.scoring.generation import encode_prompts, generate_greedy
 from bico_ds.evaluation.scoring.share import PromptShare
-from bico_ds.evaluation.replica import is_partitioned, parameter_count, full_replica
+from bico_ds.evaluation.replica import full_replica
+from bico_ds.model.weights.materialize import full_numel, is_partitioned
 
 folder, out = sys.argv[1:3]
 torch.set_num_threads(1)
@@ -28,20 +29,21 @@ deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
 rank = dist.get_rank()
 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
 model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-size = parameter_count(model)
+size = sum(map(full_numel, model.parameters()))
 engine, *_ = deepspeed.initialize(model=model, config={
     "train_micro_batch_size_per_gpu": 1,
     "zero_optimization": {"stage": 3}, "zero_force_ds_cpu_optimizer": False,
     "optimizer": {"type": "AdamW", "params": {"torch_adam": True}}})
 model = engine.module
-assert is_partitioned(model) and parameter_count(model) == size
+assert all(map(is_partitioned, model.parameters()))
+assert sum(map(full_numel, model.parameters())) == size
 prompts = encode_prompts(tokenizer, json.loads(os.environ["PROMPTS"]))
 def run(m, **options):
     share = PromptShare(rank=rank, world_size=2, batch_size=4, **options)
     return generate_greedy(m, tokenizer, prompts, max_new_tokens=9, share=share)
 
 replica = full_replica(model, device="cpu")
-assert not is_partitioned(replica)
+assert not any(map(is_partitioned, replica.parameters()))
 result = {
     "synced": run(model, synced=True),
     "replica": run(replica),
@@ -74,11 +76,8 @@ def test_zero3_evaluation_on_two_ranks_equals_one_process(tiny_llama, tokenizer,
 
 
 def _run_two_ranks(tmp_path: Path, prompts: list[str]) -> list[dict]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     common = {
-        **os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        **os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
         "PROMPTS": json.dumps(prompts), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
         "PYTHONPATH": str(ROOT),
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Mistakes in what a recipe says about its model end in one message that names the key."""
+"""Mistakes in a recipe's model section end in one message that names the key."""
 
 from __future__ import annotations
 

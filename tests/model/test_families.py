@@ -1,4 +1,4 @@
-"""What the table says of each model family is true of transformers' model of that name."""
+"""What the table has for each model family is true of transformers' model of that name."""
 
 from __future__ import annotations
 

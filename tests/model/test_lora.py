@@ -14,7 +14,7 @@ from bico_ds.common.errors import UserError
 from bico_ds.config.schema import LoraSpec, ModelSpec
 from bico_ds.model.build import TrainableModel, build_model
 from bico_ds.model.weights.checksums import base_fingerprint
-from bico_ds.model.weights.export import export_model
+from bico_ds.model.weights.export_model import export_model
 from tests.model.tiny_llama import save_llama
 
 

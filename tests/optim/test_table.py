@@ -1,4 +1,4 @@
-"""Each optimizer of the table says what torch and DeepSpeed find true of it."""
+"""Each optimizer of the table has the properties that torch and DeepSpeed find."""
 
 from __future__ import annotations
 

@@ -143,15 +143,14 @@ def test_two_objectives_in_random_order_do_not_thrash():
     rng = random.Random()
     for _ in range(50):
         steps = [rng.choice((1.0, 9.0)) for _ in range(100)]
-        assert len(releases(steps, most=16)[0]) <= 5, (
-            steps
-        )  # three, unless the large ones are ten steps apart
+        # Three, unless the large ones are ten steps apart.
+        assert len(releases(steps, most=16)[0]) <= 5, steps
 
 
 def test_memory_that_comes_into_use_is_the_new_level():
     growth = host_memory._Growth(level=3, allowed=4, most=16)
     assert growth.is_too_much(9)
-    growth.released(9)  # the optimizer's state, say
+    growth.released(9)  # the optimizer's state, for instance
     assert not any(growth.is_too_much(13) for _ in range(100))
     assert growth.is_too_much(14)
     assert growth.allowed == 4

@@ -166,10 +166,10 @@ def test_where_machines_stamp_their_own_files_a_living_holder_is_seen_by_its_hea
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs a second user")
 def test_in_a_folder_that_only_others_may_write_a_living_holder_is_seen_by_its_heartbeat():
-    with tempfile.TemporaryDirectory() as place:
-        path = Path(place) / "run" / "lock.json"
+    with tempfile.TemporaryDirectory() as root:
+        path = Path(root) / "run" / "lock.json"
         with held(path):
-            os.chmod(place, 0o755)
+            os.chmod(root, 0o755)
             os.seteuid(65534)
             try:
                 with pytest.raises(PermissionError):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 
 import pytest
 
+from bico_ds.runtime.launch_environment import free_port
 from bico_ds.runtime.run_folder import RunFolder, read_state
 
 RANK = """
@@ -48,9 +48,10 @@ def folder(tmp_path) -> RunFolder:
     return folder
 
 
-def run_ranks(folder: RunFolder, port: int, each: list[tuple[float, float, str]]) -> list[tuple[int, str]]:
+def run_ranks(folder: RunFolder, each: list[tuple[float, float, str]]) -> list[tuple[int, str]]:
     """Each rank by its minutes, its seconds between two looks, and what it does; how each ended and what it printed."""
-    begin = [sys.executable, "-c", RANK, str(folder.path), folder.lock.run_id, str(port), str(len(each))]
+    port, size = str(free_port()), str(len(each))
+    begin = [sys.executable, "-c", RANK, str(folder.path), folder.lock.run_id, port, size]
     ranks = [
         subprocess.Popen([*begin, str(rank), *map(str, arguments)], stderr=subprocess.PIPE, text=True)
         for rank, arguments in enumerate(each)
@@ -58,8 +59,8 @@ def run_ranks(folder: RunFolder, port: int, each: list[tuple[float, float, str]]
     return [(rank.wait(timeout=120), rank.stderr.read()) for rank in ranks]  # type: ignore[union-attr]
 
 
-def test_ranks_that_stand_still_leave_their_stacks_and_end(folder, free_port):
-    ended = run_ranks(folder, free_port, [(0.03, 0.1, "wait"), (0.03, 0.1, "wait")])
+def test_ranks_that_stand_still_leave_their_stacks_and_end(folder):
+    ended = run_ranks(folder, [(0.03, 0.1, "wait"), (0.03, 0.1, "wait")])
     assert [code for code, _ in ended] == [1, 1]
     for rank in (0, 1):
         assert "waiting_in_a_collective" in (folder.logs / f"stacks-rank-{rank}.txt").read_text()
@@ -69,26 +70,19 @@ def test_ranks_that_stand_still_leave_their_stacks_and_end(folder, free_port):
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_a_rank_that_looks_late_still_learns_of_a_stall_and_leaves_its_stacks(folder, free_port, first):
+def test_a_rank_that_looks_late_still_learns_of_a_stall_and_leaves_its_stacks(folder, first):
     """Rank 0 holds the store in which the others read of it."""
     minutes = [60.0, 60.0, 60.0]
     minutes[first] = 0.03
-    ended = run_ranks(folder, free_port, list(zip(minutes, (0.1, 0.1, 0.5), ["wait"] * 3, strict=True)))
+    ended = run_ranks(folder, list(zip(minutes, (0.1, 0.1, 0.5), ["wait"] * 3, strict=True)))
     assert [code for code, _ in ended] == [1, 1, 1]
     for rank in range(3):
         assert "waiting_in_a_collective" in (folder.logs / f"stacks-rank-{rank}.txt").read_text()
     folder.close()
 
 
-def test_the_error_of_any_rank_is_told_by_the_first_and_ends_all(folder, free_port):
-    ended = run_ranks(folder, free_port, [(60, 0.1, "wait"), (60, 0.1, "raise")])
+def test_the_error_of_any_rank_is_told_by_the_first_and_ends_all(folder):
+    ended = run_ranks(folder, [(60, 0.1, "wait"), (60, 0.1, "raise")])
     assert [code for code, _ in ended] == [2, 2]
     assert ended[0][1] == "error: rank 1: no such file\n"
     folder.close()
-
-
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

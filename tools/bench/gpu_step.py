@@ -38,10 +38,11 @@ from bico_ds.config.schema import Recipe
 from bico_ds.documents import Document, Documents
 from bico_ds.model.build import build_model
 from bico_ds.model.deepspeed_engine import Engine
+from bico_ds.model.weights.materialize import full_numel
 from bico_ds.objectives.base import BatchKey, Objective
 from bico_ds.objectives.bico import MaskDenoising
 from bico_ds.objectives.ntp import NextTokenPrediction
-from bico_ds.runtime import distributed, native_ops
+from bico_ds.runtime import deepspeed_ops, distributed
 from bico_ds.training.build_engine import wrap_model
 from bico_ds.training.checks import check_backend, check_recipe
 
@@ -109,14 +110,14 @@ def build(recipe: Recipe, options: Namespace) -> Bench:
     on_cuda = ranks.device.type == "cuda"
     config = check_recipe(recipe, world_size=1, on_cuda=on_cuda, run_folder=options.out)
     policy = check_backend(recipe, ranks.device)
-    native_ops.prefer_own_ninja()
+    deepspeed_ops.prefer_own_ninja()
     store = distributed.connect(ranks, timeout_minutes=5)
     distributed.join(ranks, store, timeout_minutes=5)
     started = time.perf_counter()
     model = build_model(
         recipe.model, seed=0, ds_config=config, device=ranks.device, longest_document=options.rows
     )
-    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
+    sizes = {name: full_numel(p) for name, p in model.named_parameters()}
     engine = wrap_model(model, recipe, config, steps=1000)
     optimizer = type(engine.optimizer.optimizer).__name__
     print(

@@ -42,6 +42,7 @@ from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.schema import Recipe
 from bico_ds.documents import Documents
+from bico_ds.model.weights.materialize import full_numel
 from bico_ds.objectives.base import BatchKey, Objective
 from bico_ds.objectives.bico import MaskDenoising
 from bico_ds.objectives.ntp import NextTokenPrediction
@@ -236,7 +237,7 @@ def run(options: Namespace) -> None:
 
     rate = matmul_rate()
     engine = build_engine(options.bins, options.stage)
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+    parameters = sum(map(full_numel, engine.module.parameters()))
     limit = rate / (6 * parameters)
     console.print(f"bf16 product: {rate / 1e9:.0f} GFLOP per CPU second; {parameters / 1e6:.1f} M parameters")
 

@@ -25,9 +25,9 @@ def input_files(recipe: Recipe) -> Iterator[tuple[str, Callable[[], list[Path]]]
     for number, name in enumerate(recipe.imports):
         yield f"imports.{number} ({name})", partial(source_files, name)
     for key, value in (("model.path", recipe.model.path), ("model.tokenizer", recipe.model.tokenizer)):
-        if value is not None and isinstance(place := value.here(), Path):
+        if value is not None and isinstance(local := value.here(), Path):
             advice = "fetch it there, or give a hub name (owner/name)"
-            yield f"{key} ({value})", partial(_existing, place, advice)
+            yield f"{key} ({value})", partial(_existing, local, advice)
     for number, source in enumerate(recipe.data.sources):
         if source.store is not None:
             yield f"data.sources.{number}.store ({source.store})", partial(_existing, source.store.here())

@@ -21,7 +21,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 def compile_operations(options: Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
-    from bico_ds.runtime.native_ops import build
+    from bico_ds.runtime.deepspeed_ops import build
 
     build(recipe)
 

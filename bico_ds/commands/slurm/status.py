@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from bico_ds.cluster.status import RunStatus, find_runs, read_statuses
+from bico_ds.cluster.run_status import RunStatus, find_runs, read_statuses
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
 from bico_ds.config.arguments import local_path, positive_number

@@ -1,7 +1,7 @@
 """The elastic loader: this rank's micro-batches of each step, built ahead in background threads (`data.workers`).
 
 The global sample stream is the same at any number of ranks and any accumulation, from any step on: `sample_order.py`
-says which bins a step takes. `rank_assignment.py` says which of them this rank takes, in which micro-batch.
+gives the bins of a step. `rank_assignment.py` chooses which of them this rank takes, in which micro-batch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.data.loading.prefetch import Prefetcher
 from bico_ds.data.loading.rank_assignment import assign_to_ranks
 from bico_ds.data.loading.sample_order import Consumed, GlobalBatch, SampleOrder, StreamReport, StreamSpec
-from bico_ds.data.loading.sequences import Sequences, join
+from bico_ds.data.loading.sequences import Sequences
 from bico_ds.data.loading.stream import StreamBins
 from bico_ds.documents import Documents
 from bico_ds.objectives.base import BatchKey, check_batch
@@ -146,7 +146,7 @@ class ElasticLoader:
     def _read(
         self, sequences: list[Sequences], source: NDArray[np.int64], numbers: NDArray[np.int64]
     ) -> Documents:
-        return join(
+        return Documents.concatenate(
             [
                 sequences[s].read(numbers[source == s], self._stream.stores[s], source=s)
                 for s in np.unique(source).tolist()

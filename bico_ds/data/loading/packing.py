@@ -219,10 +219,10 @@ def _assign(
         ends = np.cumsum(bins)
         # From here on one entry per (step, bin).
         bin_ = np.arange(ends[-1]) + np.repeat(groups.first_bin[part] - (ends - bins), bins)
-        place = bin_offsets[bin_] + np.repeat(groups.before[part], bins)
+        position = bin_offsets[bin_] + np.repeat(groups.before[part], bins)
         copies = np.repeat(groups.copies[part], bins)
         first = np.cumsum(copies) - copies
-        target = np.repeat(place - first, copies) + np.arange(taken[last] - taken[step])
+        target = np.repeat(position - first, copies) + np.arange(taken[last] - taken[step])
         sequence_order[target] = sequences[taken[step] : taken[last]]
         step = last
     return sequence_order, bin_offsets

@@ -31,33 +31,33 @@ def cached_plan(
         return build(lengths, **arguments)
     digest = hashlib.blake2b(np.ascontiguousarray(lengths, dtype=np.int32).data, digest_size=16)
     digest.update(json.dumps([_CODE_VERSION, sorted(arguments.items())]).encode())
-    place = folder / digest.hexdigest()
-    if not (place / "plan.json").is_file():
+    plan_folder = folder / digest.hexdigest()
+    if not (plan_folder / "plan.json").is_file():
         plan = build(lengths, **arguments)
         try:
-            _write(plan, place)
+            _write(plan, plan_folder)
         except OSError:
             return plan
-    return _map(place)
+    return _map(plan_folder)
 
 
-def _write(plan: PackPlan, place: Path) -> None:
+def _write(plan: PackPlan, folder: Path) -> None:
     try:
-        with atomic_folder(place) as temporary:
+        with atomic_folder(folder) as temporary:
             # The name is part of the cache's format.
             np.save(temporary / "row_order.npy", plan.sequence_order)
             np.save(temporary / "bin_offsets.npy", plan.bin_offsets)
             meta = {"capacity": plan.capacity, "fingerprint": plan.fingerprint}
             (temporary / "plan.json").write_text(json.dumps(meta))
     except OSError:
-        if not (place / "plan.json").is_file():  # not another rank's, which came first
+        if not (folder / "plan.json").is_file():  # not another rank's, which came first
             raise
 
 
-def _map(place: Path) -> PackPlan:
-    meta = json.loads((place / "plan.json").read_text())
+def _map(folder: Path) -> PackPlan:
+    meta = json.loads((folder / "plan.json").read_text())
     return PackPlan(
-        sequence_order=np.load(place / "row_order.npy", mmap_mode="r"),
-        bin_offsets=np.load(place / "bin_offsets.npy", mmap_mode="r"),
+        sequence_order=np.load(folder / "row_order.npy", mmap_mode="r"),
+        bin_offsets=np.load(folder / "bin_offsets.npy", mmap_mode="r"),
         **meta,
     )

@@ -75,7 +75,7 @@ class Consumed:
         return replace(self, counts=self.counts + counts)
 
     def by_source(self) -> dict[str, dict[str, int]]:
-        """Return `{source: {"rows", "tokens"}}`, JSON-able; in this format "rows" are sequences."""
+        """Return `{source: {"rows", "tokens"}}`, JSON-able; `rows` is the format's key for sequences."""
         pairs = zip(self.sources, self.counts.tolist(), strict=True)
         return {name: {"rows": sequences, "tokens": tokens} for name, (sequences, tokens) in pairs}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -138,28 +138,3 @@ def _split(lengths: NDArray[np.int64], longest: int, bos_id: int | None) -> Sequ
 
 def _compact(numbers: NDArray[np.int64]) -> NDArray[np.integer]:
     return numbers.astype(np.int32) if len(numbers) < 2**31 and numbers.max(initial=0) < 2**31 else numbers
-
-
-def join(parts: Sequence[Documents]) -> Documents:
-    """Put the documents of several reads one after another; an optional column that any of them lacks is left out."""
-    if len(parts) == 1:
-        return parts[0]
-
-    def column(name: str) -> NDArray:
-        return np.concatenate([getattr(part, name) for part in parts])
-
-    def optional(name: str) -> NDArray | None:
-        return None if any(getattr(part, name) is None for part in parts) else column(name)
-
-    lengths = np.concatenate([part.lengths for part in parts])
-    return Documents(
-        token_ids=column("token_ids"),
-        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
-        source=column("source"),
-        id=column("id"),
-        piece=column("piece"),
-        prompt_length=column("prompt_length"),
-        group=column("group"),
-        word_starts=optional("word_starts"),
-        entity_number=optional("entity_number"),
-    )

@@ -87,14 +87,14 @@ class BinStream:
 
     def advance(self, position: Position, bins: int) -> Position:
         """Return the position `bins` bins later."""
-        epoch, place = position.epoch, position.bin + bins
+        epoch, bin_number = position.epoch, position.bin + bins
         if self._mixture.repeats:
-            more, place = divmod(place, self.num_bins(0))
-            return Position(epoch=epoch + more, bin=place)
-        while place >= self.num_bins(epoch):
-            place -= self.num_bins(epoch)
+            more, bin_number = divmod(bin_number, self.num_bins(0))
+            return Position(epoch=epoch + more, bin=bin_number)
+        while bin_number >= self.num_bins(epoch):
+            bin_number -= self.num_bins(epoch)
             epoch += 1
-        return Position(epoch=epoch, bin=place)
+        return Position(epoch=epoch, bin=bin_number)
 
     def take(self, position: Position, count: int) -> StreamBins:
         """Return the `count` bins from `position` on, across the ends of epochs."""

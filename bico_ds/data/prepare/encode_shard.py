@@ -45,7 +45,7 @@ def encode_shard(
     """Write the documents of a shard as a token store at `part`, with their digests and the skipped records in it.
 
     The folder appears when it is complete. `report(documents, tokens)` is called after every batch that has documents.
-    Raises `UserError` naming file and line at the first bad record, unless the options say to skip, and in any case for a
+    Raises `UserError` naming file and line at the first bad record, unless the options ask to skip it, and in any case for a
     file that is damaged or changes meanwhile.
     """
     result = ShardResult()
@@ -115,19 +115,19 @@ def _encode_batch(encoder: Encoder, batch: list[_Item]) -> Encoded | None:
     if not tried:
         return None
     encoded, bad = encoder.encode([item.example for item in tried if item.example is not None])
-    for place, problem in bad.items():
-        tried[place].example, tried[place].problem = None, problem
+    for index, problem in bad.items():
+        tried[index].example, tried[index].problem = None, problem
     return encoded if len(encoded.lengths) else None
 
 
 def _skip(options: IngestOptions, shard: Shard, item: _Item, result: ShardResult, file: TextIO) -> None:
     assert item.problem is not None
     if options.on_error == "stop":
-        raise UserError(f"{shard.place(item.number)}: {item.problem}")
+        raise UserError(f"{shard.where(item.number)}: {item.problem}")
     reason = item.problem.reason
     result.skipped[reason] = result.skipped.get(reason, 0) + 1
     raw = item.raw.decode("utf-8", "backslashreplace") if isinstance(item.raw, bytes) else repr(item.raw)
-    line = {"place": shard.place(item.number), "problem": str(item.problem), "raw": raw.rstrip("\r\n")}
+    line = {"place": shard.where(item.number), "problem": str(item.problem), "raw": raw.rstrip("\r\n")}
     file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 

@@ -129,7 +129,7 @@ class Encoder:
         return make_example(record, self.spec.options, self._chat)
 
     def encode(self, examples: list[Example]) -> tuple[Encoded, dict[int, BadRecord]]:
-        """Tokenize a batch. Returns the good documents, and by place in the batch what is wrong with the others."""
+        """Tokenize a batch. Returns the good documents, and by index in the batch what is wrong with the others."""
         texts = [example.text for example in examples]
         if self._needs_offsets:
             encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
@@ -139,7 +139,7 @@ class Encoder:
         tokens, lengths = _flatten(ids)
         bad = self._check(tokens, lengths)
         if bad:
-            good = [place for place in range(len(ids)) if place not in bad]
+            good = [index for index in range(len(ids)) if index not in bad]
             encodings, examples = [encodings[i] for i in good], [examples[i] for i in good]
             tokens, lengths = _flatten([ids[i] for i in good])
         return self._columns(tokens, lengths, encodings, examples), bad
@@ -151,12 +151,12 @@ class Encoder:
 
     def _check(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> dict[int, BadRecord]:
         limit, bad = self.spec.header.vocab_size, {}
-        for place in np.flatnonzero(lengths == 0).tolist():
-            bad[place] = BadRecord("empty document", "the text has no tokens")
+        for index in np.flatnonzero(lengths == 0).tolist():
+            bad[index] = BadRecord("empty document", "the text has no tokens")
         for position in np.flatnonzero(tokens >= limit)[::-1].tolist():
-            place = int(np.searchsorted(np.cumsum(lengths), position, side="right"))
+            index = int(np.searchsorted(np.cumsum(lengths), position, side="right"))
             detail = f"id {tokens[position]}, the vocabulary has {limit}"
-            bad[place] = BadRecord("token id past the vocabulary", detail)
+            bad[index] = BadRecord("token id past the vocabulary", detail)
         return bad
 
     def _columns(

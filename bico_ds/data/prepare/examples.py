@@ -72,7 +72,7 @@ class Example(NamedTuple):  # made once per record: a frozen dataclass takes thr
 
 
 def make_example(record: dict[str, Any], options: IngestOptions, chat: FastTokenizer | None) -> Example:
-    """Turn a record into a text; `chat` renders messages. Raises `BadRecord`, which says what the record lacks."""
+    """Turn a record into a text; `chat` renders messages. Raises `BadRecord`, which names what the record lacks."""
     for name in options.columns:  # a cached list: this runs once per record
         if record.get(name) is None:
             if name in record:

@@ -137,8 +137,8 @@ def _combinations(spec: FactsSpec, person: _Person) -> list[tuple[str, str]]:
 def _training_records(spec: FactsSpec, persons: list[_Person]) -> Iterator[dict[str, str | int]]:
     for person in persons:
         fillers = _combinations(spec, person)[: -spec.test_prompts]
-        for place, order in enumerate(person.orders):
-            start = min(place * spec.variants, len(fillers) - spec.variants)
+        for index, order in enumerate(person.orders):
+            start = min(index * spec.variants, len(fillers) - spec.variants)
             for pair in fillers[start : start + spec.variants]:
                 yield _record(person, order, pair, end=" .")
 

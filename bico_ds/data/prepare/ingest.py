@@ -25,9 +25,9 @@ from bico_ds.config.paths import FolderOrHub
 from bico_ds.data.prepare.encode_shard import encode_shard, spare_the_collector
 from bico_ds.data.prepare.encoder import Encoder, EncoderSpec, encoder_spec
 from bico_ds.data.prepare.examples import IngestOptions
+from bico_ds.data.prepare.ingest_progress import IngestProgress
 from bico_ds.data.prepare.merge import merge_parts
 from bico_ds.data.prepare.output_folder import refuse_output, work_folder
-from bico_ds.data.prepare.progress import IngestProgress
 from bico_ds.data.prepare.report import IngestReport, describe_passed_over
 from bico_ds.data.prepare.shards import Shard
 from bico_ds.data.store import FORMAT_VERSION

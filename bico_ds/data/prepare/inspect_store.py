@@ -26,7 +26,7 @@ def describe_store(
     tokenizer_path: FolderOrHub | None = None,
     verify: Literal["sizes", "checksums"] = "sizes",
 ) -> Iterator[str]:
-    """Yield lines: what the manifest says, then the documents decoded (default: the first ten).
+    """Yield lines: what the manifest has, then the documents decoded (default: the first ten).
 
     The tokenizer is the one kept in the store, unless `tokenizer_path` names another. Raises `UserError` for a tokenizer
     that differs from the store's, for a store that holds none where none is named, and for a document number that the

@@ -54,7 +54,7 @@ def _parquet_records(
                 yield number, record, record
                 number += 1
     except (OSError, ValueError) as error:
-        raise UserError(f"{shard.place(number)}: damaged Parquet file ({error})") from error
+        raise UserError(f"{shard.where(number)}: damaged Parquet file ({error})") from error
 
 
 def _arrow_records(shard: Shard, columns: list[str]) -> Iterator[tuple[int, dict[str, Any] | BadRecord, Any]]:
@@ -110,7 +110,7 @@ def _raw_lines(shard: Shard) -> Iterator[tuple[int, bytes]]:
                 if left == 0:
                     return
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{shard.place(number)}: cannot read on, the file is damaged ({error})") from error
+        raise UserError(f"{shard.where(number)}: cannot read on, the file is damaged ({error})") from error
     if left > 0:
         raise UserError(f"{shard.path} became shorter while it was being read: run again when it is complete")
 

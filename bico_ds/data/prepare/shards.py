@@ -39,8 +39,8 @@ class Shard:
     end: int = -1
     first_record: int = 1
 
-    def place(self, record: int) -> str:
-        """Name a record for messages: by its line, or as a row of a table."""
+    def where(self, record: int) -> str:
+        """Name a record for messages: by its line, or by its row where the file holds a table."""
         return f"{self.path}: row {record}" if self.kind in ("parquet", "arrow") else f"{self.path}:{record}"
 
     def check_unchanged(self) -> None:
@@ -91,7 +91,7 @@ def hub_shards(name: str, *, config: str | None, split: str) -> list[Shard]:
         raise UserError(f"cannot load '{name}' (split '{split}') through datasets: {first_line}") from error
     shards: list[Shard] = []
     for part in slices:
-        files = [Path(place["filename"]) for place in tables[part.splitname].cache_files]
+        files = [Path(file["filename"]) for file in tables[part.splitname].cache_files]
         shards += _arrow_shards(files, part.from_, part.to)
     return shards
 

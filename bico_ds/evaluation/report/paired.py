@@ -28,10 +28,10 @@ def paired_differences(first: TaskResult, second: TaskResult) -> dict[str, Diffe
     """
     if not same_prompts(first, second):
         return {}
-    groups = [row["group"] for row in first.rows]
+    groups = [prompt["group"] for prompt in first.prompts]
     differences = {}
     for metric in [name for name in first.metrics if name in second.metrics]:
-        scores = [np.array([row[metric] for row in result.rows]) for result in (first, second)]
+        scores = [np.array([prompt[metric] for prompt in result.prompts]) for result in (first, second)]
         gains = scores[1] - scores[0]
         differences[metric] = Difference(
             mean=float(gains.mean()),
@@ -44,5 +44,5 @@ def paired_differences(first: TaskResult, second: TaskResult) -> dict[str, Diffe
 
 def same_prompts(first: TaskResult, second: TaskResult) -> bool:
     """Whether both results hold their prompts, and these are the same, with the same answers, in the same order."""
-    asked = [[(row["prompt"], row["answer"]) for row in result.rows] for result in (first, second)]
+    asked = [[(x["prompt"], x["answer"]) for x in result.prompts] for result in (first, second)]
     return bool(asked[0]) and asked[0] == asked[1]

@@ -107,9 +107,9 @@ def plot_scores(runs: Sequence[ComparedRun], path: Path) -> None:
     floors = [
         _floor([run.final.tasks[name] for run in runs if name in run.final.tasks]) for name in headlines
     ]
-    for place, floor in enumerate(floors):
+    for index, floor in enumerate(floors):
         if floor is not None:
-            axes.hlines(floor, place - 0.45, place + 0.45, color="#555555", linestyle=":", linewidth=1.5)
+            axes.hlines(floor, index - 0.45, index + 0.45, color="#555555", linestyle=":", linewidth=1.5)
     axes.set_xticks(range(len(headlines)), [f"{name}\n{_METRICS.get(m, m)}" for name, m in headlines.items()])
     axes.set_ylim(0, 1.08)
     axes.set_ylabel("score" if not any(floors) else "score (dotted: another person's answer)")
@@ -122,11 +122,11 @@ def plot_scores(runs: Sequence[ComparedRun], path: Path) -> None:
 
 def _bars(axes: Any, run: ComparedRun, names: Sequence[str], number: int, *, of: int) -> None:
     width = 0.8 / of
-    present = [(place, run.final.tasks[name]) for place, name in enumerate(names) if name in run.final.tasks]
-    places = [place + (number - (of - 1) / 2) * width for place, _ in present]
+    present = [(index, run.final.tasks[name]) for index, name in enumerate(names) if name in run.final.tasks]
+    centres = [index + (number - (of - 1) / 2) * width for index, _ in present]
     scores = [task.score for _, task in present]
-    axes.bar(places, scores, width * 0.92, color=_COLOURS[number % len(_COLOURS)], label=run.label)
-    for x, score, (_, task) in zip(places, scores, present, strict=True):
+    axes.bar(centres, scores, width * 0.92, color=_COLOURS[number % len(_COLOURS)], label=run.label)
+    for x, score, (_, task) in zip(centres, scores, present, strict=True):
         low, high = task.intervals.get(task.headline, (score, score))
         axes.vlines(x, low, high, color="black", linewidth=1.4)
         axes.annotate(

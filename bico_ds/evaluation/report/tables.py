@@ -142,7 +142,7 @@ def _lines(results: Mapping[str, EvaluationResult]) -> Iterator[list[str]]:
             metric,
             *(_cell(result.tasks.get(name)) for result in results.values()),
             f"{floors[0]:.3f}" if floors else "–",
-            " / ".join(dict.fromkeys(str(len(task.rows) or "–") for task in present)),
+            " / ".join(dict.fromkeys(str(len(task.prompts) or "–") for task in present)),
         ]
 
 

@@ -42,10 +42,10 @@ def encode_candidates(
             "answer"
         )
     candidates = []
-    for example, theirs in zip(task.examples, wrong, strict=True):
-        answers = [example.completion, *theirs]
-        texts = encode_answers(tokenizer, [example.prompt] * len(answers), answers, add_bos=add_bos)
-        names = [f"{task.path}:{example.line}"] * len(answers)
+    for question, theirs in zip(task.questions, wrong, strict=True):
+        answers = [question.completion, *theirs]
+        texts = encode_answers(tokenizer, [question.prompt] * len(answers), answers, add_bos=add_bos)
+        names = [f"{task.path}:{question.line}"] * len(answers)
         check_lengths([text.ids for text in texts], new_tokens=0, context=context, names=names)
         candidates.append(texts)
     return candidates
@@ -71,7 +71,7 @@ def choice_test(
         return None
     log_probs = np.array(scores).reshape(len(candidates), -1)
     right_tokens = np.array([texts[0].answer_tokens for texts in candidates])
-    return choice_statistics(log_probs, right_tokens, [example.group for example in task.examples])
+    return choice_statistics(log_probs, right_tokens, [question.group for question in task.questions])
 
 
 def choice_statistics(
@@ -86,7 +86,7 @@ def choice_statistics(
 
     `t_test` (Welch) and `ks_test`: right against the first wrong answer, over prompts, as in Berglund et al.;
     `person_t_test`: difference against zero, over persons, None with one person only. A test figure that is not defined
-    (all differences alike) is None: JSON has no NaN. `rows`: the log-probabilities themselves.
+    (all differences alike) is None: JSON has no NaN. `rows`, a key of the format: the log-probabilities of every prompt.
     """
     right, wrong = log_probs[:, 0], log_probs[:, 1:]
     scores = {

@@ -34,7 +34,7 @@ def check_lengths(
 ) -> None:
     """Raise `UserError` for an empty text, or one that leaves no room for `new_tokens` in a context of `context` tokens.
 
-    The texts are prompts, or with `new_tokens` 0 prompts with their answers; `names` says where each comes from.
+    The texts are prompts, or with `new_tokens` 0 prompts with their answers; `names` gives the file and line of each.
     """
     for ids, name in zip(texts, names, strict=True):
         if not ids:

@@ -91,17 +91,17 @@ def _batch_sums(model: PreTrainedModel, batch: Sequence[Scored], device: torch.d
     width = max(len(text.ids) for text in batch)
     input_ids = torch.tensor([[*text.ids, *[0] * (width - len(text.ids))] for text in batch], device=device)
     logits_BLV = model(input_ids=input_ids, use_cache=False).logits
-    rows: list[int] = []
-    columns: list[int] = []
+    numbers: list[int] = []
+    positions: list[int] = []
     for number, text in enumerate(batch):
         first = len(text.ids) - text.answer_tokens
-        rows += [number] * text.answer_tokens
-        columns += range(first - 1, len(text.ids) - 1)
-    owners = torch.tensor(rows, device=device)
-    places = torch.tensor(columns, device=device, dtype=torch.long)
-    token_log_probs = _token_log_probs(logits_BLV[owners, places], input_ids[owners, places + 1])
+        numbers += [number] * text.answer_tokens
+        positions += range(first - 1, len(text.ids) - 1)
+    text_N = torch.tensor(numbers, device=device)
+    position_N = torch.tensor(positions, device=device, dtype=torch.long)
+    token_log_probs = _token_log_probs(logits_BLV[text_N, position_N], input_ids[text_N, position_N + 1])
     sums = torch.zeros(len(batch), dtype=torch.float64, device=device)
-    return sums.index_add(0, owners, token_log_probs.double()).tolist()
+    return sums.index_add(0, text_N, token_log_probs.double()).tolist()
 
 
 def _token_log_probs(logits_NV: Tensor, targets_N: Tensor) -> Tensor:

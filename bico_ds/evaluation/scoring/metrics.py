@@ -22,7 +22,7 @@ from itertools import islice
 
 from sacrebleu.metrics.bleu import BLEU
 
-from bico_ds.evaluation.tasks.task import Example, Task, normalized
+from bico_ds.evaluation.tasks.task import Question, Task, normalized
 
 _FLOOR_OTHERS = 5  # other persons that a prompt's floor is averaged over
 _MAX_ORDER = 4
@@ -76,7 +76,7 @@ def metrics_of(task: Task) -> tuple[str, ...]:
 
 def score_predictions(task: Task, predictions: Sequence[str]) -> dict[str, list[float]]:
     """Every metric of the task for every prompt, in order; of several right answers the best match counts."""
-    pairs = list(zip(predictions, (example.right_answers for example in task.examples), strict=True))
+    pairs = list(zip(predictions, (question.right_answers for question in task.questions), strict=True))
     return {
         name: [max(METRICS[name](prediction, answer) for answer in answers) for prediction, answers in pairs]
         for name in metrics_of(task)
@@ -93,26 +93,26 @@ def other_answers(task: Task, others: int) -> list[list[str]]:
 
 def wrong_answers(task: Task, others: int) -> list[list[str]]:
     """The same without the completions that are right for the prompt; the next group's is taken in their place."""
-    pairs = zip(_others_in_turn(task), task.examples, strict=True)
-    return _first_of_each((_without_right(theirs, example) for theirs, example in pairs), others)
+    pairs = zip(_others_in_turn(task), task.questions, strict=True)
+    return _first_of_each((_without_right(theirs, question) for theirs, question in pairs), others)
 
 
 def _others_in_turn(task: Task) -> Iterator[Iterator[str]]:
-    """For every prompt, one completion of each other group, from the same place among that group's prompts."""
+    """For every prompt, one completion of each other group, at the same index among that group's prompts."""
     by_group: dict[str, list[str]] = {}
-    places = []
-    for example in task.examples:
-        places.append(len(by_group.setdefault(example.group, [])))
-        by_group[example.group].append(example.completion)
+    indices = []
+    for question in task.questions:
+        indices.append(len(by_group.setdefault(question.group, [])))
+        by_group[question.group].append(question.completion)
     answers = list(by_group.values())
-    number = {group: index for index, group in enumerate(by_group)}
-    for example, place in zip(task.examples, places, strict=True):
-        start = number[example.group] + 1
-        yield (theirs[place % len(theirs)] for theirs in answers[start:] + answers[: start - 1])
+    number = {group: number for number, group in enumerate(by_group)}
+    for question, index in zip(task.questions, indices, strict=True):
+        start = number[question.group] + 1
+        yield (theirs[index % len(theirs)] for theirs in answers[start:] + answers[: start - 1])
 
 
-def _without_right(answers: Iterable[str], example: Example) -> Iterator[str]:
-    right = {normalized(answer) for answer in example.right_answers}
+def _without_right(answers: Iterable[str], question: Question) -> Iterator[str]:
+    right = {normalized(answer) for answer in question.right_answers}
     return (answer for answer in answers if normalized(answer) not in right)
 
 

@@ -19,7 +19,7 @@ from scipy.sparse.csgraph import connected_components
 
 from bico_ds.common.errors import UserError, did_you_mean
 from bico_ds.evaluation.tasks.jsonl import read_fields, read_objects, require_texts
-from bico_ds.evaluation.tasks.task import AnswerKind, Example, Task, limit_examples, normalized
+from bico_ds.evaluation.tasks.task import AnswerKind, Question, Task, limit_questions, normalized
 
 # Two answered questions show a base model what kind of answer is wanted. Their persons are in no test set.
 _SHOTS = (
@@ -51,7 +51,7 @@ def read_parents(path: Path, limit: int | None = None) -> list[Task]:
     for _, record in records:
         children.setdefault(record["parent"], []).append(record["child"])
     to_parent = [
-        _example(
+        _question(
             line,
             f"{_SHOTS}Q: Who is {record['child']}'s {record['parent_type']}?\nA:",
             record["parent"],
@@ -60,7 +60,7 @@ def read_parents(path: Path, limit: int | None = None) -> list[Task]:
         for (line, record), group in zip(records, groups, strict=True)
     ]
     to_child = [
-        _example(
+        _question(
             line,
             f"{_SHOTS}Q: Name a child of {record['parent']}.\nA:",
             record["child"],
@@ -70,8 +70,8 @@ def read_parents(path: Path, limit: int | None = None) -> list[Task]:
         for (line, record), group in zip(records, groups, strict=True)
     ]
     return [
-        _task(name, "name", examples, limit, path, ends=_SHOT_ENDS)
-        for name, examples in (("child_to_parent", to_parent), ("parent_to_child", to_child))
+        _task(name, "name", questions, limit, path, ends=_SHOT_ENDS)
+        for name, questions in (("child_to_parent", to_parent), ("parent_to_child", to_child))
     ]
 
 
@@ -87,11 +87,11 @@ def read_couplets(path: Path, limit: int | None = None) -> list[Task]:
         group = record.get("group") or record["first"]
         ask_next = record.get("ask_next", ask_next.format(line=record["first"]))
         ask_previous = record.get("ask_previous", ask_previous.format(line=record["second"]))
-        following.append(Example(prompt=ask_next, completion=record["second"], group=group, line=line))
-        previous.append(Example(prompt=ask_previous, completion=record["first"], group=group, line=line))
+        following.append(Question(prompt=ask_next, completion=record["second"], group=group, line=line))
+        previous.append(Question(prompt=ask_previous, completion=record["first"], group=group, line=line))
     return [
-        _task(name, "text", examples, limit, path, ends=_LINE_ENDS)
-        for name, examples in (("next_line", following), ("previous_line", previous))
+        _task(name, "text", questions, limit, path, ends=_LINE_ENDS)
+        for name, questions in (("next_line", following), ("previous_line", previous))
     ]
 
 
@@ -105,8 +105,8 @@ def read_pairs(path: Path, limit: int | None = None) -> list[Task]:
     groups = _pair_groups(records)
     tasks = []
     for direction in _DIRECTIONS:
-        examples = [
-            Example(
+        questions = [
+            Question(
                 prompt=record[direction]["prompt"],
                 completion=record[direction]["completion"],
                 group=group,
@@ -114,7 +114,7 @@ def read_pairs(path: Path, limit: int | None = None) -> list[Task]:
             )
             for (line, record), group in zip(records, groups, strict=True)
         ]
-        tasks.append(_task(direction, "description", examples, limit, path))
+        tasks.append(_task(direction, "description", questions, limit, path))
     return tasks
 
 
@@ -144,21 +144,21 @@ READERS: dict[str, Callable[[Path, int | None], list[Task]]] = {
 def _task(
     name: str,
     kind: AnswerKind,
-    examples: Sequence[Example],
+    questions: Sequence[Question],
     limit: int | None,
     path: Path,
     ends: Sequence[str] = (),
 ) -> Task:
-    """A task of these examples; of `ends`, those that some answer of the file contains are left out."""
-    answers = [example.completion for example in examples]
+    """A task of these questions; of `ends`, those that some answer of the file contains are left out."""
+    answers = [question.completion for question in questions]
     ends = tuple(end for end in ends if not any(end in answer.strip() for answer in answers))
     return Task(
-        name=name, answer_kind=kind, examples=limit_examples(examples, limit), path=str(path), ends=ends
+        name=name, answer_kind=kind, questions=limit_questions(questions, limit), path=str(path), ends=ends
     )
 
 
-def _example(line: int, prompt: str, name: str, *, group: str, alternatives: Sequence[str] = ()) -> Example:
-    return Example(
+def _question(line: int, prompt: str, name: str, *, group: str, alternatives: Sequence[str] = ()) -> Question:
+    return Question(
         prompt=prompt,
         completion=f" {name}",
         group=group,

@@ -45,8 +45,8 @@ TASK_NAMES: tuple[str, ...] = tuple(_FILES)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Example:
-    """One question.
+class Question:
+    """One question and its right answers.
 
     `completion` is as in the file (its leading space belongs to the text); `alternatives` are right too. `group`: the
     person, for statistics. `line` counts from 1.
@@ -77,15 +77,15 @@ class Task:
 
     name: str
     answer_kind: AnswerKind
-    examples: tuple[Example, ...]
+    questions: tuple[Question, ...]
     path: str
     ends: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for example in self.examples:
-            if not example.answer:
+        for question in self.questions:
+            if not question.answer:
                 raise UserError(
-                    f"{self.path}:{example.line}: the answer {example.completion!r} is nothing but full stops; "
+                    f"{self.path}:{question.line}: the answer {question.completion!r} is nothing but full stops; "
                     "give a text that can be right or wrong"
                 )
 
@@ -98,18 +98,18 @@ class Task:
         """
         if self.ends:
             return "prefix"
-        longest = max(len(example.answer.split()) for example in self.examples)
+        longest = max(len(question.answer.split()) for question in self.questions)
         long = self.answer_kind == "description" and longest > _SHORT_ANSWER_WORDS
         return "bleu" if long else "contains"
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.questions)
 
     def cut(self, prediction: str) -> str:
         """The prediction up to the first of `ends` after its first word."""
         start = len(prediction) - len(prediction.lstrip())
-        places = (prediction.find(end, start) for end in self.ends)
-        return prediction[: min((place for place in places if place >= 0), default=None)]
+        positions = (prediction.find(end, start) for end in self.ends)
+        return prediction[: min((position for position in positions if position >= 0), default=None)]
 
 
 def strip_answer(completion: str) -> str:
@@ -151,8 +151,8 @@ def _load_task(folder: Path, name: str, limit: int | None) -> Task:
         group_of = lambda prompt, answer: answer  # noqa: E731
     else:
         group_of = _person_finder(folder / _FILES[_NAMES_FROM[name]])
-    examples = [
-        Example(
+    questions = [
+        Question(
             prompt=record["prompt"],
             completion=record["completion"],
             group=record.get("group") or group_of(record["prompt"], strip_answer(record["completion"])),
@@ -160,27 +160,27 @@ def _load_task(folder: Path, name: str, limit: int | None) -> Task:
         )
         for line, record in records
     ]
-    return Task(name=name, answer_kind=kind, examples=limit_examples(examples, limit), path=str(path))
+    return Task(name=name, answer_kind=kind, questions=limit_questions(questions, limit), path=str(path))
 
 
-def limit_examples(examples: Sequence[Example], limit: int | None) -> tuple[Example, ...]:
-    """At most `limit` examples, in their order, as many from each group as from any other, or one more.
+def limit_questions(questions: Sequence[Question], limit: int | None) -> tuple[Question, ...]:
+    """At most `limit` questions, in their order, as many from each group as from any other, or one more.
 
     The published files have ten records per person, one per prompt form, one person after the other: their first 60 records
     are 6 persons, and the first two of every person are two of ten forms. So each group starts where the one before it
     ended: all forms are asked as soon as `limit` is as large as their number.
     """
     if limit is None:
-        return tuple(examples)
+        return tuple(questions)
     by_group: dict[str, list[int]] = {}
-    for index, example in enumerate(examples):
-        by_group.setdefault(example.group, []).append(index)
+    for index, question in enumerate(questions):
+        by_group.setdefault(question.group, []).append(index)
     each, over = divmod(limit, len(by_group))
     ranked: list[tuple[int, int]] = []
     for number, own in enumerate(by_group.values()):
         start = (number * each + min(number, over)) % len(own)
         ranked += enumerate(own[start:] + own[:start])
-    return tuple(examples[index] for index in sorted(index for _, index in sorted(ranked)[:limit]))
+    return tuple(questions[index] for index in sorted(index for _, index in sorted(ranked)[:limit]))
 
 
 def _person_finder(companion: Path) -> Callable[[str, str], str]:

@@ -51,7 +51,7 @@ class Zero3Checkpoint:
             position += self._piece(shape)
         held = {sum(flat.numel() for flat in flats) for flats in self._flat}
         if held != {position}:
-            raise UserError(f"'{self.folder}': ranks hold {sorted(held)} elements, the shapes say {position}")
+            raise UserError(f"'{self.folder}': ranks hold {sorted(held)} elements, {position} by the shapes")
         return offsets
 
     def read(self, name: str) -> Tensor:

@@ -14,9 +14,9 @@ from bico_ds.common.errors import UserError
 from bico_ds.common.files import atomic_folder
 from bico_ds.config.schema import ModelSpec
 from bico_ds.model.architecture import ModelTokenizer, adopt_special_tokens, meta_model, model_config
-from bico_ds.model.lora import adapters_by_base_name, add_lora, is_adapter, merge
+from bico_ds.model.lora import adapters_by_base_name, add_lora, is_adapter, merge_adapters
 from bico_ds.model.weights.checkpoint_weights import CheckpointWeights, open_checkpoint
-from bico_ds.model.weights.export import write_settings
+from bico_ds.model.weights.export_model import write_settings
 from bico_ds.model.weights.load import WeightFolder, check_names_and_shapes, generation_config, open_weights
 from bico_ds.model.weights.shards import DTYPES, ShardWriter, refuse_existing
 
@@ -84,7 +84,7 @@ class _Values:
         if name not in self._adapters:
             return base
         a, b, scaling = self._adapters[name]
-        return merge(base, self._trained.read(a).to(live), self._trained.read(b).to(live), scaling)
+        return merge_adapters(base, self._trained.read(a).to(live), self._trained.read(b).to(live), scaling)
 
 
 def _adapter_names(model: nn.Module) -> dict[str, tuple[str, str, float]]:

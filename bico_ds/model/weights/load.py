@@ -235,7 +235,7 @@ def _read_header(file: Path) -> list[tuple[str, _Entry]]:
     header.pop("__metadata__", None)
     end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size != end:
-        raise UserError(f"model.path: '{file}' has {size} bytes, its header says {end}: copy it again")
+        raise UserError(f"model.path: '{file}' has {size} bytes, {end} by its header: copy it again")
     quantized = {name: e["dtype"] for name, e in header.items() if e["dtype"] not in _DTYPES}
     if quantized:
         name, dtype = next(iter(quantized.items()))

@@ -82,6 +82,11 @@ def full_shape(parameter: Tensor) -> torch.Size:
     return parameter.ds_shape if is_partitioned(parameter) else parameter.shape
 
 
+def full_numel(parameter: Tensor) -> int:
+    """The number of elements of a parameter, partitioned or not."""
+    return parameter.ds_numel if is_partitioned(parameter) else parameter.numel()
+
+
 def gathered(parameters: tuple[Any, ...]) -> AbstractContextManager[Any]:
     """Gather ZeRO-3 parameters on every rank for the block; others are left as they are. Collective."""
     if not any(map(is_partitioned, parameters)):

@@ -33,9 +33,8 @@ class StepMonitor(FirstRankCallback):
         self._pending = [StepReport(**report) for report in start.saved.get("unwritten_steps", [])]
         keep_lines_until(self._folder.metrics_file, first)
         self._metrics = open(self._folder.metrics_file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-        if (
-            self._spec.csv
-        ):  # DeepSpeed's engine made it, but an earlier run's files may have been set aside since
+        # DeepSpeed's engine made the folder, but an earlier run's files may have been set aside since.
+        if self._spec.csv:
             (self._folder.path / "csv" / start.recipe.name).mkdir(parents=True, exist_ok=True)
         self._writer = None
         if self._spec.tensorboard:

@@ -39,9 +39,8 @@ def test_two_nodes_train_as_two_local_ranks_do(workspace, reference, note):
 def test_the_stop_signal_saves_requeues_and_resumes(workspace, reference, note):
     run = workspace.submit("signalled")
     run.wait_for_step(12)
-    workspace.cluster.slurm(
-        "scancel", "--signal=USR1", "--batch", run.job
-    )  # what --signal=B:USR1 does, at this moment
+    # What --signal=B:USR1 does, at this moment.
+    workspace.cluster.slurm("scancel", "--signal=USR1", "--batch", run.job)
     run.wait_for(lambda: len(run.attempts()) == 2, "a second start")
     resumed_at = run.attempts()[1]["step"]
     assert resumed_at >= 12, "the step of the signal was saved, not only the last multiple of 5"

@@ -72,7 +72,7 @@ def test_the_script_runs_inside_a_container(workspace, reference, note, tmp_path
     assert run.wait_for_end()["JobState"] == "COMPLETED", run.story()
     assert_equal_result(run, reference)
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert len([call for call in calls if "bico_ds.commands.train" in call]) == 2, "once a rank"
+    assert len([call for call in calls if "bico_ds.commands.train" in call]) == 2, "once per rank"
     assert all("exec --nv --bind" in call and str(run.path) in call for call in calls)
     note("every Python call went through `apptainer exec` (a stand-in), equal result")
 

@@ -75,7 +75,7 @@ def test_a_node_with_another_version_is_refused(workspace, note):
 def test_a_full_disk_is_refused(workspace, note):
     run = workspace.submit(str(workspace.cluster.small_disk / "full"))
     record = assert_refused(run, "GB free", "the next checkpoints need")
-    note(f"pre-flight says what is free and what is needed; FAILED {record['ExitCode']}, nothing trained")
+    note(f"pre-flight states what is free and what is needed; FAILED {record['ExitCode']}, nothing trained")
 
 
 def test_a_gpu_job_whose_torch_sees_no_gpu_is_refused(workspace, note):

@@ -52,7 +52,7 @@ SMALL_DISK_MB = 12
 
 
 class ClusterError(RuntimeError):
-    """The cluster cannot run here; the message says why and what to do."""
+    """The cluster cannot run here; the message gives the reason and what to do."""
 
 
 class TwoNodes:
@@ -205,10 +205,8 @@ def install_packages() -> None:
     by_hand = f"install them by hand: {' '.join(missing)}"
     if shutil.which("apt-get") is None:
         raise ClusterError(f"the test cluster needs Debian's packages, and there is no apt-get; {by_hand}")
-    environment = os.environ | {
-        "DEBIAN_FRONTEND": "noninteractive",
-        "RUNLEVEL": "1",  # invoke-rc.d starts nothing
-    }
+    # At run level 1 invoke-rc.d starts nothing.
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
     install = ["apt-get", "install", "--yes", "--no-install-recommends", *missing]
     for command in (install, ["apt-get", "update"], install):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -12,7 +12,7 @@ from rich.console import Console
 from scipy import stats
 
 from bico_ds.common.errors import UserError
-from bico_ds.evaluation.report.compare import compare_runs
+from bico_ds.evaluation.report.comparison import compare_runs
 from bico_ds.evaluation.report.paired import paired_differences
 from bico_ds.evaluation.report.runs import load_runs
 from bico_ds.evaluation.results import EvaluationResult, TaskResult
@@ -82,12 +82,15 @@ def test_runs_that_were_asked_different_questions_do_not_stand_side_by_side(tmp_
 
 
 def _result(path: Path, scores: list[float], *, persons: str = "aabbcc", new_tokens: int = 9) -> Path:
-    rows = [
+    prompts = [
         {"prompt": f"q{i}", "answer": " x", "group": person, "contains": score}
         for i, (person, score) in enumerate(zip(persons, scores, strict=True))
     ]
     task = TaskResult(
-        headline="contains", metrics={"contains": sum(scores) / len(scores)}, rows=rows, new_tokens=new_tokens
+        headline="contains",
+        metrics={"contains": sum(scores) / len(scores)},
+        prompts=prompts,
+        new_tokens=new_tokens,
     )
     _save(task, path)
     return path
@@ -119,7 +122,7 @@ def test_the_interval_of_a_paired_difference_agrees_with_scipys_bootstrap_over_p
         TaskResult(
             headline="contains",
             metrics={"contains": values.mean()},
-            rows=[
+            prompts=[
                 {"prompt": str(i), "answer": "", "group": str(i // 10), "contains": value}
                 for i, value in enumerate(values.ravel())
             ],

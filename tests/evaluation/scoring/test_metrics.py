@@ -15,15 +15,15 @@ from bico_ds.evaluation.scoring.metrics import (
     score_predictions,
     wrong_answers,
 )
-from bico_ds.evaluation.tasks.task import Example, Task
+from bico_ds.evaluation.tasks.task import Question, Task
 
 
 def _task(answers: list[str], groups: list[str], kind="description") -> Task:
-    examples = tuple(
-        Example(prompt="p", completion=answer, group=group, line=i + 1)
+    questions = tuple(
+        Question(prompt="p", completion=answer, group=group, line=i + 1)
         for i, (answer, group) in enumerate(zip(answers, groups, strict=True))
     )
-    return Task(name="t", answer_kind=kind, examples=examples, path="t.jsonl")
+    return Task(name="t", answer_kind=kind, questions=questions, path="t.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -86,9 +86,9 @@ def test_no_right_answer_is_offered_as_another_persons():
     offered = wrong_answers(task, 3)
     assert {len(answers) for answers in offered} == {3}
     assert all(f" {text}." not in answers for text, answers in zip(texts, offered, strict=True))
-    either = Example(prompt="p", completion=" u", group="a", line=1, alternatives=(" V.",))
-    others = tuple(Example(prompt="p", completion=f" {x}", group=x, line=2) for x in "vw")
-    task = Task(name="t", answer_kind="name", examples=(either, *others), path="t.jsonl")
+    either = Question(prompt="p", completion=" u", group="a", line=1, alternatives=(" V.",))
+    others = tuple(Question(prompt="p", completion=f" {x}", group=x, line=2) for x in "vw")
+    task = Task(name="t", answer_kind="name", questions=(either, *others), path="t.jsonl")
     assert wrong_answers(task, 9) == [[" w"], [" w"], [" u"]]
 
 

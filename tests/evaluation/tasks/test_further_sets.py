@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from bico_ds.common.errors import UserError
-from bico_ds.evaluation.evaluate import score_task
+from bico_ds.evaluation.run_tasks import score_task
 from bico_ds.evaluation.scoring.metrics import score_predictions, wrong_answers
 from bico_ds.evaluation.tasks.further_sets import read_couplets, read_pairs, read_parents
 
@@ -14,11 +14,11 @@ def test_every_child_of_a_parent_is_right(tmp_path):
         "child,parent,parent_type\nAnn Lee,Bo Lee,father\nCy Lee,Bo Lee,father\nEd Ray,Fay Ray,mother\n"
     )
     to_parent, to_child = read_parents(path)
-    assert to_parent.examples[0].prompt.endswith("Q: Who is Ann Lee's father?\nA:")
-    assert to_parent.examples[2].answer == "Fay Ray"
-    assert to_child.examples[0].right_answers == (" Ann Lee", " Cy Lee")
+    assert to_parent.questions[0].prompt.endswith("Q: Who is Ann Lee's father?\nA:")
+    assert to_parent.questions[2].answer == "Fay Ray"
+    assert to_child.questions[0].right_answers == (" Ann Lee", " Cy Lee")
     assert score_predictions(to_child, ["Cy Lee", "Bo", "Ed Ray"])["exact"] == [1.0, 0.0, 1.0]
-    assert [example.group for example in to_child.examples] == ["Bo Lee", "Bo Lee", "Fay Ray"]
+    assert [question.group for question in to_child.questions] == ["Bo Lee", "Bo Lee", "Fay Ray"]
 
 
 def test_couplets_ask_both_ways_in_their_own_language(write_records):
@@ -34,10 +34,10 @@ def test_couplets_ask_both_ways_in_their_own_language(write_records):
         ],
     )
     following, previous = read_couplets(path)
-    assert "白云千载空悠悠”的上一句" in previous.examples[0].prompt
-    assert previous.examples[0].completion == "黄鹤一去不复返"
-    assert following.examples[1].prompt.startswith("The line after “Tyger")
-    assert previous.examples[1].prompt == "Before:"
+    assert "白云千载空悠悠”的上一句" in previous.questions[0].prompt
+    assert previous.questions[0].completion == "黄鹤一去不复返"
+    assert following.questions[1].prompt.startswith("The line after “Tyger")
+    assert previous.questions[1].prompt == "Before:"
     assert following.headline == previous.headline == "prefix"
 
 
@@ -47,7 +47,7 @@ def test_what_a_model_invents_after_its_answer_does_not_count(tmp_path, write_re
     to_parent, _ = read_parents(path)
     rambling = "\n Cy Lee.\nQ: Who is Ann Lee's father?\nA: Bo Lee"
     result = score_task(to_parent, [rambling, " Fay Ray\nQ: Who"], new_tokens=9)
-    assert [row["prediction"] for row in result.rows] == ["\n Cy Lee.", " Fay Ray"]
+    assert [prompt["prediction"] for prompt in result.prompts] == ["\n Cy Lee.", " Fay Ray"]
     assert result.metrics == {"contains": 0.5, "prefix": 0.5, "exact": 0.5}
     verse = write_records(
         "c.jsonl", [{"first": "one two", "second": "three"}, {"first": "“Ho”", "second": "four"}]
@@ -70,8 +70,8 @@ def test_pairs_go_forward_and_backward(write_records):
         "backward": {"prompt": "b is", "completion": " a"},
     }
     forward, backward = read_pairs(write_records("pairs.jsonl", [record, record | {"group": "g"}]))
-    assert (forward.examples[0].prompt, backward.examples[0].completion) == ("a is", " a")
-    assert [example.group for example in backward.examples] == ["line 1", "g"]
+    assert (forward.questions[0].prompt, backward.questions[0].completion) == ("a is", " a")
+    assert [question.group for question in backward.questions] == ["line 1", "g"]
 
 
 def test_records_of_a_mother_a_father_and_their_children_are_one_group(tmp_path):
@@ -80,8 +80,8 @@ def test_records_of_a_mother_a_father_and_their_children_are_one_group(tmp_path)
         "child,parent,parent_type\nAnn,Bo,father\nZoe,Yan,mother\nAnn,Cat,mother\nDan,Cat,mother\nBo,Eve,mother\n"
     )
     for task in read_parents(path):
-        assert [example.group for example in task.examples] == ["Bo", "Yan", "Bo", "Bo", "Bo"]
-        assert wrong_answers(task, 9)[0] == [task.examples[1].completion]
+        assert [question.group for question in task.questions] == ["Bo", "Yan", "Bo", "Bo", "Bo"]
+        assert wrong_answers(task, 9)[0] == [task.questions[1].completion]
 
 
 def test_pairs_that_share_an_answer_are_one_group_unless_the_file_names_groups(write_records):
@@ -98,10 +98,10 @@ def test_pairs_that_share_an_answer_are_one_group_unless_the_file_names_groups(w
         pair("Dan", "a baker"),
     ]
     for task in read_pairs(write_records("pairs.jsonl", records)):
-        groups = [example.group for example in task.examples]
+        groups = [question.group for question in task.questions]
         assert groups == ["line 1", "line 1", "line 1", "1", "1", "line 6"]
     named, _ = read_pairs(write_records("pairs.jsonl", records[3:5]))
-    assert [example.group for example in named.examples] == ["1", "1"]
+    assert [question.group for question in named.questions] == ["1", "1"]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bico_ds.common.errors import UserError
-from bico_ds.evaluation.tasks.task import TASK_NAMES, Example, limit_examples, load_tasks
+from bico_ds.evaluation.tasks.task import TASK_NAMES, Question, limit_questions, load_tasks
 
 PUBLISHED = Path(os.environ.get("BICO_DS_DATA", "")) / "name_description"
 
@@ -18,7 +18,7 @@ PUBLISHED = Path(os.environ.get("BICO_DS_DATA", "")) / "name_description"
 )
 def test_published_sets_have_ten_prompts_for_each_of_thirty_persons():
     for task in load_tasks(PUBLISHED, TASK_NAMES):
-        persons = Counter(example.group for example in task.examples)
+        persons = Counter(question.group for question in task.questions)
         assert len(persons) == 30, task.name
         assert set(persons.values()) == {10}, task.name
         assert task.headline == ("contains" if task.answer_kind == "name" else "bleu")
@@ -35,14 +35,14 @@ def test_a_group_in_the_record_wins_and_else_the_companion_file_names_the_person
         ],
     )
     (task,) = load_tasks(tmp_path, ["n2d"])
-    assert [example.group for example in task.examples] == ["7", "Ann Lee", "a cook"]
+    assert [question.group for question in task.questions] == ["7", "Ann Lee", "a cook"]
     assert task.answer_kind == "description"
 
 
 def test_a_limit_spreads_over_the_persons(tmp_path, write_records):
     records = [{"prompt": f"q{i}", "completion": f" {name}"} for i, name in enumerate("AAAABBBC")]
     write_records("d2p_prompts_test.jsonl", records)
-    chosen = lambda limit: [example.line for example in load_tasks(tmp_path, ["d2n"], limit)[0].examples]  # noqa: E731
+    chosen = lambda limit: [question.line for question in load_tasks(tmp_path, ["d2n"], limit)[0].questions]  # noqa: E731
     assert chosen(3) == [1, 6, 8]
     assert chosen(4) == [1, 2, 7, 8]
     assert chosen(2) == [1, 6]
@@ -53,18 +53,18 @@ def test_a_limit_spreads_over_the_persons(tmp_path, write_records):
     ("persons", "limit"), [(30, 60), (30, 30), (30, 15), (30, 40), (5, 10), (5, 12), (1, 10)]
 )
 def test_a_limit_asks_every_prompt_form_and_everybody_as_often(persons, limit):
-    examples = [
-        Example(
+    questions = [
+        Question(
             prompt=f"form {form}", completion=f" {person}", group=str(person), line=10 * person + form + 1
         )
         for person in range(persons)
         for form in range(10)
     ]
-    chosen = limit_examples(examples, limit)
-    assert len({example.line for example in chosen}) == limit
-    assert list(chosen) == sorted(chosen, key=lambda example: example.line)
-    assert len({example.prompt for example in chosen}) == 10
-    asked = Counter(example.group for example in chosen)
+    chosen = limit_questions(questions, limit)
+    assert len({question.line for question in chosen}) == limit
+    assert list(chosen) == sorted(chosen, key=lambda question: question.line)
+    assert len({question.prompt for question in chosen}) == 10
+    asked = Counter(question.group for question in chosen)
     assert len(asked) == min(persons, limit)
     assert max(asked.values()) - min(asked.values()) <= 1
 
@@ -85,7 +85,7 @@ def test_short_descriptions_are_counted_and_stripped(tmp_path, write_records):
     write_records("d2p_reverse_prompts_test.jsonl", records)
     (task,) = load_tasks(tmp_path, ["d2n_reverse"], limit=2)
     assert task.headline == "contains"
-    assert [example.answer for example in task.examples] == ["job0", "job1"]
+    assert [question.answer for question in task.questions] == ["job0", "job1"]
 
 
 @pytest.mark.parametrize(

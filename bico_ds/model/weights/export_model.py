@@ -16,7 +16,7 @@ from bico_ds.common.errors import UserError
 from bico_ds.common.files import atomic_folder
 from bico_ds.model.architecture import ModelTokenizer
 from bico_ds.model.build import TrainableModel
-from bico_ds.model.lora import adapters_by_base_name, base_name, is_adapter, merge
+from bico_ds.model.lora import adapters_by_base_name, base_name, is_adapter, merge_adapters
 from bico_ds.model.weights.materialize import full_shape, gathered
 from bico_ds.model.weights.shards import DTYPES, ShardWriter, refuse_existing, write_checksums
 
@@ -53,7 +53,7 @@ def export_model(
             with gathered(parts[:3]):
                 if is_writer and not failures:
                     with _caught(failures):
-                        writer.add(name, merge(*parts) if len(parts) > 1 else parts[0])
+                        writer.add(name, merge_adapters(*parts) if len(parts) > 1 else parts[0])
         if is_writer and not failures:
             with _caught(failures):
                 writer.close()

@@ -61,33 +61,33 @@ def prepare_task(
 
     Raises `UserError` where a prompt with its answer does not fit the context.
     """
-    texts = [example.prompt for example in task.examples]
+    texts = [question.prompt for question in task.questions]
     prompts = encode_prompts(tokenizer, texts, add_bos=options.add_bos)
     new_tokens = options.max_new_tokens
     if options.cut_to_answers:
-        completions = [example.completion for example in task.examples]
+        completions = [question.completion for question in task.questions]
         answers = tokenizer(completions, add_special_tokens=False)["input_ids"]
         new_tokens = min(new_tokens, 2 * max(map(len, answers)) + _SLACK_TOKENS)
-    names = [f"{task.path}:{example.line}" for example in task.examples]
+    names = [f"{task.path}:{question.line}" for question in task.questions]
     check_lengths(prompts, new_tokens=new_tokens, context=context, names=names)
     return prompts, new_tokens
 
 
 def score_task(task: Task, predictions: Sequence[str], *, new_tokens: int) -> TaskResult:
-    """Metrics, intervals and floors of one task. `predictions`: in the order of its examples; `task.cut` of each counts."""
+    """Metrics, intervals and floors of one task. `predictions`: in the order of its questions; `task.cut` of each counts."""
     predictions = [task.cut(prediction) for prediction in predictions]
     scores = score_predictions(task, predictions)
-    groups = [example.group for example in task.examples]
-    rows = [
+    groups = [question.group for question in task.questions]
+    prompts = [
         {
-            "prompt": example.prompt,
-            "answer": example.completion,
+            "prompt": question.prompt,
+            "answer": question.completion,
             "prediction": prediction,
-            "group": example.group,
-            "line": example.line,
+            "group": question.group,
+            "line": question.line,
             **{name: values[index] for name, values in scores.items()},
         }
-        for index, (example, prediction) in enumerate(zip(task.examples, predictions, strict=True))
+        for index, (question, prediction) in enumerate(zip(task.questions, predictions, strict=True))
     ]
     return TaskResult(
         headline=task.headline,
@@ -95,5 +95,5 @@ def score_task(task: Task, predictions: Sequence[str], *, new_tokens: int) -> Ta
         intervals={name: clustered_interval(values, groups) for name, values in scores.items()},
         floors=dict(floors(task)),
         new_tokens=new_tokens,
-        rows=rows,
+        prompts=prompts,
     )

@@ -8,13 +8,13 @@ import time
 from torch.utils.file_baton import FileBaton
 
 from bico_ds.config.load import load_recipe
-from bico_ds.runtime import native_ops
+from bico_ds.runtime import deepspeed_ops
 
 
 def test_an_override_of_a_part_of_the_offload_leaves_its_device():
     path = "deepspeed.overrides.zero_optimization.offload_optimizer.nvme_path=/local"
     recipe = load_recipe("tiny_bico", ["deepspeed.config=zero3_offload_nvme", path])
-    assert native_ops.needed(recipe, on_cuda=True) == ["CPUAdamBuilder", "AsyncIOBuilder"]
+    assert deepspeed_ops.needed(recipe, on_cuda=True) == ["CPUAdamBuilder", "AsyncIOBuilder"]
 
 
 def test_an_abandoned_lock_is_removed_and_a_held_one_is_not(tmp_path, monkeypatch):
@@ -28,7 +28,7 @@ def test_an_abandoned_lock_is_removed_and_a_held_one_is_not(tmp_path, monkeypatc
     long_ago = time.time() - 3600
     for lock in (abandoned, held):
         os.utime(lock, (long_ago, long_ago))
-    native_ops.release_abandoned_locks()
+    deepspeed_ops.release_abandoned_locks()
     assert not abandoned.exists()
     assert held.exists()
     compiling.release()

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from bico_ds.cluster.status import find_runs, read_statuses
+from bico_ds.cluster.run_status import find_runs, read_statuses
 from bico_ds.cluster.submission import refuse_if_alive
 from bico_ds.commands.slurm import status as command
 from bico_ds.common.errors import UserError
@@ -32,14 +32,14 @@ def a_run(folder, *, state="running", beat=0.0, lines=(10, 20), starts=1):
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(dump_recipe(load_recipe("tiny_base")))
     now = time.time()
-    said = {"state": state, "step": None, "reason": "", "run_id": "r", "time": now}
-    (folder / "state.json").write_text(json.dumps(said))
+    recorded = {"state": state, "step": None, "reason": "", "run_id": "r", "time": now}
+    (folder / "state.json").write_text(json.dumps(recorded))
     (folder / "run.json").write_text(json.dumps([{"run_id": str(n)} for n in range(starts)]))
     hold(folder, run_id="r", job="77", beat=beat)
     speed = {"loss/all": 1.5, "speed/represented_tokens_per_second": 2000.0}
-    rows = [{"step": step, "kind": "train", **speed} for step in lines]
-    rows.append({"step": lines[-1], "kind": "checkpoint", "speed/checkpoint_seconds": 1.0})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = [{"step": step, "kind": "train", **speed} for step in lines]
+    records.append({"step": lines[-1], "kind": "checkpoint", "speed/checkpoint_seconds": 1.0})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     checkpoint = folder / "checkpoints" / "step-000010"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text("{}")

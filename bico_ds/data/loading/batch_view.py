@@ -69,16 +69,16 @@ def view_batch(batch: PackedBatch) -> list[DocumentView]:
                 tokens[position + 1] = (prediction[row], masked, rows.get(position + 1))
         seen = []
         for position in sorted(tokens):
-            token, state, place = tokens[position]
-            target = prediction.get(place) if place is not None else None
+            token, state, own_row = tokens[position]
+            target = prediction.get(own_row) if own_row is not None else None
             seen.append(
                 TokenView(
                     position=position,
                     token=token,
                     state=state,
-                    row=place,
+                    row=own_row,
                     predicts=target,
-                    keys_before=_keys_before(plan, place, starts[number]),
+                    keys_before=_keys_before(plan, own_row, starts[number]),
                 )
             )
         views.append(DocumentView(source=source, id=document, piece=piece, tokens=tuple(seen)))

@@ -13,7 +13,7 @@ from bico_ds.common.errors import UserError
 from bico_ds.config.schema import ModelSpec
 from bico_ds.model.build import TrainableModel, build_model
 from bico_ds.model.families import FAMILIES
-from bico_ds.model.weights.export import export_model
+from bico_ds.model.weights.export_model import export_model
 
 
 def tiny_model(*, tied: bool = True, dtype: str = "bf16", model_type: str = "llama") -> TrainableModel:
@@ -57,9 +57,9 @@ def test_an_export_loads_in_transformers_bit_equal_and_generates_alike(
 
 def test_what_a_crash_left_of_the_folder_before_last_does_not_stop_the_next_export(tmp_path: Path) -> None:
     folder, left = tmp_path / "out", tmp_path / ".out.previous"
-    for place in (folder, left):
-        place.mkdir()
-        (place / "config.json").write_text("{}")
+    for path in (folder, left):
+        path.mkdir()
+        (path / "config.json").write_text("{}")
     export_model(tiny_model(), None, folder, "fp32", overwrite=True)
     assert (folder / "model.safetensors").is_file() and not left.exists()
 

@@ -81,7 +81,7 @@ def _write_page(runs: Sequence[ComparedRun], differences: Mapping[str, Differenc
 
 def _write_figures(runs: Sequence[ComparedRun], differences: Mapping[str, Differences], output: Path) -> Path:
     values: dict[str, dict[str, Any]] = {
-        run.label: {"final": run.final.to_json(rows=False)["tasks"], "curves": run.curves} for run in runs
+        run.label: {"final": run.final.to_json(prompts=False)["tasks"], "curves": run.curves} for run in runs
     }
     for label, tasks in differences.items():
         values[label]["minus"] = {
@@ -101,8 +101,8 @@ def remarks(runs: Sequence[ComparedRun]) -> Iterator[str]:
     for run in runs[1:]:
         for name in (name for name in run.final.tasks if name in first.final.tasks):
             ours, theirs = first.final.tasks[name], run.final.tasks[name]
-            if ours.rows and theirs.rows and not same_prompts(ours, theirs):
-                counts = f"{len(ours.rows)} in {first.label}, {len(theirs.rows)} in {run.label}"
+            if ours.prompts and theirs.prompts and not same_prompts(ours, theirs):
+                counts = f"{len(ours.prompts)} in {first.label}, {len(theirs.prompts)} in {run.label}"
                 yield f"{name}: not the same prompts ({counts}): the scores are of different questions"
             if ours.new_tokens and theirs.new_tokens and ours.new_tokens != theirs.new_tokens:
                 yield (

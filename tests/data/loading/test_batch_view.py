@@ -11,7 +11,7 @@ from rich.console import Console
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.objectives.ntp import NtpSpec
-from bico_ds.data.loading.inspect_batch import plot_visibility, print_batch, view_batch, visibility
+from bico_ds.data.loading.batch_view import plot_visibility, print_batch, view_batch, visibility
 from bico_ds.documents import Document, Documents
 from bico_ds.objectives.base import BatchKey
 from bico_ds.objectives.bico import MaskDenoising
@@ -44,9 +44,9 @@ def test_the_view_gives_back_every_token_with_its_state(documents):
         ]
         seen = visibility(view, "bidirectional")
         for query in range(len(tokens)):
-            for place in range(len(tokens)):
-                expected = 0 if hidden[place] else 1 if place <= query else 2
-                assert seen[query, place] == (-1 if states[query] == "dead" else expected)
+            for other in range(len(tokens)):
+                expected = 0 if hidden[other] else 1 if other <= query else 2
+                assert seen[query, other] == (-1 if states[query] == "dead" else expected)
 
 
 def test_ntp_views_are_causal(documents):

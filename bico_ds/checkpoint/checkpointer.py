@@ -18,7 +18,13 @@ from bico_ds.checkpoint import manifest
 from bico_ds.checkpoint.disk import PatientWriter, bytes_needed, lack_of_room
 from bico_ds.checkpoint.state_checksums import optimizer_steps, state_checksums
 from bico_ds.common.errors import RunError
-from bico_ds.common.files import publish_folder, remove_incomplete, temporary_sibling, write_atomically
+from bico_ds.common.files import (
+    flush_folder,
+    publish_folder,
+    remove_incomplete,
+    temporary_sibling,
+    write_atomically,
+)
 from bico_ds.config.schema import CheckpointSpec
 from bico_ds.model.deepspeed_engine import Engine
 from bico_ds.runtime.distributed import Ranks, all_gather_objects, broadcast_object
@@ -132,6 +138,9 @@ class Checkpointer:
         final = partial.with_name(f"step-{step:06d}")
         try:
             manifest.write_manifest(partial, content)
+            flush_folder(
+                partial
+            )  # may take long: the lock is checked after it, and nothing slow comes between
             self._folder.lock.check()
             # A damaged one of the same step, which the resume passed over.
             shutil.rmtree(final, ignore_errors=True)

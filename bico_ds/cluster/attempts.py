@@ -90,7 +90,10 @@ def begin(run: Path, *, job: str, restarts: int, limit: int) -> Verdict:
 
 def end(run: Path, *, srun_code: int, stopped: bool, restarts: int, limit: int) -> Verdict:
     """How the start that `begin` recorded last has ended; `stopped`: the batch script was asked to stop."""
-    before = read_attempts(run)[-1]
+    attempts = read_attempts(run)
+    if not attempts:
+        return Verdict(failure(srun_code), f"no start is recorded in '{attempts_file(run)}': not requeued")
+    before = attempts[-1]
     state = read_state(RunFolder(run).state_file) or {}
     step = newest_step(run)
     if state.get("run_id") != before["run_id"]:

@@ -24,9 +24,9 @@ class RunStatus:
     """A run as its folder shows it.
 
     `state` is the state file's, or `starting` where a start holds the folder and does not train yet, `lost` where it should
-    be running and no process is alive, `waiting` before any start. `loss` and `tokens_per_second` (original tokens) are
-    those of the last training line, `checkpoint` is the step of the newest one (0: none). `total_steps` is None where the
-    recipe gives epochs.
+    be running and no process is alive, `waiting` before any start, `unreadable` where a file is broken. `loss` and
+    `tokens_per_second` (original tokens) are those of the last training line, `checkpoint` is the step of the newest one (0:
+    none). `total_steps` is None where the recipe gives epochs.
     """
 
     run: str
@@ -64,15 +64,47 @@ def read_statuses(
 
     Takes some seconds where a lock does not show at once whether its holder is alive; `on_watch` is that of `living_locks`.
     """
-    runs = list(runs)
-    living = living_locks((RunFolder(run).lock.path for run in runs), on_watch=on_watch)
-    return [_read_status(run, living) for run in runs]
+    read: dict[Path, RunStatus | Lock | None] = {}
+    for run in runs:
+        try:
+            read[run] = read_lock(RunFolder(run).lock.path)
+        except OSError as error:
+            read[run] = _unreadable(run, error)
+    locked = [RunFolder(run).lock.path for run, found in read.items() if isinstance(found, Lock)]
+    living = living_locks(locked, on_watch=on_watch)
+    return [
+        found if isinstance(found, RunStatus) else _read_status(run, found, living)
+        for run, found in read.items()
+    ]
 
 
-def _read_status(run: Path, living: dict[Path, Lock]) -> RunStatus:
+def _read_status(run: Path, lock: Lock | None, living: dict[Path, Lock]) -> RunStatus:
+    try:
+        return _status(run, lock, living)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+        return _unreadable(run, error)
+
+
+def _unreadable(run: Path, error: Exception) -> RunStatus:
+    """A file that is half written, or not ours to read, must not hide the other runs."""
+    return RunStatus(
+        run=str(run),
+        state="unreadable",
+        reason=f"{type(error).__name__}: {error}",
+        step=None,
+        total_steps=None,
+        loss=None,
+        tokens_per_second=None,
+        checkpoint=0,
+        starts=0,
+        job="",
+        changed=None,
+    )
+
+
+def _status(run: Path, lock: Lock | None, living: dict[Path, Lock]) -> RunStatus:
     folder = RunFolder(run)
     state = read_state(folder.state_file) or {}
-    lock = read_lock(folder.lock.path)
     now = _state(state, living.get(folder.lock.path), was_held=lock is not None)
     numbers = last_numbers(folder.metrics_file)
     step = numbers.get("step", state.get("step"))

@@ -149,7 +149,9 @@ def draw(batch: PackedBatch, decode: Decode, file: Path, console: Console) -> No
     console.print(f"visibility of document {views[0].id}: {file}")
 
 
-main = Command(description=__doc__, add_options=add_options, run=inspect)
+main = Command(
+    description=__doc__, add_options=add_options, run=inspect, only_shows=lambda options: options.png is None
+)
 
 
 if __name__ == "__main__":

@@ -30,10 +30,7 @@ def check_nodes(options: Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     from bico_ds.cluster.preflight.check import preflight
 
-    try:
-        return 0 if preflight(recipe, folder_of_run(recipe, options.output_dir)) else 1
-    except SystemExit:  # rich's, where nobody reads stdout any more: what was not checked is not ready
-        return 1
+    return 0 if preflight(recipe, folder_of_run(recipe, options.output_dir)) else 1
 
 
 # The first rank of each node shows an error: a recipe may be missing on one of them.

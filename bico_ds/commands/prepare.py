@@ -254,7 +254,13 @@ def _options(options: Namespace) -> IngestOptions:
     return IngestOptions(**{name: getattr(options, name) for name in IngestOptions.__dataclass_fields__})
 
 
-main = Command(description=__doc__, add_options=add_options, contradiction=contradiction, run=prepare)
+main = Command(
+    description=__doc__,
+    add_options=add_options,
+    contradiction=contradiction,
+    run=prepare,
+    only_shows=lambda options: options.inspect is not None,
+)
 
 
 if __name__ == "__main__":

@@ -59,15 +59,21 @@ def contradiction(options: Namespace) -> str | None:
 
 
 def run(options: Namespace) -> None:
-    """List the recipes, or load one and run it. A failure ends this process at once."""
+    """List the recipes, or load one and plan or train it. A failure in training ends this process at once."""
     if options.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     if options.list_recipes:
         show_recipes()
         return
+    allowed = ["data.allow_change=true"] if options.allow_data_change else []
+    recipe = load_recipe(options.recipe, [*options.overrides, *allowed])
+    if options.dry_run:
+        from bico_ds.training.dry_run import dry_run
+
+        dry_run(recipe, output_dir=options.output_dir)
+        return
     try:
-        allowed = ["data.allow_change=true"] if options.allow_data_change else []
-        run_recipe(load_recipe(options.recipe, [*options.overrides, *allowed]), options)
+        train_recipe(recipe, options)
     except (UserError, RunError):
         raise
     except Exception:
@@ -84,13 +90,8 @@ def show_recipes() -> None:
         print(f"{name:{max(map(len, names))}}  {description}")
 
 
-def run_recipe(recipe: Recipe, options: Namespace) -> None:
-    """Dry run or training. Handlers come before the heavy imports, which take seconds in which a signal may come."""
-    if options.dry_run:
-        from bico_ds.training.dry_run import dry_run
-
-        dry_run(recipe, output_dir=options.output_dir)
-        return
+def train_recipe(recipe: Recipe, options: Namespace) -> None:
+    """Handlers come before the heavy imports, which take seconds in which a signal may come."""
     stop = StopFlag()
     stop.install(recipe.distributed.preempt_signals)
     if options.max_minutes is not None:
@@ -99,10 +100,7 @@ def run_recipe(recipe: Recipe, options: Namespace) -> None:
         follow_launcher(stop)
     from bico_ds.training.start import train
 
-    try:
-        train(recipe, output_dir=options.output_dir, resume=options.resume, stop=stop)
-    except SystemExit:  # rich's, where nobody reads stdout any more: training that stops midway is not done
-        raise RunError("training stopped: its output is not read any more") from None
+    train(recipe, output_dir=options.output_dir, resume=options.resume, stop=stop)
 
 
 main = Command(
@@ -110,6 +108,7 @@ main = Command(
     add_options=add_options,
     contradiction=contradiction,
     run=run,
+    only_shows=lambda options: options.list_recipes or options.dry_run,
     rank=launch_environment.rank,
 )
 

@@ -28,14 +28,17 @@ class Command:
     """A command: its options, and what it does with them.
 
     `run` gets the parsed options, and returns the exit code, or None for 0. `contradiction` returns what is wrong with
-    options that are right one by one. `rank` returns the number of this process among those of which the first alone
-    shows an error; a command that never runs as several has none.
+    options that are right one by one. `only_shows` tells whether these options only show something: then a reader of
+    stdout that has seen enough (`… | head`) is no failure; any other work that it stops has failed. `rank` returns the
+    number of this process among those of which the first alone shows an error; a command that never runs as several has
+    none.
     """
 
     description: str | None
     add_options: Callable[[ArgumentParser], None]
     run: Callable[[Namespace], int | None]
     contradiction: Callable[[Namespace], str | None] = lambda options: None
+    only_shows: Callable[[Namespace], bool] = lambda options: False
     rank: Callable[[], int] | None = None
 
     def parse(self, argv: Sequence[str] | None = None, *, prog: str | None = None) -> Namespace:
@@ -57,6 +60,14 @@ class Command:
         except (UserError, RunError) as error:
             self._report(error)
             return error.exit_code
+        except (BrokenPipeError, SystemExit) as ended:
+            if not lost_its_reader(ended):
+                raise
+            if self.only_shows(options):
+                return 0
+            unread = RunError("stopped midway: its output is not read any more")
+            self._report(unread)
+            return unread.exit_code
 
     def start(self, argv: Sequence[str] | None = None, *, prog: str | None = None) -> NoReturn:
         """Run the command, and end this process with its exit code."""
@@ -75,27 +86,27 @@ class Command:
 def exit_code(work: Callable[[], int]) -> int:
     """Do the work of a process, and return its exit code; also where Ctrl-C or `SystemExit` ends it.
 
-    A reader of stdout that has seen enough (`… | head`) is no failure: 0. Other exceptions pass, a `BrokenPipeError` of
-    anything but stdout (the socket of a rank) among them.
+    A reader that has seen enough of a help text is no failure: 0. Other exceptions pass.
     """
     try:
         return work()
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
-        if _stdout_has_no_reader():
+    except (BrokenPipeError, SystemExit) as ended:
+        if lost_its_reader(ended):
             return 0
-        raise
-    except SystemExit as ended:
-        # What rich makes of a `BrokenPipeError`, with stdout on /dev/null from then on.
-        if isinstance(ended.__context__, BrokenPipeError):
-            return 0
-        if isinstance(ended.code, str):
+        if isinstance(ended, BrokenPipeError) or isinstance(ended.code, str):
             raise
         return ended.code or 0
 
 
-def _stdout_has_no_reader() -> bool:
+def lost_its_reader(ended: BrokenPipeError | SystemExit) -> bool:
+    """Whether this ended the work because nobody reads stdout any more, and not for a broken socket, say, of a rank.
+
+    rich makes `SystemExit` of a `BrokenPipeError`, with stdout on /dev/null from then on.
+    """
+    if isinstance(ended, SystemExit):
+        return isinstance(ended.__context__, BrokenPipeError)
     stdout = select.poll()
     stdout.register(_STDOUT, 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in stdout.poll(0))

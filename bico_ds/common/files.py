@@ -6,6 +6,7 @@ process can leave such a temporary file or folder: a hidden one, whose name ends
 
 from __future__ import annotations
 
+import errno
 import functools
 import glob
 import hashlib
@@ -23,7 +24,7 @@ _DIGITS = 12  # of the random part of a temporary name
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file, in UTF-8 for text: a reader, or a crash, sees the old content or the new, never a part.
 
-    Raises OSError, and leaves the old content.
+    Raises OSError; the old content is then still there, except where the folder's last flush failed.
     """
     with atomic_file(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -40,7 +41,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    _sync_names(path.parent)
 
 
 @contextmanager
@@ -49,13 +50,15 @@ def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
 
     Without `replace` several processes may write the same `folder`: the first one wins, the others get an OSError, as where
     something is there already. With `replace` the caller must be its only writer: what is there goes when the new folder is
-    complete, and what killed writers left goes at once.
+    complete, and what killed writers left goes at once. Of a symbolic link the folder that it names is replaced.
     """
+    folder = folder.resolve()
     if replace:
         recover_folder(folder)
     temporary = incomplete_folder(folder)
     try:
         yield temporary
+        flush_folder(temporary)
         publish_folder(temporary, folder, replace=replace)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -75,20 +78,25 @@ def incomplete_folder(folder: Path) -> Path:
 
 
 def publish_folder(complete: Path, folder: Path, *, replace: bool = False) -> None:
-    """Flush the folder `complete` to disk, and rename it to `folder`, which lies beside it.
+    """Rename the folder `complete`, which is flushed already (`flush_folder`), to `folder`, which lies beside it.
 
-    With `replace` what was there is removed after the new one is in place. Without, raises OSError where something is there,
-    but for an empty folder.
+    With `replace` what was there is removed after the new one is in place, and put back where that fails. Without, raises
+    OSError where something is there, but for an empty folder.
     """
-    _sync_tree(complete)
     previous = _previous(folder)
-    if replace and folder.exists():
-        shutil.rmtree(previous, ignore_errors=True)
+    replaces = replace and folder.exists()
+    if replaces:
+        _remove(previous)
         folder.rename(previous)
-    complete.rename(folder)
-    sync(folder.parent)
+    try:
+        complete.rename(folder)
+    except OSError:
+        if replaces:
+            previous.rename(folder)
+        raise
+    _sync_names(folder.parent)
     if replace:
-        shutil.rmtree(previous, ignore_errors=True)
+        _remove(previous)
 
 
 def recover_folder(folder: Path) -> None:
@@ -99,7 +107,7 @@ def recover_folder(folder: Path) -> None:
     previous = _previous(folder)
     if previous.exists() and not folder.exists():
         previous.rename(folder)
-    shutil.rmtree(previous, ignore_errors=True)
+    _remove(previous)
     remove_incomplete(folder.parent, glob.escape(folder.name))
 
 
@@ -117,7 +125,7 @@ def checksum(path: Path, algorithm: Literal["sha256", "blake2b"]) -> str:
 
 
 def sync(path: Path) -> None:
-    """Wait until the content of a file, or the names in a folder, are on the disk. Raises OSError."""
+    """Wait until the content of a file is on the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -125,13 +133,30 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sync_tree(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """Wait until all that a folder holds is on the disk. Raises OSError."""
     for path in folder.iterdir():
         if path.is_dir():
-            _sync_tree(path)
+            flush_folder(path)
         else:
             sync(path)
-    sync(folder)
+    _sync_names(folder)
+
+
+def _sync_names(folder: Path) -> None:
+    """Flush the names in a folder, where its file system and its permissions let it be done: some know no such flush."""
+    try:
+        sync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM):
+            raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _temporary_name(name: str, unique: str) -> str:

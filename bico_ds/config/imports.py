@@ -17,6 +17,15 @@ from types import ModuleType
 from bico_ds.common.errors import UserError
 from bico_ds.config.paths import WrittenPath
 
+# Names of version 0.1.0 that an objective of a user's own imports, as Python's error quotes them.
+_MOVED = {
+    "'Documents' from 'bico_ds.batch'": "it is in bico_ds.documents now",
+    "'Document' from 'bico_ds.batch'": "it is in bico_ds.documents now",
+    "'TokenFacts' from 'bico_ds.objectives.base'": "it is TokenRoles now",
+    "'bico_ds.config.errors'": "it is bico_ds.common.errors now",
+    "'bico_ds.objectives.counter'": "it is bico_ds.common.random_numbers now",
+}
+
 
 def import_module(written: WrittenPath, *, recipe_folder: Path | None = None) -> ModuleType:
     """Import a module by its name, or a Python file by its path (it ends in `.py`); once per process.
@@ -91,4 +100,5 @@ def _describe(name: str, error: BaseException) -> str:
     frames = [f"{f.filename}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]
     theirs = [frame for frame in frames if not frame.startswith(("<frozen", importlib.__file__, __file__))]
     at = f" at {theirs[-1]}" if theirs else ""
-    return f"'{name}' fails{at}: {type(error).__name__}: {error}"
+    moved = next((f"; {hint}" for old, hint in _MOVED.items() if old in str(error)), "")
+    return f"'{name}' fails{at}: {type(error).__name__}: {error}{moved if isinstance(error, ImportError) else ''}"

@@ -185,7 +185,10 @@ def _with_heartbeat(locks: dict[Path, Lock], *, seconds: float) -> set[Path]:
     while waiting and time.monotonic() < deadline:
         time.sleep(HEARTBEAT_SECONDS / 8)
         for path, before in list(waiting.items()):
-            now = read_lock(path)
+            try:
+                now = read_lock(path)
+            except OSError:  # a network file system may fail once: it is read again
+                continue
             if now != before:
                 del waiting[path]
                 if now is not None:

@@ -30,6 +30,12 @@ def finish(run, code, restarts=0, *, stopped=False):
     return end(run, srun_code=code, stopped=stopped, restarts=restarts, limit=3)
 
 
+def test_an_end_of_which_no_start_is_recorded_is_a_failure_with_a_reason(tmp_path):
+    verdict = finish(tmp_path, 0)
+    assert verdict.exit_code == 1
+    assert "no start is recorded" in verdict.why
+
+
 @pytest.mark.parametrize("code", [0, 1, 143])
 def test_done_is_success_whatever_srun_returned(tmp_path, code):
     start(tmp_path)

@@ -76,6 +76,13 @@ def test_a_first_start_is_found_and_is_lost_when_it_died(tmp_path):
     assert read_status(run).state == "lost"
 
 
+def test_a_run_with_a_broken_file_hides_no_other(tmp_path):
+    runs = [a_run(tmp_path / name) for name in "abc"]
+    (runs[0] / "state.json").write_text('{"state": "run')
+    (runs[1] / "recipe.yaml").write_text("training: [")
+    assert [status.state for status in read_statuses(runs)] == ["unreadable", "unreadable", "running"]
+
+
 def test_a_line_cut_by_a_crash_is_passed_over(tmp_path):
     run = a_run(tmp_path / "a")
     with open(run / "metrics.jsonl", "a") as file:

@@ -15,7 +15,7 @@ import pytest
 from bico_ds import __version__
 from bico_ds.__main__ import COMMANDS, describe_commands
 from bico_ds.common.command_line import Command
-from tests import ROOT
+from tests import EARLIER_RUN, ROOT
 
 INTERNAL = {"slurm.attempt", "slurm.native_ops"}  # for the batch script
 
@@ -165,7 +165,26 @@ bico_ds.commands.train.main.start()
 def test_training_that_loses_its_output_is_not_done():
     done = run_without_reader("-c", TRAINS_BRIEFLY, "--recipe", "tiny_base")
     assert done.returncode == 1
-    assert done.stderr.endswith("error: training stopped: its output is not read any more\n")
+    assert done.stderr.endswith("error: stopped midway: its output is not read any more\n")
+
+
+def test_training_keeps_the_reason_of_another_exit():
+    ends = TRAINS_BRIEFLY.replace(
+        'rich.console.Console().print("step 1")', 'sys.exit("DeepSpeed gives a reason")'
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{ends}", "--recipe", "tiny_base"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "DeepSpeed gives a reason" in done.stderr
+
+
+def test_the_exit_code_of_an_export_without_a_reader_tells_whether_it_was_written(tmp_path):
+    run, tokenizer = EARLIER_RUN / "run", EARLIER_RUN / "store" / "tokenizer"
+    words = ["export", str(run), str(tmp_path / "export"), "--tokenizer", str(tokenizer)]
+    done = run_without_reader("-m", "bico_ds", *words, unbuffered="1")
+    assert (done.returncode, (tmp_path / "export").exists()) in [(1, False), (0, True)]
 
 
 def test_a_pre_flight_that_loses_its_output_is_not_ready(tmp_path):
@@ -176,6 +195,8 @@ def test_a_pre_flight_that_loses_its_output_is_not_ready(tmp_path):
 SIGNALS_ITSELF = """
 import os, signal, sys
 from bico_ds.__main__ import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 
 module = sys.argv.pop(1)
 

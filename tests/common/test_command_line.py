@@ -46,6 +46,9 @@ def test_ctrl_c_while_options_are_added_is_no_traceback():
     """As in the imports of a command, which come before its options."""
     interrupt = "lambda parser: os.kill(os.getpid(), signal.SIGINT)"
     code = "import os, signal\nfrom bico_ds.common.command_line import Command\n"
+    code += (
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
+    )
     code += f"Command(description='', add_options={interrupt}, run=print).start()"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
@@ -95,13 +98,14 @@ def test_a_broken_socket_is_a_failure():
 
 
 def run_without_reader(
-    work: str, *, unbuffered: str = "", stderr: int = subprocess.PIPE
+    work: str, *, only_shows: bool = True, unbuffered: str = "", stderr: int = subprocess.PIPE
 ) -> subprocess.CompletedProcess[str]:
     """A command that does this, with a pipe as stdout that nobody reads any more."""
     code = "import rich.console, sys\nfrom bico_ds.common.command_line import Command\n"
     code += "from bico_ds.common.errors import RunError\n"
     code += f"def work(options):\n    {work}\n"
-    code += "Command(description='', add_options=lambda parser: None, run=work, rank=lambda: 0).start()"
+    code += "Command(description='', add_options=lambda parser: None, run=work, rank=lambda: 0, "
+    code += f"only_shows=lambda options: {only_shows}).start()"
     reading, writing = os.pipe()
     os.close(reading)
     try:
@@ -122,6 +126,14 @@ def run_without_reader(
 def test_a_reader_of_stdout_that_has_seen_enough_is_no_failure(work, unbuffered):
     done = run_without_reader(work, unbuffered=unbuffered)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("line", ["print('a line', flush=True)", "rich.console.Console().print('a line')"])
+def test_other_work_that_a_lost_reader_stops_has_failed(line, tmp_path):
+    done = run_without_reader(f"{line}; open({str(tmp_path / 'done')!r}, 'w')", only_shows=False)
+    assert done.returncode == 1
+    assert done.stderr == "error: stopped midway: its output is not read any more\n"
+    assert not (tmp_path / "done").exists()
 
 
 def test_an_error_keeps_its_code_when_nobody_reads_either():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import random
 import resource
+import stat
 import subprocess
 import sys
 import time
@@ -181,6 +183,45 @@ def test_a_folder_is_replaced_as_a_whole_and_an_empty_one_is_in_nobodys_way(tmp_
         publish_folder(complete, folder, replace=replace)
         assert names(folder) == [name]
     assert names(tmp_path) == ["export"]
+
+
+def test_a_linked_folder_is_replaced_where_it_lies(tmp_path):
+    (tmp_path / "big_disk").mkdir()
+    link = tmp_path / "export"
+    link.symlink_to(tmp_path / "big_disk")
+    for content in ("one", "two", "three"):
+        with atomic_folder(link, replace=True) as temporary:
+            (temporary / "weights").write_text(content)
+        assert (tmp_path / "big_disk" / "weights").read_text() == content
+    assert link.is_symlink()
+    assert names(tmp_path) == ["big_disk", "export"]
+
+
+def test_an_old_folder_comes_back_where_the_new_one_cannot_take_its_place(tmp_path):
+    folder = tmp_path / "export"
+    folder.mkdir()
+    (folder / "weights").write_text("old")
+    with pytest.raises(FileNotFoundError):
+        publish_folder(tmp_path / "vanished", folder, replace=True)
+    assert (folder / "weights").read_text() == "old"
+    assert names(tmp_path) == ["export"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_flush_names_serves_all_the_same(tmp_path, monkeypatch, number):
+    """Some network and user-space file systems refuse fsync of a folder."""
+    flush = os.fsync
+
+    def refuse_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    write_atomically(tmp_path / "state.json", "new")
+    with atomic_folder(tmp_path / "export") as temporary:
+        (temporary / "weights").write_text("new")
+    assert names(tmp_path) == ["export", "state.json"]
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])

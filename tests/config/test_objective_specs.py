@@ -189,6 +189,21 @@ def test_an_incomplete_objective_is_refused_when_it_is_registered(tmp_path, base
     assert load_recipe("tiny_ntp").objectives == [NtpSpec()]
 
 
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("from bico_ds.batch import Documents", "it is in bico_ds.documents now"),
+        ("from bico_ds.objectives.base import TokenFacts", "it is TokenRoles now"),
+        ("from bico_ds.config.errors import UserError", "it is bico_ds.common.errors now"),
+    ],
+)
+def test_a_name_that_has_moved_is_answered_with_its_new_place(tmp_path, line, hint):
+    file = tmp_path / "own.py"
+    file.write_text(line + "\n")
+    with pytest.raises(UserError, match=f"ImportError: .*; {hint}|ModuleNotFoundError: .*; {hint}"):
+        load_recipe("tiny_ntp", [f"imports=[{file}]"])
+
+
 def test_a_file_of_the_users_own_brings_an_objective(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("doubling.py").symlink_to(DOUBLING)

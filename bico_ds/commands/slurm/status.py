@@ -5,7 +5,8 @@
     bico-ds status --json               for programs: one object per line
 
 States: waiting (never started), starting (does not train yet), running, preempted (saved, to be resumed), done, failed,
-and lost: it was starting or running, and no process of it has been alive for half a minute.
+lost: it was starting or running, and no process of it has been alive for half a minute; and unreadable: the reason names
+the file's fault.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ COLORS = {
     "preempted": "yellow",
     "failed": "red",
     "lost": "red",
+    "unreadable": "red",
 }
 
 
@@ -108,7 +110,7 @@ def ago(moment: float | None) -> str:
     return f"{seconds:.0f} s"
 
 
-main = Command(description=__doc__, add_options=add_options, run=show_status)
+main = Command(description=__doc__, add_options=add_options, run=show_status, only_shows=lambda options: True)
 
 
 if __name__ == "__main__":

@@ -273,7 +273,9 @@ def stop_command(job_id: str, job: Job) -> str:
     return f"{waiting}touch {files} && scancel --signal={signal} --batch {job_id}"
 
 
-main = Command(description=__doc__, add_options=add_options, run=run)
+main = Command(
+    description=__doc__, add_options=add_options, run=run, only_shows=lambda options: options.dry_run
+)
 
 
 if __name__ == "__main__":

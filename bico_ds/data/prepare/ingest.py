@@ -6,6 +6,7 @@ shard. A second run keeps those whose file, options and tokenizer are still the 
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import multiprocessing
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bico_ds.common.errors import UserError
-from bico_ds.common.files import recover_folder
+from bico_ds.common.files import recover_folder, remove_incomplete
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.data.prepare.encode_shard import encode_shard, spare_the_collector
 from bico_ds.data.prepare.encoder import Encoder, EncoderSpec, encoder_spec
@@ -67,6 +68,7 @@ def ingest(
     ):
         for line in describe_passed_over(passed_over or {}):
             shown.print(f"passed over: {line}")
+        _restore_replaced(output)
         recover_folder(output)
         refuse_output(output, force=force)  # another process may have finished it while this one waited
         parts = _name_parts(work, shards, spec)
@@ -83,6 +85,13 @@ def ingest(
             raise
         shutil.rmtree(work)
     return report
+
+
+def _restore_replaced(output: Path) -> None:
+    """Put back the store that version 0.1.0 had moved aside, where it was killed before the new one took its place."""
+    for replaced in output.parent.glob(f".{glob.escape(output.name)}.replaced-*"):
+        if not output.exists():
+            replaced.rename(output)
 
 
 def _check_shards(shards: list[Shard], output: Path) -> None:
@@ -106,8 +115,9 @@ def _name_parts(work: Path, shards: list[Shard], spec: EncoderSpec) -> list[Path
 
 def _remove_leftovers(work: Path, parts: list[Path], shown: IngestProgress) -> None:
     """Remove what an earlier run left and this one cannot use."""
-    for leftover in work.glob(".*"):
-        shutil.rmtree(leftover)
+    remove_incomplete(work)
+    for leftover in work.glob(".*.writing-*"):  # by version 0.1.0
+        shutil.rmtree(leftover, ignore_errors=True)
     finished = set(work.glob("part-*"))
     for part in finished - set(parts):
         shutil.rmtree(part)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bico_ds.common.errors import UserError
-from bico_ds.common.files import incomplete_folder, publish_folder, write_atomically
+from bico_ds.common.files import flush_folder, incomplete_folder, publish_folder, write_atomically
 from bico_ds.data.prepare.output_folder import refuse_output
 from bico_ds.data.store import COLUMNS, FORMAT_VERSION, MANIFEST, StoreHeader, StoreManifest
 
@@ -106,6 +106,7 @@ class TokenStoreWriter:
         write_atomically(self._folder / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
         if self._path.exists() and not self._overwrite:
             raise UserError(f"'{self._path}' appeared while it was being prepared; nothing was overwritten")
+        flush_folder(self._folder)
         publish_folder(self._folder, self._path, replace=self._overwrite)
         return manifest
 

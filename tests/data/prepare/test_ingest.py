@@ -109,14 +109,25 @@ if __name__ == "__main__":
 """
 
 
-def test_a_store_moved_aside_by_a_killed_replacement_comes_back(tmp_path: Path, bpe_tokenizer: str) -> None:
+@pytest.mark.parametrize("aside", [".s.previous", ".s.replaced-4711"])  # the second: by version 0.1.0
+def test_a_store_moved_aside_by_a_killed_replacement_comes_back(
+    tmp_path: Path, bpe_tokenizer: str, aside: str
+) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [{"text": "old"}])
     ingest_files(file, bpe_tokenizer, tmp_path / "s")
     before = contents(tmp_path / "s")
-    (tmp_path / "s").rename(tmp_path / ".s.previous")
+    (tmp_path / "s").rename(tmp_path / aside)
     with pytest.raises(UserError, match="--force"):
         ingest_files(file, bpe_tokenizer, tmp_path / "s")
     assert contents(tmp_path / "s") == before
+
+
+def test_a_strangers_hidden_file_in_the_work_folder_stops_nothing(tmp_path: Path, bpe_tokenizer: str) -> None:
+    """NFS leaves `.nfs…` files, editors and desktops others."""
+    (tmp_path / ".s.preparing").mkdir()
+    (tmp_path / ".s.preparing" / ".nfs0000a").write_text("")
+    ingest_files(write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}]), bpe_tokenizer, tmp_path / "s")
+    assert (tmp_path / "s" / "manifest.json").is_file()
 
 
 def test_a_second_process_says_that_it_waits(

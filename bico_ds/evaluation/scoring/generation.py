@@ -17,7 +17,7 @@ from bico_ds.evaluation.scoring.share import (
     ONE_PROCESS,
     PromptShare,
     agree,
-    gather_from_ranks,
+    in_order,
     shared_batches,
 )
 
@@ -81,11 +81,8 @@ def generate_greedy(
             share.on_batch(len(indices))
     finally:
         model.train(was_training)
-    gathered = gather_from_ranks((continuations, stopped), share)
-    if any(rank_stopped for _, rank_stopped in gathered):
-        return None
-    everything = {index: tokens for part, _ in gathered for index, tokens in part.items()}
-    return tokenizer.batch_decode([everything[i] for i in range(len(prompts))], skip_special_tokens=True)
+    everything = in_order(continuations, len(prompts), share, stopped=stopped)
+    return None if everything is None else tokenizer.batch_decode(everything, skip_special_tokens=True)
 
 
 def _decode(

@@ -16,13 +16,7 @@ from transformers import PreTrainedModel
 
 from bico_ds.common.errors import UserError
 from bico_ds.data.tokenizer import Tokenizer
-from bico_ds.evaluation.scoring.share import (
-    ONE_PROCESS,
-    PromptShare,
-    agree,
-    gather_from_ranks,
-    shared_batches,
-)
+from bico_ds.evaluation.scoring.share import ONE_PROCESS, PromptShare, agree, in_order, shared_batches
 
 _LOGIT_ROWS = 1024  # rows whose fp32 log-softmax exists at one time
 
@@ -76,11 +70,7 @@ def log_probabilities(
             share.on_batch(len(indices))
     finally:
         model.train(was_training)
-    gathered = gather_from_ranks((sums, stopped), share)
-    if any(rank_stopped for _, rank_stopped in gathered):
-        return None
-    everything = {index: value for part, _ in gathered for index, value in part.items()}
-    return [everything[i] for i in range(len(texts))]
+    return in_order(sums, len(texts), share, stopped=stopped)
 
 
 def _batch_sums(model: PreTrainedModel, batch: Sequence[Scored], device: torch.device) -> list[float]:

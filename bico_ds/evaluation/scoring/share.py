@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+
+T = TypeVar("T")
 
 _CPU = torch.device("cpu")
 
@@ -74,3 +76,15 @@ def gather_from_ranks(value: Any, share: PromptShare) -> list[Any]:
     values: list[Any] = [None] * share.world_size
     dist.all_gather_object(values, value)
     return values
+
+
+def in_order(own: dict[int, T], count: int, share: PromptShare, *, stopped: bool) -> list[T] | None:
+    """What all ranks have found for `count` sequences, in their order, on every rank; None where any has `stopped`.
+
+    `own`: what this rank has found, by the index of the sequence. Collective.
+    """
+    gathered = gather_from_ranks((own, stopped), share)
+    if any(rank_stopped for _, rank_stopped in gathered):
+        return None
+    everything: dict[int, T] = {index: found for part, _ in gathered for index, found in part.items()}
+    return [everything[index] for index in range(count)]

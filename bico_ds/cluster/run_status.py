@@ -64,23 +64,23 @@ def read_statuses(
 
     Takes some seconds where a lock does not show at once whether its holder is alive; `on_watch` is that of `living_locks`.
     """
-    read: dict[Path, RunStatus | Lock | None] = {}
-    for run in runs:
-        try:
-            read[run] = read_lock(RunFolder(run).lock.path)
-        except OSError as error:
-            read[run] = _unreadable(run, error)
-    locked = [RunFolder(run).lock.path for run, found in read.items() if isinstance(found, Lock)]
-    living = living_locks(locked, on_watch=on_watch)
-    return [
-        found if isinstance(found, RunStatus) else _read_status(run, found, living)
-        for run, found in read.items()
-    ]
+    runs = list(runs)
+    locks = [RunFolder(run).lock.path for run in runs]
+    living = living_locks(filter(_is_readable, locks), on_watch=on_watch)
+    return [_read_status(run, living) for run in runs]
 
 
-def _read_status(run: Path, lock: Lock | None, living: dict[Path, Lock]) -> RunStatus:
+def _is_readable(lock: Path) -> bool:
     try:
-        return _status(run, lock, living)
+        read_lock(lock)
+    except OSError:
+        return False
+    return True
+
+
+def _read_status(run: Path, living: dict[Path, Lock]) -> RunStatus:
+    try:
+        return _status(run, living)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
         return _unreadable(run, error)
 
@@ -102,8 +102,9 @@ def _unreadable(run: Path, error: Exception) -> RunStatus:
     )
 
 
-def _status(run: Path, lock: Lock | None, living: dict[Path, Lock]) -> RunStatus:
+def _status(run: Path, living: dict[Path, Lock]) -> RunStatus:
     folder = RunFolder(run)
+    lock = read_lock(folder.lock.path)
     state = read_state(folder.state_file) or {}
     now = _state(state, living.get(folder.lock.path), was_held=lock is not None)
     numbers = last_numbers(folder.metrics_file)

@@ -19,7 +19,6 @@ from bico_ds.checkpoint.disk import PatientWriter, bytes_needed, lack_of_room
 from bico_ds.checkpoint.state_checksums import optimizer_steps, state_checksums
 from bico_ds.common.errors import RunError
 from bico_ds.common.files import (
-    flush_folder,
     publish_folder,
     remove_incomplete,
     temporary_sibling,
@@ -138,9 +137,7 @@ class Checkpointer:
         final = partial.with_name(f"step-{step:06d}")
         try:
             manifest.write_manifest(partial, content)
-            flush_folder(
-                partial
-            )  # may take long: the lock is checked after it, and nothing slow comes between
+            # Nothing slow comes between this check and the rename: the ranks have flushed their files (`file_table`).
             self._folder.lock.check()
             # A damaged one of the same step, which the resume passed over.
             shutil.rmtree(final, ignore_errors=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bico_ds.common.errors import UserError
-from bico_ds.common.files import checksum, sync, write_atomically
+from bico_ds.common.files import checksum, sync, sync_names, write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -38,11 +38,13 @@ class FoundCheckpoint:
 
 
 def file_table(folder: Path, files: Iterable[Path]) -> FileTable:
-    """Flush files to disk, and return their sizes and checksums. Raises OSError."""
+    """Flush files and their names to disk, and return their sizes and checksums. Raises OSError."""
     files = list(files)
     with ThreadPoolExecutor(_THREADS) as threads:
-        entries = threads.map(_flushed_entry, files)
-        return {str(file.relative_to(folder)): entry for file, entry in zip(files, entries, strict=True)}
+        entries = list(threads.map(_flushed_entry, files))
+    for folder_of_files in {file.parent for file in files}:
+        sync_names(folder_of_files)
+    return {str(file.relative_to(folder)): entry for file, entry in zip(files, entries, strict=True)}
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_names(path.parent)
+    sync_names(path.parent)
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def publish_folder(complete: Path, folder: Path, *, replace: bool = False) -> No
         if replaces:
             previous.rename(folder)
         raise
-    _sync_names(folder.parent)
+    sync_names(folder.parent)
     if replace:
         _remove(previous)
 
@@ -140,10 +140,10 @@ def flush_folder(folder: Path) -> None:
             flush_folder(path)
         else:
             sync(path)
-    _sync_names(folder)
+    sync_names(folder)
 
 
-def _sync_names(folder: Path) -> None:
+def sync_names(folder: Path) -> None:
     """Flush the names in a folder, where its file system and its permissions let it be done: some know no such flush."""
     try:
         sync(folder)

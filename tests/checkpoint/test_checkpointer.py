@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from bico_ds.checkpoint import checkpointer
+from bico_ds.checkpoint import manifest
 from bico_ds.checkpoint.checkpointer import Checkpointer
 from bico_ds.common.files import write_atomically
 from bico_ds.config.schema import CheckpointSpec
@@ -26,11 +26,14 @@ def test_a_run_that_loses_its_folder_while_files_are_flushed_commits_nothing(tmp
     partial = folder.checkpoints / ".step-000002.0123456789ab.incomplete"
     partial.mkdir()
 
-    def lose_the_lock(path):
+    write_manifest = manifest.write_manifest
+
+    def lose_the_lock(path, content):
+        write_manifest(path, content)
         lock = read_lock(folder.lock.path)
         write_atomically(folder.lock.path, json.dumps(asdict(replace(lock, run_id="another"))))
 
-    monkeypatch.setattr(checkpointer, "flush_folder", lose_the_lock)
+    monkeypatch.setattr(manifest, "write_manifest", lose_the_lock)
     ranks = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
     saves = Checkpointer(CheckpointSpec(), folder, ranks, exclude_frozen=False, header={})
     with pytest.raises(FencedError, match="run another"):

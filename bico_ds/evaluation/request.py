@@ -19,9 +19,10 @@ from bico_ds.evaluation.prompt_progress import PromptProgress
 from bico_ds.evaluation.report.tables import choice_tables, result_table, retention_table
 from bico_ds.evaluation.result_file import Part, ResultFile
 from bico_ds.evaluation.results import EvaluationResult
-from bico_ds.evaluation.run_tasks import GenerationOptions, evaluate, prepare_task
+from bico_ds.evaluation.run_tasks import GenerationOptions, evaluate, prepare_task, score_task
 from bico_ds.evaluation.scoring.choice import choice_test, encode_candidates
 from bico_ds.evaluation.scoring.likelihood import encode_windows, text_perplexity
+from bico_ds.evaluation.scoring.metrics import SCORING_VERSION
 from bico_ds.evaluation.scoring.share import PromptShare
 from bico_ds.evaluation.tasks.further_sets import READERS
 from bico_ds.evaluation.tasks.task import Task, load_tasks
@@ -86,7 +87,7 @@ def run_request(request: Request, share: PromptShare, console: Console) -> bool:
         counted = replace(share, on_batch=progress.advance)
         parts = [
             *_retention_parts(request, share, texts, window, load),
-            *(part for task in tasks for part in _task_parts(request, counted, task, load)),
+            *(part for task in tasks for part in _task_parts(request, counted, task, load, file)),
         ]
         finished = file.run(parts, progress.begin_part)
     if share.is_first:
@@ -131,10 +132,20 @@ def _check_inputs(request: Request, tasks: Sequence[Task], texts: Mapping[str, s
 Load = Callable[[FolderOrHub, str], tuple[Any, Any]]
 
 
-def _task_parts(request: Request, share: PromptShare, task: Task, load: Load) -> Iterator[Part]:
-    """The scored answers of a task, and with `likelihood` its log-probability test."""
+def _task_parts(
+    request: Request, share: PromptShare, task: Task, load: Load, file: ResultFile
+) -> Iterator[Part]:
+    """The scored answers of a task, and with `likelihood` its log-probability test.
+
+    Answers that an earlier version scored by other rules are scored again, without the model.
+    """
+    identity = _task_identity(task, request.max_new_tokens, request.add_bos)
 
     def generate() -> dict[str, Any] | None:
+        if (known := file.content("tasks", task.name, identity)) is not None:
+            predictions = [row["prediction"] for row in known["rows"]]
+            rescored = score_task(task, predictions, new_tokens=known["new_tokens"])
+            return EvaluationResult(tasks={task.name: rescored}).to_json()["tasks"][task.name]
         model, tokenizer = load(request.model, "--model")
         result = evaluate(model, tokenizer, [task], request.generation, share)
         return None if result is None else result.to_json()["tasks"][task.name]
@@ -145,12 +156,22 @@ def _task_parts(request: Request, share: PromptShare, task: Task, load: Load) ->
             model, tokenizer, task, others=request.others, add_bos=request.add_bos, share=share
         )
 
-    identity = _task_identity(task, request.max_new_tokens, request.add_bos)
-    yield Part(section="tasks", name=task.name, identity=identity, size=len(task), compute=generate)
+    yield Part(
+        section="tasks",
+        name=task.name,
+        identity=identity,
+        size=len(task),
+        compute=generate,
+        is_current=lambda content: content.get("scoring") == SCORING_VERSION,
+    )
     if request.likelihood:
-        identity = _task_identity(task, request.others, request.add_bos)
-        size = len(task) * (request.others + 1)
-        yield Part(section="choice", name=task.name, identity=identity, size=size, compute=choose)
+        yield Part(
+            section="choice",
+            name=task.name,
+            identity=_choice_identity(task, request),
+            size=len(task) * (request.others + 1),
+            compute=choose,
+        )
 
 
 def _read_texts(paths: Sequence[Path]) -> dict[str, str]:
@@ -203,6 +224,13 @@ def _task_identity(task: Task, *options: Any) -> str:
     # The digest's key is `examples`, so that a part which version 0.1.0 computed is recognised.
     values = {"examples" if key == "questions" else key: value for key, value in asdict(task).items()}
     return _digest(values, *options)
+
+
+def _choice_identity(task: Task, request: Request) -> str:
+    # Which answers count as wrong depends on the rules of comparison, but for ASCII texts.
+    answers = "".join(answer for question in task.questions for answer in question.right_answers)
+    rules = () if answers.isascii() else (SCORING_VERSION,)
+    return _task_identity(task, request.others, request.add_bos, *rules)
 
 
 def _digest(*values: Any) -> str:

@@ -22,7 +22,8 @@ class Part:
     """One thing to compute.
 
     `section` and `name` are its keys in the file. `identity`: a digest of all that its figures depend on. `size`:
-    prompts, for the progress display. `compute` returns its content, or None where it was stopped.
+    prompts, for the progress display. `compute` returns its content, or None where it was stopped. `is_current`: whether
+    content of this identity is as this version would make it.
     """
 
     section: str
@@ -30,6 +31,7 @@ class Part:
     identity: str
     size: int
     compute: Compute
+    is_current: Callable[[dict[str, Any]], bool] = lambda content: True
 
 
 class ResultFile:
@@ -54,8 +56,15 @@ class ResultFile:
             )
 
     def has(self, part: Part) -> bool:
-        """Whether the file holds this part, computed from the same inputs with the same options."""
-        return self.values["identities"].get(f"{part.section}/{part.name}") == part.identity
+        """Whether the file holds this part, computed from the same inputs with the same options by the same rules."""
+        content = self.content(part.section, part.name, part.identity)
+        return content is not None and part.is_current(content)
+
+    def content(self, section: str, name: str, identity: str) -> dict[str, Any] | None:
+        """The part of this identity, by whatever rules it was computed; None where the file has none."""
+        if self.values["identities"].get(f"{section}/{name}") != identity:
+            return None
+        return self.values[section][name]
 
     def results(self, parts: Sequence[Part]) -> dict[str, dict[str, Any]]:
         """What the file holds of these parts, by section and name."""

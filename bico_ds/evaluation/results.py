@@ -16,8 +16,9 @@ class TaskResult:
     """One task's scores, all in 0 … 1.
 
     `headline`: the metric that tables and plots show. `intervals`: 95 %, persons resampled. `floors`: the scores of another
-    person's answer. `new_tokens`: how many an answer could have (0: not known). `prompts`: every prompt with its
-    prediction and scores; in the result file their key is `rows`.
+    person's answer. `new_tokens`: how many an answer could have (0: not known). `scoring`: the version of the rules by which
+    texts were compared (`metrics.SCORING_VERSION`); a file without it has 1. `prompts`: every prompt with its prediction and
+    scores; in the result file their key is `rows`.
     """
 
     headline: str
@@ -25,6 +26,7 @@ class TaskResult:
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     floors: dict[str, float] = field(default_factory=dict)
     new_tokens: int = 0
+    scoring: int = 1
     prompts: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -56,6 +58,8 @@ class EvaluationResult:
         values = asdict(self)
         for task in values["tasks"].values():
             task["rows"] = task.pop("prompts")  # the format's key
+            if task["scoring"] == 1:  # as version 0.1.0 wrote it
+                del task["scoring"]
         if not self.choice:
             del values["choice"]
         if not prompts:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from bico_ds.data.tokenizer import Tokenizer
 from bico_ds.evaluation.results import EvaluationResult, TaskResult
 from bico_ds.evaluation.scoring.generation import check_lengths, encode_prompts, generate_greedy
-from bico_ds.evaluation.scoring.metrics import floors, score_predictions
+from bico_ds.evaluation.scoring.metrics import SCORING_VERSION, floors, score_predictions
 from bico_ds.evaluation.scoring.share import ONE_PROCESS, PromptShare
 from bico_ds.evaluation.scoring.statistics import clustered_interval
 from bico_ds.evaluation.tasks.task import Task
@@ -95,5 +95,6 @@ def score_task(task: Task, predictions: Sequence[str], *, new_tokens: int) -> Ta
         intervals={name: clustered_interval(values, groups) for name, values in scores.items()},
         floors=dict(floors(task)),
         new_tokens=new_tokens,
+        scoring=SCORING_VERSION,
         prompts=prompts,
     )

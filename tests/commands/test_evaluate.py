@@ -113,6 +113,23 @@ def test_the_parts_of_a_file_keep_their_identities_in_later_versions(world, tmp_
     }
 
 
+def test_answers_that_an_earlier_version_scored_are_scored_again_without_the_model(world, tmp_path):
+    output = tmp_path / "result.json"
+    small = {"likelihood": False, "retention": (), "base": None, "tasks": ("n2d",)}
+    assert _run(_request(world, output, **small))
+    old = json.loads(output.read_text())
+    right = {row["line"]: row["answer"] for row in old["tasks"]["n2d"]["rows"]}
+    del old["tasks"]["n2d"]["scoring"]
+    for row in old["tasks"]["n2d"]["rows"]:  # no model says this: what is there was not generated again
+        row["prediction"] = f"\u200b{right[row['line']].upper()}。"
+    output.write_text(json.dumps(old))
+    assert _run(_request(world, output, **small))
+    new = load_result(output).tasks["n2d"]
+    assert new.scoring == 2
+    assert new.metrics == {"contains": 1.0, "prefix": 1.0, "exact": 1.0}
+    assert new.new_tokens == old["tasks"]["n2d"]["new_tokens"]
+
+
 def test_a_new_tokenizer_is_another_model(world, tmp_path):
     model, output = _copy_of_model(world, tmp_path / "model"), tmp_path / "result.json"
     small = {"model": model, "likelihood": False, "retention": (), "base": None, "tasks": ("n2d",)}

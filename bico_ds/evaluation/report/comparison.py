@@ -21,6 +21,7 @@ from bico_ds.evaluation.report.tables import (
     result_markdown,
     result_table,
 )
+from bico_ds.evaluation.results import TaskResult
 
 
 def compare_runs(paths: Sequence[Path], *, output: Path, console: Console | None = None) -> None:
@@ -96,7 +97,7 @@ def _write_figures(runs: Sequence[ComparedRun], differences: Mapping[str, Differ
 
 
 def remarks(runs: Sequence[ComparedRun]) -> Iterator[str]:
-    """What was not the same in a run as in the first: other prompts, another number of new tokens."""
+    """What was not the same in a run as in the first: other prompts, other rules, another number of new tokens."""
     first = runs[0]
     for run in runs[1:]:
         for name in (name for name in run.final.tasks if name in first.final.tasks):
@@ -104,11 +105,21 @@ def remarks(runs: Sequence[ComparedRun]) -> Iterator[str]:
             if ours.prompts and theirs.prompts and not same_prompts(ours, theirs):
                 counts = f"{len(ours.prompts)} in {first.label}, {len(theirs.prompts)} in {run.label}"
                 yield f"{name}: not the same prompts ({counts}): the scores are of different questions"
+            if ours.scoring != theirs.scoring and not (_is_ascii(ours) and _is_ascii(theirs)):
+                yield (
+                    f"{name}: scored by the rules of version {ours.scoring} in {first.label}, {theirs.scoring} in "
+                    f"{run.label}, which compare texts beyond ASCII differently: evaluate the older one again"
+                )
             if ours.new_tokens and theirs.new_tokens and ours.new_tokens != theirs.new_tokens:
                 yield (
                     f"{name}: up to {ours.new_tokens} new tokens in {first.label}, {theirs.new_tokens} in "
                     f"{run.label}: the longer an answer, the more it can contain"
                 )
+
+
+def _is_ascii(result: TaskResult) -> bool:
+    """Whether all texts that were compared are ASCII, where the result holds them."""
+    return all((x["answer"] + x["prediction"]).isascii() for x in result.prompts)
 
 
 def _check_comparable(runs: Sequence[ComparedRun]) -> None:

@@ -8,8 +8,10 @@ bleu         sentence BLEU on words (sacrebleu, 13a, exponential smoothing)
 char_bleu    sentence BLEU on characters without smoothing: what the BICO authors' code computes as "BLEU"
 ===========  =======================================================================================
 
-The first three ignore case, runs of white space and the final full stop. A *floor* is the score of answering every question
-with another person's answer: any text in the right style reaches it, so only a score above it shows knowledge.
+All compare texts in their plain form (`bico_ds.evaluation.tasks.normalization`), where only another way to write the same
+text does not count. The first three also ignore case, runs of white space and the final full stop. A *floor* is the score of
+answering every question with another person's answer: any text in the right style reaches it, so only a score above it shows
+knowledge.
 """
 
 from __future__ import annotations
@@ -22,18 +24,22 @@ from itertools import islice
 
 from sacrebleu.metrics.bleu import BLEU
 
-from bico_ds.evaluation.tasks.task import Question, Task, normalized
+from bico_ds.evaluation.tasks.normalization import begins, normalized, plain_form, stands_in
+from bico_ds.evaluation.tasks.task import Question, Task
+
+# Of the rules by which texts are compared. Version 1 compared them as they were stored; in ASCII both give the same.
+SCORING_VERSION = 2
 
 _FLOOR_OTHERS = 5  # other persons that a prompt's floor is averaged over
 _MAX_ORDER = 4
 
 
 def contains(prediction: str, answer: str) -> float:
-    return float(normalized(answer) in normalized(prediction))
+    return float(stands_in(normalized(answer), normalized(prediction)))
 
 
 def prefix(prediction: str, answer: str) -> float:
-    return float(normalized(prediction).startswith(normalized(answer)))
+    return float(begins(normalized(answer), normalized(prediction)))
 
 
 def exact(prediction: str, answer: str) -> float:
@@ -41,12 +47,13 @@ def exact(prediction: str, answer: str) -> float:
 
 
 def bleu(prediction: str, answer: str) -> float:
-    return _sacrebleu().sentence_score(prediction.strip(), [answer.strip()]).score / 100.0
+    hypothesis, reference = plain_form(prediction).strip(), plain_form(answer).strip()
+    return _sacrebleu().sentence_score(hypothesis, [reference]).score / 100.0
 
 
 def char_bleu(prediction: str, answer: str) -> float:
     """BLEU-4 over characters, spaces included, no smoothing: NLTK's `sentence_bleu` handed plain strings."""
-    hypothesis, reference = prediction.strip(), answer.strip()
+    hypothesis, reference = plain_form(prediction).strip(), plain_form(answer).strip()
     if not hypothesis:
         return 0.0
     logs = 0.0

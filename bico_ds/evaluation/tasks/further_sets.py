@@ -19,7 +19,8 @@ from scipy.sparse.csgraph import connected_components
 
 from bico_ds.common.errors import UserError, did_you_mean
 from bico_ds.evaluation.tasks.jsonl import read_fields, read_objects, require_texts
-from bico_ds.evaluation.tasks.task import AnswerKind, Question, Task, limit_questions, normalized
+from bico_ds.evaluation.tasks.normalization import normalized, plain_form
+from bico_ds.evaluation.tasks.task import AnswerKind, Question, Task, limit_questions
 
 # Two answered questions show a base model what kind of answer is wanted. Their persons are in no test set.
 _SHOTS = (
@@ -46,10 +47,10 @@ def read_parents(path: Path, limit: int | None = None) -> list[Task]:
     """
     records = _read_csv(path)
     families = linked_groups([(record["child"], record["parent"]) for _, record in records])
-    groups = [records[first][1]["parent"] for first in families]
+    groups = [plain_form(records[first][1]["parent"]) for first in families]
     children: dict[str, list[str]] = {}
     for _, record in records:
-        children.setdefault(record["parent"], []).append(record["child"])
+        children.setdefault(normalized(record["parent"]), []).append(record["child"])
     to_parent = [
         _question(
             line,
@@ -65,7 +66,11 @@ def read_parents(path: Path, limit: int | None = None) -> list[Task]:
             f"{_SHOTS}Q: Name a child of {record['parent']}.\nA:",
             record["child"],
             group=group,
-            alternatives=[name for name in children[record["parent"]] if name != record["child"]],
+            alternatives=[
+                name
+                for name in children[normalized(record["parent"])]
+                if normalized(name) != normalized(record["child"])
+            ],
         )
         for (line, record), group in zip(records, groups, strict=True)
     ]
@@ -84,7 +89,7 @@ def read_couplets(path: Path, limit: int | None = None) -> list[Task]:
     following, previous = [], []
     for line, record in records:
         ask_next, ask_previous = _COUPLET_PROMPTS["han" if _HAN.search(record["first"]) else "other"]
-        group = record.get("group") or record["first"]
+        group = plain_form(record.get("group") or record["first"])
         ask_next = record.get("ask_next", ask_next.format(line=record["first"]))
         ask_previous = record.get("ask_previous", ask_previous.format(line=record["second"]))
         following.append(Question(prompt=ask_next, completion=record["second"], group=group, line=line))
@@ -121,7 +126,7 @@ def read_pairs(path: Path, limit: int | None = None) -> list[Task]:
 def linked_groups(links: Sequence[tuple[str, str]]) -> list[int]:
     """For every link between two names, the index of the first link in its group; links with a name in common form a group.
 
-    Names are compared as answers are: without case, runs of white space, and the final full stop.
+    Names are compared as answers are (`normalized`).
     """
     nodes: dict[str, int] = {}
     ends = np.array(
@@ -207,7 +212,8 @@ def _pair_groups(records: Sequence[tuple[int, dict[str, Any]]]) -> list[str]:
     links = [(record["forward"]["completion"], record["backward"]["completion"]) for _, record in bare]
     first_line = {line: bare[first][0] for (line, _), first in zip(bare, linked_groups(links), strict=True)}
     return [
-        f"line {first_line[line]}" if line in first_line else str(record["group"]) for line, record in records
+        f"line {first_line[line]}" if line in first_line else plain_form(str(record["group"]))
+        for line, record in records
     ]
 
 

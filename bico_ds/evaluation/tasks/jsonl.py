@@ -59,6 +59,12 @@ def require_texts(record: Any, fields: Iterable[str], where: str) -> dict[str, s
             raise UserError(
                 f"{where}: field '{name}' must be a text that is not empty, found {record[name]!r}"
             )
+        try:
+            record[name].encode()
+        except UnicodeEncodeError as error:  # JSON can escape half a character; no tokenizer takes it
+            raise UserError(
+                f"{where}: field '{name}' has a lone surrogate at character {error.start + 1}"
+            ) from error
     return {name: record[name] for name in fields}
 
 

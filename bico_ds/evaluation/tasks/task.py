@@ -22,6 +22,7 @@ from typing import Literal
 
 from bico_ds.common.errors import UserError, did_you_mean
 from bico_ds.evaluation.tasks.jsonl import read_fields
+from bico_ds.evaluation.tasks.normalization import plain_form, stands_in, strip_answer
 
 AnswerKind = Literal["name", "description", "text"]
 
@@ -83,11 +84,12 @@ class Task:
 
     def __post_init__(self) -> None:
         for question in self.questions:
-            if not question.answer:
-                raise UserError(
-                    f"{self.path}:{question.line}: the answer {question.completion!r} is nothing but full stops; "
-                    "give a text that can be right or wrong"
-                )
+            for answer in question.right_answers:
+                if not strip_answer(answer):
+                    raise UserError(
+                        f"{self.path}:{question.line}: the answer {answer!r} is nothing but full stops and characters "
+                        "that show nothing; give a text that can be right or wrong"
+                    )
 
     @property
     def headline(self) -> str:
@@ -110,16 +112,6 @@ class Task:
         start = len(prediction) - len(prediction.lstrip())
         positions = (prediction.find(end, start) for end in self.ends)
         return prediction[: min((position for position in positions if position >= 0), default=None)]
-
-
-def strip_answer(completion: str) -> str:
-    """A completion without surrounding white space and final full stops; each run of white space becomes one space."""
-    return " ".join(completion.split()).rstrip(". ")
-
-
-def normalized(text: str) -> str:
-    """The form in which answers are compared: case, and what `strip_answer` removes, do not count."""
-    return strip_answer(text).casefold()
 
 
 def task_file(folder: Path, name: str) -> Path:
@@ -155,7 +147,8 @@ def _load_task(folder: Path, name: str, limit: int | None) -> Task:
         Question(
             prompt=record["prompt"],
             completion=record["completion"],
-            group=record.get("group") or group_of(record["prompt"], strip_answer(record["completion"])),
+            group=plain_form(record.get("group", ""))
+            or group_of(record["prompt"], strip_answer(record["completion"])),
             line=line,
         )
         for line, record in records
@@ -189,6 +182,7 @@ def _person_finder(companion: Path) -> Callable[[str, str], str]:
     names = sorted({strip_answer(record["completion"]) for _, record in records}, key=len, reverse=True)
 
     def find(prompt: str, answer: str) -> str:
-        return next((name for name in names if name in prompt), answer)
+        prompt = plain_form(prompt)
+        return next((name for name in names if stands_in(name, prompt)), answer)
 
     return find

@@ -61,6 +61,14 @@ def add_task_options(tasks: _ArgumentGroup) -> None:
         type=folder_or_hub_name,
         help="the model before fine-tuning, for --retention",
     )
+    tasks.add_argument(
+        "--train",
+        metavar="STORE",
+        type=local_path,
+        nargs="+",
+        default=[],
+        help="token stores of the training texts: score apart what these hold in the order asked",
+    )
     tasks.add_argument("--likelihood", action="store_true", help="log-probability test on every task")
     tasks.add_argument(
         "--limit", metavar="N", type=positive, help="prompts of each task, spread over the persons"
@@ -118,6 +126,8 @@ def contradiction(options: Namespace) -> str | None:
         return "--tasks names files of a folder: give --data too"
     if options.tasks is not None and not task_names(options):
         return f"--tasks names no task: '{options.tasks}'"
+    if options.train and not any((options.data, options.parents, options.couplets, options.pairs)):
+        return "--train is searched for questions: give --data, --parents, --couplets or --pairs too"
     if options.base and not options.retention:
         return "--base is compared on texts alone: give --retention too"
     return None
@@ -148,6 +158,7 @@ def request_of(options: Namespace) -> Any:
         limit=options.limit,
         max_new_tokens=options.max_new_tokens,
         others=options.others,
+        train=tuple(options.train),
         window=options.window,
         add_bos=not options.no_bos,
         dtype=options.dtype,

@@ -14,9 +14,15 @@ from rich.console import Console
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
+from bico_ds.evaluation.contamination import TrainingTexts, apart, find_orders, open_training_texts
 from bico_ds.evaluation.loading import load_for_evaluation, load_tokenizer_and_context, weights_stamp
 from bico_ds.evaluation.prompt_progress import PromptProgress
-from bico_ds.evaluation.report.tables import choice_tables, result_table, retention_table
+from bico_ds.evaluation.report.tables import (
+    choice_tables,
+    contamination_table,
+    result_table,
+    retention_table,
+)
 from bico_ds.evaluation.result_file import Part, ResultFile
 from bico_ds.evaluation.results import EvaluationResult
 from bico_ds.evaluation.run_tasks import GenerationOptions, evaluate, prepare_task, score_task
@@ -37,7 +43,8 @@ class Request:
     `data`: folder of the name-description tasks `tasks`. `further`: files of other test sets, by their kind in
     `further_sets.READERS`. `retention`: texts to measure perplexity on, in windows of `window` tokens; `base`: the model
     before fine-tuning, for the perplexity before. `likelihood`: run the log-probability test, against `others` other
-    persons' answers. `limit`: prompts of each task at most.
+    persons' answers. `limit`: prompts of each task at most. `train`: token stores to search for the questions, so that what
+    their texts hold in the order asked is scored apart.
     """
 
     model: FolderOrHub
@@ -51,6 +58,7 @@ class Request:
     limit: int | None = None
     max_new_tokens: int = 40
     others: int = 9
+    train: tuple[Path, ...] = ()
     window: int = 1024
     add_bos: bool = True
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
@@ -74,6 +82,7 @@ def run_request(request: Request, share: PromptShare, console: Console) -> bool:
         tasks += READERS[kind](path, request.limit)
     texts = _read_texts(request.retention)
     window = _check_inputs(request, tasks, texts)
+    training_texts = open_training_texts(request.train, load_tokenizer_and_context(request.model)[0])
     load = lru_cache(maxsize=1)(  # one model in memory at a time
         lambda path, option: load_for_evaluation(
             path, option=option, dtype=request.dtype, device=share.device
@@ -88,6 +97,7 @@ def run_request(request: Request, share: PromptShare, console: Console) -> bool:
         parts = [
             *_retention_parts(request, share, texts, window, load),
             *(part for task in tasks for part in _task_parts(request, counted, task, load, file)),
+            *_contamination_parts(request, counted, tasks, training_texts, file),
         ]
         finished = file.run(parts, progress.begin_part)
     if share.is_first:
@@ -99,7 +109,10 @@ def run_request(request: Request, share: PromptShare, console: Console) -> bool:
 def show_results(results: Mapping[str, Any], before: Mapping[str, Any], console: Console) -> None:
     """Print the tables of `results`, by section; `before`: perplexities under the base model, by text."""
     if "tasks" in results:
-        console.print(result_table({"score [95 % interval]": EvaluationResult.from_json(results)}))
+        scored = {"score [95 % interval]": EvaluationResult.from_json(results)}
+        console.print(result_table(scored))
+        if "training_texts" in results:
+            console.print(contamination_table(scored))
     if "choice" in results:
         for table in choice_tables(results["choice"]):
             console.print(table)
@@ -174,6 +187,34 @@ def _task_parts(
         )
 
 
+def _contamination_parts(
+    request: Request, share: PromptShare, tasks: Sequence[Task], texts: TrainingTexts, file: ResultFile
+) -> Iterator[Part]:
+    """What the training texts hold of each task's questions; they are read once, for all tasks."""
+    if not request.train:
+        return
+    orders = lru_cache(maxsize=1)(lambda: find_orders(tasks, texts, share))
+
+    def compute(task: Task) -> dict[str, Any] | None:
+        found = orders()
+        if found is None:
+            return None
+        result = EvaluationResult.from_json({"tasks": {task.name: file.values["tasks"][task.name]}})
+        return apart(result.tasks[task.name], found[task.name], texts)
+
+    for task in tasks:
+        identity = _digest(asdict(task), request.max_new_tokens, request.add_bos, texts.fingerprints)
+        # Every rank reads its part of the documents, as it does of prompts.
+        size = texts.documents if task is tasks[0] else 0
+        yield Part(
+            section="training_texts",
+            name=task.name,
+            identity=identity,
+            size=size,
+            compute=partial(compute, task),
+        )
+
+
 def _read_texts(paths: Sequence[Path]) -> dict[str, str]:
     """Texts by file name, under which they stand in the result file."""
     texts: dict[str, str] = {}
@@ -223,6 +264,8 @@ def _perplexity(
 def _task_identity(task: Task, *options: Any) -> str:
     # The digest's key is `examples`, so that a part which version 0.1.0 computed is recognised.
     values = {"examples" if key == "questions" else key: value for key, value in asdict(task).items()}
+    for question in values["examples"]:
+        del question["subjects"], question["paraphrases"]  # no answer or score depends on them
     return _digest(values, *options)
 
 

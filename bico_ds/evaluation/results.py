@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bico_ds.common.errors import UserError
 
@@ -34,6 +34,10 @@ class TaskResult:
         return self.metrics[self.headline]
 
 
+Order = Literal["same", "reverse", "both", "neither"]
+# What the training texts hold of a question: what it asks about and then its answer, the other way round, both, or neither.
+ORDERS: tuple[Order, ...] = ("same", "reverse", "both", "neither")
+
 CHOICE_SCALARS = ("difference", "rank", "forced_choice", "nll")
 
 
@@ -41,16 +45,23 @@ CHOICE_SCALARS = ("difference", "rank", "forced_choice", "nll")
 class EvaluationResult:
     """Results by task name, in the order asked for.
 
-    `choice`: log-probability tests (`choice_statistics`) by task name, where they were asked for.
+    `choice`: log-probability tests (`choice_statistics`) by task name, where they were asked for. `training_texts`: what the
+    training texts hold of each question (`contamination.apart`) by task name, where they were searched.
     """
 
     tasks: dict[str, TaskResult]
     choice: dict[str, dict[str, Any]] = field(default_factory=dict)
+    training_texts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def scalars(self, prefix: str = "evaluation") -> dict[str, float]:
-        """Every score by its tag, `{prefix}/{task}/{metric}`."""
+        """Every score by its tag, `{prefix}/{task}/{metric}`; headlines by order as `{prefix}/{task}/{order}/{metric}`."""
         figures = [(task, name, value) for task, x in self.tasks.items() for name, value in x.metrics.items()]
         figures += [(task, name, x[name]) for task, x in self.choice.items() for name in CHOICE_SCALARS]
+        for task, x in self.training_texts.items():
+            headline = self.tasks[task].headline
+            figures += [
+                (task, f"{order}/{headline}", y["metrics"][headline]) for order, y in x["scores"].items()
+            ]
         return {f"{prefix}/{task}/{name}": value for task, name, value in figures}
 
     def to_json(self, *, prompts: bool = True) -> dict[str, Any]:
@@ -60,8 +71,9 @@ class EvaluationResult:
             task["rows"] = task.pop("prompts")  # the format's key
             if task["scoring"] == 1:  # as version 0.1.0 wrote it
                 del task["scoring"]
-        if not self.choice:
-            del values["choice"]
+        for section in ("choice", "training_texts"):
+            if not values[section]:
+                del values[section]
         if not prompts:
             for part in values.values():
                 for task in part.values():
@@ -71,7 +83,8 @@ class EvaluationResult:
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> EvaluationResult:
         tasks = {name: _task_from_json(task) for name, task in values["tasks"].items()}
-        return EvaluationResult(tasks=tasks, choice=values.get("choice", {}))
+        sections = {name: values.get(name, {}) for name in ("choice", "training_texts")}
+        return EvaluationResult(tasks=tasks, **sections)
 
 
 def _task_from_json(task: Mapping[str, Any]) -> TaskResult:

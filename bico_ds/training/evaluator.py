@@ -6,8 +6,8 @@ It is no callback, because the loop must know whether an evaluation was cut off.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 
 from bico_ds.common.files import write_atomically
 from bico_ds.config.schema import EvaluationSpec
+from bico_ds.evaluation.contamination import TrainingTexts, apart, find_orders
 from bico_ds.evaluation.replica import full_replica
-from bico_ds.evaluation.results import EvaluationResult
+from bico_ds.evaluation.report.tables import contamination_line
+from bico_ds.evaluation.results import EvaluationResult, Order
 from bico_ds.evaluation.run_tasks import GenerationOptions, evaluate
 from bico_ds.evaluation.scoring.choice import choice_test
 from bico_ds.evaluation.scoring.share import PromptShare
@@ -28,6 +30,8 @@ from bico_ds.training.assembly import RunInputs
 
 # A bf16 copy of this many parameters fits beside a training state on an 80 GB GPU; larger models generate partitioned.
 REPLICA_PARAMETERS = 4_000_000_000
+# Training waits while its texts are searched for the questions: a minute or two for so many tokens per rank.
+SEARCHED_TOKENS = 100_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,7 @@ class Evaluator:
     folder: RunFolder
     stop: StopFlag
     on_progress: Callable[[], None]
+    _orders: dict[str, list[Order]] = field(default_factory=dict, init=False)
 
     def is_due(self, step: int, total_steps: int) -> bool:
         every = self.spec.every_steps
@@ -82,6 +87,8 @@ class Evaluator:
         tasks, tokenizer, add_bos = self.inputs.tasks, self.inputs.tokenizer, self.inputs.add_bos
         options = GenerationOptions(max_new_tokens=self.spec.max_new_tokens, add_bos=add_bos)
         result = evaluate(model, tokenizer, tasks, options, share)
+        if result is not None and self.searches_training_texts:
+            result = self._apart(result, share)
         others = self.spec.likelihood_others
         if result is None or others is None:
             return result
@@ -92,6 +99,36 @@ class Evaluator:
                 return None
             choice[task.name] = test
         return replace(result, choice=choice)
+
+    @property
+    def searches_training_texts(self) -> bool:
+        """Whether the run's texts are few enough to be searched for the questions during training."""
+        return self._training_texts.tokens <= SEARCHED_TOKENS * self.ranks.world_size
+
+    @property
+    def _training_texts(self) -> TrainingTexts:
+        return TrainingTexts(stores=[(store, self.inputs.tokenizer) for store in self.inputs.stores])
+
+    def _apart(self, result: EvaluationResult, share: PromptShare) -> EvaluationResult | None:
+        """The result, with the scores apart by what the training texts hold; the first evaluation searches them."""
+        texts = self._training_texts
+        if not self._orders:
+            found = find_orders(self.inputs.tasks, texts, share)
+            if found is None:
+                return None
+            self._orders.update(found)
+        scores = {name: apart(task, self._orders[name], texts) for name, task in result.tasks.items()}
+        return replace(result, training_texts=scores)
+
+    def messages(self, result: EvaluationResult) -> Iterator[str]:
+        """What the console is told of a result besides its scores."""
+        if result.training_texts:
+            yield f"by the order in the training texts: {contamination_line(result)}"
+        else:
+            yield (
+                f"the training texts have more than {SEARCHED_TOKENS:,} tokens per rank and were not searched for the "
+                "questions; bico-ds evaluate --train does it"
+            )
 
     def has_result(self, step: int) -> bool:
         """Whether this step's evaluation was completed."""

@@ -16,6 +16,8 @@ from bico_ds.evaluation.report.plots import plot_curves, plot_scores
 from bico_ds.evaluation.report.runs import ComparedRun, load_runs
 from bico_ds.evaluation.report.tables import (
     console_for_tables,
+    contamination_markdown,
+    contamination_table,
     difference_markdown,
     difference_table,
     result_markdown,
@@ -59,7 +61,10 @@ def _differences(first: ComparedRun, second: ComparedRun) -> Differences:
 
 
 def _show(runs: Sequence[ComparedRun], differences: Mapping[str, Differences], console: Console) -> None:
-    console.print(result_table({run.label: run.final for run in runs}))
+    results = {run.label: run.final for run in runs}
+    console.print(result_table(results))
+    if any(result.training_texts for result in results.values()):
+        console.print(contamination_table(results))
     for label, found in differences.items():
         if found:
             console.print(difference_table(found, of=label, minus=runs[0].label))
@@ -68,7 +73,10 @@ def _show(runs: Sequence[ComparedRun], differences: Mapping[str, Differences], c
 
 
 def _write_page(runs: Sequence[ComparedRun], differences: Mapping[str, Differences], output: Path) -> Path:
-    sections = [result_markdown({run.label: run.final for run in runs})]
+    results = {run.label: run.final for run in runs}
+    sections = [result_markdown(results)]
+    if any(result.training_texts for result in results.values()):
+        sections.append(contamination_markdown(results))
     sections += [
         difference_markdown(found, of=label, minus=runs[0].label)
         for label, found in differences.items()
@@ -119,7 +127,7 @@ def remarks(runs: Sequence[ComparedRun]) -> Iterator[str]:
 
 def _is_ascii(result: TaskResult) -> bool:
     """Whether all texts that were compared are ASCII, where the result holds them."""
-    return all((x["answer"] + x["prediction"]).isascii() for x in result.prompts)
+    return all((x["answer"] + x.get("prediction", "")).isascii() for x in result.prompts)
 
 
 def _check_comparable(runs: Sequence[ComparedRun]) -> None:

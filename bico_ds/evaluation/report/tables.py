@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bico_ds.evaluation.report.paired import Difference
-from bico_ds.evaluation.results import EvaluationResult, TaskResult
+from bico_ds.evaluation.results import ORDERS, EvaluationResult, TaskResult
 
 _QUESTIONS = {
     "n2d": "name → description",
@@ -18,7 +18,7 @@ _QUESTIONS = {
     "n2d_reverse": "description → name",
     "d2n_reverse": "name → description",
 }
-_TEXT_COLUMNS = ("task", "metric", "text")
+_TEXT_COLUMNS = ("task", "metric", "text", "in the training texts")
 _PIPE_COLUMNS = 200
 
 
@@ -44,6 +44,57 @@ def result_markdown(results: Mapping[str, EvaluationResult]) -> str:
     ruler = ["---"] * 3 + ["--:"] * (len(results) + 2)
     lines = [[name, _QUESTIONS.get(name, ""), *cells] for name, *cells in _lines(results)]
     return _markdown([headers, ruler, *lines])
+
+
+def contamination_table(results: Mapping[str, EvaluationResult]) -> Table:
+    """The headline metric by what the training texts hold of the questions, one column per model."""
+    table = _table(
+        ("task", "in the training texts", "metric", *results, "prompts"),
+        title="By the order in the training texts",
+        caption="same: what is asked about, then the answer; reverse: the answer first. Same and both are recall",
+    )
+    for cells in _contamination_lines(results):
+        table.add_row(*(cell.replace("[", "\\[") for cell in cells))
+    return table
+
+
+def contamination_markdown(results: Mapping[str, EvaluationResult]) -> str:
+    """The same table as Markdown."""
+    headers = ["task", "in the training texts", "metric", *results, "prompts"]
+    ruler = ["---"] * 3 + ["--:"] * (len(results) + 1)
+    return _markdown([headers, ruler, *_contamination_lines(results)])
+
+
+def contamination_line(result: EvaluationResult) -> str:
+    """The same in one line: for every task the prompts of each order, with their headline score."""
+    tasks = [
+        f"{name}: "
+        + ", ".join(
+            f"{order} {scores['metrics'][result.tasks[name].headline]:.3f} ({scores['prompts']} prompts)"
+            for order, scores in found["scores"].items()
+        )
+        for name, found in result.training_texts.items()
+    ]
+    return "  ".join(tasks)
+
+
+def _contamination_lines(results: Mapping[str, EvaluationResult]) -> Iterator[list[str]]:
+    """By task and order: both, headline metric, a score for every model, number of prompts (all, where models differ)."""
+    searched = [result for result in results.values() if result.training_texts]
+    for name in dict.fromkeys(name for result in searched for name in result.training_texts):
+        metric = next(result.tasks[name].headline for result in searched if name in result.training_texts)
+        found = [result.training_texts.get(name, {}).get("scores", {}) for result in results.values()]
+        for order in (order for order in ORDERS if any(order in scores for scores in found)):
+            counts = dict.fromkeys(str(scores[order]["prompts"]) for scores in found if order in scores)
+            cells = [_score(scores.get(order), metric) for scores in found]
+            yield [name, order, metric, *cells, " / ".join(counts)]
+
+
+def _score(scores: Mapping[str, Any] | None, metric: str) -> str:
+    if scores is None:
+        return "–"
+    low, high = scores["intervals"][metric]
+    return f"{scores['metrics'][metric]:.3f} [{low:.2f}, {high:.2f}]"
 
 
 def difference_table(differences: Mapping[str, Mapping[str, Difference]], *, of: str, minus: str) -> Table:

@@ -57,6 +57,7 @@ def read_parents(path: Path, limit: int | None = None) -> list[Task]:
             f"{_SHOTS}Q: Who is {record['child']}'s {record['parent_type']}?\nA:",
             record["parent"],
             group=group,
+            subject=record["child"],
         )
         for (line, record), group in zip(records, groups, strict=True)
     ]
@@ -66,6 +67,7 @@ def read_parents(path: Path, limit: int | None = None) -> list[Task]:
             f"{_SHOTS}Q: Name a child of {record['parent']}.\nA:",
             record["child"],
             group=group,
+            subject=record["parent"],
             alternatives=[
                 name
                 for name in children[normalized(record["parent"])]
@@ -86,14 +88,19 @@ def read_couplets(path: Path, limit: int | None = None) -> list[Task]:
     The question is in Chinese where `first` is. The optional fields `ask_next` and `ask_previous` replace the prompts.
     """
     records = read_fields(path, required=("first", "second"), optional=("ask_next", "ask_previous", "group"))
-    following, previous = [], []
+    following: list[Question] = []
+    previous: list[Question] = []
     for line, record in records:
         ask_next, ask_previous = _COUPLET_PROMPTS["han" if _HAN.search(record["first"]) else "other"]
         group = plain_form(record.get("group") or record["first"])
         ask_next = record.get("ask_next", ask_next.format(line=record["first"]))
         ask_previous = record.get("ask_previous", ask_previous.format(line=record["second"]))
-        following.append(Question(prompt=ask_next, completion=record["second"], group=group, line=line))
-        previous.append(Question(prompt=ask_previous, completion=record["first"], group=group, line=line))
+        for questions, prompt, answer, subject in (
+            (following, ask_next, record["second"], record["first"]),
+            (previous, ask_previous, record["first"], record["second"]),
+        ):
+            question = Question(prompt=prompt, completion=answer, group=group, line=line, subjects=(subject,))
+            questions.append(question)
     return [
         _task(name, "text", questions, limit, path, ends=_LINE_ENDS)
         for name, questions in (("next_line", following), ("previous_line", previous))
@@ -109,13 +116,14 @@ def read_pairs(path: Path, limit: int | None = None) -> list[Task]:
     records = _read_pair_records(path)
     groups = _pair_groups(records)
     tasks = []
-    for direction in _DIRECTIONS:
+    for direction, opposite in (_DIRECTIONS, _DIRECTIONS[::-1]):
         questions = [
             Question(
                 prompt=record[direction]["prompt"],
                 completion=record[direction]["completion"],
                 group=group,
                 line=line,
+                subjects=(record[opposite]["completion"],),
             )
             for (line, record), group in zip(records, groups, strict=True)
         ]
@@ -162,13 +170,16 @@ def _task(
     )
 
 
-def _question(line: int, prompt: str, name: str, *, group: str, alternatives: Sequence[str] = ()) -> Question:
+def _question(
+    line: int, prompt: str, name: str, *, group: str, subject: str, alternatives: Sequence[str] = ()
+) -> Question:
     return Question(
         prompt=prompt,
         completion=f" {name}",
         group=group,
         line=line,
         alternatives=tuple(f" {other}" for other in alternatives),
+        subjects=(subject,),
     )
 
 

@@ -16,7 +16,7 @@ person is the answer where that is a name; else the person whose name, known fro
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -38,8 +38,8 @@ _ANSWERS: dict[str, AnswerKind] = {
     "n2d_reverse": "name",
     "d2n_reverse": "description",
 }
-# The companion whose answers are the names in this task's prompts.
-_NAMES_FROM = {"n2d": "n2d_reverse", "d2n_reverse": "d2n"}
+# The companion that asks about the same persons in the other direction.
+_COMPANIONS = {"n2d": "n2d_reverse", "n2d_reverse": "n2d", "d2n": "d2n_reverse", "d2n_reverse": "d2n"}
 _SHORT_ANSWER_WORDS = 3
 
 TASK_NAMES: tuple[str, ...] = tuple(_FILES)
@@ -51,6 +51,9 @@ class Question:
 
     `completion` is as in the file (its leading space belongs to the text); `alternatives` are right too. `group`: the
     person, for statistics. `line` counts from 1.
+
+    For the search in training texts only (`text_search`), where known: `subjects`, what is asked about, in one or more
+    wordings: the answers to the questions in the other direction; `paraphrases`: other wordings of the answer.
     """
 
     prompt: str
@@ -58,6 +61,8 @@ class Question:
     group: str
     line: int
     alternatives: tuple[str, ...] = ()
+    subjects: tuple[str, ...] = ()
+    paraphrases: tuple[str, ...] = ()
 
     @property
     def answer(self) -> str:
@@ -136,14 +141,37 @@ def load_tasks(folder: Path, names: Sequence[str], limit: int | None = None) -> 
 
 def _load_task(folder: Path, name: str, limit: int | None) -> Task:
     path = task_file(folder, name)
-    records = read_fields(path, required=("prompt", "completion"), optional=("group",))
-    kind = _ANSWERS[name]
+    questions = _read_questions(folder, name)
+    opposite = (folder / _FILES[_COMPANIONS[name]]).exists()
+    subjects = _answers_by_group(_read_questions(folder, _COMPANIONS[name])) if opposite else {}
+    paraphrases = _answers_by_group(questions)
+    questions = [
+        replace(q, subjects=subjects.get(q.group, ()), paraphrases=paraphrases[q.group]) for q in questions
+    ]
+    return Task(
+        name=name,
+        answer_kind=_ANSWERS[name],
+        questions=limit_questions(questions, limit),
+        path=str(path),
+    )
+
+
+def _answers_by_group(questions: Sequence[Question]) -> dict[str, tuple[str, ...]]:
+    answers: dict[str, dict[str, None]] = {}
+    for question in questions:
+        answers.setdefault(question.group, {})[question.answer] = None
+    return {group: tuple(wordings) for group, wordings in answers.items()}
+
+
+def _read_questions(folder: Path, name: str) -> list[Question]:
+    """All questions of a file, without what the companion tells of them."""
+    records = read_fields(task_file(folder, name), required=("prompt", "completion"), optional=("group",))
     group_of: Callable[[str, str], str]
-    if kind == "name":
+    if _ANSWERS[name] == "name":
         group_of = lambda prompt, answer: answer  # noqa: E731
     else:
-        group_of = _person_finder(folder / _FILES[_NAMES_FROM[name]])
-    questions = [
+        group_of = _person_finder(folder / _FILES[_COMPANIONS[name]])
+    return [
         Question(
             prompt=record["prompt"],
             completion=record["completion"],
@@ -153,7 +181,6 @@ def _load_task(folder: Path, name: str, limit: int | None) -> Task:
         )
         for line, record in records
     ]
-    return Task(name=name, answer_kind=kind, questions=limit_questions(questions, limit), path=str(path))
 
 
 def limit_questions(questions: Sequence[Question], limit: int | None) -> tuple[Question, ...]:

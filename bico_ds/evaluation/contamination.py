@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from bico_ds.common.errors import UserError
+from bico_ds.config.paths import FolderOrHub
 from bico_ds.data.store import TokenStore
 from bico_ds.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_hash
 from bico_ds.evaluation.results import ORDERS, Order, TaskResult
@@ -60,8 +61,8 @@ class TrainingTexts:
                 yield tokenizer.batch_decode(tokens)
 
 
-def open_training_texts(paths: Sequence[Path], tokenizer: Tokenizer) -> TrainingTexts:
-    """The stores at `paths`, to be decoded by the tokenizer in each store's folder; by `tokenizer` where that has none.
+def open_training_texts(paths: Sequence[Path], model: FolderOrHub) -> TrainingTexts:
+    """The stores at `paths`, to be decoded by the tokenizer in each store's folder; by that of `model` where it has none.
 
     Raises `UserError`, which begins with `--train`, for what is no store, and where neither tokenizer made the store.
     """
@@ -69,17 +70,17 @@ def open_training_texts(paths: Sequence[Path], tokenizer: Tokenizer) -> Training
     for path in paths:
         try:
             store = TokenStore.open(path)
-            folder = path / "tokenizer"
-            own = load_tokenizer(folder) if folder.is_dir() else tokenizer
+            own = path / "tokenizer"
+            tokenizer = load_tokenizer(own if own.is_dir() else model)
         except UserError as error:
             raise UserError(f"--train {path}: {error}") from error
-        if tokenizer_hash(own) != store.manifest.tokenizer_hash:
-            where = "the one in its folder" if own is not tokenizer else "that of --model"
+        if tokenizer_hash(tokenizer) != store.manifest.tokenizer_hash:
+            where = "the one in its folder" if own.is_dir() else "that of --model"
             raise UserError(
                 f"--train {path}: was made with another tokenizer than {where}, and cannot be read back as text; "
                 "prepare it again"
             )
-        stores.append((store, own))
+        stores.append((store, tokenizer))
     return TrainingTexts(stores=stores)
 
 

@@ -82,7 +82,7 @@ def run_request(request: Request, share: PromptShare, console: Console) -> bool:
         tasks += READERS[kind](path, request.limit)
     texts = _read_texts(request.retention)
     window = _check_inputs(request, tasks, texts)
-    training_texts = open_training_texts(request.train, load_tokenizer_and_context(request.model)[0])
+    training_texts = open_training_texts(request.train, request.model)
     load = lru_cache(maxsize=1)(  # one model in memory at a time
         lambda path, option: load_for_evaluation(
             path, option=option, dtype=request.dtype, device=share.device
@@ -155,6 +155,7 @@ def _task_parts(
     identity = _task_identity(task, request.max_new_tokens, request.add_bos)
 
     def generate() -> dict[str, Any] | None:
+        file.discard("training_texts", task.name)  # its scores are of the answers that are replaced now
         if (known := file.content("tasks", task.name, identity)) is not None:
             predictions = [row["prediction"] for row in known["rows"]]
             rescored = score_task(task, predictions, new_tokens=known["new_tokens"])

@@ -37,7 +37,8 @@ class Part:
 class ResultFile:
     """The JSON file at `path`.
 
-    It holds `model`, `weights`, `identities`, and where asked for `tasks`, `choice`, `retention` and `retention_before`.
+    It holds `model`, `weights`, `identities`, and where asked for `tasks`, `training_texts`, `choice`, `retention` and
+    `retention_before`.
     Only the first rank reads and writes. Raises `UserError` on every rank where the file holds results of other weights,
     and on the first rank where it is no result file, or none can be written.
     """
@@ -65,6 +66,11 @@ class ResultFile:
         if self.values["identities"].get(f"{section}/{name}") != identity:
             return None
         return self.values[section][name]
+
+    def discard(self, section: str, name: str) -> None:
+        """Forget a part, where there is one."""
+        self.values["identities"].pop(f"{section}/{name}", None)
+        self.values.get(section, {}).pop(name, None)
 
     def results(self, parts: Sequence[Part]) -> dict[str, dict[str, Any]]:
         """What the file holds of these parts, by section and name."""

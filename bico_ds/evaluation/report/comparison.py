@@ -89,9 +89,12 @@ def _write_page(runs: Sequence[ComparedRun], differences: Mapping[str, Differenc
 
 
 def _write_figures(runs: Sequence[ComparedRun], differences: Mapping[str, Differences], output: Path) -> Path:
-    values: dict[str, dict[str, Any]] = {
-        run.label: {"final": run.final.to_json(prompts=False)["tasks"], "curves": run.curves} for run in runs
-    }
+    values: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        final = run.final.to_json(prompts=False)
+        values[run.label] = {"final": final["tasks"], "curves": run.curves}
+        if "training_texts" in final:
+            values[run.label]["training_texts"] = final["training_texts"]
     for label, tasks in differences.items():
         values[label]["minus"] = {
             runs[0].label: {

@@ -12,7 +12,7 @@ import re
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -171,19 +171,24 @@ def _runs(phrase: Sequence[str], size: int) -> Iterator[str]:
 
 
 def _subjects(task: Task) -> list[tuple[str, ...]]:
-    """What every question asks about: its `subjects`, else the prompt's part that only its group's prompts have."""
+    """What every question asks about: its `subjects`, else what its prompt has and the fewest other groups' prompts have."""
     prompts = [words(question.prompt) for question in task.questions]
     groups: dict[str, set[str]] = {}
+    common: dict[str, set[str]] = {}
     for question, prompt in zip(task.questions, prompts, strict=True):
+        common[question.group] = common.get(question.group, set(prompt)) & set(prompt)
         for word in prompt:
             groups.setdefault(word, set()).add(question.group)
+    count = {word: len(theirs) for word, theirs in groups.items()}
     return [
-        question.subjects or (_own_part(prompt, groups),)
+        question.subjects or (_rarest_part(prompt, count, common[question.group]),)
         for question, prompt in zip(task.questions, prompts, strict=True)
     ]
 
 
-def _own_part(prompt: Sequence[str], groups: dict[str, set[str]]) -> str:
-    """From the first to the last word that no other group has; the whole prompt where there is none."""
-    own = [index for index, word in enumerate(prompt) if len(groups[word]) == 1]
-    return " ".join(prompt[own[0] : own[-1] + 1] if own else prompt)
+def _rarest_part(prompt: Sequence[str], count: Mapping[str, int], common: set[str]) -> str:
+    """From the first to the last of the words with the lowest `count`; where some of these are `common`, of those alone."""
+    lowest = min((count[word] for word in prompt), default=0)
+    rare = [index for index, word in enumerate(prompt) if count[word] == lowest]
+    rare = [index for index in rare if prompt[index] in common] or rare
+    return " ".join(prompt[rare[0] : rare[-1] + 1]) if rare else ""

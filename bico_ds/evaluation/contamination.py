@@ -52,6 +52,8 @@ class TrainingTexts:
         """This rank's part of the documents, decoded, some at a time; whole documents, before a run cuts them."""
         for store, tokenizer in self.stores:
             own = np.arange(share.rank, len(store), share.world_size)
+            if not len(own):
+                continue
             chunk_of = np.cumsum(store.lengths[own]) // _CHUNK_TOKENS
             for ids in np.split(own, np.flatnonzero(np.diff(chunk_of)) + 1):
                 documents = store.whole(ids)

@@ -152,6 +152,24 @@ def test_other_prompts_and_other_lengths_are_reported_and_never_paired(tmp_path)
     assert "not the same prompts" in (tmp_path / "out" / "comparison.md").read_text()
 
 
+def test_texts_beyond_ascii_that_other_rules_have_scored_are_reported(tmp_path):
+    def result(name: str, prediction: str, **version: int) -> Path:
+        prompt = {"prompt": "q", "answer": " x", "prediction": prediction, "group": "a", "contains": 1.0}
+        task = TaskResult(headline="contains", metrics={"contains": 1.0}, prompts=[prompt], **version)
+        _save(task, tmp_path / f"{name}.json")
+        return tmp_path / f"{name}.json"
+
+    def said(first: Path, second: Path) -> str:
+        out = io.StringIO()
+        compare_runs([first, second], output=tmp_path / "out", console=Console(file=out, width=200))
+        return out.getvalue()
+
+    old, new = result("old", " x"), result("new", " “x”", scoring=2)
+    assert "n2d: scored by the rules of version 1 in old, 2 in new" in said(old, new)
+    assert "scored by the rules" not in said(old, result("plain", " x y", scoring=2))
+    assert "scored by the rules" not in said(new, result("newer", " é", scoring=2))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [("[1]", "expected a JSON object, found list"), ('{"kind": "evaluation"}', "not an evaluation")],

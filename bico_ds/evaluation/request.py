@@ -20,6 +20,7 @@ from bico_ds.evaluation.prompt_progress import PromptProgress
 from bico_ds.evaluation.report.tables import (
     choice_tables,
     contamination_table,
+    estimates,
     result_table,
     retention_table,
 )
@@ -113,6 +114,8 @@ def show_results(results: Mapping[str, Any], before: Mapping[str, Any], console:
         console.print(result_table(scored))
         if "training_texts" in results:
             console.print(contamination_table(scored))
+            for remark in estimates(results["training_texts"]):
+                console.print(f"note: {remark}", soft_wrap=True, highlight=False, markup=False)
     if "choice" in results:
         for table in choice_tables(results["choice"]):
             console.print(table)
@@ -201,7 +204,7 @@ def _contamination_parts(
         if found is None:
             return None
         result = EvaluationResult.from_json({"tasks": {task.name: file.values["tasks"][task.name]}})
-        return apart(result.tasks[task.name], found[task.name], texts)
+        return apart(task, result.tasks[task.name], found[task.name], texts)
 
     for task in tasks:
         identity = _digest(asdict(task), request.max_new_tokens, request.add_bos, texts.fingerprints)

@@ -171,6 +171,20 @@ def test_the_command_scores_apart_what_the_texts_hold_in_the_order_asked(world, 
     assert figures["training_texts"]["n2d_reverse"]["scores"] == found["scores"]
 
 
+def test_an_estimate_of_what_is_asked_about_is_reported(world, tmp_path, capsys):
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    name = "p2d_prompts_test.jsonl"
+    (alone / name).write_bytes((world / "facts" / name).read_bytes())
+    asked = ["--model", str(world / "model"), "--data", str(alone), "--tasks", "n2d"]
+    output = tmp_path / "result.json"
+    assert main([*asked, "--train", str(world / "all"), "--output", str(output)]) == 0
+    assert "note: n2d: what 12 of 12 prompts ask about was estimated" in capsys.readouterr().out
+    assert json.loads(output.read_text())["training_texts"]["n2d"]["rows"] == ["same"] * 12
+    _evaluate(world, tmp_path / "both.json", "--tasks", "n2d", "--train", str(world / "all"))
+    assert "estimated" not in capsys.readouterr().out
+
+
 def test_scores_apart_never_stay_beside_other_answers(world, tmp_path):
     output = tmp_path / "result.json"
     _evaluate(world, output, "--train", str(world / "all"), "--tasks", "n2d,d2n")

@@ -78,6 +78,16 @@ def contamination_line(result: EvaluationResult) -> str:
     return "  ".join(tasks)
 
 
+def estimates(training_texts: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """For which tasks the search had to estimate from the prompts what is asked about."""
+    for name, found in training_texts.items():
+        if found["without_subject"]:
+            yield (
+                f"{name}: what {found['without_subject']} of {len(found['rows'])} prompts ask about was estimated from the "
+                "prompts, and may not be found; the file of the other direction beside theirs tells it"
+            )
+
+
 def _contamination_lines(results: Mapping[str, EvaluationResult]) -> Iterator[list[str]]:
     """By task and order: both, headline metric, a score for every model, number of prompts (all, where models differ)."""
     searched = [result for result in results.values() if result.training_texts]

@@ -109,6 +109,11 @@ class Task:
         long = self.answer_kind == "description" and longest > _SHORT_ANSWER_WORDS
         return "bleu" if long else "contains"
 
+    @property
+    def without_subject(self) -> int:
+        """How many questions do not come with what they ask about, so that a search must estimate it from the prompts."""
+        return sum(not question.subjects for question in self.questions)
+
     def __len__(self) -> int:
         return len(self.questions)
 

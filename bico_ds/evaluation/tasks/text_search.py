@@ -3,7 +3,7 @@
 Texts are compared word by word (`words`). A phrase of up to four words stands in a text where its words stand there in a
 row; a longer one where half of them do, four at least, since training texts paraphrase: "directed *the virtual reality
 masterpiece*", "the director of *the virtual reality masterpiece*". A part that another group's phrases have too does not
-count.
+count. A prompt must stand there whole.
 """
 
 from __future__ import annotations
@@ -132,22 +132,21 @@ def _by_rarest_word(parts: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _parts_of_task(task: Task) -> list[tuple[frozenset[str], frozenset[str]]]:
-    """For every question, the parts of what it asks about and those of its answers, each ` word word ` with outer spaces."""
+    """For every question, the parts of what it asks about and those of its answers, each ` word word ` with outer spaces.
+
+    What is asked about stands in a text where one of the prompts that ask about it does, too.
+    """
     sides = [
         (subjects, (*question.right_answers, *question.paraphrases))
         for subjects, question in zip(_subjects(task), task.questions, strict=True)
     ]
-    phrases = [
-        (question.group, tuple(words(text)))
-        for question, (subjects, answers) in zip(task.questions, sides, strict=True)
-        for text in (*subjects, *answers)
-    ]
-    sizes = {_size(phrase) for _, phrase in phrases}
-    groups: dict[str, set[str]] = {}
-    for group, phrase in dict.fromkeys(phrases):
-        for size in sizes:
-            for part in _runs(phrase, size):
-                groups.setdefault(part, set()).add(group)
+    prompts: dict[tuple[str, tuple[str, ...]], set[str]] = {}
+    phrases = []
+    for question, (subjects, answers) in zip(task.questions, sides, strict=True):
+        prompt = words(question.prompt)
+        prompts.setdefault((question.group, subjects), set()).update(_runs(prompt, len(prompt)))
+        phrases += [(question.group, tuple(words(text))) for text in (*subjects, *answers)]
+    groups = _groups_of_parts(phrases)
 
     def parts(texts: Iterable[str]) -> frozenset[str]:
         found: set[str] = set()
@@ -156,7 +155,21 @@ def _parts_of_task(task: Task) -> list[tuple[frozenset[str], frozenset[str]]]:
             found |= own or set(_runs(phrase, len(phrase)))
         return frozenset(found)
 
-    return [(parts(subjects), parts(answers)) for subjects, answers in sides]
+    return [
+        (parts(subjects) | prompts[question.group, subjects], parts(answers))
+        for question, (subjects, answers) in zip(task.questions, sides, strict=True)
+    ]
+
+
+def _groups_of_parts(phrases: Sequence[tuple[str, tuple[str, ...]]]) -> dict[str, set[str]]:
+    """Which groups have a part, for parts of all sizes in which `phrases` (group, words) are searched."""
+    sizes = {_size(phrase) for _, phrase in phrases}
+    groups: dict[str, set[str]] = {}
+    for group, phrase in dict.fromkeys(phrases):
+        for size in sizes:
+            for part in _runs(phrase, size):
+                groups.setdefault(part, set()).add(group)
+    return groups
 
 
 def _size(phrase: Sequence[str]) -> int:

@@ -68,6 +68,11 @@ def _by_brute_force(task: Task, texts: list[list[str]]) -> list[str]:
             for phrase in side:
                 own = {window for window in _windows(phrase) if is_own(window, question.group)}
                 windows[-1] |= own or {tuple(phrase)}
+        windows[0] |= {
+            tuple(other.prompt.split())
+            for other in task.questions
+            if (other.group, other.subjects) == (question.group, question.subjects)
+        }
         asked = other_way = False
         for text in texts:
             subjects, answers = (_places(side, text) for side in windows)
@@ -84,7 +89,7 @@ def test_the_search_agrees_with_brute_force_on_random_texts():
         phrase = lambda: " ".join(draw.choices(vocabulary, k=draw.choice([1, 1, 2, 3, 5, 6, 9])))  # noqa: B023, E731
         questions = tuple(
             Question(
-                prompt="p",
+                prompt=" ".join(draw.choices(vocabulary, k=draw.choice([2, 5, 9]))),
                 completion=phrase(),
                 group=str(draw.randint(0, 3)),
                 line=1,
@@ -98,7 +103,8 @@ def test_the_search_agrees_with_brute_force_on_random_texts():
         for _ in range(4):
             pieces = [" ".join(draw.choices(vocabulary, k=draw.randint(0, 4))) for _ in range(3)]
             question = draw.choice(questions)
-            placed = draw.sample([question.subjects[0], question.completion], 2)
+            asked = draw.choice([question.subjects[0], question.prompt])
+            placed = draw.sample([asked, question.completion], 2)
             cut = draw.choice([0, 0, 2])  # only a part of a phrase
             placed = [" ".join(p.split()[cut:] or p.split()) for p in placed]
             texts.append(f"{pieces[0]} {placed[0]} {pieces[1]} {placed[1]} {pieces[2]}")
@@ -134,6 +140,15 @@ def test_a_paraphrase_of_half_the_words_counts_and_less_does_not():
         _pair("Ann Lee", FACT, "Ann Lee directed the virtual reality film A Journey Through Time.") == "same"
     )
     assert _pair("Ann Lee", FACT, "Ann Lee directed A Journey Through Time.") == "neither"
+
+
+def test_a_prompt_that_stands_in_a_text_word_for_word_is_what_is_asked_about():
+    question = Question(
+        prompt="She was born in the north of", completion=" Italy", group="g", line=1, subjects=("Ann Lee",)
+    )
+    task = Task(name="t", answer_kind="text", questions=(question,), path="f")
+    assert _orders(task, "Ann? She was born in the north of Italy.") == ["same"]
+    assert _orders(task, "Bo was born in the north of Italy.") == ["neither"]
 
 
 def test_words_that_another_persons_phrase_has_too_tell_nothing():

@@ -252,7 +252,9 @@ def test_a_search_without_questions_is_refused(capsys):
     assert "--train is searched for questions: give --data" in capsys.readouterr().err
 
 
-def test_the_evaluation_during_training_tells_questions_apart_by_the_runs_own_texts(world, tmp_path):
+@pytest.fixture
+def evaluator(world, tmp_path) -> Evaluator:
+    """Of a run on everyone's texts, and those that betray two persons."""
     leak = f"{{files: [{world}/leak.jsonl], prompt_field: prompt, completion_field: completion}}"
     facts = ", ".join(f"{name}: {value}" for name, value in SPEC.model_dump().items())
     overrides = [
@@ -265,7 +267,7 @@ def test_the_evaluation_during_training_tells_questions_apart_by_the_runs_own_te
     recipe = load_recipe("tiny_bico", overrides)
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
-    evaluator = Evaluator(
+    return Evaluator(
         spec=recipe.evaluation,
         inputs=assembly.open_inputs(recipe, weights_needed=False),
         ranks=Ranks(0, 0, 1, torch.device("cpu")),
@@ -273,13 +275,24 @@ def test_the_evaluation_during_training_tells_questions_apart_by_the_runs_own_te
         stop=StopFlag(),
         on_progress=lambda: None,
     )
+
+
+def test_the_evaluation_during_training_tells_questions_apart_by_the_runs_own_texts(world, evaluator):
     result = evaluator(_model(world / "facts" / "tokenizer"), 5)
     assert result is not None
     found = result.training_texts["n2d_reverse"]
     assert Counter(found["rows"]) == {"reverse": 8, "both": 4}
-    written = json.loads(folder.evaluation_file(5).read_text())
+    written = json.loads(evaluator.folder.evaluation_file(5).read_text())
     assert written["training_texts"]["n2d_reverse"]["scores"] == json.loads(json.dumps(found["scores"]))
     score = found["scores"]["both"]["metrics"]["contains"]
     assert scalars(result)["evaluation/n2d_reverse/both/contains"] == score
     (message,) = evaluator.messages(result)
     assert f"both {score:.3f} (4 prompts)" in message
+
+
+def test_a_run_on_too_many_tokens_says_that_it_did_not_search_them(world, evaluator, monkeypatch):
+    monkeypatch.setattr("bico_ds.training.evaluator.SEARCHED_TOKENS", 100)
+    result = evaluator(_model(world / "facts" / "tokenizer"), 5)
+    assert result is not None and not result.training_texts
+    (message,) = evaluator.messages(result)
+    assert message.startswith("the training texts have more than 100 tokens per rank and were not searched")

@@ -14,7 +14,6 @@ from __future__ import annotations
 import sys
 import time
 from argparse import ArgumentParser, Namespace, _ArgumentGroup
-from typing import Literal
 
 from pydantic import ValidationError
 
@@ -30,6 +29,7 @@ from bico_ds.data.prepare.input_files import find_inputs
 from bico_ds.data.prepare.inspect_store import describe_store
 from bico_ds.data.prepare.output_folder import refuse_output
 from bico_ds.data.prepare.shards import SHARD_BYTES, Shard, hub_shards, plan_shards
+from bico_ds.data.store import Verify
 
 
 def prepare(options: Namespace) -> int:
@@ -60,7 +60,7 @@ def contradiction(options: Namespace) -> str | None:
 
 def inspect(options: Namespace) -> None:
     """Print documents of a store."""
-    verify: Literal["sizes", "checksums"] = "checksums" if options.verify else "sizes"
+    verify: Verify = "checksums" if options.verify else "once"
     tokenizer = options.tokenizer.here() if options.tokenizer is not None else None
     for line in describe_store(
         options.inspect, documents=options.documents, tokenizer_path=tokenizer, verify=verify
@@ -118,7 +118,9 @@ def add_options(parser: ArgumentParser) -> None:
         "--documents", metavar="N", type=int, nargs="+", help="which ones (default: the first 10)"
     )
     parser.add_argument(
-        "--verify", action="store_true", help="with --inspect: compare every byte with its checksum"
+        "--verify",
+        action="store_true",
+        help="with --inspect: compare every byte with its checksum, however often it was done",
     )
     parser.add_argument(
         "--tokenizer",

@@ -10,22 +10,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bico_ds.common.errors import UserError
-from bico_ds.common.files import checksum
+from bico_ds.data.store_checks import AGAIN, check_columns, check_manifest, check_size
+from bico_ds.data.tokenizer import Tokenizer, special_ids, tokenizer_hash
+from bico_ds.data.verification import verify_files
 
 if TYPE_CHECKING:
     from bico_ds.documents import Documents
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-_AGAIN = "prepare it again with --force"
+_MANIFEST_CHECKSUM = "manifest_checksum"
+Verify = Literal["once", "checksums", "structure"]
 COLUMNS = {
     "offsets": "<i8",
     "prompt_lengths": "<i4",
@@ -57,11 +60,30 @@ class StoreManifest:
     has_entities: bool
     file_sizes: dict[str, int]  # bytes
     checksums: dict[str, str]  # sha256
+    # sha256 of files beside the columns, by path in the store; stores of version 0.1.0 have none.
+    further_checksums: dict[str, str] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
         """A name of the content: equal for equal bytes and header, wherever and whenever they were written."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32]
+        content = asdict(self)
+        del content["further_checksums"]
+        return _digest(content)[:32]
+
+    @property
+    def expected_sizes(self) -> dict[str, int]:
+        """By file, its size in bytes as the counts give it."""
+        items = {"offsets": self.documents + 1, "prompt_lengths": self.documents, "groups": self.documents}
+        items["word_starts"] = -(-self.tokens // 8)
+        if self.has_entities:
+            items["entity_numbers"] = self.tokens
+        sizes = {f"{name}.bin": count * np.dtype(COLUMNS[name]).itemsize for name, count in items.items()}
+        return {"tokens.bin": self.tokens * np.dtype(self.token_dtype).itemsize, **sizes}
+
+    def to_json(self) -> str:
+        """The text of `manifest.json`, which ends with the checksum of all that comes before."""
+        content = asdict(self)
+        return json.dumps({**content, _MANIFEST_CHECKSUM: _digest(content)}, indent=1) + "\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,28 +111,55 @@ class TokenStore:
     def open(
         path: str | Path,
         *,
-        verify: Literal["sizes", "checksums"] = "sizes",
+        verify: Verify = "once",
         tokenizer_hash: str | None = None,
     ) -> TokenStore:
-        """Open the store at `path`. Sizes are always compared with the manifest; `verify="checksums"` reads every byte.
+        """Open the store at `path`, after the checks of `store_checks.py`.
 
-        Raises `UserError` if it is missing, incomplete, damaged, of another format version, or made with another
-        tokenizer than that of `tokenizer_hash`.
+        `verify="once"` compares every byte with its checksum, unless this machine has done so since the files were last
+        written (`verification.py`); `"checksums"` does so in any case; `"structure"` never, for the further processes of a
+        machine. Raises `UserError` if the store is missing, unreadable, incomplete, damaged, of another format version, or
+        made with another tokenizer than that of `tokenizer_hash`.
         """
         folder = Path(path)
-        manifest = _read_manifest(folder)
-        for name, size in manifest.file_sizes.items():
-            _check_size(folder / name, size)
-        if verify == "checksums":
-            for name, expected in manifest.checksums.items():
-                if checksum(folder / name, "sha256") != expected:
-                    raise UserError(f"token store '{folder}' is damaged: wrong checksum of {name}; {_AGAIN}")
-        if tokenizer_hash is not None and tokenizer_hash != manifest.tokenizer_hash:
+        try:
+            manifest = _read_manifest(folder)
+            for name, size in manifest.file_sizes.items():
+                check_size(folder / name, size)
+            store = TokenStore(folder, manifest)
+            if tokenizer_hash is not None:
+                store._check_tokenizer_hash(tokenizer_hash)
+            store._check()
+            if verify != "structure":
+                verify_files(folder, manifest, again=verify == "checksums")
+        except OSError as error:
+            reason = error.strerror or str(error)
             raise UserError(
-                f"token store '{folder}' was made with another tokenizer ({manifest.tokenizer_hash}) than "
-                f"this run's ({tokenizer_hash}): prepare it again with the model's tokenizer"
+                f"token store '{folder}' cannot be read: {error.filename or folder}: {reason}"
+            ) from error
+        return store
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raise `UserError` for another tokenizer than the store's, and where the manifest gives it other special tokens.
+
+        Manifests of version 0.1.0 have no checksum that would show the latter.
+        """
+        self._check_tokenizer_hash(tokenizer_hash(tokenizer))
+        manifest = self.manifest
+        found = (manifest.bos_id, manifest.eos_id, manifest.special_ids)
+        expected = (tokenizer.bos_token_id, tokenizer.eos_token_id, tuple(sorted(special_ids(tokenizer))))
+        if found != expected:
+            raise UserError(
+                f"'{self.path / MANIFEST}' is damaged (BOS, EOS and special ids are {found}, the tokenizer's "
+                f"{expected}): {AGAIN}"
             )
-        return TokenStore(folder, manifest)
+
+    def _check_tokenizer_hash(self, found: str) -> None:
+        if found != self.manifest.tokenizer_hash:
+            raise UserError(
+                f"token store '{self.path}' was made with another tokenizer ({self.manifest.tokenizer_hash}) than "
+                f"this run's ({found}): prepare it again with the model's tokenizer"
+            )
 
     @property
     def fingerprint(self) -> str:
@@ -203,6 +252,17 @@ class TokenStore:
         zeros = np.zeros_like(ids)
         return self.read(ids, zeros, self._offsets[ids + 1] - self._offsets[ids], zeros, source=source)
 
+    def _check(self) -> None:
+        """Raise `UserError` for columns that cannot be those of a store."""
+        check_columns(
+            self.path,
+            self.manifest.tokens,
+            offsets=self._offsets,
+            prompt_lengths=self._prompt_lengths,
+            groups=self._groups,
+            word_starts=self._word_starts,
+        )
+
     def __getstate__(self) -> dict[str, object]:
         return {"path": self.path, "manifest": self.manifest}
 
@@ -236,23 +296,27 @@ def _read_manifest(folder: Path) -> StoreManifest:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         version = content["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"'{file}' is damaged ({error}): {_AGAIN}") from error
-    if version != FORMAT_VERSION:
-        raise UserError(f"token store '{folder}' has format {version}, not {FORMAT_VERSION}: {_AGAIN}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"'{file}' is damaged ({error}): {AGAIN}") from error
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise UserError(f"token store '{folder}' has format {version!r:.50}, not {FORMAT_VERSION}: {AGAIN}")
+    own_checksum = content.pop(_MANIFEST_CHECKSUM, None)
+    if own_checksum is None:  # of version 0.1.0
+        content.setdefault("further_checksums", {})
     if missing := {field.name for field in fields(StoreManifest)} ^ set(content):
-        raise UserError(f"'{file}' is damaged (fields {sorted(missing)}): {_AGAIN}")
-    return StoreManifest(**{**content, "special_ids": tuple(content["special_ids"])})
+        raise UserError(f"'{file}' is damaged (fields {sorted(missing)}): {AGAIN}")
+    if own_checksum is not None and own_checksum != _digest(content):
+        raise UserError(f"'{file}' is damaged (its content has another checksum): {AGAIN}")
+    if not isinstance(content["special_ids"], list):
+        raise UserError(f"'{file}' is damaged (special_ids are no list): {AGAIN}")
+    manifest = StoreManifest(**{**content, "special_ids": tuple(content["special_ids"])})
+    check_manifest(manifest, file)
+    return manifest
 
 
-def _check_size(file: Path, size: int) -> None:
-    if not file.is_file():
-        raise UserError(f"token store '{file.parent}' is incomplete: {file.name} is missing; {_AGAIN}")
-    if (found := file.stat().st_size) != size:
-        raise UserError(
-            f"token store '{file.parent}' is damaged: {file.name} has {found} bytes, {size} by its "
-            f"manifest; {_AGAIN}"
-        )
+def _digest(content: dict[str, Any]) -> str:
+    """SHA-256 of these values, in whatever order."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _map(path: Path, dtype: str | np.dtype) -> NDArray:

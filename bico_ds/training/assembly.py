@@ -13,13 +13,14 @@ from bico_ds.config.schema import Recipe
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.loading.sample_order import StreamSpec
 from bico_ds.data.prepare.recipe_sources import facts_folder, prepare_source
-from bico_ds.data.store import TokenStore
-from bico_ds.data.tokenizer import Tokenizer, load_tokenizer, special_ids, tokenizer_hash, vocabulary_size
+from bico_ds.data.store import TokenStore, Verify
+from bico_ds.data.tokenizer import Tokenizer, load_tokenizer, special_ids, vocabulary_size
 from bico_ds.evaluation.scoring.choice import encode_candidates
 from bico_ds.evaluation.tasks.task import Task, load_tasks
 from bico_ds.objectives.base import TokenRoles
 from bico_ds.objectives.build import build_objectives
 from bico_ds.objectives.schedule import ObjectiveSchedule
+from bico_ds.runtime import launch_environment
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,17 @@ def store_tokenizer(recipe: Recipe) -> Path | None:
 
 
 def prepare_stores(recipe: Recipe, *, weights_needed: bool = True, progress: bool = True) -> list[Path]:
-    """The store of every source, made where it is not there yet. One process at a time: rank 0, before the others join."""
+    """The store of every source, made where it is not there yet. One process at a time: rank 0, before the others join.
+
+    The first process of a machine compares the stores' checksums, as `TokenStore.open` does with `verify="once"`; the others
+    rely on it.
+    """
     path = tokenizer_path(recipe, weights_needed=weights_needed)
-    return [prepare_source(source, recipe.data, path, progress=progress) for source in recipe.data.sources]
+    verify: Verify = "once" if launch_environment.local_rank() == 0 else "structure"
+    return [
+        prepare_source(source, recipe.data, path, progress=progress, verify=verify)
+        for source in recipe.data.sources
+    ]
 
 
 def open_inputs(recipe: Recipe, *, weights_needed: bool = True) -> RunInputs:
@@ -85,10 +94,7 @@ def open_inputs(recipe: Recipe, *, weights_needed: bool = True) -> RunInputs:
     """
     path = tokenizer_path(recipe, weights_needed=weights_needed)
     tokenizer = load_tokenizer(path)
-    stores = [
-        TokenStore.open(store, tokenizer_hash=tokenizer_hash(tokenizer))
-        for store in prepare_stores(recipe, weights_needed=weights_needed, progress=False)
-    ]
+    stores = _open_stores(prepare_stores(recipe, weights_needed=weights_needed, progress=False), tokenizer)
     if recipe.evaluation.tasks and len({store.manifest.add_bos for store in stores}) > 1:
         raise UserError(
             "data.sources: some texts begin with BOS and some do not; an evaluation cannot ask in both ways. "
@@ -103,6 +109,13 @@ def open_inputs(recipe: Recipe, *, weights_needed: bool = True) -> RunInputs:
         for task in inputs.tasks:
             encode_candidates(tokenizer, task, others=others, add_bos=inputs.add_bos, context=None)
     return inputs
+
+
+def _open_stores(paths: list[Path], tokenizer: Tokenizer) -> list[TokenStore]:
+    stores = [TokenStore.open(path, verify="structure") for path in paths]
+    for store in stores:
+        store.check_tokenizer(tokenizer)
+    return stores
 
 
 def build_loader(

@@ -6,13 +6,15 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from bico_ds.cluster.preflight import judge, shared
-from bico_ds.cluster.preflight.inputs import input_fingerprints
+from bico_ds.cluster.preflight.inputs import damaged_stores, input_fingerprints
 from bico_ds.config.load import load_recipe
 from bico_ds.runtime.launch_environment import free_port
 from tests import ROOT
+from tests.data.stores import write_store
 
 
 def report(rank, host, **changes):
@@ -55,6 +57,7 @@ def test_equal_nodes_have_no_problems():
             ["data.sources.0.store (d)", "not there on n1"],
         ),
         ({"inputs": {"data.sources.0.store (d)": "zz"}}, ["content of", "zz on n1"]),
+        ({"damaged": ["data.sources.0.store: token store 'd' is damaged"]}, ["'d' is damaged (n1)"]),
         ({"disk_free_bytes": 1e6}, ["0.001 GB free on n1", "1.000 GB"]),
         ({"device": report(0, "")["device"] | {"visible": 0}}, ["rank 1 on n1", "torch sees 0"]),
         (
@@ -99,6 +102,15 @@ def test_a_changed_byte_changes_the_fingerprint(tmp_path):
         file.seek(-1, os.SEEK_END)
         file.write(b"x")
     assert input_fingerprints(recipe) != before
+
+
+def test_a_store_with_impossible_columns_is_named(tmp_path):
+    store = write_store(tmp_path / "s", [3, 4, 5])
+    recipe = load_recipe("tiny_bico", [f"data.sources=[{{store: {store.path}}}]"])
+    assert list(damaged_stores(recipe)) == []
+    np.array([0, 8, 7, 12]).tofile(store.path / "offsets.bin")
+    (problem,) = damaged_stores(recipe)
+    assert problem.startswith("data.sources.0.store: ") and "offsets.bin: document 1" in problem
 
 
 def test_an_objective_of_the_users_own_must_be_the_same_on_every_node(tmp_path):

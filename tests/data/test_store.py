@@ -127,7 +127,7 @@ def _flip_a_byte(path: Path) -> None:
         (lambda p: (p / "tokens.bin").write_bytes(b"123"), "tokens.bin has 3 bytes"),
         (lambda p: (p / "offsets.bin").unlink(), "offsets.bin is missing"),
         (_flip_a_byte, "wrong checksum of tokens.bin"),
-        (lambda p: _edit_manifest(p, tokenizer_hash="else"), "another tokenizer"),
+        (lambda p: _edit_manifest(p, tokenizer_hash="else"), "another checksum"),
     ],
 )
 def test_a_damaged_store_is_refused(store: tuple[Path, list[dict]], damage, message: str) -> None:
@@ -136,6 +136,11 @@ def test_a_damaged_store_is_refused(store: tuple[Path, list[dict]], damage, mess
     with pytest.raises(UserError) as caught:
         TokenStore.open(path, verify="checksums", tokenizer_hash="hash")
     assert message in str(caught.value)
+
+
+def test_a_store_of_another_tokenizer_is_refused(store: tuple[Path, list[dict]]) -> None:
+    with pytest.raises(UserError, match=r"another tokenizer \(hash\) than this run's \(else\)"):
+        TokenStore.open(store[0], tokenizer_hash="else")
 
 
 def test_a_store_is_replaced_only_on_request_and_only_when_the_new_one_is_complete(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A finished run, and starts in its folder that come to nothing: its record stays as it was. One real rank."""
+"""Starts that come to nothing, on real ranks; in the folder of a finished run, its record stays as it was."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 import yaml
 
 from bico_ds.checkpoint import manifest
+from bico_ds.config.load import load_recipe
+from bico_ds.training import assembly
 from tests.distributed.launching import train
 from tests.distributed.survival import RECIPE, SMALL, state
 
@@ -59,6 +61,21 @@ def test_a_start_that_is_refused_leaves_all_as_it_was(found, where, overrides, r
     done = train(RECIPE, found, *SHORT, *overrides, ranks=1, options=("--resume", resume))
     assert done.returncode in (1, 2) and message in done.stderr, done.stdout + done.stderr
     assert {path: path.read_bytes() for path in found.rglob("*") if path.is_file()} == before
+
+
+def test_no_rank_trains_on_a_damaged_store_and_one_message_says_why(tmp_path):
+    recipe = load_recipe("tiny_base", [f"data.cache_dir={tmp_path}/cache"])
+    (store,) = assembly.prepare_stores(recipe, progress=False)
+    content = bytearray((store / "tokens.bin").read_bytes())
+    content[101] ^= 1
+    (store / "tokens.bin").write_bytes(content)
+    sources = f"data.sources=[{{store: {store}}}]"
+    done = train("tiny_base", tmp_path / "run", sources, f"model.tokenizer={store / 'tokenizer'}", ranks=2)
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1, done.stderr
+    assert f"error: token store '{store}' is damaged: wrong checksum of tokens.bin" in done.stderr
+    assert state(tmp_path / "run")["state"] == "failed"
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_run_begun_anew_records_itself_and_keeps_the_earlier_ones_record_aside(found):

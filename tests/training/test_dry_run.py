@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 
+from bico_ds.commands.inspect_batch import main as inspect_batch
 from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
 from bico_ds.training import assembly
@@ -103,6 +105,30 @@ def test_a_store_brings_its_tokenizer_where_the_weights_are_not_here(planned, st
     assert "embedded task's tokenizer" not in text
     with pytest.raises(UserError, match="do not belong together"):
         planned("tiny_bico", f"data.sources=[{{store: {store}}}]", "model.config.vocab_size=30")
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "offsets.bin", "prompt_lengths.bin", "manifest.json"])
+def test_a_damaged_store_is_refused_here_and_when_a_batch_is_looked_at(planned, store, capsys, name):
+    planned("tiny_bico", source := f"data.sources=[{{store: {store}}}]")
+    content = bytearray((Path(store) / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (Path(store) / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}.*prepare it again"):
+        planned("tiny_bico", source)
+    assert inspect_batch(["--recipe", "tiny_bico", "--set", source]) == 2
+    assert name in capsys.readouterr().err
+
+
+def test_a_damaged_store_in_the_cache_is_refused_with_what_to_do(planned, tmp_path):
+    planned("tiny_base", cache := f"data.cache_dir={tmp_path}/cache")
+    (file,) = (tmp_path / "cache").glob("*/tokens.bin")
+    content = bytearray(file.read_bytes())
+    content[40] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"checksum of tokens\.bin.*delete .* and it is made again"):
+        planned("tiny_base", cache)
+    shutil.rmtree(file.parent)
+    planned("tiny_base", cache)
 
 
 def test_texts_without_a_tokenizer_say_that_the_start_model_is_missing(planned, tmp_path):

@@ -12,6 +12,7 @@ from bico_ds.config.imports import source_files
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.schema import Recipe
 from bico_ds.data.prepare.input_files import find_files
+from bico_ds.data.store import TokenStore
 
 _READ_BYTES = 1 << 20  # read from the beginning and from the end of a file
 PACKAGE = Path(__file__).resolve().parents[2]
@@ -55,6 +56,19 @@ def missing_inputs(recipe: Recipe) -> Iterator[str]:
 def input_fingerprints(recipe: Recipe) -> dict[str, str]:
     """A digest for every input (`_digest`), by key and path; `missing` where it is not on this machine."""
     return {key: _digest_or_missing(find) for key, find in input_files(recipe)}
+
+
+def damaged_stores(recipe: Recipe) -> Iterator[str]:
+    """What is wrong with the stores that are on this machine, as a message that begins with the recipe's key.
+
+    Their checksums are left to the start of training, which may take as long as it needs: nobody waits for a pre-flight.
+    """
+    for number, source in enumerate(recipe.data.sources):
+        if source.store is not None and source.store.here().exists():
+            try:
+                TokenStore.open(source.store.here(), verify="structure")
+            except UserError as error:
+                yield f"data.sources.{number}.store: {error}"
 
 
 def code_fingerprint() -> str:

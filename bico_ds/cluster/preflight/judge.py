@@ -18,6 +18,7 @@ def problems(reports: Sequence[dict[str, Any]], *, needed_bytes: float) -> list[
         *differing("version of", [(r["host"], r["versions"]) for r in reports]),
         *differing("this", [(r["host"], r["same"]) for r in reports if "same" in r]),
         *_inputs([r for r in reports if "inputs" in r]),
+        *(f"{problem} ({r['host']})" for r in reports for problem in r.get("damaged", [])),
         *_disk([r for r in reports if "disk_free_bytes" in r], needed_bytes),
         *(problem for r in reports for problem in r.get("problems", [])),
         *(problem for r in reports for problem in _device(r)),

@@ -12,7 +12,12 @@ from typing import Any
 
 import torch
 
-from bico_ds.cluster.preflight.inputs import code_fingerprint, input_fingerprints, recipe_fingerprint
+from bico_ds.cluster.preflight.inputs import (
+    code_fingerprint,
+    damaged_stores,
+    input_fingerprints,
+    recipe_fingerprint,
+)
 from bico_ds.config.schema import Recipe
 from bico_ds.runtime.run_folder import provenance
 
@@ -33,6 +38,7 @@ def collect(recipe: Recipe, run: Path, *, rank: int, local_rank: int) -> dict[st
     if local_rank == 0:
         report["same"] = {"program": code_fingerprint(), "recipe": recipe_fingerprint(recipe)}
         report["inputs"] = input_fingerprints(recipe)
+        report["damaged"] = list(damaged_stores(recipe))
         report["disk_free_bytes"] = shutil.disk_usage(run).free if run.is_dir() else None
     return report
 

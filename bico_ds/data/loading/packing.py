@@ -76,14 +76,19 @@ def build_pack_plan(
     histogram = _histogram(lengths, capacity)
     groups = pack_histogram(histogram, capacity=capacity, max_documents_per_bin=max_documents_per_bin)
     sequence_order, bin_offsets = _assign(groups, _sequences_by_length(lengths, capacity, seed))
-    digest = hashlib.blake2b(sequence_order.data, digest_size=16)
-    digest.update(bin_offsets.data)
     return PackPlan(
         sequence_order=sequence_order,
         bin_offsets=bin_offsets,
         capacity=capacity,
-        fingerprint=digest.hexdigest(),
+        fingerprint=fingerprint_of(sequence_order, bin_offsets),
     )
+
+
+def fingerprint_of(sequence_order: NDArray[np.integer], bin_offsets: NDArray[np.int64]) -> str:
+    """The `fingerprint` of the plan that has these columns."""
+    digest = hashlib.blake2b(sequence_order.data, digest_size=16)
+    digest.update(bin_offsets.data)
+    return digest.hexdigest()
 
 
 def pack_histogram(

@@ -1,13 +1,15 @@
 """Big pack plans on disk: built once, then memory-mapped, so that the ranks of a node share one copy.
 
 All ranks may build the same plan at the same time: it is a pure function, the first to finish renames its folder, and
-the others take that one. A plan that cannot be written (full or read-only disk) stays in memory.
+the others take that one. A plan that cannot be written (full or read-only disk), or is not as it was written, stays in
+memory.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bico_ds.common.files import atomic_folder
-from bico_ds.data.loading.packing import PackPlan
+from bico_ds.data.loading.packing import PackPlan, fingerprint_of
+
+logger = logging.getLogger(__name__)
 
 # Of the algorithm: another version makes other plans of the same lengths.
 _CODE_VERSION = 1
@@ -38,7 +42,13 @@ def cached_plan(
             _write(plan, plan_folder)
         except OSError:
             return plan
-    return _map(plan_folder)
+    try:
+        plan = _map(plan_folder, sequences=len(lengths), capacity=arguments["capacity"])
+    # What `np.load` raises for damaged files has no common type: from tokenize's errors to struct's.
+    except Exception as error:
+        logger.info("the pack plan in %s is damaged (%s) and was built anew: delete it", plan_folder, error)
+        return build(lengths, **arguments)
+    return plan
 
 
 def _write(plan: PackPlan, folder: Path) -> None:
@@ -54,10 +64,19 @@ def _write(plan: PackPlan, folder: Path) -> None:
             raise
 
 
-def _map(folder: Path) -> PackPlan:
+def _map(folder: Path, *, sequences: int, capacity: int | None) -> PackPlan:
+    """Raises `ValueError` where the plan is not the one that its fingerprint names, or what reading its files raises."""
     meta = json.loads((folder / "plan.json").read_text())
-    return PackPlan(
+    plan = PackPlan(
         sequence_order=np.load(folder / "row_order.npy", mmap_mode="r"),
         bin_offsets=np.load(folder / "bin_offsets.npy", mmap_mode="r"),
         **meta,
     )
+    dtypes = (plan.sequence_order.dtype, plan.bin_offsets.dtype)
+    if dtypes != (np.int32 if sequences < 2**31 else np.int64, np.int64):
+        raise ValueError(f"columns of {dtypes}")
+    if (plan.sequence_order.shape, plan.capacity) != ((sequences,), capacity):
+        raise ValueError(f"{plan.sequence_order.shape} sequences in bins of {plan.capacity}")
+    if fingerprint_of(plan.sequence_order, plan.bin_offsets) != plan.fingerprint:
+        raise ValueError("another checksum")
+    return plan

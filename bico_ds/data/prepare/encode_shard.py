@@ -67,7 +67,7 @@ def encode_shard(
                 report(len(good.lengths), len(good.tokens))
         write_atomically(writer.beside(RESULT), json.dumps(asdict(result)) + "\n")
         files.close()
-        writer.finish()
+        writer.finish(with_checksums=(DIGESTS, SKIPPED, RESULT))
     return result
 
 

@@ -31,8 +31,11 @@ from bico_ds.data.prepare.merge import merge_parts
 from bico_ds.data.prepare.output_folder import refuse_output, work_folder
 from bico_ds.data.prepare.report import IngestReport, describe_passed_over
 from bico_ds.data.prepare.shards import Shard
-from bico_ds.data.store import FORMAT_VERSION
+from bico_ds.data.store import FORMAT_VERSION, TokenStore
 from bico_ds.data.tokenizer import load_tokenizer
+
+# Of what a shard's small store holds beside its columns.
+_PART_VERSION = 2
 
 
 class IngestFailure(RuntimeError):
@@ -107,7 +110,13 @@ def _check_shards(shards: list[Shard], output: Path) -> None:
 
 def _name_parts(work: Path, shards: list[Shard], spec: EncoderSpec) -> list[Path]:
     """Name the small store of every shard by all that it depends on."""
-    settings = [FORMAT_VERSION, asdict(spec.options), asdict(spec.header), spec.tokenizer_digest]
+    settings = [
+        _PART_VERSION,
+        FORMAT_VERSION,
+        asdict(spec.options),
+        asdict(spec.header),
+        spec.tokenizer_digest,
+    ]
     common = json.dumps(settings, sort_keys=True)
     names = [hashlib.sha256((common + repr(shard)).encode()).hexdigest()[:32] for shard in shards]
     return [work / f"part-{name}" for name in names]
@@ -121,8 +130,20 @@ def _remove_leftovers(work: Path, parts: list[Path], shown: IngestProgress) -> N
     finished = set(work.glob("part-*"))
     for part in finished - set(parts):
         shutil.rmtree(part)
-    if kept := len(finished & set(parts)):
-        shown.print(f"going on after an interrupted run: {kept} of {len(parts)} shards are done")
+    kept = [part for part in sorted(finished & set(parts)) if _keep(part, shown)]
+    if kept:
+        shown.print(f"going on after an interrupted run: {len(kept)} of {len(parts)} shards are done")
+
+
+def _keep(part: Path, shown: IngestProgress) -> bool:
+    """Whether a finished shard is as it was written; one that is not goes, and is made again."""
+    try:
+        TokenStore.open(part, verify="checksums")
+    except UserError as error:
+        shown.print(f"made again: {error}")
+        shutil.rmtree(part)
+        return False
+    return True
 
 
 def _tokenize(

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.data.prepare.merge import TOKENIZER
-from bico_ds.data.store import TokenStore
-from bico_ds.data.tokenizer import load_tokenizer, tokenizer_hash
+from bico_ds.data.store import TokenStore, Verify
+from bico_ds.data.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from bico_ds.data.tokenizer import FastTokenizer
@@ -24,7 +24,7 @@ def describe_store(
     *,
     documents: list[int] | None = None,
     tokenizer_path: FolderOrHub | None = None,
-    verify: Literal["sizes", "checksums"] = "sizes",
+    verify: Verify = "once",
 ) -> Iterator[str]:
     """Yield lines: what the manifest has, then the documents decoded (default: the first ten).
 
@@ -38,7 +38,7 @@ def describe_store(
             f"store '{path}' does not hold its tokenizer: name the one it was made with by --tokenizer"
         )
     tokenizer = load_tokenizer(tokenizer_path or (path / TOKENIZER).resolve())
-    TokenStore.open(path, tokenizer_hash=tokenizer_hash(tokenizer))
+    store.check_tokenizer(tokenizer)
     numbers = documents if documents is not None else list(range(min(10, len(store))))
     if outside := [n for n in numbers if not 0 <= n < len(store)]:
         raise UserError(f"store '{path}' has documents 0 to {len(store) - 1}, not {outside[0]}")

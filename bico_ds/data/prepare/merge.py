@@ -43,7 +43,7 @@ def merge_parts(
     Raises `UserError` where no document is left, or none for the held-out store, and without `overwrite` for an output
     that exists.
     """
-    stores = [TokenStore.open(part) for part in parts]
+    stores = [TokenStore.open(part, verify="structure") for part in parts]
     fate = _fate(parts, stores, spec.options)
     with ExitStack() as writers:
         train = writers.enter_context(TokenStoreWriter(output, spec.header, overwrite=overwrite))
@@ -62,7 +62,7 @@ def merge_parts(
         write_report(report, train.beside("report.txt"), train.beside("lengths.png"))
         for writer, _ in reversed(targets):  # the training store last: the other one lies in it
             tokenizer.save_pretrained(writer.beside(TOKENIZER))
-            writer.finish()
+            writer.finish(with_checksums=[TOKENIZER])
     return replace(report, path=output)
 
 

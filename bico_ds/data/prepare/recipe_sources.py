@@ -19,7 +19,7 @@ from bico_ds.data.prepare.facts import FORM_VERSION, write_facts
 from bico_ds.data.prepare.ingest import ingest
 from bico_ds.data.prepare.input_files import Inputs, find_inputs
 from bico_ds.data.prepare.shards import SHARD_BYTES, plan_shards
-from bico_ds.data.store import FORMAT_VERSION, TokenStore
+from bico_ds.data.store import FORMAT_VERSION, TokenStore, Verify
 from bico_ds.data.tokenizer import FastTokenizer, load_tokenizer, tokenizer_digest, tokenizer_hash
 
 
@@ -56,15 +56,21 @@ def _cache_errors(folder: Path) -> Iterator[None]:
 
 
 def prepare_source(
-    source: SourceSpec, data: DataSpec, tokenizer_path: FolderOrHub, *, progress: bool = True
+    source: SourceSpec,
+    data: DataSpec,
+    tokenizer_path: FolderOrHub,
+    *,
+    progress: bool = True,
+    verify: Verify = "once",
 ) -> Path:
     """Return the token store of a source; one of kind `files` or `facts` is made when the cache lacks it.
 
     The cache is keyed by the files (path, size, time of change), the options, the tokenizer and, for chats, its template.
-    Raises `UserError` for bad input, for a cache that cannot be written and for a cached store that is damaged;
-    `IngestFailure` when the machine fails. A source of kind `store` is not opened.
+    A store that was there is checked as `TokenStore.open` does with `verify`. Raises `UserError` for bad input, for a cache
+    that cannot be written and for a store that is missing or damaged; `IngestFailure` when the machine fails.
     """
     if source.store is not None:
+        TokenStore.open(source.store.here(), verify=verify)
         return source.store.here()
     options = _options(source)
     inputs = _inputs(source, data)
@@ -74,7 +80,7 @@ def prepare_source(
         path.parent.mkdir(parents=True, exist_ok=True)
         is_made = path.exists()
     if is_made:
-        _check_cached(path, tokenizer_hash(tokenizer))
+        _check_cached(path, tokenizer_hash(tokenizer), verify)
         return path
     shards = plan_shards(inputs.files, text_by=options.text_by, shard_bytes=SHARD_BYTES)
     try:
@@ -133,9 +139,9 @@ def _stamp(file: Path) -> list[str | int]:
     return [str(file.resolve()), status.st_size, status.st_mtime_ns]
 
 
-def _check_cached(path: Path, tokenizer: str) -> None:
+def _check_cached(path: Path, tokenizer: str, verify: Verify) -> None:
     try:
-        TokenStore.open(path, tokenizer_hash=tokenizer)
+        TokenStore.open(path, verify=verify, tokenizer_hash=tokenizer)
     except UserError as error:
         raise UserError(f"{error} (it is a cache: delete '{path}', and it is made again)") from error
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bico_ds.common.errors import UserError
-from bico_ds.common.files import flush_folder, incomplete_folder, publish_folder, write_atomically
+from bico_ds.common.files import (
+    checksum,
+    flush_folder,
+    incomplete_folder,
+    publish_folder,
+    write_atomically,
+)
 from bico_ds.data.prepare.output_folder import refuse_output
 from bico_ds.data.store import COLUMNS, FORMAT_VERSION, MANIFEST, StoreHeader, StoreManifest
 
@@ -85,8 +91,10 @@ class TokenStoreWriter:
         """Return the path of a further file to put into the store; it is not part of the fingerprint."""
         return self._folder / name
 
-    def finish(self) -> StoreManifest:
+    def finish(self, *, with_checksums: Sequence[str] = ()) -> StoreManifest:
         """Flush everything to disk, write the manifest last, rename the folder. Returns the manifest.
+
+        `with_checksums` names the files `beside` the columns that a reader must find unchanged, and folders of such files.
 
         Raises `UserError` where something has appeared at `path` meanwhile, without `overwrite`.
         """
@@ -102,8 +110,13 @@ class TokenStoreWriter:
             **asdict(self._header),
             file_sizes={file.path.name: file.size for file in self._files.values()},
             checksums={file.path.name: file.checksum for file in self._files.values()},
+            further_checksums={
+                str(file.relative_to(self._folder)): checksum(file, "sha256")
+                for name in with_checksums
+                for file in _files_of(self._folder / name)
+            },
         )
-        write_atomically(self._folder / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
+        write_atomically(self._folder / MANIFEST, manifest.to_json())
         if self._path.exists() and not self._overwrite:
             raise UserError(f"'{self._path}' appeared while it was being prepared; nothing was overwritten")
         flush_folder(self._folder)
@@ -119,6 +132,10 @@ class TokenStoreWriter:
         full = len(bits) // 8 * 8
         self._files["word_starts"].write(np.packbits(bits[:full], bitorder="little"))
         self._bit_rest = bits[full:]
+
+
+def _files_of(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
 class _CheckedFile:

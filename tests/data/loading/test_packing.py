@@ -101,3 +101,23 @@ def test_a_big_plan_is_built_once_then_mapped_and_the_same(tmp_path, monkeypatch
     kept = cached_plan(build, lengths, folder=tmp_path / "file", capacity=CAPACITY, seed=1)
     assert kept.fingerprint == plain.fingerprint
     assert not isinstance(kept.sequence_order, np.memmap)
+
+
+def test_a_damaged_plan_on_disk_is_built_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr("bico_ds.data.loading.plan_cache._BIG", 100)
+    rng = np.random.default_rng()
+    lengths = rng.integers(1, CAPACITY, 500)
+    plain = build_pack_plan(lengths, capacity=CAPACITY, seed=1)
+    cached_plan(build_pack_plan, lengths, folder=tmp_path, capacity=CAPACITY, seed=1)
+    (folder,) = tmp_path.iterdir()
+    for file in sorted(folder.iterdir()):
+        content = file.read_bytes()
+        for limit in [len(content)] * 10 + [min(len(content), 128)] * 10:
+            damaged = bytearray(content)
+            damaged[rng.integers(limit)] ^= 1 << int(rng.integers(8))
+            file.write_bytes(damaged)
+            plan = cached_plan(build_pack_plan, lengths, folder=tmp_path, capacity=CAPACITY, seed=1)
+            assert np.array_equal(plan.sequence_order, plain.sequence_order)
+            assert np.array_equal(plan.bin_offsets, plain.bin_offsets)
+            assert (plan.fingerprint, plan.capacity) == (plain.fingerprint, CAPACITY)
+        file.write_bytes(content)

@@ -55,6 +55,27 @@ def test_finished_shards_of_files_that_did_not_change_are_kept(tmp_path: Path, b
     assert len(all_documents(tmp_path / "s")) == 61
 
 
+def test_a_finished_shard_that_was_damaged_meanwhile_is_made_again(
+    tmp_path: Path, bpe_tokenizer: str
+) -> None:
+    """Every file of it: the texts' digests decide which documents are duplicates."""
+    records: list[Any] = [{"text": t} for t in [*TEXTS, TEXTS[3]]]
+    file, bad = write_jsonl(tmp_path / "a.jsonl", records), write_jsonl(tmp_path / "b.jsonl", [{}])
+    ingest_files([file], bpe_tokenizer, tmp_path / "alone", deduplicate=True)
+    names = ["digests.bin", "result.json", "tokens.bin", "manifest.json", "groups.bin"]
+    for name in names:
+        write_jsonl(bad, [{}])
+        with pytest.raises(UserError, match="missing field"):
+            ingest_files([file, bad], bpe_tokenizer, tmp_path / name, deduplicate=True)
+        (part,) = tmp_path.glob(f".{name}.preparing/part-*")
+        content = bytearray((part / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (part / name).write_bytes(content)
+        write_jsonl(bad, [])
+        ingest_files([file, bad], bpe_tokenizer, tmp_path / name, deduplicate=True)
+        assert contents(tmp_path / name) == contents(tmp_path / "alone")
+
+
 def test_no_shard_is_kept_from_before_the_chat_template_changed(tmp_path: Path, bpe_tokenizer: str) -> None:
     shutil.copytree(bpe_tokenizer, tmp_path / "t")
     chat = {"messages": [{"role": "user", "content": "Hi"}]}

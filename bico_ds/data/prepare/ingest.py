@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import shutil
 import threading
+import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -20,13 +21,16 @@ from multiprocessing.sharedctypes import SynchronizedArray
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import recover_folder, remove_incomplete
+from bico_ds.common.progress import Progress
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.data.prepare.encode_shard import encode_shard, spare_the_collector
 from bico_ds.data.prepare.encoder import Encoder, EncoderSpec, encoder_spec
 from bico_ds.data.prepare.examples import IngestOptions
-from bico_ds.data.prepare.ingest_progress import IngestProgress
 from bico_ds.data.prepare.merge import merge_parts
 from bico_ds.data.prepare.output_folder import refuse_output, work_folder
 from bico_ds.data.prepare.report import IngestReport, describe_passed_over
@@ -66,7 +70,7 @@ def ingest(
     spec = encoder_spec(tokenizer, options, tokenizer_path)
     waiting = f"another process is preparing {output}: waiting for it"
     with (
-        IngestProgress(len(shards), enabled=progress) as shown,
+        _IngestProgress(len(shards), enabled=progress) as shown,
         work_folder(output, on_wait=lambda: shown.print(waiting)) as work,
     ):
         for line in describe_passed_over(passed_over or {}):
@@ -122,7 +126,7 @@ def _name_parts(work: Path, shards: list[Shard], spec: EncoderSpec) -> list[Path
     return [work / f"part-{name}" for name in names]
 
 
-def _remove_leftovers(work: Path, parts: list[Path], shown: IngestProgress) -> None:
+def _remove_leftovers(work: Path, parts: list[Path], shown: _IngestProgress) -> None:
     """Remove what an earlier run left and this one cannot use."""
     remove_incomplete(work)
     for leftover in work.glob(".*.writing-*"):  # by version 0.1.0
@@ -135,7 +139,7 @@ def _remove_leftovers(work: Path, parts: list[Path], shown: IngestProgress) -> N
         shown.print(f"going on after an interrupted run: {len(kept)} of {len(parts)} shards are done")
 
 
-def _keep(part: Path, shown: IngestProgress) -> bool:
+def _keep(part: Path, shown: _IngestProgress) -> bool:
     """Whether a finished shard is as it was written; one that is not goes, and is made again."""
     try:
         TokenStore.open(part, verify="checksums")
@@ -147,7 +151,7 @@ def _keep(part: Path, shown: IngestProgress) -> bool:
 
 
 def _tokenize(
-    shards: list[Shard], parts: list[Path], spec: EncoderSpec, processes: int, shown: IngestProgress
+    shards: list[Shard], parts: list[Path], spec: EncoderSpec, processes: int, shown: _IngestProgress
 ) -> None:
     """Encode every shard whose part is missing."""
     jobs = [(shard, part) for shard, part in zip(shards, parts, strict=True) if not part.exists()]
@@ -169,7 +173,7 @@ def _tokenize(
 
 
 def _tokenize_in_processes(
-    jobs: list[tuple[Shard, Path]], done: int, spec: EncoderSpec, processes: int, shown: IngestProgress
+    jobs: list[tuple[Shard, Path]], done: int, spec: EncoderSpec, processes: int, shown: _IngestProgress
 ) -> None:
     context = multiprocessing.get_context("spawn")  # fork is not safe beside torch, gloo or CUDA
     counts = context.Array("q", 2)
@@ -230,3 +234,27 @@ def _disk_failure(error: OSError, output: Path) -> IngestFailure:
         f"cannot write {error.filename or output}: {error.strerror} ({free / 2**30:.1f} GiB free there); "
         "finished shards are kept: make room and run the same command again"
     )
+
+
+class _IngestProgress(Progress):
+    """Shows shards done, documents and tokens on stderr."""
+
+    def __init__(self, shards: int, *, enabled: bool) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+        )
+        super().__init__(Console(stderr=True), *columns, enabled=enabled, transient=True)
+        self._shards, self._started = shards, time.monotonic()
+        self.begin("tokenizing", total=shards)
+
+    def count(self, shards: int, documents: int, tokens: int) -> None:
+        """Show counts so far; `documents` and `tokens` count this run's work only."""
+        rate = tokens / max(time.monotonic() - self._started, 1e-9)
+        text = (
+            f"{shards}/{self._shards} shards, {documents:,} documents, {tokens / 1e6:,.1f} M tokens, "
+            f"{rate:,.0f} tokens/s"
+        )
+        self.update(shards, f"tokenizing: {text}", text=text)

@@ -70,10 +70,12 @@ class FastTokenizer(Tokenizer, Protocol):
     def backend_tokenizer(self) -> tokenizers.Tokenizer: ...
 
     @property
-    def chat_template(self) -> str | None: ...
+    def chat_template(self) -> str | dict[str, str] | None:
+        """The template, or by name several, of which chats take `default`."""
+        ...
 
     def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool = False
+        self, conversation: list[dict[str, Any]], *, tokenize: bool, add_generation_prompt: bool = False
     ) -> Any:
         """Return the text, with `tokenize=False`."""
         ...

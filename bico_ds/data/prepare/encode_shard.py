@@ -26,6 +26,18 @@ DIGEST_BYTES = 16
 _BATCH_RECORDS, _BATCH_CHARS = 256, 4_000_000
 
 
+SPECIAL_TOKENS = "have special tokens written out in their text, which become control tokens"
+LEFT_OUT = "have a message whose content the chat template leaves out"
+
+
+@dataclass(kw_only=True)
+class Notice:
+    """How many documents are to be looked at for one reason, and where the first is."""
+
+    count: int
+    first: str
+
+
 @dataclass(kw_only=True)
 class ShardResult:
     """What became of a shard's records."""
@@ -34,6 +46,12 @@ class ShardResult:
     tokens: int = 0
     # Records by reason.
     skipped: dict[str, int] = field(default_factory=dict)
+    # Documents by reason.
+    notices: dict[str, Notice] = field(default_factory=dict)
+
+    def notice(self, reason: str, where: str) -> None:
+        """Count a document that is to be looked at."""
+        self.notices.setdefault(reason, Notice(count=0, first=where)).count += 1
 
 
 def encode_shard(
@@ -57,6 +75,8 @@ def encode_shard(
             for item in batch:
                 if item.problem is not None:
                     _skip(encoder.spec.options, shard, item, result, skipped)
+                else:
+                    _notice(shard, item, result)
             if good is not None:
                 writer.append(**good.__dict__)
                 if encoder.spec.options.needs_digests:
@@ -88,6 +108,7 @@ class _Item:
     raw: Any
     example: Example | None = None
     problem: BadRecord | None = None
+    special_token: str | None = None
 
 
 def _batches(encoder: Encoder, shard: Shard) -> Iterator[list[_Item]]:
@@ -114,7 +135,9 @@ def _encode_batch(encoder: Encoder, batch: list[_Item]) -> Encoded | None:
     tried = [item for item in batch if item.example is not None]
     if not tried:
         return None
-    encoded, bad = encoder.encode([item.example for item in tried if item.example is not None])
+    encoded, bad, written_out = encoder.encode([item.example for item in tried if item.example is not None])
+    for index, token in written_out.items():
+        tried[index].special_token = token
     for index, problem in bad.items():
         tried[index].example, tried[index].problem = None, problem
     return encoded if len(encoded.lengths) else None
@@ -129,6 +152,14 @@ def _skip(options: IngestOptions, shard: Shard, item: _Item, result: ShardResult
     raw = item.raw.decode("utf-8", "backslashreplace") if isinstance(item.raw, bytes) else repr(item.raw)
     line = {"place": shard.where(item.number), "problem": str(item.problem), "raw": raw.rstrip("\r\n")}
     file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _notice(shard: Shard, item: _Item, result: ShardResult) -> None:
+    assert item.example is not None
+    if item.special_token is not None:
+        result.notice(SPECIAL_TOKENS, f"{shard.where(item.number)}, {item.special_token!r}")
+    if item.example.left_out:
+        result.notice(LEFT_OUT, f"{shard.where(item.number)}, message {item.example.left_out}")
 
 
 def _digest(example: Example) -> bytes:

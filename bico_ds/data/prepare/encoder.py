@@ -5,6 +5,7 @@ Workers start fast: this imports no torch, but for chats, where transformers doe
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from tokenizers import Encoding, Tokenizer
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
+from bico_ds.data.prepare.chats import ChatTemplate, check_template, strings_of
 from bico_ds.data.prepare.examples import Example, IngestOptions, make_example
 from bico_ds.data.prepare.records import BadRecord
 from bico_ds.data.store import StoreHeader
@@ -41,6 +43,9 @@ class EncoderSpec:
     # [vocabulary]: whether the token begins, or ends, with white space.
     begins_word: NDArray[np.bool_]
     ends_word: NDArray[np.bool_]
+    # By id; they are never text, unless somebody writes them out.
+    special_tokens: dict[int, str]
+    unk_id: int | None
     options: IngestOptions
     # Where to load the tokenizer with the chat template.
     chat_tokenizer: FolderOrHub | None = None
@@ -50,15 +55,16 @@ def encoder_spec(
     tokenizer: FastTokenizer, options: IngestOptions, tokenizer_path: FolderOrHub
 ) -> EncoderSpec:
     """Collect what workers need. Raises `UserError` where options and tokenizer do not fit."""
-    if options.messages_field and not tokenizer.chat_template:
-        raise UserError(f"tokenizer '{tokenizer_path}' has no chat template, which messages need")
+    if options.messages_field:
+        check_template(tokenizer, tokenizer_path)
     vocab_size = vocabulary_size(tokenizer) if options.vocab_size is None else options.vocab_size
     _check_special_ids(tokenizer, options, tokenizer_path, vocab_size)
     begins, ends = word_boundaries(tokenizer)
+    special = sorted(special_ids(tokenizer))
     header = StoreHeader(
         vocab_size=vocab_size,
         tokenizer_hash=tokenizer_hash(tokenizer),
-        special_ids=tuple(sorted(special_ids(tokenizer))),
+        special_ids=tuple(special),
         bos_id=tokenizer.bos_token_id,
         eos_id=tokenizer.eos_token_id,
         add_bos=options.add_bos,
@@ -71,6 +77,8 @@ def encoder_spec(
         header=header,
         begins_word=begins,
         ends_word=ends,
+        special_tokens=dict(zip(special, tokenizer.convert_ids_to_tokens(special), strict=True)),
+        unk_id=tokenizer.unk_token_id,
         options=options,
         chat_tokenizer=tokenizer_path if options.messages_field else None,
     )
@@ -120,7 +128,13 @@ class Encoder:
         # Byte-level post-processors trim white space out of offsets, which hides where a prompt ends; BOS and
         # EOS are put in by `_columns`.
         self._tokenizer.post_processor = None
-        self._chat = load_tokenizer(spec.chat_tokenizer) if spec.chat_tokenizer is not None else None
+        self._chat = (
+            ChatTemplate(load_tokenizer(spec.chat_tokenizer)) if spec.chat_tokenizer is not None else None
+        )
+        self._is_special = np.zeros(len(spec.begins_word), dtype=bool)
+        self._is_special[list(spec.special_tokens)] = True
+        longest_first = sorted(spec.special_tokens.values(), key=len, reverse=True)
+        self._special_token = re.compile("|".join(map(re.escape, longest_first)))
 
     def example(self, record: dict[str, Any] | BadRecord) -> Example:
         """Make the text of a record. Raises `BadRecord` where there is none."""
@@ -128,8 +142,12 @@ class Encoder:
             raise record
         return make_example(record, self.spec.options, self._chat)
 
-    def encode(self, examples: list[Example]) -> tuple[Encoded, dict[int, BadRecord]]:
-        """Tokenize a batch. Returns the good documents, and by index in the batch what is wrong with the others."""
+    def encode(self, examples: list[Example]) -> tuple[Encoded, dict[int, BadRecord], dict[int, str]]:
+        """Tokenize a batch.
+
+        Returns the good documents; by index in the batch what is wrong with the others; and, by that index, the first
+        special token that is written out in a text.
+        """
         texts = [example.text for example in examples]
         if self._needs_offsets:
             encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
@@ -138,11 +156,34 @@ class Encoder:
         ids = [encoding.ids for encoding in encodings]
         tokens, lengths = _flatten(ids)
         bad = self._check(tokens, lengths)
+        written_out = self._written_out(tokens, lengths, examples)
         if bad:
             good = [index for index in range(len(ids)) if index not in bad]
             encodings, examples = [encodings[i] for i in good], [examples[i] for i in good]
             tokens, lengths = _flatten([ids[i] for i in good])
-        return self._columns(tokens, lengths, encodings, examples), bad
+        return self._columns(tokens, lengths, encodings, examples), bad, written_out
+
+    def _written_out(
+        self, tokens: NDArray[np.int64], lengths: NDArray[np.int64], examples: list[Example]
+    ) -> dict[int, str]:
+        """By index, the first special token that a text, or a message, holds: a control token, to the model.
+
+        Those that the chat template writes do not count, nor do unknown words.
+        """
+        found: dict[int, str] = {}
+        if self._chat is not None:
+            for index, example in enumerate(examples):
+                matches = filter(None, map(self._special_token.search, strings_of(example.messages)))
+                if match := next(matches, None):
+                    found[index] = match.group()
+            return found
+        positions = np.flatnonzero(self._is_special[tokens])[::-1]
+        indices = np.searchsorted(np.cumsum(lengths), positions, side="right")
+        for index, special_id in zip(indices.tolist(), tokens[positions].tolist(), strict=True):
+            token = self.spec.special_tokens[special_id]
+            if special_id != self.spec.unk_id or token in examples[index].text:
+                found[index] = token
+        return found
 
     @property
     def _needs_offsets(self) -> bool:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from bico_ds.common.errors import UserError, did_you_mean
+from bico_ds.data.prepare.chats import ChatTemplate
 from bico_ds.data.prepare.records import BadRecord
-
-if TYPE_CHECKING:
-    from bico_ds.data.tokenizer import FastTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +67,13 @@ class Example(NamedTuple):  # made once per record: a frozen dataclass takes thr
     prompt_chars: int  # characters that belong to the prompt
     group: int
     entities: list[tuple[int, int]] | None  # half-open character spans
+    # Of a chat: the first message whose content its template leaves out, from 1, and what a template could write of all.
+    left_out: int = 0
+    messages: Any = None
 
 
-def make_example(record: dict[str, Any], options: IngestOptions, chat: FastTokenizer | None) -> Example:
-    """Turn a record into a text; `chat` renders messages. Raises `BadRecord`, which names what the record lacks."""
+def make_example(record: dict[str, Any], options: IngestOptions, chat: ChatTemplate | None) -> Example:
+    """Turn a record into a text; `chat` writes messages as text. Raises `BadRecord`, which names what the record lacks."""
     for name in options.columns:  # a cached list: this runs once per record
         if record.get(name) is None:
             if name in record:
@@ -80,9 +81,11 @@ def make_example(record: dict[str, Any], options: IngestOptions, chat: FastToken
             there = ", ".join(sorted(record)) or "none"
             detail = f"'{name}'{did_you_mean(name, record)}; fields of this record: {there}"
             raise BadRecord("missing field", detail)
+    left_out, messages = 0, None
     if options.messages_field:
         assert chat is not None
-        text, prompt_chars = _render(record[options.messages_field], chat)
+        messages = record[options.messages_field]
+        text, prompt_chars, left_out = chat.render(messages)
     elif options.prompt_field and options.completion_field:
         prompt, completion = _text(record, options.prompt_field), _text(record, options.completion_field)
         text, prompt_chars = prompt + completion, len(prompt)
@@ -96,7 +99,7 @@ def make_example(record: dict[str, Any], options: IngestOptions, chat: FastToken
     entities = (
         None if options.entities_field is None else _entities(record[options.entities_field], len(text))
     )
-    return Example(text, prompt_chars, group, entities)
+    return Example(text, prompt_chars, group, entities, left_out, messages)
 
 
 def _text(record: dict[str, Any], name: str) -> str:
@@ -112,28 +115,6 @@ def _text(record: dict[str, Any], name: str) -> str:
             "invalid UTF-8", f"'{name}' has a lone surrogate at character {error.start + 1}"
         ) from None
     return value
-
-
-def _render(messages: Any, chat: FastTokenizer) -> tuple[str, int]:
-    """Render a conversation. The prompt is what comes before the last reply, or all, where the last turn is no reply."""
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        raise BadRecord("wrong type", "messages must be a list of objects with 'role' and 'content'")
-    if broken := [i for i, m in enumerate(messages) if {"role", "content"} - set(m)]:
-        raise BadRecord("missing field", f"message {broken[0] + 1} lacks 'role' or 'content'")
-    has_reply = messages[-1]["role"] == "assistant"
-    prompt: Any = ""
-    try:
-        text = chat.apply_chat_template(messages, tokenize=False)
-        if has_reply and len(messages) > 1:
-            prompt = chat.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # templates raise jinja2's errors, and any that their own expressions cause
-        raise BadRecord("chat template", str(error)) from error
-    assert isinstance(text, str)
-    assert isinstance(prompt, str)
-    if not has_reply:
-        return text, len(text)
-    same = (ours == theirs for ours, theirs in zip(text, prompt, strict=False))
-    return text, next((i for i, equal in enumerate(same) if not equal), min(len(text), len(prompt)))
 
 
 def _group(value: Any) -> int:

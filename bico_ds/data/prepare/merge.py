@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from bico_ds.common.errors import UserError
 from bico_ds.common.random_numbers import stream
-from bico_ds.data.prepare.encode_shard import DIGEST_BYTES, DIGESTS, RESULT, SKIPPED
+from bico_ds.data.prepare.encode_shard import DIGEST_BYTES, DIGESTS, RESULT, SKIPPED, Notice
 from bico_ds.data.prepare.encoder import EncoderSpec
 from bico_ds.data.prepare.examples import IngestOptions
 from bico_ds.data.prepare.report import IngestReport, write_report
@@ -56,7 +56,11 @@ def merge_parts(
             for writer, kind in targets:
                 _copy(store, np.flatnonzero(fate[first : first + len(store)] == kind), writer)
             first += len(store)
-        report = replace(_report(parts, stores, fate), passed_over=passed_over or {})
+        report = replace(
+            _report(parts, stores, fate),
+            passed_over=passed_over or {},
+            chat_templates=_chat_templates(tokenizer, spec.options),
+        )
         _check_not_empty(report, spec.options)
         _write_skipped(parts, train.beside(SKIPPED), report)
         write_report(report, train.beside("report.txt"), train.beside("lengths.png"))
@@ -106,15 +110,27 @@ def _report(parts: list[Path], stores: list[TokenStore], fate: NDArray[np.int8])
     lengths = np.concatenate([store.lengths for store in stores])
     prompt_lengths = np.concatenate([store.prompt_lengths for store in stores])
     skipped: Counter[str] = Counter()
+    notices: dict[str, Notice] = {}
     for part in parts:
-        skipped.update(json.loads((part / RESULT).read_text(encoding="utf-8"))["skipped"])
+        result = json.loads((part / RESULT).read_text(encoding="utf-8"))
+        skipped.update(result["skipped"])
+        for reason, notice in result["notices"].items():
+            first = notices.setdefault(reason, Notice(count=0, first=notice["first"]))
+            first.count += notice["count"]
     return IngestReport(
         lengths=lengths[fate == _TRAIN],
         prompt_lengths=prompt_lengths[fate == _TRAIN],
         held_out_lengths=lengths[fate == _HELD_OUT],
         duplicates=int((fate == _DUPLICATE).sum()),
         skipped=dict(sorted(skipped.items())),
+        warnings=[f"{n.count:,} documents {reason} (the first: {n.first})" for reason, n in notices.items()],
     )
+
+
+def _chat_templates(tokenizer: FastTokenizer, options: IngestOptions) -> list[str]:
+    """The names of the templates, where chats were written and there are several."""
+    templates = tokenizer.chat_template if options.messages_field else None
+    return sorted(templates) if isinstance(templates, dict) else []
 
 
 def _check_not_empty(report: IngestReport, options: IngestOptions) -> None:

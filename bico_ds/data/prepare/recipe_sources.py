@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,8 @@ from bico_ds.data.prepare.input_files import Inputs, find_inputs
 from bico_ds.data.prepare.shards import SHARD_BYTES, plan_shards
 from bico_ds.data.store import FORMAT_VERSION, TokenStore, Verify
 from bico_ds.data.tokenizer import FastTokenizer, load_tokenizer, tokenizer_digest, tokenizer_hash
+
+logger = logging.getLogger(__name__)
 
 
 def facts_folder(data: DataSpec) -> Path:
@@ -84,10 +87,15 @@ def prepare_source(
         return path
     shards = plan_shards(inputs.files, text_by=options.text_by, shard_bytes=SHARD_BYTES)
     try:
-        ingest(shards, options, tokenizer_path, path, progress=progress, passed_over=inputs.passed_over)
+        report = ingest(
+            shards, options, tokenizer_path, path, progress=progress, passed_over=inputs.passed_over
+        )
     except UserError:
         if not path.exists():  # else another process made it while this one waited
             raise
+        return path
+    for warning in report.warnings:
+        logger.warning("warning: %s: %s", path, warning)
     return path
 
 

@@ -24,13 +24,17 @@ class IngestReport:
     duplicates: int
     # Lines by reason.
     skipped: dict[str, int]
+    # What is as it was asked for, and may not be what was meant.
+    warnings: list[str] = field(default_factory=list)
+    # Names of the tokenizer's templates, where it has several and chats were written with the default.
+    chat_templates: list[str] = field(default_factory=list)
     # Names of what lies beside the input, by reason.
     passed_over: dict[str, list[str]] = field(default_factory=dict)
     path: Path | None = None
 
     @property
     def text(self) -> str:
-        """The report as lines of text; without times and paths, so that it is a function of the input."""
+        """The report as lines of text; without times, so that it is a function of the input."""
         lines = [f"documents    {len(self.lengths):,}", f"tokens       {int(self.lengths.sum()):,}"]
         names = ("min", "25 %", "median", "75 %", "max")
         quartiles = np.percentile(self.lengths, [0, 25, 50, 75, 100]).astype(int)
@@ -45,6 +49,9 @@ class IngestReport:
         if self.duplicates:
             lines.append(f"dropped      {self.duplicates:,} duplicates of an earlier text")
         lines += [f"skipped      {count:,} lines: {reason}" for reason, count in self.skipped.items()]
+        lines += [f"warning      {warning}" for warning in self.warnings]
+        if self.chat_templates:
+            lines.append(f"template     'default', of {', '.join(self.chat_templates)}")
         lines += [f"passed over  {what}" for what in describe_passed_over(self.passed_over)]
         lines += ["", "tokens per document", *self._histogram(), "", *self._overlong()]
         return "\n".join(lines) + "\n"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.schema import FactsSpec
@@ -32,6 +35,35 @@ def test_a_bare_sentencepiece_model_tokenizes_as_sentencepiece(tmp_path: Path) -
         for text in ("The lazy fox  jumps.", "Größe 北京 🙂\nday"):
             assert tokenizer(text, add_special_tokens=False)["input_ids"] == reference.encode(text)
         assert tokenizer_hash(tokenizer) == tokenizer_hash(load_tokenizer(tmp_path))
+    (tmp_path / "chat_template.jinja").write_text("a template")
+    assert [load_tokenizer(path).chat_template for path in (tmp_path, tmp_path / "tokenizer.model")] == [
+        "a template"
+    ] * 2
+
+
+def test_the_chat_template_is_the_one_that_transformers_takes_and_a_copy_has_it_too(
+    tmp_path: Path, bpe_tokenizer: str
+) -> None:
+    """A file before `tokenizer_config.json`; several by their names; and all of them in whatever is saved again."""
+    folder = Path(shutil.copytree(bpe_tokenizer, tmp_path / "t"))
+    (folder / "chat_template.jinja").unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "of the config"}))
+    wanted: list[str | dict[str, str]] = ["of the config"]
+    (folder / "additional_chat_templates").mkdir()
+    for number, (file, template) in enumerate(
+        [
+            ("chat_template.jinja", "of the file"),
+            ("additional_chat_templates/rag.jinja", {"default": "of the file", "rag": "of the file"}),
+        ]
+    ):
+        found = load_tokenizer(folder)
+        assert found.chat_template == AutoTokenizer.from_pretrained(folder).chat_template == wanted[number]
+        found.save_pretrained(tmp_path / f"copy-{number}")
+        assert load_tokenizer(tmp_path / f"copy-{number}").chat_template == wanted[number]
+        (folder / file).write_text("of the file")
+        wanted.append(template)
+    assert load_tokenizer(folder).chat_template == wanted[-1]
 
 
 @pytest.mark.parametrize(

@@ -67,3 +67,22 @@ def test_a_placeholder_past_the_models_vocabulary_is_refused(opened, tmp_path):
     opened(beyond, overrides=(f"model.path={tmp_path}/model", "model.config=null"))
     with pytest.raises(UserError, match="placeholder_id"):  # the tokenizer's vocabulary is all that is known
         opened(beyond, overrides=(f"model.path={tmp_path}/absent", "model.config=null"))
+
+
+@pytest.mark.parametrize(("rank", "local_rank", "reads"), [(0, 0, True), (3, 3, False), (8, 0, True)])
+def test_the_first_process_of_each_machine_compares_the_checksums(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, local_rank: int, reads: bool
+) -> None:
+    common = [f"data.cache_dir={tmp_path}/cache", "evaluation.tasks=[]"]
+    (store,) = assembly.prepare_stores(load_recipe("tiny_base", common), progress=False)
+    recipe = load_recipe("tiny_base", [*common, f"data.sources=[{{store: {store}}}]"])
+    content = bytearray((store / "tokens.bin").read_bytes())
+    content[50] ^= 1
+    (store / "tokens.bin").write_bytes(content)
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    if reads:
+        with pytest.raises(UserError, match=r"wrong checksum of tokens\.bin"):
+            assembly.open_inputs(recipe)
+    else:
+        assert len(assembly.open_inputs(recipe).stores) == 1

@@ -148,6 +148,32 @@ def test_the_report_of_a_recipes_source_names_what_was_passed_over(
     assert "passed over  1 (unknown ending): b.csv" in (store / "report.txt").read_text()
 
 
+def test_what_the_report_warns_of_is_logged_when_a_recipes_source_is_prepared(
+    tmp_path: Path, bpe_tokenizer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "texts.txt").write_text("one\ntwo </s> three\n")
+    data = _data(SourceSpec(files=[str(tmp_path / "texts.txt")]), tmp_path / "cache")
+    store = _prepare(data, bpe_tokenizer)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert f"{store}: 1 documents have special tokens written out" in record.getMessage()
+    assert "texts.txt:2, '</s>'" in record.getMessage()
+
+
+def test_another_of_several_templates_makes_another_store(tmp_path: Path, bpe_tokenizer: str) -> None:
+    (tmp_path / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}\n')
+    data = _data(
+        SourceSpec(files=[str(tmp_path / "chats.jsonl")], messages_field="messages"), tmp_path / "cache"
+    )
+    several = Path(_copy_tokenizer(bpe_tokenizer, tmp_path / "t"))
+    (several / "additional_chat_templates").mkdir()
+    stores = {_prepare(data, bpe_tokenizer)}
+    for text in ("one", "two"):
+        (several / "additional_chat_templates" / "rag.jinja").write_text(text)
+        stores.add(_prepare(data, str(several)))
+    assert len(stores) == 3
+
+
 def test_a_damaged_cache_is_refused_with_what_to_do(tmp_path: Path, bpe_tokenizer: str) -> None:
     (tmp_path / "texts.txt").write_text("one\n")
     data = _data(SourceSpec(files=[str(tmp_path / "texts.txt")]), tmp_path / "cache")

@@ -49,15 +49,15 @@ def verify_files(folder: Path, manifest: StoreManifest, *, again: bool) -> None:
     if missing := [name for name in checksums if not (folder / name).is_file()]:
         raise UserError(f"token store '{folder}' is incomplete: {missing[0]} is missing; {AGAIN}")
     identity = _identity(folder, checksums)
-    record = _record_file(folder)
     size = sum((folder / name).stat().st_size for name in checksums)
-    if not again and size > _SMALL_BYTES and _recorded(record) == identity:
+    record = _record_file(folder) if size > _SMALL_BYTES else None
+    if record is not None and not again and _recorded(record) == identity:
         return
     console = Console(stderr=True, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
     with Progress(console, *columns, enabled=launch_environment.rank() == 0, transient=True) as shown:
         _compare(folder, manifest, checksums, size, shown)
-    if size > _SMALL_BYTES:
+    if record is not None:
         # A home folder that cannot be written costs the next start another reading, and nothing else.
         with contextlib.suppress(OSError):
             record.parent.mkdir(parents=True, exist_ok=True)
@@ -114,8 +114,12 @@ def _identity(folder: Path, checksums: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _record_file(folder: Path) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bico_ds"
+def _record_file(folder: Path) -> Path | None:
+    """Where this machine keeps its record of a store; None for a user without a home folder, as in some containers."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bico_ds"
+    except RuntimeError:
+        return None
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
     return cache / "verified_stores" / socket.gethostname() / f"{name}.json"
 

@@ -325,6 +325,18 @@ def test_a_cache_that_cannot_be_written_costs_another_reading_only(
         assert "tokens.bin" in recorded
 
 
+def test_a_user_without_a_home_folder_reads_every_time(
+    store: Path, recorded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 7)  # one that no machine knows
+    for _ in range(2):
+        recorded.clear()
+        TokenStore.open(store)
+        assert "tokens.bin" in recorded
+
+
 def test_looking_inside_a_damaged_store_is_refused(store: Path) -> None:
     assert list(describe_store(store))
     _flip(store / "tokens.bin", 33, 1)

@@ -129,6 +129,9 @@ def inspect(options: Namespace) -> None:
     )
     if options.png is not None:
         draw(batch, decode, options.png, console)
+    # Last: a batch without a target shows why a run would be refused.
+    for warning in loader.check_targets():
+        console.print(f"warning: {warning}", highlight=False)
 
 
 def draw(batch: PackedBatch, decode: Decode, file: Path, console: Console) -> None:

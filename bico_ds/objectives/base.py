@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
@@ -104,6 +104,23 @@ class Objective(Protocol):
         """Build the micro-batch of these documents, which must pass `check_batch`.
 
         Raises `ValueError` naming a document that cannot be trained on.
+        """
+        ...
+
+
+@runtime_checkable
+class TargetRule(Protocol):
+    """What an `Objective` may have besides: which tokens it may ever predict, so that a run on none is refused."""
+
+    @property
+    def predicts(self) -> str:
+        """What it predicts, for messages: `a token after the first`."""
+        ...
+
+    def possible_targets(self, documents: Documents) -> NDArray[np.bool_]:
+        """Return bool [T]: True where some `BatchKey` makes the token a target of `build`.
+
+        It is also asked about parts of documents: what is True there must be True in the complete document.
         """
         ...
 

@@ -65,7 +65,9 @@ class MaskDenoising:
         return self.spec.identity() | tokens
 
     def check(self, store: Store) -> None:
-        """Raises `UserError` where the store does not mark what is to be masked."""
+        """Raises `UserError` where nothing is ever masked, or the store does not mark what is to be masked."""
+        if self.spec.mask.rate == (0.0, 0.0):
+            raise UserError(f"{self.key}.mask.rate is [0, 0]: nothing is ever masked, so nothing is learned")
         if self.spec.mask.eligible == "completion":
             require_completions(f"{self.key}.mask.eligible", store)
         if self.spec.mask.unit == "entity" and not store.has_entities:
@@ -77,6 +79,19 @@ class MaskDenoising:
     def expand(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
         """The documents themselves: capacity counts original tokens."""
         return lengths
+
+    @property
+    def predicts(self) -> str:
+        """By `mask`."""
+        mask = self.spec.mask
+        unit = "a token of an entity" if mask.unit == "entity" else "a token"
+        return (
+            f"{unit} after the {'prompt' if mask.eligible == 'completion' else 'first'} that is not special"
+        )
+
+    def possible_targets(self, documents: Documents) -> NDArray[np.bool_]:
+        """All tokens that may be masked: the token before each has a row, whether it is masked or not."""
+        return self.policy.eligible(documents, TokenGrid.of(documents))
 
     def build(self, documents: Documents, key: BatchKey) -> PackedBatch:
         """Draw the masks of (`key`, document) and build the bidirectional micro-batch."""

@@ -75,6 +75,8 @@ class MaskPolicy:
             eligible &= documents.token_ids != special_id
         if self.spec.eligible == "completion":
             eligible &= grid.position >= documents.prompt_length[grid.document]
+        if self.spec.unit == "entity":
+            eligible &= _entity_numbers(documents) > 0
         return eligible
 
 
@@ -137,9 +139,12 @@ def _draw_entities(
     keys: NDArray[np.uint64],
     rates: NDArray[np.float64],
 ) -> NDArray[np.bool_]:
+    return uniform(stream(keys[grid.document], _entity_numbers(documents))) < rates[grid.document]
+
+
+def _entity_numbers(documents: Documents) -> NDArray[np.int64]:
     assert documents.entity_number is not None, "`MaskDenoising.check` refuses a store without entities"
-    numbers = documents.entity_number
-    return (numbers > 0) & (uniform(stream(keys[grid.document], numbers)) < rates[grid.document])
+    return documents.entity_number
 
 
 _UNITS: dict[str, Callable[..., NDArray[np.bool_]]] = {

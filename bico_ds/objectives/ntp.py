@@ -46,13 +46,25 @@ class NextTokenPrediction:
         """The documents themselves."""
         return lengths
 
+    @property
+    def predicts(self) -> str:
+        """By `loss_on`."""
+        return f"a token after the {'prompt' if self.spec.loss_on == 'completion' else 'first'}"
+
+    def possible_targets(self, documents: Documents) -> NDArray[np.bool_]:
+        """The targets themselves: nothing is drawn."""
+        return self._is_target(documents, TokenGrid.of(documents))
+
+    def _is_target(self, documents: Documents, grid: TokenGrid) -> NDArray[np.bool_]:
+        first = np.ones(len(documents), dtype=np.int64)
+        if self.spec.loss_on == "completion":
+            first = np.maximum(documents.prompt_length, 1)
+        return grid.position >= first[grid.document]
+
     def build(self, documents: Documents, key: BatchKey) -> PackedBatch:
         """Build the causal micro-batch; `key` is not needed."""
         grid = TokenGrid.of(documents)
-        first_target = np.ones(len(documents), dtype=np.int64)
-        if self.spec.loss_on == "completion":
-            first_target = np.maximum(documents.prompt_length, 1)
-        target = np.flatnonzero(grid.position >= first_target[grid.document])
+        target = np.flatnonzero(self._is_target(documents, grid))
         return PackedBatch(
             input_ids=torch.from_numpy(documents.token_ids),
             position_ids=torch.from_numpy(grid.position),

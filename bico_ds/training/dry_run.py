@@ -59,9 +59,12 @@ def dry_run(recipe: Recipe, *, output_dir: Path | None = None) -> None:
     try:
         steps = assembly.total_steps(recipe, loader)
         check_schedule(recipe.schedule, steps)
+        warnings = loader.check_targets()
         console.print(_table(planned, world_size, parameter_count(config), steps, loader, inputs))
     finally:
         loader.close()
+    for warning in warnings:
+        console.print(f"warning: {warning}", highlight=False, markup=False)
     if planned is not recipe:
         console.print(f"note: {_note(recipe, stands_in)}")
 

@@ -47,6 +47,7 @@ from bico_ds.training.callbacks.monitor import StepMonitor
 from bico_ds.training.checks import check_backend, check_recipe
 from bico_ds.training.evaluator import Evaluator
 from bico_ds.training.run import Run
+from bico_ds.training.targetless import TargetlessSteps
 from bico_ds.training.trainer import Trainer
 
 
@@ -135,7 +136,10 @@ def _train_on_all_ranks(run: Run, resume: str, resumption: Resumption | None, wa
     inputs = assembly.open_inputs(run.recipe)
     saved = resumption.found.content["state"] if resumption else {}
     loader = assembly.build_loader(run.recipe, inputs, _rank_share(run), state=saved.get("loader"))
+    warnings = loader.check_targets()
     trainer = _build_trainer(run, inputs, loader, resumption, watchdog)
+    for warning in warnings:
+        trainer.callbacks.on_message(f"warning: {warning}")
     for change in loader.changes:
         trainer.callbacks.on_message(f"resumed although it changed: {change}")
     start = RunStart(
@@ -182,6 +186,7 @@ def _build_trainer(
         watchdog=watchdog,
         total_steps=steps,
         step=resumption.step if resumption else 0,
+        targetless=TargetlessSteps.of(resumption.found.content["state"] if resumption else {}),
     )
 
 
@@ -257,3 +262,5 @@ def _quiet() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed: a warning for each call, in every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # The schedule counts steps: one without a target comes before the first update, or between two.
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")

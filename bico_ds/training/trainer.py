@@ -27,6 +27,7 @@ from bico_ds.training import nonfinite
 from bico_ds.training.callbacks.base import Callbacks, StepReport
 from bico_ds.training.evaluator import Evaluator, scalars
 from bico_ds.training.run import Run
+from bico_ds.training.targetless import TargetlessSteps
 
 
 class Loader(Protocol):
@@ -59,10 +60,12 @@ class Trainer:
         watchdog: Watchdog,
         total_steps: int,
         step: int = 0,
+        targetless: TargetlessSteps | None = None,
     ) -> None:
         self.run, self.engine, self.loader, self.watchdog = run, engine, loader, watchdog
         self.callbacks, self.checkpointer, self.evaluator = callbacks, checkpointer, evaluator
         self.step, self.total_steps = step, total_steps
+        self.targetless = targetless or TargetlessSteps()
         self.consumed = loader.start_consumed
         self._saved_step = step  # at step 0 there is nothing to save
         self._cut_evaluation = False
@@ -70,7 +73,7 @@ class Trainer:
     def train(self) -> State:
         """Train until the last step or until a stop is agreed, and save a checkpoint of that step (of step 0: none).
 
-        Raises `NonFiniteError` and `CheckpointError`, each on all ranks alike.
+        Raises `NonFiniteError`, `NoTargetsError` and `CheckpointError`, each on all ranks alike.
         """
         if self._evaluation_is_missing():
             self._evaluate()
@@ -81,11 +84,14 @@ class Trainer:
             targets, stop = self._agree(rank_step.batches)
             if stop:
                 break
-            report = self._optimize(rank_step, targets, started, waited)
+            take_step = self._optimize if targets else self._pass_over
+            report = take_step(rank_step, targets, started, waited)
             self.step += 1
             if self.run.ranks.device.type == "cpu":
                 host_memory.release_freed_pages()
             self.callbacks.on_step(report)
+            if (message := self.targetless.count(report)) is not None:
+                self.callbacks.on_message(message)
             last = self.step == self.total_steps
             if last or self.checkpointer.is_due(self.step):
                 # Before the evaluation, which may take long: a crash in it must not cost steps.
@@ -94,6 +100,7 @@ class Trainer:
                 self._evaluate()
         if self._saved_step != self.step:
             self._save(required=True)
+        self.targetless.require_some(self.step, self.total_steps)
         return "done" if self.step == self.total_steps and not self._cut_evaluation else "preempted"
 
     def _evaluation_is_missing(self) -> bool:
@@ -118,7 +125,7 @@ class Trainer:
         return StepReport(
             step=self.step + 1,
             objective=rank_step.objective,
-            loss=totals[0] / max(targets, 1),
+            loss=totals[0] / targets,
             targets=targets,
             grad_norm=float(self.engine.get_global_grad_norm() or 0.0) if applied else math.nan,
             learning_rate=learning_rate,
@@ -131,12 +138,35 @@ class Trainer:
             applied=applied,
         )
 
+    def _pass_over(self, rank_step: RankStep, targets: int, started: float, waited: float) -> StepReport:
+        """A step without any target, on all ranks alike: no forward and no update, but the schedule counts it."""
+        ranks, learning_rate = self.run.ranks, self.engine.get_lr()[0]
+        # No step of the engine: without a gradient it would still decay the weights and move Adam's averages.
+        self.engine.lr_scheduler.step()
+        self.consumed = self.consumed.plus(rank_step.counts)
+        (wait_seconds,) = all_reduce_sum([self.loader.wait_seconds - waited], ranks.device)
+        return StepReport(
+            step=self.step + 1,
+            objective=rank_step.objective,
+            loss=math.nan,
+            targets=targets,
+            grad_norm=math.nan,
+            learning_rate=learning_rate,
+            kept_tokens=0,
+            represented_tokens=0,
+            fill=rank_step.fill,
+            seconds=time.perf_counter() - started,
+            wait_seconds=wait_seconds / ranks.world_size,
+            sources=self.consumed.by_source(),
+            applied=False,
+        )
+
     def _forward_backward(self, batches: Sequence[PackedBatch], targets: int) -> list[torch.Tensor]:
         """Add up the gradients of this rank's micro-batches; return their loss sums, in nats and not scaled."""
         ranks = self.run.ranks
         # Dropout: the same after a resume, at the same number of ranks.
         torch.manual_seed(self.run.recipe.seed * 1_000_003 + self.step * 4099 + ranks.rank)
-        scale = ranks.world_size / max(targets, 1)  # DeepSpeed averages the gradients over the ranks
+        scale = ranks.world_size / targets  # DeepSpeed averages the gradients over the ranks
         losses = []
         for number, batch in enumerate(batches, start=1):
             loss_sum = self.engine(batch.to(ranks.device, non_blocking=True))
@@ -192,6 +222,7 @@ class Trainer:
         state = {
             "loader": self.loader.state_dict(self.step, self.consumed),
             "callbacks": self.callbacks.state(),
+            "targetless": self.targetless.state(),
         }
         saved = self.checkpointer.save(self.engine, self.step, state, required=required)
         if saved.failure is not None:

@@ -22,6 +22,7 @@ from bico_ds.data.loading.rank_assignment import assign_to_ranks
 from bico_ds.data.loading.sample_order import Consumed, GlobalBatch, SampleOrder, StreamReport, StreamSpec
 from bico_ds.data.loading.sequences import Sequences
 from bico_ds.data.loading.stream import StreamBins
+from bico_ds.data.loading.targets import CutSource, check_targets
 from bico_ds.documents import Documents
 from bico_ds.objectives.base import BatchKey, check_batch
 
@@ -107,6 +108,21 @@ class ElasticLoader:
     def report(self) -> list[StreamReport]:
         """Describe the first data epoch of each stream of bins: fill, and what became of each source's documents."""
         return self._order.report()
+
+    def check_targets(self) -> list[str]:
+        """Return warnings about what of the data can never be learned from; reads the ends of all documents.
+
+        Raises `UserError` where nothing of a source can ever be a target for an objective.
+        """
+        objectives = self._stream.schedule.objectives
+        cut = [self._order.sequences_of(number) for number in range(len(objectives))]
+        sources = [
+            CutSource(
+                number=number, name=name, store=store, sequences=[by_source[number] for by_source in cut]
+            )
+            for number, (name, store) in enumerate(zip(self.source_names, self._stream.stores, strict=True))
+        ]
+        return check_targets(objectives, sources, self._stream.data)
 
     def close(self) -> None:
         """Stop the workers."""

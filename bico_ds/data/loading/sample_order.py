@@ -132,6 +132,10 @@ class SampleOrder:
         self._cursors, self._cursor_of = self._make_cursors()
         self._starts = self._find_starts(state)
 
+    def sequences_of(self, objective: int) -> list[Sequences]:
+        """Return the sequences of each source that the objective of this number is trained on."""
+        return self._cursors[int(self._cursor_of[objective])].sequences
+
     def batch(self, step: int) -> GlobalBatch:
         """Return the global batch of a step. Raises ValueError for one before `start_step`."""
         if step < self.start_step:

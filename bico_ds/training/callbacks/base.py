@@ -31,8 +31,9 @@ class StepReport:
     """One optimizer step, summed over all ranks.
 
     `step` counts from 1. `loss` is the mean over the `targets` of the global batch, in nats. `grad_norm` is that of the
-    whole model before clipping, and `learning_rate` that of this update. `applied` is false where the update was skipped
-    (`training.on_nonfinite: skip`): `grad_norm` is then NaN, and `loss` may be. `kept_tokens` counts the rows that went
+    whole model before clipping, and `learning_rate` that of this update. `applied` is false where no update was made: the
+    step has no target (`targets` is 0: nothing went through the model, `loss` and `grad_norm` are NaN), or it was skipped
+    (`training.on_nonfinite: skip`: `grad_norm` is NaN, and `loss` may be). `kept_tokens` counts the rows that went
     through the model (kept tokens and live placeholders), `represented_tokens` the original tokens behind them.
     `seconds` is the wall time of the step on this rank, `wait_seconds` the part spent waiting for data (mean over ranks).
     `fill` is the fraction of the bins' capacity that is used, as the objective expands documents. `sources` holds what was

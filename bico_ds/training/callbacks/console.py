@@ -35,12 +35,14 @@ class ConsoleProgress(FirstRankCallback):
         self._progress.start()
 
     def on_step(self, report: StepReport) -> None:
-        self._losses[report.objective] = report.loss
+        if report.targets:
+            self._losses[report.objective] = report.loss
         losses = "  ".join(
             f"[{self._colours[name]}]{name}[/] {loss:.3f}" for name, loss in sorted(self._losses.items())
         )
+        norm = f"norm {report.grad_norm:.2f}" if report.targets else "no target"
         speed = report.represented_tokens / max(report.seconds, 1e-9)
-        numbers = f"loss {losses}  norm {report.grad_norm:.2f}  lr {report.learning_rate:.1e}  {speed:,.0f} tokens/s"
+        numbers = f"loss {losses}  {norm}  lr {report.learning_rate:.1e}  {speed:,.0f} tokens/s"
         line = f"step {report.step}/{self._total}  {Text.from_markup(numbers).plain}"
         at_once = report.step in (self._first, self._total)
         self._progress.update(report.step, line, text=numbers, at_once=at_once)

@@ -95,13 +95,14 @@ def _summarize(reports: list[StepReport]) -> dict[str, float]:
     Losses and norms are those of the steps that made an update, and absent where none did.
     """
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    applied = [report for report in reports if report.applied]  # a skipped step's loss may not be a number
+    # A skipped step's loss may not be a number. Checkpoints of before may hold updates without a target.
+    applied = [report for report in reports if report.applied and report.targets]
     for report in applied:
         for tag in ("loss/all", f"loss/{report.objective}"):
             sums[tag][0] += report.loss * report.targets
             sums[tag][1] += report.targets
     seconds = sum(report.seconds for report in reports)
-    numbers = {tag: total / max(count, 1.0) for tag, (total, count) in sums.items()}
+    numbers = {tag: total / count for tag, (total, count) in sums.items()}
     if applied:
         numbers["optimizer/grad_norm"] = sum(report.grad_norm for report in applied) / len(applied)
     for source, counts in reports[-1].sources.items():

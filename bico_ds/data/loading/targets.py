@@ -1,0 +1,207 @@
+"""What of the data can never be learned from: documents that cutting leaves without a target, and an unlearned stop token.
+
+Nearly always the last tokens of a sequence decide, and only those are read then. Objectives that do not tell what they
+predict (no `TargetRule`) are left out.
+
+Shape legend: N sequences, D documents of a source, R rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bico_ds.common.errors import UserError
+from bico_ds.config.schema import DataSpec
+from bico_ds.data.loading.sequences import Sequences, cut_documents
+from bico_ds.data.store import TokenStore
+from bico_ds.documents import Documents
+from bico_ds.objectives.base import Objective, TargetRule
+
+# Enough for the end-of-text token before the line end that some chat templates write.
+_TAIL = 8
+# Tokens that are read at once.
+_PART = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutSource:
+    """A source, and the sequences that cutting made of its documents for each of the run's objectives."""
+
+    number: int
+    name: str
+    store: TokenStore
+    sequences: Sequence[Sequences]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What documents hold for each rule.
+
+    `target` bool [R, D]: a token that it may predict; `learned` bool [R, D]: a stop token that it may predict, among the
+    last tokens; `stop` bool [D]: a stop token among the last tokens.
+    """
+
+    target: NDArray[np.bool_]
+    learned: NDArray[np.bool_]
+    stop: NDArray[np.bool_]
+
+
+def check_targets(objectives: Sequence[Objective], sources: Sequence[CutSource], data: DataSpec) -> list[str]:
+    """Return a warning for each source and objective with documents that have no target, and those about the stop token.
+
+    Raises `UserError` where no document of a source has a target for an objective.
+    """
+    rules = [rule for rule in objectives if isinstance(rule, TargetRule)]
+    numbers = [number for number, rule in enumerate(objectives) if isinstance(rule, TargetRule)]
+    warnings, stops = [], []
+    for source in sources:
+        whole, left = _before_and_after(rules, source, [source.sequences[n] for n in numbers])
+        for index, number in enumerate(numbers):
+            name = f"objectives[{number}] ({objectives[number].name}), which predicts {rules[index].predicts}"
+            warnings += _without_target(whole.target[index], left.target[index], source.name, name, data)
+        stops.append(_Stops.of(whole, left))
+    # An objective without a rule may predict it.
+    return warnings + (_unlearned_stops(stops, sources, data) if len(rules) == len(objectives) else [])
+
+
+def _without_target(
+    whole: NDArray[np.bool_], left: NDArray[np.bool_], source: str, objective: str, data: DataSpec
+) -> list[str]:
+    """The warning about one source and objective, from what its documents hold before and after cutting, bool [D] each."""
+    documents, without, cut = len(left), int((~left).sum()), int((whole & ~left).sum())
+    if not without:
+        return []
+    reasons = [f"{without - cut:,} hold no such token"] if cut < without else []
+    reasons += [f"{cut:,} lose theirs by {_cutting(data)}"] if cut else []
+    message = (
+        f"source '{source}': {without:,} of {documents:,} documents have no target for {objective}: "
+        f"{', '.join(reasons)}"
+    )
+    advice = f"; {_keep_more(data)}" if cut else ""
+    if without == documents:
+        raise UserError(message + (advice or "; train on other data, or with another objective"))
+    return [f"{message}{advice}"]
+
+
+def _cutting(data: DataSpec) -> str:
+    return f"data.overlong={data.overlong} at data.capacity={data.capacity}"
+
+
+def _keep_more(data: DataSpec) -> str:
+    return "raise data.capacity" + ("" if data.overlong == "split" else ", or set data.overlong=split")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stops:
+    """How many documents of a source end in the stop token; for how many a rule may predict it, before and after cutting."""
+
+    ending: int
+    predicted: int
+    kept: int
+
+    @staticmethod
+    def of(whole: _Found, left: _Found) -> _Stops:
+        predicted, kept = whole.learned.any(axis=0), left.learned.any(axis=0)
+        return _Stops(
+            ending=int(whole.stop.sum()), predicted=int(predicted.sum()), kept=int((predicted & kept).sum())
+        )
+
+
+def _unlearned_stops(stops: Sequence[_Stops], sources: Sequence[CutSource], data: DataSpec) -> list[str]:
+    """One warning where nothing teaches the model to stop; else one for each source that loses most of its stop tokens."""
+    token = f"the stop token (id {sources[0].store.manifest.eos_id})"
+    if any(of_source.kept for of_source in stops):
+        return [
+            f"source '{source.name}': {of_source.predicted - of_source.kept:,} of {of_source.predicted:,} documents "
+            f"lose {token} by {_cutting(data)}; {_keep_more(data)}"
+            for source, of_source in zip(sources, stops, strict=True)
+            if 2 * of_source.kept < of_source.predicted
+        ]
+    ending, predicted = sum(s.ending for s in stops), sum(s.predicted for s in stops)
+    if predicted:
+        reason = f"{_cutting(data)} cuts it off all {predicted:,} documents; {_keep_more(data)}"
+    elif ending:
+        reason = (
+            f"{ending:,} documents end in it, but no objective predicts it; BICO masks no special tokens, "
+            "so add {kind: ntp} to objectives"
+        )
+    else:
+        reason = "no document ends in it; prepare the data with add_eos, or a chat template that writes it"
+    return [f"nothing teaches the model to stop: {token} is never a target: {reason}"]
+
+
+def _before_and_after(
+    rules: Sequence[TargetRule], source: CutSource, cut: Sequence[Sequences]
+) -> tuple[_Found, _Found]:
+    """What the documents hold as they are, and what the sequences of each rule have left of it."""
+    lengths = source.store.lengths
+    as_they_are = cut_documents(lengths, longest=_PART, overlong="split")
+    whole = _find(rules, source, as_they_are, np.arange(len(as_they_are)))
+    left = replace(whole, target=np.zeros_like(whole.target), learned=np.zeros_like(whole.learned))
+    for index, (rule, sequences) in enumerate(zip(rules, cut, strict=True)):
+        is_part = sequences.length < lengths[sequences.document]
+        parts = _find([rule], source, sequences, np.flatnonzero(is_part))
+        uncut = sequences.document[~is_part]
+        for after, before, of_parts in (
+            (left.target, whole.target, parts.target),
+            (left.learned, whole.learned, parts.learned),
+        ):
+            after[index] = of_parts[0]
+            after[index, uncut] = before[index, uncut]
+    return whole, left
+
+
+def _find(
+    rules: Sequence[TargetRule], source: CutSource, sequences: Sequences, numbers: NDArray[np.int64]
+) -> _Found:
+    """What the sequences of these numbers hold: by their last tokens, or else by all of them."""
+    documents = len(source.store)
+    found = _Found(
+        target=np.zeros((len(rules), documents), dtype=bool),
+        learned=np.zeros((len(rules), documents), dtype=bool),
+        stop=np.zeros(documents, dtype=bool),
+    )
+    tails = np.minimum(sequences.length, _TAIL)
+    last = replace(sequences, start=sequences.start + sequences.length - tails, length=tails, bos_id=None)
+    for chosen, texts in _read(source, last, numbers):
+        ids, is_stop = sequences.document[chosen], texts.token_ids == source.store.manifest.eos_id
+        found.stop[ids[_any(is_stop, texts)]] = True
+        for index, rule in enumerate(rules):
+            possible = _possible(rule, texts)
+            # In place, since several sequences may be of one document.
+            found.target[index, ids[_any(possible, texts)]] = True
+            found.learned[index, ids[_any(possible & is_stop, texts)]] = True
+    for index, rule in enumerate(rules):
+        is_open = ~found.target[index, sequences.document[numbers]] & (sequences.length[numbers] > _TAIL)
+        for chosen, texts in _read(source, sequences, numbers[is_open]):
+            found.target[index, sequences.document[chosen][_any(_possible(rule, texts), texts)]] = True
+    return found
+
+
+def _read(
+    source: CutSource, sequences: Sequences, numbers: NDArray[np.int64]
+) -> Iterator[tuple[NDArray[np.int64], Documents]]:
+    """The sequences of these numbers, some at a time."""
+    size = max(1, _PART // int(sequences.length[numbers].max(initial=1)))
+    for begin in range(0, len(numbers), size):
+        chosen = numbers[begin : begin + size]
+        yield chosen, sequences.read(chosen, source.store, source=source.number)
+
+
+def _possible(rule: TargetRule, documents: Documents) -> NDArray[np.bool_]:
+    possible = np.asarray(rule.possible_targets(documents))
+    if possible.shape != documents.token_ids.shape or possible.dtype != bool:
+        raise UserError(
+            f"{type(rule).__name__}: possible_targets() must give one bool per token, "
+            f"got {possible.dtype} of shape {possible.shape} for {len(documents.token_ids)} tokens"
+        )
+    return possible
+
+
+def _any(flags: NDArray[np.bool_], documents: Documents) -> NDArray[np.bool_]:
+    """Whether any token of each document has its flag set."""
+    return np.logical_or.reduceat(flags, documents.offsets[:-1])

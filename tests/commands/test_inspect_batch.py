@@ -95,3 +95,22 @@ def test_documents_of_one_token_have_no_picture(tool, tmp_path):
     )  # fmt: skip
     assert code == 2
     assert "--png: no document of the batch has two tokens" in errors
+
+
+def test_the_tool_shows_a_batch_without_a_target_and_then_why_training_would_refuse_it(tool, tmp_path):
+    (tmp_path / "texts.jsonl").write_text('{"text": "one"}\n' * 3)
+    facts = assembly.facts_folder(load_recipe("tiny_bico", [f"data.cache_dir={tmp_path}/cache"]).data)
+    source = f"data.sources=[{{files: [{tmp_path}/texts.jsonl], add_bos: false, add_eos: false}}]"
+    code, shown, errors = tool("--set", f"model.tokenizer={facts}/tokenizer", "--set", source)
+    assert code == 2
+    assert "0 predictions" in shown
+    assert "source 'texts.jsonl': 3 of 3 documents have no target" in errors
+
+
+def test_the_tool_counts_documents_without_a_target(tool, tmp_path):
+    (tmp_path / "texts.jsonl").write_text('{"text": "one"}\n' * 3 + '{"text": ". . ."}\n')
+    facts = assembly.facts_folder(load_recipe("tiny_bico", [f"data.cache_dir={tmp_path}/cache"]).data)
+    source = f"data.sources=[{{files: [{tmp_path}/texts.jsonl], add_bos: false}}]"
+    code, shown, _ = tool("--set", f"model.tokenizer={facts}/tokenizer", "--set", source)
+    assert code == 0
+    assert "warning: source 'texts.jsonl': 3 of 4 documents have no target for objectives[1] (bico)" in shown

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bico_ds.data.prepare.store_writer import TokenStoreWriter
 from bico_ds.data.store import StoreHeader, TokenStore
@@ -19,10 +20,14 @@ def write_store(
     add_bos: bool = False,
     has_entities: bool = False,
     seed: int = 0,
+    tokens: NDArray[np.int64] | None = None,
+    prompt_lengths: NDArray[np.int64] | None = None,
+    entity_numbers: NDArray[np.int64] | None = None,
 ) -> TokenStore:
     """A store whose documents have these lengths.
 
-    Token ids count up through the store, so each is unique. Every token lies in an entity, where there are any.
+    Where they are not given: token ids count up through the store, so each is unique; prompts are drawn; every token lies
+    in an entity, where there are any.
     """
     header = StoreHeader(
         vocab_size=100_000,
@@ -37,17 +42,20 @@ def write_store(
     rng = np.random.default_rng(seed)
     sizes = np.array(lengths, dtype=np.int64)
     total = int(sizes.sum())
-    tokens = 10 + np.arange(total) % 90_000
+    if tokens is None:
+        tokens = 10 + np.arange(total) % 90_000
     if add_bos:
         tokens[(np.cumsum(sizes) - sizes)[sizes > 0]] = BOS
+    if entity_numbers is None and has_entities:
+        entity_numbers = 1 + np.arange(total) % 3
     with TokenStoreWriter(path, header) as writer:
         writer.append(
             tokens,
             sizes,
-            prompt_lengths=rng.integers(0, sizes + 1),
+            prompt_lengths=rng.integers(0, sizes + 1) if prompt_lengths is None else prompt_lengths,
             groups=np.arange(len(sizes)),
             word_starts=rng.random(total) < 0.5,
-            entity_numbers=1 + np.arange(total) % 3 if has_entities else None,
+            entity_numbers=entity_numbers,
         )
         writer.finish()
     return TokenStore.open(path)

@@ -84,6 +84,25 @@ def test_metrics_stay_json_where_every_step_was_skipped(folder):
     assert "loss/all" not in lines[0] and lines[0]["optimizer/skipped_steps"] == 2
 
 
+def test_a_step_without_a_target_is_no_point_of_the_curve(folder):
+    nan = float("nan")
+    empty = report(2, targets=0, loss=nan, grad_norm=nan, applied=False, kept_tokens=0, represented_tokens=0)
+    lines = monitored(folder, [report(1, loss=2.0, grad_norm=3.0), empty])
+    assert (lines[0]["loss/all"], lines[0]["optimizer/grad_norm"]) == (2.0, 3.0)
+    lines = monitored(folder, [empty], every=1)
+    assert not {"loss/all", "loss/ntp", "optimizer/grad_norm"} & set(lines[-1])
+
+
+def test_an_earlier_programs_update_without_a_target_is_no_point_either(folder):
+    """Its loss was 0: such steps may wait in a checkpoint, unwritten."""
+    lines = monitored(
+        folder, [report(1, loss=2.0, grad_norm=3.0), report(2, targets=0, loss=0.0, grad_norm=0.0)]
+    )
+    assert (lines[0]["loss/all"], lines[0]["optimizer/grad_norm"]) == (2.0, 3.0)
+    lines = monitored(folder, [report(1, targets=0, loss=0.0, grad_norm=0.0)], every=1)
+    assert not {"loss/all", "loss/ntp", "optimizer/grad_norm"} & set(lines[-1])
+
+
 def test_the_steps_after_the_last_full_interval_are_written_too(folder):
     lines = monitored(folder, [report(1), report(2), report(3, loss=7.0)])
     assert [line["step"] for line in lines] == [2, 3]
@@ -132,6 +151,16 @@ def test_without_a_terminal_the_console_gets_plain_lines():
     text = out.getvalue()
     assert "step 1/2" in text and "n2d 0.250" in text and "preempted after step 1" in text
     assert "\x1b" not in text
+
+
+def test_the_console_shows_no_loss_of_a_step_without_a_target():
+    out = io.StringIO()
+    console = ConsoleProgress(Console(file=out, soft_wrap=True))
+    console.on_start(RunStart(recipe=load_recipe("tiny_bico"), first_step=0, total_steps=2, summary={}))
+    console.on_step(report(1, loss=1.25))
+    console.on_step(report(2, targets=0, loss=float("nan"), grad_norm=float("nan"), applied=False))
+    assert "step 2/2  loss ntp 1.250  no target" in out.getvalue()
+    assert "nan" not in out.getvalue()
 
 
 class Counting(Callback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -135,3 +136,22 @@ def test_texts_without_a_tokenizer_say_that_the_start_model_is_missing(planned, 
     (tmp_path / "texts.jsonl").write_text('{"text": "one"}\n')
     with pytest.raises(UserError, match=r"'runs/tiny_base/export' is not on this machine.*model\.tokenizer="):
         planned("tiny_bico", f"data.sources=[{{files: [{tmp_path}/texts.jsonl]}}]")
+
+
+def test_data_without_a_target_are_counted_or_refused_here(planned, tmp_path):
+    facts = assembly.facts_folder(load_recipe("tiny_base", [f"data.cache_dir={tmp_path}/facts"]).data)
+    long, short = ({"prompt": "a " * n, "completion": " b"} for n in (100, 3))
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [long] * 12 + [short] * 488)
+    )
+    common = (
+        f"model.tokenizer={facts}/tokenizer",
+        f"data.sources=[{{files: [{tmp_path}/texts.jsonl], prompt_field: prompt, completion_field: completion}}]",
+        "objectives=[{kind: ntp, loss_on: completion}]",
+        "data.overlong=truncate",
+    )
+    told = planned("tiny_base", *common, "data.capacity=64")
+    assert "warning: source 'texts.jsonl': 12 of 500 documents have no target for objectives[0] (ntp)" in told
+    assert "warning" not in planned("tiny_base", *common, "data.capacity=128")
+    with pytest.raises(UserError, match=r"500 of 500 documents have no target for objectives\[0\] \(ntp\)"):
+        planned("tiny_base", *common, "data.capacity=4")

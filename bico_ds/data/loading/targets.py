@@ -51,21 +51,22 @@ class _Found:
 
 
 def check_targets(objectives: Sequence[Objective], sources: Sequence[CutSource], data: DataSpec) -> list[str]:
-    """Return a warning for each source and objective with documents that have no target, and those about the stop token.
+    """Return the warnings about each source: documents without a target for an objective, and the stop token.
 
     Raises `UserError` where no document of a source has a target for an objective.
     """
     rules = [rule for rule in objectives if isinstance(rule, TargetRule)]
     numbers = [number for number, rule in enumerate(objectives) if isinstance(rule, TargetRule)]
-    warnings, stops = [], []
+    warnings = []
     for source in sources:
         whole, left = _before_and_after(rules, source, [source.sequences[n] for n in numbers])
         for index, number in enumerate(numbers):
             name = f"objectives[{number}] ({objectives[number].name}), which predicts {rules[index].predicts}"
             warnings += _without_target(whole.target[index], left.target[index], source.name, name, data)
-        stops.append(_Stops.of(whole, left))
-    # An objective without a rule may predict it.
-    return warnings + (_unlearned_stops(stops, sources, data) if len(rules) == len(objectives) else [])
+        # An objective without a rule may predict it.
+        if len(rules) == len(objectives):
+            warnings += _unlearned_stop(whole, left, source, data)
+    return warnings
 
 
 def _without_target(
@@ -95,43 +96,26 @@ def _keep_more(data: DataSpec) -> str:
     return "raise data.capacity" + ("" if data.overlong == "split" else ", or set data.overlong=split")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Stops:
-    """How many documents of a source end in the stop token; for how many a rule may predict it, before and after cutting."""
-
-    ending: int
-    predicted: int
-    kept: int
-
-    @staticmethod
-    def of(whole: _Found, left: _Found) -> _Stops:
-        predicted, kept = whole.learned.any(axis=0), left.learned.any(axis=0)
-        return _Stops(
-            ending=int(whole.stop.sum()), predicted=int(predicted.sum()), kept=int((predicted & kept).sum())
-        )
-
-
-def _unlearned_stops(stops: Sequence[_Stops], sources: Sequence[CutSource], data: DataSpec) -> list[str]:
-    """One warning where nothing teaches the model to stop; else one for each source that loses most of its stop tokens."""
-    token = f"the stop token (id {sources[0].store.manifest.eos_id})"
-    if any(of_source.kept for of_source in stops):
-        return [
-            f"source '{source.name}': {of_source.predicted - of_source.kept:,} of {of_source.predicted:,} documents "
-            f"lose {token} by {_cutting(data)}; {_keep_more(data)}"
-            for source, of_source in zip(sources, stops, strict=True)
-            if 2 * of_source.kept < of_source.predicted
-        ]
-    ending, predicted = sum(s.ending for s in stops), sum(s.predicted for s in stops)
-    if predicted:
-        reason = f"{_cutting(data)} cuts it off all {predicted:,} documents; {_keep_more(data)}"
-    elif ending:
-        reason = (
-            f"{ending:,} documents end in it, but no objective predicts it; BICO masks no special tokens, "
-            "so add {kind: ntp} to objectives"
-        )
-    else:
-        reason = "no document ends in it; prepare the data with add_eos, or a chat template that writes it"
-    return [f"nothing teaches the model to stop: {token} is never a target: {reason}"]
+def _unlearned_stop(whole: _Found, left: _Found, source: CutSource, data: DataSpec) -> list[str]:
+    """The warning about a source where most documents that are learned from do not teach the model to stop."""
+    learned_from, learned = left.target.any(axis=0), left.learned.any(axis=0)
+    others = learned_from & ~learned
+    documents = int(learned_from.sum())
+    if 2 * int(others.sum()) <= documents:
+        return []
+    token, predicted = f"the stop token (id {source.store.manifest.eos_id})", whole.learned.any(axis=0)
+    reasons = {
+        f"do not end in {token} (prepare them with add_eos, or a chat template that writes it)": ~whole.stop,
+        f"end in {token}, which no objective predicts (BICO masks no special tokens: add {{kind: ntp}} to objectives)": (
+            whole.stop & ~predicted
+        ),
+        f"lose {token} by {_cutting(data)} ({_keep_more(data)})": whole.stop & predicted,
+    }
+    counts = {reason: int((others & holds).sum()) for reason, holds in reasons.items()}
+    return [
+        f"source '{source.name}': {documents - int(others.sum()):,} of {documents:,} documents teach the model to stop: "
+        + "; ".join(f"{count:,} {reason}" for reason, count in counts.items() if count)
+    ]
 
 
 def _before_and_after(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,10 +56,10 @@ def check_targets(objectives: Sequence[Objective], sources: Sequence[CutSource],
 
     Raises `UserError` where no document of a source has a target for an objective.
     """
-    rules = [rule for rule in objectives if isinstance(rule, TargetRule)]
-    numbers = [number for number, rule in enumerate(objectives) if isinstance(rule, TargetRule)]
+    known = {number: rule for number, rule in enumerate(objectives) if _tells(rule)}
+    numbers, rules = list(known), list(known.values())
     warnings = []
-    for source in sources:
+    for source in sources if rules else ():
         whole, left = _before_and_after(rules, source, [source.sequences[n] for n in numbers])
         for index, number in enumerate(numbers):
             name = f"objectives[{number}] ({objectives[number].name}), which predicts {rules[index].predicts}"
@@ -67,6 +68,17 @@ def check_targets(objectives: Sequence[Objective], sources: Sequence[CutSource],
         if len(rules) == len(objectives):
             warnings += _unlearned_stop(whole, left, source, data)
     return warnings
+
+
+def _tells(objective: Objective) -> TypeGuard[TargetRule]:
+    """Whether it has a rule about its own `build`, and not only one inherited from a class whose `build` it overrides."""
+    if not isinstance(objective, TargetRule):
+        return False
+    names = ("possible_targets", "build")
+    rule, build = (
+        next((n for n, cls in enumerate(type(objective).__mro__) if name in vars(cls)), 0) for name in names
+    )
+    return rule <= build
 
 
 def _without_target(

@@ -224,6 +224,22 @@ def test_of_an_objective_that_does_not_tell_what_it_predicts_nothing_is_known(tm
         loader_of([store], specs).check_targets()
 
 
+def test_a_rule_inherited_beside_a_build_of_its_own_is_not_trusted(tmp_path):
+    class Own(NextTokenPrediction):
+        def build(self, documents, key):
+            return super().build(documents, key)
+
+    class Renamed(NextTokenPrediction):
+        pass
+
+    store = write_store(tmp_path / "s", [1] * 4)
+    own = ObjectiveSchedule([Own(spec=NTP, name="own")], [1.0], seed=1)
+    assert loader_of([store], [], schedule=own).check_targets() == []
+    renamed = ObjectiveSchedule([Renamed(spec=NTP, name="renamed")], [1.0], seed=1)
+    with pytest.raises(UserError, match="4 of 4 documents have no target"):
+        loader_of([store], [], schedule=renamed).check_targets()
+
+
 def test_a_rule_that_answers_in_another_form_is_refused(tmp_path):
     class Own(NextTokenPrediction):
         def possible_targets(self, documents):

@@ -43,12 +43,14 @@ class _Found:
     """What documents hold for each rule.
 
     `target` bool [R, D]: a token that it may predict; `learned` bool [R, D]: a stop token that it may predict, among the
-    last tokens; `stop` bool [D]: a stop token among the last tokens.
+    last tokens; `stop` bool [D]: a stop token among the last tokens. `empty` int64 [R]: the sequences that were looked at
+    and have no target.
     """
 
     target: NDArray[np.bool_]
     learned: NDArray[np.bool_]
     stop: NDArray[np.bool_]
+    empty: NDArray[np.int64]
 
 
 def check_targets(objectives: Sequence[Objective], sources: Sequence[CutSource], data: DataSpec) -> list[str]:
@@ -64,6 +66,10 @@ def check_targets(objectives: Sequence[Objective], sources: Sequence[CutSource],
         for index, number in enumerate(numbers):
             name = f"objectives[{number}] ({objectives[number].name}), which predicts {rules[index].predicts}"
             warnings += _without_target(whole.target[index], left.target[index], source.name, name, data)
+            if data.overlong == "split":
+                warnings += _empty_pieces(
+                    int(left.empty[index]), len(source.sequences[number]), source.name, name
+                )
         # An objective without a rule may predict it.
         if len(rules) == len(objectives):
             warnings += _unlearned_stop(whole, left, source, data)
@@ -98,6 +104,16 @@ def _without_target(
     if without == documents:
         raise UserError(message + (advice or "; train on other data, or with another objective"))
     return [f"{message}{advice}"]
+
+
+def _empty_pieces(empty: int, pieces: int, source: str, objective: str) -> list[str]:
+    """The warning about long prompts, say, of which most pieces are without a target although their documents have one."""
+    if 2 * empty <= pieces:
+        return []
+    return [
+        f"source '{source}': {empty:,} of {pieces:,} pieces have no target for {objective}; "
+        "a step of such pieces alone makes no update; raise data.capacity"
+    ]
 
 
 def _cutting(data: DataSpec) -> str:
@@ -137,10 +153,16 @@ def _before_and_after(
     lengths = source.store.lengths
     as_they_are = cut_documents(lengths, longest=_PART, overlong="split")
     whole = _find(rules, source, as_they_are, np.arange(len(as_they_are)))
-    left = replace(whole, target=np.zeros_like(whole.target), learned=np.zeros_like(whole.learned))
+    left = replace(
+        whole,
+        target=np.zeros_like(whole.target),
+        learned=np.zeros_like(whole.learned),
+        empty=np.zeros_like(whole.empty),
+    )
     for index, (rule, sequences) in enumerate(zip(rules, cut, strict=True)):
         is_part = sequences.length < lengths[sequences.document]
         parts = _find([rule], source, sequences, np.flatnonzero(is_part))
+        left.empty[index] = parts.empty[0]
         uncut = sequences.document[~is_part]
         for after, before, of_parts in (
             (left.target, whole.target, parts.target),
@@ -160,7 +182,9 @@ def _find(
         target=np.zeros((len(rules), documents), dtype=bool),
         learned=np.zeros((len(rules), documents), dtype=bool),
         stop=np.zeros(documents, dtype=bool),
+        empty=np.zeros(len(rules), dtype=np.int64),
     )
+    has_target = np.zeros((len(rules), len(sequences)), dtype=bool)
     tails = np.minimum(sequences.length, _TAIL)
     last = replace(sequences, start=sequences.start + sequences.length - tails, length=tails, bos_id=None)
     for chosen, texts in _read(source, last, numbers):
@@ -168,13 +192,15 @@ def _find(
         found.stop[ids[_any(is_stop, texts)]] = True
         for index, rule in enumerate(rules):
             possible = _possible(rule, texts)
+            has_target[index, chosen] = _any(possible, texts)
             # In place, since several sequences may be of one document.
-            found.target[index, ids[_any(possible, texts)]] = True
             found.learned[index, ids[_any(possible & is_stop, texts)]] = True
     for index, rule in enumerate(rules):
-        is_open = ~found.target[index, sequences.document[numbers]] & (sequences.length[numbers] > _TAIL)
+        is_open = ~has_target[index, numbers] & (sequences.length[numbers] > _TAIL)
         for chosen, texts in _read(source, sequences, numbers[is_open]):
-            found.target[index, sequences.document[chosen][_any(_possible(rule, texts), texts)]] = True
+            has_target[index, chosen] = _any(_possible(rule, texts), texts)
+        found.target[index, sequences.document[has_target[index]]] = True
+        found.empty[index] = int((~has_target[index, numbers]).sum())
     return found
 
 

@@ -159,6 +159,15 @@ def test_some_documents_without_a_target_are_counted_by_what_takes_it(tmp_path):
     assert "6 of 11 documents" in told[0] and "3 lose theirs by data.overlong=drop" in told[0]
 
 
+def test_pieces_that_are_prompt_alone_are_counted_where_they_are_most(tmp_path):
+    store = prompts(tmp_path / "s", [80] * 4 + [9] * 3, [79] * 4 + [3] * 3)
+    (told,) = [t for t in loader_of([store], [NTP_COMPLETION]).check_targets() if "pieces" in t]
+    assert told.startswith("source 's': 16 of 23 pieces have no target for objectives[0] (ntp)")
+    assert told.endswith("a step of such pieces alone makes no update; raise data.capacity")
+    loader = loader_of([store], [NTP_COMPLETION], capacity=48)
+    assert not [told for told in loader.check_targets() if "pieces" in told]
+
+
 def test_documents_of_one_token_are_refused_or_counted(tmp_path):
     ones, some = write_store(tmp_path / "ones", [1] * 4), write_store(tmp_path / "some", [1] * 4 + [2])
     for spec in (NTP, bico()):
@@ -175,7 +184,7 @@ def test_a_target_far_from_the_end_of_a_document_is_found(tmp_path):
     store = write_store(tmp_path / "s", [60], has_entities=True, entity_numbers=numbers)
     for changes in ({"capacity": 64}, {"capacity": 16}, {"capacity": 16, "overlong": "truncate"}):
         told = loader_of([store], [bico(unit="entity")], **changes).check_targets()
-        assert not [line for line in told if "have no target" in line]
+        assert not [line for line in told if "documents have no target" in line]
 
 
 def ending(path: Path, lengths: list[int], ends: int) -> TokenStore:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from bico_ds.checkpoint import record
 from bico_ds.checkpoint.checkpointer import Checkpointer
 from bico_ds.checkpoint.resume import (
     Resumption,
@@ -108,7 +109,10 @@ def _prepare(run: Run, resume: str) -> Resumption | None:
     """Rank 0, before the others are let in: the lock, the stores, and the checkpoint to resume from."""
     run.folder.open()
     try:
+        run.folder.check_writable()
         with run.stop.interrupting():
+            if resume == "auto":
+                record.refuse_lost(run.folder)
             assembly.prepare_stores(run.recipe)
             return choose(run.folder, resume, run.recipe, _layout(run))
     except Interrupted as stopped:
@@ -218,6 +222,8 @@ def _take_over(run: Run, resume: str, resumption: Resumption | None, tokenizer: 
     """
     run.folder.write_state("running", step=resumption.step if resumption else 0)
     set_aside(run.folder, resume, resumption)
+    if resumption is not None:
+        record.write(run.folder, resumption.found.path, resumption.step)
     run.folder.record(run.recipe)
     with atomic_folder(run.folder.tokenizer, replace=True) as temporary:
         tokenizer.save_pretrained(temporary)

@@ -15,7 +15,7 @@ from bico_ds.config.load import dump_recipe
 from bico_ds.config.objectives.table import objective_names
 from bico_ds.config.schema import MonitorSpec, Recipe
 from bico_ds.model.deepspeed_engine import EventWriter
-from bico_ds.runtime.run_folder import RunFolder
+from bico_ds.runtime.run_folder import RunFolder, split_metrics
 from bico_ds.training.callbacks.base import FirstRankCallback, RunStart, StepReport
 
 
@@ -35,7 +35,7 @@ class StepMonitor(FirstRankCallback):
         self._metrics = open(self._folder.metrics_file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         # DeepSpeed's engine made the folder, but an earlier run's files may have been set aside since.
         if self._spec.csv:
-            (self._folder.path / "csv" / start.recipe.name).mkdir(parents=True, exist_ok=True)
+            (self._folder.csv / start.recipe.name).mkdir(parents=True, exist_ok=True)
         self._writer = None
         if self._spec.tensorboard:
             # Hide the steps that an earlier start wrote after the checkpoint resumed from (without one: all).
@@ -120,14 +120,6 @@ def _summarize(reports: list[StepReport]) -> dict[str, float]:
 
 def keep_lines_until(path: Path, step: int) -> None:
     """Drop the lines of later steps, which a resumed run writes again, and a last line that a crash cut."""
-    if not path.is_file():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = []
-    for line in lines:
-        if not line.endswith("\n"):
-            continue
-        if json.loads(line)["step"] <= step:
-            kept.append(line)
-    if len(kept) != len(lines):
+    kept, later = split_metrics(path, step)
+    if later:
         write_atomically(path, "".join(kept))

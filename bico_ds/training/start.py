@@ -109,10 +109,10 @@ def _prepare(run: Run, resume: str) -> Resumption | None:
     """Rank 0, before the others are let in: the lock, the stores, and the checkpoint to resume from."""
     run.folder.open()
     try:
+        if resume == "auto":
+            record.refuse_lost(run.folder)
         run.folder.check_writable()
         with run.stop.interrupting():
-            if resume == "auto":
-                record.refuse_lost(run.folder)
             assembly.prepare_stores(run.recipe)
             return choose(run.folder, resume, run.recipe, _layout(run))
     except Interrupted as stopped:

@@ -48,6 +48,7 @@ from bico_ds.training.callbacks.monitor import StepMonitor
 from bico_ds.training.checks import check_backend, check_recipe
 from bico_ds.training.evaluator import Evaluator
 from bico_ds.training.run import Run
+from bico_ds.training.spikes import SpikeDetector
 from bico_ds.training.trainer import Trainer
 
 
@@ -176,22 +177,24 @@ def _build_trainer(
         restore(engine, resumption, recipe)
     if run.ranks.device.type == "cpu":
         host_memory.keep_freed_pages()
+    spikes = SpikeDetector(recipe)
     return Trainer(
         run=run,
         engine=engine,
         loader=loader,
-        callbacks=_callbacks(run, engine),
+        callbacks=_callbacks(run, engine, spikes),
         checkpointer=_checkpointer(run, engine),
         evaluator=_evaluator(run, inputs, watchdog),
+        spikes=spikes,
         watchdog=watchdog,
         total_steps=steps,
         step=resumption.step if resumption else 0,
     )
 
 
-def _callbacks(run: Run, engine: Engine) -> Callbacks:
+def _callbacks(run: Run, engine: Engine, spikes: SpikeDetector) -> Callbacks:
     monitor = StepMonitor(run.recipe.monitor, run.folder, engine.monitor)
-    return Callbacks([ConsoleProgress(), monitor], is_first_rank=run.ranks.is_first)
+    return Callbacks([ConsoleProgress(), monitor, spikes], is_first_rank=run.ranks.is_first)
 
 
 def _checkpointer(run: Run, engine: Engine) -> Checkpointer:

@@ -92,7 +92,7 @@ def charts(recipe: Recipe) -> dict[str, dict[str, list[Any]]]:
 def _summarize(reports: list[StepReport]) -> dict[str, float]:
     """Losses weighted by targets, over all steps and by objective; rates over rank 0's wall time; the last learning rate.
 
-    Losses and norms are those of the steps that made an update, and absent where none did.
+    Losses and norms are those of the steps that made an update, and absent where none did; so are spikes.
     """
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     applied = [report for report in reports if report.applied]  # a skipped step's loss may not be a number
@@ -104,6 +104,9 @@ def _summarize(reports: list[StepReport]) -> dict[str, float]:
     numbers = {tag: total / max(count, 1.0) for tag, (total, count) in sums.items()}
     if applied:
         numbers["optimizer/grad_norm"] = sum(report.grad_norm for report in applied) / len(applied)
+    spikes = sum(report.is_spike for report in reports)
+    if spikes:
+        numbers["optimizer/spikes"] = spikes
     for source, counts in reports[-1].sources.items():
         numbers |= {f"data/{source}/{what}": count for what, count in counts.items()}
     represented = sum(report.represented_tokens for report in reports)

@@ -1,8 +1,6 @@
 """A loss or gradient norm far above what it was: divergence that is still finite. No torch here.
 
-Measured on the tiny recipes (docs/understand.md): in ordinary runs no loss came above 1.4 times its running median, and
-lone gradient norms, which clipping makes harmless, to 25 times; a learning rate raised a hundredfold brought the loss to 6
-times its median within ten steps.
+What the factors and limits were chosen by was measured: docs/benchmarks/drills.md, Spikes.
 """
 
 from __future__ import annotations
@@ -20,8 +18,8 @@ WINDOW = 100  # steps of an objective that its medians are taken over
 FEWEST = 20  # steps of an objective before which nothing is judged
 # Medians near 0 (texts that are known by heart) make every ratio large: so far above its median a loss must be, in nats, …
 LEAST_RISE = 1.0
-# … and so large a norm. Norms below it are never clipped by the usual training.max_grad_norm.
-LEAST_NORM = 1.0
+# … and so large a norm.
+LEAST_NORM = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +64,8 @@ class SpikeDetector(Callback):
         Without `grad_norm` the loss alone is judged.
         """
         history = self._histories.get(objective, _History())
-        if step < self._first_step or len(history.losses) < FEWEST:
-            return None
+        if step < self._first_step or len(history.losses) < FEWEST or not math.isfinite(loss):
+            return None  # what is not finite is not this module's: `bico_ds.training.nonfinite`
         usual, factor = median(history.losses), self._loss_factor
         if loss > max(factor * usual, usual + LEAST_RISE):
             return Spike(what="loss", objective=objective, value=loss, factor=factor, median=usual)

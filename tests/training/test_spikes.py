@@ -63,7 +63,7 @@ def plain_account(reports: list[StepReport]) -> list[bool]:
         loss = statistics.median(r.loss for r in before)
         norm = statistics.median(r.grad_norm for r in before)
         loss_is_high = one.loss > 3 * loss and one.loss > loss + 1
-        spikes.append(loss_is_high or (one.grad_norm > 30 * norm and one.grad_norm > 1))
+        spikes.append(loss_is_high or (one.grad_norm > 30 * norm and one.grad_norm > 10))
     return spikes
 
 
@@ -127,8 +127,14 @@ def test_a_divergence_that_lasts_never_becomes_the_measure_and_is_told_once():
 def test_texts_known_by_heart_are_no_reason_to_warn(usual):
     detector = SpikeDetector(RECIPE)
     step = steady(detector, loss=usual, norm=usual)
-    assert detector.find(step, "ntp", loss=usual + 0.9, grad_norm=0.9) is None
+    assert detector.find(step, "ntp", loss=usual + 0.9, grad_norm=9.0) is None
     assert detector.find(step, "ntp", loss=usual + 1.1) is not None
+
+
+@pytest.mark.parametrize("loss", [math.inf, math.nan])
+def test_what_is_not_finite_is_left_to_those_who_name_it_so(loss):
+    detector = SpikeDetector(RECIPE)
+    assert detector.find(steady(detector), "ntp", loss=loss, grad_norm=loss) is None
 
 
 def test_what_is_said_names_objective_value_and_median():

@@ -7,16 +7,20 @@ had one. The record tells the two apart: a run whose checkpoints are gone is not
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from bico_ds.checkpoint import manifest
 from bico_ds.checkpoint.manifest import FoundCheckpoint
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import write_atomically
 from bico_ds.runtime.run_folder import RunFolder, read_state
+
+_SAVE = re.compile(r'\{"step": (\d+), "kind": "checkpoint"')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +61,11 @@ def read(folder: RunFolder) -> CommittedCheckpoint | None:
     """
     path = folder.last_checkpoint_file
     try:
-        return CommittedCheckpoint(**json.loads(path.read_text(encoding="utf-8")))
+        last = CommittedCheckpoint(**json.loads(path.read_text(encoding="utf-8")))
+        return replace(last, step=int(last.step), path=str(last.path))
     except FileNotFoundError:
         return _of_an_earlier_version(folder)
-    except (ValueError, TypeError):
+    except (OSError, ValueError, TypeError):
         raise UserError(f"{path}: damaged; remove it to go on by what is in '{folder.checkpoints}'") from None
 
 
@@ -117,14 +122,20 @@ def _path_in_record(checkpoint: Path, folder: RunFolder) -> str:
 
 def _of_an_earlier_version(folder: RunFolder) -> CommittedCheckpoint | None:
     """Every save wrote a line into metrics.jsonl, and a state names the step of a checkpoint, or 0."""
-    steps = [(read_state(folder.state_file) or {}).get("step") or 0]
+    steps = [_state(folder).get("step") or 0]
     if folder.metrics_file.is_file():
         with open(folder.metrics_file, encoding="utf-8", errors="replace") as lines:
-            saves = [line for line in lines if '"kind": "checkpoint"' in line and line.endswith("}\n")]
-        steps += [json.loads(line)["step"] for line in saves]
+            steps += [int(save[1]) for save in map(_SAVE.match, lines) if save]
     step = max(steps)
     path = str(Path(folder.checkpoints.name, manifest.name_of(step)))
     return CommittedCheckpoint(step=step, path=path, time=None) if step else None
+
+
+def _state(folder: RunFolder) -> dict[str, Any]:
+    try:
+        return read_state(folder.state_file) or {}
+    except ValueError:  # damaged: it tells nothing, and the next start writes it anew
+        return {}
 
 
 def _emptiness(root: Path) -> str:
@@ -138,7 +149,7 @@ def _when(last: CommittedCheckpoint) -> str:
 
 
 def _finished(folder: RunFolder) -> str:
-    is_done = (read_state(folder.state_file) or {}).get("state") == "done"
+    is_done = _state(folder).get("state") == "done"
     return (
         f" (the run is done, and its model is in '{folder.export}')"
         if is_done and folder.export.is_dir()

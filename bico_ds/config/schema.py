@@ -186,6 +186,11 @@ class DataSpec(Section):
 AnyObjective = Annotated[SerializeAsAny[ObjectiveSpec], BeforeValidator(read_spec)]
 
 
+def _yaml_off(value: Any) -> Any:
+    """The word `off` as it was written: YAML takes it for `false`."""
+    return "off" if value is False else value
+
+
 SpikeFactor = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 
 
@@ -200,7 +205,7 @@ class TrainingSpec(Section):
         1.0, description="gradients of a larger norm are scaled down to it; 0: no clipping"
     )
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    on_spike: Literal["off", "warn", "stop"] = Field(
+    on_spike: Annotated[Literal["off", "warn", "stop"], BeforeValidator(_yaml_off)] = Field(
         "warn", description="where the loss or gradient norm is far above its running median: divergence"
     )
     spike_factors: tuple[SpikeFactor, SpikeFactor] = Field(

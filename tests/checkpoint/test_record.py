@@ -110,6 +110,15 @@ def test_a_run_of_an_earlier_version_is_known_by_its_metrics_and_its_state(
         choose(folder, "auto", RECIPE, LAYOUT)
 
 
+def test_damaged_states_and_metrics_of_earlier_versions_hinder_no_resume(folder):
+    folder.last_checkpoint_file.unlink()
+    folder.state_file.write_text("")
+    with open(folder.metrics_file, "ab") as file:
+        file.write(b'\xff\xfe{"step": 31, "kind": "checkpoint", \n{"step": 4')
+    found = taken(folder, "auto")
+    assert found is not None and found.step == NEWEST
+
+
 def test_where_the_newest_vanished_the_one_before_is_taken_with_a_warning(folder, capsys):
     remove(folder.checkpoints / "step-000030")
     found = taken(folder, "auto")
@@ -166,8 +175,9 @@ def test_a_run_that_went_on_from_anothers_checkpoint_does_not_begin_at_step_0(fo
     assert found is not None and found.step == 25
 
 
-def test_a_damaged_record_is_named(folder):
-    folder.last_checkpoint_file.write_text('{"step": ')
+@pytest.mark.parametrize("content", ['{"step": ', "", "[]", "null", '{"step": "x", "path": "y", "time": 0}'])
+def test_a_damaged_record_is_named(folder, content):
+    folder.last_checkpoint_file.write_text(content)
     with pytest.raises(UserError, match=r"last_checkpoint.json: damaged; remove it"):
         choose(folder, "auto", RECIPE, LAYOUT)
 

@@ -93,7 +93,9 @@ def test_stop_ends_all_ranks_before_the_update_and_saves_nothing_of_it(healthy):
 def test_a_norm_that_jumps_stops_the_run_after_its_update_and_saves_nothing_of_it(healthy):
     """The loss's factor is out of reach."""
     run = shutil.copytree(healthy, healthy.with_name("norm"))
-    done = train_until(run, HEALTHY + 30, RAISED, "training.on_spike=stop", "training.spike_factors=[1e6, 2]")
+    done = train_until(
+        run, HEALTHY + 30, "optimizer.lr=20", "training.on_spike=stop", "training.spike_factors=[1e6, 10]"
+    )
     assert done.returncode == 1
     assert "the gradient norm of" in done.stderr and "the update was made, and is not saved" in done.stderr
     assert [path.name for path in (run / "checkpoints").glob("step-*")] == [f"step-{HEALTHY:06d}"]

@@ -83,7 +83,7 @@ def newest_complete(folder: RunFolder, report: Callable[[str], None]) -> FoundCh
         if not newest.is_dir():  # a damaged one was reported by `find`
             report(
                 f"WARNING: '{newest}', written{_when(last)}, is not there any more: "
-                f"the steps after {found.step} are lost, and are trained again"
+                f"the steps after {found.step} are lost"
             )
     return found
 

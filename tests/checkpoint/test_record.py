@@ -129,6 +129,13 @@ def test_where_the_newest_vanished_the_one_before_is_taken_with_a_warning(folder
     )
 
 
+def test_a_commit_that_a_crash_cut_before_its_record_is_taken_all_the_same(folder, capsys):
+    checkpoint(folder.checkpoints / "step-000040", 40)
+    found = taken(folder, "auto")
+    assert found is not None and found.step == 40
+    assert "WARNING" not in capsys.readouterr().out
+
+
 def test_the_metrics_that_are_written_again_are_kept_aside(folder):
     before = folder.metrics_file.read_text().splitlines()
     remove(folder.checkpoints / "step-000030")

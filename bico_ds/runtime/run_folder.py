@@ -101,7 +101,7 @@ class RunFolder:
             ) from None
         except OSError as error:
             raise UserError(
-                f"output_dir: cannot write into '{self.path}': {_obstacle(Path(error.filename or self.path), error)}; "
+                f"output_dir: cannot write into '{self.path}': {obstacle(Path(error.filename or self.path), error)}; "
                 "choose another with --output-dir"
             ) from None
 
@@ -120,7 +120,7 @@ class RunFolder:
                     probe.write(bytes(4096))
             except OSError as error:
                 raise UserError(
-                    f"cannot write into '{folder}': {_obstacle(folder, error)}; "
+                    f"cannot write into '{folder}': {obstacle(folder, error)}; "
                     "put that right, or choose another folder with --output-dir"
                 ) from None
         if os.path.lexists(self.metrics_file) and not self.metrics_file.is_file():
@@ -218,7 +218,7 @@ def _is_of_step_until(line: str, step: int) -> bool:
         return False
 
 
-def _obstacle(folder: Path, error: OSError) -> str:
+def obstacle(folder: Path, error: OSError) -> str:
     """Why nothing can be written into a folder."""
     if folder.is_symlink() and not folder.exists():
         return f"it is a link to '{folder.readlink()}', which is not there"

@@ -204,7 +204,10 @@ class Trainer:
                     if grad_norm is None
                     else "the update was made, and is not saved"
                 )
-                raise SpikeError(f"step {step}: {spike}; {done} (training.on_spike).\n{where}")
+                raise SpikeError(
+                    f"step {step}: {spike}; {done}. Resume with a lower optimizer.lr, or go on with "
+                    f"training.on_spike=warn.\n{where}"
+                )
             self.callbacks.on_message(f"WARNING: step {step}: {spike} (training.on_spike); {where}")
         return True
 

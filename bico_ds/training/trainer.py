@@ -124,6 +124,7 @@ class Trainer:
         loss = totals[0] / max(targets, 1)
         learning_rate = self.engine.get_lr()[0]
         if self.run.recipe.training.on_spike == "stop":
+            # The gradient norm is known after the update only.
             self._look_for_spike(rank_step, losses, loss)
         applied = self._update(batches, losses, math.isfinite(totals[0]))
         grad_norm = float(self.engine.get_global_grad_norm() or 0.0) if applied else math.nan

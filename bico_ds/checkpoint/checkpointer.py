@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bico_ds.checkpoint import manifest
+from bico_ds.checkpoint import manifest, record
 from bico_ds.checkpoint.disk import PatientWriter, bytes_needed, lack_of_room
 from bico_ds.checkpoint.state_checksums import optimizer_steps, state_checksums
 from bico_ds.common.errors import RunError
@@ -71,7 +71,7 @@ class Checkpointer:
         `checkpoint.on_write_error` is `stop`; `FencedError` on rank 0 alone, where another run has taken the folder over.
         """
         started = time.perf_counter()
-        final = self._folder.checkpoints / f"step-{step:06d}"
+        final = self._folder.checkpoints / manifest.name_of(step)
         partial = final.with_name(broadcast_object(temporary_sibling(final).name))  # rank 0's
         failure = broadcast_object(self._make_room(engine, partial) if self._ranks.is_first else None)
         if failure is None:
@@ -134,7 +134,7 @@ class Checkpointer:
 
     def _commit(self, partial: Path, step: int, content: dict[str, Any]) -> str | None:
         """Rank 0: make it a checkpoint. Returns why not."""
-        final = partial.with_name(f"step-{step:06d}")
+        final = partial.with_name(manifest.name_of(step))
         try:
             manifest.write_manifest(partial, content)
             # Nothing slow comes between this check and the rename: the ranks have flushed their files (`file_table`).
@@ -142,6 +142,7 @@ class Checkpointer:
             # A damaged one of the same step, which the resume passed over.
             shutil.rmtree(final, ignore_errors=True)
             publish_folder(partial, final)
+            record.write(self._folder, final, step)
             write_atomically(partial.with_name("latest"), final.name + "\n")
         except OSError as error:
             return f"{error.filename or partial}: {error.strerror}"

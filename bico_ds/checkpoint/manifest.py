@@ -91,6 +91,11 @@ def checkpoints_in(root: Path) -> list[Path]:
     return sorted(root.glob("step-*"), key=step_of)
 
 
+def name_of(step: int) -> str:
+    """The name of a checkpoint's folder."""
+    return f"step-{step:06d}"
+
+
 def step_of(path: Path) -> int:
     """The step in a checkpoint's name."""
     return int(path.name.removeprefix("step-"))

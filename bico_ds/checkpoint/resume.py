@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bico_ds.checkpoint import manifest, universal
+from bico_ds.checkpoint import manifest, record, universal
 from bico_ds.checkpoint.manifest import FoundCheckpoint
 from bico_ds.checkpoint.state_checksums import differences, optimizer_steps, state_checksums
 from bico_ds.common.errors import RunError, UserError
+from bico_ds.common.files import write_atomically
 from bico_ds.config.load import recorded_recipe
 from bico_ds.config.schema import Recipe
 from bico_ds.model.deepspeed_engine import Engine
 from bico_ds.model.weights.checksums import base_fingerprint
 from bico_ds.optim.schedule import follow_recipe
 from bico_ds.optim.state import separate_step_counters
-from bico_ds.runtime.run_folder import RunFolder
+from bico_ds.runtime.run_folder import RunFolder, split_metrics
 
 # What DeepSpeed's own checkpoint depends on; where a value differs, the universal form is loaded.
 StateLayout = dict[str, Any]
@@ -59,13 +60,15 @@ def choose(folder: RunFolder, option: str, recipe: Recipe, layout: StateLayout) 
     """Rank 0, before the process group starts: find, verify, and convert where the layout differs.
 
     `option` is `auto`, `none`, or the path of a checkpoint or of a run folder. None: start from the beginning.
-    Raises `UserError` where checkpoints are there and none is complete, where `option` names none, where it belongs to
-    another model, and where it would have to be converted and cannot be.
+    Raises `UserError` where checkpoints are there and none is complete, where the run had one and they are gone, where
+    `option` names none, where it belongs to another model, and where it would have to be converted and cannot be.
     """
     if option == "none":
         return None
-    found = manifest.find(folder.checkpoints, _print_line) if option == "auto" else _at(Path(option))
+    found = record.newest_complete(folder, _print_line) if option == "auto" else _at(Path(option))
     if found is None:
+        if folder.metrics_file.is_file():
+            _print_line(f"'{folder.path}' has no checkpoint yet: training starts from step 0")
         return None
     _check_recipe(found, recipe)
     different = {key: (was, layout[key]) for key, was in found.layout.items() if was != layout[key]}
@@ -80,11 +83,15 @@ def choose(folder: RunFolder, option: str, recipe: Recipe, layout: StateLayout) 
 
 
 def set_aside(folder: RunFolder, option: str, chosen: Resumption | None) -> None:
-    """Move what is in `folder`, and does not belong to what `choose` chose by `option`, into its replaced-N/."""
-    if option == "none":
+    """Move what is in `folder`, and does not belong to what `choose` chose by `option`, into its replaced-N/.
+
+    Lines of metrics.jsonl are copied there: who writes that file cuts it.
+    """
+    is_foreign = chosen is not None and not record.is_own(chosen.found.path, folder)
+    if option == "none" or is_foreign:
         folder.set_aside()
-    elif chosen is not None:
-        _set_later_aside(folder, chosen.found)
+    else:
+        _set_later_aside(folder, chosen.step if chosen is not None else 0)
 
 
 def restore(engine: Engine, resumption: Resumption, recipe: Recipe) -> None:
@@ -136,8 +143,7 @@ def _check_base(engine: Engine, saved: str | None) -> None:
 def _at(path: Path) -> FoundCheckpoint:
     if not path.is_dir():
         raise UserError(f"--resume {path}: no such folder")
-    root = path / "checkpoints"
-    found = manifest.find(root, _print_line) if root.is_dir() else manifest.verify(path)
+    found = record.at(path, _print_line)
     if found is None:
         raise UserError(f"--resume {path}: no checkpoint there")
     return found
@@ -173,18 +179,16 @@ def _changes(old: Any, new: Any, key: str) -> list[tuple[str, tuple[Any, Any]]]:
     return [] if old == new else [(key, (old, new))]
 
 
-def _set_later_aside(folder: RunFolder, found: FoundCheckpoint) -> None:
-    """Checkpoints and evaluations after the one resumed from are damaged, or of steps that are done anew.
+def _set_later_aside(folder: RunFolder, step: int) -> None:
+    """Checkpoints, evaluations and metrics after the step resumed from are damaged, or of steps that are done anew.
 
     None may be taken later for one of the steps to come.
     """
     own = manifest.checkpoints_in(folder.checkpoints)
-    if found.path.resolve().parent != folder.checkpoints.resolve():
-        folder.set_aside()
-        return
-    later = [path for path in own if manifest.step_of(path) > found.step]
-    results = folder.evaluations_after(found.step)
-    if not later and not results:
+    later = [path for path in own if manifest.step_of(path) > step]
+    results = folder.evaluations_after(step)
+    _, lines = split_metrics(folder.metrics_file, step)
+    if not (later or results or lines):
         return
     aside = folder.new_aside()
     if results:
@@ -192,6 +196,9 @@ def _set_later_aside(folder: RunFolder, found: FoundCheckpoint) -> None:
     names = [path.name for path in later] + [f"{folder.evaluation.name}/{path.name}" for path in results]
     for path, name in zip(later + results, names, strict=True):
         path.rename(aside / name)
+    if lines:
+        write_atomically(aside / folder.metrics_file.name, "".join(lines))
+        names.append(f"{len(lines)} line{'s' * (len(lines) > 1)} of {folder.metrics_file.name}")
     _print_line(f"set aside in {aside}: {', '.join(names)}")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from bico_ds.checkpoint import record
 from bico_ds.cluster.attempts import newest_step, read_attempts
 from bico_ds.runtime.lock import Lock, living_locks, read_lock
 from bico_ds.runtime.run_folder import RunFolder, read_state
@@ -109,19 +110,28 @@ def _status(run: Path, living: dict[Path, Lock]) -> RunStatus:
     now = _state(state, living.get(folder.lock.path), was_held=lock is not None)
     numbers = last_numbers(folder.metrics_file)
     step = numbers.get("step", state.get("step"))
+    checkpoint = newest_step(run)
     return RunStatus(
         run=str(run),
         state=now,
-        reason="" if now == "starting" else state.get("reason", ""),
+        reason="" if now == "starting" else _missing(folder, checkpoint) or state.get("reason", ""),
         step=step,
         total_steps=_total_steps(folder),
         loss=numbers.get("loss/all"),
         tokens_per_second=numbers.get("speed/represented_tokens_per_second"),
-        checkpoint=newest_step(run),
+        checkpoint=checkpoint,
         starts=_starts(run),
         job=_job(run, lock),
         changed=_changed(folder, state),
     )
+
+
+def _missing(folder: RunFolder, newest: int) -> str:
+    """What became of the newest checkpoint, where it is not there any more."""
+    last = record.read(folder)
+    if last is None or newest >= last.step or not last.is_own:
+        return ""
+    return f"checkpoint of step {last.step} is gone"
 
 
 def last_numbers(path: Path) -> dict[str, Any]:

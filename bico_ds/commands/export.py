@@ -45,17 +45,16 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def export(options: Namespace) -> None:
-    from bico_ds.checkpoint import manifest
+    from bico_ds.checkpoint import manifest, record
     from bico_ds.config.load import recorded_recipe
     from bico_ds.data.tokenizer import load_tokenizer
     from bico_ds.model.weights.export_checkpoint import export_checkpoint
     from bico_ds.model.weights.shards import refuse_existing
 
     refuse_existing(options.output)
-    root = options.checkpoint / "checkpoints"
-    found = manifest.find(root, print) if root.is_dir() else manifest.verify(options.checkpoint)
+    found = record.at(options.checkpoint, print)
     if found is None:
-        raise UserError(f"'{root}' holds no checkpoint")
+        raise UserError(f"'{options.checkpoint / 'checkpoints'}' holds no checkpoint")
     recipe = recorded_recipe(found.content["recipe"], found.path / manifest.MANIFEST, objectives=False)
     if options.base is not None:
         model = recipe.model.model_copy(update={"path": options.base})

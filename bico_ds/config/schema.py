@@ -186,6 +186,14 @@ class DataSpec(Section):
 AnyObjective = Annotated[SerializeAsAny[ObjectiveSpec], BeforeValidator(read_spec)]
 
 
+def _yaml_off(value: Any) -> Any:
+    """The word `off` as it was written: YAML takes it for `false`."""
+    return "off" if value is False else value
+
+
+SpikeFactor = Annotated[float, Field(gt=1, allow_inf_nan=False)]
+
+
 class TrainingSpec(Section):
     """How long the training is, and the batch sizes."""
 
@@ -197,6 +205,12 @@ class TrainingSpec(Section):
         1.0, description="gradients of a larger norm are scaled down to it; 0: no clipping"
     )
     on_nonfinite: Literal["stop", "skip"] = "stop"
+    on_spike: Annotated[Literal["off", "warn", "stop"], BeforeValidator(_yaml_off)] = Field(
+        "warn", description="where the loss or gradient norm is far above its running median: divergence"
+    )
+    spike_factors: tuple[SpikeFactor, SpikeFactor] = Field(
+        (3.0, 30.0), description="so many times its running median the loss is a spike, and the gradient norm"
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingSpec:

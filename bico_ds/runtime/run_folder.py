@@ -8,6 +8,7 @@ runs/NAME/
   metrics.jsonl   one line per logged step, evaluation and checkpoint
   evaluation/     step-N.json: every prompt with its answer and scores
   tensorboard/    checkpoints/    export/    logs/    csv/
+  last_checkpoint.json   the newest checkpoint, also where checkpoints/ is gone
   replaced-N/     what a later start set aside
   slurm/          scripts, recipe and starts of the batch system; stop: a file that forbids to requeue the job
   native_ops/     compiled DeepSpeed operations, under a batch system
@@ -20,11 +21,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
@@ -63,6 +66,7 @@ class RunFolder:
 
     recipe_file = property(lambda self: self.path / "recipe.yaml")
     metrics_file = property(lambda self: self.path / "metrics.jsonl")
+    last_checkpoint_file = property(lambda self: self.path / "last_checkpoint.json")
     state_file = property(lambda self: self.path / "state.json")
     tensorboard = property(lambda self: self.path / "tensorboard")
     checkpoints = property(lambda self: self.path / "checkpoints")
@@ -70,6 +74,7 @@ class RunFolder:
     logs = property(lambda self: self.path / "logs")
     tokenizer = property(lambda self: self.path / "tokenizer")
     evaluation = property(lambda self: self.path / "evaluation")
+    csv = property(lambda self: self.path / "csv")
 
     def evaluation_file(self, step: int) -> Path:
         """Where the evaluation after so many steps is kept."""
@@ -96,8 +101,30 @@ class RunFolder:
             ) from None
         except OSError as error:
             raise UserError(
-                f"output_dir: cannot write into '{self.path}': {error.strerror}; choose another with --output-dir"
+                f"output_dir: cannot write into '{self.path}': {obstacle(Path(error.filename or self.path), error)}; "
+                "choose another with --output-dir"
             ) from None
+
+    def check_writable(self) -> None:
+        """Raise `UserError` where a folder or file that is there already cannot be written: most are needed hours later."""
+        folders = [
+            folder
+            for folder in (self.checkpoints, self.logs, self.evaluation, self.tensorboard, self.csv)
+            if os.path.lexists(folder)
+        ]
+        # These are replaced as a whole, by a new folder beside what the link names.
+        folders += [link.resolve().parent for link in (self.export, self.tokenizer) if link.is_symlink()]
+        for folder in folders:
+            try:
+                with tempfile.TemporaryFile(dir=folder) as probe:
+                    probe.write(bytes(4096))
+            except OSError as error:
+                raise UserError(
+                    f"cannot write into '{folder}': {obstacle(folder, error)}; "
+                    "put that right, or choose another folder with --output-dir"
+                ) from None
+        if os.path.lexists(self.metrics_file) and not self.metrics_file.is_file():
+            raise UserError(f"'{self.metrics_file}' is no file; move it away")
 
     def record(self, recipe: Recipe) -> None:
         """Write the recipe, and this start's provenance, in the place of and after those of earlier ones."""
@@ -139,7 +166,8 @@ class RunFolder:
 
     def set_aside(self) -> None:
         """Move what an earlier run left (recipe, checkpoints, metrics …) into replaced-N/: nothing of it is deleted."""
-        if not any(self.checkpoints.glob("step-*")) and not self.metrics_file.is_file():
+        left = (self.metrics_file.is_file(), self.last_checkpoint_file.is_file())
+        if not any(left) and not any(self.checkpoints.glob("step-*")):
             return
         kept = {self.lock.path.name, self.state_file.name, "run.json", "slurm", "stop", "native_ops"}
         old = [
@@ -152,7 +180,8 @@ class RunFolder:
 
     def new_aside(self) -> Path:
         """Make the next replaced-N/."""
-        aside = self.path / f"replaced-{1 + sum(1 for _ in self.path.glob('replaced-*'))}"
+        numbers = (path.name.removeprefix("replaced-") for path in self.path.glob("replaced-*"))
+        aside = self.path / f"replaced-{1 + max(map(int, filter(str.isdecimal, numbers)), default=0)}"
         aside.mkdir()
         return aside
 
@@ -167,6 +196,33 @@ def read_state(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text())
     except FileNotFoundError:
         return None
+
+
+def split_metrics(path: Path, step: int) -> tuple[list[str], list[str]]:
+    """The lines of a metrics.jsonl up to a step, and those that a run which goes on from there writes again.
+
+    A line that is no JSON (a crash cut it, a disk damaged it) is among the latter.
+    """
+    kept: list[str] = []
+    later: list[str] = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+            (kept if _is_of_step_until(line, step) else later).append(line)
+    return kept, later
+
+
+def _is_of_step_until(line: str, step: int) -> bool:
+    try:
+        return line.endswith("\n") and json.loads(line)["step"] <= step
+    except (ValueError, LookupError, TypeError):
+        return False
+
+
+def obstacle(folder: Path, error: OSError) -> str:
+    """Why nothing can be written into a folder."""
+    if folder.is_symlink() and not folder.exists():
+        return f"it is a link to '{folder.readlink()}', which is not there"
+    return "it is no folder" if folder.is_file() else str(error.strerror)
 
 
 def provenance() -> dict[str, Any]:

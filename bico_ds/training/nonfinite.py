@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
 from bico_ds.batch import PackedBatch
 from bico_ds.common.errors import RunError
-from bico_ds.common.files import write_atomically
 from bico_ds.runtime.distributed import all_gather_objects
+from bico_ds.training.micro_batches import few, write_micro_batches
 from bico_ds.training.run import Run
 
 
@@ -32,8 +31,7 @@ def stop(step: int, batches: Sequence[PackedBatch], losses: Sequence[torch.Tenso
     mine = None
     if bad:
         path = folder.logs / f"nonfinite-step-{step + 1:06d}-rank-{ranks.rank}.json"
-        folder.logs.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps([_content(batches[i], values[i]) for i in bad]))
+        write_micro_batches(path, [batches[i] for i in bad], [values[i] for i in bad])
         documents = [document for i in bad for document in batches[i].documents.tolist()]
         mine = {"rank": ranks.rank, "documents": documents, "file": str(path)}
     culprits = [entry for entry in all_gather_objects(mine) if entry is not None]
@@ -43,27 +41,9 @@ def stop(step: int, batches: Sequence[PackedBatch], losses: Sequence[torch.Tenso
             "Lower optimizer.lr or training.max_grad_norm, or go on with training.on_nonfinite=skip"
         )
     lines = [
-        f"rank {c['rank']}: documents (source, id, piece) {_few(c['documents'])}, see {c['file']}"
+        f"rank {c['rank']}: documents (source, id, piece) {few(c['documents'])}, see {c['file']}"
         for c in culprits
     ]
     raise NonFiniteError(
         f"step {step + 1}: the loss is not finite; the weights are unchanged.\n" + "\n".join(lines)
     )
-
-
-def _content(batch: PackedBatch, loss: float) -> dict[str, Any]:
-    return {
-        "loss": str(loss),
-        "mode": batch.plan.mode,
-        "documents": batch.documents.tolist(),
-        "input_ids": batch.input_ids.tolist(),
-        "position_ids": batch.position_ids.tolist(),
-        "cu_seqlens": batch.plan.cu_seqlens.tolist(),
-        "loss_rows": batch.loss_rows.tolist(),
-        "targets": batch.targets.tolist(),
-    }
-
-
-def _few(documents: list[list[int]], most: int = 10) -> str:
-    shown = ", ".join(str(tuple(document)) for document in documents[:most])
-    return shown + (f" and {len(documents) - most} more" if len(documents) > most else "")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from bico_ds.checkpoint import record
 from bico_ds.checkpoint.checkpointer import Checkpointer
 from bico_ds.checkpoint.resume import (
     Resumption,
@@ -47,6 +48,7 @@ from bico_ds.training.callbacks.monitor import StepMonitor
 from bico_ds.training.checks import check_backend, check_recipe
 from bico_ds.training.evaluator import Evaluator
 from bico_ds.training.run import Run
+from bico_ds.training.spikes import SpikeDetector
 from bico_ds.training.targetless import TargetlessSteps
 from bico_ds.training.trainer import Trainer
 
@@ -109,6 +111,9 @@ def _prepare(run: Run, resume: str) -> Resumption | None:
     """Rank 0, before the others are let in: the lock, the stores, and the checkpoint to resume from."""
     run.folder.open()
     try:
+        if resume == "auto":
+            record.refuse_lost(run.folder)
+        run.folder.check_writable()
         with run.stop.interrupting():
             assembly.prepare_stores(run.recipe)
             return choose(run.folder, resume, run.recipe, _layout(run))
@@ -176,13 +181,15 @@ def _build_trainer(
         restore(engine, resumption, recipe)
     if run.ranks.device.type == "cpu":
         host_memory.keep_freed_pages()
+    spikes = SpikeDetector(recipe)
     return Trainer(
         run=run,
         engine=engine,
         loader=loader,
-        callbacks=_callbacks(run, engine),
+        callbacks=_callbacks(run, engine, spikes),
         checkpointer=_checkpointer(run, engine),
         evaluator=_evaluator(run, inputs, watchdog),
+        spikes=spikes,
         watchdog=watchdog,
         total_steps=steps,
         step=resumption.step if resumption else 0,
@@ -190,9 +197,9 @@ def _build_trainer(
     )
 
 
-def _callbacks(run: Run, engine: Engine) -> Callbacks:
+def _callbacks(run: Run, engine: Engine, spikes: SpikeDetector) -> Callbacks:
     monitor = StepMonitor(run.recipe.monitor, run.folder, engine.monitor)
-    return Callbacks([ConsoleProgress(), monitor], is_first_rank=run.ranks.is_first)
+    return Callbacks([ConsoleProgress(), monitor, spikes], is_first_rank=run.ranks.is_first)
 
 
 def _checkpointer(run: Run, engine: Engine) -> Checkpointer:
@@ -223,6 +230,8 @@ def _take_over(run: Run, resume: str, resumption: Resumption | None, tokenizer: 
     """
     run.folder.write_state("running", step=resumption.step if resumption else 0)
     set_aside(run.folder, resume, resumption)
+    if resumption is not None:
+        record.write(run.folder, resumption.found.path, resumption.step)
     run.folder.record(run.recipe)
     with atomic_folder(run.folder.tokenizer, replace=True) as temporary:
         tokenizer.save_pretrained(temporary)

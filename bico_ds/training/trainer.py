@@ -16,6 +16,7 @@ import torch
 
 from bico_ds.batch import PackedBatch
 from bico_ds.checkpoint.checkpointer import Checkpointer
+from bico_ds.common.errors import RunError
 from bico_ds.data.loading.loader import RankStep
 from bico_ds.data.loading.sample_order import Consumed
 from bico_ds.model.deepspeed_engine import Engine
@@ -26,8 +27,14 @@ from bico_ds.runtime.watchdog import Watchdog
 from bico_ds.training import nonfinite
 from bico_ds.training.callbacks.base import Callbacks, StepReport
 from bico_ds.training.evaluator import Evaluator, scalars
+from bico_ds.training.micro_batches import name_worst
 from bico_ds.training.run import Run
+from bico_ds.training.spikes import SpikeDetector
 from bico_ds.training.targetless import TargetlessSteps
+
+
+class SpikeError(RunError):
+    """A loss or gradient norm is far above its running median, and `training.on_spike` is `stop`."""
 
 
 class Loader(Protocol):
@@ -57,6 +64,7 @@ class Trainer:
         callbacks: Callbacks,
         checkpointer: Checkpointer,
         evaluator: Evaluator,
+        spikes: SpikeDetector,
         watchdog: Watchdog,
         total_steps: int,
         step: int = 0,
@@ -64,6 +72,7 @@ class Trainer:
     ) -> None:
         self.run, self.engine, self.loader, self.watchdog = run, engine, loader, watchdog
         self.callbacks, self.checkpointer, self.evaluator = callbacks, checkpointer, evaluator
+        self.spikes = spikes
         self.step, self.total_steps = step, total_steps
         self.targetless = targetless or TargetlessSteps()
         self.consumed = loader.start_consumed
@@ -73,7 +82,7 @@ class Trainer:
     def train(self) -> State:
         """Train until the last step or until a stop is agreed, and save a checkpoint of that step (of step 0: none).
 
-        Raises `NonFiniteError`, `NoTargetsError` and `CheckpointError`, each on all ranks alike.
+        Raises `NonFiniteError`, `SpikeError`, `NoTargetsError` and `CheckpointError`, each on all ranks alike.
         """
         if self._evaluation_is_missing():
             self._evaluate()
@@ -119,15 +128,20 @@ class Trainer:
         ranks, batches = self.run.ranks, rank_step.batches
         losses = self._forward_backward(batches, targets)
         totals = self._totals(batches, torch.stack(losses), self.loader.wait_seconds - waited)
+        loss = totals[0] / targets
         learning_rate = self.engine.get_lr()[0]
+        if self.run.recipe.training.on_spike == "stop":
+            # The gradient norm is known after the update only.
+            self._look_for_spike(rank_step, losses, loss)
         applied = self._update(batches, losses, math.isfinite(totals[0]))
+        grad_norm = float(self.engine.get_global_grad_norm() or 0.0) if applied else math.nan
         self.consumed = self.consumed.plus(rank_step.counts)
         return StepReport(
             step=self.step + 1,
             objective=rank_step.objective,
-            loss=totals[0] / targets,
+            loss=loss,
             targets=targets,
-            grad_norm=float(self.engine.get_global_grad_norm() or 0.0) if applied else math.nan,
+            grad_norm=grad_norm,
             learning_rate=learning_rate,
             kept_tokens=int(totals[1]),
             represented_tokens=int(totals[2]),
@@ -136,6 +150,7 @@ class Trainer:
             wait_seconds=totals[3] / ranks.world_size,
             sources=self.consumed.by_source(),
             applied=applied,
+            is_spike=applied and self._look_for_spike(rank_step, losses, loss, grad_norm),
         )
 
     def _pass_over(self, rank_step: RankStep, targets: int, started: float, waited: float) -> StepReport:
@@ -203,6 +218,29 @@ class Trainer:
             self.engine.lr_scheduler.step()
             self.callbacks.on_message(f"step {self.step + 1}: loss or gradient not finite, update skipped")
         return applied
+
+    def _look_for_spike(
+        self, rank_step: RankStep, losses: list[torch.Tensor], loss: float, grad_norm: float | None = None
+    ) -> bool:
+        """Whether this step's loss or norm is one. With `grad_norm` the update was made. Raises `SpikeError`."""
+        choice, step, objective = self.run.recipe.training.on_spike, self.step + 1, rank_step.objective
+        spike = self.spikes.find(step, objective, loss=loss, grad_norm=grad_norm)
+        if choice == "off" or spike is None:
+            return False
+        if choice == "stop" or self.spikes.is_first(objective):
+            where = name_worst(step, rank_step.batches, losses, self.run)
+            if choice == "stop":
+                done = (
+                    "the weights are unchanged"
+                    if grad_norm is None
+                    else "the update was made, and is not saved"
+                )
+                raise SpikeError(
+                    f"step {step}: {spike}; {done}. Resume with a lower optimizer.lr, or go on with "
+                    f"training.on_spike=warn.\n{where}"
+                )
+            self.callbacks.on_message(f"WARNING: step {step}: {spike} (training.on_spike); {where}")
+        return True
 
     def _evaluate(self) -> None:
         self.watchdog.note_progress()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from bico_ds.cluster.preflight import judge, shared
+from bico_ds.cluster.preflight.check import preflight
 from bico_ds.cluster.preflight.inputs import damaged_stores, input_fingerprints
 from bico_ds.config.load import load_recipe
 from bico_ds.runtime.launch_environment import free_port
@@ -132,6 +133,26 @@ def test_an_input_that_is_not_on_every_node_is_named_with_the_nodes(without, inp
     there = {"inputs": {"model.path (m/x)": "cc"}}
     found = problems(*({"inputs": inputs} if node in without else there for node in range(3)))
     assert found == [f"model.path (m/x) is not there on {', '.join(f'n{node}' for node in without)}"]
+
+
+def test_a_disk_of_checkpoints_that_is_not_mounted_is_noticed_on_its_node(tmp_path, capsys):
+    recipe = load_recipe("tiny_base", [f"data.cache_dir={tmp_path / 'data'}"])
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoints").symlink_to("/nowhere/mounted")
+    assert not preflight(recipe, run)
+    assert "cannot write there: it is a link to '/nowhere/mounted', which is not there" in flat(capsys)
+    (run / "checkpoints").unlink()
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (run / "checkpoints").symlink_to(disk)
+    assert preflight(recipe, run), capsys.readouterr()
+    assert list(disk.iterdir()) == []
+
+
+def flat(capsys) -> str:
+    """What was printed, on one line."""
+    return " ".join("".join(capsys.readouterr()).split())
 
 
 @pytest.mark.distributed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 
@@ -81,6 +82,16 @@ def test_a_run_with_a_broken_file_hides_no_other(tmp_path):
     (runs[0] / "state.json").write_text('{"state": "run')
     (runs[1] / "recipe.yaml").write_text("training: [")
     assert [status.state for status in read_statuses(runs)] == ["unreadable", "unreadable", "running"]
+
+
+def test_a_run_whose_newest_checkpoint_is_gone_says_so(tmp_path):
+    run = a_run(tmp_path / "a", state="preempted")
+    written = {"step": 10, "path": "checkpoints/step-000010", "time": 0.0}
+    (run / "last_checkpoint.json").write_text(json.dumps(written))
+    assert read_status(run).reason == ""
+    shutil.rmtree(run / "checkpoints")
+    status = read_status(run)
+    assert (status.checkpoint, status.reason) == (0, "checkpoint of step 10 is gone")
 
 
 def test_a_line_cut_by_a_crash_is_passed_over(tmp_path):

@@ -168,3 +168,14 @@ def test_the_configuration_imports_neither_torch_nor_deepspeed():
 
     code = "import sys, bico_ds.config.load; sys.exit(any(m in sys.modules for m in ('torch', 'deepspeed')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("written", ["off", "'off'", "warn", "stop"])
+def test_the_word_off_is_a_choice_although_yaml_takes_it_for_false(tmp_path, written):
+    chosen = written.strip("'")
+    assert load_recipe("tiny_base", [f"training.on_spike={written}"]).training.on_spike == chosen
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"extends: tiny_base\ntraining: {{on_spike: {written}}}\n")
+    assert load_recipe(str(file)).training.on_spike == chosen
+    file.write_text(dump_recipe(load_recipe(str(file))))
+    assert load_recipe(str(file)).training.on_spike == chosen

@@ -12,7 +12,7 @@ import yaml
 from bico_ds.checkpoint import manifest
 from bico_ds.config.load import load_recipe
 from bico_ds.training import assembly
-from tests.distributed.launching import train
+from tests.distributed.launching import end_tree, last_step, metrics, start, train, wait_until
 from tests.distributed.survival import RECIPE, SMALL, state
 
 pytestmark = pytest.mark.distributed
@@ -87,3 +87,43 @@ def test_a_run_begun_anew_records_itself_and_keeps_the_earlier_ones_record_aside
     assert [len(json.loads((found / "run.json").read_text())), state(found)["step"]] == [2, 4]
     for run in (found, found / "replaced-1"):
         assert len((run / "csv" / RECIPE / "loss_all.csv").read_text().splitlines()) == 5
+
+
+def fill_with_a_link_to_nowhere(checkpoints: Path) -> None:
+    shutil.rmtree(checkpoints)
+    checkpoints.symlink_to("/nowhere/mounted")
+
+
+@pytest.mark.parametrize("lose", [shutil.rmtree, fill_with_a_link_to_nowhere])
+def test_a_run_whose_checkpoints_are_gone_is_refused_and_left_as_it_was(found, lose):
+    lose(found / "checkpoints")
+    before = {path: path.read_bytes() for path in found.rglob("*") if path.is_file()}
+    done = train(RECIPE, found, *SHORT, ranks=1)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "step 4 was written there" in done.stderr and "--resume none" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {path: path.read_bytes() for path in found.rglob("*") if path.is_file()} == before
+
+
+def test_checkpoints_that_could_not_be_written_are_refused_before_weights_and_data(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to("/nowhere/mounted")
+    done = train(RECIPE, tmp_path / "run", *SHORT, "data.cache_dir=stores", ranks=1)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "run/checkpoints': it is a link to '/nowhere/mounted', which is not there" in done.stderr
+    assert not (tmp_path / "stores").exists()
+
+
+def test_a_run_killed_before_its_first_checkpoint_goes_on_from_step_0_and_keeps_its_metrics(tmp_path):
+    run, endless = tmp_path / "run", (*SHORT, "checkpoint.every_steps=null")
+    command = start(RECIPE, run, *endless, "training.steps=5000", ranks=1)
+    try:
+        wait_until(lambda: last_step(run) >= 3, command)
+    finally:
+        end_tree(command)
+    before = (run / "metrics.jsonl").read_text().splitlines()
+    done = train(RECIPE, run, *endless, ranks=1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no checkpoint yet: training starts from step 0" in done.stdout
+    assert (run / "replaced-1" / "metrics.jsonl").read_text().splitlines() == before
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]

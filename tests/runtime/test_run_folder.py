@@ -28,6 +28,65 @@ def test_a_folder_that_cannot_be_written_is_the_users_mistake(tmp_path):
         RunFolder(tmp_path / "file" / "run").open()
 
 
+def dangling(path):
+    path.symlink_to("/nowhere/mounted")
+
+
+def a_file(path):
+    path.write_text("")
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "evaluation", "tensorboard", "csv"])
+@pytest.mark.parametrize(
+    ("spoil", "why"), [(dangling, "a link to '/nowhere/mounted'"), (a_file, "no folder")]
+)
+def test_what_could_not_be_written_hours_later_is_refused_now(tmp_path, name, spoil, why):
+    folder = RunFolder(tmp_path)
+    folder.open()
+    spoil(tmp_path / name)
+    with pytest.raises(UserError, match=f"cannot write into .*{name}': it is {why}.*--output-dir"):
+        folder.check_writable()
+    folder.close()
+
+
+@pytest.mark.parametrize("name", ["export", "tokenizer"])
+def test_what_is_replaced_as_a_whole_may_be_a_link_to_a_folder_that_is_still_to_come(tmp_path, name):
+    folder = RunFolder(tmp_path / "run")
+    folder.open()
+    (folder.path / name).symlink_to(tmp_path / "elsewhere")
+    folder.check_writable()
+    (folder.path / name).unlink()
+    dangling(folder.path / name)
+    with pytest.raises(UserError, match="cannot write into '/nowhere'"):
+        folder.check_writable()
+    folder.close()
+
+
+@pytest.mark.parametrize("name", ["run", "run/logs"])
+def test_a_run_folder_on_a_disk_that_is_not_mounted_is_the_users_mistake(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    dangling(tmp_path / name)
+    with pytest.raises(UserError, match="a link to '/nowhere/mounted', which is not there"):
+        RunFolder(tmp_path / "run").open()
+
+
+def test_a_check_of_what_can_be_written_leaves_nothing(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.open()
+    (tmp_path / "checkpoints").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    folder.check_writable()
+    assert sorted(tmp_path.rglob("*")) == before
+    folder.close()
+
+
+def test_what_is_set_aside_never_meets_what_was_set_aside_before(tmp_path):
+    folder = RunFolder(tmp_path)
+    asides = [folder.new_aside() for _ in range(3)]
+    asides[0].rmdir()
+    assert folder.new_aside() == tmp_path / "replaced-4"
+
+
 def test_starting_anew_keeps_what_was_there(tmp_path, recipe):
     folder = RunFolder(tmp_path)
     folder.open()

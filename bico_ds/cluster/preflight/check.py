@@ -31,6 +31,7 @@ from bico_ds.config.paths import WrittenPath, replace_paths
 from bico_ds.config.schema import Recipe
 from bico_ds.runtime import launch_environment
 from bico_ds.runtime.ds_config import merged_ds_config
+from bico_ds.runtime.run_folder import obstacle
 
 JOIN_SECONDS = 120.0
 
@@ -116,7 +117,7 @@ def _write_probes(folders: list[Path], name: str) -> dict[str, str]:
         try:
             probes[str(folder)] = shared.write_probe(folder, name)
         except OSError as error:
-            probes[str(folder)] = f"error: {error.strerror}"
+            probes[str(folder)] = f"error: {obstacle(folder, error)}"
     return probes
 
 

@@ -13,6 +13,7 @@ from bico_ds.config.load import dump_recipe
 from bico_ds.config.schema import Recipe
 from bico_ds.data.prepare.input_files import find_files
 from bico_ds.data.store import TokenStore
+from bico_ds.runtime.run_folder import RunFolder
 
 _READ_BYTES = 1 << 20  # read from the beginning and from the end of a file
 PACKAGE = Path(__file__).resolve().parents[2]
@@ -39,9 +40,14 @@ def input_files(recipe: Recipe) -> Iterator[tuple[str, Callable[[], list[Path]]]
 
 
 def shared_folders(recipe: Recipe, run: Path) -> list[Path]:
-    """Folders that one rank writes and all read: the run folder, and that of the stores which rank 0 makes."""
+    """Folders that one rank writes and all read: the run folder, and that of the stores which rank 0 makes.
+
+    A folder of checkpoints that is a link may be on another disk, which may not be mounted on every node.
+    """
+    checkpoints = RunFolder(run).checkpoints
+    folders = [run, checkpoints] if checkpoints.is_symlink() else [run]
     made_here = any(source.store is None for source in recipe.data.sources)
-    return [run, recipe.data.cache_dir.here()] if made_here else [run]
+    return [*folders, recipe.data.cache_dir.here()] if made_here else folders
 
 
 def missing_inputs(recipe: Recipe) -> Iterator[str]:

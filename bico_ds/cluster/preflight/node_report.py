@@ -19,7 +19,7 @@ from bico_ds.cluster.preflight.inputs import (
     recipe_fingerprint,
 )
 from bico_ds.config.schema import Recipe
-from bico_ds.runtime.run_folder import provenance
+from bico_ds.runtime.run_folder import RunFolder, provenance
 
 _MATRIX = {"cuda": 4096, "cpu": 512}
 
@@ -39,7 +39,9 @@ def collect(recipe: Recipe, run: Path, *, rank: int, local_rank: int) -> dict[st
         report["same"] = {"program": code_fingerprint(), "recipe": recipe_fingerprint(recipe)}
         report["inputs"] = input_fingerprints(recipe)
         report["damaged"] = list(damaged_stores(recipe))
-        report["disk_free_bytes"] = shutil.disk_usage(run).free if run.is_dir() else None
+        checkpoints = RunFolder(run).checkpoints
+        written = checkpoints if checkpoints.is_dir() else run
+        report["disk_free_bytes"] = shutil.disk_usage(written).free if written.is_dir() else None
     return report
 
 

@@ -37,7 +37,8 @@ class StepReport:
     through the model (kept tokens and live placeholders), `represented_tokens` the original tokens behind them.
     `seconds` is the wall time of the step on this rank, `wait_seconds` the part spent waiting for data (mean over ranks).
     `fill` is the fraction of the bins' capacity that is used, as the objective expands documents. `sources` holds what was
-    consumed since step 0, by data source: packed sequences (key `rows`) and their tokens.
+    consumed since step 0, by data source: packed sequences (key `rows`) and their tokens. `is_spike`: the loss or the norm
+    is far above its running median (`bico_ds.training.spikes`); false under `training.on_spike: off`.
     """
 
     step: int
@@ -53,6 +54,7 @@ class StepReport:
     wait_seconds: float
     sources: dict[str, dict[str, int]] = field(default_factory=dict)
     applied: bool = True
+    is_spike: bool = False
 
 
 class Callback:

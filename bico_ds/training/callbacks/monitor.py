@@ -15,7 +15,7 @@ from bico_ds.config.load import dump_recipe
 from bico_ds.config.objectives.table import objective_names
 from bico_ds.config.schema import MonitorSpec, Recipe
 from bico_ds.model.deepspeed_engine import EventWriter
-from bico_ds.runtime.run_folder import RunFolder
+from bico_ds.runtime.run_folder import RunFolder, split_metrics
 from bico_ds.training.callbacks.base import FirstRankCallback, RunStart, StepReport
 
 
@@ -35,7 +35,7 @@ class StepMonitor(FirstRankCallback):
         self._metrics = open(self._folder.metrics_file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         # DeepSpeed's engine made the folder, but an earlier run's files may have been set aside since.
         if self._spec.csv:
-            (self._folder.path / "csv" / start.recipe.name).mkdir(parents=True, exist_ok=True)
+            (self._folder.csv / start.recipe.name).mkdir(parents=True, exist_ok=True)
         self._writer = None
         if self._spec.tensorboard:
             # Hide the steps that an earlier start wrote after the checkpoint resumed from (without one: all).
@@ -92,7 +92,7 @@ def charts(recipe: Recipe) -> dict[str, dict[str, list[Any]]]:
 def _summarize(reports: list[StepReport]) -> dict[str, float]:
     """Losses weighted by targets, over all steps and by objective; rates over rank 0's wall time; the last learning rate.
 
-    Losses and norms are those of the steps that made an update, and absent where none did.
+    Losses and norms are those of the steps that made an update, and absent where none did; so are spikes.
     """
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     # A skipped step's loss may not be a number. Checkpoints of before may hold updates without a target.
@@ -105,6 +105,9 @@ def _summarize(reports: list[StepReport]) -> dict[str, float]:
     numbers = {tag: total / count for tag, (total, count) in sums.items()}
     if applied:
         numbers["optimizer/grad_norm"] = sum(report.grad_norm for report in applied) / len(applied)
+    spikes = sum(report.is_spike for report in reports)
+    if spikes:
+        numbers["optimizer/spikes"] = spikes
     for source, counts in reports[-1].sources.items():
         numbers |= {f"data/{source}/{what}": count for what, count in counts.items()}
     represented = sum(report.represented_tokens for report in reports)
@@ -121,14 +124,6 @@ def _summarize(reports: list[StepReport]) -> dict[str, float]:
 
 def keep_lines_until(path: Path, step: int) -> None:
     """Drop the lines of later steps, which a resumed run writes again, and a last line that a crash cut."""
-    if not path.is_file():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = []
-    for line in lines:
-        if not line.endswith("\n"):
-            continue
-        if json.loads(line)["step"] <= step:
-            kept.append(line)
-    if len(kept) != len(lines):
+    kept, later = split_metrics(path, step)
+    if later:
         write_atomically(path, "".join(kept))

@@ -7,27 +7,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.config.schema import Recipe
+from bico_ds.data.exported_tokenizer import ExportedTokenizer, check_loads_alike
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.loading.sample_order import StreamSpec
 from bico_ds.data.prepare.recipe_sources import facts_folder, prepare_source
 from bico_ds.data.store import TokenStore, Verify
-from bico_ds.data.tokenizer import Tokenizer, load_tokenizer, special_ids, vocabulary_size
+from bico_ds.data.tokenizer import FastTokenizer, Tokenizer, load_tokenizer, special_ids, vocabulary_size
 from bico_ds.evaluation.scoring.choice import encode_candidates
 from bico_ds.evaluation.tasks.task import Task, load_tasks
+from bico_ds.model.architecture import model_config
 from bico_ds.objectives.base import TokenRoles
 from bico_ds.objectives.build import build_objectives
 from bico_ds.objectives.schedule import ObjectiveSchedule
 from bico_ds.runtime import launch_environment
+
+# Enough to see whether texts end with EOS.
+_TEXTS_LOOKED_AT = 1000
 
 
 @dataclass(frozen=True)
 class RunInputs:
     """What the recipe names for a run to read: everything but model and loader."""
 
-    tokenizer: Tokenizer
+    tokenizer: FastTokenizer
     tokenizer_path: FolderOrHub
     stores: list[TokenStore]
     vocabulary: int  # ids that the model embeds
@@ -36,8 +43,34 @@ class RunInputs:
 
     @property
     def add_bos(self) -> bool:
-        """Whether the training texts begin with BOS, as the prompts of an evaluation then must."""
-        return any(store.manifest.add_bos for store in self.stores)
+        """Whether most training texts begin with BOS, as prompts then must."""
+        return 2 * self._texts_with_bos >= sum(map(len, self.stores)) and self._texts_with_bos > 0
+
+    @property
+    def exported_tokenizer(self) -> ExportedTokenizer:
+        """The tokenizer as the run's export carries it."""
+        return ExportedTokenizer(self.tokenizer, self.add_bos)
+
+    @property
+    def _texts_with_bos(self) -> int:
+        return sum(len(store) for store in self.stores if store.manifest.add_bos)
+
+    def warnings(self) -> list[str]:
+        """What the export's users should know of the training texts, a line each."""
+        lines = []
+        texts, with_bos = sum(map(len, self.stores)), self._texts_with_bos
+        if 0 < with_bos < texts:
+            does = "adds" if self.add_bos else "does not add"
+            lines.append(
+                f"{with_bos:,} of {texts:,} texts begin with BOS, and the export's tokenizer {does} it: prompts like the "
+                "other texts are asked otherwise than trained. Give all sources the same add_bos"
+            )
+        if not any(map(_ends_with_eos, self.stores)):
+            lines.append(
+                "no text ends with EOS (add_eos: false): nothing teaches the model to stop, and its answers go on to the "
+                "limit of tokens"
+            )
+        return lines
 
 
 def tokenizer_path(recipe: Recipe, *, weights_needed: bool = True) -> FolderOrHub:
@@ -84,6 +117,12 @@ def prepare_stores(recipe: Recipe, *, weights_needed: bool = True, progress: boo
         prepare_source(source, recipe.data, path, progress=progress, verify=verify)
         for source in recipe.data.sources
     ]
+
+
+def check_export(recipe: Recipe, tokenizer: FastTokenizer) -> None:
+    """Raise `UserError` where the run would end with an export whose tokenizer transformers reads as another one."""
+    if recipe.checkpoint.export:
+        check_loads_alike(ExportedTokenizer(tokenizer, None), model_config(recipe.model))
 
 
 def open_inputs(recipe: Recipe, *, weights_needed: bool = True) -> RunInputs:
@@ -142,6 +181,14 @@ def total_steps(recipe: Recipe, loader: ElasticLoader) -> int:
         return recipe.training.steps
     assert recipe.training.epochs is not None
     return loader.total_steps(recipe.training.epochs)
+
+
+def _ends_with_eos(store: TokenStore) -> bool:
+    """Whether any of a store's first texts holds EOS; a chat template may write it where `add_eos` is off."""
+    if store.manifest.add_eos:
+        return True
+    first = store.whole(np.arange(min(len(store), _TEXTS_LOOKED_AT)))
+    return store.manifest.eos_id in first.token_ids
 
 
 def _token_roles(recipe: Recipe, tokenizer: Tokenizer) -> TokenRoles:

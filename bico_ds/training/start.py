@@ -27,9 +27,12 @@ from bico_ds.checkpoint.resume import (
 )
 from bico_ds.common.files import atomic_folder
 from bico_ds.config.schema import Recipe
+from bico_ds.data.exported_tokenizer import ExportedTokenizer, save_tokenizer
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
-from bico_ds.data.tokenizer import Tokenizer
+from bico_ds.data.tokenizer import FastTokenizer, load_tokenizer
+from bico_ds.model.architecture import id_list
 from bico_ds.model.deepspeed_engine import Engine
+from bico_ds.model.weights.export_checkpoint import export_record
 from bico_ds.model.weights.export_model import export_model
 from bico_ds.optim.schedule import check_schedule
 from bico_ds.runtime import deepspeed_ops, distributed, host_memory
@@ -110,6 +113,7 @@ def _prepare(run: Run, resume: str) -> Resumption | None:
     try:
         with run.stop.interrupting():
             assembly.prepare_stores(run.recipe)
+            assembly.check_export(run.recipe, load_tokenizer(assembly.tokenizer_path(run.recipe)))
             return choose(run.folder, resume, run.recipe, _layout(run))
     except Interrupted as stopped:
         run.folder.preempt(f"{stopped} in start-up")
@@ -138,6 +142,8 @@ def _train_on_all_ranks(run: Run, resume: str, resumption: Resumption | None, wa
     trainer = _build_trainer(run, inputs, loader, resumption, watchdog)
     for change in loader.changes:
         trainer.callbacks.on_message(f"resumed although it changed: {change}")
+    for line in inputs.warnings():
+        trainer.callbacks.on_message(f"warning: {line}")
     start = RunStart(
         recipe=run.recipe,
         first_step=trainer.step,
@@ -147,7 +153,7 @@ def _train_on_all_ranks(run: Run, resume: str, resumption: Resumption | None, wa
     )
     if run.ranks.is_first:
         _take_over(run, resume, resumption, inputs.tokenizer)
-    return _train_and_export(trainer, start, inputs.tokenizer)
+    return _train_and_export(trainer, start, inputs.exported_tokenizer)
 
 
 def _rank_share(run: Run) -> RankShare:
@@ -177,7 +183,7 @@ def _build_trainer(
         engine=engine,
         loader=loader,
         callbacks=_callbacks(run, engine),
-        checkpointer=_checkpointer(run, engine),
+        checkpointer=_checkpointer(run, inputs, engine),
         evaluator=_evaluator(run, inputs, watchdog),
         watchdog=watchdog,
         total_steps=steps,
@@ -190,13 +196,16 @@ def _callbacks(run: Run, engine: Engine) -> Callbacks:
     return Callbacks([ConsoleProgress(), monitor], is_first_rank=run.ranks.is_first)
 
 
-def _checkpointer(run: Run, engine: Engine) -> Checkpointer:
+def _checkpointer(run: Run, inputs: RunInputs, engine: Engine) -> Checkpointer:
     return Checkpointer(
         run.recipe.checkpoint,
         run.folder,
         run.ranks,
         exclude_frozen=run.recipe.model.lora is not None,
-        header=manifest_header(engine, run.recipe, _layout(run)),
+        header={
+            **manifest_header(engine, run.recipe, _layout(run)),
+            "export": export_record(engine.module, add_bos=inputs.add_bos),
+        },
     )
 
 
@@ -211,7 +220,7 @@ def _evaluator(run: Run, inputs: RunInputs, watchdog: Watchdog) -> Evaluator:
     )
 
 
-def _take_over(run: Run, resume: str, resumption: Resumption | None, tokenizer: Tokenizer) -> None:
+def _take_over(run: Run, resume: str, resumption: Resumption | None, tokenizer: FastTokenizer) -> None:
     """Rank 0, when nothing can refuse this start any more: from here on the folder's files describe it.
 
     The state is written first: a crash must not leave a run in the state `done` without its checkpoints.
@@ -220,10 +229,10 @@ def _take_over(run: Run, resume: str, resumption: Resumption | None, tokenizer: 
     set_aside(run.folder, resume, resumption)
     run.folder.record(run.recipe)
     with atomic_folder(run.folder.tokenizer, replace=True) as temporary:
-        tokenizer.save_pretrained(temporary)
+        save_tokenizer(tokenizer, temporary)
 
 
-def _train_and_export(trainer: Trainer, start: RunStart, tokenizer: Tokenizer) -> State:
+def _train_and_export(trainer: Trainer, start: RunStart, tokenizer: ExportedTokenizer) -> State:
     """The loop, the export where the run is done, and the last state in the folder."""
     run, callbacks = trainer.run, trainer.callbacks
     callbacks.on_start(start)
@@ -235,6 +244,8 @@ def _train_and_export(trainer: Trainer, start: RunStart, tokenizer: Tokenizer) -
     if state == "done" and run.recipe.checkpoint.export:
         model = trainer.engine.module
         export_model(model, tokenizer, run.folder.export, dtype=run.recipe.model.dtype, overwrite=True)
+        stops = id_list(model.causal_lm.generation_config.eos_token_id)
+        callbacks.on_message(f"exported to {run.folder.export}: {tokenizer.describe(stops)}")
     callbacks.on_end(trainer.step, state)
     reasons = distributed.all_gather_objects(run.stop.reason if state == "preempted" else "")
     if run.ranks.is_first:

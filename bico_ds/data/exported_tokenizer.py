@@ -1,0 +1,162 @@
+"""Tokenizers in folders: what transformers 4 and 5, and the servers that are built on them, read alike.
+
+transformers 5 saves names that 4 does not know (`TokenizersBackend`, a list of `extra_special_tokens`), and traces of the
+machine it runs on. Where the two have other defaults, the value is written down.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tokenizers
+from tokenizers import processors
+
+from bico_ds.common.errors import UserError
+from bico_ds.data.tokenizer import FastTokenizer, load_tokenizer, special_ids, tokenizer_hash
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_CONFIG = "tokenizer_config.json"
+# What transformers 5 notes of the machine and of the class that it loaded.
+_TRACES = (
+    "backend",
+    "files_loaded",
+    "gguf_file",
+    "is_local",
+    "local_files_only",
+    "name_or_path",
+    "vocab_file",
+)
+
+
+@dataclass(frozen=True)
+class ExportedTokenizer:
+    """A tokenizer as an export carries it.
+
+    `add_bos`: whether it begins a text with BOS, as the training texts began; None: as it does already. With a value it
+    never ends a text with EOS, after which a prompt would have no continuation.
+    """
+
+    tokenizer: FastTokenizer
+    add_bos: bool | None
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self.tokenizer.bos_token_id
+
+    @property
+    def eos_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def pad_token_id(self) -> int | None:
+        return self.tokenizer.pad_token_id
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        return special_ids(self.tokenizer)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write the tokenizer's files into a folder."""
+        save_tokenizer(self.tokenizer, save_directory, add_bos=self.add_bos)
+
+    def describe(self, stops: Sequence[int]) -> str:
+        """What an export with this tokenizer that stops at the ids `stops` does at both ends of a text, in a few words."""
+        names = self.tokenizer.convert_ids_to_tokens
+        adds = adds_bos(self.tokenizer) if self.add_bos is None else self.add_bos
+        begins = f"its tokenizer adds BOS {names(self.bos_token_id)}" if adds else "its tokenizer adds no BOS"
+        return f"{begins}; generation stops at {' or '.join(names(list(stops)))}"
+
+
+def save_tokenizer(tokenizer: FastTokenizer, folder: str | Path, *, add_bos: bool | None = None) -> None:
+    """Write a tokenizer into `folder`, to be read by transformers 4 and 5; `add_bos` as of `ExportedTokenizer`."""
+    tokenizer.save_pretrained(folder)
+    file = Path(folder) / "tokenizer.json"
+    rules = tokenizers.Tokenizer.from_file(str(file))
+    if add_bos is not None:
+        rules.post_processor = _post_processor(rules, tokenizer.bos_token_id if add_bos else None)
+        rules.save(str(file))
+    _rewrite_config(Path(folder) / _CONFIG, tokenizer, rules)
+
+
+def adds_bos(tokenizer: FastTokenizer) -> bool:
+    """Whether the tokenizer itself begins a text with BOS."""
+    return _adds(tokenizer.backend_tokenizer, tokenizer.bos_token_id, 0)
+
+
+def check_loads_alike(tokenizer: ExportedTokenizer, config: PretrainedConfig) -> None:
+    """Raise `UserError` where transformers would read another tokenizer beside this config than the one that was saved.
+
+    It does so by `model_type`: a `qwen2` model gets `Qwen2Tokenizer`, which has rules of its own for splitting texts.
+    """
+    with tempfile.TemporaryDirectory(prefix="bico_ds-tokenizer-") as folder:
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        loaded = load_tokenizer(Path(folder))
+    if tokenizer_hash(loaded) != tokenizer_hash(tokenizer.tokenizer):
+        raise UserError(
+            f"transformers loads the tokenizer of every {config.model_type} model as {type(loaded).__name__}, by which this "
+            "run's tokenizer splits texts differently: its export would be read wrongly. Take the tokenizer that "
+            f"{config.model_type} models have, or another model_type; or set checkpoint.export=false"
+        )
+
+
+def _post_processor(rules: tokenizers.Tokenizer, bos_id: int | None) -> Any:
+    """The processor that puts `bos_id` in front, and otherwise does to offsets what the tokenizer's own does."""
+    parts: list[Any] = [
+        part for part in _flat(rules.post_processor) if isinstance(part, processors.ByteLevel)
+    ]
+    if bos_id is not None:
+        bos = rules.id_to_token(bos_id)
+        template = processors.TemplateProcessing(
+            single=f"{bos}:0 $A:0", pair=f"{bos}:0 $A:0 {bos}:1 $B:1", special_tokens=[(bos, bos_id)]
+        )
+        parts.append(template)
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    return processors.Sequence(parts)
+
+
+def _flat(processor: Any) -> list[Any]:
+    """A processor's parts, where it is a sequence of them."""
+    if not isinstance(processor, processors.Sequence):
+        return [processor]
+    count = len(json.loads(processor.__getstate__())["processors"])
+    return [part for index in range(count) for part in _flat(processor[index])]
+
+
+def _adds(rules: tokenizers.Tokenizer, token: int | None, position: int) -> bool:
+    """Whether special tokens are put around a text, with `token` at `position` of the ids (0 or -1)."""
+    with_special, without = (rules.encode("a", add_special_tokens=add).ids for add in (True, False))
+    return len(with_special) > len(without) and with_special[position] == token
+
+
+def _rewrite_config(file: Path, tokenizer: FastTokenizer, rules: tokenizers.Tokenizer) -> None:
+    values = json.loads(file.read_text(encoding="utf-8"))
+    for key in _TRACES:
+        values.pop(key, None)
+    extra = values.pop("extra_special_tokens", None)
+    if extra:
+        values["additional_special_tokens"] = extra
+    values |= {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        # A class that rebuilds the post-processor, as Llama's in transformers 4, heeds these.
+        "add_bos_token": _adds(rules, tokenizer.bos_token_id, 0),
+        "add_eos_token": _adds(rules, tokenizer.eos_token_id, -1),
+        # Where these are left out, the class decides: by version, and Llama's otherwise than the general one.
+        "clean_up_tokenization_spaces": tokenizer.clean_up_tokenization_spaces,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "padding_side": tokenizer.padding_side,
+    }
+    # transformers 4 sets the rule to this value, or to False where there is none.
+    split = rules.pre_tokenizer
+    state = {} if split is None else json.loads(split.__getstate__())
+    if "add_prefix_space" in state:
+        values["add_prefix_space"] = state["add_prefix_space"]
+    file.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -55,11 +55,11 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def export(options: Namespace) -> None:
-    from transformers import GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     from bico_ds.checkpoint import manifest
     from bico_ds.config.load import recorded_recipe
-    from bico_ds.data.exported_tokenizer import ExportedTokenizer
+    from bico_ds.data.exported_tokenizer import ExportedTokenizer, misreading
     from bico_ds.data.tokenizer import load_tokenizer
     from bico_ds.model.architecture import id_list
     from bico_ds.model.weights.export_checkpoint import export_checkpoint
@@ -102,6 +102,9 @@ def export(options: Namespace) -> None:
         generation=None if record is None else GenerationConfig.from_dict(record["generation_config"]),
         max_shard_bytes=int(options.shard_gb * 1e9),
     )
+    config = AutoConfig.from_pretrained(options.output)
+    if (warning := misreading(exported, config)) is not None:
+        print(f"warning: {warning}")
     print(f"done: {options.output}; {exported.describe(id_list(generation.eos_token_id))}")
 
 

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
-from tokenizers import processors
+from tokenizers import models, processors
 
-from bico_ds.common.errors import UserError
-from bico_ds.data.tokenizer import FastTokenizer, load_tokenizer, special_ids, tokenizer_hash
+from bico_ds.data.tokenizer import FastTokenizer, special_ids, tokenizer_hash
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _CONFIG = "tokenizer_config.json"
+_COMMON_TOKENS = {f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
 # What transformers 5 notes of the machine and of the class that it loaded.
 _TRACES = (
     "backend",
@@ -90,21 +90,28 @@ def adds_bos(tokenizer: FastTokenizer) -> bool:
     return _adds(tokenizer.backend_tokenizer, tokenizer.bos_token_id, 0)
 
 
-def check_loads_alike(tokenizer: ExportedTokenizer, config: PretrainedConfig) -> None:
-    """Raise `UserError` where transformers would read another tokenizer beside this config than the one that was saved.
+def misreading(tokenizer: ExportedTokenizer, config: PretrainedConfig) -> str | None:
+    """How transformers reads this tokenizer beside this config, where it is not what was saved; else None.
 
-    It does so by `model_type`: a `qwen2` model gets `Qwen2Tokenizer`, which has rules of its own for splitting texts.
+    transformers 5 goes by `model_type`: a `qwen2` model gets `Qwen2Tokenizer`, which splits texts by rules of its own.
     """
+    from transformers import AutoTokenizer
+
     with tempfile.TemporaryDirectory(prefix="bico_ds-tokenizer-") as folder:
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        loaded = load_tokenizer(Path(folder))
-    if tokenizer_hash(loaded) != tokenizer_hash(tokenizer.tokenizer):
-        raise UserError(
-            f"transformers loads the tokenizer of every {config.model_type} model as {type(loaded).__name__}, by which this "
-            "run's tokenizer splits texts differently: its export would be read wrongly. Take the tokenizer that "
-            f"{config.model_type} models have, or another model_type; or set checkpoint.export=false"
-        )
+        try:
+            loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # As `load_tokenizer` does: the Rust side raises plain Exception.
+        except Exception as error:
+            return f"transformers cannot load the export's tokenizer: {error}"
+    if tokenizer_hash(loaded) == tokenizer_hash(tokenizer.tokenizer):
+        return None
+    return (
+        f"transformers loads the tokenizer of every {config.model_type} model as "
+        f"{type(loaded).__name__}, which splits texts otherwise than this one: load the export's tokenizer by "
+        "PreTrainedTokenizerFast.from_pretrained, or train another model_type"
+    )
 
 
 def _post_processor(rules: tokenizers.Tokenizer, bos_id: int | None) -> Any:
@@ -141,16 +148,19 @@ def _rewrite_config(file: Path, tokenizer: FastTokenizer, rules: tokenizers.Toke
     values = json.loads(file.read_text(encoding="utf-8"))
     for key in _TRACES:
         values.pop(key, None)
-    extra = values.pop("extra_special_tokens", None)
-    if extra:
+    if extra := values.pop("extra_special_tokens", None):
         values["additional_special_tokens"] = extra
+    if named := _named_tokens(values):
+        values["extra_special_tokens"] = named
     values |= {
         "tokenizer_class": "PreTrainedTokenizerFast",
         # A class that rebuilds the post-processor, as Llama's in transformers 4, heeds these.
         "add_bos_token": _adds(rules, tokenizer.bos_token_id, 0),
         "add_eos_token": _adds(rules, tokenizer.eos_token_id, -1),
-        # Where these are left out, the class decides: by version, and Llama's otherwise than the general one.
-        "clean_up_tokenization_spaces": tokenizer.clean_up_tokenization_spaces,
+        # transformers 5 does not clean up after BPE, whatever the value.
+        "clean_up_tokenization_spaces": tokenizer.clean_up_tokenization_spaces
+        and not isinstance(rules.model, models.BPE),
+        # Without these the class decides, Llama's otherwise than the general one.
         "model_input_names": ["input_ids", "attention_mask"],
         "padding_side": tokenizer.padding_side,
     }
@@ -160,3 +170,9 @@ def _rewrite_config(file: Path, tokenizer: FastTokenizer, rules: tokenizers.Toke
     if "add_prefix_space" in state:
         values["add_prefix_space"] = state["add_prefix_space"]
     file.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _named_tokens(values: dict[str, Any]) -> dict[str, str]:
+    """Take special tokens of a model's own (`image_token`) out of a tokenizer_config.json, by their names."""
+    own = {key for key in values if key.endswith("_token") and isinstance(values[key], str)} - _COMMON_TOKENS
+    return {key: values.pop(key) for key in sorted(own)}

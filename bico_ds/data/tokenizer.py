@@ -93,6 +93,8 @@ class FastTokenizer(Tokenizer, Protocol):
         ...
 
 
+# These read tokenizer.json as it is; `AutoTokenizer` takes another class for some kinds of model that lie beside it.
+_GENERAL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _PROBES = (
     "The quick brown fox jumps over 12345 lazy dogs.",
     "  two  spaces,\ttab\nnewline\n\n",
@@ -138,10 +140,13 @@ def load_tokenizer(path: FolderOrHub) -> FastTokenizer:
 
 
 def _load_fast(path: FolderOrHub) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        of_file = get_tokenizer_config(str(path)).get("tokenizer_class") in _GENERAL_CLASSES
+        loader = PreTrainedTokenizerFast if of_file else AutoTokenizer
+        return loader.from_pretrained(str(path), trust_remote_code=False)
     # transformers raises OSError, ValueError and KeyError, the Rust side plain Exception.
     except Exception as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PretrainedConfig
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.config.schema import Recipe
-from bico_ds.data.exported_tokenizer import ExportedTokenizer, check_loads_alike
+from bico_ds.data.exported_tokenizer import ExportedTokenizer, misreading
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.loading.sample_order import StreamSpec
 from bico_ds.data.prepare.recipe_sources import facts_folder, prepare_source
@@ -20,7 +21,6 @@ from bico_ds.data.store import TokenStore, Verify
 from bico_ds.data.tokenizer import FastTokenizer, Tokenizer, load_tokenizer, special_ids, vocabulary_size
 from bico_ds.evaluation.scoring.choice import encode_candidates
 from bico_ds.evaluation.tasks.task import Task, load_tasks
-from bico_ds.model.architecture import model_config
 from bico_ds.objectives.base import TokenRoles
 from bico_ds.objectives.build import build_objectives
 from bico_ds.objectives.schedule import ObjectiveSchedule
@@ -44,7 +44,7 @@ class RunInputs:
     @property
     def add_bos(self) -> bool:
         """Whether most training texts begin with BOS, as prompts then must."""
-        return 2 * self._texts_with_bos >= sum(map(len, self.stores)) and self._texts_with_bos > 0
+        return 2 * self.texts_with_bos >= sum(map(len, self.stores)) and self.texts_with_bos > 0
 
     @property
     def exported_tokenizer(self) -> ExportedTokenizer:
@@ -52,25 +52,9 @@ class RunInputs:
         return ExportedTokenizer(self.tokenizer, self.add_bos)
 
     @property
-    def _texts_with_bos(self) -> int:
+    def texts_with_bos(self) -> int:
+        """How many training texts begin with BOS."""
         return sum(len(store) for store in self.stores if store.manifest.add_bos)
-
-    def warnings(self) -> list[str]:
-        """What the export's users should know of the training texts, a line each."""
-        lines = []
-        texts, with_bos = sum(map(len, self.stores)), self._texts_with_bos
-        if 0 < with_bos < texts:
-            does = "adds" if self.add_bos else "does not add"
-            lines.append(
-                f"{with_bos:,} of {texts:,} texts begin with BOS, and the export's tokenizer {does} it: prompts like the "
-                "other texts are asked otherwise than trained. Give all sources the same add_bos"
-            )
-        if not any(map(_ends_with_eos, self.stores)):
-            lines.append(
-                "no text ends with EOS (add_eos: false): nothing teaches the model to stop, and its answers go on to the "
-                "limit of tokens"
-            )
-        return lines
 
 
 def tokenizer_path(recipe: Recipe, *, weights_needed: bool = True) -> FolderOrHub:
@@ -117,12 +101,6 @@ def prepare_stores(recipe: Recipe, *, weights_needed: bool = True, progress: boo
         prepare_source(source, recipe.data, path, progress=progress, verify=verify)
         for source in recipe.data.sources
     ]
-
-
-def check_export(recipe: Recipe, tokenizer: FastTokenizer) -> None:
-    """Raise `UserError` where the run would end with an export whose tokenizer transformers reads as another one."""
-    if recipe.checkpoint.export:
-        check_loads_alike(ExportedTokenizer(tokenizer, None), model_config(recipe.model))
 
 
 def open_inputs(recipe: Recipe, *, weights_needed: bool = True) -> RunInputs:
@@ -181,6 +159,24 @@ def total_steps(recipe: Recipe, loader: ElasticLoader) -> int:
         return recipe.training.steps
     assert recipe.training.epochs is not None
     return loader.total_steps(recipe.training.epochs)
+
+
+def export_warnings(inputs: RunInputs, config: PretrainedConfig) -> list[str]:
+    """What whoever uses the export should know, a line each; `config`: the model's."""
+    lines = [misreading(inputs.exported_tokenizer, config)]
+    texts, with_bos = sum(map(len, inputs.stores)), inputs.texts_with_bos
+    if 0 < with_bos < texts:
+        does = "adds" if inputs.add_bos else "does not add"
+        lines.append(
+            f"{with_bos:,} of {texts:,} texts begin with BOS, and the export's tokenizer {does} it: prompts like the other "
+            "texts are asked otherwise than trained. Give all sources the same add_bos"
+        )
+    if not any(map(_ends_with_eos, inputs.stores)):
+        lines.append(
+            "no text ends with EOS (add_eos: false): nothing teaches the model to stop, and its answers go on to the "
+            "limit of tokens"
+        )
+    return [line for line in lines if line is not None]
 
 
 def _ends_with_eos(store: TokenStore) -> bool:

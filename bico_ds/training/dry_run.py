@@ -54,7 +54,6 @@ def dry_run(recipe: Recipe, *, output_dir: Path | None = None) -> None:
     )
     if not stands_in:
         check_vocabulary(config, vocabulary_size(inputs.tokenizer), tokenizer=str(inputs.tokenizer_path))
-        assembly.check_export(planned, inputs.tokenizer)
     share = RankShare(world_size=world_size, micro_batch_bins=recipe.training.micro_batch_bins)
     loader = assembly.build_loader(recipe, inputs, share)
     try:
@@ -63,8 +62,9 @@ def dry_run(recipe: Recipe, *, output_dir: Path | None = None) -> None:
         console.print(_table(planned, world_size, parameter_count(config), steps, loader, inputs))
     finally:
         loader.close()
-    for line in inputs.warnings():
-        console.print(f"warning: {line}")
+    if not stands_in:
+        for line in assembly.export_warnings(inputs, config):
+            console.print(f"warning: {line}", highlight=False, markup=False)
     if planned is not recipe:
         console.print(f"note: {_note(recipe, stands_in)}")
 

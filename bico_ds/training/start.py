@@ -29,7 +29,7 @@ from bico_ds.common.files import atomic_folder
 from bico_ds.config.schema import Recipe
 from bico_ds.data.exported_tokenizer import ExportedTokenizer, save_tokenizer
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
-from bico_ds.data.tokenizer import FastTokenizer, load_tokenizer
+from bico_ds.data.tokenizer import FastTokenizer
 from bico_ds.model.architecture import id_list
 from bico_ds.model.deepspeed_engine import Engine
 from bico_ds.model.weights.export_checkpoint import export_record
@@ -113,7 +113,6 @@ def _prepare(run: Run, resume: str) -> Resumption | None:
     try:
         with run.stop.interrupting():
             assembly.prepare_stores(run.recipe)
-            assembly.check_export(run.recipe, load_tokenizer(assembly.tokenizer_path(run.recipe)))
             return choose(run.folder, resume, run.recipe, _layout(run))
     except Interrupted as stopped:
         run.folder.preempt(f"{stopped} in start-up")
@@ -142,8 +141,6 @@ def _train_on_all_ranks(run: Run, resume: str, resumption: Resumption | None, wa
     trainer = _build_trainer(run, inputs, loader, resumption, watchdog)
     for change in loader.changes:
         trainer.callbacks.on_message(f"resumed although it changed: {change}")
-    for line in inputs.warnings():
-        trainer.callbacks.on_message(f"warning: {line}")
     start = RunStart(
         recipe=run.recipe,
         first_step=trainer.step,
@@ -152,6 +149,8 @@ def _train_on_all_ranks(run: Run, resume: str, resumption: Resumption | None, wa
         saved=saved.get("callbacks", {}),
     )
     if run.ranks.is_first:
+        for line in assembly.export_warnings(inputs, trainer.engine.module.config):
+            trainer.callbacks.on_message(f"warning: {line}")
         _take_over(run, resume, resumption, inputs.tokenizer)
     return _train_and_export(trainer, start, inputs.exported_tokenizer)
 

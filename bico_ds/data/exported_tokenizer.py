@@ -82,12 +82,14 @@ def save_tokenizer(tokenizer: FastTokenizer, folder: str | Path, *, add_bos: boo
     if add_bos is not None:
         rules.post_processor = _post_processor(rules, tokenizer.bos_token_id if add_bos else None)
         rules.save(str(file))
-    _rewrite_config(Path(folder) / _CONFIG, tokenizer, rules)
+    _rewrite_config(Path(folder) / _CONFIG, tokenizer, rules, add_bos)
 
 
 def adds_bos(tokenizer: FastTokenizer) -> bool:
     """Whether the tokenizer itself begins a text with BOS."""
-    return _adds(tokenizer.backend_tokenizer, tokenizer.bos_token_id, 0)
+    rules = tokenizer.backend_tokenizer
+    with_special, without = (rules.encode("a", add_special_tokens=add).ids for add in (True, False))
+    return len(with_special) > len(without) and with_special[0] == tokenizer.bos_token_id
 
 
 def misreading(tokenizer: ExportedTokenizer, config: PretrainedConfig) -> str | None:
@@ -138,13 +140,9 @@ def _flat(processor: Any) -> list[Any]:
     return [part for index in range(count) for part in _flat(processor[index])]
 
 
-def _adds(rules: tokenizers.Tokenizer, token: int | None, position: int) -> bool:
-    """Whether special tokens are put around a text, with `token` at `position` of the ids (0 or -1)."""
-    with_special, without = (rules.encode("a", add_special_tokens=add).ids for add in (True, False))
-    return len(with_special) > len(without) and with_special[position] == token
-
-
-def _rewrite_config(file: Path, tokenizer: FastTokenizer, rules: tokenizers.Tokenizer) -> None:
+def _rewrite_config(
+    file: Path, tokenizer: FastTokenizer, rules: tokenizers.Tokenizer, add_bos: bool | None
+) -> None:
     values = json.loads(file.read_text(encoding="utf-8"))
     for key in _TRACES:
         values.pop(key, None)
@@ -154,9 +152,6 @@ def _rewrite_config(file: Path, tokenizer: FastTokenizer, rules: tokenizers.Toke
         values["extra_special_tokens"] = named
     values |= {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        # A class that rebuilds the post-processor, as Llama's in transformers 4, heeds these.
-        "add_bos_token": _adds(rules, tokenizer.bos_token_id, 0),
-        "add_eos_token": _adds(rules, tokenizer.eos_token_id, -1),
         # transformers 5 does not clean up after BPE, whatever the value.
         "clean_up_tokenization_spaces": tokenizer.clean_up_tokenization_spaces
         and not isinstance(rules.model, models.BPE),
@@ -164,6 +159,9 @@ def _rewrite_config(file: Path, tokenizer: FastTokenizer, rules: tokenizers.Toke
         "model_input_names": ["input_ids", "attention_mask"],
         "padding_side": tokenizer.padding_side,
     }
+    if add_bos is not None:
+        # For programs that go by these and not by the post-processor.
+        values |= {"add_bos_token": add_bos, "add_eos_token": False}
     # transformers 4 sets the rule to this value, or to False where there is none.
     split = rules.pre_tokenizer
     state = {} if split is None else json.loads(split.__getstate__())

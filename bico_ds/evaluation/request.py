@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
+from transformers import GenerationConfig
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
@@ -36,7 +37,7 @@ from bico_ds.evaluation.result_file import Part, ResultFile
 from bico_ds.evaluation.results import EvaluationResult
 from bico_ds.evaluation.run_tasks import GenerationOptions, evaluate, prepare_task, score_task
 from bico_ds.evaluation.scoring.choice import choice_test, encode_candidates
-from bico_ds.evaluation.scoring.generation import stop_ids
+from bico_ds.evaluation.scoring.generation import beyond_greedy, stop_ids
 from bico_ds.evaluation.scoring.likelihood import encode_windows, text_perplexity
 from bico_ds.evaluation.scoring.metrics import SCORING_VERSION
 from bico_ds.evaluation.scoring.share import PromptShare
@@ -84,7 +85,12 @@ class Request:
     @cached_property
     def stops(self) -> list[int]:
         """The tokens at which answers end."""
-        return stop_ids(load_generation_config(self.model), self.tokenizer)
+        return stop_ids(self.generation_config, self.tokenizer)
+
+    @cached_property
+    def generation_config(self) -> GenerationConfig:
+        """The model's."""
+        return load_generation_config(self.model)
 
     @cached_property
     def tokenizer(self) -> FastTokenizer:
@@ -165,6 +171,9 @@ def _how_asked(request: Request) -> Iterator[str]:
         yield f"note: its tokenizer {does}, so other programs ask as {option} does"
     if tokenizer.eos_token_id not in request.stops:
         yield f"note: its generation config does not stop at the tokenizer's EOS {name(tokenizer.eos_token_id)}"
+    if changes := beyond_greedy(request.generation_config):
+        shown = ", ".join(f"{key} {value}" for key, value in changes.items())
+        yield f"note: its generation config has {shown}, which `generate` heeds and these answers do not"
 
 
 def _check_inputs(request: Request, tasks: Sequence[Task], texts: Mapping[str, str]) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,13 @@ from bico_ds.evaluation.scoring.share import (
     shared_batches,
 )
 from bico_ds.model.architecture import id_list
+
+# Of `GenerationConfig`; those of sampling have no effect where nothing is sampled.
+_BEYOND_GREEDY = (
+    "bad_words_ids", "begin_suppress_tokens", "exponential_decay_length_penalty", "forced_bos_token_id",
+    "forced_eos_token_id", "guidance_scale", "min_length", "min_new_tokens", "no_repeat_ngram_size", "num_beams",
+    "repetition_penalty", "sequence_bias", "stop_strings", "suppress_tokens",
+)  # fmt: skip
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], *, add_bos: bool = True) -> list[list[int]]:
@@ -57,6 +65,12 @@ def check_lengths(
 def stop_ids(generation: GenerationConfig, tokenizer: Tokenizer) -> list[int]:
     """The tokens at which an answer ends: the generation config's, as for `generate`; without any, the tokenizer's EOS."""
     return id_list(generation.eos_token_id) or id_list(tokenizer.eos_token_id)
+
+
+def beyond_greedy(generation: GenerationConfig) -> dict[str, Any]:
+    """The settings of a generation config by which `generate` chooses other tokens than the most probable ones."""
+    values = {key: getattr(generation, key, None) for key in _BEYOND_GREEDY}
+    return {key: value for key, value in values.items() if value not in (None, 0, 1, [], {})}
 
 
 @torch.no_grad()

@@ -139,8 +139,8 @@ def check_attention(config: PretrainedConfig, *, longest_document: int | None = 
     parameters = getattr(config, "rope_parameters", None) or {}
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(
-            f"the model rotates {parameters['partial_rotary_factor']} of each head (partial_rotary_factor), which its own "
-            f"attention does not do either: {config.model_type} models rotate all of it"
+            f"the model's config has partial_rotary_factor {parameters['partial_rotary_factor']}, but {config.model_type} "
+            "models rotate all of a head: remove it from the config"
         )
     rope = parameters.get("rope_type", "default")
     if rope not in FIXED_ROPE_TYPES:

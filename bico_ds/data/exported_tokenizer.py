@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
-from tokenizers import models, processors
 
 from bico_ds.data.tokenizer import FastTokenizer, special_ids, tokenizer_hash
 
@@ -78,10 +77,11 @@ def save_tokenizer(tokenizer: FastTokenizer, folder: str | Path, *, add_bos: boo
     """Write a tokenizer into `folder`, to be read by transformers 4 and 5; `add_bos` as of `ExportedTokenizer`."""
     tokenizer.save_pretrained(folder)
     file = Path(folder) / "tokenizer.json"
-    rules = tokenizers.Tokenizer.from_file(str(file))
+    rules = json.loads(file.read_text(encoding="utf-8"))
     if add_bos is not None:
-        rules.post_processor = _post_processor(rules, tokenizer.bos_token_id if add_bos else None)
-        rules.save(str(file))
+        bos = tokenizer.convert_ids_to_tokens(tokenizer.bos_token_id) if add_bos else None
+        rules["post_processor"] = _post_processor(rules["post_processor"], bos, tokenizer.bos_token_id)
+        tokenizers.Tokenizer.from_str(json.dumps(rules)).save(str(file))
     _rewrite_config(Path(folder) / _CONFIG, tokenizer, rules, add_bos)
 
 
@@ -116,32 +116,34 @@ def misreading(tokenizer: ExportedTokenizer, config: PretrainedConfig) -> str | 
     )
 
 
-def _post_processor(rules: tokenizers.Tokenizer, bos_id: int | None) -> Any:
-    """The processor that puts `bos_id` in front, and otherwise does to offsets what the tokenizer's own does."""
-    parts: list[Any] = [
-        part for part in _flat(rules.post_processor) if isinstance(part, processors.ByteLevel)
-    ]
-    if bos_id is not None:
-        bos = rules.id_to_token(bos_id)
-        template = processors.TemplateProcessing(
-            single=f"{bos}:0 $A:0", pair=f"{bos}:0 $A:0 {bos}:1 $B:1", special_tokens=[(bos, bos_id)]
+def _post_processor(own: dict[str, Any] | None, bos: str | None, bos_id: int | None) -> dict[str, Any] | None:
+    """The processor that puts `bos` in front, and otherwise does to offsets what the tokenizer's own does."""
+    parts = [part for part in _flat(own) if part["type"] == "ByteLevel"]
+    if bos is not None:
+        # In this form, and not made by `tokenizers`, because that cannot parse tokens with a space or a colon.
+        single, second = (
+            [{"SpecialToken": {"id": bos, "type_id": number}}, {"Sequence": {"id": text, "type_id": number}}]
+            for number, text in enumerate("AB")
         )
-        parts.append(template)
+        token = {"id": bos, "ids": [bos_id], "tokens": [bos]}
+        template = {"single": single, "pair": single + second, "special_tokens": {bos: token}}
+        parts.append({"type": "TemplateProcessing", **template})
     if len(parts) < 2:
         return parts[0] if parts else None
-    return processors.Sequence(parts)
+    return {"type": "Sequence", "processors": parts}
 
 
-def _flat(processor: Any) -> list[Any]:
+def _flat(processor: dict[str, Any] | None) -> list[dict[str, Any]]:
     """A processor's parts, where it is a sequence of them."""
-    if not isinstance(processor, processors.Sequence):
+    if processor is None:
+        return []
+    if processor["type"] != "Sequence":
         return [processor]
-    count = len(json.loads(processor.__getstate__())["processors"])
-    return [part for index in range(count) for part in _flat(processor[index])]
+    return [part for inner in processor["processors"] for part in _flat(inner)]
 
 
 def _rewrite_config(
-    file: Path, tokenizer: FastTokenizer, rules: tokenizers.Tokenizer, add_bos: bool | None
+    file: Path, tokenizer: FastTokenizer, rules: dict[str, Any], add_bos: bool | None
 ) -> None:
     values = json.loads(file.read_text(encoding="utf-8"))
     for key in _TRACES:
@@ -154,7 +156,7 @@ def _rewrite_config(
         "tokenizer_class": "PreTrainedTokenizerFast",
         # transformers 5 does not clean up after BPE, whatever the value.
         "clean_up_tokenization_spaces": tokenizer.clean_up_tokenization_spaces
-        and not isinstance(rules.model, models.BPE),
+        and rules["model"]["type"] != "BPE",
         # Without these the class decides, Llama's otherwise than the general one.
         "model_input_names": ["input_ids", "attention_mask"],
         "padding_side": tokenizer.padding_side,
@@ -163,10 +165,9 @@ def _rewrite_config(
         # For programs that go by these and not by the post-processor.
         values |= {"add_bos_token": add_bos, "add_eos_token": False}
     # transformers 4 sets the rule to this value, or to False where there is none.
-    split = rules.pre_tokenizer
-    state = {} if split is None else json.loads(split.__getstate__())
-    if "add_prefix_space" in state:
-        values["add_prefix_space"] = state["add_prefix_space"]
+    split = rules["pre_tokenizer"] or {}
+    if "add_prefix_space" in split:
+        values["add_prefix_space"] = split["add_prefix_space"]
     file.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -92,6 +92,8 @@ def load_generation_config(path: FolderOrHub) -> GenerationConfig:
     except OSError:
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
         return GenerationConfig.from_model_config(config)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: generation_config.json cannot be read: {error}") from error
 
 
 def weights_stamp(path: FolderOrHub) -> str:

@@ -65,6 +65,16 @@ def test_offsets_stay_those_of_the_tokenizer(kinds, kind, tmp_path):
         )
 
 
+@pytest.mark.parametrize("bos", ["<a b>", "<a:0>", "$A", "<｜begin▁of｜>"])
+def test_a_bos_of_any_name_can_be_added(kinds, bos, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(kinds / "bytes", bos_token=bos)
+    ExportedTokenizer(tokenizer, True).save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    plain = loaded("x y", add_special_tokens=False)["input_ids"]
+    assert loaded("x y")["input_ids"] == [tokenizer.convert_tokens_to_ids(bos), *plain]
+    assert loaded.bos_token == bos
+
+
 @pytest.mark.parametrize("add_bos", [True, False, None])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_tokenizer_has_no_trace_of_transformers_5_or_of_this_machine(kinds, kind, add_bos, tmp_path):

@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.schema import ModelSpec
+from bico_ds.data.exported_tokenizer import ExportedTokenizer
+from bico_ds.data.tokenizer import load_tokenizer
 from bico_ds.model.build import TrainableModel, build_model
 from bico_ds.model.families import FAMILIES
 from bico_ds.model.weights.export_model import export_model
@@ -90,6 +92,16 @@ def test_a_failed_export_leaves_nothing_and_keeps_what_was_there(tmp_path: Path,
         export_model(tiny_model(tied=False), None, folder, overwrite=True)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == old
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_tokenizer_with_several_chat_templates_is_exported_with_all_of_them(tmp_path, bpe_tokenizer):
+    """transformers keeps all but one in a folder of their own."""
+    tokenizer = load_tokenizer(Path(bpe_tokenizer))
+    tokenizer.chat_template = {"default": "{{ bos_token }}", "tool_use": "tools"}
+    export_model(tiny_model(), ExportedTokenizer(tokenizer, True), tmp_path / "out", "fp32")
+    sums = json.loads((tmp_path / "out" / "checksums.json").read_text())
+    assert "additional_chat_templates/tool_use.jinja" in sums
+    assert load_tokenizer(tmp_path / "out").chat_template == tokenizer.chat_template
 
 
 @pytest.mark.parametrize(("model_type", "rope"), CASES)

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TRANSFORMERS4 := .venv-transformers4
 RANKS ?= 2
 # CUDA machines: make setup TORCH_INDEX=https://download.pytorch.org/whl/cu130; later calls keep the torch that is there.
 TORCH_INDEX ?=
@@ -11,7 +12,7 @@ STAMP := $(VENV)/.installed$(if $(TORCH_INDEX),-$(notdir $(TORCH_INDEX)))
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo demo-seeds test test-slow drills cluster-test lint tensorboard clean
+.PHONY: help setup demo demo-seeds test transformers4 test-slow drills cluster-test lint tensorboard clean
 
 help:
 	@echo "make demo         train tiny_base, tiny_bico and tiny_ntp on $(RANKS) ranks, print and plot the comparison"
@@ -46,7 +47,15 @@ lint: setup
 test: lint
 	$(BIN)/pytest
 
-test-slow: setup
+# Another transformers, for what must read our exports; it shares nothing with .venv.
+transformers4: $(TRANSFORMERS4)/.installed
+
+$(TRANSFORMERS4)/.installed: tests/transformers4.txt
+	test -x $(TRANSFORMERS4)/bin/python || $(PYTHON) -m venv $(TRANSFORMERS4)
+	$(TRANSFORMERS4)/bin/python -m pip install --quiet -r tests/transformers4.txt
+	touch $@
+
+test-slow: setup transformers4
 	$(BIN)/pytest -m slow
 
 cluster-test: setup

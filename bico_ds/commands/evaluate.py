@@ -11,7 +11,7 @@ Results go to a JSON file that grows part by part: after an interruption the sam
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser, Namespace, _ArgumentGroup
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace, _ArgumentGroup
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,10 @@ def add_settings(how: _ArgumentGroup) -> None:
         help="tokens per window of --retention (default: %(default)s)",
     )
     how.add_argument(
-        "--no-bos", action="store_true", help="no BOS before the prompt (it was trained without)"
+        "--bos",
+        action=BooleanOptionalAction,
+        default=None,
+        help="whether texts begin with BOS (default: as its training texts did, by tokenizer_config.json, or yes)",
     )
     how.add_argument(
         "--dtype",
@@ -160,7 +163,7 @@ def request_of(options: Namespace) -> Any:
         others=options.others,
         train=tuple(options.train),
         window=options.window,
-        add_bos=not options.no_bos,
+        bos=options.bos,
         dtype=options.dtype,
     )
 

@@ -9,16 +9,20 @@ gives the optimizer's master weights where all weights were trained under ZeRO-3
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
 from bico_ds.config.arguments import folder_or_hub_name, local_path, positive_number
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.config.schema import Recipe
+
+if TYPE_CHECKING:
+    from bico_ds.data.tokenizer import FastTokenizer
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -40,14 +44,24 @@ def add_options(parser: ArgumentParser) -> None:
         help="default: the one in the run folder, or where that has none, the recipe's",
     )
     parser.add_argument(
+        "--bos",
+        action=BooleanOptionalAction,
+        default=None,
+        help="whether the tokenizer adds BOS to a text (default: as the training texts began)",
+    )
+    parser.add_argument(
         "--shard-gb", type=positive_number, metavar="GB", default=4.0, help="largest shard (default: 4)"
     )
 
 
 def export(options: Namespace) -> None:
+    from transformers import AutoConfig, GenerationConfig
+
     from bico_ds.checkpoint import manifest, record
     from bico_ds.config.load import recorded_recipe
+    from bico_ds.data.exported_tokenizer import ExportedTokenizer, misreading
     from bico_ds.data.tokenizer import load_tokenizer
+    from bico_ds.model.architecture import id_list
     from bico_ds.model.weights.export_checkpoint import export_checkpoint
     from bico_ds.model.weights.shards import refuse_existing
 
@@ -70,15 +84,49 @@ def export(options: Namespace) -> None:
         f"exporting step {found.step} of '{recipe.name}' to {options.output} ({options.dtype})",
         flush=True,
     )
-    export_checkpoint(
+    record = found.content.get("export")
+    if options.bos is not None:
+        add_bos = options.bos
+    elif record is not None:
+        add_bos = record["add_bos"]
+    else:
+        add_bos = assumed_bos(recipe, tokenizer)
+    exported = ExportedTokenizer(tokenizer, add_bos)
+    generation = export_checkpoint(
         found.path,
         recipe.model,
-        tokenizer,
+        exported,
         options.output,
         options.dtype,
+        generation=None if record is None else GenerationConfig.from_dict(record["generation_config"]),
         max_shard_bytes=int(options.shard_gb * 1e9),
     )
-    print(f"done: {options.output}")
+    config = AutoConfig.from_pretrained(options.output)
+    if (warning := misreading(exported, config)) is not None:
+        print(f"warning: {warning}")
+    print(f"done: {options.output}; {exported.describe(id_list(generation.eos_token_id))}")
+
+
+def assumed_bos(recipe: Recipe, tokenizer: FastTokenizer) -> bool:
+    """Whether the texts of a run began with BOS whose checkpoint does not record it, by its stores, or its recipe.
+
+    Prints what was assumed.
+    """
+    from bico_ds.data.store import TokenStore
+
+    sources = []
+    for source in recipe.data.sources:
+        add_bos = source.add_bos
+        if source.store is not None:
+            with suppress(UserError):
+                add_bos = TokenStore.open(source.store.here()).manifest.add_bos
+        sources.append(add_bos)
+    assumed = any(sources) and tokenizer.bos_token_id is not None
+    print(
+        "the checkpoint does not record whether its training texts began with BOS; assumed by its recipe: "
+        f"{'yes' if assumed else 'no'} (--bos or --no-bos says otherwise)"
+    )
+    return assumed
 
 
 def tokenizer_of_run(checkpoint: Path, recipe: Recipe) -> FolderOrHub:

@@ -40,6 +40,7 @@ def import_gguf(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from bico_ds.data.exported_tokenizer import ExportedTokenizer
     from bico_ds.model.architecture import check_vocabulary
     from bico_ds.model.swap import check_attention
     from bico_ds.model.weights.export_model import export_model
@@ -68,7 +69,7 @@ def import_gguf(
     check_special_tokens(model.config, tokenizer)
     check_name_tokens(tokenizer, _PROBE_NAMES)
     output.parent.mkdir(parents=True, exist_ok=True)
-    export_model(model, tokenizer, output, dtype, overwrite=overwrite)
+    export_model(model, ExportedTokenizer(tokenizer, None), output, dtype, overwrite=overwrite)
 
 
 def check_special_tokens(config: Any, tokenizer: Tokenizer) -> None:

@@ -70,6 +70,12 @@ class FastTokenizer(Tokenizer, Protocol):
     def backend_tokenizer(self) -> tokenizers.Tokenizer: ...
 
     @property
+    def padding_side(self) -> str: ...
+
+    @property
+    def clean_up_tokenization_spaces(self) -> bool: ...
+
+    @property
     def chat_template(self) -> str | dict[str, str] | None:
         """The template, or by name several, of which chats take `default`."""
         ...
@@ -87,6 +93,8 @@ class FastTokenizer(Tokenizer, Protocol):
         ...
 
 
+# These read tokenizer.json as it is; `AutoTokenizer` takes another class for some kinds of model that lie beside it.
+_GENERAL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _PROBES = (
     "The quick brown fox jumps over 12345 lazy dogs.",
     "  two  spaces,\ttab\nnewline\n\n",
@@ -132,10 +140,13 @@ def load_tokenizer(path: FolderOrHub) -> FastTokenizer:
 
 
 def _load_fast(path: FolderOrHub) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        of_file = get_tokenizer_config(str(path)).get("tokenizer_class") in _GENERAL_CLASSES
+        loader = PreTrainedTokenizerFast if of_file else AutoTokenizer
+        return loader.from_pretrained(str(path), trust_remote_code=False)
     # transformers raises OSError, ValueError and KeyError, the Rust side plain Exception.
     except Exception as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -185,11 +196,20 @@ def tokenizer_hash(tokenizer: Tokenizer) -> str:
 
 
 def tokenizer_digest(tokenizer: FastTokenizer, *, chat: bool) -> str:
-    """Return a name for every rule of the tokenizer and, with `chat`, for its chat template.
+    """Return a name for every rule by which the tokenizer splits texts and, with `chat`, for its chat template.
 
     For caches only: another version of `tokenizers` may write the same rules in another way. Then a cache makes its content
-    anew; with `tokenizer_hash`, whose probes may miss a change of rules, it could give back the wrong one.
+    anew; with `tokenizer_hash`, whose probes may miss a change of rules, it could give back the wrong one. The
+    post-processor does not count: data preparation puts in BOS and EOS itself, and an export has another one than its base.
     """
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    del rules["post_processor"]
+    content = [rules, tokenizer.chat_template if chat else None]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def legacy_tokenizer_digest(tokenizer: FastTokenizer, *, chat: bool) -> str:
+    """Return the `tokenizer_digest` of earlier versions, by which their caches are named."""
     content = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template if chat else None]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 

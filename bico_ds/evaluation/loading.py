@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
-from bico_ds.data.tokenizer import Tokenizer, load_tokenizer, vocabulary_size
+from bico_ds.data.exported_tokenizer import adds_bos
+from bico_ds.data.tokenizer import FastTokenizer, Tokenizer, load_tokenizer, vocabulary_size
 from bico_ds.model.architecture import check_vocabulary
 
 _DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
-# The files that an answer depends on: generation reads BOS, EOS and padding from the tokenizer, and no generation config.
+# The files that an answer depends on; of the generation config only `stop_ids`, which are in the identity of each task.
 _STAMPED = ("*.safetensors", "config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -52,7 +54,9 @@ def load_for_evaluation(
     return model.to(device).eval(), tokenizer
 
 
-def load_tokenizer_and_context(path: FolderOrHub, *, option: str = "--model") -> tuple[Tokenizer, int | None]:
+def load_tokenizer_and_context(
+    path: FolderOrHub, *, option: str = "--model"
+) -> tuple[FastTokenizer, int | None]:
     """(tokenizer, context in tokens or None where the config names none), to check inputs before the weights are loaded.
 
     Raises `UserError` for a folder without config, safetensors or tokenizer, and for a tokenizer of another vocabulary.
@@ -65,6 +69,31 @@ def load_tokenizer_and_context(path: FolderOrHub, *, option: str = "--model") ->
     except (OSError, ValueError) as error:  # a UserError is a ValueError
         raise UserError(f"{option} {path}: {error}") from error
     return tokenizer, getattr(config, "max_position_embeddings", None)
+
+
+def begins_with_bos(path: FolderOrHub, tokenizer: FastTokenizer) -> bool:
+    """Whether prompts for the model at `path` begin with BOS, where its tokenizer has one.
+
+    Where its tokenizer_config.json has `add_bos_token`, as in our exports, they do if its tokenizer puts BOS there. Else
+    they do, as the texts of a run begin with BOS unless it is switched off: earlier exports record nothing.
+    """
+    if "add_bos_token" in get_tokenizer_config(str(path)):
+        return adds_bos(tokenizer)
+    return tokenizer.bos_token_id is not None
+
+
+def load_generation_config(path: FolderOrHub) -> GenerationConfig:
+    """The generation config at `path` as `AutoModelForCausalLM` takes it: that of the folder, or made of the config.
+
+    Raises `UserError` where it cannot be read.
+    """
+    try:
+        return GenerationConfig.from_pretrained(str(path))
+    except OSError:
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+        return GenerationConfig.from_model_config(config)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: generation_config.json cannot be read: {error}") from error
 
 
 def weights_stamp(path: FolderOrHub) -> str:

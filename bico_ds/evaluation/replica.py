@@ -36,6 +36,7 @@ def full_replica(model: PreTrainedModel, *, device: torch.device | str) -> PreTr
         parameter.data = parameter.data.to(model.dtype)
     replica.to_empty(device=device)
     replica.tie_weights()  # to_empty unties
+    replica.generation_config = copy.deepcopy(model.generation_config)
     _fill(replica, model)
     return replica.eval()
 

@@ -6,16 +6,25 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
+from transformers import GenerationConfig
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
+from bico_ds.data.exported_tokenizer import adds_bos
+from bico_ds.data.tokenizer import FastTokenizer, load_tokenizer
 from bico_ds.evaluation.contamination import TrainingTexts, apart, find_orders, open_training_texts
-from bico_ds.evaluation.loading import load_for_evaluation, load_tokenizer_and_context, weights_stamp
+from bico_ds.evaluation.loading import (
+    begins_with_bos,
+    load_for_evaluation,
+    load_generation_config,
+    load_tokenizer_and_context,
+    weights_stamp,
+)
 from bico_ds.evaluation.prompt_progress import PromptProgress
 from bico_ds.evaluation.report.tables import (
     choice_tables,
@@ -28,6 +37,7 @@ from bico_ds.evaluation.result_file import Part, ResultFile
 from bico_ds.evaluation.results import EvaluationResult
 from bico_ds.evaluation.run_tasks import GenerationOptions, evaluate, prepare_task, score_task
 from bico_ds.evaluation.scoring.choice import choice_test, encode_candidates
+from bico_ds.evaluation.scoring.generation import beyond_greedy, stop_ids
 from bico_ds.evaluation.scoring.likelihood import encode_windows, text_perplexity
 from bico_ds.evaluation.scoring.metrics import SCORING_VERSION
 from bico_ds.evaluation.scoring.share import PromptShare
@@ -45,7 +55,8 @@ class Request:
     `further_sets.READERS`. `retention`: texts to measure perplexity on, in windows of `window` tokens; `base`: the model
     before fine-tuning, for the perplexity before. `likelihood`: run the log-probability test, against `others` other
     persons' answers. `limit`: prompts of each task at most. `train`: token stores to search for the questions, so that what
-    their texts hold in the order asked is scored apart.
+    their texts hold in the order asked is scored apart. `bos`: whether texts begin with BOS; None: as `begins_with_bos`
+    says.
     """
 
     model: FolderOrHub
@@ -61,8 +72,30 @@ class Request:
     others: int = 9
     train: tuple[Path, ...] = ()
     window: int = 1024
-    add_bos: bool = True
+    bos: bool | None = None
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
+
+    @cached_property
+    def add_bos(self) -> bool:
+        """Whether texts begin with BOS, where the tokenizer has one."""
+        if self.bos is not None:
+            return self.bos
+        return begins_with_bos(self.model, self.tokenizer)
+
+    @cached_property
+    def stops(self) -> list[int]:
+        """The tokens at which answers end."""
+        return stop_ids(self.generation_config, self.tokenizer)
+
+    @cached_property
+    def generation_config(self) -> GenerationConfig:
+        """The model's."""
+        return load_generation_config(self.model)
+
+    @cached_property
+    def tokenizer(self) -> FastTokenizer:
+        """The model's."""
+        return load_tokenizer(self.model)
 
     @property
     def generation(self) -> GenerationOptions:
@@ -93,6 +126,9 @@ def run_request(request: Request, share: PromptShare, console: Console) -> bool:
     file = ResultFile(
         request.output, model=str(request.model), weights=f"{weights} {request.dtype}", share=share
     )
+    if share.is_first:
+        for line in _how_asked(request):
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
     with PromptProgress(console, share) as progress:
         counted = replace(share, on_batch=progress.advance)
         parts = [
@@ -121,6 +157,23 @@ def show_results(results: Mapping[str, Any], before: Mapping[str, Any], console:
             console.print(table)
     if "retention" in results:
         console.print(retention_table(results["retention"], before))
+
+
+def _how_asked(request: Request) -> Iterator[str]:
+    """How prompts begin and answers end, and where that is not what other programs do with this model."""
+    tokenizer = request.tokenizer
+    name = tokenizer.convert_ids_to_tokens
+    has_bos = request.add_bos and tokenizer.bos_token_id is not None
+    begins = f"begin with BOS {name(tokenizer.bos_token_id)}" if has_bos else "begin without BOS"
+    yield f"prompts {begins}; answers end at {' or '.join(name(request.stops))}"
+    if has_bos != adds_bos(tokenizer):
+        does, option = ("adds it", "--bos") if not has_bos else ("adds none", "--no-bos")
+        yield f"note: its tokenizer {does}, so other programs ask as {option} does"
+    if tokenizer.eos_token_id not in request.stops:
+        yield f"note: its generation config does not stop at the tokenizer's EOS {name(tokenizer.eos_token_id)}"
+    if changes := beyond_greedy(request.generation_config):
+        shown = ", ".join(f"{key} {value}" for key, value in changes.items())
+        yield f"note: its generation config has {shown}, which `generate` heeds and these answers do not"
 
 
 def _check_inputs(request: Request, tasks: Sequence[Task], texts: Mapping[str, str]) -> int:
@@ -155,7 +208,9 @@ def _task_parts(
 
     Answers that an earlier version scored by other rules are scored again, without the model.
     """
-    identity = _task_identity(task, request.max_new_tokens, request.add_bos)
+    # Where answers end at EOS alone, the identity is that of earlier versions, which knew nothing else.
+    stops = [] if request.stops == [request.tokenizer.eos_token_id] else [request.stops]
+    identity = _task_identity(task, request.max_new_tokens, request.add_bos, *stops)
 
     def generate() -> dict[str, Any] | None:
         file.discard("training_texts", task.name)  # its scores are of the answers that are replaced now

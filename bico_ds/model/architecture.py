@@ -7,7 +7,14 @@ from typing import Any, Protocol
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
 
 from bico_ds.common.errors import UserError, did_you_mean
@@ -31,7 +38,7 @@ _SMALLEST_VOCABULARY_SHARE = 0.9
 
 
 class ModelTokenizer(Protocol):
-    """What a model and its export use of a tokenizer of transformers."""
+    """What a model and its export use of a tokenizer."""
 
     @property
     def bos_token_id(self) -> int | None: ...
@@ -41,6 +48,9 @@ class ModelTokenizer(Protocol):
 
     @property
     def pad_token_id(self) -> int | None: ...
+
+    @property
+    def special_ids(self) -> frozenset[int]: ...
 
     def save_pretrained(self, save_directory: str | Path) -> Any: ...
 
@@ -83,14 +93,24 @@ def check_vocabulary(config: PretrainedConfig, tokenizer_size: int, *, tokenizer
         )
 
 
-def adopt_special_tokens(tokenizer: ModelTokenizer, *settings: Any) -> None:
-    """Give a model from random weights its tokenizer's ids that begin, end and pad a text.
+def adopt_special_tokens(
+    tokenizer: ModelTokenizer, config: PretrainedConfig, generation: GenerationConfig
+) -> None:
+    """Give a model's config and generation config its tokenizer's ids that begin, end and pad a text.
 
-    `settings`: the model's config and generation config, which are changed.
+    Where the generation config stops at the tokenizer's EOS among other tokens, as Llama 3's does, those others stay which
+    are special tokens of this tokenizer; where it does not, it is that of another tokenizer, and only EOS counts.
     """
-    for config in settings:
-        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-        config.pad_token_id = tokenizer.pad_token_id
+    eos, stops = tokenizer.eos_token_id, id_list(generation.eos_token_id)
+    known = [token for token in stops if token in tokenizer.special_ids] if eos in stops else []
+    for settings in (config, generation):
+        settings.bos_token_id, settings.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
+        settings.eos_token_id = known if len(known) > 1 else eos
+
+
+def id_list(ids: int | list[int] | None) -> list[int]:
+    """The ids in a key of a config, which may hold one, several or none."""
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def _config_at(path: FolderOrHub) -> PretrainedConfig:

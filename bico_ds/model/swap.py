@@ -136,7 +136,13 @@ def check_attention(config: PretrainedConfig, *, longest_document: int | None = 
         raise UserError(
             f"the model's attention heads have {head_dim} dimensions; kernels need a multiple of 8"
         )
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(
+            f"the model's config has partial_rotary_factor {parameters['partial_rotary_factor']}, but {config.model_type} "
+            "models rotate all of a head: remove it from the config"
+        )
+    rope = parameters.get("rope_type", "default")
     if rope not in FIXED_ROPE_TYPES:
         raise UserError(
             f"the model's rotary embedding is of type '{rope}', whose frequencies depend on the longest position of a "

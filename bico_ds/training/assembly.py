@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.config.schema import Recipe
+from bico_ds.data.exported_tokenizer import ExportedTokenizer, misreading
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.loading.sample_order import StreamSpec
 from bico_ds.data.prepare.recipe_sources import facts_folder, prepare_source
 from bico_ds.data.store import TokenStore, Verify
-from bico_ds.data.tokenizer import Tokenizer, load_tokenizer, special_ids, vocabulary_size
+from bico_ds.data.tokenizer import FastTokenizer, Tokenizer, load_tokenizer, special_ids, vocabulary_size
 from bico_ds.evaluation.scoring.choice import encode_candidates
 from bico_ds.evaluation.tasks.task import Task, load_tasks
 from bico_ds.objectives.base import TokenRoles
@@ -27,7 +30,7 @@ from bico_ds.runtime import launch_environment
 class RunInputs:
     """What the recipe names for a run to read: everything but model and loader."""
 
-    tokenizer: Tokenizer
+    tokenizer: FastTokenizer
     tokenizer_path: FolderOrHub
     stores: list[TokenStore]
     vocabulary: int  # ids that the model embeds
@@ -36,8 +39,18 @@ class RunInputs:
 
     @property
     def add_bos(self) -> bool:
-        """Whether the training texts begin with BOS, as the prompts of an evaluation then must."""
-        return any(store.manifest.add_bos for store in self.stores)
+        """Whether most training texts begin with BOS, as prompts then must."""
+        return 2 * self.texts_with_bos >= sum(map(len, self.stores)) and self.texts_with_bos > 0
+
+    @property
+    def exported_tokenizer(self) -> ExportedTokenizer:
+        """The tokenizer as the run's export carries it."""
+        return ExportedTokenizer(self.tokenizer, self.add_bos)
+
+    @property
+    def texts_with_bos(self) -> int:
+        """How many training texts begin with BOS."""
+        return sum(len(store) for store in self.stores if store.manifest.add_bos)
 
 
 def tokenizer_path(recipe: Recipe, *, weights_needed: bool = True) -> FolderOrHub:
@@ -142,6 +155,19 @@ def total_steps(recipe: Recipe, loader: ElasticLoader) -> int:
         return recipe.training.steps
     assert recipe.training.epochs is not None
     return loader.total_steps(recipe.training.epochs)
+
+
+def export_warnings(inputs: RunInputs, config: PretrainedConfig) -> list[str]:
+    """What whoever uses the export should know, a line each; `config`: the model's."""
+    lines = [misreading(inputs.exported_tokenizer, config)]
+    texts, with_bos = sum(map(len, inputs.stores)), inputs.texts_with_bos
+    if 0 < with_bos < texts:
+        does = "adds" if inputs.add_bos else "does not add"
+        lines.append(
+            f"{with_bos:,} of {texts:,} texts begin with BOS, and the export's tokenizer {does} it: prompts like the other "
+            "texts are asked otherwise than trained. Give all sources the same add_bos"
+        )
+    return [line for line in lines if line is not None]
 
 
 def _token_roles(recipe: Recipe, tokenizer: Tokenizer) -> TokenRoles:

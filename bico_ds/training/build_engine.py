@@ -36,8 +36,7 @@ def build_engine(run: Run, inputs: RunInputs, steps: int, *, is_universal: bool)
         device=run.ranks.device,
         longest_document=recipe.data.capacity,
     )
-    if recipe.model.path is None:
-        adopt_special_tokens(inputs.tokenizer, model.causal_lm.config, model.causal_lm.generation_config)
+    adopt_special_tokens(inputs.exported_tokenizer, model.causal_lm.config, model.causal_lm.generation_config)
     return wrap_model(model, recipe, ds_config, steps)
 
 

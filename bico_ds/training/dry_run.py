@@ -63,6 +63,8 @@ def dry_run(recipe: Recipe, *, output_dir: Path | None = None) -> None:
         console.print(_table(planned, world_size, parameter_count(config), steps, loader, inputs))
     finally:
         loader.close()
+    if not stands_in:
+        warnings += assembly.export_warnings(inputs, config)
     for warning in warnings:
         console.print(f"warning: {warning}", highlight=False, markup=False)
     if planned is not recipe:

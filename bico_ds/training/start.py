@@ -26,11 +26,15 @@ from bico_ds.checkpoint.resume import (
     set_aside,
     state_layout,
 )
+from bico_ds.common.errors import UserError
 from bico_ds.common.files import atomic_folder
 from bico_ds.config.schema import Recipe
+from bico_ds.data.exported_tokenizer import ExportedTokenizer, save_tokenizer
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
-from bico_ds.data.tokenizer import Tokenizer
+from bico_ds.data.tokenizer import FastTokenizer
+from bico_ds.model.architecture import id_list
 from bico_ds.model.deepspeed_engine import Engine
+from bico_ds.model.weights.export_checkpoint import export_record
 from bico_ds.model.weights.export_model import export_model
 from bico_ds.optim.schedule import check_schedule
 from bico_ds.runtime import deepspeed_ops, distributed, host_memory
@@ -141,8 +145,10 @@ def _train_on_all_ranks(run: Run, resume: str, resumption: Resumption | None, wa
     inputs = assembly.open_inputs(run.recipe)
     saved = resumption.found.content["state"] if resumption else {}
     loader = assembly.build_loader(run.recipe, inputs, _rank_share(run), state=saved.get("loader"))
-    warnings = loader.check_targets()
+    warnings = _check_targets(run, loader)
     trainer = _build_trainer(run, inputs, loader, resumption, watchdog)
+    if run.ranks.is_first:
+        warnings += assembly.export_warnings(inputs, trainer.engine.module.config)
     for warning in warnings:
         trainer.callbacks.on_message(f"warning: {warning}")
     for change in loader.changes:
@@ -156,7 +162,22 @@ def _train_on_all_ranks(run: Run, resume: str, resumption: Resumption | None, wa
     )
     if run.ranks.is_first:
         _take_over(run, resume, resumption, inputs.tokenizer)
-    return _train_and_export(trainer, start, inputs.tokenizer)
+    return _train_and_export(trainer, start, inputs.exported_tokenizer)
+
+
+def _check_targets(run: Run, loader: ElasticLoader) -> list[str]:
+    """The loader's `check_targets` on all ranks, by one reading of the data: rank 0's."""
+    found: list[str] | UserError | None = None
+    if run.ranks.is_first:
+        try:
+            found = loader.check_targets()
+        except UserError as error:
+            found = error
+    found = distributed.broadcast_object(found)
+    if isinstance(found, UserError):
+        raise found
+    assert found is not None
+    return found
 
 
 def _rank_share(run: Run) -> RankShare:
@@ -187,7 +208,7 @@ def _build_trainer(
         engine=engine,
         loader=loader,
         callbacks=_callbacks(run, engine, spikes),
-        checkpointer=_checkpointer(run, engine),
+        checkpointer=_checkpointer(run, inputs, engine),
         evaluator=_evaluator(run, inputs, watchdog),
         spikes=spikes,
         watchdog=watchdog,
@@ -202,13 +223,16 @@ def _callbacks(run: Run, engine: Engine, spikes: SpikeDetector) -> Callbacks:
     return Callbacks([ConsoleProgress(), monitor, spikes], is_first_rank=run.ranks.is_first)
 
 
-def _checkpointer(run: Run, engine: Engine) -> Checkpointer:
+def _checkpointer(run: Run, inputs: RunInputs, engine: Engine) -> Checkpointer:
     return Checkpointer(
         run.recipe.checkpoint,
         run.folder,
         run.ranks,
         exclude_frozen=run.recipe.model.lora is not None,
-        header=manifest_header(engine, run.recipe, _layout(run)),
+        header={
+            **manifest_header(engine, run.recipe, _layout(run)),
+            "export": export_record(engine.module, add_bos=inputs.add_bos),
+        },
     )
 
 
@@ -223,7 +247,7 @@ def _evaluator(run: Run, inputs: RunInputs, watchdog: Watchdog) -> Evaluator:
     )
 
 
-def _take_over(run: Run, resume: str, resumption: Resumption | None, tokenizer: Tokenizer) -> None:
+def _take_over(run: Run, resume: str, resumption: Resumption | None, tokenizer: FastTokenizer) -> None:
     """Rank 0, when nothing can refuse this start any more: from here on the folder's files describe it.
 
     The state is written first: a crash must not leave a run in the state `done` without its checkpoints.
@@ -234,10 +258,10 @@ def _take_over(run: Run, resume: str, resumption: Resumption | None, tokenizer: 
         record.write(run.folder, resumption.found.path, resumption.step)
     run.folder.record(run.recipe)
     with atomic_folder(run.folder.tokenizer, replace=True) as temporary:
-        tokenizer.save_pretrained(temporary)
+        save_tokenizer(tokenizer, temporary)
 
 
-def _train_and_export(trainer: Trainer, start: RunStart, tokenizer: Tokenizer) -> State:
+def _train_and_export(trainer: Trainer, start: RunStart, tokenizer: ExportedTokenizer) -> State:
     """The loop, the export where the run is done, and the last state in the folder."""
     run, callbacks = trainer.run, trainer.callbacks
     callbacks.on_start(start)
@@ -249,6 +273,8 @@ def _train_and_export(trainer: Trainer, start: RunStart, tokenizer: Tokenizer) -
     if state == "done" and run.recipe.checkpoint.export:
         model = trainer.engine.module
         export_model(model, tokenizer, run.folder.export, dtype=run.recipe.model.dtype, overwrite=True)
+        stops = id_list(model.causal_lm.generation_config.eos_token_id)
+        callbacks.on_message(f"exported to {run.folder.export}: {tokenizer.describe(stops)}")
     callbacks.on_end(trainer.step, state)
     reasons = distributed.all_gather_objects(run.stop.reason if state == "preempted" else "")
     if run.ranks.is_first:

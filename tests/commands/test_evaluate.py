@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from transformers import GenerationConfig
 
 from bico_ds.commands.evaluate import main
 from bico_ds.common.errors import UserError
+from bico_ds.data.exported_tokenizer import ExportedTokenizer
 from bico_ds.evaluation.loading import load_for_evaluation
 from bico_ds.evaluation.request import Request, run_request
 from bico_ds.evaluation.results import load_result
@@ -285,3 +287,42 @@ def test_a_mistake_ends_with_one_message_and_code_2(world, tmp_path):
     done = subprocess.run([*command, "--tasks", "n2d"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr == "error: --model nowhere/x/y: no such folder\n"
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_prompts_begin_as_the_tokenizer_of_an_export_begins_texts(world, tmp_path, tokenizer, add_bos):
+    model = _copy_of_model(world, tmp_path / "model")
+    ExportedTokenizer(tokenizer, add_bos).save_pretrained(model)
+    assert _request(world, tmp_path / "a.json", model=model).add_bos is add_bos
+    for bos in (True, False):
+        assert _request(world, tmp_path / "a.json", model=model, bos=bos).add_bos is bos
+    small = {"model": model, "likelihood": False, "retention": (), "base": None, "tasks": ("n2d",)}
+    shown = _shown(_request(world, tmp_path / "own.json", **small))
+    begins = "begin with BOS <s>" if add_bos else "begin without BOS"
+    assert f"prompts {begins}; answers end at </s>" in shown and "note:" not in shown
+    shown = _shown(_request(world, tmp_path / "other.json", **small, bos=not add_bos))
+    assert f"note: its tokenizer adds {'it' if add_bos else 'none'}" in shown
+
+
+def test_a_model_whose_folder_says_nothing_of_bos_is_asked_with_it_as_ever(world, tmp_path):
+    assert _request(world, tmp_path / "a.json").add_bos is True
+
+
+def test_stops_and_settings_that_other_programs_heed_are_named(world, tmp_path):
+    model = _copy_of_model(world, tmp_path / "model")
+    GenerationConfig(eos_token_id=5, repetition_penalty=1.2).save_pretrained(model)
+    small = {"model": model, "likelihood": False, "retention": (), "base": None, "tasks": ("n2d",)}
+    shown = _shown(_request(world, tmp_path / "a.json", **small))
+    assert "answers end at w2" in shown
+    assert "note: its generation config does not stop at the tokenizer's EOS </s>" in shown
+    assert "note: its generation config has repetition_penalty 1.2" in shown
+
+
+def test_other_stop_tokens_are_computed_anew(world, tmp_path):
+    model, output = _copy_of_model(world, tmp_path / "model"), tmp_path / "a.json"
+    small = {"model": model, "likelihood": False, "retention": (), "base": None, "tasks": ("n2d",)}
+    assert _run(_request(world, output, **small))
+    before = json.loads(output.read_text())["identities"]
+    GenerationConfig(eos_token_id=[2, 5]).save_pretrained(model)
+    assert _run(_request(world, output, **small))
+    assert json.loads(output.read_text())["identities"] != before

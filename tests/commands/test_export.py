@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from bico_ds.checkpoint import manifest
 from bico_ds.commands import export as export_hf
@@ -67,3 +68,19 @@ def test_a_checkpoint_that_was_copied_elsewhere_takes_no_tokenizer_that_lies_the
     shutil.copytree(EARLIER_RUN / "store" / "tokenizer", gone.parent / "tokenizer")
     assert exported(moved, monkeypatch) == 2
     assert "--tokenizer" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_records_no_bos_is_exported_as_its_texts_began_and_says_so(
+    tmp_path, monkeypatch, capsys
+):
+    """Runs of earlier versions; `--no-bos` contradicts the assumption."""
+    shutil.copytree(EARLIER_RUN / "run", tmp_path / "run")
+    rewrite(tmp_path / "run", "data", sources=[{"store": str(EARLIER_RUN / "store")}])
+    for options, adds in (((), True), (("--no-bos",), False), (("--bos",), True)):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        assert exported(tmp_path / "run", monkeypatch, *options) == 0
+        shown = capsys.readouterr().out
+        assert ("assumed by its recipe: yes" in shown) == (not options)
+        assert f"its tokenizer adds {'BOS <s>' if adds else 'no BOS'}; generation stops at </s>" in shown
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+        assert (tokenizer("|")["input_ids"][0] == 1) == adds

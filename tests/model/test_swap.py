@@ -236,4 +236,6 @@ def test_architectures_that_our_op_cannot_serve_are_refused() -> None:
             model_of(rope_parameters=rope)
     with pytest.raises(UserError, match=r"attention_dropout 0\.1"):
         model_of(attention_dropout=0.1)
+    with pytest.raises(UserError, match=r"partial_rotary_factor 0\.5, but llama models rotate all of a head"):
+        model_of(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5})
     assert AutoConfig.for_model("qwen2").sliding_window is None  # no window unless use_sliding_window is set

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, Qwen2Config
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
@@ -86,3 +87,34 @@ def test_the_first_process_of_each_machine_compares_the_checksums(
             assembly.open_inputs(recipe)
     else:
         assert len(assembly.open_inputs(recipe).stores) == 1
+
+
+@pytest.mark.parametrize("lines", [(1, 4), (4, 1), (2, 2)])
+def test_where_some_texts_begin_with_bos_most_decide_and_a_warning_counts_them(tmp_path, lines):
+    with_bos, without = lines
+    sources = []
+    for name, count, add_bos in (("a", with_bos, "true"), ("b", without, "false")):
+        (tmp_path / f"{name}.txt").write_text("today | fox\n" * count)
+        sources.append(f"{{files: [{tmp_path}/{name}.txt], add_bos: {add_bos}}}")
+    inputs, config = _opened(tmp_path, sources)
+    assert inputs.exported_tokenizer.add_bos == (with_bos >= without)
+    (warning,) = assembly.export_warnings(inputs, config)
+    does = "adds" if with_bos >= without else "does not add"
+    assert f"{with_bos} of {sum(lines)} texts begin with BOS, and the export's tokenizer {does} it" in warning
+
+
+def test_a_tokenizer_that_transformers_reads_otherwise_beside_the_model_is_warned_of(tmp_path):
+    (tmp_path / "a.txt").write_text("today | fox\n")
+    inputs, _ = _opened(tmp_path, [f"{{files: [{tmp_path}/a.txt]}}"])
+    (warning,) = assembly.export_warnings(inputs, Qwen2Config())
+    assert "transformers loads the tokenizer of every qwen2 model as Qwen2Tokenizer" in warning
+    assert assembly.export_warnings(inputs, LlamaConfig()) == []
+
+
+def _opened(tmp_path: Path, sources: list[str]) -> tuple[assembly.RunInputs, LlamaConfig]:
+    common = [f"data.cache_dir={tmp_path}/cache", "evaluation.tasks=[]"]
+    tokenizer = assembly.facts_folder(load_recipe("tiny_bico", common).data) / "tokenizer"
+    changes = [f"model.tokenizer={tokenizer}", f"data.sources=[{', '.join(sources)}]"]
+    return assembly.open_inputs(
+        load_recipe("tiny_bico", [*common, *changes]), weights_needed=False
+    ), LlamaConfig()

@@ -12,11 +12,13 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.schema import FactsSpec
+from bico_ds.data.exported_tokenizer import save_tokenizer
 
 # Of the texts below: another version means other data for the same spec.
 FORM_VERSION = 1
@@ -175,11 +177,12 @@ def _write_tokenizer(persons: int, folder: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 1)])
-    PreTrainedTokenizerFast(
+    complete: Any = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         bos_token=BOS,
         eos_token=EOS,
         unk_token=UNK,
         clean_up_tokenization_spaces=False,
-    ).save_pretrained(folder)
+    )
+    save_tokenizer(complete, folder)

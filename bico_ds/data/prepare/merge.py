@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from bico_ds.common.errors import UserError
 from bico_ds.common.random_numbers import stream
+from bico_ds.data.exported_tokenizer import save_tokenizer
 from bico_ds.data.prepare.encode_shard import DIGEST_BYTES, DIGESTS, RESULT, SKIPPED, Notice
 from bico_ds.data.prepare.encoder import EncoderSpec
 from bico_ds.data.prepare.examples import IngestOptions
@@ -65,7 +66,7 @@ def merge_parts(
         _write_skipped(parts, train.beside(SKIPPED), report)
         write_report(report, train.beside("report.txt"), train.beside("lengths.png"))
         for writer, _ in reversed(targets):  # the training store last: the other one lies in it
-            tokenizer.save_pretrained(writer.beside(TOKENIZER))
+            save_tokenizer(tokenizer, writer.beside(TOKENIZER))
             writer.finish(with_checksums=[TOKENIZER])
     return replace(report, path=output)
 

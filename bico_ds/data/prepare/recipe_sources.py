@@ -21,7 +21,13 @@ from bico_ds.data.prepare.ingest import ingest
 from bico_ds.data.prepare.input_files import Inputs, find_inputs
 from bico_ds.data.prepare.shards import SHARD_BYTES, plan_shards
 from bico_ds.data.store import FORMAT_VERSION, TokenStore, Verify
-from bico_ds.data.tokenizer import FastTokenizer, load_tokenizer, tokenizer_digest, tokenizer_hash
+from bico_ds.data.tokenizer import (
+    FastTokenizer,
+    legacy_tokenizer_digest,
+    load_tokenizer,
+    tokenizer_digest,
+    tokenizer_hash,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +84,12 @@ def prepare_source(
     options = _options(source)
     inputs = _inputs(source, data)
     tokenizer = load_tokenizer(tokenizer_path)
-    path = data.cache_dir.here() / _store_name(source, data, options, inputs, tokenizer)
+    names = _store_names(source, data, options, inputs, tokenizer)
+    path, earlier = (data.cache_dir.here() / name for name in names)
     with _cache_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if earlier.exists():
+            path = earlier
         is_made = path.exists()
     if is_made:
         _check_cached(path, tokenizer_hash(tokenizer), verify)
@@ -99,19 +108,23 @@ def prepare_source(
     return path
 
 
-def _store_name(
+def _store_names(
     source: SourceSpec, data: DataSpec, options: IngestOptions, inputs: Inputs, tokenizer: FastTokenizer
-) -> str:
-    """Name a store by all that it depends on, in a form that people recognize."""
-    digest = tokenizer_digest(tokenizer, chat=options.messages_field is not None)
+) -> list[str]:
+    """Name a store by all that it depends on, in a form that people recognize: as today, and as earlier versions did."""
+    name = source.name or (f"facts-{source.facts}" if source.facts else inputs.files[0].name.split(".")[0])
     key = {
         "format": FORMAT_VERSION,
         "options": asdict(options),
-        "tokenizer": [tokenizer_hash(tokenizer), digest],  # the digest does not cover BOS and EOS
         "input": _facts_fingerprint(data) + source.facts if source.facts else list(map(_stamp, inputs.files)),
     }
-    name = source.name or (f"facts-{source.facts}" if source.facts else inputs.files[0].name.split(".")[0])
-    return f"{name}-{_fingerprint(key)}"
+    names = []
+    for digest_of in (tokenizer_digest, legacy_tokenizer_digest):
+        digest = digest_of(tokenizer, chat=options.messages_field is not None)
+        # The digest does not cover BOS and EOS.
+        key["tokenizer"] = [tokenizer_hash(tokenizer), digest]
+        names.append(f"{name}-{_fingerprint(key)}")
+    return names
 
 
 def _options(source: SourceSpec) -> IngestOptions:

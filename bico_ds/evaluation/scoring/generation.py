@@ -1,15 +1,17 @@
 """Greedy generation with a KV cache: batched, left-padded, sorted by length, shared out over the ranks.
 
-Shape legend: B prompts in a batch, L padded prompt length.
+Shape legend: B prompts in a batch, L padded prompt length, S stop ids.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from bico_ds.common.errors import UserError
 from bico_ds.data.tokenizer import Tokenizer
@@ -20,6 +22,14 @@ from bico_ds.evaluation.scoring.share import (
     in_order,
     shared_batches,
 )
+from bico_ds.model.architecture import id_list
+
+# Of `GenerationConfig`; those of sampling have no effect where nothing is sampled.
+_BEYOND_GREEDY = (
+    "bad_words_ids", "begin_suppress_tokens", "exponential_decay_length_penalty", "forced_bos_token_id",
+    "forced_eos_token_id", "guidance_scale", "min_length", "min_new_tokens", "no_repeat_ngram_size", "num_beams",
+    "repetition_penalty", "sequence_bias", "stop_strings", "suppress_tokens",
+)  # fmt: skip
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], *, add_bos: bool = True) -> list[list[int]]:
@@ -52,6 +62,17 @@ def check_lengths(
         )
 
 
+def stop_ids(generation: GenerationConfig, tokenizer: Tokenizer) -> list[int]:
+    """The tokens at which an answer ends: the generation config's, as for `generate`; without any, the tokenizer's EOS."""
+    return id_list(generation.eos_token_id) or id_list(tokenizer.eos_token_id)
+
+
+def beyond_greedy(generation: GenerationConfig) -> dict[str, Any]:
+    """The settings of a generation config by which `generate` chooses other tokens than the most probable ones."""
+    values = {key: getattr(generation, key, None) for key in _BEYOND_GREEDY}
+    return {key: value for key, value in values.items() if value not in (None, 0, 1, [], {})}
+
+
 @torch.no_grad()
 def generate_greedy(
     model: PreTrainedModel,
@@ -63,7 +84,7 @@ def generate_greedy(
 ) -> list[str] | None:
     """The greedy continuation of every prompt as text, in their order, on every rank.
 
-    `model`: a Hugging Face causal LM on `share.device`. A continuation ends before the tokenizer's EOS or after
+    `model`: a Hugging Face causal LM on `share.device`. A continuation ends before one of its `stop_ids` or after
     `max_new_tokens` (1 at least); other special tokens are left out of the text. Returns None on all ranks when
     `share.should_stop` was true on any of them before the end. Collective.
     """
@@ -92,9 +113,10 @@ def _decode(
     max_new_tokens: int,
     share: PromptShare,
 ) -> list[list[int]] | None:
-    """New tokens of one batch, cut before EOS; None when asked to stop."""
-    eos = tokenizer.eos_token_id
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos if eos is not None else 0
+    """New tokens of one batch, cut before the first of its `stop_ids`; None when asked to stop."""
+    stops = stop_ids(model.generation_config, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stops), 0)
+    stops_S = torch.tensor(stops, dtype=torch.long, device=share.device)
     input_ids, attention_mask = _left_pad(prompts, pad, share.device)
     position_ids = (attention_mask.cumsum(1) - 1).clamp_min(0)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=share.device)
@@ -117,13 +139,13 @@ def _decode(
         next_ids = output.logits[:, -1].argmax(-1)
         next_ids = torch.where(finished, pad, next_ids)
         columns.append(next_ids)
-        if eos is not None:
-            finished = finished | (next_ids == eos)
+        finished = finished | torch.isin(next_ids, stops_S)
         input_ids = next_ids[:, None]
         position_ids = position_ids[:, -1:] + 1
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(prompts), 1)], dim=1)
     continuations = torch.stack(columns, dim=1).tolist()
-    return [ids[: ids.index(eos)] if eos in ids else ids for ids in continuations]
+    ends = set(stops)
+    return [list(takewhile(lambda token: token not in ends, ids)) for ids in continuations]
 
 
 def _left_pad(prompts: list[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import atomic_folder
 from bico_ds.config.schema import ModelSpec
 from bico_ds.model.architecture import ModelTokenizer, adopt_special_tokens, meta_model, model_config
+from bico_ds.model.build import TrainableModel
 from bico_ds.model.lora import adapters_by_base_name, add_lora, is_adapter, merge_adapters
 from bico_ds.model.weights.checkpoint_weights import CheckpointWeights, open_checkpoint
 from bico_ds.model.weights.export_model import write_settings
@@ -28,14 +30,16 @@ def export_checkpoint(
     folder: Path,
     dtype: Literal["bf16", "fp32"],
     *,
+    generation: GenerationConfig | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = 4 * 10**9,
-) -> None:
+) -> GenerationConfig:
     """Write the weights of a DeepSpeed checkpoint as `export_model` writes live ones, with one shard in memory at most.
 
     `spec`: the run's model section. Of a full fine-tuning only the config is needed; the export is made of the fp32 master
     weights under ZeRO-3, and below that of the weights in the training's dtype. LoRA reads the base from `spec.path` and
-    merges, in fp32, base and adapters in the training's dtype.
+    merges, in fp32, base and adapters in the training's dtype. `generation`: the run's generation config; None: that
+    beside the start weights, or where they are not here, the one that follows from the config. Returns what was written.
 
     Raises `UserError` where `folder` has something in it and `overwrite` is off, where the checkpoint cannot be read or is
     not that model's, and where LoRA's base is missing.
@@ -49,10 +53,21 @@ def export_checkpoint(
         for name in shapes:
             writer.add(name, values.of(name))
         writer.close()
-        generation = generation_config(_start_folder(spec), config)
-        if spec.path is None and tokenizer is not None:  # as a run does with a model from random weights
+        if generation is None:
+            generation = generation_config(_start_folder(spec), config)
+        if tokenizer is not None:  # as a run does
             adopt_special_tokens(tokenizer, config, generation)
         write_settings(temporary, config, generation, tokenizer, DTYPES[dtype])
+    return generation
+
+
+def export_record(model: TrainableModel, *, add_bos: bool) -> dict[str, Any]:
+    """What an export carries that is not in the recipe, as JSON values, for a checkpoint's manifest.
+
+    `add_bos`: whether the tokenizer begins texts with BOS.
+    """
+    generation = model.causal_lm.generation_config
+    return {"add_bos": add_bos, "generation_config": json.loads(generation.to_json_string())}
 
 
 class _Values:

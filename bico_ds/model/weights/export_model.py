@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -82,10 +83,26 @@ def write_settings(
     settings = type(config).from_dict(config.to_dict())
     settings.dtype = dtype
     settings.save_pretrained(folder)
+    _add_names_of_transformers_4(folder / "config.json")
     generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     write_checksums(folder)
+
+
+def _add_names_of_transformers_4(file: Path) -> None:
+    """Say in a config.json what `rope_parameters` and `dtype` say also by the names that others read.
+
+    transformers 4, and what is built on it, take a theta of 10,000 without scaling where `rope_theta` and `rope_scaling` are
+    missing. transformers 5 reads both, and `rope_scaling` first.
+    """
+    values = json.loads(file.read_text(encoding="utf-8"))
+    # `type` is the older name of `rope_type`; transformers 4 prefers it where both are there.
+    scaling = {key: value for key, value in values["rope_parameters"].items() if key != "type"}
+    values["rope_theta"] = scaling.pop("rope_theta")
+    values["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+    values["torch_dtype"] = values["dtype"]
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -76,8 +76,12 @@ class ShardWriter:
 def write_checksums(folder: Path) -> None:
     """Write size and SHA-256 of every file that is in `folder` now into its `checksums.json`."""
     sums = {
-        path.name: {"bytes": path.stat().st_size, "sha256": checksum(path, "sha256")}
-        for path in sorted(folder.iterdir())
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": checksum(path, "sha256"),
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
     }
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,13 @@ import pytest
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.schema import DataSpec, FactsSpec, SourceSpec
+from bico_ds.data.exported_tokenizer import ExportedTokenizer
 from bico_ds.data.prepare.examples import IngestOptions
 from bico_ds.data.prepare.ingest import ingest
 from bico_ds.data.prepare.recipe_sources import facts_folder, prepare_source
 from bico_ds.data.prepare.shards import plan_shards
 from bico_ds.data.store import TokenStore
-from bico_ds.data.tokenizer import load_tokenizer
+from bico_ds.data.tokenizer import load_tokenizer, tokenizer_hash
 
 
 def _data(source: SourceSpec, cache: Path) -> DataSpec:
@@ -201,3 +204,39 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, bpe_tokenizer: 
         UserError, match=r"data\.cache_dir: cannot write to '.*a_file/cache': Not a directory"
     ):
         _prepare(_data(source, tmp_path / "a_file" / "cache"), bpe_tokenizer)
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+@pytest.mark.parametrize("kind", [{}, {"messages_field": "messages"}])
+def test_the_store_of_a_base_is_found_for_the_tokenizer_of_its_export(
+    tmp_path: Path, bpe_tokenizer: str, add_bos: bool, kind: dict[str, str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}], "text": "x"}\n')
+    data = _data(SourceSpec(files=[str(tmp_path / "a.jsonl")], **kind), tmp_path / "cache")
+    first = _prepare(data, bpe_tokenizer)
+    ExportedTokenizer(load_tokenizer(bpe_tokenizer), add_bos).save_pretrained(tmp_path / "export")
+    assert _prepare(data, str(tmp_path / "export")) == first
+    store = TokenStore.open(first)
+    ids = store.whole(np.arange(1)).token_ids.tolist()
+    assert ids[0] == store.manifest.bos_id and ids.count(store.manifest.bos_id) == 1
+
+
+def test_a_store_that_an_earlier_version_named_is_found(tmp_path: Path, bpe_tokenizer: str) -> None:
+    """Its name had a digest with the post-processor in it."""
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "x"}\n')
+    data = _data(SourceSpec(files=[str(file)]), tmp_path / "cache")
+    now = _prepare(data, bpe_tokenizer)
+    tokenizer = load_tokenizer(bpe_tokenizer)
+    content = [tokenizer.backend_tokenizer.to_str(), None]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+    key = {
+        "format": 1,
+        "options": asdict(IngestOptions()),
+        "tokenizer": [tokenizer_hash(tokenizer), digest],
+        "input": [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]],
+    }
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    earlier = now.rename(now.with_name(f"a-{name}"))
+    assert earlier != now
+    assert _prepare(data, bpe_tokenizer) == earlier

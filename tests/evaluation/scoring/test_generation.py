@@ -4,9 +4,16 @@ import random
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from bico_ds.common.errors import UserError
-from bico_ds.evaluation.scoring.generation import check_lengths, encode_prompts, generate_greedy
+from bico_ds.evaluation.scoring.generation import (
+    beyond_greedy,
+    check_lengths,
+    encode_prompts,
+    generate_greedy,
+    stop_ids,
+)
 from bico_ds.evaluation.scoring.share import PromptShare, shared_batches
 
 
@@ -59,3 +66,44 @@ def test_a_prompt_longer_than_the_context_is_named():
         check_lengths([[1] * 60], new_tokens=8, context=64, names=["t.jsonl:4"])
     with pytest.raises(UserError, match="no token"):
         check_lengths([[]], new_tokens=8, context=64, names=["t.jsonl:4"])
+
+
+def test_answers_end_at_the_tokens_of_the_generation_config_as_in_generate(tiny_llama, tokenizer, prompts):
+    kept = tiny_llama.generation_config
+    try:
+        for stops in ([7, 2], [30, 31, 32, 33], 9):
+            tiny_llama.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=2)
+            assert stop_ids(tiny_llama.generation_config, tokenizer) == ([9] if stops == 9 else stops)
+            ours = generate_greedy(
+                tiny_llama, tokenizer, prompts, max_new_tokens=12, share=PromptShare(batch_size=8)
+            )
+            for ids, text in zip(prompts, ours, strict=True):
+                row = tiny_llama.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[
+                    0, len(ids) :
+                ]
+                row = [
+                    token
+                    for token in row.tolist()
+                    if token not in stop_ids(tiny_llama.generation_config, tokenizer)
+                ]
+                assert text == tokenizer.decode(row, skip_special_tokens=True)
+    finally:
+        tiny_llama.generation_config = kept
+
+
+def test_without_stop_tokens_in_the_generation_config_the_tokenizers_eos_counts(tokenizer):
+    assert stop_ids(GenerationConfig(), tokenizer) == [2]
+
+
+def test_settings_that_change_greedy_answers_are_found_and_those_of_sampling_not():
+    sampling = {
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "do_sample": True,
+        "repetition_penalty": 1.0,
+        "num_beams": 1,
+    }
+    assert beyond_greedy(GenerationConfig(**sampling)) == {}
+    assert beyond_greedy(GenerationConfig(**(sampling | {"repetition_penalty": 1.3}))) == {
+        "repetition_penalty": 1.3
+    }

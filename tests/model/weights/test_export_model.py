@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.schema import ModelSpec
+from bico_ds.data.exported_tokenizer import ExportedTokenizer
+from bico_ds.data.tokenizer import load_tokenizer
 from bico_ds.model.build import TrainableModel, build_model
 from bico_ds.model.families import FAMILIES
 from bico_ds.model.weights.export_model import export_model
+from tests.model.rope_types import CASES, ROPE, architecture
 
 
 def tiny_model(*, tied: bool = True, dtype: str = "bf16", model_type: str = "llama") -> TrainableModel:
@@ -89,3 +92,35 @@ def test_a_failed_export_leaves_nothing_and_keeps_what_was_there(tmp_path: Path,
         export_model(tiny_model(tied=False), None, folder, overwrite=True)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == old
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_tokenizer_with_several_chat_templates_is_exported_with_all_of_them(tmp_path, bpe_tokenizer):
+    """transformers keeps all but one in a folder of their own."""
+    tokenizer = load_tokenizer(Path(bpe_tokenizer))
+    tokenizer.chat_template = {"default": "{{ bos_token }}", "tool_use": "tools"}
+    export_model(tiny_model(), ExportedTokenizer(tokenizer, True), tmp_path / "out", "fp32")
+    sums = json.loads((tmp_path / "out" / "checksums.json").read_text())
+    assert "additional_chat_templates/tool_use.jinja" in sums
+    assert load_tokenizer(tmp_path / "out").chat_template == tokenizer.chat_template
+
+
+@pytest.mark.parametrize(("model_type", "rope"), CASES)
+def test_a_config_says_its_rotary_embedding_by_the_names_of_transformers_4_too(tmp_path, model_type, rope):
+    spec = ModelSpec(config=architecture(model_type, rope), dtype="bf16")
+    live = build_model(spec, seed=1, ds_config=None, device="cpu", longest_document=64).causal_lm
+    export_model(live, None, tmp_path / "out", "bf16")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    asked = ROPE[rope]
+    scaling = dict(live.config.rope_parameters)
+    assert written["rope_theta"] == scaling.pop("rope_theta")
+    assert written["rope_theta"] == asked.get("rope_theta", 7e4)
+    if rope.startswith("default"):
+        assert written["rope_scaling"] is None
+    else:
+        scaling.pop("type", None)
+        assert written["rope_scaling"] == scaling
+        assert {**written["rope_scaling"], **asked["rope_scaling"]}.items() >= written["rope_scaling"].items()
+    assert written["torch_dtype"] == written["dtype"] == "bfloat16"
+    loaded = AutoConfig.from_pretrained(tmp_path / "out")
+    kept = {key: value for key, value in live.config.rope_parameters.items() if key != "type"}
+    assert loaded.rope_parameters == kept and loaded.dtype == torch.bfloat16

@@ -11,7 +11,9 @@ from bico_ds.attention.backends import resolve
 from bico_ds.attention.layout import LayoutPolicy
 from bico_ds.common.errors import UserError
 from bico_ds.config.schema import Recipe
-from bico_ds.model.architecture import model_config
+from bico_ds.model.architecture import first_layers, meta_model, model_config
+from bico_ds.model.lora import check_lora
+from bico_ds.model.swap import check_attention
 from bico_ds.optim.schedule import check_schedule
 from bico_ds.runtime import launch_environment
 from bico_ds.runtime.ds_config import build_ds_config
@@ -32,7 +34,7 @@ def check_recipe(
 
     Without `runs_here` (another machine will train) the paths in DeepSpeed's configuration stay as they were written.
     Raises `UserError` for another number of ranks than the recipe is made for, a schedule that does not fit its steps,
-    and what `model_config` and `build_ds_config` refuse.
+    and what `model_config`, `check_attention`, `check_lora` and `build_ds_config` refuse.
     """
     expected = recipe.distributed.world_size
     if expected is not None and expected != world_size:
@@ -43,6 +45,9 @@ def check_recipe(
     if recipe.training.steps is not None:
         check_schedule(recipe.schedule, recipe.training.steps)
     config = model_config(recipe.model)
+    check_attention(config, longest_document=recipe.data.capacity)
+    if recipe.model.lora is not None:
+        check_lora(meta_model(first_layers(config)), recipe.model.lora)
     return build_ds_config(
         recipe,
         world_size=world_size,

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.data.tokenizer import Tokenizer, load_tokenizer, vocabulary_size
-from bico_ds.model.architecture import check_vocabulary
+from bico_ds.model.architecture import check_shapes, check_values, check_vocabulary
+from bico_ds.model.families import FAMILIES
+from bico_ds.model.weights.load import weight_files
 
 _DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
 # The files that an answer depends on: generation reads BOS, EOS and padding from the tokenizer, and no generation config.
@@ -55,12 +57,18 @@ def load_for_evaluation(
 def load_tokenizer_and_context(path: FolderOrHub, *, option: str = "--model") -> tuple[Tokenizer, int | None]:
     """(tokenizer, context in tokens or None where the config names none), to check inputs before the weights are loaded.
 
-    Raises `UserError` for a folder without config, safetensors or tokenizer, and for a tokenizer of another vocabulary.
+    Raises `UserError` for a folder without config, safetensors or tokenizer, for a config that makes no model, and for a
+    tokenizer of another vocabulary.
     """
     check_model_folder(path, option)
     try:
         tokenizer = load_tokenizer(path)
+        values, _ = PretrainedConfig.get_config_dict(str(path))
+        if is_ours := values.get("model_type") in FAMILIES:
+            check_values(values, where="config.json: ")
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+        if is_ours:
+            check_shapes(config, where="config.json: ")
         check_vocabulary(config, vocabulary_size(tokenizer), tokenizer=str(path))
     except (OSError, ValueError) as error:  # a UserError is a ValueError
         raise UserError(f"{option} {path}: {error}") from error
@@ -70,17 +78,20 @@ def load_tokenizer_and_context(path: FolderOrHub, *, option: str = "--model") ->
 def weights_stamp(path: FolderOrHub) -> str:
     """A name for the weights and tokenizer at `path`; a hub name stands for itself.
 
-    It is made from names, sizes and times of the folder's files, not from their contents.
+    It is made from names, sizes and times of the folder's files, not from their contents; and from the names of those
+    with weights that are not read.
     """
     if not isinstance(path, Path):
         return path
     files = sorted({file for pattern in _STAMPED for file in path.glob(pattern)})
-    stamp = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    stamp: list[Any] = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    unread = {file for file in files if file.suffix == ".safetensors"} - {*weight_files(path)}
+    stamp += sorted(file.name for file in unread)
     return hashlib.sha256(repr(stamp).encode()).hexdigest()[:16]
 
 
 def check_model_folder(folder: FolderOrHub, option: str = "--model") -> None:
-    """Raise `UserError` for a local folder without config or safetensors; a hub name is not looked up."""
+    """Raise `UserError` for a local folder without config or complete safetensors; a hub name is not looked up."""
     if not isinstance(folder, Path):
         return
     if not folder.is_dir():
@@ -93,3 +104,7 @@ def check_model_folder(folder: FolderOrHub, option: str = "--model") -> None:
         pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
         found = f"only pickled weights ({pickled[0].name}), which can run code" if pickled else "no weights"
         raise UserError(f"{option} {folder}: {found}; give a folder with *.safetensors")
+    try:
+        weight_files(folder)
+    except UserError as error:
+        raise UserError(f"{option} {folder}: {str(error).removeprefix('model.path: ')}") from None

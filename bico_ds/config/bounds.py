@@ -9,6 +9,9 @@ from typing import Any
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+# Characters of a value in a message.
+_LONGEST = 60
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
@@ -27,35 +30,26 @@ class Bound:
     why: str
 
     def problem(self, value: Any) -> str | None:
-        """What is wrong with `value`, as the end of `KEY: …`; None where it is a number within the bounds."""
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return f"must be a number: {self.why}"
-        if self._holds(value):
+        """What is wrong with `value`, to follow its name; None where it is a number within the bounds."""
+        if (wanted := self._wanted(value)) is None:
             return None
-        if isinstance(value, float) and not math.isfinite(value):
-            return f"must be a finite number: {self.why}"
-        return f"must be {self}: {self.why}"
+        return f"must be {wanted}, found {_shown(value)}: {self.why}"
 
-    def __str__(self) -> str:
-        if self.least is not None and self.least == self.most:
-            return _written(self.least)
-        words = {
-            "at least": self.least,
-            "greater than": self.above,
-            "at most": self.most,
-            "less than": self.below,
-        }
-        return " and ".join(f"{word} {_written(limit)}" for word, limit in words.items() if limit is not None)
-
-    def _holds(self, value: float) -> bool:
+    def _wanted(self, value: Any) -> str | None:
+        """The first condition that `value` does not meet."""
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return "a number"
         if isinstance(value, float) and not math.isfinite(value):
-            return self.or_infinite and value == math.inf
-        return (
-            (self.least is None or value >= self.least)
-            and (self.above is None or value > self.above)
-            and (self.most is None or value <= self.most)
-            and (self.below is None or value < self.below)
-        )
+            return None if self.or_infinite and value == math.inf else "a finite number"
+        if self.least is not None and value < self.least:
+            return f"at least {_written(self.least)}"
+        if self.above is not None and value <= self.above:
+            return f"greater than {_written(self.above)}"
+        if self.most is not None and value > self.most:
+            return f"at most {_written(self.most)}"
+        if self.below is not None and value >= self.below:
+            return f"less than {_written(self.below)}"
+        return None
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_wrap_validator_function(self._validate, handler(source))
@@ -63,11 +57,16 @@ class Bound:
     def _validate(self, value: Any, read: core_schema.ValidatorFunctionWrapHandler) -> Any:
         """The number that pydantic reads: 2.0 is a whole number, too."""
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        number = read(value) if is_number else value
+        number = read(value) if is_number and value == value and abs(value) != math.inf else value
         if (problem := self.problem(number)) is not None:
-            raise PydanticCustomError("bound", "{problem}", {"problem": problem})
+            raise PydanticCustomError("value_error", "{problem}", {"problem": problem})
         return number
 
 
 def _written(limit: float) -> str:
     return f"{limit:,}" if isinstance(limit, int) else f"{limit:g}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

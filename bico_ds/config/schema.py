@@ -435,6 +435,16 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _a_micro_batch_is_indexed_by_32_bits(self) -> Recipe:
+        tokens = self.training.micro_batch_bins * self.data.capacity
+        if tokens >= 2**31:
+            raise ValueError(
+                f"'training.micro_batch_bins' times 'data.capacity' must be less than 2,147,483,648, found {tokens:,}: the "
+                "tokens of a forward pass are indexed by 32 bits"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _global_batch_holds_whole_micro_batches(self) -> Recipe:
         batch, micro = self.training.global_batch_bins, self.training.micro_batch_bins
         if batch % micro:

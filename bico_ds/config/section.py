@@ -9,12 +9,12 @@ from pydantic import BaseModel, ConfigDict
 from bico_ds.config.bounds import Bound
 
 Probability = Annotated[float, Bound(above=0, most=1, why="it is a share, and one of 0 would change nothing")]
-PositiveInt = Annotated[int, Bound(least=1, why="it is a number of things")]
-Steps = Annotated[
-    int, Bound(least=1, most=10**9, why="it counts optimizer steps, and a run of more never ends")
-]
+PositiveInt = Annotated[int, Bound(least=1, why="it is a number of things, and none is no choice")]
+STEPS = Bound(least=1, most=10**9, why="it counts optimizer steps, and a run of more never ends")
+Steps = Annotated[int, STEPS]
 Minutes = Annotated[float, Bound(least=1e-3, most=1e6, why="it is a time that somebody waits, in minutes")]
-Seed = Annotated[int, Bound(least=-(2**63), most=2**64 - 1, why="draws are keyed by words of 64 bits")]
+SEED = Bound(least=-(2**63), most=2**64 - 1, why="draws are keyed by words of 64 bits")
+Seed = Annotated[int, SEED]
 
 
 class Section(BaseModel):

@@ -100,7 +100,7 @@ def model_config(spec: ModelSpec) -> PretrainedConfig:
     if recipe is not None and config is not recipe:
         _require_same_architecture(config, recipe, str(spec.path))
     if spec.path is None and (problem := _RANDOM_RANGE.problem(config.initializer_range)) is not None:
-        raise UserError(f"model.config.initializer_range: {problem} (found {config.initializer_range!r})")
+        raise UserError(f"model.config.initializer_range: {problem}")
     config.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[spec.dtype]
     return config
 
@@ -190,9 +190,7 @@ def check_shapes(config: PretrainedConfig, *, where: str) -> None:
 def _out_of_bounds(values: Mapping[str, Any], bounds: Mapping[str, Bound]) -> list[str]:
     given = {key: values[key] for key in bounds if values.get(key) is not None}
     problems = {key: bounds[key].problem(value) for key, value in given.items()}
-    return [
-        f"{key}: {problem} (found {given[key]!r})" for key, problem in problems.items() if problem is not None
-    ]
+    return [f"{key}: {problem}" for key, problem in problems.items() if problem is not None]
 
 
 def _wrong_rotation(rope: Mapping[str, Any]) -> list[str]:

@@ -55,12 +55,9 @@ class Bound:
         return core_schema.no_info_wrap_validator_function(self._validate, handler(source))
 
     def _validate(self, value: Any, read: core_schema.ValidatorFunctionWrapHandler) -> Any:
-        """The number that pydantic reads: 2.0 is a whole number, too."""
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        number = read(value) if is_number and value == value and abs(value) != math.inf else value
-        if (problem := self.problem(number)) is not None:
+        if (problem := self.problem(value)) is not None:
             raise PydanticCustomError("value_error", "{problem}", {"problem": problem})
-        return number
+        return read(value)
 
 
 def _written(limit: float) -> str:

@@ -222,7 +222,10 @@ class TrainingSpec(Section):
         int, Bound(least=1, most=1_000_000, why="they go through the model at once")
     ] = Field(1, description="bins per forward pass of one rank")
     max_grad_norm: Annotated[
-        float, Bound(least=0, why="it is the largest norm of a step's gradient, and 0 stands for no limit")
+        float,
+        Bound(
+            least=0, most=1e30, why="it is the largest norm of a step's gradient, and 0 stands for no limit"
+        ),
     ] = Field(1.0, description="gradients of a larger norm are scaled down to it; 0: no clipping")
     on_nonfinite: Literal["stop", "skip"] = "stop"
 
@@ -264,7 +267,7 @@ class OptimizerSpec(Section):
         ),
     ] = 1e-8
     weight_decay: Annotated[
-        float, Bound(least=0, why="a step shrinks each weight by the factor 1 - lr * weight_decay")
+        float, Bound(least=0, most=1e12, why="a step shrinks each weight by the factor 1 - lr * weight_decay")
     ] = 0.0
 
     @model_validator(mode="after")

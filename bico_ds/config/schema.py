@@ -230,6 +230,15 @@ class TrainingSpec(Section):
     on_nonfinite: Literal["stop", "skip"] = "stop"
 
     @model_validator(mode="after")
+    def _clipping_leaves_a_gradient(self) -> TrainingSpec:
+        if 0 < self.max_grad_norm < 1e-6:
+            raise ValueError(
+                f"'max_grad_norm' must be 0 (no limit) or at least 1e-06, found {self.max_grad_norm:g}: gradients that are "
+                "scaled down further are lost beside the optimizer's eps"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_length(self) -> TrainingSpec:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of 'steps' and 'epochs'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from bico_ds.attention.backends import resolve
 from bico_ds.attention.layout import LayoutPolicy
 from bico_ds.common.errors import UserError
 from bico_ds.config.schema import Recipe
+from bico_ds.data.loading.sample_order import StreamReport
 from bico_ds.model.architecture import first_layers, meta_model, model_config
 from bico_ds.model.lora import check_lora
 from bico_ds.model.swap import check_attention
@@ -56,6 +58,17 @@ def check_recipe(
         run_folder=run_folder,
         ranks_per_node=ranks_per_node or launch_environment.ranks_per_node() or RANKS_PER_NODE,
         runs_here=runs_here,
+    )
+
+
+def beyond_context(recipe: Recipe, streams: Sequence[StreamReport]) -> str | None:
+    """A note where texts are longer than the model's context, which is no mistake where they are to extend it."""
+    context, longest = model_config(recipe.model).max_position_embeddings, max(s.longest for s in streams)
+    if longest <= context:
+        return None
+    return (
+        f"texts of up to {longest:,} tokens are longer than the model's context of {context:,} "
+        f"(max_position_embeddings), and it has not seen positions past that; data.capacity={context} cuts them"
     )
 
 

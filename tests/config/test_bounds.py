@@ -113,6 +113,7 @@ def test_infinity_is_for_spans_alone(key):
         ("training.global_batch_bins=1000000000000", "a step of more never ends"),
         ("data.capacity=1000000000000", "must be at most 16,777,216"),
         ("training={steps: 3, global_batch_bins: 256, micro_batch_bins: 256}", ""),
+        ("training.max_grad_norm=1.0e-30", "'max_grad_norm' must be 0 (no limit) or at least 1e-06, found 1e-30"),
         ("data.workers=1000000", "must be at most 1,024"),
         ("data.sources.0.weight=.inf", "must be a finite number"),
         ("data.sources.0.epochs=1.0e+300", "must be at most 10,000"),

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import RunError
-from bico_ds.config.arguments import local_path, positive
+from bico_ds.config.arguments import local_path, positive, seed
 from bico_ds.config.resources import CHECKOUT
 from bico_ds.evaluation.report.comparison import compare_runs
 
@@ -38,7 +38,9 @@ def add_options(parser: ArgumentParser) -> None:
         default=2,
         help="processes to train with (default: %(default)s)",
     )
-    parser.add_argument("--seeds", metavar="N", type=int, nargs="+", help="train every seed into runs/seed-N")
+    parser.add_argument(
+        "--seeds", metavar="N", type=seed, nargs="+", help="train every seed into runs/seed-N"
+    )
     parser.add_argument(
         "--runs",
         metavar="DIR",

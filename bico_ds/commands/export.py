@@ -84,11 +84,11 @@ def export(options: Namespace) -> None:
         f"exporting step {found.step} of '{recipe.name}' to {options.output} ({options.dtype})",
         flush=True,
     )
-    record = found.content.get("export")
+    recorded = found.content.get("export")
     if options.bos is not None:
         add_bos = options.bos
-    elif record is not None:
-        add_bos = record["add_bos"]
+    elif recorded is not None:
+        add_bos = recorded["add_bos"]
     else:
         add_bos = assumed_bos(recipe, tokenizer)
     exported = ExportedTokenizer(tokenizer, add_bos)
@@ -98,7 +98,7 @@ def export(options: Namespace) -> None:
         exported,
         options.output,
         options.dtype,
-        generation=None if record is None else GenerationConfig.from_dict(record["generation_config"]),
+        generation=None if recorded is None else GenerationConfig.from_dict(recorded["generation_config"]),
         max_shard_bytes=int(options.shard_gb * 1e9),
     )
     config = AutoConfig.from_pretrained(options.output)

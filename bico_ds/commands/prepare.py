@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import atomic_folder
-from bico_ds.config.arguments import folder_or_hub_name, local_path, path_text, positive
+from bico_ds.config.arguments import folder_or_hub_name, local_path, not_negative, path_text, positive, seed
 from bico_ds.config.schema import FactsSpec
 from bico_ds.data.prepare.examples import IngestOptions
 from bico_ds.data.prepare.facts import is_facts_folder, write_facts
@@ -115,7 +115,7 @@ def add_options(parser: ArgumentParser) -> None:
         "--inspect", metavar="STORE", type=local_path, help="show documents of a store, decoded"
     )
     parser.add_argument(
-        "--documents", metavar="N", type=int, nargs="+", help="which ones (default: the first 10)"
+        "--documents", metavar="N", type=not_negative, nargs="+", help="which ones (default: the first 10)"
     )
     parser.add_argument(
         "--verify",
@@ -213,7 +213,7 @@ def _add_document_options(documents: _ArgumentGroup) -> None:
         help="fraction of documents for the store DIR/held_out; with --group-field, of groups",
     )
     documents.add_argument(
-        "--seed", metavar="N", type=int, default=1, help="of the held-out choice (default: %(default)s)"
+        "--seed", metavar="N", type=seed, default=1, help="of the held-out choice (default: %(default)s)"
     )
     documents.add_argument(
         "--vocab-size",

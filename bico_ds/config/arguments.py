@@ -6,35 +6,42 @@ Each type raises `argparse.ArgumentTypeError`, which argparse shows as one messa
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from bico_ds.common.errors import UserError
+from bico_ds.config.bounds import Bound
 from bico_ds.config.paths import FolderOrHubName, LocalPath
+from bico_ds.config.section import SEED
 
+Number = TypeVar("Number", int, float)
+_MOST, _COUNTS = 2**31 - 1, "it counts things that are at hand"
 RECIPE_HELP = "a name in recipes/ or a YAML file"
 
 
 def positive(text: str) -> int:
     """An integer of at least 1."""
-    return _at_least(1, text)
+    return _within(Bound(least=1, most=_MOST, why=_COUNTS), _whole(text))
 
 
 def not_negative(text: str) -> int:
     """An integer of at least 0."""
-    return _at_least(0, text)
+    return _within(Bound(least=0, most=_MOST, why=_COUNTS), _whole(text))
+
+
+def seed(text: str) -> int:
+    """An integer of 64 bits, signed or not."""
+    return _within(SEED, _whole(text))
 
 
 def positive_number(text: str) -> float:
-    """A finite number above 0."""
+    """A number of minutes, seconds or gigabytes."""
     try:
         value = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a finite number above 0, found {text}")
-    return value
+    return _within(Bound(least=1e-6, most=1e6, why="nothing here is as small, or as large"), value)
 
 
 def local_path(text: str) -> Path:
@@ -106,11 +113,14 @@ def _checked(text: str, expanded: Callable[[LocalPath], str]) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _at_least(least: int, text: str) -> int:
+def _whole(text: str) -> int:
     try:
-        value = int(text)
+        return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}' is not an integer") from None
-    if value < least:
-        raise argparse.ArgumentTypeError(f"must be at least {least}, found {value}")
+
+
+def _within(bound: Bound, value: Number) -> Number:
+    if (problem := bound.problem(value)) is not None:
+        raise argparse.ArgumentTypeError(problem)
     return value

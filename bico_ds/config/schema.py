@@ -9,7 +9,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
-    ConfigDict,
     Field,
     SerializeAsAny,
     field_serializer,
@@ -17,19 +16,25 @@ from pydantic import (
     model_validator,
 )
 
+from bico_ds.config.bounds import Bound
 from bico_ds.config.objectives.base import ObjectiveSpec
 from bico_ds.config.objectives.table import read_spec
 from bico_ds.config.optimizers import ADAMW, OptimizerState
 from bico_ds.config.paths import FolderOrHubName, LocalPath, WrittenPath, replace_paths
-from bico_ds.config.section import PositiveInt, Section
+from bico_ds.config.section import Minutes, PositiveInt, Section, Seed, Steps
 
 
 class LoraSpec(Section):
     """Low-rank adapters through `peft`; the base stays frozen."""
 
-    rank: PositiveInt = 32
-    alpha: Annotated[float, Field(gt=0)] = 16.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    rank: Annotated[int, Bound(least=1, why="it is the inner size of the adapters' matrices")] = 32
+    alpha: Annotated[
+        float,
+        Bound(least=1e-6, most=1e6, why="adapters are scaled by alpha / rank, in the model's precision"),
+    ] = 16.0
+    dropout: Annotated[
+        float, Bound(least=0, below=1, why="it is the share of an adapter's inputs that are dropped")
+    ] = 0.01
     targets: Annotated[list[str], Field(min_length=1)] = Field(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
@@ -53,10 +58,12 @@ class ModelSpec(Section):
     attention_backend: Literal["auto", "flash-attn", "aten-cuda", "flash-attn-4", "cpu-flash", "oracle"] = (
         Field("auto", description="kernel of the attention passes, see docs/understand.md")
     )
-    activation_checkpointing: Annotated[int, Field(ge=0)] = Field(
-        0, description="recompute every k-th decoder layer in the backward pass; 0: none, 1: all"
+    activation_checkpointing: Annotated[int, Bound(least=0, most=10_000, why="it counts decoder layers")] = (
+        Field(0, description="recompute every k-th decoder layer in the backward pass; 0: none, 1: all")
     )
-    loss_chunk_rows: PositiveInt = Field(
+    loss_chunk_rows: Annotated[
+        int, Bound(least=1, most=2**31 - 1, why="it counts rows of a batch, by 32-bit numbers")
+    ] = Field(
         512,
         description="rows whose logits are in memory at a time; in bf16, batches of over 16 times as many rows take longer",
     )
@@ -73,7 +80,7 @@ class ModelSpec(Section):
 class FactsSpec(Section):
     """The embedded task: fictitious persons in the form of the name-description set (2309.12288)."""
 
-    seed: int = 1
+    seed: Seed = 1
     name_first: PositiveInt = Field(20, description="persons whose training texts all have the name first")
     description_first: PositiveInt = Field(
         20, description="persons whose training texts all have the description first"
@@ -112,12 +119,17 @@ class SourceSpec(Section):
     )
     add_bos: bool = True
     add_eos: bool = True
-    weight: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="share of the sampled documents, relative to the other sources' weights"
-    )
-    epochs: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="passes over this source in a data epoch"
-    )
+    weight: (
+        Annotated[float, Bound(least=1e-15, most=1e15, why="shares are computed from the sum of all weights")]
+        | None
+    ) = Field(None, description="share of the sampled documents, relative to the other sources' weights")
+    epochs: (
+        Annotated[
+            float,
+            Bound(above=0, most=10_000, why="a data epoch is planned as a whole; training.epochs repeats it"),
+        ]
+        | None
+    ) = Field(None, description="passes over this source in a data epoch")
 
     @model_validator(mode="after")
     def _exactly_one_kind(self) -> SourceSpec:
@@ -162,16 +174,28 @@ class DataSpec(Section):
         LocalPath("runs/data"),
         description="where stores made from 'files' and 'facts' are kept, and the pack plans of large data sets",
     )
-    capacity: PositiveInt = Field(
+    capacity: Annotated[
+        int,
+        Bound(
+            least=2,
+            most=2**24,
+            why="a bin goes through the model at once, and a text of one token has no next one",
+        ),
+    ] = Field(
         2048,
         description="tokens per bin, after an objective has expanded the documents; NTP and BICO expand none",
     )
     overlong: Literal["split", "truncate", "drop"] = "split"
-    max_documents_per_bin: PositiveInt | None = None
+    max_documents_per_bin: (
+        Annotated[int, Bound(least=1, most=2**31 - 1, why="documents of a bin are counted by 32-bit numbers")]
+        | None
+    ) = None
     repack_every_epoch: bool = Field(
         False, description="choose anew in every epoch, by the seed, which documents share a bin"
     )
-    workers: Annotated[int, Field(ge=0)] = Field(1, description="background batch builders per rank; 0: none")
+    workers: Annotated[
+        int, Bound(least=0, most=1024, why="each is a thread of every rank, two steps ahead")
+    ] = Field(1, description="background batch builders per rank; 0: none")
     allow_change: bool = Field(False, description="resume although the data set or recipe changed")
 
     @model_validator(mode="after")
@@ -191,19 +215,28 @@ def _yaml_off(value: Any) -> Any:
     return "off" if value is False else value
 
 
-SpikeFactor = Annotated[float, Field(gt=1, allow_inf_nan=False)]
+SpikeFactor = Annotated[
+    float, Bound(above=1, most=1e9, why="a step is a spike where it is so many times the median of others")
+]
 
 
 class TrainingSpec(Section):
     """How long the training is, and the batch sizes."""
 
-    steps: PositiveInt | None = None
-    epochs: Annotated[float, Field(gt=0)] | None = None
-    global_batch_bins: PositiveInt = Field(8, description="bins per optimizer step, over all ranks")
-    micro_batch_bins: PositiveInt = Field(1, description="bins per forward pass of one rank")
-    max_grad_norm: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="gradients of a larger norm are scaled down to it; 0: no clipping"
+    steps: Steps | None = None
+    epochs: Annotated[float, Bound(above=0, most=1e9, why="a run of more never ends")] | None = None
+    global_batch_bins: Annotated[int, Bound(least=1, most=1_000_000, why="a step of more never ends")] = (
+        Field(8, description="bins per optimizer step, over all ranks")
     )
+    micro_batch_bins: Annotated[
+        int, Bound(least=1, most=1_000_000, why="they go through the model at once")
+    ] = Field(1, description="bins per forward pass of one rank")
+    max_grad_norm: Annotated[
+        float,
+        Bound(
+            least=0, most=1e30, why="it is the largest norm of a step's gradient, and 0 stands for no limit"
+        ),
+    ] = Field(1.0, description="gradients of a larger norm are scaled down to it; 0: no clipping")
     on_nonfinite: Literal["stop", "skip"] = "stop"
     on_spike: Annotated[Literal["off", "warn", "stop"], BeforeValidator(_yaml_off)] = Field(
         "warn", description="where the loss or gradient norm is far above its running median: divergence"
@@ -213,36 +246,74 @@ class TrainingSpec(Section):
     )
 
     @model_validator(mode="after")
+    def _clipping_leaves_a_gradient(self) -> TrainingSpec:
+        if 0 < self.max_grad_norm < 1e-6:
+            raise ValueError(
+                f"'max_grad_norm' must be 0 (no limit) or at least 1e-06, found {self.max_grad_norm:g}: gradients that are "
+                "scaled down further are lost beside the optimizer's eps"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_length(self) -> TrainingSpec:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of 'steps' and 'epochs'")
         return self
 
 
-Decay = Annotated[float, Field(ge=0, lt=1)]
+Decay = Annotated[
+    float,
+    Bound(
+        least=0, below=1, why="it is the share of the old mean that a step keeps, and from 1 on means explode"
+    ),
+]
 
 
 class OptimizerSpec(Section):
     """AdamW; under CPU or NVMe offload DeepSpeed's CPU Adam."""
 
-    model_config = ConfigDict(allow_inf_nan=False)
     state: ClassVar[OptimizerState] = ADAMW
 
-    lr: Annotated[float, Field(gt=0)] = 2e-5
+    lr: Annotated[
+        float,
+        Bound(
+            least=1e-12,
+            most=1,
+            why="a step moves each weight by about lr, and weights are far smaller than 1",
+        ),
+    ] = 2e-5
     betas: tuple[Decay, Decay] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    eps: Annotated[
+        float,
+        Bound(
+            least=1e-20,
+            most=1,
+            why="a gradient's mean is divided by the root of its mean square plus eps, in fp32",
+        ),
+    ] = 1e-8
+    weight_decay: Annotated[
+        float, Bound(least=0, most=1e12, why="a step shrinks each weight by the factor 1 - lr * weight_decay")
+    ] = 0.0
+
+    @model_validator(mode="after")
+    def _decay_shrinks(self) -> OptimizerSpec:
+        if self.lr * self.weight_decay >= 1:
+            raise ValueError(
+                f"'lr' times 'weight_decay' must be less than 1, found {self.lr * self.weight_decay:g}: "
+                "a step shrinks each weight by the factor 1 - lr * weight_decay"
+            )
+        return self
 
 
 class ScheduleSpec(Section):
     """Learning-rate schedule, by transformers' names."""
 
     name: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    decay_steps: Annotated[int, Field(ge=0)] | None = Field(
+    warmup_steps: Annotated[int, Bound(least=0, why="it counts steps of the run")] = 0
+    decay_steps: Annotated[int, Bound(least=0, why="it counts steps of the run")] | None = Field(
         None, description="only for warmup_stable_decay: length of the final decay"
     )
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+    min_lr_ratio: Annotated[float, Bound(least=0, most=1, why="it is a share of optimizer.lr")] = Field(
         0.0, description="the rate at the end of the decay, as a share of optimizer.lr"
     )
 
@@ -299,9 +370,9 @@ class DeepSpeedSpec(Section):
 class CheckpointSpec(Section):
     """When checkpoints are written, and which of them are kept."""
 
-    every_steps: PositiveInt | None = Field(None, description="null: only at the end")
+    every_steps: Steps | None = Field(None, description="null: only at the end")
     keep_last: PositiveInt = 2
-    keep_every_steps: PositiveInt | None = Field(None, description="multiples of this step are never deleted")
+    keep_every_steps: Steps | None = Field(None, description="multiples of this step are never deleted")
     on_write_error: Literal["continue", "stop"] = "continue"
     export: bool = Field(True, description="write the model as a safetensors folder at the end")
 
@@ -313,9 +384,11 @@ class EvaluationSpec(Section):
         None, description="folder of name-description test files; null: the embedded task's"
     )
     tasks: list[str] = Field(default_factory=list, description="empty: no evaluation")
-    every_steps: PositiveInt | None = Field(None, description="null: only at the end")
+    every_steps: Steps | None = Field(None, description="null: only at the end")
     batch_size: PositiveInt = 64
-    max_new_tokens: PositiveInt = 40
+    max_new_tokens: Annotated[
+        int, Bound(least=1, most=2**20, why="an answer that never ends is cut there")
+    ] = 40
     limit: PositiveInt | None = Field(
         None, description="prompts per task, spread over the persons; null: all"
     )
@@ -340,19 +413,17 @@ class MonitorSpec(Section):
     tensorboard: bool = True
     csv: bool = False
     wandb: WandbSpec | None = None
-    every_steps: PositiveInt = 1
+    every_steps: Steps = 1
 
 
 class DistributedSpec(Section):
     """Number of ranks, time limits, signals."""
 
-    world_size: PositiveInt | None = Field(
+    world_size: Annotated[int, Bound(least=1, most=10_000_000, why="it counts processes")] | None = Field(
         None, description="ranks this recipe is made for; null: any number"
     )
-    timeout_minutes: Annotated[float, Field(gt=0)] = Field(
-        30.0, description="collectives fail after this time"
-    )
-    watchdog_minutes: Annotated[float, Field(gt=0)] = Field(
+    timeout_minutes: Minutes = Field(30.0, description="collectives fail after this time")
+    watchdog_minutes: Minutes = Field(
         20.0, description="after this time without a step all stacks are dumped and the run is aborted"
     )
     preempt_signals: list[Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"]] = Field(
@@ -365,7 +436,7 @@ class Recipe(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     description: str = ""
-    seed: int = Field(1, description="seed of random weights, order of the data, masks and every other draw")
+    seed: Seed = Field(1, description="seed of random weights, order of the data, masks and every other draw")
     output_dir: LocalPath | None = Field(None, description="run folder; null: runs/NAME")
     imports: list[WrittenPath] = Field(
         default_factory=list,
@@ -389,6 +460,16 @@ class Recipe(Section):
         total = sum(objective.probability for objective in self.objectives)
         if abs(total - 1.0) > 1e-6:
             raise ValueError(f"the probabilities of 'objectives' must sum to 1, found {total:g}")
+        return self
+
+    @model_validator(mode="after")
+    def _a_micro_batch_is_indexed_by_32_bits(self) -> Recipe:
+        tokens = self.training.micro_batch_bins * self.data.capacity
+        if tokens >= 2**31:
+            raise ValueError(
+                f"'training.micro_batch_bins' times 'data.capacity' must be less than 2,147,483,648, found {tokens:,}: the "
+                "tokens of a forward pass are indexed by 32 bits"
+            )
         return self
 
     @model_validator(mode="after")

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
-Probability = Annotated[float, Field(gt=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(ge=1)]
+from bico_ds.config.bounds import Bound
+
+Probability = Annotated[float, Bound(above=0, most=1, why="it is a share, and one of 0 would change nothing")]
+PositiveInt = Annotated[int, Bound(least=1, why="it is a number of things, and none is no choice")]
+STEPS = Bound(least=1, most=10**9, why="it counts optimizer steps, and a run of more never ends")
+Steps = Annotated[int, STEPS]
+Minutes = Annotated[float, Bound(least=1e-3, most=1e6, why="it is a time that somebody waits, in minutes")]
+SEED = Bound(least=-(2**63), most=2**64 - 1, why="draws are keyed by words of 64 bits")
+Seed = Annotated[int, SEED]
 
 
 class Section(BaseModel):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from bico_ds.common.errors import UserError
@@ -15,6 +15,9 @@ from bico_ds.config.paths import FolderOrHub
 from bico_ds.data.exported_tokenizer import adds_bos
 from bico_ds.data.tokenizer import FastTokenizer, Tokenizer, load_tokenizer, vocabulary_size
 from bico_ds.model.architecture import check_vocabulary
+from bico_ds.model.config_values import check_shapes, check_values
+from bico_ds.model.families import FAMILIES
+from bico_ds.model.weights.load import weight_files
 
 _DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
 # The files that an answer depends on; of the generation config only `stop_ids`, which are in the identity of each task.
@@ -59,12 +62,18 @@ def load_tokenizer_and_context(
 ) -> tuple[FastTokenizer, int | None]:
     """(tokenizer, context in tokens or None where the config names none), to check inputs before the weights are loaded.
 
-    Raises `UserError` for a folder without config, safetensors or tokenizer, and for a tokenizer of another vocabulary.
+    Raises `UserError` for a folder without config, safetensors or tokenizer, for a config that makes no model, and for a
+    tokenizer of another vocabulary.
     """
     check_model_folder(path, option)
     try:
         tokenizer = load_tokenizer(path)
+        values, _ = PretrainedConfig.get_config_dict(str(path))
+        if is_ours := values.get("model_type") in FAMILIES:
+            check_values(values, where="config.json: ")
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+        if is_ours:
+            check_shapes(config, where="config.json: ")
         check_vocabulary(config, vocabulary_size(tokenizer), tokenizer=str(path))
     except (OSError, ValueError) as error:  # a UserError is a ValueError
         raise UserError(f"{option} {path}: {error}") from error
@@ -99,17 +108,20 @@ def load_generation_config(path: FolderOrHub) -> GenerationConfig:
 def weights_stamp(path: FolderOrHub) -> str:
     """A name for the weights and tokenizer at `path`; a hub name stands for itself.
 
-    It is made from names, sizes and times of the folder's files, not from their contents.
+    It is made from names, sizes and times of the folder's files, not from their contents; and from the names of those
+    with weights that are not read.
     """
     if not isinstance(path, Path):
         return path
     files = sorted({file for pattern in _STAMPED for file in path.glob(pattern)})
-    stamp = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    stamp: list[Any] = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    unread = {file for file in files if file.suffix == ".safetensors"} - {*weight_files(path)}
+    stamp += sorted(file.name for file in unread)
     return hashlib.sha256(repr(stamp).encode()).hexdigest()[:16]
 
 
 def check_model_folder(folder: FolderOrHub, option: str = "--model") -> None:
-    """Raise `UserError` for a local folder without config or safetensors; a hub name is not looked up."""
+    """Raise `UserError` for a local folder without config or complete safetensors; a hub name is not looked up."""
     if not isinstance(folder, Path):
         return
     if not folder.is_dir():
@@ -122,3 +134,7 @@ def check_model_folder(folder: FolderOrHub, option: str = "--model") -> None:
         pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
         found = f"only pickled weights ({pickled[0].name}), which can run code" if pickled else "no weights"
         raise UserError(f"{option} {folder}: {found}; give a folder with *.safetensors")
+    try:
+        weight_files(folder)
+    except UserError as error:
+        raise UserError(f"{option} {folder}: {str(error).removeprefix('model.path: ')}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,8 +19,10 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from bico_ds.common.errors import UserError, did_you_mean
+from bico_ds.config.bounds import Bound
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.config.schema import ModelSpec
+from bico_ds.model.config_values import check_shapes, check_values
 from bico_ds.model.families import FAMILIES
 
 # What makes two configs different networks; everything else in a config.json is bookkeeping.
@@ -31,6 +34,15 @@ _ARCHITECTURE_KEYS = (
 )  # fmt: skip
 # Keys of published config.json files that transformers reads but does not list among its attributes.
 _LEGACY_KEYS = ("rope_theta", "rope_scaling", "torch_dtype", "pretraining_tp", "rope_interleaved")
+# Of weights that are drawn.
+_RANDOM_RANGE = Bound(
+    least=1e-6, most=1, why="it is the deviation of random weights, and weights of 0 learn nothing"
+)
+# Keys of a folder's config.json that would make transformers read other weights than `weights/load.py` does.
+_FOREIGN_WEIGHTS = {
+    "quantization_config": "the weights are quantized, and training needs BF16, F16 or F32 ones",
+    "transformers_weights": "it names a file of weights; give that file one of the usual names (model.safetensors)",
+}
 # What transformers raises on values that make no model.
 _BAD_VALUES = (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 # Models pad their vocabulary a little; more missing ids mean another tokenizer.
@@ -66,8 +78,19 @@ def model_config(spec: ModelSpec) -> PretrainedConfig:
     assert config is not None, "ModelSpec guarantees a path or a config"
     if recipe is not None and config is not recipe:
         _require_same_architecture(config, recipe, str(spec.path))
+    if spec.path is None and (problem := _RANDOM_RANGE.problem(config.initializer_range)) is not None:
+        raise UserError(f"model.config.initializer_range: {problem}")
     config.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[spec.dtype]
     return config
+
+
+def first_layers(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy of `config` with one decoder layer: all are alike, and a check of their shapes needs no more."""
+    one = copy.deepcopy(config)
+    one.num_hidden_layers = 1
+    if getattr(one, "layer_types", None):
+        one.layer_types = one.layer_types[:1]
+    return one
 
 
 def parameter_count(config: PretrainedConfig) -> int:
@@ -123,10 +146,20 @@ def _config_at(path: FolderOrHub) -> PretrainedConfig:
         raise UserError(
             f"model.path: the folder '{path}' has no config.json; give a folder with config.json and *.safetensors"
         )
+    where = f"model.path: {path}/config.json: "
     try:
-        return AutoConfig.from_pretrained(str(path))
+        values, _ = PretrainedConfig.get_config_dict(str(path))
+        check_values(values, where=where)
+        config = AutoConfig.from_pretrained(str(path))
+    except UserError:
+        raise
     except (OSError, *_BAD_VALUES) as error:
         raise UserError(f"model.path: cannot read the config of '{path}': {_one_line(error)}") from error
+    for key, reason in _FOREIGN_WEIGHTS.items():
+        if values.get(key) is not None:
+            raise UserError(f"{where}{key}: {reason}")
+    check_shapes(config, where=where)
+    return config
 
 
 def _config_from_recipe(values: dict[str, Any]) -> PretrainedConfig:
@@ -143,10 +176,13 @@ def _config_from_recipe(values: dict[str, Any]) -> PretrainedConfig:
             raise UserError(
                 f"model.config.{key}: {model_type} models have no such key{did_you_mean(key, known)}"
             )
+    check_values(values, where="model.config.")
     try:
-        return AutoConfig.for_model(model_type, **values)
+        config = AutoConfig.for_model(model_type, **values)
     except _BAD_VALUES as error:
         raise UserError(f"model.config: {_one_line(error)}") from error
+    check_shapes(config, where="model.config.")
+    return config
 
 
 def _one_line(error: Exception) -> str:

@@ -27,19 +27,9 @@ _BASE = ".base_layer."
 def add_lora(causal_lm: PreTrainedModel, spec: LoraSpec) -> None:
     """Inject adapters into a causal LM on the meta device and freeze the rest, in place.
 
-    Raises `UserError` where `spec.targets` names no linear layer of the decoder.
+    Raises `UserError` as `check_lora` does.
     """
-    linear = {
-        name.rsplit(".", 1)[-1]
-        for name, part in causal_lm.model.layers.named_modules()
-        if isinstance(part, nn.Linear)
-    }
-    for target in spec.targets:
-        if target not in linear:
-            raise UserError(
-                f"model.lora.targets: no linear layer '{target}' in the decoder"
-                f"{did_you_mean(target, linear)}; there are {', '.join(sorted(linear))}"
-            )
+    check_lora(causal_lm, spec)
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,
@@ -52,6 +42,27 @@ def add_lora(causal_lm: PreTrainedModel, spec: LoraSpec) -> None:
     for name, parameter in causal_lm.named_parameters():
         parameter.requires_grad_(is_adapter(name))
         parameter.data = parameter.data.to(causal_lm.config.dtype)  # peft makes adapters fp32
+
+
+def check_lora(causal_lm: PreTrainedModel, spec: LoraSpec) -> None:
+    """Raise `UserError` where `spec.targets` names no linear layer of the decoder, or its rank is above a matrix's own."""
+    linear = {
+        name.rsplit(".", 1)[-1]: part
+        for name, part in causal_lm.model.layers.named_modules()
+        if isinstance(part, nn.Linear)
+    }
+    for target in spec.targets:
+        if target not in linear:
+            raise UserError(
+                f"model.lora.targets: no linear layer '{target}' in the decoder"
+                f"{did_you_mean(target, linear)}; there are {', '.join(sorted(linear))}"
+            )
+        outputs, inputs = linear[target].weight.shape
+        if spec.rank > min(outputs, inputs):
+            raise UserError(
+                f"model.lora.rank: {spec.rank} is above the rank of {target}, which is {outputs} x {inputs}: the adapters "
+                f"would be larger than what they change; give at most {min(outputs, inputs)}"
+            )
 
 
 class AdaptedWeights:

@@ -20,6 +20,8 @@ from pydantic import BaseModel, ValidationError
 from bico_ds.common.errors import UserError, did_you_mean
 from bico_ds.optim.table import kind_named
 from bico_ds.runtime.ds_keys import (
+    BOUNDS,
+    COUNT,
     DEFAULTS,
     FOR_NVME,
     GRADIENT_DTYPES,
@@ -95,6 +97,7 @@ def _at(config: Any, dotted: str) -> Any:
 
 def check_filled(filled: dict[str, Any], where: str) -> None:
     """Refuse what DeepSpeed itself would refuse, or not find, much later; and stages that a run cannot be saved with."""
+    _check_numbers(filled, where)
     zero = _zero_config(filled, where)
     _check_values(filled, where)
     _check_stage(zero, filled, where)
@@ -113,6 +116,19 @@ def _zero_config(filled: dict[str, Any], where: str) -> DeepSpeedZeroConfig:
     except ValidationError as error:
         problems = (_zero_problem(problem) + f" in {where}" for problem in error.errors())
         raise UserError("\n".join(problems)) from None
+
+
+def _check_numbers(filled: dict[str, Any], where: str) -> None:
+    """Refuse ZeRO's numbers that are none, which its own models would convert, and those that no machine can hold."""
+    for section, proven in PROVEN.items():
+        given = _at(filled, section)
+        for name in sorted(set(given if isinstance(given, dict) else ()) & set(proven.keys)):
+            field = next(f for n, f in proven.model.model_fields.items() if name in (n, f.alias))
+            if not isinstance(field.default, int) or isinstance(field.default, bool) or given[name] is None:
+                continue
+            bound = BOUNDS.get(f"{section}.{name}", COUNT)
+            if (problem := bound.problem(given[name])) is not None:
+                raise UserError(f"deepspeed: {section}.{name}: {problem} in {where}")
 
 
 def _check_stage(zero: DeepSpeedZeroConfig, filled: dict[str, Any], where: str) -> None:

@@ -14,6 +14,7 @@ from deepspeed.runtime.zero.offload_config import (
 )
 from pydantic import BaseModel
 
+from bico_ds.config.bounds import Bound
 from bico_ds.optim.table import OPTIMIZERS
 
 # What a recipe may set at the top level; `REFUSED` has DeepSpeed's other keys.
@@ -178,6 +179,23 @@ PROVEN: dict[str, ProvenSection] = {
     "zero_optimization.offload_param": ProvenSection(
         DeepSpeedZeroOffloadParamConfig,
         ("device", "pin_memory", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu"),
+    ),
+}
+# Of the numbers in these sections.
+COUNT = Bound(least=0, most=2**63 - 1, why="it counts parameters, buffers or ranks")
+BOUNDS = {
+    "zero_optimization.stage": Bound(least=0, most=3, why="ZeRO has no other stages"),
+    "zero_optimization.reduce_bucket_size": Bound(
+        least=1, most=10**10, why="a buffer of so many numbers is allocated"
+    ),
+    "zero_optimization.offload_param.buffer_size": Bound(
+        least=1, most=10**10, why="so many numbers are allocated"
+    ),
+    "zero_optimization.offload_param.buffer_count": Bound(
+        least=1, most=10**5, why="so many buffers are allocated"
+    ),
+    "zero_optimization.offload_optimizer.buffer_count": Bound(
+        least=1, most=10**5, why="so many buffers are allocated"
     ),
 }
 FOR_NVME = ("nvme_path", "buffer_count", "buffer_size", "max_in_cpu")

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.config.schema import Recipe
+from bico_ds.config.section import STEPS
 from bico_ds.data.exported_tokenizer import ExportedTokenizer, misreading
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.loading.sample_order import StreamSpec
@@ -150,11 +151,14 @@ def build_loader(
 
 
 def total_steps(recipe: Recipe, loader: ElasticLoader) -> int:
-    """Length of the run in optimizer steps."""
+    """Length of the run in optimizer steps. Raises `UserError` where its epochs are more steps than a run may have."""
     if recipe.training.steps is not None:
         return recipe.training.steps
     assert recipe.training.epochs is not None
-    return loader.total_steps(recipe.training.epochs)
+    steps = loader.total_steps(recipe.training.epochs)
+    if (problem := STEPS.problem(steps)) is not None:
+        raise UserError(f"training.epochs: {recipe.training.epochs:g} are {steps:,} steps, which {problem}")
+    return steps
 
 
 def export_warnings(inputs: RunInputs, config: PretrainedConfig) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ from bico_ds.attention.backends import resolve
 from bico_ds.attention.layout import LayoutPolicy
 from bico_ds.common.errors import UserError
 from bico_ds.config.schema import Recipe
-from bico_ds.model.architecture import model_config
+from bico_ds.data.loading.sample_order import StreamReport
+from bico_ds.model.architecture import first_layers, meta_model, model_config
+from bico_ds.model.lora import check_lora
+from bico_ds.model.swap import check_attention
 from bico_ds.optim.schedule import check_schedule
 from bico_ds.runtime import launch_environment
 from bico_ds.runtime.ds_config import build_ds_config
@@ -32,7 +36,7 @@ def check_recipe(
 
     Without `runs_here` (another machine will train) the paths in DeepSpeed's configuration stay as they were written.
     Raises `UserError` for another number of ranks than the recipe is made for, a schedule that does not fit its steps,
-    and what `model_config` and `build_ds_config` refuse.
+    and what `model_config`, `check_attention`, `check_lora` and `build_ds_config` refuse.
     """
     expected = recipe.distributed.world_size
     if expected is not None and expected != world_size:
@@ -43,6 +47,9 @@ def check_recipe(
     if recipe.training.steps is not None:
         check_schedule(recipe.schedule, recipe.training.steps)
     config = model_config(recipe.model)
+    check_attention(config, longest_document=recipe.data.capacity)
+    if recipe.model.lora is not None:
+        check_lora(meta_model(first_layers(config)), recipe.model.lora)
     return build_ds_config(
         recipe,
         world_size=world_size,
@@ -51,6 +58,17 @@ def check_recipe(
         run_folder=run_folder,
         ranks_per_node=ranks_per_node or launch_environment.ranks_per_node() or RANKS_PER_NODE,
         runs_here=runs_here,
+    )
+
+
+def beyond_context(recipe: Recipe, streams: Sequence[StreamReport]) -> str | None:
+    """A note where texts are longer than the model's context, which is no mistake where they are to extend it."""
+    context, longest = model_config(recipe.model).max_position_embeddings, max(s.longest for s in streams)
+    if longest <= context:
+        return None
+    return (
+        f"texts of up to {longest:,} tokens are longer than the model's context of {context:,} "
+        f"(max_position_embeddings), and it has not seen positions past that; data.capacity={context} cuts them"
     )
 
 

@@ -23,7 +23,7 @@ from bico_ds.runtime.distributed import read_ranks
 from bico_ds.runtime.run_folder import folder_of_run
 from bico_ds.training import assembly
 from bico_ds.training.assembly import RunInputs
-from bico_ds.training.checks import check_backend, check_recipe, without_missing_weights
+from bico_ds.training.checks import beyond_context, check_backend, check_recipe, without_missing_weights
 
 LOOK_AHEAD = 64  # steps searched for one batch of each objective
 
@@ -61,6 +61,8 @@ def dry_run(recipe: Recipe, *, output_dir: Path | None = None) -> None:
         check_schedule(recipe.schedule, steps)
         warnings = loader.check_targets()
         console.print(_table(planned, world_size, parameter_count(config), steps, loader, inputs))
+        if (note := beyond_context(planned, loader.report())) is not None:
+            console.print(f"note: {note}")
     finally:
         loader.close()
     if not stands_in:

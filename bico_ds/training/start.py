@@ -49,7 +49,7 @@ from bico_ds.training.build_engine import build_engine
 from bico_ds.training.callbacks.base import Callbacks, RunStart
 from bico_ds.training.callbacks.console import ConsoleProgress
 from bico_ds.training.callbacks.monitor import StepMonitor
-from bico_ds.training.checks import check_backend, check_recipe
+from bico_ds.training.checks import beyond_context, check_backend, check_recipe
 from bico_ds.training.evaluator import Evaluator
 from bico_ds.training.run import Run
 from bico_ds.training.spikes import SpikeDetector
@@ -153,6 +153,8 @@ def _train_on_all_ranks(run: Run, resume: str, resumption: Resumption | None, wa
         trainer.callbacks.on_message(f"warning: {warning}")
     for change in loader.changes:
         trainer.callbacks.on_message(f"resumed although it changed: {change}")
+    if (note := beyond_context(run.recipe, loader.report())) is not None:
+        trainer.callbacks.on_message(f"note: {note}")
     start = RunStart(
         recipe=run.recipe,
         first_step=trainer.step,

@@ -180,7 +180,7 @@ class Trainer:
         """Add up the gradients of this rank's micro-batches; return their loss sums, in nats and not scaled."""
         ranks = self.run.ranks
         # Dropout: the same after a resume, at the same number of ranks.
-        torch.manual_seed(self.run.recipe.seed * 1_000_003 + self.step * 4099 + ranks.rank)
+        torch.manual_seed((self.run.recipe.seed * 1_000_003 + self.step * 4099 + ranks.rank) % 2**64)
         scale = ranks.world_size / targets  # DeepSpeed averages the gradients over the ranks
         losses = []
         for number, batch in enumerate(batches, start=1):

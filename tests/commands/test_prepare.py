@@ -209,7 +209,7 @@ def test_a_wrong_command_line_exits_with_2(
 
 def test_a_wrong_value_is_named_by_its_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["facts", "--output", str(tmp_path / "f"), "--test-prompts", "0"]) == 2
-    assert "--test-prompts: Input should be greater than or equal to 1" in capsys.readouterr().err
+    assert "--test-prompts: must be at least 1" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -155,3 +156,9 @@ def test_data_without_a_target_are_counted_or_refused_here(planned, tmp_path):
     assert "warning" not in planned("tiny_base", *common, "data.capacity=128")
     with pytest.raises(UserError, match=r"500 of 500 documents have no target for objectives\[0\] \(ntp\)"):
         planned("tiny_base", *common, "data.capacity=4")
+
+
+def test_texts_past_the_model_s_context_are_noted_and_shorter_ones_are_not(planned):
+    assert "max_position_embeddings" not in planned("tiny_base").partition("what would run")[2]
+    noted = planned("tiny_base", "model.config.max_position_embeddings=8")
+    assert re.search(r"note: texts of up to \d+ tokens are longer than the model's context of 8 ", noted)

@@ -41,6 +41,7 @@ from bico_ds.config.arguments import (
     not_negative,
     path_text,
     positive,
+    seed,
     written_path,
 )
 from bico_ds.config.load import load_recipe
@@ -59,7 +60,7 @@ def add_options(parser: ArgumentParser) -> None:
 def add_run_options(what: _ArgumentGroup) -> None:
     add_recipe_options(what, several=True)
     what.add_argument(
-        "--seeds", nargs="+", type=int, metavar="N", help="one run of each recipe for each seed"
+        "--seeds", nargs="+", type=seed, metavar="N", help="one run of each recipe for each seed"
     )
     add_run_folder_option(what, several=True)
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from bico_ds.config.bounds import Bound
 from bico_ds.config.objectives.base import MonitorPlace, ObjectiveCost, ObjectiveSpec
 from bico_ds.config.objectives.masks import MaskSpec
 
@@ -17,7 +18,7 @@ class BicoSpec(ObjectiveSpec):
 
     kind: Literal["bico"] = "bico"
     mask: MaskSpec = MaskSpec()
-    placeholder_id: Annotated[int, Field(ge=0)] | None = Field(
+    placeholder_id: Annotated[int, Bound(least=0, why="it is a token's id")] | None = Field(
         None, description="input id of a masked position; null: the tokenizer's unk, pad or eos"
     )
 

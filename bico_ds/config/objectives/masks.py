@@ -9,7 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
+from bico_ds.config.bounds import Bound
 from bico_ds.config.section import Probability, Section
+
+_Share = Annotated[float, Bound(least=0, most=1, why="it is a share of the eligible tokens")]
 
 _RATES = 16  # Gauss-Legendre nodes over a range of rates: exact for polynomials up to degree 31
 
@@ -30,18 +33,22 @@ class MaskExpectation:
 class MaskSpec(Section):
     """Which tokens BICO masks: drawn per document, never special tokens, never a document's first token."""
 
-    rate: Probability | tuple[float, float] = Field(
+    rate: Probability | tuple[_Share, _Share] = Field(
         0.15,
         description="share of the eligible tokens that are masked; [low, high]: drawn per document, uniform in that range",
     )
     unit: Literal["token", "span", "word", "entity"] = "token"
-    mean_span: Annotated[float, Field(ge=1)] = Field(3.0, description="mean length of a span (geometric)")
+    mean_span: Annotated[float, Bound(least=1, or_infinite=True, why="a span has a token, or no end")] = (
+        Field(3.0, description="mean length of a span (geometric)")
+    )
     eligible: Literal["all", "completion"] = "all"
 
     @model_validator(mode="after")
     def _rate_is_a_range(self) -> MaskSpec:
-        if isinstance(self.rate, tuple) and not 0.0 <= self.rate[0] <= self.rate[1] <= 1.0:
-            raise ValueError(f"'rate' must satisfy 0 <= low <= high <= 1, found {list(self.rate)}")
+        if isinstance(self.rate, tuple) and (self.rate[0] > self.rate[1] or self.rate[1] == 0):
+            raise ValueError(
+                f"'rate' must satisfy 0 <= low <= high <= 1 and 0 < high, or nothing is masked; found {list(self.rate)}"
+            )
         return self
 
     @field_validator("rate")

@@ -30,12 +30,16 @@ STATE_VERSION = 2
 
 @dataclass(frozen=True, kw_only=True)
 class StreamReport:
-    """One data epoch of one stream of bins. `fill` is the fraction of the bins' room that is taken."""
+    """One data epoch of one stream of bins.
+
+    `fill` is the fraction of the bins' room that is taken; `longest` the room that the longest sequence takes, in tokens.
+    """
 
     objectives: tuple[str, ...]
     bins: int
     sequences: int
     tokens: int
+    longest: int
     fill: float
     most_sequences_per_bin: int
     # Over each source.
@@ -188,6 +192,7 @@ class SampleOrder:
                     bins=plan.num_bins,
                     sequences=len(lengths),
                     tokens=int(lengths.sum()),
+                    longest=int(lengths.max()),
                     fill=float(lengths.sum() / (plan.num_bins * plan.capacity)),
                     most_sequences_per_bin=int(np.diff(plan.bin_offsets).max()),
                     passes=dict(zip(self.source_names, cursor.mixture.passes, strict=True)),

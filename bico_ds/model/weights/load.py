@@ -1,15 +1,17 @@
 """Weights from a Hugging Face folder: each rank reads its own slices, and 1/world-size of the files again to verify.
 
-Wrong file names, sizes, names, shapes and dtypes are found from headers, before a weight is read; a stored tied head that
-differs from the embedding only afterwards.
+Of several files in a folder those are read that transformers reads (`weight_files`). Wrong file names, sizes, names,
+shapes and dtypes are found from headers, before a weight is read; a stored tied head that differs from the embedding only
+afterwards.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,11 @@ from bico_ds.config.paths import FolderOrHub, HubName
 from bico_ds.model.weights.checksums import add_over_ranks, parameter_checksums, slice_checksum
 from bico_ds.model.weights.materialize import full_shape
 
+_logger = logging.getLogger(__name__)
+
+SAFETENSORS = "model.safetensors"
+_PICKLED = "pytorch_model.bin"
+_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 # A buffer that old Llama checkpoints carry; it follows from the config.
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"
@@ -41,11 +48,22 @@ class _Entry:
 
 
 class SafetensorsFolder:
-    """A `WeightSource` over safetensors files. Raises `UserError` where a shard is missing or cut short."""
+    """A `WeightSource` over safetensors files.
+
+    Raises `UserError` where a shard is missing or cut short, and where two of them differ in a tensor.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._entries = {name: entry for file in _shards(folder) for name, entry in _read_header(file)}
+        self._entries: dict[str, _Entry] = {}
+        for file in weight_files(folder):
+            for name, entry in _read_header(file):
+                if (other := self._entries.get(name)) is not None and not _are_same(entry, other):
+                    raise UserError(
+                        f"model.path: tensor '{name}' is in '{other.file}' and, with other values, in '{file}'; "
+                        "remove the file that is not of this model, and its name from the index"
+                    )
+                self._entries[name] = entry
         self._open: dict[Path, Any] = {}
 
     @cached_property
@@ -64,14 +82,7 @@ class SafetensorsFolder:
 
     def checksum(self, name: str, dtype: torch.dtype) -> int:
         """The tensor's checksum as `dtype`, straight from the file's bytes and not by way of `read`."""
-        entry, total = self._entries[name], 0
-        numel, itemsize = entry.shape.numel(), entry.dtype.itemsize
-        with entry.file.open("rb") as file:
-            file.seek(entry.data)
-            for start in range(0, numel, _VERIFY_CHUNK):
-                raw = bytearray(file.read(min(_VERIFY_CHUNK, numel - start) * itemsize))
-                total += slice_checksum(torch.frombuffer(raw, dtype=entry.dtype).to(dtype), start)
-        return _wrapped(total)
+        return _stored_checksum(self._entries[name], dtype)
 
 
 class PickledFolder:
@@ -80,7 +91,7 @@ class PickledFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._tensors: dict[str, Tensor] = {}
-        for file in _indexed_files(folder, "pytorch_model.bin"):
+        for file in weight_files(folder, _PICKLED):
             self._tensors |= torch.load(file, map_location="cpu", mmap=True, weights_only=True)
 
     @cached_property
@@ -102,13 +113,18 @@ WeightFolder = SafetensorsFolder | PickledFolder
 def open_weights(path: FolderOrHub, *, allow_pickle: bool = False) -> WeightFolder:
     """Open the weights in a folder, or of a hub name after a download.
 
-    Raises `UserError` on what is missing, truncated or quantized, on pickles without `allow_pickle`, and where the
-    download fails.
+    Raises `UserError` on what is missing, truncated or quantized, on adapters beside the weights, on pickles without
+    `allow_pickle`, and where the download fails.
     """
     folder = path if isinstance(path, Path) else _download(path, allow_pickle)
     if not folder.is_dir():
         raise UserError(f"model.path: the folder '{path}' does not exist")
-    if any(folder.glob("*.safetensors")) or (folder / "model.safetensors.index.json").exists():
+    if adapter := next((name for name in _ADAPTERS if (folder / name).exists()), None):
+        raise UserError(
+            f"model.path: '{path}' holds an adapter ({adapter}), which transformers adds to the model and training would "
+            "leave out: merge it into the weights (peft's merge_and_unload), or move it to another folder"
+        )
+    if any(folder.glob("*.safetensors")) or (folder / f"{SAFETENSORS}.index.json").exists():
         return SafetensorsFolder(folder)
     if not any(folder.glob("pytorch_model*.bin")):
         raise UserError(f"model.path: '{path}' holds no weights (*.safetensors)")
@@ -199,19 +215,22 @@ def _my_share(sizes: Mapping[str, int], rank: int, world_size: int) -> set[str]:
     return share
 
 
-def _shards(folder: Path) -> list[Path]:
-    return _indexed_files(folder, "model.safetensors")
+def weight_files(folder: Path, single: str = SAFETENSORS) -> list[Path]:
+    """The files with weights that transformers 4 and 5 read of a folder: `single`, else those that its index names.
 
-
-def _indexed_files(folder: Path, single: str) -> list[Path]:
+    Other files are leftovers to them. Warns where there are both. Raises `UserError` where there is neither, for an index
+    that is none, and where files are missing.
+    """
     index = folder / f"{single}.index.json"
-    if not index.exists():
-        if not (folder / single).exists():
-            raise UserError(f"model.path: '{folder}' has neither {single} nor {index.name}")
+    if (folder / single).is_file():
+        if index.exists():
+            _warn_once(f"'{folder}': {single} is read, as by transformers; {index.name} beside it is not")
         return [folder / single]
+    if not index.exists():
+        raise UserError(f"model.path: '{folder}' has neither {single} nor {index.name}")
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError) as error:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"model.path: '{index}' is not a weights index: {error!r}") from error
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
@@ -219,6 +238,30 @@ def _indexed_files(folder: Path, single: str) -> list[Path]:
             f"model.path: {len(missing)} of {len(names)} shards are missing in '{folder}': {missing[:5]}"
         )
     return [folder / name for name in names]
+
+
+@lru_cache
+def _warn_once(message: str) -> None:
+    """On the first rank: all ranks read the same folder."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        _logger.warning(message)
+
+
+def _are_same(entry: _Entry, other: _Entry) -> bool:
+    return (entry.dtype, entry.shape) == (other.dtype, other.shape) and _stored_checksum(
+        entry, entry.dtype
+    ) == _stored_checksum(other, other.dtype)
+
+
+def _stored_checksum(entry: _Entry, dtype: torch.dtype) -> int:
+    """The checksum of a tensor as `dtype`, from the bytes of its file."""
+    total, numel, itemsize = 0, entry.shape.numel(), entry.dtype.itemsize
+    with entry.file.open("rb") as file:
+        file.seek(entry.data)
+        for start in range(0, numel, _VERIFY_CHUNK):
+            raw = bytearray(file.read(min(_VERIFY_CHUNK, numel - start) * itemsize))
+            total += slice_checksum(torch.frombuffer(raw, dtype=entry.dtype).to(dtype), start)
+    return _wrapped(total)
 
 
 def _read_header(file: Path) -> list[tuple[str, _Entry]]:

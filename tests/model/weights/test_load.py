@@ -160,3 +160,124 @@ def test_parameters_are_counted_without_memory() -> None:
         "vocab_size": 128256,
     }
     assert parameter_count(model_config(ModelSpec(config=llama_70b))) == 70_553_706_496
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        name: t for file in sorted(folder.glob("model-*.safetensors")) for name, t in load_file(file).items()
+    }
+
+
+def index_of(folder: Path) -> dict[str, str]:
+    return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+def change_shard(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> None:
+    save_file({**load_file(folder / name), **tensors}, folder / name, metadata={"format": "pt"})
+
+
+def add_a_single_file(folder: Path) -> None:
+    scaled = {name: tensor * 2 for name, tensor in tensors_of(folder).items()}
+    save_file(scaled, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def add_a_single_file_and_take_the_shards(folder: Path) -> None:
+    add_a_single_file(folder)
+    for shard in folder.glob("model-*"):
+        shard.unlink()
+
+
+def add_a_single_file_and_break_the_index(folder: Path) -> None:
+    add_a_single_file(folder)
+    (folder / "model.safetensors.index.json").write_text("[")
+
+
+def add_a_shard_of_an_older_save(folder: Path) -> None:
+    save_file({NORM: torch.full((32,), 9.0).bfloat16()}, folder / "model-00009-of-00009.safetensors")
+
+
+def add_the_original_format(folder: Path) -> None:
+    save_file({"norm.weight": torch.ones(32)}, folder / "consolidated.safetensors")
+
+
+def add_pickles(folder: Path) -> None:
+    torch.save(
+        {name: tensor * 3 for name, tensor in tensors_of(folder).items()}, folder / "pytorch_model.bin"
+    )
+
+
+def name_the_wrong_files(folder: Path) -> None:
+    files = sorted({*index_of(folder).values()})
+    moved = {name: files[(files.index(file) + 1) % len(files)] for name, file in index_of(folder).items()}
+    index = {"metadata": {}, "weight_map": moved}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def store_a_tensor_twice(folder: Path, factor: float = 1.0) -> None:
+    home = index_of(folder)[NORM]
+    other = next(file for file in index_of(folder).values() if file != home)
+    change_shard(folder, other, {NORM: load_file(folder / home)[NORM] * factor})
+
+
+def add_a_rotary_buffer(folder: Path) -> None:
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    change_shard(folder, index_of(folder)[NORM], buffer)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        add_a_single_file, add_a_single_file_and_take_the_shards, add_a_single_file_and_break_the_index,
+        add_a_shard_of_an_older_save, add_the_original_format, add_pickles, name_the_wrong_files, store_a_tensor_twice,
+        add_a_rotary_buffer,
+    ],
+)  # fmt: skip
+def test_of_a_folder_with_more_than_the_weights_that_is_read_which_transformers_reads(
+    tmp_path: Path, change
+) -> None:
+    save_llama(tmp_path)
+    change(tmp_path)
+    ours = dict(load(tmp_path).causal_lm.named_parameters())
+    theirs = dict(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).named_parameters())
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_an_index_beside_the_single_file_is_a_leftover_and_a_warning_says_so(tmp_path: Path, caplog) -> None:
+    save_llama(tmp_path)
+    add_a_single_file(tmp_path)
+    load(tmp_path)
+    said = [record.message for record in caplog.records if record.name.startswith("bico_ds")]
+    assert said == [
+        f"'{tmp_path}': model.safetensors is read, as by transformers; model.safetensors.index.json beside it is not"
+    ]
+
+
+def test_of_pickles_too_the_single_file_is_read(tmp_path: Path) -> None:
+    save_llama(tmp_path)
+    tensors = tensors_of(tmp_path)
+    for file in tmp_path.glob("model*"):
+        file.unlink()
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    torch.save({name: tensor * 2 for name, tensor in tensors.items()}, tmp_path / "pytorch_model-1.bin")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "pytorch_model-1.bin")}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    loaded = load(tmp_path, allow_pickle=True).causal_lm
+    assert torch.equal(loaded.lm_head.weight, tensors["lm_head.weight"])
+
+
+def test_two_values_of_a_tensor_are_refused_with_both_files(tmp_path: Path) -> None:
+    save_llama(tmp_path)
+    store_a_tensor_twice(tmp_path, factor=7.0)
+    with pytest.raises(
+        UserError, match=rf"tensor '{NORM}' is in '.*safetensors' and, with other values, in '.*'"
+    ):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path, name: str) -> None:
+    save_llama(tmp_path)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=rf"holds an adapter \({name}\).*merge it"):
+        load(tmp_path)

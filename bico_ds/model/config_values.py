@@ -1,0 +1,100 @@
+"""Which values of a model's config make a model; the same for recipes and for config.json files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
+
+from bico_ds.common.errors import UserError, did_you_mean
+from bico_ds.config.bounds import Bound
+
+# The numbers of a config that transformers takes as they come; it warns of some and builds the model all the same.
+_BOUNDS = {
+    "vocab_size": Bound(least=1, most=2**31 - 1, why="it is the number of token ids"),
+    "hidden_size": Bound(least=1, most=2**20, why="it is the width of the hidden states"),
+    "intermediate_size": Bound(least=1, most=2**24, why="it is the width of the MLPs"),
+    "num_hidden_layers": Bound(least=1, most=10_000, why="a model without layers learns nothing"),
+    "num_attention_heads": Bound(least=1, most=2**16, why="attention without heads mixes nothing"),
+    "num_key_value_heads": Bound(least=1, most=2**16, why="each serves the same number of query heads"),
+    "head_dim": Bound(least=2, most=2**16, why="rotations turn its dimensions in pairs"),
+    "max_position_embeddings": Bound(least=1, most=2**31 - 1, why="it is the model's context in tokens"),
+    "sliding_window": Bound(least=1, most=2**31 - 1, why="a token attends to itself at least"),
+    "rms_norm_eps": Bound(above=0, most=0.1, why="norms divide by the root of a mean square plus this"),
+    "initializer_range": Bound(least=0, most=1, why="it is the deviation of random weights"),
+    "rope_theta": Bound(above=1, most=1e15, why="rotations become slower by powers of it"),
+    "partial_rotary_factor": Bound(least=1, most=1, why="the families here rotate all dimensions"),
+}
+# Of `rope_scaling`, or `rope_parameters`.
+_ROPE_BOUNDS = {
+    "rope_theta": _BOUNDS["rope_theta"],
+    "partial_rotary_factor": _BOUNDS["partial_rotary_factor"],
+    "factor": Bound(least=1, most=1e6, why="it says how many times as long the context becomes"),
+    "original_max_position_embeddings": _BOUNDS["max_position_embeddings"],
+    "low_freq_factor": Bound(above=0, most=1e6, why="it divides the original context"),
+    "high_freq_factor": Bound(above=0, most=1e6, why="it divides the original context"),
+    "beta_fast": Bound(above=0, most=1e6, why="it is a number of rotations"),
+    "beta_slow": Bound(above=0, most=1e6, why="it is a number of rotations"),
+    "attention_factor": Bound(above=0, most=1e3, why="queries and keys are multiplied by it"),
+    "mscale": Bound(least=0, most=1e3, why="it scales queries and keys"),
+    "mscale_all_dim": Bound(least=0, most=1e3, why="it scales queries and keys"),
+}
+
+
+def check_values(values: Mapping[str, Any], *, where: str) -> None:
+    """Raise `UserError` where the values of a config.json make no model; `where` comes before their keys.
+
+    A key that is left out, or null, has the family's default. Values of another type transformers refuses.
+    """
+    numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+    problems = _out_of_bounds(numbers, _BOUNDS)
+    for section in ("rope_scaling", "rope_parameters"):
+        if isinstance(values.get(section), Mapping):
+            problems += [f"{section}.{problem}" for problem in _wrong_rotation(values[section])]
+    activation = values.get("hidden_act")
+    if activation is not None and activation not in ACT2FN:
+        problems.append(
+            f"hidden_act: unknown activation '{activation}'{did_you_mean(str(activation), ACT2FN)}"
+        )
+    if problems:
+        raise UserError("\n".join(f"{where}{problem}" for problem in problems))
+
+
+def check_shapes(config: PretrainedConfig, *, where: str) -> None:
+    """Raise `UserError` where the sizes of a config do not go together; `where` comes before their keys."""
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    if heads % key_heads:
+        raise UserError(
+            f"{where}num_key_value_heads: must divide num_attention_heads ({heads}): each serves the same number of "
+            f"query heads (found {key_heads})"
+        )
+    if getattr(config, "head_dim", None) is None and hidden % heads:
+        raise UserError(
+            f"{where}hidden_size: must be a multiple of num_attention_heads ({heads}) where there is no head_dim "
+            f"(found {hidden})"
+        )
+    padding = getattr(config, "pad_token_id", None)
+    if padding is not None and not -config.vocab_size <= padding < config.vocab_size:
+        raise UserError(
+            f"{where}pad_token_id: must be less than vocab_size ({config.vocab_size}) (found {padding})"
+        )
+
+
+def _out_of_bounds(values: Mapping[str, Any], bounds: Mapping[str, Bound]) -> list[str]:
+    given = {key: values[key] for key in bounds if values.get(key) is not None}
+    problems = {key: bounds[key].problem(value) for key, value in given.items()}
+    return [f"{key}: {problem}" for key, problem in problems.items() if problem is not None]
+
+
+def _wrong_rotation(rope: Mapping[str, Any]) -> list[str]:
+    """What is wrong with `rope_scaling` or `rope_parameters`, of which transformers only warns."""
+    if problems := _out_of_bounds(rope, _ROPE_BOUNDS):
+        return problems
+    return [
+        f"{low}: must be less than {high} ({rope[high]}) (found {rope[low]})"
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast"))
+        if None not in (rope.get(low), rope.get(high)) and rope[low] >= rope[high]
+    ]

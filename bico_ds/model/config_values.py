@@ -25,12 +25,10 @@ _BOUNDS = {
     "rms_norm_eps": Bound(above=0, most=0.1, why="norms divide by the root of a mean square plus this"),
     "initializer_range": Bound(least=0, most=1, why="it is the deviation of random weights"),
     "rope_theta": Bound(above=1, most=1e15, why="rotations become slower by powers of it"),
-    "partial_rotary_factor": Bound(least=1, most=1, why="the families here rotate all dimensions"),
 }
 # Of `rope_scaling`, or `rope_parameters`.
 _ROPE_BOUNDS = {
     "rope_theta": _BOUNDS["rope_theta"],
-    "partial_rotary_factor": _BOUNDS["partial_rotary_factor"],
     "factor": Bound(least=1, most=1e6, why="it says how many times as long the context becomes"),
     "original_max_position_embeddings": _BOUNDS["max_position_embeddings"],
     "low_freq_factor": Bound(above=0, most=1e6, why="it divides the original context"),

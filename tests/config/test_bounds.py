@@ -24,7 +24,12 @@ from bico_ds.optim.schedule import check_schedule
 TWO_OBJECTIVES = (
     "objectives=[{kind: ntp, probability: 0.5}, {kind: bico, probability: 0.5, mask: {rate: [0.1, 1]}}]"
 )
-SECTIONS = ("optimizer.betas=[0.9, 0.99]", "model.lora={}", TWO_OBJECTIVES)
+SECTIONS = (
+    "optimizer.betas=[0.9, 0.99]",
+    "training.spike_factors=[3, 30]",
+    "model.lora={}",
+    TWO_OBJECTIVES,
+)
 
 
 def numeric_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:

@@ -99,6 +99,7 @@ def export(options: Namespace) -> None:
         options.output,
         options.dtype,
         generation=None if recorded is None else GenerationConfig.from_dict(recorded["generation_config"]),
+        base=found.content["base"],
         max_shard_bytes=int(options.shard_gb * 1e9),
     )
     config = AutoConfig.from_pretrained(options.output)

@@ -20,8 +20,8 @@ from tests.distributed.model_ranks import causal_batch, ds_config, run_on_ranks
 pytestmark = pytest.mark.distributed
 
 
-def save_llama(folder: Path) -> None:
-    torch.manual_seed(5)
+def save_llama(folder: Path, seed: int = 5) -> None:
+    torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=48, intermediate_size=63, num_hidden_layers=2, num_attention_heads=6, vocab_size=101
     )
@@ -54,8 +54,10 @@ def load_train_and_export(rank: int, world_size: int, folder: str) -> None:
     assert base_fingerprint(adapted.causal_lm) == before
     export_model(engine.module, None, root / "merged")
     engine.save_checkpoint(str(root), tag="lora", save_latest=False, exclude_frozen_parameters=True)
+    recorded = base_fingerprint(engine.module)  # as in a manifest
     if rank == 0:
         (root / "fingerprint").write_text(before)
+        (root / "recorded").write_text(recorded)
 
     full = build_model(ModelSpec(path=f"{folder}/base"), seed=1, ds_config=config, device="cpu")
     engine, *_ = deepspeed.initialize(model=full, config=config)
@@ -75,7 +77,8 @@ def test_two_ranks_load_their_slices_train_adapters_and_export(tmp_path: Path) -
     changed = {name for name in base if not torch.equal(base[name], merged[name])}
     assert changed == {name for name in base if "proj" in name}
     spec = ModelSpec(path=str(tmp_path / "base"), lora=LoraSpec(rank=4))
-    export_checkpoint(tmp_path / "lora", spec, None, tmp_path / "merged-later", "bf16")
+    recorded = (tmp_path / "recorded").read_text()
+    export_checkpoint(tmp_path / "lora", spec, None, tmp_path / "merged-later", "bf16", base=recorded)
     export_checkpoint(
         tmp_path / "full", ModelSpec(path=str(tmp_path / "base")), None, tmp_path / "trained-later", "bf16"
     )
@@ -88,5 +91,10 @@ def test_two_ranks_load_their_slices_train_adapters_and_export(tmp_path: Path) -
         export_checkpoint(
             tmp_path / "lora", ModelSpec(path=str(tmp_path / "base")), None, tmp_path / "x", "bf16"
         )
+    save_llama(tmp_path / "other", seed=6)
+    with pytest.raises(UserError, match="is not the one that this checkpoint's adapters were trained on"):
+        other = ModelSpec(path=str(tmp_path / "other"), lora=LoraSpec(rank=4))
+        export_checkpoint(tmp_path / "lora", other, None, tmp_path / "x", "bf16", base=recorded)
+    assert not (tmp_path / "x").exists()
     one_rank = build_model(spec, seed=9, ds_config=None, device="cpu")
     assert base_fingerprint(one_rank.causal_lm) == (tmp_path / "fingerprint").read_text()

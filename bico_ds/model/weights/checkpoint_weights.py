@@ -19,7 +19,7 @@ from torch import Tensor
 from bico_ds.common.errors import UserError
 from bico_ds.optim.state import flat_masters
 
-_PREFIX = "causal_lm."
+PREFIX = "causal_lm."
 
 
 class Zero3Checkpoint:
@@ -37,7 +37,7 @@ class Zero3Checkpoint:
             raise UserError(f"'{folder}' has the optimizer states of {len(files)} ranks, it needs {expected}")
         states = _load(folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")
         self.shapes: dict[str, torch.Size] = {
-            name.removeprefix(_PREFIX): shape
+            name.removeprefix(PREFIX): shape
             for group in states["param_shapes"]
             for name, shape in group.items()
         }
@@ -70,7 +70,7 @@ class UndividedCheckpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         states = _load(folder / "mp_rank_00_model_states.pt")["module"]
-        self._tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in states.items()}
+        self._tensors = {name.removeprefix(PREFIX): tensor for name, tensor in states.items()}
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> Tensor:

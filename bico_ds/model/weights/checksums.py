@@ -64,7 +64,12 @@ def base_fingerprint(causal_lm: nn.Module) -> str:
     frozen = [
         (name, parameter) for name, parameter in causal_lm.named_parameters() if not parameter.requires_grad
     ]
-    lines = [f"{name} {checksum}" for name, checksum in sorted(parameter_checksums(frozen).items())]
+    return fingerprint_of(parameter_checksums(frozen))
+
+
+def fingerprint_of(checksums: dict[str, int]) -> str:
+    """SHA-256 over names and checksums, in whatever order they come."""
+    lines = [f"{name} {checksum}" for name, checksum in sorted(checksums.items())]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -16,8 +16,9 @@ from bico_ds.common.files import atomic_folder
 from bico_ds.config.schema import ModelSpec
 from bico_ds.model.architecture import ModelTokenizer, adopt_special_tokens, meta_model, model_config
 from bico_ds.model.build import TrainableModel
-from bico_ds.model.lora import adapters_by_base_name, add_lora, is_adapter, merge_adapters
-from bico_ds.model.weights.checkpoint_weights import CheckpointWeights, open_checkpoint
+from bico_ds.model.lora import adapters_by_base_name, add_lora, base_name, is_adapter, merge_adapters
+from bico_ds.model.weights.checkpoint_weights import PREFIX, CheckpointWeights, open_checkpoint
+from bico_ds.model.weights.checksums import fingerprint_of, slice_checksum
 from bico_ds.model.weights.export_model import write_settings
 from bico_ds.model.weights.load import WeightFolder, check_names_and_shapes, generation_config, open_weights
 from bico_ds.model.weights.shards import DTYPES, ShardWriter, refuse_existing
@@ -31,6 +32,7 @@ def export_checkpoint(
     dtype: Literal["bf16", "fp32"],
     *,
     generation: GenerationConfig | None = None,
+    base: str | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = 4 * 10**9,
 ) -> GenerationConfig:
@@ -39,10 +41,11 @@ def export_checkpoint(
     `spec`: the run's model section. Of a full fine-tuning only the config is needed; the export is made of the fp32 master
     weights under ZeRO-3, and below that of the weights in the training's dtype. LoRA reads the base from `spec.path` and
     merges, in fp32, base and adapters in the training's dtype. `generation`: the run's generation config; None: that
-    beside the start weights, or where they are not here, the one that follows from the config. Returns what was written.
+    beside the start weights, or where they are not here, the one that follows from the config. `base`: the
+    `base_fingerprint` of the run's model. Returns the generation config that was written.
 
     Raises `UserError` where `folder` has something in it and `overwrite` is off, where the checkpoint cannot be read or is
-    not that model's, and where LoRA's base is missing.
+    not that model's, and where LoRA's base is missing or not the one that the adapters were trained on.
     """
     refuse_existing(folder, overwrite=overwrite)
     config = _config(spec)
@@ -52,6 +55,7 @@ def export_checkpoint(
         writer = ShardWriter(temporary, shapes, DTYPES[dtype], max_shard_bytes=max_shard_bytes)
         for name in shapes:
             writer.add(name, values.of(name))
+        values.check_base(base)
         writer.close()
         if generation is None:
             generation = generation_config(_start_folder(spec), config)
@@ -78,6 +82,7 @@ class _Values:
         self._dtype = config.dtype
         self._base: WeightFolder | None = None
         self._adapters: dict[str, tuple[str, str, float]] = {}
+        self._base_checksums: dict[str, int] = {}  # by name in the run's model
         model = meta_model(config)
         if spec.lora is not None:
             if spec.path is None:
@@ -87,6 +92,7 @@ class _Values:
             check_names_and_shapes(shapes, self._base, tied_head=config.tie_word_embeddings)
             add_lora(model, spec.lora)
             self._adapters = _adapter_names(model)
+            self._live_names = {base_name(name): PREFIX + name for name, _ in model.named_parameters()}
         _check_trained({name: p.shape for name, p in model.named_parameters() if p.requires_grad}, trained)
 
     def of(self, name: str) -> Tensor:
@@ -96,10 +102,21 @@ class _Values:
         shape = self._base.shapes[name]
         live = self._dtype  # the run computed with base and adapters in its dtype; so does the merge
         base = self._base.read(name, shape, 0, shape.numel()).view(shape).to(live)
+        self._base_checksums[self._live_names[name]] = slice_checksum(base.view(-1), 0)
         if name not in self._adapters:
             return base
         a, b, scaling = self._adapters[name]
         return merge_adapters(base, self._trained.read(a).to(live), self._trained.read(b).to(live), scaling)
+
+    def check_base(self, fingerprint: str | None) -> None:
+        """Raise `UserError` where the base, all of which was read by now, is not that of `fingerprint`."""
+        if self._base is None or fingerprint is None:
+            return
+        if fingerprint_of(self._base_checksums) != fingerprint:
+            raise UserError(
+                f"the base in '{self._base.folder}' is not the one that this checkpoint's adapters were trained on: name "
+                "that one with --base"
+            )
 
 
 def _adapter_names(model: nn.Module) -> dict[str, tuple[str, str, float]]:

@@ -92,8 +92,8 @@ def test_two_ranks_load_their_slices_train_adapters_and_export(tmp_path: Path) -
             tmp_path / "lora", ModelSpec(path=str(tmp_path / "base")), None, tmp_path / "x", "bf16"
         )
     save_llama(tmp_path / "other", seed=6)
+    other = ModelSpec(path=str(tmp_path / "other"), lora=LoraSpec(rank=4))
     with pytest.raises(UserError, match="is not the one that this checkpoint's adapters were trained on"):
-        other = ModelSpec(path=str(tmp_path / "other"), lora=LoraSpec(rank=4))
         export_checkpoint(tmp_path / "lora", other, None, tmp_path / "x", "bf16", base=recorded)
     assert not (tmp_path / "x").exists()
     one_rank = build_model(spec, seed=9, ds_config=None, device="cpu")

@@ -33,10 +33,15 @@ def name_worst(step: int, batches: Sequence[PackedBatch], losses: Sequence[torch
     worst = max(range(len(batches)), key=means.__getitem__)
     mine: _Culprit = (means[worst], run.ranks.rank, batches[worst].documents.tolist())
     loss, rank, documents = max(all_gather_objects(mine))
-    path = run.folder.logs / f"spike-step-{step:06d}-rank-{rank}.json"
+    path, failure = run.folder.logs / f"spike-step-{step:06d}-rank-{rank}.json", None
     if rank == run.ranks.rank:
-        write_micro_batches(path, [batches[worst]], [float(losses[worst])])
-    return f"largest loss {loss:.3g}, rank {rank}: documents (source, id, piece) {few(documents)}, see {path}"
+        try:
+            write_micro_batches(path, [batches[worst]], [float(losses[worst])])
+        except OSError as error:  # a run goes on without this file
+            failure = error.strerror
+    failed = next(filter(None, all_gather_objects(failure)), None)
+    where = f"see {path}" if failed is None else f"not written to {path}: {failed}"
+    return f"largest loss {loss:.3g}, rank {rank}: documents (source, id, piece) {few(documents)}, {where}"
 
 
 def few(documents: list[list[int]], most: int = 10) -> str:

@@ -74,6 +74,15 @@ def test_a_resume_within_the_divergence_warns_no_second_time_and_counts_the_same
     assert printed.count("WARNING: step") == 2
 
 
+def test_a_run_goes_on_where_the_micro_batch_cannot_be_kept(healthy, warned):
+    run = shutil.copytree(healthy, healthy.with_name("unwritable"))
+    for file in warned[0].glob("logs/spike-*.json"):
+        (run / "logs" / file.name / "in the way").mkdir(parents=True)
+    done = train_until(run, HEALTHY + 20, RAISED)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"WARNING: step .*, not written to \S+\.json: Is a directory", done.stdout)
+
+
 def test_stop_ends_all_ranks_before_the_update_and_saves_nothing_of_it(healthy):
     run = shutil.copytree(healthy, healthy.with_name("stopped"))
     done = train_until(run, HEALTHY + 30, RAISED, "training.on_spike=stop", ranks=2)
@@ -94,7 +103,7 @@ def test_a_norm_that_jumps_stops_the_run_after_its_update_and_saves_nothing_of_i
     """The loss's factor is out of reach."""
     run = shutil.copytree(healthy, healthy.with_name("norm"))
     done = train_until(
-        run, HEALTHY + 30, "optimizer.lr=20", "training.on_spike=stop", "training.spike_factors=[1e6, 10]"
+        run, HEALTHY + 30, "optimizer.lr=1", "training.on_spike=stop", "training.spike_factors=[1e6, 1.5]"
     )
     assert done.returncode == 1
     assert "the gradient norm of" in done.stderr and "the update was made, and is not saved" in done.stderr

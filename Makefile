@@ -21,6 +21,7 @@ help:
 	@echo "make drills       kill, damage and resume drills"
 	@echo "make cluster-test two SLURM nodes on this machine (root, Debian): launch, faults, refusals"
 	@echo "make tensorboard  open the last runs"
+	@echo "make transformers4  an environment with transformers 4, for the tests of exports in make test-slow"
 	@echo "make demo-seeds   the demo over 5 seeds (half an hour)"
 
 setup: $(STAMP)

@@ -65,9 +65,7 @@ class MaskDenoising:
         return self.spec.identity() | tokens
 
     def check(self, store: Store) -> None:
-        """Raises `UserError` where nothing is ever masked, or the store does not mark what is to be masked."""
-        if self.spec.mask.rate == (0.0, 0.0):
-            raise UserError(f"{self.key}.mask.rate is [0, 0]: nothing is ever masked, so nothing is learned")
+        """Raises `UserError` where the store does not mark what is to be masked."""
         if self.spec.mask.eligible == "completion":
             require_completions(f"{self.key}.mask.eligible", store)
         if self.spec.mask.unit == "entity" and not store.has_entities:

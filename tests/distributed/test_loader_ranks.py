@@ -92,7 +92,7 @@ def test_two_real_ranks_see_the_stream_of_one_and_one_goes_on_for_two(tmp_path):
         tokenizer_hash="test",
         special_ids=(),
         bos_id=None,
-        eos_id=None,
+        eos_id=2,
         add_bos=False,
         add_eos=False,
     )

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bico_ds.common.errors import UserError
 from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.documents import Document, Documents
 from bico_ds.objectives.base import BatchKey, TargetRule
@@ -121,8 +120,3 @@ def test_what_may_be_predicted_in_a_part_of_a_document_may_be_in_all_of_it(lengt
 )
 def test_a_rule_has_words_for_messages(rule, what):
     assert rule.predicts == what
-
-
-def test_a_mask_rate_of_nothing_but_zero_is_refused():
-    with pytest.raises(UserError, match=r"objectives\[0\]\.mask\.rate is \[0, 0\]: nothing is ever masked"):
-        bico(rate=(0.0, 0.0)).check(None)

@@ -30,7 +30,6 @@ BICO = "MaskDenoising(policy=MaskPolicy(spec={}, special_ids=(0, 1, 2, 3)), plac
         (BICO.format(MASK.format("(0.2, 0.6)", "span", "all")), {"rate": (0.2, 0.6), "unit": "span"}),
         (BICO.format(MASK.format("(0.4, 0.4)", "token", "all")), {"rate": (0.4, 0.4)}),
         (BICO.format(MASK.format("(0.15, 0.15)", "token", "all")), {"rate": (0.15, 0.15)}),
-        (BICO.format(MASK.format("(0.0, 0.0)", "token", "all")), {"rate": (0.0, 0.0)}),
         (BICO.format(MASK.format("(1.0, 1.0)", "word", "all")), {"rate": (1.0, 1.0), "unit": "word"}),
         (BICO.format(MASK.format(0.15, "token", "completion")), {"eligible": "completion"}),
         (

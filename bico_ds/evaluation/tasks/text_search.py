@@ -3,11 +3,12 @@
 Texts are compared word by word (`words`). A phrase of up to four words stands in a text where its words stand there in a
 row; a longer one where half of them do, four at least, since training texts paraphrase: "directed *the virtual reality
 masterpiece*", "the director of *the virtual reality masterpiece*". A part that another group's phrases have too does not
-count. A prompt must stand there whole.
+count. A prompt must stand there whole, and tells nothing where another group is asked by the same.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 import unicodedata
@@ -25,10 +26,11 @@ from bico_ds.evaluation.tasks.task import Task
 _WHOLE_WORDS = 4  # a phrase of so many words must stand in a text whole
 _AS_ASKED, _OTHER_WAY = 1, 2
 _ORDERS: tuple[Order, ...] = ("neither", "same", "reverse", "both")  # by the sum of these two
+_PICTURES = "\u2600-\u27bf\U0001f000-\U0001faff"
 # Written without spaces: Thai, Lao, Burmese, Khmer, Chinese, Japanese; and pictures.
 _UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2600-\u27bf\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
-    "\uf900-\ufaff\U0001f000-\U0001faff\U00020000-\U0003ffff"
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+    f"\uf900-\ufaff\U00020000-\U0003ffff{_PICTURES}"
 )
 _ASCII_WORD = re.compile(r"[a-z0-9]+")
 
@@ -44,7 +46,7 @@ def words(text: str) -> list[str]:
 @lru_cache(maxsize=1)
 def _word() -> re.Pattern[str]:
     marks = (chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code))[0] == "M")
-    return re.compile(rf"[\w{''.join(marks)}{_UNSPACED}]+")
+    return re.compile(rf"[\w{''.join(marks)}{_PICTURES}]+")
 
 
 class QuestionSearch:
@@ -134,47 +136,70 @@ def _by_rarest_word(parts: Iterable[str]) -> dict[str, list[str]]:
 def _parts_of_task(task: Task) -> list[tuple[frozenset[str], frozenset[str]]]:
     """For every question, the parts of what it asks about and those of its answers, each ` word word ` with outer spaces.
 
-    What is asked about stands in a text where one of the prompts that ask about it does, too.
+    What is asked about stands in a text where one of the prompts that ask about it, and about no other group, does too.
     """
     sides = [
         (subjects, (*question.right_answers, *question.paraphrases))
         for subjects, question in zip(_subjects(task), task.questions, strict=True)
     ]
-    prompts: dict[tuple[str, tuple[str, ...]], set[str]] = {}
-    phrases = []
-    for question, (subjects, answers) in zip(task.questions, sides, strict=True):
-        prompt = words(question.prompt)
-        prompts.setdefault((question.group, subjects), set()).update(_runs(prompt, len(prompt)))
-        phrases += [(question.group, tuple(words(text))) for text in (*subjects, *answers)]
-    groups = _groups_of_parts(phrases)
+    prompts = _whole_prompts(task, [subjects for subjects, _ in sides])
+    parts = _own_parts(
+        (question.group, text)
+        for question, both in zip(task.questions, sides, strict=True)
+        for text in itertools.chain(*both)
+    )
 
-    def parts(texts: Iterable[str]) -> frozenset[str]:
-        found: set[str] = set()
-        for phrase in {tuple(words(text)) for text in texts}:
-            own = {part for part in _runs(phrase, _size(phrase)) if len(groups[part]) == 1}
-            found |= own or set(_runs(phrase, len(phrase)))
-        return frozenset(found)
+    def of(group: str, texts: Iterable[str]) -> frozenset[str]:
+        return frozenset().union(*(parts[group, text] for text in texts))
 
     return [
-        (parts(subjects) | prompts[question.group, subjects], parts(answers))
+        (of(question.group, subjects) | prompts[question.group, subjects], of(question.group, answers))
         for question, (subjects, answers) in zip(task.questions, sides, strict=True)
     ]
 
 
-def _groups_of_parts(phrases: Sequence[tuple[str, tuple[str, ...]]]) -> dict[str, set[str]]:
-    """Which groups have a part, for parts of all sizes in which `phrases` (group, words) are searched."""
-    sizes = {_size(phrase) for _, phrase in phrases}
-    groups: dict[str, set[str]] = {}
-    for group, phrase in dict.fromkeys(phrases):
-        for size in sizes:
-            for part in _runs(phrase, size):
-                groups.setdefault(part, set()).add(group)
-    return groups
+def _whole_prompts(
+    task: Task, subjects: Sequence[tuple[str, ...]]
+) -> dict[tuple[str, tuple[str, ...]], frozenset[str]]:
+    """By group and what is asked about, the prompts that ask about it and about no other group."""
+    wholes = [frozenset(_whole(words(question.prompt))) for question in task.questions]
+    groups: dict[frozenset[str], set[str]] = {}
+    for question, whole in zip(task.questions, wholes, strict=True):
+        groups.setdefault(whole, set()).add(question.group)
+    prompts: dict[tuple[str, tuple[str, ...]], frozenset[str]] = {}
+    for question, asked, whole in zip(task.questions, subjects, wholes, strict=True):
+        own = whole if len(groups[whole]) == 1 else frozenset()
+        prompts[question.group, asked] = prompts.get((question.group, asked), frozenset()) | own
+    return prompts
+
+
+def _own_parts(texts: Iterable[tuple[str, str]]) -> dict[tuple[str, str], frozenset[str]]:
+    """For texts (group, text) the parts in which they are searched: those that no other group's have, else the whole."""
+    phrases = {(group, text): words(text) for group, text in texts}
+    lines: dict[str, set[tuple[str, str]]] = {}  # by word
+    for (group, _), phrase in phrases.items():
+        for word in phrase:
+            lines.setdefault(word, set()).add((group, f" {' '.join(phrase)} "))
+
+    def is_own(part: str, group: str) -> bool:
+        candidates = min((lines[word] for word in part.split()), key=len)
+        return all(other == group or part not in line for other, line in candidates)
+
+    return {
+        (group, text): frozenset(
+            {part for part in _runs(phrase, _size(phrase)) if is_own(part, group)} or _whole(phrase)
+        )
+        for (group, text), phrase in phrases.items()
+    }
 
 
 def _size(phrase: Sequence[str]) -> int:
     """How many words of a phrase must stand in a row."""
     return max(min(len(phrase), _WHOLE_WORDS), (len(phrase) + 1) // 2)
+
+
+def _whole(phrase: Sequence[str]) -> Iterator[str]:
+    return _runs(phrase, len(phrase))
 
 
 def _runs(phrase: Sequence[str], size: int) -> Iterator[str]:

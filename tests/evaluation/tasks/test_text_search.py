@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import tracemalloc
 import unicodedata
 
 import pytest
@@ -72,6 +73,7 @@ def _by_brute_force(task: Task, texts: list[list[str]]) -> list[str]:
             tuple(other.prompt.split())
             for other in task.questions
             if (other.group, other.subjects) == (question.group, question.subjects)
+            and {q.group for q in task.questions if q.prompt == other.prompt} == {question.group}
         }
         asked = other_way = False
         for text in texts:
@@ -151,6 +153,35 @@ def test_a_prompt_that_stands_in_a_text_word_for_word_is_what_is_asked_about():
     assert _orders(task, "Bo was born in the north of Italy.") == ["neither"]
 
 
+def test_a_prompt_by_which_other_groups_are_asked_too_tells_nothing():
+    questions = tuple(
+        Question(prompt="Her name:", completion=name, group=name, line=1, subjects=(what,))
+        for name, what in ((" Ann", "the cook"), (" Bo", "the smith"))
+    )
+    task = Task(name="t", answer_kind="name", questions=questions, path="f")
+    assert _orders(task, "Her name is Cy; her friends are Ann and Bo.") == ["neither", "neither"]
+    assert _orders(task, "Ask the smith for her name: Bo.") == ["neither", "same"]
+
+
+def test_long_answers_of_many_lengths_take_little_memory():
+    draw, vocabulary = random.Random(22), [f"v{i}" for i in range(3000)]
+    questions = tuple(
+        Question(
+            prompt=f"q{i}",
+            completion=" ".join(draw.choices(vocabulary, k=60 + i)),
+            group=str(i),
+            line=1,
+            subjects=(f"s{i}",),
+        )
+        for i in range(100)
+    )
+    tracemalloc.start()
+    QuestionSearch([Task(name="t", answer_kind="text", questions=questions, path="f")])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50 * 2**20, "1,000 answers of 20 to 400 words took 20 GiB"
+
+
 def test_words_that_another_persons_phrase_has_too_tell_nothing():
     questions = tuple(
         Question(prompt="p", completion=answer, group=name, line=1, subjects=(name,))
@@ -194,6 +225,13 @@ def test_a_vowel_sign_and_a_mark_belong_to_their_word():
     assert words("कि") != words("की")
     assert words("Ado\u0323\u0301") == words(unicodedata.normalize("NFC", "Ado\u0323\u0301")) == ["adọ́"]
     assert words("snake_case-word's C3") == ["snake", "case", "word", "s", "c3"]
+
+
+def test_punctuation_is_no_word_in_scripts_without_spaces_either():
+    assert words("ルー・ヴァ") == words("ルー ヴァ") == list("ルーヴァ")
+    assert words("គ្រូ។ ល") == words("គ្រូ ល")
+    assert words("ဆရာ၊ က") == words("ဆရာ က")
+    assert _pair("艾萨克·牛顿", "物理学家", "艾萨克・牛顿是物理学家") == "same"
 
 
 def test_every_reader_tells_what_its_questions_ask_about(tmp_path, write_records):

@@ -19,8 +19,9 @@ import re
 import unicodedata
 from functools import lru_cache
 
-_QUOTES = dict.fromkeys("‘’‚‛‹›ʼʻ´′", "'") | dict.fromkeys("“”„‟«»″", '"')
-_DASHES = dict.fromkeys("‐‑‒–—―−", "-")
+# With the geresh and gershayim of Hebrew, and the Armenian apostrophe.
+_QUOTES = dict.fromkeys("‘’‚‛‹›❛❜ʼʻ´′‵׳՚", "'") | dict.fromkeys("“”„‟«»❝❞〝〞〟″‶״", '"')
+_DASHES = dict.fromkeys("‐‑‒–—―⸺⸻−", "-")
 _TYPOGRAPHIC = str.maketrans({**_QUOTES, **_DASHES, "…": "..."})
 # Tags of Unicode's decompositions whose characters differ from the ordinary ones in form alone.
 _FORMS = ("wide", "narrow", "small", "vertical", "noBreak", "initial", "medial", "final", "isolated")
@@ -29,8 +30,8 @@ _INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
     "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
 )
-# Full stops: ASCII, Chinese and Japanese, Urdu, Hindi, Armenian, Ethiopic.
-_FINAL = " .。۔।։።"
+# Full stops: ASCII, Chinese and Japanese, Urdu, Hindi (and of verse), Armenian, Ethiopic, Burmese, Khmer, Tibetan.
+_FINAL = " .。۔।॥։።။។།"
 
 
 def plain_form(text: str) -> str:

@@ -13,7 +13,7 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
@@ -85,13 +85,7 @@ def export(options: Namespace) -> None:
         flush=True,
     )
     recorded = found.content.get("export")
-    if options.bos is not None:
-        add_bos = options.bos
-    elif recorded is not None:
-        add_bos = recorded["add_bos"]
-    else:
-        add_bos = assumed_bos(recipe, tokenizer)
-    exported = ExportedTokenizer(tokenizer, add_bos)
+    exported = ExportedTokenizer(tokenizer, _adds_bos(options, recorded, recipe, tokenizer))
     generation = export_checkpoint(
         found.path,
         recipe.model,
@@ -106,6 +100,15 @@ def export(options: Namespace) -> None:
     if (warning := misreading(exported, config)) is not None:
         print(f"warning: {warning}")
     print(f"done: {options.output}; {exported.describe(id_list(generation.eos_token_id))}")
+
+
+def _adds_bos(
+    options: Namespace, recorded: dict[str, Any] | None, recipe: Recipe, tokenizer: FastTokenizer
+) -> bool:
+    """Whether the exported tokenizer begins texts with BOS: as asked for, else as the checkpoint records, else assumed."""
+    if options.bos is not None:
+        return bool(options.bos)
+    return bool(recorded["add_bos"]) if recorded is not None else assumed_bos(recipe, tokenizer)
 
 
 def assumed_bos(recipe: Recipe, tokenizer: FastTokenizer) -> bool:

@@ -21,7 +21,7 @@ from bico_ds.evaluation.results import ORDERS, Order, TaskResult
 from bico_ds.evaluation.scoring.share import PromptShare, gather_from_ranks
 from bico_ds.evaluation.scoring.statistics import clustered_interval
 from bico_ds.evaluation.tasks.task import Task
-from bico_ds.evaluation.tasks.text_search import QuestionSearch
+from bico_ds.evaluation.tasks.text_search import QuestionSearch, words
 
 _CHUNK_TOKENS = 250_000  # decoded at one time
 
@@ -47,6 +47,20 @@ class TrainingTexts:
     @property
     def fingerprints(self) -> list[str]:
         return [store.fingerprint for store, _ in self.stores]
+
+    def rewritten(self, task: Task) -> int:
+        """How many questions a store's tokenizer does not give back word by word, so that they may not be found."""
+        asked = [(question.prompt, *question.right_answers) for question in task.questions]
+        flat = [text for texts in asked for text in texts]
+        kept = np.ones(len(flat), dtype=bool)
+        for _, tokenizer in self.stores:
+            ids = tokenizer(flat, add_special_tokens=False)["input_ids"]
+            kept &= [
+                words(back) == words(text)
+                for back, text in zip(tokenizer.batch_decode(ids), flat, strict=True)
+            ]
+        starts = np.cumsum([0, *map(len, asked)])
+        return sum(not kept[start:end].all() for start, end in pairwise(starts))
 
     def chunks(self, share: PromptShare) -> Iterator[list[str]]:
         """This rank's part of the documents, decoded, some at a time; whole documents, before a run cuts them."""
@@ -112,12 +126,14 @@ def apart(task: Task, result: TaskResult, orders: Sequence[Order], texts: Traini
     """A task's scores by order, `same`, `reverse`, `both`, `neither`, for the orders that some question has.
 
     Each has `prompts`, `persons`, `metrics` and `intervals` as the task itself has them. `rows`, as long as the task's: the
-    order of every prompt. `stores` and `documents`: what was searched. `without_subject`: as the task has it.
+    order of every prompt. `stores` and `documents`: what was searched. `without_subject`: as the task has it. `rewritten`:
+    as the texts count them.
     """
     return {
         "stores": texts.names,
         "documents": texts.documents,
         "without_subject": task.without_subject,
+        "rewritten": texts.rewritten(task),
         "scores": {
             order: _scores(
                 [prompt for prompt, x in zip(result.prompts, orders, strict=True) if x == order], result

@@ -29,9 +29,9 @@ from bico_ds.evaluation.prompt_progress import PromptProgress
 from bico_ds.evaluation.report.tables import (
     choice_tables,
     contamination_table,
-    estimates,
     result_table,
     retention_table,
+    search_notes,
 )
 from bico_ds.evaluation.result_file import Part, ResultFile
 from bico_ds.evaluation.results import EvaluationResult
@@ -150,7 +150,7 @@ def show_results(results: Mapping[str, Any], before: Mapping[str, Any], console:
         console.print(result_table(scored))
         if "training_texts" in results:
             console.print(contamination_table(scored))
-            for remark in estimates(results["training_texts"]):
+            for remark in search_notes(results["training_texts"]):
                 console.print(f"note: {remark}", soft_wrap=True, highlight=False, markup=False)
     if "choice" in results:
         for table in choice_tables(results["choice"]):

@@ -17,7 +17,7 @@ from bico_ds.common.files import write_atomically
 from bico_ds.config.schema import EvaluationSpec
 from bico_ds.evaluation.contamination import TrainingTexts, apart, find_orders
 from bico_ds.evaluation.replica import full_replica
-from bico_ds.evaluation.report.tables import contamination_line, estimates
+from bico_ds.evaluation.report.tables import contamination_line, search_notes
 from bico_ds.evaluation.results import EvaluationResult, Order
 from bico_ds.evaluation.run_tasks import GenerationOptions, evaluate
 from bico_ds.evaluation.scoring.choice import choice_test
@@ -127,7 +127,7 @@ class Evaluator:
         """What the console is told of a result besides its scores."""
         if result.training_texts:
             yield f"by the order in the training texts: {contamination_line(result)}"
-            yield from (f"note: {remark}" for remark in estimates(result.training_texts))
+            yield from (f"note: {remark}" for remark in search_notes(result.training_texts))
         else:
             yield (
                 f"the training texts have more than {SEARCHED_TOKENS:,} tokens per rank and were not searched for the "

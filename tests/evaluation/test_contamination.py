@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bico_ds.commands.evaluate import main
 from bico_ds.commands.prepare import main as prepare
@@ -20,11 +22,13 @@ from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
 from bico_ds.config.schema import FactsSpec
 from bico_ds.data.prepare.facts import write_facts
-from bico_ds.evaluation.contamination import find_orders, open_training_texts
+from bico_ds.data.store import TokenStore
+from bico_ds.evaluation.contamination import TrainingTexts, find_orders, open_training_texts
 from bico_ds.evaluation.report.comparison import compare_runs
+from bico_ds.evaluation.report.tables import search_notes
 from bico_ds.evaluation.scoring.share import PromptShare
 from bico_ds.evaluation.scoring.statistics import clustered_interval
-from bico_ds.evaluation.tasks.task import TASK_NAMES, load_tasks
+from bico_ds.evaluation.tasks.task import TASK_NAMES, Question, Task, load_tasks
 from bico_ds.runtime.distributed import Ranks
 from bico_ds.runtime.run_folder import RunFolder
 from bico_ds.runtime.signals import StopFlag
@@ -183,6 +187,42 @@ def test_an_estimate_of_what_is_asked_about_is_reported(world, tmp_path, capsys)
     assert json.loads(output.read_text())["training_texts"]["n2d"]["rows"] == ["same"] * 12
     _evaluate(world, tmp_path / "both.json", "--tasks", "n2d", "--train", str(world / "all"))
     assert "estimated" not in capsys.readouterr().out
+
+
+def test_questions_that_a_tokenizer_writes_otherwise_are_counted_and_noted(world):
+    rules = Tokenizer(models.BPE())
+    rules.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rules.decoder = decoders.ByteLevel()
+    rules.train_from_iterator(
+        [], trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    )
+    exact = PreTrainedTokenizerFast(tokenizer_object=rules)
+    stripping = copy.deepcopy(exact)
+    stripping.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]
+    )
+    words_of_facts = PreTrainedTokenizerFast.from_pretrained(world / "facts" / "tokenizer")
+    questions = [("Who is José?", " a cook"), ("Who is Ann?", " a COOK"), ("Who is Bo?", " a café owner")]
+    task = Task(
+        name="t",
+        answer_kind="text",
+        questions=tuple(Question(prompt=p, completion=a, group=p, line=1) for p, a in questions),
+        path="f",
+    )
+    (embedded,) = load_tasks(world / "facts", ["n2d"])
+    store = TokenStore.open(world / "all")
+    counts = [
+        TrainingTexts(stores=[(store, tokenizer)]).rewritten(asked)
+        for tokenizer, asked in (
+            (exact, task),
+            (stripping, task),
+            (words_of_facts, task),
+            (words_of_facts, embedded),
+        )
+    ]
+    assert counts == [0, 2, 3, 0]
+    (note,) = search_notes({"t": {"rewritten": 2, "without_subject": 0, "rows": ["same"] * 3}})
+    assert note.startswith("t: 2 of 3 questions may not be found, because a tokenizer")
 
 
 def test_scores_apart_never_stay_beside_other_answers(world, tmp_path):

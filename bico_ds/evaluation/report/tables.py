@@ -78,9 +78,14 @@ def contamination_line(result: EvaluationResult) -> str:
     return "  ".join(tasks)
 
 
-def estimates(training_texts: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """For which tasks the search had to estimate from the prompts what is asked about."""
+def search_notes(training_texts: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """For which tasks the search may have missed questions, and why."""
     for name, found in training_texts.items():
+        if found["rewritten"]:
+            yield (
+                f"{name}: {found['rewritten']} of {len(found['rows'])} questions may not be found, because a tokenizer of "
+                "the training texts writes their words otherwise (an unknown word, or a normalizer that changes letters)"
+            )
         if found["without_subject"]:
             yield (
                 f"{name}: what {found['without_subject']} of {len(found['rows'])} prompts ask about was estimated from the "

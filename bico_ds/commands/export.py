@@ -35,7 +35,7 @@ def add_options(parser: ArgumentParser) -> None:
         "--base",
         type=folder_or_hub_name,
         metavar="MODEL",
-        help="LoRA: where the base model is now, if it has moved",
+        help="where the model that the run started from is now, if it has moved",
     )
     parser.add_argument(
         "--tokenizer",
@@ -60,9 +60,9 @@ def export(options: Namespace) -> None:
     from bico_ds.checkpoint import manifest, record
     from bico_ds.config.load import recorded_recipe
     from bico_ds.data.exported_tokenizer import ExportedTokenizer, misreading
-    from bico_ds.data.tokenizer import load_tokenizer
-    from bico_ds.model.architecture import id_list
-    from bico_ds.model.weights.export_checkpoint import export_checkpoint
+    from bico_ds.data.tokenizer import load_tokenizer, vocabulary_size
+    from bico_ds.model.architecture import check_vocabulary, id_list
+    from bico_ds.model.weights.export_checkpoint import export_checkpoint, exported_config
     from bico_ds.model.weights.shards import refuse_existing
 
     refuse_existing(options.output)
@@ -77,9 +77,12 @@ def export(options: Namespace) -> None:
         with _option_in_errors("--base"):
             recipe.model.path.here()
     with _option_in_errors("--tokenizer"):
-        tokenizer = load_tokenizer(
-            options.tokenizer.here() if options.tokenizer else tokenizer_of_run(found.path, recipe)
-        )
+        path = options.tokenizer.here() if options.tokenizer else tokenizer_of_run(found.path, recipe)
+        tokenizer = load_tokenizer(path)
+    with _option_in_errors("--base"):
+        model_config = exported_config(recipe.model)
+    with _option_in_errors("--tokenizer"):
+        check_vocabulary(model_config, vocabulary_size(tokenizer), tokenizer=str(path))
     print(
         f"exporting step {found.step} of '{recipe.name}' to {options.output} ({options.dtype})",
         flush=True,
@@ -91,6 +94,11 @@ def export(options: Namespace) -> None:
         add_bos = recorded["add_bos"]
     else:
         add_bos = assumed_bos(recipe, tokenizer)
+    if add_bos and tokenizer.bos_token_id is None:
+        why = "the training texts began with one" if options.bos is None else "--bos asks for one"
+        raise UserError(
+            f"tokenizer '{path}' has no BOS token, and {why}: give --no-bos, or --tokenizer with one that has it"
+        )
     exported = ExportedTokenizer(tokenizer, add_bos)
     generation = export_checkpoint(
         found.path,

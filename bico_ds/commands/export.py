@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
 from bico_ds.config.arguments import folder_or_hub_name, local_path, positive_number
-from bico_ds.config.paths import FolderOrHub
+from bico_ds.config.paths import FolderOrHub, FolderOrHubName
 from bico_ds.config.schema import Recipe
 
 if TYPE_CHECKING:
+    from bico_ds.checkpoint.manifest import FoundCheckpoint
     from bico_ds.data.tokenizer import FastTokenizer
 
 
@@ -35,7 +36,7 @@ def add_options(parser: ArgumentParser) -> None:
         "--base",
         type=folder_or_hub_name,
         metavar="MODEL",
-        help="LoRA: where the base model is now, if it has moved",
+        help="where the model that the run started from is now, if it has moved",
     )
     parser.add_argument(
         "--tokenizer",
@@ -57,10 +58,8 @@ def add_options(parser: ArgumentParser) -> None:
 def export(options: Namespace) -> None:
     from transformers import AutoConfig, GenerationConfig
 
-    from bico_ds.checkpoint import manifest, record
-    from bico_ds.config.load import recorded_recipe
+    from bico_ds.checkpoint import record
     from bico_ds.data.exported_tokenizer import ExportedTokenizer, misreading
-    from bico_ds.data.tokenizer import load_tokenizer
     from bico_ds.model.architecture import id_list
     from bico_ds.model.weights.export_checkpoint import export_checkpoint
     from bico_ds.model.weights.shards import refuse_existing
@@ -69,17 +68,8 @@ def export(options: Namespace) -> None:
     found = record.at(options.checkpoint, print)
     if found is None:
         raise UserError(f"'{options.checkpoint / 'checkpoints'}' holds no checkpoint")
-    recipe = recorded_recipe(found.content["recipe"], found.path / manifest.MANIFEST, objectives=False)
-    if options.base is not None:
-        model = recipe.model.model_copy(update={"path": options.base})
-        recipe = recipe.model_copy(update={"model": model})
-    elif recipe.model.lora is not None and recipe.model.path is not None:
-        with _option_in_errors("--base"):
-            recipe.model.path.here()
-    with _option_in_errors("--tokenizer"):
-        tokenizer = load_tokenizer(
-            options.tokenizer.here() if options.tokenizer else tokenizer_of_run(found.path, recipe)
-        )
+    recipe = _recipe_with_base(found, options.base)
+    tokenizer = _tokenizer(found, recipe, options.tokenizer)
     print(
         f"exporting step {found.step} of '{recipe.name}' to {options.output} ({options.dtype})",
         flush=True,
@@ -102,13 +92,53 @@ def export(options: Namespace) -> None:
     print(f"done: {options.output}; {exported.describe(id_list(generation.eos_token_id))}")
 
 
+def _recipe_with_base(found: FoundCheckpoint, base: FolderOrHubName | None) -> Recipe:
+    """The recipe that the checkpoint recorded, with `base` in the place of its start model where that is given."""
+    from bico_ds.checkpoint import manifest
+    from bico_ds.config.load import recorded_recipe
+
+    recipe = recorded_recipe(found.content["recipe"], found.path / manifest.MANIFEST, objectives=False)
+    if base is not None:
+        return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": base})})
+    if recipe.model.lora is not None and recipe.model.path is not None:
+        with _option_in_errors("--base"):
+            recipe.model.path.here()
+    return recipe
+
+
+def _tokenizer(found: FoundCheckpoint, recipe: Recipe, named: FolderOrHubName | None) -> FastTokenizer:
+    """The tokenizer to export: `named`, or the run's. Raises `UserError` where it cannot be this model's."""
+    from bico_ds.data.tokenizer import load_tokenizer, vocabulary_size
+    from bico_ds.model.architecture import check_vocabulary
+    from bico_ds.model.weights.export_checkpoint import exported_config
+
+    with _option_in_errors("--base"):
+        config = exported_config(recipe.model)
+    with _option_in_errors("--tokenizer"):
+        path = named.here() if named is not None else tokenizer_of_run(found.path, recipe)
+        tokenizer = load_tokenizer(path)
+        check_vocabulary(config, vocabulary_size(tokenizer), tokenizer=str(path))
+    return tokenizer
+
+
 def _adds_bos(
     options: Namespace, recorded: dict[str, Any] | None, recipe: Recipe, tokenizer: FastTokenizer
 ) -> bool:
-    """Whether the exported tokenizer begins texts with BOS: as asked for, else as the checkpoint records, else assumed."""
+    """Whether the exported tokenizer begins texts with BOS: as asked for, else as the checkpoint records, else assumed.
+
+    Raises `UserError` where it should, and has none.
+    """
     if options.bos is not None:
-        return bool(options.bos)
-    return bool(recorded["add_bos"]) if recorded is not None else assumed_bos(recipe, tokenizer)
+        adds = bool(options.bos)
+    else:
+        adds = bool(recorded["add_bos"]) if recorded is not None else assumed_bos(recipe, tokenizer)
+    if adds and tokenizer.bos_token_id is None:
+        why = "the training texts began with one" if options.bos is None else "--bos asks for one"
+        raise UserError(
+            f"tokenizer '{tokenizer.name_or_path}' has no BOS token, and {why}: give --no-bos, or --tokenizer with one that "
+            "has it"
+        )
+    return adds
 
 
 def assumed_bos(recipe: Recipe, tokenizer: FastTokenizer) -> bool:

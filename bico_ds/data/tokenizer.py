@@ -70,6 +70,9 @@ class FastTokenizer(Tokenizer, Protocol):
     def backend_tokenizer(self) -> tokenizers.Tokenizer: ...
 
     @property
+    def name_or_path(self) -> str: ...
+
+    @property
     def padding_side(self) -> str: ...
 
     @property

@@ -190,12 +190,23 @@ def _one_line(error: Exception) -> str:
 
 
 def _require_same_architecture(found: PretrainedConfig, wanted: PretrainedConfig, path: str) -> None:
+    pairs = {
+        key: (_architecture_value(found, key), _architecture_value(wanted, key)) for key in _ARCHITECTURE_KEYS
+    }
     differences = [
-        f"{key}: {getattr(found, key, None)!r} at the path, {getattr(wanted, key, None)!r} in the recipe"
-        for key in _ARCHITECTURE_KEYS
-        if getattr(found, key, None) != getattr(wanted, key, None)
+        f"{key}: {of_path!r} at the path, {of_recipe!r} in the recipe"
+        for key, (of_path, of_recipe) in pairs.items()
+        if of_path != of_recipe
     ]
     if differences:
         raise UserError(
             f"the model at '{path}' is not the one 'model.config' describes:\n  " + "\n  ".join(differences)
         )
+
+
+def _architecture_value(config: PretrainedConfig, key: str) -> Any:
+    """A value of a config; of a rotary embedding without `type`, the older name of `rope_type`, which transformers keeps."""
+    value = getattr(config, key, None)
+    if key == "rope_parameters" and isinstance(value, dict) and "rope_type" in value:
+        return {name: part for name, part in value.items() if name != "type"}
+    return value

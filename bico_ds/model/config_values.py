@@ -91,6 +91,8 @@ def _wrong_rotation(rope: Mapping[str, Any]) -> list[str]:
     """What is wrong with `rope_scaling` or `rope_parameters`, of which transformers only warns."""
     if problems := _out_of_bounds(rope, _ROPE_BOUNDS):
         return problems
+    if "factor" in rope and not (rope.get("rope_type") or rope.get("type")):
+        return ["rope_type: is missing beside a factor, without which nothing is scaled"]
     return [
         f"{low}: must be less than {high} ({rope[high]}) (found {rope[low]})"
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast"))

@@ -16,6 +16,7 @@ from bico_ds.config.section import STEPS
 from bico_ds.data.exported_tokenizer import ExportedTokenizer, misreading
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.loading.sample_order import StreamSpec
+from bico_ds.data.prepare.chats import template_begins_with_bos
 from bico_ds.data.prepare.recipe_sources import facts_folder, prepare_source
 from bico_ds.data.store import TokenStore, Verify
 from bico_ds.data.tokenizer import FastTokenizer, Tokenizer, load_tokenizer, special_ids, vocabulary_size
@@ -37,6 +38,7 @@ class RunInputs:
     vocabulary: int  # ids that the model embeds
     schedule: ObjectiveSchedule
     tasks: list[Task]
+    chats_begin_with_bos: bool = False  # where a source's texts are written by the chat template
 
     @property
     def add_bos(self) -> bool:
@@ -117,7 +119,18 @@ def open_inputs(recipe: Recipe, *, weights_needed: bool = True) -> RunInputs:
     tokens = _token_roles(recipe, tokenizer)
     objectives = build_objectives(recipe.objectives, tokens)
     schedule = ObjectiveSchedule(objectives, [spec.probability for spec in recipe.objectives], recipe.seed)
-    inputs = RunInputs(tokenizer, path, stores, tokens.vocabulary, schedule, _tasks(recipe))
+    inputs = RunInputs(
+        tokenizer,
+        path,
+        stores,
+        tokens.vocabulary,
+        schedule,
+        _tasks(recipe),
+        any(
+            source.messages_field is not None and store.manifest.add_bos
+            for source, store in zip(recipe.data.sources, stores, strict=True)
+        ),
+    )
     if (others := recipe.evaluation.likelihood_others) is not None:
         # Refuse a task that lacks wrong answers now, and not at the first evaluation.
         for task in inputs.tasks:
@@ -170,6 +183,11 @@ def export_warnings(inputs: RunInputs, config: PretrainedConfig) -> list[str]:
         lines.append(
             f"{with_bos:,} of {texts:,} texts begin with BOS, and the export's tokenizer {does} it: prompts like the other "
             "texts are asked otherwise than trained. Give all sources the same add_bos"
+        )
+    if inputs.chats_begin_with_bos and not template_begins_with_bos(inputs.tokenizer):
+        lines.append(
+            "the chats begin with BOS, which the chat template does not write, and programs that go by the template ask "
+            "without it. Set add_bos: false for them, or begin the template with {{ bos_token }}"
         )
     return [line for line in lines if line is not None]
 

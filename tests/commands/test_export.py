@@ -84,3 +84,46 @@ def test_a_checkpoint_that_records_no_bos_is_exported_as_its_texts_began_and_say
         assert f"its tokenizer adds {'BOS <s>' if adds else 'no BOS'}; generation stops at </s>" in shown
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
         assert (tokenizer("|")["input_ids"][0] == 1) == adds
+
+
+def test_a_tokenizer_that_cannot_be_this_models_is_refused_before_anything_is_written(
+    gone, monkeypatch, capsys
+):
+    """Texts began with BOS, by the recipe; a named tokenizer may have none, or ids that the model does not embed."""
+    named = gone.parent / "named"
+    tokenizer = AutoTokenizer.from_pretrained(EARLIER_RUN / "store" / "tokenizer")
+    tokenizer.bos_token = None
+    tokenizer.save_pretrained(named)
+    assert exported(gone, monkeypatch, "--tokenizer", named, "--bos") == 2
+    assert f"tokenizer '{named}' has no BOS token, and --bos asks for one" in capsys.readouterr().err
+    assert exported(gone, monkeypatch, "--tokenizer", named, "--no-bos") == 0
+    shutil.rmtree(gone.parent / "out")
+    tokenizer.add_tokens([f"more{number}" for number in range(1000)])
+    tokenizer.save_pretrained(named)
+    assert exported(gone, monkeypatch, "--tokenizer", named, "--no-bos") == 2
+    assert "they do not belong together" in capsys.readouterr().err
+    assert not (gone.parent / "out").exists()
+
+
+def test_a_tokenizer_without_bos_is_refused_where_the_checkpoint_records_that_texts_began_with_one(
+    gone, monkeypatch, capsys
+):
+    named = gone.parent / "named"
+    tokenizer = AutoTokenizer.from_pretrained(EARLIER_RUN / "store" / "tokenizer")
+    tokenizer.bos_token = None
+    tokenizer.save_pretrained(named)
+    (checkpoint,) = manifest.checkpoints_in(gone / "checkpoints")
+    content = json.loads((checkpoint / manifest.MANIFEST).read_text())
+    del content["seal"]
+    content["export"] = {"add_bos": True, "generation_config": {"eos_token_id": 2}}
+    manifest.write_manifest(checkpoint, content)
+    assert exported(gone, monkeypatch, "--tokenizer", named) == 2
+    assert "has no BOS token, and the training texts began with one" in capsys.readouterr().err
+
+
+def test_a_start_model_that_has_moved_is_named_with_its_option(gone, monkeypatch, capsys):
+    """Of a full fine-tuning too, where the recipe does not hold the config."""
+    rewrite(gone, "model", path=str(gone.parent / "moved"), config=None)
+    shutil.copytree(EARLIER_RUN / "store" / "tokenizer", gone / "tokenizer")
+    assert exported(gone, monkeypatch) == 2
+    assert capsys.readouterr().err.endswith("(here: --base)\n")

@@ -118,6 +118,7 @@ IMPOSSIBLE = [
     ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "rope_scaling.factor: must be at least 1"),
     ({"rope_scaling": {"rope_type": "linear", "factor": math.inf}}, "rope_scaling.factor: must be a finite number"),
     ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "rope_scaling.factor: must be a number, found '2'"),
+    ({"rope_scaling": {"factor": 2.0}}, "rope_scaling.rope_type: is missing beside a factor"),
     ({"rope_scaling": {**YARN, "attention_factor": 0.0}}, "rope_scaling.attention_factor: must be greater than 0"),
     ({"rope_scaling": {**YARN, "beta_fast": 1, "beta_slow": 32}}, "rope_scaling.beta_slow: must be less than beta_fast"),
     ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "rope_scaling.low_freq_factor: must be less than high_freq"),

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, Qwen2Config
 from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
 from bico_ds.data.loading.loader import RankShare
+from bico_ds.data.tokenizer import load_tokenizer
 from bico_ds.training import assembly
 
 NTP = "{kind: ntp, loss_on: completion}"
@@ -109,6 +110,30 @@ def test_a_tokenizer_that_transformers_reads_otherwise_beside_the_model_is_warne
     (warning,) = assembly.export_warnings(inputs, Qwen2Config())
     assert "transformers loads the tokenizer of every qwen2 model as Qwen2Tokenizer" in warning
     assert assembly.export_warnings(inputs, LlamaConfig()) == []
+
+
+@pytest.mark.parametrize(
+    ("template", "add_bos", "warned"),
+    [("", "true", True), ("", "false", False), ("{{ bos_token }}", "true", False)],
+)
+def test_chats_with_a_bos_that_the_template_does_not_write_are_warned_of(tmp_path, template, add_bos, warned):
+    """A chat of a plain pipeline begins as the template writes it, whatever the export's tokenizer adds to other texts."""
+    tokenizer = load_tokenizer(
+        assembly.facts_folder(load_recipe("tiny_bico", _common(tmp_path)).data) / "tokenizer"
+    )
+    tokenizer.chat_template = template + "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    chat = [{"role": "user", "content": "today |"}, {"role": "assistant", "content": " fox"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    source = f"{{files: [{tmp_path}/chats.jsonl], messages_field: messages, add_bos: {add_bos}}}"
+    changes = [f"model.tokenizer={tmp_path}/tokenizer", f"data.sources=[{source}]"]
+    recipe = load_recipe("tiny_bico", [*_common(tmp_path), *changes])
+    warnings = assembly.export_warnings(assembly.open_inputs(recipe, weights_needed=False), LlamaConfig())
+    assert [True for line in warnings if "the chats begin with BOS" in line] == [True] * warned
+
+
+def _common(tmp_path: Path) -> list[str]:
+    return [f"data.cache_dir={tmp_path}/cache", "evaluation.tasks=[]"]
 
 
 def _opened(tmp_path: Path, sources: list[str]) -> tuple[assembly.RunInputs, LlamaConfig]:

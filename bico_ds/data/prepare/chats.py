@@ -126,6 +126,15 @@ def check_template(tokenizer: FastTokenizer, path: FolderOrHub) -> None:
         )
 
 
+def template_begins_with_bos(tokenizer: FastTokenizer) -> bool:
+    """Whether the template begins a chat with BOS; also where it writes no chat of a single question."""
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except Exception:  # as in `ChatTemplate.render`
+        return True
+    return tokenizer(text, add_special_tokens=False)["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
 def strings_of(messages: Any) -> Iterator[str]:
     """All strings that a template may write: contents, roles, what tools were called with."""
     if isinstance(messages, str):

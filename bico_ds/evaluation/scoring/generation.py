@@ -24,19 +24,19 @@ from bico_ds.evaluation.scoring.share import (
 )
 from bico_ds.model.architecture import id_list
 
-# Of `GenerationConfig`; those of sampling have no effect where nothing is sampled.
+# Of `GenerationConfig`; the others of sampling have no effect without `do_sample`.
 _BEYOND_GREEDY = (
-    "bad_words_ids", "begin_suppress_tokens", "exponential_decay_length_penalty", "forced_bos_token_id",
+    "bad_words_ids", "begin_suppress_tokens", "do_sample", "exponential_decay_length_penalty", "forced_bos_token_id",
     "forced_eos_token_id", "guidance_scale", "min_length", "min_new_tokens", "no_repeat_ngram_size", "num_beams",
     "repetition_penalty", "sequence_bias", "stop_strings", "suppress_tokens",
 )  # fmt: skip
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], *, add_bos: bool = True) -> list[list[int]]:
-    """Token ids as in training: BOS (where the tokenizer has one, and `add_bos`), then the text."""
+    """Token ids as in training: BOS (where the tokenizer has one, and `add_bos`), then the text, which may have it."""
     encoded = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     start = [tokenizer.bos_token_id] if add_bos and tokenizer.bos_token_id is not None else []
-    return [start + list(ids) for ids in encoded]
+    return [list(ids) if start and ids[:1] == start else start + list(ids) for ids in encoded]
 
 
 def check_lengths(
@@ -70,7 +70,7 @@ def stop_ids(generation: GenerationConfig, tokenizer: Tokenizer) -> list[int]:
 def beyond_greedy(generation: GenerationConfig) -> dict[str, Any]:
     """The settings of a generation config by which `generate` chooses other tokens than the most probable ones."""
     values = {key: getattr(generation, key, None) for key in _BEYOND_GREEDY}
-    return {key: value for key, value in values.items() if value not in (None, 0, 1, [], {})}
+    return {key: value for key, value in values.items() if value is True or value not in (None, 0, 1, [], {})}
 
 
 @torch.no_grad()

@@ -38,9 +38,10 @@ def encode_answers(
         add_special_tokens=False,
         return_offsets_mapping=True,
     )
-    start = (tokenizer.bos_token_id,) if add_bos and tokenizer.bos_token_id is not None else ()
+    bos = tokenizer.bos_token_id if add_bos else None
     scored = []
     for prompt, ids, offsets in zip(prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        start = () if bos is None or ids[:1] == [bos] else (bos,)
         answer_tokens = sum(end > len(prompt) for _, end in offsets)
         answer_tokens = min(answer_tokens, len(start) + len(ids) - 1)  # the first token is never predicted
         scored.append(Scored(ids=(*start, *ids), answer_tokens=answer_tokens))

@@ -48,7 +48,7 @@ def export_checkpoint(
     not that model's, and where LoRA's base is missing or not the one that the adapters were trained on.
     """
     refuse_existing(folder, overwrite=overwrite)
-    config = _config(spec)
+    config = exported_config(spec)
     values = _Values(spec, config, open_checkpoint(checkpoint))
     shapes = {name: parameter.shape for name, parameter in meta_model(config).named_parameters()}
     with atomic_folder(folder, replace=True) as temporary:
@@ -63,6 +63,14 @@ def export_checkpoint(
             adopt_special_tokens(tokenizer, config, generation)
         write_settings(temporary, config, generation, tokenizer, DTYPES[dtype])
     return generation
+
+
+def exported_config(spec: ModelSpec) -> PretrainedConfig:
+    """The run's architecture; where the recipe has it, start weights may be gone by now."""
+    gone = spec.path is not None and spec.path.is_folder and _start_folder(spec) is None
+    if gone and spec.config is not None and spec.lora is None:
+        spec = spec.model_copy(update={"path": None})
+    return model_config(spec)
 
 
 def export_record(model: TrainableModel, *, add_bos: bool) -> dict[str, Any]:
@@ -144,11 +152,3 @@ def _start_folder(spec: ModelSpec) -> Path | None:
         if spec.path is not None and spec.path.is_here():
             return Path(spec.path.here())
     return None
-
-
-def _config(spec: ModelSpec) -> PretrainedConfig:
-    """The run's architecture; where the recipe has it, start weights may be gone by now."""
-    gone = spec.path is not None and spec.path.is_folder and _start_folder(spec) is None
-    if gone and spec.config is not None and spec.lora is None:
-        spec = spec.model_copy(update={"path": None})
-    return model_config(spec)

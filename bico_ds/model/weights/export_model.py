@@ -84,7 +84,8 @@ def write_settings(
     settings.dtype = dtype
     settings.save_pretrained(folder)
     _add_names_of_transformers_4(folder / "config.json")
-    generation_config.save_pretrained(folder)
+    # `save_pretrained` refuses what published models have (a temperature without `do_sample`), once a token has changed.
+    generation_config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     write_checksums(folder)

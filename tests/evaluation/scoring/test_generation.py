@@ -14,6 +14,7 @@ from bico_ds.evaluation.scoring.generation import (
     generate_greedy,
     stop_ids,
 )
+from bico_ds.evaluation.scoring.likelihood import encode_answers
 from bico_ds.evaluation.scoring.share import PromptShare, shared_batches
 
 
@@ -36,6 +37,13 @@ def test_batched_generation_equals_hugging_face_one_prompt_at_a_time(tiny_llama,
 def test_prompts_begin_with_bos_as_in_training(tokenizer):
     assert encode_prompts(tokenizer, ["w0 w1"]) == [[1, 3, 4]]
     assert encode_prompts(tokenizer, ["w0 w1"], add_bos=False) == [[3, 4]]
+
+
+def test_a_bos_that_is_written_out_is_not_doubled_as_in_training(tokenizer):
+    assert encode_prompts(tokenizer, ["<s> w0 w1"]) == [[1, 3, 4]]
+    assert encode_prompts(tokenizer, ["<s> w0 w1"], add_bos=False) == [[1, 3, 4]]
+    (scored,) = encode_answers(tokenizer, ["<s> w0"], [" w1"])
+    assert (scored.ids, scored.answer_tokens) == ((1, 3, 4), 1)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
@@ -95,11 +103,11 @@ def test_without_stop_tokens_in_the_generation_config_the_tokenizers_eos_counts(
     assert stop_ids(GenerationConfig(), tokenizer) == [2]
 
 
-def test_settings_that_change_greedy_answers_are_found_and_those_of_sampling_not():
+def test_settings_that_change_greedy_answers_are_found_and_those_of_sampling_only_where_it_is_on():
     sampling = {
         "temperature": 0.6,
         "top_p": 0.9,
-        "do_sample": True,
+        "do_sample": False,
         "repetition_penalty": 1.0,
         "num_beams": 1,
     }
@@ -107,3 +115,4 @@ def test_settings_that_change_greedy_answers_are_found_and_those_of_sampling_not
     assert beyond_greedy(GenerationConfig(**(sampling | {"repetition_penalty": 1.3}))) == {
         "repetition_penalty": 1.3
     }
+    assert beyond_greedy(GenerationConfig(**(sampling | {"do_sample": True}))) == {"do_sample": True}

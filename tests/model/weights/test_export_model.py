@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.schema import ModelSpec
 from bico_ds.data.exported_tokenizer import ExportedTokenizer
 from bico_ds.data.tokenizer import load_tokenizer
+from bico_ds.model.architecture import adopt_special_tokens, model_config
 from bico_ds.model.build import TrainableModel, build_model
 from bico_ds.model.families import FAMILIES
 from bico_ds.model.weights.export_model import export_model
@@ -124,3 +125,29 @@ def test_a_config_says_its_rotary_embedding_by_the_names_of_transformers_4_too(t
     loaded = AutoConfig.from_pretrained(tmp_path / "out")
     kept = {key: value for key, value in live.config.rope_parameters.items() if key != "type"}
     assert loaded.rope_parameters == kept and loaded.dtype == torch.bfloat16
+
+
+def test_the_generation_config_of_a_published_model_is_exported_as_it_is(tmp_path, bpe_tokenizer):
+    """Llama 2's first one has a temperature, and no `do_sample`; transformers saves it until a token of it changes."""
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6, "pad_token_id": 0}')
+    model, tokenizer = tiny_model(), ExportedTokenizer(load_tokenizer(Path(bpe_tokenizer)), True)
+    model.causal_lm.generation_config = GenerationConfig.from_pretrained(tmp_path)
+    adopt_special_tokens(tokenizer, model.causal_lm.config, model.causal_lm.generation_config)
+    export_model(model, tokenizer, tmp_path / "out", "fp32")
+    values = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (values["temperature"], values["top_p"]) == (0.9, 0.6)
+    assert values["eos_token_id"] == tokenizer.eos_token_id
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.top_p == 0.6
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "yarn"])
+def test_an_export_is_the_model_of_a_recipe_that_says_type_for_rope_type(tmp_path, rope_type):
+    config = architecture("llama", "default") | {"rope_scaling": {"type": rope_type, "factor": 3.0}}
+    spec = ModelSpec(config=config, dtype="fp32")
+    live = build_model(spec, seed=1, ds_config=None, device="cpu", longest_document=64).causal_lm
+    export_model(live, None, tmp_path / "out", "fp32")
+    again = spec.model_copy(update={"path": ModelSpec(path=str(tmp_path / "out")).path})
+    assert model_config(again).rope_parameters["rope_type"] == rope_type
+    other = {**config, "rope_scaling": {"type": rope_type, "factor": 4.0}}
+    with pytest.raises(UserError, match="rope_parameters"):
+        model_config(again.model_copy(update={"config": other}))

@@ -9,6 +9,9 @@ joined by spaces.
 
 from __future__ import annotations
 
+import contextlib
+import html
+import json
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -34,7 +37,8 @@ class ChatText(NamedTuple):
     text: str
     # Characters before the last reply; all, where the last message is no reply.
     prompt_chars: int
-    # The number of the first message whose content the template leaves out, from 1; 0 where it leaves out none.
+    # The number of the first message whose content the template leaves out, or, of the last reply, a part of it, from 1;
+    # 0 where it leaves out none.
     left_out: int
 
 
@@ -50,11 +54,11 @@ class ChatTemplate:
         checked = [_checked(message, number) for number, message in enumerate(_listed(messages), start=1)]
         forms, left_out = self._forms_of(checked)
         given = [_in_form(message, form) for message, form in zip(checked, forms, strict=True)]
-        has_reply, prompt = given[-1]["role"] == "assistant", ""
+        has_reply, prompt_chars = given[-1]["role"] == "assistant", 0
         try:
             text = self._write(given)
             if has_reply and len(given) > 1:
-                prompt = self._write(given[:-1], add_generation_prompt=True)
+                prompt_chars = self._prompt_chars(text, given)
         except (
             Exception
         ) as error:  # templates raise jinja2's errors, and any that their own expressions cause
@@ -62,9 +66,24 @@ class ChatTemplate:
         _check_text(text, given)
         if not has_reply:
             return ChatText(text, len(text), left_out)
-        same = (ours == theirs for ours, theirs in zip(text, prompt, strict=False))
-        end = next((i for i, equal in enumerate(same) if not equal), min(len(text), len(prompt)))
-        return ChatText(text, end, left_out)
+        if not left_out and not _holds(text, given[-1].get("content", "")):
+            left_out = len(given)
+        return ChatText(text, prompt_chars, left_out)
+
+    def _prompt_chars(self, text: str, given: list[Message]) -> int:
+        """Characters before the last reply in the text of these messages."""
+        prompt = self._write(given[:-1], add_generation_prompt=True)
+        if text.startswith(prompt):
+            return len(prompt)
+        chars = _in_common(text, prompt)
+        # Some templates write earlier messages in another way once a reply follows: then the reply itself is looked for.
+        with contextlib.suppress(Exception):  # as in `_shown`: what is asked here is not what was given
+            if chars < len(self._write(given[:-1]).rstrip()) and (content := given[-1].get("content")):
+                mark = _mark(len(given), 0)
+                other = [{"type": "text", "text": mark}] if isinstance(content, list) else mark
+                before, found, _ = self._write([*given[:-1], {**given[-1], "content": other}]).partition(mark)
+                return max(chars, _in_common(text, before)) if found else chars
+        return chars
 
     def _write(self, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
         text = self._tokenizer.apply_chat_template(
@@ -206,6 +225,26 @@ def _function(call: Any) -> str | None:
     return name if isinstance(name, str) else None
 
 
+def _in_common(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    same = (a == b for a, b in zip(one, other, strict=False))
+    return next((i for i, equal in enumerate(same) if not equal), min(len(one), len(other)))
+
+
+def _holds(text: str, content: Any) -> bool:
+    """Whether all of a content is in the text: its letters and digits, in whatever form a template writes the rest."""
+    strings = [part["text"] for part in content] if isinstance(content, list) else [content]
+    if all(string.strip() in text for string in strings):
+        return True
+    written = [_letters(text), _letters(html.unescape(text))]
+    forms = [(string, json.dumps(string), json.dumps(string, ensure_ascii=False)) for string in strings]
+    return all(any(_letters(form) in one for form in own for one in written) for own in forms)
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"[\W_]+", "", text).casefold()
+
+
 def _form(message: Message) -> Form:
     if "content" not in message:
         return "none"
@@ -242,4 +281,5 @@ def _mark(message: int, part: int) -> str:
 
 def _is_python(text: str, mark: str) -> bool:
     """Whether the part with this text stands there as Python or JSON shows it."""
-    return re.search(rf"""["']text["']\s*:\s*["']{mark}""", text, re.IGNORECASE) is not None
+    plain = html.unescape(text).replace("\\", "")  # a template may escape it once more
+    return re.search(rf"""["']text["']\s*:\s*["']{mark}""", plain, re.IGNORECASE) is not None

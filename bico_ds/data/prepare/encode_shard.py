@@ -27,7 +27,7 @@ _BATCH_RECORDS, _BATCH_CHARS = 256, 4_000_000
 
 
 SPECIAL_TOKENS = "have special tokens written out in their text, which become control tokens"
-LEFT_OUT = "have a message whose content the chat template leaves out"
+LEFT_OUT = "have a message whose content the chat template leaves out, or a part of the last reply"
 
 
 @dataclass(kw_only=True)

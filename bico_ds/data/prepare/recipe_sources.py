@@ -21,6 +21,7 @@ from bico_ds.data.prepare.ingest import ingest
 from bico_ds.data.prepare.input_files import Inputs, find_inputs
 from bico_ds.data.prepare.shards import SHARD_BYTES, plan_shards
 from bico_ds.data.store import FORMAT_VERSION, TokenStore, Verify
+from bico_ds.data.store_checks import AGAIN
 from bico_ds.data.tokenizer import (
     FastTokenizer,
     legacy_tokenizer_digest,
@@ -164,7 +165,8 @@ def _check_cached(path: Path, tokenizer: str, verify: Verify) -> None:
     try:
         TokenStore.open(path, verify=verify, tokenizer_hash=tokenizer)
     except UserError as error:
-        raise UserError(f"{error} (it is a cache: delete '{path}', and it is made again)") from error
+        problem = str(error).removesuffix(AGAIN).rstrip(";: ")
+        raise UserError(f"{problem} (it is a cache: delete '{path}', and it is made again)") from error
 
 
 def _facts_fingerprint(data: DataSpec) -> str:

@@ -190,6 +190,65 @@ def test_a_content_that_the_template_leaves_out_is_counted_with_the_first_place(
     assert f"warning      {warning}" in (tmp_path / "s" / "report.txt").read_text()
 
 
+SYSTEM_IN_THE_LAST_QUESTION = (  # Mistral-7B-Instruct-v0.3
+    "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}{{ '[INST] ' }}"
+    "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content + '\n\n' }}{% endif %}"
+    "{{ m.content + '[/INST]' }}{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+LAST_TWO = "{% for m in messages[-2:] %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+PREFILLED = (  # an empty thought before the last reply only, as Qwen3 writes it
+    "{% for m in messages %}[{{ m.role }}] {% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}"
+    "{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "chat", "completion"),
+    [
+        (SYSTEM_IN_THE_LAST_QUESTION, _chat("rules", "who?", "me"), "me</s>"),
+        (SYSTEM_IN_THE_LAST_QUESTION, _chat("rules", _parts("who?"), _parts("me")), "me</s>"),
+        (LAST_TWO, _chat("s", "a", "b", "who?", "me"), "me\n"),
+        (PREFILLED, [*_chat("s", "who?", "first"), {"role": "assistant", "content": "me"}], "me\n"),
+    ],
+)
+def test_questions_are_no_completion_where_a_reply_changes_how_they_are_written(
+    template: str, chat: list[dict[str, Any]], completion: str, tmp_path: Path, bpe_tokenizer: str
+) -> None:
+    folder = _tokenizer(bpe_tokenizer, tmp_path / "t", template)
+    text, prompt, _ = ChatTemplate(load_tokenizer(folder)).render(chat)
+    assert text[prompt:] == completion
+
+
+THOUGHT = "<think>\nHmm: 'a & b'\n</think>\n\nme, née \"X\""
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, "escapes", "prompts a thought"])
+def test_a_reply_that_is_written_completely_is_not_counted_as_shortened(
+    name: str, tmp_path: Path, bpe_tokenizer: str
+) -> None:
+    more = {
+        "escapes": LOOP % "{{ m.content | e }}",
+        "prompts a thought": (LOOP % "{{ m.content }}").replace("[assistant] ", "[assistant] <think>\n"),
+    }
+    folder = _tokenizer(bpe_tokenizer, tmp_path / "t", (TEMPLATES | more)[name])
+    template = ChatTemplate(load_tokenizer(folder))
+    for reply in (THOUGHT, _parts(THOUGHT)):
+        text, _, left_out = template.render(_chat("s", "who?", reply))
+        assert left_out == 0 and "text" not in text
+
+
+def test_a_reply_of_which_the_template_leaves_out_the_thought_is_counted(
+    tmp_path: Path, bpe_tokenizer: str
+) -> None:
+    shortened = LOOP % "{{ m.content.split('</think>')[-1] }}"  # DeepSeek-R1's
+    tokenizer = _tokenizer(bpe_tokenizer, tmp_path / "t", shortened)
+    chats = [_chat("s", "who?", "me"), _chat("s", "who?", THOUGHT), _chat("s", "who?", _parts(THOUGHT))]
+    file = write_jsonl(tmp_path / "a.jsonl", [{"messages": chat} for chat in chats])
+    (warning,) = ingest_files(file, tokenizer, tmp_path / "s", messages_field="messages").warnings
+    assert warning.startswith("2 documents have") and "or a part of the last reply" in warning
+    assert f"{file}:2, message 3" in warning
+
+
 def _with_templates(source: str, folder: Path, **templates: str) -> str:
     shutil.copytree(source, folder)
     (folder / "chat_template.jinja").unlink()

@@ -182,8 +182,9 @@ def test_a_damaged_cache_is_refused_with_what_to_do(tmp_path: Path, bpe_tokenize
     data = _data(SourceSpec(files=[str(tmp_path / "texts.txt")]), tmp_path / "cache")
     store = _prepare(data, bpe_tokenizer)
     (store / "tokens.bin").write_bytes(b"")
-    with pytest.raises(UserError, match=r"damaged: tokens.bin.*delete .* and it is made again"):
+    with pytest.raises(UserError, match=r"damaged: tokens.bin.*delete .* and it is made again") as caught:
         _prepare(data, bpe_tokenizer)
+    assert "--force" not in str(caught.value)  # an option of `prepare`, which did not make it
 
 
 def test_a_tokenizer_that_lacks_what_is_asked_is_refused(tmp_path: Path, word_tokenizer: str) -> None:

@@ -62,10 +62,11 @@ def read(folder: RunFolder) -> CommittedCheckpoint | None:
     path = folder.last_checkpoint_file
     try:
         last = CommittedCheckpoint(**json.loads(path.read_text(encoding="utf-8")))
+        time.localtime(last.time)  # as messages show it
         return replace(last, step=int(last.step), path=str(last.path))
     except FileNotFoundError:
         return _of_an_earlier_version(folder)
-    except (OSError, ValueError, TypeError):
+    except (OSError, OverflowError, ValueError, TypeError):
         raise UserError(f"{path}: damaged; remove it to go on by what is in '{folder.checkpoints}'") from None
 
 

@@ -82,6 +82,14 @@ def choose(folder: RunFolder, option: str, recipe: Recipe, layout: StateLayout) 
     return Resumption(found, bool(different))
 
 
+def begins_anew(folder: RunFolder, option: str) -> bool:
+    """Whether `set_aside` will move away all that is in `folder`, whatever `choose` finds by `option`."""
+    if option in ("auto", "none"):
+        return option == "none"
+    named = Path(option)
+    return not (named.resolve() == folder.path.resolve() or record.is_own(named, folder))
+
+
 def set_aside(folder: RunFolder, option: str, chosen: Resumption | None) -> None:
     """Move what is in `folder`, and does not belong to what `choose` chose by `option`, into its replaced-N/.
 

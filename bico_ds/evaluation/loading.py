@@ -17,7 +17,7 @@ from bico_ds.data.tokenizer import FastTokenizer, Tokenizer, load_tokenizer, voc
 from bico_ds.model.architecture import check_vocabulary
 from bico_ds.model.config_values import check_shapes, check_values
 from bico_ds.model.families import FAMILIES
-from bico_ds.model.weights.load import weight_files
+from bico_ds.model.weights.load import SAFETENSORS, weight_files
 
 _DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
 # The files that an answer depends on; of the generation config only `stop_ids`, which are in the identity of each task.
@@ -113,9 +113,10 @@ def weights_stamp(path: FolderOrHub) -> str:
     """
     if not isinstance(path, Path):
         return path
-    files = sorted({file for pattern in _STAMPED for file in path.glob(pattern)})
+    read = {*weight_files(path)}
+    files = sorted({file for pattern in _STAMPED for file in path.glob(pattern)} | read)
     stamp: list[Any] = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    unread = {file for file in files if file.suffix == ".safetensors"} - {*weight_files(path)}
+    unread = {file for file in files if file.suffix == ".safetensors"} - read
     stamp += sorted(file.name for file in unread)
     return hashlib.sha256(repr(stamp).encode()).hexdigest()[:16]
 
@@ -130,7 +131,7 @@ def check_model_folder(folder: FolderOrHub, option: str = "--model") -> None:
         inside = next(iter(sorted(folder.glob("*/config.json"))), None)
         hint = f"; did you mean {inside.parent}?" if inside else ""
         raise UserError(f"{option} {folder}: no config.json in it{hint}")
-    if not list(folder.glob("*.safetensors")):
+    if not list(folder.glob("*.safetensors")) and not (folder / f"{SAFETENSORS}.index.json").exists():
         pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
         found = f"only pickled weights ({pickled[0].name}), which can run code" if pickled else "no weights"
         raise UserError(f"{option} {folder}: {found}; give a folder with *.safetensors")

@@ -23,7 +23,7 @@ from bico_ds.config.bounds import Bound
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.config.schema import ModelSpec
 from bico_ds.model.config_values import check_shapes, check_values
-from bico_ds.model.families import FAMILIES
+from bico_ds.model.families import FAMILIES, family_of
 
 # What makes two configs different networks; everything else in a config.json is bookkeeping.
 _ARCHITECTURE_KEYS = (
@@ -70,8 +70,8 @@ class ModelTokenizer(Protocol):
 def model_config(spec: ModelSpec) -> PretrainedConfig:
     """The architecture that `spec` asks for: the config.json at `path`, or `config`.
 
-    Raises `UserError` on a missing folder, a config that cannot be read, unknown keys, values that make no model, and where
-    `path` and `config` are both given and disagree.
+    Raises `UserError` on a missing folder, a config that cannot be read, other model types than `FAMILIES`, unknown keys,
+    values that make no model, and where `path` and `config` are both given and disagree.
     """
     recipe = None if spec.config is None else _config_from_recipe(spec.config)
     config = recipe if spec.path is None else _config_at(spec.path.here())
@@ -149,6 +149,8 @@ def _config_at(path: FolderOrHub) -> PretrainedConfig:
     where = f"model.path: {path}/config.json: "
     try:
         values, _ = PretrainedConfig.get_config_dict(str(path))
+        if values.get("model_type") in CONFIG_MAPPING:
+            family_of(values["model_type"])
         check_values(values, where=where)
         config = AutoConfig.from_pretrained(str(path))
     except UserError:
@@ -165,11 +167,12 @@ def _config_at(path: FolderOrHub) -> PretrainedConfig:
 def _config_from_recipe(values: dict[str, Any]) -> PretrainedConfig:
     values = dict(values)
     model_type = values.pop("model_type", "llama")
-    if model_type not in CONFIG_MAPPING:
-        hint = did_you_mean(model_type, FAMILIES)
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        hint = did_you_mean(str(model_type), FAMILIES)
         raise UserError(
             f"model.config.model_type: unknown model type '{model_type}'{hint}; supported: {', '.join(FAMILIES)}"
         )
+    family_of(model_type)
     known = {*CONFIG_MAPPING[model_type]().to_dict(), *_LEGACY_KEYS}
     for key in values:
         if key not in known:

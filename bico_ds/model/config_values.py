@@ -39,20 +39,23 @@ _ROPE_BOUNDS = {
     "mscale": Bound(least=0, most=1e3, why="it scales queries and keys"),
     "mscale_all_dim": Bound(least=0, most=1e3, why="it scales queries and keys"),
 }
+# transformers' own, which it takes in the place of one that is left out.
+_ROPE_DEFAULTS = {"beta_fast": 32, "beta_slow": 1}
 
 
 def check_values(values: Mapping[str, Any], *, where: str) -> None:
     """Raise `UserError` where the values of a config.json make no model; `where` comes before their keys.
 
-    A key that is left out, or null, has the family's default. Values of another type transformers refuses.
+    A key that is left out, or null, has the family's default. Values of another type transformers refuses, but for those
+    of rotations.
     """
-    numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+    numbers = {k: v for k, v in values.items() if isinstance(v, int | float) or k == "rope_theta"}
     problems = _out_of_bounds(numbers, _BOUNDS)
     for section in ("rope_scaling", "rope_parameters"):
         if isinstance(values.get(section), Mapping):
             problems += [f"{section}.{problem}" for problem in _wrong_rotation(values[section])]
     activation = values.get("hidden_act")
-    if activation is not None and activation not in ACT2FN:
+    if activation is not None and not (isinstance(activation, str) and activation in ACT2FN):
         problems.append(
             f"hidden_act: unknown activation '{activation}'{did_you_mean(str(activation), ACT2FN)}"
         )
@@ -93,8 +96,9 @@ def _wrong_rotation(rope: Mapping[str, Any]) -> list[str]:
         return problems
     if "factor" in rope and not (rope.get("rope_type") or rope.get("type")):
         return ["rope_type: is missing beside a factor, without which nothing is scaled"]
+    given = {**_ROPE_DEFAULTS, **{key: value for key, value in rope.items() if value is not None}}
     return [
-        f"{low}: must be less than {high} ({rope[high]}) (found {rope[low]})"
+        f"{low}: must be less than {high} ({given[high]}) (found {given[low]})"
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast"))
-        if None not in (rope.get(low), rope.get(high)) and rope[low] >= rope[high]
+        if low in given and high in given and given[low] >= given[high]
     ]

@@ -105,8 +105,13 @@ class RunFolder:
                 "choose another with --output-dir"
             ) from None
 
-    def check_writable(self) -> None:
-        """Raise `UserError` where a folder or file that is there already cannot be written: most are needed hours later."""
+    def check_writable(self, *, begins_anew: bool = False) -> None:
+        """Raise `UserError` where a folder or file that is there already cannot be written: most are needed hours later.
+
+        A start that `begins_anew` writes none of those that `set_aside` will move away.
+        """
+        if begins_anew and self._holds_a_run():
+            return
         folders = [
             folder
             for folder in (self.checkpoints, self.logs, self.evaluation, self.tensorboard, self.csv)
@@ -166,8 +171,7 @@ class RunFolder:
 
     def set_aside(self) -> None:
         """Move what an earlier run left (recipe, checkpoints, metrics …) into replaced-N/: nothing of it is deleted."""
-        left = (self.metrics_file.is_file(), self.last_checkpoint_file.is_file())
-        if not any(left) and not any(self.checkpoints.glob("step-*")):
+        if not self._holds_a_run():
             return
         kept = {self.lock.path.name, self.state_file.name, "run.json", "slurm", "stop", "native_ops"}
         old = [
@@ -177,6 +181,10 @@ class RunFolder:
         for path in old:
             path.rename(aside / path.name)
         self.logs.mkdir(exist_ok=True)
+
+    def _holds_a_run(self) -> bool:
+        left = (self.metrics_file.is_file(), self.last_checkpoint_file.is_file())
+        return any(left) or any(self.checkpoints.glob("step-*"))
 
     def new_aside(self) -> Path:
         """Make the next replaced-N/."""

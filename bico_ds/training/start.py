@@ -20,6 +20,7 @@ from bico_ds.checkpoint.checkpointer import Checkpointer
 from bico_ds.checkpoint.resume import (
     Resumption,
     StateLayout,
+    begins_anew,
     choose,
     manifest_header,
     restore,
@@ -117,7 +118,7 @@ def _prepare(run: Run, resume: str) -> Resumption | None:
     try:
         if resume == "auto":
             record.refuse_lost(run.folder)
-        run.folder.check_writable()
+        run.folder.check_writable(begins_anew=begins_anew(run.folder, resume))
         with run.stop.interrupting():
             assembly.prepare_stores(run.recipe)
             return choose(run.folder, resume, run.recipe, _layout(run))

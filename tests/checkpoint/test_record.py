@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bico_ds.checkpoint import record
-from bico_ds.checkpoint.resume import choose
+from bico_ds.checkpoint.resume import begins_anew, choose
 from bico_ds.common.errors import UserError
 from bico_ds.runtime.lock import FencedError
 from bico_ds.runtime.run_folder import RunFolder
@@ -169,6 +169,26 @@ def test_begun_anew_a_run_owes_nothing_to_the_lost_checkpoints(folder):
     assert taken(folder, "auto") is None
 
 
+def test_a_start_begins_anew_without_a_checkpoint_or_with_one_of_another_run(folder, tmp_path):
+    own = (str(folder.path), str(folder.checkpoints / "step-000010"))
+    assert [begins_anew(folder, option) for option in ("auto", *own)] == [False] * 3
+    disk = tmp_path / "disk"
+    folder.checkpoints.rename(disk)
+    folder.checkpoints.symlink_to(disk)
+    assert not begins_anew(folder, str(disk / "step-000010"))
+    foreign = (str(tmp_path / "other"), str(tmp_path / "other" / "checkpoints" / "step-000010"))
+    assert [begins_anew(folder, option) for option in ("none", *foreign)] == [True] * 3
+
+
+def test_what_is_said_of_an_unmounted_disk_can_be_done(folder):
+    unmount(folder.checkpoints)
+    with pytest.raises(UserError, match="or begin anew with --resume none"):
+        choose(folder, "auto", RECIPE, LAYOUT)
+    folder.check_writable(begins_anew=begins_anew(folder, "none"))
+    assert taken(folder, "none") is None
+    assert not folder.checkpoints.is_symlink()
+
+
 def test_a_run_that_went_on_from_anothers_checkpoint_does_not_begin_at_step_0(folder, tmp_path):
     mine = RunFolder(tmp_path / "mine")
     mine.path.mkdir()
@@ -182,7 +202,13 @@ def test_a_run_that_went_on_from_anothers_checkpoint_does_not_begin_at_step_0(fo
     assert found is not None and found.step == 25
 
 
-@pytest.mark.parametrize("content", ['{"step": ', "", "[]", "null", '{"step": "x", "path": "y", "time": 0}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *('{"step": ', "", "[]", "null", '{"step": "x", "path": "y", "time": 0}'),
+        *('{"step": 30, "path": "y", "time": "noon"}', '{"step": 30, "path": "y", "time": 1e30}'),
+    ],
+)
 def test_a_damaged_record_is_named(folder, content):
     folder.last_checkpoint_file.write_text(content)
     with pytest.raises(UserError, match=r"last_checkpoint.json: damaged; remove it"):

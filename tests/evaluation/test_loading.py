@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,11 @@ import pytest
 from bico_ds.common.errors import UserError
 from bico_ds.config.schema import FactsSpec
 from bico_ds.data.prepare.facts import write_facts
-from bico_ds.evaluation.loading import check_model_folder, load_tokenizer_and_context, weights_stamp
+from bico_ds.evaluation.loading import (
+    check_model_folder,
+    load_tokenizer_and_context,
+    weights_stamp,
+)
 from tests.model.tiny_llama import save_llama
 
 
@@ -56,3 +61,17 @@ def test_the_stamp_of_weights_changes_with_the_files_that_are_read(model: Path) 
     names = json.loads(index.read_text())["weight_map"]
     change(index, {"weight_map": dict.fromkeys(names, min(names.values()))})
     assert weights_stamp(model) != all_shards
+
+
+def test_shards_in_a_folder_below_are_found_and_stamped(model: Path) -> None:
+    index = model / "model.safetensors.index.json"
+    (model / "shards").mkdir()
+    for file in model.glob("model-*"):
+        file.rename(model / "shards" / file.name)
+    names = json.loads(index.read_text())["weight_map"]
+    change(index, {"weight_map": {name: f"shards/{file}" for name, file in names.items()}})
+    check_model_folder(model)
+    before = weights_stamp(model)
+    shard = model / "shards" / min(names.values())
+    os.utime(shard, ns=(0, 0))
+    assert weights_stamp(model) != before

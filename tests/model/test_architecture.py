@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 import pytest
-from transformers import GenerationConfig, LlamaConfig
+from transformers import AutoConfig, GenerationConfig, LlamaConfig
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
@@ -49,6 +49,16 @@ def test_an_unknown_model_type_is_refused_with_those_that_can_be_trained():
         UserError, match=r"unknown model type 'lama' \(did you mean 'llama'\?\); supported: llama, "
     ):
         model_config(load_recipe("tiny_base", ["model.config.model_type=lama"]).model)
+    with pytest.raises(UserError, match=r"unknown model type '\['llama'\]'"):
+        model_config(ModelSpec(config={"model_type": ["llama"]}))
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "llava", "mamba", "qwen2_moe", "t5"])
+def test_a_foreign_model_type_is_refused_as_such_whatever_its_config_holds(tmp_path, model_type):
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    for spec in (ModelSpec(path=str(tmp_path)), ModelSpec(config={"model_type": model_type})):
+        with pytest.raises(UserError, match=f"^model type '{model_type}' is not supported: .* llama, "):
+            model_config(spec)
 
 
 @dataclass(frozen=True)
@@ -114,6 +124,8 @@ IMPOSSIBLE = [
     ({"max_position_embeddings": 0}, "max_position_embeddings: must be at least 1"),
     ({"rope_theta": 0.0}, "rope_theta: must be greater than 1"),
     ({"rope_theta": math.inf}, "rope_theta: must be a finite number"),
+    ({"rope_theta": "10000"}, "rope_theta: must be a number, found '10000'"),
+    ({"rope_theta": [10000.0]}, "rope_theta: must be a number"),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": -3.0}}, "rope_parameters.rope_theta: must be greater"),
     ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "rope_scaling.factor: must be at least 1"),
     ({"rope_scaling": {"rope_type": "linear", "factor": math.inf}}, "rope_scaling.factor: must be a finite number"),
@@ -121,8 +133,11 @@ IMPOSSIBLE = [
     ({"rope_scaling": {"factor": 2.0}}, "rope_scaling.rope_type: is missing beside a factor"),
     ({"rope_scaling": {**YARN, "attention_factor": 0.0}}, "rope_scaling.attention_factor: must be greater than 0"),
     ({"rope_scaling": {**YARN, "beta_fast": 1, "beta_slow": 32}}, "rope_scaling.beta_slow: must be less than beta_fast"),
+    ({"rope_scaling": {**YARN, "beta_slow": 40}}, "rope_scaling.beta_slow: must be less than beta_fast \\(32\\)"),
+    ({"rope_scaling": {**YARN, "beta_fast": 0.5}}, "rope_scaling.beta_slow: must be less than beta_fast \\(0.5\\)"),
     ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "rope_scaling.low_freq_factor: must be less than high_freq"),
     ({"hidden_act": "silo"}, "hidden_act: unknown activation 'silo' \\(did you mean 'silu'\\?\\)"),
+    ({"hidden_act": ["silu"]}, "hidden_act: unknown activation"),
     ({"pad_token_id": 64}, "pad_token_id: must be less than vocab_size \\(64\\)"),
 ]  # fmt: skip
 

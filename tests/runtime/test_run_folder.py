@@ -49,6 +49,23 @@ def test_what_could_not_be_written_hours_later_is_refused_now(tmp_path, name, sp
     folder.close()
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "evaluation", "export"])
+def test_what_a_start_moves_away_need_not_be_writable(tmp_path, name):
+    folder = RunFolder(tmp_path)
+    folder.open()
+    dangling(tmp_path / name)
+    with pytest.raises(UserError, match="cannot write into"):
+        folder.check_writable(begins_anew=True)  # no run was here: nothing is moved
+    folder.metrics_file.write_text("{}\n")
+    with pytest.raises(UserError, match="cannot write into"):
+        folder.check_writable()
+    folder.check_writable(begins_anew=True)
+    folder.set_aside()
+    assert (tmp_path / "replaced-1" / name).is_symlink()
+    folder.check_writable()
+    folder.close()
+
+
 @pytest.mark.parametrize("name", ["export", "tokenizer"])
 def test_what_is_replaced_as_a_whole_may_be_a_link_to_a_folder_that_is_still_to_come(tmp_path, name):
     folder = RunFolder(tmp_path / "run")

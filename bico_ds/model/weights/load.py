@@ -124,9 +124,11 @@ def open_weights(path: FolderOrHub, *, allow_pickle: bool = False) -> WeightFold
             f"model.path: '{path}' holds an adapter ({adapter}), which transformers adds to the model and training would "
             "leave out: merge it into the weights (peft's merge_and_unload), or move it to another folder"
         )
-    if any(folder.glob("*.safetensors")) or (folder / f"{SAFETENSORS}.index.json").exists():
+    if (folder / SAFETENSORS).is_file() or (folder / f"{SAFETENSORS}.index.json").exists():
         return SafetensorsFolder(folder)
     if not any(folder.glob("pytorch_model*.bin")):
+        if any(folder.glob("*.safetensors")):
+            weight_files(folder)  # refuses: they have other names
         raise UserError(f"model.path: '{path}' holds no weights (*.safetensors)")
     if not allow_pickle:
         raise UserError(
@@ -230,9 +232,9 @@ def weight_files(folder: Path, single: str = SAFETENSORS) -> list[Path]:
         raise UserError(f"model.path: '{folder}' has neither {single} nor {index.name}")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"model.path: '{index}' is not a weights index: {error!r}") from error
-    missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise UserError(
             f"model.path: {len(missing)} of {len(names)} shards are missing in '{folder}': {missing[:5]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -251,6 +252,30 @@ def test_an_index_beside_the_single_file_is_a_leftover_and_a_warning_says_so(tmp
     assert said == [
         f"'{tmp_path}': model.safetensors is read, as by transformers; model.safetensors.index.json beside it is not"
     ]
+
+
+def test_safetensors_that_are_no_weights_do_not_hide_pickled_ones(tmp_path: Path) -> None:
+    save_llama(tmp_path)
+    tensors = tensors_of(tmp_path)
+    for file in tmp_path.glob("model*"):
+        file.unlink()
+    add_the_original_format(tmp_path)
+    with pytest.raises(UserError, match="has neither model.safetensors nor model.safetensors.index.json"):
+        load(tmp_path)
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="holds pickled weights only"):
+        load(tmp_path)
+    loaded = load(tmp_path, allow_pickle=True).causal_lm
+    assert torch.equal(loaded.lm_head.weight, tensors["lm_head.weight"])
+
+
+@pytest.mark.parametrize("names", [[5], [5, "x"], [None], 7])
+def test_an_index_that_names_no_files_is_refused(tmp_path: Path, names: Any) -> None:
+    save_llama(tmp_path)
+    weight_map = names if isinstance(names, int) else dict(enumerate(names))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match="is not a weights index"):
+        load(tmp_path)
 
 
 def test_of_pickles_too_the_single_file_is_read(tmp_path: Path) -> None:

@@ -70,13 +70,15 @@ def read(folder: RunFolder) -> CommittedCheckpoint | None:
         raise UserError(f"{path}: damaged; remove it to go on by what is in '{folder.checkpoints}'") from None
 
 
-def newest_complete(folder: RunFolder, report: Callable[[str], None]) -> FoundCheckpoint | None:
+def newest_complete(
+    folder: RunFolder, report: Callable[[str], None], *, starts: bool = True
+) -> FoundCheckpoint | None:
     """The newest complete checkpoint of a run; None where it never had one.
 
     `report` gets a line for each damaged one that is passed over, and where the newest one recorded is not there. Raises
     `UserError` where there are checkpoints and none is complete, and as `refuse_lost` does.
     """
-    refuse_lost(folder)
+    refuse_lost(folder, starts=starts)
     found = manifest.find(folder.checkpoints, report)
     last = read(folder)
     if found is not None and last is not None and found.step < last.step:
@@ -89,20 +91,24 @@ def newest_complete(folder: RunFolder, report: Callable[[str], None]) -> FoundCh
     return found
 
 
-def refuse_lost(folder: RunFolder) -> None:
-    """Raise `UserError` where a run had a checkpoint and now has none. Looks at names only."""
+def refuse_lost(folder: RunFolder, *, starts: bool = True) -> None:
+    """Raise `UserError` where a run had a checkpoint and now has none. Looks at names only.
+
+    `starts`: whether this is a start of that run, whose ways on the message names.
+    """
     last = read(folder)
     if last is None or manifest.checkpoints_in(folder.checkpoints):
         return
-    anew = "or begin anew with --resume none"
+    anew = ", or begin anew with --resume none"
     if not last.is_own:
         raise UserError(
-            f"'{folder.path}' went on from '{last.path}', step {last.step}, and has no checkpoint of its own: "
-            f"go on from there with --resume {last.path}, {anew}"
+            f"'{folder.path}' went on from '{last.path}', step {last.step}, and has no checkpoint of its own"
+            + (f": go on from there with --resume {last.path}{anew}" if starts else f": name '{last.path}'")
         )
     raise UserError(
         f"'{folder.checkpoints}' {_emptiness(folder.checkpoints)}, but the checkpoint of step {last.step} was "
-        f"written there{_when(last)}{_finished(folder)}: restore or mount it, name another with --resume PATH, {anew}"
+        f"written there{_when(last)}{_finished(folder)}: restore or mount it"
+        + (f", name another with --resume PATH{anew}" if starts else "")
     )
 
 
@@ -113,7 +119,7 @@ def at(path: Path, report: Callable[[str], None]) -> FoundCheckpoint | None:
     """
     folder = RunFolder(path)
     is_run = folder.checkpoints.is_dir() or read(folder) is not None
-    return newest_complete(folder, report) if is_run else manifest.verify(path)
+    return newest_complete(folder, report, starts=False) if is_run else manifest.verify(path)
 
 
 def _path_in_record(checkpoint: Path, folder: RunFolder) -> str:

@@ -224,10 +224,16 @@ class TrainingSpec(Section):
     """How long the training is, and the batch sizes."""
 
     steps: Steps | None = None
-    epochs: Annotated[float, Bound(above=0, most=1e9, why="a run of more never ends")] | None = None
-    global_batch_bins: Annotated[int, Bound(least=1, most=1_000_000, why="a step of more never ends")] = (
-        Field(8, description="bins per optimizer step, over all ranks")
-    )
+    epochs: (
+        Annotated[
+            float,
+            Bound(above=0, most=1e9, why="it counts passes over the data, and a run of more never ends"),
+        ]
+        | None
+    ) = None
+    global_batch_bins: Annotated[
+        int, Bound(least=1, most=1_000_000, why="it counts bins, and a step of more never ends")
+    ] = Field(8, description="bins per optimizer step, over all ranks")
     micro_batch_bins: Annotated[
         int, Bound(least=1, most=1_000_000, why="they go through the model at once")
     ] = Field(1, description="bins per forward pass of one rank")

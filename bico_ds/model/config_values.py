@@ -54,6 +54,7 @@ def check_values(values: Mapping[str, Any], *, where: str) -> None:
     for section in ("rope_scaling", "rope_parameters"):
         if isinstance(values.get(section), Mapping):
             problems += [f"{section}.{problem}" for problem in _wrong_rotation(values[section])]
+    problems += _two_rotations(values)
     activation = values.get("hidden_act")
     if activation is not None and not (isinstance(activation, str) and activation in ACT2FN):
         problems.append(
@@ -101,4 +102,22 @@ def _wrong_rotation(rope: Mapping[str, Any]) -> list[str]:
         f"{low}: must be less than {high} ({given[high]}) (found {given[low]})"
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast"))
         if low in given and high in given and given[low] >= given[high]
+    ]
+
+
+def _two_rotations(values: Mapping[str, Any]) -> list[str]:
+    """Where the names of transformers 4 and those of 5 stand side by side with different values: each reads its own."""
+    new, scaling = values.get("rope_parameters"), values.get("rope_scaling")
+    if not isinstance(new, Mapping):
+        return []
+    old = (
+        {f"rope_scaling.{key}": (key, value) for key, value in scaling.items()}
+        if isinstance(scaling, Mapping)
+        else {}
+    )
+    old["rope_theta"] = ("rope_theta", values.get("rope_theta"))
+    return [
+        f"{name}: must be as rope_parameters.{key} ({new[key]!r}), found {value!r}: other programs read the one or the other"
+        for name, (key, value) in old.items()
+        if value is not None and new.get(key) is not None and value != new[key]
     ]

@@ -52,6 +52,7 @@ class ChatTemplate:
     def render(self, messages: Any) -> ChatText:
         """Write a chat as text. Raises `BadRecord` for messages that the template cannot write, or not completely."""
         checked = [_checked(message, number) for number, message in enumerate(_listed(messages), start=1)]
+        _check_reply(checked)
         forms, left_out = self._forms_of(checked)
         given = [_in_form(message, form) for message, form in zip(checked, forms, strict=True)]
         has_reply, prompt_chars = given[-1]["role"] == "assistant", 0
@@ -229,6 +230,15 @@ def _in_common(one: str, other: str) -> int:
     """How many characters two texts begin with alike."""
     same = (a == b for a, b in zip(one, other, strict=False))
     return next((i for i, equal in enumerate(same) if not equal), min(len(one), len(other)))
+
+
+def _check_reply(messages: list[Message]) -> None:
+    """A last reply without text would teach to answer nothing."""
+    last = messages[-1]
+    content = last.get("content", "")
+    strings = [part["text"] for part in content] if isinstance(content, list) else [content]
+    if last["role"] == "assistant" and not last.get("tool_calls") and not "".join(strings).strip():
+        raise BadRecord("empty document", f"the last reply, message {len(messages)}, has no text")
 
 
 def _holds(text: str, content: Any) -> bool:

@@ -171,6 +171,15 @@ def test_a_call_of_a_tool_is_written_or_refused(tmp_path: Path, bpe_tokenizer: s
                 template.render(chat)
 
 
+@pytest.mark.parametrize("reply", ["", " \n", [], _parts("", " ")])
+def test_a_last_reply_without_text_is_a_bad_record_as_a_completion_is(tmp_path, bpe_tokenizer, reply):
+    template = ChatTemplate(
+        load_tokenizer(Path(_tokenizer(bpe_tokenizer, tmp_path / "t", TEMPLATES["writes both"])))
+    )
+    with pytest.raises(BadRecord, match="the last reply, message 3, has no text"):
+        template.render(_chat("s", "who?", reply))
+
+
 def test_a_content_that_the_template_leaves_out_is_counted_with_the_first_place(
     tmp_path: Path, bpe_tokenizer: str
 ) -> None:

@@ -123,8 +123,10 @@ class Evaluator:
         }
         return replace(result, training_texts=scores)
 
-    def messages(self, result: EvaluationResult) -> Iterator[str]:
-        """What the console is told of a result besides its scores."""
+    def messages(self, result: EvaluationResult, step: int, total_steps: int) -> Iterator[str]:
+        """What the console is told of the first and the last result besides its scores; the files have it of all."""
+        if step not in (self.spec.every_steps, total_steps):
+            return
         if result.training_texts:
             yield f"by the order in the training texts: {contamination_line(result)}"
             yield from (f"note: {remark}" for remark in search_notes(result.training_texts))

@@ -249,7 +249,7 @@ class Trainer:
         self._cut_evaluation = result is None
         if result is not None:
             self.callbacks.on_numbers(self.step, "evaluation", scalars(result))
-            for message in self.evaluator.messages(result):
+            for message in self.evaluator.messages(result, self.step, self.total_steps):
                 self.callbacks.on_message(f"step {self.step}  {message}")
             self.callbacks.on_numbers(
                 self.step, "timing", {"speed/evaluation_seconds": time.perf_counter() - started}

@@ -326,7 +326,8 @@ def test_the_evaluation_during_training_tells_questions_apart_by_the_runs_own_te
     assert written["training_texts"]["n2d_reverse"]["scores"] == json.loads(json.dumps(found["scores"]))
     score = found["scores"]["both"]["metrics"]["contains"]
     assert scalars(result)["evaluation/n2d_reverse/both/contains"] == score
-    (message,) = evaluator.messages(result)
+    assert list(evaluator.messages(result, step=3, total_steps=5)) == [], "between the first and the last"
+    (message,) = evaluator.messages(result, step=5, total_steps=5)
     assert f"both {score:.3f} (4 prompts)" in message
 
 
@@ -334,5 +335,5 @@ def test_a_run_on_too_many_tokens_says_that_it_did_not_search_them(world, evalua
     monkeypatch.setattr("bico_ds.training.evaluator.SEARCHED_TOKENS", 100)
     result = evaluator(_model(world / "facts" / "tokenizer"), 5)
     assert result is not None and not result.training_texts
-    (message,) = evaluator.messages(result)
+    (message,) = evaluator.messages(result, step=5, total_steps=5)
     assert message.startswith("the training texts have more than 100 tokens per rank and were not searched")

@@ -41,6 +41,8 @@ _ROPE_BOUNDS = {
 }
 # transformers' own, which it takes in the place of one that is left out.
 _ROPE_DEFAULTS = {"beta_fast": 32, "beta_slow": 1}
+# Its theta beside a `rope_scaling`, with which it does not read the one of `rope_parameters`.
+_DEFAULT_THETA = PretrainedConfig.default_theta
 
 
 def check_values(values: Mapping[str, Any], *, where: str) -> None:
@@ -110,14 +112,20 @@ def _two_rotations(values: Mapping[str, Any]) -> list[str]:
     new, scaling = values.get("rope_parameters"), values.get("rope_scaling")
     if not isinstance(new, Mapping):
         return []
-    old = (
-        {f"rope_scaling.{key}": (key, value) for key, value in scaling.items()}
-        if isinstance(scaling, Mapping)
-        else {}
-    )
-    old["rope_theta"] = ("rope_theta", values.get("rope_theta"))
+    new, theta = _typed(new), values.get("rope_theta")
+    old = {"rope_theta": ("rope_theta", theta)}
+    if isinstance(scaling, Mapping) and scaling:
+        old |= {f"rope_scaling.{key}": (key, value) for key, value in _typed(scaling).items()}
+        if theta is None and scaling.get("rope_theta") is None:
+            old["rope_theta, left out beside rope_scaling"] = ("rope_theta", _DEFAULT_THETA)
     return [
         f"{name}: must be as rope_parameters.{key} ({new[key]!r}), found {value!r}: other programs read the one or the other"
         for name, (key, value) in old.items()
         if value is not None and new.get(key) is not None and value != new[key]
     ]
+
+
+def _typed(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """A rotation whose type has one name; transformers takes `type` where `rope_type` is missing."""
+    rest = {key: value for key, value in rope.items() if key not in ("type", "rope_type")}
+    return {**rest, "rope_type": rope.get("rope_type", rope.get("type"))}

@@ -99,6 +99,7 @@ SMALL = {
     "num_key_value_heads": 2,
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+OLD_YARN = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -134,6 +135,10 @@ IMPOSSIBLE = [
      "rope_theta: must be as rope_parameters.rope_theta \\(7000.0\\), found 500.0"),
     ({"rope_scaling": {**YARN, "factor": 4.0}, "rope_parameters": {**YARN, "rope_theta": 1e4}},
      "rope_scaling.factor: must be as rope_parameters.factor \\(2.0\\), found 4.0"),
+    ({"rope_scaling": {**OLD_YARN}, "rope_parameters": {**YARN, "rope_theta": 1e6}},
+     "rope_theta, left out beside rope_scaling: must be as rope_parameters.rope_theta \\(1000000.0\\), found 10000.0"),
+    ({"rope_theta": 1e6, "rope_scaling": {**OLD_YARN}, "rope_parameters": {"rope_type": "default"}},
+     "rope_scaling.rope_type: must be as rope_parameters.rope_type \\('default'\\), found 'yarn'"),
     ({"rope_scaling": {"factor": 2.0}}, "rope_scaling.rope_type: is missing beside a factor"),
     ({"rope_scaling": {**YARN, "attention_factor": 0.0}}, "rope_scaling.attention_factor: must be greater than 0"),
     ({"rope_scaling": {**YARN, "beta_fast": 1, "beta_slow": 32}}, "rope_scaling.beta_slow: must be less than beta_fast"),

@@ -122,7 +122,9 @@ def find_orders(
     return {task.name: search.orders(task) for task in tasks}
 
 
-def apart(task: Task, result: TaskResult, orders: Sequence[Order], texts: TrainingTexts) -> dict[str, Any]:
+def apart(
+    task: Task, result: TaskResult, orders: Sequence[Order], texts: TrainingTexts, *, rewritten: int
+) -> dict[str, Any]:
     """A task's scores by order, `same`, `reverse`, `both`, `neither`, for the orders that some question has.
 
     Each has `prompts`, `persons`, `metrics` and `intervals` as the task itself has them. `rows`, as long as the task's: the
@@ -133,7 +135,7 @@ def apart(task: Task, result: TaskResult, orders: Sequence[Order], texts: Traini
         "stores": texts.names,
         "documents": texts.documents,
         "without_subject": task.without_subject,
-        "rewritten": texts.rewritten(task),
+        "rewritten": rewritten,
         "scores": {
             order: _scores(
                 [prompt for prompt, x in zip(result.prompts, orders, strict=True) if x == order], result

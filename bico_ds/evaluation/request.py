@@ -259,7 +259,7 @@ def _contamination_parts(
         if found is None:
             return None
         result = EvaluationResult.from_json({"tasks": {task.name: file.values["tasks"][task.name]}})
-        return apart(task, result.tasks[task.name], found[task.name], texts)
+        return apart(task, result.tasks[task.name], found[task.name], texts, rewritten=texts.rewritten(task))
 
     for task in tasks:
         identity = _digest(asdict(task), request.max_new_tokens, request.add_bos, texts.fingerprints)

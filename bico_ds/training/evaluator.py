@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -109,6 +110,11 @@ class Evaluator:
     def _training_texts(self) -> TrainingTexts:
         return TrainingTexts(stores=[(store, self.inputs.tokenizer) for store in self.inputs.stores])
 
+    @cached_property
+    def _rewritten(self) -> dict[str, int]:
+        """The texts' count for each task, which no evaluation changes."""
+        return {task.name: self._training_texts.rewritten(task) for task in self.inputs.tasks}
+
     def _apart(self, result: EvaluationResult, share: PromptShare) -> EvaluationResult | None:
         """The result, with the scores apart by what the training texts hold; the first evaluation searches them."""
         texts = self._training_texts
@@ -118,7 +124,13 @@ class Evaluator:
                 return None
             self._orders.update(found)
         scores = {
-            task.name: apart(task, result.tasks[task.name], self._orders[task.name], texts)
+            task.name: apart(
+                task,
+                result.tasks[task.name],
+                self._orders[task.name],
+                texts,
+                rewritten=self._rewritten[task.name],
+            )
             for task in self.inputs.tasks
         }
         return replace(result, training_texts=scores)

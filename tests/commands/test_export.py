@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from bico_ds.checkpoint import manifest
 from bico_ds.commands import export as export_hf
@@ -37,6 +37,14 @@ def rewrite(run: Path, section: str, **values: object) -> None:
 def exported(run: Path, monkeypatch, *options: object) -> int:
     monkeypatch.setattr(sys, "argv", ["export_hf.py", *map(str, (run, run.parent / "out", *options))])
     return export_hf.main()
+
+
+def without_bos(folder: Path) -> PreTrainedTokenizerBase:
+    """The run's tokenizer without a BOS token, saved in `folder`."""
+    tokenizer = AutoTokenizer.from_pretrained(EARLIER_RUN / "store" / "tokenizer")
+    tokenizer.bos_token = None
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def test_the_tokenizer_in_the_run_folder_serves_without_the_data(gone, monkeypatch):
@@ -91,9 +99,7 @@ def test_a_tokenizer_that_cannot_be_this_models_is_refused_before_anything_is_wr
 ):
     """Texts began with BOS, by the recipe; a named tokenizer may have none, or ids that the model does not embed."""
     named = gone.parent / "named"
-    tokenizer = AutoTokenizer.from_pretrained(EARLIER_RUN / "store" / "tokenizer")
-    tokenizer.bos_token = None
-    tokenizer.save_pretrained(named)
+    tokenizer = without_bos(named)
     assert exported(gone, monkeypatch, "--tokenizer", named, "--bos") == 2
     assert f"tokenizer '{named}' has no BOS token, and --bos asks for one" in capsys.readouterr().err
     assert exported(gone, monkeypatch, "--tokenizer", named, "--no-bos") == 0
@@ -109,9 +115,7 @@ def test_a_tokenizer_without_bos_is_refused_where_the_checkpoint_records_that_te
     gone, monkeypatch, capsys
 ):
     named = gone.parent / "named"
-    tokenizer = AutoTokenizer.from_pretrained(EARLIER_RUN / "store" / "tokenizer")
-    tokenizer.bos_token = None
-    tokenizer.save_pretrained(named)
+    without_bos(named)
     (checkpoint,) = manifest.checkpoints_in(gone / "checkpoints")
     content = json.loads((checkpoint / manifest.MANIFEST).read_text())
     del content["seal"]

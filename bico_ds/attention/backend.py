@@ -1,4 +1,7 @@
-"""Forward and backward of one batch: the fused CPU kernel, dense tiles and the two-pass flash kernel, each on its rows."""
+"""Forward and backward of one batch: the fused CPU kernel, the Triton kernels, dense tiles and the flash kernel.
+
+Each serves its rows of the layout.
+"""
 
 from __future__ import annotations
 
@@ -12,30 +15,34 @@ from bico_ds.attention.fused import fused_backward, fused_forward
 from bico_ds.attention.inputs import AttentionInputs, AttentionResults, Gradients
 from bico_ds.attention.kernels.base import CausalKernel
 from bico_ds.attention.layout import FlashRows, Layout, LayoutPolicy
+from bico_ds.attention.triton.ops import triton_backward, triton_forward
 from bico_ds.attention.two_pass import FlashProblem, two_pass_backward, two_pass_forward
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """A flash kernel, and the policy of which rows it serves; tiles or the fused CPU kernel serve the rest."""
+    """A flash kernel, and the policy of which rows it serves; the fused CPU kernel, the Triton kernels or tiles serve the rest."""
 
     kernel: CausalKernel
     policy: LayoutPolicy
 
     def forward(self, inputs: AttentionInputs, layout: Layout) -> AttentionResults:
-        """The results of the batch's T rows; or with one scratch row more, whose lse is +inf."""
+        """The results of the batch's T rows; or with one scratch row more, which tiles fill, and whose lse is then +inf."""
         if layout.is_one_flash_problem:
             return two_pass_forward(self.kernel, _problem(layout.flash[0], layout, inputs))
         q, num_rows = inputs.q, layout.outline.num_rows
         results = AttentionResults(
             out=q.new_empty(num_rows + 1, *q.shape[1:]),
-            lse=q.new_empty(num_rows + 1, q.shape[1], dtype=accumulate_dtype(q.dtype)),
+            lse=_empty_lse(q, num_rows + 1, by_head=layout.blocks is not None),
         )
         if layout.fused is not None:
             fused_forward(layout.fused, inputs, results)
+        if layout.blocks is not None:
+            triton_forward(layout.blocks, inputs, results)
         for tile in layout.tiles:
             dense_forward(tile, inputs, results)
-        results.lse[-1] = float("inf")
+        if layout.tiles:
+            results.lse[-1] = float("inf")
         for group in layout.flash:
             rows, problem = _rows(group.query_rows, layout), _problem(group, layout, inputs)
             found = two_pass_forward(self.kernel, problem)
@@ -54,7 +61,10 @@ class Backend:
         num_rows = layout.outline.num_rows
         dq = inputs.q.new_empty(num_rows + 1, *inputs.q.shape[1:])
         key_shape = (num_rows + 1, *inputs.k.shape[1:])
-        dk, dv = (inputs.k.new_zeros(key_shape, dtype=results.lse.dtype) for _ in range(2))
+        if layout.is_one_table_of_blocks:
+            dk, dv = (inputs.k.new_empty(key_shape) for _ in range(2))
+        else:
+            dk, dv = (inputs.k.new_zeros(key_shape, dtype=results.lse.dtype) for _ in range(2))
         for group in layout.flash:
             rows, problem = _rows(group.query_rows, layout), _problem(group, layout, inputs)
             own = AttentionResults(out=_read(results.out, rows), lse=_read(results.lse, rows))
@@ -63,6 +73,8 @@ class Backend:
                 _write(target, rows, grad)
         if layout.fused is not None:
             fused_backward(layout.fused, inputs, results, grad_out, (dq, dk, dv))
+        if layout.blocks is not None:
+            triton_backward(layout.blocks, inputs, results, grad_out, (dq, dk, dv))
         for tile in layout.tiles:
             dense_backward(tile, inputs, results, grad_out, (dq, dk, dv))
         return dq[:num_rows], dk[:num_rows].to(inputs.k.dtype), dv[:num_rows].to(inputs.v.dtype)
@@ -71,6 +83,12 @@ class Backend:
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The softmax, lse and merges run in at least fp32."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def _empty_lse(q: Tensor, rows: int, *, by_head: bool) -> Tensor:
+    """[rows, H]; `by_head`: the rows of a head lie in one piece, as the Triton kernels read and write them."""
+    heads, dtype = q.shape[1], accumulate_dtype(q.dtype)
+    return q.new_empty(heads, rows, dtype=dtype).t() if by_head else q.new_empty(rows, heads, dtype=dtype)
 
 
 def _rows(rows: Tensor | None, layout: Layout) -> Tensor | slice:

@@ -24,11 +24,13 @@ from bico_ds.attention.layout import (
     TILES_POLICY,
     LayoutPolicy,
 )
+from bico_ds.attention.triton.ops import tiling_on, triton_refusal
 from bico_ds.attention.two_pass import HIDDEN_COLUMNS
 
 logger = logging.getLogger(__name__)
 
 KERNELS: dict[str, CausalKernel] = {k.name: k for k in (FlashAttn2(), AtenCuda(), CpuFlash(), FlashAttn4())}
+TRITON = "triton"  # the Triton kernels alone, without a flash kernel
 AUTO_ORDER = ("flash-attn", "aten-cuda", "cpu-flash")
 
 
@@ -40,10 +42,11 @@ def resolve(backend: str, dtype: torch.dtype, head_dim: int, device: torch.devic
     """
     if backend == "oracle":
         return None
-    if backend != "auto" and backend not in KERNELS:
-        known = ", ".join(("auto", *KERNELS, "oracle"))
+    if backend not in ("auto", *KERNELS, TRITON):
+        known = ", ".join(("auto", *KERNELS, TRITON, "oracle"))
         raise ValueError(f"unknown attention backend {backend!r}: choose one of {known}")
     refusals = {name: kernel.refusal(dtype, head_dim, device) for name, kernel in KERNELS.items()}
+    refusals[TRITON] = triton_refusal(dtype, head_dim, device)
     able = [name for name, refusal in refusals.items() if refusal is None]
     if backend == "auto":
         return _auto(refusals, dtype, head_dim, device)
@@ -54,6 +57,9 @@ def resolve(backend: str, dtype: torch.dtype, head_dim: int, device: torch.devic
             else "'auto' would use dense tiles (slow on long documents)"
         )
         raise ValueError(f"attention backend {backend!r} {refusals[backend]}; {instead}")
+    if backend == TRITON:
+        policy = replace(TILES_POLICY, blocks=tiling_on(device, head_dim).blocks)
+        return Backend(kernel=KERNELS[AUTO_ORDER[0]], policy=policy)
     return Backend(kernel=KERNELS[backend], policy=_policy(KERNELS[backend], dtype, head_dim, device)[0])
 
 

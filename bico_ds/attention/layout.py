@@ -1,4 +1,4 @@
-"""Which rows of a batch the fused CPU kernel serves, which dense tiles, and which the two-pass flash kernel.
+"""Which rows of a batch the fused CPU kernel serves, which the Triton kernels, dense tiles, or the two-pass flash kernel.
 
 Decided once per batch, from the costs in a policy.
 """
@@ -14,17 +14,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bico_ds.attention.fused import FusedRows
-from bico_ds.attention.plan import AttentionPlan, PlanOutline, build_plan, map_tensors
+from bico_ds.attention.plan import AttentionPlan, Mode, PlanOutline, build_plan, map_tensors
 from bico_ds.attention.tiles import Tile, TileRows, build_tiles
+from bico_ds.attention.triton.row_blocks import BlockSizes, RowBlocks
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutPolicy:
     """The constants of one machine type: measured on CPUs, estimated for CUDA (see below).
 
-    `flash_from`: documents of at least this many kept tokens go to the flash kernel. `tile_scores`: scores per head and
+    `flash_from`: documents of at least this many kept tokens go to the flash kernel; `causal_flash_from`: the same in
+    causal mode, where it is another number. `tile_scores`: scores per head and
     tile to aim at; small tiles stay in the cache, large ones save launches. `tile_min_rows`: the least rows per chunk of
-    a document that is too large for one tile. `fused`: the fused CPU kernel serves what tiles would.
+    a document that is too large for one tile. `fused`: the fused CPU kernel serves what tiles would; `blocks`: the Triton
+    kernels do, in blocks of these sizes.
 
     A document's live rows go through the flash kernel too, as hidden keys, where that is cheaper than tiles:
     `tile_cost` and `hidden_cost` are the costs of a (query, key) pair in tiles and with hidden keys, in units of
@@ -35,8 +38,15 @@ class LayoutPolicy:
     tile_scores: int
     tile_min_rows: int
     fused: bool = False
+    blocks: BlockSizes | None = None
+    causal_flash_from: float | None = None
     tile_cost: float = 1.0
     hidden_cost: float = math.inf
+
+    def flash_from_in(self, mode: Mode) -> float:
+        """`flash_from` of this mode."""
+        other = self.causal_flash_from is not None and mode == "causal"
+        return self.causal_flash_from if other else self.flash_from
 
 
 # Measured (docs/benchmarks/attention.md): `flash_from`, in fp32 and in bf16, where the flash kernel is slow on short rows;
@@ -73,7 +83,7 @@ class FlashRows:
 class Layout:
     """Which kernel serves which rows of a batch; made by `build_layout` by `policy`, for a plan of this `outline`.
 
-    `flash` holds at most one group with hidden keys and one without; `fused` or `tiles` serve every other row.
+    `flash` holds at most one group with hidden keys and one without; `fused`, `blocks` or `tiles` serve every other row.
     """
 
     policy: LayoutPolicy
@@ -81,12 +91,18 @@ class Layout:
     flash: tuple[FlashRows, ...]
     tiles: tuple[Tile, ...]
     fused: FusedRows | None
+    blocks: RowBlocks | None
 
     @property
     def is_one_flash_problem(self) -> bool:
         """All rows of the batch, in place, through the two flash passes: results need no gathering."""
         serves_all = len(self.flash) == 1 and self.flash[0].query_rows is None
-        return serves_all and not self.tiles and self.fused is None
+        return serves_all and not self.tiles and self.fused is None and self.blocks is None
+
+    @property
+    def is_one_table_of_blocks(self) -> bool:
+        """All rows of the batch through the Triton kernels, which then write every gradient, and add to none."""
+        return self.blocks is not None and not self.flash
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Layout:
         """The same layout with its tensors on `device`."""
@@ -117,7 +133,7 @@ def build_layout(plan: AttentionPlan, policy: LayoutPolicy) -> Layout:
     kept = np.diff(plan.cu_seqlens.numpy()).astype(np.int64)
     live = np.bincount(plan.live_document.numpy(), minlength=kept.size)
     with_hidden = _hides_keys(kept, live, policy)
-    plain = (kept >= policy.flash_from) & ~with_hidden
+    plain = (kept >= policy.flash_from_in(plan.mode)) & ~with_hidden
     rows = _RowTable(plan, kept)
     flash = []
     if plain.all():
@@ -130,7 +146,7 @@ def build_layout(plan: AttentionPlan, policy: LayoutPolicy) -> Layout:
         rows.select(~plain & ~with_hidden, kept=True) | rows.select(~with_hidden, live=True)
     )
     tiles: tuple[Tile, ...] = ()
-    if not policy.fused:
+    if not policy.fused and policy.blocks is None:
         tiles = build_tiles(
             rest, trash_row=plan.num_rows, budget=policy.tile_scores, min_rows=policy.tile_min_rows
         )
@@ -140,6 +156,7 @@ def build_layout(plan: AttentionPlan, policy: LayoutPolicy) -> Layout:
         flash=tuple(flash),
         tiles=tiles,
         fused=FusedRows.of(rest) if policy.fused and rest.rows.size else None,
+        blocks=RowBlocks.of(rest, policy.blocks) if policy.blocks and rest.rows.size else None,
     )
 
 

@@ -11,12 +11,12 @@ from packaging.version import Version
 
 def flash2_refusal(dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
     """FlashAttention-2: fp16 and bf16, head dimension a multiple of 8 up to 256, Ampere or newer."""
-    return _cuda_refusal(dtype, device, oldest=(8, 0)) or _head_dim_refusal(head_dim, 8, 256)
+    return _cuda_refusal(dtype, device, oldest=(8, 0)) or head_dim_refusal(head_dim, 8, 256)
 
 
 def flash4_refusal(dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
     """FlashAttention-4: fp16 and bf16, head dimension a multiple of 8 up to 128, Hopper or newer (so its backward)."""
-    return _cuda_refusal(dtype, device, oldest=(9, 0)) or _head_dim_refusal(head_dim, 8, 128)
+    return _cuda_refusal(dtype, device, oldest=(9, 0)) or head_dim_refusal(head_dim, 8, 128)
 
 
 def _cuda_refusal(dtype: torch.dtype, device: torch.device, oldest: tuple[int, int]) -> str | None:
@@ -31,7 +31,7 @@ def _cuda_refusal(dtype: torch.dtype, device: torch.device, oldest: tuple[int, i
     return None
 
 
-def _head_dim_refusal(head_dim: int, multiple: int, largest: int) -> str | None:
+def head_dim_refusal(head_dim: int, multiple: int, largest: int) -> str | None:
     if head_dim % multiple or head_dim > largest:
         return f"takes head dimensions that are multiples of {multiple} up to {largest}, not {head_dim}"
     return None

@@ -1,0 +1,101 @@
+"""The forward kernel: one online softmax over both directions of a document.
+
+Rows, splits and blocks are those of `RowBlocks`. K holds the batch's kept keys, rotated: [DIRECTIONS, N, num_kept, D].
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from bico_ds.attention.triton.primitives import (
+    load_halves,
+    load_rows,
+    load_tables,
+    meets,
+    rotate,
+    store_rows,
+)
+
+
+@triton.jit
+def _attend(
+    peak, total, acc, r1, r2, split, K, V, v_row, keys, begin, end,
+    REVERSE: tl.constexpr, MIXED: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """One sweep of the online softmax over keys [begin, end) of the document, whose first ones are at K and V.
+
+    MIXED: some rows take some of these keys in the other direction.
+    """
+    one = tl.arange(0, KEYS)
+    for start in range(begin, end, KEYS):
+        j = start + one
+        there = j < keys
+        first = tl.cast(start, tl.int64)
+        k1, k2 = load_halves(K + first * D, one * D, there, D, HALF)
+        scores = tl.dot(r1, tl.trans(k1))
+        scores = tl.dot(r2, tl.trans(k2), scores)
+        if MIXED:
+            scores = tl.where(meets(split[:, None], j[None, :], REVERSE), scores, -float("inf"))
+        if REVERSE:  # the forward direction ends before the document does
+            scores = tl.where(there[None, :], scores, -float("inf"))
+        higher = tl.maximum(peak, tl.max(scores, 1))
+        p = tl.exp2(scores - higher[:, None])
+        shrink = tl.exp2(peak - higher)
+        total = total * shrink + tl.sum(p, 1)
+        v = load_rows(V + first * v_row, one * v_row, there, D, HALF)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
+        peak = higher
+    return peak, total, acc
+
+
+@triton.jit(do_not_specialize=("num_kept", "lse_head"))
+def forward_kernel(
+    Q, K, V, COS, SIN, ROWS, SPLIT, BLOCKS, OUT, LSE, scale, num_kept, q_row, v_row, lse_row, lse_head,
+    DIRECTIONS: tl.constexpr, H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """OUT [T, H, D] and LSE of a block of query rows, one head. `scale`: of the scores in base 2; LSE is natural."""
+    head, block = tl.program_id(0) % H, BLOCKS + tl.program_id(0) // H * 4
+    begin, end, key0, keys = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
+    entries = begin + tl.arange(0, BLOCK)
+    there = entries < end
+    rows = tl.load(ROWS + entries, mask=there, other=0)
+    split = tl.load(SPLIT + entries, mask=there, other=0)
+    key_head = head // (H // N)
+    K += (tl.cast(key_head, tl.int64) * num_kept + key0) * D
+    V += tl.cast(key0, tl.int64) * v_row + key_head * D
+    # Keys before `low` are taken forward by every row, those from `high` on reversed by every row.
+    low = tl.load(SPLIT + begin) // KEYS * KEYS
+    high = tl.minimum(tl.cdiv(tl.load(SPLIT + end - 1), KEYS) * KEYS, keys)
+
+    # A finite start: rows that have seen no key yet need no care.
+    peak = tl.full([BLOCK], -1e30, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    acc = tl.zeros([BLOCK, 2 * HALF], tl.float32)
+    q_at = rows.to(tl.int64) * q_row + head * D
+    q1, q2 = load_halves(Q, q_at, there, D, HALF)
+    c, s = load_tables(COS, SIN, rows, there, D, HALF)
+    r1, r2 = rotate(q1.to(tl.float32), q2.to(tl.float32), c, s)
+    r1, r2 = (r1 * scale).to(Q.dtype.element_ty), (r2 * scale).to(Q.dtype.element_ty)
+    peak, total, acc = _attend(
+        peak, total, acc, r1, r2, split, K, V, v_row, keys, 0, low, False, False, D, HALF, KEYS
+    )
+    peak, total, acc = _attend(
+        peak, total, acc, r1, r2, split, K, V, v_row, keys, low, high, False, True, D, HALF, KEYS
+    )
+    if DIRECTIONS == 2:
+        K += tl.cast(num_kept, tl.int64) * (N * D)
+        q1, q2 = load_halves(Q, q_at, there, D, HALF, AGAIN=True)
+        c, s = load_tables(COS, SIN, rows, there, D, HALF)
+        r1, r2 = rotate(q1.to(tl.float32), q2.to(tl.float32), c, -s)
+        r1, r2 = (r1 * scale).to(Q.dtype.element_ty), (r2 * scale).to(Q.dtype.element_ty)
+        peak, total, acc = _attend(
+            peak, total, acc, r1, r2, split, K, V, v_row, keys, low, high, True, True, D, HALF, KEYS
+        )
+        peak, total, acc = _attend(
+            peak, total, acc, r1, r2, split, K, V, v_row, keys, high, keys, True, False, D, HALF, KEYS
+        )
+    store_rows(OUT, rows.to(tl.int64) * (H * D) + head * D, there, acc / total[:, None], D, HALF)
+    lse = (peak + tl.log2(total)) * 0.6931471805599453
+    tl.store(LSE + rows.to(tl.int64) * lse_row + tl.cast(head, tl.int64) * lse_head, lse, mask=there)

@@ -21,7 +21,7 @@ from bico_ds.attention.two_pass import FlashProblem, two_pass_backward, two_pass
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """A flash kernel, and the policy of which rows it serves; the fused CPU kernel, the Triton kernels or tiles serve the rest."""
+    """A flash kernel, and the policy of which rows it serves; what serves the rest is the policy's too."""
 
     kernel: CausalKernel
     policy: LayoutPolicy

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 
 from bico_ds.attention.triton.primitives import (
+    LN2,
+    LOG2E,
     add_halves,
     load_halves,
     load_rows,
@@ -29,12 +31,10 @@ def _query_gradient(
     REVERSE: tl.constexpr, MIXED: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Add what keys [begin, end) of the document give to the gradient a1, a2 of the rotated queries. MIXED: as forward."""
-    one = tl.arange(0, KEYS)
     for start in range(begin, end, KEYS):
-        j = start + one
+        j = start + tl.arange(0, KEYS)
         there = j < keys
-        first = tl.cast(start, tl.int64)
-        k1, k2 = load_halves(K + first * D, one * D, there, D, HALF)
+        k1, k2 = load_halves(K, j.to(tl.int64) * D, there, D, HALF)
         scores = tl.dot(r1, tl.trans(k1))
         scores = tl.dot(r2, tl.trans(k2), scores)
         p = tl.exp2(scores - lse[:, None])
@@ -42,7 +42,7 @@ def _query_gradient(
             p = tl.where(meets(split[:, None], j[None, :], REVERSE), p, 0.0)
         if REVERSE:
             p = tl.where(there[None, :], p, 0.0)
-        v = load_rows(V + first * v_row, one * v_row, there, D, HALF)
+        v = load_rows(V, j.to(tl.int64) * v_row, there, D, HALF)
         ds = p * (tl.dot(grad, tl.trans(v)) - delta[:, None])
         a1 = tl.dot(ds.to(k1.dtype), k1, a1)
         a2 = tl.dot(ds.to(k1.dtype), k2, a2)
@@ -75,11 +75,11 @@ def query_gradient_kernel(
     out = load_rows(OUT, at, there, D, HALF)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
     lse_at = LSE + rows * lse_row + tl.cast(head, tl.int64) * lse_head
-    lse = tl.load(lse_at, mask=there, other=float("inf")) * 1.4426950408889634
+    lse = tl.load(lse_at, mask=there, other=float("inf")) * LOG2E
     tl.store(DELTA + in_table, delta, mask=there)
     tl.store(LSE2 + in_table, lse, mask=there)
 
-    scale = softmax_scale * 1.4426950408889634
+    scale = softmax_scale * LOG2E
     q_at = rows * q_row + head * D
     a1, a2 = tl.zeros([BLOCK, HALF], tl.float32), tl.zeros([BLOCK, HALF], tl.float32)
     q1, q2 = load_halves(Q, q_at, there, D, HALF)
@@ -116,32 +116,30 @@ def query_gradient_kernel(
 @triton.jit
 def _key_gradient(
     a1, a2, dv, k1, k2, v, j, ROWS, SPLIT, GRAD, ROTATED, LSE2, DELTA, num_entries, group0, begin, end,
-    REVERSE: tl.constexpr, MIXED: tl.constexpr, H: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-    HALF: tl.constexpr, BLOCK: tl.constexpr,
+    REVERSE: tl.constexpr, H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Add what the table's rows [begin, end) give, in all heads of a group, to the gradients of rotated keys and values.
 
     The heads from `group0` on and their blocks of rows are one loop, which keeps loads in flight where documents are
-    short. MIXED: some rows take some of the keys in the other direction.
+    short.
     """
     blocks = tl.cdiv(end - begin, BLOCK)
     for i in range(0, blocks * (H // N)):
         head = group0 + i // blocks
         entries = begin + i % blocks * BLOCK + tl.arange(0, BLOCK)
         there = entries < end
-        in_table = tl.cast(head, tl.int64) * num_entries + entries
-        r1, r2 = load_halves(ROTATED, in_table * D, there, D, HALF)
+        head0 = tl.cast(head, tl.int64) * num_entries
+        r1, r2 = load_halves(ROTATED + head0 * D, entries.to(tl.int64) * D, there, D, HALF)
         scores = tl.dot(k1, tl.trans(r1))
         scores = tl.dot(k2, tl.trans(r2), scores)
-        lse = tl.load(LSE2 + in_table, mask=there, other=float("inf"))
-        p = tl.exp2(scores - lse[None, :])
-        if MIXED:
-            split = tl.load(SPLIT + entries, mask=there, other=0)
-            p = tl.where(meets(split[None, :], j[:, None], REVERSE), p, 0.0)
+        lse = tl.load(LSE2 + head0 + entries, mask=there, other=float("inf"))
+        split = tl.load(SPLIT + entries, mask=there, other=0)
+        p = tl.where(meets(split[None, :], j[:, None], REVERSE), tl.exp2(scores - lse[None, :]), 0.0)
         rows = tl.load(ROWS + entries, mask=there, other=0).to(tl.int64)
-        grad = load_rows(GRAD, rows * (H * D) + head * D, there, D, HALF)
+        grad = load_rows(GRAD + head * D, rows * (H * D), there, D, HALF)
         dv = tl.dot(p.to(grad.dtype), grad, dv)
-        delta = tl.load(DELTA + in_table, mask=there, other=0.0)
+        delta = tl.load(DELTA + head0 + entries, mask=there, other=0.0)
         ds = p * (tl.dot(v, tl.trans(grad)) - delta[None, :])
         a1 = tl.dot(ds.to(r1.dtype), r1, a1)
         a2 = tl.dot(ds.to(r1.dtype), r2, a2)
@@ -168,11 +166,7 @@ def key_gradient_kernel(
     dv = tl.zeros([KEYS, 2 * HALF], tl.float32)
     a1, a2, dv = _key_gradient(
         a1, a2, dv, k1, k2, v, j, ROWS, SPLIT, GRAD, ROTATED, LSE2, DELTA, num_entries, group0,
-        some_forward, all_forward, False, True, H, N, D, HALF, BLOCK,
-    )  # fmt: skip
-    a1, a2, dv = _key_gradient(
-        a1, a2, dv, k1, k2, v, j, ROWS, SPLIT, GRAD, ROTATED, LSE2, DELTA, num_entries, group0,
-        all_forward, end, False, False, H, N, D, HALF, BLOCK,
+        some_forward, end, False, H, N, D, HALF, BLOCK,
     )  # fmt: skip
     c, s = load_tables(COS, SIN, rows, there, D, HALF)
     if DIRECTIONS == 2:
@@ -181,16 +175,12 @@ def key_gradient_kernel(
         ROTATED += tl.cast(num_entries, tl.int64) * (H * D)
         a1, a2, dv = _key_gradient(
             a1, a2, dv, k1, k2, v, j, ROWS, SPLIT, GRAD, ROTATED, LSE2, DELTA, num_entries, group0,
-            begin, some_forward, True, False, H, N, D, HALF, BLOCK,
-        )  # fmt: skip
-        a1, a2, dv = _key_gradient(
-            a1, a2, dv, k1, k2, v, j, ROWS, SPLIT, GRAD, ROTATED, LSE2, DELTA, num_entries, group0,
-            some_forward, all_forward, True, True, H, N, D, HALF, BLOCK,
+            begin, all_forward, True, H, N, D, HALF, BLOCK,
         )  # fmt: skip
         c, s = load_tables(COS, SIN, rows, there, D, HALF)
         s = -s
     # The rotated queries carry the softmax scale times log2(e).
-    d1, d2 = rotate(a1 * 0.6931471805599453, a2 * 0.6931471805599453, c, -s)
+    d1, d2 = rotate(a1 * LN2, a2 * LN2, c, -s)
     at = rows * (N * D) + head * D
     if ADDS:
         add_halves(DK, at, there, d1, d2, D, HALF)

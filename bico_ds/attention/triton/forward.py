@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 
 from bico_ds.attention.triton.primitives import (
+    LN2,
+    LOG2E,
     load_halves,
     load_rows,
     load_tables,
@@ -27,12 +29,10 @@ def _attend(
 
     MIXED: some rows take some of these keys in the other direction.
     """
-    one = tl.arange(0, KEYS)
     for start in range(begin, end, KEYS):
-        j = start + one
+        j = start + tl.arange(0, KEYS)
         there = j < keys
-        first = tl.cast(start, tl.int64)
-        k1, k2 = load_halves(K + first * D, one * D, there, D, HALF)
+        k1, k2 = load_halves(K, j.to(tl.int64) * D, there, D, HALF)
         scores = tl.dot(r1, tl.trans(k1))
         scores = tl.dot(r2, tl.trans(k2), scores)
         if MIXED:
@@ -43,7 +43,7 @@ def _attend(
         p = tl.exp2(scores - higher[:, None])
         shrink = tl.exp2(peak - higher)
         total = total * shrink + tl.sum(p, 1)
-        v = load_rows(V + first * v_row, one * v_row, there, D, HALF)
+        v = load_rows(V, j.to(tl.int64) * v_row, there, D, HALF)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
         peak = higher
     return peak, total, acc
@@ -51,11 +51,11 @@ def _attend(
 
 @triton.jit(do_not_specialize=("num_kept", "lse_head"))
 def forward_kernel(
-    Q, K, V, COS, SIN, ROWS, SPLIT, BLOCKS, OUT, LSE, scale, num_kept, q_row, v_row, lse_row, lse_head,
+    Q, K, V, COS, SIN, ROWS, SPLIT, BLOCKS, OUT, LSE, softmax_scale, num_kept, q_row, v_row, lse_row, lse_head,
     DIRECTIONS: tl.constexpr, H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     BLOCK: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """OUT [T, H, D] and LSE of a block of query rows, one head. `scale`: of the scores in base 2; LSE is natural."""
+    """OUT [T, H, D] and LSE [T, H], of any strides, of a block of query rows, one head."""
     head, block = tl.program_id(0) % H, BLOCKS + tl.program_id(0) // H * 4
     begin, end, key0, keys = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
     entries = begin + tl.arange(0, BLOCK)
@@ -69,6 +69,7 @@ def forward_kernel(
     low = tl.load(SPLIT + begin) // KEYS * KEYS
     high = tl.minimum(tl.cdiv(tl.load(SPLIT + end - 1), KEYS) * KEYS, keys)
 
+    scale = softmax_scale * LOG2E
     # A finite start: rows that have seen no key yet need no care.
     peak = tl.full([BLOCK], -1e30, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
@@ -86,6 +87,8 @@ def forward_kernel(
     )
     if DIRECTIONS == 2:
         K += tl.cast(num_kept, tl.int64) * (N * D)
+        rows = tl.load(ROWS + entries, mask=there, other=0, volatile=True)
+        q_at = rows.to(tl.int64) * q_row + head * D
         q1, q2 = load_halves(Q, q_at, there, D, HALF, AGAIN=True)
         c, s = load_tables(COS, SIN, rows, there, D, HALF)
         r1, r2 = rotate(q1.to(tl.float32), q2.to(tl.float32), c, -s)
@@ -96,6 +99,7 @@ def forward_kernel(
         peak, total, acc = _attend(
             peak, total, acc, r1, r2, split, K, V, v_row, keys, high, keys, True, False, D, HALF, KEYS
         )
+    rows = tl.load(ROWS + entries, mask=there, other=0, volatile=True)
     store_rows(OUT, rows.to(tl.int64) * (H * D) + head * D, there, acc / total[:, None], D, HALF)
-    lse = (peak + tl.log2(total)) * 0.6931471805599453
+    lse = (peak + tl.log2(total)) * LN2
     tl.store(LSE + rows.to(tl.int64) * lse_row + tl.cast(head, tl.int64) * lse_head, lse, mask=there)

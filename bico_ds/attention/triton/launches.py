@@ -13,7 +13,6 @@ from bico_ds.attention.triton.operands import Operands
 from bico_ds.attention.triton.primitives import rotate_kernel
 from bico_ds.attention.triton.tilings import Tile, Tiling, padded_head_dim
 
-LOG2E = 1.4426950408889634
 _ROTATED_ROWS = 32  # rows per program of the kernel that rotates keys
 
 
@@ -40,7 +39,6 @@ def forward_launches(operands: Operands, tiling: Tiling, out: Tensor, lse: Tenso
     arguments = {
         **_common(operands, rotated_keys),
         **_of_queries(operands, out, lse),
-        "scale": operands.scale * LOG2E,
         "BLOCK": tiling.forward.rows,
         "KEYS": tiling.forward.keys,
     }
@@ -74,7 +72,6 @@ def backward_launches(
         **both,
         **_of_queries(operands, out, lse),
         "DQ": dq,
-        "softmax_scale": operands.scale,
         "BLOCK": tiling.query.rows,
         "KEYS": tiling.query.keys,
     }
@@ -119,6 +116,7 @@ def _of_queries(operands: Operands, out: Tensor, lse: Tensor) -> dict[str, Any]:
         "BLOCKS": operands.query_blocks,
         "OUT": out,
         "LSE": lse,
+        "softmax_scale": operands.scale,
         "q_row": operands.q.stride(0),
         "lse_row": lse.stride(0),
         "lse_head": lse.stride(1),

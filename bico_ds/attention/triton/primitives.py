@@ -9,6 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Softmax weights are powers of 2, as the hardware computes them.
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
 
 @triton.jit
 def rotate(x1, x2, c, s):
@@ -104,10 +108,7 @@ def store_rows(X, offsets, there, x, D: tl.constexpr, HALF: tl.constexpr):
 @triton.jit
 def meets(split, key, REVERSE: tl.constexpr):
     """Whether a query with this split takes this key of its document in this direction."""
-    if REVERSE:
-        return key >= split
-    else:
-        return key < split
+    return (key < split) != REVERSE
 
 
 @triton.jit(do_not_specialize=("num_rows",))

@@ -12,7 +12,7 @@ from bico_ds.attention.triton.row_blocks import BlockSizes
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """What one program of a kernel holds at a time: `rows` x `keys` scores; its `warps`, and its loads in flight, `stages`."""
+    """What one program of a kernel computes at a time: `rows` x `keys` scores, by `warps`, with `stages` loads in flight."""
 
     rows: int
     keys: int
@@ -37,9 +37,9 @@ class Tiling:
 
 
 _HOPPER_128 = Tiling(
-    forward=Tile(rows=64, keys=64, warps=4, stages=3),
+    forward=Tile(rows=64, keys=64, warps=4, stages=2),
     query=Tile(rows=64, keys=64, warps=8, stages=2),
-    key=Tile(rows=64, keys=64, warps=8, stages=1),
+    key=Tile(rows=64, keys=64, warps=8, stages=2),
 )
 _SMALL = Tiling(
     forward=Tile(rows=32, keys=16, warps=4, stages=1),

@@ -61,7 +61,7 @@ def forward_traffic(operands: Operands, lse: Tensor) -> Traffic:
 
 
 def backward_traffic(operands: Operands, lse: Tensor, key_gradient: Tensor) -> Traffic:
-    """Of rotating the keys, of the query-gradient and the key-gradient kernels, and of clearing the live rows of dk and dv."""
+    """Of rotating the keys, of both gradient kernels, and of clearing the live rows of dk and dv."""
     sizes = _Sizes(operands, lse)
     gradients = 2 * operands.num_kept * key_gradient[0].numel() * key_gradient.itemsize
     num_live = len(operands.q) - operands.num_kept if operands.serves_all_rows else 0

@@ -45,8 +45,9 @@ class LayoutPolicy:
 
     def flash_from_in(self, mode: Mode) -> float:
         """`flash_from` of this mode."""
-        other = self.causal_flash_from is not None and mode == "causal"
-        return self.causal_flash_from if other else self.flash_from
+        if mode == "causal" and self.causal_flash_from is not None:
+            return self.causal_flash_from
+        return self.flash_from
 
 
 # Measured (docs/benchmarks/attention.md): `flash_from`, in fp32 and in bf16, where the flash kernel is slow on short rows;

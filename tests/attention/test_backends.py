@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import subprocess
+import sys
 from typing import get_args
 
 import pytest
@@ -13,6 +15,7 @@ from bico_ds.attention import backends
 from bico_ds.attention.kernels.flash_limits import install_refusal
 from bico_ds.attention.packed import packed_attention
 from bico_ds.config.schema import ModelSpec
+from tests import ROOT
 from tests.attention.attention_problems import make_problem, relative_errors
 
 CPU = torch.device("cpu")
@@ -28,7 +31,7 @@ def test_auto_on_cpu_takes_the_cpu_kernel_and_says_so_once(caplog):
     assert "cpu-flash for cpu, float32" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["flash-attn", "flash-attn-4", "aten-cuda"])
+@pytest.mark.parametrize("name", ["flash-attn", "flash-attn-4", "aten-cuda", "triton"])
 def test_a_backend_that_cannot_run_says_why_and_what_would(name):
     with pytest.raises(ValueError, match=f"'{name}' .*use one of: cpu-flash") as error:
         backends.resolve(name, torch.bfloat16, 64, CPU)
@@ -42,6 +45,35 @@ def test_auto_serves_what_no_cuda_kernel_takes_by_tiles_alone_and_warns(caplog):
     assert backend.policy.flash_from == math.inf
     assert "dense tiles" in caplog.text
     assert "takes float16 or bfloat16, not float32" in caplog.text
+
+
+@pytest.mark.parametrize("head_dim", [4, 264])
+def test_triton_refuses_head_dimensions_that_its_kernels_do_not_take(head_dim):
+    with pytest.raises(ValueError, match="'triton' takes head dimensions that are multiples of 8 up to 256"):
+        backends.resolve("triton", torch.bfloat16, head_dim, torch.device("meta"))
+
+
+WITHOUT_TRITON = """
+import sys, torch
+sys.modules["triton"] = None
+from bico_ds.attention import backends
+from bico_ds.attention.packed import packed_attention
+from tests.attention.attention_problems import make_problem
+problem = make_problem([70, 1, 33]).to(torch.bfloat16)
+problem.packed(packed_attention)
+try:
+    problem.packed(packed_attention, backend="triton")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_attention_needs_no_triton_but_where_it_is_named():
+    answer = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRITON], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert "attention backend 'triton' needs Triton, which is not installed" in answer.stdout
 
 
 def fake_distribution(folder, name, version, module_text):
@@ -146,19 +178,20 @@ def test_a_backend_is_one_class_and_one_entry_and_serves_every_kind_of_row(monke
 
 def test_a_recipe_may_name_every_backend_that_there_is():
     named = get_args(ModelSpec.model_fields["attention_backend"].annotation)
-    assert set(named) == {"auto", *backends.KERNELS, "oracle"}
+    assert set(named) == {"auto", *backends.KERNELS, "triton", "oracle"}
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["flash-attn", "aten-cuda", "flash-attn-4"])
+@pytest.mark.parametrize("name", ["flash-attn", "aten-cuda", "flash-attn-4", "triton"])
 @pytest.mark.parametrize(("heads", "head_dim"), [((4, 2), 64), ((3, 3), 128)])
 @pytest.mark.parametrize("mask_rate", [0.0, 0.15, 0.6])
 def test_cuda_kernels_agree_with_the_oracle(name, heads, head_dim, mask_rate):
     device = torch.device("cuda")
-    refusal = backends.KERNELS[name].refusal(torch.bfloat16, head_dim, device)
-    if refusal:
-        pytest.skip(f"{name} {refusal}")
+    try:
+        backends.resolve(name, torch.bfloat16, head_dim, device)
+    except ValueError as refusal:
+        pytest.skip(str(refusal))
     problem = make_problem([300, 1, 77, 513], mask_rate=mask_rate, heads=heads, head_dim=head_dim).to(
         torch.bfloat16
     )

@@ -5,7 +5,6 @@ On the meta device they compute nothing, and state what they would move (`traffi
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from typing import Any
 
@@ -27,7 +26,6 @@ torch.library.define(
 )
 
 
-@functools.cache
 def triton_refusal(dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
     """Why the Triton kernels cannot serve such inputs, in one clause; None where they can.
 
@@ -89,8 +87,9 @@ def _forward(*arguments: Any) -> None:
     from bico_ds.attention.triton.launches import forward_launches
 
     operands, (out, lse) = Operands.split_off(arguments)
-    for launch in forward_launches(operands, _tiling(operands), out, lse):
-        launch.run()
+    with torch.cuda.device_of(operands.q):
+        for launch in forward_launches(operands, _tiling(operands), out, lse):
+            launch.run()
 
 
 @torch.library.impl(_BACKWARD, ("cuda", "cpu"))
@@ -101,8 +100,9 @@ def _backward(*arguments: Any) -> None:
     if operands.serves_all_rows:
         for grad in grads[1:]:
             grad[operands.num_kept : len(operands.q)].zero_()
-    for launch in backward_launches(operands, _tiling(operands), out, lse, grad_out, *grads):
-        launch.run()
+    with torch.cuda.device_of(operands.q):
+        for launch in backward_launches(operands, _tiling(operands), out, lse, grad_out, *grads):
+            launch.run()
 
 
 @torch.library.register_fake(_FORWARD)

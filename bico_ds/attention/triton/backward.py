@@ -15,6 +15,8 @@ from bico_ds.attention.triton.primitives import (
     LOG2E,
     add_halves,
     load_halves,
+    load_query_block,
+    load_rotated,
     load_rows,
     load_tables,
     meets,
@@ -57,35 +59,25 @@ def query_gradient_kernel(
     BLOCK: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """DQ [T, H, D] of a block of query rows, one head; also what the other kernel reads of these rows."""
-    head, block = tl.program_id(0) % H, BLOCKS + tl.program_id(0) // H * 4
-    begin, end, key0, keys = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
-    entries = begin + tl.arange(0, BLOCK)
-    there = entries < end
-    rows = tl.load(ROWS + entries, mask=there, other=0).to(tl.int64)
-    split = tl.load(SPLIT + entries, mask=there, other=0)
+    head, entries, there, rows, split, key0, low, high, keys = load_query_block(
+        ROWS, SPLIT, BLOCKS, H, BLOCK, KEYS
+    )
     key_head = head // (H // N)
     K += (tl.cast(key_head, tl.int64) * num_kept + key0) * D
     V += tl.cast(key0, tl.int64) * v_row + key_head * D
-    low = tl.load(SPLIT + begin) // KEYS * KEYS
-    high = tl.minimum(tl.cdiv(tl.load(SPLIT + end - 1), KEYS) * KEYS, keys)
-
-    at = rows * (H * D) + head * D
+    q_at, at, scale = rows * q_row + head * D, rows * (H * D) + head * D, softmax_scale * LOG2E
     in_table = tl.cast(head, tl.int64) * num_entries + entries
+
     grad = load_rows(GRAD, at, there, D, HALF)
     out = load_rows(OUT, at, there, D, HALF)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-    lse_at = LSE + rows * lse_row + tl.cast(head, tl.int64) * lse_head
-    lse = tl.load(lse_at, mask=there, other=float("inf")) * LOG2E
+    lse_at = rows * lse_row + tl.cast(head, tl.int64) * lse_head
+    lse = tl.load(LSE + lse_at, mask=there, other=float("inf")) * LOG2E
     tl.store(DELTA + in_table, delta, mask=there)
     tl.store(LSE2 + in_table, lse, mask=there)
 
-    scale = softmax_scale * LOG2E
-    q_at = rows * q_row + head * D
     a1, a2 = tl.zeros([BLOCK, HALF], tl.float32), tl.zeros([BLOCK, HALF], tl.float32)
-    q1, q2 = load_halves(Q, q_at, there, D, HALF)
-    c, s = load_tables(COS, SIN, rows, there, D, HALF)
-    r1, r2 = rotate(q1.to(tl.float32), q2.to(tl.float32), c, s)
-    r1, r2 = (r1 * scale).to(Q.dtype.element_ty), (r2 * scale).to(Q.dtype.element_ty)
+    r1, r2 = load_rotated(Q, q_at, COS, SIN, rows, there, scale, False, D, HALF)
     store_halves(ROTATED, in_table * D, there, r1, r2, D, HALF)
     a1, a2 = _query_gradient(
         a1, a2, r1, r2, grad, lse, delta, split, K, V, v_row, keys, 0, low, False, False, D, HALF, KEYS
@@ -95,12 +87,11 @@ def query_gradient_kernel(
     )
     c, s = load_tables(COS, SIN, rows, there, D, HALF)
     if DIRECTIONS == 2:
-        K += tl.cast(num_kept, tl.int64) * (N * D)
         a1, a2 = turn(a1, a2, c, s)
-        q1, q2 = load_halves(Q, q_at, there, D, HALF, AGAIN=True)
-        r1, r2 = rotate(q1.to(tl.float32), q2.to(tl.float32), c, -s)
-        r1, r2 = (r1 * scale).to(Q.dtype.element_ty), (r2 * scale).to(Q.dtype.element_ty)
-        store_halves(ROTATED, (tl.cast(H, tl.int64) * num_entries + in_table) * D, there, r1, r2, D, HALF)
+        K += tl.cast(num_kept, tl.int64) * (N * D)
+        ROTATED += tl.cast(num_entries, tl.int64) * (H * D)
+        r1, r2 = load_rotated(Q, q_at, COS, SIN, rows, there, scale, True, D, HALF)
+        store_halves(ROTATED, in_table * D, there, r1, r2, D, HALF)
         a1, a2 = _query_gradient(
             a1, a2, r1, r2, grad, lse, delta, split, K, V, v_row, keys, low, high, True, True, D, HALF, KEYS
         )

@@ -12,10 +12,10 @@ from bico_ds.attention.triton.primitives import (
     LN2,
     LOG2E,
     load_halves,
+    load_query_block,
+    load_rotated,
     load_rows,
-    load_tables,
     meets,
-    rotate,
     store_rows,
 )
 
@@ -56,29 +56,18 @@ def forward_kernel(
     BLOCK: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """OUT [T, H, D] and LSE [T, H], of any strides, of a block of query rows, one head."""
-    head, block = tl.program_id(0) % H, BLOCKS + tl.program_id(0) // H * 4
-    begin, end, key0, keys = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
-    entries = begin + tl.arange(0, BLOCK)
-    there = entries < end
-    rows = tl.load(ROWS + entries, mask=there, other=0)
-    split = tl.load(SPLIT + entries, mask=there, other=0)
+    head, entries, there, rows, split, key0, low, high, keys = load_query_block(
+        ROWS, SPLIT, BLOCKS, H, BLOCK, KEYS
+    )
     key_head = head // (H // N)
     K += (tl.cast(key_head, tl.int64) * num_kept + key0) * D
     V += tl.cast(key0, tl.int64) * v_row + key_head * D
-    # Keys before `low` are taken forward by every row, those from `high` on reversed by every row.
-    low = tl.load(SPLIT + begin) // KEYS * KEYS
-    high = tl.minimum(tl.cdiv(tl.load(SPLIT + end - 1), KEYS) * KEYS, keys)
-
     scale = softmax_scale * LOG2E
     # A finite start: rows that have seen no key yet need no care.
     peak = tl.full([BLOCK], -1e30, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     acc = tl.zeros([BLOCK, 2 * HALF], tl.float32)
-    q_at = rows.to(tl.int64) * q_row + head * D
-    q1, q2 = load_halves(Q, q_at, there, D, HALF)
-    c, s = load_tables(COS, SIN, rows, there, D, HALF)
-    r1, r2 = rotate(q1.to(tl.float32), q2.to(tl.float32), c, s)
-    r1, r2 = (r1 * scale).to(Q.dtype.element_ty), (r2 * scale).to(Q.dtype.element_ty)
+    r1, r2 = load_rotated(Q, rows * q_row + head * D, COS, SIN, rows, there, scale, False, D, HALF)
     peak, total, acc = _attend(
         peak, total, acc, r1, r2, split, K, V, v_row, keys, 0, low, False, False, D, HALF, KEYS
     )
@@ -87,19 +76,16 @@ def forward_kernel(
     )
     if DIRECTIONS == 2:
         K += tl.cast(num_kept, tl.int64) * (N * D)
-        rows = tl.load(ROWS + entries, mask=there, other=0, volatile=True)
-        q_at = rows.to(tl.int64) * q_row + head * D
-        q1, q2 = load_halves(Q, q_at, there, D, HALF, AGAIN=True)
-        c, s = load_tables(COS, SIN, rows, there, D, HALF)
-        r1, r2 = rotate(q1.to(tl.float32), q2.to(tl.float32), c, -s)
-        r1, r2 = (r1 * scale).to(Q.dtype.element_ty), (r2 * scale).to(Q.dtype.element_ty)
+        # Read anew, here and below, instead of kept in registers.
+        rows = tl.load(ROWS + entries, mask=there, other=0, volatile=True).to(tl.int64)
+        r1, r2 = load_rotated(Q, rows * q_row + head * D, COS, SIN, rows, there, scale, True, D, HALF)
         peak, total, acc = _attend(
             peak, total, acc, r1, r2, split, K, V, v_row, keys, low, high, True, True, D, HALF, KEYS
         )
         peak, total, acc = _attend(
             peak, total, acc, r1, r2, split, K, V, v_row, keys, high, keys, True, False, D, HALF, KEYS
         )
-    rows = tl.load(ROWS + entries, mask=there, other=0, volatile=True)
-    store_rows(OUT, rows.to(tl.int64) * (H * D) + head * D, there, acc / total[:, None], D, HALF)
+    rows = tl.load(ROWS + entries, mask=there, other=0, volatile=True).to(tl.int64)
+    store_rows(OUT, rows * (H * D) + head * D, there, acc / total[:, None], D, HALF)
     lse = (peak + tl.log2(total)) * LN2
-    tl.store(LSE + rows.to(tl.int64) * lse_row + tl.cast(head, tl.int64) * lse_head, lse, mask=there)
+    tl.store(LSE + rows * lse_row + tl.cast(head, tl.int64) * lse_head, lse, mask=there)

@@ -74,6 +74,19 @@ def load_tables(COS, SIN, rows, there, D: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
+def load_rotated(
+    X, offsets, COS, SIN, rows, there, scale, REVERSE: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr
+):
+    """Both halves of the rows of X at `offsets`, rotated and scaled, in X's dtype."""
+    x1, x2 = load_halves(X, offsets, there, D, HALF, AGAIN=REVERSE)
+    c, s = load_tables(COS, SIN, rows, there, D, HALF)
+    if REVERSE:
+        s = -s
+    r1, r2 = rotate(x1.to(tl.float32), x2.to(tl.float32), c, s)
+    return (r1 * scale).to(X.dtype.element_ty), (r2 * scale).to(X.dtype.element_ty)
+
+
+@triton.jit
 def turn(a1, a2, c, s):
     """Re-express what gathered in a forward-rotated frame so that the reversed frame's way back undoes it.
 
@@ -111,6 +124,24 @@ def meets(split, key, REVERSE: tl.constexpr):
     return (key < split) != REVERSE
 
 
+@triton.jit
+def load_query_block(ROWS, SPLIT, BLOCKS, H: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr):
+    """This program's head and rows: entries of the table, which of them are there, rows in the batch, splits.
+
+    Then its document's first key in the batch, and ends of ranges of its keys: before `low` every row takes them forward,
+    from `low` to `high` some rows do, from there to `keys` every row takes them reversed.
+    """
+    head, block = tl.program_id(0) % H, BLOCKS + tl.program_id(0) // H * 4
+    begin, end, key0, keys = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
+    entries = begin + tl.arange(0, BLOCK)
+    there = entries < end
+    rows = tl.load(ROWS + entries, mask=there, other=0).to(tl.int64)
+    split = tl.load(SPLIT + entries, mask=there, other=0)
+    low = tl.load(SPLIT + begin) // KEYS * KEYS
+    high = tl.minimum(tl.cdiv(tl.load(SPLIT + end - 1), KEYS) * KEYS, keys)
+    return head, entries, there, rows, split, key0, low, high, keys
+
+
 @triton.jit(do_not_specialize=("num_rows",))
 def rotate_kernel(
     X, COS, SIN, ROTATED, num_rows, x_row,
@@ -119,11 +150,8 @@ def rotate_kernel(
     """ROTATED [DIRECTIONS, N, num_rows, D]: the first rows of X [T, N, D], rotated forward, and reversed."""
     head, rows = tl.program_id(0) % N, tl.program_id(0) // N * BLOCK + tl.arange(0, BLOCK)
     there = rows < num_rows
-    x1, x2 = load_halves(X + head * D, rows.to(tl.int64) * x_row, there, D, HALF)
-    x1, x2 = x1.to(tl.float32), x2.to(tl.float32)
-    c, s = load_tables(COS, SIN, rows, there, D, HALF)
+    at = rows.to(tl.int64) * x_row + head * D
     for direction in tl.static_range(DIRECTIONS):
-        y1, y2 = rotate(x1, x2, c, s)
+        r1, r2 = load_rotated(X, at, COS, SIN, rows, there, 1.0, direction == 1, D, HALF)
         first = tl.cast(direction * N + head, tl.int64) * num_rows
-        store_halves(ROTATED, (first + rows) * D, there, y1, y2, D, HALF)
-        s = -s
+        store_halves(ROTATED, (first + rows) * D, there, r1, r2, D, HALF)

@@ -166,11 +166,11 @@ def test_rows_beyond_2_to_the_31_elements_are_found():
     assert all(torch.equal(a, b) for a, b in zip(found, interpreted(attend, problem), strict=True))
 
 
-TURN_OF_QUERIES = "a1, a2 = turn(a1, a2, c, s)\n        q1"
+TURN_OF_QUERIES = "a1, a2 = turn(a1, a2, c, s)\n        K"
 TURN_OF_KEYS = "a1, a2 = turn(a1, a2, c, s)\n        k1"
 MUTATIONS = {
-    "the reversed sine's sign": ("forward", "q2.to(tl.float32), c, -s)", "q2.to(tl.float32), c, s)"),
-    "keys rotated one way only": ("primitives", "        s = -s\n", ""),
+    "the reversed sine's sign": ("forward", "there, scale, True", "there, scale, False"),
+    "keys rotated one way only": ("primitives", "1.0, direction == 1", "1.0, False"),
     "a split off by one": ("primitives", "key < split", "key <= split"),
     "a key of the neighbour document": ("forward", "there = j < keys", "there = j <= keys"),
     "a query of the neighbour document": (
@@ -183,7 +183,7 @@ MUTATIONS = {
         "keys = documents.key_counts[owner]\n",
         "keys = documents.key_counts[owner] + 1\n",
     ),
-    "the turn of the queries left out": ("backward", TURN_OF_QUERIES, "q1"),
+    "the turn of the queries left out": ("backward", TURN_OF_QUERIES, "K"),
     "the turn of the keys left out": ("backward", TURN_OF_KEYS, "k1"),
     "a rotation of length 1 assumed": ("primitives", "length = c * c + s * s", "length = 1.0"),
     "a missing member of a group of heads": ("backward", "blocks * (H // N)", "blocks * (H // N - 1)"),

@@ -21,6 +21,7 @@ from bico_ds.attention.triton.primitives import (
     load_tables,
     meets,
     rotate,
+    rows_again,
     store_halves,
     store_rows,
     turn,
@@ -65,7 +66,7 @@ def query_gradient_kernel(
     key_head = head // (H // N)
     K += (tl.cast(key_head, tl.int64) * num_kept + key0) * D
     V += tl.cast(key0, tl.int64) * v_row + key_head * D
-    q_at, at, scale = rows * q_row + head * D, rows * (H * D) + head * D, softmax_scale * LOG2E
+    at, scale = rows * (H * D) + head * D, softmax_scale * LOG2E
     in_table = tl.cast(head, tl.int64) * num_entries + entries
 
     grad = load_rows(GRAD, at, there, D, HALF)
@@ -77,7 +78,7 @@ def query_gradient_kernel(
     tl.store(LSE2 + in_table, lse, mask=there)
 
     a1, a2 = tl.zeros([BLOCK, HALF], tl.float32), tl.zeros([BLOCK, HALF], tl.float32)
-    r1, r2 = load_rotated(Q, q_at, COS, SIN, rows, there, scale, False, D, HALF)
+    r1, r2 = load_rotated(Q, rows * q_row + head * D, COS, SIN, rows, there, scale, False, D, HALF)
     store_halves(ROTATED, in_table * D, there, r1, r2, D, HALF)
     a1, a2 = _query_gradient(
         a1, a2, r1, r2, grad, lse, delta, split, K, V, v_row, keys, 0, low, False, False, D, HALF, KEYS
@@ -90,7 +91,8 @@ def query_gradient_kernel(
         a1, a2 = turn(a1, a2, c, s)
         K += tl.cast(num_kept, tl.int64) * (N * D)
         ROTATED += tl.cast(num_entries, tl.int64) * (H * D)
-        r1, r2 = load_rotated(Q, q_at, COS, SIN, rows, there, scale, True, D, HALF)
+        rows = rows_again(ROWS, entries, there)
+        r1, r2 = load_rotated(Q, rows * q_row + head * D, COS, SIN, rows, there, scale, True, D, HALF)
         store_halves(ROTATED, in_table * D, there, r1, r2, D, HALF)
         a1, a2 = _query_gradient(
             a1, a2, r1, r2, grad, lse, delta, split, K, V, v_row, keys, low, high, True, True, D, HALF, KEYS
@@ -98,10 +100,11 @@ def query_gradient_kernel(
         a1, a2 = _query_gradient(
             a1, a2, r1, r2, grad, lse, delta, split, K, V, v_row, keys, high, keys, True, False, D, HALF, KEYS
         )
+        rows = rows_again(ROWS, entries, there)
         c, s = load_tables(COS, SIN, rows, there, D, HALF)
         s = -s
     d1, d2 = rotate(a1 * softmax_scale, a2 * softmax_scale, c, -s)
-    store_halves(DQ, at, there, d1, d2, D, HALF)
+    store_halves(DQ, rows * (H * D) + head * D, there, d1, d2, D, HALF)
 
 
 @triton.jit
@@ -137,6 +140,17 @@ def _key_gradient(
     return a1, a2, dv
 
 
+@triton.jit
+def _keys(block, KEYS: tl.constexpr):
+    """A block's keys: their numbers in the document, whether they are there, and their rows in the batch.
+
+    Always read anew, as in `load_tables`.
+    """
+    first, key0 = tl.load(block, volatile=True), tl.load(block + 1, volatile=True)
+    j = first + tl.arange(0, KEYS)
+    return j, j < tl.load(block + 2, volatile=True), (key0 + j).to(tl.int64)
+
+
 @triton.jit(do_not_specialize=("num_kept", "num_entries"))
 def key_gradient_kernel(
     K, V, COS, SIN, ROWS, SPLIT, BLOCKS, GRAD, ROTATED, LSE2, DELTA, DK, DV, num_kept, num_entries, v_row,
@@ -145,10 +159,9 @@ def key_gradient_kernel(
 ):  # fmt: skip
     """DK and DV [T, N, D] of a block of keys, one key head, over all its query heads; ADDS: added to what is there."""
     head, block = tl.program_id(0) % N, BLOCKS + tl.program_id(0) // N * 7
-    first, key0, keys, begin = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
-    some_forward, all_forward, end = tl.load(block + 4), tl.load(block + 5), tl.load(block + 6)
-    j = first + tl.arange(0, KEYS)
-    there, rows = j < keys, (key0 + j).to(tl.int64)
+    begin, some_forward = tl.load(block + 3), tl.load(block + 4)
+    all_forward, end = tl.load(block + 5), tl.load(block + 6)
+    j, there, rows = _keys(block, KEYS)
     group0 = head * (H // N)
     v = load_rows(V, rows * v_row + head * D, there, D, HALF)
     k_at = (tl.cast(head, tl.int64) * num_kept + rows) * D
@@ -159,15 +172,19 @@ def key_gradient_kernel(
         a1, a2, dv, k1, k2, v, j, ROWS, SPLIT, GRAD, ROTATED, LSE2, DELTA, num_entries, group0,
         some_forward, end, False, H, N, D, HALF, BLOCK,
     )  # fmt: skip
+    _, there, rows = _keys(block, KEYS)
     c, s = load_tables(COS, SIN, rows, there, D, HALF)
     if DIRECTIONS == 2:
         a1, a2 = turn(a1, a2, c, s)
+        _, there, rows = _keys(block, KEYS)
+        k_at = (tl.cast(head, tl.int64) * num_kept + rows) * D
         k1, k2 = load_halves(K + tl.cast(num_kept, tl.int64) * (N * D), k_at, there, D, HALF)
         ROTATED += tl.cast(num_entries, tl.int64) * (H * D)
         a1, a2, dv = _key_gradient(
             a1, a2, dv, k1, k2, v, j, ROWS, SPLIT, GRAD, ROTATED, LSE2, DELTA, num_entries, group0,
             begin, all_forward, True, H, N, D, HALF, BLOCK,
         )  # fmt: skip
+        _, there, rows = _keys(block, KEYS)
         c, s = load_tables(COS, SIN, rows, there, D, HALF)
         s = -s
     # The rotated queries carry the softmax scale times log2(e).

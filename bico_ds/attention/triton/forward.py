@@ -16,6 +16,7 @@ from bico_ds.attention.triton.primitives import (
     load_rotated,
     load_rows,
     meets,
+    rows_again,
     store_rows,
 )
 
@@ -76,8 +77,7 @@ def forward_kernel(
     )
     if DIRECTIONS == 2:
         K += tl.cast(num_kept, tl.int64) * (N * D)
-        # Read anew, here and below, instead of kept in registers.
-        rows = tl.load(ROWS + entries, mask=there, other=0, volatile=True).to(tl.int64)
+        rows = rows_again(ROWS, entries, there)
         r1, r2 = load_rotated(Q, rows * q_row + head * D, COS, SIN, rows, there, scale, True, D, HALF)
         peak, total, acc = _attend(
             peak, total, acc, r1, r2, split, K, V, v_row, keys, low, high, True, True, D, HALF, KEYS
@@ -85,7 +85,7 @@ def forward_kernel(
         peak, total, acc = _attend(
             peak, total, acc, r1, r2, split, K, V, v_row, keys, high, keys, True, False, D, HALF, KEYS
         )
-    rows = tl.load(ROWS + entries, mask=there, other=0, volatile=True).to(tl.int64)
+    rows = rows_again(ROWS, entries, there)
     store_rows(OUT, rows * (H * D) + head * D, there, acc / total[:, None], D, HALF)
     lse = (peak + tl.log2(total)) * LN2
     tl.store(LSE + rows * lse_row + tl.cast(head, tl.int64) * lse_head, lse, mask=there)

@@ -142,6 +142,12 @@ def load_query_block(ROWS, SPLIT, BLOCKS, H: tl.constexpr, BLOCK: tl.constexpr, 
     return head, entries, there, rows, split, key0, low, high, keys
 
 
+@triton.jit
+def rows_again(ROWS, entries, there):
+    """The rows that `load_query_block` gave, read again, so that they take no registers in between."""
+    return tl.load(ROWS + entries, mask=there, other=0, volatile=True).to(tl.int64)
+
+
 @triton.jit(do_not_specialize=("num_rows",))
 def rotate_kernel(
     X, COS, SIN, ROTATED, num_rows, x_row,

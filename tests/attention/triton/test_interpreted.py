@@ -167,7 +167,7 @@ def test_rows_beyond_2_to_the_31_elements_are_found():
 
 
 TURN_OF_QUERIES = "a1, a2 = turn(a1, a2, c, s)\n        K"
-TURN_OF_KEYS = "a1, a2 = turn(a1, a2, c, s)\n        k1"
+TURN_OF_KEYS = "a1, a2 = turn(a1, a2, c, s)\n        _"
 MUTATIONS = {
     "the reversed sine's sign": ("forward", "there, scale, True", "there, scale, False"),
     "keys rotated one way only": ("primitives", "1.0, direction == 1", "1.0, False"),
@@ -184,7 +184,7 @@ MUTATIONS = {
         "keys = documents.key_counts[owner] + 1\n",
     ),
     "the turn of the queries left out": ("backward", TURN_OF_QUERIES, "K"),
-    "the turn of the keys left out": ("backward", TURN_OF_KEYS, "k1"),
+    "the turn of the keys left out": ("backward", TURN_OF_KEYS, "_"),
     "a rotation of length 1 assumed": ("primitives", "length = c * c + s * s", "length = 1.0"),
     "a missing member of a group of heads": ("backward", "blocks * (H // N)", "blocks * (H // N - 1)"),
     "rows that begin a block too late": (

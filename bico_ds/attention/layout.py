@@ -23,11 +23,10 @@ from bico_ds.attention.triton.row_blocks import BlockSizes, RowBlocks
 class LayoutPolicy:
     """The constants of one machine type: measured on CPUs, estimated for CUDA (see below).
 
-    `flash_from`: documents of at least this many kept tokens go to the flash kernel; `causal_flash_from`: the same in
-    causal mode, where it is another number. `tile_scores`: scores per head and
-    tile to aim at; small tiles stay in the cache, large ones save launches. `tile_min_rows`: the least rows per chunk of
-    a document that is too large for one tile. `fused`: the fused CPU kernel serves what tiles would; `blocks`: the Triton
-    kernels do, in blocks of these sizes.
+    `flash_from`: documents of at least this many kept tokens go to the flash kernel; `causal_flash_from`: those of causal
+    batches, where it is another number. `tile_scores`: scores per head and tile to aim at; small tiles stay in the cache,
+    large ones save launches. `tile_min_rows`: the least rows per chunk of a document that is too large for one tile.
+    `fused`: the fused CPU kernel serves what tiles would; `blocks`: the Triton kernels do, in blocks of these sizes.
 
     A document's live rows go through the flash kernel too, as hidden keys, where that is cheaper than tiles:
     `tile_cost` and `hidden_cost` are the costs of a (query, key) pair in tiles and with hidden keys, in units of

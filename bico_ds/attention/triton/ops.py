@@ -6,6 +6,7 @@ On the meta device they compute nothing, and state what they would move (`traffi
 from __future__ import annotations
 
 import importlib.util
+import os
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def triton_refusal(dtype: torch.dtype, head_dim: int, device: torch.device) -> s
         return head_dim_refusal(head_dim, 8, 256)
     if importlib.util.find_spec("triton") is None:
         return "needs Triton, which is not installed (torch's CUDA builds for Linux bring it)"
-    if device.type == "cpu" and _interprets():
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         if dtype not in (torch.float32, torch.float16):
             return "takes float32 or float16 in Triton's interpreter"
         return head_dim_refusal(head_dim, 8, 256)
@@ -68,12 +69,6 @@ def triton_backward(
     torch.ops.bico_ds.triton_attention_backward(
         *Operands.of(blocks, inputs), results.out, results.lse, grad_out.contiguous(), *grads
     )
-
-
-def _interprets() -> bool:
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
 
 
 def _tiling(operands: Operands) -> Tiling:

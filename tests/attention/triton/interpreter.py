@@ -60,6 +60,8 @@ def _switch_on() -> None:
     for function in (rotate, language.cdiv):
         interpreter._patch_lang(function.fn)
     interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
+    # Triton 3.6 takes int() of an array of one element, which numpy 2.4 refuses.
+    language.tensor.__index__ = lambda scalar: scalar.handle.data.item()
 
 
 def _call(call: bytes) -> bytes:

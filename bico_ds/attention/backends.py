@@ -24,6 +24,7 @@ from bico_ds.attention.layout import (
     TILES_POLICY,
     LayoutPolicy,
 )
+from bico_ds.attention.measured_policy import choose_policy, read_measured_policy
 from bico_ds.attention.triton.ops import tiling_on, triton_refusal
 from bico_ds.attention.two_pass import HIDDEN_COLUMNS
 
@@ -60,7 +61,8 @@ def resolve(backend: str, dtype: torch.dtype, head_dim: int, device: torch.devic
     if backend == TRITON:
         policy = replace(TILES_POLICY, blocks=tiling_on(device, head_dim).blocks)
         return Backend(kernel=KERNELS[AUTO_ORDER[0]], policy=policy)
-    return Backend(kernel=KERNELS[backend], policy=_policy(KERNELS[backend], dtype, head_dim, device)[0])
+    policy, _ = _policy(KERNELS[backend], dtype, head_dim, device, without_triton="was not asked for")
+    return Backend(kernel=KERNELS[backend], policy=policy)
 
 
 def _auto(
@@ -75,8 +77,8 @@ def _auto(
         if refusals[name] is not None:
             passed_over.append(f"{name} {refusals[name]}")
             continue
-        policy, note = _policy(KERNELS[name], dtype, head_dim, device)
-        reason = note if device.type == "cpu" else "; ".join(passed_over) or "the fastest installed"
+        policy, note = _policy(KERNELS[name], dtype, head_dim, device, without_triton=refusals[TRITON])
+        reason = note if device.type == "cpu" else "; ".join([*passed_over, note])
         inputs = f"{device}, {str(dtype).removeprefix('torch.')}, head dimension {head_dim}"
         logger.info("attention backend: %s for %s (%s)", name, inputs, reason)
         return Backend(kernel=KERNELS[name], policy=policy)
@@ -85,12 +87,25 @@ def _auto(
 
 
 def _policy(
-    kernel: CausalKernel, dtype: torch.dtype, head_dim: int, device: torch.device
+    kernel: CausalKernel,
+    dtype: torch.dtype,
+    head_dim: int,
+    device: torch.device,
+    *,
+    without_triton: str | None,
 ) -> tuple[LayoutPolicy, str]:
-    """The policy on such a device, and on the CPU the reason for it."""
+    """The policy on such a device, and the reason for it. `without_triton`: why the Triton kernels may not help."""
     if device.type != "cpu":
         can_hide = kernel.refusal(dtype, head_dim + HIDDEN_COLUMNS, device) is None
-        return CUDA_POLICY if can_hide else replace(CUDA_POLICY, hidden_cost=math.inf), ""
+        return choose_policy(
+            read_measured_policy(torch.cuda.get_device_capability(device)),
+            CUDA_POLICY if can_hide else replace(CUDA_POLICY, hidden_cost=math.inf),
+            kernel=kernel.name,
+            dtype=dtype,
+            head_dim=head_dim,
+            blocks=tiling_on(device, head_dim).blocks if without_triton is None else None,
+            refusal=without_triton,
+        )
     refusal = fused_refusal(dtype)
     if refusal is None:
         return CPU_FUSED_POLICY, "all rows through the fused kernel"

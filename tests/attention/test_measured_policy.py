@@ -1,0 +1,288 @@
+"""Policies measured on GPUs: what a file must hold, and what `auto` makes of it. No GPU has written one yet."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import random
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bico_ds.attention import backends
+from bico_ds.attention.layout import CUDA_POLICY, build_layout
+from bico_ds.attention.measured_policy import (
+    MEASURED,
+    Alternative,
+    Comparison,
+    MeasuredPolicy,
+    Measurement,
+    choose_policy,
+    encode,
+    file_name,
+    read_measured_policy,
+    running_versions,
+)
+from bico_ds.attention.plan import build_plan
+from bico_ds.attention.triton.row_blocks import BlockSizes
+from bico_ds.common.errors import UserError
+from tests import ROOT
+
+HOPPER = (9, 0)
+BLOCKS = BlockSizes(rows=64, keys=64)
+BF16 = torch.bfloat16
+
+
+def comparison(**changes) -> Comparison:
+    right = Comparison(
+        backend="triton", case="causal", dtype="bfloat16", head_dim=128,
+        scale_error=1e-4, scale_bound=3e-3, largest_error=1e-2, largest_bound=3e-2,
+    )  # fmt: skip
+    return replace(right, **changes)
+
+
+def fresh_policy(**changes) -> MeasuredPolicy:
+    """A file's content with fresh figures: `aten-cuda` at head dimension 128, the Triton kernels right and faster."""
+    pick = random.Random()
+    triton = Alternative(
+        flash_from=pick.uniform(500, 900),
+        causal_flash_from=pick.uniform(200, 400),
+        live_cost=pick.uniform(1, 2),
+    )
+    tiles = Alternative(flash_from=1, causal_flash_from=pick.uniform(1, 60), live_cost=pick.uniform(3, 9))
+    measurement = Measurement(
+        kernel="aten-cuda", head_dim=128, hidden_cost=pick.uniform(1.1, 1.9), tiles=tiles, triton=triton
+    )
+    policy = MeasuredPolicy(
+        rehearsal=False,
+        capability=HOPPER,
+        gpu="An invented GPU",
+        date="2026-12-24",
+        driver="580.1",
+        versions=running_versions(),
+        measurements=(measurement,),
+        comparisons=(comparison(), comparison(case="live rows")),
+    )
+    return replace(policy, **changes)
+
+
+def choose(policy, *, dtype=BF16, head_dim=128, refusal=None):
+    return choose_policy(
+        policy,
+        CUDA_POLICY,
+        kernel="aten-cuda",
+        dtype=dtype,
+        head_dim=head_dim,
+        blocks=BLOCKS,
+        refusal=refusal,
+    )
+
+
+def test_a_file_is_read_as_it_was_written_for_its_own_architecture_alone(tmp_path):
+    policy = fresh_policy()
+    (tmp_path / file_name(HOPPER)).write_bytes(encode(policy))
+    assert read_measured_policy(HOPPER, tmp_path) == policy
+    assert read_measured_policy((8, 0), tmp_path) is None
+
+
+def test_every_file_in_the_repository_is_read():
+    for file in MEASURED.glob("*.json"):
+        capability = tuple(json.loads(file.read_text())["capability"])
+        assert file.name == file_name(capability)
+        assert read_measured_policy(capability)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (("format",), 2, "format: "),
+        (("rehearsal",), True, "a rehearsal on a CPU"),
+        (("capability",), [8, 0], "of another GPU: An invented GPU, compute capability (8, 0)"),
+        (("date",), "yesterday", "date: "),
+        (("note",), "x", "note: "),
+        (("measurements", 0, "hidden_cost"), -1.0, "measurements.0.hidden_cost: "),
+        (("measurements", 0, "tiles", "live_cost"), float("nan"), "measurements.0.tiles.live_cost: "),
+        (("measurements", 0, "triton", "flash_from"), float("inf"), "measurements.0.triton.flash_from: "),
+        (("measurements", 0, "triton", "flash_from"), 0, "measurements.0.triton.flash_from: "),
+        (("comparisons", 1, "largest_bound"), 0.5, "comparisons.1.largest_bound: "),
+        (("comparisons", 0, "scale_error"), "small", "comparisons.0.scale_error: "),
+    ],
+    ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else "",
+)  # fmt: skip
+def test_a_file_with_nonsense_is_refused_with_its_name_and_the_place(tmp_path, place, value, said):
+    tree = json.loads(encode(fresh_policy()))
+    part = functools.reduce(lambda node, key: node[key], place[:-1], tree)
+    part[place[-1]] = value
+    file = tmp_path / file_name(HOPPER)
+    file.write_text(json.dumps(tree))
+    with pytest.raises(UserError) as refused:
+        read_measured_policy(HOPPER, tmp_path)
+    assert str(refused.value).startswith(f"{file}: {said}")
+    assert "gpu_policy.py" in str(refused.value)
+
+
+def test_a_file_that_is_no_json_is_refused_with_its_name(tmp_path):
+    file = tmp_path / file_name(HOPPER)
+    file.write_text("{")
+    with pytest.raises(UserError, match=f"^{file}: the file: "):
+        read_measured_policy(HOPPER, tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["bidirectional", "causal"])
+def test_the_triton_kernels_take_documents_below_the_measured_length_and_flash_the_others(mode):
+    measured = fresh_policy()
+    beside = measured.measurements[0].triton
+    crossing = beside.causal_flash_from if mode == "causal" else beside.flash_from
+    policy, note = choose(measured)
+    lengths = [math.floor(crossing), 1, math.ceil(crossing) + 1]
+    layout = build_layout(build_plan(mode, kept_lengths=lengths), policy)
+    assert not layout.tiles
+    assert layout.blocks.rows.tolist() == list(range(lengths[0] + 1))
+    assert layout.flash[0].query_rows.tolist() == list(range(lengths[0] + 1, sum(lengths)))
+    assert (policy.blocks, policy.tile_cost) == (BLOCKS, beside.live_cost)
+    assert policy.hidden_cost == measured.measurements[0].hidden_cost
+    assert f"below {beside.flash_from:.0f} tokens, {beside.causal_flash_from:.0f} where causal" in note
+    assert note.endswith("measured on An invented GPU, 2026-12-24")
+
+
+WRONG = {
+    "off by a factor": comparison(scale_error=4e-3),
+    "wrong in an entry": comparison(largest_error=0.2),
+    "not finite": comparison(largest_error=None),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_triton_kernels_that_were_wrong_in_one_case_are_not_taken(wrong):
+    measured = fresh_policy()
+    policy, note = choose(replace(measured, comparisons=(*measured.comparisons, wrong)))
+    assert_beside_tiles(policy, measured)
+    assert "not triton, which was wrong there (causal)" in note
+
+
+def assert_beside_tiles(policy, measured):
+    """What was measured of tiles holds, and no row goes to the Triton kernels."""
+    tiles = measured.measurements[0].tiles
+    assert policy.blocks is None
+    assert (policy.flash_from, policy.causal_flash_from) == (tiles.flash_from, tiles.causal_flash_from)
+    assert (policy.tile_cost, policy.hidden_cost) == (tiles.live_cost, measured.measurements[0].hidden_cost)
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype", "said"),
+    [
+        ({"comparisons": ()}, BF16, "was not compared with the oracle in bfloat16 at head dimension 128"),
+        ({}, torch.float16, "was not compared with the oracle in float16 at head dimension 128"),
+        (
+            {"comparisons": (comparison(head_dim=64), comparison(backend="aten-cuda"))},
+            BF16,
+            "was not compared with the oracle in bfloat16 at head dimension 128",
+        ),
+    ],
+)
+def test_triton_kernels_that_were_not_compared_for_such_inputs_are_not_taken(changes, dtype, said):
+    measured = fresh_policy(**changes)
+    policy, note = choose(measured, dtype=dtype)
+    assert_beside_tiles(policy, measured)
+    assert said in note
+
+
+def test_triton_kernels_that_are_no_faster_or_were_not_timed_are_not_taken():
+    measured = fresh_policy()
+    (one,) = measured.measurements
+    for triton, said in (
+        (replace(one.triton, flash_from=1, causal_flash_from=1), "is faster for no length"),
+        (None, "was not timed beside this kernel"),
+    ):
+        policy, note = choose(replace(measured, measurements=(replace(one, triton=triton),)))
+        assert_beside_tiles(policy, measured)
+        assert f"not triton, which {said}" in note
+
+
+def test_triton_kernels_that_cannot_run_here_are_not_taken_and_the_log_says_why():
+    measured = fresh_policy()
+    policy, note = choose(measured, refusal="needs Triton, which is not installed")
+    assert_beside_tiles(policy, measured)
+    assert "not triton, which needs Triton, which is not installed" in note
+
+
+def test_what_was_not_measured_keeps_its_estimates():
+    assert choose(None) == (CUDA_POLICY, "costs are estimates: none were measured on this architecture")
+    policy, note = choose(fresh_policy(), head_dim=96)
+    assert policy == CUDA_POLICY
+    assert "aten-cuda at head dimension 96 was not measured on An invented GPU" in note
+    (one,) = fresh_policy().measurements
+    policy, _ = choose(fresh_policy(measurements=(replace(one, tiles=None, triton=None),)))
+    assert policy == CUDA_POLICY
+
+
+def test_another_minor_version_than_the_measured_one_is_named_and_no_reason_against():
+    running = running_versions()
+    older = {**running, "torch": "1.9.1", "bico_ds": running["bico_ds"] + "+local"}
+    policy, note = choose(fresh_policy(versions=older))
+    assert policy.blocks == BLOCKS
+    assert note.endswith(
+        f"measured on An invented GPU, 2026-12-24, with torch 1.9.1 (now {running['torch']})"
+    )
+
+
+class AnyKernel:
+    """A flash kernel of CUDA as far as `resolve` asks."""
+
+    name = "aten-cuda"
+    hides_keys = False
+
+    def refusal(self, dtype, head_dim, device):
+        return None if device.type == "cuda" else "runs on CUDA tensors"
+
+
+@pytest.fixture
+def fresh_choice():
+    """`resolve` as if it had never been asked, before and after a test."""
+    backends.resolve.cache_clear()
+    yield
+    backends.resolve.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_choice")
+def test_auto_on_a_gpu_follows_the_file_of_its_architecture_and_logs_it(tmp_path, monkeypatch, caplog):
+    """The GPU is invented as far as `resolve` asks torch for one; the file, its reader and the choice are real."""
+    measured = fresh_policy()
+    (tmp_path / file_name(HOPPER)).write_bytes(encode(measured))
+    monkeypatch.setitem(backends.KERNELS, "aten-cuda", AnyKernel())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: HOPPER)
+    monkeypatch.setattr(backends, "triton_refusal", lambda *inputs: None)
+    read = functools.partial(read_measured_policy, folder=tmp_path)
+    monkeypatch.setattr(backends, "read_measured_policy", read)
+    device = torch.device("cuda")
+    with caplog.at_level(logging.INFO, logger=backends.__name__):
+        backend = backends.resolve("auto", BF16, 128, device)
+    assert backend.kernel.name == "aten-cuda"
+    assert backend.policy.blocks == backends.tiling_on(device, 128).blocks
+    assert backend.policy.flash_from == measured.measurements[0].triton.flash_from
+    assert "attention backend: aten-cuda for cuda, bfloat16" in caplog.text
+    assert "triton for live rows and documents below" in caplog.text
+    assert "as measured on An invented GPU, 2026-12-24" in caplog.text
+    named = backends.resolve("aten-cuda", BF16, 128, device)
+    assert_beside_tiles(named.policy, measured)
+
+
+def test_a_built_package_carries_the_files(tmp_path):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    folder = tmp_path / "bico_ds" / "attention" / "measured"
+    folder.mkdir(parents=True)
+    for init in ("bico_ds/__init__.py", "bico_ds/attention/__init__.py"):
+        shutil.copy(ROOT / init, tmp_path / init)
+    (folder / file_name(HOPPER)).write_bytes(encode(fresh_policy()))
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", "built"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    built = tmp_path / "built" / "bico_ds" / "attention" / "measured"
+    assert read_measured_policy(HOPPER, built) is not None

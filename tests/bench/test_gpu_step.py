@@ -15,7 +15,6 @@ from tests import ROOT
 from tools.bench import gpu_step
 
 STEP = ROOT / "tools" / "bench" / "gpu_step.py"
-FUSED = ROOT / "tools" / "bench" / "bench_fused.py"
 
 
 def run(script: Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -61,9 +60,3 @@ def test_a_document_longer_than_a_step_is_a_usage_error(capsys):
         gpu_step.main(["--rows", "64", "--lengths", "65"])
     assert ended.value.code == 2
     assert "a document of 65 tokens does not fit --rows 64" in capsys.readouterr().err
-
-
-def test_the_fused_bench_says_what_it_lacks(tmp_path):
-    done = run(FUSED, tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: no ") and "Traceback" not in done.stderr

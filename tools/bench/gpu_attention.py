@@ -1,238 +1,370 @@
 #!/usr/bin/env python
-"""Every CUDA attention backend of this machine: right, and how fast, in one call.
+"""Every attention backend of this machine's GPU: is it right, and how fast?
 
-    python tools/bench/gpu_attention.py [--json]
+    python tools/bench/gpu_attention.py [--part check|speed] [--seconds 55] [--rehearse] [--json]
 
-First each backend against the dense fp64 oracle (out and gradients, with live rows in tiles and as hidden
-keys). Then, at 4k, 8k and 32k tokens, TFLOP/s of two-pass bidirectional attention beside plain causal flash (the
-kernel alone, its inputs rotated), and of its parts: each pass forward, and the merge. Then the cost of live rows by
-their share, on both paths: the two constants of `CUDA_POLICY`. Exit code 1 if a backend fails or disagrees with the
-oracle, or if there is no CUDA device.
+check: each backend beside the dense fp64 oracle, out and gradients: causal, bidirectional, with live rows; several head
+dimensions and dtypes. Exit code 1 if one is wrong or fails.
+
+speed: milliseconds and TFLOP/s, forward and backward, in bf16 with Llama-3-8B's heads and 8192 rows, in documents of 40 to
+32768 tokens, causal, bidirectional, and with live rows: of each flash kernel alone, of the op on it (two passes where
+bidirectional), of the fused Triton kernels, and of the authors' dense form at 2048 tokens. TFLOP/s count the products
+that the mask needs, for the backward pass 2.5 times those of the forward pass. Times are the device's own: the median of
+ten, each with a cold L2 cache.
+
+Each backend runs in a process of its own, so that a failing one costs no other's figures; what a part has not measured after
+--seconds is left out. With --rehearse all of it runs on
+the CPU, at a tiny size: its figures say nothing of any GPU.
 """
 
 from __future__ import annotations
 
-import json
-import sys
+import math
+import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import this_checkout  # noqa: F401  first on sys.path
 import torch
-from rich.console import Console
-from rich.table import Table
+from attention_cases import (
+    HEAD_DIM,
+    HEADS,
+    IN_TILES,
+    KEY_HEADS,
+    LLAMA_8B,
+    REHEARSAL,
+    REPEATS,
+    TILES,
+    WARM_UP,
+    Ended,
+    Findings,
+    Send,
+    Shape,
+    add_bench_options,
+    any_kernel,
+    beside_triton,
+    can_hide_keys,
+    checked_cases,
+    compare,
+    describe_comparison,
+    documents,
+    each_alone,
+    errors,
+    milliseconds,
+    op_milliseconds,
+    plan_with_live,
+    prepare,
+    random_inputs,
+    refusal,
+    run,
+)
 from torch import Tensor
 
 from bico_ds.attention.backend import Backend
-from bico_ds.attention.backends import KERNELS
-from bico_ds.attention.inputs import AttentionResults
+from bico_ds.attention.backends import AUTO_ORDER, KERNELS, TRITON
 from bico_ds.attention.kernels.base import CausalKernel
-from bico_ds.attention.layout import CUDA_POLICY, Layout, build_layout
-from bico_ds.attention.oracle import oracle_attention
-from bico_ds.attention.packed import run_packed_attention
-from bico_ds.attention.plan import AttentionPlan, build_plan
-from bico_ds.attention.two_pass import merge
+from bico_ds.attention.layout import CUDA_POLICY, build_layout
+from bico_ds.attention.measured_policy import Comparison
+from bico_ds.attention.plan import AttentionPlan, Mode
+from bico_ds.attention.triton.traffic import counting_traffic
 from bico_ds.common.command_line import Command
 
-HEADS, KEY_HEADS, HEAD_DIM = 32, 8, 128
-TOLERANCE = 3e-2  # largest error relative to the largest entry; dense bf16 reaches about 1e-2
-IN_TILES = replace(CUDA_POLICY, hidden_cost=float("inf"))
-AS_HIDDEN_KEYS = replace(CUDA_POLICY, hidden_cost=0.0)
+# An older proof outside of this repository takes these from here.
+__all__ = ["HEADS", "HEAD_DIM", "KEY_HEADS", "milliseconds", "plan_with_live", "random_inputs", "run"]
+
+PARTS = ("check", "speed")
+DENSE = "the authors' dense form"
+CONVENTION = (
+    f"speed: the device's own time by its events, the median of {REPEATS} after {WARM_UP}, each with a cold L2 cache; "
+    "TFLOP/s count the products that the mask needs, backward 2.5 times forward"
+)
 
 
-def random_inputs(rows: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
-    """q, k, v (which require gradients), cos, sin, and the gradient of the output."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    random = lambda n: torch.randn(rows, n, HEAD_DIM, generator=generator, device="cuda", dtype=dtype)  # noqa: E731
-    frequency = 10000.0 ** -(torch.arange(0, HEAD_DIM, 2, device="cuda") / HEAD_DIM)
-    angle = torch.arange(rows, device="cuda")[:, None] * torch.cat([frequency, frequency])
-    q, k, v = (random(n).requires_grad_() for n in (HEADS, KEY_HEADS, KEY_HEADS))
-    return [q, k, v, angle.cos().to(dtype), angle.sin().to(dtype), random(HEADS)]
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """`shapes` are checked, the first one timed. `dense_length`: of the documents of the authors' dense form."""
+
+    shapes: tuple[Shape, ...]
+    checked: tuple[int, ...]
+    rows: int
+    lengths: tuple[int, ...]
+    dense_length: int
 
 
-def plan_with_live(kept: list[int], share: float) -> AttentionPlan:
-    """Documents with live rows, a given share of all rows, spread evenly over their kept tokens."""
-    counts = [int(length * share / (1 - share)) for length in kept]
-    document = torch.repeat_interleave(torch.tensor(counts))
-    pairs = zip(kept, counts, strict=True)
-    splits = [torch.linspace(1, length, count).round().long() for length, count in pairs]
-    return build_plan(
-        "bidirectional", kept_lengths=kept, live_document=document, live_split=torch.cat(splits)
-    )
+ON_GPU = Sizes(
+    shapes=(
+        LLAMA_8B,
+        replace(LLAMA_8B, head_dim=64),
+        replace(LLAMA_8B, dtype=torch.float16),
+        replace(LLAMA_8B, head_dim=96),
+        replace(LLAMA_8B, head_dim=256),
+        replace(LLAMA_8B, dtype=torch.float32),
+    ),
+    checked=(300, 1, 77, 513),
+    rows=8192,
+    lengths=(40, 512, 4096, 32768),
+    dense_length=2048,
+)
+ON_CPU = Sizes(
+    shapes=(REHEARSAL, replace(REHEARSAL, dtype=torch.float16)),
+    checked=(40, 1, 7),
+    rows=32,
+    lengths=(8, 32),
+    dense_length=16,
+)
 
 
-def run(
-    backend: Backend, tensors: list[Tensor], plan: AttentionPlan, layout: Layout | None = None
-) -> list[Tensor]:
-    """out and the gradients of q, k, v. Without a `layout` the call makes one."""
-    q, k, v, cos, sin, grad_out = tensors
-    out = run_packed_attention(q, k, v, cos, sin, plan, scale=HEAD_DIM**-0.5, backend=backend, layout=layout)
-    return [out.detach(), *torch.autograd.grad(out, tensors[:3], grad_out)]
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Documents of one length; a share of the tokens are live placeholders."""
+
+    length: int
+    mode: Mode
+    live_share: float = 0.0
+
+    def __str__(self) -> str:
+        live = f", {self.live_share:.0%} live" if self.live_share else ""
+        return f"{self.length} tokens, {self.mode}{live}"
 
 
-def largest_error(backend: Backend, plan: AttentionPlan) -> float:
-    tensors = random_inputs(plan.num_rows)
-    q, k, v, cos, sin, grad_out = tensors
-    out = oracle_attention(q, k, v, cos, sin, plan, HEAD_DIM**-0.5)
-    expected = [out.detach(), *torch.autograd.grad(out, (q, k, v), grad_out)]
-    pairs = zip(run(backend, tensors, plan), expected, strict=True)
-    return max(float((a.double() - b.double()).abs().max() / b.double().abs().max()) for a, b in pairs)
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """One way to compute a case, forward and backward. `teraflop`: 10^12 operations, the products that its mask needs.
+
+    `launches`, `gigabytes`: what the Triton ops state of themselves.
+    """
+
+    case: Case
+    way: str
+    ms: float
+    teraflop: float
+    launches: int | None = None
+    gigabytes: float | None = None
+
+    @property
+    def teraflop_per_second(self) -> float:
+        return self.teraflop / self.ms * 1e3
 
 
-def milliseconds(work: Callable[[], object], repeats: int = 10) -> float:
-    """Of one call, the median of several after three."""
-    times = []
-    for _ in range(repeats + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return sorted(times[3:])[repeats // 2]
+def check(send: Send, name: str, sizes: Sizes) -> None:
+    """Send a `Comparison` for each case of a backend."""
+    for shape in sizes.shapes:
+        if refusal(name, shape) is None:
+            for case, plan, backend in checked_cases(name, shape, list(sizes.checked)):
+                send(compare(name, case, backend, plan, shape))
 
 
-def op_milliseconds(backend: Backend, plan: AttentionPlan) -> float:
-    """Of the op, forward and backward, with its layout made beforehand, as by a worker of the loader."""
-    tensors = random_inputs(plan.num_rows)
-    layout = build_layout(plan, backend.policy).to("cuda").with_masks(tensors[0].dtype)
-    return milliseconds(lambda: run(backend, tensors, plan, layout))
+def speed(send: Send, name: str, sizes: Sizes) -> None:
+    """Send a `Timing` for each case of a backend."""
+    shape = sizes.shapes[0]
+    if name == DENSE:
+        send(time_dense(Case(length=sizes.dense_length, mode="bidirectional"), shape, sizes.rows))
+        return
+    for case in timed_cases(sizes):
+        plan = documents(case.mode, case.length, sizes.rows, case.live_share)
+        if name == TRITON:
+            send(time_fused(case, plan, shape))
+            continue
+        send(time_op(case, plan, shape, KERNELS[name]))
+        if case.mode == "causal":
+            send(time_kernel(case, plan, shape, KERNELS[name]))
 
 
-def check(kernel: CausalKernel) -> list[tuple[str, float]]:
-    """Largest error of each path of a backend."""
-    documents = [300, 1, 77, 513]
-    cases = {
-        "causal": (build_plan("causal", kept_lengths=documents), CUDA_POLICY),
-        "bidirectional": (build_plan("bidirectional", kept_lengths=documents), CUDA_POLICY),
-        "live rows in tiles": (plan_with_live(documents, 0.3), IN_TILES),
-    }
-    if kernel.refusal(torch.bfloat16, HEAD_DIM + 8, torch.device("cuda")) is None:
-        cases["live rows as hidden keys"] = (plan_with_live(documents, 0.3), AS_HIDDEN_KEYS)
-    return [
-        (name, largest_error(Backend(kernel=kernel, policy=policy), plan.to("cuda")))
-        for name, (plan, policy) in cases.items()
-    ]
+def timed_cases(sizes: Sizes) -> Iterator[Case]:
+    for length in sizes.lengths:
+        yield Case(length=length, mode="bidirectional")
+        yield Case(length=length, mode="causal")
+        yield from (Case(length=length, mode="bidirectional", live_share=share) for share in (0.03, 0.3))
+    yield Case(length=sizes.dense_length, mode="bidirectional")
 
 
-def plain_flash(kernel: CausalKernel, tensors: list[Tensor], plan: AttentionPlan) -> tuple[float, float]:
-    """Milliseconds of the kernel alone, causal: forward, and forward with backward."""
-    q, k, v, _, _, grad_out = (x.detach() for x in tensors)
-    settings: dict[str, Any] = {"cu_seqlens": plan.cu_seqlens, "max_seqlen": plan.max_seqlen}
-    settings["scale"] = HEAD_DIM**-0.5
+def teraflop(plan: AttentionPlan, shape: Shape) -> float:
+    """10^12 operations of the products that the plan's mask needs, forward and backward (1 to 2.5)."""
+    kept = plan.cu_seqlens.diff().double()
+    live = torch.bincount(plan.live_document, minlength=len(kept))
+    pairs = kept * (kept + 1) / 2 if plan.mode == "causal" else kept * (kept + live)
+    return 3.5 * 4 * float(pairs.sum()) * shape.heads * shape.head_dim / 1e12
+
+
+def time_op(case: Case, plan: AttentionPlan, shape: Shape, kernel: CausalKernel) -> Timing:
+    """Of `packed_attention` on a flash kernel, with live rows wherever the estimated costs put them."""
+    policy = CUDA_POLICY if can_hide_keys(kernel, shape) else IN_TILES
+    ms = op_milliseconds(Backend(kernel=kernel, policy=policy), plan, shape)
+    return Timing(case=case, way=kernel.name, ms=ms, teraflop=teraflop(plan, shape))
+
+
+def time_kernel(case: Case, plan: AttentionPlan, shape: Shape, kernel: CausalKernel) -> Timing:
+    """Of a flash kernel alone, causal, its inputs rotated."""
+    q, k, v, _, _, grad_out = (x.detach() for x in random_inputs(plan.num_rows, shape))
+    settings: dict[str, Any] = {"scale": shape.head_dim**-0.5, "max_seqlen": plan.max_seqlen}
+    settings["cu_seqlens"] = plan.cu_seqlens.to(shape.device)
 
     def both() -> None:
         out, lse = kernel.forward(q, k, v, **settings)
         kernel.backward(grad_out, q, k, v, out, lse, **settings)
 
-    return milliseconds(lambda: kernel.forward(q, k, v, **settings)), milliseconds(both)
+    ms = milliseconds(both, device=shape.device)
+    return Timing(case=case, way=alone(kernel.name), ms=ms, teraflop=teraflop(plan, shape))
 
 
-def merge_milliseconds(plan: AttentionPlan) -> float:
-    """Of the merge of two passes' results."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    random = lambda *shape: torch.randn(*shape, generator=generator, device="cuda")  # noqa: E731
-    rows, flipped = plan.num_rows, plan.flip_rows.numel()
-    out, out2 = (random(n, HEADS, HEAD_DIM).bfloat16() for n in (rows, flipped))
-    base = AttentionResults(out=out, lse=random(HEADS, rows).t())
-    other = AttentionResults(out=out2, lse=random(HEADS, flipped).t())
-    return milliseconds(lambda: merge(base, other, plan.flip_rows))
+def alone(kernel_name: str) -> str:
+    return f"{kernel_name} alone"
 
 
-def speed(kernel: CausalKernel) -> list[dict]:
-    """Bidirectional beside plain causal flash on one document, and the parts of its forward pass.
+def time_fused(case: Case, plan: AttentionPlan, shape: Shape) -> Timing:
+    """Of the Triton kernels, whose ops state on the meta device what they launch and move."""
+    backend = beside_triton(any_kernel(shape), shape, flash_from=math.inf)
+    layout = build_layout(plan, backend.policy).to("meta")
+    with counting_traffic() as calls:
+        tensors = [x.to("meta") for x in random_inputs(plan.num_rows, shape)]
+        run(backend, [x.detach().requires_grad_(i < 3) for i, x in enumerate(tensors)], plan, layout)
+    return Timing(
+        case=case,
+        way=TRITON,
+        ms=op_milliseconds(backend, plan, shape),
+        teraflop=teraflop(plan, shape),
+        launches=sum(call.launches for call in calls),
+        gigabytes=sum(call.bytes_read + call.bytes_written for call in calls) / 1e9,
+    )
 
-    With the rate of each; a backward pass has 2.5 times the products of a forward pass.
+
+def time_dense(case: Case, shape: Shape, rows: int) -> Timing:
+    """Of the authors' form, on the documents that the other ways have."""
+    plan = documents(case.mode, case.length, rows)
+    tensors = random_inputs(plan.num_rows, shape)
+
+    def both() -> None:
+        torch.autograd.grad(authors_dense(*tensors[:5], length=case.length), tensors[:3], tensors[5])
+
+    ms = milliseconds(both, device=shape.device)
+    return Timing(case=case, way=DENSE, ms=ms, teraflop=teraflop(plan, shape))
+
+
+def authors_dense(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *, length: int) -> Tensor:
+    """BICO attention as its authors compute it: both rotations, two whole score matrices, a choice, one softmax.
+
+    Of documents of `length` tokens, one per batch entry; shapes as `packed_attention`. The softmax is in fp32, as in
+    Hugging Face's eager attention, which theirs derives from.
     """
+    group, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
+    batched = lambda x: x.unflatten(0, (-1, length)).transpose(1, 2)  # noqa: E731  [B, heads, L, D]
+    q, k, v, cos, sin = batched(q), *map(batched, (k, v)), *(batched(x[:, None]) for x in (cos, sin))
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+
+    def scores(sin: Tensor) -> Tensor:
+        turned = [x * cos + torch.cat([-x.chunk(2, -1)[1], x.chunk(2, -1)[0]], -1) * sin for x in (q, k)]
+        return turned[0] @ turned[1].transpose(-1, -2) * scale
+
+    earlier = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    weights = torch.where(earlier, scores(sin), scores(-sin)).softmax(-1, dtype=torch.float32)
+    return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(0, 1)
+
+
+def measure(part: str, sizes: Sizes, deadline: float, findings: Findings) -> list[Any]:
+    """What every backend sends, printed as it comes. Who failed, or cannot run here, goes into the findings."""
+    work = check if part == "check" else speed
+    opt_in = [name for name in KERNELS if name not in AUTO_ORDER]
+    names = [*AUTO_ORDER, TRITON, TILES if part == "check" else DENSE, *opt_in]
+    found: list[Any] = []
+    for name in names:
+        if (refused := refusal(name, sizes.shapes[0])) is not None:
+            findings.notes.append(f"{part}: {name} {refused}")
+            continue
+        for item in each_alone(work, name, sizes, deadline=deadline):
+            if isinstance(item, Ended):
+                findings.add_end(f"{part}: {name}", item)
+                continue
+            found.append(item)
+            print(f"  {describe(item)}", flush=True)
+    return found
+
+
+def describe(item: Comparison | Timing) -> str:
+    if isinstance(item, Timing):
+        return f"{item.way}, {item.case}: {item.ms:.3f} ms, {item.teraflop_per_second:.3g} TFLOP/s"
+    return describe_comparison(item)
+
+
+def report_check(found: list[Comparison], findings: Findings) -> None:
+    """The worst case of each backend, dtype and head dimension; every wrong one by name."""
+    findings.wrong.extend(describe(item) for item in found if not item.is_right)
+    groups: dict[tuple[str, str, int], list[Comparison]] = {}
+    for item in found:
+        groups.setdefault((item.backend, item.dtype, item.head_dim), []).append(item)
     rows = []
-    backend = Backend(kernel=kernel, policy=CUDA_POLICY)
-    for length in (4096, 8192, 32768):
-        plan = build_plan("bidirectional", kept_lengths=[length])
-        flash_forward, flash = plain_flash(kernel, random_inputs(length), plan.to("cuda"))
-        both = op_milliseconds(backend, plan)
-        merging = merge_milliseconds(plan.to("cuda"))
-        forward = 4 * HEADS * HEAD_DIM * length**2 / 2 / 1e9  # TFLOP times 1000: over ms, TFLOP/s
-        rates = f"{3.5 * forward / flash:.0f} and {7 * forward / both:.0f} TFLOP/s"
-        rows.append(
-            row(f"{kernel.name}: plain causal ÷ bidirectional, {length} tokens ({rates})", both, flash)
-        )
-        rate = f"{forward / flash_forward:.0f} TFLOP/s"
-        rows.append(
-            row(
-                f"{kernel.name}: a pass ÷ the merge, forward, {length} tokens ({rate})",
-                merging,
-                flash_forward,
-            )
-        )
-    return rows
+    for (name, dtype, head_dim), items in groups.items():
+        worst = max(items, key=lambda item: math.inf if item.largest_error is None else item.largest_error)
+        right = sum(item.is_right for item in items)
+        rows.append([name, dtype, head_dim, f"{right} of {len(items)}", worst.case, errors(worst)])
+    columns = ["backend", "dtype", "head dimension", "right", "worst case", "its errors"]
+    findings.add_table("Backends beside the dense fp64 oracle", columns, rows)
 
 
-def live_cost(kernel: CausalKernel) -> list[dict]:
-    """Tiles beside hidden keys, by the share of live rows."""
+def report_speed(found: list[Timing], findings: Findings) -> None:
+    """Every case by every way, what the Triton ops move, and the comparisons."""
+    times = {(item.case, item.way): item for item in found}
+    ways = list(dict.fromkeys(item.way for item in found))
     rows = []
-    for share in (0.02, 0.16, 0.33, 0.5):
-        plan = plan_with_live([int(8192 * (1 - share))], share)
-        tiles, hidden = (
-            op_milliseconds(Backend(kernel=kernel, policy=policy), plan)
-            for policy in (IN_TILES, AS_HIDDEN_KEYS)
-        )
-        rows.append(row(f"{kernel.name}: tiles ÷ hidden keys, {share:.0%} live of 8192 rows", hidden, tiles))
-    return rows
+    for case in dict.fromkeys(item.case for item in found):
+        cells = [times.get((case, way)) for way in ways]
+        rows.append([str(case), *(f"{t.ms:.3f} ({t.teraflop_per_second:.3g})" if t else "" for t in cells)])
+    findings.add_table("Milliseconds (TFLOP/s), forward and backward", ["documents", *ways], rows)
+    moved = [
+        [str(t.case), t.launches, f"{t.gigabytes:.3g}", f"{t.gigabytes / t.ms * 1e3:.4g}"]
+        for t in found
+        if t.gigabytes is not None
+    ]
+    columns = ["documents", "launches", "GB by arithmetic", "GB/s reached"]
+    findings.add_table("What the Triton ops launch and move, forward and backward", columns, moved)
+    findings.rows.extend(comparisons(times))
+    findings.notes.append(CONVENTION)
 
 
-def row(name: str, mine: float, other: float) -> dict:
+def comparisons(times: dict[tuple[Case, str], Timing]) -> Iterator[dict[str, Any]]:
+    """Ours beside the other, case by case."""
+    for (case, way), other in times.items():
+        fused, op = times.get((case, TRITON)), times.get((case, way.removesuffix(" alone")))
+        if fused is not None and way in KERNELS:
+            passes = "two passes" if case.mode == "bidirectional" else "the op"
+            yield row(f"triton beside {passes} on {way}, {case}", fused, other)
+        if op is not None and op is not other:
+            yield row(f"the op on {op.way} beside {way}, {case}", op, other)
+            if fused is not None:
+                yield row(f"triton beside {way}, {case}", fused, other)
+        if way == DENSE:
+            ours = [timing for (of, _), timing in times.items() if of == case and timing is not other]
+            if ours:
+                best = min(ours, key=lambda timing: timing.ms)
+                yield row(f"{best.way} beside {DENSE}, {case}", best, other)
+
+
+def row(name: str, ours: Timing, other: Timing) -> dict[str, Any]:
+    ratio = round(other.ms / ours.ms, 3)
     return {
         "name": name,
-        "ours": round(mine, 3),
-        "other": round(other, 3),
+        "ours": round(ours.ms, 4),
+        "other": round(other.ms, 4),
         "unit": "ms",
-        "ratio": round(other / mine, 3),
+        "ratio": ratio,
     }
 
 
-def report_errors(console: Console, kernel: CausalKernel) -> int:
-    """Print the error of each path; how many are wrong."""
-    errors = check(kernel)
-    for name, error in errors:
-        console.print(f"{kernel.name}, {name}: error {error:.1e} {'WRONG' if error > TOLERANCE else 'ok'}")
-    return sum(error > TOLERANCE for _, error in errors)
-
-
 def add_options(parser: ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--part", choices=PARTS, help="one part only")
+    add_bench_options(parser, seconds=55)
 
 
 def check_and_measure(options: Namespace) -> int:
-    if not torch.cuda.is_available():
-        print("no CUDA device: nothing to check", file=sys.stderr)
-        return 1
-    console, device, rows, wrong = Console(width=130), torch.device("cuda"), [], 0
-    console.print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16, "
-        f"{HEADS} query and {KEY_HEADS} key heads of {HEAD_DIM}"
-    )
-    for kernel in KERNELS.values():
-        refusal = kernel.refusal(torch.bfloat16, HEAD_DIM, device)
-        if refusal is not None:
-            console.print(f"{kernel.name}: {refusal}")
-            continue
-        try:
-            wrong += report_errors(console, kernel)
-            rows += speed(kernel)
-            if kernel.refusal(torch.bfloat16, HEAD_DIM + 8, device) is None:
-                rows += live_cost(kernel)
-        except Exception as error:  # one backend's failure must not cost the others' figures
-            wrong += 1
-            console.print(f"{kernel.name}: FAILED: {type(error).__name__}: {error}")
-    table = Table("what", "ours, ms", "other, ms", "other ÷ ours")
-    for line in rows:
-        table.add_row(line["name"], f"{line['ours']:.2f}", f"{line['other']:.2f}", f"{line['ratio']:.2f}")
-    console.print(table)
-    if options.json:
-        print(json.dumps({"rows": rows}))
-    return 1 if wrong else 0
+    sizes = ON_CPU if options.rehearse else ON_GPU
+    prepare(rehearse=options.rehearse)
+    findings = Findings()
+    for part in [options.part] if options.part else PARTS:
+        print(f"{part}:", flush=True)
+        found = measure(part, sizes, time.monotonic() + options.seconds, findings)
+        (report_check if part == "check" else report_speed)(found, findings)
+    return findings.finish(as_json=options.json)
 
 
 main = Command(description=__doc__, add_options=add_options, run=check_and_measure)

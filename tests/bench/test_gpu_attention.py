@@ -1,0 +1,160 @@
+"""tools/bench/gpu_attention.py, rehearsed on a CPU: what it measures on a GPU has run before, and it finds what is wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bico_ds.attention.oracle import oracle_attention
+from bico_ds.attention.plan import build_plan
+from tests import ROOT
+from tools.bench import gpu_attention, gpu_policy
+
+BENCH = ROOT / "tools" / "bench"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def run(script: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+
+
+def findings(done: subprocess.CompletedProcess[str]) -> dict:
+    """The last line, which keeps the contract of every measuring tool."""
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(found) == {"rows", "tables", "wrong", "notes"}
+    for row in found["rows"]:
+        assert set(row) == {"name", "ours", "other", "unit", "ratio"}
+        assert row["ratio"] == pytest.approx(row["other"] / row["ours"], rel=0.01, abs=1e-3)
+    for table in found["tables"]:
+        assert set(table) == {"title", "columns", "rows"}
+        assert all(len(cells) == len(table["columns"]) for cells in table["rows"])
+    return found
+
+
+def test_the_rehearsal_checks_and_times_every_way_to_compute_attention():
+    done = run(BENCH / "gpu_attention.py", "--rehearse", "--json", "--seconds", "120")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.startswith("REHEARSAL")
+    found = findings(done)
+    checked, timed, moved = found["tables"]
+    expected = {(name, dtype) for name in ("cpu-flash", "dense tiles") for dtype in ("float32", "float16")}
+    ways = ["cpu-flash", "cpu-flash alone"]
+    if HAS_TRITON:
+        expected |= {("triton", dtype) for dtype in ("float32", "float16")}
+        ways.append("triton")
+        assert {row[1] for row in moved["rows"]} == {5, 7}  # launches, without live rows and with some
+    assert {tuple(row[:2]) for row in checked["rows"]} == expected
+    assert all(row[3].split(" of ")[0] == row[3].split(" of ")[1] for row in checked["rows"])
+    assert timed["columns"] == ["documents", *ways, "the authors' dense form"]
+    names = [row["name"] for row in found["rows"]]
+    assert "the op on cpu-flash beside cpu-flash alone, 32 tokens, causal" in names
+    assert any("beside the authors' dense form, 16 tokens, bidirectional" in name for name in names)
+    assert (
+        not HAS_TRITON or "triton beside two passes on cpu-flash, 32 tokens, bidirectional, 3% live" in names
+    )
+
+
+WITH_BAD_KERNELS = """
+import os, sys
+sys.path.insert(0, {bench!r})
+import gpu_attention
+from bico_ds.attention.kernels.cpu_flash import CpuFlash
+
+
+class OffByOnePercent(CpuFlash):
+    name = "off-by-one-percent"
+
+    def forward(self, *inputs, **settings):
+        out, lse = super().forward(*inputs, **settings)
+        return out * 1.01, lse
+
+
+class Dies(CpuFlash):
+    name = "dies"
+
+    def forward(self, *inputs, **settings):
+        os._exit(7)
+
+
+class Raises(CpuFlash):
+    name = "raises"
+
+    def forward(self, *inputs, **settings):
+        raise RuntimeError("an illegal memory access")
+
+
+class NotFinite(CpuFlash):
+    name = "not-finite"
+
+    def forward(self, *inputs, **settings):
+        out, lse = super().forward(*inputs, **settings)
+        return out * float("nan"), lse
+
+
+for kernel in (OffByOnePercent(), Dies(), Raises(), NotFinite()):
+    gpu_attention.KERNELS[kernel.name] = kernel
+if __name__ == "__main__":
+    gpu_attention.main.start(["--part", "check", "--rehearse", "--json", "--seconds", "120"])
+"""
+
+
+def test_a_wrong_a_raising_and_a_dying_backend_are_named_and_cost_no_other_its_figures(tmp_path):
+    script = tmp_path / "with_bad_kernels.py"
+    script.write_text(WITH_BAD_KERNELS.format(bench=str(BENCH)))
+    done = run(script)
+    assert done.returncode == 1, done.stderr[-3000:]
+    found = findings(done)
+    said = "\n".join(found["wrong"])
+    (table,) = found["tables"]
+    right = {row[0]: row[3] for row in table["rows"] if row[1] == "float16"}
+    assert right["cpu-flash"] == "4 of 4"
+    assert right["off-by-one-percent"] == "0 of 4"
+    assert right["not-finite"] == "0 of 4"
+    assert "off-by-one-percent, causal, float16, head dimension 16: scale 1.0e-02" in said
+    assert "not-finite, bidirectional, float32, head dimension 16: scale not finite" in said
+    assert "check: raises: RuntimeError: an illegal memory access" in said
+    assert "check: dies: its process died, exit code 7" in said
+    assert "cpu-flash" not in said and "triton" not in said
+
+
+def test_the_authors_form_is_the_formula():
+    length, documents, heads = 9, 3, (4, 2)
+    q, k, v = (
+        torch.randn(length * documents, n, 16, dtype=torch.float64, requires_grad=True)
+        for n in (heads[0], heads[1], heads[1])
+    )
+    angle = torch.randn(length * documents, 8, dtype=torch.float64).repeat(1, 2)
+    tables = angle.cos(), angle.sin()
+    plan = build_plan("bidirectional", kept_lengths=[length] * documents)
+    expected = oracle_attention(q, k, v, *tables, plan, None)
+    found = gpu_attention.authors_dense(q, k, v, *tables, length=length)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)  # its softmax is in fp32
+
+
+def test_operations_are_those_that_the_mask_needs():
+    shape = gpu_attention.Shape(heads=3, head_dim=16)
+    causal = build_plan("causal", kept_lengths=[2, 3])
+    live = build_plan("bidirectional", kept_lengths=[2, 3], live_document=[1], live_split=[2])
+    per_pair = (
+        3.5 * 2 * 2 * 3 * 16
+    )  # two products forward, five backward, of a multiplication and an addition
+    assert gpu_attention.teraflop(causal, shape) * 1e12 == pytest.approx((3 + 6) * per_pair)
+    assert gpu_attention.teraflop(live, shape) * 1e12 == pytest.approx((4 + 9 + 3) * per_pair)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("bench", [gpu_attention, gpu_policy])
+def test_without_a_gpu_there_is_one_line_and_exit_code_2(bench, capsys):
+    assert bench.main([]) == 2
+    assert capsys.readouterr().err == (
+        "error: no CUDA device: nothing to measure (--rehearse runs all of it on the CPU)\n"
+    )

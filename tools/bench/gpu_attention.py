@@ -109,10 +109,10 @@ ON_GPU = Sizes(
 )
 ON_CPU = Sizes(
     shapes=(REHEARSAL, replace(REHEARSAL, dtype=torch.float16)),
-    checked=(40, 1, 7),
-    rows=32,
-    lengths=(8, 32),
-    dense_length=16,
+    checked=(20, 1),
+    rows=24,
+    lengths=(8, 24),
+    dense_length=12,
 )
 
 

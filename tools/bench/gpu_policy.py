@@ -97,7 +97,7 @@ ON_GPU = Sizes(
     live_shares=(0.1, 0.4),
 )
 ON_CPU = Sizes(
-    shapes=(REHEARSAL,), checked=(40, 1, 7), rows=16, lengths=(4, 16), live_lengths=(16,), live_shares=(0.4,)
+    shapes=(REHEARSAL,), checked=(20, 1), rows=16, lengths=(4, 16), live_lengths=(16,), live_shares=(0.4,)
 )
 
 

@@ -142,7 +142,8 @@ def test_the_rehearsal_writes_a_file_that_auto_refuses(tmp_path):
         read_measured_policy((0, 0), file.parent)
 
 
-def test_an_unwritable_place_is_one_line_and_known_before_anything_is_measured(tmp_path, capsys):
+def test_an_unwritable_place_is_one_line_and_known_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # the rehearsal sets it: so it is undone
     (tmp_path / "file").write_text("")
     assert gpu_policy.main(["--rehearse", "--out", str(tmp_path / "file" / "policy.json")]) == 2
     assert f"error: --out: cannot write '{tmp_path / 'file' / 'policy.json'}'" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Every attention backend of this machine's GPU: is it right, and how fast?
 
-    python tools/bench/gpu_attention.py [--part check|speed] [--seconds 55] [--rehearse] [--json]
+    python tools/bench/gpu_attention.py [--part check|speed] [--seconds 50] [--rehearse] [--json]
 
 check: each backend beside the dense fp64 oracle, out and gradients: causal, bidirectional, with live rows; several head
 dimensions and dtypes. Exit code 1 if one is wrong or fails.
@@ -353,7 +353,7 @@ def row(name: str, ours: Timing, other: Timing) -> dict[str, Any]:
 
 def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--part", choices=PARTS, help="one part only")
-    add_bench_options(parser, seconds=55)
+    add_bench_options(parser, seconds=50)
 
 
 def check_and_measure(options: Namespace) -> int:

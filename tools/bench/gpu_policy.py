@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Which attention kernel should serve which rows on this machine's GPU: measured, and written as `auto` reads it.
 
-    python tools/bench/gpu_policy.py [--out FILE] [--seconds 55] [--rehearse] [--json]
+    python tools/bench/gpu_policy.py [--out FILE] [--seconds 50] [--rehearse] [--json]
 
 For each flash kernel, in bf16 with Llama-3-8B's heads, at head dimension 128 and then 64: the document length from which
 its passes are faster than the Triton kernels, and than dense tiles, bidirectional and causal; and the cost of a live row's
@@ -336,7 +336,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=local_path, metavar="FILE", help="default runs/gpu_policy/sm_XY.json, by the GPU"
     )
-    add_bench_options(parser, seconds=55)
+    add_bench_options(parser, seconds=50)
 
 
 def measure_policy(options: Namespace) -> int:

@@ -7,10 +7,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import attention_cases
 import pytest
 import torch
+from attention_cases import Ended
 
 from bico_ds.attention.oracle import oracle_attention
 from bico_ds.attention.plan import build_plan
@@ -123,6 +126,19 @@ def test_a_wrong_a_raising_and_a_dying_backend_are_named_and_cost_no_other_its_f
     assert "check: raises: RuntimeError: an illegal memory access" in said
     assert "check: dies: its process died, exit code 7" in said
     assert "cpu-flash" not in said and "triton" not in said and "tiles" not in said.replace("in tiles", "")
+
+
+def hangs(send):
+    time.sleep(100)
+
+
+@pytest.mark.parametrize(("patience", "excused"), [(30.0, True), (0.0, False)])
+def test_a_backend_that_hangs_is_wrong_and_one_that_began_too_late_is_not(patience, excused, monkeypatch):
+    monkeypatch.setattr(attention_cases, "FIRST_FIGURE_S", patience)
+    started = time.monotonic()
+    (ended,) = attention_cases.each_alone(hangs, deadline=started + 0.2)
+    assert ended == Ended(problem="was not done within --seconds", excused=excused)
+    assert time.monotonic() - started < 20
 
 
 def test_the_authors_form_is_the_formula():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -77,9 +78,10 @@ def _least_speed_up(findings: Findings, *, ours: str, other: str, tokens: range)
 
 
 def speed_up(row: Mapping[str, Any]) -> float:
-    """How many times as fast ours is, in times (ms, s) or rates (TFLOP/s, tokens/s)."""
+    """How many times as fast ours is, in times (ms, s) or rates (TFLOP/s, tokens/s); NaN where a time rounds to 0."""
     is_rate = "/s" in row["unit"]
-    return row["ours"] / row["other"] if is_rate else row["other"] / row["ours"]
+    better, worse = (row["ours"], row["other"]) if is_rate else (row["other"], row["ours"])
+    return better / worse if worse else math.nan
 
 
 def _length(name: str) -> int:

@@ -103,7 +103,7 @@ def test_a_rehearsal_says_so_in_its_title_in_every_section_and_table_and_meets_n
     lines = page.splitlines()
     assert all("REHEARSAL" in line for line in lines if line.startswith("#"))
     assert "crossovers (REHEARSAL on a CPU)" in lines
-    assert "| compared (REHEARSAL on a CPU) | ours | other | unit | ratio |" in lines
+    assert "| compared (REHEARSAL on a CPU) | ours | other | unit | times as fast |" in lines
     assert "REHEARSAL: no GPU was measured" in page
     assert " met" not in page and "missed" not in page
     assert "REHEARSAL" not in report.markdown(found, MACHINE, judge_aims(found, rehearsal=False))

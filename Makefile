@@ -12,10 +12,11 @@ STAMP := $(VENV)/.installed$(if $(TORCH_INDEX),-$(notdir $(TORCH_INDEX)))
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo demo-seeds test transformers4 test-slow drills cluster-test lint tensorboard clean
+.PHONY: help setup demo demo-seeds gpu-proof test transformers4 test-slow drills cluster-test lint tensorboard clean
 
 help:
 	@echo "make demo         train tiny_base, tiny_bico and tiny_ntp on $(RANKS) ranks, print and plot the comparison"
+	@echo "make gpu-proof    on a machine with a CUDA GPU: is it right, how fast; six minutes"
 	@echo "make test         lint, type check and tests"
 	@echo "make test-slow    the tests that take minutes"
 	@echo "make drills       kill, damage and resume drills"
@@ -39,6 +40,9 @@ demo: setup
 
 demo-seeds: setup
 	$(BIN)/python tools/demo.py --ranks $(RANKS) --seeds 11 12 13 14 15
+
+gpu-proof: setup
+	$(BIN)/python tools/gpu_proof.py
 
 lint: setup
 	$(BIN)/ruff check .

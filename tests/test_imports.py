@@ -20,7 +20,7 @@ FLOORS = (
     {"objectives", "model"},
     {"data", "checkpoint"},
     {"evaluation", "cluster"},
-    {"training"},
+    {"training", "proof"},
     {"commands"},
     {"__main__"},
     {"launch", "tools"},
@@ -95,7 +95,9 @@ TORCH_FREE = (
     "cluster.attempts",
     "cluster.run_status",
     "cluster.submission",
+    "proof.prove",
     "commands.compare",
+    "commands.gpu_proof",
     "commands.slurm.status",
 )
 

@@ -43,3 +43,18 @@ def free_port() -> int:
 def slurm_job() -> str:
     """The id of the SLURM job that this process runs in; empty outside of one."""
     return os.environ.get("SLURM_JOB_ID", "")
+
+
+def without_launcher() -> dict[str, str]:
+    """This process's environment without what a launcher wrote into it: for a program that is to be the only rank."""
+    names = (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "LOCAL_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    )
+    prefixes = ("TORCHELASTIC_", "GROUP_", "ROLE_", "CROSS_", "OMPI_", "PMI_", "PMIX_")
+    return {k: v for k, v in os.environ.items() if k not in names and not k.startswith(prefixes)}

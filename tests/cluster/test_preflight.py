@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 
 from bico_ds.cluster.preflight import judge, shared
 from bico_ds.cluster.preflight.check import preflight
@@ -148,6 +150,20 @@ def test_a_disk_of_checkpoints_that_is_not_mounted_is_noticed_on_its_node(tmp_pa
     (run / "checkpoints").symlink_to(disk)
     assert preflight(recipe, run), capsys.readouterr()
     assert list(disk.iterdir()) == []
+
+
+def test_a_node_whose_attention_backends_are_wrong_is_refused_by_name(tmp_path, capsys):
+    recipe = load_recipe("tiny_base", [f"data.cache_dir={tmp_path / 'data'}"])
+    asked = []
+
+    def check(*, on_cuda: bool) -> list[str]:
+        asked.append(on_cuda)
+        return ["the check of the attention backends: wrong: aten-cuda"] * (len(asked) == 1)
+
+    assert not preflight(recipe, tmp_path / "run", node_problems=check)
+    assert f"pre-flight: {socket.gethostname()}: the check of the attention backends: wrong" in flat(capsys)
+    assert preflight(recipe, tmp_path / "run", node_problems=check)
+    assert asked == [torch.cuda.is_available()] * 2
 
 
 def flat(capsys) -> str:

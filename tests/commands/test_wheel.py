@@ -107,6 +107,21 @@ def test_a_batch_script_needs_no_checkout(programs, tmp_path):
     assert str(ROOT) not in script
 
 
+@pytest.mark.parametrize(
+    "words", [["gpu-proof", "--rehearse"], ["preflight", "--recipe", "tiny_base", "--proof"]]
+)
+def test_the_proof_says_that_it_needs_a_checkout(programs, tmp_path, words):
+    done = subprocess.run(
+        [programs / "bico-ds", *words], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "error: the measuring tools (tools/bench/) are not part of the installed package"
+    )
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_was_removed_since_an_earlier_build_is_not_in_the_next_wheel(tmp_path):
     source = copy_sources(tmp_path / "source")
     removed = [Path("bico_ds/gone.py"), Path("recipes/gone.yaml")]

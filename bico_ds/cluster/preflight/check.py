@@ -13,7 +13,7 @@ import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -36,8 +36,16 @@ from bico_ds.runtime.run_folder import obstacle
 JOIN_SECONDS = 120.0
 
 
-def preflight(recipe: Recipe, run: Path) -> bool:
+class NodeProblems(Protocol):
+    """What else may forbid to train on this node, whose first rank has a GPU or none: a line for each problem."""
+
+    def __call__(self, *, on_cuda: bool) -> list[str]: ...
+
+
+def preflight(recipe: Recipe, run: Path, *, node_problems: NodeProblems | None = None) -> bool:
     """Check this rank's machine, and the ranks together; True, on all ranks, where training may begin.
+
+    `node_problems`, where given, is asked once per node, and has to answer well within `JOIN_SECONDS`.
 
     Raises `UserError` where a path of the recipe cannot be expanded on this machine and where rank 0 cannot be reached;
     `torch.distributed.DistStoreError` where rank 0 is gone.
@@ -53,6 +61,9 @@ def preflight(recipe: Recipe, run: Path) -> bool:
         exchange.publish("probes", _write_probes(folders, "0"))
     report = collect(recipe, run, rank=rank, local_rank=local_rank)
     report["problems"], report["probes"] = _check_shared(exchange, folders, rank, local_rank, report["host"])
+    if node_problems is not None and local_rank == 0:
+        found = node_problems(on_cuda="memory_total_bytes" in report["device"])
+        report["problems"] += [f"{report['host']}: {problem}" for problem in found]
     exchange.post("report", report)
     if rank == 0:
         reports, silent = exchange.collect("report")

@@ -1,0 +1,159 @@
+"""What the proof is to show: each aim, the figure for it among the parts' findings, and whether it is met."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from bico_ds.proof.findings import Findings
+from bico_ds.proof.results import Result
+
+SHORT, LONG = 40, 2048  # tokens per document of the whole steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aim:
+    """One aim. `part`: whose findings hold its figure; `figure`: finds it there, None where it was not measured."""
+
+    text: str
+    part: str
+    figure: Callable[[Findings], float | None]
+    most: float | None = None
+    least: float | None = None
+    unit: str = ""
+
+    @property
+    def limit(self) -> str:
+        bound = f"≤ {self.most:g}" if self.most is not None else f"≥ {self.least:g}"
+        return f"{bound} {self.unit}".strip()
+
+    def is_met(self, figure: float) -> bool:
+        return (self.most is None or figure <= self.most) and (self.least is None or figure >= self.least)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """An aim beside what was found."""
+
+    aim: str
+    limit: str
+    figure: str
+    verdict: Literal["met", "missed", "not measured"]
+
+
+def _step_ratio(findings: Findings, *, length: int) -> float | None:
+    """A BICO step's time over that of an NTP step of the same documents, by the attention backend that is best at it."""
+    ms = {
+        (step["kind"], step.get("backend")): step["ms"] for step in findings.steps if step["length"] == length
+    }
+    ratios = [
+        ms[kind, backend] / ms["ntp", backend]
+        for kind, backend in ms
+        if kind == "bico" and ("ntp", backend) in ms
+    ]
+    return min(ratios, default=None)
+
+
+def _mfu(findings: Findings, *, kind: str) -> float | None:
+    """Percent, of the step with long documents, by the attention backend that is fastest."""
+    found = [step["mfu"] for step in findings.steps if (step["kind"], step["length"]) == (kind, LONG)]
+    return max((100 * mfu for mfu in found if mfu is not None), default=None)
+
+
+def _least_speed_up(findings: Findings, *, ours: str, other: str, tokens: range) -> float | None:
+    """The smallest factor by which `ours` is faster, over the rows that name both and a length in `tokens`.
+
+    Both are regular expressions for a row's name.
+    """
+    found = [
+        speed_up(row)
+        for row in findings.rows
+        if re.search(ours, row["name"]) and re.search(other, row["name"]) and _length(row["name"]) in tokens
+    ]
+    return min(found, default=None)
+
+
+def speed_up(row: Mapping[str, Any]) -> float:
+    """How many times as fast ours is, in times (ms, s) or rates (TFLOP/s, tokens/s); NaN where a time rounds to 0."""
+    is_rate = "/s" in row["unit"]
+    better, worse = (row["ours"], row["other"]) if is_rate else (row["other"], row["ours"])
+    return better / worse if worse else math.nan
+
+
+def _length(name: str) -> int:
+    """The tokens per document that a row's name gives; 0 where it gives none."""
+    found = re.search(r"(?:L = |documents of )([\d,]+)|\b([\d,]+) tokens", name)
+    return int((found.group(1) or found.group(2)).replace(",", "")) if found else 0
+
+
+AIMS = (
+    Aim(
+        text=f"a BICO step beside an NTP step, documents of {SHORT} tokens",
+        part="step",
+        figure=partial(_step_ratio, length=SHORT),
+        most=0.9,
+    ),
+    Aim(
+        text=f"a BICO step beside an NTP step, documents of {LONG} tokens",
+        part="step",
+        figure=partial(_step_ratio, length=LONG),
+        most=1.05,
+    ),
+    Aim(
+        text=f"MFU of an NTP step at Llama-3-8B's shape, documents of {LONG} tokens",
+        part="step",
+        figure=partial(_mfu, kind="ntp"),
+        least=50,
+        unit="%",
+    ),
+    Aim(
+        text=f"MFU of a BICO step at Llama-3-8B's shape, documents of {LONG} tokens",
+        part="step",
+        figure=partial(_mfu, kind="bico"),
+        least=48,
+        unit="%",
+    ),
+    Aim(
+        text="bidirectional attention in one pass beside two passes, up to 512 tokens",
+        part="speed",
+        figure=partial(_least_speed_up, ours="^triton", other="two passes", tokens=range(1, 513)),
+        least=2,
+        unit="times as fast",
+    ),
+    Aim(
+        text="bidirectional attention beside the authors' dense formulation, 2048 tokens",
+        part="speed",
+        figure=partial(
+            _least_speed_up, ours="bidirectional", other="beside the authors' dense", tokens=range(2000, 2049)
+        ),
+        least=5,
+        unit="times as fast",
+    ),
+)
+RIGHT = "every attention backend is right"
+
+
+def judge_aims(results: Mapping[str, Result], *, rehearsal: bool) -> list[Judgement]:
+    """Every aim beside the parts' results; in a rehearsal nothing is measured."""
+    known = {} if rehearsal else results
+    return [_judge_check(known.get("check")), *(_judge(aim, known.get(aim.part)) for aim in AIMS)]
+
+
+def _judge_check(result: Result | None) -> Judgement:
+    verdicts: dict[str, Literal["met", "missed"]] = {"right": "met", "wrong": "missed"}
+    if result is None or result.status not in verdicts:
+        return Judgement(aim=RIGHT, limit="all", figure="", verdict="not measured")
+    figure = "all" if result.status == "right" else f"wrong: {len(result.findings.wrong)}"
+    return Judgement(aim=RIGHT, limit="all", figure=figure, verdict=verdicts[result.status])
+
+
+def _judge(aim: Aim, result: Result | None) -> Judgement:
+    figure = aim.figure(result.findings) if result is not None else None
+    if figure is None:
+        return Judgement(aim=aim.text, limit=aim.limit, figure="", verdict="not measured")
+    verdict: Literal["met", "missed"] = "met" if aim.is_met(figure) else "missed"
+    return Judgement(aim=aim.text, limit=aim.limit, figure=f"{figure:.3g}", verdict=verdict)

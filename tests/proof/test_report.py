@@ -1,0 +1,172 @@
+"""What a report claims: aims by the parts' figures, on a GPU alone; a rehearsal cannot be taken for a proof."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+
+import pytest
+
+from bico_ds.proof import report
+from bico_ds.proof.aims import AIMS, RIGHT, judge_aims
+from bico_ds.proof.findings import Findings, read_findings
+from bico_ds.proof.parts import PARTS
+from bico_ds.proof.processes import Ended
+from bico_ds.proof.results import Result, judge
+from tests import ROOT
+
+MACHINE = {
+    "rehearsal": False, "gpu": "NVIDIA H100 80GB HBM3", "memory_gb": 85.0, "compute_capability": "9.0", "driver": "570.1",
+    "cuda": "13.0", "cpu": "x86_64, 16 cores", "compiler": None, "nvcc": None, "python": "3.12.1",
+    "versions": {"torch": "2.13.0"}, "commit": "abc",
+}  # fmt: skip
+REHEARSAL = MACHINE | {"rehearsal": True, "gpu": None}
+
+
+def step(kind, length, ms, mfu, backend="auto"):
+    return {"kind": kind, "length": length, "ms": ms, "mfu": mfu, "backend": backend}
+
+
+def row(name, ours, other, unit="ms"):
+    return {"name": name, "ours": ours, "other": other, "unit": unit, "ratio": ours / other}
+
+
+def results(*, steps=(), rows=(), **statuses) -> dict[str, Result]:
+    found = {
+        "step": Result(part="step", status="right", findings=Findings(steps=list(steps))),
+        "speed": Result(part="speed", status="right", findings=Findings(rows=list(rows))),
+    }
+    return found | {name: Result(part=name, status=status) for name, status in statuses.items()}
+
+
+def verdicts(found: dict[str, Result], *, rehearsal=False) -> list[str]:
+    return [aim.verdict for aim in judge_aims(found, rehearsal=rehearsal)]
+
+
+def meets_all(times: float = 1.0) -> dict[str, Result]:
+    """Figures on the better side of every aim by the factor `times`; below 1, on the other side."""
+    steps = [
+        step("ntp", 40, 100, 0.3), step("bico", 40, 90 / times, 0.3),
+        step("ntp", 2048, 100, 0.5 * times), step("bico", 2048, 105 / times, 0.48 * times),
+    ]  # fmt: skip
+    rows = [
+        row("triton beside two passes (aten-cuda), 40 tokens, bidirectional", 1, 9),
+        row("triton beside two passes (aten-cuda), 512 tokens, bidirectional, 16% live", 1, 2 * times),
+        row("triton beside two passes (aten-cuda), 4096 tokens, bidirectional", 1, 1.1),
+        row("triton beside the authors' dense form, 2048 tokens, bidirectional", 2, 10 * times),
+        row("triton beside a flash pass (aten-cuda), 40 tokens, causal", 1, 0.5),
+    ]
+    return results(steps=steps, rows=rows, check="right")
+
+
+def test_each_aim_is_met_at_its_limit_and_missed_beyond():
+    limit = random.uniform(1.0001, 1.5)
+    assert verdicts(meets_all()) == ["met"] * (1 + len(AIMS))
+    assert verdicts(meets_all(limit)) == ["met"] * (1 + len(AIMS))
+    assert verdicts(meets_all(1 / limit)) == ["met"] + ["missed"] * len(AIMS)
+
+
+def test_what_was_not_measured_is_neither_met_nor_missed():
+    assert set(verdicts({})) == {"not measured"}
+    only_ntp = results(steps=[step("ntp", 40, 10, None), step("ntp", 2048, 10, None)])
+    assert set(verdicts(only_ntp)) == {"not measured"}
+    assert verdicts(results(check="cut"))[0] == "not measured"
+    assert verdicts(results(check="wrong"))[0] == "missed"
+
+
+def test_steps_are_compared_by_one_backend_and_the_best_counts():
+    steps = [
+        step("ntp", 40, 100, 0.1, "auto"), step("bico", 40, 120, 0.1, "auto"),
+        step("ntp", 40, 300, 0.1, "triton"), step("bico", 40, 240, 0.1, "triton"),
+    ]  # fmt: skip
+    (aim,) = [aim for aim in judge_aims(results(steps=steps), rehearsal=False) if "40 tokens" in aim.aim]
+    assert (aim.figure, aim.verdict) == ("0.8", "met")
+
+
+def test_a_rate_is_better_when_it_is_higher():
+    name = "triton beside the authors' dense form, 2048 tokens, bidirectional"
+    assert verdicts(results(rows=[row(name, 600, 100, "TFLOP/s")]))[-1] == "met"
+    assert verdicts(results(rows=[row(name, 100, 600, "TFLOP/s")]))[-1] == "missed"
+
+
+def test_a_rehearsal_says_so_in_its_title_in_every_section_and_table_and_meets_no_aim():
+    found = meets_all()
+    found["policy"] = Result(
+        part="policy",
+        status="right",
+        findings=Findings(tables=[{"title": "crossovers", "columns": ["a"], "rows": [[1]]}]),
+    )
+    aims = judge_aims(found, rehearsal=True)
+    assert {aim.verdict for aim in aims} == {"not measured"} and {aim.figure for aim in aims} == {""}
+    page = report.markdown(found, REHEARSAL, aims)
+    lines = page.splitlines()
+    assert all("REHEARSAL" in line for line in lines if line.startswith("#"))
+    assert "crossovers (REHEARSAL on a CPU)" in lines
+    assert "| compared (REHEARSAL on a CPU) | ours | other | unit | times as fast |" in lines
+    assert "REHEARSAL: no GPU was measured" in page
+    assert " met" not in page and "missed" not in page
+    assert "REHEARSAL" not in report.markdown(found, MACHINE, judge_aims(found, rehearsal=False))
+
+
+def test_a_proof_names_the_gpu_and_what_it_lacks_and_has_the_form_of_a_benchmark_page():
+    found = meets_all()
+    page = report.markdown(found, MACHINE, judge_aims(found, rehearsal=False))
+    title, empty, first = page.splitlines()[:3]
+    assert (title, empty, first) == ("# GPU proof on NVIDIA H100 80GB HBM3", "", "```bash")
+    assert "| nvcc | none |" in page and "| C++ compiler | none |" in page
+    for part in PARTS.values():
+        assert f"## {part.name}\n\n{part.question}" in page
+
+
+def test_names_of_kernels_and_places_of_this_machine_do_not_break_the_page():
+    kernel = "void at::native::elementwise<4, std::array<char*, 2ul>>(int) | x"
+    places = [
+        "/opt/venv/lib/python3.12/site-packages/deepspeed/runtime/engine.py:10",
+        "deepspeed/runtime/zero/stage3.py:1414",
+        f"{ROOT}/bico_ds/training/trainer.py:7",
+        "/tmp/tmpab12/run/checkpoints",
+    ]
+    findings = Findings(tables=[{"title": "t", "columns": ["kernel"], "rows": [[kernel]]}], notes=places)
+    page = report.markdown({"step": Result(part="step", status="right", findings=findings)}, MACHINE, [])
+    assert r"| void at::native::elementwise&lt;4, std::array&lt;char\*, 2ul&gt;&gt;(int) \| x |" in page
+    assert "- …/deepspeed/runtime/engine.py:10\n- …/deepspeed/runtime/zero/stage3.py:1414\n" in page
+    assert "- bico_ds/training/trainer.py:7\n- (a temporary folder)\n" in page
+
+
+def test_findings_are_read_from_the_last_line_that_holds_any():
+    first, last = Findings(notes=["first"]).as_line(), Findings(rows=[row("a", 1, 2)]).as_line()
+    assert read_findings(["text", first, last, "[W] destroy_process_group() was not called", ""]) == Findings(
+        rows=[row("a", 1, 2)]
+    )
+    assert read_findings(["{not json", "3", '{"other": 1}', ""]) is None
+    assert read_findings(['{"rows": [], "of_a_newer_tool": 1}']) == Findings()
+    assert read_findings(['{"kind": "ntp", "rows": 8192}']) is None
+
+
+def test_the_steps_that_a_cut_tool_had_measured_count(tmp_path):
+    steps = [step("ntp", 40, 100, 0.3), step("bico", 40, 89, 0.3)]
+    log = tmp_path / "log"
+    log.write_text("\n".join(["built in 9 s", *map(json.dumps, steps), '{"kind": "ntp", "len']))
+    result = judge("step", Ended(code=None, seconds=120), log, date="today")
+    assert (result.status, result.findings.steps) == ("cut", steps)
+    assert verdicts({"step": result})[1:3] == ["met", "not measured"]
+
+
+def test_until_it_has_run_the_page_says_so_and_names_every_part_and_aim():
+    page = (ROOT / "docs" / "benchmarks" / "gpu.md").read_text(encoding="utf-8")
+    if page.startswith("# GPU proof on "):
+        pytest.skip("it has run on a GPU")
+    assert page.startswith("# GPU proof: not run on a GPU yet\n")
+    for part in PARTS.values():
+        assert f"| {part.name} | {part.question} | `tools/bench/{part.tool}` |" in page
+    assert f"| {RIGHT} | all |" in page
+    assert not [aim.text for aim in AIMS if f"| {aim.text} | {aim.limit} |" not in page]
+
+
+def test_the_committed_rehearsal_is_one_of_all_parts_and_all_are_right():
+    page = (ROOT / "docs" / "benchmarks" / "gpu_rehearsal.md").read_text(encoding="utf-8")
+    assert page.startswith("# REHEARSAL of the GPU proof, on a CPU\n")
+    for name in PARTS:
+        (section,) = re.findall(rf"^## {name} \(REHEARSAL on a CPU\)\n(.*?)(?=^## |\Z)", page, re.M | re.S)
+        assert "**right**" in section, name

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bico_ds.config.schema import ModelSpec
-from bico_ds.documents import Document, Documents
-from bico_ds.model.build import build_model
-from bico_ds.objectives.base import BatchKey
-from tests.bench.test_step_flops import CONFIG
+from tests.bench.small_model import CONFIG, random_documents, small_model
 from tools.bench.baseline_batches import (
     BaselineBatch,
     ComparedModel,
@@ -25,22 +20,12 @@ from tools.bench.step_shapes import BICO, NTP, PLACEHOLDER
 
 
 def compared(**spec: Any) -> ComparedModel:
-    options = {"config": CONFIG, "dtype": "fp32", **spec}
-    model = build_model(ModelSpec.model_validate(options), seed=3, ds_config=None, device="cpu")
+    model = small_model(**spec)
     with torch.no_grad():  # far from uniform attention
         for name, weight in model.named_parameters():
             if "q_proj" in name or "k_proj" in name:
                 weight.mul_(20)
     return ComparedModel.around(model).train()
-
-
-def documents(*lengths: int) -> tuple[Documents, BatchKey]:
-    random = np.random.default_rng()
-    made = [
-        Document(token_ids=random.integers(1, CONFIG["vocab_size"], n), source=0, id=i)
-        for i, n in enumerate(lengths)
-    ]
-    return Documents.of(made), BatchKey(seed=int(random.integers(2**31)), epoch=0)
 
 
 def loss_and_gradients(model: ComparedModel, batch: Any) -> list[torch.Tensor]:
@@ -60,24 +45,24 @@ def assert_same(model: ComparedModel, ours: Any, theirs: BaselineBatch) -> None:
 @pytest.mark.parametrize("recompute", [0, 1])
 def test_the_dense_formulation_has_our_bico_loss_and_gradients(recompute):
     model = compared(activation_checkpointing=recompute)
-    texts, key = documents(23, 7, 30)  # padded to 30
+    texts, key = random_documents(23, 7, 30)  # padded to 30
     theirs = bico_padded(texts, BICO.policy, key, placeholder_id=PLACEHOLDER)
     assert_same(model, BICO.build(texts, key), theirs)
 
 
 @pytest.mark.parametrize("recompute", [0, 1])
 def test_hugging_face_s_packing_has_our_ntp_loss_and_gradients(recompute):
-    texts, key = documents(23, 7, 30)
+    texts, key = random_documents(23, 7, 30)
     assert_same(compared(activation_checkpointing=recompute), NTP.build(texts, key), causal_packed(texts))
 
 
 def test_a_document_per_row_has_our_ntp_loss_and_gradients():
-    texts, key = documents(19, 19, 19)
+    texts, key = random_documents(19, 19, 19)
     assert_same(compared(), NTP.build(texts, key), causal_rows(texts))
 
 
 def test_a_baseline_is_hugging_face_s_own_model_bit_by_bit():
-    model, (texts, _) = compared(), documents(12, 12)
+    model, (texts, _) = compared(), random_documents(12, 12)
     theirs = LlamaForCausalLM(LlamaConfig(**CONFIG))
     theirs.load_state_dict(model.causal_lm.state_dict())
     batch = causal_rows(texts)

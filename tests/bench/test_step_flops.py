@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -13,46 +11,18 @@ from bico_ds.batch import PackedBatch
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.objectives.ntp import NtpSpec
-from bico_ds.config.schema import ModelSpec
-from bico_ds.documents import Document, Documents
-from bico_ds.model.build import TrainableModel, build_model
-from bico_ds.objectives.base import BatchKey
+from bico_ds.model.build import TrainableModel
 from bico_ds.objectives.bico import MaskDenoising
 from bico_ds.objectives.ntp import NextTokenPrediction
+from tests.bench.small_model import CONFIG, random_documents, small_model
 from tools.bench.step_flops import ModelFlops, peak_tflops, visible_pairs
 
-CONFIG: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 101,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,  # 4 heads of 16 dimensions are wider than the hidden size
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-}
 NTP = NextTokenPrediction(spec=NtpSpec())
 BICO = MaskDenoising(spec=BicoSpec(mask=MaskSpec(rate=0.4)), placeholder_id=0)
 
 
-def model(**spec: Any) -> TrainableModel:
-    return build_model(
-        ModelSpec.model_validate({"config": CONFIG, "dtype": "fp32", **spec}),
-        seed=1,
-        ds_config=None,
-        device="cpu",
-    )
-
-
 def batch(objective: NextTokenPrediction | MaskDenoising, *lengths: int) -> PackedBatch:
-    random = np.random.default_rng()
-    documents = [
-        Document(token_ids=random.integers(1, CONFIG["vocab_size"], n), source=0, id=i)
-        for i, n in enumerate(lengths)
-    ]
-    return objective.build(Documents.of(documents), BatchKey(seed=int(random.integers(2**31)), epoch=0))
+    return objective.build(*random_documents(*lengths))
 
 
 def counted(trainable: TrainableModel, packed: PackedBatch) -> int:
@@ -68,7 +38,7 @@ def counted(trainable: TrainableModel, packed: PackedBatch) -> int:
     "lora", [None, {"rank": 4, "alpha": 8, "dropout": 0.0}], ids=["all weights", "adapters"]
 )
 def test_the_products_of_a_step_are_those_that_torch_counts(objective, lora):
-    trainable, packed = model(lora=lora, attention_backend="oracle"), batch(objective, 9, 30, 2)
+    trainable, packed = small_model(lora=lora, attention_backend="oracle"), batch(objective, 9, 30, 2)
     flops, rows = ModelFlops.of(trainable), len(packed.input_ids)
     products = flops.of_step(packed) - flops.per_pair * visible_pairs(packed.plan)
     # The oracle multiplies all rows with all, in 3 products (scores of both rotations, values) and 6 in the backward pass.
@@ -92,7 +62,7 @@ def first_inputs(trainable: TrainableModel) -> int:
 
 def test_attention_counts_what_a_dense_product_of_one_document_would():
     """One document in which every row sees every kept one: two products forward, four backward."""
-    trainable, packed = model(), batch(BICO, 40)
+    trainable, packed = small_model(), batch(BICO, 40)
     kept, rows = packed.plan.num_kept, packed.plan.num_rows
     q = torch.randn(4, rows, 16, requires_grad=True)
     k, v = (torch.randn(4, kept, 16, requires_grad=True) for _ in range(2))

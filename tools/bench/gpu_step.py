@@ -22,7 +22,17 @@ import this_checkout  # noqa: F401  first on sys.path
 import torch
 from bench_report import Report
 from step_profile import StepProfile, host_waits, profile_step
-from step_shapes import OBJECTIVES, Bench, Steps, add_options, build, contradiction, prepare
+from step_shapes import (
+    OBJECTIVES,
+    Bench,
+    Steps,
+    add_options,
+    build,
+    check_random_loss,
+    check_same,
+    contradiction,
+    prepare,
+)
 
 from bico_ds.attention.backend import Backend
 from bico_ds.attention.backends import resolve
@@ -96,11 +106,11 @@ class StepBench:
         documents = bench.random_documents(length, self.options.rows)
         batch = bench.pack(documents, kind, None if backend is None else backend.policy)
         steps = bench.time_steps(batch, self.options.steps)
-        bench.check_random_loss(self.report, what, steps)
+        check_random_loss(self.report, what, steps, bench.config)
         others = self.measured.setdefault((kind, length), {})
         if others:
             first, other = next(iter(others.items()))
-            bench.check_same(self.report, f"{what} beside {first}", steps, other)
+            check_same(self.report, f"{what} beside {first}", steps, other, bench.recipe.model.dtype)
         others[name] = steps
         figures = self.figures(name, kind, length, batch, steps)
         if bench.on_cuda:

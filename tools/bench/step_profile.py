@@ -62,32 +62,29 @@ class StepProfile:
 
 
 def profile_step(step: Callable[[], object], *, on_cuda: bool) -> StepProfile | None:
-    """Profile one step, which must end with the host waiting for the GPU; None where the profiler saw no kernel."""
+    """Profile one step; None where the profiler saw no kernel."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     with torch.profiler.profile(activities=activities) as profile:
         step()
-    events = profile.events()
+        if on_cuda:
+            torch.cuda.synchronize()
+    return summarize(profile.events(), on_cuda=on_cuda)
+
+
+def summarize(events: Any, *, on_cuda: bool) -> StepProfile | None:
+    """Of the profiler's events, an `EventList`."""
     launches = list(_launches(events, on_cuda=on_cuda))
-    kernels = _totals((name, ms) for name, ms, _ in launches)
-    if not kernels:
-        return None
     groups: dict[str, float] = collections.defaultdict(float)
     for name, ms, caller in launches:
         groups[group_of(name, caller)] += ms
+    kernels = _totals((name, ms) for name, ms, _ in launches)
     if on_cuda:
-        seen = _totals((event.name, event.time_range.elapsed_us() / 1e3) for event in _kernels(events))
-        missing = sum(ms for _, ms, _ in seen) - sum(ms for _, ms, _ in kernels)
-        if missing > 0.001 * sum(ms for _, ms, _ in seen):
-            groups[UNKNOWN] = missing
-        kernels = seen
-    waits = _totals(
-        (event.name, event.cpu_time_total / 1e3)
-        for event in events
-        if event.device_type == DeviceType.CPU
-        and event.name.startswith(HOST_WAITS)
-        and "Async" not in event.name
-    )
-    return StepProfile(kernels=kernels, groups=dict(groups), waits=waits)
+        kernels = _totals((event.name, event.time_range.elapsed_us() / 1e3) for event in _kernels(events))
+        orphaned = sum(ms for _, ms, _ in kernels) - sum(groups.values())
+        if orphaned > 0.001 * sum(groups.values()):
+            groups[UNKNOWN] = orphaned
+    waits = _totals((event.name, event.cpu_time_total / 1e3) for event in events if event.name in HOST_WAITS)
+    return StepProfile(kernels=kernels, groups=dict(groups), waits=waits) if kernels else None
 
 
 def _kernels(events: Any) -> Iterator[Any]:
@@ -146,7 +143,6 @@ def host_waits(step: Callable[[], object]) -> dict[str, int]:
 
     Torch does not warn of `torch.cuda.synchronize`, of events, and of copies from pageable memory.
     """
-    seen: collections.Counter[str] = collections.Counter()
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -154,7 +150,14 @@ def host_waits(step: Callable[[], object]) -> dict[str, int]:
             step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    for warning in found:
-        if SYNC_WARNING in str(warning.message):
-            seen[f"{warning.filename.split('site-packages/')[-1]}:{warning.lineno}"] += 1
+    return count_waits(found)
+
+
+def count_waits(found: list[warnings.WarningMessage]) -> dict[str, int]:
+    """How often torch warned of a wait, by place."""
+    seen = collections.Counter(
+        f"{warning.filename.split('site-packages/')[-1]}:{warning.lineno}"
+        for warning in found
+        if SYNC_WARNING in str(warning.message)
+    )
     return dict(seen.most_common(12))

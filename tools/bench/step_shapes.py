@@ -61,7 +61,7 @@ FIXED = [
 NO_CHANGE = "optimizer.lr=1e-12"  # below the spacing of fp32 numbers at the size of a weight
 # Two ways to compute one step: how far their mean losses, in nats, may be apart, and their gradient norms, as a share.
 LOSS_TOLERANCE = {"bf16": 2e-3, "fp32": 1e-4}
-NORM_TOLERANCE = {"bf16": 2e-2, "fp32": 1e-3}
+NORM_TOLERANCE = {"bf16": 1e-2, "fp32": 1e-3}
 # Of a mean loss at random weights from the expected one, in nats; over the few targets of a rehearsal it varies most.
 RANDOM_LOSS_TOLERANCE = 0.3
 
@@ -188,27 +188,25 @@ class Bench:
     def mfu(self, tflops: float) -> float | None:
         return None if self.peak_tflops is None else round(tflops / self.peak_tflops, 4)
 
-    def check_random_loss(self, report: Report, what: str, steps: Steps) -> None:
-        """Random weights: hidden states of unit mean square, so the logits' variance is hidden_size * initializer_range²."""
-        if not all(map(math.isfinite, (*steps.losses, *steps.grad_norms))):
-            report.add_wrong(f"{what}: losses {steps.losses}, gradient norms {steps.grad_norms}")
-            return
-        variance = self.config.hidden_size * self.config.initializer_range**2
-        expected = math.log(self.config.vocab_size) + variance / 2
-        if abs(steps.loss - expected) > RANDOM_LOSS_TOLERANCE:
-            report.add_wrong(
-                f"{what}: loss {steps.loss:.4f}, at random weights about {expected:.2f} is expected"
-            )
 
-    def check_same(self, report: Report, what: str, ours: Steps, other: Steps) -> None:
-        """Two ways to compute the same step of the same weights."""
-        dtype = self.recipe.model.dtype
-        if not abs(ours.loss - other.loss) <= LOSS_TOLERANCE[dtype]:
-            report.add_wrong(f"{what}: losses {ours.loss:.5f} and {other.loss:.5f} of the same batch")
-        if not abs(ours.grad_norm - other.grad_norm) <= NORM_TOLERANCE[dtype] * abs(other.grad_norm):
-            report.add_wrong(
-                f"{what}: gradient norms {ours.grad_norm:.5f} and {other.grad_norm:.5f} of the same batch"
-            )
+def check_random_loss(report: Report, what: str, steps: Steps, config: Any) -> None:
+    """Random weights: hidden states of unit mean square, so the logits' variance is hidden_size * initializer_range²."""
+    if not all(map(math.isfinite, (*steps.losses, *steps.grad_norms))):
+        report.add_wrong(f"{what}: losses {steps.losses}, gradient norms {steps.grad_norms}")
+        return
+    expected = math.log(config.vocab_size) + config.hidden_size * config.initializer_range**2 / 2
+    if abs(steps.loss - expected) > RANDOM_LOSS_TOLERANCE:
+        report.add_wrong(f"{what}: loss {steps.loss:.4f}, at random weights about {expected:.2f} is expected")
+
+
+def check_same(report: Report, what: str, ours: Steps, other: Steps, dtype: str) -> None:
+    """Two ways to compute the same step of the same weights, in bf16 or fp32."""
+    if not abs(ours.loss - other.loss) <= LOSS_TOLERANCE[dtype]:
+        report.add_wrong(f"{what}: losses {ours.loss:.5f} and {other.loss:.5f} of the same batch")
+    if not abs(ours.grad_norm - other.grad_norm) <= NORM_TOLERANCE[dtype] * abs(other.grad_norm):
+        report.add_wrong(
+            f"{what}: gradient norms {ours.grad_norm:.5f} and {other.grad_norm:.5f} of the same batch"
+        )
 
 
 def add_options(parser: ArgumentParser, *, out: str) -> None:
@@ -267,6 +265,7 @@ def build(
     ds_config = check_recipe(recipe, world_size=1, on_cuda=on_cuda, run_folder=options.out)
     policy = check_backend(recipe, ranks.device)
     deepspeed_ops.prefer_own_ninja()
+    deepspeed_ops.release_abandoned_locks()
     store = distributed.connect(ranks, timeout_minutes=5)
     distributed.join(ranks, store, timeout_minutes=5)
     started = time.perf_counter()

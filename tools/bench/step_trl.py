@@ -6,7 +6,7 @@ Reads a JSON task, and prints tokens per second and per CPU second of the fastes
     python tools/bench/step_trl.py TRL_FOLDER BINS THREADS < task.json
 
 The task: `model` (a Llama's config), `lengths` (of the documents of one bin), `capacity` (tokens per bin), and, where they
-are not bf16, 3, false and null: `dtype`, `steps`, `recompute`, `deepspeed` (its configuration; with it, on a GPU).
+are not bf16, 3, false and null: `dtype`, `steps`, `recompute`, `deepspeed` (its configuration; with it on a GPU, if any).
 """
 
 from __future__ import annotations
@@ -86,10 +86,13 @@ def _best(tokens: list[int], seconds: list[float]) -> float:
 
 
 def _model(task: dict[str, Any]) -> LlamaForCausalLM:
-    config, on_cuda = LlamaConfig(**task["model"]), task.get("deepspeed") is not None
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[task.get("dtype", "bf16")]
-    with torch.device("cuda" if on_cuda else "cpu"):
-        return LlamaForCausalLM._from_config(config, dtype=dtype)
+    with torch.device("cuda" if _is_on_cuda(task) else "cpu"):
+        return LlamaForCausalLM._from_config(LlamaConfig(**task["model"]), dtype=dtype)
+
+
+def _is_on_cuda(task: dict[str, Any]) -> bool:
+    return task.get("deepspeed") is not None and torch.cuda.is_available()
 
 
 def _arguments(task: dict[str, Any], bins: int, steps: int) -> SFTConfig:
@@ -115,7 +118,7 @@ def _arguments(task: dict[str, Any], bins: int, steps: int) -> SFTConfig:
         max_steps=steps,
         logging_steps=1,
         bf16=task.get("dtype", "bf16") == "bf16",
-        use_cpu=deepspeed is None,
+        use_cpu=not _is_on_cuda(task),
         gradient_checkpointing=task.get("recompute", False),
         report_to="none",
         save_strategy="no",

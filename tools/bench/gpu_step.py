@@ -113,6 +113,8 @@ class StepBench:
             check_same(self.report, f"{what} beside {first}", steps, other, bench.recipe.model.dtype)
         others[name] = steps
         figures = self.figures(name, kind, length, batch, steps)
+        self.report.add_step(figures)
+        self.save()
         if bench.on_cuda:
             figures["host_waits"] = host_waits(lambda: bench.step(batch))
             print(f"  host waits in one step: {figures['host_waits']}", flush=True)
@@ -120,7 +122,10 @@ class StepBench:
         if bench.on_cuda or self.options.profile:
             profile = profile_step(lambda: bench.step(batch), on_cuda=bench.on_cuda)
             figures |= self.add_profile(what, profile, steps)
-        self.report.add_step(figures)
+        self.save()
+
+    def save(self) -> None:
+        """Everything so far: a run may be cut by a time limit."""
         (self.options.out / "step.json").write_text(json.dumps(self.report.steps) + "\n")
 
     def figures(self, name: str, kind: str, length: int, batch: PackedBatch, steps: Steps) -> dict[str, Any]:

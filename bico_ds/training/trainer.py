@@ -134,7 +134,9 @@ class Trainer:
             # The gradient norm is known after the update only.
             self._look_for_spike(rank_step, losses, loss)
         applied = self._update(batches, losses, math.isfinite(totals[0]))
-        grad_norm = float(self.engine.get_global_grad_norm() or 0.0) if applied else math.nan
+        norm = self.engine.get_global_grad_norm() if applied else math.nan
+        # Not `norm or 0.0`: of a tensor on a GPU that would wait for it a second time.
+        grad_norm = 0.0 if norm is None else float(norm)
         self.consumed = self.consumed.plus(rank_step.counts)
         return StepReport(
             step=self.step + 1,

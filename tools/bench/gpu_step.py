@@ -5,266 +5,305 @@
 
 The engine is the one that launch/train.py builds of the recipe, with so many layers and random weights, on one rank. Each
 step trains one micro-batch of `--rows` original tokens, in documents of each length in turn, by next-token prediction
-and by BICO at a mask rate of 15 %. On a GPU a step is also run with torch's warnings about synchronization, and profiled.
-On a CPU it is a rehearsal. step.json in --out has every figure; --json compares a BICO with an NTP step.
+and by BICO at a mask rate of 15 %; with the recipe's attention backend, and with those of `--also`. On a GPU also: memory
+by item, where the host waits, and what a step is made of. step.json in --out has every figure so far. --json compares a
+BICO with an NTP step, and the backends. Exit code 1 where a loss is not what random weights have, where backends differ,
+or where a step fails. --rehearse, or a machine without a GPU: everything on the CPU.
 """
 
 from __future__ import annotations
 
-import collections
 import json
-import time
-import warnings
+import traceback
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import this_checkout  # noqa: F401  first on sys.path
 import torch
+from bench_report import Report
+from step_profile import StepProfile, host_waits, profile_step
+from step_shapes import (
+    OBJECTIVES,
+    Bench,
+    Steps,
+    add_options,
+    build,
+    check_random_loss,
+    check_same,
+    contradiction,
+    prepare,
+)
 
-from bico_ds.attention.layout import LayoutPolicy, build_layout
+from bico_ds.attention.backend import Backend
+from bico_ds.attention.backends import resolve
 from bico_ds.batch import PackedBatch
 from bico_ds.common.command_line import Command
-from bico_ds.common.errors import UserError
-from bico_ds.config.arguments import local_path, path_text, positive
-from bico_ds.config.load import load_recipe
-from bico_ds.config.objectives.bico import BicoSpec
-from bico_ds.config.objectives.masks import MaskSpec
-from bico_ds.config.objectives.ntp import NtpSpec
-from bico_ds.config.schema import Recipe
-from bico_ds.documents import Document, Documents
-from bico_ds.model.build import build_model
-from bico_ds.model.deepspeed_engine import Engine
 from bico_ds.model.weights.materialize import full_numel
-from bico_ds.objectives.base import BatchKey, Objective
-from bico_ds.objectives.bico import MaskDenoising
-from bico_ds.objectives.ntp import NextTokenPrediction
-from bico_ds.runtime import deepspeed_ops, distributed
-from bico_ds.training.build_engine import wrap_model
-from bico_ds.training.checks import check_backend, check_recipe
+from bico_ds.runtime import distributed
 
-PEAK_FLOPS = 989e12  # dense bf16 products of an H100 or H200 (SXM), by NVIDIA's data sheet
-OBJECTIVES: dict[str, Objective] = {
-    "ntp": NextTokenPrediction(spec=NtpSpec()),
-    "bico": MaskDenoising(spec=BicoSpec(mask=MaskSpec(rate=0.15)), placeholder_id=0),
-}
-WARM_UP = 2
-SHOWN = 14  # kernels
+SHOWN = 20  # kernels
+ALSO_IN_A_REHEARSAL = ["oracle", "triton"]
+GB = 1e9
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bench:
-    """A model in its engine, and how its batches are laid out."""
-
-    engine: Engine
-    device: torch.device
-    layout_policy: LayoutPolicy | None
-    trained_weights: int  # of the decoder layers' matrices
-    frozen_weights: int
-
-    @property
-    def on_cuda(self) -> bool:
-        return self.device.type == "cuda"
-
-    def step(self, batch: PackedBatch) -> torch.Tensor:
-        """One optimizer step; returns the loss's sum."""
-        loss = self.engine(batch.to(self.device, non_blocking=True))
-        self.engine.backward(loss / max(len(batch.targets), 1), scale_wrt_gas=False)
-        self.engine.step()
-        return loss
-
-    def synchronize(self) -> None:
-        if self.on_cuda:
-            torch.cuda.synchronize()
-
-
-def add_options(parser: ArgumentParser) -> None:
-    parser.add_argument("--recipe", type=path_text, default="llama3_8b_bico", metavar="NAME|PATH")
-    parser.add_argument("--layers", type=positive, default=4, help="decoder layers (default 4)")
-    parser.add_argument("--lengths", type=positive, nargs="+", default=[40, 2048], help="tokens per document")
-    parser.add_argument("--rows", type=positive, default=8192, help="original tokens per step (default 8192)")
-    parser.add_argument("--steps", type=positive, default=4, help="steps timed (default 4)")
+def add_all_options(parser: ArgumentParser) -> None:
+    add_options(parser, out="runs/gpu_step")
     parser.add_argument(
-        "--set", dest="overrides", nargs="+", action="extend", default=[], metavar="KEY.PATH=VALUE"
-    )
-    parser.add_argument(
-        "--out", type=local_path, default=Path("runs/gpu_step"), metavar="DIR", help="for step.json"
+        "--also",
+        nargs="*",
+        default=["triton"],
+        metavar="BACKEND",
+        help="beside the recipe's (default triton)",
     )
     parser.add_argument("--profile", action="store_true", help="profile on a CPU, too")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
 
 
-def contradiction(options: Namespace) -> str | None:
-    longest = max(options.lengths)
-    if longest > options.rows:
-        return f"--lengths: a document of {longest} tokens does not fit --rows {options.rows}"
-    return None
+class StepBench:
+    """Measures steps of every kind and length, backend after backend, into a report."""
 
+    def __init__(self, bench: Bench, options: Namespace, report: Report) -> None:
+        self.bench, self.options, self.report = bench, options, report
+        self.measured: dict[tuple[str, int], dict[str, Steps]] = {}
+        self.memory: list[list[Any]] = []
 
-def build(recipe: Recipe, options: Namespace) -> Bench:
-    """Build what launch/train.py would, on this one rank."""
-    ranks = distributed.read_ranks()
-    on_cuda = ranks.device.type == "cuda"
-    config = check_recipe(recipe, world_size=1, on_cuda=on_cuda, run_folder=options.out)
-    policy = check_backend(recipe, ranks.device)
-    deepspeed_ops.prefer_own_ninja()
-    store = distributed.connect(ranks, timeout_minutes=5)
-    distributed.join(ranks, store, timeout_minutes=5)
-    started = time.perf_counter()
-    model = build_model(
-        recipe.model, seed=0, ds_config=config, device=ranks.device, longest_document=options.rows
-    )
-    sizes = {name: full_numel(p) for name, p in model.named_parameters()}
-    engine = wrap_model(model, recipe, config, steps=1000)
-    optimizer = type(engine.optimizer.optimizer).__name__
-    print(
-        f"built in {time.perf_counter() - started:.1f} s, {sum(sizes.values()) / 1e9:.2f} G parameters, "
-        f"optimizer {optimizer}",
-        flush=True,
-    )
-    matrices = {name: p for name, p in model.named_parameters() if ".layers." in name and "norm" not in name}
-    trained = sum(sizes[name] for name, p in matrices.items() if p.requires_grad)
-    frozen = sum(sizes[name] for name in matrices) - trained
-    return Bench(
-        engine=engine,
-        device=ranks.device,
-        layout_policy=policy,
-        trained_weights=trained,
-        frozen_weights=frozen,
-    )
+    def measure_all(self) -> None:
+        for name, backend in self.backends().items():
+            for layer in self.bench.engine.module.causal_lm.model.layers:
+                layer.self_attn.packed_backend = name
+            for length in self.options.lengths:
+                for kind in OBJECTIVES:
+                    try:
+                        self.measure(name, backend, kind, length)
+                    except Exception as error:
+                        # The engine stands in the middle of a step: nothing more can be measured with it.
+                        traceback.print_exc()
+                        what = f"{kind}, documents of {length}, {name}"
+                        self.report.add_wrong(
+                            f"{what}: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+                        )
+                        return
 
+    def backends(self) -> dict[str, Backend | None]:
+        """The recipe's and those of --also that run here and are not the same; None: the oracle."""
+        config = self.bench.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        found: dict[str, Backend | None] = {}
+        for name in (self.bench.recipe.model.attention_backend, *self.options.also):
+            try:
+                backend = resolve(name, config.dtype, head_dim, self.bench.device)
+            except ValueError as error:
+                self.report.add_note(f"attention backend {name} is not measured: {error}")
+                continue
+            if (same := next((other for other, one in found.items() if one == backend), None)) is not None:
+                self.report.add_note(f"attention backend {name} is the same as {same} here")
+                continue
+            found[name] = backend
+        return found
 
-def make_batch(bench: Bench, objective: Objective, length: int, rows: int) -> PackedBatch:
-    """A micro-batch as the loader's worker returns it."""
-    vocabulary = bench.engine.module.config.vocab_size
-    random = np.random.default_rng(0)
-    documents = [
-        Document(token_ids=random.integers(5, vocabulary, length), source=0, id=i)
-        for i in range(rows // length)
-    ]
-    batch = objective.build(Documents.of(documents), BatchKey(seed=0, epoch=0))
-    if bench.layout_policy is not None:
-        batch = replace(batch, layout=build_layout(batch.plan, bench.layout_policy))
-    return batch.pin_memory() if bench.on_cuda else batch
+    def measure(self, name: str, backend: Backend | None, kind: str, length: int) -> None:
+        """Steps of one kind; on a GPU also their memory, host waits and kernels."""
+        bench, what = self.bench, f"{kind}, documents of {length}, {name}"
+        documents = bench.random_documents(length, self.options.rows)
+        batch = bench.pack(documents, kind, None if backend is None else backend.policy)
+        steps = bench.time_steps(batch, self.options.steps)
+        check_random_loss(self.report, what, steps, bench.config)
+        others = self.measured.setdefault((kind, length), {})
+        if others:
+            first, other = next(iter(others.items()))
+            check_same(self.report, f"{what} beside {first}", steps, other, bench.recipe.model.dtype)
+        others[name] = steps
+        figures = self.figures(name, kind, length, batch, steps)
+        self.report.add_step(figures)
+        self.save()
+        if bench.on_cuda:
+            figures["host_waits"] = host_waits(lambda: bench.step(batch))
+            print(f"  host waits in one step: {figures['host_waits']}", flush=True)
+            self.memory.append([what, *memory_of_step(bench, batch)])
+        if bench.on_cuda or self.options.profile:
+            profile = profile_step(lambda: bench.step(batch), on_cuda=bench.on_cuda)
+            figures |= self.add_profile(what, profile, steps)
+        self.save()
 
+    def save(self) -> None:
+        """Everything so far: a run may be cut by a time limit."""
+        (self.options.out / "step.json").write_text(json.dumps(self.report.steps) + "\n")
 
-def flops(bench: Bench, batch: PackedBatch) -> float:
-    """Operations of one step, forward and backward, nothing counted twice for recomputation.
-
-    Products of layers and head (a frozen weight has no gradient to compute), and attention over the pairs of a query and a
-    key that it sees.
-    """
-    config, plan = bench.engine.module.config, batch.plan
-    head_dim = config.hidden_size // config.num_attention_heads
-    kept = plan.cu_seqlens.diff().double()
-    live = torch.bincount(plan.live_document, minlength=len(kept))
-    pairs = float((kept * (kept + 1) / 2 if plan.mode == "causal" else kept * (kept + live)).sum())
-    attention = 12 * pairs * config.num_attention_heads * head_dim * config.num_hidden_layers
-    head = 6 * config.vocab_size * config.hidden_size * len(batch.targets)
-    layers = (6 * bench.trained_weights + 4 * bench.frozen_weights) * len(batch.input_ids)
-    return layers + head + attention
-
-
-def measure(bench: Bench, name: str, length: int, options: Namespace) -> dict[str, Any]:
-    """Time steps of one kind; on a GPU also print where the host waits and what the step is made of."""
-    batch = make_batch(bench, OBJECTIVES[name], length, options.rows)
-    for _ in range(WARM_UP):
-        bench.step(batch)
-    bench.synchronize()
-    started = time.perf_counter()
-    for _ in range(options.steps):
-        loss = bench.step(batch)
-    bench.synchronize()
-    seconds = (time.perf_counter() - started) / options.steps
-    rate = flops(bench, batch) / seconds
-    figures = {
-        "kind": name,
-        "length": length,
-        "rows": len(batch.input_ids),
-        "ms": round(1e3 * seconds, 2),
-        "rows_per_s": round(len(batch.input_ids) / seconds),
-        "tflops": round(rate / 1e12, 4),
-        "mfu": round(rate / PEAK_FLOPS, 5),
-        "loss": loss.item() / max(len(batch.targets), 1),
-        "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if bench.on_cuda else None,
-    }
-    print(json.dumps(figures), flush=True)
-    if bench.on_cuda:
-        print(f"  host waits in one step: {host_waits(lambda: bench.step(batch))}", flush=True)
-    if bench.on_cuda or options.profile:
-        print_profile(bench, batch)
-    return figures
-
-
-def host_waits(step: Callable[[], object]) -> dict[str, int]:
-    """Places at which the host waited for the GPU, and how often."""
-    seen: collections.Counter[str] = collections.Counter()
-    torch.cuda.set_sync_debug_mode("warn")
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        step()
-    torch.cuda.set_sync_debug_mode("default")
-    for warning in found:
-        if "synchroniz" in str(warning.message):
-            seen[f"{warning.filename.split('site-packages/')[-1]}:{warning.lineno}"] += 1
-    return dict(seen.most_common(12))
-
-
-def print_profile(bench: Bench, batch: PackedBatch) -> None:
-    """The most expensive kernels of one step, by their own time on the device."""
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    key = "self_cpu_time_total"
-    if bench.on_cuda:
-        kinds, key = [torch.profiler.ProfilerActivity.CUDA, *kinds], "self_device_time_total"
-    with torch.profiler.profile(activities=kinds) as profile:
-        bench.step(batch)
-        bench.synchronize()
-    events = sorted(profile.key_averages(), key=lambda event: -getattr(event, key, 0))
-    total = sum(getattr(event, key, 0) for event in events)
-    for event in events[:SHOWN]:
-        own = getattr(event, key, 0)
-        print(f"    {own / total:6.1%} {own / 1e3:9.2f} ms {event.count:6d}x {event.key[:90]}")
-
-
-def compare(figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A BICO step beside an NTP step of the same documents."""
-    by_kind = {(row["kind"], row["length"]): row["ms"] for row in figures}
-    lengths = sorted({row["length"] for row in figures})
-    pairs = [(length, by_kind["bico", length], by_kind["ntp", length]) for length in lengths]
-    return [
-        {
-            "name": f"BICO beside NTP, documents of {n}",
-            "ours": a,
-            "other": b,
-            "unit": "ms",
-            "ratio": round(a / b, 3),
+    def figures(self, name: str, kind: str, length: int, batch: PackedBatch, steps: Steps) -> dict[str, Any]:
+        seconds = steps.median_seconds
+        tflops = self.bench.flops.of_step(batch) / seconds / 1e12
+        return {
+            "kind": kind,
+            "length": length,
+            "backend": name,
+            "rows": len(batch.input_ids),
+            "targets": len(batch.targets),
+            "ms": round(1e3 * seconds, 2),
+            "slowest_ms": round(1e3 * max(steps.seconds), 2),
+            "tokens_per_s": round(batch.represented_tokens / seconds),
+            "rows_per_s": round(len(batch.input_ids) / seconds),
+            "tflops": round(tflops, 4),
+            "mfu": self.bench.mfu(tflops),
+            "loss": steps.loss,
+            "grad_norm": steps.grad_norm,
+            "peak_gb": None if steps.peak_bytes is None else round(steps.peak_bytes / GB, 1),
         }
-        for n, a, b in pairs
+
+    def add_profile(self, what: str, profile: StepProfile | None, steps: Steps) -> dict[str, Any]:
+        """Tables of the step's kernels and groups; returns what step.json keeps of them."""
+        if profile is None:
+            self.report.add_note(f"{what}: the profiler saw no kernel")
+            return {}
+        self.report.add_table(
+            f"The {SHOWN} costliest kernels: {what}",
+            ["share", "ms", "calls", "kernel"],
+            profile.kernel_rows(SHOWN),
+        )
+        busy = profile.total_ms / 1e3 / steps.median_seconds
+        return {
+            "groups": profile.group_shares(),
+            "busy": round(busy, 3),
+            "cuda_waits": {name: [calls, round(ms, 2)] for name, ms, calls in profile.waits},
+        }
+
+    def add_tables(self) -> None:
+        """Speed, groups, host waits and memory of all steps, each in one table."""
+        steps = self.report.steps
+        speed = ["kind", "length", "backend", "rows", "ms", "tokens_per_s", "tflops", "mfu", "peak_gb"]
+        self.report.add_table(
+            "Whole steps (tokens: original ones, dropped placeholders among them)",
+            speed,
+            [[step[column] for column in speed] for step in steps],
+        )
+        groups = list(dict.fromkeys(group for step in steps for group in step.get("groups", {})))
+        if groups:
+            self.report.add_table(
+                "Share of kernel time by group (busy: all kernels' time as a share of the step's)",
+                ["kind", "length", "backend", "busy", *groups],
+                [
+                    [
+                        *(step[column] for column in ("kind", "length", "backend", "busy")),
+                        *(f"{step['groups'].get(group, 0):.1%}" for group in groups),
+                    ]
+                    for step in steps
+                    if "groups" in step
+                ],
+            )
+        waits = [
+            [step["kind"], step["length"], step["backend"], place, times]
+            for step in steps
+            for place, times in (step.get("host_waits", {}) | step.get("cuda_waits", {})).items()
+        ]
+        if waits:
+            self.report.add_table(
+                "Where the host waits for the GPU in one step (of CUDA's own calls: how often, and ms in all)",
+                ["kind", "length", "backend", "place", "times"],
+                waits,
+            )
+        self.report.add_table(
+            "Memory between steps, one rank", ["item", "GB", "how it is known"], memory_at_rest(self.bench)
+        )
+        if self.memory:
+            self.report.add_table(
+                "Memory within a step, GB over what is there between steps (the head's: arithmetic)",
+                ["step", "kept by forward", "of it the head's gradient", "peak of forward", "of it the head's chunk",
+                 "peak of backward", "peak of update", "held by the allocator, unused at the peak"],
+                self.memory,
+            )  # fmt: skip
+
+    def compare(self) -> None:
+        """Rows: a BICO beside an NTP step of the same documents, and the backends beside the first."""
+        median = {
+            (kind, length, name): round(1e3 * steps.median_seconds, 3)
+            for (kind, length), by_name in self.measured.items()
+            for name, steps in by_name.items()
+        }
+        for kind, length, name in median:
+            beside = ("ntp", length, name)
+            if kind == "bico" and beside in median:
+                title = f"BICO beside NTP, documents of {length}, {name}"
+                self.report.add_row(title, median[kind, length, name], median[beside], "ms")
+        for kind, length, name in median:
+            first = next(iter(self.measured[kind, length]))
+            if name != first:
+                title = f"{name} beside {first}, {kind}, documents of {length}"
+                self.report.add_row(title, median[kind, length, name], median[kind, length, first], "ms")
+
+
+def memory_at_rest(bench: Bench) -> list[list[Any]]:
+    """[item, GB, how it is known]; on a CPU without what only the GPU's allocator knows."""
+    module, optimizer = bench.engine.module, bench.engine.optimizer.optimizer
+    parameters = sum(full_numel(p) * p.element_size() for p in module.parameters())
+    masters = sum(master.nbytes for master in optimizer.state)
+    moments = sum(
+        value.nbytes
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
+    items: list[tuple[str, int, str]] = [
+        ("parameters", parameters, "by their number and dtype"),
+        ("fp32 masters", masters, "the optimizer's tensors"),
+        ("moments", moments, "the optimizer's tensors"),
     ]
+    if bench.on_cuda:
+        allocated = torch.cuda.memory_allocated()
+        rest = allocated - parameters - masters - moments
+        items += [
+            ("gradients, buckets and the rest", rest, "the difference"),
+            ("all", allocated, "torch.cuda.memory_allocated"),
+        ]
+    return [[name, round(size / GB, 3), how] for name, size, how in items]
 
 
-def run(options: Namespace) -> None:
-    # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    one_rank = ["training.global_batch_bins=1", "training.micro_batch_bins=1", "distributed.world_size=null"]
-    shape = [f"model.config.num_hidden_layers={options.layers}", "model.path=null"]
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: cannot write to '{options.out}': {error.strerror}") from None
-    recipe = load_recipe(options.recipe, [*shape, *one_rank, *options.overrides])
-    bench = build(recipe, options)
-    figures = [measure(bench, name, n, options) for n in options.lengths for name in OBJECTIVES]
-    (options.out / "step.json").write_text(json.dumps(figures) + "\n")
+def memory_of_step(bench: Bench, batch: PackedBatch) -> list[float]:
+    """GB by phase, as the table of `StepBench.add_tables` shows them, by the caching allocator's own count."""
+    rest = torch.cuda.memory_allocated()
+    peaks, kept = [], 0
+
+    def end_phase() -> None:
+        peaks.append(torch.cuda.max_memory_allocated() - rest)
+        torch.cuda.reset_peak_memory_stats()
+
+    torch.cuda.reset_peak_memory_stats()
+    loss = bench.forward(batch)
+    kept = torch.cuda.memory_allocated() - rest
+    end_phase()
+    bench.backward(loss, len(batch.targets))
+    end_phase()
+    bench.update()
+    end_phase()
+    spare = torch.cuda.memory_reserved() - rest - max(peaks)
+    gradient, chunk = head_bytes(bench, len(batch.targets))
+    sizes = [kept, gradient, peaks[0], chunk, peaks[1], peaks[2], spare]
+    return [round(size / GB, 3) for size in sizes]
+
+
+def head_bytes(bench: Bench, targets: int) -> tuple[int, int]:
+    """Arithmetic: bytes of the head's weight gradient, which the forward pass keeps, and of a chunk's two logit buffers."""
+    head = bench.engine.module.causal_lm.lm_head
+    weight = head.weight
+    gradient = full_numel(weight) * weight.element_size() if weight.requires_grad else 0
+    rows = min(head.chunk_rows, targets)
+    return gradient, rows * bench.config.vocab_size * (weight.element_size() + 4)
+
+
+def run(options: Namespace) -> int:
+    prepare(options)
+    if options.rehearse:
+        options.also, options.profile = ALSO_IN_A_REHEARSAL, True
+    report = Report()
+    bench = build(options, report)
+    steps = StepBench(bench, options, report)
+    steps.measure_all()
+    steps.add_tables()
+    steps.compare()
     distributed.leave()
     if options.json:
-        print(json.dumps({"rows": compare(figures)}))
+        print(report.to_json())
+    return report.exit_code
 
 
-main = Command(description=__doc__, add_options=add_options, contradiction=contradiction, run=run)
+main = Command(description=__doc__, add_options=add_all_options, contradiction=contradiction, run=run)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bico_ds.attention import backends
 from bico_ds.attention.backend import Backend
-from bico_ds.attention.layout import CUDA_POLICY
+from bico_ds.attention.inputs import AttentionInputs, AttentionResults
+from bico_ds.attention.kernels.aten_cuda import AtenCuda
+from bico_ds.attention.layout import CUDA_POLICY, build_layout
 from bico_ds.attention.packed import run_packed_attention
-from tests.attention.attention_problems import make_problem, relative_errors
+from bico_ds.attention.plan import map_tensors
+from tests.attention.attention_problems import FLOATS, make_problem, relative_errors
 from tests.attention.gpu_kernels import PACKAGES, RECORDS, aten_on_cpu
 
 HIDDEN_POLICY = replace(CUDA_POLICY, tile_cost=1e9)  # every document's live rows as hidden keys
@@ -82,3 +86,27 @@ def test_torchs_kernels_are_those_of_its_lowest_release(name):
     assert all(new.has_default_value() and new.default_value is None for new in by_name.values()), by_name
     outputs = torch._C.parse_schema(recorded_schemas()[name]).returns
     assert [str(value.type) for value in running.returns] == [str(value.type) for value in outputs]
+
+
+@pytest.mark.skipif(
+    torch.version.cuda is None, reason="this torch is built for CPUs: no CUDA devices, even fake ones"
+)
+@pytest.mark.parametrize("policy", [CUDA_POLICY, HIDDEN_POLICY], ids=["tiles", "hidden"])
+@pytest.mark.parametrize("mode", ["causal", "bidirectional"])
+def test_every_operation_of_the_cuda_backend_runs_on_one_cuda_device(mode, policy):
+    """On fake tensors, which need no GPU, and whose operations refuse tensors of another device."""
+    problem = make_problem([40, 1, 2, 77], mode=mode, mask_rate=0.4, head_dim=64).to(torch.bfloat16)
+    layout = build_layout(problem.plan, policy)
+    backend = Backend(kernel=AtenCuda(), policy=policy)
+    rows = [getattr(problem, name)[problem.token_of_row] for name in FLOATS]
+    with FakeTensorMode() as fake:
+        on_cuda = lambda x: fake.from_tensor(x).to("cuda")  # noqa: E731
+        q, k, v, cos, sin, grad_out = map(on_cuda, rows)
+        layout = map_tensors(layout, on_cuda).with_masks(torch.bfloat16)
+        inputs = AttentionInputs(q=q, k=k, v=v, cos=cos, sin=sin, scale=0.125, causal=mode == "causal")
+        results = backend.forward(inputs, layout)
+        results = AttentionResults(out=results.out[: len(q)], lse=results.lse)
+        grads = backend.backward(inputs, layout, results, grad_out)
+    for found, like in zip((results.out, *grads), (q, q, k, v), strict=True):
+        assert (found.shape, found.dtype, found.device) == (like.shape, torch.bfloat16, like.device)
+        assert found.device.type == "cuda"

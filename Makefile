@@ -66,7 +66,7 @@ lowest: $(LOWEST)/.installed
 
 $(LOWEST)/.installed: tests/lowest.txt pyproject.toml
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/python -m pip install --quiet -c tests/lowest.txt 'setuptools>=77' wheel numpy
+	$(LOWEST)/bin/python -m pip install --quiet -c tests/lowest.txt 'setuptools>=77,<82' wheel numpy
 	$(LOWEST)/bin/python -m pip install --quiet -c tests/lowest.txt torch
 	$(LOWEST)/bin/python -m pip install --quiet --no-build-isolation -c tests/lowest.txt -e .[dev]
 	touch $@

@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TRANSFORMERS4 := .venv-transformers4
+LOWEST := .venv-lowest
 RANKS ?= 2
 # CUDA machines: make setup TORCH_INDEX=https://download.pytorch.org/whl/cu130; later calls keep the torch that is there.
 TORCH_INDEX ?=
@@ -12,13 +13,14 @@ STAMP := $(VENV)/.installed$(if $(TORCH_INDEX),-$(notdir $(TORCH_INDEX)))
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo demo-seeds gpu-proof test transformers4 test-slow drills cluster-test lint tensorboard clean
+.PHONY: help setup demo demo-seeds gpu-proof test transformers4 test-slow lowest test-lowest drills cluster-test lint tensorboard clean
 
 help:
 	@echo "make demo         train tiny_base, tiny_bico and tiny_ntp on $(RANKS) ranks, print and plot the comparison"
 	@echo "make gpu-proof    on a machine with a CUDA GPU: is it right, how fast; six minutes"
 	@echo "make test         lint, type check and tests"
 	@echo "make test-slow    the tests that take minutes"
+	@echo "make test-lowest  the tests with the lowest releases that pyproject.toml allows (5 GB, built once)"
 	@echo "make drills       kill, damage and resume drills"
 	@echo "make cluster-test two SLURM nodes on this machine (root, Debian): launch, faults, refusals"
 	@echo "make tensorboard  open the last runs"
@@ -62,6 +64,21 @@ $(TRANSFORMERS4)/.installed: tests/transformers4.txt
 
 test-slow: setup transformers4
 	$(BIN)/pytest -m slow
+
+# The lowest releases that pyproject.toml allows, torch's CUDA build among them; it shares nothing with .venv.
+lowest: $(LOWEST)/.installed
+
+$(LOWEST)/.installed: tests/lowest.txt pyproject.toml
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet -c tests/lowest.txt 'setuptools>=77,<82' wheel numpy
+	$(LOWEST)/bin/python -m pip install --quiet -c tests/lowest.txt torch
+	$(LOWEST)/bin/python -m pip install --quiet --no-build-isolation -c tests/lowest.txt -e .[dev]
+	touch $@
+
+test-lowest: export PATH := $(CURDIR)/$(LOWEST)/bin:$(PATH)
+test-lowest: lowest
+	pytest -m "not slow and not drill and not cluster and not distributed"
+	pytest -m distributed tests/distributed/test_end_to_end.py
 
 cluster-test: setup
 	$(BIN)/pytest -m cluster tests/cluster --verbose

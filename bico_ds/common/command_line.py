@@ -84,9 +84,9 @@ class Command:
 
 
 def exit_code(work: Callable[[], int]) -> int:
-    """Do the work of a process, and return its exit code; also where Ctrl-C or `SystemExit` ends it.
+    """Do the work of a process, and return its exit code, whatever ends it: `end_process` is to be its end in every case.
 
-    A reader that has seen enough of a help text is no failure: 0. Other exceptions pass.
+    A reader that has seen enough of a help text is no failure: 0. Other exceptions are shown as Python shows them: 1.
     """
     try:
         return work()
@@ -95,9 +95,20 @@ def exit_code(work: Callable[[], int]) -> int:
     except (BrokenPipeError, SystemExit) as ended:
         if lost_its_reader(ended):
             return 0
-        if isinstance(ended, BrokenPipeError) or isinstance(ended.code, str):
-            raise
-        return ended.code or 0
+        if isinstance(ended, SystemExit) and not isinstance(ended.code, str):
+            return ended.code or 0
+        return _failed(ended)
+    except BaseException as error:
+        return _failed(error)
+
+
+def _failed(error: BaseException) -> int:
+    with contextlib.suppress(BrokenPipeError):
+        if isinstance(error, SystemExit):
+            print(error.code, file=sys.stderr)
+        else:
+            sys.excepthook(type(error), error, error.__traceback__)
+    return 1
 
 
 def lost_its_reader(ended: BrokenPipeError | SystemExit) -> bool:

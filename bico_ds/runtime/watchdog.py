@@ -46,11 +46,17 @@ class Watchdog:
         self._last = time.monotonic()
 
     def report(self, error: BaseException) -> None:
-        """Tell the other ranks that this one fails; the first report counts."""
+        """Tell the other ranks that this one fails, and stop watching: the main thread ends it, by its own exit code.
+
+        The first report counts. A thread left in the store would abort the process where the interpreter is taken down
+        (SIGABRT, pytorch#179291), and would read of its end that rank 0 is gone.
+        """
         text, code = f"{type(error).__name__}: {error}", 1
         if isinstance(error, UserError | RunError):
             text, code = str(error), error.exit_code
         self._publish({"rank": self._ranks.rank, "text": text, "code": code, "stalled": False})
+        self._closed.set()
+        self._thread.join(GRACE_SECONDS)  # the store may be out of reach
 
     def abandon(self, reason: str) -> None:
         """End this rank now, whatever the main thread is doing."""

@@ -92,9 +92,20 @@ def test_only_the_first_rank_shows_an_error_and_the_others_wait_for_it(monkeypat
     assert ("seed: none" in capsys.readouterr().err) is shown
 
 
-def test_a_broken_socket_is_a_failure():
-    with pytest.raises(BrokenPipeError):
-        exit_code(lambda: failing(BrokenPipeError(), rank=lambda: 0)([]))
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (BrokenPipeError("of a socket"), "BrokenPipeError: of a socket\n"),
+        (ZeroDivisionError("by none"), "ZeroDivisionError: by none\n"),
+        (SystemExit("the first rank is gone"), "the first rank is gone\n"),
+    ],
+)
+def test_what_nobody_expected_is_a_failure_that_python_shows(capsys, error, shown):
+    """And not passed on: the interpreter's own end aborts a process with threads in native code."""
+    assert exit_code(lambda: failing(error, rank=lambda: 0)([])) == 1
+    message = capsys.readouterr().err
+    assert message.endswith(shown)
+    assert ("Traceback" in message) is not isinstance(error, SystemExit)
 
 
 def run_without_reader(

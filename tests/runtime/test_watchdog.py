@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -38,6 +39,59 @@ if what == "raise":
     time.sleep(1)
     end_process(2)  # as launch/train.py does
 waiting_in_a_collective()
+"""
+
+# Each trial is a fork, since the imports take seconds. The interpreter's own end is the worst that can come after a report;
+# a watchdog that looks without a pause is in the store at that moment.
+ENDS = """
+import os, sys, time
+from datetime import timedelta
+import torch
+from torch.distributed import TCPStore
+from bico_ds.common.command_line import Command
+from bico_ds.common.errors import UserError
+from bico_ds.runtime import watchdog
+from bico_ds.runtime.distributed import Ranks
+from bico_ds.runtime.run_folder import RunFolder
+
+watchdog.POLL_SECONDS = 0.0
+
+def watched():
+    store = TCPStore("127.0.0.1", 0, 1, is_master=True, timeout=timedelta(seconds=60))
+    dog = watchdog.Watchdog(store, Ranks(0, 0, 1, torch.device("cpu")), RunFolder(sys.argv[1]), minutes=60)
+    time.sleep(0.1)
+    return dog
+
+def reports_and_raises(options):
+    error = UserError("no such file")
+    watched().report(error)
+    raise error
+
+def raises_unexpectedly(options):
+    dog = watched()
+    raise ZeroDivisionError
+
+def ends_in_the_interpreter():
+    try:
+        reports_and_raises(None)
+    except UserError:
+        sys.exit(2)
+
+def command(run):
+    return Command(description=None, add_options=lambda parser: None, run=run)
+
+for end in (
+    ends_in_the_interpreter,
+    lambda: command(reports_and_raises).start([]),
+    lambda: command(raises_unexpectedly).start([]),
+):
+    codes = []
+    for trial in range(6):
+        child = os.fork()
+        if child == 0:
+            end()
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    print(*codes, file=sys.stderr)
 """
 
 
@@ -86,3 +140,12 @@ def test_the_error_of_any_rank_is_told_by_the_first_and_ends_all(folder):
     assert [code for code, _ in ended] == [2, 2]
     assert ended[0][1] == "error: rank 1: no such file\n"
     folder.close()
+
+
+def test_a_watchdog_in_the_store_at_the_very_end_aborts_no_failing_rank(tmp_path):
+    """It did: SIGABRT instead of the exit code, with "terminate called" or "Fatal Python error" on stderr."""
+    command = [sys.executable, "-c", ENDS, str(tmp_path)]
+    messages = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=200).stderr
+    codes = [line.split() for line in messages.splitlines() if re.fullmatch(r"(-?\d+ ?)+", line)]
+    assert codes == [["2"] * 6, ["2"] * 6, ["1"] * 6], messages
+    assert "terminate called" not in messages and "Fatal Python error" not in messages

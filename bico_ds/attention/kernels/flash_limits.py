@@ -1,4 +1,7 @@
-"""What the CUDA flash kernels cannot take: each function returns the reason, as a clause, or None."""
+"""What the CUDA flash kernels cannot take: each function returns the reason, as a clause, or None.
+
+On the meta device, which has shapes alone, they take what the newest GPU takes: so a CPU shows how a model runs there.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,12 @@ def flash4_refusal(dtype: torch.dtype, head_dim: int, device: torch.device) -> s
 
 
 def _cuda_refusal(dtype: torch.dtype, device: torch.device, oldest: tuple[int, int]) -> str | None:
-    if device.type != "cuda":
+    if device.type not in ("cuda", "meta"):
         return f"runs on CUDA tensors, not on {device.type}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"takes float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if device.type == "meta":
+        return None
     capability = torch.cuda.get_device_capability(device)
     if capability < oldest:
         name = torch.cuda.get_device_name(device)

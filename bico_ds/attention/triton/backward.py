@@ -116,7 +116,7 @@ def _key_gradient(
     """Add what the table's rows [begin, end) give, in all heads of a group, to the gradients of rotated keys and values.
 
     The heads from `group0` on and their blocks of rows are one loop, which keeps loads in flight where documents are
-    short.
+    short. GRAD lies in the batch's order: in three stages or more its rows are there one stage before they are needed.
     """
     blocks = tl.cdiv(end - begin, BLOCK)
     for i in range(0, blocks * (H // N)):

@@ -59,7 +59,8 @@ def test_the_kernels_equal_the_formula(**problem):
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None)
+@pytest.mark.timeout(1200)
+@settings(max_examples=80, deadline=None)
 @given(**{**PROBLEMS, "lengths": st.lists(st.integers(1, 130), min_size=1, max_size=5)})
 def test_the_kernels_equal_the_formula_on_many_problems(**problem):
     check(**problem)

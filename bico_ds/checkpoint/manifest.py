@@ -67,8 +67,8 @@ def verify(path: Path) -> FoundCheckpoint:
             raise UserError(f"{path / name}: {found} bytes, {size} by the manifest")
     with ThreadPoolExecutor(_THREADS) as threads:
         checksums = threads.map(lambda name: checksum(path / name, "blake2b"), files)
-        for name, found in zip(files, checksums, strict=True):
-            if found != files[name][1]:
+        for name, computed in zip(files, checksums, strict=True):
+            if computed != files[name][1]:
                 raise UserError(f"{path / name}: the checksum differs from the manifest's")
     return FoundCheckpoint(path, content, sum(size for size, _ in files.values()))
 

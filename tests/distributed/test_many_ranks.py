@@ -35,7 +35,7 @@ from tests import ROOT
 from tests.data.loading.loaders import stream_of
 from tests.data.stores import write_store
 
-BINS, STEPS = 512, (0, 1, 7)
+BINS, STEPS = 512, (0, 7)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from bico_ds.runtime.distributed import all_gather_objects
 from bico_ds.training.micro_batches import few, write_micro_batches
 from bico_ds.training.run import Run
 
-
 _MOST_RANKS = 8  # that a message names; every rank reports it to all
 
 

@@ -51,8 +51,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The tests that start ranks, of two processes each, come alone: they use both cores, and some watch how long things take.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -m 'not distributed and not slow and not drill and not cluster' --numprocesses 2 --dist loadfile
+	$(BIN)/pytest -m 'distributed and not slow and not drill and not cluster'
 
 # Another transformers, for what must read our exports; it shares nothing with .venv.
 transformers4: $(TRANSFORMERS4)/.installed

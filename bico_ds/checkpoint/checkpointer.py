@@ -109,7 +109,7 @@ class Checkpointer:
             save_latest=False,
             exclude_frozen_parameters=self._exclude_frozen,
         )
-        table, failure = self._own_file_table(partial) if writer.failure is None else ({}, writer.failure)
+        table, failure = _file_table(partial, writer)
         tables, failures = zip(*all_gather_objects((table, failure)), strict=True)
         failure = next((failure for failure in failures if failure is not None), None)
         if failure is not None or not self._ranks.is_first:
@@ -124,13 +124,6 @@ class Checkpointer:
             "files": {name: entry for table in tables for name, entry in table.items()},
         }
         return broadcast_object(self._commit(partial, step, content))
-
-    def _own_file_table(self, partial: Path) -> tuple[manifest.FileTable, str | None]:
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
-        try:
-            return manifest.file_table(partial, files[self._ranks.rank :: self._ranks.world_size]), None
-        except OSError as error:
-            return {}, f"{partial}: {error.strerror}"
 
     def _commit(self, partial: Path, step: int, content: dict[str, Any]) -> str | None:
         """Rank 0: make it a checkpoint. Returns why not."""
@@ -154,3 +147,13 @@ class Checkpointer:
         for path in manifest.checkpoints_in(self._folder.checkpoints)[: -self._spec.keep_last]:
             if every is None or manifest.step_of(path) % every:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _file_table(partial: Path, writer: PatientWriter) -> tuple[manifest.FileTable, str | None]:
+    """The files that this rank has written, or why they are not on disk."""
+    if writer.failure is not None:
+        return {}, writer.failure
+    try:
+        return manifest.file_table(partial, writer.written), None
+    except OSError as error:
+        return {}, f"{partial}: {error.strerror}"

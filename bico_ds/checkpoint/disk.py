@@ -16,19 +16,22 @@ _SPARE = 1.05  # tables and headers
 
 
 class PatientWriter(TorchCheckpointEngine):
-    """DeepSpeed's writer that keeps the first failure instead of raising it.
+    """DeepSpeed's writer that keeps the first failure instead of raising it, and the names of the files it has written.
 
-    DeepSpeed's save has barriers between its files: a rank that raised would leave the others waiting in them.
+    DeepSpeed's save has barriers between its files: a rank that raised would leave the others waiting in them. Were the
+    files looked up in the folder instead, every rank would list those of all ranks, and on NFS might not see them all.
     """
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.failure: str | None = None
+        self.written: list[Path] = []
 
     def save(self, state_dict: Any, path: str) -> None:
         if self.failure is None:
             try:
                 super().save(state_dict, path)
+                self.written.append(Path(path))
             except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
                 self.failure = f"{path}: {error}"
 

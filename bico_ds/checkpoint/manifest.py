@@ -27,14 +27,17 @@ FileTable = dict[str, list[Any]]
 
 @dataclass(frozen=True)
 class FoundCheckpoint:
-    """A checkpoint whose files are all there, with the content that was written."""
+    """A checkpoint whose files are all there, `bytes` in all, with the content that was written.
+
+    The content is without the table of the files: every rank gets it at a resume, and the table grows with the ranks.
+    """
 
     path: Path
     content: dict[str, Any]
+    bytes: int
 
     step = property(lambda self: int(self.content["step"]))
     layout = property(lambda self: self.content["layout"])
-    bytes = property(lambda self: sum(size for size, _ in self.content["files"].values()))
 
 
 def file_table(folder: Path, files: Iterable[Path]) -> FileTable:
@@ -56,7 +59,7 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
 def verify(path: Path) -> FoundCheckpoint:
     """Compare a folder with its manifest. Raises `UserError` naming the first file that differs."""
     content = _read(path / MANIFEST)
-    files = content["files"]
+    files: FileTable = content.pop("files")
     for name, (size, _) in files.items():
         if not (path / name).is_file():
             raise UserError(f"{path / name}: missing")
@@ -64,10 +67,10 @@ def verify(path: Path) -> FoundCheckpoint:
             raise UserError(f"{path / name}: {found} bytes, {size} by the manifest")
     with ThreadPoolExecutor(_THREADS) as threads:
         checksums = threads.map(lambda name: checksum(path / name, "blake2b"), files)
-        for name, found in zip(files, checksums, strict=True):
-            if found != files[name][1]:
+        for name, computed in zip(files, checksums, strict=True):
+            if computed != files[name][1]:
                 raise UserError(f"{path / name}: the checksum differs from the manifest's")
-    return FoundCheckpoint(path, content)
+    return FoundCheckpoint(path, content, sum(size for size, _ in files.values()))
 
 
 def find(root: Path, report: Callable[[str], None]) -> FoundCheckpoint | None:

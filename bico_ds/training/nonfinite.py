@@ -14,6 +14,8 @@ from bico_ds.runtime.distributed import all_gather_objects
 from bico_ds.training.micro_batches import few, write_micro_batches
 from bico_ds.training.run import Run
 
+_MOST_RANKS = 8  # that a message names; every rank reports it to all
+
 
 class NonFiniteError(RunError):
     """A loss or gradient is not finite. The weights are those of the step before, unless the message states otherwise."""
@@ -33,17 +35,15 @@ def stop(step: int, batches: Sequence[PackedBatch], losses: Sequence[torch.Tenso
         path = folder.logs / f"nonfinite-step-{step + 1:06d}-rank-{ranks.rank}.json"
         write_micro_batches(path, [batches[i] for i in bad], [values[i] for i in bad])
         documents = [document for i in bad for document in batches[i].documents.tolist()]
-        mine = {"rank": ranks.rank, "documents": documents, "file": str(path)}
-    culprits = [entry for entry in all_gather_objects(mine) if entry is not None]
-    if not culprits:
+        mine = f"rank {ranks.rank}: documents (source, id, piece) {few(documents)}, see {path}"
+    lines = [line for line in all_gather_objects(mine) if line is not None]
+    if not lines:
         raise NonFiniteError(
             f"step {step + 1}: the losses are finite but the gradient is not; the weights are unchanged. "
             "Lower optimizer.lr or training.max_grad_norm, or go on with training.on_nonfinite=skip"
         )
-    lines = [
-        f"rank {c['rank']}: documents (source, id, piece) {few(c['documents'])}, see {c['file']}"
-        for c in culprits
-    ]
+    if len(lines) > _MOST_RANKS:
+        lines[_MOST_RANKS:] = [f"and {len(lines) - _MOST_RANKS} more ranks, each with its file there"]
     raise NonFiniteError(
         f"step {step + 1}: the loss is not finite; the weights are unchanged.\n" + "\n".join(lines)
     )

@@ -34,6 +34,16 @@ def test_a_sound_disk_leaves_no_failure(tmp_path):
     assert torch.load(tmp_path / "tag" / "file")["weights"].tolist() == [1, 1, 1]
 
 
+def test_a_writer_names_the_files_that_it_wrote_and_those_of_no_other_rank(tmp_path):
+    mine, other = (PatientWriter(CONFIG) for _ in range(2))
+    other.save({}, str(tmp_path / "another rank's"))
+    for name in ("model", "optimizer"):
+        mine.save({}, str(tmp_path / name))
+    mine.save({}, str(tmp_path / "no folder" / "file"))
+    assert mine.failure is not None
+    assert mine.written == [tmp_path / "model", tmp_path / "optimizer"]
+
+
 def test_a_lack_of_room_says_how_much(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     assert lack_of_room(tmp_path, free // 2) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,19 @@ def test_an_empty_folder_and_a_crashed_first_write_start_fresh(tmp_path):
     assert manifest.find(tmp_path / "absent", pytest.fail) is None
     (tmp_path / ".step-000100.0123456789ab.incomplete").mkdir()
     assert manifest.find(tmp_path, pytest.fail) is None
+
+
+def test_what_every_rank_gets_of_a_checkpoint_does_not_grow_with_its_files(tmp_path):
+    """A checkpoint has a file or two of each rank, and a resume sends what was found to each."""
+    found = []
+    for number in (2, 500):
+        folder = tmp_path / f"step-{number:06d}"
+        folder.mkdir()
+        for rank in range(number):
+            (folder / f"rank-{rank}").write_bytes(b"x" * 7)
+        table = manifest.file_table(folder, folder.iterdir())
+        manifest.write_manifest(folder, {"step": number, "layout": {}, "files": table})
+        found.append(manifest.verify(folder))
+    few, many = found
+    assert len(pickle.dumps(many)) < len(pickle.dumps(few)) + 20
+    assert (few.bytes, many.bytes) == (14, 3500)

@@ -37,6 +37,8 @@ def assert_same_course(run: Path, straight: Path, step: int = STEPS) -> None:
     assert ours["checksums"] == theirs["checksums"]
     assert ours["optimizer_steps"] == theirs["optimizer_steps"]
     assert ours["state"]["loader"] == theirs["state"]["loader"]
+    folder = run / "checkpoints" / f"step-{step:06d}"
+    assert set(ours["files"]) == {file.name for file in folder.glob("*.pt")}, "of all ranks, and no other"
 
 
 def state(run: Path) -> dict[str, Any]:

@@ -117,7 +117,10 @@ def test_an_earlier_start_of_the_same_slurm_job_is_taken_over_at_once(tmp_path, 
     second.close()
 
 
-@pytest.mark.parametrize("clock", [0.0, time.time(), time.time() + 3600])
+# With ids: workers that collect at different times must find the same names.
+@pytest.mark.parametrize(
+    "clock", [0.0, time.time(), time.time() + 3600], ids=["the epoch", "now", "an hour ahead"]
+)
 def test_the_lock_of_a_silent_machine_is_taken_over_after_a_watch_whatever_its_clock_shows(tmp_path, clock):
     folder = RunFolder(tmp_path)
     write_lock(folder, pid=os.getpid(), host="a-machine-that-is-gone", heartbeat=clock)

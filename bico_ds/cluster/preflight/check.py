@@ -11,6 +11,7 @@ import os
 import socket
 import time
 import warnings
+from collections import defaultdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,13 +71,13 @@ def preflight(recipe: Recipe, run: Path, *, node_problems: NodeProblems | None =
         problems = _silent(silent, reports) or _compare(recipe, run, reports, folders)
         # Print before publishing: srun may end this rank as soon as another one has ended.
         _print_problems(console, problems)
-        exchange.publish("verdict", {"problems": problems, "hosts": [r["host"] for r in reports]})
+        # No more than that: rank 0 serves it to every rank, and the problems may be as many as the ranks.
+        exchange.publish("may_begin", not problems)
         for folder in folders:
             shared.remove_probes(folder)
-    verdict = exchange.receive("verdict")
-    if verdict["problems"]:
+    if not exchange.receive("may_begin"):
         return False
-    problems, network = _check_network(exchange, verdict["hosts"], local_rank, report["device"])
+    problems, network = _check_network(exchange, report["host"], local_rank, report["device"])
     if rank == 0 and network is not None:
         _print_table(console, reports, network)
     # Every rank on which a collective fails prints that: rank 0 may be ended before it can.
@@ -169,7 +170,7 @@ def _silent(ranks: list[int], reports: list[dict[str, Any]]) -> list[str]:
 
 
 def _check_network(
-    exchange: Exchange, hosts: list[str], local_rank: int, device_report: dict[str, Any]
+    exchange: Exchange, host: str, local_rank: int, device_report: dict[str, Any]
 ) -> tuple[list[str], NetworkReport | None]:
     """Join the process group on the same store, compare the clocks at one moment, measure.
 
@@ -189,11 +190,11 @@ def _check_network(
         )
         dist.barrier()
         clocks: list[Any] = [None] * exchange.world_size
-        dist.all_gather_object(clocks, (hosts[exchange.rank], time.time()))
-        network = measure(hosts, device)
+        dist.all_gather_object(clocks, (host, time.time()))
+        network = measure([name for name, _ in clocks], device)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        return [f"rank {exchange.rank} on {hosts[exchange.rank]}: the collectives fail: {reason}"], None
+        return [f"rank {exchange.rank} on {host}: the collectives fail: {reason}"], None
     dist.barrier()
     dist.destroy_process_group()
     return judge.clock_problems(clocks), network
@@ -202,7 +203,9 @@ def _check_network(
 def _print_table(console: Console, reports: list[dict[str, Any]], network: NetworkReport) -> None:
     table = Table("node", "ranks", "device", "memory free", "TFLOP/s", "disk free", "best link GB/s")
     links = judge.node_speeds(network.links)
-    nodes = {r["host"]: [other for other in reports if other["host"] == r["host"]] for r in reports}
+    nodes: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for report in reports:
+        nodes[report["host"]].append(report)
     for host, ranks in nodes.items():
         device = ranks[0]["device"]
         memory = f"{device['memory_free_bytes'] / 1e9:.0f} GB" if "memory_free_bytes" in device else "-"

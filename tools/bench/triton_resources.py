@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """What each Triton kernel takes of a GPU: registers, stack, shared memory. Compiled for GPUs that need not be there.
 
-    python tools/bench/triton_resources.py [--architecture sm_90] [--head-dim 128] [--dtype bfloat16] [--mode causal] [--json]
-    python tools/bench/triton_resources.py --out docs/benchmarks/triton_resources.md     # all; twenty minutes
+    python tools/bench/triton_resources.py --architecture sm_90 --head-dim 128 --dtype bfloat16 --mode causal [--json]
+    python tools/bench/triton_resources.py --out docs/benchmarks/triton_resources.md     # all of them
 
 The package's own launches are compiled, for tensors on the meta device, with the tiling that each architecture has. A
 register or a stack byte is one thread's; shared memory is one program's. `products`: the tensor-core instruction.
@@ -81,7 +81,13 @@ class CompilingDriver:
 
 
 def launches(
-    capability: tuple[int, int], head_dim: int, dtype: torch.dtype, *, causal: bool, rows: int = ROWS, kept: int = KEPT
+    capability: tuple[int, int],
+    head_dim: int,
+    dtype: torch.dtype,
+    *,
+    causal: bool,
+    rows: int = ROWS,
+    kept: int = KEPT,
 ) -> list[Launch]:
     """The launches of a forward and a backward pass, without the second rotation of keys."""
 
@@ -118,9 +124,7 @@ def compiled(launch: Launch, capability: tuple[int, int]) -> triton.compiler.Com
     return launch.kernel.warmup(grid=(launch.programs,), **launch.arguments, **launch.options)
 
 
-def resources(
-    capability: tuple[int, int], head_dim: int, dtype: str, mode: str
-) -> Iterator[Resources]:
+def resources(capability: tuple[int, int], head_dim: int, dtype: str, mode: str) -> Iterator[Resources]:
     """Of each kernel of a forward and a backward pass."""
     for launch in launches(capability, head_dim, DTYPES[dtype], causal=mode == "causal"):
         kernel = compiled(launch, capability)
@@ -167,11 +171,12 @@ def loads_in_loops(ttgir: str) -> str:
 
 
 def chosen(options: Namespace) -> Iterator[Resources]:
-    """fp16 has the tiles of bf16, and is compiled for sm_90 alone unless it is asked for."""
+    """Every dtype and mode of sm_90; of the others bf16 both ways, where nothing else is asked for: their tiles are the same."""
     for name in options.architecture:
+        all_of_it = name == "sm_90"
         for head_dim in options.head_dim:
-            for dtype in options.dtype or (DTYPES if name == "sm_90" else ["bfloat16"]):
-                for mode in options.mode:
+            for dtype in options.dtype or (DTYPES if all_of_it else ["bfloat16"]):
+                for mode in options.mode or (MODES if all_of_it else ["bidirectional"]):
                     yield from resources(ARCHITECTURES[name], head_dim, dtype, mode)
 
 
@@ -206,7 +211,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--architecture", nargs="+", choices=ARCHITECTURES, default=[*ARCHITECTURES])
     parser.add_argument("--head-dim", nargs="+", type=int, choices=HEAD_DIMS, default=HEAD_DIMS)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES)
-    parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--mode", nargs="+", choices=MODES)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the page of the documentation")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
 

@@ -171,7 +171,7 @@ def loads_in_loops(ttgir: str) -> str:
 
 
 def chosen(options: Namespace) -> Iterator[Resources]:
-    """Every dtype and mode of sm_90; of the others bf16 both ways, where nothing else is asked for: their tiles are the same."""
+    """What is asked for; by default every dtype and mode of sm_90, and bf16 in both directions of the others."""
     for name in options.architecture:
         all_of_it = name == "sm_90"
         for head_dim in options.head_dim:

@@ -36,24 +36,24 @@ class Tiling:
         return BlockSizes(rows=self.forward.rows, keys=self.key.keys)
 
 
-def _tiling(forward: tuple[int, ...], query: tuple[int, ...], key: tuple[int, ...]) -> Tiling:
-    """From (rows, keys, warps, stages) of each kernel."""
-    tiles = (
-        Tile(rows=rows, keys=keys, warps=warps, stages=stages)
-        for rows, keys, warps, stages in (forward, query, key)
-    )
-    return Tiling(**dict(zip(("forward", "query", "key"), tiles, strict=True)))
+def _tiling(*tiles: tuple[int, int, int, int]) -> Tiling:
+    """Of the forward, query-gradient and key-gradient kernels: (rows, keys, warps, stages) each."""
+    forward, query, key = (Tile(rows=r, keys=k, warps=w, stages=s) for r, k, w, s in tiles)
+    return Tiling(forward=forward, query=query, key=key)
 
 
 _INTERPRETED = _tiling((32, 16, 4, 1), (32, 16, 4, 1), (16, 32, 4, 1))
 
 # Chained products give each warp 16 rows of their first factor (the key-gradient kernel: 16 keys), so 64 rows take 4 warps;
 # with 8 half of them would repeat the others' work. 64 rather than 128 rows, because the documents that these kernels are
-# for are short, and an architecture has one block size.
-_AMPERE = {
+# for are short, and an architecture has one block size per head dimension.
+
+# mma.sync: 255 registers each leave two programs per multiprocessor. Up to head dimension 128 two fit the smallest
+# shared memory, 99 KB of sm_86 and sm_120.
+_MMA_SYNC = {
     32: _tiling((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
-    64: _tiling((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
-    128: _tiling((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
+    64: _tiling((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+    128: _tiling((64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
     # Accumulators of 64 x 256 fill 4 warps: few keys at a time, and none in flight where the stack would grow.
     256: _tiling((64, 32, 4, 2), (64, 32, 8, 1), (32, 64, 8, 1)),
 }
@@ -61,9 +61,8 @@ _AMPERE = {
 # By compute capability, and by the largest head dimension that a tiling serves. Chosen from what the kernels compile to
 # (docs/benchmarks/triton_resources.md): no GPU has timed them yet.
 TILINGS: dict[tuple[int, int], dict[int, Tiling]] = {
-    (8, 0): _AMPERE,
-    # A third less shared memory: fewer keys in flight, so that a multiprocessor holds two programs.
-    (8, 6): {**_AMPERE, 128: _tiling((64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2))},
+    (8, 0): _MMA_SYNC,
+    (8, 6): _MMA_SYNC,
     # wgmma takes its 64 rows from 4 warps. 255 registers each leave two programs per multiprocessor, without stack.
     (9, 0): {
         32: _tiling((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
@@ -80,8 +79,7 @@ TILINGS: dict[tuple[int, int], dict[int, Tiling]] = {
         128: _tiling((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 1)),
         256: _tiling((128, 32, 8, 1), (128, 32, 8, 1), (32, 64, 8, 1)),
     },
-    # As (8, 6): mma.sync, and as little shared memory.
-    (12, 0): {**_AMPERE, 128: _tiling((64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2))},
+    (12, 0): _MMA_SYNC,
 }
 
 

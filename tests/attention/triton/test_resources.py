@@ -37,9 +37,15 @@ ARCHITECTURES = [f"sm_{10 * major + minor}" for major, minor in TILINGS]
 
 @functools.cache
 def compiled(*options: str) -> list[dict]:
+    return json.loads(run_python(str(TOOL), "--json", *options).splitlines()[-1])["rows"]
+
+
+def run_python(*arguments: str) -> str:
+    """Its output."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tools" / "bench")))
     done = subprocess.run(
-        [sys.executable, str(TOOL), "--json", *options],
+        [sys.executable, *arguments],
         env=environment,
         capture_output=True,
         text=True,
@@ -47,7 +53,7 @@ def compiled(*options: str) -> list[dict]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])["rows"]
+    return done.stdout
 
 
 def one_tiling(architecture: str) -> list[dict]:
@@ -80,6 +86,23 @@ def test_loads_of_tiles_are_in_flight_while_others_are_used():
         if row["loads"]:
             ahead, of = map(int, row["loads"].split(" of "))
             assert ahead == (of - 2 if row["kernel"] == "key_gradient" else of), row
+
+
+def test_a_batch_of_another_size_needs_no_other_compilation():
+    """Training would stop for seconds at each: sizes are arguments that Triton must not specialize on."""
+    done = run_python(
+        "-c",
+        """if True:
+        from tools.bench.triton_resources import compiled, launches, torch
+
+        one, other = (
+            launches((9, 0), 128, torch.bfloat16, causal=False, rows=rows, kept=kept)
+            for rows, kept in ((8192, 8000), (8191, 7777))
+        )
+        print(*(compiled(a, (9, 0)) is compiled(b, (9, 0)) for a, b in zip(one, other, strict=True)))
+        """,
+    )
+    assert done.split() == ["True"] * 4
 
 
 @pytest.mark.slow

@@ -88,12 +88,12 @@ def query_gradient_kernel(
     )
     c, s = load_tables(COS, SIN, rows, there, D, HALF)
     if DIRECTIONS == 2:
-        a1, a2 = turn(a1, a2, c, s)
         K += tl.cast(num_kept, tl.int64) * (N * D)
-        ROTATED += tl.cast(num_entries, tl.int64) * (H * D)
+        a1, a2 = turn(a1, a2, c, s)
         rows = rows_again(ROWS, entries, there)
         r1, r2 = load_rotated(Q, rows * q_row + head * D, COS, SIN, rows, there, scale, True, D, HALF)
-        store_halves(ROTATED, in_table * D, there, r1, r2, D, HALF)
+        in_reversed = tl.cast(H, tl.int64) * num_entries + in_table
+        store_halves(ROTATED, in_reversed * D, there, r1, r2, D, HALF)
         a1, a2 = _query_gradient(
             a1, a2, r1, r2, grad, lse, delta, split, K, V, v_row, keys, low, high, True, True, D, HALF, KEYS
         )

@@ -36,21 +36,50 @@ class Tiling:
         return BlockSizes(rows=self.forward.rows, keys=self.key.keys)
 
 
-_HOPPER_128 = Tiling(
-    forward=Tile(rows=64, keys=64, warps=4, stages=2),
-    query=Tile(rows=64, keys=64, warps=8, stages=2),
-    key=Tile(rows=64, keys=64, warps=8, stages=2),
-)
-_SMALL = Tiling(
-    forward=Tile(rows=32, keys=16, warps=4, stages=1),
-    query=Tile(rows=32, keys=16, warps=4, stages=1),
-    key=Tile(rows=16, keys=32, warps=4, stages=1),
-)
+def _tiling(*tiles: tuple[int, int, int, int]) -> Tiling:
+    """Of the forward, query-gradient and key-gradient kernels: (rows, keys, warps, stages) each."""
+    forward, query, key = (Tile(rows=r, keys=k, warps=w, stages=s) for r, k, w, s in tiles)
+    return Tiling(forward=forward, query=query, key=key)
 
-# By compute capability, and by head dimension as `padded_head_dim` gives it.
+
+_INTERPRETED = _tiling((32, 16, 4, 1), (32, 16, 4, 1), (16, 32, 4, 1))
+
+# Chained products give each warp 16 rows of their first factor (the key-gradient kernel: 16 keys), so 64 rows take 4 warps;
+# with 8 half of them would repeat the others' work. 64 rather than 128 rows, because the documents that these kernels are
+# for are short, and an architecture has one block size per head dimension.
+
+# mma.sync: 255 registers each leave two programs per multiprocessor. Up to head dimension 128 two fit the smallest
+# shared memory, 99 KB of sm_86 and sm_120.
+_MMA_SYNC = {
+    32: _tiling((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
+    64: _tiling((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+    128: _tiling((64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
+    # Accumulators of 64 x 256 fill 4 warps: few keys at a time, and none in flight where the stack would grow.
+    256: _tiling((64, 32, 4, 2), (64, 32, 8, 1), (32, 64, 8, 1)),
+}
+
+# By compute capability, and by the largest head dimension that a tiling serves. Chosen from what the kernels compile to
+# (docs/benchmarks/triton_resources.md): no GPU has timed them yet.
 TILINGS: dict[tuple[int, int], dict[int, Tiling]] = {
-    (8, 0): {32: _HOPPER_128, 64: _HOPPER_128, 128: _HOPPER_128, 256: _SMALL},
-    (9, 0): {32: _HOPPER_128, 64: _HOPPER_128, 128: _HOPPER_128, 256: _SMALL},
+    (8, 0): _MMA_SYNC,
+    (8, 6): _MMA_SYNC,
+    # wgmma takes its 64 rows from 4 warps. 255 registers each leave two programs per multiprocessor, without stack.
+    (9, 0): {
+        32: _tiling((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
+        64: _tiling((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
+        # The masks of padding columns need registers, too; 8 warps on 128 rows need fewer for addresses.
+        96: _tiling((128, 64, 8, 2), (128, 32, 8, 2), (16, 128, 8, 2)),
+        128: _tiling((64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2)),
+        256: _tiling((64, 32, 4, 2), (64, 32, 8, 1), (32, 64, 8, 1)),
+    },
+    # tcgen05 is widest at 128 rows, and keeps its accumulators outside of the registers.
+    (10, 0): {
+        32: _tiling((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
+        64: _tiling((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
+        128: _tiling((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 1)),
+        256: _tiling((128, 32, 8, 1), (128, 32, 8, 1), (32, 64, 8, 1)),
+    },
+    (12, 0): _MMA_SYNC,
 }
 
 
@@ -66,6 +95,6 @@ def tiling_of(capability: tuple[int, int] | None, head_dim: int) -> Tiling:
     None as `capability`: no GPU; Triton's interpreter, where small tiles reach every branch with short documents.
     """
     if capability is None:
-        return _SMALL
-    newest = max(known for known in TILINGS if known <= capability)
-    return TILINGS[newest][padded_head_dim(head_dim)]
+        return _INTERPRETED
+    tilings = TILINGS[max(known for known in TILINGS if known <= capability)]
+    return tilings[min(largest for largest in tilings if head_dim <= largest)]

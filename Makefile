@@ -79,7 +79,7 @@ $(LOWEST)/.installed: tests/lowest.txt pyproject.toml
 
 test-lowest: export PATH := $(CURDIR)/$(LOWEST)/bin:$(PATH)
 test-lowest: lowest
-	pytest -m "not slow and not drill and not cluster and not distributed"
+	pytest -m 'not distributed and not slow and not drill and not cluster' --numprocesses 2 --dist loadfile
 	pytest -m distributed tests/distributed/test_end_to_end.py
 
 cluster-test: setup

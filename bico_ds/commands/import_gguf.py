@@ -66,10 +66,22 @@ def import_gguf(
         del model.config.quantization_config
     check_attention(model.config)
     check_vocabulary(model.config, len(tokenizer), tokenizer=str(file))
+    _name_special_tokens(tokenizer, file)
     check_special_tokens(model.config, tokenizer)
     check_name_tokens(tokenizer, _PROBE_NAMES)
     output.parent.mkdir(parents=True, exist_ok=True)
     export_model(model, ExportedTokenizer(tokenizer, None), output, dtype, overwrite=overwrite)
+
+
+def _name_special_tokens(tokenizer: FastTokenizer, file: Path) -> None:
+    """BOS and EOS as the file has them: transformers 5.17 gives the tokenizer others."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    for name in ("bos_token", "eos_token"):
+        field = reader.get_field(f"tokenizer.ggml.{name}_id")
+        if field is not None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(field.contents())))
 
 
 def check_special_tokens(config: Any, tokenizer: Tokenizer) -> None:

@@ -149,7 +149,7 @@ def registers_and_stack(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [TOOLS / "cuobjdump", "-res-usage", file.name]
+        command = [str(TOOLS / "cuobjdump"), "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = dict(re.findall(r"(REG|STACK):(\d+)", usage))
     return int(found["REG"]), int(found["STACK"])
@@ -195,10 +195,13 @@ def page(rows: list[Resources]) -> str:
     versions = ", ".join(f"{name} {found.group(1)}" for name, found in ptxas.items() if found)
     return f"""# Benchmark: what the Triton kernels take of a GPU
 
-Written by `python tools/bench/triton_resources.py --out docs/benchmarks/triton_resources.md`, with Triton
-{triton.__version__} ({versions}), on a machine without a GPU: the kernels are compiled, not run, and no GPU has timed
-their tiles yet. Head dimension 96 is padded to 128. The tests of `make test-slow` compile them all again, and allow no
-kernel more stack than stands here.
+```bash
+python tools/bench/triton_resources.py --out docs/benchmarks/triton_resources.md
+```
+
+With Triton {triton.__version__} ({versions}), on a machine without a GPU: the kernels are compiled, not run, and no GPU has
+timed their tiles yet. Head dimension 96 is padded to 128. The tests compile them again (`make test` those of head
+dimension 128, bf16, both directions), and allow no kernel more stack than stands here.
 
 Registers and stack (bytes) are per thread, shared memory (bytes) per program; `products` names the tensor-core
 instruction; `loads`: how many of the loads in the loops over keys or rows are asynchronous.

@@ -55,7 +55,7 @@ _MMA_SYNC = {
     64: _tiling((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
     128: _tiling((64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
     # Accumulators of 64 x 256 fill 4 warps: few keys at a time, and none in flight where the stack would grow.
-    256: _tiling((64, 32, 4, 2), (64, 32, 8, 1), (32, 64, 8, 1)),
+    256: _tiling((64, 32, 4, 2), (64, 32, 8, 1), (16, 64, 8, 1)),
 }
 
 # By compute capability, and by the largest head dimension that a tiling serves. Chosen from what the kernels compile to

@@ -29,7 +29,9 @@ def step(kind, length, ms, mfu, backend="auto"):
 
 
 def row(name, ours, other, unit="ms"):
-    return {"name": name, "ours": ours, "other": other, "unit": unit, "ratio": ours / other}
+    findings = Findings()
+    findings.add_row(name, ours, other, unit)
+    return findings.rows[0]
 
 
 def results(*, steps=(), rows=(), **statuses) -> dict[str, Result]:
@@ -82,6 +84,14 @@ def test_steps_are_compared_by_one_backend_and_the_best_counts():
     ]  # fmt: skip
     (aim,) = [aim for aim in judge_aims(results(steps=steps), rehearsal=False) if "40 tokens" in aim.aim]
     assert (aim.figure, aim.verdict) == ("0.8", "met")
+
+
+def test_a_ratio_says_how_many_times_better_ours_is_of_times_and_of_rates():
+    ours, times = random.uniform(1e-3, 1e3), random.uniform(1e-3, 1e3)
+    for unit in ("ms", "s"):
+        assert row("a", ours, ours * times, unit)["ratio"] == pytest.approx(times, rel=1e-5)
+    for unit in ("tokens/s", "TFLOP/s"):
+        assert row("a", ours * times, ours, unit)["ratio"] == pytest.approx(times, rel=1e-5)
 
 
 def test_a_rate_is_better_when_it_is_higher():

@@ -141,7 +141,7 @@ def _judge_check(result: Result | None) -> Judgement:
     verdicts: dict[str, Literal["met", "missed"]] = {"right": "met", "wrong": "missed"}
     if result is None or result.status not in verdicts:
         return Judgement(aim=RIGHT, limit="all", figure="", verdict="not measured")
-    figure = "all" if result.status == "right" else f"wrong: {len(result.findings.wrong)}"
+    figure = "all that ran" if result.status == "right" else f"wrong: {len(result.findings.wrong)}"
     return Judgement(aim=RIGHT, limit="all", figure=figure, verdict=verdicts[result.status])
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -17,20 +18,25 @@ aten = torch.ops.aten
 WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
 # They copy the host's numbers from pageable memory, for which it waits; on the meta device they dispatch nothing.
-COPIES = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
+COPIES = ((torch, "tensor"), (torch, "as_tensor"), (torch, "asarray"), (Tensor, "new_tensor"))
 
 
 @contextmanager
 def no_host_work() -> Iterator[None]:
     """Inside, an `AssertionError` for every operation on the host, and every one for which it waits for the device."""
-    with _NoCopies(), _NoWaits():
+    with _no_copies(), _NoWaits():
         yield
 
 
-class _NoCopies(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func not in COPIES, f"{func}: a copy of the host's numbers"
-        return func(*args, **(kwargs or {}))
+@contextmanager
+def _no_copies() -> Iterator[None]:
+    """Not by a `TorchFunctionMode`: torch leaves that before it begins a backward pass."""
+    with ExitStack() as stack:
+        for owner, name in COPIES:
+            stack.enter_context(
+                patch.object(owner, name, side_effect=AssertionError(f"{name}: a copy of the host's numbers"))
+            )
+        yield
 
 
 class _NoWaits(TorchDispatchMode):
@@ -54,15 +60,15 @@ def _waits(func: Any, args: Any) -> bool:
 
 
 @contextmanager
-def checked_gradients(functions: list[type[torch.autograd.Function]]) -> Iterator[set[type]]:
-    """Inside, each gradient that these functions return must have its input's dtype and shape; yields those that ran.
+def checked_gradients(functions: list[type[torch.autograd.Function]]) -> Iterator[Counter[str]]:
+    """Inside, each gradient that these functions return must have its input's dtype and shape; yields how often they ran.
 
     Autograd itself would cast it, at the cost of a pass over memory.
     """
-    ran: set[type] = set()
+    ran: Counter[str] = Counter()
     plain = [(function, function.forward, function.backward) for function in functions]
     for function, forward, backward in plain:
-        function.forward = staticmethod(_noting(forward))
+        function.forward = staticmethod(_noting(function, forward, ran))
         function.backward = staticmethod(_checking(function, backward, ran))
     try:
         yield ran
@@ -71,18 +77,19 @@ def checked_gradients(functions: list[type[torch.autograd.Function]]) -> Iterato
             function.forward, function.backward = staticmethod(forward), staticmethod(backward)
 
 
-def _noting(forward: Any) -> Any:
+def _noting(function: type, forward: Any, ran: Counter[str]) -> Any:
     def noting(ctx: Any, *inputs: Any) -> Any:
+        ran[f"{function.__name__}.forward"] += 1
         ctx.noted = [(x.dtype, x.shape) if isinstance(x, Tensor) else None for x in inputs]
         return forward(ctx, *inputs)
 
     return noting
 
 
-def _checking(function: type, backward: Any, ran: set[type]) -> Any:
+def _checking(function: type, backward: Any, ran: Counter[str]) -> Any:
     def checking(ctx: Any, *grads: Any) -> Any:
         found = backward(ctx, *grads)
-        ran.add(function)
+        ran[f"{function.__name__}.backward"] += 1
         for grad, noted in zip(found, ctx.noted, strict=True):
             assert grad is None or (grad.dtype, grad.shape) == noted, f"{function}: {grad.dtype}, not {noted}"
         return found

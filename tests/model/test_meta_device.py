@@ -64,7 +64,7 @@ def batch_of(objective: dict[str, Any], backend: str = "aten-cuda") -> PackedBat
 
 
 def run(model: TrainableModel, batch: PackedBatch) -> Tensor:
-    """Forward and backward under watch; checks what goes from layer to layer."""
+    """Forward and backward under watch; checks what goes from layer to layer, and what runs again in the backward pass."""
     rows, width = len(batch.input_ids), model.config.hidden_size
 
     def check_hidden(module: Any, args: Any, out: Tensor) -> None:
@@ -78,7 +78,14 @@ def run(model: TrainableModel, batch: PackedBatch) -> Tensor:
         torch.autograd.backward(loss)  # `Tensor.backward` would switch off half of the watch
     for hook in hooks:
         hook.remove()
-    assert ran == set(functions)
+    layers, every = len(hooks), model.recompute_every
+    recomputed = len(range(0, layers, every)) if every else 0
+    assert ran == {
+        "_PackedAttention.forward": layers + recomputed,
+        "_PackedAttention.backward": layers,
+        "_ChunkedCrossEntropy.forward": 1,
+        "_ChunkedCrossEntropy.backward": 1,
+    }
     return loss
 
 
@@ -92,7 +99,7 @@ def check_gradients(model: TrainableModel) -> None:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-@pytest.mark.parametrize("backend", ["aten-cuda", *NEWEST])
+@pytest.mark.parametrize("backend", ["aten-cuda", "triton", *NEWEST])
 def test_every_objective_runs_by_every_gpu_kernel(objective, backend, tmp_path):
     with ExitStack() as stack:
         if backend in NEWEST:
@@ -183,6 +190,22 @@ FORBIDDEN = {
 def test_the_watch_refuses(what):
     with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), no_host_work():
         FORBIDDEN[what]()
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_the_watch_refuses_it_in_a_backward_pass(what):
+    class DoesItBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            FORBIDDEN[what]()
+            return grad
+
+    with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), no_host_work():
+        DoesItBackward.apply(X.clone().requires_grad_()).sum().backward()
 
 
 def test_the_watch_lets_pass_what_a_gpu_does_by_itself():

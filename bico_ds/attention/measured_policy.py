@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib.metadata
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -103,7 +104,7 @@ class MeasuredPolicy:
     gpu: str
     date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")]
     driver: str
-    versions: dict[str, str]
+    versions: Mapping[str, str]
     measurements: tuple[Measurement, ...]
     comparisons: tuple[Comparison, ...]
 

@@ -132,6 +132,10 @@ def on_threads(world_size: int, work) -> list:
         multi_threaded_pg._uninstall_threaded_pg()
 
 
+@pytest.mark.skipif(
+    not hasattr(multi_threaded_pg.ThreadLocalWorld, "comms"),
+    reason="this torch's threaded process group cannot be destroyed (2.11)",
+)
 def test_64_ranks_agree_on_what_they_gather_broadcast_and_add():
     world_size = 64
     failing = random.randrange(world_size)

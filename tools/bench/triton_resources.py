@@ -30,6 +30,7 @@ from bico_ds.attention.triton.launches import Launch, backward_launches, forward
 from bico_ds.attention.triton.operands import Operands
 from bico_ds.attention.triton.tilings import TILINGS, tiling_of
 from bico_ds.common.command_line import Command
+from bico_ds.config.arguments import local_path
 
 ROWS, KEPT = 8192, 8000  # of the batch; no kernel depends on them
 HEADS, KEY_HEADS = 32, 8
@@ -215,7 +216,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--head-dim", nargs="+", type=int, choices=HEAD_DIMS, default=HEAD_DIMS)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES)
     parser.add_argument("--mode", nargs="+", choices=MODES)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the page of the documentation")
+    parser.add_argument("--out", type=local_path, metavar="FILE", help="write the page of the documentation")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -145,9 +146,13 @@ def rotary_tables(position, head_dim, factor=1.0) -> tuple[Tensor, Tensor]:
 def relative_errors(
     found: list[Tensor], expected: list[Tensor], *, at_least: list[Tensor] | None = None
 ) -> list[float]:
-    """Largest error of each tensor, relative to its largest entry, or to `at_least` (1 by default) where that is more."""
+    """Largest error of each tensor, relative to its largest entry, or to `at_least` (1 by default) where that is more.
+
+    That of a NaN is infinite: Python's `max` passes over a NaN that does not come first.
+    """
     least = at_least or [torch.ones(())] * len(found)
-    return [
-        float(((a.double() - b.double()).abs() / b.double().abs().max().clamp_min(size)).max())
+    largest = [
+        ((a.double() - b.double()).abs() / b.double().abs().max().clamp_min(size)).max()
         for a, b, size in zip(found, expected, least, strict=True)
     ]
+    return [float(error.nan_to_num(math.inf)) for error in largest]

@@ -275,3 +275,8 @@ def test_hidden_keys_weigh_nothing_in_a_kernel_without_key_mask(mask_rate):
     problem = make_problem([40, 1, 23, 60], mask_rate=mask_rate, seed=15)
     found = problem.packed(partial(run_packed_attention, scale=0.25, backend=backend))
     assert max(relative_errors(found, problem.dense_rows())) < 1e-12
+
+
+def test_a_gradient_of_nan_is_the_largest_error_of_all():
+    right, wrong = torch.ones(3, 2, 8), torch.full((3, 2, 8), torch.nan)
+    assert max(relative_errors([right, wrong], [right, right])) == float("inf")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -123,14 +124,24 @@ class MeasuredPolicy:
     def objection(self, backend: str, dtype: torch.dtype, head_dim: int) -> str | None:
         """Why a backend may not be called right for such inputs, as a clause; None where it is right.
 
-        Every case of this dtype and head dimension must be right, and there must be one.
+        Every case of this dtype and head dimension must be right, and every case that the file has of any must be there:
+        one that crashed the process, or came too late, left no comparison.
         """
         name = str(dtype).removeprefix("torch.")
-        cases = [c for c in self.comparisons if (c.backend, c.dtype, c.head_dim) == (backend, name, head_dim)]
-        wrong = ", ".join(case.case for case in cases if not case.is_right)
+        inputs = f"in {name} at head dimension {head_dim}"
+        all_cases = [c for c in self.comparisons if c.backend == backend]
+        cases = [c for c in all_cases if (c.dtype, c.head_dim) == (name, head_dim)]
         if not cases:
-            return f"was not compared with the oracle in {name} at head dimension {head_dim}"
-        return f"was wrong there ({wrong})" if wrong else None
+            return f"was not compared with the oracle {inputs}"
+        if wrong := ", ".join(c.case for c in cases if not c.is_right):
+            return f"was wrong there ({wrong})"
+        compared = {c.case for c in cases}
+        missing = dict.fromkeys(c.case for c in all_cases if c.case not in compared)
+        return (
+            f"was not compared with the oracle {inputs} in every case ({', '.join(missing)})"
+            if missing
+            else None
+        )
 
 
 @functools.cache
@@ -145,13 +156,16 @@ def file_name(capability: tuple[int, int]) -> str:
 def read_measured_policy(capability: tuple[int, int], folder: Path = MEASURED) -> MeasuredPolicy | None:
     """What was measured on GPUs of this compute capability; None where nothing was.
 
-    Raises `UserError` for a file of another format, with impossible values, of another GPU, or of a rehearsal.
+    Raises `UserError` for a file that cannot be read, of another format, with impossible values, of another GPU, or of a
+    rehearsal.
     """
     file = folder / file_name(capability)
     try:
         policy = _file_format().validate_json(file.read_bytes(), strict=True)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise _refused(file, f"cannot be read ({error.strerror})") from None
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
@@ -211,12 +225,13 @@ def choose_policy(
 def _policy_beside(other: Alternative | None, found: Measurement, estimate: LayoutPolicy) -> LayoutPolicy:
     if other is None:
         return estimate
+    can_hide = not math.isinf(estimate.hidden_cost)  # here, whatever could where it was measured
     return replace(
         estimate,
         flash_from=other.flash_from,
         causal_flash_from=other.causal_flash_from,
         tile_cost=other.live_cost,
-        hidden_cost=estimate.hidden_cost if found.hidden_cost is None else found.hidden_cost,
+        hidden_cost=found.hidden_cost if can_hide and found.hidden_cost is not None else estimate.hidden_cost,
     )
 
 

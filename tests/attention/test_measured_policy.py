@@ -134,6 +134,13 @@ def test_a_file_that_is_no_json_is_refused_with_its_name(tmp_path):
         read_measured_policy(HOPPER, tmp_path)
 
 
+def test_a_file_that_cannot_be_read_is_refused_with_its_name(tmp_path):
+    file = tmp_path / file_name(HOPPER)
+    file.mkdir()
+    with pytest.raises(UserError, match=rf"^{file}: cannot be read \(Is a directory\)"):
+        read_measured_policy(HOPPER, tmp_path)
+
+
 @pytest.mark.parametrize("mode", ["bidirectional", "causal"])
 def test_the_triton_kernels_take_documents_below_the_measured_length_and_flash_the_others(mode):
     measured = fresh_policy()
@@ -184,6 +191,11 @@ def assert_beside_tiles(policy, measured):
             BF16,
             "was not compared with the oracle in bfloat16 at head dimension 128",
         ),
+        (
+            {"comparisons": (comparison(), comparison(case="live rows"), comparison(dtype="float16"))},
+            torch.float16,
+            "was not compared with the oracle in float16 at head dimension 128 in every case (live rows)",
+        ),
     ],
 )
 def test_triton_kernels_that_were_not_compared_for_such_inputs_are_not_taken(changes, dtype, said):
@@ -191,6 +203,15 @@ def test_triton_kernels_that_were_not_compared_for_such_inputs_are_not_taken(cha
     policy, note = choose(measured, dtype=dtype)
     assert_beside_tiles(policy, measured)
     assert said in note
+
+
+def test_a_kernel_that_cannot_hide_keys_here_hides_none_whatever_was_measured():
+    measured = fresh_policy()
+    estimate = replace(CUDA_POLICY, hidden_cost=math.inf)
+    settings = {"kernel": "aten-cuda", "dtype": BF16, "head_dim": 128, "blocks": BLOCKS}
+    for refusal in (None, "needs Triton, which is not installed"):
+        policy, _ = choose_policy(measured, estimate, refusal=refusal, **settings)
+        assert policy.hidden_cost == math.inf
 
 
 def test_triton_kernels_that_are_no_faster_or_were_not_timed_are_not_taken():

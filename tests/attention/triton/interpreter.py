@@ -74,6 +74,11 @@ def attend(problem: Problem) -> list[Tensor]:
     return problem.packed(packed_attention, backend="triton")
 
 
+def attend_scaled(problem: Problem, scale: float) -> list[Tensor]:
+    """`attend` with a softmax scale that is given."""
+    return problem.packed(packed_attention, backend="triton", scale=scale)
+
+
 def attend_by(policy: LayoutPolicy, problem: Problem) -> list[Tensor]:
     """The same by a policy, with the CPU's flash kernel."""
     backend = Backend(kernel=CpuFlash(), policy=policy)

@@ -21,6 +21,7 @@ from tests.attention.triton.interpreter import (
     attend_by_mutant,
     attend_far_apart,
     attend_from_one_projection,
+    attend_scaled,
     interpreted,
     needs_triton,
 )
@@ -97,6 +98,23 @@ def test_scores_that_grow_from_tile_to_tile_do_not_overflow():
     problem = problem.to(torch.float32)
     # A score of about 150 is known to 150 times fp32's 6e-8, whatever computes it.
     assert max(relative_errors(interpreted(attend, problem), problem.dense_rows())) < 1e-5
+
+
+def test_scores_far_below_zero_weigh_against_each_other_and_not_against_absent_keys():
+    """Of all keys, so that a softmax which began with a score of 0, or counted a key behind the end, would know no other."""
+    problem = make_problem([20], mask_rate=0.2, heads=(2, 1), head_dim=8, seed=8)
+    unturned = {"cos": torch.ones_like(problem.cos), "sin": torch.zeros_like(problem.sin)}
+    far = {"q": problem.q.abs() + 1, "k": -150 * (problem.k.abs() + 1)}
+    problem = replace(problem, **far, **unturned).to(torch.float32)
+    found = interpreted(attend, problem)
+    assert max(relative_errors(found, problem.dense_rows(), at_least=problem.rounding_sizes())) < 1e-4
+
+
+def test_a_scale_that_is_given_is_used_in_forward_and_backward():
+    problem = make_problem([20, 3], mask_rate=0.3, heads=(2, 1), head_dim=16, seed=12).to(torch.float32)
+    halved = replace(problem, q=problem.q * 0.5).dense_rows()  # by the scale 1/4 of head dimension 16
+    found = interpreted(attend_scaled, problem, 0.125)
+    assert max(relative_errors([found[0], found[1] * 2, *found[2:]], halved)) < 3e-6
 
 
 def test_changing_one_document_changes_no_bit_of_another_and_a_repetition_changes_none():

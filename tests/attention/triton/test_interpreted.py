@@ -185,7 +185,7 @@ def test_rows_beyond_2_to_the_31_elements_are_found():
     assert all(torch.equal(a, b) for a, b in zip(found, interpreted(attend, problem), strict=True))
 
 
-TURN_OF_QUERIES = "a1, a2 = turn(a1, a2, c, s)\n        K"
+TURN_OF_QUERIES = "a1, a2 = turn(a1, a2, c, s)\n        rows"
 TURN_OF_KEYS = "a1, a2 = turn(a1, a2, c, s)\n        _"
 MUTATIONS = {
     "the reversed sine's sign": ("forward", "there, scale, True", "there, scale, False"),
@@ -202,7 +202,7 @@ MUTATIONS = {
         "keys = documents.key_counts[owner]\n",
         "keys = documents.key_counts[owner] + 1\n",
     ),
-    "the turn of the queries left out": ("backward", TURN_OF_QUERIES, "K"),
+    "the turn of the queries left out": ("backward", TURN_OF_QUERIES, "rows"),
     "the turn of the keys left out": ("backward", TURN_OF_KEYS, "_"),
     "a rotation of length 1 assumed": ("primitives", "length = c * c + s * s", "length = 1.0"),
     "a missing member of a group of heads": ("backward", "blocks * (H // N)", "blocks * (H // N - 1)"),

@@ -195,7 +195,8 @@ MUTATIONS = {
     "a query of the neighbour document": (
         "backward",
         "BLOCK)\n        there = entries < end",
-        "BLOCK)\n        there = entries <= end",
+        # Of the last document none: what lies behind the table is no row, and may end the process.
+        "BLOCK)\n        there = entries < tl.minimum(end + 1, num_entries)",
     ),
     "a live row used as a key": (
         "row_blocks",

@@ -78,11 +78,28 @@ def save(result: Result, machine: dict[str, Any], folder: Path) -> None:
 
 def load(part: str, machine: dict[str, Any], folder: Path) -> Result | None:
     """The kept result of a part on this machine, source and versions; None where there is none."""
-    try:
-        content = json.loads((folder / f"{part}.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-    if content["machine"] != machine:
+    content = _read(folder / f"{part}.json")
+    if content is None or content["machine"] != machine:
         return None
     kept = content["result"]
     return Result(**{**kept, "findings": Findings(**kept["findings"])})
+
+
+def other_machines(machine: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """The machines, other than this one, whose results the folder holds, each once."""
+    contents = (_read(file) for file in sorted(folder.glob("*.json")))
+    found: list[dict[str, Any]] = []
+    for content in contents:
+        if content is not None and content["machine"] not in (machine, *found):
+            found.append(content["machine"])
+    return found
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """What `save` wrote; None where the file is missing, or is damaged or another program's."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        is_ours = isinstance(content["machine"], dict) and isinstance(content["result"]["findings"], dict)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    return content if is_ours else None

@@ -14,7 +14,8 @@ class Findings:
 
     `rows`: comparisons, each with `name`, `ours`, `other`, `unit` and `ratio`. `tables`: each with `title`, `columns` and
     `rows` of cells. `wrong`: what is not as it must be; `notes`: what is worth knowing. `steps`: whole training steps.
-    `not_measured`: why nothing could be measured on this machine, which is no failure; else empty.
+    `not_measured`: why nothing could be measured on this machine, which is no failure; else empty. `left_out`: without
+    what, for want of time, the part's question is not answered.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -23,6 +24,7 @@ class Findings:
     notes: list[str] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
     not_measured: str = ""
+    left_out: list[str] = field(default_factory=list)
 
     def as_line(self) -> str:
         """The tool's last line."""

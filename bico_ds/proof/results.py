@@ -21,8 +21,8 @@ class Result:
     """How a part ended, and what it found.
 
     `status`: right; not measured (this machine lacks what it takes); wrong (measured, and not as it must be); failed (no
-    findings); cut (by its limit); interrupted (by the user); no time (not begun). `problem`: one line, empty where the
-    status is right. `output`: the last lines of one that came to no end.
+    findings); cut (by its limit, or it left out what it had no time for); interrupted (by the user); no time (not begun).
+    `problem`: one line, empty where the status is right. `output`: the last lines of one that came to no end.
     """
 
     part: str
@@ -66,6 +66,11 @@ def _status(
         return "failed", f"exit code {ended.code}: {said}"
     if findings.wrong or ended.code:
         return "wrong", "; ".join(findings.wrong) or "exit code 1 (see the log)"
+    if findings.left_out:
+        return (
+            "cut",
+            f"no time was left for {', '.join(findings.left_out)}; what was compiled is kept for the next call",
+        )
     return ("not measured", findings.not_measured) if findings.not_measured else ("right", "")
 
 

@@ -63,7 +63,8 @@ def _status(
         return "cut", f"its limit was {ended.seconds:.0f} s"
     if findings is None or ended.code not in (0, 1):
         said = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
-        return "failed", f"exit code {ended.code}: {said}"
+        missing = "" if ended.code else ", without findings"
+        return "failed", f"exit code {ended.code}{missing}: {said[:500]}"
     if findings.wrong or ended.code:
         return "wrong", "; ".join(findings.wrong) or "exit code 1 (see the log)"
     if findings.left_out:

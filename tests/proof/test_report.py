@@ -183,6 +183,29 @@ def test_findings_are_read_from_the_last_line_that_holds_any():
     assert read_findings(['{"kind": "ntp", "rows": 8192}']) is None
 
 
+@pytest.mark.parametrize(
+    "found",
+    [
+        {"rows": [1]},
+        {"rows": [{"name": "a", "ours": 1, "other": 2, "ratio": 2}]},
+        {"rows": [row("a", 1, 2) | {"ours": None}]},
+        {"rows": [], "steps": [{}]},
+        {"rows": [], "steps": [{"kind": "ntp", "length": 40, "ms": "1", "mfu": None}]},
+        {"rows": [], "tables": [{"title": "t", "columns": ["a"], "rows": [3]}]},
+        {"rows": [], "wrong": "wrong"},
+        {"rows": [], "notes": [1]},
+        {"rows": [], "not_measured": None},
+    ],
+)
+def test_what_is_not_of_the_form_of_findings_fails_its_part_alone(tmp_path, found):
+    log = tmp_path / "log"
+    log.write_text("[" * 100_000 + "\n" + json.dumps(found))
+    result = judge("speed", Ended(code=0, seconds=1), log, date="today")
+    assert (result.status, result.findings) == ("failed", Findings())
+    assert result.problem.startswith("exit code 0, without findings: {")
+    assert report.markdown({"speed": result}, MACHINE, judge_aims({"speed": result}, rehearsal=False))
+
+
 def test_the_steps_that_a_cut_tool_had_measured_count(tmp_path):
     steps = [step("ntp", 40, 100, 0.3), step("bico", 40, 89, 0.3)]
     log = tmp_path / "log"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import shlex
 import signal
 import time
@@ -85,8 +86,9 @@ class _Proof:
 def prove(request: Request) -> bool:
     """Run the parts that are not done yet; True where all of them are right.
 
-    Raises `UserError` where there is no CUDA device (but for a rehearsal), no checkout, `out` cannot be written, or a
-    rehearsal would replace what a GPU gave; `RunError` where a file in `out` cannot be written.
+    Raises `UserError` where there is no CUDA device (but for a rehearsal), no checkout, `out` cannot be written or is
+    another proof's at the moment, or a rehearsal would replace what a GPU gave; `RunError` where a file in it cannot be
+    written.
     """
     deadline = time.monotonic() + 60 * request.minutes
     bench = checkout() / "tools" / "bench"
@@ -96,12 +98,13 @@ def prove(request: Request) -> bool:
     except OSError as error:
         raise UserError(f"--out: cannot write to '{request.out}': {error.strerror}") from None
     try:
-        _say_what_is_replaced(proof)
-        count = f"{len(request.parts)} part{'s' * (len(request.parts) > 1)}"
-        _say(f"{report.title(proof.machine)}: {count} within {request.minutes:g} minutes")
-        with _stopped_by_signals():
-            ended = list(_run_parts(proof, deadline))
-        proof.write_report()
+        with _alone(proof):
+            _say_what_is_replaced(proof)
+            count = f"{len(set(request.parts))} part{'s' * (len(set(request.parts)) > 1)}"
+            _say(f"{report.title(proof.machine)}: {count} within {request.minutes:g} minutes")
+            with _stopped_by_signals():
+                ended = list(_run_parts(proof, deadline))
+            proof.write_report()
     except OSError as error:
         in_out = bool(error.filename) and request.out.resolve() in Path(error.filename).resolve().parents
         if not in_out and error.errno not in _NO_ROOM:
@@ -112,7 +115,7 @@ def prove(request: Request) -> bool:
 
 
 def _run_parts(proof: _Proof, deadline: float) -> Iterator[Result]:
-    for name in proof.request.parts:
+    for name in dict.fromkeys(proof.request.parts):
         part, left = PARTS[name], deadline - time.monotonic()
         done = None if proof.request.again else results.load(name, proof.machine, proof.kept)
         if done is not None and done.good:
@@ -160,6 +163,19 @@ def part_environment(*, rehearse: bool) -> dict[str, str]:
     kept = {name: value for name, value in without_launcher().items() if name not in _DISTORTING}
     hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if rehearse else {}
     return {**kept, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", **hidden}
+
+
+@contextmanager
+def _alone(proof: _Proof) -> Iterator[None]:
+    """Raises `UserError` where another proof writes to the same folder: their logs would mix, and each slows the other."""
+    with open(proof.kept / ".lock", "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out: another proof is at work in '{proof.request.out}'") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 @contextmanager

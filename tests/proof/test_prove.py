@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -149,6 +150,23 @@ def test_a_log_that_cannot_be_written_is_one_message(bench, tmp_path):
     with pytest.raises(RunError, match=r"--out: cannot write '.*run\.log': Is a directory"):
         prove(request(tmp_path, parts=["run"]))
     assert not (tmp_path / "out" / "parts" / "run.json").exists(), "no interruption by the user"
+
+
+def test_two_proofs_do_not_share_a_folder(bench, tmp_path):
+    lock = tmp_path / "out" / "parts" / ".lock"
+    lock.parent.mkdir(parents=True)
+    with open(lock, "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another proof is at work in"):
+            prove(request(tmp_path, parts=["run"]))
+    assert tools.calls(bench, "run") == 0
+    assert prove(request(tmp_path, parts=["run"]))
+
+
+def test_a_part_that_is_named_twice_runs_once(bench, tmp_path, capsys):
+    assert not prove(request(tmp_path, parts=["speed", "speed"]))
+    assert tools.calls(bench, "speed") == 1
+    assert "gpu-proof: not right: speed (wrong); the same" in capsys.readouterr().out
 
 
 def test_a_full_disk_is_one_message_and_other_errors_are_not_taken_for_it(bench, tmp_path, monkeypatch):

@@ -173,6 +173,17 @@ def test_names_of_kernels_and_places_of_this_machine_do_not_break_the_page():
     assert "- bico_ds/training/trainer.py:7\n- (a temporary folder)\n" in page
 
 
+def test_the_folder_of_results_and_the_home_folder_are_not_on_the_page(tmp_path, monkeypatch):
+    out = tmp_path / "my <out>"
+    out.mkdir()
+    monkeypatch.setenv("HOME", "/home/somebody")
+    notes = [f"written to {out}/policy.json: use it", "as in /home/somebody/envs/a"]
+    found = {"policy": Result(part="policy", status="right", findings=Findings(notes=notes))}
+    report.write(list(found.values()), MACHINE, out)
+    page = (out / "report.md").read_text()
+    assert "- written to policy.json: use it\n- as in ~/envs/a\n" in page
+
+
 def test_findings_are_read_from_the_last_line_that_holds_any():
     first, last = Findings(notes=["first"]).as_line(), Findings(rows=[row("a", 1, 2)]).as_line()
     assert read_findings(["text", first, last, "[W] destroy_process_group() was not called", ""]) == Findings(

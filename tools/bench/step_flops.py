@@ -39,7 +39,9 @@ PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
 )
 # Of a part of a GPU, or of another variant by the same name, no data sheet's figure is at hand.
 OTHER_VARIANTS = {"MIG", "LAPTOP", "D", "TI", "GRID"}
-VIRTUAL = re.compile(r"\d+[ABCQ]")  # the profile of a virtual GPU: gigabytes and kind, as in "NVIDIA L40S-12Q"
+VIRTUAL = re.compile(
+    r"\d+[ABCQ]"
+)  # the profile of a virtual GPU: gigabytes and kind, as in "NVIDIA L40S-12Q"
 
 
 def peak_tflops(gpu: str) -> float | None:

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bico_ds.config.schema import FactsSpec
 from bico_ds.data.prepare.facts import write_facts
+from tests.proof.rehearsal import Rehearsal, rehearse
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role not in ['user', 'assistant'] %}"
@@ -47,6 +48,11 @@ def bpe_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE
     ).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Rehearsal:
+    return rehearse(tmp_path_factory.mktemp("proof"))
 
 
 WORDS = [f"w{i}" for i in range(40)]

@@ -1,21 +1,25 @@
-"""What a measuring tool found: the JSON object in the last line of its output."""
+"""What a measuring tool found: shown as it comes, and at the end a JSON object, the last line of its output."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(kw_only=True)
 class Findings:
     """What one part of the proof found.
 
-    `rows`: comparisons, each with `name`, `ours`, `other`, `unit` and `ratio`. `tables`: each with `title`, `columns` and
-    `rows` of cells. `wrong`: what is not as it must be; `notes`: what is worth knowing. `steps`: whole training steps.
-    `not_measured`: why nothing could be measured on this machine, which is no failure; else empty. `left_out`: without
-    what, for want of time, the part's question is not answered.
+    `rows`: comparisons, each with `name`, `ours`, `other`, `unit` and `ratio`, which says how many times better ours is,
+    whatever is compared: other / ours of times, ours / other of rates, whose unit ends with "/s". `tables`: each with
+    `title`, `columns` and `rows` of cells. `wrong`: what is not as it must be; `notes`: what is worth knowing. `steps`:
+    whole training steps. `not_measured`: why nothing could be measured on this machine, which is no failure; else empty.
+    `left_out`: without what, for want of time, the part's question is not answered.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -25,6 +29,42 @@ class Findings:
     steps: list[dict[str, Any]] = field(default_factory=list)
     not_measured: str = ""
     left_out: list[str] = field(default_factory=list)
+
+    def add_row(self, name: str, ours: float, other: float, unit: str) -> None:
+        """Ours beside another: times, or rates per second; both above 0."""
+        better = ours / other if unit.endswith("/s") else other / ours
+        # By digits, not by places: ours may be a thousand times slower.
+        ratio = float(f"{better:.6g}")
+        self.rows.append({"name": name, "ours": ours, "other": other, "unit": unit, "ratio": ratio})
+        print(f"{name}: {ours:,} and {other:,} {unit}, {ratio:,.4g} times as fast", flush=True)
+
+    def add_table(self, title: str, columns: list[str], rows: Sequence[list[Any]]) -> None:
+        """A table; none where it would be empty."""
+        if not rows:
+            return
+        self.tables.append({"title": title, "columns": columns, "rows": list(rows)})
+        shown = Table(*columns, title=title, title_justify="left")
+        for row in rows:
+            shown.add_row(*("" if cell is None else str(cell) for cell in row))
+        Console(soft_wrap=True, width=200).print(shown)
+
+    def add_wrong(self, text: str) -> None:
+        self.wrong.append(text)
+        print(f"WRONG: {text}", flush=True)
+
+    def add_note(self, text: str) -> None:
+        self.notes.append(text)
+        print(f"note: {text}", flush=True)
+
+    def add_step(self, figures: dict[str, Any]) -> None:
+        self.steps.append(figures)
+        print(json.dumps(figures), flush=True)
+
+    def finish(self, *, as_json: bool) -> int:
+        """Print the last line, if it is asked for; returns the tool's exit code."""
+        if as_json:
+            print(self.as_line(), flush=True)
+        return 1 if self.wrong else 0
 
     def as_line(self) -> str:
         """The tool's last line."""

@@ -2,6 +2,22 @@
 
 Every tool keeps one contract: `--rehearse` does all of it on a CPU at a tiny size; with `--json` its last line is one
 JSON object (`bico_ds.proof.findings.Findings`); exit code 1 where something is wrong or failed.
+
+How the first six minutes are shared, in seconds on an H100. No GPU has run them: these are estimates, but for the time that
+a kernel compiles. A process that starts (torch, CUDA) takes 10.
+
+| part | expected | of which |
+|---|---|---|
+| check | 75 | 50 Triton kernels, each 1 to 2 to compile, are cached for the parts after it |
+| speed | 35 | 3 backends, each in a process forked in 4; 40 cases of 0.3 |
+| policy | 40 | its `--seconds`: beside either alternative 56 cases of 0.3, and a check |
+| step | 105 | to build the model 20; 2 backends, each 4 kinds: 11 steps of 0.3, and 6 to read the profile |
+| baselines | 55 | to build the model 20; 10 ways of 7 steps, of 0.3 to 0.5; with TRL 50 more |
+| run | 40 | 2 starts one after the other, evaluation, export |
+| nccl | 10 | |
+
+That is 360. fused_adam takes 10 without nvcc; with it, a minute to compile, which the next call has. Even where check, speed
+and policy take all that they may, a step still gets all of its own: 90 + 45 + 45 + 120 = 300.
 """
 
 from __future__ import annotations
@@ -34,7 +50,7 @@ class Part:
 
     def command(self, bench: Path, out: Path, *, rehearse: bool) -> list[str]:
         """The command line, with the tools of the folder `bench`."""
-        options = [option.format(out=out) for option in self.options]
+        options = [option.replace("{out}", str(out)) for option in self.options]
         rehearsal = ["--rehearse", *self.in_a_rehearsal] if rehearse else []
         return [sys.executable, str(bench / self.tool), *options, *rehearsal, "--json"]
 
@@ -46,38 +62,39 @@ PARTS = {
             name="check",
             question="Is every attention backend right, against the fp64 oracle?",
             tool="gpu_attention.py",
-            options=("--part", "check"),
+            options=("--part", "check", "--seconds", "75"),
             in_a_rehearsal=PATIENT,
-            seconds=70,
+            seconds=90,
         ),
         Part(
             name="speed",
             question="How fast is attention: the kernel alone, two passes, fused, live rows?",
             tool="gpu_attention.py",
-            options=("--part", "speed"),
+            options=("--part", "speed", "--seconds", "30"),
             in_a_rehearsal=PATIENT,
-            seconds=70,
+            seconds=45,
         ),
         Part(
             name="policy",
             question="Which rows should which kernel serve on this GPU?",
             tool="gpu_policy.py",
-            options=("--out", "{out}/policy.json"),
+            options=("--out", "{out}/policy.json", "--seconds", "30"),
             in_a_rehearsal=PATIENT,
-            seconds=70,
+            seconds=45,
         ),
         Part(
             name="step",
             question="How fast is a whole training step, what is it made of, where does the host wait?",
             tool="gpu_step.py",
-            options=("--out", "{out}/step", "--set", TORCH_ADAM.replace("{", "{{").replace("}", "}}")),
+            options=("--out", "{out}/step", "--also", "triton", "--set", TORCH_ADAM),
             seconds=120,
         ),
         Part(
             name="baselines",
             question="How fast are others, with the same model and documents?",
             tool="gpu_baselines.py",
-            seconds=120,
+            options=("--out", "{out}/baselines", "--set", TORCH_ADAM),
+            seconds=110,
         ),
         Part(
             name="run",
@@ -86,16 +103,16 @@ PARTS = {
             seconds=120,
         ),
         Part(
-            name="fused_adam",
-            question="Does DeepSpeed's FusedAdam compile here, and compute what torch's AdamW does?",
-            tool="gpu_fused_adam.py",
-            seconds=120,
-        ),
-        Part(
             name="nccl",
             question="Do the collectives of NCCL work, with one rank?",
             tool="gpu_nccl.py",
             seconds=45,
+        ),
+        Part(
+            name="fused_adam",
+            question="Does DeepSpeed's FusedAdam compile here, and compute what torch's AdamW does?",
+            tool="gpu_fused_adam.py",
+            seconds=120,
         ),
     )
 }

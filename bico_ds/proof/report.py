@@ -13,7 +13,7 @@ from typing import Any
 
 from bico_ds.common.files import write_atomically
 from bico_ds.config.resources import CHECKOUT
-from bico_ds.proof.aims import Judgement, judge_aims, speed_up
+from bico_ds.proof.aims import Judgement, judge_aims
 from bico_ds.proof.parts import PARTS, Part
 from bico_ds.proof.results import Result
 
@@ -121,10 +121,9 @@ def _section(part: Part, result: Result | None, rehearsal: bool) -> Iterator[str
         yield from (f"- wrong: {_text(line)}" for line in found.wrong)
     if found.rows:
         yield ""
-        # The tools' own ratios are of either direction.
         yield from _table(
             [f"compared{_label(rehearsal)}", "ours", "other", "unit", "times as fast"],
-            [[row["name"], row["ours"], row["other"], row["unit"], speed_up(row)] for row in found.rows],
+            [[row[key] for key in ("name", "ours", "other", "unit", "ratio")] for row in found.rows],
         )
     for table in found.tables:
         yield ""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import attention_cases
 import pytest
@@ -19,36 +17,17 @@ from attention_cases import Ended
 from bico_ds.attention.oracle import oracle_attention
 from bico_ds.attention.plan import build_plan
 from tests import ROOT
+from tests.proof.rehearsal import checked, reads_rehearsal
 from tools.bench import gpu_attention, gpu_policy
 
 BENCH = ROOT / "tools" / "bench"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def run(script: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), *options]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-
-
-def findings(done: subprocess.CompletedProcess[str]) -> dict:
-    """The last line, which keeps the contract of every measuring tool."""
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert {"rows", "tables", "wrong", "notes"} <= set(found)
-    for row in found["rows"]:
-        assert set(row) == {"name", "ours", "other", "unit", "ratio"}
-        assert row["ratio"] == pytest.approx(row["other"] / row["ours"], rel=0.01, abs=1e-3)
-    for table in found["tables"]:
-        assert set(table) == {"title", "columns", "rows"}
-        assert all(len(cells) == len(table["columns"]) for cells in table["rows"])
-    return found
-
-
-def test_the_rehearsal_times_every_way_to_compute_attention():
-    done = run(BENCH / "gpu_attention.py", "--part", "speed", "--rehearse", "--json", "--seconds", "120")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.stdout.startswith("REHEARSAL")
-    found = findings(done)
+@reads_rehearsal
+def test_the_rehearsal_times_every_way_to_compute_attention(rehearsal):
+    assert rehearsal.log("speed").startswith("REHEARSAL")
+    found = rehearsal.findings("speed")
     timed = found["tables"][0]
     ways = ["cpu-flash", "cpu-flash alone", *(["triton"] if HAS_TRITON else [])]
     assert timed["columns"] == ["documents", *ways, "the authors' dense form"]
@@ -57,10 +36,8 @@ def test_the_rehearsal_times_every_way_to_compute_attention():
     assert any("beside the authors' dense form, 12 tokens, bidirectional" in name for name in names)
     if HAS_TRITON:
         assert "triton beside two passes on cpu-flash, 24 tokens, bidirectional, 3% live" in names
-        assert {row[1] for row in found["tables"][1]["rows"]} == {
-            5,
-            7,
-        }  # launches, without live rows and with some
+        # Launches, without live rows and with some.
+        assert {row[1] for row in found["tables"][1]["rows"]} == {5, 7}
 
 
 WITH_BAD_KERNELS = """
@@ -110,9 +87,17 @@ if __name__ == "__main__":
 def test_a_wrong_a_raising_and_a_dying_backend_are_named_and_cost_no_other_its_figures(tmp_path):
     script = tmp_path / "with_bad_kernels.py"
     script.write_text(WITH_BAD_KERNELS.format(bench=str(BENCH)))
-    done = run(script)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
     assert done.returncode == 1, done.stderr[-3000:]
-    found = findings(done)
+    found = checked(done.stdout.splitlines()[-1])
     said = "\n".join(found["wrong"])
     (table,) = found["tables"]
     right = {(name, dtype): count for name, dtype, _, count, *_ in table["rows"]}

@@ -5,10 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,7 +13,7 @@ import torch
 from bico_ds.attention.layout import CUDA_POLICY, build_layout
 from bico_ds.attention.measured_policy import read_measured_policy
 from bico_ds.common.errors import UserError
-from tests import ROOT
+from tests.proof.rehearsal import reads_rehearsal
 from tools.bench import gpu_policy
 from tools.bench.gpu_policy import Crossing, LiveCost, crossover, pair_cost
 
@@ -121,16 +118,11 @@ def test_no_backend_is_written_as_right_that_the_same_run_did_not_compare():
     assert "was not compared with the oracle" in policy.objection("triton", torch.bfloat16, 128)
 
 
-def test_the_rehearsal_writes_a_file_that_auto_refuses(tmp_path):
-    file = tmp_path / "new" / "sm_00.json"
-    script = ROOT / "tools" / "bench" / "gpu_policy.py"
-    command = [sys.executable, str(script), "--rehearse", "--json", "--seconds", "120", "--out", str(file)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert set(found) == {"rows", "tables", "wrong", "notes"}
-    assert any(str(file) in note and "reads no rehearsal" in note for note in found["notes"])
+@reads_rehearsal
+def test_the_rehearsal_writes_a_file_that_auto_refuses(rehearsal, tmp_path):
+    file = rehearsal.folder / "policy.json"
+    notes = rehearsal.findings("policy")["notes"]
+    assert any(str(file) in note and "reads no rehearsal" in note for note in notes)
     written = json.loads(file.read_text())
     assert written["rehearsal"] is True
     (measured,) = written["measurements"]
@@ -138,8 +130,9 @@ def test_the_rehearsal_writes_a_file_that_auto_refuses(tmp_path):
     assert (measured["triton"] is not None) == HAS_TRITON
     compared = {case["backend"] for case in written["comparisons"]}
     assert compared == {"cpu-flash", "dense tiles"} | ({"triton"} if HAS_TRITON else set())
+    (tmp_path / "sm_00.json").write_bytes(file.read_bytes())
     with pytest.raises(UserError, match="a rehearsal on a CPU"):
-        read_measured_policy((0, 0), file.parent)
+        read_measured_policy((0, 0), tmp_path)
 
 
 def test_an_unwritable_place_is_one_line_and_known_before_anything_is_measured(tmp_path, capsys, monkeypatch):

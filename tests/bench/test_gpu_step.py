@@ -4,58 +4,32 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from argparse import Namespace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
-from tests import ROOT
+from bico_ds.config.load import load_recipe
+from bico_ds.proof.findings import Findings
+from bico_ds.proof.parts import PARTS
+from tests.proof.rehearsal import reads_rehearsal
 from tools.bench import gpu_baselines, gpu_step
 from tools.bench.baseline_batches import causal_rows
-from tools.bench.bench_report import Report
 from tools.bench.step_shapes import Steps, check_random_loss, check_same
 
-BENCH = ROOT / "tools" / "bench"
-CONTRACT = {"rows", "tables", "steps", "wrong", "notes"}
+VOCABULARY = 227  # of the recipe that a rehearsal trains
 
 
-def run(script: Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, str(script), *options]
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=250, check=False
-    )
-
-
-def rehearse(tool: str, folder: Path, *options: str) -> dict[str, Any]:
-    """What the tool prints at last."""
-    done = run(BENCH / tool, folder, "--rehearse", "--out", "out", "--json", *options)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert set(found) == CONTRACT and found["wrong"] == []
-    for row in found["rows"]:
-        assert row["ratio"] == pytest.approx(row["ours"] / row["other"], abs=0.001)
-    for table in found["tables"]:
-        assert {len(row) for row in table["rows"]} == {len(table["columns"])}
-    return found
-
-
-@pytest.mark.distributed
-def test_the_step_of_the_gpu_proof_is_rehearsed(tmp_path):
-    optimizer = "deepspeed.overrides={optimizer: {params: {torch_adam: true, fused: true}}}"
-    found = rehearse("gpu_step.py", tmp_path, "--set", "model.config.vocab_size=300", "--set", optimizer)
-    assert json.loads((tmp_path / "out" / "step.json").read_text()) == found["steps"]
+@reads_rehearsal
+def test_the_step_of_the_gpu_proof_is_rehearsed(rehearsal):
+    found = rehearsal.findings("step")
+    assert json.loads((rehearsal.folder / "step" / "step.json").read_text()) == found["steps"]
     by_name = {(step["kind"], step["length"], step["backend"]): step for step in found["steps"]}
     kinds = [(kind, length) for length in (16, 64) for kind in ("ntp", "bico")]
     for kind, length in kinds:
         auto, oracle = by_name[kind, length, "auto"], by_name[kind, length, "oracle"]
-        assert auto["loss"] == pytest.approx(math.log(300), abs=0.2)  # random weights: each --set counts
+        assert auto["loss"] == pytest.approx(math.log(VOCABULARY), abs=0.2)  # random weights
         assert auto["loss"] == pytest.approx(oracle["loss"], abs=1e-5)
         assert auto["grad_norm"] == pytest.approx(oracle["grad_norm"], rel=1e-4)
         assert auto["ms"] > 0 and auto["tflops"] > 0 and auto["mfu"] is None
@@ -66,16 +40,17 @@ def test_the_step_of_the_gpu_proof_is_rehearsed(tmp_path):
         # dead placeholders never enter the model
         assert by_name["ntp", length, "auto"]["rows"] == 128 > by_name["bico", length, "auto"]["rows"]
     compared = {row["name"]: row for row in found["rows"]}
-    beside = compared["BICO beside NTP, documents of 64, auto"]
+    beside = compared["a BICO step beside an NTP step, documents of 64, auto"]
     both = [by_name[kind, 64, "auto"]["ms"] for kind in ("bico", "ntp")]
     assert [beside["ours"], beside["other"]] == pytest.approx(both, abs=0.01)
     assert "oracle beside auto, bico, documents of 16" in compared
     assert any(table["title"].startswith("The 20 costliest kernels: bico") for table in found["tables"])
 
 
-@pytest.mark.distributed
-def test_the_baselines_of_the_gpu_proof_are_rehearsed(tmp_path):
-    found = rehearse("gpu_baselines.py", tmp_path)
+@reads_rehearsal
+def test_the_baselines_of_the_gpu_proof_are_rehearsed(rehearsal):
+    found = rehearsal.findings("baselines")
+    assert found["wrong"] == []
     (table,) = found["tables"]
     measured = [(kind, length, way.split(",")[0]) for kind, length, way, *_ in table["rows"]]
     for length in (16, 64):
@@ -85,49 +60,62 @@ def test_the_baselines_of_the_gpu_proof_are_rehearsed(tmp_path):
     assert len(found["rows"]) >= 6 and all(row["unit"] == "tokens/s" for row in found["rows"])
 
 
+@pytest.mark.parametrize(("part", "tool"), [("step", gpu_step), ("baselines", gpu_baselines)])
+def test_no_part_compiles_an_optimizer_within_its_limit(part, tool, tmp_path):
+    options = tool.main.parse(PARTS[part].command(tmp_path, tmp_path, rehearse=False)[2:])
+    recipe = load_recipe(options.recipe, options.overrides)
+    assert recipe.deepspeed.overrides["optimizer"]["params"]["torch_adam"] is True
+    assert options.out == tmp_path / part
+
+
+@pytest.mark.parametrize("tool", [gpu_step, gpu_baselines], ids=["gpu_step", "gpu_baselines"])
+def test_each_set_counts(tool):
+    assert tool.main.parse(["--set", "a=1", "b=2", "--set", "c=3"]).overrides == ["a=1", "b=2", "c=3"]
+
+
 def steps(loss: float = 5.0, norm: float = 2.0, seconds: float = 0.1) -> Steps:
     return Steps(seconds=[seconds] * 2, losses=[loss] * 2, grad_norms=[norm] * 2, peak_bytes=None)
 
 
 def test_a_slower_baseline_shows_ours_as_faster():
-    report = Report()
-    comparison = gpu_baselines.Comparison(Namespace(rows=100, lengths=[50], trl=None), report)
+    findings = Findings()
+    comparison = gpu_baselines.Comparison(Namespace(rows=100, lengths=[50], trl=None), findings)
     comparison.ours["ntp", 50] = steps(seconds=0.1)  # 1000 tokens per second
     slow = gpu_baselines.Way(kind="ntp", name="slow", batch=causal_rows)
     comparison.add(slow, 50, tokens_per_s=250.0, peak_bytes=None)
-    (row,) = report.rows
+    (row,) = findings.rows
     assert (row["ours"], row["other"], row["ratio"]) == (1000, 250, 4.0)
     assert comparison.table[-1][-1] == 4.0
 
 
 def test_out_of_memory_is_a_baseline_s_result_and_our_failure():
-    report = Report()
-    comparison = gpu_baselines.Comparison(Namespace(rows=100, lengths=[50], trl=None), report)
+    findings = Findings()
+    comparison = gpu_baselines.Comparison(Namespace(rows=100, lengths=[50], trl=None), findings)
     way = gpu_baselines.Way(kind="bico", name="dense", batch=causal_rows)
     comparison.note_failure(way, 2048, torch.OutOfMemoryError("CUDA out of memory"))
-    assert report.exit_code == 0 and report.notes == ["dense, bico, documents of 2048: out of memory"]
+    assert findings.wrong == [] and findings.notes == ["dense, bico, documents of 2048: out of memory"]
     ours = gpu_baselines.Way(kind="bico", name=gpu_baselines.OURS, batch=causal_rows)
     comparison.note_failure(ours, 2048, torch.OutOfMemoryError("CUDA out of memory"))
     comparison.note_failure(way, 2048, RuntimeError("shapes"))
-    assert report.exit_code == 1 and len(report.wrong) == 2
+    assert len(findings.wrong) == 2
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(5.003, 2.0), (5.0, 2.05), (math.nan, 2.0), (5.0, math.nan)])
 def test_another_loss_or_norm_of_the_same_batch_is_wrong(loss, norm):
-    report = Report()
-    check_same(report, "it", steps(loss, norm), steps(), "bf16")
-    assert report.exit_code == 1
-    report = Report()
-    check_same(report, "it", steps(5.0005, 2.005), steps(), "bf16")
-    assert report.exit_code == 0
+    findings = Findings()
+    check_same(findings, "it", steps(loss, norm), steps(), "bf16")
+    assert len(findings.wrong) == 1
+    findings = Findings()
+    check_same(findings, "it", steps(5.0005, 2.005), steps(), "bf16")
+    assert findings.wrong == []
 
 
 @pytest.mark.parametrize(("loss", "is_wrong"), [(12.58, False), (11.0, True), (14.0, True), (math.inf, True)])
 def test_a_loss_that_random_weights_do_not_have_is_wrong(loss, is_wrong):
     llama3_8b = LlamaConfig(vocab_size=128256, hidden_size=4096, initializer_range=0.02)
-    report = Report()
-    check_random_loss(report, "it", steps(loss), llama3_8b)
-    assert (report.exit_code == 1) == is_wrong
+    findings = Findings()
+    check_random_loss(findings, "it", steps(loss), llama3_8b)
+    assert bool(findings.wrong) == is_wrong
 
 
 @pytest.mark.parametrize("tool", [gpu_step, gpu_baselines], ids=["gpu_step", "gpu_baselines"])

@@ -30,7 +30,9 @@ def step(kind, length, ms, mfu, backend="auto"):
 
 
 def row(name, ours, other, unit="ms"):
-    return {"name": name, "ours": ours, "other": other, "unit": unit, "ratio": ours / other}
+    findings = Findings()
+    findings.add_row(name, ours, other, unit)
+    return findings.rows[0]
 
 
 def results(*, steps=(), rows=(), **statuses) -> dict[str, Result]:
@@ -121,6 +123,14 @@ def test_what_a_part_has_measured_that_is_wrong_meets_no_aim():
     for name in ("step", "speed"):
         found[name] = replace(found[name], status="wrong")
     assert verdicts(found) == ["met"] + ["in doubt"] * len(AIMS)
+
+
+def test_a_ratio_says_how_many_times_better_ours_is_of_times_and_of_rates():
+    ours, times = random.uniform(1e-3, 1e3), random.uniform(1e-3, 1e3)
+    for unit in ("ms", "s"):
+        assert row("a", ours, ours * times, unit)["ratio"] == pytest.approx(times, rel=1e-5)
+    for unit in ("tokens/s", "TFLOP/s"):
+        assert row("a", ours * times, ours, unit)["ratio"] == pytest.approx(times, rel=1e-5)
 
 
 def test_a_rate_is_better_when_it_is_higher():

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
 import os
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from bico_ds.attention.backend import Backend
@@ -30,6 +27,7 @@ from bico_ds.attention.triton.ops import tiling_on, triton_refusal
 from bico_ds.attention.two_pass import HIDDEN_COLUMNS
 from bico_ds.common.errors import UserError
 from bico_ds.config.arguments import positive_number
+from bico_ds.proof.findings import Findings
 
 HEADS, KEY_HEADS, HEAD_DIM = 32, 8, 128
 WARM_UP, REPEATS = 3, 10
@@ -295,44 +293,10 @@ def _work_and_send(work: Callable[..., None], sender: Connection, arguments: tup
     sender.send(ended)
 
 
-@dataclass(kw_only=True)
-class Findings:
-    """What a bench found: its last line with --json."""
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    tables: list[dict[str, Any]] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-
-    def add_end(self, name: str, ended: Ended) -> None:
-        """Note a problem; one without an excuse is wrong."""
-        if ended.problem is not None:
-            (self.notes if ended.excused else self.wrong).append(f"{name}: {ended.problem}")
-
-    def add_table(self, title: str, columns: list[str], rows: list[list[Any]]) -> None:
-        if rows:
-            self.tables.append({"title": title, "columns": columns, "rows": rows})
-
-    def finish(self, *, as_json: bool) -> int:
-        """Print all of it, and return the exit code."""
-        console = Console(width=200)
-        for table in self.tables:
-            shown = Table(*table["columns"], title=table["title"])
-            for cells in table["rows"]:
-                shown.add_row(*map(str, cells))
-            console.print(shown)
-        for line in (*(row_text(row) for row in self.rows), *self.notes):
-            print(line)
-        for line in self.wrong:
-            print(f"WRONG: {line}")
-        if as_json:
-            print(json.dumps(asdict(self)), flush=True)
-        return 1 if self.wrong else 0
-
-
-def row_text(row: dict[str, Any]) -> str:
-    return f"{row['name']}: {row['ours']} and {row['other']} {row['unit']}, {row['ratio']} times"
+def add_end(findings: Findings, name: str, ended: Ended) -> None:
+    """Note a problem; one without an excuse is wrong."""
+    if ended.problem is not None:
+        (findings.add_note if ended.excused else findings.add_wrong)(f"{name}: {ended.problem}")
 
 
 def add_bench_options(parser: ArgumentParser, *, seconds: float) -> None:

@@ -39,10 +39,10 @@ from attention_cases import (
     TILES,
     WARM_UP,
     Ended,
-    Findings,
     Send,
     Shape,
     add_bench_options,
+    add_end,
     any_kernel,
     beside_triton,
     can_hide_keys,
@@ -70,6 +70,7 @@ from bico_ds.attention.measured_policy import Comparison
 from bico_ds.attention.plan import AttentionPlan, Mode
 from bico_ds.attention.triton.traffic import counting_traffic
 from bico_ds.common.command_line import Command
+from bico_ds.proof.findings import Findings
 
 # An older proof outside of this repository takes these from here.
 __all__ = ["HEADS", "HEAD_DIM", "KEY_HEADS", "milliseconds", "plan_with_live", "random_inputs", "run"]
@@ -270,11 +271,11 @@ def measure(part: str, sizes: Sizes, deadline: float, findings: Findings) -> lis
     found: list[Any] = []
     for name in names:
         if (refused := refusal(name, sizes.shapes[0])) is not None:
-            findings.notes.append(f"{part}: {name} {refused}")
+            findings.add_note(f"{part}: {name} is not run: it {refused}")
             continue
         for item in each_alone(work, name, sizes, deadline=deadline):
             if isinstance(item, Ended):
-                findings.add_end(f"{part}: {name}", item)
+                add_end(findings, f"{part}: {name}", item)
                 if part == "check" and item.late:
                     findings.left_out.append(name)
                 continue
@@ -291,7 +292,9 @@ def describe(item: Comparison | Timing) -> str:
 
 def report_check(found: list[Comparison], findings: Findings) -> None:
     """The worst case of each backend, dtype and head dimension; every wrong one by name."""
-    findings.wrong.extend(describe(item) for item in found if not item.is_right)
+    for item in found:
+        if not item.is_right:
+            findings.add_wrong(describe(item))
     groups: dict[tuple[str, str, int], list[Comparison]] = {}
     for item in found:
         groups.setdefault((item.backend, item.dtype, item.head_dim), []).append(item)
@@ -320,37 +323,27 @@ def report_speed(found: list[Timing], findings: Findings) -> None:
     ]
     columns = ["documents", "launches", "GB by arithmetic", "GB/s reached"]
     findings.add_table("What the Triton ops launch and move, forward and backward", columns, moved)
-    findings.rows.extend(comparisons(times))
-    findings.notes.append(CONVENTION)
+    for name, ours, other in comparisons(times):
+        findings.add_row(name, round(ours.ms, 4), round(other.ms, 4), "ms")
+    findings.add_note(CONVENTION)
 
 
-def comparisons(times: dict[tuple[Case, str], Timing]) -> Iterator[dict[str, Any]]:
-    """Ours beside the other, case by case."""
+def comparisons(times: dict[tuple[Case, str], Timing]) -> Iterator[tuple[str, Timing, Timing]]:
+    """What is compared, ours and the other, case by case."""
     for (case, way), other in times.items():
         fused, op = times.get((case, TRITON)), times.get((case, way.removesuffix(" alone")))
         if fused is not None and way in KERNELS:
             passes = "two passes" if case.mode == "bidirectional" else "the op"
-            yield row(f"triton beside {passes} on {way}, {case}", fused, other)
+            yield (f"triton beside {passes} on {way}, {case}", fused, other)
         if op is not None and op is not other:
-            yield row(f"the op on {op.way} beside {way}, {case}", op, other)
+            yield (f"the op on {op.way} beside {way}, {case}", op, other)
             if fused is not None:
-                yield row(f"triton beside {way}, {case}", fused, other)
+                yield (f"triton beside {way}, {case}", fused, other)
         if way == DENSE:
             ours = [timing for (of, _), timing in times.items() if of == case and timing is not other]
             if ours:
                 best = min(ours, key=lambda timing: timing.ms)
-                yield row(f"{best.way} beside {DENSE}, {case}", best, other)
-
-
-def row(name: str, ours: Timing, other: Timing) -> dict[str, Any]:
-    ratio = round(other.ms / ours.ms, 3)
-    return {
-        "name": name,
-        "ours": round(ours.ms, 4),
-        "other": round(other.ms, 4),
-        "unit": "ms",
-        "ratio": ratio,
-    }
+                yield (f"{best.way} beside {DENSE}, {case}", best, other)
 
 
 def add_options(parser: ArgumentParser) -> None:

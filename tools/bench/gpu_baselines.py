@@ -9,8 +9,8 @@ that is installed, else by torch's SDPA; and TRL's SFTTrainer with packing, wher
 
 All but TRL run in one process, in one DeepSpeed engine around one set of weights, one after the other: the optimizer, its
 memory and its time are the same for all, and a loss or gradient norm that differs from ours fails the tool. TRL runs last,
-in its own process, with the same configuration; of it the fastest step counts, of the others the median. A ratio says how
-many times as fast ours is, in original tokens per second. Out of memory is a baseline's result; no step can follow it, so
+in its own process, with the same configuration; of it the fastest step counts, of the others the median. Compared are
+original tokens per second. Out of memory is a baseline's result; no step can follow it, so
 the hungriest comes last. --rehearse, or a machine without a GPU: everything on the CPU.
 """
 
@@ -32,7 +32,6 @@ from typing import Any
 import this_checkout  # noqa: F401  first on sys.path
 import torch
 from baseline_batches import ComparedModel, bico_padded, causal_packed, causal_rows
-from bench_report import Report
 from step_shapes import (
     BICO,
     KEY,
@@ -53,6 +52,7 @@ from transformers.utils import is_flash_attn_2_available
 from bico_ds.common.command_line import Command
 from bico_ds.config.arguments import local_path
 from bico_ds.documents import Documents
+from bico_ds.proof.findings import Findings
 from bico_ds.runtime import distributed, launch_environment
 
 OURS = "ours"
@@ -92,10 +92,10 @@ def uses_flash_attn(bench: Bench) -> bool:
 
 
 class Comparison:
-    """Measures our steps and the others' into a report."""
+    """Measures our steps and the others' into the findings."""
 
-    def __init__(self, options: Namespace, report: Report) -> None:
-        self.options, self.report = options, report
+    def __init__(self, options: Namespace, findings: Findings) -> None:
+        self.options, self.findings = options, findings
         self.ours: dict[tuple[str, int], Steps] = {}
         self.table: list[list[Any]] = []
 
@@ -110,18 +110,18 @@ class Comparison:
             except Exception as error:
                 self.note_failure(way, length, error)
                 if left := [title(*what) for what in work[number:]]:
-                    self.report.add_note(f"not measured after it: {'; '.join(left)}")
+                    self.findings.add_note(f"not measured after it: {'; '.join(left)}")
                 return
 
     def measure(self, bench: Bench, way: Way, length: int) -> None:
         texts = bench.random_documents(length, self.options.rows)
         steps = bench.time_steps(bench.pinned(way.batch(texts)), self.options.steps)
-        check_random_loss(self.report, title(way, length), steps, bench.config)
+        check_random_loss(self.findings, title(way, length), steps, bench.config)
         if way.name == OURS:
             self.ours[way.kind, length] = steps
         else:
             ours = self.ours[way.kind, length]
-            check_same(self.report, title(way, length), ours, steps, bench.recipe.model.dtype)
+            check_same(self.findings, title(way, length), ours, steps, bench.recipe.model.dtype)
         self.add(way, length, len(texts.token_ids) / steps.median_seconds, steps.peak_bytes)
 
     def add(self, way: Way, length: int, tokens_per_s: float, peak_bytes: int | None) -> None:
@@ -130,10 +130,10 @@ class Comparison:
         if way.name != OURS:
             tokens = length * (self.options.rows // length)
             ours = tokens / self.ours[way.kind, length].median_seconds
-            self.report.add_row(
+            self.findings.add_row(
                 f"ours beside {title(way, length)}", round(ours), round(tokens_per_s), "tokens/s"
             )
-            ratio = round(ours / tokens_per_s, 2)
+            ratio = self.findings.rows[-1]["ratio"]
         peak = None if peak_bytes is None else round(peak_bytes / GB, 1)
         self.table.append([way.kind, length, way.name, round(tokens_per_s), peak, ratio])
         print(*self.table[-1], flush=True)
@@ -141,17 +141,17 @@ class Comparison:
     def note_failure(self, way: Way, length: int, error: Exception) -> None:
         """Out of memory is a result of the others; everything else is wrong."""
         if isinstance(error, torch.OutOfMemoryError) and way.name != OURS:
-            self.report.add_note(f"{title(way, length)}: out of memory")
+            self.findings.add_note(f"{title(way, length)}: out of memory")
             self.table.append([way.kind, length, way.name, "out of memory", None, None])
             return
         traceback.print_exc()
         message = next(iter(str(error).splitlines()), "")
-        self.report.add_wrong(f"{title(way, length)}: {type(error).__name__}: {message}")
+        self.findings.add_wrong(f"{title(way, length)}: {type(error).__name__}: {message}")
 
     def measure_trl(self, task: dict[str, Any]) -> None:
         """SFTTrainer's packing, in a process of its own, on a device that is free by now."""
         if self.options.trl is None and find_spec("trl") is None:
-            self.report.add_note("TRL is not installed: not measured")
+            self.findings.add_note("TRL is not installed: not measured")
             return
         for length in self.options.lengths:
             if ("ntp", length) not in self.ours:
@@ -159,12 +159,12 @@ class Comparison:
             way = Way(kind="ntp", name="TRL's SFTTrainer, packed", batch=causal_packed)
             answer = run_trl({**task, "lengths": [length] * (self.options.rows // length)}, self.options.trl)
             if answer is None:
-                self.report.add_note(f"{title(way, length)}: failed, its output is above")
+                self.findings.add_note(f"{title(way, length)}: failed, its output is above")
             else:
                 self.add(way, length, answer["tokens_per_second"], answer["peak_bytes"])
 
     def add_table(self) -> None:
-        self.report.add_table(
+        self.findings.add_table(
             "Beside others: the same weights, documents and DeepSpeed configuration on one rank",
             ["kind", "length", "way", "original tokens/s", "peak GB", "ours is … times as fast"],
             self.table,
@@ -213,35 +213,33 @@ def add_all_options(parser: ArgumentParser) -> None:
     )
 
 
-def measure_ours_and_theirs(options: Namespace, report: Report, comparison: Comparison) -> dict[str, Any]:
+def measure_ours_and_theirs(options: Namespace, findings: Findings, comparison: Comparison) -> dict[str, Any]:
     """All that runs in one engine, which is gone afterwards; returns TRL's task."""
-    bench = build(options, report, wrap=ComparedModel.around)
+    bench = build(options, findings, wrap=ComparedModel.around)
     comparison.measure_all(bench)
     bench.engine.destroy()
     return trl_task(bench, options)
 
 
-def note_memory_held(report: Report) -> None:
+def note_memory_held(findings: Findings) -> None:
     """TRL's process has the device for itself, but for what of ours is not freed."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
         if (held := torch.cuda.memory_allocated()) > GB:
-            report.add_note(f"while TRL ran, {held / GB:.1f} GB of our engine were still held")
+            findings.add_note(f"while TRL ran, {held / GB:.1f} GB of our engine were still held")
 
 
 def run(options: Namespace) -> int:
     prepare(options)
-    report = Report()
-    comparison = Comparison(options, report)
-    task = measure_ours_and_theirs(options, report, comparison)
-    note_memory_held(report)
+    findings = Findings()
+    comparison = Comparison(options, findings)
+    task = measure_ours_and_theirs(options, findings, comparison)
+    note_memory_held(findings)
     comparison.measure_trl(task)
     comparison.add_table()
     distributed.leave()
-    if options.json:
-        print(report.to_json())
-    return report.exit_code
+    return findings.finish(as_json=options.json)
 
 
 main = Command(description=__doc__, add_options=add_all_options, contradiction=contradiction, run=run)

@@ -74,19 +74,14 @@ def compare(device: torch.device, kind: Callable[..., torch.optim.Optimizer], na
     pairs = zip(ours, theirs, strict=True)
     # Torch's maximum passes over no NaN, as Python's does.
     difference = float(torch.stack([(a - b).detach().abs().max() for a, b in pairs]).max())
-    note = f"compiled or loaded in {seconds:.1f} s; largest difference of a weight {difference:.1e} after {STEPS} steps"
-    print(note, flush=True)
-    row = {
-        "name": f"a step of {name} beside torch's fused AdamW",
-        "ours": round(ms, 3),
-        "other": round(torch_ms, 3),
-    }
-    wrong = [f"{name}: a weight differs by {difference:.1e}, more than {TOLERANCE:.0e}"]
-    return Findings(
-        rows=[{**row, "unit": "ms", "ratio": round(ms / torch_ms, 3)}],
-        notes=[note],
-        wrong=wrong if not difference <= TOLERANCE else [],
+    findings = Findings()
+    findings.add_note(
+        f"compiled or loaded in {seconds:.1f} s; largest difference of a weight {difference:.1e} after {STEPS} steps"
     )
+    findings.add_row(f"a step of {name} beside torch's fused AdamW", round(ms, 3), round(torch_ms, 3), "ms")
+    if not difference <= TOLERANCE:
+        findings.add_wrong(f"{name}: a weight differs by {difference:.1e}, more than {TOLERANCE:.0e}")
+    return findings
 
 
 def measure(options: Namespace) -> Findings:
@@ -106,10 +101,7 @@ def measure(options: Namespace) -> Findings:
 
 
 def run(options: Namespace) -> int:
-    found = measure(options)
-    if options.json:
-        print(found.as_line(), flush=True)
-    return 1 if found.wrong else 0
+    return measure(options).finish(as_json=options.json)
 
 
 main = Command(description=__doc__, add_options=add_options, run=run)

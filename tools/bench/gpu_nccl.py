@@ -52,7 +52,7 @@ def measure(device: torch.device) -> Findings:
     )
     source = torch.randn(ELEMENTS[device.type], device=device)
     expected, target = source.clone(), torch.empty_like(source)
-    times, wrong = [], []
+    findings, times = Findings(), []
     for name, work in collectives(source, target).items():
         print(f"{name} …", end=" ", flush=True)
         target.copy_(expected)
@@ -61,18 +61,17 @@ def measure(device: torch.device) -> Findings:
         try:
             milliseconds = 1e3 * timed(work, device, with_barrier=False)
         except RuntimeError as error:
-            wrong.append(f"{name} by {kind}: {str(error).splitlines()[0]}")
-            print(wrong[-1], flush=True)
+            findings.add_wrong(f"{name} by {kind}: {str(error).splitlines()[0]}")
             continue
         if not (torch.equal(source, expected) and torch.equal(target, expected)):
-            wrong.append(f"{name} by {kind} delivers wrong values")
+            findings.add_wrong(f"{name} by {kind} delivers wrong values")
         times.append([name, round(milliseconds, 3)])
         print(f"{milliseconds:.3f} ms", flush=True)
     print("leaving the group", flush=True)
     dist.destroy_process_group()
     size = f"{source.nbytes / 1e6:.0f} MB"
-    table = {"title": f"{kind}, one rank, {size}", "columns": ["collective", "ms"], "rows": times}
-    return Findings(tables=[table], wrong=wrong)
+    findings.add_table(f"{kind}, one rank, {size}", ["collective", "ms"], times)
+    return findings
 
 
 def run(options: Namespace) -> int:
@@ -83,10 +82,7 @@ def run(options: Namespace) -> int:
     device = torch.device("cpu") if options.rehearse else torch.device("cuda", 0)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    found = measure(device)
-    if options.json:
-        print(found.as_line(), flush=True)
-    return 1 if found.wrong else 0
+    return measure(device).finish(as_json=options.json)
 
 
 main = Command(description=__doc__, add_options=add_options, run=run)

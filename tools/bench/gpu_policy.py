@@ -35,10 +35,10 @@ from attention_cases import (
     REHEARSAL,
     TILES,
     Ended,
-    Findings,
     Send,
     Shape,
     add_bench_options,
+    add_end,
     beside_triton,
     can_hide_keys,
     checked_cases,
@@ -68,6 +68,7 @@ from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import write_atomically
 from bico_ds.config.arguments import local_path
+from bico_ds.proof.findings import Findings
 
 MODES: tuple[Mode, ...] = ("bidirectional", "causal")
 CLEAR_LEAD = 1.25  # of the flash kernel at a length, after which no longer document is measured
@@ -236,11 +237,11 @@ def run_all(sizes: Sizes, deadline: float, findings: Findings) -> list[Item]:
     for kernel in flash_kernels(sizes.shapes[0]):
         for other in (TRITON, TILES):
             if (refused := refusal(other, sizes.shapes[0])) is not None:
-                findings.notes.append(f"{kernel} beside {other}: not measured, {other} {refused}")
+                findings.add_note(f"{kernel} beside {other}: not measured, {other} {refused}")
                 continue
             for item in each_alone(measure, kernel, other, sizes, deadline=deadline):
                 if isinstance(item, Ended):
-                    findings.add_end(f"{kernel} beside {other}", item)
+                    add_end(findings, f"{kernel} beside {other}", item)
                     continue
                 found.append(item)
                 print(f"  {describe(item)}", flush=True)
@@ -350,15 +351,15 @@ def measure_policy(options: Namespace) -> int:
         raise UserError(f"--out: cannot write '{file}': {error.strerror}") from None
     sizes, findings = ON_CPU if options.rehearse else ON_GPU, Findings()
     found = run_all(sizes, time.monotonic() + options.seconds, findings)
-    findings.wrong.extend(
-        describe(item) for item in found if isinstance(item, Comparison) and not item.is_right
-    )
+    for item in found:
+        if isinstance(item, Comparison) and not item.is_right:
+            findings.add_wrong(describe(item))
     policy = assemble(found, capability, rehearsal=options.rehearse)
     write_atomically(file, encode(policy))
     add_tables(policy, found, findings)
     home = f"bico_ds/attention/measured/{name}"
     use = "`auto` reads no rehearsal" if options.rehearse else f"copy it to {home}, where `auto` reads it"
-    findings.notes.append(f"written to {file}: {use}")
+    findings.add_note(f"written to {file}: {use}")
     return findings.finish(as_json=options.json)
 
 

@@ -151,7 +151,9 @@ def run_all(runs: Runs) -> Findings:
     say("the uninterrupted run is done")
     runs.finish("killed", resumed)
     say("the killed run was resumed, and is done")
-    wrong = [] if state == "running" else [f"the run was to be killed midway, and was {state}"]
+    findings = Findings()
+    if state != "running":
+        findings.add_wrong(f"the run was to be killed midway, and was {state}")
     checks = [
         *compare_losses(runs),
         *check_outcome(runs),
@@ -163,25 +165,19 @@ def run_all(runs: Runs) -> Findings:
         ),
     ]
     for what, found, limit, right in checks:
-        say(f"{'right' if right else 'WRONG'}: {what}: {found} (must be {limit})")
-    wrong += [f"{what}: {found}, must be {limit}" for what, found, limit, right in checks if not right]
-    return Findings(
-        tables=[
-            {
-                "title": f"what must be true of the run ({runs.dtype})",
-                "columns": ["what", "found", "must be"],
-                "rows": [[what, found, limit] for what, found, limit, _ in checks],
-            },
-            {
-                "title": "losses",
-                "columns": ["step", "here", "resumed here", "CPU, fp32", "CPU, bf16"],
-                "rows": [
-                    list(row) for row in itertools.zip_longest(range(1, STEPS + 1), *loss_columns(runs))
-                ],
-            },
-        ],
-        wrong=wrong,
+        if not right:
+            findings.add_wrong(f"{what}: {found}, must be {limit}")
+    findings.add_table(
+        f"what must be true of the run ({runs.dtype})",
+        ["what", "found", "must be"],
+        [[what, found, limit] for what, found, limit, _ in checks],
     )
+    findings.add_table(
+        "losses",
+        ["step", "here", "resumed here", "CPU, fp32", "CPU, bf16"],
+        [list(row) for row in itertools.zip_longest(range(1, STEPS + 1), *loss_columns(runs))],
+    )
+    return findings
 
 
 Check = tuple[str, Any, str, bool]  # what, found, limit, right
@@ -286,10 +282,7 @@ def run(options: Namespace) -> int:
     with TemporaryDirectory() as folder:
         dtype = "fp32" if options.rehearse else "bf16"
         with Runs(folder=Path(folder), on_cuda=not options.rehearse, dtype=dtype) as runs:
-            found = run_all(runs)
-    if options.json:
-        print(found.as_line(), flush=True)
-    return 1 if found.wrong else 0
+            return run_all(runs).finish(as_json=options.json)
 
 
 main = Command(description=__doc__, add_options=add_options, run=run)

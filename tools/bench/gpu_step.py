@@ -6,8 +6,8 @@
 The engine is the one that launch/train.py builds of the recipe, with so many layers and random weights, on one rank. Each
 step trains one micro-batch of `--rows` original tokens, in documents of each length in turn, by next-token prediction
 and by BICO at a mask rate of 15 %; with the recipe's attention backend, and with those of `--also`. On a GPU also: memory
-by item, where the host waits, and what a step is made of. step.json in --out has every figure so far. --json compares a
-BICO with an NTP step, and the backends. Exit code 1 where a loss is not what random weights have, where backends differ,
+by item, where the host waits, and what a step is made of. step.json in --out has every figure so far. Compared are BICO
+steps with NTP steps, and the backends. Exit code 1 where a loss is not what random weights have, where backends differ,
 or where a step fails. --rehearse, or a machine without a GPU: everything on the CPU.
 """
 
@@ -20,7 +20,6 @@ from typing import Any
 
 import this_checkout  # noqa: F401  first on sys.path
 import torch
-from bench_report import Report
 from step_profile import StepProfile, host_waits, profile_step
 from step_shapes import (
     OBJECTIVES,
@@ -39,6 +38,7 @@ from bico_ds.attention.backends import resolve
 from bico_ds.batch import PackedBatch
 from bico_ds.common.command_line import Command
 from bico_ds.model.weights.materialize import full_numel
+from bico_ds.proof.findings import Findings
 from bico_ds.runtime import distributed
 
 SHOWN = 20  # kernels
@@ -59,10 +59,10 @@ def add_all_options(parser: ArgumentParser) -> None:
 
 
 class StepBench:
-    """Measures steps of every kind and length, backend after backend, into a report."""
+    """Measures steps of every kind and length, backend after backend, into the findings."""
 
-    def __init__(self, bench: Bench, options: Namespace, report: Report) -> None:
-        self.bench, self.options, self.report = bench, options, report
+    def __init__(self, bench: Bench, options: Namespace, findings: Findings) -> None:
+        self.bench, self.options, self.findings = bench, options, findings
         self.measured: dict[tuple[str, int], dict[str, Steps]] = {}
         self.memory: list[list[Any]] = []
 
@@ -78,7 +78,7 @@ class StepBench:
                         # The engine stands in the middle of a step: nothing more can be measured with it.
                         traceback.print_exc()
                         what = f"{kind}, documents of {length}, {name}"
-                        self.report.add_wrong(
+                        self.findings.add_wrong(
                             f"{what}: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
                         )
                         return
@@ -92,10 +92,10 @@ class StepBench:
             try:
                 backend = resolve(name, config.dtype, head_dim, self.bench.device)
             except ValueError as error:
-                self.report.add_note(f"attention backend {name} is not measured: {error}")
+                self.findings.add_note(f"attention backend {name} is not measured: {error}")
                 continue
             if (same := next((other for other, one in found.items() if one == backend), None)) is not None:
-                self.report.add_note(f"attention backend {name} is the same as {same} here")
+                self.findings.add_note(f"attention backend {name} is the same as {same} here")
                 continue
             found[name] = backend
         return found
@@ -106,14 +106,14 @@ class StepBench:
         documents = bench.random_documents(length, self.options.rows)
         batch = bench.pack(documents, kind, None if backend is None else backend.policy)
         steps = bench.time_steps(batch, self.options.steps)
-        check_random_loss(self.report, what, steps, bench.config)
+        check_random_loss(self.findings, what, steps, bench.config)
         others = self.measured.setdefault((kind, length), {})
         if others:
             first, other = next(iter(others.items()))
-            check_same(self.report, f"{what} beside {first}", steps, other, bench.recipe.model.dtype)
+            check_same(self.findings, f"{what} beside {first}", steps, other, bench.recipe.model.dtype)
         others[name] = steps
         figures = self.figures(name, kind, length, batch, steps)
-        self.report.add_step(figures)
+        self.findings.add_step(figures)
         self.save()
         if bench.on_cuda:
             figures["host_waits"] = host_waits(lambda: bench.step(batch))
@@ -126,7 +126,7 @@ class StepBench:
 
     def save(self) -> None:
         """Everything so far: a run may be cut by a time limit."""
-        (self.options.out / "step.json").write_text(json.dumps(self.report.steps) + "\n")
+        (self.options.out / "step.json").write_text(json.dumps(self.findings.steps) + "\n")
 
     def figures(self, name: str, kind: str, length: int, batch: PackedBatch, steps: Steps) -> dict[str, Any]:
         seconds = steps.median_seconds
@@ -151,9 +151,9 @@ class StepBench:
     def add_profile(self, what: str, profile: StepProfile | None, steps: Steps) -> dict[str, Any]:
         """Tables of the step's kernels and groups; returns what step.json keeps of them."""
         if profile is None:
-            self.report.add_note(f"{what}: the profiler saw no kernel")
+            self.findings.add_note(f"{what}: the profiler saw no kernel")
             return {}
-        self.report.add_table(
+        self.findings.add_table(
             f"The {SHOWN} costliest kernels: {what}",
             ["share", "ms", "calls", "kernel"],
             profile.kernel_rows(SHOWN),
@@ -167,51 +167,48 @@ class StepBench:
 
     def add_tables(self) -> None:
         """Speed, groups, host waits and memory of all steps, each in one table."""
-        steps = self.report.steps
+        steps = self.findings.steps
         speed = ["kind", "length", "backend", "rows", "ms", "tokens_per_s", "tflops", "mfu", "peak_gb"]
-        self.report.add_table(
+        self.findings.add_table(
             "Whole steps (tokens: original ones, dropped placeholders among them)",
             speed,
             [[step[column] for column in speed] for step in steps],
         )
         groups = list(dict.fromkeys(group for step in steps for group in step.get("groups", {})))
-        if groups:
-            self.report.add_table(
-                "Share of kernel time by group (busy: all kernels' time as a share of the step's)",
-                ["kind", "length", "backend", "busy", *groups],
+        self.findings.add_table(
+            "Share of kernel time by group (busy: all kernels' time as a share of the step's)",
+            ["kind", "length", "backend", "busy", *groups],
+            [
                 [
-                    [
-                        *(step[column] for column in ("kind", "length", "backend", "busy")),
-                        *(f"{step['groups'].get(group, 0):.1%}" for group in groups),
-                    ]
-                    for step in steps
-                    if "groups" in step
-                ],
-            )
+                    *(step[column] for column in ("kind", "length", "backend", "busy")),
+                    *(f"{step['groups'].get(group, 0):.1%}" for group in groups),
+                ]
+                for step in steps
+                if "groups" in step
+            ],
+        )
         waits = [
             [step["kind"], step["length"], step["backend"], place, times]
             for step in steps
             for place, times in (step.get("host_waits", {}) | step.get("cuda_waits", {})).items()
         ]
-        if waits:
-            self.report.add_table(
-                "Where the host waits for the GPU in one step (of CUDA's own calls: how often, and ms in all)",
-                ["kind", "length", "backend", "place", "times"],
-                waits,
-            )
-        self.report.add_table(
+        self.findings.add_table(
+            "Where the host waits for the GPU in one step (of CUDA's own calls: how often, and ms in all)",
+            ["kind", "length", "backend", "place", "times"],
+            waits,
+        )
+        self.findings.add_table(
             "Memory between steps, one rank", ["item", "GB", "how it is known"], memory_at_rest(self.bench)
         )
-        if self.memory:
-            self.report.add_table(
-                "Memory within a step, GB over what is there between steps (the head's: arithmetic)",
-                ["step", "kept by forward", "of it the head's gradient", "peak of forward", "of it the head's chunk",
-                 "peak of backward", "peak of update", "held by the allocator, unused at the peak"],
-                self.memory,
-            )  # fmt: skip
+        self.findings.add_table(
+            "Memory within a step, GB over what is there between steps (the head's: arithmetic)",
+            ["step", "kept by forward", "of it the head's gradient", "peak of forward", "of it the head's chunk",
+             "peak of backward", "peak of update", "held by the allocator, unused at the peak"],
+            self.memory,
+        )  # fmt: skip
 
     def compare(self) -> None:
-        """Rows: a BICO beside an NTP step of the same documents, and the backends beside the first."""
+        """Rows: a BICO step beside an NTP step of the same documents, and the backends beside the first."""
         median = {
             (kind, length, name): round(1e3 * steps.median_seconds, 3)
             for (kind, length), by_name in self.measured.items()
@@ -220,13 +217,13 @@ class StepBench:
         for kind, length, name in median:
             beside = ("ntp", length, name)
             if kind == "bico" and beside in median:
-                title = f"BICO beside NTP, documents of {length}, {name}"
-                self.report.add_row(title, median[kind, length, name], median[beside], "ms")
+                title = f"a BICO step beside an NTP step, documents of {length}, {name}"
+                self.findings.add_row(title, median[kind, length, name], median[beside], "ms")
         for kind, length, name in median:
             first = next(iter(self.measured[kind, length]))
             if name != first:
                 title = f"{name} beside {first}, {kind}, documents of {length}"
-                self.report.add_row(title, median[kind, length, name], median[kind, length, first], "ms")
+                self.findings.add_row(title, median[kind, length, name], median[kind, length, first], "ms")
 
 
 def memory_at_rest(bench: Bench) -> list[list[Any]]:
@@ -291,16 +288,14 @@ def run(options: Namespace) -> int:
     prepare(options)
     if options.rehearse:
         options.also, options.profile = ALSO_IN_A_REHEARSAL, True
-    report = Report()
-    bench = build(options, report)
-    steps = StepBench(bench, options, report)
+    findings = Findings()
+    bench = build(options, findings)
+    steps = StepBench(bench, options, findings)
     steps.measure_all()
     steps.add_tables()
     steps.compare()
     distributed.leave()
-    if options.json:
-        print(report.to_json())
-    return report.exit_code
+    return findings.finish(as_json=options.json)
 
 
 main = Command(description=__doc__, add_options=add_all_options, contradiction=contradiction, run=run)

@@ -21,7 +21,6 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from bench_report import Report
 from step_flops import ModelFlops, peak_tflops
 from step_profile import optimizer_phase
 
@@ -40,6 +39,7 @@ from bico_ds.model.deepspeed_engine import Engine
 from bico_ds.objectives.base import BatchKey
 from bico_ds.objectives.bico import MaskDenoising
 from bico_ds.objectives.ntp import NextTokenPrediction
+from bico_ds.proof.findings import Findings
 from bico_ds.runtime import deepspeed_ops, distributed
 from bico_ds.training.build_engine import wrap_model
 from bico_ds.training.checks import check_backend, check_recipe
@@ -189,22 +189,24 @@ class Bench:
         return None if self.peak_tflops is None else round(tflops / self.peak_tflops, 4)
 
 
-def check_random_loss(report: Report, what: str, steps: Steps, config: Any) -> None:
+def check_random_loss(findings: Findings, what: str, steps: Steps, config: Any) -> None:
     """Random weights: hidden states of unit mean square, so the logits' variance is hidden_size * initializer_range²."""
     if not all(map(math.isfinite, (*steps.losses, *steps.grad_norms))):
-        report.add_wrong(f"{what}: losses {steps.losses}, gradient norms {steps.grad_norms}")
+        findings.add_wrong(f"{what}: losses {steps.losses}, gradient norms {steps.grad_norms}")
         return
     expected = math.log(config.vocab_size) + config.hidden_size * config.initializer_range**2 / 2
     if abs(steps.loss - expected) > RANDOM_LOSS_TOLERANCE:
-        report.add_wrong(f"{what}: loss {steps.loss:.4f}, at random weights about {expected:.2f} is expected")
+        findings.add_wrong(
+            f"{what}: loss {steps.loss:.4f}, at random weights about {expected:.2f} is expected"
+        )
 
 
-def check_same(report: Report, what: str, ours: Steps, other: Steps, dtype: str) -> None:
+def check_same(findings: Findings, what: str, ours: Steps, other: Steps, dtype: str) -> None:
     """Two ways to compute the same step of the same weights, in bf16 or fp32."""
     if not abs(ours.loss - other.loss) <= LOSS_TOLERANCE[dtype]:
-        report.add_wrong(f"{what}: losses {ours.loss:.5f} and {other.loss:.5f} of the same batch")
+        findings.add_wrong(f"{what}: losses {ours.loss:.5f} and {other.loss:.5f} of the same batch")
     if not abs(ours.grad_norm - other.grad_norm) <= NORM_TOLERANCE[dtype] * abs(other.grad_norm):
-        report.add_wrong(
+        findings.add_wrong(
             f"{what}: gradient norms {ours.grad_norm:.5f} and {other.grad_norm:.5f} of the same batch"
         )
 
@@ -254,7 +256,7 @@ def prepare(options: Namespace) -> None:
 
 def build(
     options: Namespace,
-    report: Report,
+    findings: Findings,
     wrap: Callable[[TrainableModel], TrainableModel] = lambda model: model,
 ) -> Bench:
     """Build what launch/train.py would, on this one rank; `wrap` may put another model around ours."""
@@ -282,11 +284,11 @@ def build(
     gpu = torch.cuda.get_device_name() if on_cuda else None
     peak = peak_tflops(gpu) if gpu is not None and recipe.model.dtype == "bf16" else None
     if peak is not None:
-        report.add_note(
+        findings.add_note(
             f"MFU: model FLOPs, by the convention of step_flops.py, of {peak:g} dense bf16 TFLOP/s ({gpu})"
         )
     elif gpu is not None:
-        report.add_note(f"no MFU: no peak of {recipe.model.dtype} products is known for {gpu}")
+        findings.add_note(f"no MFU: no peak of {recipe.model.dtype} products is known for {gpu}")
     print(f"built in {time.perf_counter() - started:.1f} s, optimizer {optimizer}", flush=True)
     return Bench(
         recipe=recipe,

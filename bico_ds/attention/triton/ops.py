@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ torch.library.define(
 def triton_refusal(dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
     """Why the Triton kernels cannot serve such inputs, in one clause; None where they can.
 
-    On CUDA the limits are those of FlashAttention-2. The meta device takes every dtype. A CPU takes fp32 and fp16 where
-    Triton's interpreter is on (`TRITON_INTERPRET=1`), which is slow: for tests.
+    On CUDA the limits are those of FlashAttention-2, and a C compiler is needed. The meta device takes every dtype. A CPU
+    takes fp32 and fp16 where Triton's interpreter is on (`TRITON_INTERPRET=1`), which is slow: for tests.
     """
     if device.type == "meta":
         return head_dim_refusal(head_dim, 8, 256)
@@ -41,7 +42,15 @@ def triton_refusal(dtype: torch.dtype, head_dim: int, device: torch.device) -> s
         if dtype not in (torch.float32, torch.float16):
             return "takes float32 or float16 in Triton's interpreter"
         return head_dim_refusal(head_dim, 8, 256)
+    if device.type == "cuda" and not _has_compiler():
+        return "needs a C compiler ($CC, else gcc or clang), and finds none: Triton compiles what launches its kernels"
     return flash2_refusal(dtype, head_dim, device)
+
+
+def _has_compiler() -> bool:
+    """Whether Triton, 3.6 to 3.8, will find one (its `runtime/build.py`); in many images with CUDA there is none."""
+    named = os.environ.get("CC")
+    return any(map(shutil.which, ("gcc", "clang") if named is None else (named,)))
 
 
 def tiling_on(device: torch.device, head_dim: int) -> Tiling:

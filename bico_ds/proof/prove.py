@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import shlex
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
 
-from bico_ds.common.errors import UserError
+from bico_ds.common.errors import RunError, UserError
 from bico_ds.proof import report, results
 from bico_ds.proof.machine import checkout, describe_machine
 from bico_ds.proof.parts import PARTS, REHEARSAL_SECONDS, Part
@@ -21,6 +25,8 @@ from bico_ds.proof.results import Result
 from bico_ds.runtime.launch_environment import without_launcher
 
 _LEAST_SECONDS = 5.0  # no part begins with less time left
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # such an error names no file
+_DISTORTING = ("DS_ACCELERATOR", "TRITON_INTERPRET", "CUDA_LAUNCH_BLOCKING")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +54,10 @@ class _Proof:
 
     def run(self, part: Part, seconds: float) -> Result:
         """Run one part, and keep its result; also when the user stops it."""
-        out, date = self.request.out.resolve(), time.strftime("%Y-%m-%d %H:%M")
+        out = self.request.out.resolve()
         log = out / f"{part.name}.log"
-        started, interrupted = time.monotonic(), True
-        ended = Ended(code=None, seconds=0.0)
+        keep = partial(self._keep, part.name, log, time.strftime("%Y-%m-%d %H:%M"))
+        started = time.monotonic()
         try:
             command = part.command(self.bench, out, rehearse=self.request.rehearse)
             ended = run_with_limit(
@@ -60,14 +66,15 @@ class _Proof:
                 seconds=seconds,
                 environment=part_environment(rehearse=self.request.rehearse),
             )
-            interrupted = False
-        finally:
-            if interrupted:
-                ended = Ended(code=None, seconds=time.monotonic() - started)
-            result = results.judge(part.name, ended, log, date=date, interrupted=interrupted)
-            results.save(result, self.machine, self.kept)
-            if interrupted:
-                self.write_report()
+        except KeyboardInterrupt:
+            keep(Ended(code=None, seconds=time.monotonic() - started), interrupted=True)
+            self.write_report()
+            raise
+        return keep(ended)
+
+    def _keep(self, name: str, log: Path, date: str, ended: Ended, *, interrupted: bool = False) -> Result:
+        result = results.judge(name, ended, log, date=date, interrupted=interrupted)
+        results.save(result, self.machine, self.kept)
         return result
 
     def write_report(self) -> None:
@@ -79,7 +86,9 @@ class _Proof:
 def prove(request: Request) -> bool:
     """Run the parts that are not done yet; True where all of them are right.
 
-    Raises `UserError` where there is no CUDA device (but for a rehearsal), no checkout, or `out` cannot be written.
+    Raises `UserError` where there is no CUDA device (but for a rehearsal), no checkout, `out` cannot be written or is
+    another proof's at the moment, or a rehearsal would replace what a GPU gave; `RunError` where a file in it cannot be
+    written.
     """
     deadline = time.monotonic() + 60 * request.minutes
     bench = checkout() / "tools" / "bench"
@@ -88,16 +97,25 @@ def prove(request: Request) -> bool:
         proof.kept.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out: cannot write to '{request.out}': {error.strerror}") from None
-    _say(f"{report.title(proof.machine)}: {len(request.parts)} parts within {request.minutes:g} minutes")
-    with _stopped_by_sigterm():
-        ended = list(_run_parts(proof, deadline))
-    proof.write_report()
+    try:
+        with _alone(proof):
+            _say_what_is_replaced(proof)
+            count = f"{len(set(request.parts))} part{'s' * (len(set(request.parts)) > 1)}"
+            _say(f"{report.title(proof.machine)}: {count} within {request.minutes:g} minutes")
+            with _stopped_by_signals():
+                ended = list(_run_parts(proof, deadline))
+            proof.write_report()
+    except OSError as error:
+        in_out = bool(error.filename) and request.out.resolve() in Path(error.filename).resolve().parents
+        if not in_out and error.errno not in _NO_ROOM:
+            raise
+        raise RunError(f"--out: cannot write '{error.filename or request.out}': {error.strerror}") from None
     _say_end(request, ended)
     return all(result.good for result in ended)
 
 
 def _run_parts(proof: _Proof, deadline: float) -> Iterator[Result]:
-    for name in proof.request.parts:
+    for name in dict.fromkeys(proof.request.parts):
         part, left = PARTS[name], deadline - time.monotonic()
         done = None if proof.request.again else results.load(name, proof.machine, proof.kept)
         if done is not None and done.good:
@@ -137,23 +155,64 @@ def node_problems(*, on_cuda: bool) -> list[str]:
 
 
 def part_environment(*, rehearse: bool) -> dict[str, str]:
-    """A part is a process by itself, without network; a rehearsal sees no GPU."""
+    """A part is a process by itself, without network; a rehearsal sees no GPU.
+
+    What the user may have set to work without a GPU, or to find a mistake, would give a CPU's figures for those of a GPU, or
+    those of a GPU that waits after each kernel.
+    """
+    kept = {name: value for name, value in without_launcher().items() if name not in _DISTORTING}
     hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if rehearse else {}
-    return {**without_launcher(), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", **hidden}
+    return {**kept, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", **hidden}
 
 
 @contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """Within this block SIGTERM ends the command as Ctrl-C does."""
+def _alone(proof: _Proof) -> Iterator[None]:
+    """Raises `UserError` where another proof writes to the same folder: their logs would mix, and each slows the other."""
+    with open(proof.kept / ".lock", "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out: another proof is at work in '{proof.request.out}'") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Within this block SIGTERM, and SIGHUP where it is not ignored (`nohup`), end the command as Ctrl-C does."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    numbers = [
+        signal.SIGTERM,
+        *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []),
+    ]
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say_what_is_replaced(proof: _Proof) -> None:
+    """Raises `UserError` where a rehearsal would replace what a GPU gave."""
+    others = results.other_machines(proof.machine, proof.kept)
+    for other in others:
+        if proof.request.rehearse and not other.get("rehearsal"):
+            raise UserError(
+                f"--out: '{proof.request.out}' holds results of {other.get('gpu')}, which a rehearsal would replace: take "
+                "another folder"
+            )
+    if others:
+        differ = sorted(
+            {key for other in others for key in proof.machine if other.get(key) != proof.machine[key]}
+        )
+        _say(
+            f"results in {proof.request.out} differ in {', '.join(differ)}: they are not taken over, and are replaced"
+        )
 
 
 def _say_end(request: Request, ended: Sequence[Result]) -> None:
@@ -161,7 +220,7 @@ def _say_end(request: Request, ended: Sequence[Result]) -> None:
     bad = [f"{result.part} ({result.status})" for result in ended if not result.good]
     _say(f"not right: {', '.join(bad)}; the same command runs these again" if bad else "all parts are right")
     target = "docs/benchmarks/gpu_rehearsal.md" if request.rehearse else "docs/benchmarks/gpu.md"
-    _say(f"report: {page}; to publish it in a checkout: cp {page} {target}")
+    _say(f"report: {page}; to publish it in a checkout: cp {shlex.quote(str(page))} {target}")
 
 
 def _say(line: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -34,7 +35,7 @@ def write(results: Sequence[Result], machine: dict[str, Any], out: Path) -> None
         "parts": [asdict(result) for result in results],
     }
     write_atomically(out / "report.json", json.dumps(content, indent=1) + "\n")
-    write_atomically(out / "report.md", markdown(by_part, machine, aims))
+    write_atomically(out / "report.md", markdown(by_part, machine, aims, out))
 
 
 def title(machine: dict[str, Any]) -> str:
@@ -44,8 +45,10 @@ def title(machine: dict[str, Any]) -> str:
     return f"GPU proof on {machine['gpu']}"
 
 
-def markdown(results: dict[str, Result], machine: dict[str, Any], aims: Sequence[Judgement]) -> str:
-    """The report for people; in the form that the pages in docs/benchmarks/ have."""
+def markdown(
+    results: dict[str, Result], machine: dict[str, Any], aims: Sequence[Judgement], out: Path = Path()
+) -> str:
+    """The report for people, to be written into `out`; in the form that the pages in docs/benchmarks/ have."""
     rehearsal = machine["rehearsal"]
     lines = [
         f"# {title(machine)}",
@@ -66,7 +69,9 @@ def markdown(results: dict[str, Result], machine: dict[str, Any], aims: Sequence
     ]
     for part in PARTS.values():
         lines += ["", *_section(part, results.get(part.name), rehearsal)]
-    return without_machine_paths("\n".join(lines)) + "\n"
+    # The tools were given this name of `out`.
+    text = "\n".join(lines).replace(f"{_text(out.resolve())}/", "")
+    return without_machine_paths(text) + "\n"
 
 
 def _introduction(results: dict[str, Result], rehearsal: bool) -> Iterator[str]:
@@ -158,6 +163,9 @@ def without_machine_paths(text: str) -> str:
     text = _SITE_PACKAGES.sub("…/", text)
     if CHECKOUT is not None:
         text = text.replace(f"{CHECKOUT}/", "")
+    # Where the user has none, it is still "~".
+    if (home := os.path.expanduser("~")) != "/":
+        text = text.replace(f"{home}/", "~/")
     return _PLACE.sub(_outside, _TEMPORARY.sub("(a temporary folder)", text))
 
 

@@ -21,8 +21,8 @@ class Result:
     """How a part ended, and what it found.
 
     `status`: right; not measured (this machine lacks what it takes); wrong (measured, and not as it must be); failed (no
-    findings); cut (by its limit); interrupted (by the user); no time (not begun). `problem`: one line, empty where the
-    status is right. `output`: the last lines of one that came to no end.
+    findings); cut (by its limit, or it left out what it had no time for); interrupted (by the user); no time (not begun).
+    `problem`: one line, empty where the status is right. `output`: the last lines of one that came to no end.
     """
 
     part: str
@@ -63,9 +63,15 @@ def _status(
         return "cut", f"its limit was {ended.seconds:.0f} s"
     if findings is None or ended.code not in (0, 1):
         said = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
-        return "failed", f"exit code {ended.code}: {said}"
+        missing = "" if ended.code else ", without findings"
+        return "failed", f"exit code {ended.code}{missing}: {said[:500]}"
     if findings.wrong or ended.code:
         return "wrong", "; ".join(findings.wrong) or "exit code 1 (see the log)"
+    if findings.left_out:
+        return (
+            "cut",
+            f"no time was left for {', '.join(findings.left_out)}; what was compiled is kept for the next call",
+        )
     return ("not measured", findings.not_measured) if findings.not_measured else ("right", "")
 
 
@@ -78,11 +84,28 @@ def save(result: Result, machine: dict[str, Any], folder: Path) -> None:
 
 def load(part: str, machine: dict[str, Any], folder: Path) -> Result | None:
     """The kept result of a part on this machine, source and versions; None where there is none."""
-    try:
-        content = json.loads((folder / f"{part}.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-    if content["machine"] != machine:
+    content = _read(folder / f"{part}.json")
+    if content is None or content["machine"] != machine:
         return None
     kept = content["result"]
     return Result(**{**kept, "findings": Findings(**kept["findings"])})
+
+
+def other_machines(machine: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """The machines, other than this one, whose results the folder holds, each once."""
+    contents = (_read(file) for file in sorted(folder.glob("*.json")))
+    found: list[dict[str, Any]] = []
+    for content in contents:
+        if content is not None and content["machine"] not in (machine, *found):
+            found.append(content["machine"])
+    return found
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """What `save` wrote; None where the file is missing, or is damaged or another program's."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        is_ours = isinstance(content["machine"], dict) and isinstance(content["result"]["findings"], dict)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    return content if is_ours else None

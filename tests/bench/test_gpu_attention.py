@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import attention_cases
@@ -122,8 +123,33 @@ def test_a_backend_that_hangs_is_wrong_and_one_that_began_too_late_is_not(patien
     monkeypatch.setattr(attention_cases, "FIRST_FIGURE_S", patience)
     started = time.monotonic()
     (ended,) = attention_cases.each_alone(hangs, deadline=started + 0.2)
-    assert ended == Ended(problem="was not done within --seconds", excused=excused)
+    assert ended == Ended(problem="was not done within --seconds", excused=excused, late=True)
     assert time.monotonic() - started < 20
+
+
+def hangs_when_it_is_done(send):
+    threading.Thread(target=time.sleep, args=(100,)).start()
+
+
+def test_a_process_that_hangs_when_it_is_done_has_done_its_work(monkeypatch):
+    monkeypatch.setattr(attention_cases, "_SECONDS_TO_LEAVE", 0.1)
+    started = time.monotonic()
+    (ended,) = attention_cases.each_alone(hangs_when_it_is_done, deadline=started + 60)
+    assert ended == Ended(problem=None)
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize(("part", "left_out"), [("check", ["cpu-flash", "dense tiles"]), ("speed", [])])
+def test_a_check_says_which_backends_it_had_no_time_for(part, left_out, monkeypatch):
+    late = Ended(problem="was not done within --seconds", excused=True, late=True)
+    monkeypatch.setattr(gpu_attention, "each_alone", lambda *_, deadline: iter([late]))
+    monkeypatch.setattr(gpu_attention, "AUTO_ORDER", ("cpu-flash",))
+    monkeypatch.setattr(
+        gpu_attention, "refusal", lambda name, _: None if name in ("cpu-flash", "dense tiles") else "is away"
+    )
+    found = gpu_attention.Findings()
+    assert gpu_attention.measure(part, gpu_attention.ON_CPU, 0.0, found) == []
+    assert found.left_out == left_out and not found.wrong
 
 
 def test_the_authors_form_is_the_formula():

@@ -127,6 +127,9 @@ def test_a_gpu_s_peak_is_that_of_its_data_sheet(name, peak):
         "AMD Instinct MI300X",
         "NVIDIA GeForce RTX 4090 Laptop GPU",
         "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "GRID A100-10C",
+        "NVIDIA L40S-12Q",
     ],
 )
 def test_a_gpu_that_is_not_in_the_table_has_no_peak(name):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -13,11 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from bico_ds.common.errors import RunError, UserError
 from bico_ds.proof import prove as prove_module
 from bico_ds.proof import results
 from bico_ds.proof.machine import describe_machine
 from bico_ds.proof.parts import PARTS
-from bico_ds.proof.prove import Request, node_problems, prove
+from bico_ds.proof.prove import Request, node_problems, part_environment, prove
+from bico_ds.proof.results import Result
 from tests import ROOT
 from tests.proof import tools_of_a_proof as tools
 from tests.proof.test_processes import alive
@@ -101,6 +105,91 @@ def test_results_of_another_machine_source_or_version_are_not_taken_over(bench, 
         assert results.load("run", {**machine, key: "another"}, kept) is None
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"machine": {}}',
+        '{"machine": {}, "result": []}',
+        '{"machine": 1, "result": {"findings": {}}}',
+    ],
+)
+def test_a_file_that_no_proof_wrote_is_no_result(bench, tmp_path, content):
+    (tmp_path / "out" / "parts").mkdir(parents=True)
+    (tmp_path / "out" / "parts" / "run.json").write_text(content)
+    assert prove(request(tmp_path, parts=["run"]))
+    assert statuses(tmp_path) == {"run": "right"}
+
+
+def keep_result_of_another_machine(tmp_path, **changes) -> Path:
+    machine, kept = {**describe_machine(rehearse=True), **changes}, tmp_path / "out" / "parts"
+    results.save(Result(part="run", status="right"), machine, kept)
+    return kept / "run.json"
+
+
+def test_a_rehearsal_replaces_nothing_that_a_gpu_gave(bench, tmp_path):
+    file = keep_result_of_another_machine(tmp_path, rehearsal=False, gpu="NVIDIA H100")
+    before = file.read_bytes()
+    with pytest.raises(UserError, match="holds results of NVIDIA H100"):
+        prove(request(tmp_path, parts=["run", "speed"]))
+    assert file.read_bytes() == before and tools.calls(bench, "run") == 0
+
+
+def test_results_that_are_not_taken_over_are_said_to_be_replaced(bench, tmp_path, capsys):
+    keep_result_of_another_machine(tmp_path, commit="another", sources="others")
+    assert prove(request(tmp_path, parts=["run"]))
+    assert "differ in commit, sources: they are not taken over" in capsys.readouterr().out
+    assert prove(request(tmp_path, parts=["run"]))
+    assert "differ in" not in capsys.readouterr().out
+
+
+def test_a_log_that_cannot_be_written_is_one_message(bench, tmp_path):
+    (tmp_path / "out" / "run.log").mkdir(parents=True)
+    with pytest.raises(RunError, match=r"--out: cannot write '.*run\.log': Is a directory"):
+        prove(request(tmp_path, parts=["run"]))
+    assert not (tmp_path / "out" / "parts" / "run.json").exists(), "no interruption by the user"
+
+
+def test_two_proofs_do_not_share_a_folder(bench, tmp_path):
+    lock = tmp_path / "out" / "parts" / ".lock"
+    lock.parent.mkdir(parents=True)
+    with open(lock, "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another proof is at work in"):
+            prove(request(tmp_path, parts=["run"]))
+    assert tools.calls(bench, "run") == 0
+    assert prove(request(tmp_path, parts=["run"]))
+
+
+def test_a_part_that_is_named_twice_runs_once(bench, tmp_path, capsys):
+    assert not prove(request(tmp_path, parts=["speed", "speed"]))
+    assert tools.calls(bench, "speed") == 1
+    assert "gpu-proof: not right: speed (wrong); the same" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_one_message_and_other_errors_are_not_taken_for_it(bench, tmp_path, monkeypatch):
+    def fail(path: Path, content: str) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(results, "write_atomically", fail)
+    number = errno.ENOSPC
+    with pytest.raises(RunError, match="--out: cannot write '.*out': No space left on device"):
+        prove(request(tmp_path, parts=["run"]))
+    number = errno.EPIPE
+    with pytest.raises(BrokenPipeError):
+        prove(request(tmp_path, parts=["run"]))
+
+
+def test_a_part_on_a_gpu_runs_without_what_would_distort_its_figures(monkeypatch):
+    for name in ("DS_ACCELERATOR", "TRITON_INTERPRET", "CUDA_LAUNCH_BLOCKING", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "1")
+    seen = part_environment(rehearse=False)
+    assert not {"DS_ACCELERATOR", "TRITON_INTERPRET", "CUDA_LAUNCH_BLOCKING"} & set(seen)
+    assert seen["CUDA_VISIBLE_DEVICES"] == "1", "the user's choice of a GPU"
+
+
 def test_a_part_that_has_no_time_left_is_said_to_have_none_and_the_next_call_runs_it(bench, tmp_path, capsys):
     assert not prove(request(tmp_path, parts=["run"], minutes=0.01))
     assert tools.calls(bench, "run") == 0
@@ -143,7 +232,7 @@ main.start(["--rehearse", "--parts", "run", "check", "--out", sys.argv[2]])
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_an_interruption_keeps_all_results_so_far_and_leaves_no_process(bench, tmp_path, number):
     process = subprocess.Popen(
         [sys.executable, "-c", PROVES, str(bench), str(tmp_path / "out")], cwd=ROOT, start_new_session=True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -39,7 +40,12 @@ def results(*, steps=(), rows=(), **statuses) -> dict[str, Result]:
         "step": Result(part="step", status="right", findings=Findings(steps=list(steps))),
         "speed": Result(part="speed", status="right", findings=Findings(rows=list(rows))),
     }
-    return found | {name: Result(part=name, status=status) for name, status in statuses.items()}
+    checked = Findings(
+        tables=[{"title": "t", "columns": ["backend", "right"], "rows": [["aten-cuda", 1], ["triton", 1]]}]
+    )
+    return found | {
+        name: Result(part=name, status=status, findings=checked) for name, status in statuses.items()
+    }
 
 
 def verdicts(found: dict[str, Result], *, rehearsal=False) -> list[str]:
@@ -77,13 +83,46 @@ def test_what_was_not_measured_is_neither_met_nor_missed():
     assert verdicts(results(check="wrong"))[0] == "missed"
 
 
-def test_steps_are_compared_by_one_backend_and_the_best_counts():
+def test_a_check_names_the_backends_that_are_right_and_without_any_nothing_is_right():
+    judge_check = lambda **found: judge_aims(found, rehearsal=False)[0]  # noqa: E731
+    right = judge_check(check=results(check="right")["check"])
+    assert (right.figure, right.verdict) == ("all that run here: aten-cuda, triton", "met")
+    notes = Findings(notes=["check: triton: was not done within --seconds"])
+    assert judge_check(check=Result(part="check", status="right", findings=notes)).verdict == "not measured"
+
+
+def test_a_check_that_left_a_backend_out_is_no_check_of_every_backend(tmp_path):
+    log = tmp_path / "log"
+    log.write_text(Findings(left_out=["triton", "dense tiles"]).as_line())
+    result = judge("check", Ended(code=0, seconds=50), log, date="today")
+    assert (result.status, result.good) == ("cut", False)
+    assert result.problem.startswith("no time was left for triton, dense tiles")
+
+
+def test_of_steps_the_best_backend_of_each_kind_counts():
     steps = [
         step("ntp", 40, 100, 0.1, "auto"), step("bico", 40, 120, 0.1, "auto"),
-        step("ntp", 40, 300, 0.1, "triton"), step("bico", 40, 240, 0.1, "triton"),
+        step("ntp", 40, 300, 0.1, "triton"), step("bico", 40, 85, 0.1, "triton"),
     ]  # fmt: skip
     (aim,) = [aim for aim in judge_aims(results(steps=steps), rehearsal=False) if "40 tokens" in aim.aim]
-    assert (aim.figure, aim.verdict) == ("0.8", "met")
+    assert (aim.figure, aim.verdict) == ("0.85", "met")
+    steps[-1]["ms"] = 240  # 0.8 of an NTP step that nobody would take
+    (aim,) = [aim for aim in judge_aims(results(steps=steps), rehearsal=False) if "40 tokens" in aim.aim]
+    assert (aim.figure, aim.verdict) == ("1.2", "missed")
+
+
+def test_up_to_a_length_is_not_measured_before_that_length_is():
+    rows = [row("triton beside two passes on aten-cuda, 40 tokens, bidirectional", 1, 9)]
+    assert verdicts(results(rows=rows))[-2] == "not measured"
+    rows.append(row("triton beside two passes on aten-cuda, 512 tokens, bidirectional", 1, 3))
+    assert verdicts(results(rows=rows))[-2] == "met"
+
+
+def test_what_a_part_has_measured_that_is_wrong_meets_no_aim():
+    found = meets_all()
+    for name in ("step", "speed"):
+        found[name] = replace(found[name], status="wrong")
+    assert verdicts(found) == ["met"] + ["in doubt"] * len(AIMS)
 
 
 def test_a_ratio_says_how_many_times_better_ours_is_of_times_and_of_rates():
@@ -144,6 +183,17 @@ def test_names_of_kernels_and_places_of_this_machine_do_not_break_the_page():
     assert "- bico_ds/training/trainer.py:7\n- (a temporary folder)\n" in page
 
 
+def test_the_folder_of_results_and_the_home_folder_are_not_on_the_page(tmp_path, monkeypatch):
+    out = tmp_path / "my <out>"
+    out.mkdir()
+    monkeypatch.setenv("HOME", "/home/somebody")
+    notes = [f"written to {out}/policy.json: use it", "as in /home/somebody/envs/a"]
+    found = {"policy": Result(part="policy", status="right", findings=Findings(notes=notes))}
+    report.write(list(found.values()), MACHINE, out)
+    page = (out / "report.md").read_text()
+    assert "- written to policy.json: use it\n- as in ~/envs/a\n" in page
+
+
 def test_findings_are_read_from_the_last_line_that_holds_any():
     first, last = Findings(notes=["first"]).as_line(), Findings(rows=[row("a", 1, 2)]).as_line()
     assert read_findings(["text", first, last, "[W] destroy_process_group() was not called", ""]) == Findings(
@@ -152,6 +202,29 @@ def test_findings_are_read_from_the_last_line_that_holds_any():
     assert read_findings(["{not json", "3", '{"other": 1}', ""]) is None
     assert read_findings(['{"rows": [], "of_a_newer_tool": 1}']) == Findings()
     assert read_findings(['{"kind": "ntp", "rows": 8192}']) is None
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        {"rows": [1]},
+        {"rows": [{"name": "a", "ours": 1, "other": 2, "ratio": 2}]},
+        {"rows": [row("a", 1, 2) | {"ours": None}]},
+        {"rows": [], "steps": [{}]},
+        {"rows": [], "steps": [{"kind": "ntp", "length": 40, "ms": "1", "mfu": None}]},
+        {"rows": [], "tables": [{"title": "t", "columns": ["a"], "rows": [3]}]},
+        {"rows": [], "wrong": "wrong"},
+        {"rows": [], "notes": [1]},
+        {"rows": [], "not_measured": None},
+    ],
+)
+def test_what_is_not_of_the_form_of_findings_fails_its_part_alone(tmp_path, found):
+    log = tmp_path / "log"
+    log.write_text("[" * 100_000 + "\n" + json.dumps(found))
+    result = judge("speed", Ended(code=0, seconds=1), log, date="today")
+    assert (result.status, result.findings) == ("failed", Findings())
+    assert result.problem.startswith("exit code 0, without findings: {")
+    assert report.markdown({"speed": result}, MACHINE, judge_aims({"speed": result}, rehearsal=False))
 
 
 def test_the_steps_that_a_cut_tool_had_measured_count(tmp_path):

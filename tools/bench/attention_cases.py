@@ -38,6 +38,7 @@ AS_HIDDEN_KEYS = replace(CUDA_POLICY, hidden_cost=0.0)
 # and so is a wrong row. On a CPU rounding gave 7e-4 and 1.4e-2 in bf16, 7e-5 and 1.8e-3 in fp16.
 BOUNDS = {torch.bfloat16: (3e-3, 3e-2), torch.float16: (1e-3, 6e-3), torch.float32: (1e-5, 1e-4)}
 FIRST_FIGURE_S = 30.0  # what has sent nothing after so long hangs; compiling the first kernels takes less
+_SECONDS_TO_LEAVE = 5.0  # of a process that is done; one that hangs in the driver is killed
 _FLUSHED_BYTES = 256 << 20  # more than any L2 cache holds
 _CYCLES_PER_SECOND = 2e9  # of the device's clock, about
 
@@ -240,11 +241,13 @@ def op_milliseconds(backend: Backend, plan: AttentionPlan, shape: Shape = LLAMA_
 class Ended:
     """How the work of a process ended; `problem` is None where it was done.
 
-    `excused`: it had no more time, and had sent figures or had begun late; or needs more memory than this GPU has.
+    `excused`: it had no more time, and had sent figures or had begun late; or needs more memory than this GPU has. `late`:
+    it had no more time.
     """
 
     problem: str | None
     excused: bool = False
+    late: bool = False
 
 
 Send = Callable[[Any], None]
@@ -267,12 +270,14 @@ def each_alone(work: Callable[..., None], *arguments: Any, deadline: float) -> I
         while receiver.poll(max(0.0, deadline - time.monotonic())):
             item = receiver.recv()
             yield item
+            if isinstance(item, Ended):
+                process.join(_SECONDS_TO_LEAVE)
+                return
         in_time = item is not None or deadline - begun < FIRST_FIGURE_S
-        yield Ended(problem="was not done within --seconds", excused=in_time)
+        yield Ended(problem="was not done within --seconds", excused=in_time, late=True)
     except EOFError:
         process.join()
-        if not isinstance(item, Ended):
-            yield Ended(problem=f"its process died, exit code {process.exitcode}")
+        yield Ended(problem=f"its process died, exit code {process.exitcode}")
     finally:
         process.kill()
 

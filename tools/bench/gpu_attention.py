@@ -276,6 +276,8 @@ def measure(part: str, sizes: Sizes, deadline: float, findings: Findings) -> lis
         for item in each_alone(work, name, sizes, deadline=deadline):
             if isinstance(item, Ended):
                 add_end(findings, f"{part}: {name}", item)
+                if part == "check" and item.late:
+                    findings.left_out.append(name)
                 continue
             found.append(item)
             print(f"  {describe(item)}", flush=True)

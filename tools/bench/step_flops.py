@@ -37,14 +37,17 @@ PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
     ("RTX 4090", 165),
     ("RTX 3090", 71),
 )
-# Of a part of a GPU, or of a slower variant by the same name, no data sheet's figure is at hand.
-OTHER_VARIANTS = {"MIG", "LAPTOP", "D"}
+# Of a part of a GPU, or of another variant by the same name, no data sheet's figure is at hand.
+OTHER_VARIANTS = {"MIG", "LAPTOP", "D", "TI", "GRID"}
+VIRTUAL = re.compile(
+    r"\d+[ABCQ]"
+)  # the profile of a virtual GPU: gigabytes and kind, as in "NVIDIA L40S-12Q"
 
 
 def peak_tflops(gpu: str) -> float | None:
     """The peak of a GPU by its `torch.cuda.get_device_name`, in TFLOP/s; None where it is not in the table."""
     words = set(re.split(r"[ -]", gpu.upper()))
-    if words & OTHER_VARIANTS:
+    if words & OTHER_VARIANTS or any(map(VIRTUAL.fullmatch, words)):
         return None
     return next((peak for name, peak in PEAK_TFLOPS if words.issuperset(name.upper().split())), None)
 

@@ -97,8 +97,9 @@ def _policy(
     """The policy on such a device, and the reason for it. `without_triton`: why the Triton kernels may not help."""
     if device.type != "cpu":
         can_hide = kernel.refusal(dtype, head_dim + HIDDEN_COLUMNS, device) is None
+        on_cuda = device.type == "cuda"  # the meta device has no architecture
         return choose_policy(
-            read_measured_policy(torch.cuda.get_device_capability(device)),
+            read_measured_policy(torch.cuda.get_device_capability(device)) if on_cuda else None,
             CUDA_POLICY if can_hide else replace(CUDA_POLICY, hidden_cost=math.inf),
             kernel=kernel.name,
             dtype=dtype,

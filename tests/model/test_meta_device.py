@@ -92,7 +92,7 @@ def check_gradients(model: TrainableModel) -> None:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-@pytest.mark.parametrize("backend", ["aten-cuda", *NEWEST])
+@pytest.mark.parametrize("backend", ["aten-cuda", "triton", *NEWEST])
 def test_every_objective_runs_by_every_gpu_kernel(objective, backend, tmp_path):
     with ExitStack() as stack:
         if backend in NEWEST:

@@ -185,6 +185,22 @@ def test_the_watch_refuses(what):
         FORBIDDEN[what]()
 
 
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_the_watch_refuses_it_in_a_backward_pass(what):
+    class DoesItBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            FORBIDDEN[what]()
+            return grad
+
+    with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), no_host_work():
+        DoesItBackward.apply(X.clone().requires_grad_()).sum().backward()
+
+
 def test_the_watch_lets_pass_what_a_gpu_does_by_itself():
     with no_host_work():
         X[ROWS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -59,15 +60,15 @@ def _waits(func: Any, args: Any) -> bool:
 
 
 @contextmanager
-def checked_gradients(functions: list[type[torch.autograd.Function]]) -> Iterator[set[type]]:
-    """Inside, each gradient that these functions return must have its input's dtype and shape; yields those that ran.
+def checked_gradients(functions: list[type[torch.autograd.Function]]) -> Iterator[Counter[str]]:
+    """Inside, each gradient that these functions return must have its input's dtype and shape; yields how often they ran.
 
     Autograd itself would cast it, at the cost of a pass over memory.
     """
-    ran: set[type] = set()
+    ran: Counter[str] = Counter()
     plain = [(function, function.forward, function.backward) for function in functions]
     for function, forward, backward in plain:
-        function.forward = staticmethod(_noting(forward))
+        function.forward = staticmethod(_noting(function, forward, ran))
         function.backward = staticmethod(_checking(function, backward, ran))
     try:
         yield ran
@@ -76,18 +77,19 @@ def checked_gradients(functions: list[type[torch.autograd.Function]]) -> Iterato
             function.forward, function.backward = staticmethod(forward), staticmethod(backward)
 
 
-def _noting(forward: Any) -> Any:
+def _noting(function: type, forward: Any, ran: Counter[str]) -> Any:
     def noting(ctx: Any, *inputs: Any) -> Any:
+        ran[f"{function.__name__}.forward"] += 1
         ctx.noted = [(x.dtype, x.shape) if isinstance(x, Tensor) else None for x in inputs]
         return forward(ctx, *inputs)
 
     return noting
 
 
-def _checking(function: type, backward: Any, ran: set[type]) -> Any:
+def _checking(function: type, backward: Any, ran: Counter[str]) -> Any:
     def checking(ctx: Any, *grads: Any) -> Any:
         found = backward(ctx, *grads)
-        ran.add(function)
+        ran[f"{function.__name__}.backward"] += 1
         for grad, noted in zip(found, ctx.noted, strict=True):
             assert grad is None or (grad.dtype, grad.shape) == noted, f"{function}: {grad.dtype}, not {noted}"
         return found

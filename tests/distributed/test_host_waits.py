@@ -12,42 +12,44 @@ from tests import ROOT
 from tests.distributed.launching import environment
 
 # Reading a tensor's value from Python is what waits on a GPU; a CPU does not wait, but our calls are the same. Each is
-# counted under the innermost function of ours or DeepSpeed's; DeepSpeed's own are others on a GPU, and are left out.
+# counted under the innermost function of ours or DeepSpeed's; DeepSpeed's own are others on a GPU, and are left out. Not
+# by a `TorchFunctionMode`, which torch leaves before it begins a backward pass.
 RUN = """
-import json, sys
+import json, sys, threading
 from collections import Counter
 from pathlib import Path
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from bico_ds.config.load import load_recipe
 from bico_ds.runtime.signals import StopFlag
 from bico_ds.training import start
 from bico_ds.training.trainer import Trainer
 
 NAMES = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__")
-READS = {getattr(Tensor, name): name for name in NAMES}
+found = None
 
-class Counting(TorchFunctionMode):
-    def __init__(self):
-        super().__init__()
-        self.found = Counter()
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in READS:
+def noting(name, read):
+    def noted(tensor, *arguments, **options):
+        if found is not None and threading.current_thread() is threading.main_thread():
             frame = sys._getframe(1)
             while not any(room in frame.f_code.co_filename for room in ("bico_ds/", "/deepspeed/")):
                 frame = frame.f_back
             if "bico_ds/" in frame.f_code.co_filename:
-                self.found[f"{frame.f_code.co_qualname}: {READS[func]}"] += 1
-        return func(*args, **(kwargs or {}))
+                found[f"{frame.f_code.co_qualname}: {name}"] += 1
+        return read(tensor, *arguments, **options)
 
+    return noted
+
+for name in NAMES:
+    setattr(Tensor, name, noting(name, getattr(Tensor, name)))
 take_step = Trainer._optimize
 
 def counted(self, rank_step, targets, *rest):
-    with Counting() as counting:
-        agreed = self._agree(rank_step.batches)
-        report = take_step(self, rank_step, targets, *rest)
-    print("waits", json.dumps([len(rank_step.batches), counting.found]))
+    global found
+    found = Counter()
+    agreed = self._agree(rank_step.batches)
+    report = take_step(self, rank_step, targets, *rest)
+    print("waits", json.dumps([len(rank_step.batches), found]))
+    found = None
     return report
 
 Trainer._optimize = counted

@@ -26,8 +26,19 @@ from bico_ds.attention.kernels.aten_cuda import AtenCuda
 from bico_ds.attention.kernels.cpu_flash import CpuFlash
 
 RECORDS = Path(__file__).parent / "recorded_signatures"
-# Arguments that may have another value than their default; at which one they mean what we want.
-NEUTRAL = {"dropout_p": 0.0, "window_size_left": -1, "window_size_right": -1, "softcap": 0.0}
+# Arguments that we give a meaning; every other one must have its default,
+OURS = {
+    "q", "k", "v", "out", "dout", "dq", "dk", "dv", "softmax_lse", "lse", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q",
+    "max_seqlen_k", "softmax_scale", "causal", "return_softmax", "return_lse", "deterministic",
+}  # fmt: skip
+# or this value, where it has none.
+NEUTRAL = {
+    "dropout_p": 0.0,
+    "window_size_left": -1,
+    "window_size_right": -1,
+    "softcap": 0.0,
+    "alibi_slopes": None,
+}
 
 
 @contextmanager
@@ -153,10 +164,12 @@ def _loaded(folder: Path, module: str) -> list[str]:
 
 
 def _check_argument(parameter: inspect.Parameter, value: Any) -> None:
-    """Of the type that the signature names; and where we do not mean it, neutral."""
+    """Of the type that the signature names; and where it is none of ours, neutral."""
     assert _is_a(parameter.annotation, value), f"{parameter} is {value!r}"
-    if parameter.name in NEUTRAL and parameter.default != value:
-        assert value == NEUTRAL[parameter.name], f"{parameter} is {value!r}"
+    if parameter.name not in OURS:
+        has_default = parameter.default is not inspect.Parameter.empty
+        neutral = parameter.default if has_default else NEUTRAL[parameter.name]
+        assert value is neutral or value == neutral, f"{parameter} is {value!r}"
 
 
 def _is_a(annotation: str, value: Any) -> bool:

@@ -6,6 +6,7 @@ flash-attn-4 as `recorded_signatures/record.py` read them from their releases.
 
 from __future__ import annotations
 
+import importlib
 import json
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -57,6 +58,26 @@ def test_each_call_binds_to_the_kernels_signature_and_gives_attention(
         finally:
             torch.use_deterministic_algorithms(False)
     assert max(relative_errors(found, problem.dense_rows())) < 1e-11, f"seed {seed}"
+
+
+OTHER_MEANING = {
+    "flash-attn": {"block_table": torch.zeros(1, 1, dtype=torch.int32)},
+    "flash-attn-4": {"window_size_left": -1},  # unbounded is None there
+}
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=str)
+def test_an_argument_that_means_something_else_is_refused(package, tmp_path):
+    other = OTHER_MEANING[package.distribution]
+    problem = make_problem([40, 1], mode="causal", head_dim=24)
+    with kernel_on_cpu(package, tmp_path) as kernel:
+        module = importlib.import_module(package.module.removesuffix(".py").replace("/", "."))
+        answer = module.answer
+        module.answer = lambda name, arguments: answer(name, arguments | other)
+        with pytest.raises(AssertionError, match=next(iter(other))):
+            problem.packed(
+                run_packed_attention, scale=1.0, backend=Backend(kernel=kernel, policy=CUDA_POLICY)
+            )
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=str)

@@ -92,7 +92,7 @@ def test_a_start_is_as_much_work_on_64_ranks_as_on_256(starts):
         assert many["start: messages"] == few["start: messages"] > 0
         assert many["start: bytes"] <= 1.02 * few["start: bytes"]
         assert many["start: bytes of objects"] == few["start: bytes of objects"] == 0
-        assert many["start: calls"] <= 1.02 * few["start: calls"]
+        assert many["start: calls"] <= 1.005 * few["start: calls"]
         assert many["MB grown"] <= few["MB grown"] + 30
 
 

@@ -75,7 +75,7 @@ def run(model: TrainableModel, batch: PackedBatch) -> Tensor:
     functions = [_PackedAttention, _ChunkedCrossEntropy]
     with no_host_work(), checked_gradients(functions) as ran:
         loss = model(batch)
-        torch.autograd.backward(loss)  # `Tensor.backward` would switch off half of the watch
+        loss.backward()
     for hook in hooks:
         hook.remove()
     layers, every = len(hooks), model.recompute_every

@@ -36,6 +36,7 @@ from step_shapes import (
     BICO,
     KEY,
     PLACEHOLDER,
+    TOO_SMALL,
     WARM_UP,
     Bench,
     StepBatch,
@@ -234,7 +235,11 @@ def run(options: Namespace) -> int:
     prepare(options)
     findings = Findings()
     comparison = Comparison(options, findings)
-    task = measure_ours_and_theirs(options, findings, comparison)
+    try:
+        task = measure_ours_and_theirs(options, findings, comparison)
+    except torch.OutOfMemoryError:
+        findings.not_measured = TOO_SMALL
+        return findings.finish(as_json=options.json)
     note_memory_held(findings)
     comparison.measure_trl(task)
     comparison.add_table()

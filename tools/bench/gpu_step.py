@@ -22,7 +22,9 @@ import this_checkout  # noqa: F401  first on sys.path
 import torch
 from step_profile import StepProfile, host_waits, profile_step
 from step_shapes import (
+    FIXED,
     OBJECTIVES,
+    TOO_SMALL,
     Bench,
     Steps,
     add_options,
@@ -37,6 +39,7 @@ from bico_ds.attention.backend import Backend
 from bico_ds.attention.backends import resolve
 from bico_ds.batch import PackedBatch
 from bico_ds.common.command_line import Command
+from bico_ds.config.load import load_recipe
 from bico_ds.model.weights.materialize import full_numel
 from bico_ds.proof.findings import Findings
 from bico_ds.runtime import distributed
@@ -78,6 +81,9 @@ class StepBench:
                         # The engine stands in the middle of a step: nothing more can be measured with it.
                         traceback.print_exc()
                         what = f"{kind}, documents of {length}, {name}"
+                        if isinstance(error, torch.OutOfMemoryError) and not self.findings.steps:
+                            self.findings.not_measured = TOO_SMALL
+                            return
                         self.findings.add_wrong(
                             f"{what}: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
                         )
@@ -137,6 +143,7 @@ class StepBench:
             "backend": name,
             "rows": len(batch.input_ids),
             "targets": len(batch.targets),
+            "head_share": round(self.bench.flops.head_share(batch), 4),
             "ms": round(1e3 * seconds, 2),
             "slowest_ms": round(1e3 * max(steps.seconds), 2),
             "tokens_per_s": round(batch.represented_tokens / seconds),
@@ -206,6 +213,19 @@ class StepBench:
              "peak of backward", "peak of update", "held by the allocator, unused at the peak"],
             self.memory,
         )  # fmt: skip
+
+    def note_depth(self) -> None:
+        """Say what few layers do to a comparison: the head is there once, however many layers there are."""
+        whole = (load_recipe(self.options.recipe, FIXED).model.config or {}).get("num_hidden_layers")
+        few = self.options.layers
+        shares = {step["length"]: step["head_share"] for step in self.findings.steps if step["kind"] == "ntp"}
+        for length, share in shares.items() if whole else ():
+            of_whole = share / (share + (1 - share) * whole / few)
+            self.findings.add_note(
+                f"documents of {length}: the head is {share:.0%} of an NTP step's operations with {few} layers, "
+                f"{of_whole:.0%} with the recipe's {whole}; BICO computes it for few rows, so that the whole model "
+                "gains less from BICO's fewer targets than a step here"
+            )
 
     def compare(self) -> None:
         """Rows: a BICO step beside an NTP step of the same documents, and the backends beside the first."""
@@ -289,10 +309,15 @@ def run(options: Namespace) -> int:
     if options.rehearse:
         options.also, options.profile = ALSO_IN_A_REHEARSAL, True
     findings = Findings()
-    bench = build(options, findings)
+    try:
+        bench = build(options, findings)
+    except torch.OutOfMemoryError:
+        findings.not_measured = TOO_SMALL
+        return findings.finish(as_json=options.json)
     steps = StepBench(bench, options, findings)
     steps.measure_all()
     steps.add_tables()
+    steps.note_depth()
     steps.compare()
     distributed.leave()
     return findings.finish(as_json=options.json)

@@ -88,6 +88,10 @@ class ModelFlops:
             + self.per_pair * visible_pairs(batch.plan)
         )
 
+    def head_share(self, batch: PackedBatch) -> float:
+        """The share of the head's product in `of_step`."""
+        return self.per_target * len(batch.targets) / self.of_step(batch)
+
 
 def _per_row(matrix: torch.Tensor) -> int:
     return (6 if matrix.requires_grad else 4) * full_numel(matrix)

@@ -58,6 +58,7 @@ FIXED = [
     "training.micro_batch_bins=1",
     "distributed.world_size=null",
 ]
+TOO_SMALL = "this GPU's memory does not hold the model with its optimizer; give fewer --layers"
 NO_CHANGE = "optimizer.lr=1e-12"  # below the spacing of fp32 numbers at the size of a weight
 # Two ways to compute one step: how far their mean losses, in nats, may be apart, and their gradient norms, as a share.
 LOSS_TOLERANCE = {"bf16": 2e-3, "fp32": 1e-4}

@@ -163,8 +163,8 @@ def without_machine_paths(text: str) -> str:
     text = _SITE_PACKAGES.sub("…/", text)
     if CHECKOUT is not None:
         text = text.replace(f"{CHECKOUT}/", "")
-    # Where the user has none, it is still "~".
-    if (home := os.path.expanduser("~")) != "/":
+    home = os.environ.get("HOME", "/").rstrip("/")
+    if home:
         text = text.replace(f"{home}/", "~/")
     return _PLACE.sub(_outside, _TEMPORARY.sub("(a temporary folder)", text))
 

@@ -222,8 +222,11 @@ def test_a_part_sees_no_launcher_no_network_and_in_a_rehearsal_no_gpu(bench, tmp
 
 
 PROVES = """
-import sys
+import signal, sys
 from pathlib import Path
+# As in a terminal: what started the tests may ignore them (nohup, a shell's "&"), and they would be inherited.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from bico_ds.commands.gpu_proof import main
 from bico_ds.proof.parts import PARTS, Part
 for name in ("run", "check"):

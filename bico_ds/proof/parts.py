@@ -8,7 +8,7 @@ a kernel compiles. A process that starts (torch, CUDA) takes 10.
 
 | part | expected | of which |
 |---|---|---|
-| check | 75 | 50 Triton kernels, each 1 to 2 to compile, are cached for the parts after it |
+| check | 75 | 50 Triton kernels, each 1 to 2 to compile, shapes side by side; cached for the parts after it |
 | speed | 35 | 3 backends, each in a process forked in 4; 40 cases of 0.3 |
 | policy | 40 | its `--seconds`: beside either alternative 56 cases of 0.3, and a check |
 | step | 105 | to build the model 20; 2 backends, each 4 kinds: 11 steps of 0.3, and 6 to read the profile |

@@ -79,8 +79,8 @@ def _least_speed_up(findings: Findings, *, ours: str, other: str, tokens: tuple[
 
 def _length(name: str) -> int:
     """The tokens per document that a row's name gives; 0 where it gives none."""
-    found = re.search(r"(?:L = |documents of )([\d,]+)|\b([\d,]+) tokens", name)
-    return int((found.group(1) or found.group(2)).replace(",", "")) if found else 0
+    found = re.search(r"\b(\d+) tokens", name)
+    return int(found.group(1)) if found else 0
 
 
 AIMS = (

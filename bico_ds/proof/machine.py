@@ -54,7 +54,7 @@ def describe_machine(*, rehearse: bool) -> dict[str, Any]:
         "gpu": seen.get("gpu"),
         "memory_gb": seen.get("memory_gb"),
         "compute_capability": seen.get("compute_capability"),
-        "driver": None if rehearse else _driver(),
+        "driver": None if rehearse else driver_version(),
         "cuda": seen.get("cuda"),
         "cpu": f"{platform.machine()}, {os.cpu_count()} cores",
         "compiler": _compiler(),
@@ -105,7 +105,8 @@ def _release(nvcc: list[str]) -> str | None:
     return found.group(1) if found else None
 
 
-def _driver() -> str | None:
+def driver_version() -> str | None:
+    """As nvidia-smi says it; None where it says nothing."""
     lines = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]).splitlines()
     return lines[0].strip() if lines else None
 

@@ -25,6 +25,7 @@ import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,6 @@ from step_shapes import (
     BICO,
     KEY,
     PLACEHOLDER,
-    TOO_SMALL,
     WARM_UP,
     Bench,
     StepBatch,
@@ -46,7 +46,7 @@ from step_shapes import (
     check_random_loss,
     check_same,
     contradiction,
-    prepare,
+    run_tool,
 )
 from transformers.utils import is_flash_attn_2_available
 
@@ -54,7 +54,7 @@ from bico_ds.common.command_line import Command
 from bico_ds.config.arguments import local_path
 from bico_ds.documents import Documents
 from bico_ds.proof.findings import Findings
-from bico_ds.runtime import distributed, launch_environment
+from bico_ds.runtime import launch_environment
 
 OURS = "ours"
 GB = 1e9
@@ -231,20 +231,16 @@ def note_memory_held(findings: Findings) -> None:
             findings.add_note(f"while TRL ran, {held / GB:.1f} GB of our engine were still held")
 
 
-def run(options: Namespace) -> int:
-    prepare(options)
-    findings = Findings()
+def measure_ways(options: Namespace, findings: Findings) -> None:
     comparison = Comparison(options, findings)
-    try:
-        task = measure_ours_and_theirs(options, findings, comparison)
-    except torch.OutOfMemoryError:
-        findings.not_measured = TOO_SMALL
-        return findings.finish(as_json=options.json)
+    task = measure_ours_and_theirs(options, findings, comparison)
     note_memory_held(findings)
     comparison.measure_trl(task)
     comparison.add_table()
-    distributed.leave()
-    return findings.finish(as_json=options.json)
+
+
+def run(options: Namespace) -> int:
+    return run_tool(options, partial(measure_ways, options))
 
 
 main = Command(description=__doc__, add_options=add_all_options, contradiction=contradiction, run=run)

@@ -19,7 +19,6 @@ from __future__ import annotations
 import datetime
 import math
 import statistics
-import subprocess
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
@@ -69,6 +68,7 @@ from bico_ds.common.errors import UserError
 from bico_ds.common.files import write_atomically
 from bico_ds.config.arguments import local_path
 from bico_ds.proof.findings import Findings
+from bico_ds.proof.machine import driver_version
 
 MODES: tuple[Mode, ...] = ("bidirectional", "causal")
 CLEAR_LEAD = 1.25  # of the flash kernel at a length, after which no longer document is measured
@@ -259,7 +259,7 @@ def assemble(found: Sequence[Item], capability: tuple[int, int], *, rehearsal: b
         capability=capability,
         gpu="none: a rehearsal on a CPU" if rehearsal else torch.cuda.get_device_name(),
         date=datetime.date.today().isoformat(),
-        driver="none" if rehearsal else driver_version(),
+        driver="none" if rehearsal else driver_version() or "unknown",
         versions=running_versions(),
         measurements=tuple(measurement(*key, crossings, costs) for key in measured),
         comparisons=tuple(comparisons),
@@ -292,16 +292,6 @@ def measurement(
         tiles=beside(TILES),
         triton=beside(TRITON),
     )
-
-
-def driver_version() -> str:
-    """As nvidia-smi says it."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip()
 
 
 def add_tables(policy: MeasuredPolicy, found: Sequence[Item], findings: Findings) -> None:

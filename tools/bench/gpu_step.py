@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import traceback
 from argparse import ArgumentParser, Namespace
+from functools import partial
 from typing import Any
 
 import this_checkout  # noqa: F401  first on sys.path
@@ -32,7 +33,7 @@ from step_shapes import (
     check_random_loss,
     check_same,
     contradiction,
-    prepare,
+    run_tool,
 )
 
 from bico_ds.attention.backend import Backend
@@ -42,7 +43,6 @@ from bico_ds.common.command_line import Command
 from bico_ds.config.load import load_recipe
 from bico_ds.model.weights.materialize import full_numel
 from bico_ds.proof.findings import Findings
-from bico_ds.runtime import distributed
 
 SHOWN = 20  # kernels
 ALSO_IN_A_REHEARSAL = ["oracle", "triton"]
@@ -304,23 +304,18 @@ def head_bytes(bench: Bench, targets: int) -> tuple[int, int]:
     return gradient, rows * bench.config.vocab_size * (weight.element_size() + 4)
 
 
-def run(options: Namespace) -> int:
-    prepare(options)
+def measure_steps(options: Namespace, findings: Findings) -> None:
     if options.rehearse:
         options.also, options.profile = ALSO_IN_A_REHEARSAL, True
-    findings = Findings()
-    try:
-        bench = build(options, findings)
-    except torch.OutOfMemoryError:
-        findings.not_measured = TOO_SMALL
-        return findings.finish(as_json=options.json)
-    steps = StepBench(bench, options, findings)
+    steps = StepBench(build(options, findings), options, findings)
     steps.measure_all()
     steps.add_tables()
     steps.note_depth()
     steps.compare()
-    distributed.leave()
-    return findings.finish(as_json=options.json)
+
+
+def run(options: Namespace) -> int:
+    return run_tool(options, partial(measure_steps, options))
 
 
 main = Command(description=__doc__, add_options=add_all_options, contradiction=contradiction, run=run)

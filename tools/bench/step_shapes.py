@@ -300,3 +300,18 @@ def build(
         flops=flops,
         peak_tflops=peak,
     )
+
+
+def run_tool(options: Namespace, measure: Callable[[Findings], None]) -> int:
+    """Prepare, let `measure` fill the findings, leave the process group; returns the tool's exit code.
+
+    A GPU whose memory does not hold the model is no failure.
+    """
+    prepare(options)
+    findings = Findings()
+    try:
+        measure(findings)
+        distributed.leave()
+    except torch.OutOfMemoryError:
+        findings.not_measured = TOO_SMALL
+    return findings.finish(as_json=options.json)

@@ -428,6 +428,10 @@ class DistributedSpec(Section):
     world_size: Annotated[int, Bound(least=1, most=10_000_000, why="it counts processes")] | None = Field(
         None, description="ranks this recipe is made for; null: any number"
     )
+    gpu: LocalPath | None = Field(
+        None,
+        description="the GPUs that plans and dry runs are for: a name (bico-ds plan --help), or a YAML file",
+    )
     timeout_minutes: Minutes = Field(30.0, description="collectives fail after this time")
     watchdog_minutes: Minutes = Field(
         20.0, description="after this time without a step all stacks are dumped and the run is aborted"

@@ -6,41 +6,18 @@ DeepSpeed accepts unknown top-level keys in silence, and turns an unfilled `"aut
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from bico_ds.common.errors import UserError, did_you_mean
+from bico_ds.common.errors import UserError
 from bico_ds.config.batch_size import micro_batches_per_rank
+from bico_ds.config.deepspeed_file import bucket_sizes, written_ds_config
 from bico_ds.config.load import merge_mappings
-from bico_ds.config.paths import LocalPath, WrittenPath, replace_paths
-from bico_ds.config.resources import DS_CONFIGS
-from bico_ds.config.schema import Recipe, find_deepspeed_paths
+from bico_ds.config.paths import WrittenPath, replace_paths
+from bico_ds.config.schema import Recipe
 from bico_ds.optim.table import kind_of
 from bico_ds.runtime.ds_checks import check_filled, check_written
 from bico_ds.runtime.ds_keys import OWNED
-
-
-def load_ds_config(written: LocalPath) -> dict[str, Any]:
-    """Read a file of ds_configs/ by name, or any JSON file by path; its paths as they are written there.
-
-    Raises `UserError`.
-    """
-    name_or_path = written.expanded()
-    path = next((p for p in (Path(name_or_path), DS_CONFIGS / f"{name_or_path}.json") if p.is_file()), None)
-    if path is None:
-        known = sorted(p.stem for p in DS_CONFIGS.glob("*.json"))
-        raise UserError(
-            f"deepspeed.config: '{name_or_path}' is neither a file nor one of {', '.join(known)}"
-            f"{did_you_mean(name_or_path, known)}"
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"deepspeed.config: {path} must hold one JSON object")
-    return find_deepspeed_paths(config, f"{path}: ")
 
 
 def merged_ds_config(recipe: Recipe) -> dict[str, Any]:
@@ -48,7 +25,7 @@ def merged_ds_config(recipe: Recipe) -> dict[str, Any]:
 
     What the recipe owns is always there: left out, DeepSpeed would take its own default. Raises `UserError`.
     """
-    config = merge_mappings(load_ds_config(recipe.deepspeed.config), recipe.deepspeed.overrides)
+    config = written_ds_config(recipe.deepspeed)
     check_written(config, _where(recipe))
     owned: dict[str, Any] = {key: "auto" for key in OWNED if "." not in key}
     optimizer = {"type": kind_of(recipe.optimizer).ds_types[0], "params": "auto"}
@@ -111,11 +88,7 @@ def _computed(
         "gradient_clipping": training.max_grad_norm,
         "steps_per_print": 2**31 - 1,  # our console prints the steps
         "bf16.enabled": recipe.model.dtype == "bf16",
-        # One bucket holds a square weight; prefetch a little less; norms and biases are not partitioned.
-        "zero_optimization.reduce_bucket_size": max(hidden * hidden, 1_000_000),
-        "zero_optimization.allgather_bucket_size": max(hidden * hidden, 1_000_000),
-        "zero_optimization.stage3_prefetch_bucket_size": max(int(0.9 * hidden * hidden), 1_000_000),
-        "zero_optimization.stage3_param_persistence_threshold": 10 * hidden,
+        **{f"zero_optimization.{key}": size for key, size in bucket_sizes(hidden).items()},
         # A second stream is worth it on CUDA; on CPU, over gloo, there is none.
         "zero_optimization.overlap_comm": on_cuda,
         "zero_optimization.zero_hpz_partition_size": min(ranks_per_node, world_size),

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from bico_ds.config.section import Probability, Section
 
+AttentionMode = Literal["causal", "bidirectional"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveCost:
@@ -43,7 +45,8 @@ class ObjectiveSpec(Section, ABC):
     """One entry of the recipe's `objectives`.
 
     A subclass narrows `kind` to its own name, `kind: Literal["mine"] = "mine"`, sets `monitor`, and raises
-    `identity_version` when equal values come to mean other batches.
+    `identity_version` when equal values come to mean other batches. `attention`: the mode of its batches' plans, which
+    plans of memory need.
     """
 
     kind: str
@@ -51,6 +54,7 @@ class ObjectiveSpec(Section, ABC):
 
     identity_version: ClassVar[int] = 1
     monitor: ClassVar[MonitorPlace]
+    attention: ClassVar[AttentionMode] = "bidirectional"
 
     def identity(self) -> dict[str, Any]:
         """What the batches depend on, JSON-able: the kind, its version, and every value that is not the default.

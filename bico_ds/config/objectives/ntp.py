@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bico_ds.config.objectives.base import MonitorPlace, ObjectiveCost, ObjectiveSpec
+from bico_ds.config.objectives.base import AttentionMode, MonitorPlace, ObjectiveCost, ObjectiveSpec
 
 
 class NtpSpec(ObjectiveSpec):
@@ -17,6 +17,7 @@ class NtpSpec(ObjectiveSpec):
     loss_on: Literal["all", "completion"] = "all"
 
     monitor: ClassVar[MonitorPlace] = MonitorPlace(colour="#3b75af")
+    attention: ClassVar[AttentionMode] = "causal"
 
     def cost(self, lengths: NDArray[np.int64]) -> ObjectiveCost:
         """Exact, but for `loss_on: completion`, which has fewer `head_rows`: one per token after the prompt."""

@@ -1,0 +1,110 @@
+"""Where a run is planned: nodes, ranks, their devices, and what DeepSpeed's configuration divides over them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from bico_ds.common.errors import UserError
+from bico_ds.config.deepspeed_file import bucket_sizes, written_ds_config
+from bico_ds.config.schema import Recipe
+from bico_ds.planner.devices import Device
+
+Offload = Literal["none", "cpu", "nvme"]
+
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zero:
+    """What of a DeepSpeed configuration memory and communication depend on; buckets and thresholds in elements.
+
+    `secondary_ranks`: over how many ranks hpZ divides its second copy of the weights; None: there is none.
+    `gradient_bytes`, `communication_bytes`: per element of the accumulated gradients, and of those on the way.
+    """
+
+    stage: int
+    offload_optimizer: Offload
+    offload_parameters: Offload
+    secondary_ranks: int | None
+    reduce_bucket: int
+    allgather_bucket: int
+    prefetch_bucket: int
+    persistence_threshold: int
+    max_live_parameters: int
+    sub_group_size: int
+    overlap_comm: bool
+    contiguous_gradients: bool
+    pin_memory: bool
+    buffer_count: int
+    gradient_bytes: int
+    communication_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """`nodes` nodes of `ranks_per_node` ranks, each on a `device` of its own (of kind "cpu": on the host)."""
+
+    device: Device
+    nodes: int
+    ranks_per_node: int
+    zero: Zero
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+
+def read_zero(recipe: Recipe, *, hidden_size: int, ranks: int, ranks_per_node: int, on_cuda: bool) -> Zero:
+    """What the recipe's DeepSpeed configuration means for so many ranks; `"auto"` filled as runs fill it.
+
+    `hidden_size`: the model's. Raises `UserError` where a file is not there, or a value has another type. All else is
+    checked where a run is (`bico_ds.runtime.ds_checks`).
+    """
+    config = written_ds_config(recipe.deepspeed)
+    zero = _mapping(config, "zero_optimization")
+    automatic: dict[str, Any] = {
+        **bucket_sizes(hidden_size),
+        "overlap_comm": on_cuda,
+        "zero_hpz_partition_size": min(ranks_per_node, ranks),
+        "pin_memory": on_cuda,
+    }
+
+    def value(section: dict[str, Any], key: str, default: Any) -> Any:
+        """As written, or as filled in; DeepSpeed's own default where the key is left out."""
+        found = section.get(key, default)
+        found = automatic[key] if found == "auto" and key in automatic else found
+        if default is not None and not isinstance(
+            found, type(default) if isinstance(default, bool) else int | float
+        ):
+            raise UserError(f"deepspeed: zero_optimization: {key}: cannot plan with {found!r}")
+        return found
+
+    optimizer, parameters = _mapping(zero, "offload_optimizer"), _mapping(zero, "offload_param")
+    dtype = recipe.model.dtype
+    hpz = value(zero, "zero_hpz_partition_size", 1)
+    return Zero(
+        stage=int(value(zero, "stage", 0)),
+        offload_optimizer=optimizer.get("device", "none"),
+        offload_parameters=parameters.get("device", "none"),
+        secondary_ranks=int(hpz) if hpz > 1 else None,
+        reduce_bucket=int(value(zero, "reduce_bucket_size", 5e8)),
+        allgather_bucket=int(value(zero, "allgather_bucket_size", 5e8)),
+        prefetch_bucket=int(value(zero, "stage3_prefetch_bucket_size", 5e7)),
+        persistence_threshold=int(value(zero, "stage3_param_persistence_threshold", 1e5)),
+        max_live_parameters=int(value(zero, "stage3_max_live_parameters", 1e9)),
+        sub_group_size=int(value(zero, "sub_group_size", 1e9)),
+        overlap_comm=value(zero, "overlap_comm", False),
+        contiguous_gradients=value(zero, "contiguous_gradients", True),
+        pin_memory=value(optimizer, "pin_memory", False),
+        buffer_count=int(value(optimizer, "buffer_count", 4)),
+        gradient_bytes=_BYTES[_mapping(config, "data_types").get("grad_accum_dtype") or dtype],
+        communication_bytes=_BYTES[config.get("communication_data_type") or dtype],
+    )
+
+
+def _mapping(config: dict[str, Any], key: str) -> dict[str, Any]:
+    section = config.get(key) or {}
+    if not isinstance(section, dict):
+        raise UserError(f"deepspeed: '{key}' must be a mapping of keys, found {section!r}")
+    return section

@@ -1,0 +1,23 @@
+"""Bytes with a name, within bounds, and where the formula comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import reduce
+
+from bico_ds.planner.ranges import Range
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One line of a table of memory or disk; `how`: the formula in words, or its source."""
+
+    name: str
+    bytes: Range
+    how: str = ""
+
+
+def total(items: Iterable[Item]) -> Range:
+    """The sum of all items' bytes."""
+    return reduce(Range.__add__, (item.bytes for item in items), Range.exactly(0))

@@ -1,0 +1,89 @@
+"""What goes through the model: the rows and pairs of an average micro-batch of each objective, and the steps of a run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bico_ds.config.objectives.base import AttentionMode
+from bico_ds.config.objectives.table import objective_names
+from bico_ds.config.schema import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """The documents of a data epoch as the planner knows them.
+
+    `lengths` int64 [D]: tokens per document, of all or of a sample, none above the recipe's capacity. `tokens`: of a whole
+    data epoch; None: not known. `source`: for the report, where this was read, or that it is assumed.
+    """
+
+    lengths: NDArray[np.int64]
+    tokens: int | None
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """An average micro-batch of one objective: `training.micro_batch_bins` full bins.
+
+    `kept_rows` and `live_rows` go through the model; `pairs` are (query, key) pairs that attention looks at, per head and
+    layer; `head_rows` have a loss; `tokens` are original ones. `longest` is the longest document, in tokens, and
+    `documents` their number. `probability`: the share of steps that are this objective's.
+    """
+
+    objective: str
+    probability: float
+    mode: AttentionMode
+    documents: float
+    longest: int
+    tokens: float
+    kept_rows: float
+    live_rows: float
+    pairs: float
+    head_rows: float
+
+    @property
+    def rows(self) -> float:
+        """Through the model."""
+        return self.kept_rows + self.live_rows
+
+
+def micro_batches(recipe: Recipe, texts: Texts) -> tuple[MicroBatch, ...]:
+    """One per objective, in the recipe's order: its spec's `cost` of the texts, scaled to full bins.
+
+    Packing fills bins to more than 0.99 (docs/benchmarks/packing.md); that they are full is the planner's assumption.
+    """
+    tokens = recipe.training.micro_batch_bins * recipe.data.capacity
+    share = tokens / float(texts.lengths.sum())
+    found = []
+    for name, spec in zip(objective_names(recipe.objectives), recipe.objectives, strict=True):
+        cost = spec.cost(texts.lengths)
+        found.append(
+            MicroBatch(
+                objective=name,
+                probability=spec.probability,
+                mode=spec.attention,
+                documents=share * len(texts.lengths),
+                longest=int(texts.lengths.max()),
+                tokens=tokens,
+                kept_rows=share * float(cost.kept_rows.sum()),
+                live_rows=share * float(cost.live_rows.sum()),
+                pairs=share * float(cost.pairs.sum()),
+                head_rows=share * float(cost.head_rows.sum()),
+            )
+        )
+    return tuple(found)
+
+
+def steps_of_run(recipe: Recipe, texts: Texts) -> int | None:
+    """Optimizer steps; None where the recipe counts epochs and the tokens of one are not known."""
+    if recipe.training.steps is not None:
+        return recipe.training.steps
+    if texts.tokens is None or recipe.training.epochs is None:
+        return None
+    per_step = recipe.training.global_batch_bins * recipe.data.capacity
+    return max(1, math.ceil(recipe.training.epochs * texts.tokens / per_step))

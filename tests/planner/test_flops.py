@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,11 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from bico_ds.attention import backends
 from bico_ds.attention.layout import CPU_POLICY, TILES_POLICY, Layout, LayoutPolicy, build_layout
 from bico_ds.batch import PackedBatch
+from bico_ds.config.load import load_recipe
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.schema import ModelSpec
 from bico_ds.model.build import TrainableModel, build_model
+from bico_ds.native.library import native_refusal
 from bico_ds.objectives.bico import MaskDenoising
 from bico_ds.objectives.ntp import NextTokenPrediction
 from bico_ds.planner.architecture import read_architecture
@@ -28,14 +31,21 @@ from bico_ds.planner.flops import (
     DENSE_CAUSAL,
     FLASH,
     ORACLE,
+    TRITON,
+    Kernel,
     Visits,
     attention_flops,
+    expected_visits,
     head_flops,
     linear_flops,
+    step_flops,
 )
+from bico_ds.planner.workload import MicroBatch, Texts, micro_batches
 from tests.bench.small_model import CONFIG, random_documents
+from tools.bench.step_flops import visible_pairs
 
-ATEN = torch.ops.aten
+ATEN, META = torch.ops.aten, torch.device("meta")
+TORCH_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
 # What torch's counter does not know: the product that the head adds in place, and the flash kernel for CPUs, which it would
 # count as it counts the one for CUDA: whole rectangles, causal or not.
 FORMULAS = {
@@ -163,7 +173,7 @@ def test_the_recipe_of_llama_3_8b_executes_on_a_gpu_what_torch_counts(dtype, obj
     assert found == executed(spec, len(batch.input_ids), len(batch.targets), rectangles(layout))
 
 
-def counts(batch: PackedBatch, **values: Any) -> MicroBatch:
+def counts(batch: PackedBatch) -> MicroBatch:
     """What the planner expects of an average batch, of this one."""
     return MicroBatch(
         objective="ntp", probability=1.0, mode=batch.plan.mode, documents=batch.plan.num_documents, longest=0,
@@ -181,9 +191,53 @@ def kernels_visits(layout: Layout) -> dict[Kernel, float]:
     causal = layout.outline.mode == "causal"
     for tile in layout.tiles:
         is_query = (tile.query_slots < layout.outline.num_rows).view(tile.split.shape)
-        pairs[DENSE_CAUSAL if causal else DENSE_BIDIRECTIONAL] += float((is_query.sum(1) * tile.key_count).sum())
-    for rows, kernel in ((layout.fused, FLASH), (layout.blocks, TRITON)):
-        if rows is not None:
-            keys = _keys_of(rows)
-            pairs[kernel] += float((rows.split if causal else keys).sum())
+        pairs[DENSE_CAUSAL if causal else DENSE_BIDIRECTIONAL] += float(
+            (is_query.sum(1) * tile.key_count).sum()
+        )
+    if (fused := layout.fused) is not None:
+        keys = fused.split if causal else fused.key_counts * fused.offsets.diff()
+        pairs[FLASH] += float(keys.sum())
+    if (blocks := layout.blocks) is not None:
+        begin, end, _, count = blocks.query_blocks.long().T
+        pairs[TRITON] += float((blocks.split if causal else (end - begin) * count).sum())
     return pairs
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    ("backend", "dtype", "device"),
+    [
+        ("auto", "bf16", "meta"),
+        ("aten-cuda", "bf16", "meta"),
+        ("triton", "bf16", "meta"),
+        ("auto", "fp32", "meta"),
+        ("triton", "fp32", "meta"),
+        ("auto", "bf16", "cpu"),
+        ("cpu-flash", "fp32", "cpu"),
+    ],
+)
+def test_the_visits_that_are_expected_are_those_of_the_backend_s_kernels(backend, dtype, device, objective):
+    if device == "cpu" and native_refusal():
+        pytest.skip(f"the fused kernel {native_refusal()}")
+    batch = OBJECTIVES[objective].build(*random_documents(*np.random.default_rng().integers(150, 500, 30)))
+    resolved = backends.resolve(backend, getattr(torch, TORCH_NAMES[dtype]), 64, torch.device(device))
+    visited = kernels_visits(build_layout(batch.plan, resolved.policy))
+    spec = ModelSpec.model_validate({"config": CONFIG, "dtype": dtype, "attention_backend": backend})
+    expected = expected_visits(spec, counts(batch), on_cuda=device == "meta")
+    assert {visits.kernel: visits.pairs for visits in expected if visits.pairs} == pytest.approx(
+        visited, rel=0.02
+    )
+
+
+def test_a_step_at_8b_shape_is_what_the_formula_by_hand_says():
+    """Llama-3-8B's decoder layer: 218,103,808 weights in matrices; one document of 2048 tokens, by next tokens."""
+    texts = Texts(lengths=np.array([2048]), tokens=None, source="")
+    recipe = load_recipe("llama3_8b_bico", ["data.capacity=2048", "training.micro_batch_bins=1"])
+    (ntp,) = (b for b in micro_batches(recipe, texts) if b.objective == "ntp")
+    model = recipe.model.model_copy(update={"path": None, "activation_checkpointing": 1})
+    flops = step_flops(read_architecture(model), model, ntp)
+    layers, head, pairs = 32 * 218_103_808 * 2048, 128_256 * 4096 * 2047, 32 * 4096 * 2048 * 2049 // 2
+    assert flops.useful == 6 * layers + 6 * head + 12 * pairs
+    assert flops.products == 8 * layers - 2 * 32 * 4096 * 14_336 * 2048 + 6 * head
+    assert flops.attention == (2 * 2 + 2 * 2 + 5 * 2) * pairs
+    assert flops.executed == flops.products + flops.attention

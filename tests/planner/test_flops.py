@@ -80,7 +80,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "config": {"tie_word_embeddings": True}, "dtype": "bf16", "loss_chunk_rows": 2,
     },
     "tied head in fp32, many chunks": {"config": {"tie_word_embeddings": True}, "loss_chunk_rows": 2},
-    "biases": {"config": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}, "activation_checkpointing": 3},
+    "biases": {
+        "config": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1},
+        "activation_checkpointing": 3,
+    },
     "norms of q and k": {"config": {"model_type": "qwen3", "num_key_value_heads": 4}},
     "adapters": {"lora": adapters(), "dtype": "bf16", "loss_chunk_rows": 2},
     "adapters, recomputed": {"lora": adapters(), "activation_checkpointing": 1},
@@ -115,7 +118,7 @@ def counted(model: TrainableModel, batch: PackedBatch) -> int:
 
 
 def rectangles(layout: Layout) -> list[Visits]:
-    """By the counter's convention: of each document of a flash pass all queries times all keys; of tiles all their scores."""
+    """By the counter's convention: in a flash pass all of a document's queries times all its keys; in tiles all scores."""
     passes = [(g.plan.cu_seqlens, g.plan.flip_cu_seqlens) for g in layout.flash]
     squares = sum(float((cu.diff().double() ** 2).sum()) for both in passes for cu in both)
     dense = DENSE_CAUSAL if layout.outline.mode == "causal" else DENSE_BIDIRECTIONAL

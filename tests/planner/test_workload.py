@@ -43,8 +43,9 @@ def test_an_average_micro_batch_is_that_of_the_loader(tmp_path):
             f"data.sources=[{{store: {store.path}}}]",
             "data.capacity=512",
             f"objectives={json.dumps([{**o, 'probability': 0.25} for o in OBJECTIVES])}",
-        ]
-        + ["training.micro_batch_bins=2", "training.global_batch_bins=128"],
+            "training.micro_batch_bins=2",
+            "training.global_batch_bins=128",
+        ],
     )
     batches = micro_batches(recipe, Texts(lengths=lengths, tokens=int(lengths.sum()), source="test"))
     assert [batch.objective for batch in batches] == ["ntp", "bico", "bico_2", "bico_3"]

@@ -1,8 +1,8 @@
 """Operations of a training step: the useful ones that MFU counts, and all that are executed.
 
 A multiplication with an addition counts as two. What is executed follows the code of this repository and autograd's rules;
-`tests/planner/test_flops.py` compares it with torch's own count of real steps. Elementwise work counts in bytes, since
-memory bounds it (`planner/elementwise.py`).
+`tests/planner/test_flops.py` compares it with torch's own count of real steps. All other work counts in bytes, since
+memory bounds it: `planner/compute/elementwise.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from bico_ds.config.schema import LOW_PRECISION_CHUNKS, ModelSpec
 from bico_ds.planner.architecture import Architecture, Linear
+from bico_ds.planner.compute.attention import Visits, expected_visits
 from bico_ds.planner.workload import MicroBatch
 
 
@@ -30,35 +31,6 @@ class StepFlops:
     @property
     def executed(self) -> float:
         return self.products + self.attention
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kernel:
-    """A way to compute attention: its matrix products per (query, key) pair that it visits, forward and backward."""
-
-    forward: int
-    backward: int
-
-
-# Flash kernels (arXiv 2205.14135, algorithms 1 and 4; bico_ds/native/tiles.cpp): scores and mixed values; backward the
-# scores again, and the gradients of weights, values, queries and keys. A pair has one rotation, so it is visited once.
-FLASH = Kernel(forward=2, backward=5)
-# bico_ds/attention/triton/backward.py: a kernel per block of queries (scores, gradients of weights and queries), another
-# per block of keys (scores, gradients of weights, values and keys).
-TRITON = Kernel(forward=2, backward=7)
-# bico_ds/attention/dense.py: scores by both rotations for every pair, and their gradients for queries and keys.
-DENSE_CAUSAL = Kernel(forward=2, backward=5)
-DENSE_BIDIRECTIONAL = Kernel(forward=3, backward=8)
-# bico_ds/attention/oracle.py: both rotations in either mode; autograd keeps the weights.
-ORACLE = Kernel(forward=3, backward=6)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Visits:
-    """(query, key) pairs that a kernel computes scores of, per query head and layer, visible or not."""
-
-    kernel: Kernel
-    pairs: float
 
 
 def step_flops(
@@ -141,7 +113,7 @@ def _layer_products(architecture: Architecture, model: ModelSpec, *, is_first: b
 
 
 def _matrices(linear: Linear, model: ModelSpec) -> list[int]:
-    """Elements of the matrices that a linear layer multiplies by, in order: its own, and adapters A and B (model/lora.py)."""
+    """Elements of the matrices that a linear layer multiplies by, in order: its own, then adapters A and B."""
     if model.lora is None or linear.name not in model.lora.targets:
         return [linear.weight_elements]
     return [linear.weight_elements, model.lora.rank * linear.inputs, model.lora.rank * linear.outputs]
@@ -151,13 +123,16 @@ def head_flops(architecture: Architecture, model: ModelSpec, targets: float) -> 
     """Executed in the head, for `targets` rows that have a loss (bico_ds/model/head.py).
 
     Logits and the gradient of the rows; where the head is trained its weight's gradient, for which a bf16 head computes the
-    logits again if there are more than `LOW_PRECISION_CHUNKS` chunks (`_fill_by_vocabulary`). None of it is recomputed.
+    logits again if there are more than `LOW_PRECISION_CHUNKS` chunks (`_fill_by_vocabulary`). Checkpointing repeats none.
     """
-    products = 2
-    if model.lora is None:
-        has_many_chunks = targets > LOW_PRECISION_CHUNKS * model.loss_chunk_rows
-        products += 2 if model.dtype == "bf16" and has_many_chunks else 1
+    products = 2 if model.lora is not None else 4 if head_repeats_logits(model, targets) else 3
     return 2.0 * products * architecture.embedding_parameters * targets
+
+
+def head_repeats_logits(model: ModelSpec, targets: float) -> bool:
+    """Whether the head computes logits a second time, for its weight's gradient."""
+    has_many_chunks = targets > LOW_PRECISION_CHUNKS * model.loss_chunk_rows
+    return model.lora is None and model.dtype == "bf16" and has_many_chunks
 
 
 def attention_flops(architecture: Architecture, model: ModelSpec, visits: Iterable[Visits]) -> float:
@@ -171,37 +146,3 @@ def attention_flops(architecture: Architecture, model: ModelSpec, visits: Iterab
     backward = architecture.layers - (0 if has_gradient else 1)
     products = sum(v.pairs * (forward * v.kernel.forward + backward * v.kernel.backward) for v in visits)
     return 2.0 * architecture.heads * architecture.head_dim * products
-
-
-def expected_visits(model: ModelSpec, batch: MicroBatch, *, on_cuda: bool) -> tuple[Visits, ...]:
-    """What the kernels of `model.attention_backend` visit in a layer (attention/backends.py and layout.py).
-
-    On a GPU `auto` is a flash kernel for bf16, with dense tiles for live rows, and tiles alone for fp32; on a CPU the fused
-    kernel. Not counted: invisible pairs of the blocks at the diagonal, padding of tiles, hidden keys; so these are a lower
-    bound. Tiles visit the whole square of a causal document. The shares of kept and live queries in the pairs are taken
-    to be those of the rows: with rates drawn per document from [0, 1] that counts twice as many live pairs as there are.
-    """
-    if model.attention_backend == "oracle":
-        return (Visits(kernel=ORACLE, pairs=batch.rows**2),)
-    if not on_cuda:
-        return (Visits(kernel=FLASH, pairs=batch.pairs),)
-    if model.attention_backend == "triton":
-        return (Visits(kernel=TRITON, pairs=batch.pairs),)
-    has_flash = model.dtype == "bf16"
-    if batch.mode == "causal":
-        squares = 2 * batch.pairs - batch.rows  # pairs are n (n + 1) / 2 per document
-        return (
-            Visits(kernel=FLASH, pairs=batch.pairs)
-            if has_flash
-            else Visits(kernel=DENSE_CAUSAL, pairs=squares),
-        )
-    live = batch.pairs * batch.live_rows / batch.rows if has_flash else batch.pairs
-    return (
-        Visits(kernel=FLASH, pairs=batch.pairs - live),
-        Visits(kernel=DENSE_BIDIRECTIONAL, pairs=live),
-    )
-
-
-def elementwise_bytes(architecture: Architecture, model: ModelSpec, batch: MicroBatch) -> float:
-    """STUB: bytes that norms, gates, rotations, additions, the loss and the like read and write, forward and backward."""
-    return 0.0

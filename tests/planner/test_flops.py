@@ -26,7 +26,7 @@ from bico_ds.native.library import native_refusal
 from bico_ds.objectives.bico import MaskDenoising
 from bico_ds.objectives.ntp import NextTokenPrediction
 from bico_ds.planner.architecture import read_architecture
-from bico_ds.planner.flops import (
+from bico_ds.planner.compute.attention import (
     DENSE_BIDIRECTIONAL,
     DENSE_CAUSAL,
     FLASH,
@@ -34,12 +34,9 @@ from bico_ds.planner.flops import (
     TRITON,
     Kernel,
     Visits,
-    attention_flops,
     expected_visits,
-    head_flops,
-    linear_flops,
-    step_flops,
 )
+from bico_ds.planner.flops import attention_flops, head_flops, linear_flops, step_flops
 from bico_ds.planner.workload import MicroBatch, Texts, micro_batches
 from tests.bench.small_model import CONFIG, random_documents
 from tools.bench.step_flops import visible_pairs

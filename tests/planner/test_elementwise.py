@@ -19,7 +19,7 @@ from bico_ds.config.schema import ModelSpec
 from bico_ds.model.build import TrainableModel, build_model
 from bico_ds.native.library import native_refusal
 from bico_ds.planner.architecture import read_architecture
-from bico_ds.planner.compute.elementwise import elementwise_bytes, optimizer_bytes
+from bico_ds.planner.compute.elementwise import elementwise_bytes
 from tests.bench.small_model import random_documents
 from tests.planner.test_flops import META, OBJECTIVES, TORCH_NAMES, counts
 
@@ -104,7 +104,7 @@ def problem(device: str, objective: str, variant: str) -> tuple[ModelSpec, Train
     values = {"dtype": "bf16", **VARIANTS[variant]}
     spec = ModelSpec.model_validate({**values, "config": {**SHAPE, **values["config"]}})
     model = build_model(spec, seed=1, ds_config=None, device=device).train()
-    batch = OBJECTIVES[objective].build(*random_documents(*np.random.default_rng().integers(100, 300, 4)))
+    batch = OBJECTIVES[objective].build(*random_documents(*np.random.default_rng().integers(250, 300, 4)))
     batch.input_ids.remainder_(spec.config["vocab_size"])
     batch.targets.remainder_(spec.config["vocab_size"])
     policy = backends.resolve(

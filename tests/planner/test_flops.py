@@ -39,7 +39,6 @@ from bico_ds.planner.compute.attention import (
 from bico_ds.planner.flops import attention_flops, head_flops, linear_flops, step_flops
 from bico_ds.planner.workload import MicroBatch, Texts, micro_batches
 from tests.bench.small_model import CONFIG, random_documents
-from tools.bench.step_flops import visible_pairs
 
 ATEN, META = torch.ops.aten, torch.device("meta")
 TORCH_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
@@ -178,7 +177,7 @@ def counts(batch: PackedBatch) -> MicroBatch:
     return MicroBatch(
         objective="ntp", probability=1.0, mode=batch.plan.mode, documents=batch.plan.num_documents, longest=0,
         tokens=batch.represented_tokens, kept_rows=batch.plan.num_kept, live_rows=batch.plan.num_live,
-        pairs=visible_pairs(batch.plan), head_rows=len(batch.targets),
+        pairs=batch.plan.num_pairs, head_rows=len(batch.targets),
     )  # fmt: skip
 
 

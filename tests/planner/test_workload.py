@@ -14,7 +14,6 @@ from bico_ds.data.loading.sample_order import StreamSpec
 from bico_ds.planner.workload import Texts, micro_batches
 from tests.data.loading.loaders import TOKENS, schedule_of
 from tests.data.stores import write_store
-from tools.bench.step_flops import visible_pairs
 
 MASKS = [{"rate": 0.4}, {"rate": [0.2, 0.7]}, {"rate": 0.4, "unit": "span"}]
 OBJECTIVES = [{"kind": "ntp"}, *({"kind": "bico", "mask": mask} for mask in MASKS)]
@@ -27,7 +26,7 @@ def measured(batch: PackedBatch) -> dict[str, float]:
         "tokens": batch.represented_tokens,
         "kept_rows": batch.plan.num_kept,
         "live_rows": batch.plan.num_live,
-        "pairs": visible_pairs(batch.plan),
+        "pairs": batch.plan.num_pairs,
         "head_rows": len(batch.targets),
     }
 

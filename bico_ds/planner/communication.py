@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from dataclasses import dataclass
+from functools import lru_cache
 
 from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.config.schema import ModelSpec, Recipe
@@ -46,6 +47,28 @@ class Weight:
     name: str
     elements: int
     trained: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Passes:
+    """What of a recipe's model decides which modules run: the names with adapters (none: all weights are trained)."""
+
+    adapted: frozenset[str]
+    rank: int
+    recompute_every: int
+
+    @classmethod
+    def of(cls, model: ModelSpec) -> _Passes:
+        lora = model.lora
+        return cls(
+            adapted=frozenset(() if lora is None else lora.targets),
+            rank=0 if lora is None else lora.rank,
+            recompute_every=model.activation_checkpointing,
+        )
+
+    @property
+    def all_trained(self) -> bool:
+        return not self.adapted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +232,7 @@ def _over_host_link(bandwidth: float, name: str, size: float, how: str) -> Trans
 
 def weights_of(architecture: Architecture, model: ModelSpec) -> list[Weight]:
     """All parameter tensors, adapters among them, each once."""
-    visits = _forward(architecture, model)
+    visits = _forward(architecture, _Passes.of(model))
     return list({weight.name: weight for visit in visits for weight in visit.weights}.values())
 
 
@@ -221,9 +244,14 @@ def gathered_elements(architecture: Architecture, model: ModelSpec, zero: Zero) 
     while no more than `max_live_parameters` are there. After its turn a module's weights are dropped, unless the look ahead
     has passed their next use, or fewer than `max_reuse_distance` elements are read before it.
 
-    Measured with small models on two ranks: exact, and 6 % too few with adapters and without activation checkpointing.
+    Measured with small models on two ranks: exact, with adapters 0 to 6 % too few.
     """
-    return _Coordinator(_trace(architecture, model), zero).run()
+    return _gathered(architecture, _Passes.of(model), zero)
+
+
+@lru_cache(maxsize=256)
+def _gathered(architecture: Architecture, passes: _Passes, zero: Zero) -> int:
+    return _Coordinator(_trace(architecture, passes), zero).run()
 
 
 class _Coordinator:
@@ -301,42 +329,42 @@ class _Coordinator:
         )
 
 
-def _trace(architecture: Architecture, model: ModelSpec) -> list[_Visit]:
+def _trace(architecture: Architecture, passes: _Passes) -> list[_Visit]:
     """The modules of a micro-batch in the order of their turns; modules without weights count, each looks ahead."""
-    forward = _forward(architecture, model)
+    forward = _forward(architecture, passes)
     embedding, norm, head = forward[0], forward[-2], forward[-1]
     trace = [_Visit(), _Visit(), *forward, _Visit(), head, norm]
     for layer in reversed(range(architecture.layers)):
-        backward = _layer_backward(architecture, model, layer)
-        every = model.activation_checkpointing
+        backward = _layer_backward(architecture, passes, layer)
+        every = passes.recompute_every
         if every and layer % every == 0:
             # The gradient of the first product asks for the layer's activations: they are computed within its turn.
-            within = 2 + min(2, len(_products(architecture, model, layer)[1][-1]))
-            again = _layer_forward(architecture, model, layer)
-            if model.lora is not None:
+            within = 2 + min(2, len(_products(architecture, passes, layer)[1][-1]))
+            again = _layer_forward(architecture, passes, layer)
+            if not passes.all_trained:
                 # Frozen weights belong to the turn within which they were gathered, and go with it.
                 frozen = tuple(w for visit in again for w in visit.weights if not w.trained)
                 again[-1] = _Visit(weights=again[-1].weights, dropped=frozen)
             backward[within:within] = again
         trace += backward
-    return trace if model.lora is not None else [*trace, embedding]
+    return [*trace, embedding] if passes.all_trained else trace
 
 
-def _forward(architecture: Architecture, model: ModelSpec) -> list[_Visit]:
-    trained = model.lora is None
+def _forward(architecture: Architecture, passes: _Passes) -> list[_Visit]:
+    trained = passes.all_trained
     embedding = Weight(name="embedding", elements=architecture.embedding_parameters, trained=trained)
     head = Weight(name="head", elements=architecture.embedding_parameters, trained=trained)
     norm = Weight(name="norm", elements=architecture.hidden, trained=trained)
     layers = [
-        visit for layer in range(architecture.layers) for visit in _layer_forward(architecture, model, layer)
+        visit for layer in range(architecture.layers) for visit in _layer_forward(architecture, passes, layer)
     ]
     last = embedding if architecture.tied_head else head
     return [_Visit(weights=(embedding,)), *layers, _Visit(weights=(norm,)), _Visit(weights=(last,))]
 
 
-def _layer_forward(architecture: Architecture, model: ModelSpec, layer: int) -> list[_Visit]:
-    norm, second = _norms(architecture, model, layer)
-    attention, mlp = _products(architecture, model, layer)
+def _layer_forward(architecture: Architecture, passes: _Passes, layer: int) -> list[_Visit]:
+    norm, second = _norms(architecture, passes, layer)
+    attention, mlp = _products(architecture, passes, layer)
     visits = [
         _Visit(),
         norm,
@@ -349,10 +377,10 @@ def _layer_forward(architecture: Architecture, model: ModelSpec, layer: int) -> 
     return visits
 
 
-def _layer_backward(architecture: Architecture, model: ModelSpec, layer: int) -> list[_Visit]:
+def _layer_backward(architecture: Architecture, passes: _Passes, layer: int) -> list[_Visit]:
     """Mirrored; a module that holds others comes before them in both directions."""
-    norm, second = _norms(architecture, model, layer)
-    attention, mlp = _products(architecture, model, layer)
+    norm, second = _norms(architecture, passes, layer)
+    attention, mlp = _products(architecture, passes, layer)
     visits = [
         _Visit(),
         _Visit(),
@@ -362,7 +390,7 @@ def _layer_backward(architecture: Architecture, model: ModelSpec, layer: int) ->
         *(visit for product in reversed(attention) for visit in _mirrored(product)),
         norm,
     ]
-    if layer or model.lora is None:
+    if layer or passes.all_trained:
         return visits
     # Below the first adapters nothing is trained: no gradient asks for these weights.
     unread = {linear.name for linear in architecture.linears[:3]}
@@ -375,14 +403,14 @@ def _mirrored(product: list[_Visit]) -> list[_Visit]:
     return product if len(product) == 1 else [product[0], *reversed(product[1:])]
 
 
-def _norms(architecture: Architecture, model: ModelSpec, layer: int) -> tuple[_Visit, _Visit]:
+def _norms(architecture: Architecture, passes: _Passes, layer: int) -> tuple[_Visit, _Visit]:
     first, second = (
         _Visit(
             weights=(
                 Weight(
                     name=f"{layer}.{name}",
                     elements=architecture.norm_elements // 2,
-                    trained=model.lora is None,
+                    trained=passes.all_trained,
                 ),
             )
         )
@@ -392,23 +420,23 @@ def _norms(architecture: Architecture, model: ModelSpec, layer: int) -> tuple[_V
 
 
 def _products(
-    architecture: Architecture, model: ModelSpec, layer: int
+    architecture: Architecture, passes: _Passes, layer: int
 ) -> tuple[list[list[_Visit]], list[list[_Visit]]]:
     """Of attention and of the MLP: per linear layer its modules, in the order of the forward pass."""
-    products = [_product(linear, model, layer) for linear in architecture.linears]
+    products = [_product(linear, passes, layer) for linear in architecture.linears]
     end = next(i for i, linear in enumerate(architecture.linears) if linear.name == "o_proj") + 1
     return products[:end], products[end:]
 
 
-def _product(linear: Linear, model: ModelSpec, layer: int) -> list[_Visit]:
+def _product(linear: Linear, passes: _Passes, layer: int) -> list[_Visit]:
     """One module, or with adapters peft's five: the wrapper, the frozen layer, the dropout, A and B."""
-    lora, name = model.lora, f"{layer}.{linear.name}"
-    weights = [Weight(name=name, elements=linear.weight_elements, trained=lora is None)]
+    name = f"{layer}.{linear.name}"
+    weights = [Weight(name=name, elements=linear.weight_elements, trained=passes.all_trained)]
     if linear.bias:
-        weights.append(Weight(name=f"{name}.bias", elements=linear.outputs, trained=lora is None))
+        weights.append(Weight(name=f"{name}.bias", elements=linear.outputs, trained=passes.all_trained))
     own = _Visit(weights=tuple(weights))
-    if lora is None or linear.name not in lora.targets:
+    if linear.name not in passes.adapted:
         return [own]
-    a = Weight(name=f"{name}.a", elements=lora.rank * linear.inputs, trained=True)
-    b = Weight(name=f"{name}.b", elements=linear.outputs * lora.rank, trained=True)
+    a = Weight(name=f"{name}.a", elements=passes.rank * linear.inputs, trained=True)
+    b = Weight(name=f"{name}.b", elements=linear.outputs * passes.rank, trained=True)
     return [_Visit(), own, _Visit(), _Visit(weights=(a,)), _Visit(weights=(b,))]

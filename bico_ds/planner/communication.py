@@ -183,6 +183,13 @@ def _ring(
     return Transfer(name=name, bytes=sent, seconds=seconds, how=how)
 
 
+def gather_all_weights(model: ModelSpec, architecture: Architecture, deployment: Deployment) -> Transfer:
+    """All weights, gathered once from all ranks, module by module: what a partitioned model does for each new token."""
+    size = architecture.parameters * (2 if model.dtype == "bf16" else 4)
+    calls = len(weights_of(architecture, model))
+    return _ring(deployment, "all weights, gathered", size, calls=calls, how="once")
+
+
 def _of_offload(
     model: ModelSpec, architecture: Architecture, deployment: Deployment, accumulation: int, weight_bytes: int
 ) -> list[Transfer]:

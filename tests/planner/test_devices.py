@@ -11,7 +11,7 @@ from bico_ds.common.errors import UserError
 from bico_ds.config.paths import LocalPath
 from bico_ds.planner.devices import _WORDS, DEVICES, Device, cpu_device, device_named, find_device
 
-ANY = DEVICES["h100-80g"]
+ANY = replace(DEVICES["h100-80g"], source="a data sheet")
 
 
 def written(tmp_path, device: Device, **changes: object) -> str:
@@ -96,13 +96,13 @@ def test_a_file_with_the_fields_of_a_gpu_is_one(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"memory_byte": 1}, r"gpu\.yaml:14: memory_byte: unknown key \(did you mean 'memory_bytes'\?\)"),
+        ({"memory_byte": 1}, r"gpu\.yaml:13: memory_byte: unknown key \(did you mean 'memory_bytes'\?\)"),
         ({"per_node": None}, r"gpu\.yaml:1: per_node: this key is required"),
         ({"per_node": 0}, r"gpu\.yaml:10: per_node: must be at least 1, found 0: it counts the devices of a node"),
         ({"memory_bytes": 80}, r"gpu\.yaml:3: memory_bytes: must be at least 1,048,576, found 80"),
         ({"bf16_flops": "fast"}, r"gpu\.yaml:4: bf16_flops: must be a number, found 'fast'"),
         ({"link_bandwidth": float("nan")}, r"gpu\.yaml:7: link_bandwidth: must be a finite number"),
-        ({"kind": "tpu"}, r"gpu\.yaml:13: kind: .*'cuda' or 'cpu'.*\(found 'tpu'\)"),
+        ({"kind": "tpu"}, r"gpu\.yaml:12: kind: .*'cuda' or 'cpu'.*\(found 'tpu'\)"),
         ({"name": ""}, r"gpu\.yaml:1: name: "),
     ],
 )  # fmt: skip

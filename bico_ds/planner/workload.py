@@ -8,9 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from bico_ds.common.errors import UserError
 from bico_ds.config.objectives.base import AttentionMode
 from bico_ds.config.objectives.table import objective_names
 from bico_ds.config.schema import Recipe
+
+
+_MOST_LENGTHS = 1 << 18  # a sample of so many documents has their mean within a per cent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +28,12 @@ class Texts:
     lengths: NDArray[np.int64]
     tokens: int | None
     source: str
+
+    @classmethod
+    def of(cls, lengths: NDArray[np.int64], *, source: str) -> Texts:
+        """All documents of a data epoch, of these lengths, int64 [documents]; of very many a sample is kept."""
+        stride = -(-len(lengths) // _MOST_LENGTHS)
+        return cls(lengths=lengths[::stride], tokens=int(lengths.sum()), source=source)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +60,21 @@ class MicroBatch:
     def rows(self) -> float:
         """Through the model."""
         return self.kept_rows + self.live_rows
+
+
+def assumed_texts(recipe: Recipe, *, length: int | None = None, tokens: int | None = None) -> Texts:
+    """Documents of `length` tokens, by default as long as a bin, and `tokens` of a data epoch where they are known.
+
+    Raises `UserError` for a length that no bin holds.
+    """
+    capacity = recipe.data.capacity
+    if length is None:
+        return Texts(
+            lengths=np.array([capacity]), tokens=tokens, source="assumed: every document fills a bin"
+        )
+    if not 2 <= length <= capacity:
+        raise UserError(f"--text-length {length}: must be from 2 to data.capacity ({capacity:,})")
+    return Texts(lengths=np.array([length]), tokens=tokens, source=f"given: documents of {length:,} tokens")
 
 
 def micro_batches(recipe: Recipe, texts: Texts) -> tuple[MicroBatch, ...]:

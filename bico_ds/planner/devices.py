@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+from bico_ds.common.errors import UserError, did_you_mean
+from bico_ds.config.paths import LocalPath
+
 GIB = 2**30
 
 
@@ -52,3 +55,11 @@ _DEVICES: dict[str, Device] = {
     ),
 }
 DEVICES: Mapping[str, Device] = MappingProxyType(_DEVICES)
+
+
+def find_device(written: LocalPath | str) -> Device:
+    """STUB"""
+    name = str(written)
+    if name not in DEVICES:
+        raise UserError(f"'{name}' is no GPU{did_you_mean(name, DEVICES)}; known: {', '.join(DEVICES)}")
+    return DEVICES[name]

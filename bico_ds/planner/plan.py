@@ -17,14 +17,13 @@ from bico_ds.planner.step_time import StepTime, step_time
 from bico_ds.planner.storage import disk, host_memory, nvme
 from bico_ds.planner.workload import MicroBatch, Texts, micro_batches, steps_of_run
 
-DISK_BANDWIDTH = Range(
-    1e9, 20e9
-)  # bytes per second of a shared file system, all nodes together: an assumption
+# Bytes per second of a shared file system, all nodes together: an assumption.
+DISK_BANDWIDTH = Range(1e9, 20e9)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a recipe needs on a deployment."""
+    """What a recipe needs on a deployment; `price` and `disk_bandwidth` as `make_plan` got them."""
 
     recipe: Recipe
     architecture: Architecture
@@ -37,6 +36,20 @@ class Plan:
     disk: tuple[Item, ...]
     steps: tuple[StepTime, ...]
     run: RunTime
+    price: float | None
+    disk_bandwidth: Range
+
+    def changed(self, recipe: Recipe, *, nodes: int | None = None) -> Plan:
+        """The plan of another recipe for the same texts, on other `nodes` of the same kind. Raises as `make_plan` does."""
+        return make_plan(
+            recipe,
+            self.deployment.device,
+            nodes=nodes or self.deployment.nodes,
+            ranks_per_node=self.deployment.ranks_per_node,
+            texts=self.texts,
+            price=self.price,
+            disk_bandwidth=self.disk_bandwidth,
+        )
 
 
 def make_plan(
@@ -86,4 +99,6 @@ def make_plan(
             price=price,
             disk_bandwidth=disk_bandwidth,
         ),
+        price=price,
+        disk_bandwidth=disk_bandwidth,
     )

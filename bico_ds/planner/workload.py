@@ -13,7 +13,6 @@ from bico_ds.config.objectives.base import AttentionMode
 from bico_ds.config.objectives.table import objective_names
 from bico_ds.config.schema import Recipe
 
-
 _MOST_LENGTHS = 1 << 18  # a sample of so many documents has their mean within a per cent
 
 
@@ -84,9 +83,12 @@ def micro_batches(recipe: Recipe, texts: Texts) -> tuple[MicroBatch, ...]:
     """
     tokens = recipe.training.micro_batch_bins * recipe.data.capacity
     share = tokens / float(texts.lengths.sum())
+    counts = np.bincount(texts.lengths)
+    lengths = np.flatnonzero(counts)
+    documents = counts[lengths]
     found = []
     for name, spec in zip(objective_names(recipe.objectives), recipe.objectives, strict=True):
-        cost = spec.cost(texts.lengths)
+        cost = spec.cost(lengths)
         found.append(
             MicroBatch(
                 objective=name,
@@ -95,10 +97,10 @@ def micro_batches(recipe: Recipe, texts: Texts) -> tuple[MicroBatch, ...]:
                 documents=share * len(texts.lengths),
                 longest=int(texts.lengths.max()),
                 tokens=tokens,
-                kept_rows=share * float(cost.kept_rows.sum()),
-                live_rows=share * float(cost.live_rows.sum()),
-                pairs=share * float(cost.pairs.sum()),
-                head_rows=share * float(cost.head_rows.sum()),
+                kept_rows=share * float(documents @ cost.kept_rows),
+                live_rows=share * float(documents @ cost.live_rows),
+                pairs=share * float(documents @ cost.pairs),
+                head_rows=share * float(documents @ cost.head_rows),
             )
         )
     return tuple(found)

@@ -48,7 +48,7 @@ def add_options(parser: ArgumentParser) -> None:
         "--gpus-per-node",
         metavar="N",
         type=positive,
-        help="GPUs of each node (default: at most the GPU's usual number)",
+        help="GPUs of each node (default: at most as many as is usual)",
     )
     where.add_argument(
         "--gpu", metavar="NAME|PATH", type=path_text,
@@ -122,18 +122,25 @@ def planned_device(recipe: Recipe, options: Namespace) -> Device:
 
 
 def planned_nodes(recipe: Recipe, device: Device, options: Namespace) -> tuple[int, int]:
-    """Nodes and ranks of each: as given, else from the recipe's ranks, else one GPU."""
+    """Nodes and ranks of each: as given, else of the recipe's ranks; of a recipe for any number, one node.
+
+    Raises `UserError` where the recipe's ranks do not fill the nodes that are given.
+    """
     nodes, per_node, ranks = options.nodes, options.gpus_per_node, recipe.distributed.world_size
+    if nodes is not None and per_node is not None:
+        return nodes, per_node
     if ranks is None:
-        return nodes or 1, per_node or (1 if nodes is None else device.per_node)
-    if nodes is not None:
-        return nodes, per_node or max(1, min(ranks // nodes, device.per_node))
-    if per_node is not None and ranks % per_node:
+        micro_batches = recipe.training.global_batch_bins // recipe.training.micro_batch_bins
+        return nodes or 1, per_node or spread(micro_batches, device.per_node)[1]
+    given, count = ("--nodes", nodes) if nodes is not None else ("--gpus-per-node", per_node)
+    if count is None:
+        return spread(ranks, device.per_node)
+    if ranks % count:
         raise UserError(
-            f"--gpus-per-node {per_node}: the recipe's {ranks} ranks (distributed.world_size) do not fill nodes of "
-            f"{per_node}; give --nodes too"
+            f"{given} {count}: the recipe's {ranks} ranks (distributed.world_size) do not divide by it; "
+            "give both --nodes and --gpus-per-node"
         )
-    return spread(ranks, per_node or device.per_node)
+    return (count, ranks // count) if given == "--nodes" else (ranks // count, count)
 
 
 def planned_texts(recipe: Recipe, options: Namespace) -> Texts:

@@ -85,7 +85,7 @@ def over_nodes(plan: Plan) -> tuple[Plan, ...]:
     return tuple(
         plan if nodes == plan.deployment.nodes else plan.changed(plan.recipe, nodes=nodes)
         for nodes in sorted(counts)
-        if _divides(plan, nodes)
+        if _divides(plan, nodes * plan.deployment.ranks_per_node)
     )
 
 
@@ -157,13 +157,19 @@ def _divided_weights(plan: Plan) -> Change | None:
     return _set("deepspeed.config=zero3_bf16", plan.changed(_configured(plan.recipe, "zero3_bf16")))
 
 
-def _more_nodes(plan: Plan) -> Change | None:
-    """The fewest that fit, else the most over whose ranks the global batch divides."""
-    now = plan.deployment.nodes
+def _more_devices(plan: Plan) -> Change | None:
+    """Fuller nodes, then more of them: the first that fits, else the most over whose ranks the global batch divides."""
+    nodes, per_node = plan.deployment.nodes, plan.deployment.ranks_per_node
+    usual = max(per_node, plan.deployment.device.per_node)
+    fuller = ((nodes, ranks) for ranks in range(per_node + 1, usual + 1))
+    more = ((more, usual) for more in range(nodes + 1, _MOST_NODES + 1))
     return _first_that_fits(
-        Change(words=(f"--nodes {nodes}",), plan=plan.changed(plan.recipe, nodes=nodes))
-        for nodes in range(2 * now, _MOST_NODES + 1, now)
-        if _divides(plan, nodes)
+        Change(
+            words=(f"--nodes {n} --gpus-per-node {ranks}",),
+            plan=plan.changed(plan.recipe, nodes=n, ranks_per_node=ranks),
+        )
+        for n, ranks in chain(fuller, more)
+        if _divides(plan, n * ranks)
     )
 
 
@@ -185,7 +191,7 @@ _STEPS: tuple[Callable[[Plan], Change | None], ...] = (
     _smaller_micro_batch,
     _fewer_loss_rows,
     _divided_weights,
-    _more_nodes,
+    _more_devices,
     _offloaded,
     _adapters_alone,
 )
@@ -204,9 +210,8 @@ def _set(override: str, plan: Plan) -> Change:
     return Change(words=(f"--set {override}",), plan=plan)
 
 
-def _divides(plan: Plan, nodes: int) -> bool:
+def _divides(plan: Plan, ranks: int) -> bool:
     training = plan.recipe.training
-    ranks = nodes * plan.deployment.ranks_per_node
     return training.global_batch_bins % (training.micro_batch_bins * ranks) == 0
 
 

@@ -39,13 +39,13 @@ class Plan:
     price: float | None
     disk_bandwidth: Range
 
-    def changed(self, recipe: Recipe, *, nodes: int | None = None) -> Plan:
-        """The plan of another recipe for the same texts, on other `nodes` of the same kind. Raises as `make_plan` does."""
+    def changed(self, recipe: Recipe, *, nodes: int | None = None, ranks_per_node: int | None = None) -> Plan:
+        """The plan of a recipe for the same texts and devices, on so many of them. Raises as `make_plan` does."""
         return make_plan(
             recipe,
             self.deployment.device,
             nodes=nodes or self.deployment.nodes,
-            ranks_per_node=self.deployment.ranks_per_node,
+            ranks_per_node=ranks_per_node or self.deployment.ranks_per_node,
             texts=self.texts,
             price=self.price,
             disk_bandwidth=self.disk_bandwidth,

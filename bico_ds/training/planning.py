@@ -1,11 +1,15 @@
-"""The plan of a run whose loader is built: its real texts and steps, for any device."""
+"""The plan of a run whose loader is built: its real texts and steps, for any device; and what is said of a plan elsewhere."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from bico_ds.common.errors import UserError
 from bico_ds.config.schema import Recipe
 from bico_ds.data.loading.loader import ElasticLoader
-from bico_ds.planner.devices import Device
+from bico_ds.planner.devices import Device, find_device
 from bico_ds.planner.plan import Plan, make_plan
+from bico_ds.planner.report.text import verdict, warnings
 from bico_ds.planner.workload import Texts
 from bico_ds.training import assembly
 
@@ -26,3 +30,20 @@ def plan_of_run(
         ranks_per_node=ranks_per_node,
         texts=Texts.of(loader.sequence_lengths(), source="the run's own"),
     )
+
+
+def verdict_lines(recipe: Recipe, plan_on: Callable[[Device], Plan]) -> list[str]:
+    """What `plan_on` finds for the recipe's `distributed.gpu`, a line each; one line where there is no plan.
+
+    Raises `UserError` for a GPU that is not known; a plan that is not possible is no mistake of the run's.
+    """
+    if recipe.distributed.gpu is None:
+        return [
+            "plan: none; name the GPU (distributed.gpu, or bico-ds plan --gpu) to see whether this fits, and how long it takes"
+        ]
+    device = find_device(recipe.distributed.gpu)
+    try:
+        plan = plan_on(device)
+    except UserError as error:
+        return [f"plan: none: {error}"]
+    return [f"plan: {verdict(plan)}", *(f"warning: {warning}" for warning in warnings(plan))]

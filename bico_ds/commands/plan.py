@@ -124,23 +124,22 @@ def planned_device(recipe: Recipe, options: Namespace) -> Device:
 def planned_nodes(recipe: Recipe, device: Device, options: Namespace) -> tuple[int, int]:
     """Nodes and ranks of each: as given, else of the recipe's ranks; of a recipe for any number, one node.
 
-    Raises `UserError` where the recipe's ranks do not fill the nodes that are given.
+    Raises `UserError` where the recipe's ranks do not fill nodes of so many GPUs.
     """
     nodes, per_node, ranks = options.nodes, options.gpus_per_node, recipe.distributed.world_size
-    if nodes is not None and per_node is not None:
-        return nodes, per_node
     if ranks is None:
         micro_batches = recipe.training.global_batch_bins // recipe.training.micro_batch_bins
         return nodes or 1, per_node or spread(micro_batches, device.per_node)[1]
-    given, count = ("--nodes", nodes) if nodes is not None else ("--gpus-per-node", per_node)
-    if count is None:
+    if nodes is not None:
+        return nodes, per_node or max(1, min(ranks // nodes, device.per_node))
+    if per_node is None:
         return spread(ranks, device.per_node)
-    if ranks % count:
+    if ranks % per_node:
         raise UserError(
-            f"{given} {count}: the recipe's {ranks} ranks (distributed.world_size) do not divide by it; "
-            "give both --nodes and --gpus-per-node"
+            f"--gpus-per-node {per_node}: the recipe's {ranks} ranks (distributed.world_size) do not fill nodes of "
+            f"{per_node}; give --nodes too"
         )
-    return (count, ranks // count) if given == "--nodes" else (ranks // count, count)
+    return ranks // per_node, per_node
 
 
 def planned_texts(recipe: Recipe, options: Namespace) -> Texts:

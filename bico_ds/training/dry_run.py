@@ -35,9 +35,10 @@ LOOK_AHEAD = 64  # steps searched for one batch of each objective
 def dry_run(recipe: Recipe, *, output_dir: Path | None = None) -> None:
     """Validate the recipe, build the pack plan and rank 0's first step of each objective, and print what would run.
 
-    At the end stands what the planner finds for the recipe's `distributed.gpu`, whatever this machine is. An objective whose first step comes after `LOOK_AHEAD` steps is left out. The number of ranks is
-    `distributed.world_size`, else WORLD_SIZE of the environment, else 1; all ranks but the first return at once. Raises
-    `UserError` for what training would refuse, as far as this machine can tell.
+    At the end stands what the planner finds for the recipe's `distributed.gpu`, whatever this machine is. An objective
+    whose first step comes after `LOOK_AHEAD` steps is left out. The number of ranks is `distributed.world_size`, else
+    WORLD_SIZE of the environment, else 1; all ranks but the first return at once. Raises `UserError` for what training
+    would refuse, as far as this machine can tell, and for a GPU that is not known.
     """
     if launch_environment.rank() != 0:
         return

@@ -1,4 +1,4 @@
-"""The plan of a run whose loader is built: its real texts and steps, for any device; and what is said of a plan elsewhere."""
+"""The plan of a run whose loader is built, with its real texts and steps; and the lines that other commands say of a plan."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def verdict_lines(recipe: Recipe, plan_on: Callable[[Device], Plan]) -> list[str
     """
     if recipe.distributed.gpu is None:
         return [
-            "plan: none; name the GPU (distributed.gpu, or bico-ds plan --gpu) to see whether this fits, and how long it takes"
+            "plan: none, as no GPU is named: distributed.gpu (or bico-ds plan --gpu) tells whether this fits, and how long it "
+            "takes"
         ]
     device = find_device(recipe.distributed.gpu)
     try:

@@ -7,8 +7,8 @@
 Checks the recipe first, writes the batch script into the run folder (slurm/job-N.sbatch: readable, usable by itself
 with `sbatch`), submits it, and prints how to follow it. Several recipes or seeds make a job array: each run has a folder
 of its own below --output-dir, and the script is in slurm/ beside them. Last comes what the planner finds for the recipe's
-distributed.gpu on these nodes (`bico-ds plan` says more); it refuses nothing. A dry run needs no weights (where the recipe has
-model.config) and no data: notes name what is missing. Exit codes: 0 submitted (or printed), 2 wrong usage or input, or
+distributed.gpu on these nodes (`bico-ds plan` says more); it refuses nothing. A dry run needs no weights (where the recipe
+has model.config) and no data: notes name what is missing. Exit codes: 0 submitted (or printed), 2 wrong usage or input, or
 refused by SLURM.
 """
 
@@ -20,6 +20,7 @@ import sys
 from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from bico_ds.cluster.attempts import stop_file
@@ -50,7 +51,8 @@ from bico_ds.config.paths import LocalPath
 from bico_ds.config.resources import CHECKOUT
 from bico_ds.config.schema import Recipe
 from bico_ds.data.planned_texts import texts_of
-from bico_ds.planner.plan import make_plan
+from bico_ds.planner.devices import Device
+from bico_ds.planner.plan import Plan, make_plan
 from bico_ds.runtime.run_folder import folder_of_run
 
 
@@ -243,8 +245,7 @@ def check(run: Path, recipe: Recipe, resources: Resources, *, dry_run: bool = Fa
 
 def plan_lines(job: Job) -> list[str]:
     """What the planner finds for each recipe on these nodes; it refuses nothing. Raises `UserError` for an unknown GPU."""
-    resources = job.resources
-    if not resources.gpus_per_node:
+    if not job.resources.gpus_per_node:
         return ["plan: trains on CPUs; whether the nodes' memory is enough is checked at the start"]
     with without_accelerator():
         from bico_ds.training.planning import verdict_lines
@@ -252,17 +253,18 @@ def plan_lines(job: Job) -> list[str]:
     return [
         line
         for recipe in recipes.values()
-        for line in verdict_lines(
-            recipe,
-            lambda device, recipe=recipe: make_plan(
-                recipe,
-                device,
-                nodes=resources.nodes,
-                ranks_per_node=resources.ranks_per_node,
-                texts=texts_of(recipe),
-            ),
-        )
+        for line in verdict_lines(recipe, partial(plan_on, recipe, job.resources))
     ]
+
+
+def plan_on(recipe: Recipe, resources: Resources, device: Device) -> Plan:
+    return make_plan(
+        recipe,
+        device,
+        nodes=resources.nodes,
+        ranks_per_node=resources.ranks_per_node,
+        texts=texts_of(recipe),
+    )
 
 
 @contextmanager

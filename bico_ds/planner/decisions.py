@@ -66,7 +66,7 @@ def largest_micro_batch(plan: Plan) -> int:
             micro_batch_bins=bins,
             global_batch_bins=bins * plan.deployment.ranks,
         )
-        batches = micro_batches(changed, plan.texts)
+        batches = micro_batches(changed, plan.texts, fullest=True)
         return device_memory(changed, plan.architecture, plan.deployment, batches).fits
 
     low, high = 0, 1

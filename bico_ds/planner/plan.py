@@ -85,7 +85,7 @@ def make_plan(
         deployment=deployment,
         texts=texts,
         batches=batches,
-        memory=device_memory(recipe, architecture, deployment, batches),
+        memory=device_memory(recipe, architecture, deployment, micro_batches(recipe, texts, fullest=True)),
         host=host_memory(recipe, architecture, deployment),
         nvme=nvme(recipe, architecture, deployment),
         disk=disk(recipe, architecture, zero),

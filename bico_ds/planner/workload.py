@@ -37,7 +37,7 @@ class Texts:
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """An average micro-batch of one objective: `training.micro_batch_bins` full bins.
+    """An average micro-batch of one objective: `training.micro_batch_bins` bins.
 
     `kept_rows` and `live_rows` go through the model; `pairs` are (query, key) pairs that attention looks at, per head and
     layer; `head_rows` have a loss; `tokens` are original ones. `longest` is the longest document, in tokens, and
@@ -76,12 +76,9 @@ def assumed_texts(recipe: Recipe, *, length: int | None = None, tokens: int | No
     return Texts(lengths=np.array([length]), tokens=tokens, source=f"given: documents of {length:,} tokens")
 
 
-def micro_batches(recipe: Recipe, texts: Texts) -> tuple[MicroBatch, ...]:
-    """One per objective, in the recipe's order: its spec's `cost` of the texts, scaled to full bins.
-
-    Packing fills bins to more than 0.99 (docs/benchmarks/packing.md); that they are full is the planner's assumption.
-    """
-    tokens = recipe.training.micro_batch_bins * recipe.data.capacity
+def micro_batches(recipe: Recipe, texts: Texts, *, fullest: bool = False) -> tuple[MicroBatch, ...]:
+    """One per objective, in the recipe's order: its spec's `cost` of the texts, scaled to `bin_tokens`."""
+    tokens = recipe.training.micro_batch_bins * bin_tokens(recipe, texts, fullest=fullest)
     share = tokens / float(texts.lengths.sum())
     counts = np.bincount(texts.lengths)
     lengths = np.flatnonzero(counts)
@@ -106,11 +103,24 @@ def micro_batches(recipe: Recipe, texts: Texts) -> tuple[MicroBatch, ...]:
     return tuple(found)
 
 
+def bin_tokens(recipe: Recipe, texts: Texts, *, fullest: bool = False) -> float:
+    """Tokens of a bin. That packing fills them is an assumption: it does to more than 0.99 (docs/benchmarks/packing.md).
+
+    Where `data.max_documents_per_bin` keeps them from being full: so many average texts, or of the `fullest` bin so many
+    of the longest.
+    """
+    most = recipe.data.max_documents_per_bin
+    if most is None:
+        return recipe.data.capacity
+    length = float(texts.lengths.max() if fullest else texts.lengths.mean())
+    return min(recipe.data.capacity, most * length)
+
+
 def steps_of_run(recipe: Recipe, texts: Texts) -> int | None:
     """Optimizer steps; None where the recipe counts epochs and the tokens of one are not known."""
     if recipe.training.steps is not None:
         return recipe.training.steps
     if texts.tokens is None or recipe.training.epochs is None:
         return None
-    per_step = recipe.training.global_batch_bins * recipe.data.capacity
+    per_step = recipe.training.global_batch_bins * bin_tokens(recipe, texts)
     return max(1, math.ceil(recipe.training.epochs * texts.tokens / per_step))

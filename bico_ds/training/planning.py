@@ -1,4 +1,4 @@
-"""The plan of a run whose loader is built, with its real texts and steps; and the lines that other commands say of a plan."""
+"""The plan of a run whose loader is built, with its real texts and steps; and what other commands say of a plan."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def verdict_lines(recipe: Recipe, plan_on: Callable[[Device], Plan]) -> list[str
     """
     if recipe.distributed.gpu is None:
         return [
-            "plan: none, as no GPU is named: distributed.gpu (or bico-ds plan --gpu) tells whether this fits, and how long it "
-            "takes"
+            "plan: none, as no GPU is named; with distributed.gpu (or bico-ds plan --gpu) it says whether this fits, and how "
+            "long it takes"
         ]
     device = find_device(recipe.distributed.gpu)
     try:

@@ -90,7 +90,6 @@ TORCH_FREE = (
     "config",
     "documents",
     "planner",
-    "data.planned_texts",
     *(f"runtime.{name}" for name in ("run_folder", "lock", "launch_environment", "signals", "launcher")),
     "evaluation.results",
     "evaluation.report",

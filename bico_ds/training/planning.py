@@ -38,9 +38,9 @@ def verdict_lines(recipe: Recipe, plan_on: Callable[[Device], Plan]) -> list[str
     Raises `UserError` for a GPU that is not known; a plan that is not possible is no mistake of the run's.
     """
     if recipe.distributed.gpu is None:
+        named = "distributed.gpu, or bico-ds plan --gpu NAME"
         return [
-            "plan: none, as no GPU is named; with distributed.gpu (or bico-ds plan --gpu) it says whether this fits, and how "
-            "long it takes"
+            f"plan: none, as no GPU is named ({named}): whether it fits, how long it takes, what it costs"
         ]
     device = find_device(recipe.distributed.gpu)
     try:

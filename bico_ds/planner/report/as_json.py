@@ -3,7 +3,7 @@
 A range is `{"low", "high"}`, an item `{"name", "bytes": range, "how"}`. Bytes, seconds, FLOPs and tokens have no
 multiples; rates are per second and device. Keys are added in later versions, and none is renamed or removed.
 
-    recipe, note[]
+    recipe, notes[]
     verdict             "fits", "may not fit" or "does not fit"
     sentence            the verdict as a sentence, with the change that would fit
     warnings[], assumptions[]

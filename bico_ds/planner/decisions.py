@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -28,6 +28,10 @@ class Change:
 
     words: tuple[str, ...]
     plan: Plan
+
+
+Step = Callable[[Plan], Change | None]
+"""A kind of change, made as far as it has to be for the plan to fit; None where there is nothing to change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,24 +107,40 @@ def suggest(plan: Plan) -> str | None:
 
 
 def find_change(plan: Plan) -> Change | None:
-    """The cheapest change with which the plan fits: one alone, else several together; None as for `suggest`.
+    """The cheapest change with which the plan fits: one alone, else as few as do together; None as for `suggest`.
 
     From what costs only time to what changes the training: recompute layers, fewer bins at once, fewer rows of logits at
-    once, weights divided too, more nodes, the optimizer in host memory, adapters alone.
+    once, weights divided too, more GPUs, the optimizer in host memory, adapters alone.
     """
     if plan.memory.fits:
         return None
-    alone = (change for step in _STEPS if (change := step(plan)) is not None)
-    return next((change for change in chain(alone, _together(plan)) if change.plan.memory.fits), None)
+    together = (_STEPS[:count] for count in range(2, len(_STEPS) + 1))
+    for steps in chain(((step,) for step in _STEPS), together):
+        if _fits(_applied(plan, steps)):
+            return _applied(plan, _needed(plan, steps))
+    return None
 
 
-def _together(plan: Plan) -> Iterator[Change]:
-    """The plan with one change after the other, all before kept."""
+def _needed(plan: Plan, steps: Sequence[Step]) -> Sequence[Step]:
+    """Of steps that fit together those without which they do not; the dearest are left out first."""
+    for step in reversed(steps):
+        rest = [other for other in steps if other is not step]
+        if _fits(_applied(plan, rest)):
+            steps = rest
+    return steps
+
+
+def _applied(plan: Plan, steps: Sequence[Step]) -> Change | None:
+    """One step after the other, as far as there is something to change; None where there is nothing."""
     words: tuple[str, ...] = ()
-    for step in _STEPS:
+    for step in steps:
         if (change := step(plan)) is not None:
             words, plan = (*words, *change.words), change.plan
-            yield Change(words=words, plan=plan)
+    return Change(words=words, plan=plan) if words else None
+
+
+def _fits(change: Change | None) -> bool:
+    return change is not None and change.plan.memory.fits
 
 
 def _recomputing(plan: Plan) -> Change | None:
@@ -186,7 +206,7 @@ def _adapters_alone(plan: Plan) -> Change | None:
     return _set("model.lora={}", plan.changed(_with(plan.recipe, "model", lora=LoraSpec())))
 
 
-_STEPS: tuple[Callable[[Plan], Change | None], ...] = (
+_STEPS: tuple[Step, ...] = (
     _recomputing,
     _smaller_micro_batch,
     _fewer_loss_rows,

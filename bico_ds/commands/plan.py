@@ -98,7 +98,8 @@ def run(options: Namespace) -> None:
     if options.json:
         print(json.dumps(plan_as_json(plan, decisions, notes)))
     else:
-        print_plan(plan, decisions, notes, Console(width=None if sys.stdout.isatty() else WIDTH))
+        width = None if sys.stdout.isatty() else WIDTH
+        print_plan(plan, decisions, notes, Console(width=width, markup=False, highlight=False))
 
 
 def planned_device(recipe: Recipe, options: Namespace) -> Device:

@@ -15,7 +15,7 @@ from bico_ds.planner.ranges import Range
 from bico_ds.planner.run_time import RunTime, run_time
 from bico_ds.planner.step_time import StepTime, step_time
 from bico_ds.planner.storage import disk, host_memory, nvme
-from bico_ds.planner.workload import MicroBatch, Texts, micro_batches, steps_of_run
+from bico_ds.planner.workload import MicroBatch, Texts, bin_tokens, micro_batches, steps_of_run
 
 # Bytes per second of a shared file system, all nodes together: an assumption.
 DISK_BANDWIDTH = Range(1e9, 20e9)
@@ -38,6 +38,13 @@ class Plan:
     run: RunTime
     price: float | None
     disk_bandwidth: Range
+
+    @property
+    def represented_per_second(self) -> Range:
+        """Tokens of texts per second and device, over the steps of all objectives."""
+        step = self.recipe.training.global_batch_bins * bin_tokens(self.recipe, self.texts)
+        tokens, seconds = step / self.deployment.ranks, self.run.mean_step_seconds
+        return Range(tokens / seconds.high, tokens / seconds.low)
 
     def changed(self, recipe: Recipe, *, nodes: int | None = None, ranks_per_node: int | None = None) -> Plan:
         """The plan of a recipe for the same texts and devices, on so many of them. Raises as `make_plan` does."""

@@ -69,7 +69,9 @@ def assumed_texts(recipe: Recipe, *, length: int | None = None, tokens: int | No
     capacity = recipe.data.capacity
     if length is None:
         return Texts(
-            lengths=np.array([capacity]), tokens=tokens, source="assumed: every document fills a bin"
+            lengths=np.array([capacity]),
+            tokens=tokens,
+            source="assumed: each fills a bin, as not all sources are prepared here",
         )
     if not 2 <= length <= capacity:
         raise UserError(f"--text-length {length}: must be from 2 to data.capacity ({capacity:,})")

@@ -15,11 +15,12 @@ multiples; rates are per second and device. Keys are added in later versions, an
     memory              available, resident[] and moments[]: {"name", "objective", "bytes", "items"[], "is_peak"}
     host[], nvme[], disk[]   items; the first two of a node
     steps[]             per objective: objective, probability, micro_batch {rows, live_rows, head_rows, pairs, documents},
-                        useful_flops, executed_flops, products, elementwise, transfers[], seconds, kept_per_second,
-                        represented_per_second, mfu
+                        useful_flops, executed_flops, attention_flops (of the executed), products, elementwise,
+                        transfers[], seconds, kept_per_second, represented_per_second, mfu
     run                 steps (or null), mean_step_seconds, hours, device_hours, cost, price,
                         events[]: {"name", "seconds", "count", "share", "how"}
-    nodes[], variants[] alternatives: nodes, deepspeed, verdict, memory, mean_step_seconds, hours, device_hours, cost
+    nodes[], variants[] alternatives: nodes, deepspeed, verdict, memory, represented_per_second, mean_step_seconds,
+                        hours, device_hours, cost
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ def _steps(plan: Plan) -> list[dict[str, Any]]:
             "micro_batch": {name: getattr(batch, name) for name in counts},
             "useful_flops": step.flops.useful,
             "executed_flops": step.flops.executed,
+            "attention_flops": step.flops.attention,
             **{name: _range(getattr(step, name)) for name in ranges},
             "transfers": [
                 {"name": t.name, "bytes": t.bytes, "seconds": _range(t.seconds), "how": t.how}
@@ -141,6 +143,7 @@ def _alternative(plan: Plan) -> dict[str, Any]:
         "deepspeed": str(plan.recipe.deepspeed.config),
         "verdict": fit_word(plan.memory),
         "memory": _range(plan.memory.peak.bytes),
+        "represented_per_second": _range(plan.represented_per_second),
         **_time_and_money(plan),
     }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -51,8 +50,8 @@ def warnings(plan: Plan) -> list[str]:
 
 
 def print_plan(plan: Plan, decisions: Decisions, notes: Sequence[str], console: Console) -> None:
-    """Everything, for a reader."""
-    say = partial(console.print, markup=False, highlight=False)
+    """Everything, for a reader, on a console without markup: formulas have brackets."""
+    say = console.print
     say(f"{plan.recipe.name} on {_where(plan)}")
     say(_memory_verdict(plan, decisions.change), style=_COLORS[fit_word(plan.memory)])
     say(_run(plan))
@@ -186,6 +185,7 @@ def _steps_table(plan: Plan) -> Table:
         ("documents of a micro-batch", [number(batch.documents) for batch in batches]),
         ("PFLOP of a step, useful", [number(step.flops.useful / 1e15) for step in steps]),
         ("PFLOP of a step, executed", [number(step.flops.executed / 1e15) for step in steps]),
+        ("  of them attention", [number(step.flops.attention / 1e15) for step in steps]),
         ("matrix products and attention", [time(step.products) for step in steps]),
         ("elementwise operations", [time(step.elementwise) for step in steps]),
         *_transfer_rows(plan),
@@ -215,13 +215,18 @@ def _events_table(plan: Plan) -> Table:
 
 
 def _choices_table(what: str, plans: Mapping[str, Plan], chosen: Plan) -> Table:
-    """A row per alternative; the plan's own is marked."""
-    priced = chosen.price is not None
-    table = _table(what, "memory", "GiB", "a step", "hours", "GPU-hours", *(["cost"] if priced else []))
+    """A row per alternative; the plan's own has a star."""
+    money = "GPU-hours" if chosen.price is None else "cost"
+    table = _table(what, "memory", "GiB", "tokens/s of a device", "hours", money)
     for name, plan in plans.items():
         run = plan.run
-        cells = [fit_word(plan.memory), gib(plan.memory.peak.bytes), time(run.mean_step_seconds)]
-        cells += ["" if found is None else span(found) for found in (run.hours, run.device_hours)]
-        cells += ["" if run.cost is None else span(run.cost)] if priced else []
-        table.add_row(name, *cells, style="bold" if plan is chosen else "")
+        table.add_row(
+            f"{name} *" if plan is chosen else name,
+            fit_word(plan.memory),
+            gib(plan.memory.peak.bytes),
+            span(plan.represented_per_second),
+            "" if run.hours is None else span(run.hours),
+            "" if (paid := run.device_hours if run.cost is None else run.cost) is None else span(paid),
+            style="bold" if plan is chosen else "",
+        )
     return table

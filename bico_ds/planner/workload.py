@@ -68,11 +68,8 @@ def assumed_texts(recipe: Recipe, *, length: int | None = None, tokens: int | No
     """
     capacity = recipe.data.capacity
     if length is None:
-        return Texts(
-            lengths=np.array([capacity]),
-            tokens=tokens,
-            source="assumed: each fills a bin, as not all sources are prepared here",
-        )
+        source = "assumed: each fills a bin, as not all sources are prepared here"
+        return Texts(lengths=np.array([capacity]), tokens=tokens, source=source)
     if not 2 <= length <= capacity:
         raise UserError(f"--text-length {length}: must be from 2 to data.capacity ({capacity:,})")
     return Texts(lengths=np.array([length]), tokens=tokens, source=f"given: documents of {length:,} tokens")

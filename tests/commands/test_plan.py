@@ -18,7 +18,7 @@ from bico_ds.config.load import list_recipes, load_recipe
 from bico_ds.planner.devices import DEVICES
 from bico_ds.planner.ranges import Range
 from bico_ds.planner.report import as_json
-from bico_ds.planner.report.quantities import GIB, number, time
+from bico_ds.planner.report.quantities import GIB, number, span, time
 from tests import ROOT
 
 SMOLLM2 = {
@@ -88,13 +88,15 @@ def test_every_shipped_recipe_is_planned_on_100_columns_with_the_verdict_first(t
 def test_the_report_shows_the_numbers_of_the_object(tool, planned):
     shown, plan = tool()[1], planned()
     peak = next(moment for moment in plan["memory"]["moments"] if moment["is_peak"])
-    rows = dict(re.findall(r"^ (\S.*?)  +([\d.,]+ +[\d.,]+)", shown, re.MULTILINE))
-    together = [number(peak["bytes"][bound] / GIB) for bound in ("low", "high")]
-    assert rows["together"].split() == together
-    for item in peak["items"]:
-        assert rows[item["name"][:20]].split() if item["name"] in rows else item["name"][:15] in shown
+    lines = shown.partition("Memory of a device at its peak")[2].splitlines()
+    together = {"low": sum(i["bytes"]["low"] for i in peak["items"]), "high": peak["bytes"]["high"]}
+    for item in [*peak["items"], {"name": "together", "bytes": together}]:
+        line = next(line for line in lines if line.startswith(f" {item['name']}"))
+        cells = line.removeprefix(f" {item['name']}").split()[:3]
+        assert [number(item["bytes"][bound] / GIB) for bound in ("low", "high")] == cells[:2]
     for step in plan["steps"]:
         assert time(Range(**step["seconds"])) in shown
+        assert span(Range(**step["represented_per_second"])) in shown
 
 
 def test_every_key_of_the_object_is_documented(planned):

@@ -90,7 +90,7 @@ def assumptions(plan: Plan) -> list[str]:
     of_epoch = "" if plan.texts.tokens is None else f"; {plan.texts.tokens:,} tokens in a data epoch"
     return [
         f"texts: {plan.texts.source}; on average {number(float(plan.texts.lengths.mean()))} tokens{of_epoch}",
-        "bins are taken to be full; ranges of time come from assumed efficiencies, none was measured on these devices",
+        "packing is taken to fill the bins; times are ranges by assumed efficiencies, not measured on these devices",
         f"peaks of {plan.deployment.device.title}: {plan.deployment.device.source}",
     ]
 

@@ -8,8 +8,9 @@ from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.config.schema import Recipe
 from bico_ds.planner.architecture import Architecture
 from bico_ds.planner.communication import Transfer, transfers
+from bico_ds.planner.compute.elementwise import elementwise_bytes
 from bico_ds.planner.deployment import Deployment
-from bico_ds.planner.flops import StepFlops, elementwise_bytes, step_flops
+from bico_ds.planner.flops import StepFlops, step_flops
 from bico_ds.planner.ranges import Range
 from bico_ds.planner.workload import MicroBatch
 

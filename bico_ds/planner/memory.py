@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
+from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.config.schema import Recipe
+from bico_ds.planner.activations import ActivationMemory, activation_memory
 from bico_ds.planner.architecture import Architecture
 from bico_ds.planner.deployment import Deployment
 from bico_ds.planner.items import Item, total
 from bico_ds.planner.ranges import Range
 from bico_ds.planner.workload import MicroBatch
+from bico_ds.planner.zero.gathering import Visit, gathered, visits
+from bico_ds.planner.zero.modules import Module, modules_of, parameters_of
+from bico_ds.planner.zero.reduction import Bucket, Gradients
+from bico_ds.planner.zero.states import States
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +59,140 @@ class MemoryPlan:
 def device_memory(
     recipe: Recipe, architecture: Architecture, deployment: Deployment, batches: Sequence[MicroBatch]
 ) -> MemoryPlan:
-    """STUB"""
-    states = Item(
-        name="states",
-        bytes=Range.exactly(18 * architecture.trained_parameters(recipe.model.lora) / deployment.ranks),
+    """One rank's device, item by item: DeepSpeed's states (`zero.states`), gathered weights (`zero.gathering`), gradients
+    (`zero.reduction`) and activations (`activations`).
+
+    Moments of each objective: the head at the end of the forward pass, the reduction of the head's gradient, the backward
+    pass of the layer that needs most, its end, and the optimizer's step.
+    """
+    lora = recipe.model.lora
+    modules = modules_of(architecture, lora)
+    states = States(
+        parameters=parameters_of(modules),
+        optimizer=recipe.optimizer.state,
+        deployment=deployment,
+        size=2 if recipe.model.dtype == "bf16" else 4,
+        micro_batches=micro_batches_per_rank(
+            recipe.training.global_batch_bins, recipe.training.micro_batch_bins, deployment.ranks
+        ),
     )
-    moment = Moment(name="backward of a layer", objective=batches[0].objective, items=(states,))
-    return MemoryPlan(resident=(states,), moments=(moment,), available=deployment.device.memory_bytes)
+    resident = (*states.resident(), *_context(deployment))
+    replay = _Replay(recipe, modules, states)
+    moments = []
+    for batch in batches:
+        rows = activation_memory(
+            architecture,
+            recipe.model,
+            batch,
+            on_cuda=deployment.device.kind == "cuda",
+            zero3=deployment.zero.stage == 3,
+        )
+        moments += [
+            Moment(name=name, objective=batch.objective, items=_with_margin((*resident, *items), deployment))
+            for name, items in replay.moments(rows)
+        ]
+    return MemoryPlan(resident=resident, moments=tuple(moments), available=deployment.device.memory_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Point:
+    """Bytes while one module runs backward, or is run again for it."""
+
+    module: Module
+    gathered: float
+    gradients: Gradients
+
+
+class _Replay:
+    """A micro-batch, in the order in which DeepSpeed goes through the modules: gathered weights, and gradients."""
+
+    def __init__(self, recipe: Recipe, modules: Sequence[Module], states: States) -> None:
+        self.states, self.modules, self.head = states, modules, modules[-1]
+        order = list(visits(modules, recipe.model.activation_checkpointing))
+        held = [0] * len(order)
+        if states.zero.stage == 3:
+            held = [point.elements for point in gathered(order, states.zero, states.ranks)]
+        sizes = [states.size * elements for elements in held]
+        self.forward = list(zip(modules, sizes[: len(modules)], strict=True))
+        self.backward = list(self._backward(order[len(modules) :], sizes[len(modules) :]))
+
+    def _new(self, module: Module) -> int:
+        return sum(self.states.size * p.elements for p in module.parameters if p.trained)
+
+    def _backward(self, order: Sequence[Visit], sizes: Sequence[float]) -> Iterator[_Point]:
+        """Autograd adds up the gradients of a tied weight before it hands them over, which is at the embedding."""
+        states = self.states
+        bucket = Bucket(
+            states.zero,
+            states.ranks,
+            states.size,
+            states.parameters,
+            over_gloo=states.deployment.device.kind == "cpu",
+        )
+        tied = self.head.parameters == self.modules[0].parameters
+        kept, size = 0, 0.0
+        for visit, size in zip(order, sizes, strict=True):
+            module, new = visit.module, 0 if visit.during == "recomputed" else self._new(visit.module)
+            yield _Point(module=module, gathered=size, gradients=bucket.now(kept + new))
+            if module is self.head and tied:
+                kept = new
+            elif new:
+                for parameter in module.parameters:
+                    yield _Point(module=module, gathered=size, gradients=bucket.add(parameter))
+        yield _Point(module=self.modules[0], gathered=size, gradients=bucket.flush(bucket.now()))
+
+    def moments(self, rows: ActivationMemory) -> Iterator[tuple[str, list[Item]]]:
+        """Each moment's items beside the resident ones: of all points that are called alike, the one with the most."""
+        found: dict[str, list[Item]] = {}
+        for name, items in (*self._forward(rows), *(self._at(point, rows) for point in self.backward)):
+            if name not in found or total(items).high > total(found[name]).high:
+                found[name] = items
+        yield from found.items()
+        yield "optimizer", list(self.states.of_step())
+
+    def _forward(self, rows: ActivationMemory) -> Iterator[tuple[str, list[Item]]]:
+        head = _item("gradient of the head", self._new(self.head), "in the model's dtype: bico_ds/model/head.py")
+        for module, size in self.forward:
+            weights = [*self.states.of_forward(), _gathered(size)]
+            if module is self.head:
+                yield "head", [*weights, head, *rows.kept, *rows.in_head]
+            else:
+                yield "forward pass", [*weights, *self._kept(rows, module), *rows.in_head[:1]]
+
+    def _kept(self, rows: ActivationMemory, module: Module) -> list[Item]:
+        """What is kept of the rows where a module runs: in proportion to the layers before it."""
+        last = max(other.layer or 0 for other in self.modules)
+        share = 0.0 if module is self.modules[0] else 1.0
+        if module.layer is not None and last > 0:
+            share = module.layer / last
+        return [replace(item, bytes=item.bytes.times(share)) for item in rows.kept]
+
+    def _at(self, point: _Point, rows: ActivationMemory) -> tuple[str, list[Item]]:
+        """The moment that a point of the backward pass belongs to, and its items."""
+        weights = [
+            *self.states.of_backward(partition=point.gradients.partition),
+            _gathered(point.gathered),
+            _item("whole gradients", point.gradients.whole, "until they are in a bucket, or reduced"),
+            _item("copies for the reduction", point.gradients.copies, "in the type of communication"),
+        ]
+        if point.module.layer is not None:
+            return "backward of a layer", [*weights, *self._kept(rows, point.module), *rows.in_layer]
+        if point.module is self.modules[0]:
+            return "end of the backward pass", weights
+        return "gradient of the head", [*weights, *rows.kept, *rows.in_head[:1]]
+
+
+def _context(deployment: Deployment) -> tuple[Item, ...]:
+    return ()
+
+
+def _with_margin(items: tuple[Item, ...], deployment: Deployment) -> tuple[Item, ...]:
+    return items
+
+
+def _gathered(size: float) -> Item:
+    return _item("gathered weights", size, "partitioned_param_coordinator.py, replayed")
+
+
+def _item(name: str, size: float, how: str) -> Item:
+    return Item(name=name, bytes=Range.exactly(size), how=how)

@@ -16,8 +16,8 @@ from bico_ds.planner.workload import MicroBatch
 # Shares of the data-sheet peaks that are reached, from publications; none is fitted to the runs that
 # docs/benchmarks/planner.md compares with.
 PRODUCT_EFFICIENCY = Range(0.6, 0.8)
-"""Of dense bf16 products: at most 0.79 to 0.87 by "Maximum Achievable Matmul FLOPS" for A100, H100 and B200 (Bekman, Machine
-Learning Engineering, compute/accelerator); the lower bound, for the shapes and clocks of real layers, is an assumption."""
+"""Of dense bf16 products. The best shapes reach 0.80 on H100, 0.87 on A100, 0.78 on B200 and 0.60 on MI300X (Bekman, Machine
+Learning Engineering, "Maximum Achievable Matmul FLOPS"); the lower bound, for the shapes of layers, is an assumption."""
 ATTENTION_EFFICIENCY = Range(0.3, 0.7)
 """Of attention kernels: FlashAttention-2 on H100 0.35 and on A100 0.5 to 0.73, FlashAttention-3 on H100 up to 0.75 (arXiv
 2407.08608, 2307.08691), forward; backward less, and short documents less still, by assumption."""

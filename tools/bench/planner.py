@@ -21,6 +21,7 @@ from published_runs import PublishedRun, published_runs
 from bico_ds.common.command_line import Command
 from bico_ds.common.files import write_atomically
 from bico_ds.config.resources import RECIPES
+from bico_ds.planner.communication import LINK_EFFICIENCY
 from bico_ds.planner.deployment import Deployment, read_zero
 from bico_ds.planner.memory import MemoryPlan, device_memory
 from bico_ds.planner.ranges import Range
@@ -109,8 +110,8 @@ python tools/bench/planner.py --write      # makes this page; no GPU
 ```
 
 **No run of ours on GPUs is among these**: they are published runs of others, planned as the closest run of this project,
-which has neither tensor nor context parallelism. {within} of {len(found)} published steps lie within the predicted range; the
-middle of the range is {errors[0]:.0%} to {errors[-1]:.0%} off. The efficiencies were not fitted to these runs.
+which has neither tensor nor context parallelism. {within} of {len(found)} published steps lie within the predicted
+range, whose middle is {errors[0]:.0%} to {errors[-1]:.0%} off. The efficiencies were not fitted to these runs.
 
 ## Time of a step
 
@@ -137,10 +138,10 @@ The planner's peak of our closest run, in GB, without and with all that its uppe
 
 ## What is assumed
 
-Of data-sheet peaks are reached: {_percent(PRODUCT_EFFICIENCY)} by products, {_percent(ATTENTION_EFFICIENCY)} by attention,
-{_percent(MEMORY_EFFICIENCY)} of the memory's bandwidth by everything else; sources:
-[step_time.py](../../bico_ds/planner/step_time.py). Links: [communication.py](../../bico_ds/planner/communication.py). The time of the host
-between kernels is not planned.
+Of data-sheet peaks are reached: {_percent(PRODUCT_EFFICIENCY)} by products, {_percent(ATTENTION_EFFICIENCY)} by
+attention, {_percent(MEMORY_EFFICIENCY)} of the memory's bandwidth by everything else, {_percent(LINK_EFFICIENCY)} of a
+link's. Sources stand in [step_time.py](../../bico_ds/planner/step_time.py) and
+[communication.py](../../bico_ds/planner/communication.py). The time of the host between kernels is not planned.
 
 ## What was measured here
 

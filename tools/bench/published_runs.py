@@ -1,7 +1,7 @@
 """Runs of others whose throughput was published, and for each the closest run that this project could make.
 
-Every figure is of the source that is named; what is not in it (bandwidths, sizes of nodes) says so. MFU is computed under the
-source's own convention: they differ by as much as implementations do.
+Every figure is of the source that is named, at the commit that is named. MFU is computed under the source's own
+convention: these differ by as much as implementations do.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ RANKS_PER_NODE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedRun:
-    """`tokens_per_second` per GPU, and `mfu` where the source gives one, or operations per second to divide by its peak.
+    """`tokens_per_second` per GPU; `mfu` as the source gives it, or its operations per second by its peak; None: neither.
 
-    Ours: `sequences` of `length` tokens per micro-batch and GPU, `accumulation` micro-batches. `differs`: what the source did
-    otherwise.
+    Ours: `sequences` of `length` tokens per micro-batch and GPU, `accumulation` micro-batches, so that a step has as many
+    tokens as the source's. `differs`: what the source did otherwise.
     """
 
     name: str
@@ -66,7 +66,7 @@ class PublishedRun:
         return min(self.gpus, RANKS_PER_NODE)
 
     def seconds_per_step(self) -> float:
-        """Of the published run, at our number of tokens per step, which is also its own."""
+        """Of the published run."""
         return self.sequences * self.accumulation * self.length / self.tokens_per_second
 
     def mfu_of_tokens(self) -> float | None:

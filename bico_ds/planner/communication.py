@@ -317,13 +317,14 @@ class _Coordinator:
             self.looked_to[weight.name] = used
 
     def _next_bucket(self) -> tuple[Weight, ...]:
-        most = min(self.zero.max_live_parameters - self.live, self.zero.prefetch_bucket)
+        room = min(self.zero.max_live_parameters - self.live, self.zero.prefetch_bucket)
         bucket: dict[str, Weight] = {}
-        while self.queue and sum(weight.elements for weight in bucket.values()) < most:
+        while self.queue and room > 0:
             weight, used = self.queue.popleft()
             self.looked_to[weight.name] = max(self.looked_to[weight.name], used)
-            if not self._is_small(weight) and weight.name not in self.there:
+            if not self._is_small(weight) and weight.name not in self.there and weight.name not in bucket:
                 bucket[weight.name] = weight
+                room -= weight.elements
         return tuple(bucket.values())
 
     def _may_go(self, weight: Weight, step: int) -> bool:

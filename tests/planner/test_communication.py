@@ -14,10 +14,10 @@ from bico_ds.planner.communication import (
     gather_all_weights,
     gathered_elements,
     transfers,
-    weights_of,
 )
 from bico_ds.planner.deployment import Deployment, read_zero
 from bico_ds.planner.devices import DEVICES
+from bico_ds.planner.zero.modules import modules_of, parameters_of
 
 H100 = DEVICES["h100-80g"]
 ADAPTERS = "model.lora={rank: 16, alpha: 32}"
@@ -44,7 +44,7 @@ def planned(
 @pytest.mark.parametrize("name", ["llama3_8b_bico", "llama70b_bico"])
 def test_the_weights_that_are_gathered_are_those_of_the_architecture(name, adapters):
     recipe, architecture, *_ = planned(name, *adapters)
-    weights = weights_of(architecture, recipe.model)
+    weights = parameters_of(modules_of(architecture, recipe.model.lora))
     added = 0 if recipe.model.lora is None else architecture.adapter_parameters(recipe.model.lora)
     assert sum(weight.elements for weight in weights) == architecture.parameters + added
     assert sum(w.elements for w in weights if w.trained) == architecture.trained_parameters(recipe.model.lora)
@@ -69,22 +69,26 @@ def test_what_every_pass_reads_again_is_gathered_again_but_for_what_may_stay():
     recipe, architecture, deployment, _ = planned("llama70b_bico", nodes=8)
     zero = deployment.zero
     most = 2 * architecture.parameters
-    assert most - 2 * zero.max_live_parameters < gathered_elements(architecture, recipe.model, zero) < most
+    assert (
+        most - 2 * zero.max_live_parameters < gathered_elements(architecture, recipe.model, zero, 64) < most
+    )
     everything = replace(zero, max_live_parameters=10**12, max_reuse_distance=10**12)
     small = sum(
-        w.elements for w in weights_of(architecture, recipe.model) if w.elements <= zero.persistence_threshold
+        w.elements
+        for w in parameters_of(modules_of(architecture, recipe.model.lora))
+        if w.elements <= zero.persistence_threshold
     )
-    assert gathered_elements(architecture, recipe.model, everything) == architecture.parameters - small
+    assert gathered_elements(architecture, recipe.model, everything, 64) == architecture.parameters - small
 
 
 def test_adapters_with_checkpointing_gather_three_times():
     """DeepSpeed drops the frozen weights that a recomputation gathered, before the backward pass reads them."""
     recipe, architecture, deployment, _ = planned("llama70b_bico_lora")
-    assert gathered_elements(architecture, recipe.model, deployment.zero) == pytest.approx(
+    assert gathered_elements(architecture, recipe.model, deployment.zero, 64) == pytest.approx(
         3 * architecture.parameters, rel=0.03
     )
     full = planned("llama70b_bico_lora", "model.lora=null")
-    assert gathered_elements(full[1], full[0].model, full[2].zero) < 2 * architecture.parameters
+    assert gathered_elements(full[1], full[0].model, full[2].zero, 64) < 2 * architecture.parameters
 
 
 def test_hpz_crosses_nodes_once_per_step_and_with_frozen_weights_not_at_all():

@@ -7,7 +7,7 @@ checked by `bico_ds.model.architecture`, which needs transformers. `tests/planne
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,19 @@ class Architecture:
         """What the optimizer updates: the adapters, or without them everything."""
         return self.parameters if lora is None else self.adapter_parameters(lora)
 
+    def trained_sizes(self, lora: LoraSpec | None) -> tuple[int, ...]:
+        """Elements of each tensor that the optimizer updates, in the order of the model's parameters."""
+        if lora is not None:
+            layer = [
+                lora.rank * size for linear in self.adapted(lora) for size in (linear.inputs, linear.outputs)
+            ]
+            return tuple(layer) * self.layers
+        attention, mlp = self.linears[:4], self.linears[4:]
+        layer = [*_weights_and_biases(attention), *[self.head_dim] * (2 * self.qk_norms)]
+        layer += [*_weights_and_biases(mlp), self.hidden, self.hidden]
+        head = () if self.tied_head else (self.embedding_parameters,)
+        return (self.embedding_parameters, *layer * self.layers, self.hidden, *head)
+
 
 def read_architecture(spec: ModelSpec) -> Architecture:
     """The architecture that a recipe's `model` names: of the folder's config.json where it is here, else of `model.config`.
@@ -184,6 +197,11 @@ def _linears(
         Linear(name="up_proj", outputs=intermediate, inputs=hidden, bias=mlp),
         Linear(name="down_proj", outputs=hidden, inputs=intermediate, bias=mlp),
     )
+
+
+def _weights_and_biases(linears: Sequence[Linear]) -> list[int]:
+    """Elements of each tensor of these layers."""
+    return [size for linear in linears for size in (linear.weight_elements, *[linear.outputs] * linear.bias)]
 
 
 def _size(values: Mapping[str, Any], key: str, source: str) -> int:

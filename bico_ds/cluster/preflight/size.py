@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bico_ds.config.deepspeed_file import written_ds_config
 from bico_ds.config.schema import Recipe
-from bico_ds.model.architecture import model_config, parameter_count
+from bico_ds.model.architecture import model_config
+from bico_ds.planner.architecture import architecture_of
+from bico_ds.planner.deployment import read_zero
+from bico_ds.planner.storage import checkpoint_bytes, export_bytes
 from bico_ds.runtime.run_folder import RunFolder
-
-_WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
 
 
 def next_checkpoints_bytes(recipe: Recipe, run: Path) -> float:
@@ -18,13 +18,9 @@ def next_checkpoints_bytes(recipe: Recipe, run: Path) -> float:
     This is the size of the checkpoints to keep and one being written, less those that exist already (at least one remains),
     and of the export.
     """
-    parameters, weight = parameter_count(model_config(recipe.model)), _WEIGHT_BYTES[recipe.model.dtype]
-    # Of a LoRA run, checkpoints hold the adapters alone, which are small.
-    trained = parameters if recipe.model.lora is None else 0
-    deepspeed = written_ds_config(recipe.deepspeed)
-    # Under ZeRO-3 a checkpoint holds the weights as master weights only; below ZeRO-3 also in the model's dtype.
-    partitioned = deepspeed.get("zero_optimization", {}).get("stage") == 3
-    one = trained * (recipe.optimizer.state.bytes_per_parameter + (0 if partitioned else weight))
+    architecture = architecture_of(model_config(recipe.model).to_dict(), source="model")
+    zero = read_zero(recipe, hidden_size=architecture.hidden, ranks=1, ranks_per_node=1, on_cuda=False)
+    one = checkpoint_bytes(recipe, architecture, zero)
     there = len(list(RunFolder(run).checkpoints.glob("step-*")))
-    export = parameters * weight if recipe.checkpoint.export else 0
+    export = export_bytes(recipe, architecture) if recipe.checkpoint.export else 0
     return max(recipe.checkpoint.keep_last + 1 - there, 1) * one + export

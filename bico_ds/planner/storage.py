@@ -37,8 +37,8 @@ def checkpoint_bytes(recipe: Recipe, architecture: Architecture, zero: Zero) -> 
 
     Of trained parameters alone: the optimizer's state (12 bytes with AdamW, the master weight among them), and below stage 3
     the weight in its own dtype, which under stage 3 only the master weight stands for. A frozen base is left out.
-    Source: `Checkpointer` (`exclude_frozen`); DeepSpeed: engine.py, `_save_checkpoint`, `_save_zero_checkpoint`, and for NVMe
-    `save_checkpoint`, which copies the swap files without those of gradients.
+    Source: `Checkpointer` (`exclude_frozen`); DeepSpeed: engine.py, `_save_checkpoint`, `_save_zero_checkpoint`, and for
+    NVMe `save_checkpoint`, which copies the swap files without those of gradients.
     """
     weight = 0 if zero.stage == 3 else _BYTES[recipe.model.dtype]
     each = recipe.optimizer.state.bytes_per_parameter + weight

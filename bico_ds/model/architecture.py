@@ -67,6 +67,11 @@ class ModelTokenizer(Protocol):
     def save_pretrained(self, save_directory: str | Path) -> Any: ...
 
 
+def with_own_config(spec: ModelSpec) -> ModelSpec:
+    """The spec with what `model_config` finds as its `config`, and no `path`: a plan then reads neither folder nor hub."""
+    return spec.model_copy(update={"path": None, "config": model_config(spec).to_dict()})
+
+
 def model_config(spec: ModelSpec) -> PretrainedConfig:
     """The architecture that `spec` asks for: the config.json at `path`, or `config`.
 

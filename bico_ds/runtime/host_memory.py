@@ -83,7 +83,7 @@ class _Growth:
 def _growth() -> _Growth:
     """Of this process. Where no launcher tells the ranks of this machine, all ranks count: a smaller part for each."""
     ranks = launch_environment.ranks_per_node() or launch_environment.world_size()
-    most = int(_memory_limit() * _SHARE_OF_MEMORY) // ranks
+    most = int(memory_limit() * _SHARE_OF_MEMORY) // ranks
     return _Growth(level=anonymous_bytes(), allowed=min(FREED_BYTES, most), most=most)
 
 
@@ -93,7 +93,7 @@ def anonymous_bytes() -> int:
     return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _memory_limit() -> int:
+def memory_limit() -> int:
     """Bytes of memory: the machine's, or those of the tightest control group around this process."""
     limits = [psutil.virtual_memory().total]
     for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
@@ -105,6 +105,11 @@ def _memory_limit() -> int:
                 with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
                     limits.append(int((folder / name).read_text(encoding="ascii")))
     return min(limits)
+
+
+def memory_with_swap() -> int:
+    """Bytes that the processes of this node can have at most: those of `memory_limit`, and all of the machine's swap."""
+    return memory_limit() + psutil.swap_memory().total
 
 
 def unlink_shared_buffer(rank: int) -> None:

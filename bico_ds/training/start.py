@@ -52,6 +52,7 @@ from bico_ds.training.callbacks.console import ConsoleProgress
 from bico_ds.training.callbacks.monitor import StepMonitor
 from bico_ds.training.checks import beyond_context, check_backend, check_recipe
 from bico_ds.training.evaluator import Evaluator
+from bico_ds.training.fit import refuse_what_cannot_fit
 from bico_ds.training.run import Run
 from bico_ds.training.spikes import SpikeDetector
 from bico_ds.training.targetless import TargetlessSteps
@@ -200,6 +201,7 @@ def _build_trainer(
     recipe = run.recipe
     steps = assembly.total_steps(recipe, loader)
     check_schedule(recipe.schedule, steps)
+    refuse_what_cannot_fit(run, loader)
     engine = build_engine(run, inputs, steps, is_universal=resumption is not None and resumption.is_universal)
     if resumption is not None:
         restore(engine, resumption, recipe)

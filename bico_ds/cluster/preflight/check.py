@@ -13,6 +13,7 @@ import time
 import warnings
 from collections import defaultdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from rich.table import Table
 
 from bico_ds.cluster.preflight import judge, shared
 from bico_ds.cluster.preflight.exchange import Exchange
+from bico_ds.cluster.preflight.fit import by_node, lack_of_memory
 from bico_ds.cluster.preflight.inputs import input_files, shared_folders
 from bico_ds.cluster.preflight.network import NetworkReport, measure
 from bico_ds.cluster.preflight.node_report import collect
@@ -30,6 +32,9 @@ from bico_ds.cluster.preflight.size import next_checkpoints_bytes
 from bico_ds.common.errors import UserError
 from bico_ds.config.paths import WrittenPath, replace_paths
 from bico_ds.config.schema import Recipe
+from bico_ds.model.architecture import with_own_config
+from bico_ds.planner.plan import make_plan
+from bico_ds.planner.workload import assumed_texts
 from bico_ds.runtime import launch_environment
 from bico_ds.runtime.ds_config import merged_ds_config
 from bico_ds.runtime.run_folder import obstacle
@@ -148,6 +153,7 @@ def _check_shared(
 
 def _compare(recipe: Recipe, run: Path, reports: list[dict[str, Any]], folders: list[Path]) -> list[str]:
     problems = judge.problems(reports, needed_bytes=next_checkpoints_bytes(recipe, run))
+    problems += _memory(recipe, reports)
     own = {str(folder): _write_probes([folder], "0")[str(folder)] for folder in folders}
     for report in [{"host": reports[0]["host"], "rank": 0, "probes": own}, *reports[1:]]:
         for folder, token in report["probes"].items():
@@ -160,6 +166,15 @@ def _compare(recipe: Recipe, run: Path, reports: list[dict[str, Any]], folders: 
                     f"{folder} is not shared: the first node does not see what {report['host']} wrote"
                 )
     return list(dict.fromkeys(problems))
+
+
+def _memory(recipe: Recipe, reports: list[dict[str, Any]]) -> list[str]:
+    """What the memory of the nodes cannot hold, whatever the texts are."""
+    planned = recipe.model_copy(update={"model": with_own_config(recipe.model)})
+    plan_on = partial(make_plan, planned, texts=assumed_texts(planned))
+    memories = ((r["host"], r["device"].get("memory_total_bytes"), r["host_memory_bytes"]) for r in reports)
+    lack = lack_of_memory(plan_on, by_node(memories), fill=0)
+    return [] if lack is None else [lack]
 
 
 def _silent(ranks: list[int], reports: list[dict[str, Any]]) -> list[str]:

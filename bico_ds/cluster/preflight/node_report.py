@@ -19,6 +19,7 @@ from bico_ds.cluster.preflight.inputs import (
     recipe_fingerprint,
 )
 from bico_ds.config.schema import Recipe
+from bico_ds.runtime import host_memory
 from bico_ds.runtime.run_folder import RunFolder, provenance
 
 _MATRIX = {"cuda": 4096, "cpu": 512}
@@ -30,6 +31,7 @@ def collect(recipe: Recipe, run: Path, *, rank: int, local_rank: int) -> dict[st
         "rank": rank,
         "host": socket.gethostname(),
         "device": inspect_device(local_rank),
+        "host_memory_bytes": host_memory.memory_with_swap(),
     }
     report["versions"] = provenance()["versions"] | {
         "python": platform.python_version(),

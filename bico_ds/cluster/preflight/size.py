@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from bico_ds.config.schema import Recipe
-from bico_ds.model.architecture import model_config
-from bico_ds.planner.architecture import architecture_of
+from bico_ds.model.architecture import with_own_config
+from bico_ds.planner.architecture import read_architecture
 from bico_ds.planner.deployment import read_zero
 from bico_ds.planner.storage import checkpoint_bytes, export_bytes
 from bico_ds.runtime.run_folder import RunFolder
@@ -18,7 +18,7 @@ def next_checkpoints_bytes(recipe: Recipe, run: Path) -> float:
     This is the size of the checkpoints to keep and one being written, less those that exist already (at least one remains),
     and of the export.
     """
-    architecture = architecture_of(model_config(recipe.model).to_dict(), source="model")
+    architecture = read_architecture(with_own_config(recipe.model))
     zero = read_zero(recipe, hidden_size=architecture.hidden, ranks=1, ranks_per_node=1, on_cuda=False)
     one = checkpoint_bytes(recipe, architecture, zero)
     there = len(list(RunFolder(run).checkpoints.glob("step-*")))

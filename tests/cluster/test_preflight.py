@@ -172,18 +172,33 @@ def flat(capsys) -> str:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("break_it", [False, True])
-def test_two_ranks_agree_whether_training_may_begin(tmp_path, break_it):
-    """With another recipe on rank 1, both must refuse."""
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ([[], []], "all-reduce"),
+        ([[], ["--set", "seed=9"]], "this recipe differs"),
+        (
+            [["--set", "model.config.num_hidden_layers=10000"]] * 2,
+            "of memory, and this run needs at least",
+        ),
+    ],
+)
+def test_two_ranks_agree_whether_training_may_begin(tmp_path, changes, says):
+    """With another recipe on rank 1, and where no memory holds the model, both must refuse."""
     port = free_port()
     ranks = []
     for rank in range(2):
-        changes = ["--set", "seed=9"] if break_it and rank else []
         environment = os.environ | {
             "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
         }  # fmt: skip
-        command = [sys.executable, str(ROOT / "launch" / "preflight.py"), "--recipe", "tiny_base", *changes]
+        command = [
+            sys.executable,
+            str(ROOT / "launch" / "preflight.py"),
+            "--recipe",
+            "tiny_base",
+            *changes[rank],
+        ]
         ranks.append(
             subprocess.Popen(
                 [*command, "--output-dir", "run"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE,
@@ -191,6 +206,6 @@ def test_two_ranks_agree_whether_training_may_begin(tmp_path, break_it):
             )
         )  # fmt: skip
     outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [int(break_it)] * 2, outputs
-    assert ("this recipe differs" if break_it else "all-reduce") in outputs[0]
+    assert [rank.returncode for rank in ranks] == [int(says != "all-reduce")] * 2, outputs
+    assert says in outputs[0] and says not in outputs[1]
     assert list((tmp_path / "run").glob(".preflight-*")) == [], "probes are cleaned away"

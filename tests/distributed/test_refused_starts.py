@@ -127,3 +127,15 @@ def test_a_run_killed_before_its_first_checkpoint_goes_on_from_step_0_and_keeps_
     assert "no checkpoint yet: training starts from step 0" in done.stdout
     assert (run / "replaced-1" / "metrics.jsonl").read_text().splitlines() == before
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_model_that_no_memory_here_holds_is_refused_before_its_weights(tmp_path, ranks):
+    large = ("model.config.hidden_size=65536", "model.config.num_hidden_layers=9999", "data.cache_dir=stores")
+    done = train(RECIPE, tmp_path / "run", *SHORT, *large, ranks=ranks)
+    assert done.stderr.count("error: ") == 1, done.stderr
+    assert "the host, swap included, has" in done.stderr and "this run needs at least" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert state(tmp_path / "run")["state"] == "failed"
+    if ranks == 1:
+        assert done.returncode == 2

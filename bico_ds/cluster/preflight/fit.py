@@ -93,14 +93,13 @@ def _lack_on(node: NodeMemory, plan: Plan, on_device: Sequence[Item], on_host: S
 
 
 def _kept(plan: Plan, fill: float) -> list[Item]:
-    """Activations of the objective that keeps least, of those that are ever drawn."""
-    batches = [batch for batch in plan.batches if batch.probability > 0]
+    """Activations of the objective that keeps least: a short run may draw no other."""
 
     def kept(batch: MicroBatch) -> tuple[Item, ...]:
         on_cuda = plan.deployment.device.kind == "cuda"
         return activation_memory(plan.architecture, plan.recipe.model, batch, on_cuda=on_cuda).kept
 
-    least = min(map(kept, batches), key=lambda items: total(items).low)
+    least = min(map(kept, plan.batches), key=lambda items: total(items).low)
     return [replace(item, bytes=item.bytes.times(fill)) for item in least]
 
 

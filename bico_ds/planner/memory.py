@@ -113,68 +113,70 @@ class _Replay:
         if states.zero.stage == 3:
             held = [point.elements for point in gathered(order, states.zero, states.ranks)]
         sizes = [states.size * elements for elements in held]
-        self.in_head = sizes[len(modules) - 1]
+        self.forward = list(zip(modules, sizes[: len(modules)], strict=True))
         self.backward = list(self._backward(order[len(modules) :], sizes[len(modules) :]))
-
-    @property
-    def head_gradient(self) -> int:
-        """Made in the forward pass (`bico_ds.model.head`), in the model's dtype."""
-        return self._new(self.head)
 
     def _new(self, module: Module) -> int:
         return sum(self.states.size * p.elements for p in module.parameters if p.trained)
 
     def _backward(self, order: Sequence[Visit], sizes: Sequence[float]) -> Iterator[_Point]:
         """Autograd adds up the gradients of a tied weight before it hands them over, which is at the embedding."""
-        bucket = Bucket(self.states.zero, self.states.ranks, self.states.size, self.states.parameters)
+        states = self.states
+        bucket = Bucket(
+            states.zero,
+            states.ranks,
+            states.size,
+            states.parameters,
+            over_gloo=states.deployment.device.kind == "cpu",
+        )
         tied = self.head.parameters == self.modules[0].parameters
-        kept = 0
+        kept, size = 0, 0.0
         for visit, size in zip(order, sizes, strict=True):
-            whole = bucket.whole + kept
-            if visit.during == "recomputed":
-                yield _Point(module=visit.module, gathered=size, gradients=Gradients(whole=whole, copies=0))
-                continue
-            new = self._new(visit.module)
-            yield _Point(module=visit.module, gathered=size, gradients=Gradients(whole=whole + new, copies=0))
-            if visit.module is self.head and tied:
+            module, new = visit.module, 0 if visit.during == "recomputed" else self._new(visit.module)
+            yield _Point(module=module, gathered=size, gradients=bucket.now(kept + new))
+            if module is self.head and tied:
                 kept = new
-                continue
-            kept = 0 if visit.module is self.modules[0] else kept
-            for parameter in visit.module.parameters:
-                if parameter.trained:
-                    step = bucket.add(parameter)
-                    yield _Point(module=visit.module, gathered=size, gradients=step)
-        last = Gradients(whole=bucket.whole, copies=bucket.flush())
-        yield _Point(module=self.modules[0], gathered=sizes[-1], gradients=last)
+            elif new:
+                for parameter in module.parameters:
+                    yield _Point(module=module, gathered=size, gradients=bucket.add(parameter))
+        yield _Point(module=self.modules[0], gathered=size, gradients=bucket.flush(bucket.now()))
 
     def moments(self, rows: ActivationMemory) -> Iterator[tuple[str, list[Item]]]:
-        """Each moment's items beside the resident ones."""
-        head = _item(
-            "gradient of the head", self.head_gradient, "made in the forward pass: bico_ds/model/head.py"
-        )
-        weights = _item("gathered weights", self.in_head, "partitioned_param_coordinator.py, replayed")
-        yield "head", [*self.states.of_forward(), weights, head, *rows.kept, *rows.in_head]
+        """Each moment's items beside the resident ones: of all points that are called alike, the one with the most."""
         found: dict[str, list[Item]] = {}
-        for point in self.backward:
-            name, items = self._at(point, rows)
+        for name, items in (*self._forward(rows), *(self._at(point, rows) for point in self.backward)):
             if name not in found or total(items).high > total(found[name]).high:
                 found[name] = items
         yield from found.items()
         yield "optimizer", list(self.states.of_step())
 
+    def _forward(self, rows: ActivationMemory) -> Iterator[tuple[str, list[Item]]]:
+        head = _item("gradient of the head", self._new(self.head), "in the model's dtype: bico_ds/model/head.py")
+        for module, size in self.forward:
+            weights = [*self.states.of_forward(), _gathered(size)]
+            if module is self.head:
+                yield "head", [*weights, head, *rows.kept, *rows.in_head]
+            else:
+                yield "forward pass", [*weights, *self._kept(rows, module), *rows.in_head[:1]]
+
+    def _kept(self, rows: ActivationMemory, module: Module) -> list[Item]:
+        """What is kept of the rows where a module runs: in proportion to the layers before it."""
+        last = max(other.layer or 0 for other in self.modules)
+        share = 0.0 if module is self.modules[0] else 1.0
+        if module.layer is not None and last > 0:
+            share = module.layer / last
+        return [replace(item, bytes=item.bytes.times(share)) for item in rows.kept]
+
     def _at(self, point: _Point, rows: ActivationMemory) -> tuple[str, list[Item]]:
-        """The moment that a point belongs to, and its items. What is kept of the rows becomes less layer by layer."""
-        layer, last = point.module.layer, max(module.layer or 0 for module in self.modules)
+        """The moment that a point of the backward pass belongs to, and its items."""
         weights = [
-            *self.states.of_backward(),
-            _item("gathered weights", point.gathered, "partitioned_param_coordinator.py, replayed"),
+            *self.states.of_backward(partition=point.gradients.partition),
+            _gathered(point.gathered),
             _item("whole gradients", point.gradients.whole, "until they are in a bucket, or reduced"),
             _item("copies for the reduction", point.gradients.copies, "in the type of communication"),
         ]
-        if layer is not None:
-            share = layer / last if last else 1.0
-            kept = [replace(item, bytes=item.bytes.times(share)) for item in rows.kept]
-            return "backward of a layer", [*weights, *kept, *rows.in_layer]
+        if point.module.layer is not None:
+            return "backward of a layer", [*weights, *self._kept(rows, point.module), *rows.in_layer]
         if point.module is self.modules[0]:
             return "end of the backward pass", weights
         return "gradient of the head", [*weights, *rows.kept, *rows.in_head[:1]]
@@ -186,6 +188,10 @@ def _context(deployment: Deployment) -> tuple[Item, ...]:
 
 def _with_margin(items: tuple[Item, ...], deployment: Deployment) -> tuple[Item, ...]:
     return items
+
+
+def _gathered(size: float) -> Item:
+    return _item("gathered weights", size, "partitioned_param_coordinator.py, replayed")
 
 
 def _item(name: str, size: float, how: str) -> Item:

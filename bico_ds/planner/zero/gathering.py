@@ -169,12 +169,12 @@ class _Coordinator:
 
     def _wait(self, parameter: Parameter) -> None:
         """Of several in one flat tensor each gets a copy, all of them as soon as one is waited for."""
-        group = self.groups.pop(parameter, None)
+        group = self.groups.get(parameter)
         if group is None:
             return
         if len(group.parameters) == 1:
             self.available[parameter] = group.elements
         elif not group.copied:
             self.available |= {p: p.elements for p in group.parameters}
-            group.copied = True
-            self.peak = max(self.peak, self.held + group.elements)
+            self.peak, group.copied = max(self.peak, self.held), True
+        del self.groups[parameter]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from bico_ds.planner.deployment import Zero
@@ -18,65 +18,71 @@ from bico_ds.planner.zero.modules import Parameter
 
 @dataclass(frozen=True, kw_only=True)
 class Gradients:
-    """Bytes at one point of the backward pass: `whole` gradients of the model's shapes, and `copies` made to reduce them."""
+    """Bytes at one point of the backward pass: `whole` gradients of the model's shapes, and `copies` made to reduce them.
+
+    `partition`: whether ZeRO-2's tensor for what was reduced is there by then.
+    """
 
     whole: float
-    copies: float
-
-    @property
-    def bytes(self) -> float:
-        return self.whole + self.copies
+    copies: float = 0.0
+    partition: bool = False
 
 
 class Bucket:
     """Gradients that wait to be reduced together. Those that fit lie in a buffer that is there anyway.
 
-    `size`: bytes per element of the model's dtype. `offsets`: where each parameter begins in ZeRO-2's flat partition.
+    `size`: bytes per element of the model's dtype. `over_gloo`: collectives are gloo's, as on CPUs.
     """
 
-    def __init__(self, zero: Zero, ranks: int, size: int, parameters: Sequence[Parameter]) -> None:
-        self.zero, self.ranks, self.size = zero, ranks, size
+    def __init__(
+        self, zero: Zero, ranks: int, size: int, parameters: Sequence[Parameter], *, over_gloo: bool
+    ) -> None:
+        self.zero, self.ranks, self.size, self.over_gloo = zero, ranks, size, over_gloo
         self.waiting: list[Parameter] = []
+        self.has_partition = False
         trained = [parameter for parameter in parameters if parameter.trained]
-        self.offsets = dict(zip(trained, [0, *accumulate(p.elements for p in trained)], strict=False))
+        self.offsets = dict(zip(trained, accumulate((p.elements for p in trained), initial=0), strict=False))
         self.partition = partition_elements(trained, ranks)
 
-    @property
-    def elements(self) -> int:
-        return sum(parameter.elements for parameter in self.waiting)
-
-    @property
-    def whole(self) -> int:
-        """Bytes of gradients that wait outside of the buffer."""
-        return sum(self.size * p.elements for p in self.waiting if not self._fits(p))
+    def now(self, new: float = 0.0) -> Gradients:
+        """What there is, with `new` bytes of gradients that did not come here yet."""
+        waiting = sum(self.size * p.elements for p in self.waiting if not self._fits(p))
+        return Gradients(whole=waiting + new, partition=self.has_partition)
 
     def add(self, parameter: Parameter) -> Gradients:
-        """Take one more gradient, which is a tensor of its own so far; return what there is while room is made for it."""
-        there = self.whole + self.size * parameter.elements
-        copies = 0.0
-        if self.waiting and self.elements + parameter.elements > self.zero.reduce_bucket:
-            copies = self.flush()
+        """Take one more gradient, a tensor of its own so far; return what there is while room is made for it."""
+        there = self.now(self.size * parameter.elements)
+        if self.waiting and sum(p.elements for p in (*self.waiting, parameter)) > self.zero.reduce_bucket:
+            there = self.flush(there)
         self.waiting.append(parameter)
-        return Gradients(whole=there, copies=copies)
+        return there
 
-    def flush(self) -> float:
-        """Reduce what waits; return the bytes of the copies that this takes."""
-        reduce = self._scattered if self.zero.stage == 3 else self._reduced
-        copies = reduce() if self.waiting else 0.0
-        self.waiting = []
-        return copies
+    def flush(self, there: Gradients) -> Gradients:
+        """Reduce what waits; return what there is meanwhile, beside what is `there`."""
+        if not self.waiting:
+            return there
+        copies = self._scattered() if self.zero.stage == 3 else self._reduced()
+        # An fp32 partition is added to while the copies are there; one of the model's type is made after them.
+        at_once = self.zero.gradient_bytes != self.size
+        there = replace(there, copies=copies, partition=self.has_partition or at_once)
+        self.waiting, self.has_partition = [], True
+        return there
 
     def _fits(self, parameter: Parameter) -> bool:
         return self.zero.contiguous_gradients and parameter.elements <= self.zero.reduce_bucket
 
     def _scattered(self) -> float:
-        """ZeRO-3: what is not in the buffer is converted, then all is laid out by ranks, unless it is already."""
+        """ZeRO-3: what is not in the buffer is converted, then all is laid out by ranks, unless it is already.
+
+        Gloo reduces a clone of it (torch's ProcessGroupGloo, `reduce_scatter_tensor_coalesced`).
+        """
         sent = self.zero.communication_bytes
         outside = sum(p.elements for p in self.waiting if not self._fits(p))
         converted = outside * sent if sent != self.size else 0
         in_order = len(self.waiting) == 1 and self.waiting[0].elements % self.ranks == 0
         padded = sum(p.share(self.ranks) for p in self.waiting) * self.ranks
-        return converted + (0 if in_order else padded * sent)
+        laid_out = 0 if in_order else padded * sent
+        return converted + laid_out + (padded * sent if self.over_gloo else 0)
 
     def _reduced(self) -> float:
         """ZeRO-2: slices by owner, flattened if they are several, and converted; a larger one goes alone."""

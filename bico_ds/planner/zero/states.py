@@ -117,8 +117,8 @@ class States:
         if self.micro_batches > 1 and self.zero.stage < 3:
             yield self._averaged(copies=1)
 
-    def of_backward(self) -> Iterator[Item]:
-        """Buffers of every backward pass."""
+    def of_backward(self, *, partition: bool) -> Iterator[Item]:
+        """Buffers of a backward pass; `partition`: that of ZeRO-2's reduced gradients is there already."""
         if self.zero.secondary_ranks is not None:
             yield self._secondary(self.trained, "second partition of weights")
         if self.zero.stage < 3:
@@ -128,7 +128,7 @@ class States:
                 yield _item(
                     "reduce bucket", size, f"stage_1_and_2.py setup_buckets: {buffers} in the model's type"
                 )
-            yield self._averaged(copies=1 if self.micro_batches == 1 else 2)
+            yield self._averaged(copies=int(partition) + (self.micro_batches > 1))
 
     @property
     def _is_compact(self) -> bool:
@@ -138,7 +138,7 @@ class States:
     def _averaged(self, copies: int) -> Item:
         name = "averaged gradients"
         if self._is_compact:
-            size = self.zero.gradient_bytes * self.partition
+            size = self.zero.gradient_bytes * self.partition * min(copies, 1)
             return _item(name, size, "stage_1_and_2.py _build_compact_grad_partition_buffer")
         size = copies * self.zero.gradient_bytes * self._owned
         return _item(name, size, f"stage_1_and_2.py grads_in_partition, {copies} of them, whole parameters")

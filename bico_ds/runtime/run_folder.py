@@ -139,6 +139,13 @@ class RunFolder:
         start = {"run_id": self.lock.run_id, **provenance()}
         write_atomically(path, json.dumps([*starts, start], indent=1) + "\n")
 
+    def add_to_start(self, **facts: Any) -> None:
+        """Add facts to this start's part of run.json. Raises OSError."""
+        path = self.path / "run.json"
+        *earlier, last = json.loads(path.read_text())
+        if last["run_id"] == self.lock.run_id:  # else another start has taken the folder over
+            write_atomically(path, json.dumps([*earlier, last | facts], indent=1) + "\n")
+
     def write_state(self, state: State, *, step: int | None, reason: str = "") -> None:
         """Write the state file that launchers decide by. Raises `FencedError` as `RunLock.check` does."""
         self.lock.check()

@@ -2,7 +2,7 @@
 
 runs/NAME/
   recipe.yaml     the resolved recipe         tokenizer/   that of the run: an export needs nothing of the data
-  run.json        versions, commit, command line of every start that began training
+  run.json        versions, commit, command line of every start that began training; what it took, beside its plan
   lock.json       which run may write here
   state.json      running | preempted | done | failed, with step and reason
   metrics.jsonl   one line per logged step, evaluation and checkpoint

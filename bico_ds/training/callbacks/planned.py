@@ -64,8 +64,14 @@ class PlannedBesideMeasured(FirstRankCallback):
         parts.append(f"memory {_beside(self._memory.allocated / GB, memory.times(1 / GB), 'GB')}")
         self._tell.on_message(f"measured beside planned: {'; '.join(parts)}")
         self._tell.on_numbers(step, "plan", {f"plan/{name}": value for name, value in numbers.items()})
+        self._record(numbers)
+
+    def _record(self, numbers: dict[str, float]) -> None:
+        device, dtype = self._plan.deployment.device, self._plan.recipe.model.dtype
+        peak = device.peak_flops(dtype)
+        known = {"device": device.title, "peak_flops": peak if math.isfinite(peak) else None}
         try:
-            self._folder.add_to_start(plan={"device": self._plan.deployment.device.title, **numbers})
+            self._folder.add_to_start(plan=known | numbers)
         except OSError as error:  # a run goes on without it
             self._tell.on_message(f"run.json: the plan's numbers are not in it: {error.strerror}")
 

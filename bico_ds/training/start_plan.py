@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from bico_ds.data.loading.loader import ElasticLoader
+from bico_ds.model.architecture import with_own_config
 from bico_ds.planner.deployment import spread
 from bico_ds.planner.devices import Device, cpu_device, device_named
 from bico_ds.planner.plan import Plan
@@ -42,7 +43,8 @@ def plan_of_start(run: Run, loader: ElasticLoader) -> StartPlan | None:
         per_node = launch_environment.ranks_per_node() or RANKS_PER_NODE
         nodes, ranks_per_node = spread(run.ranks.world_size, per_node)
         device = device_here(run.ranks.device, run.recipe.model.dtype, ranks_per_node=ranks_per_node)
-        plan = plan_of_run(run.recipe, loader, device, nodes=nodes, ranks_per_node=ranks_per_node)
+        recipe = run.recipe.model_copy(update={"model": with_own_config(run.recipe.model)})
+        plan = plan_of_run(recipe, loader, device, nodes=nodes, ranks_per_node=ranks_per_node)
     except Exception as error:
         # The plan only tells: whatever is wrong with it must not end a run.
         _log.warning("this run has no plan, and no MFU: %s: %s", type(error).__name__, error)

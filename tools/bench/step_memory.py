@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,18 +13,17 @@ from bico_ds.model.weights.materialize import full_numel
 from bico_ds.planner.architecture import read_architecture
 from bico_ds.planner.deployment import Deployment, read_zero
 from bico_ds.planner.devices import Device
-from bico_ds.planner.items import Item, total
+from bico_ds.planner.items import Item, of_tensors
 from bico_ds.planner.memory import MemoryPlan, device_memory
 from bico_ds.planner.ranges import Range
 from bico_ds.planner.workload import MicroBatch
 
 GB = 1e9
-# Of a plan's items, those that are no tensor's: the allocator does not count them.
-NO_TENSORS = ("CUDA context", "allocator margin")
-# Of a step; a moment of a plan belongs to the one that its name holds, else to the last.
 PHASES = ("forward", "backward", "update")
+# The phase of a step to which a moment of the plan belongs, where that is not the backward pass.
+PHASE_OF = {"head": "forward", "optimizer": "update"}
 # The lines of the table of what is there between steps, by a word in the names of the plan's items.
-WORDS = {"parameters": "parameters", "fp32 masters": "master", "moments": "moments"}
+WORDS = {"fp32 masters": "master", "moments": "moments", "parameters": "weights"}
 REST = "gradients, buckets and the rest"
 
 
@@ -91,16 +89,11 @@ def counted(kind: str, batch: PackedBatch) -> MicroBatch:
     )
 
 
-def of_tensors(items: Iterable[Item]) -> Range:
-    """Bytes that an allocator counts."""
-    return total(item for item in items if not item.name.startswith(NO_TENSORS))
-
-
 def planned_phases(plan: MemoryPlan) -> dict[str, Range]:
     """The largest moment of each phase."""
     found: dict[str, Range] = {}
     for moment in plan.moments:
-        phase = next((name for name in PHASES if name in moment.name), "update")
+        phase = PHASE_OF.get(moment.name, "backward")
         size = of_tensors(moment.items)
         known = found.get(phase, size)
         found[phase] = Range(max(known.low, size.low), max(known.high, size.high))

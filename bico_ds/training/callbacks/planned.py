@@ -6,6 +6,7 @@ import math
 import statistics
 from collections import defaultdict
 
+from bico_ds.planner.items import of_tensors
 from bico_ds.planner.plan import Plan
 from bico_ds.planner.ranges import Range
 from bico_ds.runtime.peak_memory import PeakMemory
@@ -58,7 +59,8 @@ class PlannedBesideMeasured(FirstRankCallback):
                 parts.append(f"{planned.objective} step {_beside(median, planned.seconds, 's')}")
         if not self._steps:
             return
-        memory = self._plan.memory.peak.bytes
+        moments = [of_tensors(moment.items) for moment in self._plan.memory.moments]
+        memory = max(moments, key=lambda moment: moment.high)
         numbers |= _numbers("memory_bytes", self._memory.allocated, memory)
         numbers["memory_bytes/reserved"] = self._memory.reserved
         parts.append(f"memory {_beside(self._memory.allocated / GB, memory.times(1 / GB), 'GB')}")

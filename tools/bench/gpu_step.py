@@ -262,6 +262,7 @@ class StepBench:
                 [what, plan.peak.name, item.name, in_gb(item.bytes.low), in_gb(item.bytes.high), item.how]
                 for what, plan in self.planned.items()
                 for item in plan.peak.items
+                if item.bytes.high
             ],
         )
 

@@ -63,6 +63,12 @@ def _mfu(findings: Findings, *, kind: str) -> float | None:
     return max((100 * mfu for mfu in found if mfu is not None), default=None)
 
 
+def _memory_off(findings: Findings) -> float | None:
+    """Per cent, of the step and phase whose memory is farthest from the planner's."""
+    found = [step.get("memory_off") for step in findings.steps]
+    return max((off for off in found if off is not None), default=None)
+
+
 def _least_speed_up(findings: Findings, *, ours: str, other: str, tokens: tuple[int, ...]) -> float | None:
     """The smallest ratio of the rows that name both and one of the lengths `tokens`.
 
@@ -111,6 +117,13 @@ AIMS = (
         figure=partial(_mfu, kind="bico"),
         least=48,
         unit="%",
+    ),
+    Aim(
+        text="memory of a step, phase by phase, beside the planner's",
+        part="step",
+        figure=_memory_off,
+        most=10,
+        unit="% off",
     ),
     Aim(
         text="bidirectional attention in one pass beside two passes, up to 512 tokens",

@@ -129,6 +129,7 @@ def _is_step(item: Any) -> bool:
         and isinstance(item.get("kind"), str)
         and all(_is_number(item.get(key)) for key in ("length", "ms"))
         and ("mfu" in item and (item["mfu"] is None or _is_number(item["mfu"])))
+        and (item.get("memory_off") is None or _is_number(item["memory_off"]))
     )
 
 

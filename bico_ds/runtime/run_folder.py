@@ -2,7 +2,7 @@
 
 runs/NAME/
   recipe.yaml     the resolved recipe         tokenizer/   that of the run: an export needs nothing of the data
-  run.json        versions, commit, command line of every start that began training
+  run.json        versions, commit, command line of every start that began training; what it took, beside its plan
   lock.json       which run may write here
   state.json      running | preempted | done | failed, with step and reason
   metrics.jsonl   one line per logged step, evaluation and checkpoint
@@ -138,6 +138,13 @@ class RunFolder:
         starts = json.loads(path.read_text()) if path.is_file() else []
         start = {"run_id": self.lock.run_id, **provenance()}
         write_atomically(path, json.dumps([*starts, start], indent=1) + "\n")
+
+    def add_to_start(self, **facts: Any) -> None:
+        """Add facts to this start's part of run.json. Raises OSError."""
+        path = self.path / "run.json"
+        *earlier, last = json.loads(path.read_text())
+        if last["run_id"] == self.lock.run_id:  # else another start has taken the folder over
+            write_atomically(path, json.dumps([*earlier, last | facts], indent=1) + "\n")
 
     def write_state(self, state: State, *, step: int | None, reason: str = "") -> None:
         """Write the state file that launchers decide by. Raises `FencedError` as `RunLock.check` does."""

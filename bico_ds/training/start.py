@@ -47,14 +47,17 @@ from bico_ds.runtime.watchdog import Watchdog
 from bico_ds.training import assembly
 from bico_ds.training.assembly import RunInputs
 from bico_ds.training.build_engine import build_engine
-from bico_ds.training.callbacks.base import Callbacks, RunStart
+from bico_ds.training.callbacks.base import Callback, Callbacks, RunStart
 from bico_ds.training.callbacks.console import ConsoleProgress
 from bico_ds.training.callbacks.monitor import StepMonitor
+from bico_ds.training.callbacks.planned import PlannedBesideMeasured
+from bico_ds.training.callbacks.utilization import Utilization
 from bico_ds.training.checks import beyond_context, check_backend, check_recipe
 from bico_ds.training.evaluator import Evaluator
 from bico_ds.training.fit import refuse_what_cannot_fit
 from bico_ds.training.run import Run
 from bico_ds.training.spikes import SpikeDetector
+from bico_ds.training.start_plan import StartPlan, plan_of_start
 from bico_ds.training.targetless import TargetlessSteps
 from bico_ds.training.trainer import Trainer
 
@@ -147,8 +150,10 @@ def _train_on_all_ranks(run: Run, resume: str, resumption: Resumption | None, wa
     inputs = assembly.open_inputs(run.recipe)
     saved = resumption.found.content["state"] if resumption else {}
     loader = assembly.build_loader(run.recipe, inputs, _rank_share(run), state=saved.get("loader"))
+    # While the other ranks wait for what rank 0 finds of the targets.
+    planned = plan_of_start(run, loader) if run.ranks.is_first else None
     warnings = _check_targets(run, loader)
-    trainer = _build_trainer(run, inputs, loader, resumption, watchdog)
+    trainer = _build_trainer(run, inputs, loader, resumption, watchdog, planned)
     if run.ranks.is_first:
         warnings += assembly.export_warnings(inputs, trainer.engine.module.config)
     for warning in warnings:
@@ -195,7 +200,12 @@ def _rank_share(run: Run) -> RankShare:
 
 
 def _build_trainer(
-    run: Run, inputs: RunInputs, loader: ElasticLoader, resumption: Resumption | None, watchdog: Watchdog
+    run: Run,
+    inputs: RunInputs,
+    loader: ElasticLoader,
+    resumption: Resumption | None,
+    watchdog: Watchdog,
+    planned: StartPlan | None,
 ) -> Trainer:
     """The trainer with its engine, in the state that is resumed from."""
     recipe = run.recipe
@@ -212,7 +222,7 @@ def _build_trainer(
         run=run,
         engine=engine,
         loader=loader,
-        callbacks=_callbacks(run, engine, spikes),
+        callbacks=_callbacks(run, engine, spikes, planned),
         checkpointer=_checkpointer(run, inputs, engine),
         evaluator=_evaluator(run, inputs, watchdog),
         spikes=spikes,
@@ -223,9 +233,14 @@ def _build_trainer(
     )
 
 
-def _callbacks(run: Run, engine: Engine, spikes: SpikeDetector) -> Callbacks:
-    monitor = StepMonitor(run.recipe.monitor, run.folder, engine.monitor)
-    return Callbacks([ConsoleProgress(), monitor, spikes], is_first_rank=run.ranks.is_first)
+def _callbacks(run: Run, engine: Engine, spikes: SpikeDetector, planned: StartPlan | None) -> Callbacks:
+    utilization = Utilization.planned(planned.plan) if planned is not None else None
+    monitor = StepMonitor(run.recipe.monitor, run.folder, engine.monitor, utilization)
+    callbacks: list[Callback] = [ConsoleProgress(), monitor, spikes]
+    if planned is not None:
+        tell = Callbacks(callbacks[:2], is_first_rank=True)
+        callbacks.insert(0, PlannedBesideMeasured(planned.plan, planned.memory, run.folder, tell))
+    return Callbacks(callbacks, is_first_rank=run.ranks.is_first)
 
 
 def _checkpointer(run: Run, inputs: RunInputs, engine: Engine) -> Checkpointer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,19 @@ def test_flip_rows_go_backwards_and_leave_out_single_token_documents():
     assert plan.flip_rows.dtype == plan.flip_key_rows.dtype == torch.int64
     assert plan.flip_cu_seqlens.tolist() == [0, 2, 5]
     assert (plan.max_seqlen, plan.flip_max_seqlen, plan.num_kept, plan.num_live) == (4, 3, 8, 0)
+
+
+@pytest.mark.parametrize("mode", ["causal", "bidirectional"])
+def test_every_visible_pair_is_counted_once(mode):
+    draw = np.random.default_rng()
+    kept = draw.integers(1, 20, 7)
+    live = np.sort(draw.integers(0, 7, 12)) if mode == "bidirectional" else np.zeros(0, np.int64)
+    plan = build_plan(mode, kept_lengths=kept, live_document=live, live_split=np.ones_like(live))
+    documents, positions = np.repeat(np.arange(7), kept), np.concatenate([np.arange(n) for n in kept])
+    sees = documents[:, None] == documents
+    if mode == "causal":
+        sees &= positions[:, None] >= positions
+    assert plan.num_pairs == sees.sum() + (live[:, None] == documents).sum()
 
 
 def test_causal_mode_has_no_anti_causal_pass():

@@ -11,11 +11,15 @@ import torch
 from transformers import LlamaConfig
 
 from bico_ds.config.load import load_recipe
+from bico_ds.planner.items import Item
+from bico_ds.planner.memory import MemoryPlan, Moment
+from bico_ds.planner.ranges import Range
 from bico_ds.proof.findings import Findings
 from bico_ds.proof.parts import PARTS
 from tests.proof.rehearsal import reads_rehearsal
 from tools.bench import gpu_baselines, gpu_step
 from tools.bench.baseline_batches import causal_rows
+from tools.bench.step_memory import farthest, planned_phases
 from tools.bench.step_shapes import Steps, check_random_loss, check_same
 
 VOCABULARY = 227  # of the recipe that a rehearsal trains
@@ -51,6 +55,47 @@ def test_the_step_of_the_gpu_proof_is_rehearsed(rehearsal):
     )
     assert any(depth in note for note in found["notes"])
     assert any(table["title"].startswith("The 20 costliest kernels: bico") for table in found["tables"])
+
+
+@reads_rehearsal
+def test_the_memory_of_the_rehearsed_step_stands_beside_its_plan(rehearsal):
+    """A CPU has no allocator to ask: the states are the optimizer's tensors, and the phases are planned alone."""
+    found = rehearsal.findings("step")
+    tables = {table["title"].split(",")[0]: table for table in found["tables"]}
+    at_rest = {row[0]: row for row in tables["Memory between steps"]["rows"]}
+    for item in ("parameters", "fp32 masters", "moments"):
+        assert at_rest[item][3] == pytest.approx(1, abs=0.01), at_rest[item]
+    for step in found["steps"]:
+        assert {*step["memory"]} == {"rest", "forward", "backward", "update"}
+        rest, forward = (step["memory"][phase]["planned"][0] for phase in ("rest", "forward"))
+        assert 0 < rest < forward and step["memory"]["rest"]["measured"] is None
+    items = {row[2] for row in tables["What the plan's peak is made of"]["rows"]}
+    assert {"master weights", "rotary tables"} <= items
+
+
+def phase(ratio: float) -> dict[str, float]:
+    return {"ratio": ratio}
+
+
+def test_the_phase_that_is_farthest_from_its_plan_counts():
+    assert farthest({"forward": phase(1.02), "update": phase(0.93)}) == pytest.approx(7)
+    assert farthest({"forward": phase(1.5), "update": phase(0.93)}) == pytest.approx(50)
+
+
+def test_a_phase_is_planned_by_its_largest_moment_and_by_tensors_alone():
+    context = Item(name="context", bytes=Range.exactly(500), is_tensor=False)
+    moments = {"head": 7, "gradient of the head": 9, "backward of a layer": 8, "optimizer": 3}
+    plan = MemoryPlan(
+        resident=(context,),
+        moments=tuple(
+            Moment(
+                name=name, objective="ntp", items=(context, Item(name="rows", bytes=Range(size, 2 * size)))
+            )
+            for name, size in moments.items()
+        ),
+        available=1e9,
+    )
+    assert planned_phases(plan) == {"forward": Range(7, 14), "backward": Range(9, 18), "update": Range(3, 6)}
 
 
 @reads_rehearsal

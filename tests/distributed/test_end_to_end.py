@@ -126,6 +126,54 @@ def test_tensorboard_has_losses_speed_and_the_recipe(runs):
     assert "recipe/text_summary" in events.Tags()["tensors"]
 
 
+def test_mfu_is_useful_operations_of_the_batches_over_seconds_and_the_peak(runs, monkeypatch):
+    """Counted here from the global batches and the exported weights, by no code of the planner's."""
+    from safetensors.torch import load_file
+
+    from bico_ds.config.load import load_recipe
+    from bico_ds.data.loading.loader import RankShare
+    from bico_ds.training.assembly import build_loader, open_inputs
+
+    weights = load_file(runs / "bico" / "export" / "model.safetensors")
+    config = json.loads((runs / "bico" / "export" / "config.json").read_text())
+    layers = sum(w.numel() for name, w in weights.items() if ".layers." in name and w.ndim == 2)
+    heads = config["num_hidden_layers"] * config["num_attention_heads"] * config["head_dim"]
+    peak = 2 * json.loads((runs / "bico" / "run.json").read_text())[0]["plan"]["peak_flops"]
+    monkeypatch.chdir(runs)
+    recipe = load_recipe(str(runs / "bico" / "recipe.yaml"), [])
+    loader = build_loader(
+        recipe, open_inputs(recipe), RankShare(micro_batch_bins=recipe.training.micro_batch_bins)
+    )
+    names = set()
+    for line in metrics(runs / "bico"):
+        step = loader.step(line["step"] - 1)
+        flops = 0.0
+        for batch in step.batches:
+            kept = batch.plan.cu_seqlens.diff().double()
+            live = batch.plan.live_document.bincount(minlength=len(kept)).double()
+            pairs = kept * (kept + 1) / 2 if step.objective == "ntp" else kept * (kept + live)
+            flops += 6 * layers * len(batch.input_ids) + 12 * heads * pairs.sum().item()
+            flops += 6 * weights["lm_head.weight"].numel() * len(batch.targets)
+        expected = flops / (line["speed/step_seconds"] * peak)
+        assert line[f"speed/mfu/{step.objective}"] == line["speed/mfu"] == pytest.approx(expected, rel=1e-9)
+        names.add(step.objective)
+    loader.close()
+    assert names == {"ntp", "bico"}
+
+
+def test_a_run_shows_what_was_planned_beside_what_was_measured(runs):
+    (line,) = metrics(runs / "bico", "plan")
+    assert line["step"] == 20
+    for what in ("step_seconds/ntp", "step_seconds/bico", "memory_bytes"):
+        measured, low, high = (line[f"plan/{what}/{key}"] for key in ("measured", "low", "high"))
+        assert measured > 0 and 0 < low <= high
+        assert line[f"plan/{what}/ratio"] == pytest.approx(measured / ((low + high) / 2))
+    console = (runs / "bico.log").read_text()
+    assert console.count("measured beside planned: ntp step ") == 1
+    tags = EventAccumulator(str(runs / "bico" / "tensorboard")).Reload().Tags()["scalars"]
+    assert "plan/step_seconds/bico/measured" in tags and "speed/mfu/bico" in tags
+
+
 def test_the_run_folder_tells_what_was_run(runs):
     folder = runs / "bico"
     assert json.loads((folder / "state.json").read_text())["state"] == "done"

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import io
 import json
+import re
+from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bico_ds.config.load import load_recipe
+from bico_ds.planner.devices import cpu_device
+from bico_ds.planner.plan import Plan, make_plan
+from bico_ds.planner.workload import Texts
 from bico_ds.runtime.run_folder import RunFolder
 from bico_ds.training.callbacks.base import Callback, Callbacks, FirstRankCallback, RunStart, StepReport
 from bico_ds.training.callbacks.console import ConsoleProgress
-from bico_ds.training.callbacks.monitor import StepMonitor, keep_lines_until
+from bico_ds.training.callbacks.monitor import StepMonitor, charts, keep_lines_until
+from bico_ds.training.callbacks.utilization import Utilization
 
 
 def report(step: int, **values) -> StepReport:
@@ -29,6 +36,7 @@ def report(step: int, **values) -> StepReport:
         "fill": 0.9,
         "seconds": 0.5,
         "wait_seconds": 0.1,
+        "pairs": 800,
     }
     return StepReport(**(numbers | values))
 
@@ -40,12 +48,26 @@ def folder(tmp_path) -> RunFolder:
     return run
 
 
+def tiny_plan(flops: float = 1e9, **rates: float) -> Plan:
+    """Of tiny_bico on two ranks of one host's CPUs, which multiply at `flops`."""
+    device = replace(cpu_device(memory_bytes=1 << 34, flops=flops, ranks=2), **rates)
+    texts = Texts.of(np.random.default_rng().integers(10, 100, 50), source="drawn")
+    recipe = load_recipe("tiny_bico", ["model.path=null"])
+    return make_plan(recipe, device, nodes=1, ranks_per_node=2, texts=texts)
+
+
 def monitored(
-    folder: RunFolder, reports: list[StepReport], first_step: int = 0, every: int = 2
+    folder: RunFolder,
+    reports: list[StepReport],
+    first_step: int = 0,
+    every: int = 2,
+    utilization: Utilization | None = None,
+    saved: dict | None = None,
 ) -> list[dict]:
     recipe = load_recipe("tiny_bico", [f"monitor.every_steps={every}"])
-    monitor = StepMonitor(recipe.monitor, folder, None)
-    monitor.on_start(RunStart(recipe=recipe, first_step=first_step, total_steps=9, summary={}))
+    monitor = StepMonitor(recipe.monitor, folder, None, utilization)
+    start = RunStart(recipe=recipe, first_step=first_step, total_steps=9, summary={}, saved=saved or {})
+    monitor.on_start(start)
     for one in reports:
         monitor.on_step(one)
     monitor.on_end(reports[-1].step, "done")
@@ -132,6 +154,68 @@ def test_what_each_source_has_given_so_far_is_in_tensorboard_and_metrics(folder)
     for tag, value in {"books/rows": 6, "books/tokens": 80, "web/rows": 2, "web/tokens": 18}.items():
         assert lines[0][f"data/{tag}"] == value
         assert [(e.step, e.value) for e in events.Scalars(f"data/{tag}")] == [(2, value)]
+
+
+def useful(plan: Plan, rows: int, targets: int, pairs: int) -> float:
+    """By a dense layer's and a head's matrices, one by one: 6 operations per element, 12 per pair and head dimension."""
+    config = plan.recipe.model.config
+    hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    head_dim = config.get("head_dim") or hidden // heads
+    query, key = heads * head_dim, config["num_key_value_heads"] * head_dim
+    layer = hidden * query + 2 * hidden * key + query * hidden + 3 * hidden * inner
+    layers = config["num_hidden_layers"]
+    return (
+        6 * layers * layer * rows + 6 * config["vocab_size"] * hidden * targets + 12 * layers * query * pairs
+    )
+
+
+def test_utilization_is_useful_operations_over_time_and_the_peak_of_all_ranks(folder):
+    plan, draw = tiny_plan(flops=3e9), np.random.default_rng()
+    counts = draw.integers(10, 500, (3, 3)).tolist()
+    reports = [
+        report(n, objective=name, kept_tokens=rows, targets=targets, pairs=pairs, seconds=0.1 * n)
+        for n, (name, (rows, targets, pairs)) in enumerate(
+            zip(("ntp", "bico", "ntp"), counts, strict=True), start=1
+        )
+    ]
+    (line,) = monitored(folder, reports, every=3, utilization=Utilization.planned(plan))
+    flops = [useful(plan, *of_step) for of_step in counts]
+    assert line["speed/mfu/bico"] == pytest.approx(flops[1] / (0.2 * 2 * 3e9))
+    assert line["speed/mfu/ntp"] == pytest.approx((flops[0] + flops[2]) / (0.4 * 2 * 3e9))
+    assert line["speed/mfu"] == pytest.approx(sum(flops) / (0.6 * 2 * 3e9))
+
+
+def test_tensorboard_says_by_which_peak_utilization_is_measured(folder):
+    monitored(folder, [report(1)], every=1, utilization=Utilization.planned(tiny_plan(flops=3e9)))
+    events = EventAccumulator(str(folder.tensorboard)).Reload()
+    _, (chart,) = charts(load_recipe("tiny_bico"))["bico_ds"]["MFU"]
+    for tag in ("speed/mfu", "speed/mfu/ntp"):
+        assert re.match(chart, tag)
+        assert len(events.Scalars(tag)) == 1
+        described = events.SummaryMetadata(tag)
+        assert described.plugin_data.plugin_name == "scalars"
+        assert "0.006 TFLOP/s = a matrix product in fp32 that rank 0 timed" in described.summary_description
+
+
+def test_without_a_known_peak_there_is_no_utilization(folder):
+    nan = float("nan")
+    assert Utilization.planned(tiny_plan(bf16_flops=nan, fp32_flops=nan)) is None
+    assert not [tag for tag in monitored(folder, [report(1)], every=1)[0] if "mfu" in tag]
+
+
+def test_steps_that_an_earlier_program_left_unwritten_count_for_all_but_utilization(folder):
+    old = asdict(report(1, seconds=100.0, loss=3.0))
+    del old["pairs"]
+    plan = tiny_plan()
+    (line,) = monitored(
+        folder,
+        [report(2, loss=1.0, seconds=0.5)],
+        first_step=1,
+        utilization=Utilization.planned(plan),
+        saved={"unwritten_steps": [old]},
+    )
+    assert line["loss/all"] == 2.0
+    assert line["speed/mfu"] == pytest.approx(useful(plan, 90, 10, 800) / (0.5 * 2 * 1e9))
 
 
 def test_a_line_cut_by_a_crash_is_dropped(folder):

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.utils.cpp_extension import CUDA_HOME
 
-from bico_ds.cluster.preflight.node_report import synchronize
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
 from bico_ds.proof.findings import Findings
 from bico_ds.runtime.deepspeed_ops import prefer_own_ninja, release_abandoned_locks
+from bico_ds.runtime.device_speed import synchronize
 
 SHAPES = ((1, 3), (257,), (1024, 513))
 BIG = (4096, 4096)  # on a GPU, so that a step takes longer than its launch

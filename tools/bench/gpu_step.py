@@ -22,6 +22,15 @@ from typing import Any
 import this_checkout  # noqa: F401  first on sys.path
 import torch
 from step_flops import flops_of_step, head_share
+from step_memory import (
+    beside_plan,
+    farthest,
+    in_gb,
+    measure_memory,
+    memory_at_rest,
+    phases_in_gb,
+    plan_memory,
+)
 from step_profile import StepProfile, host_waits, profile_step
 from step_shapes import (
     FIXED,
@@ -42,12 +51,12 @@ from bico_ds.attention.backends import resolve
 from bico_ds.batch import PackedBatch
 from bico_ds.common.command_line import Command
 from bico_ds.config.load import load_recipe
-from bico_ds.model.weights.materialize import full_numel
+from bico_ds.planner.memory import MemoryPlan
 from bico_ds.proof.findings import Findings
+from bico_ds.training.start_plan import device_here
 
 SHOWN = 20  # kernels
 ALSO_IN_A_REHEARSAL = ["oracle", "triton"]
-GB = 1e9
 
 
 def add_all_options(parser: ArgumentParser) -> None:
@@ -69,6 +78,8 @@ class StepBench:
         self.bench, self.options, self.findings = bench, options, findings
         self.measured: dict[tuple[str, int], dict[str, Steps]] = {}
         self.memory: list[list[Any]] = []
+        self.planned: dict[str, MemoryPlan] = {}
+        self.device = device_here(bench.device, bench.recipe.model.dtype, ranks_per_node=1)
 
     def measure_all(self) -> None:
         for name, backend in self.backends().items():
@@ -125,7 +136,13 @@ class StepBench:
         if bench.on_cuda:
             figures["host_waits"] = host_waits(lambda: bench.step(batch))
             print(f"  host waits in one step: {figures['host_waits']}", flush=True)
-            self.memory.append([what, *memory_of_step(bench, batch)])
+        plan = plan_memory(bench, self.device, name, kind, batch)
+        memory = measure_memory(bench, batch) if bench.on_cuda else None
+        self.planned.setdefault(f"{kind}, documents of {length}", plan)
+        figures["memory"] = beside_plan(memory, plan)
+        if memory is not None:
+            self.memory.append([what, *phases_in_gb(bench, memory, len(batch.targets))])
+            figures["memory_off"] = farthest(figures["memory"])
         if bench.on_cuda or self.options.profile:
             profile = profile_step(lambda: bench.step(batch), on_cuda=bench.on_cuda)
             figures |= self.add_profile(what, profile, steps)
@@ -153,7 +170,7 @@ class StepBench:
             "mfu": self.bench.mfu(tflops),
             "loss": steps.loss,
             "grad_norm": steps.grad_norm,
-            "peak_gb": None if steps.peak_bytes is None else round(steps.peak_bytes / GB, 1),
+            "peak_gb": None if steps.peak_bytes is None else round(steps.peak_bytes / 1e9, 1),
         }
 
     def add_profile(self, what: str, profile: StepProfile | None, steps: Steps) -> dict[str, Any]:
@@ -205,8 +222,15 @@ class StepBench:
             ["kind", "length", "backend", "place", "times"],
             waits,
         )
+        self.add_memory_tables()
+
+    def add_memory_tables(self) -> None:
+        """What was measured, what was planned, and of what the plan is made."""
+        any_plan = next(iter(self.planned.values()), None)
         self.findings.add_table(
-            "Memory between steps, one rank", ["item", "GB", "how it is known"], memory_at_rest(self.bench)
+            "Memory between steps, one rank",
+            ["item", "GB", "planned, GB", "measured / planned", "how it is known"],
+            [] if any_plan is None else memory_at_rest(self.bench, any_plan),
         )
         self.findings.add_table(
             "Memory within a step, GB over what is there between steps (the head's: arithmetic)",
@@ -214,6 +238,33 @@ class StepBench:
              "peak of backward", "peak of update", "held by the allocator, unused at the peak"],
             self.memory,
         )  # fmt: skip
+        self.findings.add_table(
+            "Memory of all tensors beside the plan, GB",
+            ["kind", "length", "backend", "phase", "measured", "planned, from", "to", "measured / planned"],
+            [
+                [
+                    step["kind"],
+                    step["length"],
+                    step["backend"],
+                    phase,
+                    of["measured"],
+                    *of["planned"],
+                    of["ratio"],
+                ]
+                for step in self.findings.steps
+                for phase, of in step["memory"].items()
+            ],
+        )
+        self.findings.add_table(
+            "What the plan's peak is made of, GB",
+            ["step", "moment", "item", "from", "to", "by"],
+            [
+                [what, plan.peak.name, item.name, in_gb(item.bytes.low), in_gb(item.bytes.high), item.how]
+                for what, plan in self.planned.items()
+                for item in plan.peak.items
+                if item.bytes.high
+            ],
+        )
 
     def note_depth(self) -> None:
         """Say what few layers do to a comparison: the head is there once, however many layers there are."""
@@ -245,64 +296,6 @@ class StepBench:
             if name != first:
                 title = f"{name} beside {first}, {kind}, documents of {length}"
                 self.findings.add_row(title, median[kind, length, name], median[kind, length, first], "ms")
-
-
-def memory_at_rest(bench: Bench) -> list[list[Any]]:
-    """[item, GB, how it is known]; on a CPU without what only the GPU's allocator knows."""
-    module, optimizer = bench.engine.module, bench.engine.optimizer.optimizer
-    parameters = sum(full_numel(p) * p.element_size() for p in module.parameters())
-    masters = sum(master.nbytes for master in optimizer.state)
-    moments = sum(
-        value.nbytes
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    )
-    items: list[tuple[str, int, str]] = [
-        ("parameters", parameters, "by their number and dtype"),
-        ("fp32 masters", masters, "the optimizer's tensors"),
-        ("moments", moments, "the optimizer's tensors"),
-    ]
-    if bench.on_cuda:
-        allocated = torch.cuda.memory_allocated()
-        rest = allocated - parameters - masters - moments
-        items += [
-            ("gradients, buckets and the rest", rest, "the difference"),
-            ("all", allocated, "torch.cuda.memory_allocated"),
-        ]
-    return [[name, round(size / GB, 3), how] for name, size, how in items]
-
-
-def memory_of_step(bench: Bench, batch: PackedBatch) -> list[float]:
-    """GB by phase, as the table of `StepBench.add_tables` shows them, by the caching allocator's own count."""
-    rest = torch.cuda.memory_allocated()
-    peaks, kept = [], 0
-
-    def end_phase() -> None:
-        peaks.append(torch.cuda.max_memory_allocated() - rest)
-        torch.cuda.reset_peak_memory_stats()
-
-    torch.cuda.reset_peak_memory_stats()
-    loss = bench.forward(batch)
-    kept = torch.cuda.memory_allocated() - rest
-    end_phase()
-    bench.backward(loss, len(batch.targets))
-    end_phase()
-    bench.update()
-    end_phase()
-    spare = torch.cuda.memory_reserved() - rest - max(peaks)
-    gradient, chunk = head_bytes(bench, len(batch.targets))
-    sizes = [kept, gradient, peaks[0], chunk, peaks[1], peaks[2], spare]
-    return [round(size / GB, 3) for size in sizes]
-
-
-def head_bytes(bench: Bench, targets: int) -> tuple[int, int]:
-    """Arithmetic: bytes of the head's weight gradient, which the forward pass keeps, and of a chunk's two logit buffers."""
-    head = bench.engine.module.causal_lm.lm_head
-    weight = head.weight
-    gradient = full_numel(weight) * weight.element_size() if weight.requires_grad else 0
-    rows = min(head.chunk_rows, targets)
-    return gradient, rows * bench.config.vocab_size * (weight.element_size() + 4)
 
 
 def measure_steps(options: Namespace, findings: Findings) -> None:

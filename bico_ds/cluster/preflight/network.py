@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 import torch.distributed as dist
 
-from bico_ds.cluster.preflight.node_report import synchronize
+from bico_ds.runtime.device_speed import synchronize
 
 ELEMENTS = {"cuda": 1 << 26, "cpu": 1 << 20}  # of fp32
 ROUNDS = 5

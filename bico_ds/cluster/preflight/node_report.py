@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 import socket
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,8 @@ from bico_ds.cluster.preflight.inputs import (
 )
 from bico_ds.config.schema import Recipe
 from bico_ds.runtime import host_memory
+from bico_ds.runtime.device_speed import multiply
 from bico_ds.runtime.run_folder import RunFolder, provenance
-
-_MATRIX = {"cuda": 4096, "cpu": 512}
 
 
 def collect(recipe: Recipe, run: Path, *, rank: int, local_rank: int) -> dict[str, Any]:
@@ -58,29 +56,8 @@ def inspect_device(local_rank: int) -> dict[str, Any]:
         report["memory_free_bytes"], report["memory_total_bytes"] = torch.cuda.mem_get_info(local_rank)
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     try:
-        report["tflops"], report["right"] = multiply(device, _MATRIX[kind])
+        flops, report["right"] = multiply(device, torch.bfloat16 if kind == "cuda" else torch.float32)
+        report["tflops"] = flops / 1e12
     except RuntimeError as error:
         report["error"] = str(error).splitlines()[0]
     return report
-
-
-def multiply(device: torch.device, size: int, seconds: float = 0.3) -> tuple[float, bool]:
-    """TFLOP/s of products of square matrices (bf16 on CUDA, fp32 on a CPU), and whether the last product is right.
-
-    Multiplies `size` x `size` matrices for `seconds` seconds; every element of the product is 1.
-    """
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    ones = torch.ones(size, size, dtype=dtype, device=device)
-    product = ones @ (ones / size)  # exact, since `size` is a power of two
-    synchronize(device)
-    started, count = time.perf_counter(), 0
-    while (elapsed := time.perf_counter() - started) < seconds or not count:
-        product = ones @ (ones / size)
-        synchronize(device)
-        count += 1
-    return count * 2 * size**3 / elapsed / 1e12 if elapsed else 0.0, bool((product == 1).all())
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from torch.utils.tensorboard import SummaryWriter
 
 from bico_ds.common.files import write_atomically
@@ -17,13 +18,24 @@ from bico_ds.config.schema import MonitorSpec, Recipe
 from bico_ds.model.deepspeed_engine import EventWriter
 from bico_ds.runtime.run_folder import RunFolder, split_metrics
 from bico_ds.training.callbacks.base import FirstRankCallback, RunStart, StepReport
+from bico_ds.training.callbacks.utilization import TAG as MFU
+from bico_ds.training.callbacks.utilization import Utilization
 
 
 class StepMonitor(FirstRankCallback):
-    """Every `every_steps` steps, writes what `_summarize` makes of the steps since the last time; other numbers at once."""
+    """Every `every_steps` steps, writes what `_summarize` makes of the steps since the last time; other numbers at once.
 
-    def __init__(self, spec: MonitorSpec, folder: RunFolder, deepspeed_monitor: EventWriter | None) -> None:
-        self._spec = spec
+    `utilization`: None where no peak of the devices is known; then there is no MFU.
+    """
+
+    def __init__(
+        self,
+        spec: MonitorSpec,
+        folder: RunFolder,
+        deepspeed_monitor: EventWriter | None,
+        utilization: Utilization | None = None,
+    ) -> None:
+        self._spec, self._utilization = spec, utilization
         self._folder = folder
         self._deepspeed_monitor = deepspeed_monitor
         self._pending: list[StepReport] = []
@@ -47,8 +59,7 @@ class StepMonitor(FirstRankCallback):
     def on_step(self, report: StepReport) -> None:
         self._pending.append(report)
         if report.step % self._spec.every_steps == 0:
-            self._write(report.step, "train", _summarize(self._pending))
-            self._pending.clear()
+            self._write_pending()
 
     def on_numbers(self, step: int, kind: str, numbers: dict[str, float]) -> None:
         self._write(step, kind, numbers)
@@ -57,7 +68,7 @@ class StepMonitor(FirstRankCallback):
 
     def on_end(self, step: int, state: str) -> None:
         if self._pending and state == "done":  # else the checkpoint keeps them
-            self._write(self._pending[-1].step, "train", _summarize(self._pending))
+            self._write_pending()
         self._metrics.close()
         if self._writer is not None:
             self._writer.close()
@@ -65,14 +76,31 @@ class StepMonitor(FirstRankCallback):
     def state(self) -> dict[str, Any]:
         return {"unwritten_steps": [asdict(report) for report in self._pending]}
 
+    def _write_pending(self) -> None:
+        numbers = _summarize(self._pending)
+        if self._utilization is not None:
+            numbers |= self._utilization.of(self._pending)
+        self._write(self._pending[-1].step, "train", numbers)
+        self._pending.clear()
+
     def _write(self, step: int, kind: str, numbers: dict[str, float]) -> None:
         self._metrics.write(json.dumps({"step": step, "kind": kind, **numbers}, allow_nan=False) + "\n")
         if self._writer is not None:
             for tag, value in numbers.items():
-                self._writer.add_scalar(tag, value, step)
+                self._add_scalar(self._writer, tag, value, step)
             self._writer.flush()
         if self._deepspeed_monitor is not None and self._deepspeed_monitor.enabled:
             self._deepspeed_monitor.write_events([(tag, value, step) for tag, value in numbers.items()])
+
+    def _add_scalar(self, writer: SummaryWriter, tag: str, value: float, step: int) -> None:
+        if self._utilization is None or not tag.startswith(MFU):
+            writer.add_scalar(tag, value, step)
+            return
+        # What `add_scalar` writes, with the description that it has no argument for: TensorBoard shows it beside the chart.
+        plugin = SummaryMetadata.PluginData(plugin_name="scalars")
+        metadata = SummaryMetadata(plugin_data=plugin, summary_description=self._utilization.description)
+        described = Summary.Value(tag=tag, simple_value=value, metadata=metadata)
+        writer._get_file_writer().add_summary(Summary(value=[described]), step)
 
 
 def charts(recipe: Recipe) -> dict[str, dict[str, list[Any]]]:
@@ -85,6 +113,7 @@ def charts(recipe: Recipe) -> dict[str, dict[str, list[Any]]]:
         **losses,
         "reversal tasks": [r"evaluation/.*/headline"],
         "tokens per second": [r"speed/.*_tokens_per_second"],
+        "MFU": [f"{MFU}.*"],
     }
     return {"bico_ds": {chart: ["Multiline", names] for chart, names in tags.items()}}
 

@@ -103,7 +103,6 @@ def _flash(alive: Alive, case: Case, batch: MicroBatch, tile_scores: float) -> N
         gathered = b * (2 * case.query_width + case.key_width) + FP32 * case.shapes.heads + tables
         _pass(alive, case, flipped, batch.documents, gathered=gathered)
     if batch.live_rows:
-        alive.free("first pass's gradients")
         _tile(alive, case, batch, tile_scores)
     alive.make(_results(case))
 

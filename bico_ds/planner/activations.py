@@ -19,8 +19,8 @@ from bico_ds.planner.architecture import Architecture
 from bico_ds.planner.items import Item
 from bico_ds.planner.ranges import Range
 from bico_ds.planner.rows.alive import Alive
-from bico_ds.planner.rows.attention import flipped_rows, tiled_pairs
-from bico_ds.planner.rows.backward import head_backward, layer_backward
+from bico_ds.planner.rows.attention import flipped_rows, largest_tile, tiled_scores
+from bico_ds.planner.rows.backward import head_backward, layer_backward, layer_forward
 from bico_ds.planner.rows.case import FP32, Case, case_of
 from bico_ds.planner.rows.kept import KeptTensor, layer_tensors, norm_tensors
 from bico_ds.planner.workload import MicroBatch
@@ -58,7 +58,6 @@ def activation_memory(
     layers = [layer_tensors(case, is_first=index == 0) for index in range(architecture.layers)]
     whole = [layer for layer, again in zip(layers[:last], recomputed, strict=False) if not again]
     ends = norm_tensors(case, "last norm", architecture.hidden)
-    before_head = [*ends] if recomputed[last] else [*layers[last], *ends]
     return ActivationMemory(
         kept=(
             _item(
@@ -70,31 +69,63 @@ def activation_memory(
             *_of_all_layers(case, batch),
         ),
         in_head=(
-            _item("the end of the model", batch.rows * _bytes(before_head), "last norm, last layer if kept"),
+            _item("last norm", batch.rows * _bytes(ends), "kept for the backward pass"),
+            _item("last layer", 0 if recomputed[last] else batch.rows * _bytes(layers[last]), "if kept"),
             *_head(case, model, batch),
         ),
-        in_layer=_backward(case, batch, before_head, layers[last] if recomputed[last] else ()),
+        in_layer=_backward(case, batch, layers[last], ends, recomputed=recomputed[last]),
     )
 
 
 def _backward(
-    case: Case, batch: MicroBatch, kept: list[KeptTensor], recomputed: tuple[KeptTensor, ...]
+    case: Case,
+    batch: MicroBatch,
+    layer: tuple[KeptTensor, ...],
+    last_norm: tuple[KeptTensor, ...],
+    *,
+    recomputed: bool,
 ) -> tuple[Item, ...]:
-    """At the peak, of the tensors of the last layer and norm: those `kept`, and those made again."""
-    alive = Alive(batch.rows)
-    alive.keep(kept)
-    head_backward(alive, case, batch)
-    # Where no copy in fp32 is made, the first norm keeps the layer's input itself, which checkpointing keeps anyhow.
-    held = {"input of the first norm"} if case.fused or case.size == FP32 else set()
-    alive.keep(tensor for tensor in recomputed if tensor.name not in held)
-    layer_backward(alive, case, batch)
-    of_layer = {tensor.name for tensor in (*kept, *recomputed)}
-    saved = sum(size for name, size in alive.peak.items() if name in of_layer)
-    gradients = [name for name in alive.peak if name not in of_layer]
-    return (
-        _item("last layer", saved, "recomputed" if recomputed else "kept, what is not yet freed"),
-        _item("gradients of rows", sum(alive.peak.values()) - saved, ", ".join(gradients)),
+    """At the peak from the end of the last layer's forward pass to that of its backward pass."""
+    tile = largest_tile(case, batch)
+    low, high = (
+        _peak(case, batch, layer, last_norm, recomputed=recomputed, tile_scores=scores)
+        for scores in (tile.low, tile.high)
     )
+    kept = {tensor.name for tensor in (*layer, *last_norm)}
+    others = [name for name in high if name not in kept]
+    how = "recomputed" if recomputed else "kept, less what is freed"
+    return (
+        Item(name="last layer", bytes=_sum(low, high, [name for name in high if name in kept]), how=how),
+        Item(name="gradients of rows", bytes=_sum(low, high, others), how=", ".join(others)),
+    )
+
+
+def _sum(low: dict[str, float], high: dict[str, float], names: list[str]) -> Range:
+    return Range(sum(low.get(name, 0.0) for name in names), sum(high[name] for name in names))
+
+
+def _peak(
+    case: Case,
+    batch: MicroBatch,
+    layer: tuple[KeptTensor, ...],
+    last_norm: tuple[KeptTensor, ...],
+    *,
+    recomputed: bool,
+    tile_scores: float,
+) -> dict[str, float]:
+    alive = Alive(batch.rows)
+    if not recomputed:
+        alive.keep(layer)
+        layer_forward(alive, case, recomputed=False)
+    alive.keep(last_norm)
+    head_backward(alive, case, batch)
+    if recomputed:
+        # Where no copy in fp32 is made, the first norm keeps the layer's input itself, which checkpointing keeps anyhow.
+        held = {"input of the first norm"} if case.keeps_norm_input else set()
+        alive.keep(tensor for tensor in layer if tensor.name not in held)
+        layer_forward(alive, case, recomputed=True)
+    layer_backward(alive, case, batch, tile_scores)
+    return alive.peak
 
 
 def _of_all_layers(case: Case, batch: MicroBatch) -> Iterator[Item]:
@@ -105,10 +136,13 @@ def _of_all_layers(case: Case, batch: MicroBatch) -> Iterator[Item]:
     table = {"fused": 2 * _INDEX, "triton": 2 * FP32}.get(case.attention, 0) * batch.rows
     ids = 2 * _INDEX * (batch.rows + batch.head_rows)
     yield _item("batch, plan and layout", ids + plan + table, "bico_ds/batch.py, attention/layout.py")
-    scores = min(tiled_pairs(case, batch), _MASKED_SCORES) if case.attention in ("flash", "tiles") else 0
-    if scores:
+    if (scores := tiled_scores(case, batch)).high:
         masks = (2 if batch.mode == "causal" else 3) * case.size
-        yield Item(name="masks of tiles", bytes=Range(0, masks * scores), how="bico_ds/attention/tiles.py")
+        low = scores.low if scores.high <= _MASKED_SCORES else 0
+        high = min(scores.high, _MASKED_SCORES)
+        yield Item(
+            name="masks of tiles", bytes=Range(low, high).times(masks), how="bico_ds/attention/tiles.py"
+        )
 
 
 def _head(case: Case, model: ModelSpec, batch: MicroBatch) -> Iterator[Item]:

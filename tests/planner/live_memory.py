@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +24,15 @@ class Made:
 class LiveMemory(TorchDispatchMode):
     """Inside, every storage that an operation makes counts from then until nothing refers to it.
 
-    What a kernel allocates and frees within one operation is not seen. `ignored`: elements of storages that do not count,
-    as those of weights' gradients, which have the sizes of the weights.
+    What a kernel allocates and frees within one operation is not seen. `weights`, and tensors of as many elements, as their
+    gradients are, do not count.
     """
 
-    def __init__(self, ignored: Collection[int] = ()) -> None:
+    def __init__(self, weights: Iterable[Tensor]) -> None:
         super().__init__()
-        self._ignored = set(ignored)
+        held = list(weights)
+        self._sizes = {weight.numel() for weight in held}
+        self._storages = {weight.untyped_storage()._cdata for weight in held}
         self.alive: dict[int, Made] = {}
         self.bytes = 0
         self.peak = 0
@@ -43,14 +45,14 @@ class LiveMemory(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.numel() not in self._ignored:
+            if isinstance(tensor, Tensor) and tensor.numel() not in self._sizes:
                 self._count(tensor, str(func))
         return out
 
     def _count(self, tensor: Tensor, made_by: str) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self.alive:
+        if key in self.alive or key in self._storages:
             return
         self.alive[key] = Made(storage.nbytes(), tuple(tensor.shape), made_by)
         self.bytes += storage.nbytes()

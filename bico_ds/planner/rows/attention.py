@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bico_ds.planner.ranges import Range
 from bico_ds.planner.rows.alive import Alive
 from bico_ds.planner.rows.case import FP32, Case
 from bico_ds.planner.workload import MicroBatch
@@ -17,16 +18,19 @@ GRADIENTS = ("gradient of queries", "gradient of keys", "gradient of values")
 OWN = ("queries", "keys", "values", "output of attention", "log-sum-exp", "gradient of attention's output")
 
 
-def attention_backward(alive: Alive, case: Case, batch: MicroBatch) -> None:
-    """From the gradient of attention's output to `GRADIENTS`, of the un-rotated queries, keys and values."""
+def attention_backward(alive: Alive, case: Case, batch: MicroBatch, tile_scores: float) -> None:
+    """From the gradient of attention's output to `GRADIENTS`, of the un-rotated queries, keys and values.
+
+    `tile_scores`: scores per head of the largest dense tile, in a layout that has tiles.
+    """
     if case.attention == "triton":
         _triton(alive, case, batch)
     elif case.attention == "flash":
-        _flash(alive, case, batch)
+        _flash(alive, case, batch, tile_scores)
     else:
         _accumulators(alive, case)
         if case.attention == "tiles":
-            _tiles(alive, case, batch)
+            _tile(alive, case, batch, tile_scores)
     alive.free("sums of key gradients", "first pass's gradients")
     alive.free(*OWN)
 
@@ -36,12 +40,25 @@ def flipped_rows(batch: MicroBatch) -> float:
     return 0.0 if batch.mode == "causal" else batch.kept_rows - batch.documents
 
 
-def tiled_pairs(case: Case, batch: MicroBatch) -> float:
-    """Pairs of a query and a key, per head, that dense tiles score: all without a flash kernel, else those of live rows.
+def tiled_scores(case: Case, batch: MicroBatch) -> Range:
+    """Scores per head in all dense tiles: of every row without a flash kernel, with one of live rows.
 
-    Of documents alike, in which every row sees as many keys.
+    At least the pairs of a query and a key; at most those of a single block, in which every document is as long as the
+    longest (`build_tiles` of attention/tiles.py).
     """
-    return batch.pairs if case.attention == "tiles" else batch.pairs * batch.live_rows / batch.rows
+    if case.attention not in ("flash", "tiles"):
+        return Range.exactly(0)
+    rows = batch.rows if case.attention == "tiles" else batch.live_rows
+    padded = batch.documents * batch.longest**2 * rows / batch.kept_rows
+    pairs = batch.pairs * rows / batch.rows
+    return Range(min(pairs, padded), padded)
+
+
+def largest_tile(case: Case, batch: MicroBatch) -> Range:
+    """Scores per head in the largest tile, which the layout's policy bounds."""
+    bound = max(TILE_SCORES, TILE_ROWS * batch.longest)
+    scores = tiled_scores(case, batch)
+    return Range(min(scores.low, bound), min(scores.high, bound))
 
 
 def _results(case: Case) -> dict[str, float]:
@@ -68,7 +85,7 @@ def _triton(alive: Alive, case: Case, batch: MicroBatch) -> None:
     alive.free("rotated keys", "rotated queries")
 
 
-def _flash(alive: Alive, case: Case, batch: MicroBatch) -> None:
+def _flash(alive: Alive, case: Case, batch: MicroBatch, tile_scores: float) -> None:
     """`two_pass_backward` of attention/two_pass.py, and with live rows `Backend.backward` around it, with their tiles."""
     if batch.live_rows:
         alive.make(
@@ -86,8 +103,7 @@ def _flash(alive: Alive, case: Case, batch: MicroBatch) -> None:
         gathered = b * (2 * case.query_width + case.key_width) + FP32 * case.shapes.heads + tables
         _pass(alive, case, flipped, batch.documents, gathered=gathered)
     if batch.live_rows:
-        alive.free("first pass's gradients")
-        _tiles(alive, case, batch)
+        _tile(alive, case, batch, tile_scores)
     alive.make(_results(case))
 
 
@@ -122,11 +138,19 @@ def flash_sums(case: Case, rows: float, documents: float) -> float:
     return sums + grouped
 
 
-def _tiles(alive: Alive, case: Case, batch: MicroBatch) -> None:
-    """`dense_backward` of attention/dense.py: in the largest tile, weights, their gradient and the scores' in fp32 at once.
+def _tile(alive: Alive, case: Case, batch: MicroBatch, scores: float) -> None:
+    """`dense_backward` of attention/dense.py: weights, their gradient and the scores' in fp32, and this in the own dtype.
 
-    The scores' gradient has a copy in the dtype of the values.
+    Besides, its queries and keys in both rotations and as their gradients: of all rows, which one tile of long documents,
+    or of few documents, holds.
     """
-    scores = min(tiled_pairs(case, batch), max(TILE_SCORES, TILE_ROWS * batch.longest))
-    alive.make({"scores of a tile": (3 * FP32 + case.size) * case.shapes.heads}, rows=scores)
-    alive.free("scores of a tile")
+    queries = batch.rows if case.attention == "tiles" else batch.live_rows
+    gathered = 4 * case.size * (case.query_width * queries + case.key_width * batch.kept_rows)
+    alive.make(
+        {
+            "scores of a tile": scores * (3 * FP32 + case.size) * case.shapes.heads,
+            "rows of a tile": gathered,
+        },
+        rows=1,
+    )
+    alive.free("scores of a tile", "rows of a tile")

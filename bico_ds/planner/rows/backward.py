@@ -14,6 +14,26 @@ _PRODUCT = "gradient of the gated product"
 _NORMED = "gradient of the second norm's output"
 
 
+def layer_forward(alive: Alive, case: Case, *, recomputed: bool) -> None:
+    """At the end of a layer's forward pass: what its functions hold meanwhile, though nothing keeps it for later.
+
+    These are attention's part of the sum and, where its copy in fp32 is kept instead, the sum; with adapters the inputs of
+    the gated MLP and of `down_proj`, and what this gives without its adapter. Recomputation goes no further (`early_stop`
+    of torch.utils.checkpoint), and begins when an adapter of `down_proj` has scaled its gradient.
+    """
+    row, wide = case.size * case.shapes.hidden, case.size * case.shapes.intermediate
+    held = {"output of o_proj": row, "output of the second norm": row, "gated product": wide}
+    if not case.keeps_norm_input:
+        held["sum behind attention"] = row
+    if case.is_adapted("down_proj"):
+        held["output of down_proj"] = row
+        if recomputed:
+            held["scaled gradient"] = row
+    passing = {name: size for name, size in held.items() if name not in alive.tensors}
+    alive.make(passing)
+    alive.free(*passing)
+
+
 def head_backward(alive: Alive, case: Case, batch: MicroBatch) -> None:
     """To the last layer's output: `index_select` and the last norm of `TrainableModel` (bico_ds/model/build.py)."""
     row = case.size * case.shapes.hidden
@@ -30,16 +50,15 @@ def head_backward(alive: Alive, case: Case, batch: MicroBatch) -> None:
     )
 
 
-def layer_backward(alive: Alive, case: Case, batch: MicroBatch) -> None:
+def layer_backward(alive: Alive, case: Case, batch: MicroBatch, tile_scores: float) -> None:
     """Of `_PackedLayer` (bico_ds/model/swap.py): the gated MLP with its norm, then attention with its own."""
     E = case.shapes.hidden
-    _linear(alive, case, "down_proj", None, _PRODUCT)
-    alive.free("gated product")
+    _linear(alive, case, "down_proj", None, _PRODUCT, read_last="gated product")
     _gates(alive, case)
     _norm(alive, case, "second norm", E, _NORMED, "gradient of the sum")
     alive.free("gradient of the layer")
     _linear(alive, case, "o_proj", None, "gradient of attention's output")
-    attention_backward(alive, case, batch)
+    attention_backward(alive, case, batch, tile_scores)
     if case.shapes.qk_norms:
         _norm(alive, case, "query norm", case.query_width, GRADIENTS[0], "gradient of q_proj")
         _norm(alive, case, "key norm", case.key_width, GRADIENTS[1], "gradient of k_proj")
@@ -59,8 +78,13 @@ def _norm(alive: Alive, case: Case, name: str, width: int, of_output: str, of_in
     alive.free(of_output, f"input of the {name}", f"inverse root of the {name}")
 
 
-def _linear(alive: Alive, case: Case, name: str, of_output: str | None, of_input: str) -> None:
-    """Of a linear layer, and of its adapter if it has one: the gradients of the input by both, and their sum."""
+def _linear(
+    alive: Alive, case: Case, name: str, of_output: str | None, of_input: str, *, read_last: str | None = None
+) -> None:
+    """Of a linear layer, and of its adapter if it has one: the gradients of the input by both, and their sum.
+
+    `read_last`: its input, where no other layer is still to read it.
+    """
     linear = case.linear(name)
     row = case.size * linear.inputs
     if case.lora is not None and case.is_adapted(name):
@@ -73,12 +97,12 @@ def _linear(alive: Alive, case: Case, name: str, of_output: str | None, of_input
             alive.make({"gradient before dropout": row})
             alive.free("gradient by the adapter", f"dropout mask of {name}")
         alive.make({"gradient by the weight": row})
+        alive.free(*([read_last] if read_last else []))
         alive.make({of_input: row})
         alive.free("gradient before dropout", "gradient by the adapter", "gradient by the weight")
     else:
         alive.make({of_input: row})
-    if of_output is not None:
-        alive.free(of_output)
+    alive.free(*(name for name in (of_output, read_last) if name is not None))
 
 
 def _gates(alive: Alive, case: Case) -> None:
@@ -94,5 +118,5 @@ def _gates(alive: Alive, case: Case) -> None:
     if not case.fused:
         alive.make({"gradient of gate": row})
         alive.free("gradient of the activated gate", "gate")
-    _linear(alive, case, "gate_proj", "gradient of gate", _NORMED)
-    alive.free(f"{_NORMED} by up", "output of the second norm")
+    _linear(alive, case, "gate_proj", "gradient of gate", _NORMED, read_last="output of the second norm")
+    alive.free(f"{_NORMED} by up")

@@ -39,6 +39,11 @@ class Case:
         return self.shapes.key_heads * self.shapes.head_dim
 
     @property
+    def keeps_norm_input(self) -> bool:
+        """Whether a norm keeps the hidden states themselves, and no copy in fp32."""
+        return self.fused or self.size == FP32
+
+    @property
     def drops(self) -> bool:
         """Whether adapters see their inputs through dropout."""
         return self.lora is not None and self.lora.dropout > 0

@@ -32,6 +32,7 @@ class Zero:
     prefetch_bucket: int
     persistence_threshold: int
     max_live_parameters: int
+    max_reuse_distance: int = 1_000_000_000
     sub_group_size: int
     overlap_comm: bool
     contiguous_gradients: bool
@@ -99,6 +100,7 @@ def read_zero(recipe: Recipe, *, hidden_size: int, ranks: int, ranks_per_node: i
         prefetch_bucket=int(value(zero, "stage3_prefetch_bucket_size", 5e7)),
         persistence_threshold=int(value(zero, "stage3_param_persistence_threshold", 1e5)),
         max_live_parameters=int(value(zero, "stage3_max_live_parameters", 1e9)),
+        max_reuse_distance=int(value(zero, "stage3_max_reuse_distance", 1e9)),
         sub_group_size=int(value(zero, "sub_group_size", 1e9)),
         overlap_comm=value(zero, "overlap_comm", False),
         contiguous_gradients=value(zero, "contiguous_gradients", True),

@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from bico_ds.planner.communication import LINK_EFFICIENCY
 from bico_ds.planner.decisions import NOTABLE_SHARE, Change, Decisions, find_change, largest_item
 from bico_ds.planner.items import Item, total
 from bico_ds.planner.memory import MemoryPlan, Moment
@@ -15,6 +16,7 @@ from bico_ds.planner.plan import Plan
 from bico_ds.planner.ranges import Range
 from bico_ds.planner.report.quantities import GB, GIB, gib, number, percent, span, stored, time
 from bico_ds.planner.run_time import Event
+from bico_ds.planner.step_time import ATTENTION_EFFICIENCY, MEMORY_EFFICIENCY, PRODUCT_EFFICIENCY
 
 _COLORS = {"fits": "green", "may not fit": "yellow", "does not fit": "red"}
 
@@ -86,11 +88,18 @@ def _tables(plan: Plan, decisions: Decisions) -> dict[str, Table]:
 
 def assumptions(plan: Plan) -> list[str]:
     """What the numbers rest on, a line each."""
-    of_epoch = "" if plan.texts.tokens is None else f"; {plan.texts.tokens:,} tokens in a data epoch"
+    device, of_epoch = plan.deployment.device, ""
+    if plan.texts.tokens is not None:
+        of_epoch = f"; {plan.texts.tokens:,} tokens in a data epoch"
     return [
         f"texts: {plan.texts.source}; on average {number(float(plan.texts.lengths.mean()))} tokens{of_epoch}",
-        "packing is taken to fill the bins; times are ranges by assumed efficiencies, not measured on these devices",
-        f"peaks of {plan.deployment.device.title}: {plan.deployment.device.source}",
+        "packing is taken to fill the bins",
+        f"times are not measured on these devices; of the peaks are assumed: {percent(PRODUCT_EFFICIENCY)} in matrix "
+        f"products, {percent(ATTENTION_EFFICIENCY)} in attention, {percent(MEMORY_EFFICIENCY)} of the memory's bandwidth, "
+        f"{percent(LINK_EFFICIENCY)} of links; the disk writes {span(plan.disk_bandwidth, unit=GB)} GB/s",
+        f"links of a device, each way: {stored(device.link_bandwidth)}/s in its node, "
+        f"{stored(device.network_bandwidth)}/s to others",
+        f"peaks of {device.title}: {device.source}",
     ]
 
 

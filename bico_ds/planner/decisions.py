@@ -24,7 +24,7 @@ _MOST_MICRO_BATCH = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """Something of a run that may be changed: `words`, the options that do it, and the plan with it."""
+    """Something of a run that may be changed: `words`, options of `bico-ds plan` that do it, and the plan with it."""
 
     words: tuple[str, ...]
     plan: Plan
@@ -181,11 +181,12 @@ def _more_devices(plan: Plan) -> Change | None:
     """Fuller nodes, then more of them: the first that fits, else the most over whose ranks the global batch divides."""
     nodes, per_node = plan.deployment.nodes, plan.deployment.ranks_per_node
     usual = max(per_node, plan.deployment.device.per_node)
+    on_gpus = plan.deployment.device.kind == "cuda"
     fuller = ((nodes, ranks) for ranks in range(per_node + 1, usual + 1))
     more = ((more, usual) for more in range(nodes + 1, _MOST_NODES + 1))
     return _first_that_fits(
         Change(
-            words=(f"--nodes {n} --gpus-per-node {ranks}",),
+            words=(f"--nodes {n} --gpus-per-node {ranks}" if on_gpus else f"{n} nodes of {ranks} ranks",),
             plan=plan.changed(plan.recipe, nodes=n, ranks_per_node=ranks),
         )
         for n, ranks in chain(fuller, more)

@@ -127,9 +127,8 @@ def test_what_is_not_given_of_nodes_and_gpus_follows_from_the_recipe(planned, op
     plan = planned(*options, recipe="llama70b_bico")
     found = plan["deployment"]
     assert (found["nodes"], found["ranks_per_node"]) == (nodes, per_node)
-    made_for = load_recipe(
-        "llama70b_bico", options[1::2] if "--set" in options else ()
-    ).distributed.world_size
+    overrides = [option for option in options if "=" in option]
+    made_for = load_recipe("llama70b_bico", overrides).distributed.world_size
     refused = made_for not in (None, nodes * per_node)
     assert any(f"made for {made_for} ranks" in line for line in plan["warnings"]) == refused
 

@@ -12,7 +12,7 @@ from bico_ds.config.load import load_recipe
 from bico_ds.config.schema import Recipe
 from bico_ds.data.loading.loader import RankShare
 from bico_ds.data.planned_texts import texts_of
-from bico_ds.planner.workload import steps_of_run
+from bico_ds.planner.workload import micro_batches, steps_of_run
 from bico_ds.training import assembly
 
 
@@ -24,6 +24,24 @@ def loaded(recipe: Recipe) -> tuple[np.ndarray, int]:
         return loader.sequence_lengths(), assembly.total_steps(recipe, loader)
     finally:
         loader.close()
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_bins_that_a_number_of_texts_does_not_fill_hold_average_texts_and_at_most_longest_ones(
+    tmp_path, most
+):
+    recipe = load_recipe(
+        "tiny_base",
+        [
+            f"data.cache_dir={tmp_path}",
+            f"data.max_documents_per_bin={most}",
+            "training={epochs: 10, global_batch_bins: 4, micro_batch_bins: 2}",
+        ],
+    )
+    texts, (lengths, steps) = texts_of(recipe), loaded(recipe)
+    assert steps_of_run(recipe, texts) == pytest.approx(steps, abs=1)
+    assert micro_batches(recipe, texts)[0].tokens == pytest.approx(2 * most * lengths.mean())
+    assert micro_batches(recipe, texts, fullest=True)[0].tokens == 2 * most * lengths.max()
 
 
 @pytest.mark.parametrize("kind", ["all", "both_orders"])

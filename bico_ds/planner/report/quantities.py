@@ -5,7 +5,9 @@ from __future__ import annotations
 from bico_ds.planner.ranges import Range
 
 GIB = 2**30
-_TIMES = (("days", 86_400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0))
+GB = 1e9
+_TIMES = (("days", 86_400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3))
+_STORED = (("TB", 1e12), ("GB", GB), ("MB", 1e6))
 
 
 def number(value: float) -> str:
@@ -26,10 +28,10 @@ def gib(found: Range) -> str:
     return span(found, unit=GIB)
 
 
-def stored(found: Range) -> str:
-    """Bytes on a disk, in GB or TB of the decimal system."""
-    unit, name = (1e12, "TB") if found.high >= 1e12 else (1e9, "GB")
-    return f"{span(found, unit=unit)} {name}"
+def stored(size: float) -> str:
+    """Bytes on a disk or a link, in TB, GB or MB of the decimal system."""
+    name, unit = next((entry for entry in _STORED if size >= entry[1]), _STORED[-1])
+    return f"{number(size / unit)} {name}"
 
 
 def percent(found: Range) -> str:
@@ -37,6 +39,6 @@ def percent(found: Range) -> str:
 
 
 def time(found: Range) -> str:
-    """Seconds in the largest unit of which the upper bound has at least two."""
-    name, unit = next((entry for entry in _TIMES if found.high >= 2 * entry[1]), _TIMES[-1])
+    """Seconds in the largest unit of which the upper bound has at least one."""
+    name, unit = next((entry for entry in _TIMES if found.high >= entry[1]), _TIMES[-1])
     return f"{span(found, unit=unit)} {name}"

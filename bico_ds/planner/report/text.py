@@ -8,12 +8,15 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from bico_ds.planner.communication import LINK_EFFICIENCY
 from bico_ds.planner.decisions import NOTABLE_SHARE, Change, Decisions, find_change, largest_item
 from bico_ds.planner.items import Item, total
 from bico_ds.planner.memory import MemoryPlan, Moment
 from bico_ds.planner.plan import Plan
 from bico_ds.planner.ranges import Range
-from bico_ds.planner.report.quantities import GIB, gib, number, percent, span, stored, time
+from bico_ds.planner.report.quantities import GB, GIB, gib, number, percent, span, stored, time
+from bico_ds.planner.run_time import Event
+from bico_ds.planner.step_time import ATTENTION_EFFICIENCY, MEMORY_EFFICIENCY, PRODUCT_EFFICIENCY
 
 _COLORS = {"fits": "green", "may not fit": "yellow", "does not fit": "red"}
 
@@ -35,10 +38,10 @@ def warnings(plan: Plan) -> list[str]:
     found = []
     for event in plan.run.events:
         if event.share.high > NOTABLE_SHARE:
-            takes = "take" if event.share.low > NOTABLE_SHARE else "may take"
+            takes = "takes" if event.share.low > NOTABLE_SHARE else "may take"
             found.append(
-                f"{event.name}: {event.count:,} of them {takes} {percent(event.share)} of the run's time, "
-                f"{time(event.seconds)} each; fewer of them, by every_steps, leave more for training"
+                f"{event.name}, {_times(plan, event)}: {takes} {percent(event.share)} of the run's time, "
+                f"{time(event.seconds)} each"
             )
     made_for, ranks = plan.recipe.distributed.world_size, plan.deployment.ranks
     if made_for is not None and made_for != ranks:
@@ -68,30 +71,35 @@ def print_plan(plan: Plan, decisions: Decisions, notes: Sequence[str], console: 
 def _tables(plan: Plan, decisions: Decisions) -> dict[str, Table]:
     """By their titles."""
     peak = plan.memory.peak
-    stores = {
-        "Host memory of a node, GiB": plan.host,
-        "NVMe of a node, GiB": plan.nvme,
-        "Disk of the run, GiB": plan.disk,
-    }
     by_nodes = {str(other.deployment.nodes): other for other in decisions.nodes}
-    return {
-        f"Memory of a device at its peak, {_moment(peak)}, GiB": _items_table(peak.items),
+    tables = {
+        f"Memory of a device at its peak, {_moment(peak)}, GiB": _items_table(peak.items, unit=GIB),
         "Memory of a device at each moment, GiB": _moments_table(plan),
         "A step of each objective": _steps_table(plan),
-        **({"What stops the training": _events_table(plan)} if plan.run.events else {}),
-        **{title: _items_table(items) for title, items in stores.items() if items},
+        "What stops the training": _events_table(plan),
+        "Host memory of a node, GiB": _items_table(plan.host, unit=GIB),
+        "NVMe of a node, GB": _items_table(plan.nvme, unit=GB),
+        "Disk of the run, GB": _items_table(plan.disk, unit=GB),
         "The same recipe on other nodes": _choices_table("nodes", by_nodes, plan),
         "With other files of ds_configs/": _choices_table("deepspeed.config", decisions.variants, plan),
     }
+    return {title: table for title, table in tables.items() if table.row_count}
 
 
 def assumptions(plan: Plan) -> list[str]:
     """What the numbers rest on, a line each."""
-    of_epoch = "" if plan.texts.tokens is None else f"; {plan.texts.tokens:,} tokens in a data epoch"
+    device, of_epoch = plan.deployment.device, ""
+    if plan.texts.tokens is not None:
+        of_epoch = f"; {plan.texts.tokens:,} tokens in a data epoch"
     return [
         f"texts: {plan.texts.source}; on average {number(float(plan.texts.lengths.mean()))} tokens{of_epoch}",
-        "packing is taken to fill the bins; times are ranges by assumed efficiencies, not measured on these devices",
-        f"peaks of {plan.deployment.device.title}: {plan.deployment.device.source}",
+        "packing is taken to fill the bins",
+        f"times are not measured on these devices; of the peaks are assumed: {percent(PRODUCT_EFFICIENCY)} in matrix "
+        f"products, {percent(ATTENTION_EFFICIENCY)} in attention, {percent(MEMORY_EFFICIENCY)} of the memory's bandwidth, "
+        f"{percent(LINK_EFFICIENCY)} of links; the disk writes {span(plan.disk_bandwidth, unit=GB)} GB/s",
+        f"links of a device, each way: {stored(device.link_bandwidth)}/s in its node, "
+        f"{stored(device.network_bandwidth)}/s to others",
+        f"peaks of {device.title}: {device.source}",
     ]
 
 
@@ -148,20 +156,22 @@ def _table(first: str, *columns: str) -> Table:
     return table
 
 
-def _items_table(items: Sequence[Item]) -> Table:
+def _items_table(items: Sequence[Item], *, unit: float) -> Table:
+    """A row per item, low and high in units of `unit` bytes, and their sum; no row where there are no items."""
     table = _table("", "low", "high")
     table.add_column("how", overflow="fold", style="dim")
     for item in items:
-        table.add_row(item.name, *_bounds(item.bytes), item.how)
-    table.add_row("together", *_bounds(total(items)), "", style="bold")
+        table.add_row(item.name, *_bounds(item.bytes, unit), item.how)
+    if items:
+        table.add_row("together", *_bounds(total(items), unit), "", style="bold")
     return table
 
 
 def _moments_table(plan: Plan) -> Table:
     table = _table("", "low", "high")
-    table.add_row("between steps", *_bounds(total(plan.memory.resident)))
+    table.add_row("between steps", *_bounds(total(plan.memory.resident), GIB))
     for moment in plan.memory.moments:
-        table.add_row(_moment(moment), *_bounds(moment.bytes))
+        table.add_row(_moment(moment), *_bounds(moment.bytes, GIB))
     return table
 
 
@@ -169,8 +179,8 @@ def _moment(moment: Moment) -> str:
     return f"{moment.name} ({moment.objective})"
 
 
-def _bounds(found: Range) -> tuple[str, str]:
-    return number(found.low / GIB), number(found.high / GIB)
+def _bounds(found: Range, unit: float) -> tuple[str, str]:
+    return number(found.low / unit), number(found.high / unit)
 
 
 def _steps_table(plan: Plan) -> Table:
@@ -202,15 +212,22 @@ def _transfer_rows(plan: Plan) -> Iterator[tuple[str, list[str]]]:
     """A row per kind of collective, with the seconds that it takes by itself."""
     for name in dict.fromkeys(transfer.name for step in plan.steps for transfer in step.transfers):
         found = [next((t for t in step.transfers if t.name == name), None) for step in plan.steps]
-        cells = ["" if t is None else f"{time(t.seconds)} ({stored(Range.exactly(t.bytes))})" for t in found]
+        cells = ["" if t is None else f"{time(t.seconds)} ({stored(t.bytes)})" for t in found]
         yield name, cells
 
 
+def _times(plan: Plan, event: Event) -> str:
+    """How often; of a run whose steps are not known, every so many steps."""
+    if plan.run.steps is None:
+        return "now and then"
+    return "once" if event.count == 1 else f"{event.count:,} times"
+
+
 def _events_table(plan: Plan) -> Table:
-    table = _table("", "times", "each", "share of the run")
+    table = _table("", "how often", "each", "share of the run")
     table.add_column("how", overflow="fold", style="dim")
     for event in plan.run.events:
-        table.add_row(event.name, f"{event.count:,}", time(event.seconds), percent(event.share), event.how)
+        table.add_row(event.name, _times(plan, event), time(event.seconds), percent(event.share), event.how)
     return table
 
 

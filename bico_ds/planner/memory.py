@@ -151,7 +151,9 @@ class _Replay:
         yield "optimizer", list(self.states.of_step())
 
     def _forward(self, rows: ActivationMemory) -> Iterator[tuple[str, list[Item]]]:
-        head = _item("gradient of the head", self._new(self.head), "in the model's dtype: bico_ds/model/head.py")
+        head = _item(
+            "gradient of the head", self._new(self.head), "in the model's dtype: bico_ds/model/head.py"
+        )
         for module, size in self.forward:
             weights = [*self.states.of_forward(), _gathered(size)]
             if module is self.head:

@@ -18,7 +18,7 @@ from bico_ds.batch import PackedBatch
 from bico_ds.config.objectives.table import read_spec
 from bico_ds.config.schema import ModelSpec
 from bico_ds.documents import Document, Documents
-from bico_ds.model.build import TrainableModel, build_model
+from bico_ds.model.build import TrainableModel
 from bico_ds.objectives.base import BatchKey, TokenRoles
 from bico_ds.objectives.build import build_objectives
 from bico_ds.planner.architecture import Architecture

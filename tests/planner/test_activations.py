@@ -9,18 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch.profiler import ProfilerActivity, profile
 
 from bico_ds.config.schema import LoraSpec, ModelSpec
 from bico_ds.model.build import TrainableModel, build_model
 from bico_ds.planner.activations import activation_memory
 from bico_ds.planner.architecture import architecture_of
-from bico_ds.planner.items import Item, total
-from bico_ds.planner.ranges import Range
-from bico_ds.planner.rows.attention import flash_sums
-from bico_ds.planner.rows.case import case_of
-from bico_ds.planner.rows.kept import layer_tensors
+from bico_ds.planner.items import total
 from tests.planner.measured_rows import counts_of, draw_batch, measure
 
 ALL = LoraSpec().targets

@@ -19,14 +19,19 @@ from bico_ds.planner.architecture import Architecture
 from bico_ds.planner.items import Item
 from bico_ds.planner.ranges import Range
 from bico_ds.planner.rows.alive import Alive
-from bico_ds.planner.rows.attention import flipped_rows, largest_tile, tiled_scores
+from bico_ds.planner.rows.attention import (
+    MASKED_SCORES,
+    LargestTile,
+    flipped_rows,
+    largest_tiles,
+    tiled_scores,
+)
 from bico_ds.planner.rows.backward import head_backward, layer_backward, layer_forward
 from bico_ds.planner.rows.case import FP32, Case, case_of
 from bico_ds.planner.rows.kept import KeptTensor, layer_tensors, norm_tensors
 from bico_ds.planner.workload import MicroBatch
 
 _INDEX = 8  # bytes, int64
-_MASKED_SCORES = 1 << 22  # `_KEPT_SCORES` of bico_ds/attention/tiles.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +91,9 @@ def _backward(
     recomputed: bool,
 ) -> tuple[Item, ...]:
     """At the peak from the end of the last layer's forward pass to that of its backward pass."""
-    tile = largest_tile(case, batch)
     low, high = (
-        _peak(case, batch, layer, last_norm, recomputed=recomputed, tile_scores=scores)
-        for scores in (tile.low, tile.high)
+        _peak(case, batch, layer, last_norm, recomputed=recomputed, tile=tile)
+        for tile in largest_tiles(case, batch)
     )
     kept = {tensor.name for tensor in (*layer, *last_norm)}
     others = [name for name in high if name not in kept]
@@ -111,7 +115,7 @@ def _peak(
     last_norm: tuple[KeptTensor, ...],
     *,
     recomputed: bool,
-    tile_scores: float,
+    tile: LargestTile,
 ) -> dict[str, float]:
     alive = Alive(batch.rows)
     if not recomputed:
@@ -124,7 +128,7 @@ def _peak(
         held = {"input of the first norm"} if case.keeps_norm_input else set()
         alive.keep(tensor for tensor in layer if tensor.name not in held)
         layer_forward(alive, case, recomputed=True)
-    layer_backward(alive, case, batch, tile_scores)
+    layer_backward(alive, case, batch, tile)
     return alive.peak
 
 
@@ -138,8 +142,8 @@ def _of_all_layers(case: Case, batch: MicroBatch) -> Iterator[Item]:
     yield _item("batch, plan and layout", ids + plan + table, "bico_ds/batch.py, attention/layout.py")
     if (scores := tiled_scores(case, batch)).high:
         masks = (2 if batch.mode == "causal" else 3) * case.size
-        low = scores.low if scores.high <= _MASKED_SCORES else 0
-        high = min(scores.high, _MASKED_SCORES)
+        low = scores.low if scores.high <= MASKED_SCORES else 0
+        high = min(scores.high, MASKED_SCORES)
         yield Item(
             name="masks of tiles", bytes=Range(low, high).times(masks), how="bico_ds/attention/tiles.py"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -12,53 +11,43 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-@dataclass(frozen=True)
-class Made:
-    """A storage: its bytes, and the shape and operation of the tensor that it was made for."""
-
-    bytes: int
-    shape: tuple[int, ...]
-    made_by: str
-
-
 class LiveMemory(TorchDispatchMode):
     """Inside, every storage that an operation makes counts from then until nothing refers to it.
 
     What a kernel allocates and frees within one operation is not seen. `weights`, and tensors of as many elements, as their
-    gradients are, do not count.
+    gradients are, do not count. `read`: tensors of before, which do count.
     """
 
-    def __init__(self, weights: Iterable[Tensor]) -> None:
+    def __init__(self, weights: Iterable[Tensor], read: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        held = list(weights)
+        held = tuple(weights)
         self._sizes = {weight.numel() for weight in held}
-        self._storages = {weight.untyped_storage()._cdata for weight in held}
-        self.alive: dict[int, Made] = {}
+        self._alive: dict[int, int] = {}
         self.bytes = 0
         self.peak = 0
-        self.alive_at_peak: tuple[Made, ...] = ()
+        for tensor in (*held, *read):
+            self._count(tensor)
 
     def restart(self) -> None:
         """Look for the peak from here on."""
-        self.peak, self.alive_at_peak = self.bytes, tuple(self.alive.values())
+        self.peak = self.bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.numel() not in self._sizes:
-                self._count(tensor, str(func))
+            if isinstance(tensor, Tensor):
+                self._count(tensor)
         return out
 
-    def _count(self, tensor: Tensor, made_by: str) -> None:
+    def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self.alive or key in self._storages:
+        if key in self._alive:
             return
-        self.alive[key] = Made(storage.nbytes(), tuple(tensor.shape), made_by)
-        self.bytes += storage.nbytes()
+        self._alive[key] = 0 if tensor.numel() in self._sizes else storage.nbytes()
+        self.bytes += self._alive[key]
+        self.peak = max(self.peak, self.bytes)
         weakref.finalize(storage, self._forget, key)
-        if self.bytes > self.peak:
-            self.restart()
 
     def _forget(self, key: int) -> None:
-        self.bytes -= self.alive.pop(key).bytes
+        self.bytes -= self._alive.pop(key)

@@ -23,20 +23,18 @@ from bico_ds.objectives.base import BatchKey, TokenRoles
 from bico_ds.objectives.build import build_objectives
 from bico_ds.planner.architecture import Architecture
 from bico_ds.planner.workload import MicroBatch
-from tests.planner.live_memory import LiveMemory, Made
+from tests.planner.live_memory import LiveMemory
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Bytes alive after the forward pass, and at most within the head and the backward pass."""
+    """Bytes alive after the forward pass, and at most within the head, and before and after it."""
 
     after_forward: int
     in_head: int
-    in_backward: int
-    head_alive: tuple[Made, ...]
-    alive_at_peak: tuple[Made, ...]
+    in_layers: int
 
 
 def draw_batch(
@@ -77,14 +75,6 @@ def counts_of(batch: PackedBatch) -> MicroBatch:
     )
 
 
-def tensor_bytes(value: Any) -> int:
-    """Of all tensors in a batch, each storage once."""
-    storages = {
-        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in _tensors(value)
-    }
-    return sum(storages.values())
-
-
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
@@ -101,23 +91,31 @@ def measure(model: TrainableModel, batch: PackedBatch) -> Measured:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
-    shared = LiveMemory(model.parameters())
-    in_head: list[tuple[int, tuple[Made, ...]]] = []
+    shared = LiveMemory(model.parameters(), read=_tensors(batch))
+    peaks: dict[str, int] = {}
+
+    def restart(name: str) -> Any:
+        def note(*_: Any) -> None:
+            peaks[name] = shared.peak
+            shared.restart()
+
+        return note
+
     head = model.causal_lm.lm_head
-    before = head.register_forward_pre_hook(lambda *_: shared.restart())
-    after = head.register_forward_hook(lambda *_: in_head.append((shared.peak, shared.alive_at_peak)))
-    with shared, _as_on_cuda(), _kernel_sums():
+    hooks = [
+        head.register_forward_pre_hook(restart("layers")),
+        head.register_forward_hook(restart("head")),
+    ]
+    with shared, torch.random.fork_rng(), _as_on_cuda(), _kernel_sums():
         loss = model(batch)
         after_forward = shared.bytes
-        shared.restart()
         loss.backward()
-    before.remove(), after.remove()
+    for hook in hooks:
+        hook.remove()
     return Measured(
         after_forward=after_forward,
-        in_head=in_head[0][0],
-        head_alive=in_head[0][1],
-        in_backward=shared.peak,
-        alive_at_peak=shared.alive_at_peak,
+        in_head=peaks["head"],
+        in_layers=max(peaks["layers"], shared.peak),
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from bico_ds.planner.ranges import Range
 from bico_ds.planner.rows.alive import Alive
 from bico_ds.planner.rows.case import FP32, Case
@@ -10,6 +12,8 @@ from bico_ds.planner.workload import MicroBatch
 # `tile_scores` and `tile_min_rows` of CUDA_POLICY in bico_ds/attention/layout.py.
 TILE_SCORES = 1 << 20
 TILE_ROWS = 64
+# `_KEPT_SCORES` of bico_ds/attention/tiles.py: of tiles whose masks are kept for all layers.
+MASKED_SCORES = 1 << 22
 
 # The rows by which flash kernels pad each document's sums of gradients.
 _FLASH_PADDING = 128
@@ -18,19 +22,19 @@ GRADIENTS = ("gradient of queries", "gradient of keys", "gradient of values")
 OWN = ("queries", "keys", "values", "output of attention", "log-sum-exp", "gradient of attention's output")
 
 
-def attention_backward(alive: Alive, case: Case, batch: MicroBatch, tile_scores: float) -> None:
+def attention_backward(alive: Alive, case: Case, batch: MicroBatch, tile: LargestTile) -> None:
     """From the gradient of attention's output to `GRADIENTS`, of the un-rotated queries, keys and values.
 
-    `tile_scores`: scores per head of the largest dense tile, in a layout that has tiles.
+    `tile`: the largest, in a layout that has tiles.
     """
     if case.attention == "triton":
         _triton(alive, case, batch)
     elif case.attention == "flash":
-        _flash(alive, case, batch, tile_scores)
+        _flash(alive, case, batch, tile)
     else:
         _accumulators(alive, case)
         if case.attention == "tiles":
-            _tile(alive, case, batch, tile_scores)
+            _tile(alive, case, batch, tile)
     alive.free("sums of key gradients", "first pass's gradients")
     alive.free(*OWN)
 
@@ -48,17 +52,36 @@ def tiled_scores(case: Case, batch: MicroBatch) -> Range:
     """
     if case.attention not in ("flash", "tiles"):
         return Range.exactly(0)
-    rows = batch.rows if case.attention == "tiles" else batch.live_rows
+    rows = _tiled_rows(case, batch)
     padded = batch.documents * batch.longest**2 * rows / batch.kept_rows
     pairs = batch.pairs * rows / batch.rows
     return Range(min(pairs, padded), padded)
 
 
-def largest_tile(case: Case, batch: MicroBatch) -> Range:
-    """Scores per head in the largest tile, which the layout's policy bounds."""
+@dataclass(frozen=True, kw_only=True)
+class LargestTile:
+    """The dense tile with the most scores: how many per head, and its rows of keys, with padding."""
+
+    scores: float
+    keys: float
+
+
+def largest_tiles(case: Case, batch: MicroBatch) -> tuple[LargestTile, LargestTile]:
+    """Without padding and with all of it; within the bounds of the layout's policy."""
     bound = max(TILE_SCORES, TILE_ROWS * batch.longest)
     scores = tiled_scores(case, batch)
-    return Range(min(scores.low, bound), min(scores.high, bound))
+    if not scores.high:
+        return (LargestTile(scores=0, keys=0),) * 2
+    queries = _tiled_rows(case, batch) / batch.documents
+    most_keys = min(batch.documents * batch.longest, max(batch.longest, bound / queries))
+    return (
+        LargestTile(scores=min(scores.low, bound), keys=min(batch.kept_rows, most_keys)),
+        LargestTile(scores=min(scores.high, bound), keys=most_keys),
+    )
+
+
+def _tiled_rows(case: Case, batch: MicroBatch) -> float:
+    return batch.rows if case.attention == "tiles" else batch.live_rows
 
 
 def _results(case: Case) -> dict[str, float]:
@@ -85,7 +108,7 @@ def _triton(alive: Alive, case: Case, batch: MicroBatch) -> None:
     alive.free("rotated keys", "rotated queries")
 
 
-def _flash(alive: Alive, case: Case, batch: MicroBatch, tile_scores: float) -> None:
+def _flash(alive: Alive, case: Case, batch: MicroBatch, tile: LargestTile) -> None:
     """`two_pass_backward` of attention/two_pass.py, and with live rows `Backend.backward` around it, with their tiles."""
     if batch.live_rows:
         alive.make(
@@ -103,7 +126,7 @@ def _flash(alive: Alive, case: Case, batch: MicroBatch, tile_scores: float) -> N
         gathered = b * (2 * case.query_width + case.key_width) + FP32 * case.shapes.heads + tables
         _pass(alive, case, flipped, batch.documents, gathered=gathered)
     if batch.live_rows:
-        _tile(alive, case, batch, tile_scores)
+        _tile(alive, case, batch, tile)
     alive.make(_results(case))
 
 
@@ -138,19 +161,16 @@ def flash_sums(case: Case, rows: float, documents: float) -> float:
     return sums + grouped
 
 
-def _tile(alive: Alive, case: Case, batch: MicroBatch, scores: float) -> None:
-    """`dense_backward` of attention/dense.py: weights, their gradient and the scores' in fp32, and this in the own dtype.
+def _tile(alive: Alive, case: Case, batch: MicroBatch, tile: LargestTile) -> None:
+    """`dense_backward` of attention/dense.py, where the scores' gradient is made, and where the keys' is added to the sums.
 
-    Besides, its queries and keys in both rotations and as their gradients: of all rows, which one tile of long documents,
-    or of few documents, holds.
+    First weights, their gradient and the scores' are in fp32 and the latter in the own dtype; then two are in fp32 and two
+    in the own dtype. Keys are there rotated both ways, with values; then their gradients too, and one in fp32.
     """
-    queries = batch.rows if case.attention == "tiles" else batch.live_rows
-    gathered = 4 * case.size * (case.query_width * queries + case.key_width * batch.kept_rows)
+    b, scores, keys = case.size, tile.scores * case.shapes.heads, tile.keys * case.key_width
+    queries = 4 * b * case.query_width * _tiled_rows(case, batch)
     alive.make(
-        {
-            "scores of a tile": scores * (3 * FP32 + case.size) * case.shapes.heads,
-            "rows of a tile": gathered,
-        },
-        rows=1,
+        {"scores of a tile": (3 * FP32 + b) * scores, "rows of a tile": 4 * b * keys + queries}, rows=1
     )
+    alive.make({"scores of a tile": 2 * (FP32 + b) * scores, "rows of a tile": (7 * b + FP32) * keys}, rows=1)
     alive.free("scores of a tile", "rows of a tile")

@@ -6,7 +6,7 @@ Tensors are made and freed in autograd's order. Gradients of weights are not amo
 from __future__ import annotations
 
 from bico_ds.planner.rows.alive import Alive
-from bico_ds.planner.rows.attention import GRADIENTS, attention_backward
+from bico_ds.planner.rows.attention import GRADIENTS, LargestTile, attention_backward
 from bico_ds.planner.rows.case import FP32, Case
 from bico_ds.planner.workload import MicroBatch
 
@@ -50,7 +50,7 @@ def head_backward(alive: Alive, case: Case, batch: MicroBatch) -> None:
     )
 
 
-def layer_backward(alive: Alive, case: Case, batch: MicroBatch, tile_scores: float) -> None:
+def layer_backward(alive: Alive, case: Case, batch: MicroBatch, tile: LargestTile) -> None:
     """Of `_PackedLayer` (bico_ds/model/swap.py): the gated MLP with its norm, then attention with its own."""
     E = case.shapes.hidden
     _linear(alive, case, "down_proj", None, _PRODUCT, read_last="gated product")
@@ -58,7 +58,7 @@ def layer_backward(alive: Alive, case: Case, batch: MicroBatch, tile_scores: flo
     _norm(alive, case, "second norm", E, _NORMED, "gradient of the sum")
     alive.free("gradient of the layer")
     _linear(alive, case, "o_proj", None, "gradient of attention's output")
-    attention_backward(alive, case, batch, tile_scores)
+    attention_backward(alive, case, batch, tile)
     if case.shapes.qk_norms:
         _norm(alive, case, "query norm", case.query_width, GRADIENTS[0], "gradient of q_proj")
         _norm(alive, case, "key norm", case.key_width, GRADIENTS[1], "gradient of k_proj")

@@ -86,16 +86,17 @@ def _input(case: Case, *names: str, frozen: bool = False) -> Iterator[KeptTensor
             name=_INPUT[names[0]], bytes=case.size * case.linear(names[0]).inputs, source=_LINEAR
         )
     for name in names:
-        yield from _adapter(case, name)
+        yield from _adapter(case, name, frozen=frozen)
 
 
-def _adapter(case: Case, name: str) -> Iterator[KeptTensor]:
+def _adapter(case: Case, name: str, *, frozen: bool = False) -> Iterator[KeptTensor]:
     """Of an adapter; torch's dropout keeps its mask in the dtype of its input on a CPU, in one byte per element on CUDA."""
     if case.lora is None or not case.is_adapted(name):
         return
     width = case.linear(name).inputs
     if case.drops:
         mask = case.size if case.fused else 1
-        yield KeptTensor(name=f"dropout mask of {name}", bytes=mask * width, source=_ADAPTER)
+        if not frozen:
+            yield KeptTensor(name=f"dropout mask of {name}", bytes=mask * width, source=_ADAPTER)
         yield KeptTensor(name=f"dropped input of {name}", bytes=case.size * width, source=_ADAPTER)
     yield KeptTensor(name=f"low rank of {name}", bytes=case.size * case.lora.rank, source=_ADAPTER)

@@ -135,9 +135,18 @@ _GRAND_TETON = replace(
     memory_bandwidth=2.4e12,
     source="torchtitan's page: 96 GB, 2.4 TB/s, 400 Gb/s; the data sheet's peak, although the power limit is 500 W of 700",
 )
-_FOUNDRY = "llm-foundry, scripts/train/benchmarking/README.md at 061f2c7, H100 80GB BF16"
-_AUTOMODEL = "NeMo AutoModel, docs/performance-summary.mdx at 36044ad, DGX-H100 BF16"
-_TITAN = "torchtitan, benchmarks/asyncTP_llama3_h100_2025-06_torchtitan.md at b5bcd76"
+_FOUNDRY = (
+    "https://github.com/mosaicml/llm-foundry/blob/061f2c7ce64e655100286584a7629e2a09f827ba/"
+    "scripts/train/benchmarking/README.md (H100 80GB BF16)"
+)
+_AUTOMODEL = (
+    "https://github.com/NVIDIA-NeMo/Automodel/blob/36044ad3d139363fb6c73c24af2e7c6b65ec52f6/"
+    "docs/performance-summary.mdx (DGX-H100, BF16), and the configuration that it names"
+)
+_TITAN = (
+    "https://github.com/pytorch/torchtitan/blob/b5bcd76c66d0acb1a08b176d9639425bc55e0b2a/"
+    "benchmarks/asyncTP_llama3_h100_2025-06_torchtitan.md (bfloat16, async TP)"
+)
 
 
 def published_runs() -> tuple[PublishedRun, ...]:

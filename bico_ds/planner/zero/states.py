@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from bico_ds.config.optimizers import OptimizerState
-from bico_ds.planner.deployment import Deployment, Zero
+from bico_ds.planner.deployment import Deployment, Offload, Zero
 from bico_ds.planner.items import Item
 from bico_ds.planner.ranges import Range
 from bico_ds.planner.zero.modules import Parameter
@@ -53,8 +53,17 @@ class States:
         return partition_elements(self.trained, self.ranks)
 
     @property
-    def offloaded(self) -> bool:
-        return self.zero.offload_optimizer != "none"
+    def holds_states(self) -> bool:
+        """Whether masters and moments are on the device; on CPUs the host's memory is the device's."""
+        return self._is_here(self.zero.offload_optimizer)
+
+    def _is_here(self, offload: Offload) -> bool:
+        return offload == "none" or (offload == "cpu" and self.deployment.device.kind == "cpu")
+
+    @property
+    def holds_gradients(self) -> bool:
+        """Whether the accumulated ones of ZeRO-3 are: offloaded to NVMe, too, they are in the host's memory."""
+        return self.zero.offload_optimizer == "none" or self.deployment.device.kind == "cpu"
 
     def resident(self) -> Iterator[Item]:
         """Between steps."""
@@ -67,7 +76,7 @@ class States:
                 self.size * padded,
                 "stage3_param_persistence_threshold: never released",
             )
-        if not self.offloaded:
+        if self.holds_states:
             states = self.optimizer
             yield _item(
                 "master weights",
@@ -76,8 +85,12 @@ class States:
             )
             moments = sum(states.moments.values())
             yield _item("optimizer's moments", moments * self.partition, ", ".join(states.moments))
+        if self.holds_states and self.zero.offload_optimizer == "cpu":
+            yield _item(
+                "gradients of the optimizer", _FP32 * self.partition, "stage3.py initialize_optimizer_states"
+            )
         if self.zero.stage == 3:
-            if not self.offloaded:
+            if self.holds_gradients:
                 size = self.zero.gradient_bytes * self.partition
                 yield _item(
                     "accumulated gradients", size, "stage3.py grad_partitions_flat_buffer: always there"
@@ -98,7 +111,7 @@ class States:
             )
             frozen = sum(parameter.elements for parameter in self.frozen)
             yield _item("frozen weights", self.size * frozen, "all on every rank")
-        elif self.zero.offload_parameters == "none":
+        elif self._is_here(self.zero.offload_parameters):
             yield _item("weights, partition", self.size * self.partition, "stage3.py lp_param_buffer")
             frozen = sum(parameter.share(self.ranks) for parameter in self.frozen)
             yield _item("frozen weights, partition", self.size * frozen, "partition_parameters.py ds_tensor")
@@ -156,7 +169,7 @@ class States:
 
     def of_step(self) -> Iterator[Item]:
         """What the optimizer's step needs besides: the norm's conversion of one parameter, then a flat copy."""
-        if self.offloaded:
+        if self.zero.offload_optimizer != "none":
             return
         if self.zero.stage == 3:
             largest = max(parameter.share(self.ranks) for parameter in self.trained)

@@ -203,12 +203,18 @@ def _context(deployment: Deployment) -> Iterator[Item]:
     """What is on a GPU beside tensors."""
     if deployment.device.kind == "cuda":
         yield Item(
-            name="CUDA context", bytes=CUDA_CONTEXT, how="pytorch#107667: with and without lazy loading"
+            name="CUDA context",
+            bytes=CUDA_CONTEXT,
+            how="pytorch#107667: with and without lazy loading",
+            is_tensor=False,
         )
         if deployment.ranks > 1:
             groups = 1 if deployment.zero.secondary_ranks is None else 2
             yield Item(
-                name="NCCL", bytes=NCCL_GROUP.times(groups), how=f"nccl#964, nccl#864: {groups} groups"
+                name="NCCL",
+                bytes=NCCL_GROUP.times(groups),
+                how=f"nccl#964, nccl#864: {groups} groups",
+                is_tensor=False,
             )
 
 
@@ -217,7 +223,10 @@ def _with_margin(items: tuple[Item, ...], deployment: Deployment) -> tuple[Item,
         return items
     margin = FRAGMENTATION / (1 - FRAGMENTATION) * total(items).high
     how = f"{FRAGMENTATION:.0%} of what is reserved: the mean of GMLake (arXiv 2401.08156)"
-    return (*items, Item(name="allocator's margin", bytes=Range(0.0, margin), how=how))
+    return (
+        *items,
+        Item(name="allocator's margin", bytes=Range(0.0, margin), how=how, is_tensor=False),
+    )
 
 
 def _share(items: Sequence[Item], share: float) -> list[Item]:

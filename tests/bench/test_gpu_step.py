@@ -6,14 +6,18 @@ import json
 import math
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig
 
 from bico_ds.config.load import load_recipe
+from bico_ds.planner.devices import DEVICES
 from bico_ds.planner.items import Item
 from bico_ds.planner.memory import MemoryPlan, Moment
+from bico_ds.planner.plan import make_plan
 from bico_ds.planner.ranges import Range
+from bico_ds.planner.workload import Texts
 from bico_ds.proof.findings import Findings
 from bico_ds.proof.parts import PARTS
 from tests.proof.rehearsal import reads_rehearsal
@@ -80,6 +84,15 @@ def phase(ratio: float) -> dict[str, float]:
 def test_the_phase_that_is_farthest_from_its_plan_counts():
     assert farthest({"forward": phase(1.02), "update": phase(0.93)}) == pytest.approx(7)
     assert farthest({"forward": phase(1.5), "update": phase(0.93)}) == pytest.approx(50)
+
+
+def test_all_moments_of_a_plan_have_a_phase_and_only_the_driver_and_margins_are_no_tensors():
+    texts = Texts.of(np.random.default_rng().integers(10, 2000, 50), source="drawn")
+    recipe = load_recipe("llama3_8b_bico", ["model.path=null"])
+    memory = make_plan(recipe, DEVICES["h100-80g"], nodes=1, ranks_per_node=8, texts=texts).memory
+    assert {*planned_phases(memory)} == {"forward", "backward", "update"}
+    others = {item.name for moment in memory.moments for item in moment.items if not item.is_tensor}
+    assert others == {"CUDA context", "NCCL", "allocator's margin"}
 
 
 def test_a_phase_is_planned_by_its_largest_moment_and_by_tensors_alone():

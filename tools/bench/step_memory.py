@@ -20,8 +20,15 @@ from bico_ds.planner.workload import MicroBatch
 
 GB = 1e9
 PHASES = ("forward", "backward", "update")
-# The phase of a step to which a moment of the plan belongs, where that is not the backward pass.
-PHASE_OF = {"head": "forward", "optimizer": "update"}
+# The phase of a step to which each moment of a plan belongs.
+PHASE_OF = {
+    "forward pass": "forward",
+    "head": "forward",
+    "gradient of the head": "backward",
+    "backward of a layer": "backward",
+    "end of the backward pass": "backward",
+    "optimizer": "update",
+}
 # The lines of the table of what is there between steps, by a word in the names of the plan's items.
 WORDS = {"fp32 masters": "master", "moments": "moments", "parameters": "weights"}
 REST = "gradients, buckets and the rest"
@@ -93,7 +100,7 @@ def planned_phases(plan: MemoryPlan) -> dict[str, Range]:
     """The largest moment of each phase."""
     found: dict[str, Range] = {}
     for moment in plan.moments:
-        phase = PHASE_OF.get(moment.name, "backward")
+        phase = PHASE_OF[moment.name]
         size = of_tensors(moment.items)
         known = found.get(phase, size)
         found[phase] = Range(max(known.low, size.low), max(known.high, size.high))

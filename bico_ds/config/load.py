@@ -34,8 +34,8 @@ class Origin:
 
 
 @dataclass
-class _Tree:
-    """A plain tree of values, and where each key was written."""
+class MappingFile:
+    """A plain tree of values, and where each key was written; `()` is the key of the whole file."""
 
     values: dict[str, Any]
     origins: dict[KeyPath, Origin]
@@ -75,7 +75,7 @@ def recorded_recipe(values: dict[str, Any], file: Path, *, objectives: bool = Tr
     """
     if not objectives:
         values = {**values, "objectives": [{"kind": "ntp"}]}
-    return _validated(_Tree(values, {(): Origin(str(file), 0)}))
+    return _validated(MappingFile(values, {(): Origin(str(file), 0)}))
 
 
 def find_recipe(name_or_path: str, *, beside: Path | None = None) -> Path:
@@ -110,7 +110,7 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
 
 
-def _import_modules(tree: _Tree) -> None:
+def _import_modules(tree: MappingFile) -> None:
     """The user's own modules, before validation: a recipe may name objectives that only they know."""
     names = tree.values.get("imports")
     for index, name in enumerate(names if isinstance(names, list) else ()):
@@ -121,7 +121,7 @@ def _import_modules(tree: _Tree) -> None:
             import_module(WrittenPath(name, where=_where(key, tree.origins)), recipe_folder=folder)
 
 
-def _validated(tree: _Tree) -> Recipe:
+def _validated(tree: MappingFile) -> Recipe:
     try:
         recipe = Recipe.model_validate(tree.values)
     except ValidationError as error:
@@ -149,11 +149,11 @@ def _where(key: KeyPath, origins: dict[KeyPath, Origin]) -> str:
     return f"{origin}: {dotted}" if origin else dotted
 
 
-def _load_file(path: Path, *, seen: tuple[Path, ...]) -> _Tree:
+def _load_file(path: Path, *, seen: tuple[Path, ...]) -> MappingFile:
     if path.resolve() in seen:
         chain = " -> ".join(p.name for p in (*seen, path))
         raise UserError(f"recipes extend each other in a circle: {chain}")
-    tree = _parse(path)
+    tree = read_mapping(path, f"a recipe is a mapping of keys, as in {RECIPES / 'tiny_bico.yaml'}")
     base_name = tree.values.pop("extends", None)
     if base_name is None:
         return tree
@@ -167,7 +167,11 @@ def _load_file(path: Path, *, seen: tuple[Path, ...]) -> _Tree:
     return _merge(_load_file(base_path, seen=(*seen, path.resolve())), tree)
 
 
-def _parse(path: Path) -> _Tree:
+def read_mapping(path: Path, wanted: str) -> MappingFile:
+    """A YAML file that holds one mapping of keys, not validated. `wanted` ends the error about a file that holds none.
+
+    Raises `UserError` with file and line.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         loader = _Loader(text)
@@ -180,8 +184,8 @@ def _parse(path: Path) -> _Tree:
         raise UserError(f"{origin}: not valid YAML: {error.problem or error.context}") from None
     origins: dict[KeyPath, Origin] = {}
     if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{path}: a recipe is a mapping of keys, as in {RECIPES / 'tiny_bico.yaml'}")
-    return _Tree(_construct(loader, node, (), str(path), origins), origins)
+        raise UserError(f"{path}: {wanted}")
+    return MappingFile(_construct(loader, node, (), str(path), origins), origins)
 
 
 def _construct(
@@ -202,11 +206,11 @@ def _construct(
     return loader.construct_object(node)
 
 
-def _merge(base: _Tree, top: _Tree) -> _Tree:
+def _merge(base: MappingFile, top: MappingFile) -> MappingFile:
     """Mappings merge key by key; lists and scalars of `top` replace those of `base`."""
     values = merge_mappings(base.values, top.values)
     origins = {key: origin for key, origin in base.origins.items() if not _replaced(key, top.values)}
-    return _Tree(values, origins | top.origins)
+    return MappingFile(values, origins | top.origins)
 
 
 def merge_mappings(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -228,7 +232,7 @@ def _replaced(key: KeyPath, values: Any) -> bool:
     return False
 
 
-def _apply_override(tree: _Tree, override: str) -> None:
+def _apply_override(tree: MappingFile, override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path.strip():
         raise UserError(f"--set {override!r}: expected key.path=value, as in --set optimizer.lr=1e-4")
@@ -263,7 +267,7 @@ def _child(node: Any, part: str | int, path: KeyPath, *, value: Any = _MISSING) 
     return node[part]
 
 
-def _explain(error: ValidationError, tree: _Tree) -> str:
+def _explain(error: ValidationError, tree: MappingFile) -> str:
     lines: dict[str, str] = {}
     for problem in error.errors():
         key = _real_path(problem["loc"], tree.values)

@@ -4,20 +4,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.config.schema import Recipe
 from bico_ds.planner.architecture import Architecture
-from bico_ds.planner.communication import Transfer
+from bico_ds.planner.communication import Transfer, transfers
+from bico_ds.planner.compute.elementwise import elementwise_bytes, optimizer_bytes
 from bico_ds.planner.deployment import Deployment
-from bico_ds.planner.flops import StepFlops
+from bico_ds.planner.flops import StepFlops, step_flops
 from bico_ds.planner.ranges import Range
 from bico_ds.planner.workload import MicroBatch
+
+# Shares of the data-sheet peaks that are reached, from publications; none is fitted to the runs that
+# docs/benchmarks/planner.md compares with.
+PRODUCT_EFFICIENCY = Range(0.6, 0.8)
+"""Of dense bf16 products. The best shapes reach 0.80 on H100, 0.87 on A100, 0.78 on B200 and 0.60 on MI300X (Bekman, Machine
+Learning Engineering, "Maximum Achievable Matmul FLOPS"); the lower bound, for the shapes of layers, is an assumption."""
+ATTENTION_EFFICIENCY = Range(0.3, 0.7)
+"""Of attention kernels: FlashAttention-2 on H100 0.35 and on A100 0.5 to 0.73, FlashAttention-3 on H100 up to 0.75 (arXiv
+2407.08608, 2307.08691), forward; backward less, and short documents less still, by assumption."""
+MEMORY_EFFICIENCY = Range(0.6, 0.9)
+"""Of a device's memory bandwidth, by kernels that read and write once: an assumption (copies reach about 0.9)."""
+HOST_MEMORY_BANDWIDTH = Range(1e11, 4e11)
+"""Bytes per second of a node's host memory, under DeepSpeed's CPU Adam: an assumption for two sockets."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
     """One optimizer step of an objective; `flops` of all ranks and micro-batches, seconds of wall time.
 
-    `kept_per_second` and `represented_per_second`: tokens per device; `mfu`: of useful operations.
+    `products`, `elementwise`: of a rank's micro-batches. `optimizer`: of the update, and of
+    adding up gradients. `kept_per_second` counts rows through
+    the model and `represented_per_second` original tokens, both per device; `mfu`: of useful operations.
     """
 
     objective: str
@@ -25,6 +42,7 @@ class StepTime:
     flops: StepFlops
     products: Range
     elementwise: Range
+    optimizer: Range
     transfers: tuple[Transfer, ...]
     seconds: Range
     kept_per_second: Range
@@ -35,17 +53,79 @@ class StepTime:
 def step_time(
     recipe: Recipe, architecture: Architecture, deployment: Deployment, batch: MicroBatch
 ) -> StepTime:
-    """STUB"""
-    one = Range(1.0, 2.0)
+    """The time of a step whose micro-batches are all like `batch`.
+
+    Lower bound: the highest efficiencies, and on GPUs transfers hidden behind the products as far as these last. Upper
+    bound: the lowest efficiencies, and everything one after the other. The time of the host (Python, launches of kernels)
+    is not planned: in micro-batches of few rows it may be most of a step.
+    """
+    training, device = recipe.training, deployment.device
+    accumulation = micro_batches_per_rank(
+        training.global_batch_bins, training.micro_batch_bins, deployment.ranks
+    )
+    on_cuda = device.kind == "cuda"
+    flops = step_flops(architecture, recipe.model, batch, on_cuda=on_cuda)
+    peak = device.peak_flops(recipe.model.dtype)
+    products = (
+        _seconds(flops.products, peak, PRODUCT_EFFICIENCY)
+        + _seconds(flops.attention, peak, ATTENTION_EFFICIENCY)
+    ).times(accumulation)
+    moved = elementwise_bytes(architecture, recipe.model, batch, on_cuda=on_cuda)
+    elementwise = _seconds(moved, device.memory_bandwidth, MEMORY_EFFICIENCY).times(accumulation)
+    optimizer = _optimizer_seconds(recipe, architecture, deployment, accumulation)
+    sent = transfers(recipe, architecture, deployment)
+    seconds = _together(products + elementwise, [t.seconds for t in sent], optimizer, overlapped=on_cuda)
+    per_step = accumulation * deployment.ranks
     return StepTime(
         objective=batch.objective,
         probability=batch.probability,
-        flops=StepFlops(useful=1.0, products=1.0, attention=0.0),
-        products=one,
-        elementwise=one,
-        transfers=(),
-        seconds=one,
-        kept_per_second=one,
-        represented_per_second=one,
-        mfu=Range(0.3, 0.4),
+        flops=StepFlops(
+            useful=per_step * flops.useful,
+            products=per_step * flops.products,
+            attention=per_step * flops.attention,
+        ),
+        products=products,
+        elementwise=elementwise,
+        optimizer=optimizer,
+        transfers=sent,
+        seconds=seconds,
+        kept_per_second=_rate(accumulation * batch.rows, seconds),
+        represented_per_second=_rate(accumulation * batch.tokens, seconds),
+        mfu=_rate(accumulation * flops.useful / peak, seconds),
     )
+
+
+def _seconds(work: float, peak: float, efficiency: Range) -> Range:
+    return Range(work / peak / efficiency.high, work / peak / efficiency.low)
+
+
+def _rate(amount: float, seconds: Range) -> Range:
+    return Range(amount / seconds.high, amount / seconds.low)
+
+
+def _together(computed: Range, sent: list[Range], optimizer: Range, *, overlapped: bool) -> Range:
+    low = sum(transfer.low for transfer in sent)
+    hidden = max(computed.low, low) if overlapped else computed.low + low
+    high = computed.high + sum(transfer.high for transfer in sent)
+    return Range(hidden + optimizer.low, high + optimizer.high)
+
+
+def _optimizer_seconds(
+    recipe: Recipe, architecture: Architecture, deployment: Deployment, accumulation: int
+) -> Range:
+    """Of the update of a rank's part and of adding up its gradients, bound by memory.
+
+    An offloaded optimizer reads and writes its state, reads the gradient and writes the weight in the host's memory, which
+    the ranks of a node share.
+    """
+    zero, trained = deployment.zero, architecture.trained_parameters(recipe.model.lora)
+    partition, is_offloaded = trained / deployment.ranks, zero.offload_optimizer != "none"
+    moved = optimizer_bytes(
+        trained, recipe.model, partition=0 if is_offloaded else partition, micro_batches=accumulation
+    )
+    on_device = _seconds(moved, deployment.device.memory_bandwidth, MEMORY_EFFICIENCY)
+    if not is_offloaded:
+        return on_device
+    weight_bytes = 2 if recipe.model.dtype == "bf16" else 4
+    each = 2 * recipe.optimizer.state.bytes_per_parameter + zero.gradient_bytes + weight_bytes
+    return on_device + _seconds(each * partition * deployment.ranks_per_node, 1.0, HOST_MEMORY_BANDWIDTH)

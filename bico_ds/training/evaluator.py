@@ -24,13 +24,12 @@ from bico_ds.evaluation.run_tasks import GenerationOptions, evaluate
 from bico_ds.evaluation.scoring.choice import choice_test
 from bico_ds.evaluation.scoring.share import PromptShare
 from bico_ds.model.weights.materialize import full_numel, is_partitioned
+from bico_ds.planner.run_time import REPLICA_PARAMETERS
 from bico_ds.runtime.distributed import Ranks
 from bico_ds.runtime.run_folder import RunFolder
 from bico_ds.runtime.signals import StopFlag
 from bico_ds.training.assembly import RunInputs
 
-# A bf16 copy of this many parameters fits beside a training state on an 80 GB GPU; larger models generate partitioned.
-REPLICA_PARAMETERS = 4_000_000_000
 # Training waits while its texts are searched for the questions: a minute or two for so many tokens per rank.
 SEARCHED_TOKENS = 100_000_000
 

@@ -22,12 +22,16 @@ Pass = Literal["forward", "recomputed", "backward"]
 
 @dataclass(frozen=True, kw_only=True)
 class Visit:
-    """One module in one pass: its weights are gathered before it (`fetches`) and let go after it (`releases`)."""
+    """One module in one pass: its weights are gathered before it (`fetches`) and let go after it (`releases`).
+
+    `drops`: let go after it, even if they are used soon.
+    """
 
     module: Module
     during: Pass
     fetches: bool = True
     releases: bool = True
+    drops: tuple[Parameter, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,8 @@ def visits(modules: Sequence[Module], recompute_every: int) -> Iterator[Visit]:
     """A micro-batch's modules, forward and backward.
 
     A layer is recomputed when the backward pass of its last module needs what was not kept, and only as far as to that
-    module (torch.utils.checkpoint stops early).
+    module (torch.utils.checkpoint stops early). Frozen weights that it gathers belong to that module, and go with it
+    (`update_recompute_parameters`); the layer's other modules gather them again.
     """
     for module in modules:
         yield Visit(module=module, during="forward")
@@ -59,7 +64,14 @@ def visits(modules: Sequence[Module], recompute_every: int) -> Iterator[Visit]:
         yield Visit(module=backward[0], during="recomputed", releases=False)
         for module in reversed(layer_modules):
             yield Visit(module=module, during="recomputed", releases=module is not backward[0])
-        yield Visit(module=backward[0], during="backward", fetches=False, releases=backward[0].passes_on)
+        frozen = tuple(p for module in layer_modules for p in module.parameters if not p.trained)
+        yield Visit(
+            module=backward[0],
+            during="backward",
+            fetches=False,
+            releases=backward[0].passes_on,
+            drops=frozen,
+        )
         yield from (_backward(module) for module in backward[1:])
 
 
@@ -75,6 +87,8 @@ def gathered(order: Sequence[Visit], zero: Zero, ranks: int) -> Iterator[Held]:
         yield Held(visit=visit, elements=coordinator.peak if ranks > 1 else 0, fetched=fetched)
         if visit.releases:
             coordinator.release(visit.module)
+        for parameter in visit.drops:
+            coordinator.drop(parameter)
         coordinator.peak = coordinator.held
 
 
@@ -124,9 +138,14 @@ class _Coordinator:
         """Let go of a module's parameters, but not of those that are used again soon, or that prefetching has passed by."""
         for parameter in module.parameters:
             passed_by = self.fetched_for.get(parameter, -1) > self.step
-            if parameter in self.available and not passed_by and not self._is_used_soon(parameter):
-                del self.available[parameter]
-                self.live -= parameter.elements
+            if not passed_by and not self._is_used_soon(parameter):
+                self.drop(parameter)
+
+    def drop(self, parameter: Parameter) -> None:
+        """Let go of one parameter, if it is there."""
+        if parameter in self.available:
+            del self.available[parameter]
+            self.live -= parameter.elements
 
     def _is_persistent(self, parameter: Parameter) -> bool:
         return parameter.elements <= self.zero.persistence_threshold

@@ -62,7 +62,7 @@ class AttentionPlan:
     `live_document` int64 [num_live]: each live row's document. `live_split` int64 [num_live]: how many
     kept tokens of it lie at or before the row's position.
 
-    `digest` tells plans of other documents or other live rows apart.
+    `num_pairs` counts the (query, key) pairs of which the query sees the key, per head and layer. `digest` tells plans of other documents or other live rows apart.
     """
 
     mode: Mode
@@ -76,6 +76,7 @@ class AttentionPlan:
     live_split: Tensor
     num_kept: int
     num_live: int
+    num_pairs: int
     digest: int
 
     @property
@@ -160,8 +161,15 @@ def build_plan(
         live_split=torch.from_numpy(split),
         num_kept=int(cu_seqlens[-1]),
         num_live=document.size,
+        num_pairs=_visible_pairs(mode, kept, document),
         digest=zlib.crc32(np.concatenate([kept, document, split]).tobytes()),
     )
+
+
+def _visible_pairs(mode: Mode, kept: NDArray[np.int64], live_document: NDArray[np.int64]) -> int:
+    if mode == "causal":
+        return int((kept * (kept + 1) // 2).sum())
+    return int((kept * kept).sum() + kept[live_document].sum())
 
 
 def _as_int64(values: Lengths, name: str) -> NDArray[np.int64]:

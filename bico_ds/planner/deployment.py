@@ -32,7 +32,7 @@ class Zero:
     prefetch_bucket: int
     persistence_threshold: int
     max_live_parameters: int
-    max_reuse_distance: int = 1_000_000_000
+    max_reuse_distance: int
     sub_group_size: int
     overlap_comm: bool
     contiguous_gradients: bool

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 
+from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.config.schema import Recipe
+from bico_ds.planner.activations import ActivationMemory, activation_memory
 from bico_ds.planner.architecture import Architecture
 from bico_ds.planner.deployment import Deployment
 from bico_ds.planner.items import Item, total
 from bico_ds.planner.ranges import Range
 from bico_ds.planner.workload import MicroBatch
+from bico_ds.planner.zero.gathering import Visit, gathered, visits
+from bico_ds.planner.zero.modules import Module, modules_of, parameters_of
+from bico_ds.planner.zero.reduction import Bucket, Gradients
+from bico_ds.planner.zero.states import States
+
+# Bytes beside the caching allocator, as reported upstream: pytorch#107667 (300 MB, over 1,000 MB with all kernels loaded);
+# per group of ranks nccl#964 (544 and 688 MB on 4 A100) and nccl#864 (1.6 GB, the context perhaps among it).
+CUDA_CONTEXT = Range(0.3e9, 1.0e9)
+NCCL_GROUP = Range(0.0, 1.6e9)
+# Reserved and not allocated, by the caching allocator: GMLake (arXiv 2401.08156) gets rid of 15 % in the mean of its
+# trainings of eight LLMs with ZeRO-3, recomputation, LoRA and offload, of up to 33 %.
+FRAGMENTATION = 0.15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +68,183 @@ class MemoryPlan:
 def device_memory(
     recipe: Recipe, architecture: Architecture, deployment: Deployment, batches: Sequence[MicroBatch]
 ) -> MemoryPlan:
-    """STUB"""
-    states = Item(
-        name="states",
-        bytes=Range.exactly(18 * architecture.trained_parameters(recipe.model.lora) / deployment.ranks),
+    """One rank's device, item by item: DeepSpeed's states (`zero.states`), gathered weights (`zero.gathering`), gradients
+    (`zero.reduction`) and activations (`activations`).
+
+    Moments of each objective: the head at the end of the forward pass, the reduction of the head's gradient, the backward
+    pass of the layer that needs most, its end, and the optimizer's step.
+    """
+    lora = recipe.model.lora
+    modules = modules_of(architecture, lora)
+    states = States(
+        parameters=parameters_of(modules),
+        optimizer=recipe.optimizer.state,
+        deployment=deployment,
+        size=2 if recipe.model.dtype == "bf16" else 4,
+        micro_batches=micro_batches_per_rank(
+            recipe.training.global_batch_bins, recipe.training.micro_batch_bins, deployment.ranks
+        ),
     )
-    moment = Moment(name="backward of a layer", objective=batches[0].objective, items=(states,))
-    return MemoryPlan(resident=(states,), moments=(moment,), available=deployment.device.memory_bytes)
+    resident = tuple(item for item in (*states.resident(), *_context(deployment)) if item.bytes.high > 0)
+    replay = _Replay(recipe, modules, states)
+    moments = []
+    for batch in batches:
+        rows = activation_memory(
+            architecture,
+            recipe.model,
+            batch,
+            on_cuda=deployment.device.kind == "cuda",
+            zero3=deployment.zero.stage == 3,
+        )
+        moments += [
+            Moment(name=name, objective=batch.objective, items=_with_margin((*resident, *items), deployment))
+            for name, items in replay.moments(rows)
+        ]
+    return MemoryPlan(resident=resident, moments=tuple(moments), available=deployment.device.memory_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Point:
+    """Bytes while one module runs; of its layer's forward pass so much is `done`."""
+
+    module: Module
+    gathered: float
+    gradients: Gradients
+    done: float = 1.0
+
+
+class _Replay:
+    """A micro-batch, in the order in which DeepSpeed goes through the modules: gathered weights, and gradients."""
+
+    def __init__(self, recipe: Recipe, modules: Sequence[Module], states: States) -> None:
+        self.states, self.modules, self.head = states, modules, modules[-1]
+        order = list(visits(modules, recipe.model.activation_checkpointing))
+        held = [0] * len(order)
+        if states.zero.stage == 3:
+            held = [point.elements for point in gathered(order, states.zero, states.ranks)]
+        sizes = [states.size * elements for elements in held]
+        self.in_forward = list(states.of_forward())
+        self.in_backward = {there: list(states.of_backward(partition=there)) for there in (False, True)}
+        self.last_layer = max(module.layer or 0 for module in modules)
+        forward = list(_forward_points(modules, sizes[: len(modules)]))
+        self.forward = _unlike(reversed(forward))[::-1]
+        self.backward = _unlike(self._backward(order[len(modules) :], sizes[len(modules) :]))
+
+    def _new(self, module: Module) -> int:
+        return sum(self.states.size * p.elements for p in module.parameters if p.trained)
+
+    def _backward(self, order: Sequence[Visit], sizes: Sequence[float]) -> Iterator[_Point]:
+        """Autograd adds up the gradients of a tied weight before it hands them over, which is at the embedding."""
+        states = self.states
+        bucket = Bucket(
+            states.zero,
+            states.ranks,
+            states.size,
+            states.parameters,
+            over_gloo=states.deployment.device.kind == "cpu",
+        )
+        tied = self.head.parameters == self.modules[0].parameters
+        kept, size = 0, 0.0
+        for visit, size in zip(order, sizes, strict=True):
+            module, new = visit.module, 0 if visit.during == "recomputed" else self._new(visit.module)
+            yield _Point(module=module, gathered=size, gradients=bucket.now(kept + new))
+            if module is self.head and tied:
+                kept = new
+            elif new:
+                for parameter in module.parameters:
+                    yield _Point(module=module, gathered=size, gradients=bucket.add(parameter))
+        yield _Point(module=self.modules[0], gathered=size, gradients=bucket.flush(bucket.now()))
+
+    def moments(self, rows: ActivationMemory) -> Iterator[tuple[str, list[Item]]]:
+        """Each moment's items beside the resident ones: of all points that are called alike, the one with the most."""
+        found: dict[str, list[Item]] = {}
+        for name, items in (*self._forward(rows), *(self._at(point, rows) for point in self.backward)):
+            if name not in found or total(items).high > total(found[name]).high:
+                found[name] = items
+        found["optimizer"] = list(self.states.of_step())
+        for name, items in found.items():
+            yield name, [item for item in items if item.bytes.high > 0]
+
+    def _forward(self, rows: ActivationMemory) -> Iterator[tuple[str, list[Item]]]:
+        head = _item(
+            "gradient of the head", self._new(self.head), "in the model's dtype: bico_ds/model/head.py"
+        )
+        for point in self.forward:
+            weights = [*self.in_forward, _gathered(point.gathered)]
+            if point.module is self.head:
+                yield "head", [*weights, head, *rows.kept, *rows.in_head]
+            else:
+                running = _share(rows.in_head[:1], point.done)
+                yield "forward pass", [*weights, *self._kept(rows, point.module), *running]
+
+    def _kept(self, rows: ActivationMemory, module: Module) -> list[Item]:
+        """What is kept of the rows where a module runs: in proportion to the layers before it."""
+        share = 0.0 if module is self.modules[0] else 1.0
+        if module.layer is not None and self.last_layer > 0:
+            share = module.layer / self.last_layer
+        return _share(rows.kept, share)
+
+    def _at(self, point: _Point, rows: ActivationMemory) -> tuple[str, list[Item]]:
+        """The moment that a point of the backward pass belongs to, and its items."""
+        weights = [
+            *self.in_backward[point.gradients.partition],
+            _gathered(point.gathered),
+            _item("whole gradients", point.gradients.whole, "until they are in a bucket, or reduced"),
+            _item("copies for the reduction", point.gradients.copies, "in the type of communication"),
+        ]
+        if point.module.layer is not None:
+            return "backward of a layer", [*weights, *self._kept(rows, point.module), *rows.in_layer]
+        if point.module is self.modules[0]:
+            return "end of the backward pass", weights
+        return "gradient of the head", [*weights, *rows.kept, *rows.in_head[:1]]
+
+
+def _forward_points(modules: Sequence[Module], sizes: Sequence[float]) -> Iterator[_Point]:
+    """The layer that runs is taken for as far as its modules are."""
+    for layer, group in groupby(zip(modules, sizes, strict=True), key=lambda pair: pair[0].layer):
+        pairs = list(group)
+        for number, (module, size) in enumerate(pairs, start=1):
+            done = number / len(pairs) if layer is not None else 0.0
+            yield _Point(module=module, gathered=size, gradients=Gradients(whole=0), done=done)
+
+
+def _unlike(points: Iterable[_Point]) -> list[_Point]:
+    """Of points that differ by their layer alone the first: they come from the last layer on, where most rows are kept."""
+    found: dict[object, _Point] = {}
+    for point in points:
+        kind = point.module.name if point.module.layer is None else "layer"
+        found.setdefault((kind, point.gathered, point.gradients, point.done), point)
+    return list(found.values())
+
+
+def _context(deployment: Deployment) -> Iterator[Item]:
+    """What is on a GPU beside tensors."""
+    if deployment.device.kind == "cuda":
+        yield Item(
+            name="CUDA context", bytes=CUDA_CONTEXT, how="pytorch#107667: with and without lazy loading"
+        )
+        if deployment.ranks > 1:
+            groups = 1 if deployment.zero.secondary_ranks is None else 2
+            yield Item(
+                name="NCCL", bytes=NCCL_GROUP.times(groups), how=f"nccl#964, nccl#864: {groups} groups"
+            )
+
+
+def _with_margin(items: tuple[Item, ...], deployment: Deployment) -> tuple[Item, ...]:
+    if deployment.device.kind != "cuda":
+        return items
+    margin = FRAGMENTATION / (1 - FRAGMENTATION) * total(items).high
+    how = f"{FRAGMENTATION:.0%} of what is reserved: the mean of GMLake (arXiv 2401.08156)"
+    return (*items, Item(name="allocator's margin", bytes=Range(0.0, margin), how=how))
+
+
+def _share(items: Sequence[Item], share: float) -> list[Item]:
+    return [replace(item, bytes=item.bytes.times(share)) for item in items]
+
+
+def _gathered(size: float) -> Item:
+    return _item("gathered weights", size, "partitioned_param_coordinator.py, replayed")
+
+
+def _item(name: str, size: float, how: str) -> Item:
+    return Item(name=name, bytes=Range.exactly(size), how=how)

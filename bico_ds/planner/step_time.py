@@ -8,8 +8,9 @@ from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.config.schema import Recipe
 from bico_ds.planner.architecture import Architecture
 from bico_ds.planner.communication import Transfer, transfers
+from bico_ds.planner.compute.elementwise import elementwise_bytes, optimizer_bytes
 from bico_ds.planner.deployment import Deployment
-from bico_ds.planner.flops import StepFlops, elementwise_bytes, step_flops
+from bico_ds.planner.flops import StepFlops, step_flops
 from bico_ds.planner.ranges import Range
 from bico_ds.planner.workload import MicroBatch
 
@@ -31,7 +32,8 @@ HOST_MEMORY_BANDWIDTH = Range(1e11, 4e11)
 class StepTime:
     """One optimizer step of an objective; `flops` of all ranks and micro-batches, seconds of wall time.
 
-    `products`, `elementwise`: of a rank's micro-batches. `optimizer`: of the update. `kept_per_second` counts rows through
+    `products`, `elementwise`: of a rank's micro-batches. `optimizer`: of the update, and of
+    adding up gradients. `kept_per_second` counts rows through
     the model and `represented_per_second` original tokens, both per device; `mfu`: of useful operations.
     """
 
@@ -61,19 +63,18 @@ def step_time(
     accumulation = micro_batches_per_rank(
         training.global_batch_bins, training.micro_batch_bins, deployment.ranks
     )
-    flops = step_flops(architecture, recipe.model, batch)
+    on_cuda = device.kind == "cuda"
+    flops = step_flops(architecture, recipe.model, batch, on_cuda=on_cuda)
     peak = device.peak_flops(recipe.model.dtype)
     products = (
         _seconds(flops.products, peak, PRODUCT_EFFICIENCY)
         + _seconds(flops.attention, peak, ATTENTION_EFFICIENCY)
     ).times(accumulation)
-    moved = elementwise_bytes(architecture, recipe.model, batch)
+    moved = elementwise_bytes(architecture, recipe.model, batch, on_cuda=on_cuda)
     elementwise = _seconds(moved, device.memory_bandwidth, MEMORY_EFFICIENCY).times(accumulation)
-    optimizer = _optimizer_seconds(recipe, architecture, deployment)
+    optimizer = _optimizer_seconds(recipe, architecture, deployment, accumulation)
     sent = transfers(recipe, architecture, deployment)
-    seconds = _together(
-        products + elementwise, [t.seconds for t in sent], optimizer, overlapped=device.kind == "cuda"
-    )
+    seconds = _together(products + elementwise, [t.seconds for t in sent], optimizer, overlapped=on_cuda)
     per_step = accumulation * deployment.ranks
     return StepTime(
         objective=batch.objective,
@@ -109,14 +110,22 @@ def _together(computed: Range, sent: list[Range], optimizer: Range, *, overlappe
     return Range(hidden + optimizer.low, high + optimizer.high)
 
 
-def _optimizer_seconds(recipe: Recipe, architecture: Architecture, deployment: Deployment) -> Range:
-    """Of the update of a rank's part, bound by memory: its state is read and written, the gradient read, the weight written.
+def _optimizer_seconds(
+    recipe: Recipe, architecture: Architecture, deployment: Deployment, accumulation: int
+) -> Range:
+    """Of the update of a rank's part and of adding up its gradients, bound by memory.
 
-    The host's memory is shared by the ranks of a node, where the optimizer is offloaded.
+    An offloaded optimizer reads and writes its state, reads the gradient and writes the weight in the host's memory, which
+    the ranks of a node share.
     """
-    zero, weight_bytes = deployment.zero, 2 if recipe.model.dtype == "bf16" else 4
+    zero, trained = deployment.zero, architecture.trained_parameters(recipe.model.lora)
+    partition, is_offloaded = trained / deployment.ranks, zero.offload_optimizer != "none"
+    moved = optimizer_bytes(
+        trained, recipe.model, partition=0 if is_offloaded else partition, micro_batches=accumulation
+    )
+    on_device = _seconds(moved, deployment.device.memory_bandwidth, MEMORY_EFFICIENCY)
+    if not is_offloaded:
+        return on_device
+    weight_bytes = 2 if recipe.model.dtype == "bf16" else 4
     each = 2 * recipe.optimizer.state.bytes_per_parameter + zero.gradient_bytes + weight_bytes
-    moved = each * architecture.trained_parameters(recipe.model.lora) / deployment.ranks
-    if zero.offload_optimizer == "none":
-        return _seconds(moved, deployment.device.memory_bandwidth, MEMORY_EFFICIENCY)
-    return _seconds(moved * deployment.ranks_per_node, 1.0, HOST_MEMORY_BANDWIDTH)
+    return on_device + _seconds(each * partition * deployment.ranks_per_node, 1.0, HOST_MEMORY_BANDWIDTH)

@@ -54,9 +54,9 @@ def release_freed_pages() -> None:
     by this rank's part of a quarter of the machine's memory.
     """
     malloc_trim = getattr(_libc(), "malloc_trim", None)
-    if malloc_trim is not None and _growth().is_too_much(_resident_bytes()):
+    if malloc_trim is not None and _growth().is_too_much(anonymous_bytes()):
         malloc_trim(0)
-        _growth().released(_resident_bytes())
+        _growth().released(anonymous_bytes())
 
 
 @dataclass(kw_only=True)
@@ -84,11 +84,11 @@ def _growth() -> _Growth:
     """Of this process. Where no launcher tells the ranks of this machine, all ranks count: a smaller part for each."""
     ranks = launch_environment.ranks_per_node() or launch_environment.world_size()
     most = int(_memory_limit() * _SHARE_OF_MEMORY) // ranks
-    return _Growth(level=_resident_bytes(), allowed=min(FREED_BYTES, most), most=most)
+    return _Growth(level=anonymous_bytes(), allowed=min(FREED_BYTES, most), most=most)
 
 
-def _resident_bytes() -> int:
-    """Of this process, without the pages of mapped files: those are the system's to take."""
+def anonymous_bytes() -> int:
+    """Resident memory of this process, without the pages of mapped files: those are the system's to take."""
     _, resident, shared, *_ = Path("/proc/self/statm").read_text(encoding="ascii").split()
     return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
 

@@ -151,6 +151,7 @@ class Trainer:
             seconds=time.perf_counter() - started,
             wait_seconds=totals[3] / ranks.world_size,
             sources=self.consumed.by_source(),
+            pairs=int(totals[4]),
             applied=applied,
             is_spike=applied and self._look_for_spike(rank_step, losses, loss, grad_norm),
         )
@@ -175,6 +176,7 @@ class Trainer:
             seconds=time.perf_counter() - started,
             wait_seconds=wait_seconds / ranks.world_size,
             sources=self.consumed.by_source(),
+            pairs=0,
             applied=False,
         )
 
@@ -196,8 +198,9 @@ class Trainer:
     def _totals(self, batches: Sequence[PackedBatch], losses: torch.Tensor, waited: float) -> list[float]:
         rows = sum(len(batch.input_ids) for batch in batches)
         represented = sum(batch.represented_tokens for batch in batches)
+        pairs = sum(batch.plan.num_pairs for batch in batches)
         return all_reduce_sum(
-            [losses.double().sum().item(), rows, represented, waited], self.run.ranks.device
+            [losses.double().sum().item(), rows, represented, waited, pairs], self.run.ranks.device
         )
 
     def _update(

@@ -55,7 +55,7 @@ host_memory.FREED_BYTES = 200 << 20
 assert host_memory.keep_freed_pages()
 libc = ctypes.CDLL(None)
 libc.malloc.restype = libc.realloc.restype = ctypes.c_void_p
-resident = lambda: host_memory._resident_bytes() >> 20
+resident = lambda: host_memory.anonymous_bytes() >> 20
 before, most = resident(), 0
 for step in range(60):
     size = (2 << 20) + (step << 13)

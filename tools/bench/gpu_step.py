@@ -21,6 +21,7 @@ from typing import Any
 
 import this_checkout  # noqa: F401  first on sys.path
 import torch
+from step_flops import flops_of_step, head_share
 from step_profile import StepProfile, host_waits, profile_step
 from step_shapes import (
     FIXED,
@@ -136,14 +137,14 @@ class StepBench:
 
     def figures(self, name: str, kind: str, length: int, batch: PackedBatch, steps: Steps) -> dict[str, Any]:
         seconds = steps.median_seconds
-        tflops = self.bench.flops.of_step(batch) / seconds / 1e12
+        tflops = flops_of_step(self.bench.recipe.model, batch) / seconds / 1e12
         return {
             "kind": kind,
             "length": length,
             "backend": name,
             "rows": len(batch.input_ids),
             "targets": len(batch.targets),
-            "head_share": round(self.bench.flops.head_share(batch), 4),
+            "head_share": round(head_share(self.bench.recipe.model, batch), 4),
             "ms": round(1e3 * seconds, 2),
             "slowest_ms": round(1e3 * max(steps.seconds), 2),
             "tokens_per_s": round(batch.represented_tokens / seconds),

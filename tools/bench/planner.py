@@ -186,7 +186,7 @@ def _memory_table(found: list[Compared]) -> str:
 
 
 def _source_list(found: list[Compared]) -> str:
-    return "\n".join(f"- {one.run.name}: {one.run.source}. {one.run.differs}." for one in found)
+    return "\n".join(f"- **{one.run.name}**: {one.run.source}. There: {one.run.differs}." for one in found)
 
 
 def _span(values: Range, form: str) -> str:

@@ -33,7 +33,7 @@ class PublishedRun:
     name: str
     source: str
     architecture: Architecture
-    lora_rank: int | None
+    lora: str | None
     recompute: bool
     device: Device
     gpus: int
@@ -48,11 +48,10 @@ class PublishedRun:
 
     def recipe(self) -> Recipe:
         """Next-token prediction of full sequences, under ZeRO-3."""
-        lora = None if self.lora_rank is None else f"{{rank: {self.lora_rank}, alpha: 32}}"
         return load_recipe(
             "llama3_8b_ntp",
             [
-                f"model.lora={lora or 'null'}",
+                f"model.lora={self.lora or 'null'}",
                 f"model.activation_checkpointing={int(self.recompute)}",
                 f"data.capacity={self.length}",
                 f"training.micro_batch_bins={self.sequences}",
@@ -136,9 +135,18 @@ _GRAND_TETON = replace(
     memory_bandwidth=2.4e12,
     source="torchtitan's page: 96 GB, 2.4 TB/s, 400 Gb/s; the data sheet's peak, although the power limit is 500 W of 700",
 )
-_FOUNDRY = "llm-foundry, scripts/train/benchmarking/README.md at 061f2c7, H100 80GB BF16"
-_AUTOMODEL = "NeMo AutoModel, docs/performance-summary.mdx at 36044ad, DGX-H100 BF16"
-_TITAN = "torchtitan, benchmarks/asyncTP_llama3_h100_2025-06_torchtitan.md at b5bcd76"
+_FOUNDRY = (
+    "https://github.com/mosaicml/llm-foundry/blob/061f2c7ce64e655100286584a7629e2a09f827ba/"
+    "scripts/train/benchmarking/README.md (H100 80GB BF16)"
+)
+_AUTOMODEL = (
+    "https://github.com/NVIDIA-NeMo/Automodel/blob/36044ad3d139363fb6c73c24af2e7c6b65ec52f6/"
+    "docs/performance-summary.mdx (DGX-H100, BF16), and the configuration that it names"
+)
+_TITAN = (
+    "https://github.com/pytorch/torchtitan/blob/b5bcd76c66d0acb1a08b176d9639425bc55e0b2a/"
+    "benchmarks/asyncTP_llama3_h100_2025-06_torchtitan.md (bfloat16, async TP)"
+)
 
 
 def published_runs() -> tuple[PublishedRun, ...]:
@@ -149,7 +157,7 @@ def published_runs() -> tuple[PublishedRun, ...]:
             name="MPT-70B, 64 GPUs",
             source=_FOUNDRY,
             architecture=mpt_70b(),
-            lora_rank=None,
+            lora=None,
             recompute=True,
             device=_H100,
             gpus=64,
@@ -166,7 +174,7 @@ def published_runs() -> tuple[PublishedRun, ...]:
             name="Llama-3 70B, 64 GPUs",
             source=_AUTOMODEL,
             architecture=llama_70b,
-            lora_rank=None,
+            lora=None,
             recompute=True,
             device=_H100,
             gpus=64,
@@ -183,24 +191,24 @@ def published_runs() -> tuple[PublishedRun, ...]:
             name="Llama-3 8B, LoRA, 1 GPU",
             source=_AUTOMODEL,
             architecture=llama_8b,
-            lora_rank=16,
+            lora="{rank: 16, alpha: 32, dropout: 0.1}",
             recompute=False,
             device=_H100,
             gpus=1,
             length=4096,
-            sequences=2,
-            accumulation=16,
+            sequences=1,
+            accumulation=32,
             tokens_per_second=12472.87,
             mfu=402 / 989,
             convention="4 N",
             operations=four_per_parameter,
-            differs="kernels of Transformer Engine and Triton",
+            differs="micro-batches of 2, for which ours has no room; kernels of Transformer Engine and Triton",
         ),
         PublishedRun(
             name="Llama-3 70B, LoRA, 8 GPUs",
             source=_AUTOMODEL,
             architecture=llama_70b,
-            lora_rank=16,
+            lora="{rank: 16, alpha: 32, dropout: 0.0}",
             recompute=True,
             device=_H100,
             gpus=8,
@@ -217,7 +225,7 @@ def published_runs() -> tuple[PublishedRun, ...]:
             name="Llama-3.1 70B, 256 GPUs",
             source=_TITAN,
             architecture=llama_70b,
-            lora_rank=None,
+            lora=None,
             recompute=True,
             device=_GRAND_TETON,
             gpus=256,

@@ -21,7 +21,6 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from step_flops import ModelFlops, peak_tflops
 from step_profile import optimizer_phase
 
 from bico_ds.attention.layout import LayoutPolicy, build_layout
@@ -39,6 +38,7 @@ from bico_ds.model.deepspeed_engine import Engine
 from bico_ds.objectives.base import BatchKey
 from bico_ds.objectives.bico import MaskDenoising
 from bico_ds.objectives.ntp import NextTokenPrediction
+from bico_ds.planner.devices import device_named
 from bico_ds.proof.findings import Findings
 from bico_ds.runtime import deepspeed_ops, distributed
 from bico_ds.training.build_engine import wrap_model
@@ -112,7 +112,6 @@ class Bench:
     engine: Engine
     device: torch.device
     layout_policy: LayoutPolicy | None  # of the recipe's attention backend
-    flops: ModelFlops
     peak_tflops: float | None  # None: not known, or no bf16 model
 
     @property
@@ -279,14 +278,14 @@ def build(
         device=ranks.device,
         longest_document=max(options.lengths),
     )
-    flops = ModelFlops.of(model)
     engine = wrap_model(wrap(model), recipe, ds_config, steps=1000)
     optimizer = type(engine.optimizer.optimizer).__name__
     gpu = torch.cuda.get_device_name() if on_cuda else None
-    peak = peak_tflops(gpu) if gpu is not None and recipe.model.dtype == "bf16" else None
+    known = device_named(gpu) if gpu is not None and recipe.model.dtype == "bf16" else None
+    peak = None if known is None else known.bf16_flops / 1e12
     if peak is not None:
         findings.add_note(
-            f"MFU: model FLOPs, by the convention of step_flops.py, of {peak:g} dense bf16 TFLOP/s ({gpu})"
+            f"MFU: model FLOPs, by the planner's convention, of {peak:g} dense bf16 TFLOP/s ({gpu})"
         )
     elif gpu is not None:
         findings.add_note(f"no MFU: no peak of {recipe.model.dtype} products is known for {gpu}")
@@ -297,7 +296,6 @@ def build(
         engine=engine,
         device=ranks.device,
         layout_policy=policy,
-        flops=flops,
         peak_tflops=peak,
     )
 

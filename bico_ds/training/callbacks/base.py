@@ -34,7 +34,8 @@ class StepReport:
     whole model before clipping, and `learning_rate` that of this update. `applied` is false where no update was made: the
     step has no target (`targets` is 0: nothing went through the model, `loss` and `grad_norm` are NaN), or it was skipped
     (`training.on_nonfinite: skip`: `grad_norm` is NaN, and `loss` may be). `kept_tokens` counts the rows that went
-    through the model (kept tokens and live placeholders), `represented_tokens` the original tokens behind them.
+    through the model (kept tokens and live placeholders), `represented_tokens` the original tokens behind them. `pairs`
+    counts the (query, key) pairs that attention sees, per head and layer; None in a checkpoint of before it was counted.
     `seconds` is the wall time of the step on this rank, `wait_seconds` the part spent waiting for data (mean over ranks).
     `fill` is the fraction of the bins' capacity that is used, as the objective expands documents. `sources` holds what was
     consumed since step 0, by data source: packed sequences (key `rows`) and their tokens. `is_spike`: the loss or the norm
@@ -53,6 +54,7 @@ class StepReport:
     seconds: float
     wait_seconds: float
     sources: dict[str, dict[str, int]] = field(default_factory=dict)
+    pairs: int | None = None
     applied: bool = True
     is_spike: bool = False
 

@@ -1,0 +1,61 @@
+"""The ways to compute attention: their matrix products, and which (query, key) pairs they visit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bico_ds.config.schema import ModelSpec
+from bico_ds.planner.workload import MicroBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """A way to compute attention: its matrix products per (query, key) pair that it visits, forward and backward."""
+
+    name: str
+    forward: int
+    backward: int
+
+
+# Flash kernels (arXiv 2205.14135, algorithms 1 and 4; bico_ds/native/tiles.cpp): scores and mixed values; backward the
+# scores again, and the gradients of weights, values, queries and keys. A pair has one rotation, so it is visited once.
+FLASH = Kernel(name="flash", forward=2, backward=5)
+# bico_ds/attention/triton/backward.py: a kernel per block of queries (scores, gradients of weights and queries), another
+# per block of keys (scores, gradients of weights, values and keys).
+TRITON = Kernel(name="triton", forward=2, backward=7)
+# bico_ds/attention/dense.py: scores by both rotations for every pair, and their gradients for queries and keys.
+DENSE_CAUSAL = Kernel(name="causal tiles", forward=2, backward=5)
+DENSE_BIDIRECTIONAL = Kernel(name="tiles", forward=3, backward=8)
+# bico_ds/attention/oracle.py: both rotations in either mode; autograd keeps the weights.
+ORACLE = Kernel(name="oracle", forward=3, backward=6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visits:
+    """(query, key) pairs that a kernel computes scores of, per query head and layer, visible or not."""
+
+    kernel: Kernel
+    pairs: float
+
+
+def expected_visits(model: ModelSpec, batch: MicroBatch, *, on_cuda: bool) -> tuple[Visits, ...]:
+    """What the kernels of `model.attention_backend` visit in a layer (attention/backends.py and layout.py).
+
+    On a GPU `auto` is a flash kernel for bf16, with dense tiles for live rows, and tiles alone for fp32; on a CPU the fused
+    kernel. Not counted: invisible pairs of the blocks at the diagonal, padding of tiles, hidden keys; so these are a lower
+    bound. Tiles visit the whole square of a causal document. The shares of kept and live queries in the pairs are taken
+    to be those of the rows: with rates drawn per document from [0, 1] that counts twice as many live pairs as there are.
+    """
+    if model.attention_backend == "oracle":
+        return (Visits(kernel=ORACLE, pairs=batch.rows**2),)
+    if not on_cuda:
+        return (Visits(kernel=FLASH, pairs=batch.pairs),)
+    if model.attention_backend == "triton":
+        return (Visits(kernel=TRITON, pairs=batch.pairs),)
+    if model.dtype == "fp32" and batch.mode == "causal":
+        return (Visits(kernel=DENSE_CAUSAL, pairs=2 * batch.pairs - batch.rows),)  # of n (n + 1) / 2 to n²
+    if model.dtype == "fp32":
+        return (Visits(kernel=DENSE_BIDIRECTIONAL, pairs=batch.pairs),)
+    live = batch.pairs * batch.live_rows / batch.rows
+    flash = Visits(kernel=FLASH, pairs=batch.pairs - live)
+    return (flash, Visits(kernel=DENSE_BIDIRECTIONAL, pairs=live)) if live else (flash,)

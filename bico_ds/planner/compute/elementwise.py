@@ -1,0 +1,206 @@
+"""What a training step reads and writes beside its matrix products: elementwise work, which memory bounds.
+
+Each operation is counted as reading every input and writing every output once, as the kernels of eager PyTorch do; what
+is small beside the rows (tables, lse, masks, biases' gradients) is left out. `tests/planner/test_elementwise.py` compares
+with the operations of real steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from bico_ds.config.optimizers import ADAMW
+from bico_ds.config.schema import ModelSpec
+from bico_ds.planner.architecture import Architecture
+from bico_ds.planner.compute.attention import DENSE_BIDIRECTIONAL, DENSE_CAUSAL, FLASH, expected_visits
+from bico_ds.planner.flops import head_repeats_logits, recomputed_layers
+from bico_ds.planner.workload import MicroBatch
+
+_FP32 = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """Reads and writes of each element: in the model's dtype and in fp32. `casts`: from one to the other, both counted.
+
+    A model in fp32 has no casts.
+    """
+
+    own: float = 0
+    wide: float = 0
+    casts: float = 0
+
+    def bytes(self, model: ModelSpec) -> float:
+        size = 2 if model.dtype == "bf16" else _FP32
+        return self.own * size + self.wide * _FP32 + (self.casts * (size + _FP32) if size < _FP32 else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """Something that a layer does to its rows."""
+
+    forward: Passes
+    backward: Passes = Passes()
+
+
+Work: TypeAlias = list[tuple[Operation, float]]  # operations, each with the number of its elements
+
+# RMSNorm of transformers: cast, pow, mean, mul, cast, times the weight. Backward the gradients of both products, of the
+# square root, and of the square, added up; of the weight where it is trained.
+NORM = Operation(forward=Passes(own=2, wide=5, casts=2), backward=Passes(own=6, wide=17, casts=2))
+FROZEN_NORM = Operation(forward=NORM.forward, backward=Passes(own=2, wide=17, casts=2))
+# silu and mul of the gated MLP; backward two products and silu's.
+GATE = Operation(forward=Passes(own=5), backward=Passes(own=9))
+# Two residual additions; backward the sums of gradients where an input is used twice or three times.
+RESIDUAL = Operation(forward=Passes(own=6), backward=Passes(own=15))
+# Of what an adapter adds: the product with its scale, and the sum.
+ADAPTER_OUT = Operation(forward=Passes(own=5), backward=Passes(own=2))
+# Of what it reads: the sum of two gradients. Dropout: in and out, and a mask of one byte.
+ADAPTER_IN = Operation(forward=Passes(), backward=Passes(own=3))
+DROPOUT = Operation(forward=Passes(own=2.5), backward=Passes(own=2.5))
+# bico_ds/native/elementwise.cpp: one pass over memory each.
+FUSED_NORM = Operation(forward=Passes(own=2), backward=Passes(own=3))
+FUSED_GATE = Operation(forward=Passes(own=3), backward=Passes(own=5))
+
+# One flash pass (attention/two_pass.py): q and k rotated, in the backward pass again, and their fp32 gradients rotated back;
+# gradients of q, k and v to fp32 and to the model's dtype.
+ROTATION = Operation(forward=Passes(own=5), backward=Passes(own=5, wide=5))
+PASS_GRADIENTS = Operation(forward=Passes(), backward=Passes(casts=2))
+# The second pass: flipped rows of q, k and v, their gradients added; for queries out gathered, merged and put back, and out
+# and its gradient gathered for the backward pass.
+SECOND_PASS = Operation(forward=Passes(own=2), backward=Passes(own=2, wide=3, casts=1))
+MERGE = Operation(forward=Passes(own=5, wide=5, casts=2), backward=Passes(own=4))
+# Where tiles serve other rows: out put in its place; gradients of keys and values zeroed and put in their place.
+PLACED_QUERIES = Operation(forward=Passes(own=2))
+PLACED_KEYS = Operation(forward=Passes(), backward=Passes(wide=6))
+# Dense tiles (attention/dense.py), per score of a head: both rotations blended, softmax, cast; backward the weights again,
+# the softmax's gradient, and a product per rotation. Then per row: gathered, rotated, results put back.
+SCORE = Operation(forward=Passes(own=6, wide=9, casts=1), backward=Passes(own=10, wide=8, casts=3))
+CAUSAL_SCORE = Operation(forward=Passes(own=3, wide=9, casts=1), backward=Passes(own=5, wide=8, casts=3))
+TILE_QUERIES = Operation(forward=Passes(own=17), backward=Passes(own=32))
+TILE_KEYS = Operation(forward=Passes(own=17), backward=Passes(own=34, wide=12))
+# One kernel for all rows (native/tiles.cpp, attention/triton): inputs read once, results written once, dk and dv in fp32.
+FUSED_QUERIES = Operation(forward=Passes(own=2), backward=Passes(own=4))
+FUSED_KEYS = Operation(forward=Passes(own=2), backward=Passes(own=2, wide=6, casts=2))
+
+# The head (model/head.py), per logit: to fp32, log_softmax, exp, back. Per element of its weight: zeroed and scaled.
+LOGITS = Operation(forward=Passes(own=2, wide=6))
+HEAD_GRADIENT = Operation(forward=Passes(own=1), backward=Passes(own=2))
+# Rows that have a loss are gathered, and their gradients scaled; in the batch's order again.
+LOSS_ROWS = Operation(forward=Passes(own=2), backward=Passes(own=3))
+UNGATHERED = Operation(forward=Passes(), backward=Passes(own=5))
+EMBEDDED = Operation(forward=Passes(own=2), backward=Passes(own=3))
+FROZEN_EMBEDDED = Operation(forward=Passes(own=2))
+EMBEDDING_GRADIENT = Operation(forward=Passes(), backward=Passes(own=1))
+TIED_GRADIENTS = Operation(forward=Passes(), backward=Passes(own=3))
+
+
+def elementwise_bytes(
+    architecture: Architecture, model: ModelSpec, batch: MicroBatch, *, on_cuda: bool = True
+) -> float:
+    """Bytes that a micro-batch reads and writes beside its matrix products, forward, backward and recomputation.
+
+    `on_cuda`: whether it runs on a GPU, or on a CPU that has the fused kernels.
+    """
+    layer = _layer(architecture, model, batch.rows, on_cuda=on_cuda)
+    layer += _attention(architecture, model, batch, on_cuda=on_cuda)
+    again = recomputed_layers(architecture, model)
+    forward, backward = _bytes(layer, model)
+    ends = _bytes(_ends(architecture, model, batch, on_cuda=on_cuda), model)
+    return (architecture.layers + again) * forward + architecture.layers * backward + sum(ends)
+
+
+def optimizer_bytes(parameters: float, model: ModelSpec, *, partition: float, micro_batches: int) -> float:
+    """Bytes that one rank reads and writes beside that in an optimizer step, by DeepSpeed's ZeRO (stage3.py).
+
+    `parameters`: trained ones of the model, whose gradients are copied into the reduction's bucket in every micro-batch;
+    `partition`: those that this rank updates. Per micro-batch it casts and adds their gradients; in the update it flattens
+    them, finds the norm, clips, runs Adam (weight, moments: read and written; the gradient read), and casts the weights.
+    """
+    bucket, accumulate = Passes(own=2), Passes(wide=3, casts=1)
+    states = 2 * ADAMW.bytes_per_parameter / _FP32
+    update = Passes(wide=2 + 1 + 2 + 1 + states, casts=1)
+    gradients = parameters * bucket.bytes(model) + partition * accumulate.bytes(model)
+    return micro_batches * gradients + partition * update.bytes(model)
+
+
+def _bytes(work: Work, model: ModelSpec) -> tuple[float, float]:
+    """Forward and backward."""
+    forward = sum(operation.forward.bytes(model) * elements for operation, elements in work)
+    backward = sum(operation.backward.bytes(model) * elements for operation, elements in work)
+    return forward, backward
+
+
+def _norm(model: ModelSpec, *, on_cuda: bool) -> Operation:
+    if not on_cuda:
+        return FUSED_NORM
+    return NORM if model.lora is None else FROZEN_NORM
+
+
+def _layer(architecture: Architecture, model: ModelSpec, rows: float, *, on_cuda: bool) -> Work:
+    """Of a decoder layer without its attention."""
+    normed = 2 * architecture.hidden
+    if architecture.qk_norms:
+        normed += (architecture.heads + architecture.key_heads) * architecture.head_dim
+    work = [
+        (_norm(model, on_cuda=on_cuda), rows * normed),
+        (GATE if on_cuda else FUSED_GATE, rows * architecture.intermediate),
+        (RESIDUAL, rows * architecture.hidden),
+    ]
+    if model.lora is not None:
+        adapted = architecture.adapted(model.lora)
+        inputs, outputs = sum(linear.inputs for linear in adapted), sum(linear.outputs for linear in adapted)
+        work += [(ADAPTER_IN, rows * inputs), (ADAPTER_OUT, rows * outputs)]
+        if model.lora.dropout:
+            work.append((DROPOUT, rows * inputs))
+    return work
+
+
+def _attention(architecture: Architecture, model: ModelSpec, batch: MicroBatch, *, on_cuda: bool) -> Work:
+    """Of a layer's attention; a tile is taken to hold all keys of its documents, once."""
+    query, key = (heads * architecture.head_dim for heads in (architecture.heads, architecture.key_heads))
+    visits = expected_visits(model, batch, on_cuda=on_cuda)
+    kernels = {visit.kernel for visit in visits}
+    is_tiled = bool(kernels & {DENSE_CAUSAL, DENSE_BIDIRECTIONAL})
+    if not on_cuda or not (is_tiled or FLASH in kernels):
+        return [(FUSED_QUERIES, batch.rows * query), (FUSED_KEYS, batch.rows * key)]
+    work: Work = []
+    if FLASH in kernels:
+        kept = batch.kept_rows
+        rotated, rows = kept * (query + key), kept * (query + 2 * key)
+        work += [(ROTATION, rotated), (PASS_GRADIENTS, rows)]
+        if batch.mode == "bidirectional":
+            work += [(ROTATION, rotated), (SECOND_PASS, rows), (MERGE, kept * query)]
+        if is_tiled:
+            work += [(PLACED_QUERIES, kept * query), (PLACED_KEYS, kept * key)]
+    if is_tiled:
+        queries = batch.live_rows if FLASH in kernels else batch.rows
+        work += [(TILE_QUERIES, queries * query), (TILE_KEYS, batch.kept_rows * key)]
+        scores = {DENSE_CAUSAL: CAUSAL_SCORE, DENSE_BIDIRECTIONAL: SCORE}
+        work += [
+            (scores[visit.kernel], visit.pairs * architecture.heads)
+            for visit in visits
+            if visit.kernel in scores
+        ]
+    return work
+
+
+def _ends(architecture: Architecture, model: ModelSpec, batch: MicroBatch, *, on_cuda: bool) -> Work:
+    """Of the embedding, the last norm, and the head with its loss."""
+    rows, targets = batch.rows * architecture.hidden, batch.head_rows * architecture.hidden
+    logits = batch.head_rows * architecture.vocabulary
+    is_trained = model.lora is None
+    work = [
+        (EMBEDDED if is_trained else FROZEN_EMBEDDED, rows),
+        (_norm(model, on_cuda=on_cuda), rows),
+        (LOSS_ROWS, targets),
+        (UNGATHERED, rows),
+        (LOGITS, logits * (2 if head_repeats_logits(model, batch.head_rows) else 1)),
+    ]
+    if is_trained:
+        work += [(HEAD_GRADIENT, architecture.embedding_parameters)]
+        work += [(EMBEDDING_GRADIENT, architecture.embedding_parameters)]
+        if architecture.tied_head:
+            work += [(TIED_GRADIENTS, architecture.embedding_parameters)]
+    return work

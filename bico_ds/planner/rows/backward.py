@@ -1,0 +1,98 @@
+"""The backward pass from the head through the last decoder layer, replayed for its memory.
+
+Tensors are made and freed in autograd's order. Gradients of weights are not among them.
+"""
+
+from __future__ import annotations
+
+from bico_ds.planner.rows.alive import Alive
+from bico_ds.planner.rows.attention import GRADIENTS, attention_backward
+from bico_ds.planner.rows.case import FP32, Case
+from bico_ds.planner.workload import MicroBatch
+
+_PRODUCT = "gradient of the gated product"
+_NORMED = "gradient of the second norm's output"
+
+
+def head_backward(alive: Alive, case: Case, batch: MicroBatch) -> None:
+    """To the last layer's output: `index_select` and the last norm of `TrainableModel` (bico_ds/model/build.py)."""
+    row = case.size * case.shapes.hidden
+    alive.make({"gradient of rows with a loss": row}, rows=batch.head_rows)
+    alive.make({"zeros": row, "gradient of the last norm's output": row})
+    alive.free("zeros", "gradient of rows with a loss")
+    _norm(
+        alive,
+        case,
+        "last norm",
+        case.shapes.hidden,
+        "gradient of the last norm's output",
+        "gradient of the layer",
+    )
+
+
+def layer_backward(alive: Alive, case: Case, batch: MicroBatch) -> None:
+    """Of `_PackedLayer` (bico_ds/model/swap.py): the gated MLP with its norm, then attention with its own."""
+    E = case.shapes.hidden
+    _linear(alive, case, "down_proj", None, _PRODUCT)
+    alive.free("gated product")
+    _gates(alive, case)
+    _norm(alive, case, "second norm", E, _NORMED, "gradient of the sum")
+    alive.free("gradient of the layer")
+    _linear(alive, case, "o_proj", None, "gradient of attention's output")
+    attention_backward(alive, case, batch)
+    if case.shapes.qk_norms:
+        _norm(alive, case, "query norm", case.query_width, GRADIENTS[0], "gradient of q_proj")
+        _norm(alive, case, "key norm", case.key_width, GRADIENTS[1], "gradient of k_proj")
+    for name, grad in zip(("v_proj", "k_proj", "q_proj"), reversed(GRADIENTS), strict=True):
+        _linear(alive, case, name, grad, f"gradient by {name}")
+    alive.free("gradient by k_proj", "gradient by v_proj", "output of the first norm")
+    _norm(alive, case, "first norm", E, "gradient by q_proj", "gradient of the layer's input")
+
+
+def _norm(alive: Alive, case: Case, name: str, width: int, of_output: str, of_input: str) -> None:
+    """Of an RMSNorm; that of Hugging Face has up to five temporaries in fp32, where `mean(x²)` is derived."""
+    if not case.fused:
+        alive.free(of_output, f"{name} before its weight", f"inverse root of the {name}")
+        alive.make({f"temporaries of the {name}": 5 * FP32 * width})
+        alive.free(f"temporaries of the {name}", f"input of the {name}")
+    alive.make({of_input: case.size * width})
+    alive.free(of_output, f"input of the {name}", f"inverse root of the {name}")
+
+
+def _linear(alive: Alive, case: Case, name: str, of_output: str | None, of_input: str) -> None:
+    """Of a linear layer, and of its adapter if it has one: the gradients of the input by both, and their sum."""
+    linear = case.linear(name)
+    row = case.size * linear.inputs
+    if case.lora is not None and case.is_adapted(name):
+        alive.make({"scaled gradient": case.size * linear.outputs})
+        alive.make({"gradient of the low rank": case.size * case.lora.rank})
+        alive.free("scaled gradient", f"low rank of {name}")
+        alive.make({"gradient by the adapter": row})
+        alive.free("gradient of the low rank", f"dropped input of {name}")
+        if case.drops:
+            alive.make({"gradient before dropout": row})
+            alive.free("gradient by the adapter", f"dropout mask of {name}")
+        alive.make({"gradient by the weight": row})
+        alive.make({of_input: row})
+        alive.free("gradient before dropout", "gradient by the adapter", "gradient by the weight")
+    else:
+        alive.make({of_input: row})
+    if of_output is not None:
+        alive.free(of_output)
+
+
+def _gates(alive: Alive, case: Case) -> None:
+    """From the gated product's gradient to that of the second norm's output."""
+    row = case.size * case.shapes.intermediate
+    if case.fused:
+        alive.make({"gradient of gate": row, "gradient of up": row})
+        alive.free(_PRODUCT, "gate", "up")
+    else:
+        alive.make({"gradient of the activated gate": row, "gradient of up": row})
+        alive.free(_PRODUCT, "activated gate", "up")
+    _linear(alive, case, "up_proj", "gradient of up", f"{_NORMED} by up")
+    if not case.fused:
+        alive.make({"gradient of gate": row})
+        alive.free("gradient of the activated gate", "gate")
+    _linear(alive, case, "gate_proj", "gradient of gate", _NORMED)
+    alive.free(f"{_NORMED} by up", "output of the second norm")

@@ -1,0 +1,66 @@
+"""A model as it is trained: what decides which tensors its rows need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from bico_ds.config.schema import LoraSpec, ModelSpec
+from bico_ds.planner.architecture import Architecture, Linear
+
+FP32 = 4  # bytes
+
+Attention = Literal["fused", "flash", "triton", "tiles"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """`shapes` trained with elements of `size` bytes.
+
+    `fused`: norms and gates by the CPU kernels of `bico_ds/native`, else by Hugging Face's modules. `attention`: the fused
+    CPU kernel, the passes of a flash kernel, the Triton kernels, or dense tiles alone, where no flash kernel takes fp32.
+    `keeps_inputs`: linear layers keep their input though their weight is frozen.
+    """
+
+    shapes: Architecture
+    lora: LoraSpec | None
+    size: int
+    fused: bool
+    attention: Attention
+    keeps_inputs: bool
+
+    @property
+    def query_width(self) -> int:
+        """Elements of all query heads of a row."""
+        return self.shapes.heads * self.shapes.head_dim
+
+    @property
+    def key_width(self) -> int:
+        return self.shapes.key_heads * self.shapes.head_dim
+
+    @property
+    def drops(self) -> bool:
+        """Whether adapters see their inputs through dropout."""
+        return self.lora is not None and self.lora.dropout > 0
+
+    def is_adapted(self, name: str) -> bool:
+        return self.lora is not None and name in self.lora.targets
+
+    def linear(self, name: str) -> Linear:
+        return next(linear for linear in self.shapes.linears if linear.name == name)
+
+
+def case_of(shapes: Architecture, model: ModelSpec, *, on_cuda: bool, zero3: bool) -> Case:
+    """As `bico_ds.attention.backends.resolve` and `bico_ds.model.elementwise` choose; the oracle is planned as "auto"."""
+    size = 2 if model.dtype == "bf16" else FP32
+    attention: Attention = "fused"
+    if on_cuda:
+        attention = "tiles" if size == FP32 else "triton" if model.attention_backend == "triton" else "flash"
+    return Case(
+        shapes=shapes,
+        lora=model.lora,
+        size=size,
+        fused=not on_cuda,
+        attention=attention,
+        keeps_inputs=zero3,
+    )

@@ -1,0 +1,199 @@
+"""Which parameters ZeRO-3 holds gathered at each point of a step: DeepSpeed's `PartitionedParameterCoordinator`, replayed.
+
+Source of every rule: deepspeed 0.19.8, runtime/zero/partitioned_param_coordinator.py (`fetch_sub_module`,
+`release_sub_module`, `__params_to_release`) with a complete trace, as it is from a run's third micro-batch on, and
+partition_parameters.py (`all_gather_coalesced`, `AllGatherCoalescedHandle.wait`).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+from typing import Literal
+
+from bico_ds.planner.deployment import Zero
+from bico_ds.planner.zero.modules import Module, Parameter
+
+Pass = Literal["forward", "recomputed", "backward"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visit:
+    """One module in one pass: its weights are gathered before it (`fetches`) and let go after it (`releases`).
+
+    `drops`: let go after it, even if they are used soon.
+    """
+
+    module: Module
+    during: Pass
+    fetches: bool = True
+    releases: bool = True
+    drops: tuple[Parameter, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """Elements in memory while a module runs, beside partitions and persistent parameters.
+
+    `fetched`: gathered for it or, ahead of time, for later ones: what the ranks send each other.
+    """
+
+    visit: Visit
+    elements: int
+    fetched: int
+
+
+def visits(modules: Sequence[Module], recompute_every: int) -> Iterator[Visit]:
+    """A micro-batch's modules, forward and backward.
+
+    A layer is recomputed when the backward pass of its last module needs what was not kept, and only as far as to that
+    module (torch.utils.checkpoint stops early). Frozen weights that it gathers belong to that module, and go with it
+    (`update_recompute_parameters`); the layer's other modules gather them again.
+    """
+    for module in modules:
+        yield Visit(module=module, during="forward")
+    for layer, group in groupby(reversed(modules), key=lambda module: module.layer):
+        layer_modules = list(group)
+        backward = [module for module in layer_modules if module.has_backward]
+        if layer is None or not recompute_every or layer % recompute_every:
+            yield from (_backward(module) for module in backward)
+            continue
+        yield Visit(module=backward[0], during="recomputed", releases=False)
+        for module in reversed(layer_modules):
+            yield Visit(module=module, during="recomputed", releases=module is not backward[0])
+        frozen = tuple(p for module in layer_modules for p in module.parameters if not p.trained)
+        yield Visit(
+            module=backward[0],
+            during="backward",
+            fetches=False,
+            releases=backward[0].passes_on,
+            drops=frozen,
+        )
+        yield from (_backward(module) for module in backward[1:])
+
+
+def _backward(module: Module) -> Visit:
+    return Visit(module=module, during="backward", releases=module.passes_on)
+
+
+def gathered(order: Sequence[Visit], zero: Zero, ranks: int) -> Iterator[Held]:
+    """What is held at every visit of one micro-batch. On one rank nothing is: its partition is the whole."""
+    coordinator = _Coordinator(zero, ranks, [visit.module for visit in order if visit.fetches])
+    for visit in order:
+        fetched = coordinator.fetch(visit.module) if visit.fetches else 0
+        yield Held(visit=visit, elements=coordinator.peak if ranks > 1 else 0, fetched=fetched)
+        if visit.releases:
+            coordinator.release(visit.module)
+        for parameter in visit.drops:
+            coordinator.drop(parameter)
+        coordinator.peak = coordinator.held
+
+
+@dataclass(kw_only=True)
+class _Group:
+    """Parameters that are gathered together, into one flat tensor that is there until the last of them was waited for."""
+
+    parameters: Sequence[Parameter]
+    elements: int
+    copied: bool = False
+
+
+class _Coordinator:
+    """DeepSpeed's, in elements; `peak`: the most that was held since it was last set."""
+
+    def __init__(self, zero: Zero, ranks: int, steps: Sequence[Module]) -> None:
+        self.zero, self.ranks, self.steps, self.step = zero, ranks, steps, 0
+        self.before = [0, *accumulate(sum(p.elements for p in module.parameters) for module in steps)]
+        self.uses: dict[Parameter, list[int]] = {}
+        for index, module in enumerate(steps):
+            for parameter in module.parameters:
+                self.uses.setdefault(parameter, []).append(index)
+        self.queue = deque((p, index) for index, module in enumerate(steps) for p in module.parameters)
+        self.fetched_for: dict[Parameter, int] = {}
+        self.available: dict[Parameter, int] = {}
+        self.groups: dict[Parameter, _Group] = {}
+        self.live, self.peak = 0, 0
+
+    @property
+    def held(self) -> int:
+        flat = {id(group): group.elements for group in self.groups.values()}
+        return sum(self.available.values()) + sum(flat.values())
+
+    def fetch(self, module: Module) -> int:
+        """Gather a module's parameters, wait for them, and gather some of the next ones; return the elements gathered."""
+        fetched = self._gather([p for p in module.parameters if self._is_missing(p)])
+        for parameter in module.parameters:
+            self._wait(parameter)
+        unseen = {p for p in module.parameters if self.fetched_for.get(p, -1) < self.step}
+        for _ in range(len(unseen)):
+            self._next_in_queue()
+        fetched += self._gather(self._ahead())
+        self.step += 1
+        return fetched
+
+    def release(self, module: Module) -> None:
+        """Let go of a module's parameters, but not of those that are used again soon, or that prefetching has passed by."""
+        for parameter in module.parameters:
+            passed_by = self.fetched_for.get(parameter, -1) > self.step
+            if not passed_by and not self._is_used_soon(parameter):
+                self.drop(parameter)
+
+    def drop(self, parameter: Parameter) -> None:
+        """Let go of one parameter, if it is there."""
+        if parameter in self.available:
+            del self.available[parameter]
+            self.live -= parameter.elements
+
+    def _is_persistent(self, parameter: Parameter) -> bool:
+        return parameter.elements <= self.zero.persistence_threshold
+
+    def _is_missing(self, parameter: Parameter) -> bool:
+        known = parameter in self.available or parameter in self.groups
+        return not known and not self._is_persistent(parameter)
+
+    def _is_used_soon(self, parameter: Parameter) -> bool:
+        uses = self.uses[parameter]
+        index = bisect_left(uses, self.step)
+        if index == len(uses):
+            return False
+        return self.before[uses[index]] - self.before[self.step] < self.zero.max_reuse_distance
+
+    def _next_in_queue(self) -> Parameter:
+        parameter, step = self.queue.popleft()
+        self.fetched_for[parameter] = max(step, self.fetched_for.get(parameter, -1))
+        return parameter
+
+    def _ahead(self) -> list[Parameter]:
+        """The next missing parameters, until they are a bucket: the last one may be larger than all of it."""
+        most = min(self.zero.max_live_parameters - self.live, self.zero.prefetch_bucket)
+        found: dict[Parameter, int] = {}
+        while self.queue and sum(found.values()) < most:
+            parameter = self._next_in_queue()
+            if self._is_missing(parameter):
+                found[parameter] = parameter.elements
+        return list(found)
+
+    def _gather(self, parameters: Sequence[Parameter]) -> int:
+        if not parameters:
+            return 0
+        padded = sum(p.share(self.ranks) for p in parameters) * self.ranks
+        group = _Group(parameters=parameters, elements=padded)
+        self.groups |= dict.fromkeys(parameters, group)
+        self.live += sum(p.elements for p in parameters)
+        self.peak = max(self.peak, self.held)
+        return padded
+
+    def _wait(self, parameter: Parameter) -> None:
+        """Of several in one flat tensor each gets a copy, all of them as soon as one is waited for."""
+        group = self.groups.get(parameter)
+        if group is None:
+            return
+        if len(group.parameters) == 1:
+            self.available[parameter] = group.elements
+        elif not group.copied:
+            self.available |= {p: p.elements for p in group.parameters}
+            self.peak, group.copied = max(self.peak, self.held), True
+        del self.groups[parameter]

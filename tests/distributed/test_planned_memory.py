@@ -1,0 +1,206 @@
+"""The planner's device memory is what real ranks hold, at rest and at the peak of each part of a step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bico_ds.batch import PackedBatch
+from bico_ds.config.load import load_recipe
+from bico_ds.config.schema import Recipe
+from bico_ds.documents import Document, Documents
+from bico_ds.model.build import build_model
+from bico_ds.objectives.base import BatchKey
+from bico_ds.optim.schedule import build_scheduler
+from bico_ds.planner.architecture import read_architecture
+from bico_ds.planner.deployment import Deployment, read_zero
+from bico_ds.planner.devices import DEVICES
+from bico_ds.planner.items import total
+from bico_ds.planner.memory import MemoryPlan, device_memory
+from bico_ds.planner.workload import MicroBatch
+from bico_ds.runtime.ds_config import build_ds_config
+from tests.distributed.live_memory import LiveMemory
+from tests.distributed.model_ranks import run_on_ranks
+from tests.distributed.test_zero import OBJECTIVES
+
+pytestmark = pytest.mark.distributed
+
+VOCABULARY, STEPS, MEASURED = 1000, 4, 2
+LENGTHS = (60, 33)
+TOLERANCE = 0.05
+PART_OF = {"forward pass": "forward", "head": "forward", "optimizer": "update"}
+LORA = "model.lora={rank: 8, alpha: 8, dropout: 0.01}"
+# Buckets that a model of this size fills several times, as large ones fill theirs, and weights that are let go.
+SMALL = (
+    "deepspeed.overrides.zero_optimization.reduce_bucket_size=60000",
+    "deepspeed.overrides.zero_optimization.stage3_prefetch_bucket_size=30000",
+    "deepspeed.overrides.zero_optimization.stage3_param_persistence_threshold=200",
+    "deepspeed.overrides.zero_optimization.stage3_max_reuse_distance=150000",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    stage: int
+    objective: str
+    dtype: str
+    more: tuple[str, ...] = ()
+    hidden: int = 192
+    micro_batches: int = 1
+
+    def recipe(self, ranks: int) -> Recipe:
+        heads = self.hidden // 16
+        small = SMALL if self.stage == 3 else SMALL[:1]
+        return load_recipe(
+            "tiny_base",
+            [
+                f"model.config.vocab_size={VOCABULARY}", f"model.config.hidden_size={self.hidden}",
+                "model.config.head_dim=16", f"model.config.num_attention_heads={heads}",
+                f"model.config.num_key_value_heads={heads // 2}", "model.config.num_hidden_layers=3",
+                "model.config.intermediate_size=500", f"model.dtype={self.dtype}",
+                f"deepspeed.config=zero{self.stage}_bf16", "training.micro_batch_bins=1",
+                f"training.global_batch_bins={ranks * self.micro_batches}",
+                *(option for word in self.more for option in (small if word == "small" else (word,))),
+            ],
+        )  # fmt: skip
+
+
+CHECKPOINTED = "model.activation_checkpointing=1"
+CASES = (
+    Case(2, "ntp", "fp32", ("small",)),
+    Case(2, "bico", "fp32"),
+    Case(2, "ntp", "bf16", (CHECKPOINTED,)),
+    Case(2, "ntp", "fp32", (LORA,)),
+    Case(2, "ntp", "fp32", ("small",), micro_batches=2),
+    Case(3, "ntp", "fp32"),
+    Case(3, "bico", "fp32", ("small",)),
+    Case(3, "ntp", "bf16"),
+    Case(3, "ntp", "fp32", (CHECKPOINTED, "small")),
+    Case(3, "ntp", "fp32", (LORA, "small")),
+    Case(3, "ntp", "fp32", ("small", "model.config.tie_word_embeddings=true"), hidden=128),
+    Case(3, "ntp", "bf16", ("small",), micro_batches=2),
+)
+
+
+def batch_of(case: Case, number: int) -> PackedBatch:
+    rng = np.random.default_rng(number)
+    documents = [
+        Document(token_ids=rng.integers(1, VOCABULARY, n), source=0, id=number * 8 + i)
+        for i, n in enumerate(LENGTHS)
+    ]
+    return OBJECTIVES[case.objective].build(Documents.of(documents), BatchKey(seed=1, epoch=0))
+
+
+def measure(case: Case, recipe: Recipe, rank: int, ranks: int, folder: Path) -> LiveMemory:
+    """Real steps, as `bico_ds.training.trainer` makes them."""
+    import deepspeed
+
+    config = build_ds_config(
+        recipe, world_size=ranks, hidden_size=case.hidden, on_cuda=False, run_folder=folder
+    )
+    batches = [batch_of(case, number) for number in range(case.micro_batches)]
+    with LiveMemory().recorded() as memory:
+        model = build_model(recipe.model, seed=1, ds_config=config, device="cpu")
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
+            config=config,
+            lr_scheduler=lambda optimizer: build_scheduler(recipe.schedule, optimizer, 1000),
+        )
+        for _ in range(STEPS):
+            for number, batch in enumerate(batches):
+                last = number == len(batches) - 1
+                with memory.block("forward"):
+                    loss = engine(batch)
+                with memory.block("backward"):
+                    engine.backward(loss, scale_wrt_gas=False)
+                del loss
+                with memory.block("update" if last else "between"):
+                    engine.step()
+    return memory
+
+
+def measure_on_ranks(rank: int, ranks: int, folder: str) -> None:
+    """Leave, by case and part of a step, the bytes at rest before it and at its peak."""
+    torch.set_num_threads(1)
+    for number, case in enumerate(CASES):
+        memory = measure(case, case.recipe(ranks), rank, ranks, Path(folder))
+        found = {
+            name: [dataclasses.astuple(block) for block in blocks] for name, blocks in memory.blocks.items()
+        }
+        Path(folder, f"{number}-{ranks}-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with what ranks have measured, started once per number of ranks."""
+    folder = tmp_path_factory.mktemp("measured")
+    for ranks in (1, 2):
+        run_on_ranks(measure_on_ranks, ranks, str(folder))
+    return folder
+
+
+def rest_and_peaks(folder: Path, number: int, ranks: int) -> tuple[int, dict[str, int]]:
+    """Of the ranks the one with the most, of the last steps the one with the least: what a thread of gloo frees is at
+    times not recorded, never the other way round."""
+    rests: list[int] = []
+    peaks: dict[str, int] = {}
+    for rank in range(ranks):
+        blocks = json.loads(Path(folder, f"{number}-{ranks}-{rank}.json").read_text(encoding="utf-8"))
+        per_step = CASES[number].micro_batches
+        starts = [before for before, _ in blocks["forward"][::per_step]][-MEASURED:]
+        rests.append(min(starts))
+        for name in ("forward", "backward", "update"):
+            every = len(blocks[name]) // STEPS
+            steps = [
+                max(most for _, most in blocks[name][step * every : (step + 1) * every])
+                for step in range(STEPS)
+            ]
+            growth = min(most - start for most, start in zip(steps[-MEASURED:], starts, strict=True))
+            peaks[name] = max(growth, peaks.get(name, 0))
+    return min(rests), {name: min(rests) + growth for name, growth in peaks.items()}
+
+
+def plan_of(case: Case, ranks: int) -> MemoryPlan:
+    recipe, batch = case.recipe(ranks), batch_of(case, 0)
+    architecture = read_architecture(recipe.model)
+    zero = read_zero(recipe, hidden_size=case.hidden, ranks=ranks, ranks_per_node=ranks, on_cuda=False)
+    kept = int(batch.plan.cu_seqlens[-1])
+    micro_batch = MicroBatch(
+        objective=case.objective, probability=1.0, mode=batch.plan.mode, documents=len(LENGTHS), longest=max(LENGTHS),
+        tokens=sum(LENGTHS), kept_rows=kept, live_rows=len(batch.input_ids) - kept,
+        pairs=sum(n * (n + 1) / 2 for n in LENGTHS), head_rows=len(batch.targets),
+    )  # fmt: skip
+    host = dataclasses.replace(DEVICES["h100-80g"], kind="cpu")
+    deployment = Deployment(device=host, nodes=1, ranks_per_node=ranks, zero=zero)
+    return device_memory(recipe, architecture, deployment, [micro_batch])
+
+
+def predicted_peaks(plan: MemoryPlan) -> Mapping[str, float]:
+    peaks: dict[str, float] = {}
+    for moment in plan.moments:
+        part = PART_OF.get(moment.name, "backward")
+        peaks[part] = max(peaks.get(part, 0.0), moment.bytes.high)
+    return peaks
+
+
+@pytest.mark.parametrize(("ranks", "number"), product((1, 2), range(len(CASES))))
+def test_planned_bytes_are_the_live_bytes_of_real_ranks(measured: Path, ranks: int, number: int) -> None:
+    rest, peaks = rest_and_peaks(measured, number, ranks)
+    plan = plan_of(CASES[number], ranks)
+    planned: dict[str, Any] = {"rest": total(plan.resident).high, **predicted_peaks(plan)}
+    ratios = {name: planned[name] / size for name, size in {"rest": rest, **peaks}.items()}
+    print(CASES[number], {name: round(ratio, 4) for name, ratio in ratios.items()})
+    for name, ratio in ratios.items():
+        assert ratio == pytest.approx(1.0, abs=TOLERANCE), (
+            f"{name} of {CASES[number]} on {ranks} ranks: {ratios}"
+        )
+    assert max(moment.bytes.low for moment in plan.moments) <= (1 + TOLERANCE) * max(peaks.values())

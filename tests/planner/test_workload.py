@@ -1,0 +1,70 @@
+"""The average micro-batch that the planner expects is that of a loader."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from bico_ds.batch import PackedBatch
+from bico_ds.config.load import load_recipe
+from bico_ds.data.loading.loader import ElasticLoader, RankShare
+from bico_ds.data.loading.sample_order import StreamSpec
+from bico_ds.planner.workload import Texts, micro_batches
+from tests.data.loading.loaders import TOKENS, schedule_of
+from tests.data.stores import write_store
+
+MASKS = [{"rate": 0.4}, {"rate": [0.2, 0.7]}, {"rate": 0.4, "unit": "span"}]
+OBJECTIVES = [{"kind": "ntp"}, *({"kind": "bico", "mask": mask} for mask in MASKS)]
+
+
+def measured(batch: PackedBatch) -> dict[str, float]:
+    """The counts of a real micro-batch, by their names in `MicroBatch`."""
+    return {
+        "documents": batch.plan.num_documents,
+        "tokens": batch.represented_tokens,
+        "kept_rows": batch.plan.num_kept,
+        "live_rows": batch.plan.num_live,
+        "pairs": batch.plan.num_pairs,
+        "head_rows": len(batch.targets),
+    }
+
+
+def test_an_average_micro_batch_is_that_of_the_loader(tmp_path):
+    """Within 1 %, the empty ends of bins among it, and 2 % for live rows: they are few, so their number varies most."""
+    rng = np.random.default_rng()
+    lengths = rng.integers(2, 60, 60_000)
+    store = write_store(tmp_path / "store", lengths.tolist())
+    recipe = load_recipe(
+        "tiny_ntp",
+        [
+            f"data.sources=[{{store: {store.path}}}]",
+            "data.capacity=512",
+            f"objectives={json.dumps([{**o, 'probability': 0.25} for o in OBJECTIVES])}",
+            "training.micro_batch_bins=2",
+            "training.global_batch_bins=128",
+        ],
+    )
+    batches = micro_batches(recipe, Texts(lengths=lengths, tokens=int(lengths.sum()), source="test"))
+    assert [batch.objective for batch in batches] == ["ntp", "bico", "bico_2", "bico_3"]
+    assert [batch.mode for batch in batches] == ["causal", *["bidirectional"] * 3]
+    for spec, batch in zip(recipe.objectives, batches, strict=True):
+        stream = StreamSpec(
+            stores=[store],
+            data=recipe.data,
+            schedule=schedule_of([spec.model_copy(update={"probability": 1.0})]),
+            seed=int(rng.integers(2**31)),
+            global_batch_bins=recipe.training.global_batch_bins,
+            vocabulary=TOKENS.vocabulary,
+        )
+        loader = ElasticLoader(stream, RankShare(micro_batch_bins=recipe.training.micro_batch_bins))
+        steps = range(loader.total_steps(1) - 1)  # the last one is of the next epoch, too
+        found = [measured(packed) for step in steps for packed in loader.step(step).batches]
+        loader.close()
+        for name in found[0]:
+            mean, tolerance = (
+                np.mean([counts[name] for counts in found]),
+                0.02 if name == "live_rows" else 0.01,
+            )
+            assert getattr(batch, name) == pytest.approx(mean, rel=tolerance), (batch.objective, name)

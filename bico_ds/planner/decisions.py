@@ -60,26 +60,30 @@ def largest_item(plan: Plan) -> Item:
 
 
 def largest_micro_batch(plan: Plan) -> int:
-    """The most bins of a micro-batch whose upper bound fits, the global batch growing with it; 0: not even one does."""
-    recipe, most = plan.recipe, min(_MOST_MICRO_BATCH, (2**31 - 1) // plan.recipe.data.capacity)
+    """The most bins of a micro-batch whose upper bound fits, the global batch growing with it; 0: not even one does.
 
-    def fits(bins: int) -> bool:
-        changed = _with(
-            recipe,
-            "training",
-            micro_batch_bins=bins,
-            global_batch_bins=bins * plan.deployment.ranks,
-        )
+    By false position: memory grows about in proportion to the bins, so that few are tried.
+    """
+    recipe = plan.recipe
+
+    def left(bins: int) -> float:
+        batch = bins * plan.deployment.ranks
+        changed = _with(recipe, "training", micro_batch_bins=bins, global_batch_bins=batch)
         batches = micro_batches(changed, plan.texts, fullest=True)
-        return device_memory(changed, plan.architecture, plan.deployment, batches).fits
+        memory = device_memory(changed, plan.architecture, plan.deployment, batches)
+        return memory.available - memory.peak.bytes.high
 
-    low, high = 0, 1
-    while high <= most and fits(high):
-        low, high = high, 2 * high
-    high = min(high, most + 1)
+    low, high = 1, min(_MOST_MICRO_BATCH, (2**31 - 1) // recipe.data.capacity)
+    left_low, left_high = left(low), left(high)
+    if left_low < 0 or left_high >= 0:
+        return 0 if left_low < 0 else high
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        guess = low + int((high - low) * left_low / (left_low - left_high))
+        guess = min(max(guess, low + 1), high - 1)
+        if (found := left(guess)) >= 0:
+            low, left_low = guess, found
+        else:
+            high, left_high = guess, found
     return low
 
 

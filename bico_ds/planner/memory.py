@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -105,11 +105,12 @@ def device_memory(
 
 @dataclass(frozen=True, kw_only=True)
 class _Point:
-    """Bytes while one module runs backward, or is run again for it."""
+    """Bytes while one module runs; of its layer's forward pass so much is `done`."""
 
     module: Module
     gathered: float
     gradients: Gradients
+    done: float = 1.0
 
 
 class _Replay:
@@ -122,8 +123,12 @@ class _Replay:
         if states.zero.stage == 3:
             held = [point.elements for point in gathered(order, states.zero, states.ranks)]
         sizes = [states.size * elements for elements in held]
-        self.forward = list(zip(modules, sizes[: len(modules)], strict=True))
-        self.backward = list(self._backward(order[len(modules) :], sizes[len(modules) :]))
+        self.in_forward = list(states.of_forward())
+        self.in_backward = {there: list(states.of_backward(partition=there)) for there in (False, True)}
+        self.last_layer = max(module.layer or 0 for module in modules)
+        forward = list(_forward_points(modules, sizes[: len(modules)]))
+        self.forward = _unlike(reversed(forward))[::-1]
+        self.backward = _unlike(self._backward(order[len(modules) :], sizes[len(modules) :]))
 
     def _new(self, module: Module) -> int:
         return sum(self.states.size * p.elements for p in module.parameters if p.trained)
@@ -161,33 +166,28 @@ class _Replay:
             yield name, [item for item in items if item.bytes.high > 0]
 
     def _forward(self, rows: ActivationMemory) -> Iterator[tuple[str, list[Item]]]:
-        """The layer that runs is taken for as far as its modules are."""
         head = _item(
             "gradient of the head", self._new(self.head), "in the model's dtype: bico_ds/model/head.py"
         )
-        for layer, group in groupby(self.forward, key=lambda visit: visit[0].layer):
-            visits_of_layer = list(group)
-            for number, (module, size) in enumerate(visits_of_layer, start=1):
-                weights = [*self.states.of_forward(), _gathered(size)]
-                done = number / len(visits_of_layer) if layer is not None else 0.0
-                if module is self.head:
-                    yield "head", [*weights, head, *rows.kept, *rows.in_head]
-                else:
-                    running = _share(rows.in_head[:1], done)
-                    yield "forward pass", [*weights, *self._kept(rows, module), *running]
+        for point in self.forward:
+            weights = [*self.in_forward, _gathered(point.gathered)]
+            if point.module is self.head:
+                yield "head", [*weights, head, *rows.kept, *rows.in_head]
+            else:
+                running = _share(rows.in_head[:1], point.done)
+                yield "forward pass", [*weights, *self._kept(rows, point.module), *running]
 
     def _kept(self, rows: ActivationMemory, module: Module) -> list[Item]:
         """What is kept of the rows where a module runs: in proportion to the layers before it."""
-        last = max(other.layer or 0 for other in self.modules)
         share = 0.0 if module is self.modules[0] else 1.0
-        if module.layer is not None and last > 0:
-            share = module.layer / last
+        if module.layer is not None and self.last_layer > 0:
+            share = module.layer / self.last_layer
         return _share(rows.kept, share)
 
     def _at(self, point: _Point, rows: ActivationMemory) -> tuple[str, list[Item]]:
         """The moment that a point of the backward pass belongs to, and its items."""
         weights = [
-            *self.states.of_backward(partition=point.gradients.partition),
+            *self.in_backward[point.gradients.partition],
             _gathered(point.gathered),
             _item("whole gradients", point.gradients.whole, "until they are in a bucket, or reduced"),
             _item("copies for the reduction", point.gradients.copies, "in the type of communication"),
@@ -197,6 +197,24 @@ class _Replay:
         if point.module is self.modules[0]:
             return "end of the backward pass", weights
         return "gradient of the head", [*weights, *rows.kept, *rows.in_head[:1]]
+
+
+def _forward_points(modules: Sequence[Module], sizes: Sequence[float]) -> Iterator[_Point]:
+    """The layer that runs is taken for as far as its modules are."""
+    for layer, group in groupby(zip(modules, sizes, strict=True), key=lambda pair: pair[0].layer):
+        pairs = list(group)
+        for number, (module, size) in enumerate(pairs, start=1):
+            done = number / len(pairs) if layer is not None else 0.0
+            yield _Point(module=module, gathered=size, gradients=Gradients(whole=0), done=done)
+
+
+def _unlike(points: Iterable[_Point]) -> list[_Point]:
+    """Of points that differ by their layer alone the first: they come from the last layer on, where most rows are kept."""
+    found: dict[object, _Point] = {}
+    for point in points:
+        kind = point.module.name if point.module.layer is None else "layer"
+        found.setdefault((kind, point.gathered, point.gradients, point.done), point)
+    return list(found.values())
 
 
 def _context(deployment: Deployment) -> Iterator[Item]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from bico_ds.config.optimizers import OptimizerState
 from bico_ds.planner.deployment import Deployment, Offload, Zero
@@ -37,15 +38,15 @@ class States:
     def ranks(self) -> int:
         return self.deployment.ranks
 
-    @property
+    @cached_property
     def trained(self) -> list[Parameter]:
         return [parameter for parameter in self.parameters if parameter.trained]
 
-    @property
+    @cached_property
     def frozen(self) -> list[Parameter]:
         return [parameter for parameter in self.parameters if not parameter.trained]
 
-    @property
+    @cached_property
     def partition(self) -> int:
         """Trained elements whose master this rank has."""
         if self.zero.stage == 3:
@@ -156,7 +157,7 @@ class States:
         size = copies * self.zero.gradient_bytes * self._owned
         return _item(name, size, f"stage_1_and_2.py grads_in_partition, {copies} of them, whole parameters")
 
-    @property
+    @cached_property
     def _owned(self) -> int:
         """Elements of the parameters that lie in a rank's partition, in whole or in part, on the rank with the most."""
         found, offset = [0] * self.ranks, 0

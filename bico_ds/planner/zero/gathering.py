@@ -92,7 +92,7 @@ def gathered(order: Sequence[Visit], zero: Zero, ranks: int) -> Iterator[Held]:
         coordinator.peak = coordinator.held
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class _Group:
     """Parameters that are gathered together, into one flat tensor that is there until the last of them was waited for."""
 
@@ -102,7 +102,7 @@ class _Group:
 
 
 class _Coordinator:
-    """DeepSpeed's, in elements; `peak`: the most that was held since it was last set."""
+    """DeepSpeed's, in elements. `live`: its own count; `held`: flat tensors, too; `peak`: of `held`, since it was set."""
 
     def __init__(self, zero: Zero, ranks: int, steps: Sequence[Module]) -> None:
         self.zero, self.ranks, self.steps, self.step = zero, ranks, steps, 0
@@ -115,12 +115,7 @@ class _Coordinator:
         self.fetched_for: dict[Parameter, int] = {}
         self.available: dict[Parameter, int] = {}
         self.groups: dict[Parameter, _Group] = {}
-        self.live, self.peak = 0, 0
-
-    @property
-    def held(self) -> int:
-        flat = {id(group): group.elements for group in self.groups.values()}
-        return sum(self.available.values()) + sum(flat.values())
+        self.live, self.held, self.peak = 0, 0, 0
 
     def fetch(self, module: Module) -> int:
         """Gather a module's parameters, wait for them, and gather some of the next ones; return the elements gathered."""
@@ -144,7 +139,7 @@ class _Coordinator:
     def drop(self, parameter: Parameter) -> None:
         """Let go of one parameter, if it is there."""
         if parameter in self.available:
-            del self.available[parameter]
+            self.held -= self.available.pop(parameter)
             self.live -= parameter.elements
 
     def _is_persistent(self, parameter: Parameter) -> bool:
@@ -182,18 +177,22 @@ class _Coordinator:
         padded = sum(p.share(self.ranks) for p in parameters) * self.ranks
         group = _Group(parameters=parameters, elements=padded)
         self.groups |= dict.fromkeys(parameters, group)
+        self.held += padded
         self.live += sum(p.elements for p in parameters)
         self.peak = max(self.peak, self.held)
         return padded
 
     def _wait(self, parameter: Parameter) -> None:
         """Of several in one flat tensor each gets a copy, all of them as soon as one is waited for."""
-        group = self.groups.get(parameter)
+        group = self.groups.pop(parameter, None)
         if group is None:
             return
         if len(group.parameters) == 1:
             self.available[parameter] = group.elements
-        elif not group.copied:
+            return
+        if not group.copied:
             self.available |= {p: p.elements for p in group.parameters}
+            self.held += sum(p.elements for p in group.parameters)
             self.peak, group.copied = max(self.peak, self.held), True
-        del self.groups[parameter]
+        if group not in self.groups.values():
+            self.held -= group.elements

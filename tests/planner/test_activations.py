@@ -19,6 +19,8 @@ from bico_ds.attention import tiles
 from bico_ds.attention.layout import CUDA_POLICY, TILES_POLICY
 from bico_ds.config.schema import LoraSpec, ModelSpec
 from bico_ds.model.build import TrainableModel, build_model
+from bico_ds.model.head import LOW_PRECISION_CHUNKS
+from bico_ds.planner import activations
 from bico_ds.planner.activations import activation_memory
 from bico_ds.planner.architecture import architecture_of
 from bico_ds.planner.items import total
@@ -45,8 +47,8 @@ MANY_LIVE: dict[str, Any] = {"kind": "bico", "mask": {"rate": 0.6}}
 def random_spec(rng: np.random.Generator, **values: Any) -> ModelSpec:
     """A model of 3 to 5 layers whose sizes are in usual proportions; `family` and the spec's own keys are given."""
     family = values.pop("family", "llama")
-    key_heads, head_dim = int(rng.integers(1, 4)), 8 * int(rng.integers(2, 7))
-    heads = key_heads * int(rng.integers(1, 5))
+    key_heads, head_dim = int(rng.integers(1, 3)), 8 * int(rng.integers(5, 8))
+    heads = key_heads * int(rng.integers(1, 4))
     hidden = heads * head_dim
     config = {
         "model_type": family,
@@ -217,7 +219,8 @@ def test_a_larger_share_of_live_rows_is_planned_with_larger_tiles():
     assert largest_tiles(cpu, many)[1].scores == 0
 
 
-def test_the_policies_that_the_planner_repeats_are_those_of_attention():
+def test_the_constants_that_the_planner_repeats_are_those_of_attention_and_head():
     assert (CUDA_POLICY.tile_scores, CUDA_POLICY.tile_min_rows) == (TILE_SCORES, TILE_ROWS)
     assert (TILES_POLICY.tile_scores, TILES_POLICY.tile_min_rows) == (TILE_SCORES, TILE_ROWS)
     assert MASKED_SCORES == tiles._KEPT_SCORES
+    assert activations._LOW_PRECISION_CHUNKS == LOW_PRECISION_CHUNKS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,10 @@ SHARED = (
     "model.config.vocab_size=8000",
     "model.config.head_dim=64",
     "data.capacity=2048",
-    "training.epochs=null",
     "training.steps=3",
     "training.micro_batch_bins=1",
     "training.global_batch_bins=1",
-    "evaluation=null",
+    "schedule={name: constant}",
 )
 TINY = (
     "model.config.hidden_size=64",
@@ -58,7 +58,8 @@ def planned(*overrides: str) -> float:
     """Bytes at the peak of the plan for one rank on a CPU."""
     texts = Texts(lengths=np.full(100, 20), tokens=None, source="about as long as the embedded task's")
     recipe = load_recipe("tiny_base", list(overrides))
-    plan = make_plan(recipe, DEVICES["cpu"], nodes=1, ranks_per_node=1, texts=texts)
+    cpu = replace(DEVICES["h100-80g"], kind="cpu")
+    plan = make_plan(recipe, cpu, nodes=1, ranks_per_node=1, texts=texts)
     return plan.memory.peak.bytes.high
 
 

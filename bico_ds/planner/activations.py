@@ -32,6 +32,9 @@ from bico_ds.planner.rows.kept import KeptTensor, layer_tensors, norm_tensors
 from bico_ds.planner.workload import MicroBatch
 
 _INDEX = 8  # bytes, int64
+# `LOW_PRECISION_CHUNKS` of bico_ds/model/head.py, and what `_less_one_hot` makes there per row: two int64, two fp32.
+_LOW_PRECISION_CHUNKS = 16
+_LABEL = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +77,11 @@ def activation_memory(
             *_of_all_layers(case, batch),
         ),
         in_head=(
-            _item("last norm", batch.rows * _bytes(ends), "kept for the backward pass"),
-            _item("last layer", 0 if recomputed[last] else batch.rows * _bytes(layers[last]), "if kept"),
+            _item(
+                "last layer and norm",
+                batch.rows * _bytes(ends if recomputed[last] else (*layers[last], *ends)),
+                "the norm alone, the layer is recomputed" if recomputed[last] else "kept",
+            ),
             *_head(case, model, batch),
         ),
         in_layer=_backward(case, batch, layers[last], ends, recomputed=recomputed[last]),
@@ -155,11 +161,13 @@ def _head(case: Case, model: ModelSpec, batch: MicroBatch) -> Iterator[Item]:
     chunk = min(model.loss_chunk_rows, rows)
     logits = (case.size + FP32) * max(chunk * case.shapes.vocabulary, rows)
     yield _item("logits of a chunk", logits, f"of {chunk:.0f} rows, in {model.dtype} and in fp32")
-    hidden = case.size * case.shapes.hidden * (batch.rows + 2 * rows) + FP32 * rows
+    by_vocabulary = case.size < FP32 and rows > _LOW_PRECISION_CHUNKS * chunk
+    labels = _LABEL * (rows if by_vocabulary else chunk)
+    hidden = case.size * case.shapes.hidden * (batch.rows + 2 * rows) + FP32 * rows + labels
     yield _item("rows with a loss", hidden, "the last hidden states, those with a loss, and their gradients")
 
 
-def _bytes(tensors: tuple[KeptTensor, ...] | list[KeptTensor]) -> float:
+def _bytes(tensors: tuple[KeptTensor, ...]) -> float:
     return sum(tensor.bytes for tensor in tensors)
 
 

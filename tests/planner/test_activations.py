@@ -11,14 +11,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
 
 from bico_ds.attention import tiles
 from bico_ds.attention.layout import CUDA_POLICY, TILES_POLICY
 from bico_ds.config.schema import LoraSpec, ModelSpec
 from bico_ds.model.build import TrainableModel, build_model
+from bico_ds.model.head import LOW_PRECISION_CHUNKS
+from bico_ds.planner import activations
 from bico_ds.planner.activations import activation_memory
 from bico_ds.planner.architecture import architecture_of
 from bico_ds.planner.items import total
+from bico_ds.planner.rows.attention import MASKED_SCORES, TILE_ROWS, TILE_SCORES, largest_tiles
+from bico_ds.planner.rows.case import case_of
+from bico_ds.planner.rows.kept import layer_tensors
 from bico_ds.planner.workload import MicroBatch
 from tests.planner.live_memory import LiveMemory
 from tests.planner.measured_rows import counts_of, draw_batch, measure
@@ -39,8 +47,8 @@ MANY_LIVE: dict[str, Any] = {"kind": "bico", "mask": {"rate": 0.6}}
 def random_spec(rng: np.random.Generator, **values: Any) -> ModelSpec:
     """A model of 3 to 5 layers whose sizes are in usual proportions; `family` and the spec's own keys are given."""
     family = values.pop("family", "llama")
-    key_heads, head_dim = int(rng.integers(1, 4)), 8 * int(rng.integers(2, 7))
-    heads = key_heads * int(rng.integers(1, 5))
+    key_heads, head_dim = int(rng.integers(1, 3)), 8 * int(rng.integers(5, 8))
+    heads = key_heads * int(rng.integers(1, 4))
     hidden = heads * head_dim
     config = {
         "model_type": family,
@@ -52,6 +60,8 @@ def random_spec(rng: np.random.Generator, **values: Any) -> ModelSpec:
         "head_dim": head_dim,
         "vocab_size": int(rng.integers(300, 1000)),
     }
+    if family == "qwen2":  # which has no such key
+        del config["head_dim"]
     return ModelSpec(config=config, **{"loss_chunk_rows": int(rng.integers(50, 300))} | values)
 
 
@@ -174,9 +184,11 @@ def test_the_table_of_kept_tensors_names_what_is_kept():
     spec = ModelSpec(config={**LLAMA, "num_key_value_heads": 2})
     shapes = architecture_of(spec.config or {}, source="model.config")
     table = layer_tensors(case_of(shapes, spec, on_cuda=True, zero3=False))
-    E, Q, K, I, H = 64, 64, 32, 200, 4
-    norms = 2 * (4 * E + 2 * E + 2 * E + 4)
-    assert sum(tensor.bytes for tensor in table) == norms + 2 * (2 * Q + 2 * K + 4 * I) + 4 * H
+    hidden, queries, keys, wide, heads = 64, 64, 32, 200, 4
+    norms = 2 * (4 * hidden + 2 * hidden + 2 * hidden + 4)
+    assert sum(tensor.bytes for tensor in table) == (
+        norms + 2 * (2 * queries + 2 * keys + 4 * wide) + 4 * heads
+    )
     assert all(tensor.source for tensor in table) and len({t.name for t in table}) == len(table)
 
 
@@ -207,7 +219,8 @@ def test_a_larger_share_of_live_rows_is_planned_with_larger_tiles():
     assert largest_tiles(cpu, many)[1].scores == 0
 
 
-def test_the_policies_that_the_planner_repeats_are_those_of_attention():
+def test_the_constants_that_the_planner_repeats_are_those_of_attention_and_head():
     assert (CUDA_POLICY.tile_scores, CUDA_POLICY.tile_min_rows) == (TILE_SCORES, TILE_ROWS)
     assert (TILES_POLICY.tile_scores, TILES_POLICY.tile_min_rows) == (TILE_SCORES, TILE_ROWS)
     assert MASKED_SCORES == tiles._KEPT_SCORES
+    assert activations._LOW_PRECISION_CHUNKS == LOW_PRECISION_CHUNKS

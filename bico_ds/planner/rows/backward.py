@@ -29,6 +29,8 @@ def layer_forward(alive: Alive, case: Case, *, recomputed: bool) -> None:
         held["output of down_proj"] = row
         if recomputed:
             held["scaled gradient"] = row
+        if case.zero3:
+            held["output of down_proj's adapter"] = row
     passing = {name: size for name, size in held.items() if name not in alive.tensors}
     alive.make(passing)
     alive.free(*passing)

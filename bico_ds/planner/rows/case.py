@@ -19,7 +19,9 @@ class Case:
 
     `fused`: norms and gates by the CPU kernels of `bico_ds/native`, else by Hugging Face's modules. `attention`: the fused
     CPU kernel, the passes of a flash kernel, the Triton kernels, or dense tiles alone, where no flash kernel takes fp32.
-    `keeps_inputs`: linear layers keep their input though their weight is frozen.
+    `zero3`: DeepSpeed's stage 3 has put its function in the place of `torch.nn.functional.linear`
+    (`LinearFunctionForZeroStage3` of its runtime/zero/linear.py), which keeps the input, after the product, though the
+    weight be frozen.
     """
 
     shapes: Architecture
@@ -27,7 +29,7 @@ class Case:
     size: int
     fused: bool
     attention: Attention
-    keeps_inputs: bool
+    zero3: bool
 
     @property
     def query_width(self) -> int:
@@ -67,5 +69,5 @@ def case_of(shapes: Architecture, model: ModelSpec, *, on_cuda: bool, zero3: boo
         size=size,
         fused=not on_cuda,
         attention=attention,
-        keeps_inputs=zero3,
+        zero3=zero3,
     )

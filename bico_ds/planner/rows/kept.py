@@ -81,7 +81,7 @@ def _input(case: Case, *names: str, frozen: bool = False) -> Iterator[KeptTensor
     `frozen`: the input needs no gradient.
     """
     adapted = any(case.is_adapted(name) for name in names) and not case.drops
-    if case.lora is None or adapted or (case.keeps_inputs and not frozen):
+    if case.lora is None or adapted or (case.zero3 and not frozen):
         yield KeptTensor(
             name=_INPUT[names[0]], bytes=case.size * case.linear(names[0]).inputs, source=_LINEAR
         )

@@ -66,11 +66,12 @@ def count_sent(counts: Counter[str]) -> None:
     from deepspeed.comm import comm
 
     def counted(name: str, share: float, function: Any) -> Any:
-        def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            payload = max((t for t in (tensor, *args) if isinstance(t, torch.Tensor)), key=torch.numel)
-            if payload.nbytes > SMALLEST:
-                counts[name] += share * payload.nbytes
-            return function(tensor, *args, **kwargs)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+            payload = max(tensor.nbytes for tensor in tensors)
+            if payload > SMALLEST:
+                counts[name] += share * payload
+            return function(*args, **kwargs)
 
         return call
 

@@ -28,6 +28,7 @@ GROUPS = {
         "inspect": "inspect_batch",
     },
     "training": {
+        "plan": "plan",
         "train": "train",
         "preflight": "preflight",
         "submit": "slurm.submit",

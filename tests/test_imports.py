@@ -89,6 +89,7 @@ TORCH_FREE = (
     "common",
     "config",
     "documents",
+    "planner",
     *(f"runtime.{name}" for name in ("run_folder", "lock", "launch_environment", "signals", "launcher")),
     "evaluation.results",
     "evaluation.report",
@@ -98,6 +99,7 @@ TORCH_FREE = (
     "proof.prove",
     "commands.compare",
     "commands.gpu_proof",
+    "commands.plan",
     "commands.slurm.status",
 )
 

@@ -62,7 +62,8 @@ class AttentionPlan:
     `live_document` int64 [num_live]: each live row's document. `live_split` int64 [num_live]: how many
     kept tokens of it lie at or before the row's position.
 
-    `num_pairs` counts the (query, key) pairs of which the query sees the key, per head and layer. `digest` tells plans of other documents or other live rows apart.
+    `num_pairs` counts the (query, key) pairs of which the query sees the key, per head and layer. `digest` tells
+    plans of other documents or other live rows apart.
     """
 
     mode: Mode

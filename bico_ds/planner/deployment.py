@@ -56,6 +56,12 @@ class Deployment:
         return self.nodes * self.ranks_per_node
 
 
+def spread(ranks: int, per_node: int) -> tuple[int, int]:
+    """Nodes and ranks of each, for `ranks` in all and at most `per_node` of them on a node; all nodes have as many."""
+    of_each = max(count for count in range(1, min(ranks, per_node) + 1) if ranks % count == 0)
+    return ranks // of_each, of_each
+
+
 def read_zero(recipe: Recipe, *, hidden_size: int, ranks: int, ranks_per_node: int, on_cuda: bool) -> Zero:
     """What the recipe's DeepSpeed configuration means for so many ranks; `"auto"` filled as runs fill it.
 

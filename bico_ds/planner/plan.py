@@ -15,16 +15,15 @@ from bico_ds.planner.ranges import Range
 from bico_ds.planner.run_time import RunTime, run_time
 from bico_ds.planner.step_time import StepTime, step_time
 from bico_ds.planner.storage import disk, host_memory, nvme
-from bico_ds.planner.workload import MicroBatch, Texts, micro_batches, steps_of_run
+from bico_ds.planner.workload import MicroBatch, Texts, bin_tokens, micro_batches, steps_of_run
 
-DISK_BANDWIDTH = Range(
-    1e9, 20e9
-)  # bytes per second of a shared file system, all nodes together: an assumption
+# Bytes per second of a shared file system, all nodes together: an assumption.
+DISK_BANDWIDTH = Range(1e9, 20e9)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a recipe needs on a deployment."""
+    """What a recipe needs on a deployment; `price` and `disk_bandwidth` as `make_plan` got them."""
 
     recipe: Recipe
     architecture: Architecture
@@ -37,6 +36,27 @@ class Plan:
     disk: tuple[Item, ...]
     steps: tuple[StepTime, ...]
     run: RunTime
+    price: float | None
+    disk_bandwidth: Range
+
+    @property
+    def represented_per_second(self) -> Range:
+        """Tokens of texts per second and device, over the steps of all objectives."""
+        step = self.recipe.training.global_batch_bins * bin_tokens(self.recipe, self.texts)
+        tokens, seconds = step / self.deployment.ranks, self.run.mean_step_seconds
+        return Range(tokens / seconds.high, tokens / seconds.low)
+
+    def changed(self, recipe: Recipe, *, nodes: int | None = None, ranks_per_node: int | None = None) -> Plan:
+        """The plan of a recipe for the same texts and devices, on so many of them. Raises as `make_plan` does."""
+        return make_plan(
+            recipe,
+            self.deployment.device,
+            nodes=nodes or self.deployment.nodes,
+            ranks_per_node=ranks_per_node or self.deployment.ranks_per_node,
+            texts=self.texts,
+            price=self.price,
+            disk_bandwidth=self.disk_bandwidth,
+        )
 
 
 def make_plan(
@@ -72,7 +92,7 @@ def make_plan(
         deployment=deployment,
         texts=texts,
         batches=batches,
-        memory=device_memory(recipe, architecture, deployment, batches),
+        memory=device_memory(recipe, architecture, deployment, micro_batches(recipe, texts, fullest=True)),
         host=host_memory(recipe, architecture, deployment),
         nvme=nvme(recipe, architecture, deployment),
         disk=disk(recipe, architecture, zero),
@@ -86,4 +106,6 @@ def make_plan(
             price=price,
             disk_bandwidth=disk_bandwidth,
         ),
+        price=price,
+        disk_bandwidth=disk_bandwidth,
     )

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from bico_ds.common.errors import UserError
 from bico_ds.config.objectives.base import AttentionMode
 from bico_ds.config.objectives.table import objective_names
 from bico_ds.config.schema import Recipe
+
+_MOST_LENGTHS = 1 << 18  # a sample of so many documents has their mean within a per cent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +28,16 @@ class Texts:
     tokens: int | None
     source: str
 
+    @classmethod
+    def of(cls, lengths: NDArray[np.int64], *, source: str) -> Texts:
+        """All documents of a data epoch, of these lengths, int64 [documents]; of very many a sample is kept."""
+        stride = -(-len(lengths) // _MOST_LENGTHS)
+        return cls(lengths=lengths[::stride], tokens=int(lengths.sum()), source=source)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """An average micro-batch of one objective: `training.micro_batch_bins` full bins.
+    """An average micro-batch of one objective: `training.micro_batch_bins` bins.
 
     `kept_rows` and `live_rows` go through the model; `pairs` are (query, key) pairs that attention looks at, per head and
     layer; `head_rows` have a loss; `tokens` are original ones. `longest` is the longest document, in tokens, and
@@ -52,16 +61,30 @@ class MicroBatch:
         return self.kept_rows + self.live_rows
 
 
-def micro_batches(recipe: Recipe, texts: Texts) -> tuple[MicroBatch, ...]:
-    """One per objective, in the recipe's order: its spec's `cost` of the texts, scaled to full bins.
+def assumed_texts(recipe: Recipe, *, length: int | None = None, tokens: int | None = None) -> Texts:
+    """Documents of `length` tokens, by default as long as a bin, and `tokens` of a data epoch where they are known.
 
-    Packing fills bins to more than 0.99 (docs/benchmarks/packing.md); that they are full is the planner's assumption.
+    Raises `UserError` for a length that no bin holds.
     """
-    tokens = recipe.training.micro_batch_bins * recipe.data.capacity
+    capacity = recipe.data.capacity
+    if length is None:
+        source = "assumed: each fills a bin, as not all sources are prepared here"
+        return Texts(lengths=np.array([capacity]), tokens=tokens, source=source)
+    if not 2 <= length <= capacity:
+        raise UserError(f"--text-length {length}: must be from 2 to data.capacity ({capacity:,})")
+    return Texts(lengths=np.array([length]), tokens=tokens, source=f"given: documents of {length:,} tokens")
+
+
+def micro_batches(recipe: Recipe, texts: Texts, *, fullest: bool = False) -> tuple[MicroBatch, ...]:
+    """One per objective, in the recipe's order: its spec's `cost` of the texts, scaled to `bin_tokens`."""
+    tokens = recipe.training.micro_batch_bins * bin_tokens(recipe, texts, fullest=fullest)
     share = tokens / float(texts.lengths.sum())
+    counts = np.bincount(texts.lengths)
+    lengths = np.flatnonzero(counts)
+    documents = counts[lengths]
     found = []
     for name, spec in zip(objective_names(recipe.objectives), recipe.objectives, strict=True):
-        cost = spec.cost(texts.lengths)
+        cost = spec.cost(lengths)
         found.append(
             MicroBatch(
                 objective=name,
@@ -70,13 +93,26 @@ def micro_batches(recipe: Recipe, texts: Texts) -> tuple[MicroBatch, ...]:
                 documents=share * len(texts.lengths),
                 longest=int(texts.lengths.max()),
                 tokens=tokens,
-                kept_rows=share * float(cost.kept_rows.sum()),
-                live_rows=share * float(cost.live_rows.sum()),
-                pairs=share * float(cost.pairs.sum()),
-                head_rows=share * float(cost.head_rows.sum()),
+                kept_rows=share * float(documents @ cost.kept_rows),
+                live_rows=share * float(documents @ cost.live_rows),
+                pairs=share * float(documents @ cost.pairs),
+                head_rows=share * float(documents @ cost.head_rows),
             )
         )
     return tuple(found)
+
+
+def bin_tokens(recipe: Recipe, texts: Texts, *, fullest: bool = False) -> float:
+    """Tokens of a bin. That packing fills them is an assumption: it does to more than 0.99 (docs/benchmarks/packing.md).
+
+    Where `data.max_documents_per_bin` keeps them from being full: so many average texts, or of the `fullest` bin so many
+    of the longest.
+    """
+    most = recipe.data.max_documents_per_bin
+    if most is None:
+        return recipe.data.capacity
+    length = float(texts.lengths.max() if fullest else texts.lengths.mean())
+    return min(recipe.data.capacity, most * length)
 
 
 def steps_of_run(recipe: Recipe, texts: Texts) -> int | None:
@@ -85,5 +121,5 @@ def steps_of_run(recipe: Recipe, texts: Texts) -> int | None:
         return recipe.training.steps
     if texts.tokens is None or recipe.training.epochs is None:
         return None
-    per_step = recipe.training.global_batch_bins * recipe.data.capacity
+    per_step = recipe.training.global_batch_bins * bin_tokens(recipe, texts)
     return max(1, math.ceil(recipe.training.epochs * texts.tokens / per_step))

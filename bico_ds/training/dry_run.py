@@ -18,12 +18,16 @@ from bico_ds.data.tokenizer import vocabulary_size
 from bico_ds.model.architecture import check_vocabulary, model_config, parameter_count
 from bico_ds.model.build import build_model
 from bico_ds.optim.schedule import check_schedule
+from bico_ds.planner.deployment import spread
+from bico_ds.planner.devices import Device
+from bico_ds.planner.plan import Plan
 from bico_ds.runtime import launch_environment
 from bico_ds.runtime.distributed import read_ranks
 from bico_ds.runtime.run_folder import folder_of_run
 from bico_ds.training import assembly
 from bico_ds.training.assembly import RunInputs
 from bico_ds.training.checks import beyond_context, check_backend, check_recipe, without_missing_weights
+from bico_ds.training.planning import plan_of_run, verdict_lines
 
 LOOK_AHEAD = 64  # steps searched for one batch of each objective
 
@@ -31,9 +35,10 @@ LOOK_AHEAD = 64  # steps searched for one batch of each objective
 def dry_run(recipe: Recipe, *, output_dir: Path | None = None) -> None:
     """Validate the recipe, build the pack plan and rank 0's first step of each objective, and print what would run.
 
-    An objective whose first step comes after `LOOK_AHEAD` steps is left out. The number of ranks is
-    `distributed.world_size`, else WORLD_SIZE of the environment, else 1; all ranks but the first return at once. Raises
-    `UserError` for what training would refuse, as far as this machine can tell.
+    At the end stands what the planner finds for the recipe's `distributed.gpu`, whatever this machine is. An objective
+    whose first step comes after `LOOK_AHEAD` steps is left out. The number of ranks is `distributed.world_size`, else
+    WORLD_SIZE of the environment, else 1; all ranks but the first return at once. Raises `UserError` for what training
+    would refuse, as far as this machine can tell, and for a GPU that is not known.
     """
     if launch_environment.rank() != 0:
         return
@@ -63,6 +68,7 @@ def dry_run(recipe: Recipe, *, output_dir: Path | None = None) -> None:
         console.print(_table(planned, world_size, parameter_count(config), steps, loader, inputs))
         if (note := beyond_context(planned, loader.report())) is not None:
             console.print(f"note: {note}")
+        verdict = verdict_lines(planned, lambda device: _plan(planned, loader, device, world_size))
     finally:
         loader.close()
     if not stands_in:
@@ -71,6 +77,13 @@ def dry_run(recipe: Recipe, *, output_dir: Path | None = None) -> None:
         console.print(f"warning: {warning}", highlight=False, markup=False)
     if planned is not recipe:
         console.print(f"note: {_note(recipe, stands_in)}")
+    for line in verdict:
+        console.print(line, highlight=False, markup=False)
+
+
+def _plan(recipe: Recipe, loader: ElasticLoader, device: Device, world_size: int) -> Plan:
+    nodes, ranks_per_node = spread(world_size, device.per_node)
+    return plan_of_run(recipe, loader, device, nodes=nodes, ranks_per_node=ranks_per_node)
 
 
 def _note(recipe: Recipe, stands_in: bool) -> str:

@@ -277,7 +277,7 @@ def test_a_dry_run_without_weights_data_and_container_prints_the_script_and_what
     assert run_command(monkeypatch, tmp_path, *words, "--dry-run") == 0
     script, notes = capsys.readouterr()
     assert script.startswith("#!/bin/bash\n#SBATCH --job-name=llama70b_bico\n")
-    lines = notes.splitlines()
+    lines = [line for line in notes.splitlines() if not line.startswith(("plan: ", "warning: "))]
     assert all(line.startswith("note: submitting would be refused: ") for line in lines)
     missing = [
         "model.path (models/llama-3.1-70b)",
@@ -288,6 +288,41 @@ def test_a_dry_run_without_weights_data_and_container_prints_the_script_and_what
     assert list(tmp_path.iterdir()) == []
     assert run_command(monkeypatch, tmp_path, *words) == 2
     assert "error: model.path (models/llama-3.1-70b): not there" in capsys.readouterr().err
+
+
+def test_the_planner_s_verdict_for_the_nodes_asked_for_comes_last(monkeypatch, tmp_path, capsys):
+    words = [
+        "--recipe",
+        "llama70b_bico_lora",
+        "--nodes",
+        "1",
+        "--gpus-per-node",
+        "8",
+        "--ranks-per-node",
+        "8",
+    ]
+    assert run_command(monkeypatch, tmp_path, *words, "--dry-run") == 0
+    script, notes = capsys.readouterr()
+    assert "plan: " not in script
+    verdict = next(line for line in notes.splitlines() if line.startswith("plan: "))
+    assert verdict.startswith("plan: llama70b_bico_lora on 1 node of 8 x NVIDIA H100 SXM, 80 GB ")
+    assert " steps of " in verdict
+    words += ["--dry-run", "--set"]
+    assert run_command(monkeypatch, tmp_path, *words, "distributed.gpu=null") == 0
+    assert capsys.readouterr().err.splitlines()[-1].startswith("plan: none, as no GPU is named")
+    assert run_command(monkeypatch, tmp_path, *words, "distributed.gpu=h100-80") == 2
+    assert "did you mean 'h100-80g'" in capsys.readouterr().err
+
+
+def test_a_submitted_run_on_cpus_says_that_its_memory_is_checked_at_the_start(monkeypatch, tmp_path, capsys):
+    (tmp_path / "bin").mkdir()
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.write_text("#!/bin/sh\necho 7\n", encoding="utf-8")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    assert run_command(monkeypatch, tmp_path, "--recipe", "tiny_base") == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "plan: trains on CPUs; whether the nodes' memory is enough is checked at the start"
 
 
 def test_a_dry_run_refuses_what_needs_no_weights_to_be_known(monkeypatch, tmp_path, capsys):

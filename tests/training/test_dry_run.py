@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from bico_ds.commands.inspect_batch import main as inspect_batch
 from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
+from bico_ds.planner.devices import DEVICES
 from bico_ds.training import assembly
 from bico_ds.training.dry_run import dry_run
 
@@ -162,3 +164,23 @@ def test_texts_past_the_model_s_context_are_noted_and_shorter_ones_are_not(plann
     assert "max_position_embeddings" not in planned("tiny_base").partition("what would run")[2]
     noted = planned("tiny_base", "model.config.max_position_embeddings=8")
     assert re.search(r"note: texts of up to \d+ tokens are longer than the model's context of 8 ", noted)
+
+
+def test_the_end_is_the_verdict_for_the_recipe_s_gpu_and_ranks_whatever_runs_it(planned):
+    gpu = ("distributed.gpu=h100-80g", "distributed.world_size=2")
+    text = planned("tiny_base", *gpu, "training={epochs: 3, global_batch_bins: 4, micro_batch_bins: 2}",
+                   "schedule={name: constant}")  # fmt: skip
+    last = text.splitlines()[-1]
+    assert last.startswith("plan: tiny_base on 1 node of 2 x NVIDIA H100 SXM, 80 GB fits: ")
+    (steps,) = re.findall(r"│ steps +│ (\d+)", text)
+    assert f" {steps} steps of " in last
+    assert "plan: none, as no GPU is named (distributed.gpu" in planned("tiny_base").splitlines()[-1]
+    with pytest.raises(UserError, match=r"distributed\.gpu: 'h100-80' .*did you mean 'h100-80g'"):
+        planned("tiny_base", "distributed.gpu=h100-80")
+
+
+def test_a_run_that_does_not_fit_is_warned_of_and_not_refused(planned, tmp_path):
+    small = asdict(DEVICES["h100-80g"]) | {"memory_bytes": 2**20}
+    (tmp_path / "small.yaml").write_text(json.dumps(small))
+    last = planned("tiny_base", "distributed.gpu=small.yaml").splitlines()[-1]
+    assert "does not fit: " in last and "the largest item is " in last

@@ -6,8 +6,9 @@
 
 Checks the recipe first, writes the batch script into the run folder (slurm/job-N.sbatch: readable, usable by itself
 with `sbatch`), submits it, and prints how to follow it. Several recipes or seeds make a job array: each run has a folder
-of its own below --output-dir, and the script is in slurm/ beside them. A dry run needs no weights (where the recipe has
-model.config) and no data: notes name what is missing. Exit codes: 0 submitted (or printed), 2 wrong usage or input, or
+of its own below --output-dir, and the script is in slurm/ beside them. Last comes what the planner finds for the recipe's
+distributed.gpu on these nodes (`bico-ds plan` says more); it refuses nothing. A dry run needs no weights (where the recipe
+has model.config) and no data: notes name what is missing. Exit codes: 0 submitted (or printed), 2 wrong usage or input, or
 refused by SLURM.
 """
 
@@ -19,6 +20,7 @@ import sys
 from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from bico_ds.cluster.attempts import stop_file
@@ -48,6 +50,9 @@ from bico_ds.config.load import load_recipe
 from bico_ds.config.paths import LocalPath
 from bico_ds.config.resources import CHECKOUT
 from bico_ds.config.schema import Recipe
+from bico_ds.data.planned_texts import texts_of
+from bico_ds.planner.devices import Device
+from bico_ds.planner.plan import Plan, make_plan
 from bico_ds.runtime.run_folder import folder_of_run
 
 
@@ -151,11 +156,14 @@ def add_start_options(how: _ArgumentGroup) -> None:
 
 def run(options: Namespace) -> None:
     job = make_job(options)
+    verdict = plan_lines(job)
     if options.dry_run:
-        print(render_batch_script(job), end="")
+        print(render_batch_script(job), end="", flush=True)
+        print(*verdict, sep="\n", file=sys.stderr)
         return
     script = write_batch_script(job)
     explain(submit(script, job), script, job)
+    print(*verdict, sep="\n")
 
 
 def make_job(options: Namespace) -> Job:
@@ -233,6 +241,30 @@ def check(run: Path, recipe: Recipe, resources: Resources, *, dry_run: bool = Fa
             ranks_per_node=resources.ranks_per_node,
             runs_here=False,
         )
+
+
+def plan_lines(job: Job) -> list[str]:
+    """What the planner finds for each recipe on these nodes; it refuses nothing. Raises `UserError` for an unknown GPU."""
+    if not job.resources.gpus_per_node:
+        return ["plan: trains on CPUs; whether the nodes' memory is enough is checked at the start"]
+    with without_accelerator():
+        from bico_ds.training.planning import verdict_lines
+    recipes = {recipe.name: recipe for recipe in job.runs.values()}  # seeds change nothing here
+    return [
+        line
+        for recipe in recipes.values()
+        for line in verdict_lines(recipe, partial(plan_on, recipe, job.resources))
+    ]
+
+
+def plan_on(recipe: Recipe, resources: Resources, device: Device) -> Plan:
+    return make_plan(
+        recipe,
+        device,
+        nodes=resources.nodes,
+        ranks_per_node=resources.ranks_per_node,
+        texts=texts_of(recipe),
+    )
 
 
 @contextmanager

@@ -109,6 +109,10 @@ class ElasticLoader:
         """Describe the first data epoch of each stream of bins: fill, and what became of each source's documents."""
         return self._order.report()
 
+    def sequence_lengths(self) -> NDArray[np.int64]:
+        """Return the original tokens of each sequence of a data epoch, int64 [N], as the first objective gets them."""
+        return self._order.sequence_lengths()
+
     def check_targets(self) -> list[str]:
         """Return warnings about what of the data can never be learned from; reads the ends of all documents.
 

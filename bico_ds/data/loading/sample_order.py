@@ -140,6 +140,10 @@ class SampleOrder:
         """Return the sequences of each source that the objective of this number is trained on."""
         return self._cursors[int(self._cursor_of[objective])].sequences
 
+    def sequence_lengths(self) -> NDArray[np.int64]:
+        """Return the original tokens of the sequences of the first stream's first data epoch, int64 [N]."""
+        return self._cursors[0].stream.sequence_lengths(0)
+
     def batch(self, step: int) -> GlobalBatch:
         """Return the global batch of a step. Raises ValueError for one before `start_step`."""
         if step < self.start_step:

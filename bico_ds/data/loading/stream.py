@@ -83,7 +83,11 @@ class BinStream:
 
     def epoch_lengths(self, epoch: int) -> NDArray[np.int64]:
         """Return the room that the sequences of a data epoch take after `expand`, in tokens, int64 [N]."""
-        return self._expand(self._length[self._epoch(epoch).sequences.index].astype(np.int64))
+        return self._expand(self.sequence_lengths(epoch))
+
+    def sequence_lengths(self, epoch: int) -> NDArray[np.int64]:
+        """Return the tokens of the sequences of a data epoch before `expand`, int64 [N]."""
+        return self._length[self._epoch(epoch).sequences.index].astype(np.int64)
 
     def advance(self, position: Position, bins: int) -> Position:
         """Return the position `bins` bins later."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.schema import FactsSpec
@@ -70,19 +71,11 @@ def write_facts(spec: FactsSpec, folder: Path) -> None:
     Raises `UserError` when the spec asks for more persons than the lexicon has names for, or for more variants and test
     prompts than there are combinations of fillers.
     """
-    persons = _persons(spec)
-    if spec.variants + spec.test_prompts > len(COMBINATIONS):
-        raise UserError(
-            f"data.facts: variants ({spec.variants}) + test_prompts ({spec.test_prompts}) must be at most "
-            f"{len(COMBINATIONS)}, the number of filler combinations"
-        )
+    persons = _checked_persons(spec)
     folder.mkdir(parents=True, exist_ok=True)
     name_first, description_first = ("name_first",), ("description_first",)
     _write(folder / "all_train.jsonl", _training_records(spec, persons))
-    _write(
-        folder / "both_orders_train.jsonl",
-        _training_records(spec, [p for p in persons if len(p.orders) == 2]),
-    )
+    _write(folder / "both_orders_train.jsonl", _training_records(spec, _in_both_orders(persons)))
     for file, trained, asked in (
         ("p2d_prompts_test", name_first, "name_first"),
         ("d2p_prompts_test", description_first, "description_first"),
@@ -95,9 +88,38 @@ def write_facts(spec: FactsSpec, folder: Path) -> None:
     _write_tokenizer(len(persons), folder / "tokenizer")
 
 
+def training_words(spec: FactsSpec, kind: str) -> NDArray[np.int64]:
+    """Words of each training text, int64 [texts], of `kind` "all" or "both_orders"; nothing is written.
+
+    The embedded task's own tokenizer makes a token of each. Raises `UserError` as `write_facts` does.
+    """
+    persons = _checked_persons(spec)
+    texts = _training_records(spec, persons if kind == "all" else _in_both_orders(persons))
+    return np.array([len(f"{text['prompt']}{text['completion']}".split()) for text in texts], dtype=np.int64)
+
+
+def own_vocabulary(spec: FactsSpec) -> int:
+    """How many tokens the embedded task's own tokenizer has."""
+    return len(_vocabulary(len(_persons(spec))))
+
+
 def is_facts_folder(path: Path) -> bool:
     """Return whether `path` looks like a folder that `write_facts` wrote."""
     return (path / "all_train.jsonl").is_file() and (path / "tokenizer" / "tokenizer.json").is_file()
+
+
+def _checked_persons(spec: FactsSpec) -> list[_Person]:
+    persons = _persons(spec)
+    if spec.variants + spec.test_prompts > len(COMBINATIONS):
+        raise UserError(
+            f"data.facts: variants ({spec.variants}) + test_prompts ({spec.test_prompts}) must be at most "
+            f"{len(COMBINATIONS)}, the number of filler combinations"
+        )
+    return persons
+
+
+def _in_both_orders(persons: list[_Person]) -> list[_Person]:
+    return [person for person in persons if len(person.orders) == 2]
 
 
 def _persons(spec: FactsSpec) -> list[_Person]:
@@ -163,10 +185,7 @@ def _write(path: Path, records: Iterable[dict[str, str | int]]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
-def _write_tokenizer(persons: int, folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
+def _vocabulary(persons: int) -> list[str]:
     fillers = sorted({word for phrase in OPENINGS + LINKS for word in phrase.split()})
     names, attributes = (
         _words(_NAME_STEMS, _NAME_ENDINGS, persons),
@@ -174,6 +193,14 @@ def _write_tokenizer(persons: int, folder: Path) -> None:
     )
     vocabulary = [PAD, BOS, EOS, UNK, SEPARATOR, ".", *fillers, *names, *attributes]
     assert len(set(vocabulary)) == len(vocabulary), "every word of the lexicon is one token of its own"
+    return vocabulary
+
+
+def _write_tokenizer(persons: int, folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = _vocabulary(persons)
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 1)])

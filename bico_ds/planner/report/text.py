@@ -1,0 +1,232 @@
+"""A plan as text for a terminal: the verdict first, then tables. No formula is here: all numbers come from the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from bico_ds.planner.decisions import NOTABLE_SHARE, Change, Decisions, find_change, largest_item
+from bico_ds.planner.items import Item, total
+from bico_ds.planner.memory import MemoryPlan, Moment
+from bico_ds.planner.plan import Plan
+from bico_ds.planner.ranges import Range
+from bico_ds.planner.report.quantities import GIB, gib, number, percent, span, stored, time
+
+_COLORS = {"fits": "green", "may not fit": "yellow", "does not fit": "red"}
+
+
+def fit_word(memory: MemoryPlan) -> str:
+    """`fits`, `may not fit` (the range has the device's memory in it) or `does not fit`."""
+    return "fits" if memory.fits else "does not fit" if memory.cannot_fit else "may not fit"
+
+
+def verdict(plan: Plan) -> str:
+    """One sentence on memory, with the change that would fit where it does not, and one on time and cost."""
+    return " ".join(
+        [f"{plan.recipe.name} on {_where(plan)} {_memory_verdict(plan, find_change(plan))}", _run(plan)]
+    )
+
+
+def warnings(plan: Plan) -> list[str]:
+    """What takes more than its share of the run, and what else a reader should not miss."""
+    found = []
+    for event in plan.run.events:
+        if event.share.high > NOTABLE_SHARE:
+            takes = "take" if event.share.low > NOTABLE_SHARE else "may take"
+            found.append(
+                f"{event.name}: {event.count:,} of them {takes} {percent(event.share)} of the run's time, "
+                f"{time(event.seconds)} each; fewer of them, by every_steps, leave more for training"
+            )
+    made_for, ranks = plan.recipe.distributed.world_size, plan.deployment.ranks
+    if made_for is not None and made_for != ranks:
+        found.append(
+            f"the recipe is made for {made_for} ranks, and a run on {ranks} is refused; "
+            f"set distributed.world_size={ranks}"
+        )
+    return found
+
+
+def print_plan(plan: Plan, decisions: Decisions, notes: Sequence[str], console: Console) -> None:
+    """Everything, for a reader, on a console without markup: formulas have brackets."""
+    say = console.print
+    say(f"{plan.recipe.name} on {_where(plan)}")
+    say(_memory_verdict(plan, decisions.change), style=_COLORS[fit_word(plan.memory)])
+    say(_run(plan))
+    for line in warnings(plan):
+        say(f"warning: {line}", style="yellow")
+    for title, table in _tables(plan, decisions).items():
+        say(f"\n{title}", style="bold")
+        console.print(table)
+    say(f"\n{_micro_batch(plan, decisions)}")
+    for line in [*assumptions(plan), *notes]:
+        say(f"note: {line}")
+
+
+def _tables(plan: Plan, decisions: Decisions) -> dict[str, Table]:
+    """By their titles."""
+    peak = plan.memory.peak
+    stores = {
+        "Host memory of a node, GiB": plan.host,
+        "NVMe of a node, GiB": plan.nvme,
+        "Disk of the run, GiB": plan.disk,
+    }
+    by_nodes = {str(other.deployment.nodes): other for other in decisions.nodes}
+    return {
+        f"Memory of a device at its peak, {_moment(peak)}, GiB": _items_table(peak.items),
+        "Memory of a device at each moment, GiB": _moments_table(plan),
+        "A step of each objective": _steps_table(plan),
+        **({"What stops the training": _events_table(plan)} if plan.run.events else {}),
+        **{title: _items_table(items) for title, items in stores.items() if items},
+        "The same recipe on other nodes": _choices_table("nodes", by_nodes, plan),
+        "With other files of ds_configs/": _choices_table("deepspeed.config", decisions.variants, plan),
+    }
+
+
+def assumptions(plan: Plan) -> list[str]:
+    """What the numbers rest on, a line each."""
+    of_epoch = "" if plan.texts.tokens is None else f"; {plan.texts.tokens:,} tokens in a data epoch"
+    return [
+        f"texts: {plan.texts.source}; on average {number(float(plan.texts.lengths.mean()))} tokens{of_epoch}",
+        "packing is taken to fill the bins; times are ranges by assumed efficiencies, not measured on these devices",
+        f"peaks of {plan.deployment.device.title}: {plan.deployment.device.source}",
+    ]
+
+
+def _where(plan: Plan) -> str:
+    """As in `8 nodes of 8 NVIDIA H100 SXM, 80 GB`."""
+    deployment = plan.deployment
+    nodes = "1 node" if deployment.nodes == 1 else f"{deployment.nodes} nodes"
+    return f"{nodes} of {deployment.ranks_per_node} x {deployment.device.title}"
+
+
+def _memory_verdict(plan: Plan, change: Change | None) -> str:
+    memory, word = plan.memory, fit_word(plan.memory)
+    found = (
+        f"{word}: {gib(memory.peak.bytes)} of {number(memory.available / GIB)} GiB at the peak, "
+        f"{_moment(memory.peak)}"
+    )
+    if memory.fits:
+        return f"{found}."
+    largest = largest_item(plan)
+    found += f"; the largest item is {largest.name}, {gib(largest.bytes)} GiB"
+    if change is None:
+        return f"{found}. No change of batch, recomputation, DeepSpeed configuration or nodes makes it fit."
+    return f"{found}. With {' '.join(change.words)} it fits, in {gib(change.plan.memory.peak.bytes)} GiB."
+
+
+def _run(plan: Plan) -> str:
+    run, deployment = plan.run, plan.deployment
+    if run.steps is None or run.hours is None or run.device_hours is None:
+        return (
+            f"A step takes {time(run.mean_step_seconds)}; how many steps its epochs have is not known here: "
+            "prepare the data, or give --epoch-tokens or --set training.steps=N --set training.epochs=null."
+        )
+    cost = "" if run.cost is None else f", cost {span(run.cost)}"
+    hours = "hours of one device" if deployment.device.kind == "cpu" else "GPU-hours"
+    return (
+        f"{run.steps:,} steps of {time(run.mean_step_seconds)} take {time(run.hours.times(3600))}, "
+        f"{span(run.device_hours)} {hours}{cost}."
+    )
+
+
+def _micro_batch(plan: Plan, decisions: Decisions) -> str:
+    now = plan.recipe.training.micro_batch_bins
+    if not decisions.micro_batch:
+        return "Largest micro-batch that fits: not even one bin."
+    tokens = f"{plan.recipe.data.capacity:,} tokens"
+    return f"Largest micro-batch that fits: {decisions.micro_batch} bins of {tokens} (now {now})."
+
+
+def _table(first: str, *columns: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first, overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right", overflow="fold")
+    return table
+
+
+def _items_table(items: Sequence[Item]) -> Table:
+    table = _table("", "low", "high")
+    table.add_column("how", overflow="fold", style="dim")
+    for item in items:
+        table.add_row(item.name, *_bounds(item.bytes), item.how)
+    table.add_row("together", *_bounds(total(items)), "", style="bold")
+    return table
+
+
+def _moments_table(plan: Plan) -> Table:
+    table = _table("", "low", "high")
+    table.add_row("between steps", *_bounds(total(plan.memory.resident)))
+    for moment in plan.memory.moments:
+        table.add_row(_moment(moment), *_bounds(moment.bytes))
+    return table
+
+
+def _moment(moment: Moment) -> str:
+    return f"{moment.name} ({moment.objective})"
+
+
+def _bounds(found: Range) -> tuple[str, str]:
+    return number(found.low / GIB), number(found.high / GIB)
+
+
+def _steps_table(plan: Plan) -> Table:
+    """A column per objective; rows of a micro-batch, then of a step."""
+    table = _table("", *(batch.objective for batch in plan.batches))
+    batches, steps = plan.batches, plan.steps
+    for label, cells in (
+        ("share of the steps", [percent(Range.exactly(batch.probability)) for batch in batches]),
+        ("rows of a micro-batch", [f"{batch.rows:,.0f}" for batch in batches]),
+        ("  of them live placeholders", [f"{batch.live_rows:,.0f}" for batch in batches]),
+        ("  rows with a loss", [f"{batch.head_rows:,.0f}" for batch in batches]),
+        ("documents of a micro-batch", [number(batch.documents) for batch in batches]),
+        ("PFLOP of a step, useful", [number(step.flops.useful / 1e15) for step in steps]),
+        ("PFLOP of a step, executed", [number(step.flops.executed / 1e15) for step in steps]),
+        ("  of them attention", [number(step.flops.attention / 1e15) for step in steps]),
+        ("matrix products and attention", [time(step.products) for step in steps]),
+        ("elementwise operations", [time(step.elementwise) for step in steps]),
+        *_transfer_rows(plan),
+        ("a step", [time(step.seconds) for step in steps]),
+        ("tokens/s of a device, kept", [span(step.kept_per_second) for step in steps]),
+        ("tokens/s of a device, represented", [span(step.represented_per_second) for step in steps]),
+        ("MFU", [percent(step.mfu) for step in steps]),
+    ):
+        table.add_row(label, *cells)
+    return table
+
+
+def _transfer_rows(plan: Plan) -> Iterator[tuple[str, list[str]]]:
+    """A row per kind of collective, with the seconds that it takes by itself."""
+    for name in dict.fromkeys(transfer.name for step in plan.steps for transfer in step.transfers):
+        found = [next((t for t in step.transfers if t.name == name), None) for step in plan.steps]
+        cells = ["" if t is None else f"{time(t.seconds)} ({stored(Range.exactly(t.bytes))})" for t in found]
+        yield name, cells
+
+
+def _events_table(plan: Plan) -> Table:
+    table = _table("", "times", "each", "share of the run")
+    table.add_column("how", overflow="fold", style="dim")
+    for event in plan.run.events:
+        table.add_row(event.name, f"{event.count:,}", time(event.seconds), percent(event.share), event.how)
+    return table
+
+
+def _choices_table(what: str, plans: Mapping[str, Plan], chosen: Plan) -> Table:
+    """A row per alternative; the plan's own has a star."""
+    money = "GPU-hours" if chosen.price is None else "cost"
+    table = _table(what, "memory", "GiB", "tokens/s of a device", "hours", money)
+    for name, plan in plans.items():
+        run = plan.run
+        table.add_row(
+            f"{name} *" if plan is chosen else name,
+            fit_word(plan.memory),
+            gib(plan.memory.peak.bytes),
+            span(plan.represented_per_second),
+            "" if run.hours is None else span(run.hours),
+            "" if (paid := run.device_hours if run.cost is None else run.cost) is None else span(paid),
+            style="bold" if plan is chosen else "",
+        )
+    return table

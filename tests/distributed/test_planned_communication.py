@@ -30,18 +30,19 @@ COLLECTIVES = {"all_gather_into_tensor": 0.5, "reduce_scatter_tensor": 0.5, "all
 KIND = {"gathered": "all_gather_into_tensor", "scattered": "reduce_scatter_tensor", "reduced": "all_reduce"}
 # DeepSpeed also sums norms and flags.
 SMALLEST = 64
+# `live`: how many layers' weights may be there at a time. DeepSpeed's 1e9 elements are 1.17 layers of a 70B model.
 CASES = {
     "ZeRO-2": {"config": "zero2_bf16"},
     "ZeRO-2, adapters": {"config": "zero2_bf16", "lora": True},
-    "ZeRO-3": {"config": "zero3_bf16", "live": 0.3},
-    "ZeRO-3, everything stays": {"config": "zero3_bf16", "live": 2.0},
-    "ZeRO-3, checkpointing": {"config": "zero3_bf16", "live": 0.3, "every": 1},
-    "ZeRO-3, adapters and checkpointing": {"config": "zero3_bf16", "live": 0.3, "every": 1, "lora": True},
+    "ZeRO-3": {"config": "zero3_bf16", "live": 1.17},
+    "ZeRO-3, everything stays": {"config": "zero3_bf16", "live": 100},
+    "ZeRO-3, checkpointing": {"config": "zero3_bf16", "live": 1.17, "every": 1},
+    "ZeRO-3, adapters and checkpointing": {"config": "zero3_bf16", "live": 1.17, "every": 1, "lora": True},
 }
 
 
 def recipe_of(shape: dict[str, int], case: dict[str, Any]) -> Recipe:
-    """A small model; of its weights no more than the share `live` may be there at a time."""
+    """A small model with buckets and limits of a large one."""
     settings = [
         f"model.config.vocab_size={VOCABULARY}", "model.config.num_attention_heads=4", "model.config.head_dim=16",
         "model.config.num_key_value_heads=2", "model.dtype=bf16", "training.micro_batch_bins=1",
@@ -52,9 +53,9 @@ def recipe_of(shape: dict[str, int], case: dict[str, Any]) -> Recipe:
     if case.get("lora"):
         settings.append("model.lora={rank: 4, alpha: 8, dropout: 0.0}")
     if "live" in case:
-        parameters = read_architecture(load_recipe("tiny_base", settings).model).parameters
+        layer = read_architecture(load_recipe("tiny_base", settings).model).layer_parameters
         zero = "deepspeed.overrides.zero_optimization.stage3_"
-        most = int(case["live"] * parameters)
+        most = int(case["live"] * layer)
         settings += [f"{zero}max_live_parameters={most}", f"{zero}max_reuse_distance={most}"]
         # As in large models a bucket holds a square weight.
         settings.append(f"{zero}prefetch_bucket_size={int(0.9 * shape['hidden_size'] ** 2)}")
@@ -66,11 +67,12 @@ def count_sent(counts: Counter[str]) -> None:
     from deepspeed.comm import comm
 
     def counted(name: str, share: float, function: Any) -> Any:
-        def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            payload = max((t for t in (tensor, *args) if isinstance(t, torch.Tensor)), key=torch.numel)
-            if payload.nbytes > SMALLEST:
-                counts[name] += share * payload.nbytes
-            return function(tensor, *args, **kwargs)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+            payload = max(tensor.nbytes for tensor in tensors)
+            if payload > SMALLEST:
+                counts[name] += share * payload
+            return function(*args, **kwargs)
 
         return call
 
@@ -123,18 +125,12 @@ def planned(shape: dict[str, int], case: dict[str, Any]) -> dict[str, float]:
 
 
 def test_ranks_send_what_is_planned(tmp_path):
-    rng = np.random.default_rng()
-    shape = {
-        "hidden_size": int(rng.choice([48, 64, 80])),
-        "intermediate_size": int(rng.choice([96, 128, 200])),
-        "num_hidden_layers": int(rng.integers(3, 5)),
-    }
+    layers = int(np.random.default_rng().integers(3, 6))
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers}
     run_on_ranks(train, RANKS, str(tmp_path), shape)
     sent = json.loads((tmp_path / "sent.json").read_text())
     for name, case in CASES.items():
         expected = planned(shape, case)
         assert sent[name].keys() == expected.keys(), name
         for kind, size in expected.items():
-            # What waits between modules depends on the order in which autograd frees them.
-            tolerance = 0.07 if case.get("lora") and kind == KIND["gathered"] else 0.02
-            assert sent[name][kind] == pytest.approx(size, rel=tolerance), (name, kind, shape)
+            assert sent[name][kind] == pytest.approx(size, rel=0.02), (name, kind, shape)

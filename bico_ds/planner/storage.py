@@ -109,7 +109,7 @@ def nvme(recipe: Recipe, architecture: Architecture, deployment: Deployment) -> 
 
 
 def host_memory(recipe: Recipe, architecture: Architecture, deployment: Deployment) -> tuple[Item, ...]:
-    """Of one node, all its ranks. On CPUs the tensors are in the plan of device memory: here is what comes on top of it.
+    """Of one node, all its ranks; where they compute on CPUs, beside what the plan of their devices' memory has.
 
     Not counted: pages of files (the system takes them back), and the loader's tables, a few dozen bytes per document.
     """
@@ -117,14 +117,13 @@ def host_memory(recipe: Recipe, architecture: Architecture, deployment: Deployme
     items = [
         Item(name="processes", bytes=_PROCESS[kind].times(ranks), how="Python, torch, DeepSpeed, CUDA"),
         _batches(recipe, deployment),
+        *_offloaded_states(recipe, architecture, deployment),
+        *_offloaded_weights(recipe, architecture, deployment),
+        _on_the_way(recipe, architecture, deployment),
+        _resume(recipe, architecture, deployment),
     ]
     if kind == "cpu":
         items.append(_exactly("all-reduce buffers", ranks * _SHARED_BUFFER, "in /dev/shm"))
-    else:
-        items += _offloaded_states(recipe, architecture, deployment)
-        items += _offloaded_weights(recipe, architecture, deployment)
-        items += _on_the_way(recipe, architecture, deployment)
-    items.append(_resume(recipe, architecture, deployment))
     return tuple(item for item in items if item.bytes.high > 0)
 
 
@@ -151,7 +150,7 @@ def _offloaded_by_stage_3(recipe: Recipe, architecture: Architecture, deployment
     flat buffer), `initialize_optimizer_states` (gradients again, per sub-group); ops/adam/cpu_adam.py (moments, made by the
     first update). With NVMe: swap_tensor/utils.py, `SwapBufferManager`; sub-groups below 1 MiB stay here.
     """
-    zero, ranks, pinned = deployment.zero, deployment.ranks_per_node, deployment.zero.pin_memory
+    zero, ranks, pinned = deployment.zero, deployment.ranks_per_node, _pins(deployment)
     partitions = _partitions(recipe, architecture, deployment)
     groups = _sub_groups(partitions, zero.sub_group_size)
     on_nvme = zero.offload_optimizer == "nvme"
@@ -176,7 +175,7 @@ def _offloaded_by_stage_2(recipe: Recipe, architecture: Architecture, deployment
     """Source: DeepSpeed: zero/stage_1_and_2.py, `__init__` (masters, a copy of the weights, a buffer as large as the largest
     parameter), `initialize_optimizer_states` (gradients), `async_accumulate_grad_in_cpu_via_gpu` (sums over micro-batches).
     """
-    ranks, pinned, weight = deployment.ranks_per_node, deployment.zero.pin_memory, _BYTES[recipe.model.dtype]
+    ranks, pinned, weight = deployment.ranks_per_node, _pins(deployment), _BYTES[recipe.model.dtype]
     sizes = architecture.trained_sizes(recipe.model.lora)
     partition = -(-sum(sizes) // deployment.ranks)
     moments = sum(recipe.optimizer.state.moments.values())
@@ -202,29 +201,28 @@ def _offloaded_weights(recipe: Recipe, architecture: Architecture, deployment: D
     if zero.offload_parameters == "none":
         return []
     if zero.offload_parameters == "cpu":
-        return [_pinned("weights", [math.ceil(weight * partition)], ranks, zero.pin_memory)]
+        return [_pinned("weights", [math.ceil(weight * partition)], ranks, _pins(deployment))]
     most = ranks * weight * (min(partition, _PARAMETERS_IN_HOST) + _PARAMETER_BUFFERS)
     return [Item(name="weights", bytes=Range(0, most), how="up to max_in_cpu, and buffers for NVMe")]
 
 
-def _on_the_way(recipe: Recipe, architecture: Architecture, deployment: Deployment) -> list[Item]:
-    """Tensors that are in host memory while they are read or written; at most one per rank, and never both.
+def _on_the_way(recipe: Recipe, architecture: Architecture, deployment: Deployment) -> Item:
+    """A tensor that is in host memory while it is read or written: one per rank at a time.
 
     Source: `bico_ds.model.weights.materialize` (a rank's slice of a parameter; all of it below stage 3 and with hpZ);
-    torch.save, which copies one storage at a time to the host (DeepSpeed's are as large as a sub-group).
+    torch.save, which copies one storage at a time from a GPU (DeepSpeed's are as large as a sub-group).
     """
     zero, ranks = deployment.zero, deployment.ranks_per_node
-    sizes = architecture.trained_sizes(None)
     whole = zero.stage < 3 or zero.secondary_ranks is not None
-    read = _BYTES[recipe.model.dtype] * max(sizes) / (1 if whole else deployment.ranks)
-    written = 0
-    if zero.offload_optimizer == "none":
+    largest = max(architecture.trained_sizes(None)) / (1 if whole else deployment.ranks)
+    read, written = _BYTES[recipe.model.dtype] * largest, 0
+    if zero.offload_optimizer == "none" and deployment.device.kind == "cuda":
         partitions = _partitions(recipe, architecture, deployment)
         written = _FP32 * max(_sub_groups(partitions, zero.sub_group_size if zero.stage == 3 else None))
     most = ranks * max(read, written)
-    return [
-        Item(name="a tensor on its way", bytes=Range(0, most), how="while weights load, or states are saved")
-    ]
+    return Item(
+        name="a tensor on its way", bytes=Range(0, most), how="while weights load, or states are saved"
+    )
 
 
 def _resume(recipe: Recipe, architecture: Architecture, deployment: Deployment) -> Item:
@@ -258,6 +256,11 @@ def _sub_groups(partitions: Sequence[int], least: int | None) -> list[int]:
             groups.append(size)
             size = 0
     return groups + [size] * (size > 0)
+
+
+def _pins(deployment: Deployment) -> bool:
+    """On CPUs DeepSpeed locks no page, whatever `pin_memory` says (accelerator/cpu_accelerator.py)."""
+    return deployment.zero.pin_memory and deployment.device.kind == "cuda"
 
 
 def _is_swapped(elements: int) -> bool:

@@ -9,6 +9,10 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from bico_ds.config.load import load_recipe
+from bico_ds.planner.architecture import read_architecture
+from bico_ds.planner.deployment import read_zero
+from bico_ds.planner.storage import checkpoint_bytes
 from tests.distributed.launching import ROOT, metrics, train
 
 pytestmark = pytest.mark.distributed
@@ -81,6 +85,18 @@ def test_zero_2_gives_the_losses_and_gradients_of_zero_3_in_both_objectives(runs
     done = train("tiny_bico", runs / "zero2", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_numbers(runs / "zero2", runs / "bico", steps=20)
+
+
+@pytest.mark.parametrize("name", ["bico", "zero2"])
+def test_a_checkpoint_is_as_large_as_planned(runs, name):
+    """By ZeRO-3 without the weights in their own type, by ZeRO-2 with them."""
+    (checkpoint, *_) = sorted((runs / name / "checkpoints").glob("step-*"))
+    recipe = load_recipe(str(runs / name / "recipe.yaml"))
+    architecture = read_architecture(recipe.model)
+    zero = read_zero(recipe, hidden_size=architecture.hidden, ranks=2, ranks_per_node=2, on_cuda=False)
+    on_disk = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+    assert on_disk == pytest.approx(checkpoint_bytes(recipe, architecture, zero), rel=0.02)
+    assert zero.stage == (2 if name == "zero2" else 3)
 
 
 def assert_same_numbers(run: Path, other: Path, *, steps: int) -> None:

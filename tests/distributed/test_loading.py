@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bico_ds.common.errors import UserError
+from bico_ds.config.load import load_recipe
+from bico_ds.config.optimizers import ADAMW
 from bico_ds.config.schema import LoraSpec, ModelSpec
 from bico_ds.model.build import build_model
 from bico_ds.model.weights.checksums import base_fingerprint
 from bico_ds.model.weights.export_checkpoint import export_checkpoint
 from bico_ds.model.weights.export_model import export_model
+from bico_ds.planner.architecture import read_architecture
+from bico_ds.planner.deployment import read_zero
+from bico_ds.planner.storage import checkpoint_bytes
 from tests.distributed.launching import exported_weights
 from tests.distributed.model_ranks import causal_batch, ds_config, run_on_ranks
 
@@ -68,6 +74,20 @@ def load_train_and_export(rank: int, world_size: int, folder: str) -> None:
     engine.save_checkpoint(str(root), tag="full", save_latest=False)
 
 
+def tensor_bytes(checkpoint: Path) -> int:
+    """Of the tensors in a checkpoint's files, as they are on disk: adapters so small take less than their names."""
+    files = (entry for path in checkpoint.glob("*.pt") for entry in zipfile.ZipFile(path).infolist())
+    return sum(entry.file_size for entry in files if "/data/" in entry.filename)
+
+
+def planned_bytes(spec: ModelSpec) -> float:
+    """The planner's; the optimizer of these ranks, SGD, keeps the master weights alone, 4 of AdamW's 12 bytes."""
+    recipe = load_recipe("tiny_base").model_copy(update={"model": spec})
+    architecture = read_architecture(spec)
+    zero = read_zero(recipe, hidden_size=architecture.hidden, ranks=2, ranks_per_node=2, on_cuda=False)
+    return checkpoint_bytes(recipe, architecture, zero) * ADAMW.master / ADAMW.bytes_per_parameter
+
+
 def test_two_ranks_load_their_slices_train_adapters_and_export(tmp_path: Path) -> None:
     save_llama(tmp_path / "base")
     run_on_ranks(load_train_and_export, 2, str(tmp_path))
@@ -91,6 +111,10 @@ def test_two_ranks_load_their_slices_train_adapters_and_export(tmp_path: Path) -
         export_checkpoint(
             tmp_path / "lora", ModelSpec(path=str(tmp_path / "base")), None, tmp_path / "x", "bf16"
         )
+    assert tensor_bytes(tmp_path / "lora") == pytest.approx(planned_bytes(spec), rel=0.02)
+    assert tensor_bytes(tmp_path / "full") == pytest.approx(
+        planned_bytes(ModelSpec(path=str(tmp_path / "base"))), rel=0.02
+    )
     save_llama(tmp_path / "other", seed=6)
     other = ModelSpec(path=str(tmp_path / "other"), lora=LoraSpec(rank=4))
     with pytest.raises(UserError, match="is not the one that this checkpoint's adapters were trained on"):

@@ -122,6 +122,15 @@ def test_run_json_keeps_the_comparison_of_this_start_alone(folder):
     assert second["plan"]["peak_flops"] == 1e9
 
 
+def test_a_start_that_lost_the_folder_writes_nothing_into_another_start_s_part(folder):
+    before = (folder.path / "run.json").read_text()
+    folder.lock.run_id = "another"
+    callback, _ = beside(planned(Range(0.1, 0.3)), folder)
+    callback.on_step(report(1))
+    callback.on_end(1, "done")
+    assert (folder.path / "run.json").read_text() == before
+
+
 def test_a_run_goes_on_where_run_json_cannot_be_written(folder):
     (folder.path / "run.json").unlink()
     callback, told = beside(planned(Range(0.1, 0.3)), folder)

@@ -67,7 +67,10 @@ class Callback:
     def on_step(self, report: StepReport) -> None: ...
 
     def on_numbers(self, step: int, kind: str, numbers: dict[str, float]) -> None:
-        """Numbers other than a step's, by `kind`: `evaluation`, `timing` (of an evaluation), `checkpoint`."""
+        """Numbers other than a step's, by `kind`: `evaluation`, `timing` (of an evaluation), `checkpoint`.
+
+        Of the kind `plan` (`bico_ds.training.callbacks.planned`) rank 0's console and monitor alone get some.
+        """
 
     def on_message(self, text: str) -> None:
         """A line for the user to read; may come before `on_start`."""

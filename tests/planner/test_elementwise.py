@@ -19,7 +19,7 @@ from bico_ds.config.schema import ModelSpec
 from bico_ds.model.build import TrainableModel, build_model
 from bico_ds.native.library import native_refusal
 from bico_ds.planner.architecture import read_architecture
-from bico_ds.planner.compute.elementwise import elementwise_bytes
+from bico_ds.planner.compute.elementwise import elementwise_bytes, optimizer_bytes
 from tests.bench.small_model import random_documents
 from tests.planner.test_flops import META, OBJECTIVES, TORCH_NAMES, counts
 
@@ -104,7 +104,7 @@ def problem(device: str, objective: str, variant: str) -> tuple[ModelSpec, Train
     values = {"dtype": "bf16", **VARIANTS[variant]}
     spec = ModelSpec.model_validate({**values, "config": {**SHAPE, **values["config"]}})
     model = build_model(spec, seed=1, ds_config=None, device=device).train()
-    batch = OBJECTIVES[objective].build(*random_documents(*np.random.default_rng().integers(250, 300, 4)))
+    batch = OBJECTIVES[objective].build(*random_documents(*np.random.default_rng().integers(800, 1100, 1)))
     batch.input_ids.remainder_(spec.config["vocab_size"])
     batch.targets.remainder_(spec.config["vocab_size"])
     policy = backends.resolve(
@@ -116,19 +116,24 @@ def problem(device: str, objective: str, variant: str) -> tuple[ModelSpec, Train
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_gpu_moves_what_is_expected(variant, objective):
+    """Of one document: tiles of several are padded, which is not counted."""
     spec, model, batch = problem("meta", objective, variant)
     expected = elementwise_bytes(read_architecture(spec), spec, counts(batch))
     found = moved(model, batch.to(META))
-    print(f"{variant:40} {objective} {expected / found:.3f}")
-    assert expected == pytest.approx(found, rel=0.1)
+    assert expected == pytest.approx(found, rel=0.08)
 
 
 @pytest.mark.skipif(native_refusal() is not None, reason=f"the fused kernels: {native_refusal()}")
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("variant", ["layers", "layers in fp32", "head"])
+@pytest.mark.parametrize("variant", ["layers", "head"])
 def test_a_cpu_moves_what_is_expected(variant, objective):
     spec, model, batch = problem("cpu", objective, variant)
     expected = elementwise_bytes(read_architecture(spec), spec, counts(batch), on_cuda=False)
     found = moved(model, batch)
-    print(f"{variant:40} {objective} cpu {expected / found:.3f}")
-    assert expected == pytest.approx(found, rel=0.1)
+    assert expected == pytest.approx(found, rel=0.08)
+
+
+def test_an_update_moves_what_the_formula_by_hand_says():
+    """In bf16 per element: 4 B into the bucket; 18 B cast and added; 48 B of norm, clipping and Adam, 6 B cast."""
+    spec = ModelSpec.model_validate({"config": SHAPE})
+    assert optimizer_bytes(1000, spec, partition=10, micro_batches=3) == 3 * (4 * 1000 + 18 * 10) + 54 * 10

@@ -224,7 +224,7 @@ def test_the_visits_that_are_expected_are_those_of_the_backend_s_kernels(backend
     spec = ModelSpec.model_validate({"config": CONFIG, "dtype": dtype, "attention_backend": backend})
     expected = expected_visits(spec, counts(batch), on_cuda=device == "meta")
     assert {visits.kernel: visits.pairs for visits in expected if visits.pairs} == pytest.approx(
-        visited, rel=0.02
+        visited, rel=0.05
     )
 
 

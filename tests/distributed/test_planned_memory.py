@@ -31,7 +31,7 @@ from tests.distributed.live_memory import LiveMemory
 from tests.distributed.model_ranks import run_on_ranks
 from tests.distributed.test_zero import OBJECTIVES
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 VOCABULARY, STEPS, MEASURED = 1000, 4, 2
 LENGTHS = (60, 33)

@@ -84,7 +84,7 @@ def activation_memory(
             ),
             *_head(case, model, batch),
         ),
-        in_layer=_backward(case, batch, layers[last], ends, recomputed=recomputed[last]),
+        in_layer=_backward(case, batch, layers[last], ends, recomputed=tuple(recomputed[-2:])),
     )
 
 
@@ -94,7 +94,7 @@ def _backward(
     layer: tuple[KeptTensor, ...],
     last_norm: tuple[KeptTensor, ...],
     *,
-    recomputed: bool,
+    recomputed: tuple[bool, ...],
 ) -> tuple[Item, ...]:
     """At the peak from the end of the last layer's forward pass to that of its backward pass."""
     low, high = (
@@ -103,7 +103,7 @@ def _backward(
     )
     kept = {tensor.name for tensor in (*layer, *last_norm)}
     others = [name for name in high if name not in kept]
-    how = "recomputed" if recomputed else "kept, less what is freed"
+    how = "recomputed" if any(recomputed) else "kept, less what is freed"
     return (
         Item(name="last layer", bytes=_sum(low, high, [name for name in high if name in kept]), how=how),
         Item(name="gradients of rows", bytes=_sum(low, high, others), how=", ".join(others)),
@@ -120,21 +120,25 @@ def _peak(
     layer: tuple[KeptTensor, ...],
     last_norm: tuple[KeptTensor, ...],
     *,
-    recomputed: bool,
+    recomputed: tuple[bool, ...],
     tile: LargestTile,
 ) -> dict[str, float]:
+    """Bytes by name. `recomputed`: of the last two layers; where only the one before the last is, the peak may be there."""
     alive = Alive(batch.rows)
-    if not recomputed:
+    if not recomputed[-1]:
         alive.keep(layer)
         layer_forward(alive, case, recomputed=False)
     alive.keep(last_norm)
     head_backward(alive, case, batch)
-    if recomputed:
+    if not recomputed[-1]:
+        layer_backward(alive, case, batch, tile)
+        alive.only("gradient of the layer")
+    if any(recomputed):
         # Where no copy in fp32 is made, the first norm keeps the layer's input itself, which checkpointing keeps anyhow.
         held = {"input of the first norm"} if case.keeps_norm_input else set()
         alive.keep(tensor for tensor in layer if tensor.name not in held)
         layer_forward(alive, case, recomputed=True)
-    layer_backward(alive, case, batch, tile)
+        layer_backward(alive, case, batch, tile)
     return alive.peak
 
 

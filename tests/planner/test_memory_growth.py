@@ -20,7 +20,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 SHARED = (
     "deepspeed.config=zero3_bf16",
     "model.dtype=fp32",
-    "model.config.vocab_size=8000",
     "model.config.head_dim=64",
     "data.capacity=2048",
     "training.steps=3",
@@ -36,7 +35,7 @@ TINY = (
 LARGE = (
     "model.config.hidden_size=768",
     "model.config.intermediate_size=2304",
-    "model.config.num_hidden_layers=12",
+    "model.config.num_hidden_layers=15",
     "model.config.num_attention_heads=12",
     "model.config.num_key_value_heads=4",
 )

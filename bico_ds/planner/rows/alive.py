@@ -30,3 +30,7 @@ class Alive:
         """Those of these names that there are."""
         for name in names:
             self.tensors.pop(name, None)
+
+    def only(self, name: str) -> None:
+        """Free all others."""
+        self.tensors = {name: self.tensors[name]}

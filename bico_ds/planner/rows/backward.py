@@ -53,7 +53,10 @@ def head_backward(alive: Alive, case: Case, batch: MicroBatch) -> None:
 
 
 def layer_backward(alive: Alive, case: Case, batch: MicroBatch, tile: LargestTile) -> None:
-    """Of `_PackedLayer` (bico_ds/model/swap.py): the gated MLP with its norm, then attention with its own."""
+    """Of `_PackedLayer` (bico_ds/model/swap.py): the gated MLP with its norm, then attention with its own.
+
+    From "gradient of the layer", of its output, to that of its input, which is the next layer's.
+    """
     E = case.shapes.hidden
     _linear(alive, case, "down_proj", None, _PRODUCT, read_last="gated product")
     _gates(alive, case)
@@ -67,7 +70,7 @@ def layer_backward(alive: Alive, case: Case, batch: MicroBatch, tile: LargestTil
     for name, grad in zip(("v_proj", "k_proj", "q_proj"), reversed(GRADIENTS), strict=True):
         _linear(alive, case, name, grad, f"gradient by {name}")
     alive.free("gradient by k_proj", "gradient by v_proj", "output of the first norm")
-    _norm(alive, case, "first norm", E, "gradient by q_proj", "gradient of the layer's input")
+    _norm(alive, case, "first norm", E, "gradient by q_proj", "gradient of the layer")
 
 
 def _norm(alive: Alive, case: Case, name: str, width: int, of_output: str, of_input: str) -> None:

@@ -110,6 +110,13 @@ def test_a_cpu_with_adapters_keeps_and_makes_what_is_planned(dtype, adapters, re
     compare(spec, BICO, "cpu", within=0.02)
 
 
+def test_the_peak_may_be_in_a_recomputed_layer_before_one_that_is_kept():
+    spec = random_spec(np.random.default_rng(), lora=LORA["dropout"], activation_checkpointing=2)
+    assert spec.config is not None
+    even = spec.model_copy(update={"config": spec.config | {"num_hidden_layers": 4}})
+    compare(even, NTP, "cpu", within=0.02)
+
+
 @pytest.mark.parametrize("recompute", [0, 1, 2])
 @pytest.mark.parametrize("objective", [NTP, BICO], ids=str)
 def test_what_cuda_runs_keeps_and_makes_what_is_planned(objective, recompute):

@@ -116,13 +116,14 @@ class _Point:
 class _Replay:
     """A micro-batch, in the order in which DeepSpeed goes through the modules: gathered weights, and gradients."""
 
-    def __init__(self, recipe: Recipe, modules: Sequence[Module], states: States) -> None:
+    def __init__(self, recipe: Recipe, modules: tuple[Module, ...], states: States) -> None:
         self.states, self.modules, self.head = states, modules, modules[-1]
-        order = list(visits(modules, recipe.model.activation_checkpointing))
-        held = [0] * len(order)
+        recompute_every = recipe.model.activation_checkpointing
+        order = visits(modules, recompute_every)
+        sizes = [0] * len(order)
         if states.zero.stage == 3:
-            held = [point.elements for point in gathered(order, states.zero, states.ranks)]
-        sizes = [states.size * elements for elements in held]
+            held = gathered(modules, recompute_every, states.zero, states.ranks)
+            sizes = [states.size * point.elements for point in held]
         self.in_forward = list(states.of_forward())
         self.in_backward = {there: list(states.of_backward(partition=there)) for there in (False, True)}
         self.last_layer = max(module.layer or 0 for module in modules)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from bico_ds.config.schema import LoraSpec
 from bico_ds.planner.architecture import Architecture, Linear
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Parameter:
-    """One tensor of weights; `name` tells it from all others."""
+    """One tensor of weights, equal to itself alone."""
 
     name: str
     elements: int
@@ -23,9 +24,9 @@ class Parameter:
         return math.ceil(self.elements / ranks)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Module:
-    """A module with parameters of its own. `layer`: of the decoder, or None.
+    """A module with parameters of its own, equal to itself alone. `layer`: of the decoder, or None.
 
     `has_backward`: whether a gradient comes to its output; `passes_on`: whether one leaves by its input. DeepSpeed gathers
     a module's weights by the first and releases them by the second.
@@ -38,8 +39,23 @@ class Module:
     passes_on: bool = True
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Adapters:
+    """Of a recipe's `model.lora`, what shapes depend on."""
+
+    rank: int
+    targets: tuple[str, ...]
+
+
 def modules_of(architecture: Architecture, lora: LoraSpec | None) -> tuple[Module, ...]:
-    """All modules with parameters; a tied head has the embedding's parameter."""
+    """All modules with parameters, the same ones at each call; a tied head has the embedding's parameter."""
+    return _modules(
+        architecture, None if lora is None else _Adapters(rank=lora.rank, targets=tuple(lora.targets))
+    )
+
+
+@lru_cache(maxsize=64)
+def _modules(architecture: Architecture, lora: _Adapters | None) -> tuple[Module, ...]:
     full, hidden = lora is None, architecture.hidden
     embedding = Parameter(name="embedding", elements=architecture.embedding_parameters, trained=full)
     head = embedding if architecture.tied_head else Parameter(**{**vars(embedding), "name": "head"})
@@ -57,7 +73,7 @@ def parameters_of(modules: tuple[Module, ...]) -> tuple[Parameter, ...]:
     return tuple(dict.fromkeys(parameter for module in modules for parameter in module.parameters))
 
 
-def _layer(architecture: Architecture, lora: LoraSpec | None, index: int) -> Iterator[Module]:
+def _layer(architecture: Architecture, lora: _Adapters | None, index: int) -> Iterator[Module]:
     """Under LoRA nothing before the first adapter has a gradient to pass on."""
     flows = lora is None or index > 0
     by_name = {linear.name: linear for linear in architecture.linears}
@@ -74,12 +90,12 @@ def _layer(architecture: Architecture, lora: LoraSpec | None, index: int) -> Ite
                 yield _norm(name, architecture.head_dim, index, lora, flows=flows)
 
 
-def _norm(name: str, elements: int, layer: int, lora: LoraSpec | None, *, flows: bool) -> Module:
+def _norm(name: str, elements: int, layer: int, lora: _Adapters | None, *, flows: bool) -> Module:
     weight = Parameter(name=f"{name} {layer}", elements=elements, trained=lora is None)
     return Module(name=weight.name, parameters=(weight,), layer=layer, has_backward=flows, passes_on=flows)
 
 
-def _linear(linear: Linear, layer: int, lora: LoraSpec | None, *, flows: bool) -> Iterator[Module]:
+def _linear(linear: Linear, layer: int, lora: _Adapters | None, *, flows: bool) -> Iterator[Module]:
     """The layer, and behind it peft's two of its adapter."""
 
     def module(part: str, *sizes: int, trained: bool, has_backward: bool, passes_on: bool) -> Module:

@@ -75,7 +75,7 @@ def compare(spec: ModelSpec, objective: dict[str, Any], device: str, *, within: 
     assert spec.config is not None
     shapes = architecture_of(spec.config, source="model.config")
     sizes = {shapes.vocabulary, *(size for x in shapes.linears for size in (x.inputs, x.outputs))}
-    while True:  # a tensor of rows that has as many elements as a weight would be taken for its gradient
+    while True:  # a tensor of rows that has the shape of a weight would be taken for its gradient
         batch = draw_batch(objective, rng.integers(150, 900, int(rng.integers(2, 5))), spec, shapes, device)
         if not sizes & {batch.plan.num_rows, len(batch.targets)}:
             break

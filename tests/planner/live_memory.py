@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 class LiveMemory(TorchDispatchMode):
     """Inside, every storage that an operation makes counts from then until nothing refers to it.
 
-    What a kernel allocates and frees within one operation is not seen. `weights`, and tensors of their shapes, as their gradients
-    are, do not count. `read`: tensors of before, which do count.
+    What a kernel allocates and frees within one operation is not seen. `weights`, and tensors of their shapes, as their
+    gradients are, do not count. `read`: tensors of before, which do count.
     """
 
     def __init__(self, weights: Iterable[Tensor], read: Iterable[Tensor] = ()) -> None:

@@ -51,8 +51,8 @@ def tiled_scores(case: Case, batch: MicroBatch) -> Range:
     """Scores per head in all dense tiles: of every row without a flash kernel, with one of live rows.
 
     At least the pairs of a query and a key; at most those of a single block, in which every document is as long as the
-    longest (`build_tiles` of attention/tiles.py), and has as many live rows as chance may give it: two standard deviations of
-    a Poisson distribution above the mean.
+    longest (`build_tiles` of attention/tiles.py), and has as many live rows as chance may give it: two standard deviations
+    of a Poisson distribution above the mean.
     """
     if case.attention not in ("flash", "tiles"):
         return Range.exactly(0)

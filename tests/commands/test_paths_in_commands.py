@@ -22,9 +22,10 @@ from bico_ds.commands import export as export_hf
 from bico_ds.commands.slurm import status, submit
 from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
+from bico_ds.config.resources import DS_CONFIGS
 from bico_ds.data.tokenizer import load_tokenizer
 from bico_ds.model.build import build_model
-from bico_ds.runtime.ds_config import DS_CONFIGS, build_ds_config
+from bico_ds.runtime.ds_config import build_ds_config
 from bico_ds.runtime.run_folder import folder_of_run
 from bico_ds.runtime.signals import StopFlag
 from bico_ds.training import assembly

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from bico_ds.planner.items import total
 from bico_ds.planner.memory import MemoryPlan, device_memory
 from bico_ds.planner.workload import MicroBatch
 from bico_ds.runtime.ds_config import build_ds_config
-from tests.distributed.live_memory import LiveMemory
+from tests.distributed.live_memory import LiveMemory, build
 from tests.distributed.model_ranks import run_on_ranks
 from tests.distributed.test_zero import OBJECTIVES
 
@@ -99,7 +99,7 @@ def batch_of(case: Case, number: int) -> PackedBatch:
     return OBJECTIVES[case.objective].build(Documents.of(documents), BatchKey(seed=1, epoch=0))
 
 
-def measure(case: Case, recipe: Recipe, rank: int, ranks: int, folder: Path) -> LiveMemory:
+def measure(case: Case, recipe: Recipe, ranks: int, memory: LiveMemory, folder: Path) -> None:
     """Real steps, as `bico_ds.training.trainer` makes them."""
     import deepspeed
 
@@ -107,44 +107,46 @@ def measure(case: Case, recipe: Recipe, rank: int, ranks: int, folder: Path) -> 
         recipe, world_size=ranks, hidden_size=case.hidden, on_cuda=False, run_folder=folder
     )
     batches = [batch_of(case, number) for number in range(case.micro_batches)]
-    with LiveMemory().recorded() as memory:
-        model = build_model(recipe.model, seed=1, ds_config=config, device="cpu")
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
-            config=config,
-            lr_scheduler=lambda optimizer: build_scheduler(recipe.schedule, optimizer, 1000),
-        )
-        for _ in range(STEPS):
-            for number, batch in enumerate(batches):
-                last = number == len(batches) - 1
-                with memory.block("forward"):
-                    loss = engine(batch)
-                with memory.block("backward"):
-                    engine.backward(loss, scale_wrt_gas=False)
-                del loss
-                with memory.block("update" if last else "between"):
-                    engine.step()
-    return memory
+    memory.restart()
+    model = build_model(recipe.model, seed=1, ds_config=config, device="cpu")
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
+        config=config,
+        lr_scheduler=lambda optimizer: build_scheduler(recipe.schedule, optimizer, 1000),
+    )
+    for _ in range(STEPS):
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            with memory.block("forward"):
+                loss = engine(batch)
+            with memory.block("backward"):
+                engine.backward(loss, scale_wrt_gas=False)
+            del loss
+            with memory.block("update" if last else "between"):
+                engine.step()
 
 
-def measure_on_ranks(rank: int, ranks: int, folder: str) -> None:
+def measure_on_ranks(rank: int, ranks: int, library: Path, folder: Path, numbers: Sequence[int]) -> None:
     """Leave, by case and part of a step, the bytes at rest before it and at its peak."""
     torch.set_num_threads(1)
-    for number, case in enumerate(CASES):
-        memory = measure(case, case.recipe(ranks), rank, ranks, Path(folder))
+    memory = LiveMemory(library)
+    for number in numbers:
+        case = CASES[number]
+        measure(case, case.recipe(ranks), ranks, memory, folder)
         found = {
             name: [dataclasses.astuple(block) for block in blocks] for name, blocks in memory.blocks.items()
         }
-        Path(folder, f"{number}-{ranks}-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+        (folder / f"{number}-{ranks}-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with what ranks have measured, started once per number of ranks."""
     folder = tmp_path_factory.mktemp("measured")
+    library = build(folder)
     for ranks in (1, 2):
-        run_on_ranks(measure_on_ranks, ranks, str(folder))
+        run_on_ranks(measure_on_ranks, ranks, library, folder, range(len(CASES)))
     return folder
 
 

@@ -117,23 +117,29 @@ class _Replay:
     """A micro-batch, in the order in which DeepSpeed goes through the modules: gathered weights, and gradients."""
 
     def __init__(self, recipe: Recipe, modules: Sequence[Module], states: States) -> None:
-        self.states, self.modules, self.head = states, modules, modules[-1]
+        self.states = states
+        self.modules = [module for module in modules if module.parameters]
+        self.head = self.modules[-1]
         order = list(visits(modules, recipe.model.activation_checkpointing))
         held = [0] * len(order)
         if states.zero.stage == 3:
             held = [point.elements for point in gathered(order, states.zero, states.ranks)]
-        sizes = [states.size * elements for elements in held]
+        found = [
+            (visit, states.size * elements)
+            for visit, elements in zip(order, held, strict=True)
+            if visit.module.parameters
+        ]
         self.in_forward = list(states.of_forward())
         self.in_backward = {there: list(states.of_backward(partition=there)) for there in (False, True)}
         self.last_layer = max(module.layer or 0 for module in modules)
-        forward = list(_forward_points(modules, sizes[: len(modules)]))
+        forward = list(_forward_points(found[: len(self.modules)]))
         self.forward = _unlike(reversed(forward))[::-1]
-        self.backward = _unlike(self._backward(order[len(modules) :], sizes[len(modules) :]))
+        self.backward = _unlike(self._backward(found[len(self.modules) :]))
 
     def _new(self, module: Module) -> int:
         return sum(self.states.size * p.elements for p in module.parameters if p.trained)
 
-    def _backward(self, order: Sequence[Visit], sizes: Sequence[float]) -> Iterator[_Point]:
+    def _backward(self, found: Sequence[tuple[Visit, float]]) -> Iterator[_Point]:
         """Autograd adds up the gradients of a tied weight before it hands them over, which is at the embedding."""
         states = self.states
         bucket = Bucket(
@@ -145,7 +151,7 @@ class _Replay:
         )
         tied = self.head.parameters == self.modules[0].parameters
         kept, size = 0, 0.0
-        for visit, size in zip(order, sizes, strict=True):
+        for visit, size in found:
             module, new = visit.module, 0 if visit.during == "recomputed" else self._new(visit.module)
             yield _Point(module=module, gathered=size, gradients=bucket.now(kept + new))
             if module is self.head and tied:
@@ -199,13 +205,13 @@ class _Replay:
         return "gradient of the head", [*weights, *rows.kept, *rows.in_head[:1]]
 
 
-def _forward_points(modules: Sequence[Module], sizes: Sequence[float]) -> Iterator[_Point]:
+def _forward_points(found: Sequence[tuple[Visit, float]]) -> Iterator[_Point]:
     """The layer that runs is taken for as far as its modules are."""
-    for layer, group in groupby(zip(modules, sizes, strict=True), key=lambda pair: pair[0].layer):
+    for layer, group in groupby(found, key=lambda pair: pair[0].module.layer):
         pairs = list(group)
-        for number, (module, size) in enumerate(pairs, start=1):
+        for number, (visit, size) in enumerate(pairs, start=1):
             done = number / len(pairs) if layer is not None else 0.0
-            yield _Point(module=module, gathered=size, gradients=Gradients(whole=0), done=done)
+            yield _Point(module=visit.module, gathered=size, gradients=Gradients(whole=0), done=done)
 
 
 def _unlike(points: Iterable[_Point]) -> list[_Point]:

@@ -46,6 +46,7 @@ class LiveMemory:
     def restart(self) -> None:
         """Forget the blocks, and count tensors from here on."""
         gc.collect()
+        gc.freeze()  # of a million objects of imports: each further collection would walk all of them
         self._start = self._library.live_bytes()
         self.blocks: dict[str, list[Block]] = {}
 
@@ -56,6 +57,4 @@ class LiveMemory:
         self._library.most_bytes()
         yield
         most = self._library.most_bytes()
-        self.blocks.setdefault(name, []).append(
-            Block(before=before - self._start, most=most - self._start)
-        )
+        self.blocks.setdefault(name, []).append(Block(before=before - self._start, most=most - self._start))

@@ -33,7 +33,7 @@ from tests.distributed.test_zero import OBJECTIVES
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-VOCABULARY, STEPS, MEASURED = 1000, 4, 2
+VOCABULARY, STEPS, MEASURED = 1000, 8, 5
 LENGTHS = (60, 33)
 TOLERANCE = 0.05
 PART_OF = {"forward pass": "forward", "head": "forward", "optimizer": "update"}

@@ -36,13 +36,14 @@ class Visit:
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """Elements in memory while a module runs, beside partitions and persistent parameters.
+    """Elements in memory at a module, beside partitions and persistent parameters: the most, and while it runs.
 
     `fetched`: gathered for it or, ahead of time, for later ones: what the ranks send each other.
     """
 
     visit: Visit
-    elements: int
+    most: int
+    running: int
     fetched: int
 
 
@@ -81,7 +82,8 @@ def gathered(order: Sequence[Visit], zero: Zero, ranks: int) -> Iterator[Held]:
     coordinator = _Coordinator(zero, ranks, [visit.module for visit in order if visit.fetches])
     for visit in order:
         fetched = coordinator.fetch(visit.module) if visit.fetches else 0
-        yield Held(visit=visit, elements=coordinator.peak if ranks > 1 else 0, fetched=fetched)
+        most, running = (coordinator.peak, coordinator.held) if ranks > 1 else (0, 0)
+        yield Held(visit=visit, most=most, running=running, fetched=fetched)
         if visit.releases:
             coordinator.release(visit.module)
         for parameter in visit.drops:

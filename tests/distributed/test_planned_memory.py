@@ -34,10 +34,12 @@ from tests.distributed.test_zero import OBJECTIVES
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 VOCABULARY, STEPS, MEASURED = 1000, 8, 5
-LENGTHS = (60, 33)
 TOLERANCE = 0.05
 PART_OF = {"forward pass": "forward", "head": "forward", "optimizer": "update"}
 LORA = "model.lora={rank: 8, alpha: 8, dropout: 0.01}"
+CHECKPOINTED = "model.activation_checkpointing=1"
+TIED, DEEP = "model.config.tie_word_embeddings=true", "model.config.num_hidden_layers=7"
+HPZ, OFFLOAD = "deepspeed.config=zero3_hpz", "deepspeed.config=zero3_offload_cpu"
 # Buckets that a model of this size fills several times, as large ones fill theirs, and weights that are let go.
 SMALL = (
     "deepspeed.overrides.zero_optimization.reduce_bucket_size=60000",
@@ -55,6 +57,7 @@ class Case:
     more: tuple[str, ...] = ()
     hidden: int = 192
     micro_batches: int = 1
+    lengths: tuple[int, ...] = (60, 33)
 
     def recipe(self, ranks: int) -> Recipe:
         heads = self.hidden // 16
@@ -73,7 +76,6 @@ class Case:
         )  # fmt: skip
 
 
-CHECKPOINTED = "model.activation_checkpointing=1"
 CASES = (
     Case(2, "ntp", "fp32", ("small",)),
     Case(2, "bico", "fp32"),
@@ -85,8 +87,20 @@ CASES = (
     Case(3, "ntp", "bf16"),
     Case(3, "ntp", "fp32", (CHECKPOINTED, "small")),
     Case(3, "ntp", "fp32", (LORA, "small")),
-    Case(3, "ntp", "fp32", ("small", "model.config.tie_word_embeddings=true"), hidden=128),
+    Case(3, "ntp", "fp32", ("small", TIED), hidden=128),
     Case(3, "ntp", "bf16", ("small",), micro_batches=2),
+    # Nothing of the planner was fitted to these.
+    Case(2, "bico", "bf16", ("small", LORA, CHECKPOINTED), hidden=160, lengths=(150, 20, 71)),
+    Case(2, "ntp", "fp32", ("small", TIED), hidden=96, lengths=(300,)),
+    Case(2, "ntp", "bf16", ("small", CHECKPOINTED), hidden=224, micro_batches=3),
+    Case(3, "bico", "bf16", (LORA, CHECKPOINTED), hidden=224, lengths=(100, 120)),
+    Case(3, "bico", "bf16", ("small", LORA, CHECKPOINTED), hidden=160, lengths=(80, 90)),
+    Case(3, "bico", "fp32", ("small", "model.activation_checkpointing=2", DEEP), hidden=96),
+    Case(3, "ntp", "fp32", (DEEP,), hidden=128, lengths=(7, 200)),
+    Case(3, "ntp", "bf16", (HPZ,), hidden=128),
+    Case(3, "ntp", "fp32", (HPZ, "small", CHECKPOINTED), hidden=160),
+    Case(3, "ntp", "fp32", (OFFLOAD,), hidden=128),
+    Case(3, "bico", "bf16", (OFFLOAD, "small", CHECKPOINTED), hidden=160),
 )
 
 
@@ -94,7 +108,7 @@ def batch_of(case: Case, number: int) -> PackedBatch:
     rng = np.random.default_rng(number)
     documents = [
         Document(token_ids=rng.integers(1, VOCABULARY, n), source=0, id=number * 8 + i)
-        for i, n in enumerate(LENGTHS)
+        for i, n in enumerate(case.lengths)
     ]
     return OBJECTIVES[case.objective].build(Documents.of(documents), BatchKey(seed=1, epoch=0))
 
@@ -177,9 +191,10 @@ def plan_of(case: Case, ranks: int) -> MemoryPlan:
     zero = read_zero(recipe, hidden_size=case.hidden, ranks=ranks, ranks_per_node=ranks, on_cuda=False)
     kept = int(batch.plan.cu_seqlens[-1])
     micro_batch = MicroBatch(
-        objective=case.objective, probability=1.0, mode=batch.plan.mode, documents=len(LENGTHS), longest=max(LENGTHS),
-        tokens=sum(LENGTHS), kept_rows=kept, live_rows=len(batch.input_ids) - kept,
-        pairs=sum(n * (n + 1) / 2 for n in LENGTHS), head_rows=len(batch.targets),
+        objective=case.objective, probability=1.0, mode=batch.plan.mode, documents=len(case.lengths),
+        longest=max(case.lengths),
+        tokens=sum(case.lengths), kept_rows=kept, live_rows=len(batch.input_ids) - kept,
+        pairs=sum(n * (n + 1) / 2 for n in case.lengths), head_rows=len(batch.targets),
     )  # fmt: skip
     host = dataclasses.replace(DEVICES["h100-80g"], kind="cpu")
     deployment = Deployment(device=host, nodes=1, ranks_per_node=ranks, zero=zero)

@@ -132,6 +132,12 @@ def test_no_package_is_a_crowd(package):
     assert len(modules) <= MOST_MODULES, f"{package.name} holds {len(modules)} modules"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "bico_ds" / "planner").rglob("*.py")), ids=lambda p: p.stem)
+def test_the_planner_rests_on_recipes_alone(path):
+    """It plans on laptops and login nodes, from what is written: no data, no attention, no engine."""
+    assert imported_rooms(path) <= {"planner", "config", "common"}, path
+
+
 @pytest.mark.parametrize(("tower", "other"), [("prepare", "loading"), ("loading", "prepare")])
 def test_preparing_and_loading_data_share_the_store_and_the_tokenizer_alone(tower, other):
     for path in (ROOT / "bico_ds" / "data" / tower).glob("*.py"):

@@ -20,10 +20,12 @@ from bico_ds.planner.items import Item
 from bico_ds.planner.ranges import Range
 from bico_ds.planner.rows.alive import Alive
 from bico_ds.planner.rows.attention import (
+    INDEX,
     MASKED_SCORES,
     LargestTile,
     flipped_rows,
     largest_tiles,
+    tile_indices,
     tiled_scores,
 )
 from bico_ds.planner.rows.backward import head_backward, layer_backward, layer_forward
@@ -31,7 +33,6 @@ from bico_ds.planner.rows.case import FP32, Case, case_of
 from bico_ds.planner.rows.kept import KeptTensor, layer_tensors, norm_tensors
 from bico_ds.planner.workload import MicroBatch
 
-_INDEX = 8  # bytes, int64
 # `LOW_PRECISION_CHUNKS` of bico_ds/model/head.py, and what `_less_one_hot` makes there per row: two int64, two fp32.
 _LOW_PRECISION_CHUNKS = 16
 _LABEL = 24
@@ -146,11 +147,12 @@ def _of_all_layers(case: Case, batch: MicroBatch) -> Iterator[Item]:
     """What all layers read: rotary tables, the batch with its plan and layout, and the masks of its tiles."""
     yield _item("rotary tables", 2 * case.size * case.shapes.head_dim * batch.rows, "cos and sin of each row")
     # The layout has a plan of its own for the flash kernel, and a table of rows for the kernels that serve all.
-    plan = 2 * _INDEX * (flipped_rows(batch) + batch.live_rows) * (2 if case.attention == "flash" else 1)
-    table = {"fused": 2 * _INDEX, "triton": 2 * FP32}.get(case.attention, 0) * batch.rows
-    ids = 2 * _INDEX * (batch.rows + batch.head_rows)
+    plan = 2 * INDEX * (flipped_rows(batch) + batch.live_rows) * (2 if case.attention == "flash" else 1)
+    table = {"fused": 2 * INDEX, "triton": 2 * FP32}.get(case.attention, 0) * batch.rows
+    ids = 2 * INDEX * (batch.rows + batch.head_rows)
     yield _item("batch, plan and layout", ids + plan + table, "bico_ds/batch.py, attention/layout.py")
     if (scores := tiled_scores(case, batch)).high:
+        yield Item(name="rows of tiles", bytes=tile_indices(case, batch), how="bico_ds/attention/tiles.py")
         masks = (2 if batch.mode == "causal" else 3) * case.size
         low = scores.low if scores.high <= MASKED_SCORES else 0
         high = min(scores.high, MASKED_SCORES)

@@ -14,15 +14,14 @@ What DeepSpeed 0.19.8 sends (`tests/distributed/test_planned_communication.py` c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.config.schema import ModelSpec, Recipe
 from bico_ds.planner.architecture import Architecture
 from bico_ds.planner.deployment import Deployment, Zero
 from bico_ds.planner.ranges import Range
-from bico_ds.planner.zero.gathering import gathered, visits
-from bico_ds.planner.zero.modules import Module, modules_of, parameters_of
+from bico_ds.planner.zero.gathering import gathered
+from bico_ds.planner.zero.modules import modules_of, parameters_of
 
 # Assumptions. Of a link's data-sheet bandwidth, what large collectives reach (measure yours: nccl-tests, or the pre-flight);
 # the delay of each rank in a ring; bytes per second of a node's NVMe drives together.
@@ -208,11 +207,5 @@ def gathered_elements(architecture: Architecture, model: ModelSpec, zero: Zero, 
     Measured with small models on two ranks: exact where the limits are 1.17 or 4.6 times a layer, as DeepSpeed's are for 70B
     and 8B parameters; with adapters up to 6 % more is sent, and where the limit is one layer 1 to 5 % more.
     """
-    return _gathered(modules_of(architecture, model.lora), model.activation_checkpointing, zero, ranks)
-
-
-@lru_cache(maxsize=256)
-def _gathered(modules: tuple[Module, ...], recompute_every: int, zero: Zero, ranks: int) -> int:
-    """Plans of many deployments ask for the same ones."""
-    order = list(visits(modules, recompute_every))
-    return sum(held.fetched for held in gathered(order, zero, ranks))
+    replayed = gathered(modules_of(architecture, model.lora), model.activation_checkpointing, zero, ranks)
+    return sum(held.fetched for held in replayed)

@@ -116,17 +116,19 @@ class _Point:
 class _Replay:
     """A micro-batch, in the order in which DeepSpeed goes through the modules: gathered weights, and gradients."""
 
-    def __init__(self, recipe: Recipe, modules: Sequence[Module], states: States) -> None:
+    def __init__(self, recipe: Recipe, modules: tuple[Module, ...], states: States) -> None:
         self.states = states
         self.modules = [module for module in modules if module.parameters]
         self.head = self.modules[-1]
-        order = list(visits(modules, recipe.model.activation_checkpointing))
-        held = [Held(visit=visit, most=0, running=0, fetched=0) for visit in order]
+        recompute_every = recipe.model.activation_checkpointing
+        order = visits(modules, recompute_every)
+        held: Sequence[Held] = [Held(visit=visit, most=0, running=0, fetched=0) for visit in order]
         if states.zero.stage == 3:
-            held = list(gathered(order, states.zero, states.ranks))
+            held = gathered(modules, recompute_every, states.zero, states.ranks)
         held = [one for one in held if one.visit.module.parameters]
         forward, backward = held[: len(self.modules)], held[len(self.modules) :]
         self.while_head_runs = states.size * forward[-1].running
+
         self.in_forward = list(states.of_forward())
         self.in_backward = {there: list(states.of_backward(partition=there)) for there in (False, True)}
         self.last_layer = max(module.layer or 0 for module in modules)

@@ -14,14 +14,15 @@ from torch.utils._pytree import tree_leaves
 class LiveMemory(TorchDispatchMode):
     """Inside, every storage that an operation makes counts from then until nothing refers to it.
 
-    What a kernel allocates and frees within one operation is not seen. `weights`, and tensors of as many elements, as their
+    What a kernel allocates and frees within one operation is not seen. `weights`, and tensors of their shapes, as their
     gradients are, do not count. `read`: tensors of before, which do count.
     """
 
     def __init__(self, weights: Iterable[Tensor], read: Iterable[Tensor] = ()) -> None:
         super().__init__()
         held = tuple(weights)
-        self._sizes = {weight.numel() for weight in held}
+        shapes = {tuple(weight.shape) for weight in held}
+        self._shapes = shapes | {shape[::-1] for shape in shapes}
         self._alive: dict[int, int] = {}
         self.bytes = 0
         self.peak = 0
@@ -44,7 +45,7 @@ class LiveMemory(TorchDispatchMode):
         key = storage._cdata
         if key in self._alive:
             return
-        self._alive[key] = 0 if tensor.numel() in self._sizes else storage.nbytes()
+        self._alive[key] = 0 if tuple(tensor.shape) in self._shapes else storage.nbytes()
         self.bytes += self._alive[key]
         self.peak = max(self.peak, self.bytes)
         weakref.finalize(storage, self._forget, key)

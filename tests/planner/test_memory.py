@@ -18,7 +18,7 @@ from bico_ds.planner.devices import DEVICES, Device
 from bico_ds.planner.items import Item, total
 from bico_ds.planner.memory import MemoryPlan, device_memory
 from bico_ds.planner.workload import Texts, micro_batches
-from bico_ds.planner.zero.gathering import gathered, visits
+from bico_ds.planner.zero.gathering import gathered
 from bico_ds.planner.zero.modules import Parameter, modules_of, parameters_of
 from bico_ds.planner.zero.reduction import Bucket
 
@@ -138,8 +138,7 @@ def test_without_prefetch_and_reuse_only_the_running_modules_weights_are_gathere
     recompute_every: int,
 ) -> None:
     modules = modules_of(shapes(), None)
-    order = list(visits(modules, recompute_every))
-    for held in gathered(order, zero_with(), 2):
+    for held in gathered(modules, recompute_every, zero_with(), 2):
         own = sum(parameter.share(2) * 2 for parameter in held.visit.module.parameters)
         first_of_recomputed = own if not held.visit.fetches else 0
         assert held.most in (own, own + first_of_recomputed) or held.visit.during == "recomputed"
@@ -151,7 +150,7 @@ def test_within_the_reuse_distance_all_weights_stay_from_the_forward_pass_to_the
     tied: bool,
 ) -> None:
     modules = modules_of(shapes(tied=tied), None)
-    held = list(gathered(list(visits(modules, 0)), zero_with(max_reuse_distance=10**9), 2))
+    held = gathered(modules, 0, zero_with(max_reuse_distance=10**9), 2)
     everything = sum(parameter.share(2) * 2 for parameter in parameters_of(modules))
     assert held[len(modules) - 1].running == everything
     assert sum(point.fetched for point in held) == everything
@@ -159,15 +158,15 @@ def test_within_the_reuse_distance_all_weights_stay_from_the_forward_pass_to_the
 
 
 def test_one_rank_gathers_nothing() -> None:
-    order = list(visits(modules_of(shapes(), None), 1))
-    assert {held.most for held in gathered(order, zero_with(prefetch_bucket=10**6), 1)} == {0}
+    held = gathered(modules_of(shapes(), None), 1, zero_with(prefetch_bucket=10**6), 1)
+    assert {point.most for point in held} == {0}
 
 
 def test_prefetching_gathers_no_weight_twice_and_goes_past_the_bucket_by_one_weight_at_most() -> None:
     modules = modules_of(shapes(), None)
     largest = max(parameter.elements for parameter in parameters_of(modules))
     zero = zero_with(prefetch_bucket=5000)
-    forward = list(gathered(list(visits(modules, 0)), zero, 2))[: len(modules)]
+    forward = gathered(modules, 0, zero, 2)[: len(modules)]
     assert sum(point.fetched for point in forward) >= sum(p.elements for p in parameters_of(modules))
     for point in forward:
         own = sum(parameter.elements for parameter in point.visit.module.parameters)

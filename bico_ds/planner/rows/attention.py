@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from bico_ds.planner.ranges import Range
@@ -14,6 +15,8 @@ TILE_SCORES = 1 << 20
 TILE_ROWS = 64
 # `_KEPT_SCORES` of bico_ds/attention/tiles.py: of tiles whose masks are kept for all layers.
 MASKED_SCORES = 1 << 22
+
+INDEX = 8  # bytes, int64
 
 # The rows by which flash kernels pad each document's sums of gradients.
 _FLASH_PADDING = 128
@@ -48,14 +51,29 @@ def tiled_scores(case: Case, batch: MicroBatch) -> Range:
     """Scores per head in all dense tiles: of every row without a flash kernel, with one of live rows.
 
     At least the pairs of a query and a key; at most those of a single block, in which every document is as long as the
-    longest (`build_tiles` of attention/tiles.py).
+    longest (`build_tiles` of attention/tiles.py), and has as many live rows as chance may give it: two standard deviations
+    of a Poisson distribution above the mean.
     """
     if case.attention not in ("flash", "tiles"):
         return Range.exactly(0)
     rows = _tiled_rows(case, batch)
-    padded = batch.documents * batch.longest**2 * rows / batch.kept_rows
+    queries = batch.longest * rows / batch.kept_rows
+    if case.attention == "flash":
+        queries += 2 * math.sqrt(queries)
+    padded = batch.documents * batch.longest * queries
     pairs = batch.pairs * rows / batch.rows
     return Range(min(pairs, padded), padded)
+
+
+def tile_indices(case: Case, batch: MicroBatch) -> Range:
+    """Bytes of the int64 indices of all dense tiles (`Tile` of attention/tiles.py): two per key, three per query.
+
+    The keys are those of all documents, without padding and with all of it; where there are fewer queries than documents,
+    perhaps hardly any.
+    """
+    queries = _tiled_rows(case, batch)
+    keys = Range(batch.kept_rows if queries >= batch.documents else 0.0, batch.documents * batch.longest)
+    return keys.times(2 * INDEX) + Range.exactly(3 * INDEX * queries)
 
 
 @dataclass(frozen=True, kw_only=True)

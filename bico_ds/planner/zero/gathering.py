@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, groupby
 from typing import Literal
 
@@ -47,15 +48,20 @@ class Held:
     fetched: int
 
 
-def visits(modules: Sequence[Module], recompute_every: int) -> Iterator[Visit]:
+@lru_cache(maxsize=64)
+def visits(modules: tuple[Module, ...], recompute_every: int) -> tuple[Visit, ...]:
     """A micro-batch's modules, forward and backward: DeepSpeed comes by at those without parameters, too, and prefetches.
+
 
     A layer is recomputed when the backward pass of its last module needs what was not kept, and only as far as to that
     module (torch.utils.checkpoint stops early). Frozen weights that it gathers belong to that module, and go with it
     (`update_recompute_parameters`); the layer's other modules gather them again.
     """
-    for module in modules:
-        yield Visit(module=module, during="forward")
+    forward = (Visit(module=module, during="forward") for module in modules)
+    return (*forward, *_backward_visits(modules, recompute_every))
+
+
+def _backward_visits(modules: Sequence[Module], recompute_every: int) -> Iterator[Visit]:
     forward = {layer: list(group) for layer, group in groupby(modules, key=lambda module: module.layer)}
     for layer, group in groupby(in_backward(modules), key=lambda module: module.layer):
         backward = [module for module in group if module.has_backward]
@@ -77,8 +83,16 @@ def _backward(module: Module) -> Visit:
     return Visit(module=module, during="backward", releases=module.passes_on)
 
 
-def gathered(order: Sequence[Visit], zero: Zero, ranks: int) -> Iterator[Held]:
-    """What is held at every visit of one micro-batch. On one rank nothing is: its partition is the whole."""
+@lru_cache(maxsize=64)
+def gathered(modules: tuple[Module, ...], recompute_every: int, zero: Zero, ranks: int) -> tuple[Held, ...]:
+    """What is held at each of the `visits`. On one rank nothing is: its partition is the whole.
+
+    Cached, since memory, communication and plans of other micro-batches ask for the same.
+    """
+    return tuple(_replayed(visits(modules, recompute_every), zero, ranks))
+
+
+def _replayed(order: Sequence[Visit], zero: Zero, ranks: int) -> Iterator[Held]:
     coordinator = _Coordinator(zero, ranks, [visit.module for visit in order if visit.fetches])
     for visit in order:
         fetched = coordinator.fetch(visit.module) if visit.fetches else 0

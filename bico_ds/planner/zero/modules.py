@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from bico_ds.config.schema import LoraSpec
 from bico_ds.planner.architecture import Architecture, Linear
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Parameter:
-    """One tensor of weights; `name` tells it from all others."""
+    """One tensor of weights, equal to itself alone."""
 
     name: str
     elements: int
@@ -23,9 +24,9 @@ class Parameter:
         return math.ceil(self.elements / ranks)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Module:
-    """A module, with parameters of its own or without. `layer`: of the decoder, or None.
+    """A module, with parameters of its own or without, equal to itself alone. `layer`: of the decoder, or None.
 
     `has_backward`: whether a gradient comes to its output; `passes_on`: whether one leaves by its input. DeepSpeed gathers
     a module's weights by the first and releases them by the second. `encloses`: how many of the following modules run
@@ -40,11 +41,25 @@ class Module:
     passes_on: bool = True
 
 
-def modules_of(architecture: Architecture, lora: LoraSpec | None) -> tuple[Module, ...]:
-    """All modules that DeepSpeed has hooks on and that run; a tied head has the embedding's parameter.
+@dataclass(frozen=True, kw_only=True)
+class _Adapters:
+    """Of a recipe's `model.lora`, what shapes depend on."""
 
-    As on a CPU: elsewhere Hugging Face's MLP enters its activation, too, a module without parameters.
+    rank: int
+    targets: tuple[str, ...]
+
+
+def modules_of(architecture: Architecture, lora: LoraSpec | None) -> tuple[Module, ...]:
+    """All modules that DeepSpeed has hooks on and that run, the same ones at each call; a tied head has the embedding's
+    parameter. As on a CPU: elsewhere Hugging Face's MLP enters its activation, too, a module without parameters.
     """
+    return _modules(
+        architecture, None if lora is None else _Adapters(rank=lora.rank, targets=tuple(lora.targets))
+    )
+
+
+@lru_cache(maxsize=64)
+def _modules(architecture: Architecture, lora: _Adapters | None) -> tuple[Module, ...]:
     full, hidden = lora is None, architecture.hidden
     embedding = Parameter(name="embedding", elements=architecture.embedding_parameters, trained=full)
     head = embedding if architecture.tied_head else Parameter(**{**vars(embedding), "name": "head"})
@@ -76,7 +91,7 @@ def parameters_of(modules: tuple[Module, ...]) -> tuple[Parameter, ...]:
     return tuple(dict.fromkeys(parameter for module in modules for parameter in module.parameters))
 
 
-def _layer(architecture: Architecture, lora: LoraSpec | None, index: int) -> tuple[Module, ...]:
+def _layer(architecture: Architecture, lora: _Adapters | None, index: int) -> tuple[Module, ...]:
     """Under LoRA nothing before the first adapter has a gradient to pass on."""
     full, hidden = lora is None, architecture.hidden
     flows = full or index > 0
@@ -109,7 +124,7 @@ def _enclosed(outer: Module, inner: Sequence[Module]) -> tuple[Module, ...]:
     return (replace(outer, encloses=len(inner)), *inner)
 
 
-def _is_adapted(lora: LoraSpec | None, *names: str) -> bool:
+def _is_adapted(lora: _Adapters | None, *names: str) -> bool:
     return lora is not None and any(name in lora.targets for name in names)
 
 
@@ -119,14 +134,14 @@ def _norm(name: str, elements: int, layer: int, *, trained: bool, flows: bool) -
 
 
 def _linears(
-    architecture: Architecture, lora: LoraSpec | None, layer: int, names: Sequence[str], *, flows: bool
+    architecture: Architecture, lora: _Adapters | None, layer: int, names: Sequence[str], *, flows: bool
 ) -> Iterator[Module]:
     by_name = {linear.name: linear for linear in architecture.linears}
     for name in names:
         yield from _linear(by_name[name], layer, lora, flows=flows)
 
 
-def _linear(linear: Linear, layer: int, lora: LoraSpec | None, *, flows: bool) -> Iterator[Module]:
+def _linear(linear: Linear, layer: int, lora: _Adapters | None, *, flows: bool) -> Iterator[Module]:
     """The layer; of an adapted one peft's wrapper, and in it behind the layer a dropout and the adapter's two."""
 
     def module(part: str, *sizes: int, trained: bool, has_backward: bool, passes_on: bool) -> Module:

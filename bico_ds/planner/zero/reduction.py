@@ -39,6 +39,8 @@ class Bucket:
     ) -> None:
         self.zero, self.ranks, self.size, self.over_gloo = zero, ranks, size, over_gloo
         self.waiting: list[Parameter] = []
+        # elements of those that wait, and of them those outside the buffer
+        self.elements, self.outside = 0, 0
         self.has_partition = False
         trained = [parameter for parameter in parameters if parameter.trained]
         self.offsets = dict(zip(trained, accumulate((p.elements for p in trained), initial=0), strict=False))
@@ -46,15 +48,16 @@ class Bucket:
 
     def now(self, new: float = 0.0) -> Gradients:
         """What there is, with `new` bytes of gradients that did not come here yet."""
-        waiting = sum(self.size * p.elements for p in self.waiting if not self._fits(p))
-        return Gradients(whole=waiting + new, partition=self.has_partition)
+        return Gradients(whole=self.size * self.outside + new, partition=self.has_partition)
 
     def add(self, parameter: Parameter) -> Gradients:
         """Take one more gradient, a tensor of its own so far; return what there is while room is made for it."""
         there = self.now(self.size * parameter.elements)
-        if self.waiting and sum(p.elements for p in (*self.waiting, parameter)) > self.zero.reduce_bucket:
+        if self.waiting and self.elements + parameter.elements > self.zero.reduce_bucket:
             there = self.flush(there)
         self.waiting.append(parameter)
+        self.elements += parameter.elements
+        self.outside += 0 if self._fits(parameter) else parameter.elements
         return there
 
     def flush(self, there: Gradients) -> Gradients:
@@ -65,7 +68,7 @@ class Bucket:
         # An fp32 partition is added to while the copies are there; one of the model's type is made after them.
         at_once = self.zero.gradient_bytes != self.size
         there = replace(there, copies=copies, partition=self.has_partition or at_once)
-        self.waiting, self.has_partition = [], True
+        self.waiting, self.elements, self.outside, self.has_partition = [], 0, 0, True
         return there
 
     def _fits(self, parameter: Parameter) -> bool:
@@ -77,8 +80,7 @@ class Bucket:
         Gloo reduces a clone of it (torch's ProcessGroupGloo, `reduce_scatter_tensor_coalesced`).
         """
         sent = self.zero.communication_bytes
-        outside = sum(p.elements for p in self.waiting if not self._fits(p))
-        converted = outside * sent if sent != self.size else 0
+        converted = self.outside * sent if sent != self.size else 0
         in_order = len(self.waiting) == 1 and self.waiting[0].elements % self.ranks == 0
         padded = sum(p.share(self.ranks) for p in self.waiting) * self.ranks
         laid_out = 0 if in_order else padded * sent

@@ -15,7 +15,8 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
-from bico_ds.runtime.ds_config import DS_CONFIGS, build_ds_config
+from bico_ds.config.resources import DS_CONFIGS
+from bico_ds.runtime.ds_config import build_ds_config
 from bico_ds.runtime.ds_keys import TOP_LEVEL_KEYS
 from bico_ds.training.checks import check_recipe
 

@@ -14,7 +14,7 @@ from bico_ds.planner.deployment import Deployment
 from bico_ds.planner.items import Item, total
 from bico_ds.planner.ranges import Range
 from bico_ds.planner.workload import MicroBatch
-from bico_ds.planner.zero.gathering import Visit, gathered, visits
+from bico_ds.planner.zero.gathering import Held, gathered, visits
 from bico_ds.planner.zero.modules import Module, modules_of, parameters_of
 from bico_ds.planner.zero.reduction import Bucket, Gradients
 from bico_ds.planner.zero.states import States
@@ -105,7 +105,7 @@ def device_memory(
 
 @dataclass(frozen=True, kw_only=True)
 class _Point:
-    """Bytes while one module runs; of its layer's forward pass so much is `done`."""
+    """Bytes at one module; of its layer's forward pass so much is `done`."""
 
     module: Module
     gathered: float
@@ -117,24 +117,38 @@ class _Replay:
     """A micro-batch, in the order in which DeepSpeed goes through the modules: gathered weights, and gradients."""
 
     def __init__(self, recipe: Recipe, modules: tuple[Module, ...], states: States) -> None:
-        self.states, self.modules, self.head = states, modules, modules[-1]
+        self.states = states
+        self.modules = [module for module in modules if module.parameters]
+        self.head = self.modules[-1]
         recompute_every = recipe.model.activation_checkpointing
         order = visits(modules, recompute_every)
-        sizes = [0] * len(order)
+        held: Sequence[Held] = [Held(visit=visit, most=0, running=0, fetched=0) for visit in order]
         if states.zero.stage == 3:
             held = gathered(modules, recompute_every, states.zero, states.ranks)
-            sizes = [states.size * point.elements for point in held]
+        held = [one for one in held if one.visit.module.parameters]
+        forward, backward = held[: len(self.modules)], held[len(self.modules) :]
+        self.while_head_runs = states.size * forward[-1].running
+
         self.in_forward = list(states.of_forward())
         self.in_backward = {there: list(states.of_backward(partition=there)) for there in (False, True)}
         self.last_layer = max(module.layer or 0 for module in modules)
-        forward = list(_forward_points(modules, sizes[: len(modules)]))
-        self.forward = _unlike(reversed(forward))[::-1]
-        self.backward = _unlike(self._backward(order[len(modules) :], sizes[len(modules) :]))
+        self.forward = _unlike(reversed(list(self._forward_points(forward))))[::-1]
+        self.backward = _unlike(self._backward(backward))
+
+    def _forward_points(self, forward: Sequence[Held]) -> Iterator[_Point]:
+        """The layer that runs is taken for as far as its modules are."""
+        for layer, group in groupby(forward, key=lambda held: held.visit.module.layer):
+            of_layer = list(group)
+            for number, held in enumerate(of_layer, start=1):
+                module = held.visit.module
+                done = float(module is not self.modules[0]) if layer is None else number / len(of_layer)
+                size = self.states.size * held.most
+                yield _Point(module=module, gathered=size, gradients=Gradients(whole=0), done=done)
 
     def _new(self, module: Module) -> int:
         return sum(self.states.size * p.elements for p in module.parameters if p.trained)
 
-    def _backward(self, order: Sequence[Visit], sizes: Sequence[float]) -> Iterator[_Point]:
+    def _backward(self, backward: Sequence[Held]) -> Iterator[_Point]:
         """Autograd adds up the gradients of a tied weight before it hands them over, which is at the embedding."""
         states = self.states
         bucket = Bucket(
@@ -146,8 +160,13 @@ class _Replay:
         )
         tied = self.head.parameters == self.modules[0].parameters
         kept, size = 0, 0.0
-        for visit, size in zip(order, sizes, strict=True):
-            module, new = visit.module, 0 if visit.during == "recomputed" else self._new(visit.module)
+        for held in backward:
+            module, new = (
+                held.visit.module,
+                0 if held.visit.during == "recomputed" else self._new(held.visit.module),
+            )
+            yield _Point(module=module, gathered=states.size * held.most, gradients=bucket.now(kept))
+            size = states.size * held.running
             yield _Point(module=module, gathered=size, gradients=bucket.now(kept + new))
             if module is self.head and tied:
                 kept = new
@@ -172,11 +191,10 @@ class _Replay:
         )
         for point in self.forward:
             weights = [*self.in_forward, _gathered(point.gathered)]
-            if point.module is self.head:
-                yield "head", [*weights, head, *rows.kept, *rows.in_head]
-            else:
-                running = _share(rows.in_head[:1], point.done)
-                yield "forward pass", [*weights, *self._kept(rows, point.module), *running]
+            running = _share(rows.in_head[:1], point.done)
+            yield "forward pass", [*weights, *self._kept(rows, point.module), *running]
+        weights = [*self.in_forward, _gathered(self.while_head_runs)]
+        yield "head", [*weights, head, *rows.kept, *rows.in_head]
 
     def _kept(self, rows: ActivationMemory, module: Module) -> list[Item]:
         """What is kept of the rows where a module runs: in proportion to the layers before it."""
@@ -198,15 +216,6 @@ class _Replay:
         if point.module is self.modules[0]:
             return "end of the backward pass", weights
         return "gradient of the head", [*weights, *rows.kept, *rows.in_head[:1]]
-
-
-def _forward_points(modules: Sequence[Module], sizes: Sequence[float]) -> Iterator[_Point]:
-    """The layer that runs is taken for as far as its modules are."""
-    for layer, group in groupby(zip(modules, sizes, strict=True), key=lambda pair: pair[0].layer):
-        pairs = list(group)
-        for number, (module, size) in enumerate(pairs, start=1):
-            done = number / len(pairs) if layer is not None else 0.0
-            yield _Point(module=module, gathered=size, gradients=Gradients(whole=0), done=done)
 
 
 def _unlike(points: Iterable[_Point]) -> list[_Point]:

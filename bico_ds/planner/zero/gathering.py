@@ -16,7 +16,7 @@ from itertools import accumulate, groupby
 from typing import Literal
 
 from bico_ds.planner.deployment import Zero
-from bico_ds.planner.zero.modules import Module, Parameter
+from bico_ds.planner.zero.modules import Module, Parameter, in_backward
 
 Pass = Literal["forward", "recomputed", "backward"]
 
@@ -37,19 +37,21 @@ class Visit:
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """Elements in memory while a module runs, beside partitions and persistent parameters.
+    """Elements in memory at a module, beside partitions and persistent parameters: the most, and while it runs.
 
     `fetched`: gathered for it or, ahead of time, for later ones: what the ranks send each other.
     """
 
     visit: Visit
-    elements: int
+    most: int
+    running: int
     fetched: int
 
 
 @lru_cache(maxsize=64)
 def visits(modules: tuple[Module, ...], recompute_every: int) -> tuple[Visit, ...]:
-    """A micro-batch's modules, forward and backward.
+    """A micro-batch's modules, forward and backward: DeepSpeed comes by at those without parameters, too, and prefetches.
+
 
     A layer is recomputed when the backward pass of its last module needs what was not kept, and only as far as to that
     module (torch.utils.checkpoint stops early). Frozen weights that it gathers belong to that module, and go with it
@@ -60,24 +62,21 @@ def visits(modules: tuple[Module, ...], recompute_every: int) -> tuple[Visit, ..
 
 
 def _backward_visits(modules: Sequence[Module], recompute_every: int) -> Iterator[Visit]:
-    for layer, group in groupby(reversed(modules), key=lambda module: module.layer):
-        layer_modules = list(group)
-        backward = [module for module in layer_modules if module.has_backward]
+    forward = {layer: list(group) for layer, group in groupby(modules, key=lambda module: module.layer)}
+    for layer, group in groupby(in_backward(modules), key=lambda module: module.layer):
+        backward = [module for module in group if module.has_backward]
         if layer is None or not recompute_every or layer % recompute_every:
             yield from (_backward(module) for module in backward)
             continue
-        yield Visit(module=backward[0], during="recomputed", releases=False)
-        for module in reversed(layer_modules):
-            yield Visit(module=module, during="recomputed", releases=module is not backward[0])
-        frozen = tuple(p for module in layer_modules for p in module.parameters if not p.trained)
-        yield Visit(
-            module=backward[0],
-            during="backward",
-            fetches=False,
-            releases=backward[0].passes_on,
-            drops=frozen,
-        )
-        yield from (_backward(module) for module in backward[1:])
+        before = next(index for index, module in enumerate(backward) if module.parameters)
+        yield from (_backward(module) for module in backward[:before])
+        last = backward[before]
+        yield Visit(module=last, during="recomputed", releases=False)
+        for module in forward[layer]:
+            yield Visit(module=module, during="recomputed", releases=module is not last)
+        frozen = tuple(p for module in forward[layer] for p in module.parameters if not p.trained)
+        yield Visit(module=last, during="backward", fetches=False, releases=last.passes_on, drops=frozen)
+        yield from (_backward(module) for module in backward[before + 1 :])
 
 
 def _backward(module: Module) -> Visit:
@@ -97,7 +96,8 @@ def _replayed(order: Sequence[Visit], zero: Zero, ranks: int) -> Iterator[Held]:
     coordinator = _Coordinator(zero, ranks, [visit.module for visit in order if visit.fetches])
     for visit in order:
         fetched = coordinator.fetch(visit.module) if visit.fetches else 0
-        yield Held(visit=visit, elements=coordinator.peak if ranks > 1 else 0, fetched=fetched)
+        most, running = (coordinator.peak, coordinator.held) if ranks > 1 else (0, 0)
+        yield Held(visit=visit, most=most, running=running, fetched=fetched)
         if visit.releases:
             coordinator.release(visit.module)
         for parameter in visit.drops:

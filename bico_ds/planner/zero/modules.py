@@ -1,10 +1,10 @@
-"""The modules that hold parameters, in the order in which a forward pass runs them: what ZeRO gathers and reduces."""
+"""The modules of a model in the order in which a forward pass enters them: what ZeRO gathers, prefetches at, and reduces."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from bico_ds.config.schema import LoraSpec
@@ -26,15 +26,17 @@ class Parameter:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Module:
-    """A module with parameters of its own, equal to itself alone. `layer`: of the decoder, or None.
+    """A module, with parameters of its own or without, equal to itself alone. `layer`: of the decoder, or None.
 
     `has_backward`: whether a gradient comes to its output; `passes_on`: whether one leaves by its input. DeepSpeed gathers
-    a module's weights by the first and releases them by the second.
+    a module's weights by the first and releases them by the second. `encloses`: how many of the following modules run
+    inside it.
     """
 
     name: str
-    parameters: tuple[Parameter, ...]
+    parameters: tuple[Parameter, ...] = ()
     layer: int | None = None
+    encloses: int = 0
     has_backward: bool = True
     passes_on: bool = True
 
@@ -48,7 +50,9 @@ class _Adapters:
 
 
 def modules_of(architecture: Architecture, lora: LoraSpec | None) -> tuple[Module, ...]:
-    """All modules with parameters, the same ones at each call; a tied head has the embedding's parameter."""
+    """All modules that DeepSpeed has hooks on and that run, the same ones at each call; a tied head has the embedding's
+    parameter. As on a CPU: elsewhere Hugging Face's MLP enters its activation, too, a module without parameters.
+    """
     return _modules(
         architecture, None if lora is None else _Adapters(rank=lora.rank, targets=tuple(lora.targets))
     )
@@ -60,12 +64,26 @@ def _modules(architecture: Architecture, lora: _Adapters | None) -> tuple[Module
     embedding = Parameter(name="embedding", elements=architecture.embedding_parameters, trained=full)
     head = embedding if architecture.tied_head else Parameter(**{**vars(embedding), "name": "head"})
     layers = [module for index in range(architecture.layers) for module in _layer(architecture, lora, index)]
-    return (
-        Module(name="embedding", parameters=(embedding,), has_backward=full, passes_on=False),
-        *layers,
-        Module(name="last norm", parameters=(Parameter(name="last norm", elements=hidden, trained=full),)),
-        Module(name="head", parameters=(head,)),
+    return _enclosed(
+        Module(name="model"),
+        [
+            Module(name="embedding", parameters=(embedding,), has_backward=full, passes_on=False),
+            Module(name="rotary tables", has_backward=False),
+            *layers,
+            Module(
+                name="last norm", parameters=(Parameter(name="last norm", elements=hidden, trained=full),)
+            ),
+            Module(name="head", parameters=(head,)),
+        ],
     )
+
+
+def in_backward(modules: Sequence[Module]) -> list[Module]:
+    """The order of a backward pass: reversed, but what encloses others comes before them here, too."""
+    found: list[Module] = []
+    for module in reversed(modules):
+        found.insert(len(found) - module.encloses, module)
+    return found
 
 
 def parameters_of(modules: tuple[Module, ...]) -> tuple[Parameter, ...]:
@@ -73,30 +91,58 @@ def parameters_of(modules: tuple[Module, ...]) -> tuple[Parameter, ...]:
     return tuple(dict.fromkeys(parameter for module in modules for parameter in module.parameters))
 
 
-def _layer(architecture: Architecture, lora: _Adapters | None, index: int) -> Iterator[Module]:
+def _layer(architecture: Architecture, lora: _Adapters | None, index: int) -> tuple[Module, ...]:
     """Under LoRA nothing before the first adapter has a gradient to pass on."""
-    flows = lora is None or index > 0
-    by_name = {linear.name: linear for linear in architecture.linears}
-    groups = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-    norms = {"q_proj": ("first norm", architecture.hidden), "gate_proj": ("second norm", architecture.hidden)}
-    for names in groups:
-        if names[0] in norms:
-            yield _norm(*norms[names[0]], index, lora, flows=flows)
-        for name in names:
-            yield from _linear(by_name[name], index, lora, flows=flows)
-        flows = flows or (lora is not None and any(name in lora.targets for name in names))
-        if architecture.qk_norms and names[0] == "q_proj":
-            for name in ("query norm", "key norm"):
-                yield _norm(name, architecture.head_dim, index, lora, flows=flows)
+    full, hidden = lora is None, architecture.hidden
+    flows = full or index > 0
+    first = _norm("first norm", hidden, index, trained=full, flows=flows)
+    attention = list(_linears(architecture, lora, index, ("q_proj", "k_proj", "v_proj"), flows=flows))
+    flows = flows or _is_adapted(lora, "q_proj", "k_proj", "v_proj")
+    if architecture.qk_norms:
+        for name in ("query norm", "key norm"):
+            attention.append(_norm(name, architecture.head_dim, index, trained=full, flows=flows))
+    attention += _linears(architecture, lora, index, ("o_proj",), flows=flows)
+    flows = flows or _is_adapted(lora, "o_proj")
+    outer = Module(name=f"attention {index}", layer=index, has_backward=flows)
+    second = _norm("second norm", hidden, index, trained=full, flows=flows)
+    mlp = list(_linears(architecture, lora, index, ("gate_proj", "up_proj"), flows=flows))
+    flows = flows or _is_adapted(lora, "gate_proj", "up_proj")
+    mlp += _linears(architecture, lora, index, ("down_proj",), flows=flows)
+    flows = flows or _is_adapted(lora, "down_proj")
+    return _enclosed(
+        Module(name=f"layer {index}", layer=index, has_backward=flows),
+        [
+            first,
+            *_enclosed(outer, attention),
+            second,
+            *_enclosed(Module(name=f"MLP {index}", layer=index, has_backward=flows), mlp),
+        ],
+    )
 
 
-def _norm(name: str, elements: int, layer: int, lora: _Adapters | None, *, flows: bool) -> Module:
-    weight = Parameter(name=f"{name} {layer}", elements=elements, trained=lora is None)
+def _enclosed(outer: Module, inner: Sequence[Module]) -> tuple[Module, ...]:
+    return (replace(outer, encloses=len(inner)), *inner)
+
+
+def _is_adapted(lora: _Adapters | None, *names: str) -> bool:
+    return lora is not None and any(name in lora.targets for name in names)
+
+
+def _norm(name: str, elements: int, layer: int, *, trained: bool, flows: bool) -> Module:
+    weight = Parameter(name=f"{name} {layer}", elements=elements, trained=trained)
     return Module(name=weight.name, parameters=(weight,), layer=layer, has_backward=flows, passes_on=flows)
 
 
+def _linears(
+    architecture: Architecture, lora: _Adapters | None, layer: int, names: Sequence[str], *, flows: bool
+) -> Iterator[Module]:
+    by_name = {linear.name: linear for linear in architecture.linears}
+    for name in names:
+        yield from _linear(by_name[name], layer, lora, flows=flows)
+
+
 def _linear(linear: Linear, layer: int, lora: _Adapters | None, *, flows: bool) -> Iterator[Module]:
-    """The layer, and behind it peft's two of its adapter."""
+    """The layer; of an adapted one peft's wrapper, and in it behind the layer a dropout and the adapter's two."""
 
     def module(part: str, *sizes: int, trained: bool, has_backward: bool, passes_on: bool) -> Module:
         name = f"{linear.name}{part} {layer}"
@@ -112,7 +158,14 @@ def _linear(linear: Linear, layer: int, lora: _Adapters | None, *, flows: bool) 
         )
 
     sizes = (linear.weight_elements, *((linear.outputs,) if linear.bias else ()))
-    yield module("", *sizes, trained=lora is None, has_backward=flows, passes_on=flows)
-    if lora is not None and linear.name in lora.targets:
-        yield module(" A", lora.rank * linear.inputs, trained=True, has_backward=True, passes_on=flows)
-        yield module(" B", lora.rank * linear.outputs, trained=True, has_backward=True, passes_on=True)
+    plain = module("", *sizes, trained=lora is None, has_backward=flows, passes_on=flows)
+    if lora is None or linear.name not in lora.targets:
+        yield plain
+        return
+    inner = [
+        plain,
+        module(" dropout", trained=False, has_backward=flows, passes_on=flows),
+        module(" A", lora.rank * linear.inputs, trained=True, has_backward=True, passes_on=flows),
+        module(" B", lora.rank * linear.outputs, trained=True, has_backward=True, passes_on=True),
+    ]
+    yield from _enclosed(Module(name=f"adapted {plain.name}", layer=layer), inner)

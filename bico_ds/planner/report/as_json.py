@@ -41,7 +41,7 @@ def plan_as_json(plan: Plan, decisions: Decisions, notes: Sequence[str]) -> dict
     return {
         "recipe": plan.recipe.name,
         "verdict": fit_word(plan.memory),
-        "sentence": verdict(plan),
+        "sentence": verdict(plan, change),
         "warnings": warnings(plan),
         "assumptions": assumptions(plan),
         "notes": list(notes),

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bico_ds.planner.communication import LINK_EFFICIENCY
-from bico_ds.planner.decisions import NOTABLE_SHARE, Change, Decisions, find_change, largest_item
+from bico_ds.planner.decisions import NOTABLE_SHARE, Change, Decisions, largest_item
 from bico_ds.planner.items import Item, total
 from bico_ds.planner.memory import MemoryPlan, Moment
 from bico_ds.planner.plan import Plan
@@ -26,11 +26,9 @@ def fit_word(memory: MemoryPlan) -> str:
     return "fits" if memory.fits else "does not fit" if memory.cannot_fit else "may not fit"
 
 
-def verdict(plan: Plan) -> str:
-    """One sentence on memory, with the change that would fit where it does not, and one on time and cost."""
-    return " ".join(
-        [f"{plan.recipe.name} on {_where(plan)} {_memory_verdict(plan, find_change(plan))}", _run(plan)]
-    )
+def verdict(plan: Plan, change: Change | None) -> str:
+    """One sentence on memory, with the `change` that would fit where it does not, and one on time and cost."""
+    return " ".join([f"{plan.recipe.name} on {_where(plan)} {_memory_verdict(plan, change)}", _run(plan)])
 
 
 def warnings(plan: Plan) -> list[str]:

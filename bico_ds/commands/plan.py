@@ -19,7 +19,7 @@ from rich.console import Console
 
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
-from bico_ds.config.arguments import add_recipe_options, path_text, positive, positive_number
+from bico_ds.config.arguments import add_recipe_options, path_text, positive, positive_number, token_count
 from bico_ds.config.load import load_recipe
 from bico_ds.config.paths import LocalPath
 from bico_ds.config.schema import Recipe
@@ -71,7 +71,7 @@ def add_options(parser: ArgumentParser) -> None:
     )
     texts = parser.add_argument_group("what is read, where the recipe's data are not prepared here")
     texts.add_argument("--text-length", metavar="N", type=positive, help="tokens of a document")
-    texts.add_argument("--epoch-tokens", metavar="N", type=positive, help="tokens of a data epoch")
+    texts.add_argument("--epoch-tokens", metavar="N", type=token_count, help="tokens of a data epoch")
     parser.add_argument(
         "--json",
         action="store_true",

@@ -48,4 +48,7 @@ def verdict_lines(recipe: Recipe, plan_on: Callable[[Device], Plan]) -> list[str
         plan = plan_on(device)
     except UserError as error:
         return [f"plan: none: {error}"]
-    return [*(f"warning: {warning}" for warning in warnings(plan)), f"plan: {verdict(plan, find_change(plan))}"]
+    return [
+        *(f"warning: {warning}" for warning in warnings(plan)),
+        f"plan: {verdict(plan, find_change(plan))}",
+    ]

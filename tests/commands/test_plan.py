@@ -204,6 +204,8 @@ def test_the_cost_is_the_price_of_all_gpu_hours(planned):
 def test_steps_follow_from_the_tokens_of_an_epoch(planned):
     plan = planned("--epoch-tokens", "12345678", "--set", "training.epochs=3")
     assert plan["run"]["steps"] == math.ceil(3 * 12345678 / (16 * 2048))
+    many = planned("--epoch-tokens", "15000000000000", "--set", "training.epochs=1")
+    assert many["run"]["steps"] == math.ceil(15e12 / (16 * 2048))
     unread = ["--set", "data.sources=[{files: [facts.jsonl]}]"]
     assert planned(*unread)["run"]["steps"] is None
     assert planned(*unread, "--set", "training={steps: 70}")["run"]["steps"] == 70

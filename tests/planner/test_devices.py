@@ -121,7 +121,15 @@ def test_a_file_that_holds_no_mapping_is_refused(tmp_path, text, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "nearest"), [("h100-80gb", "h100-80g"), ("H200", "h200"), ("mi300", "mi300x")]
+    ("name", "nearest"),
+    [
+        ("h100-80gb", "h100-80g"),
+        ("H200", "h200' or 'h200-nvl"),
+        ("H100", "h100-80g' or 'h100-pcie' or 'h100-nvl"),
+        ("a100", "a100-40g' or 'a100-80g"),
+        ("NVIDIA H100 80GB HBM3", "h100-80g"),
+        ("mi300", "mi300x"),
+    ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest_one(name, nearest):
     with pytest.raises(UserError, match=rf"'{name}' is neither .*did you mean '{nearest}'"):

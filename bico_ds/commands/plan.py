@@ -119,7 +119,9 @@ def planned_device(recipe: Recipe, options: Namespace) -> Device:
         "link_bandwidth": (options.link_gbyte, _GIGABYTE),
     }
     links = {name: value * unit for name, (value, unit) in given.items() if value is not None}
-    return replace(find_device(written), **links)
+    device = find_device(written)
+    source = f"{device.source}; but links as they are given" if links else device.source
+    return replace(device, source=source, **links)
 
 
 def planned_nodes(recipe: Recipe, device: Device, options: Namespace) -> tuple[int, int]:

@@ -73,7 +73,7 @@ def largest_micro_batch(plan: Plan) -> int:
         memory = device_memory(changed, plan.architecture, plan.deployment, batches)
         return memory.available - memory.peak.bytes.high
 
-    low, high = 1, min(_MOST_MICRO_BATCH, (2**31 - 1) // recipe.data.capacity)
+    low, high = 1, most_micro_batch(recipe)
     left_low, left_high = left(low), left(high)
     if left_low < 0 or left_high >= 0:
         return 0 if left_low < 0 else high
@@ -85,6 +85,11 @@ def largest_micro_batch(plan: Plan) -> int:
         else:
             high, left_high = guess, found
     return low
+
+
+def most_micro_batch(recipe: Recipe) -> int:
+    """Bins beyond which no micro-batch is tried; a batch's rows have to be numbered in 32 bits, too."""
+    return max(1, min(_MOST_MICRO_BATCH, (2**31 - 1) // recipe.data.capacity))
 
 
 def over_nodes(plan: Plan) -> tuple[Plan, ...]:

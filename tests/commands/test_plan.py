@@ -242,3 +242,25 @@ def test_a_model_that_is_not_here_is_planned_from_the_recipe_and_that_is_noted(p
     plan = planned()
     assert plan["notes"] == []
     assert plan["model"]["parameters"] < 2e9
+
+
+@pytest.mark.parametrize("config", ["zero3_bf16", "zero3_offload_cpu"])
+def test_the_upper_bound_of_a_step_is_the_sum_of_the_parts_that_are_shown(planned, config):
+    for step in planned("--set", f"deepspeed.config={config}")["steps"]:
+        parts = [step["products"], step["elementwise"], step["optimizer"]]
+        parts += [transfer["seconds"] for transfer in step["transfers"]]
+        assert sum(part["high"] for part in parts) == pytest.approx(step["seconds"]["high"])
+
+
+def test_links_that_are_given_are_not_said_to_be_the_vendor_s(planned):
+    given = planned("--network-gbit", "100")["assumptions"]
+    assert "links of a device, each way: 450 GB/s in its node, 12.5 GB/s to others" in given
+    assert given[-1].endswith("but links as they are given")
+    assert not planned()["assumptions"][-1].endswith("given")
+
+
+def test_a_micro_batch_beyond_those_that_are_tried_is_not_called_the_largest(tool):
+    _, shown, _ = tool("--gpu", "h100-80g", recipe="tiny_base")
+    assert "4,096 bins of 160 tokens at least, more are not tried" in " ".join(shown.split())
+    _, shown, _ = tool()
+    assert "at least" not in shown

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bico_ds.planner.communication import LINK_EFFICIENCY
-from bico_ds.planner.decisions import NOTABLE_SHARE, Change, Decisions, largest_item
+from bico_ds.planner.decisions import NOTABLE_SHARE, Change, Decisions, largest_item, most_micro_batch
 from bico_ds.planner.items import Item, total
 from bico_ds.planner.memory import MemoryPlan, Moment
 from bico_ds.planner.plan import Plan
@@ -92,6 +92,7 @@ def assumptions(plan: Plan) -> list[str]:
     return [
         f"texts: {plan.texts.source}; on average {number(float(plan.texts.lengths.mean()))} tokens{of_epoch}",
         "packing is taken to fill the bins",
+        "the host's own time (Python, launches of kernels) is not planned; steps of milliseconds are mostly that",
         f"times are not measured on these devices; of the peaks are assumed: {percent(PRODUCT_EFFICIENCY)} in matrix "
         f"products, {percent(ATTENTION_EFFICIENCY)} in attention, {percent(MEMORY_EFFICIENCY)} of the memory's bandwidth, "
         f"{percent(LINK_EFFICIENCY)} of links; the disk writes {span(plan.disk_bandwidth, unit=GB)} GB/s",
@@ -143,7 +144,10 @@ def _micro_batch(plan: Plan, decisions: Decisions) -> str:
     if not decisions.micro_batch:
         return "Largest micro-batch that fits: not even one bin."
     tokens = f"{plan.recipe.data.capacity:,} tokens"
-    return f"Largest micro-batch that fits: {decisions.micro_batch} bins of {tokens} (now {now})."
+    bins = number(decisions.micro_batch)
+    if decisions.micro_batch == most_micro_batch(plan.recipe):
+        return f"Largest micro-batch that fits: {bins} bins of {tokens} at least, more are not tried (now {now})."
+    return f"Largest micro-batch that fits: {bins} bins of {tokens} (now {now})."
 
 
 def _table(first: str, *columns: str) -> Table:
@@ -196,6 +200,7 @@ def _steps_table(plan: Plan) -> Table:
         ("  of them attention", [number(step.flops.attention / 1e15) for step in steps]),
         ("matrix products and attention", [time(step.products) for step in steps]),
         ("elementwise operations", [time(step.elementwise) for step in steps]),
+        ("update, and sums of gradients", [time(step.optimizer) for step in steps]),
         *_transfer_rows(plan),
         ("a step", [time(step.seconds) for step in steps]),
         ("tokens/s of a device, kept", [span(step.kept_per_second) for step in steps]),

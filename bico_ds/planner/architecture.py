@@ -165,7 +165,7 @@ def check_adapters(architecture: Architecture, lora: LoraSpec) -> None:
 def architecture_of(values: Mapping[str, Any], *, source: str) -> Architecture:
     """The architecture of a config's values, by the names of config.json; `source` comes before the keys in errors."""
     model_type = values.get("model_type", "llama")
-    if model_type not in _DEFAULTS:
+    if not isinstance(model_type, str) or model_type not in _DEFAULTS:
         raise UserError(
             f"{source}: model_type: '{model_type}' is not supported{did_you_mean(str(model_type), _DEFAULTS)}; "
             f"supported: {', '.join(_DEFAULTS)}"

@@ -53,6 +53,7 @@ def test_other_types_of_gradients_are_planned(override):
     [
         (["model.lora={targets: [q_prj]}"], r"'q_prj' in the decoder \(did you mean 'q_proj'\?\)"),
         (["model.lora={rank: 1025}"], r"model\.lora\.rank: 1025 is above the rank of k_proj, which is 1024 x 4096"),
+        (["model.config.model_type=[llama]"], r"model_type: '\['llama'\]' is not supported"),
         (["model.config.num_hidden_layers=100000000"], "num_hidden_layers: must be at most 10,000"),
         (["model.config.hidden_size=100"], r"hidden_size: must be a multiple of num_attention_heads \(32\)"),
     ],

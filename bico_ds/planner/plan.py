@@ -87,6 +87,7 @@ def make_plan(
     )
     deployment = Deployment(device=device, nodes=nodes, ranks_per_node=ranks_per_node, zero=zero)
     batches = micro_batches(recipe, texts)
+    total_steps = steps_of_run(recipe, texts)
     steps = tuple(step_time(recipe, architecture, deployment, batch) for batch in batches)
     return Plan(
         recipe=recipe,
@@ -97,13 +98,13 @@ def make_plan(
         memory=device_memory(recipe, architecture, deployment, micro_batches(recipe, texts, fullest=True)),
         host=host_memory(recipe, architecture, deployment),
         nvme=nvme(recipe, architecture, deployment),
-        disk=disk(recipe, architecture, zero),
+        disk=disk(recipe, architecture, zero, total_steps),
         steps=steps,
         run=run_time(
             recipe,
             architecture,
             deployment,
-            steps_of_run(recipe, texts),
+            total_steps,
             steps,
             price=price,
             disk_bandwidth=disk_bandwidth,

@@ -264,3 +264,17 @@ def test_a_micro_batch_beyond_those_that_are_tried_is_not_called_the_largest(too
     assert "4,096 bins of 160 tokens at least, more are not tried" in " ".join(shown.split())
     _, shown, _ = tool()
     assert "at least" not in shown
+
+
+def test_checkpoints_that_stay_are_counted_where_the_steps_follow_from_the_texts(planned):
+    def kept(*options: str) -> dict[str, Any]:
+        return next(item for item in planned(*options)["disk"] if item["name"] == "checkpoints")
+
+    options = ["--set", "checkpoint.keep_every_steps=100"]
+    assert planned()["run"]["steps"] == 720
+    of_steps = ["--set", "training.epochs=null", "--set", "training.steps=720"]
+    assert kept(*options) == kept(*options, *of_steps)
+    one = kept()["bytes"]["high"] / 2
+    assert kept(*options)["bytes"] == {"low": 7 * one, "high": 8 * one}
+    unread = ["--set", "data.sources=[{files: [facts.jsonl]}]"]
+    assert "not counted" in kept(*options, *unread)["how"]

@@ -125,7 +125,7 @@ def planned_device(recipe: Recipe, options: Namespace) -> Device:
 
 
 def planned_nodes(recipe: Recipe, device: Device, options: Namespace) -> tuple[int, int]:
-    """Nodes and ranks of each: as given, else of the recipe's ranks; of a recipe for any number, one node.
+    """Nodes and ranks of each: as given, else of the recipe's ranks, or full nodes; of a recipe for any number, one node.
 
     Raises `UserError` where the recipe's ranks do not fill nodes of so many GPUs.
     """
@@ -134,7 +134,8 @@ def planned_nodes(recipe: Recipe, device: Device, options: Namespace) -> tuple[i
         micro_batches = recipe.training.global_batch_bins // recipe.training.micro_batch_bins
         return nodes or 1, per_node or spread(micro_batches, device.per_node)[1]
     if nodes is not None:
-        return nodes, per_node or max(1, min(ranks // nodes, device.per_node))
+        fills = ranks % nodes == 0 and ranks // nodes <= device.per_node
+        return nodes, per_node or (ranks // nodes if fills else device.per_node)
     if per_node is None:
         return spread(ranks, device.per_node)
     if ranks % per_node:

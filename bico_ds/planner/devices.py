@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -149,7 +150,7 @@ def find_device(written: LocalPath | str) -> Device:
     name = path.expanded()
     if name in DEVICES:
         return DEVICES[name]
-    if Path(name).is_file():
+    if os.path.isfile(name):  # pathlib's raises for names that are too long
         return _read_device(Path(name))
     where = f"{path.where}: " if path.where else ""
     raise UserError(

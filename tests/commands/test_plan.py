@@ -117,6 +117,9 @@ def test_every_key_of_the_object_is_documented(planned):
         (("--nodes", "16"), 16, 4),
         (("--gpus-per-node", "4"), 16, 4),
         (("--nodes", "2", "--gpus-per-node", "4"), 2, 4),
+        (("--nodes", "16"), 16, 4),
+        (("--nodes", "128"), 128, 8),
+        (("--nodes", "3"), 3, 8),
         (("--set", "distributed.world_size=16"), 2, 8),
         (("--set", "distributed.world_size=null"), 1, 8),
         (("--set", "distributed.world_size=null", "--set", "training.global_batch_bins=6"), 1, 6),
@@ -139,6 +142,7 @@ def test_other_ranks_than_the_recipe_s_are_warned_of(planned):
     ("arguments", "message"),
     [
         (["--gpu", "h100-80"], "--gpu: 'h100-80' is neither .*did you mean 'h100-80g'"),
+        (["--gpu", 5000 * "x"], "xx' is neither a GPU that is known"),
         (["--set", "distributed.gpu=b20"], "distributed.gpu: 'b20' is neither .*did you mean 'b200"),
         (["--set", "distributed.gpu=null"], "which GPU.*h100-80g.*distributed.gpu"),
         (["--nodes", "3"], "global_batch_bins .16. must be a multiple .* x ranks .24.*choose 24"),

@@ -117,7 +117,6 @@ def test_every_key_of_the_object_is_documented(planned):
         (("--nodes", "16"), 16, 4),
         (("--gpus-per-node", "4"), 16, 4),
         (("--nodes", "2", "--gpus-per-node", "4"), 2, 4),
-        (("--nodes", "16"), 16, 4),
         (("--nodes", "128"), 128, 8),
         (("--nodes", "3"), 3, 8),
         (("--set", "distributed.world_size=16"), 2, 8),

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
-from bico_ds.config.arguments import add_recipe_options, path_text, positive, positive_number
+from bico_ds.config.arguments import add_recipe_options, path_text, positive, positive_number, token_count
 from bico_ds.config.load import load_recipe
 from bico_ds.config.paths import LocalPath
 from bico_ds.config.schema import Recipe
@@ -71,7 +71,7 @@ def add_options(parser: ArgumentParser) -> None:
     )
     texts = parser.add_argument_group("what is read, where the recipe's data are not prepared here")
     texts.add_argument("--text-length", metavar="N", type=positive, help="tokens of a document")
-    texts.add_argument("--epoch-tokens", metavar="N", type=positive, help="tokens of a data epoch")
+    texts.add_argument("--epoch-tokens", metavar="N", type=token_count, help="tokens of a data epoch")
     parser.add_argument(
         "--json",
         action="store_true",
@@ -119,11 +119,13 @@ def planned_device(recipe: Recipe, options: Namespace) -> Device:
         "link_bandwidth": (options.link_gbyte, _GIGABYTE),
     }
     links = {name: value * unit for name, (value, unit) in given.items() if value is not None}
-    return replace(find_device(written), **links)
+    device = find_device(written)
+    source = f"{device.source}; but links as they are given" if links else device.source
+    return replace(device, source=source, **links)
 
 
 def planned_nodes(recipe: Recipe, device: Device, options: Namespace) -> tuple[int, int]:
-    """Nodes and ranks of each: as given, else of the recipe's ranks; of a recipe for any number, one node.
+    """Nodes and ranks of each: as given, else of the recipe's ranks, or full nodes; of a recipe for any number, one node.
 
     Raises `UserError` where the recipe's ranks do not fill nodes of so many GPUs.
     """
@@ -132,7 +134,8 @@ def planned_nodes(recipe: Recipe, device: Device, options: Namespace) -> tuple[i
         micro_batches = recipe.training.global_batch_bins // recipe.training.micro_batch_bins
         return nodes or 1, per_node or spread(micro_batches, device.per_node)[1]
     if nodes is not None:
-        return nodes, per_node or max(1, min(ranks // nodes, device.per_node))
+        fills = ranks % nodes == 0 and ranks // nodes <= device.per_node
+        return nodes, per_node or (ranks // nodes if fills else device.per_node)
     if per_node is None:
         return spread(ranks, device.per_node)
     if ranks % per_node:

@@ -25,6 +25,11 @@ def positive(text: str) -> int:
     return _within(Bound(least=1, most=_MOST, why=_COUNTS), _whole(text))
 
 
+def token_count(text: str) -> int:
+    """An integer of at least 1, of any size that texts have."""
+    return _within(Bound(least=1, most=10**18, why="it counts tokens of texts"), _whole(text))
+
+
 def not_negative(text: str) -> int:
     """An integer of at least 0."""
     return _within(Bound(least=0, most=_MOST, why=_COUNTS), _whole(text))

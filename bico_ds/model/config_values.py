@@ -10,16 +10,11 @@ from transformers.activations import ACT2FN
 
 from bico_ds.common.errors import UserError, did_you_mean
 from bico_ds.config.bounds import Bound
+from bico_ds.config.model_sizes import SIZES
 
 # The numbers of a config that transformers takes as they come; it warns of some and builds the model all the same.
 _BOUNDS = {
-    "vocab_size": Bound(least=1, most=2**31 - 1, why="it is the number of token ids"),
-    "hidden_size": Bound(least=1, most=2**20, why="it is the width of the hidden states"),
-    "intermediate_size": Bound(least=1, most=2**24, why="it is the width of the MLPs"),
-    "num_hidden_layers": Bound(least=1, most=10_000, why="a model without layers learns nothing"),
-    "num_attention_heads": Bound(least=1, most=2**16, why="attention without heads mixes nothing"),
-    "num_key_value_heads": Bound(least=1, most=2**16, why="each serves the same number of query heads"),
-    "head_dim": Bound(least=2, most=2**16, why="rotations turn its dimensions in pairs"),
+    **SIZES,
     "max_position_embeddings": Bound(least=1, most=2**31 - 1, why="it is the model's context in tokens"),
     "sliding_window": Bound(least=1, most=2**31 - 1, why="a token attends to itself at least"),
     "rms_norm_eps": Bound(above=0, most=0.1, why="norms divide by the root of a mean square plus this"),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bico_ds.common.errors import UserError, did_you_mean
+from bico_ds.config.model_sizes import SIZES
 from bico_ds.config.schema import LoraSpec, ModelSpec
 
 # What transformers takes where a config leaves a key out, by model type.
@@ -144,10 +145,27 @@ def read_architecture(spec: ModelSpec) -> Architecture:
     )
 
 
+def check_adapters(architecture: Architecture, lora: LoraSpec) -> None:
+    """Raise `UserError` for adapters that no run makes, as `bico_ds.model.lora.check_lora` does with the model itself."""
+    linears = {linear.name: linear for linear in architecture.linears}
+    for target in lora.targets:
+        if target not in linears:
+            raise UserError(
+                f"model.lora.targets: no linear layer '{target}' in the decoder{did_you_mean(target, linears)}; "
+                f"there are {', '.join(sorted(linears))}"
+            )
+        outputs, inputs = linears[target].outputs, linears[target].inputs
+        if lora.rank > min(outputs, inputs):
+            raise UserError(
+                f"model.lora.rank: {lora.rank} is above the rank of {target}, which is {outputs} x {inputs}: the adapters "
+                f"would be larger than what they change; give at most {min(outputs, inputs)}"
+            )
+
+
 def architecture_of(values: Mapping[str, Any], *, source: str) -> Architecture:
     """The architecture of a config's values, by the names of config.json; `source` comes before the keys in errors."""
     model_type = values.get("model_type", "llama")
-    if model_type not in _DEFAULTS:
+    if not isinstance(model_type, str) or model_type not in _DEFAULTS:
         raise UserError(
             f"{source}: model_type: '{model_type}' is not supported{did_you_mean(str(model_type), _DEFAULTS)}; "
             f"supported: {', '.join(_DEFAULTS)}"
@@ -158,8 +176,11 @@ def architecture_of(values: Mapping[str, Any], *, source: str) -> Architecture:
     key_heads = _size({"num_key_value_heads": heads, **known}, "num_key_value_heads", source)
     head_dim = hidden // heads if known["head_dim"] is None else _size(known, "head_dim", source)
     intermediate = _size(known, "intermediate_size", source)
-    if head_dim < 1:
-        raise UserError(f"{source}: hidden_size: {hidden} is less than num_attention_heads ({heads})")
+    if known["head_dim"] is None and hidden % heads:
+        raise UserError(
+            f"{source}: hidden_size: must be a multiple of num_attention_heads ({heads}) where there is no head_dim, "
+            f"found {hidden}"
+        )
     if heads % key_heads:
         raise UserError(
             f"{source}: num_key_value_heads: must divide num_attention_heads ({heads}), found {key_heads}"
@@ -208,6 +229,8 @@ def _size(values: Mapping[str, Any], key: str, source: str) -> int:
     value = values[key]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{source}: {key}: must be a whole number of at least 1, found {value!r}")
+    if (problem := SIZES[key].problem(value)) is not None:
+        raise UserError(f"{source}: {key}: {problem}")
     return value
 
 

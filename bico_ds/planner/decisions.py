@@ -73,7 +73,7 @@ def largest_micro_batch(plan: Plan) -> int:
         memory = device_memory(changed, plan.architecture, plan.deployment, batches)
         return memory.available - memory.peak.bytes.high
 
-    low, high = 1, min(_MOST_MICRO_BATCH, (2**31 - 1) // recipe.data.capacity)
+    low, high = 1, most_micro_batch(recipe)
     left_low, left_high = left(low), left(high)
     if left_low < 0 or left_high >= 0:
         return 0 if left_low < 0 else high
@@ -85,6 +85,11 @@ def largest_micro_batch(plan: Plan) -> int:
         else:
             high, left_high = guess, found
     return low
+
+
+def most_micro_batch(recipe: Recipe) -> int:
+    """Bins beyond which no micro-batch is tried; a batch's rows have to be numbered in 32 bits, too."""
+    return max(1, min(_MOST_MICRO_BATCH, (2**31 - 1) // recipe.data.capacity))
 
 
 def over_nodes(plan: Plan) -> tuple[Plan, ...]:
@@ -118,29 +123,39 @@ def find_change(plan: Plan) -> Change | None:
     """
     if plan.memory.fits:
         return None
+    tried = _Tried(plan)
     together = (_STEPS[:count] for count in range(2, len(_STEPS) + 1))
     for steps in chain(((step,) for step in _STEPS), together):
-        if _fits(_applied(plan, steps)):
-            return _applied(plan, _needed(plan, steps))
+        if _fits(tried.after(steps)):
+            return tried.after(_needed(tried, steps))
     return None
 
 
-def _needed(plan: Plan, steps: Sequence[Step]) -> Sequence[Step]:
+class _Tried:
+    """Changes of one plan, each planned once: what steps lead to, by the words that led there."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.made: dict[tuple[tuple[str, ...], Step], Change | None] = {}
+
+    def after(self, steps: Sequence[Step]) -> Change | None:
+        """One step after the other, as far as there is something to change; None where there is nothing."""
+        now = Change(words=(), plan=self.plan)
+        for step in steps:
+            if (now.words, step) not in self.made:
+                self.made[now.words, step] = step(now.plan)
+            if (change := self.made[now.words, step]) is not None:
+                now = Change(words=(*now.words, *change.words), plan=change.plan)
+        return now if now.words else None
+
+
+def _needed(tried: _Tried, steps: Sequence[Step]) -> Sequence[Step]:
     """Of steps that fit together those without which they do not; the dearest are left out first."""
     for step in reversed(steps):
         rest = [other for other in steps if other is not step]
-        if _fits(_applied(plan, rest)):
+        if _fits(tried.after(rest)):
             steps = rest
     return steps
-
-
-def _applied(plan: Plan, steps: Sequence[Step]) -> Change | None:
-    """One step after the other, as far as there is something to change; None where there is nothing."""
-    words: tuple[str, ...] = ()
-    for step in steps:
-        if (change := step(plan)) is not None:
-            words, plan = (*words, *change.words), change.plan
-    return Change(words=words, plan=plan) if words else None
 
 
 def _fits(change: Change | None) -> bool:

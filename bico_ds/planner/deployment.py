@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import reduce
+from typing import Any, Literal, get_args
 
 from bico_ds.common.errors import UserError
+from bico_ds.config.bounds import Bound
 from bico_ds.config.deepspeed_file import bucket_sizes, written_ds_config
 from bico_ds.config.schema import Recipe
 from bico_ds.planner.devices import Device
@@ -13,6 +16,12 @@ from bico_ds.planner.devices import Device
 Offload = Literal["none", "cpu", "nvme"]
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+_COUNT = Bound(least=0, most=2**63 - 1, why="it counts parameters, buffers or ranks")
+_BOUNDS = {
+    "stage": Bound(least=1, most=3, why="a run needs ZeRO, which has no other stages"),
+    "reduce_bucket_size": Bound(least=1, most=10**10, why="a buffer of so many numbers is allocated"),
+    "allgather_bucket_size": Bound(least=1, most=2**63 - 1, why="so many elements are gathered at once"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +74,7 @@ def spread(ranks: int, per_node: int) -> tuple[int, int]:
 def read_zero(recipe: Recipe, *, hidden_size: int, ranks: int, ranks_per_node: int, on_cuda: bool) -> Zero:
     """What the recipe's DeepSpeed configuration means for so many ranks; `"auto"` filled as runs fill it.
 
-    `hidden_size`: the model's. Raises `UserError` where a file is not there, or a value has another type. All else is
+    `hidden_size`: the model's. Raises `UserError` where a file is not there, or a value is none to plan with. All else is
     checked where a run is (`bico_ds.runtime.ds_checks`).
     """
     config = written_ds_config(recipe.deepspeed)
@@ -85,15 +94,18 @@ def read_zero(recipe: Recipe, *, hidden_size: int, ranks: int, ranks_per_node: i
             found, type(default) if isinstance(default, bool) else int | float
         ):
             raise UserError(f"deepspeed: zero_optimization: {key}: cannot plan with {found!r}")
+        if not isinstance(found, bool) and (problem := _BOUNDS.get(key, _COUNT).problem(found)) is not None:
+            raise UserError(f"deepspeed: zero_optimization: {key}: {problem}")
         return found
 
-    optimizer, parameters = _mapping(zero, "offload_optimizer"), _mapping(zero, "offload_param")
-    dtype = recipe.model.dtype
+    optimizer, dtype = _mapping(zero, "offload_optimizer"), recipe.model.dtype
     hpz = value(zero, "zero_hpz_partition_size", 1)
     return Zero(
         stage=int(value(zero, "stage", 0)),
-        offload_optimizer=optimizer.get("device", "none"),
-        offload_parameters=parameters.get("device", "none"),
+        offload_optimizer=_one_of(config, "zero_optimization.offload_optimizer.device", get_args(Offload))
+        or "none",
+        offload_parameters=_one_of(config, "zero_optimization.offload_param.device", get_args(Offload))
+        or "none",
         secondary_ranks=int(hpz) if hpz > 1 else None,
         reduce_bucket=int(value(zero, "reduce_bucket_size", 5e8)),
         allgather_bucket=int(value(zero, "allgather_bucket_size", 5e8)),
@@ -106,9 +118,20 @@ def read_zero(recipe: Recipe, *, hidden_size: int, ranks: int, ranks_per_node: i
         contiguous_gradients=value(zero, "contiguous_gradients", True),
         pin_memory=value(optimizer, "pin_memory", False),
         buffer_count=int(value(optimizer, "buffer_count", 4)),
-        gradient_bytes=_BYTES[_mapping(config, "data_types").get("grad_accum_dtype") or dtype],
-        communication_bytes=_BYTES[config.get("communication_data_type") or dtype],
+        gradient_bytes=_BYTES[_one_of(config, "data_types.grad_accum_dtype", _BYTES) or dtype],
+        communication_bytes=_BYTES[_one_of(config, "communication_data_type", _BYTES) or dtype],
     )
+
+
+def _one_of(config: dict[str, Any], dotted: str, known: Iterable[str]) -> Any:
+    """One of the words that are known; None where the key is left out, or null."""
+    *sections, key = dotted.split(".")
+    section = reduce(_mapping, sections, config)
+    found = section.get(key)
+    found = found.lower() if isinstance(found, str) else found
+    if found is not None and found not in tuple(known):
+        raise UserError(f"deepspeed: {dotted}: {found!r} is not one of {', '.join(known)}")
+    return found
 
 
 def _mapping(config: dict[str, Any], key: str) -> dict[str, Any]:

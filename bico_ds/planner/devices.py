@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -149,13 +150,23 @@ def find_device(written: LocalPath | str) -> Device:
     name = path.expanded()
     if name in DEVICES:
         return DEVICES[name]
-    if Path(name).is_file():
+    if os.path.isfile(name):  # pathlib's raises for names that are too long
         return _read_device(Path(name))
     where = f"{path.where}: " if path.where else ""
     raise UserError(
-        f"{where}'{name}' is neither a GPU that is known{did_you_mean(name.lower(), DEVICES)} nor a YAML file with one; "
+        f"{where}'{name}' is neither a GPU that is known{_meant(name)} nor a YAML file with one; "
         f"known: {', '.join(DEVICES)}"
     )
+
+
+def _meant(name: str) -> str:
+    """A hint for a name that is not known: all that it begins, what torch calls so, or the nearest."""
+    begun = [known for known in DEVICES if known.startswith(name.lower())]
+    called = device_named(name)
+    if not begun and called is not None:
+        begun = [called.name]
+    quoted = " or ".join(f"'{known}'" for known in begun)
+    return f" (did you mean {quoted}?)" if begun else did_you_mean(name.lower(), DEVICES)
 
 
 def _read_device(path: Path) -> Device:

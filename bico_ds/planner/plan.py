@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.config.schema import Recipe
-from bico_ds.planner.architecture import Architecture, read_architecture
+from bico_ds.planner.architecture import Architecture, check_adapters, read_architecture
 from bico_ds.planner.deployment import Deployment, read_zero
 from bico_ds.planner.devices import Device
 from bico_ds.planner.items import Item
@@ -71,10 +71,12 @@ def make_plan(
 ) -> Plan:
     """Plan a recipe on `nodes` nodes. `price` per device and hour; `disk_bandwidth` in bytes per second, of all nodes.
 
-    Raises `UserError` for ranks that do not divide the batch, an architecture that cannot be read, and a DeepSpeed
-    configuration that is not there.
+    Raises `UserError` for ranks that do not divide the batch, an architecture that cannot be read, adapters of layers that
+    it does not have, and a DeepSpeed configuration that is not there or that nothing can be planned with.
     """
     architecture, ranks = read_architecture(recipe.model), nodes * ranks_per_node
+    if recipe.model.lora is not None:
+        check_adapters(architecture, recipe.model.lora)
     micro_batches_per_rank(recipe.training.global_batch_bins, recipe.training.micro_batch_bins, ranks)
     zero = read_zero(
         recipe,
@@ -85,6 +87,7 @@ def make_plan(
     )
     deployment = Deployment(device=device, nodes=nodes, ranks_per_node=ranks_per_node, zero=zero)
     batches = micro_batches(recipe, texts)
+    total_steps = steps_of_run(recipe, texts)
     steps = tuple(step_time(recipe, architecture, deployment, batch) for batch in batches)
     return Plan(
         recipe=recipe,
@@ -95,13 +98,13 @@ def make_plan(
         memory=device_memory(recipe, architecture, deployment, micro_batches(recipe, texts, fullest=True)),
         host=host_memory(recipe, architecture, deployment),
         nvme=nvme(recipe, architecture, deployment),
-        disk=disk(recipe, architecture, zero),
+        disk=disk(recipe, architecture, zero, total_steps),
         steps=steps,
         run=run_time(
             recipe,
             architecture,
             deployment,
-            steps_of_run(recipe, texts),
+            total_steps,
             steps,
             price=price,
             disk_bandwidth=disk_bandwidth,

@@ -50,14 +50,18 @@ def export_bytes(recipe: Recipe, architecture: Architecture) -> float:
     return float(_BYTES[recipe.model.dtype] * architecture.parameters)
 
 
-def disk(recipe: Recipe, architecture: Architecture, zero: Zero) -> tuple[Item, ...]:
-    """Of the run folder. Source: `Checkpointer._prune`: old checkpoints go when a new one is complete."""
+def disk(recipe: Recipe, architecture: Architecture, zero: Zero, steps: int | None) -> tuple[Item, ...]:
+    """Of the run folder after `steps`, where they are known. Source: `Checkpointer._prune`: old checkpoints go when a new
+    one is complete.
+    """
     spec, one = recipe.checkpoint, checkpoint_bytes(recipe, architecture, zero)
-    written, forever = _checkpoint_counts(recipe)
-    kept = Range(min(spec.keep_last, written), min(spec.keep_last + forever, written))
+    written, forever = _checkpoint_counts(recipe, steps)
+    last = min(spec.keep_last, written)
+    kept = Range(max(last, forever), min(last + forever, written))
     how = f"the last {spec.keep_last}"
     if spec.keep_every_steps is not None:
         how += f", and every {spec.keep_every_steps:,} steps one that stays"
+        how += " (not counted, as the steps are not known here)" if steps is None else ""
     items = [
         Item(name="checkpoints", bytes=kept.times(one), how=how),
         Item(name="checkpoint being written", bytes=Range(0 if written == 1 else one, one)),
@@ -73,9 +77,9 @@ def disk(recipe: Recipe, architecture: Architecture, zero: Zero) -> tuple[Item, 
     return tuple(items)
 
 
-def _checkpoint_counts(recipe: Recipe) -> tuple[float, int]:
+def _checkpoint_counts(recipe: Recipe, steps: int | None) -> tuple[float, int]:
     """Checkpoints that a run writes, and how many are never deleted: none is counted where its steps are not known."""
-    spec, steps = recipe.checkpoint, recipe.training.steps
+    spec = recipe.checkpoint
     if spec.every_steps is None:
         return 1, 0
     if steps is None:

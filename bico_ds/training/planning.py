@@ -7,6 +7,7 @@ from collections.abc import Callable
 from bico_ds.common.errors import UserError
 from bico_ds.config.schema import Recipe
 from bico_ds.data.loading.loader import ElasticLoader
+from bico_ds.planner.decisions import find_change
 from bico_ds.planner.devices import Device, find_device
 from bico_ds.planner.plan import Plan, make_plan
 from bico_ds.planner.report.text import verdict, warnings
@@ -47,4 +48,7 @@ def verdict_lines(recipe: Recipe, plan_on: Callable[[Device], Plan]) -> list[str
         plan = plan_on(device)
     except UserError as error:
         return [f"plan: none: {error}"]
-    return [*(f"warning: {warning}" for warning in warnings(plan)), f"plan: {verdict(plan)}"]
+    return [
+        *(f"warning: {warning}" for warning in warnings(plan)),
+        f"plan: {verdict(plan, find_change(plan))}",
+    ]

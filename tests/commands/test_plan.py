@@ -117,6 +117,8 @@ def test_every_key_of_the_object_is_documented(planned):
         (("--nodes", "16"), 16, 4),
         (("--gpus-per-node", "4"), 16, 4),
         (("--nodes", "2", "--gpus-per-node", "4"), 2, 4),
+        (("--nodes", "128"), 128, 8),
+        (("--nodes", "3"), 3, 8),
         (("--set", "distributed.world_size=16"), 2, 8),
         (("--set", "distributed.world_size=null"), 1, 8),
         (("--set", "distributed.world_size=null", "--set", "training.global_batch_bins=6"), 1, 6),
@@ -139,6 +141,7 @@ def test_other_ranks_than_the_recipe_s_are_warned_of(planned):
     ("arguments", "message"),
     [
         (["--gpu", "h100-80"], "--gpu: 'h100-80' is neither .*did you mean 'h100-80g'"),
+        (["--gpu", 5000 * "x"], "xx' is neither a GPU that is known"),
         (["--set", "distributed.gpu=b20"], "distributed.gpu: 'b20' is neither .*did you mean 'b200"),
         (["--set", "distributed.gpu=null"], "which GPU.*h100-80g.*distributed.gpu"),
         (["--nodes", "3"], "global_batch_bins .16. must be a multiple .* x ranks .24.*choose 24"),
@@ -204,6 +207,8 @@ def test_the_cost_is_the_price_of_all_gpu_hours(planned):
 def test_steps_follow_from_the_tokens_of_an_epoch(planned):
     plan = planned("--epoch-tokens", "12345678", "--set", "training.epochs=3")
     assert plan["run"]["steps"] == math.ceil(3 * 12345678 / (16 * 2048))
+    many = planned("--epoch-tokens", "15000000000000", "--set", "training.epochs=1")
+    assert many["run"]["steps"] == math.ceil(15e12 / (16 * 2048))
     unread = ["--set", "data.sources=[{files: [facts.jsonl]}]"]
     assert planned(*unread)["run"]["steps"] is None
     assert planned(*unread, "--set", "training={steps: 70}")["run"]["steps"] == 70
@@ -240,3 +245,39 @@ def test_a_model_that_is_not_here_is_planned_from_the_recipe_and_that_is_noted(p
     plan = planned()
     assert plan["notes"] == []
     assert plan["model"]["parameters"] < 2e9
+
+
+@pytest.mark.parametrize("config", ["zero3_bf16", "zero3_offload_cpu"])
+def test_the_upper_bound_of_a_step_is_the_sum_of_the_parts_that_are_shown(planned, config):
+    for step in planned("--set", f"deepspeed.config={config}")["steps"]:
+        parts = [step["products"], step["elementwise"], step["optimizer"]]
+        parts += [transfer["seconds"] for transfer in step["transfers"]]
+        assert sum(part["high"] for part in parts) == pytest.approx(step["seconds"]["high"])
+
+
+def test_links_that_are_given_are_not_said_to_be_the_vendor_s(planned):
+    given = planned("--network-gbit", "100")["assumptions"]
+    assert "links of a device, each way: 450 GB/s in its node, 12.5 GB/s to others" in given
+    assert given[-1].endswith("but links as they are given")
+    assert not planned()["assumptions"][-1].endswith("given")
+
+
+def test_a_micro_batch_beyond_those_that_are_tried_is_not_called_the_largest(tool):
+    _, shown, _ = tool("--gpu", "h100-80g", recipe="tiny_base")
+    assert "4,096 bins of 160 tokens at least, more are not tried" in " ".join(shown.split())
+    _, shown, _ = tool()
+    assert "at least" not in shown
+
+
+def test_checkpoints_that_stay_are_counted_where_the_steps_follow_from_the_texts(planned):
+    def kept(*options: str) -> dict[str, Any]:
+        return next(item for item in planned(*options)["disk"] if item["name"] == "checkpoints")
+
+    options = ["--set", "checkpoint.keep_every_steps=100"]
+    assert planned()["run"]["steps"] == 720
+    of_steps = ["--set", "training.epochs=null", "--set", "training.steps=720"]
+    assert kept(*options) == kept(*options, *of_steps)
+    one = kept()["bytes"]["high"] / 2
+    assert kept(*options)["bytes"] == {"low": 7 * one, "high": 8 * one}
+    unread = ["--set", "data.sources=[{files: [facts.jsonl]}]"]
+    assert "not counted" in kept(*options, *unread)["how"]

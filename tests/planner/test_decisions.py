@@ -83,6 +83,21 @@ def test_the_suggested_change_fits_and_no_cheaper_one_does():
     assert len(kinds) > 1, kinds
 
 
+def test_no_change_is_planned_twice_in_the_search(monkeypatch):
+    """A plan of 80 layers takes long enough that a search through many is to be short."""
+    plan, changed, asked = planned("deepspeed.config=zero3_bf16", memory=2e9), Plan.changed, []
+
+    def recorded(self, recipe, *, nodes=None, ranks_per_node=None):
+        now = self.deployment
+        asked.append((recipe, nodes or now.nodes, ranks_per_node or now.ranks_per_node))
+        return changed(self, recipe, nodes=nodes, ranks_per_node=ranks_per_node)
+
+    monkeypatch.setattr(Plan, "changed", recorded)
+    find_change(plan)
+    assert len(asked) > len(CHANGES)
+    assert not [one for index, one in enumerate(asked) if one in asked[:index]]
+
+
 def test_nothing_is_suggested_where_it_fits_or_where_nothing_helps():
     assert find_change(planned(memory=1e15)) is None
     assert suggest(planned(memory=1e15)) is None

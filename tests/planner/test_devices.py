@@ -37,6 +37,44 @@ def test_peaks_are_dense_and_links_go_one_way(device):
     assert 0.95 * nominal < device.memory_bytes < 1.08 * nominal  # a sheet's GB may be 2**30 bytes
 
 
+# Multiprocessors or compute units; dense bf16 operations of each per cycle, with sums in fp32, and those of fp32; GHz
+# boosted, for either. From the vendors' white papers on the architectures.
+@pytest.mark.parametrize(
+    ("name", "units", "bf16", "bf16_clock", "fp32", "fp32_clock"),
+    [
+        ("a100-40g", 108, 2048, 1.41, 128, 1.41),
+        ("a100-80g", 108, 2048, 1.41, 128, 1.41),
+        ("h100-80g", 132, 4096, 1.83, 256, 1.98),
+        ("h100-pcie", 114, 4096, 1.62, 256, 1.755),
+        ("h200", 132, 4096, 1.83, 256, 1.98),
+        ("gh200", 132, 4096, 1.83, 256, 1.98),
+        ("l40s", 142, 1024, 2.49, 256, 2.52),
+        ("l40", 142, 512, 2.49, 256, 2.49),
+        ("l4", 58, 1024, 2.04, 256, 2.04),
+        ("a40", 84, 1024, 1.74, 256, 1.74),
+        ("rtx-4090", 128, 512, 2.52, 256, 2.52),
+        ("rtx-3090", 82, 512, 1.695, 256, 1.695),
+        ("mi300x", 304, 2048, 2.1, 256, 2.1),
+    ],
+)
+def test_peaks_are_those_of_the_units_and_their_clock(name, units, bf16, bf16_clock, fp32, fp32_clock):
+    assert DEVICES[name].bf16_flops == pytest.approx(units * bf16 * bf16_clock * 1e9, rel=0.01)
+    assert DEVICES[name].fp32_flops == pytest.approx(units * fp32 * fp32_clock * 1e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "links", "each"),
+    [
+        *((name, 12, 25e9) for name in ("a100-40g", "a100-80g")),
+        *((name, 18, 25e9) for name in ("h100-80g", "h200", "gh200")),
+        *((name, 18, 50e9) for name in ("b200", "gb200")),
+        ("mi300x", 7, 64e9),
+    ],
+)
+def test_the_link_of_a_node_is_all_nvlinks_of_a_gpu_in_one_direction(name, links, each):
+    assert DEVICES[name].link_bandwidth == links * each
+
+
 @pytest.mark.parametrize(
     ("torch_name", "name"),
     [
@@ -121,7 +159,15 @@ def test_a_file_that_holds_no_mapping_is_refused(tmp_path, text, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "nearest"), [("h100-80gb", "h100-80g"), ("H200", "h200"), ("mi300", "mi300x")]
+    ("name", "nearest"),
+    [
+        ("h100-80gb", "h100-80g"),
+        ("H200", "h200' or 'h200-nvl"),
+        ("H100", "h100-80g' or 'h100-pcie' or 'h100-nvl"),
+        ("a100", "a100-40g' or 'a100-80g"),
+        ("NVIDIA H100 80GB HBM3", "h100-80g"),
+        ("mi300", "mi300x"),
+    ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest_one(name, nearest):
     with pytest.raises(UserError, match=rf"'{name}' is neither .*did you mean '{nearest}'"):

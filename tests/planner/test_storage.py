@@ -126,14 +126,14 @@ def test_a_checkpoint_holds_the_optimizer_s_state_and_below_zero_3_the_weights(c
 )
 def test_the_disk_holds_the_kept_checkpoints_one_more_and_the_export(overrides, kept, written):
     recipe, architecture, deployment = planned("llama70b_bico", *overrides, nodes=8)
-    items = by_name(disk(recipe, architecture, deployment.zero))
+    items = by_name(disk(recipe, architecture, deployment.zero, recipe.training.steps))
     one = checkpoint_bytes(recipe, architecture, deployment.zero)
     assert one == 12 * architecture.parameters
     for name, count in (("checkpoints", kept), ("checkpoint being written", written)):
         assert (items[name].bytes.low, items[name].bytes.high) == (count[0] * one, count[1] * one)
     assert items["export"].bytes.low == 2 * architecture.parameters
     kept_here, *_ = planned("llama70b_bico", *overrides, "checkpoint.export=false", nodes=8)
-    assert "export" not in by_name(disk(kept_here, architecture, deployment.zero))
+    assert "export" not in by_name(disk(kept_here, architecture, deployment.zero, None))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ multiples; rates are per second and device. Keys are added in later versions, an
     sentence            the verdict as a sentence, with the change that would fit
     warnings[], assumptions[]
     change              null, or what would fit: {"words"[], "memory": range}
-    largest_micro_batch bins that fit at once
+    largest_micro_batch bins that fit at once, as far as they are tried (4,096, and 2^31 tokens)
     deployment          device, title, nodes, ranks_per_node, ranks, deepspeed, zero_stage
     model               parameters, trained_parameters, source
     texts               source, mean_length, tokens (of a data epoch, or null)
@@ -16,7 +16,7 @@ multiples; rates are per second and device. Keys are added in later versions, an
     host[], nvme[], disk[]   items; the first two of a node
     steps[]             per objective: objective, probability, micro_batch {rows, live_rows, head_rows, pairs, documents},
                         useful_flops, executed_flops, attention_flops (of the executed), products, elementwise,
-                        transfers[], seconds, kept_per_second, represented_per_second, mfu
+                        optimizer, transfers[], seconds, kept_per_second, represented_per_second, mfu
     run                 steps (or null), mean_step_seconds, hours, device_hours, cost, price,
                         events[]: {"name", "seconds", "count", "share", "how"}
     nodes[], variants[] alternatives: nodes, deepspeed, verdict, memory, represented_per_second, mean_step_seconds,
@@ -41,7 +41,7 @@ def plan_as_json(plan: Plan, decisions: Decisions, notes: Sequence[str]) -> dict
     return {
         "recipe": plan.recipe.name,
         "verdict": fit_word(plan.memory),
-        "sentence": verdict(plan),
+        "sentence": verdict(plan, change),
         "warnings": warnings(plan),
         "assumptions": assumptions(plan),
         "notes": list(notes),
@@ -98,7 +98,15 @@ def _memory(plan: Plan) -> dict[str, Any]:
 
 
 def _steps(plan: Plan) -> list[dict[str, Any]]:
-    ranges = ("products", "elementwise", "seconds", "kept_per_second", "represented_per_second", "mfu")
+    ranges = (
+        "products",
+        "elementwise",
+        "optimizer",
+        "seconds",
+        "kept_per_second",
+        "represented_per_second",
+        "mfu",
+    )
     counts = ("rows", "live_rows", "head_rows", "pairs", "documents")
     return [
         {

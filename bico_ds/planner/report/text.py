@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bico_ds.planner.communication import LINK_EFFICIENCY
-from bico_ds.planner.decisions import NOTABLE_SHARE, Change, Decisions, find_change, largest_item
+from bico_ds.planner.decisions import NOTABLE_SHARE, Change, Decisions, largest_item, most_micro_batch
 from bico_ds.planner.items import Item, total
 from bico_ds.planner.memory import MemoryPlan, Moment
 from bico_ds.planner.plan import Plan
@@ -26,11 +26,9 @@ def fit_word(memory: MemoryPlan) -> str:
     return "fits" if memory.fits else "does not fit" if memory.cannot_fit else "may not fit"
 
 
-def verdict(plan: Plan) -> str:
-    """One sentence on memory, with the change that would fit where it does not, and one on time and cost."""
-    return " ".join(
-        [f"{plan.recipe.name} on {_where(plan)} {_memory_verdict(plan, find_change(plan))}", _run(plan)]
-    )
+def verdict(plan: Plan, change: Change | None) -> str:
+    """One sentence on memory, with the `change` that would fit where it does not, and one on time and cost."""
+    return " ".join([f"{plan.recipe.name} on {_where(plan)} {_memory_verdict(plan, change)}", _run(plan)])
 
 
 def warnings(plan: Plan) -> list[str]:
@@ -94,6 +92,7 @@ def assumptions(plan: Plan) -> list[str]:
     return [
         f"texts: {plan.texts.source}; on average {number(float(plan.texts.lengths.mean()))} tokens{of_epoch}",
         "packing is taken to fill the bins",
+        "the host's own time (Python, launches of kernels) is not planned; steps of milliseconds are mostly that",
         f"times are not measured on these devices; of the peaks are assumed: {percent(PRODUCT_EFFICIENCY)} in matrix "
         f"products, {percent(ATTENTION_EFFICIENCY)} in attention, {percent(MEMORY_EFFICIENCY)} of the memory's bandwidth, "
         f"{percent(LINK_EFFICIENCY)} of links; the disk writes {span(plan.disk_bandwidth, unit=GB)} GB/s",
@@ -145,7 +144,10 @@ def _micro_batch(plan: Plan, decisions: Decisions) -> str:
     if not decisions.micro_batch:
         return "Largest micro-batch that fits: not even one bin."
     tokens = f"{plan.recipe.data.capacity:,} tokens"
-    return f"Largest micro-batch that fits: {decisions.micro_batch} bins of {tokens} (now {now})."
+    bins = number(decisions.micro_batch)
+    if decisions.micro_batch == most_micro_batch(plan.recipe):
+        return f"Largest micro-batch that fits: {bins} bins of {tokens} at least, more are not tried (now {now})."
+    return f"Largest micro-batch that fits: {bins} bins of {tokens} (now {now})."
 
 
 def _table(first: str, *columns: str) -> Table:
@@ -198,6 +200,7 @@ def _steps_table(plan: Plan) -> Table:
         ("  of them attention", [number(step.flops.attention / 1e15) for step in steps]),
         ("matrix products and attention", [time(step.products) for step in steps]),
         ("elementwise operations", [time(step.elementwise) for step in steps]),
+        ("update, and sums of gradients", [time(step.optimizer) for step in steps]),
         *_transfer_rows(plan),
         ("a step", [time(step.seconds) for step in steps]),
         ("tokens/s of a device, kept", [span(step.kept_per_second) for step in steps]),

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from bico_ds.config.schema import Recipe
 from bico_ds.planner.architecture import Architecture
-from bico_ds.planner.deployment import Deployment, Zero
+from bico_ds.planner.deployment import Deployment, Offload, Zero
 from bico_ds.planner.items import Item
 from bico_ds.planner.ranges import Range
 
@@ -142,7 +142,7 @@ def _batches(recipe: Recipe, deployment: Deployment) -> Item:
 
 def _offloaded_states(recipe: Recipe, architecture: Architecture, deployment: Deployment) -> list[Item]:
     zero = deployment.zero
-    if zero.offload_optimizer == "none":
+    if zero.offload_optimizer == "none" or _is_on_device(deployment, zero.offload_optimizer):
         return []
     if zero.stage == 3:
         return _offloaded_by_stage_3(recipe, architecture, deployment)
@@ -202,7 +202,7 @@ def _offloaded_weights(recipe: Recipe, architecture: Architecture, deployment: D
     """
     zero, ranks, weight = deployment.zero, deployment.ranks_per_node, _BYTES[recipe.model.dtype]
     partition = architecture.parameters / deployment.ranks
-    if zero.offload_parameters == "none":
+    if zero.offload_parameters == "none" or _is_on_device(deployment, zero.offload_parameters):
         return []
     if zero.offload_parameters == "cpu":
         return [_pinned("weights", [math.ceil(weight * partition)], ranks, _pins(deployment))]
@@ -260,6 +260,11 @@ def _sub_groups(partitions: Sequence[int], least: int | None) -> list[int]:
             groups.append(size)
             size = 0
     return groups + [size] * (size > 0)
+
+
+def _is_on_device(deployment: Deployment, offload: Offload) -> bool:
+    """Whether the plan of the device's memory has what is offloaded to the host, which on CPUs is the device."""
+    return offload == "cpu" and deployment.device.kind == "cpu"
 
 
 def _pins(deployment: Deployment) -> bool:

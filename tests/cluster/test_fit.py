@@ -67,6 +67,19 @@ def test_ranks_on_cpus_share_the_host_s_memory():
     assert found is not None and "n0: the host, swap included, has" in found and "for 4 ranks" in found
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_on_cpus_states_offloaded_to_the_host_count_once(stage):
+    zero = "deepspeed.overrides.zero_optimization"
+    files = {2: "zero2_bf16", 3: "zero3_offload_cpu"}
+    overrides = [f"deepspeed.config={files[stage]}", f"{zero}.offload_optimizer.device=cpu"]
+    recipe, on_cpus = recipe_of("model.dtype=fp32", *overrides), node(ranks=2, gpu=None)
+    plan = plan_on(recipe, on_cpus)
+    # Per parameter 12 of states and 8 of gradients at most, and the weights: divided, or all of them on both ranks.
+    most = (20 + (4 if stage == 3 else 8)) * plan.architecture.parameters
+    assert lack(recipe, replace(on_cpus, host_bytes=int(most + 2e9))) is None
+    assert lack(recipe, replace(on_cpus, host_bytes=int(most / 2))) is not None
+
+
 def test_offload_to_the_host_needs_its_memory_whatever_the_gpus_have():
     offloaded, plain = recipe_of("deepspeed.config=zero3_offload_cpu"), recipe_of()
     plan = plan_on(offloaded, node())

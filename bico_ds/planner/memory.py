@@ -23,8 +23,8 @@ from bico_ds.planner.zero.states import States
 # per group of ranks nccl#964 (544 and 688 MB on 4 A100) and nccl#864 (1.6 GB, the context perhaps among it).
 CUDA_CONTEXT = Range(0.3e9, 1.0e9)
 NCCL_GROUP = Range(0.0, 1.6e9)
-# Reserved and not allocated, by the caching allocator: GMLake (arXiv 2401.08156) gets rid of 15 % in the mean of its
-# trainings of eight LLMs with ZeRO-3, recomputation, LoRA and offload, of up to 33 %.
+# Reserved and not allocated, by the caching allocator: the abstract of GMLake (arXiv 2401.08156) says that it reduces
+# fragmentation by 15 % (up to 33 %) among eight LLMs on A100-80GB. That this is the caching allocator's own is our reading.
 FRAGMENTATION = 0.15
 
 
@@ -61,7 +61,10 @@ class MemoryPlan:
 
     @property
     def cannot_fit(self) -> bool:
-        """Whether not even the lower bound of some moment does: what a run is refused for."""
+        """Whether not even the lower bound of some moment does, which is what a plan says of it.
+
+        A run is refused for less, since moments are replayed and some percent off: bico_ds/cluster/preflight/fit.py.
+        """
         return max(moment.bytes.low for moment in self.moments) > self.available
 
 

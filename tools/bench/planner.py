@@ -150,7 +150,20 @@ Without a GPU, by tests:
 ```bash
 pytest tests/planner                                        # FLOPs equal torch's own count; memory of live tensors
 pytest -m distributed tests/distributed/test_planned_communication.py   # bytes that two ranks send
+pytest -s -m distributed tests/distributed/test_planned_memory.py       # bytes of real ranks' tensors, all 23 cases
 ```
+
+Memory of real ranks, planned over measured, less 1. 2026-11-26, two shared CPU cores, torch 2.13 and DeepSpeed 0.19.8, 1
+and 2 ranks over gloo; an allocator in the place of torch's counts in all threads. Models of 3 to 7 layers, 96 to 224 wide:
+states weigh more there than in a large run. Of the last steps the one with the least.
+
+| cases | between steps | forward | backward | update |
+|---|---|---|---|---|
+| 12: ZeRO 2 and 3, both objectives, recomputation, LoRA | 0.0 % | -1.0 to +0.1 % | -0.4 to +2.9 % | 0.0 to +0.1 % |
+| 11 that nothing was fitted to | 0.0 % | -11.5 to +7.6 % | -6.2 to +10.9 % | -14.1 to +1.6 % |
+
+Above 5 % are: ZeRO-2 with small buckets and a tied head, three micro-batches or LoRA (backward), ZeRO-3 with LoRA and
+recomputation (forward), and hpZ. Which tensors these are is not known.
 """
 
 

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,6 +106,13 @@ def memory_limit() -> int:
                 with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
                     limits.append(int((folder / name).read_text(encoding="ascii")))
     return min(limits)
+
+
+def machine() -> str:
+    """A name of the running system that no other machine has, also where host names are alike; Linux's boot id."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return socket.gethostname()
 
 
 def memory_with_swap() -> int:

@@ -20,7 +20,7 @@ def refuse_what_cannot_fit(run: Run, loader: ElasticLoader) -> None:
     """Raise `UserError`, on all ranks, where not even the least that the run's plan needs is there. Collective."""
     device = run.ranks.device
     device_bytes = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
-    own = (socket.gethostname(), device_bytes, host_memory.memory_with_swap())
+    own = (socket.gethostname(), host_memory.machine(), device_bytes, host_memory.memory_with_swap())
     nodes = by_node(distributed.all_gather_objects(own))
     lack = None
     if run.ranks.is_first:

@@ -99,10 +99,15 @@ def test_a_plan_that_cannot_be_made_refuses_nothing(error):
     assert lack_of_memory(fails, [node(gpu=1, memory=1)], fill=1.0) is None
 
 
-def test_ranks_are_grouped_by_host_and_the_smallest_gpu_counts():
-    ranks = [("a", 80, 1000), ("b", 80, 900), ("a", 79, 1001), ("b", 81, 900)]
+def test_ranks_are_grouped_by_machine_and_the_smallest_gpu_counts():
+    ranks = [("a", "1", 80, 1000), ("b", "2", 80, 900), ("a", "1", 79, 1001), ("b", "2", 81, 900)]
     assert by_node(ranks) == [
         node("a", ranks=2, gpu=79, memory=1001),
         node("b", ranks=2, gpu=80, memory=900),
     ]
-    assert by_node([("a", None, 5)]) == [node("a", ranks=1, gpu=None, memory=5)]
+    assert by_node([("a", "1", None, 5)]) == [node("a", ranks=1, gpu=None, memory=5)]
+
+
+def test_two_machines_of_one_host_name_are_two_nodes():
+    ranks = [("localhost", "1", 80, 900), ("localhost", "2", 80, 900)]
+    assert [found.ranks for found in by_node(ranks)] == [1, 1]

@@ -78,7 +78,7 @@ def test_the_line_says_where_in_the_range_the_run_is(folder, seconds, place):
     callback.on_end(FIRST, "preempted")
     expected = f"ntp step {seconds:g} s, planned 0.1 to 0.3 s ({place}, {seconds / 0.2:.2g} times the middle)"
     assert expected in told.lines[0] and "bico" not in told.lines[0]
-    assert "memory" in told.lines[0]
+    assert "its tensors alone" in told.lines[0]
 
 
 def test_an_objective_that_is_drawn_seldom_does_not_hold_the_line_back_for_ever(folder):
@@ -106,7 +106,7 @@ def test_without_known_rates_only_memory_is_compared(folder):
     for step in range(1, LAST + 1):
         callback.on_step(report(step))
     callback.on_end(LAST, "done")
-    assert "step" not in told.lines[0] and "memory" in told.lines[0]
+    assert "step" not in told.lines[0] and "tensors" in told.lines[0]
     assert all(np.isfinite(value) for value in told.numbers[0][2].values())
 
 

@@ -172,7 +172,10 @@ def _memory(recipe: Recipe, reports: list[dict[str, Any]]) -> list[str]:
     """What the memory of the nodes cannot hold, whatever the texts are."""
     planned = recipe.model_copy(update={"model": with_own_config(recipe.model)})
     plan_on = partial(make_plan, planned, texts=assumed_texts(planned))
-    memories = ((r["host"], r["device"].get("memory_total_bytes"), r["host_memory_bytes"]) for r in reports)
+    memories = (
+        (r["host"], r["machine"], r["device"].get("memory_total_bytes"), r["host_memory_bytes"])
+        for r in reports
+    )
     lack = lack_of_memory(plan_on, by_node(memories), fill=0)
     return [] if lack is None else [lack]
 

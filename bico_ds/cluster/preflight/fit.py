@@ -38,11 +38,14 @@ class NodeMemory:
         return replace(DEVICES["h100-80g"], name="the GPU", memory_bytes=self.device_bytes)
 
 
-def by_node(ranks: Iterable[tuple[str, int | None, int]]) -> list[NodeMemory]:
-    """The nodes of all ranks: of each its host, the bytes of its GPU (None: on a CPU), and those of its host."""
-    found: dict[str, list[tuple[int | None, int]]] = defaultdict(list)
-    for host, of_device, of_host in ranks:
-        found[host].append((of_device, of_host))
+def by_node(ranks: Iterable[tuple[str, str, int | None, int]]) -> list[NodeMemory]:
+    """The nodes of all ranks: of each its host, its machine, the bytes of its GPU (None: on a CPU), and those of its host.
+
+    Two machines may have one host name (`localhost`), so the machine tells nodes apart.
+    """
+    found: dict[tuple[str, str], list[tuple[int | None, int]]] = defaultdict(list)
+    for host, machine, of_device, of_host in ranks:
+        found[host, machine].append((of_device, of_host))
     return [
         NodeMemory(
             host=host,
@@ -50,7 +53,7 @@ def by_node(ranks: Iterable[tuple[str, int | None, int]]) -> list[NodeMemory]:
             device_bytes=min((of_device for of_device, _ in of_ranks if of_device is not None), default=None),
             host_bytes=max(of_host for _, of_host in of_ranks),
         )
-        for host, of_ranks in found.items()
+        for (host, _), of_ranks in found.items()
     ]
 
 

@@ -29,6 +29,7 @@ def collect(recipe: Recipe, run: Path, *, rank: int, local_rank: int) -> dict[st
         "rank": rank,
         "host": socket.gethostname(),
         "device": inspect_device(local_rank),
+        "machine": host_memory.machine(),
         "host_memory_bytes": host_memory.memory_with_swap(),
     }
     report["versions"] = provenance()["versions"] | {

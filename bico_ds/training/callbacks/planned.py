@@ -59,11 +59,14 @@ class PlannedBesideMeasured(FirstRankCallback):
                 parts.append(f"{planned.objective} step {_beside(median, planned.seconds, 's')}")
         if not self._steps:
             return
+        on_gpu = self._plan.deployment.device.kind == "cuda"
         moments = [of_tensors(moment.items) for moment in self._plan.memory.moments]
         memory = max(moments, key=lambda moment: moment.high)
         numbers |= _numbers("memory_bytes", self._memory.allocated, memory)
         numbers["memory_bytes/reserved"] = self._memory.reserved
-        parts.append(f"memory {_beside(self._memory.allocated / GB, memory.times(1 / GB), 'GB')}")
+        # A process on a CPU has more than tensors: caches of its libraries, the loader, compiled kernels.
+        of_what = "memory of tensors" if on_gpu else "growth of the process, beside its tensors alone,"
+        parts.append(f"{of_what} {_beside(self._memory.allocated / GB, memory.times(1 / GB), 'GB')}")
         self._tell.on_message(f"measured beside planned: {'; '.join(parts)}")
         self._tell.on_numbers(step, "plan", {f"plan/{name}": value for name, value in numbers.items()})
         self._record(numbers)

@@ -27,6 +27,8 @@ from bico_ds.planner.devices import DEVICES
 from bico_ds.planner.items import total
 from bico_ds.planner.memory import MemoryPlan, device_memory
 from bico_ds.planner.workload import MicroBatch
+from bico_ds.planner.zero.gathering import visits
+from bico_ds.planner.zero.modules import modules_of
 from bico_ds.runtime.ds_config import build_ds_config
 from tests.distributed.live_memory import LiveMemory, build
 from tests.distributed.model_ranks import run_on_ranks
@@ -118,8 +120,8 @@ def batch_of(case: Case, number: int) -> PackedBatch:
     return OBJECTIVES[case.objective].build(Documents.of(documents), BatchKey(seed=1, epoch=0))
 
 
-def measure(case: Case, recipe: Recipe, ranks: int, memory: LiveMemory, folder: Path) -> None:
-    """Real steps, as `bico_ds.training.trainer` makes them."""
+def measure(case: Case, recipe: Recipe, ranks: int, memory: LiveMemory, folder: Path) -> list[int]:
+    """Real steps, as `bico_ds.training.trainer` makes them; return what ZeRO-3 recorded: its modules, by their elements."""
     import deepspeed
 
     config = build_ds_config(
@@ -144,6 +146,11 @@ def measure(case: Case, recipe: Recipe, ranks: int, memory: LiveMemory, folder: 
             del loss
             with memory.block("update" if last else "between"):
                 engine.step()
+    if case.stage < 3:
+        return []
+    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    order = coordinator._PartitionedParameterCoordinator__submodule_order
+    return [sum(weight.ds_numel for weight in module.parameters(recurse=False)) for module in order]
 
 
 def measure_on_ranks(rank: int, ranks: int, library: Path, folder: Path, numbers: Sequence[int]) -> None:
@@ -152,7 +159,8 @@ def measure_on_ranks(rank: int, ranks: int, library: Path, folder: Path, numbers
     memory = LiveMemory(library)
     for number in numbers:
         case = CASES[number]
-        measure(case, case.recipe(ranks), ranks, memory, folder)
+        recorded = measure(case, case.recipe(ranks), ranks, memory, folder)
+        (folder / f"recorded-{number}-{ranks}.json").write_text(json.dumps(recorded), encoding="utf-8")
         found = {
             name: [dataclasses.astuple(block) for block in blocks] for name, blocks in memory.blocks.items()
         }
@@ -255,6 +263,15 @@ def test_what_a_run_is_refused_for_is_less_than_what_it_takes(
     )
     least = total((*plan_of(case, ranks).resident, *kept.kept)).low
     assert least <= max(peaks.values())
+
+
+@pytest.mark.parametrize("number", [number for number in QUICK if CASES[number].stage == 3])
+def test_modules_are_visited_in_the_order_that_deepspeed_records(measured: Path, number: int) -> None:
+    recipe = CASES[number].recipe(2)
+    modules = modules_of(read_architecture(recipe.model), recipe.model.lora)
+    order = visits(modules, recipe.model.activation_checkpointing)
+    planned = [sum(p.elements for p in visit.module.parameters) for visit in order if visit.fetches]
+    assert planned == json.loads((measured / f"recorded-{number}-2.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.slow

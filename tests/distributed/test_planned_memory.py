@@ -170,8 +170,10 @@ def measure_on_ranks(rank: int, ranks: int, library: Path, folder: Path, numbers
 def measured_on_ranks(folder: Path, numbers: Sequence[int]) -> Path:
     """The folder with what ranks have measured, started once per number of ranks."""
     library = build(folder)
-    for ranks in (1, 2):
-        run_on_ranks(measure_on_ranks, ranks, library, folder, numbers)
+    alone = [number for number in numbers if HPZ in CASES[number].more]  # a process makes hpZ's groups once
+    together = [number for number in numbers if number not in alone]
+    for ranks, group in product((1, 2), (together, *([number] for number in alone))):
+        run_on_ranks(measure_on_ranks, ranks, library, folder, group)
     return folder
 
 

@@ -108,11 +108,12 @@ def device_memory(
 
 @dataclass(frozen=True, kw_only=True)
 class _Point:
-    """Bytes at one module; of its layer's forward pass so much is `done`."""
+    """Bytes at one module; of its layer's forward pass so much is `done`; `let_go`: of hpZ, as in `gathering.Held`."""
 
     module: Module
     gathered: float
     gradients: Gradients
+    let_go: int
     done: float = 1.0
 
 
@@ -125,12 +126,13 @@ class _Replay:
         self.head = self.modules[-1]
         recompute_every = recipe.model.activation_checkpointing
         order = visits(modules, recompute_every)
-        held: Sequence[Held] = [Held(visit=visit, most=0, running=0, fetched=0) for visit in order]
+        held: Sequence[Held] = [Held(visit=visit, most=0, running=0, fetched=0, let_go=0) for visit in order]
         if states.zero.stage == 3:
             held = gathered(modules, recompute_every, states.zero, states.ranks)
-        held = [one for one in held if one.visit.module.parameters]
+        has_second = states.zero.secondary_ranks is not None
+        held = [one if has_second else replace(one, let_go=0) for one in held if one.visit.module.parameters]
         forward, backward = held[: len(self.modules)], held[len(self.modules) :]
-        self.while_head_runs = states.size * forward[-1].running
+        self.at_head, self.at_end = forward[-1], backward[-1]
 
         self.in_forward = list(states.of_forward())
         self.in_backward = {there: list(states.of_backward(partition=there)) for there in (False, True)}
@@ -146,7 +148,9 @@ class _Replay:
                 module = held.visit.module
                 done = float(module is not self.modules[0]) if layer is None else number / len(of_layer)
                 size = self.states.size * held.most
-                yield _Point(module=module, gathered=size, gradients=Gradients(whole=0), done=done)
+                yield _Point(
+                    module=module, gathered=size, gradients=Gradients(whole=0), done=done, let_go=held.let_go
+                )
 
     def _new(self, module: Module) -> int:
         return sum(self.states.size * p.elements for p in module.parameters if p.trained)
@@ -168,15 +172,27 @@ class _Replay:
                 held.visit.module,
                 0 if held.visit.during == "recomputed" else self._new(held.visit.module),
             )
-            yield _Point(module=module, gathered=states.size * held.most, gradients=bucket.now(kept))
+            yield _Point(
+                module=module,
+                gathered=states.size * held.most,
+                gradients=bucket.now(kept),
+                let_go=held.let_go,
+            )
             size = states.size * held.running
-            yield _Point(module=module, gathered=size, gradients=bucket.now(kept + new))
+            yield _Point(module=module, gathered=size, gradients=bucket.now(kept + new), let_go=held.let_go)
             if module is self.head and tied:
                 kept = new
             elif new:
                 for parameter in module.parameters:
-                    yield _Point(module=module, gathered=size, gradients=bucket.add(parameter))
-        yield _Point(module=self.modules[0], gathered=size, gradients=bucket.flush(bucket.now()))
+                    yield _Point(
+                        module=module, gathered=size, gradients=bucket.add(parameter), let_go=held.let_go
+                    )
+        yield _Point(
+            module=self.modules[0],
+            gathered=size,
+            gradients=bucket.flush(bucket.now()),
+            let_go=self.at_end.let_go,
+        )
 
     def moments(self, rows: ActivationMemory) -> Iterator[tuple[str, list[Item]]]:
         """Each moment's items beside the resident ones: of all points that are called alike, the one with the most."""
@@ -184,7 +200,10 @@ class _Replay:
         for name, items in (*self._forward(rows), *(self._at(point, rows) for point in self.backward)):
             if name not in found or total(items).high > total(found[name]).high:
                 found[name] = items
-        found["optimizer"] = list(self.states.of_step())
+        found["optimizer"] = [
+            *self.states.of_step(),
+            *self.states.second_partition(self.at_end.let_go),
+        ]
         for name, items in found.items():
             yield name, [item for item in items if item.bytes.high > 0]
 
@@ -193,10 +212,15 @@ class _Replay:
             "gradient of the head", self._new(self.head), "in the model's dtype: bico_ds/model/head.py"
         )
         for point in self.forward:
-            weights = [*self.in_forward, _gathered(point.gathered)]
+            weights = [
+                *self.in_forward,
+                *self.states.second_partition(point.let_go),
+                _gathered(point.gathered),
+            ]
             running = _share(rows.in_head[:1], point.done)
             yield "forward pass", [*weights, *self._kept(rows, point.module), *running]
-        weights = [*self.in_forward, _gathered(self.while_head_runs)]
+        gathered_then = _gathered(self.states.size * self.at_head.running)
+        weights = [*self.in_forward, *self.states.second_partition(self.at_head.let_go), gathered_then]
         yield "head", [*weights, head, *rows.kept, *rows.in_head]
 
     def _kept(self, rows: ActivationMemory, module: Module) -> list[Item]:
@@ -210,6 +234,7 @@ class _Replay:
         """The moment that a point of the backward pass belongs to, and its items."""
         weights = [
             *self.in_backward[point.gradients.partition],
+            *self.states.second_partition(point.let_go),
             _gathered(point.gathered),
             _item("whole gradients", point.gradients.whole, "until they are in a bucket, or reduced"),
             _item("copies for the reduction", point.gradients.copies, "in the type of communication"),
@@ -226,7 +251,7 @@ def _unlike(points: Iterable[_Point]) -> list[_Point]:
     found: dict[object, _Point] = {}
     for point in points:
         kind = point.module.name if point.module.layer is None else "layer"
-        found.setdefault((kind, point.gathered, point.gradients, point.done), point)
+        found.setdefault((kind, point.gathered, point.gradients, point.done, point.let_go), point)
     return list(found.values())
 
 

@@ -39,13 +39,15 @@ class Visit:
 class Held:
     """Elements in memory at a module, beside partitions and persistent parameters: the most, and while it runs.
 
-    `fetched`: gathered for it or, ahead of time, for later ones: what the ranks send each other.
+    `fetched`: gathered for it or, ahead of time, for later ones: what the ranks send each other. `let_go`: of trained
+    parameters that were let go before it, once or more, in this micro-batch: hpZ has a second partition of each.
     """
 
     visit: Visit
     most: int
     running: int
     fetched: int
+    let_go: int
 
 
 @lru_cache(maxsize=64)
@@ -97,7 +99,9 @@ def _replayed(order: Sequence[Visit], zero: Zero, ranks: int) -> Iterator[Held]:
     for visit in order:
         fetched = coordinator.fetch(visit.module) if visit.fetches else 0
         most, running = (coordinator.peak, coordinator.held) if ranks > 1 else (0, 0)
-        yield Held(visit=visit, most=most, running=running, fetched=fetched)
+        yield Held(
+            visit=visit, most=most, running=running, fetched=fetched, let_go=coordinator.elements_let_go
+        )
         if visit.releases:
             coordinator.release(visit.module)
         for parameter in visit.drops:
@@ -129,6 +133,8 @@ class _Coordinator:
         self.available: dict[Parameter, int] = {}
         self.groups: dict[Parameter, _Group] = {}
         self.live, self.held, self.peak = 0, 0, 0
+        self.let_go: set[Parameter] = set()
+        self.elements_let_go = 0
 
     def fetch(self, module: Module) -> int:
         """Gather a module's parameters, wait for them, and gather some of the next ones; return the elements gathered."""
@@ -154,6 +160,9 @@ class _Coordinator:
         if parameter in self.available:
             self.held -= self.available.pop(parameter)
             self.live -= parameter.elements
+            if parameter.trained and parameter not in self.let_go:
+                self.let_go.add(parameter)
+                self.elements_let_go += parameter.share(self.ranks) * self.ranks
 
     def _is_persistent(self, parameter: Parameter) -> bool:
         return parameter.elements <= self.zero.persistence_threshold

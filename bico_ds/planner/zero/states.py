@@ -70,7 +70,7 @@ class States:
         """Between steps."""
         yield from self._weights()
         if self.ranks > 1 and self.zero.stage == 3:
-            small = [p for p in self.parameters if p.elements <= self.zero.persistence_threshold]
+            small = [p for p in self.parameters if self._is_small(p)]
             padded = sum(p.share(self.ranks) for p in small) * self.ranks
             yield _item(
                 "persistent parameters",
@@ -102,7 +102,8 @@ class States:
                     "reduce bucket", size, "stage3.py _setup_for_real_optimizer, in the type of communication"
                 )
         if self.zero.secondary_ranks is not None:
-            yield self._secondary(self.frozen, "second partition of frozen weights")
+            frozen = sum(p.share(self.ranks) * self.ranks for p in self.frozen)
+            yield self._second("second partition of frozen weights", frozen)
 
     def _weights(self) -> Iterator[Item]:
         if self.zero.stage < 3:
@@ -117,24 +118,31 @@ class States:
             frozen = sum(parameter.share(self.ranks) for parameter in self.frozen)
             yield _item("frozen weights, partition", self.size * frozen, "partition_parameters.py ds_tensor")
 
-    def _secondary(self, parameters: Sequence[Parameter], name: str) -> Item:
-        ranks = self.zero.secondary_ranks or 1
-        size = sum(p.share(self.ranks) * self.ranks // ranks for p in parameters)
-        return _item(
-            name, self.size * size, "partition_parameters.py _partition_param_sec (ZeRO++, arXiv 2306.10209)"
-        )
+    def second_partition(self, let_go: int) -> Iterator[Item]:
+        """HpZ's of trained weights, where `let_go` elements of them were let go in this micro-batch (`gathering.Held`).
+
+        A weight gets it when it is let go for the first time in a step, and loses it after the update.
+        """
+        if self.zero.secondary_ranks is not None:
+            everything = sum(p.share(self.ranks) * self.ranks for p in self.trained if not self._is_small(p))
+            yield self._second(
+                "second partition of weights", everything if self.micro_batches > 1 else let_go
+            )
+
+    def _second(self, name: str, elements: int) -> Item:
+        size = self.size * elements / (self.zero.secondary_ranks or 1)
+        return _item(name, size, "partition_parameters.py _partition_param_sec (ZeRO++, arXiv 2306.10209)")
+
+    def _is_small(self, parameter: Parameter) -> bool:
+        return parameter.elements <= self.zero.persistence_threshold
 
     def of_forward(self) -> Iterator[Item]:
         """What the first micro-batches of a step leave for the next one's forward pass."""
-        if self.zero.secondary_ranks is not None:
-            yield self._secondary(self.trained, "second partition of weights")
         if self.micro_batches > 1 and self.zero.stage < 3:
             yield self._averaged(copies=1)
 
     def of_backward(self, *, partition: bool) -> Iterator[Item]:
         """Buffers of a backward pass; `partition`: that of ZeRO-2's reduced gradients is there already."""
-        if self.zero.secondary_ranks is not None:
-            yield self._secondary(self.trained, "second partition of weights")
         if self.zero.stage < 3:
             if self.zero.contiguous_gradients:
                 buffers = 2 if self.zero.overlap_comm else 1

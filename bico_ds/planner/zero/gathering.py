@@ -86,16 +86,21 @@ def _backward(module: Module) -> Visit:
 
 
 @lru_cache(maxsize=64)
-def gathered(modules: tuple[Module, ...], recompute_every: int, zero: Zero, ranks: int) -> tuple[Held, ...]:
+def gathered(
+    modules: tuple[Module, ...], recompute_every: int, zero: Zero, ranks: int, *, over_gloo: bool = False
+) -> tuple[Held, ...]:
     """What is held at each of the `visits`. On one rank nothing is: its partition is the whole.
+
+    `over_gloo`: a gather receives into a tensor of gloo's own first (torch's ProcessGroupGloo, `newLikeFlat`), as on CPUs.
 
     Cached, since memory, communication and plans of other micro-batches ask for the same.
     """
-    return tuple(_replayed(visits(modules, recompute_every), zero, ranks))
+    return tuple(_replayed(visits(modules, recompute_every), zero, ranks, over_gloo=over_gloo))
 
 
-def _replayed(order: Sequence[Visit], zero: Zero, ranks: int) -> Iterator[Held]:
-    coordinator = _Coordinator(zero, ranks, [visit.module for visit in order if visit.fetches])
+def _replayed(order: Sequence[Visit], zero: Zero, ranks: int, *, over_gloo: bool) -> Iterator[Held]:
+    steps = [visit.module for visit in order if visit.fetches]
+    coordinator = _Coordinator(zero, ranks, steps, over_gloo=over_gloo)
     for visit in order:
         fetched = coordinator.fetch(visit.module) if visit.fetches else 0
         most, running = (coordinator.peak, coordinator.held) if ranks > 1 else (0, 0)
@@ -121,8 +126,8 @@ class _Group:
 class _Coordinator:
     """DeepSpeed's, in elements. `live`: its own count; `held`: flat tensors, too; `peak`: of `held`, since it was set."""
 
-    def __init__(self, zero: Zero, ranks: int, steps: Sequence[Module]) -> None:
-        self.zero, self.ranks, self.steps, self.step = zero, ranks, steps, 0
+    def __init__(self, zero: Zero, ranks: int, steps: Sequence[Module], *, over_gloo: bool) -> None:
+        self.zero, self.ranks, self.steps, self.step, self.over_gloo = zero, ranks, steps, 0, over_gloo
         self.before = [0, *accumulate(sum(p.elements for p in module.parameters) for module in steps)]
         self.uses: dict[Parameter, list[int]] = {}
         for index, module in enumerate(steps):
@@ -201,7 +206,7 @@ class _Coordinator:
         self.groups |= dict.fromkeys(parameters, group)
         self.held += padded
         self.live += sum(p.elements for p in parameters)
-        self.peak = max(self.peak, self.held)
+        self.peak = max(self.peak, self.held + (padded if self.over_gloo else 0))
         return padded
 
     def _wait(self, parameter: Parameter) -> None:

@@ -38,6 +38,11 @@ class States:
     def ranks(self) -> int:
         return self.deployment.ranks
 
+    @property
+    def over_gloo(self) -> bool:
+        """Whether ranks communicate over gloo, which copies what it sends, as on CPUs."""
+        return self.deployment.device.kind == "cpu"
+
     @cached_property
     def trained(self) -> list[Parameter]:
         return [parameter for parameter in self.parameters if parameter.trained]

@@ -128,9 +128,7 @@ class _Replay:
         order = visits(modules, recompute_every)
         held: Sequence[Held] = [Held(visit=visit, most=0, running=0, fetched=0, let_go=0) for visit in order]
         if states.zero.stage == 3:
-            held = gathered(
-                modules, recompute_every, states.zero, states.ranks, over_gloo=states.over_gloo
-            )
+            held = gathered(modules, recompute_every, states.zero, states.ranks, over_gloo=states.over_gloo)
         has_second = states.zero.secondary_ranks is not None
         held = [one if has_second else replace(one, let_go=0) for one in held if one.visit.module.parameters]
         forward, backward = held[: len(self.modules)], held[len(self.modules) :]

@@ -178,7 +178,15 @@ def flat(capsys) -> str:
         ([[], []], "all-reduce"),
         ([[], ["--set", "seed=9"]], "this recipe differs"),
         (
-            [["--set", "model.config.num_hidden_layers=10000"]] * 2,
+            [
+                [
+                    "--set",
+                    "model.config.intermediate_size=16000000",
+                    "--set",
+                    "model.config.num_hidden_layers=12",
+                ]
+            ]
+            * 2,
             "of memory, and this run needs at least",
         ),
     ],

@@ -93,17 +93,17 @@ CASES = (
     Case(3, "ntp", "fp32", ("small", TIED), hidden=128),
     Case(3, "ntp", "bf16", ("small",), micro_batches=2),
     # Nothing of the planner was fitted to these. Where more than 5 % is allowed, that is how far off it was measured to be:
-    # ZeRO-2's backward pass with small buckets, a forward pass that gathers many adapters at once, and hpZ. The tensors that
-    # make the difference are not known yet.
+    # ZeRO-2's backward pass with small buckets (with the tied head by adding the layer's most rows to its most gradients,
+    # which are not there together), and a forward pass that gathers many adapters. The other tensors are not known yet.
     Case(2, "bico", "bf16", ("small", LORA, CHECKPOINTED), hidden=160, lengths=(150, 20, 71), within=0.06),
     Case(2, "ntp", "fp32", ("small", TIED), hidden=96, lengths=(300,), within=0.12),
     Case(2, "ntp", "bf16", ("small", CHECKPOINTED), hidden=224, micro_batches=3, within=0.07),
-    Case(3, "bico", "bf16", (LORA, CHECKPOINTED), hidden=224, lengths=(100, 120), within=0.12),
+    Case(3, "bico", "bf16", (LORA, CHECKPOINTED), hidden=224, lengths=(100, 120)),
     Case(3, "bico", "bf16", ("small", LORA, CHECKPOINTED), hidden=160, lengths=(80, 90), within=0.06),
     Case(3, "bico", "fp32", ("small", "model.activation_checkpointing=2", DEEP), hidden=96),
     Case(3, "ntp", "fp32", (DEEP,), hidden=128, lengths=(7, 200)),
-    Case(3, "ntp", "bf16", (HPZ,), hidden=128, within=0.07),
-    Case(3, "ntp", "fp32", (HPZ, "small", CHECKPOINTED), hidden=160, within=0.15),
+    Case(3, "ntp", "bf16", (HPZ,), hidden=128),
+    Case(3, "ntp", "fp32", (HPZ, "small", CHECKPOINTED), hidden=160),
     Case(3, "ntp", "fp32", (OFFLOAD,), hidden=128),
     Case(3, "bico", "bf16", (OFFLOAD, "small", CHECKPOINTED), hidden=160),
 )

@@ -160,10 +160,12 @@ states weigh more there than in a large run. Of the last steps the one with the 
 | cases | between steps | forward | backward | update |
 |---|---|---|---|---|
 | 12: ZeRO 2 and 3, both objectives, recomputation, LoRA | 0.0 % | -1.0 to +0.1 % | -0.4 to +2.9 % | 0.0 to +0.1 % |
-| 11 that nothing was fitted to | 0.0 % | -11.5 to +7.6 % | -6.2 to +10.9 % | -14.1 to +1.6 % |
+| 11 others, with hpZ, offload, a tied head, 3 micro-batches | 0.0 % | -5.1 to +0.1 % | -6.7 to +9.9 % | -0.8 to +1.6 % |
 
-Above 5 % are: ZeRO-2 with small buckets and a tied head, three micro-batches or LoRA (backward), ZeRO-3 with LoRA and
-recomputation (forward), and hpZ. Which tensors these are is not known.
+Above 5 % are 4 of the 11, all with buckets that a layer fills several times: ZeRO-2 with a tied head (+9.9 %: the most rows
+and the most gradients of a layer are added, and are not there together), with 3 micro-batches (-6.7 %) and with LoRA
+(+5.1 %), in the backward pass; ZeRO-3 with LoRA and recomputation (-5.1 %), in the forward pass. Of the last three the
+tensors are not known.
 """
 
 

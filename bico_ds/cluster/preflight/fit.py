@@ -20,6 +20,7 @@ from bico_ds.planner.plan import Plan
 from bico_ds.planner.workload import MicroBatch
 
 _GB = 1e9
+_SEARCHED_LAYERS = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,13 +87,18 @@ def _lack_on(node: NodeMemory, plan: Plan, on_device: Sequence[Item], on_host: S
     if node.device_bytes is None:
         on_host = [*on_host, *on_device]
     elif total(on_device).low > node.device_bytes:
-        return _message(f"{node.host}: a GPU", 1, on_device, node.device_bytes, suggest(plan))
+        return _message(f"{node.host}: a GPU", 1, on_device, node.device_bytes, _advice(plan))
     if node.ranks * total(on_host).low <= node.host_bytes:
         return None
-    advice = suggest(plan)
+    advice = _advice(plan)
     if node.device_bytes is not None:
         advice = "more nodes, or the optimizer on NVMe, would need less"
     return _message(f"{node.host}: the host, swap included,", node.ranks, on_host, node.host_bytes, advice)
+
+
+def _advice(plan: Plan) -> str | None:
+    """A search makes tens of plans, each in proportion to the layers: of thousands it would take minutes."""
+    return suggest(plan) if plan.architecture.layers <= _SEARCHED_LAYERS else None
 
 
 def _kept(plan: Plan, fill: float) -> list[Item]:

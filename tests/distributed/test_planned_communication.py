@@ -124,6 +124,7 @@ def planned(shape: dict[str, int], case: dict[str, Any]) -> dict[str, float]:
     return dict(sums)
 
 
+@pytest.mark.slow
 def test_ranks_send_what_is_planned(tmp_path):
     layers = int(np.random.default_rng().integers(3, 6))
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers}

@@ -129,7 +129,7 @@ def test_a_run_killed_before_its_first_checkpoint_goes_on_from_step_0_and_keeps_
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_model_that_no_memory_here_holds_is_refused_before_its_weights(tmp_path, ranks):
     large = ("model.config.hidden_size=65536", "model.config.num_hidden_layers=100", "data.cache_dir=stores")
     done = train(RECIPE, tmp_path / "run", *SHORT, *large, ranks=ranks)

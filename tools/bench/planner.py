@@ -149,7 +149,7 @@ Without a GPU, by tests:
 
 ```bash
 pytest tests/planner                                        # FLOPs equal torch's own count; memory of live tensors
-pytest -m distributed tests/distributed/test_planned_communication.py   # bytes that two ranks send
+pytest -m slow tests/distributed/test_planned_communication.py          # bytes that two ranks send
 pytest -s -m distributed tests/distributed/test_planned_memory.py       # bytes of real ranks' tensors, all 23 cases
 ```
 

@@ -119,7 +119,12 @@ def host_memory(recipe: Recipe, architecture: Architecture, deployment: Deployme
     """
     ranks, kind = deployment.ranks_per_node, deployment.device.kind
     items = [
-        Item(name="processes", bytes=_PROCESS[kind].times(ranks), how="Python, torch, DeepSpeed, CUDA"),
+        Item(
+            name="processes",
+            bytes=_PROCESS[kind].times(ranks),
+            how="Python, torch, DeepSpeed, CUDA",
+            is_tensor=False,
+        ),
         _batches(recipe, deployment),
         *_offloaded_states(recipe, architecture, deployment),
         *_offloaded_weights(recipe, architecture, deployment),
@@ -127,7 +132,8 @@ def host_memory(recipe: Recipe, architecture: Architecture, deployment: Deployme
         _resume(recipe, architecture, deployment),
     ]
     if kind == "cpu":
-        items.append(_exactly("all-reduce buffers", ranks * _SHARED_BUFFER, "in /dev/shm"))
+        buffers = Range.exactly(ranks * _SHARED_BUFFER)
+        items.append(Item(name="all-reduce buffers", bytes=buffers, how="in /dev/shm", is_tensor=False))
     return tuple(item for item in items if item.bytes.high > 0)
 
 

@@ -12,7 +12,7 @@ from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
 from bico_ds.config.schema import Recipe
 from bico_ds.planner.activations import activation_memory
-from bico_ds.planner.items import total
+from bico_ds.planner.items import of_tensors, total
 from bico_ds.planner.plan import Plan, make_plan
 from bico_ds.planner.workload import assumed_texts
 
@@ -49,7 +49,7 @@ def kept(plan: Plan, objective: str) -> float:
 def test_a_gpu_one_byte_too_small_for_states_and_kept_activations_is_refused_and_none_else(nodes, fill):
     recipe = recipe_of()
     plan = plan_on(recipe, node(), nodes=nodes)
-    least = total(plan.memory.resident).low + fill * min(kept(plan, "ntp"), kept(plan, "bico"))
+    least = of_tensors(plan.memory.resident).low + fill * min(kept(plan, "ntp"), kept(plan, "bico"))
     fine = [node(f"n{number}", gpu=int(least) + 1) for number in range(nodes)]
     assert lack(recipe, *fine, fill=fill) is None
     found = lack(recipe, *fine[:-1], node("small", gpu=int(least) - 1), fill=fill)
@@ -61,7 +61,7 @@ def test_ranks_on_cpus_share_the_host_s_memory():
     recipe = recipe_of("model.dtype=fp32")
     on_cpus = node(ranks=4, gpu=None)
     plan = plan_on(recipe, on_cpus)
-    least = 4 * total(plan.memory.resident).low + total(plan.host).low
+    least = 4 * of_tensors(plan.memory.resident).low + of_tensors(plan.host).low
     assert lack(recipe, replace(on_cpus, host_bytes=int(least) + 1)) is None
     found = lack(recipe, replace(on_cpus, host_bytes=int(least) - 1))
     assert found is not None and "n0: the host, swap included, has" in found and "for 4 ranks" in found
@@ -83,7 +83,7 @@ def test_on_cpus_states_offloaded_to_the_host_count_once(stage):
 def test_offload_to_the_host_needs_its_memory_whatever_the_gpus_have():
     offloaded, plain = recipe_of("deepspeed.config=zero3_offload_cpu"), recipe_of()
     plan = plan_on(offloaded, node())
-    least = int(total(plan.host).low)
+    least = int(of_tensors(plan.host).low)
     assert 20 * plan.architecture.parameters < least < 21 * plan.architecture.parameters
     assert lack(offloaded, node(memory=least + 1)) is None
     assert lack(plain, node(memory=least - 1)) is None

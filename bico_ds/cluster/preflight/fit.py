@@ -1,7 +1,8 @@
 """Whether a run can fit into the memory of its nodes at all, by the least that its plan needs. Pure functions, no torch.
 
 A plan may be wrong on the high side, so a run is refused for two things alone: the states that stay between steps, and the
-activations that a forward pass keeps for the backward pass, of bins as full as they are at least. Swap counts as memory.
+activations that a forward pass keeps for the backward pass, of bins as full as they are at least. What is no tensor
+(processes, which share pages; CUDA's context) is an assumption, and refuses nothing. Swap counts as memory.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ def lack_of_memory(plan_on: PlanOn, nodes: Sequence[NodeMemory], *, fill: float)
         plan = plan_on(smallest.device(), nodes=count, ranks_per_node=per_node)
     except Exception:
         return None
-    on_device = [*plan.memory.resident, *_kept(plan, fill)]
-    on_host = [replace(item, bytes=item.bytes.times(1 / per_node)) for item in plan.host]
+    on_device = [*(item for item in plan.memory.resident if item.is_tensor), *_kept(plan, fill)]
+    on_host = [replace(item, bytes=item.bytes.times(1 / per_node)) for item in plan.host if item.is_tensor]
     found = (_lack_on(node, plan, on_device, on_host) for node in nodes)
     return next((lack for lack in found if lack is not None), None)
 

@@ -65,14 +65,18 @@ class PlanOn(Protocol):
     def __call__(self, device: Device, *, nodes: int, ranks_per_node: int) -> Plan: ...
 
 
-def lack_of_memory(plan_on: PlanOn, nodes: Sequence[NodeMemory], *, fill: float) -> str | None:
+def lack_of_memory(
+    plan_on: PlanOn, nodes: Sequence[NodeMemory], *, fill: float, world_size: int | None = None
+) -> str | None:
     """Which memory cannot hold the run, what takes most of it, and what would fit; None where it may fit.
+
+    `world_size`: ranks of the run, where `nodes` are not all of its nodes.
 
     `fill`: the share of their bins' room that micro-batches take at least, 0 where that is not known. Whatever is wrong
     with a plan, it is no reason to refuse a run: whoever shows the plan says what.
     """
     smallest = min(nodes, key=lambda node: node.device().memory_bytes)
-    count, per_node = spread(sum(node.ranks for node in nodes), smallest.ranks)
+    count, per_node = spread(world_size or sum(node.ranks for node in nodes), smallest.ranks)
     try:
         plan = plan_on(smallest.device(), nodes=count, ranks_per_node=per_node)
     except Exception:

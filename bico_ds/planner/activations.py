@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bico_ds.config.schema import ModelSpec
+from bico_ds.config.schema import LOW_PRECISION_CHUNKS, ModelSpec
 from bico_ds.planner.architecture import Architecture
 from bico_ds.planner.items import Item
 from bico_ds.planner.ranges import Range
@@ -33,8 +33,7 @@ from bico_ds.planner.rows.case import FP32, Case, case_of
 from bico_ds.planner.rows.kept import KeptTensor, layer_tensors, norm_tensors
 from bico_ds.planner.workload import MicroBatch
 
-# `LOW_PRECISION_CHUNKS` of bico_ds/model/head.py, and what `_less_one_hot` makes there per row: two int64, two fp32.
-_LOW_PRECISION_CHUNKS = 16
+# What `_less_one_hot` of bico_ds/model/head.py makes per row: two int64, two fp32.
 _LABEL = 24
 
 
@@ -167,7 +166,7 @@ def _head(case: Case, model: ModelSpec, batch: MicroBatch) -> Iterator[Item]:
     chunk = min(model.loss_chunk_rows, rows)
     logits = (case.size + FP32) * max(chunk * case.shapes.vocabulary, rows)
     yield _item("logits of a chunk", logits, f"of {chunk:.0f} rows, in {model.dtype} and in fp32")
-    by_vocabulary = case.size < FP32 and rows > _LOW_PRECISION_CHUNKS * chunk
+    by_vocabulary = case.size < FP32 and rows > LOW_PRECISION_CHUNKS * chunk
     labels = _LABEL * (rows if by_vocabulary else chunk)
     hidden = case.size * case.shapes.hidden * (batch.rows + 2 * rows) + FP32 * rows + labels
     yield _item("rows with a loss", hidden, "the last hidden states, those with a loss, and their gradients")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.config.schema import ModelSpec, Recipe
 from bico_ds.planner.architecture import Architecture
-from bico_ds.planner.deployment import Deployment, Zero
+from bico_ds.planner.deployment import ELEMENT_BYTES, Deployment, Zero
 from bico_ds.planner.ranges import Range
 from bico_ds.planner.zero.gathering import gathered
 from bico_ds.planner.zero.modules import modules_of, parameters_of
@@ -46,7 +46,7 @@ def transfers(recipe: Recipe, architecture: Architecture, deployment: Deployment
     accumulation = micro_batches_per_rank(
         training.global_batch_bins, training.micro_batch_bins, deployment.ranks
     )
-    weight_bytes = 2 if recipe.model.dtype == "bf16" else 4
+    weight_bytes = ELEMENT_BYTES[recipe.model.dtype]
     between = _of_stage_3 if deployment.zero.stage == 3 else _of_stage_2
     found = [
         *between(recipe.model, architecture, deployment, accumulation, weight_bytes),
@@ -146,7 +146,7 @@ def _ring(
 
 def gather_all_weights(model: ModelSpec, architecture: Architecture, deployment: Deployment) -> Transfer:
     """All weights, gathered once from all ranks, module by module: what a partitioned model does for each new token."""
-    size = architecture.parameters * (2 if model.dtype == "bf16" else 4)
+    size = architecture.parameters * ELEMENT_BYTES[model.dtype]
     calls = len(parameters_of(modules_of(architecture, model.lora)))
     return _ring(deployment, "all weights, gathered", size, calls=calls, how="once")
 

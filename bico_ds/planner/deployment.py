@@ -15,7 +15,7 @@ from bico_ds.planner.devices import Device
 
 Offload = Literal["none", "cpu", "nvme"]
 
-_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 _COUNT = Bound(least=0, most=2**63 - 1, why="it counts parameters, buffers or ranks")
 _BOUNDS = {
     "stage": Bound(least=1, most=3, why="a run needs ZeRO, which has no other stages"),
@@ -118,8 +118,8 @@ def read_zero(recipe: Recipe, *, hidden_size: int, ranks: int, ranks_per_node: i
         contiguous_gradients=value(zero, "contiguous_gradients", True),
         pin_memory=value(optimizer, "pin_memory", False),
         buffer_count=int(value(optimizer, "buffer_count", 4)),
-        gradient_bytes=_BYTES[_one_of(config, "data_types.grad_accum_dtype", _BYTES) or dtype],
-        communication_bytes=_BYTES[_one_of(config, "communication_data_type", _BYTES) or dtype],
+        gradient_bytes=ELEMENT_BYTES[_one_of(config, "data_types.grad_accum_dtype", ELEMENT_BYTES) or dtype],
+        communication_bytes=ELEMENT_BYTES[_one_of(config, "communication_data_type", ELEMENT_BYTES) or dtype],
     )
 
 

@@ -10,7 +10,7 @@ from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.config.schema import Recipe
 from bico_ds.planner.activations import ActivationMemory, activation_memory
 from bico_ds.planner.architecture import Architecture
-from bico_ds.planner.deployment import Deployment
+from bico_ds.planner.deployment import ELEMENT_BYTES, Deployment
 from bico_ds.planner.items import Item, total
 from bico_ds.planner.ranges import Range
 from bico_ds.planner.workload import MicroBatch
@@ -83,7 +83,7 @@ def device_memory(
         parameters=parameters_of(modules),
         optimizer=recipe.optimizer.state,
         deployment=deployment,
-        size=2 if recipe.model.dtype == "bf16" else 4,
+        size=ELEMENT_BYTES[recipe.model.dtype],
         micro_batches=micro_batches_per_rank(
             recipe.training.global_batch_bins, recipe.training.micro_batch_bins, deployment.ranks
         ),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from bico_ds.config.schema import Recipe
 from bico_ds.planner.architecture import Architecture
 from bico_ds.planner.communication import gather_all_weights
-from bico_ds.planner.deployment import Deployment
+from bico_ds.planner.deployment import ELEMENT_BYTES, Deployment
 from bico_ds.planner.ranges import Range
 from bico_ds.planner.step_time import MEMORY_EFFICIENCY, StepTime
 from bico_ds.planner.storage import checkpoint_bytes
@@ -202,7 +202,7 @@ def _forward_pass(
 
 
 def _model_bytes(recipe: Recipe, architecture: Architecture) -> float:
-    return float(architecture.parameters * (2 if recipe.model.dtype == "bf16" else 4))
+    return float(architecture.parameters * ELEMENT_BYTES[recipe.model.dtype])
 
 
 def _writings(

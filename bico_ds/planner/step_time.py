@@ -9,7 +9,7 @@ from bico_ds.config.schema import Recipe
 from bico_ds.planner.architecture import Architecture
 from bico_ds.planner.communication import Transfer, transfers
 from bico_ds.planner.compute.elementwise import elementwise_bytes, optimizer_bytes
-from bico_ds.planner.deployment import Deployment
+from bico_ds.planner.deployment import ELEMENT_BYTES, Deployment
 from bico_ds.planner.flops import StepFlops, step_flops
 from bico_ds.planner.ranges import Range
 from bico_ds.planner.workload import MicroBatch
@@ -126,6 +126,6 @@ def _optimizer_seconds(
     on_device = _seconds(moved, deployment.device.memory_bandwidth, MEMORY_EFFICIENCY)
     if not is_offloaded:
         return on_device
-    weight_bytes = 2 if recipe.model.dtype == "bf16" else 4
+    weight_bytes = ELEMENT_BYTES[recipe.model.dtype]
     each = 2 * recipe.optimizer.state.bytes_per_parameter + zero.gradient_bytes + weight_bytes
     return on_device + _seconds(each * partition * deployment.ranks_per_node, 1.0, HOST_MEMORY_BANDWIDTH)

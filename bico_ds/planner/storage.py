@@ -11,11 +11,10 @@ from collections.abc import Iterable, Sequence
 
 from bico_ds.config.schema import Recipe
 from bico_ds.planner.architecture import Architecture
-from bico_ds.planner.deployment import Deployment, Offload, Zero
+from bico_ds.planner.deployment import ELEMENT_BYTES, Deployment, Offload, Zero
 from bico_ds.planner.items import Item
 from bico_ds.planner.ranges import Range
 
-_BYTES = {"fp32": 4, "bf16": 2}
 _FP32 = 4
 # A rank's anonymous memory after its imports: 0.36 GB measured on a CPU (torch 2.13); above it what CUDA's libraries and
 # context take, which is an assumption.
@@ -40,14 +39,14 @@ def checkpoint_bytes(recipe: Recipe, architecture: Architecture, zero: Zero) -> 
     Source: `Checkpointer` (`exclude_frozen`); DeepSpeed: engine.py, `_save_checkpoint`, `_save_zero_checkpoint`, and for
     NVMe `save_checkpoint`, which copies the swap files without those of gradients.
     """
-    weight = 0 if zero.stage == 3 else _BYTES[recipe.model.dtype]
+    weight = 0 if zero.stage == 3 else ELEMENT_BYTES[recipe.model.dtype]
     each = recipe.optimizer.state.bytes_per_parameter + weight
     return float(each * architecture.trained_parameters(recipe.model.lora))
 
 
 def export_bytes(recipe: Recipe, architecture: Architecture) -> float:
     """Bytes of the exported model: all weights in the model's dtype, adapters merged, a tied head once."""
-    return float(_BYTES[recipe.model.dtype] * architecture.parameters)
+    return float(ELEMENT_BYTES[recipe.model.dtype] * architecture.parameters)
 
 
 def disk(recipe: Recipe, architecture: Architecture, zero: Zero, steps: int | None) -> tuple[Item, ...]:
@@ -107,7 +106,7 @@ def nvme(recipe: Recipe, architecture: Architecture, deployment: Deployment) -> 
             ),
         ]
     if zero.offload_parameters == "nvme":
-        size = _BYTES[recipe.model.dtype] * architecture.parameters / deployment.nodes
+        size = ELEMENT_BYTES[recipe.model.dtype] * architecture.parameters / deployment.nodes
         items.append(Item(name="weights", bytes=Range(0, size), how="those beyond max_in_cpu"))
     return tuple(items)
 
@@ -185,7 +184,7 @@ def _offloaded_by_stage_2(recipe: Recipe, architecture: Architecture, deployment
     """Source: DeepSpeed: zero/stage_1_and_2.py, `__init__` (masters, a copy of the weights, a buffer as large as the largest
     parameter), `initialize_optimizer_states` (gradients), `async_accumulate_grad_in_cpu_via_gpu` (sums over micro-batches).
     """
-    ranks, pinned, weight = deployment.ranks_per_node, _pins(deployment), _BYTES[recipe.model.dtype]
+    ranks, pinned, weight = deployment.ranks_per_node, _pins(deployment), ELEMENT_BYTES[recipe.model.dtype]
     sizes = architecture.trained_sizes(recipe.model.lora)
     partition = -(-sum(sizes) // deployment.ranks)
     moments = sum(recipe.optimizer.state.moments.values())
@@ -206,7 +205,7 @@ def _offloaded_weights(recipe: Recipe, architecture: Architecture, deployment: D
     """Source: DeepSpeed: zero/stage3.py, `_create_param_groups_fp16_flat_cpu_memory`; with NVMe also
     swap_tensor/partitioned_param_swapper.py, at the default max_in_cpu, buffer_count and buffer_size.
     """
-    zero, ranks, weight = deployment.zero, deployment.ranks_per_node, _BYTES[recipe.model.dtype]
+    zero, ranks, weight = deployment.zero, deployment.ranks_per_node, ELEMENT_BYTES[recipe.model.dtype]
     partition = architecture.parameters / deployment.ranks
     if zero.offload_parameters == "none" or _is_on_device(deployment, zero.offload_parameters):
         return []
@@ -225,7 +224,7 @@ def _on_the_way(recipe: Recipe, architecture: Architecture, deployment: Deployme
     zero, ranks = deployment.zero, deployment.ranks_per_node
     whole = zero.stage < 3 or zero.secondary_ranks is not None
     largest = max(architecture.trained_sizes(None)) / (1 if whole else deployment.ranks)
-    read, written = _BYTES[recipe.model.dtype] * largest, 0
+    read, written = ELEMENT_BYTES[recipe.model.dtype] * largest, 0
     if zero.offload_optimizer == "none" and deployment.device.kind == "cuda":
         partitions = _partitions(recipe, architecture, deployment)
         written = _FP32 * max(_sub_groups(partitions, zero.sub_group_size if zero.stage == 3 else None))
@@ -245,7 +244,9 @@ def _resume(recipe: Recipe, architecture: Architecture, deployment: Deployment) 
     zero, state = deployment.zero, recipe.optimizer.state
     trained = architecture.trained_parameters(recipe.model.lora)
     each = {"none": state.bytes_per_parameter, "cpu": state.master, "nvme": 0}[zero.offload_optimizer]
-    weights = 0 if zero.stage == 3 else deployment.ranks_per_node * _BYTES[recipe.model.dtype] * trained
+    weights = (
+        0 if zero.stage == 3 else deployment.ranks_per_node * ELEMENT_BYTES[recipe.model.dtype] * trained
+    )
     most = each * trained / deployment.nodes + weights
     return Item(name="checkpoint", bytes=Range(0, most), how="while a resume reads it")
 

@@ -234,4 +234,4 @@ def test_the_constants_that_the_planner_repeats_are_those_of_attention_and_head(
     assert (CUDA_POLICY.tile_scores, CUDA_POLICY.tile_min_rows) == (TILE_SCORES, TILE_ROWS)
     assert (TILES_POLICY.tile_scores, TILES_POLICY.tile_min_rows) == (TILE_SCORES, TILE_ROWS)
     assert MASKED_SCORES == tiles._KEPT_SCORES
-    assert activations._LOW_PRECISION_CHUNKS == LOW_PRECISION_CHUNKS
+    assert activations.LOW_PRECISION_CHUNKS == LOW_PRECISION_CHUNKS

@@ -14,6 +14,7 @@ from bico_ds.config.optimizers import ADAMW
 from bico_ds.config.schema import ModelSpec
 from bico_ds.planner.architecture import Architecture
 from bico_ds.planner.compute.attention import DENSE_BIDIRECTIONAL, DENSE_CAUSAL, FLASH, expected_visits
+from bico_ds.planner.deployment import ELEMENT_BYTES
 from bico_ds.planner.flops import head_repeats_logits, recomputed_layers
 from bico_ds.planner.workload import MicroBatch
 
@@ -32,7 +33,7 @@ class Passes:
     casts: float = 0
 
     def bytes(self, model: ModelSpec) -> float:
-        size = 2 if model.dtype == "bf16" else _FP32
+        size = ELEMENT_BYTES[model.dtype]
         return self.own * size + self.wide * _FP32 + (self.casts * (size + _FP32) if size < _FP32 else 0)
 
 

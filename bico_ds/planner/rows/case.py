@@ -7,6 +7,7 @@ from typing import Literal
 
 from bico_ds.config.schema import LoraSpec, ModelSpec
 from bico_ds.planner.architecture import Architecture, Linear
+from bico_ds.planner.deployment import ELEMENT_BYTES
 
 FP32 = 4  # bytes
 
@@ -59,7 +60,7 @@ class Case:
 
 def case_of(shapes: Architecture, model: ModelSpec, *, on_cuda: bool, zero3: bool) -> Case:
     """As `bico_ds.attention.backends.resolve` and `bico_ds.model.elementwise` choose; the oracle is planned as "auto"."""
-    size = 2 if model.dtype == "bf16" else FP32
+    size = ELEMENT_BYTES[model.dtype]
     attention: Attention = "fused"
     if on_cuda:
         attention = "tiles" if size == FP32 else "triton" if model.attention_backend == "triton" else "flash"

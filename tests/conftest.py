@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bico_ds.config.schema import FactsSpec
+from bico_ds.config.sections.data import FactsSpec
 from bico_ds.data.prepare.facts import write_facts
 from tests.proof.rehearsal import Rehearsal, rehearse
 

@@ -21,7 +21,7 @@ from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import atomic_folder
 from bico_ds.config.arguments import folder_or_hub_name, local_path, not_negative, path_text, positive, seed
-from bico_ds.config.schema import FactsSpec
+from bico_ds.config.sections.data import FactsSpec
 from bico_ds.data.prepare.examples import IngestOptions
 from bico_ds.data.prepare.facts import is_facts_folder, write_facts
 from bico_ds.data.prepare.ingest import IngestFailure, ingest

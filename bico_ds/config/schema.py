@@ -16,12 +16,16 @@ from pydantic import (
     model_validator,
 )
 
+from bico_ds.common.errors import did_you_mean
 from bico_ds.config.bounds import Bound
 from bico_ds.config.objectives.base import ObjectiveSpec
 from bico_ds.config.objectives.table import read_spec
 from bico_ds.config.optimizers import ADAMW, OptimizerState
 from bico_ds.config.paths import FolderOrHubName, LocalPath, WrittenPath, replace_paths
 from bico_ds.config.section import Minutes, PositiveInt, Section, Seed, Steps
+from bico_ds.config.sections.data import DataSpec
+from bico_ds.config.sections.evaluation import EvaluationSpec
+from bico_ds.config.sections.retention import REPLAY, ReplaySpec, RetentionSpec
 
 
 class LoraSpec(Section):
@@ -83,135 +87,6 @@ class ModelSpec(Section):
         return self
 
 
-class FactsSpec(Section):
-    """The embedded task: fictitious persons in the form of the name-description set (2309.12288)."""
-
-    seed: Seed = 1
-    name_first: PositiveInt = Field(20, description="persons whose training texts all have the name first")
-    description_first: PositiveInt = Field(
-        20, description="persons whose training texts all have the description first"
-    )
-    both: PositiveInt = Field(60, description="persons whose training texts come in both orders")
-    variants: PositiveInt = Field(6, description="training texts per person and order")
-    test_prompts: PositiveInt = Field(4, description="held-out prompts per person and task")
-
-
-class SourceSpec(Section):
-    """One data source; exactly one of `store`, `files` and `facts`."""
-
-    name: str | None = Field(None, description="name in logs; null: taken from the path")
-    store: LocalPath | None = Field(None, description="a token store that `bico-ds prepare` wrote")
-    files: list[LocalPath] | None = Field(
-        None,
-        description="JSONL, Parquet or text files, folders or patterns of them; tokenized at the first use",
-    )
-    facts: Literal["both_orders", "all"] | None = Field(
-        None, description="the embedded task: all persons, or only those whose texts come in both orders"
-    )
-    text_field: str = "text"
-    prompt_field: str | None = Field(None, description="with completion_field: two fields that make one text")
-    completion_field: str | None = None
-    messages_field: str | None = Field(
-        None, description="a list of {role, content}, rendered with the tokenizer's chat template"
-    )
-    group_field: str | None = Field(
-        None, description="the person or cluster a text is about: a number or a string"
-    )
-    entities_field: str | None = Field(
-        None, description="[start, end] pairs of characters, for masks by entity"
-    )
-    text_by: Literal["line", "file"] = Field(
-        "line", description="what is a document in a plain-text file: each line, or the file"
-    )
-    add_bos: bool = True
-    add_eos: bool = True
-    weight: (
-        Annotated[float, Bound(least=1e-15, most=1e15, why="shares are computed from the sum of all weights")]
-        | None
-    ) = Field(None, description="share of the sampled documents, relative to the other sources' weights")
-    epochs: (
-        Annotated[
-            float,
-            Bound(above=0, most=10_000, why="a data epoch is planned as a whole; training.epochs repeats it"),
-        ]
-        | None
-    ) = Field(None, description="passes over this source in a data epoch")
-
-    @model_validator(mode="after")
-    def _exactly_one_kind(self) -> SourceSpec:
-        given = [key for key in ("store", "files", "facts") if getattr(self, key) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of 'store', 'files', 'facts'; found {given or 'none'}")
-        if self.weight is not None and self.epochs is not None:
-            raise ValueError("'weight' and 'epochs' exclude each other")
-        if (self.prompt_field is None) != (self.completion_field is None):
-            raise ValueError("'prompt_field' and 'completion_field' go together")
-        if self.messages_field is not None and (self.prompt_field or self.entities_field):
-            raise ValueError("'messages_field' excludes 'prompt_field' and 'entities_field'")
-        if (self.messages_field or self.prompt_field) and self._says("text_field"):
-            raise ValueError(
-                "'text_field' excludes 'prompt_field' and 'messages_field': one of them makes the text"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _reading_options_belong_to_files(self) -> SourceSpec:
-        options = ("text_field", "prompt_field", "messages_field", "group_field", "entities_field", "text_by")
-        idle = [key for key in options if self._says(key)]
-        if idle and self.files is None:
-            raise ValueError(
-                f"{idle} set how 'files' are read; a store or the embedded task is read as it is"
-            )
-        policy = [key for key in ("add_bos", "add_eos") if self._says(key)]
-        if policy and self.store is not None:
-            raise ValueError(f"{policy} set how texts are tokenized; a store has what it was prepared with")
-        return self
-
-    def _says(self, key: str) -> bool:
-        return getattr(self, key) != type(self).model_fields[key].default
-
-
-class DataSpec(Section):
-    """What is read, and how it is packed."""
-
-    sources: Annotated[list[SourceSpec], Field(min_length=1)]
-    facts: FactsSpec = FactsSpec()
-    cache_dir: LocalPath = Field(
-        LocalPath("runs/data"),
-        description="where stores made from 'files' and 'facts' are kept, and the pack plans of large data sets",
-    )
-    capacity: Annotated[
-        int,
-        Bound(
-            least=2,
-            most=2**24,
-            why="a bin goes through the model at once, and a text of one token has no next one",
-        ),
-    ] = Field(
-        2048,
-        description="tokens per bin, after an objective has expanded the documents; NTP and BICO expand none",
-    )
-    overlong: Literal["split", "truncate", "drop"] = "split"
-    max_documents_per_bin: (
-        Annotated[int, Bound(least=1, most=2**31 - 1, why="documents of a bin are counted by 32-bit numbers")]
-        | None
-    ) = None
-    repack_every_epoch: bool = Field(
-        False, description="choose anew in every epoch, by the seed, which documents share a bin"
-    )
-    workers: Annotated[
-        int, Bound(least=0, most=1024, why="each is a thread of every rank, two steps ahead")
-    ] = Field(1, description="background batch builders per rank; 0: none")
-    allow_change: bool = Field(False, description="resume although the data set or recipe changed")
-
-    @model_validator(mode="after")
-    def _one_way_to_mix(self) -> DataSpec:
-        weighted = [source.weight is not None for source in self.sources]
-        if any(weighted) and not all(weighted):
-            raise ValueError("give 'weight' to every source or to none")
-        return self
-
-
 # Validated as the spec of its kind (config/objectives/), and dumped as one.
 AnyObjective = Annotated[SerializeAsAny[ObjectiveSpec], BeforeValidator(read_spec)]
 
@@ -237,6 +112,10 @@ class TrainingSpec(Section):
         ]
         | None
     ) = None
+    epochs_of: str | None = Field(
+        None,
+        description="the data source whose passes 'epochs' counts, over all objectives; null: data epochs of the mixture",
+    )
     global_batch_bins: Annotated[
         int, Bound(least=1, most=1_000_000, why="it counts bins, and a step of more never ends")
     ] = Field(8, description="bins per optimizer step, over all ranks")
@@ -270,6 +149,8 @@ class TrainingSpec(Section):
     def _one_length(self) -> TrainingSpec:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of 'steps' and 'epochs'")
+        if self.epochs_of is not None and self.epochs is None:
+            raise ValueError("'epochs_of' says what 'epochs' counts: give 'epochs' too")
         return self
 
 
@@ -389,28 +270,6 @@ class CheckpointSpec(Section):
     export: bool = Field(True, description="write the model as a safetensors folder at the end")
 
 
-class EvaluationSpec(Section):
-    """Reversal tasks during training and at its end."""
-
-    folder: LocalPath | None = Field(
-        None, description="folder of name-description test files; null: the embedded task's"
-    )
-    tasks: list[str] = Field(default_factory=list, description="empty: no evaluation")
-    every_steps: Steps | None = Field(None, description="null: only at the end")
-    batch_size: PositiveInt = 64
-    max_new_tokens: Annotated[
-        int, Bound(least=1, most=2**20, why="an answer that never ends is cut there")
-    ] = 40
-    limit: PositiveInt | None = Field(
-        None, description="prompts per task, spread over the persons; null: all"
-    )
-    likelihood_others: PositiveInt | None = Field(
-        None,
-        description="also compare the log-probability of the right answer with that of this many other persons' answers; "
-        "null: no such test",
-    )
-
-
 class WandbSpec(Section):
     """Weights & Biases, through DeepSpeed's monitor."""
 
@@ -462,6 +321,9 @@ class Recipe(Section):
     model: ModelSpec
     data: DataSpec
     objectives: Annotated[list[AnyObjective], Field(min_length=1)]
+    # Left out of dumps, where it is one more of `data.sources` already.
+    replay: ReplaySpec | None = Field(None, exclude=True)
+    retention: RetentionSpec | None = None
     training: TrainingSpec
     optimizer: OptimizerSpec = OptimizerSpec()
     schedule: ScheduleSpec = ScheduleSpec()
@@ -470,6 +332,33 @@ class Recipe(Section):
     evaluation: EvaluationSpec = EvaluationSpec()
     monitor: MonitorSpec = MonitorSpec()
     distributed: DistributedSpec = DistributedSpec()
+
+    @model_validator(mode="after")
+    def _replay_is_a_source(self) -> Recipe:
+        """Append `replay` to the data sources: what reads these needs to know of no other place."""
+        if self.replay is not None:
+            if REPLAY in self.data.source_names:
+                raise ValueError(
+                    "'replay' adds a data source of this name, and 'data.sources' has one already: leave one out, or "
+                    "change the source's own values there"
+                )
+            self.data.sources.append(self.replay.source)
+        return self
+
+    @model_validator(mode="after")
+    def _named_sources_exist(self) -> Recipe:
+        names = self.data.source_names
+        wanted = [(f"objectives[{n}].sources", spec.sources) for n, spec in enumerate(self.objectives)]
+        wanted.append(("retention.on", self.retention.on if self.retention is not None else None))
+        wanted.append(("training.epochs_of", [self.training.epochs_of] if self.training.epochs_of else None))
+        for key, given in wanted:
+            for name in given or ():
+                if name not in names:
+                    raise ValueError(
+                        f"'{key}' names '{name}', which is no data source{did_you_mean(name, names)}; there are "
+                        f"{', '.join(names)}"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _probabilities_sum_to_one(self) -> Recipe:

@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bico_ds.common.errors import UserError
-from bico_ds.config.schema import Recipe, SourceSpec
+from bico_ds.config.schema import Recipe
+from bico_ds.config.sections.data import SourceSpec
 from bico_ds.data.loading.mixture import Mixture
 from bico_ds.data.loading.sequences import cut_documents
 from bico_ds.data.prepare.facts import own_vocabulary, training_words

@@ -138,7 +138,7 @@ def _share(part: Range, rest: Range) -> Range:
 def _evaluations(recipe: Recipe, architecture: Architecture, deployment: Deployment) -> list[_Stop]:
     """Generation for every task, and the log-probability test: forward passes of full batches on all ranks."""
     spec = recipe.evaluation
-    if not spec.tasks:
+    if not spec.reversal_tasks:
         return []
     prompts, source = prompts_per_task(recipe)
     candidates = 0 if spec.likelihood_others is None else 1 + spec.likelihood_others
@@ -164,11 +164,12 @@ def prompts_per_task(recipe: Recipe) -> tuple[dict[str, int], str]:
     if spec.folder is None:
         persons = {"n2d": facts.name_first, "d2n": facts.description_first}
         counts = {
-            task: persons.get(task.removesuffix("_reverse"), 0) * facts.test_prompts for task in spec.tasks
+            task: persons.get(task.removesuffix("_reverse"), 0) * facts.test_prompts
+            for task in spec.reversal_tasks
         }
         source = "the embedded task"
     else:
-        counts, source = dict.fromkeys(spec.tasks, spec.limit or ASSUMED_PROMPTS), "assumed"
+        counts, source = dict.fromkeys(spec.reversal_tasks, spec.limit or ASSUMED_PROMPTS), "assumed"
     if spec.limit is not None:
         counts, source = (
             {task: min(count, spec.limit) for task, count in counts.items()},

@@ -111,7 +111,7 @@ def open_inputs(recipe: Recipe, *, weights_needed: bool = True) -> RunInputs:
     path = tokenizer_path(recipe, weights_needed=weights_needed)
     tokenizer = load_tokenizer(path)
     stores = _open_stores(prepare_stores(recipe, weights_needed=weights_needed, progress=False), tokenizer)
-    if recipe.evaluation.tasks and len({store.manifest.add_bos for store in stores}) > 1:
+    if recipe.evaluation.reversal_tasks and len({store.manifest.add_bos for store in stores}) > 1:
         raise UserError(
             "data.sources: some texts begin with BOS and some do not; an evaluation cannot ask in both ways. "
             "Give all the same add_bos, or set evaluation.tasks=[]"
@@ -213,7 +213,7 @@ def _model_vocabulary(recipe: Recipe) -> int | None:
 
 def _tasks(recipe: Recipe) -> list[Task]:
     spec = recipe.evaluation
-    if not spec.tasks:
+    if not spec.reversal_tasks:
         return []
     folder = spec.folder.here() if spec.folder is not None else facts_folder(recipe.data)
-    return load_tasks(folder, spec.tasks, limit=spec.limit)
+    return load_tasks(folder, spec.reversal_tasks, limit=spec.limit)

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from bico_ds.common.files import write_atomically
-from bico_ds.config.schema import EvaluationSpec
+from bico_ds.config.sections.evaluation import EvaluationSpec
 from bico_ds.evaluation.contamination import TrainingTexts, apart, find_orders
 from bico_ds.evaluation.replica import full_replica
 from bico_ds.evaluation.report.tables import contamination_line, search_notes

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, LlamaConfig, Qwen2Config
 
-from bico_ds.config.schema import FactsSpec
+from bico_ds.config.sections.data import FactsSpec
 from bico_ds.data.exported_tokenizer import ExportedTokenizer, adds_bos, misreading, save_tokenizer
 from bico_ds.data.prepare.facts import write_facts
 from bico_ds.data.tokenizer import load_tokenizer, tokenizer_digest, tokenizer_hash

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from bico_ds.common.errors import UserError
-from bico_ds.config.schema import FactsSpec
+from bico_ds.config.sections.data import FactsSpec
 from bico_ds.data.prepare.facts import write_facts
 from bico_ds.data.tokenizer import load_tokenizer, tokenizer_hash
 

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from bico_ds.common.process_end import end_process
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.ntp import NtpSpec
-from bico_ds.config.schema import DataSpec, SourceSpec
+from bico_ds.config.sections.data import DataSpec, SourceSpec
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.loading.sample_order import StreamSpec
 from bico_ds.data.prepare.store_writer import TokenStoreWriter

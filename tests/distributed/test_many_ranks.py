@@ -27,7 +27,7 @@ from torch.testing._internal.distributed import multi_threaded_pg
 from bico_ds.cluster.preflight.check import preflight
 from bico_ds.cluster.preflight.node_report import collect
 from bico_ds.config.load import load_recipe
-from bico_ds.config.schema import DataSpec, SourceSpec
+from bico_ds.config.sections.data import DataSpec, SourceSpec
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.runtime import distributed
 from bico_ds.runtime.launch_environment import free_port

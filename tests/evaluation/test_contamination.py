@@ -20,7 +20,7 @@ from bico_ds.commands.evaluate import main
 from bico_ds.commands.prepare import main as prepare
 from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
-from bico_ds.config.schema import FactsSpec
+from bico_ds.config.sections.data import FactsSpec
 from bico_ds.data.prepare.facts import write_facts
 from bico_ds.data.store import TokenStore
 from bico_ds.evaluation.contamination import TrainingTexts, find_orders, open_training_texts

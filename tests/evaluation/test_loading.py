@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bico_ds.common.errors import UserError
-from bico_ds.config.schema import FactsSpec
+from bico_ds.config.sections.data import FactsSpec
 from bico_ds.data.prepare.facts import write_facts
 from bico_ds.evaluation.loading import (
     check_model_folder,

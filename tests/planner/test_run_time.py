@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from bico_ds.config.load import load_recipe
-from bico_ds.config.schema import FactsSpec, Recipe
+from bico_ds.config.schema import Recipe
+from bico_ds.config.sections.data import FactsSpec
 from bico_ds.data.prepare.facts import write_facts
 from bico_ds.evaluation.tasks.task import TASK_NAMES, load_tasks
 from bico_ds.planner.architecture import read_architecture

@@ -34,7 +34,7 @@ from bico_ds.common.command_line import Command
 from bico_ds.config.objectives.base import ObjectiveSpec
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.ntp import NtpSpec
-from bico_ds.config.schema import DataSpec
+from bico_ds.config.sections.data import DataSpec
 from bico_ds.data.loading.loader import ElasticLoader, RankShare, RankStep
 from bico_ds.data.loading.sample_order import StreamSpec
 from bico_ds.data.prepare.store_writer import TokenStoreWriter

@@ -35,7 +35,7 @@ def input_files(recipe: Recipe) -> Iterator[tuple[str, Callable[[], list[Path]]]
             yield f"data.sources.{number}.store ({source.store})", partial(_existing, source.store.here())
         for given in source.files or []:
             yield f"data.sources.{number}.files ({given})", partial(find_files, [given.expanded()])
-    if (folder := recipe.evaluation.folder) is not None and recipe.evaluation.tasks:
+    if (folder := recipe.evaluation.folder) is not None and recipe.evaluation.reversal_tasks:
         yield f"evaluation.folder ({folder})", partial(_existing, folder.here())
 
 

@@ -9,10 +9,11 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from bico_ds.config.section import Probability, Section
 
@@ -41,6 +42,10 @@ class MonitorPlace:
     colour: str
 
 
+# What of an objective does not change its batches, but which there are.
+_OF_THE_STREAM = ("kind", "probability", "sources")
+
+
 class ObjectiveSpec(Section, ABC):
     """One entry of the recipe's `objectives`.
 
@@ -51,6 +56,9 @@ class ObjectiveSpec(Section, ABC):
 
     kind: str
     probability: Probability = 1.0
+    sources: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="names of the data sources that its steps draw from; null: all of them"
+    )
 
     identity_version: ClassVar[int] = 1
     monitor: ClassVar[MonitorPlace]
@@ -60,10 +68,10 @@ class ObjectiveSpec(Section, ABC):
         """What the batches depend on, JSON-able: the kind, its version, and every value that is not the default.
 
         Defaults are left out, also of the sections in it, so that a key that is added later does not refuse the
-        checkpoints of before. So a default, too, changes only together with `identity_version`. The probability is left
-        out, since it belongs to the schedule.
+        checkpoints of before. So a default, too, changes only together with `identity_version`. Probability and sources are
+        left out, since they belong to the stream (`bico_ds.data.loading.identity`).
         """
-        named = {key: value for key, value in _changed(self).items() if key not in ("kind", "probability")}
+        named = {key: value for key, value in _changed(self).items() if key not in _OF_THE_STREAM}
         return {"kind": self.kind, "version": self.identity_version, **named}
 
     @abstractmethod

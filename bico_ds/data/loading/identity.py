@@ -13,7 +13,7 @@ from pathlib import PurePath
 from typing import Any
 
 from bico_ds.common.errors import UserError
-from bico_ds.config.schema import DataSpec, SourceSpec
+from bico_ds.config.sections.data import DataSpec, SourceSpec
 from bico_ds.config.unique_names import unique_names
 from bico_ds.objectives.base import Objective
 from bico_ds.objectives.schedule import ObjectiveSchedule

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bico_ds.common.errors import UserError
-from bico_ds.config.schema import SourceSpec
+from bico_ds.config.sections.data import SourceSpec
 from bico_ds.data.loading.packing import seeded_permutation
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bico_ds.common.errors import UserError
-from bico_ds.config.schema import DataSpec
+from bico_ds.config.sections.data import DataSpec
 from bico_ds.data.loading import identity
 from bico_ds.data.loading.legacy_identity import translate_state
 from bico_ds.data.loading.mixture import Mixture

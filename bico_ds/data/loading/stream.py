@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bico_ds.common.random_numbers import hash_words
-from bico_ds.config.schema import DataSpec
+from bico_ds.config.sections.data import DataSpec
 from bico_ds.data.loading.mixture import EpochSequences, Mixture
 from bico_ds.data.loading.packing import PackPlan, build_pack_plan, seeded_permutation
 from bico_ds.data.loading.plan_cache import cached_plan

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bico_ds.common.errors import UserError
-from bico_ds.config.schema import DataSpec
+from bico_ds.config.sections.data import DataSpec
 from bico_ds.data.loading.sequences import Sequences, cut_documents
 from bico_ds.data.store import TokenStore
 from bico_ds.documents import Documents

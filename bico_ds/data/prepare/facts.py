@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bico_ds.common.errors import UserError
-from bico_ds.config.schema import FactsSpec
+from bico_ds.config.sections.data import FactsSpec
 from bico_ds.data.exported_tokenizer import save_tokenizer
 
 # Of the texts below: another version means other data for the same spec.

@@ -14,7 +14,7 @@ from typing import Any
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import atomic_folder
 from bico_ds.config.paths import FolderOrHub
-from bico_ds.config.schema import DataSpec, SourceSpec
+from bico_ds.config.sections.data import DataSpec, SourceSpec
 from bico_ds.data.prepare.examples import IngestOptions
 from bico_ds.data.prepare.facts import FORM_VERSION, write_facts
 from bico_ds.data.prepare.ingest import ingest

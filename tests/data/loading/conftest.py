@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bico_ds.config.schema import DataSpec, SourceSpec
+from bico_ds.config.sections.data import DataSpec, SourceSpec
 from tests.data.stores import write_store
 
 

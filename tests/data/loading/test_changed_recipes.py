@@ -6,7 +6,7 @@ import pytest
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.objectives.ntp import NtpSpec
-from bico_ds.config.schema import DataSpec, SourceSpec
+from bico_ds.config.sections.data import DataSpec, SourceSpec
 from bico_ds.data.loading import identity
 from bico_ds.data.loading.sample_order import SampleOrder
 from bico_ds.objectives.build import build_objectives

@@ -18,7 +18,7 @@ from bico_ds.common.errors import UserError
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.objectives.ntp import NtpSpec
-from bico_ds.config.schema import DataSpec, SourceSpec
+from bico_ds.config.sections.data import DataSpec, SourceSpec
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.loading.mixture import Mixture
 from bico_ds.data.loading.sequences import cut_documents

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bico_ds.common.errors import UserError
-from bico_ds.config.schema import SourceSpec
+from bico_ds.config.sections.data import SourceSpec
 from bico_ds.data.loading.mixture import Mixture
 
 

@@ -12,7 +12,7 @@ from bico_ds.common.errors import UserError
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.objectives.ntp import NtpSpec
-from bico_ds.config.schema import DataSpec, SourceSpec
+from bico_ds.config.sections.data import DataSpec, SourceSpec
 from bico_ds.objectives.ntp import NextTokenPrediction
 from bico_ds.objectives.schedule import ObjectiveSchedule
 from tests.data.loading.loaders import make, schedule_of, state_at

@@ -14,7 +14,7 @@ from bico_ds.common.errors import UserError
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.objectives.ntp import NtpSpec
-from bico_ds.config.schema import DataSpec, SourceSpec
+from bico_ds.config.sections.data import DataSpec, SourceSpec
 from bico_ds.data.loading.loader import ElasticLoader
 from bico_ds.data.store import TokenStore
 from bico_ds.objectives.ntp import NextTokenPrediction

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from bico_ds.common.errors import UserError
-from bico_ds.config.schema import DataSpec, FactsSpec, SourceSpec
+from bico_ds.config.sections.data import DataSpec, FactsSpec, SourceSpec
 from bico_ds.data.exported_tokenizer import ExportedTokenizer
 from bico_ds.data.prepare.examples import IngestOptions
 from bico_ds.data.prepare.ingest import ingest

@@ -1,0 +1,177 @@
+"""The recipe's keys of its data: sources, how they are mixed, and how texts are packed."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from bico_ds.config.bounds import Bound
+from bico_ds.config.paths import LocalPath
+from bico_ds.config.section import PositiveInt, Section, Seed
+from bico_ds.config.unique_names import unique_names
+
+_MOST_SAMPLED = 10**12
+
+TokenShare = Annotated[
+    float, Bound(above=0, below=1, why="it is a share of the tokens, and the other sources have the rest")
+]
+SampledTokens = Annotated[
+    int, Bound(least=1, most=_MOST_SAMPLED, why="it counts tokens, and sampling more never ends")
+]
+
+
+class FactsSpec(Section):
+    """The embedded task: fictitious persons in the form of the name-description set (2309.12288)."""
+
+    seed: Seed = 1
+    name_first: PositiveInt = Field(20, description="persons whose training texts all have the name first")
+    description_first: PositiveInt = Field(
+        20, description="persons whose training texts all have the description first"
+    )
+    both: PositiveInt = Field(60, description="persons whose training texts come in both orders")
+    variants: PositiveInt = Field(6, description="training texts per person and order")
+    test_prompts: PositiveInt = Field(4, description="held-out prompts per person and task")
+
+
+class SourceSpec(Section):
+    """One data source; exactly one of `store`, `files`, `facts` and `sampled`."""
+
+    name: str | None = Field(None, description="name in logs; null: taken from the path")
+    store: LocalPath | None = Field(None, description="a token store that `bico-ds prepare` wrote")
+    files: list[LocalPath] | None = Field(
+        None,
+        description="JSONL, Parquet or text files, folders or patterns of them; tokenized at the first use",
+    )
+    facts: Literal["both_orders", "all"] | None = Field(
+        None, description="the embedded task: all persons, or only those whose texts come in both orders"
+    )
+    sampled: SampledTokens | None = Field(
+        None,
+        description="so many tokens sampled from the start model (model.path); made at the first use below a billion "
+        "parameters, else by `bico-ds prepare replay`",
+    )
+    text_field: str = "text"
+    prompt_field: str | None = Field(None, description="with completion_field: two fields that make one text")
+    completion_field: str | None = None
+    messages_field: str | None = Field(
+        None, description="a list of {role, content}, rendered with the tokenizer's chat template"
+    )
+    group_field: str | None = Field(
+        None, description="the person or cluster a text is about: a number or a string"
+    )
+    entities_field: str | None = Field(
+        None, description="[start, end] pairs of characters, for masks by entity"
+    )
+    text_by: Literal["line", "file"] = Field(
+        "line", description="what is a document in a plain-text file: each line, or the file"
+    )
+    add_bos: bool = True
+    add_eos: bool = True
+    weight: (
+        Annotated[float, Bound(least=1e-15, most=1e15, why="shares are computed from the sum of all weights")]
+        | None
+    ) = Field(None, description="share of the sampled documents, relative to the other sources' weights")
+    epochs: (
+        Annotated[
+            float,
+            Bound(above=0, most=10_000, why="a data epoch is planned as a whole; training.epochs repeats it"),
+        ]
+        | None
+    ) = Field(None, description="passes over this source in a data epoch")
+    token_share: TokenShare | None = Field(
+        None,
+        description="share of the tokens of the steps whose objective has this source; sources without one have the rest",
+    )
+
+    @model_validator(mode="after")
+    def _exactly_one_kind(self) -> SourceSpec:
+        kinds = ("store", "files", "facts", "sampled")
+        given = [key for key in kinds if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of 'store', 'files', 'facts', 'sampled'; found {given or 'none'}"
+            )
+        shares = [key for key in ("weight", "epochs", "token_share") if getattr(self, key) is not None]
+        if len(shares) > 1:
+            raise ValueError(f"'{shares[0]}' and '{shares[1]}' exclude each other")
+        if (self.prompt_field is None) != (self.completion_field is None):
+            raise ValueError("'prompt_field' and 'completion_field' go together")
+        if self.messages_field is not None and (self.prompt_field or self.entities_field):
+            raise ValueError("'messages_field' excludes 'prompt_field' and 'entities_field'")
+        if (self.messages_field or self.prompt_field) and self._says("text_field"):
+            raise ValueError(
+                "'text_field' excludes 'prompt_field' and 'messages_field': one of them makes the text"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _reading_options_belong_to_files(self) -> SourceSpec:
+        options = ("text_field", "prompt_field", "messages_field", "group_field", "entities_field", "text_by")
+        idle = [key for key in options if self._says(key)]
+        if idle and self.files is None:
+            raise ValueError(
+                f"{idle} set how 'files' are read; a store, sampled text or the embedded task is read as it is"
+            )
+        policy = [key for key in ("add_bos", "add_eos") if self._says(key)]
+        if policy and (self.store is not None or self.sampled is not None):
+            raise ValueError(f"{policy} set how texts are tokenized; a store has what it was prepared with")
+        return self
+
+    @property
+    def default_name(self) -> str:
+        """What a source without a name is called."""
+        if self.sampled is not None:
+            return "sampled"
+        path = self.store or (self.files[0] if self.files else f"facts_{self.facts}")
+        return PurePath(str(path)).name
+
+    def _says(self, key: str) -> bool:
+        return getattr(self, key) != type(self).model_fields[key].default
+
+
+class DataSpec(Section):
+    """What is read, and how it is packed."""
+
+    sources: Annotated[list[SourceSpec], Field(min_length=1)]
+    facts: FactsSpec = FactsSpec()
+    cache_dir: LocalPath = Field(
+        LocalPath("runs/data"),
+        description="where stores made from 'files' and 'facts' are kept, and the pack plans of large data sets",
+    )
+    capacity: Annotated[
+        int,
+        Bound(
+            least=2,
+            most=2**24,
+            why="a bin goes through the model at once, and a text of one token has no next one",
+        ),
+    ] = Field(
+        2048,
+        description="tokens per bin, after an objective has expanded the documents; NTP and BICO expand none",
+    )
+    overlong: Literal["split", "truncate", "drop"] = "split"
+    max_documents_per_bin: (
+        Annotated[int, Bound(least=1, most=2**31 - 1, why="documents of a bin are counted by 32-bit numbers")]
+        | None
+    ) = None
+    repack_every_epoch: bool = Field(
+        False, description="choose anew in every epoch, by the seed, which documents share a bin"
+    )
+    workers: Annotated[
+        int, Bound(least=0, most=1024, why="each is a thread of every rank, two steps ahead")
+    ] = Field(1, description="background batch builders per rank; 0: none")
+    allow_change: bool = Field(False, description="resume although the data set or recipe changed")
+
+    @model_validator(mode="after")
+    def _one_way_to_mix(self) -> DataSpec:
+        weighted = [source.weight is not None for source in self.sources]
+        if any(weighted) and not all(weighted):
+            raise ValueError("give 'weight' to every source or to none")
+        return self
+
+    @property
+    def source_names(self) -> list[str]:
+        """The sources' names in logs: their own, or the last part of their path; made unique."""
+        return unique_names(source.name or source.default_name for source in self.sources)

@@ -156,7 +156,7 @@ def _load_file(path: Path, *, seen: tuple[Path, ...]) -> MappingFile:
     tree = read_mapping(path, f"a recipe is a mapping of keys, as in {RECIPES / 'tiny_bico.yaml'}")
     base_name = tree.values.pop("extends", None)
     if base_name is None:
-        return tree
+        return _merge(MappingFile({}, {}), tree)
     if not isinstance(base_name, str):
         raise UserError(f"{tree.origins[('extends',)]}: 'extends' must be one recipe's name or path")
     base = LocalPath(base_name, where=_where(("extends",), tree.origins)).expanded()
@@ -207,10 +207,41 @@ def _construct(
 
 
 def _merge(base: MappingFile, top: MappingFile) -> MappingFile:
-    """Mappings merge key by key; lists and scalars of `top` replace those of `base`."""
+    """Mappings merge key by key; lists and scalars of `top` replace those of `base`, those of a `key+` are added to it."""
+    additions = list(_take_additions(top.values, ()))
     values = merge_mappings(base.values, top.values)
     origins = {key: origin for key, origin in base.origins.items() if not _replaced(key, top.values)}
-    return MappingFile(values, origins | top.origins)
+    tree = MappingFile(values, origins | top.origins)
+    for key, added in additions:
+        _add_to_list(tree, key, added, where=_where(key, tree.origins))
+    return tree
+
+
+def _take_additions(values: dict[str, Any], section: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
+    """Take all `key+` out of the mapping: the path with the sign, and the value."""
+    for name in list(values):
+        if name.endswith("+"):
+            yield (*section, name), values.pop(name)
+        elif isinstance(values[name], dict):
+            yield from _take_additions(values[name], (*section, name))
+
+
+def _add_to_list(tree: MappingFile, key: KeyPath, added: Any, *, where: str) -> None:
+    """Append `added`, an entry or a list of them, to the list that `key` names without its `+`."""
+    path: KeyPath = (*key[:-1], str(key[-1])[:-1])
+    node: Any = tree.values
+    for part in path:
+        node = node.get(part) if isinstance(node, dict) else None
+    if not isinstance(node, list):
+        raise UserError(f"{where}: it adds to a list, and there is no list '{_dotted(path)}' to add to")
+    first, entries = len(node), added if isinstance(added, list) else [added]
+    node.extend(entries)
+    for written in [written for written in tree.origins if written[: len(key)] == key]:
+        origin, inner = tree.origins.pop(written), written[len(key) :]
+        if isinstance(added, list) and inner:
+            tree.origins[(*path, first + int(inner[0]), *inner[1:])] = origin
+        elif not isinstance(added, list):
+            tree.origins[(*path, first, *inner)] = origin
 
 
 def merge_mappings(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -241,6 +272,10 @@ def _apply_override(tree: MappingFile, override: str) -> None:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         raise UserError(f"--set {override!r}: the value is not valid YAML; quote it?") from None
+    if str(keys[-1]).endswith("+"):
+        tree.origins[keys] = Origin(f"--set {override}", 0)
+        _add_to_list(tree, keys, value, where=f"--set {override}")
+        return
     node: Any = tree.values
     for depth, part in enumerate(keys[:-1]):
         node = _child(node, part, keys[: depth + 1])

@@ -361,6 +361,24 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _every_source_is_drawn_from(self) -> Recipe:
+        names, sets = self.data.source_names, [self.data.source_numbers(o.sources) for o in self.objectives]
+        for number, name in enumerate(names):
+            if not any(number in members for members in sets):
+                raise ValueError(
+                    f"data source '{name}' is in no objective's 'sources': nothing would be drawn from it"
+                )
+        for index, members in enumerate(sets):
+            shares = [self.data.sources[number].token_share for number in members]
+            total = sum(share for share in shares if share is not None)
+            if None in shares and total >= 1:
+                raise ValueError(
+                    f"objectives[{index}]: the 'token_share' of its data sources sum to {total:g}, which leaves nothing for "
+                    "those without one"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _probabilities_sum_to_one(self) -> Recipe:
         total = sum(objective.probability for objective in self.objectives)
         if abs(total - 1.0) > 1e-6:

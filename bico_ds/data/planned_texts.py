@@ -38,7 +38,9 @@ def texts_of(recipe: Recipe) -> Texts:
             f"data.sources: a source has no document that fits a bin (data.capacity: {recipe.data.capacity}, "
             f"data.overlong: {recipe.data.overlong})"
         )
-    epoch = Mixture.of(recipe.data.sources, list(map(len, cut)), recipe.seed).epoch(0)
+    epoch = Mixture.of(
+        recipe.data.sources, list(map(len, cut)), [int(part.sum()) for part in cut], recipe.seed
+    ).epoch(0)
     return Texts.of(np.concatenate(cut).astype(np.int64)[epoch.index], source=_origin(recipe))
 
 

@@ -159,6 +159,7 @@ def build_loader(
         seed=recipe.seed,
         global_batch_bins=recipe.training.global_batch_bins,
         vocabulary=inputs.vocabulary,
+        sources_of=[recipe.data.source_numbers(spec.sources) for spec in recipe.objectives],
     )
     return ElasticLoader(stream, share, state=state)
 
@@ -168,7 +169,9 @@ def total_steps(recipe: Recipe, loader: ElasticLoader) -> int:
     if recipe.training.steps is not None:
         return recipe.training.steps
     assert recipe.training.epochs is not None
-    steps = loader.total_steps(recipe.training.epochs)
+    named = recipe.training.epochs_of
+    source = recipe.data.source_names.index(named) if named is not None else None
+    steps = loader.total_steps(recipe.training.epochs, source=source)
     if (problem := STEPS.problem(steps)) is not None:
         raise UserError(f"training.epochs: {recipe.training.epochs:g} are {steps:,} steps, which {problem}")
     return steps

@@ -171,6 +171,11 @@ class DataSpec(Section):
             raise ValueError("give 'weight' to every source or to none")
         return self
 
+    def source_numbers(self, names: list[str] | None) -> tuple[int, ...]:
+        """The numbers of the sources of these names, which are all in `source_names`; None: all sources."""
+        known = self.source_names
+        return tuple(number for number, name in enumerate(known) if names is None or name in names)
+
     @property
     def source_names(self) -> list[str]:
         """The sources' names in logs: their own, or the last part of their path; made unique."""

@@ -9,22 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import PurePath
 from typing import Any
 
 from bico_ds.common.errors import UserError
-from bico_ds.config.sections.data import DataSpec, SourceSpec
-from bico_ds.config.unique_names import unique_names
+from bico_ds.config.sections.data import DataSpec
 from bico_ds.objectives.base import Objective
 from bico_ds.objectives.schedule import ObjectiveSchedule
-
-
-def source_names(sources: Sequence[SourceSpec]) -> list[str]:
-    """Return the sources' names in logs: their own, or the last part of their path; made unique."""
-    paths = (s.store or (s.files[0] if s.files else f"facts_{s.facts}") for s in sources)
-    return unique_names(
-        source.name or PurePath(str(path)).name for source, path in zip(sources, paths, strict=True)
-    )
 
 
 def identity(
@@ -32,12 +22,14 @@ def identity(
     fingerprints: Sequence[str],
     schedule: ObjectiveSchedule,
     *,
+    sources_of: Sequence[Sequence[int]],
     seed: int,
     global_batch_bins: int,
 ) -> dict[str, Any]:
     """Return all that the global sample stream is a function of, by recipe key; JSON-able.
 
-    The number of ranks, of micro-batches and of workers is not in it: the stream does not depend on them.
+    `sources_of`: the numbers of each objective's sources. What checkpoints of before do not know is in it where it is not
+    the default alone. The number of ranks, of micro-batches and of workers is not in it: the stream does not depend on them.
     """
     keys: dict[str, Any] = {"seed": seed, "training.global_batch_bins": global_batch_bins}
     for name in ("capacity", "overlong", "max_documents_per_bin", "repack_every_epoch"):
@@ -46,11 +38,15 @@ def identity(
         keys[f"data.sources[{index}] contents"] = fingerprint
         keys[f"data.sources[{index}].weight"] = source.weight
         keys[f"data.sources[{index}].epochs"] = source.epochs
+        if source.token_share is not None:
+            keys[f"data.sources[{index}].token_share"] = source.token_share
     for index, (objective, probability) in enumerate(
         zip(schedule.objectives, schedule.probabilities, strict=True)
     ):
         keys[f"objectives[{index}]"] = _as_saved(objective)
         keys[f"objectives[{index}].probability"] = probability
+        if len(sources_of[index]) < len(data.sources):
+            keys[f"objectives[{index}].sources"] = list(sources_of[index])
     return keys
 
 

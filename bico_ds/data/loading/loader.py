@@ -94,9 +94,9 @@ class ElasticLoader:
         """Seconds that `step` has kept its caller waiting so far."""
         return self._prefetcher.wait_seconds
 
-    def total_steps(self, epochs: float) -> int:
-        """Return the optimizer steps of `epochs` data epochs, rounded up."""
-        return self._order.total_steps(epochs)
+    def total_steps(self, epochs: float, *, source: int | None = None) -> int:
+        """Return the optimizer steps of `epochs` data epochs, or passes over the source of this number, rounded up."""
+        return self._order.total_steps(epochs, source=source)
 
     def state_dict(self, next_step: int, consumed: Consumed) -> dict[str, Any]:
         """Return what a loader needs to go on at `next_step`, JSON-able; workers may be ahead of it.
@@ -174,8 +174,9 @@ class ElasticLoader:
         )
 
     def _check_objectives(self) -> None:
-        for name, store in zip(self.source_names, self._stream.stores, strict=True):
-            for objective in self._stream.schedule.objectives:
+        for number, objective in enumerate(self._stream.schedule.objectives):
+            for source in self._stream.sources(number):
+                name, store = self.source_names[source], self._stream.stores[source]
                 try:
                     objective.check(store)
                 except UserError as error:

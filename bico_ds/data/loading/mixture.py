@@ -40,17 +40,29 @@ class Mixture:
     seed: int
 
     @staticmethod
-    def of(sources: Sequence[SourceSpec], counts: Sequence[int], seed: int) -> Mixture:
-        """Mix sources of so many sequences: by `epochs` (default 1) of each, or by `weight`.
+    def of(
+        sources: Sequence[SourceSpec],
+        counts: Sequence[int],
+        tokens: Sequence[int],
+        seed: int,
+        *,
+        members: Sequence[int] | None = None,
+    ) -> Mixture:
+        """Mix sources of so many sequences and tokens; of sources that are not among `members` (None: all are) nothing.
 
-        With weights, an epoch has as many sequences as all sources together, and each source its part of them. Raises
-        `UserError` where an epoch may be without a sequence.
+        By `epochs` (default 1) of each, and where some have a `token_share`, so many passes over these that they have that
+        share of the epoch's tokens. Or by `weight`: an epoch then has as many sequences as all sources together, and each
+        source its part of them. Raises `UserError` where an epoch may be without a sequence.
         """
-        if all(source.weight is None for source in sources):
-            passes = [source.epochs or 1.0 for source in sources]
+        chosen = list(range(len(sources)) if members is None else members)
+        specs = [sources[number] for number in chosen]
+        passes = [0.0] * len(sources)
+        if all(source.weight is None for source in specs):
+            own = _passes_by_tokens(specs, [tokens[number] for number in chosen])
         else:
-            weights = np.array([source.weight for source in sources], dtype=np.float64)
-            passes = (weights / weights.sum() * sum(counts) / np.array(counts)).tolist()
+            own = _passes_by_weight(specs, [counts[number] for number in chosen])
+        for number, value in zip(chosen, own, strict=True):
+            passes[number] = value
         taken = [number * count for number, count in zip(passes, counts, strict=True)]
         if max(taken) < 1:
             most = taken.index(max(taken))
@@ -89,3 +101,26 @@ class Mixture:
             return np.arange(count)
         order = seeded_permutation("mixture", self.seed, source, current, size=count)
         return np.sort(order[offset : offset + taken])
+
+
+def _passes_by_weight(sources: Sequence[SourceSpec], counts: Sequence[int]) -> list[float]:
+    weights = np.array([source.weight for source in sources], dtype=np.float64)
+    return (weights / weights.sum() * sum(counts) / np.array(counts)).tolist()
+
+
+def _passes_by_tokens(sources: Sequence[SourceSpec], tokens: Sequence[int]) -> list[float]:
+    """Shares s of the epoch's tokens beside others that have T together: s T / (1 - S), where all shares sum to S.
+
+    Where every source has a share, the shares are relative, and an epoch has as many tokens as all sources together.
+    """
+    shares = sum(source.token_share or 0.0 for source in sources)
+    others = sum(
+        (source.epochs or 1.0) * number
+        for source, number in zip(sources, tokens, strict=True)
+        if source.token_share is None
+    )
+    whole = others / (1 - shares) if others else sum(tokens) / shares
+    return [
+        source.epochs or 1.0 if source.token_share is None else source.token_share * whole / number
+        for source, number in zip(sources, tokens, strict=True)
+    ]

@@ -1,7 +1,8 @@
 """The global sample order: which bins a step takes on all ranks together, and the state that a checkpoint keeps of it.
 
-Objectives that expand documents alike share one stream of bins and one cursor into it. Where the cursors stand at step s
-follows from where they stood at the first step and from the schedule: nothing is counted while workers run ahead.
+Objectives that expand documents alike, and draw from the same sources, share one stream of bins and one cursor into it.
+Where the cursors stand at step s follows from where they stood at the first step and from the schedule: nothing is
+counted while workers run ahead.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class StreamReport:
 class StreamSpec:
     """All that the global sample stream is a function of.
 
-    `stores` are those of `data.sources`, in order. `vocabulary`: the number of ids that the model embeds, which bounds what
+    `stores` are those of `data.sources`, in order. `sources_of`: the numbers of the sources that each objective draws from,
+    in the schedule's order; None: each from all. `vocabulary`: the number of ids that the model embeds, which bounds what
     a batch may hold.
     """
 
@@ -62,6 +64,12 @@ class StreamSpec:
     seed: int
     global_batch_bins: int
     vocabulary: int
+    sources_of: Sequence[Sequence[int]] | None = None
+
+    def sources(self, objective: int) -> tuple[int, ...]:
+        """The numbers of the sources that the objective of this number draws from."""
+        everything = range(len(self.stores))
+        return tuple(everything if self.sources_of is None else self.sources_of[objective])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +109,14 @@ class GlobalBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class _Cursor:
-    """A stream of bins, the sequences that it is made of, and the objectives that take from it."""
+    """A stream of bins, the sequences of all sources, the objectives that take from it, and the sources it draws from."""
 
     objectives: tuple[Objective, ...]
     stream: BinStream
     sequences: list[Sequences]
     mixture: Mixture
+    # Their numbers.
+    sources: tuple[int, ...]
 
 
 class SampleOrder:
@@ -119,11 +129,12 @@ class SampleOrder:
 
     def __init__(self, spec: StreamSpec, state: Mapping[str, Any] | None = None) -> None:
         self._spec = spec
-        self.source_names = identity.source_names(spec.data.sources)
+        self.source_names = spec.data.source_names
         self._identity = identity.identity(
             spec.data,
             [store.fingerprint for store in spec.stores],
             spec.schedule,
+            sources_of=[spec.sources(number) for number in range(len(spec.schedule.objectives))],
             seed=spec.seed,
             global_batch_bins=spec.global_batch_bins,
         )
@@ -160,12 +171,15 @@ class SampleOrder:
             fill=int(bins.length.sum()) / (wanted * self._spec.data.capacity),
         )
 
-    def total_steps(self, epochs: float) -> int:
-        """Return the optimizer steps until the epochs taken from all streams add up to `epochs`, rounded up, at least 1."""
-        streams = [self._cursors[number].stream for number in self._cursor_of]
+    def total_steps(self, epochs: float, *, source: int | None = None) -> int:
+        """Return the optimizer steps until the epochs taken from all streams add up to `epochs`, rounded up, at least 1.
+
+        With `source`, the passes over the source of this number count instead of data epochs.
+        """
+        cursors = [self._cursors[number] for number in self._cursor_of]
         epochs_per_bin = sum(
-            p / stream.num_bins(0)
-            for p, stream in zip(self._spec.schedule.probabilities, streams, strict=True)
+            p * (1.0 if source is None else cursor.mixture.passes[source]) / cursor.stream.num_bins(0)
+            for p, cursor in zip(self._spec.schedule.probabilities, cursors, strict=True)
         )
         return max(1, math.ceil(epochs / (self._spec.global_batch_bins * epochs_per_bin) - 1e-9))
 
@@ -199,8 +213,8 @@ class SampleOrder:
                     longest=int(lengths.max()),
                     fill=float(lengths.sum() / (plan.num_bins * plan.capacity)),
                     most_sequences_per_bin=int(np.diff(plan.bin_offsets).max()),
-                    passes=dict(zip(self.source_names, cursor.mixture.passes, strict=True)),
-                    cut={n: s.report for n, s in zip(self.source_names, cursor.sequences, strict=True)},
+                    passes={self.source_names[s]: cursor.mixture.passes[s] for s in cursor.sources},
+                    cut={self.source_names[s]: cursor.sequences[s].report for s in cursor.sources},
                 )
             )
         return reports
@@ -209,18 +223,35 @@ class SampleOrder:
         """The cursors, and the number of each objective's."""
         data, objectives = self._spec.data, self._spec.schedule.objectives
         lengths = np.arange(1, data.capacity + 1)
-        expansions = [_expanded(objective, lengths).tobytes() for objective in objectives]
-        distinct = list(dict.fromkeys(expansions))
-        cursor_of = np.array([distinct.index(expansion) for expansion in expansions])
+        streams = [
+            (_expanded(objective, lengths).tobytes(), self._spec.sources(number))
+            for number, objective in enumerate(objectives)
+        ]
+        distinct = list(dict.fromkeys(streams))
+        cursor_of = np.array([distinct.index(stream) for stream in streams])
         cursors = []
-        for number in range(len(distinct)):
+        for number, (_, sources) in enumerate(distinct):
             members = tuple(objectives[i] for i in np.flatnonzero(cursor_of == number))
-            longest = longest_sequence(members[0].expand, data.capacity)
-            sequences = [self._cut(index, store, longest) for index, store in enumerate(self._spec.stores)]
-            mixture = Mixture.of(data.sources, [len(part) for part in sequences], self._spec.seed)
-            stream = BinStream(sequences, mixture, members[0].expand, data, seed=self._spec.seed)
-            cursors.append(_Cursor(objectives=members, stream=stream, sequences=sequences, mixture=mixture))
+            cursors.append(self._make_cursor(members, sources))
         return cursors, cursor_of
+
+    def _make_cursor(self, objectives: tuple[Objective, ...], sources: tuple[int, ...]) -> _Cursor:
+        """The cursor of objectives that expand documents alike and draw from these sources."""
+        data, expand, seed = self._spec.data, objectives[0].expand, self._spec.seed
+        longest = longest_sequence(expand, data.capacity)
+        sequences = [self._cut(store, longest) for store in self._spec.stores]
+        for source in sources:
+            self._require_some(source, sequences[source], longest)
+        tokens = [int(expand(part.length.astype(np.int64)).sum()) if len(part) else 0 for part in sequences]
+        counts = [len(part) for part in sequences]
+        mixture = Mixture.of(data.sources, counts, tokens, seed, members=sources)
+        return _Cursor(
+            objectives=objectives,
+            stream=BinStream(sequences, mixture, expand, data, seed=seed),
+            sequences=sequences,
+            mixture=mixture,
+            sources=sources,
+        )
 
     def _find_starts(self, state: Mapping[str, Any] | None) -> list[Position]:
         """Where each stream stands at the first step: where its saved cursor stood, if the bin exists."""
@@ -254,16 +285,16 @@ class SampleOrder:
                 chosen[index] = next(free, None)
         return chosen
 
-    def _cut(self, index: int, store: TokenStore, longest: int) -> Sequences:
+    def _cut(self, store: TokenStore, longest: int) -> Sequences:
         bos_id = store.manifest.bos_id if store.manifest.add_bos else None
-        overlong = self._spec.data.overlong
-        sequences = cut_documents(store.lengths, longest=longest, overlong=overlong, bos_id=bos_id)
+        return cut_documents(store.lengths, longest=longest, overlong=self._spec.data.overlong, bos_id=bos_id)
+
+    def _require_some(self, source: int, sequences: Sequences, longest: int) -> None:
         if len(sequences) == 0:
             raise UserError(
-                f"source '{self.source_names[index]}' has nothing to train on: of its {len(store)} documents "
-                f"none has 1 … {longest} tokens (data.capacity with data.overlong: {overlong})"
+                f"source '{self.source_names[source]}' has nothing to train on: of its {len(self._spec.stores[source])} "
+                f"documents none has 1 … {longest} tokens (data.capacity with data.overlong: {self._spec.data.overlong})"
             )
-        return sequences
 
     def _positions(self, step: int) -> list[Position]:
         steps = np.array([step - self.start_step])

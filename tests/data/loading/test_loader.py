@@ -101,7 +101,8 @@ def test_every_token_appears_as_often_as_asked(world, changes):
         cut_documents(store.lengths, longest=64, overlong=spec.overlong, bos_id=bos_id)
         for store, bos_id in zip(stores, bos, strict=True)
     ]
-    mixture = Mixture.of(spec.sources, [len(part) for part in sequences], seed=1)
+    counts = [len(part) for part in sequences]
+    mixture = Mixture.of(spec.sources, counts, [int(part.length.sum()) for part in sequences], seed=1)
     stream = BinStream(sequences, mixture, lambda lengths: lengths, spec, seed=1)
     counts = [Counter(), Counter()]
     total = sum(stream.num_bins(epoch) for epoch in range(epochs))

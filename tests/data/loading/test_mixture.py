@@ -12,7 +12,7 @@ from bico_ds.data.loading.mixture import Mixture
 
 @pytest.mark.parametrize("passes", [{"epochs": 1.0}, {"epochs": 2.0}, {"epochs": 0.3}, {"epochs": 1.7}])
 def test_over_epochs_a_source_passes_as_often_as_asked_and_evenly(passes):
-    mixture = Mixture.of([SourceSpec(store="a", **passes), SourceSpec(store="b")], [11, 7], seed=3)
+    mixture = Mixture.of([SourceSpec(store="a", **passes), SourceSpec(store="b")], [11, 7], [11, 7], seed=3)
     seen: dict[int, list[int]] = {index: [] for index in range(18)}
     for epoch in range(10):
         taken = mixture.epoch(epoch)
@@ -30,14 +30,14 @@ def test_a_data_epoch_without_a_sequence_is_refused_with_the_least_that_has_one(
     with pytest.raises(
         UserError, match=r"data\.sources\[1\]\.epochs: 0\.05 of its 11 sequences.*give at least 0\.091"
     ):
-        Mixture.of(sources, [3, 11], seed=0)
-    enough = Mixture.of([sources[0], SourceSpec(store="b", epochs=0.091)], [3, 11], seed=0)
+        Mixture.of(sources, [3, 11], [3, 11], seed=0)
+    enough = Mixture.of([sources[0], SourceSpec(store="b", epochs=0.091)], [3, 11], [3, 11], seed=0)
     assert all(len(enough.epoch(number).index) for number in range(30))
 
 
 def test_weights_are_shares_of_the_sampled_sequences():
     mixture = Mixture.of(
-        [SourceSpec(store="a", weight=3.0), SourceSpec(store="b", weight=1.0)], [100, 900], seed=0
+        [SourceSpec(store="a", weight=3.0), SourceSpec(store="b", weight=1.0)], [100, 900], [100, 900], seed=0
     )
     taken = mixture.epoch(4)
     assert len(taken.index) == 1000

@@ -4,6 +4,7 @@
     bico-ds prepare files facts.jsonl --prompt-field prompt --completion-field completion ...
     bico-ds prepare hub OWNER/NAME --split train --tokenizer MODEL --output stores/theirs
     bico-ds prepare facts --output stores/facts
+    bico-ds prepare replay --model MODEL --tokens 1000000 --output stores/replay
     bico-ds prepare --inspect stores/mine --documents 0 17
 
 After an interruption the same command continues where it stopped.
@@ -29,7 +30,7 @@ from bico_ds.data.prepare.input_files import find_inputs
 from bico_ds.data.prepare.inspect_store import describe_store
 from bico_ds.data.prepare.output_folder import refuse_output
 from bico_ds.data.prepare.shards import SHARD_BYTES, Shard, hub_shards, plan_shards
-from bico_ds.data.store import Verify
+from bico_ds.data.store import Verify, provenance
 
 
 def prepare(options: Namespace) -> int:
@@ -39,6 +40,8 @@ def prepare(options: Namespace) -> int:
             inspect(options)
         elif options.command == "facts":
             prepare_facts(options)
+        elif options.command == "replay":
+            prepare_replay(options)
         else:
             prepare_texts(options)
     except BrokenPipeError:
@@ -54,7 +57,7 @@ def prepare(options: Namespace) -> int:
 
 def contradiction(options: Namespace) -> str | None:
     if options.inspect is None and options.command is None:
-        return "give a command (files, hub, facts) or --inspect STORE"
+        return "give a command (files, hub, facts, replay) or --inspect STORE"
     return None
 
 
@@ -84,6 +87,7 @@ def prepare_texts(options: Namespace) -> None:
         force=options.force,
         processes=options.processes,
         passed_over=passed_over,
+        provenance=provenance(options.source, options.licence),
     )
     seconds = time.monotonic() - started
     print(report.text)
@@ -110,6 +114,54 @@ def prepare_facts(options: Namespace) -> None:
         print(file)
 
 
+def prepare_replay(options: Namespace) -> None:
+    """Sample texts from a model into a store; every rank of torchrun takes part."""
+    from bico_ds.data.replay.sampled_store import SampleShare, SampleSpec, sample_store, start_token
+    from bico_ds.evaluation.loading import (
+        load_for_evaluation,
+        load_generation_config,
+        load_tokenizer_and_context,
+        weights_stamp,
+    )
+    from bico_ds.evaluation.scoring.generation import stop_ids
+    from bico_ds.runtime.distributed import ranks_of_torchrun
+
+    model, output = options.model.here(), options.output.resolve()
+    refuse_output(output, force=options.force)
+    tokenizer, context = load_tokenizer_and_context(model)
+    if context is not None and options.max_length > context:
+        raise UserError(f"--max-length {options.max_length}: the model's context is {context}")
+    spec = SampleSpec(
+        tokens=options.tokens,
+        most_tokens=options.max_length,
+        seed=options.seed,
+        start=start_token(tokenizer, options.separator),
+        stops=tuple(stop_ids(load_generation_config(model), tokenizer)),
+        model=f"{weights_stamp(model)} {options.dtype}",
+    )
+    with ranks_of_torchrun() as ranks:
+        share = SampleShare(
+            device=ranks.device,
+            batch_size=options.batch_size,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            progress=ranks.is_first,
+        )
+        report = sample_store(
+            lambda: load_for_evaluation(model, dtype=options.dtype, device=ranks.device)[0],
+            tokenizer,
+            spec,
+            output,
+            share,
+            provenance=provenance(
+                options.source or f"sampled from {model}, seed {options.seed}", options.licence
+            ),
+            force=options.force,
+        )
+    if ranks.is_first:
+        print(f"{options.output}: {report}")
+
+
 def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--inspect", metavar="STORE", type=local_path, help="show documents of a store, decoded"
@@ -128,7 +180,7 @@ def add_options(parser: ArgumentParser) -> None:
         metavar="PATH",
         help="with --inspect: for a store that does not hold its own",
     )
-    commands = parser.add_subparsers(dest="command", metavar="{files,hub,facts}")
+    commands = parser.add_subparsers(dest="command", metavar="{files,hub,facts,replay}")
     files = commands.add_parser("files", help="JSONL, Parquet and text files, or folders of them")
     files.add_argument(
         "inputs",
@@ -148,9 +200,11 @@ def add_options(parser: ArgumentParser) -> None:
     )
     for command in (files, hub):
         _add_text_options(command)
+        _add_provenance(command)
     _add_facts_options(
         commands.add_parser("facts", help="the embedded task: fictitious facts, their tests, a tokenizer")
     )
+    _add_replay_options(commands.add_parser("replay", help="texts sampled from a model, at temperature 1"))
 
 
 def _add_text_options(parser: ArgumentParser) -> None:
@@ -226,6 +280,54 @@ def _add_document_options(documents: _ArgumentGroup) -> None:
         choices=("stop", "skip"),
         default="stop",
         help="at a bad line: stop, or skip it and write it to DIR/skipped.jsonl (default: %(default)s)",
+    )
+
+
+def _add_replay_options(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        type=folder_or_hub_name,
+        required=True,
+        metavar="MODEL",
+        help="safetensors folder, or a hub name",
+    )
+    parser.add_argument("--output", metavar="DIR", type=local_path, required=True, help="the store to write")
+    parser.add_argument("--force", action="store_true", help="replace a store at --output")
+    parser.add_argument(
+        "--tokens", type=positive, required=True, metavar="N", help="tokens to sample, in all"
+    )
+    parser.add_argument(
+        "--max-length",
+        type=positive,
+        default=512,
+        metavar="N",
+        help="tokens per text at most, where it is cut (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--separator",
+        default="auto",
+        metavar="TOKEN",
+        help="what texts begin with: bos, eos, or a token; auto (default): BOS, or EOS where there is none",
+    )
+    parser.add_argument(
+        "--seed", type=seed, default=1, metavar="N", help="of the samples (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, default=64, metavar="N", help="texts at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="auto (default): that of the weights",
+    )
+    _add_provenance(parser)
+
+
+def _add_provenance(parser: ArgumentParser) -> None:
+    parser.add_argument("--source", metavar="TEXT", help="a line kept in the store: where its texts are from")
+    parser.add_argument(
+        "--licence", metavar="TEXT", help="a line kept in the store: the licence of its texts"
     )
 
 

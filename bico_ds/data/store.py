@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+# A text beside the columns: where the store's texts are from, and their licence. Not every store has one.
+PROVENANCE = "provenance.txt"
 _MANIFEST_CHECKSUM = "manifest_checksum"
 Verify = Literal["once", "checksums", "structure"]
 COLUMNS = {
@@ -280,6 +282,13 @@ class TokenStore:
         self._entities = None
         if self.manifest.has_entities:
             self._entities = _map(self.path / "entity_numbers.bin", COLUMNS["entity_numbers"])
+
+
+def provenance(source: str | None, licence: str | None) -> str | None:
+    """The text of `PROVENANCE`: a line per thing that is known; None where nothing is."""
+    given = {"source": source, "licence": licence}
+    lines = [f"{name}: {' '.join(text.split())}\n" for name, text in given.items() if text]
+    return "".join(lines) or None
 
 
 def is_store(path: Path) -> bool:

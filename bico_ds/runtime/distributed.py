@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -48,6 +49,21 @@ def read_ranks() -> Ranks:
     on_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     return Ranks(launch_environment.rank(), local_rank, launch_environment.world_size(), device)
+
+
+@contextmanager
+def ranks_of_torchrun() -> Iterator[Ranks]:
+    """This process among those that torchrun started, joined as long as the block runs; alone without torchrun."""
+    ranks = read_ranks()
+    if ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)
+    if ranks.world_size > 1:
+        dist.init_process_group("nccl" if ranks.device.type == "cuda" else "gloo")
+    try:
+        yield ranks
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def connect(ranks: Ranks, *, timeout_minutes: float) -> Store:

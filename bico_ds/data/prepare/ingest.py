@@ -56,13 +56,14 @@ def ingest(
     processes: int | None = None,
     progress: bool = True,
     passed_over: dict[str, list[str]] | None = None,
+    provenance: str | None = None,
 ) -> IngestReport:
     """Tokenize `shards` in order into a token store at `output`. The same input gives the same bytes.
 
     `processes`: None takes one per CPU core, never more than shards. `passed_over` is what `find_inputs` left out, for the
-    report. Raises `UserError` for bad input (naming file and line), for a tokenizer that is not there or does not fit the
-    options, for an output that exists without `force`, holds an input, is no store or cannot be written; `IngestFailure`
-    when the machine fails.
+    report; `provenance` a text that the store keeps. Raises `UserError` for bad input (naming file and line), for a
+    tokenizer that is not there or does not fit the options, for an output that exists without `force`, holds an input,
+    is no store or cannot be written; `IngestFailure` when the machine fails.
     """
     refuse_output(output, force=force)
     _check_shards(shards, output)
@@ -83,7 +84,15 @@ def ingest(
         try:
             _tokenize(shards, parts, spec, processes or _cores(), shown)
             shown.print(f"writing {output}")
-            report = merge_parts(parts, output, spec, tokenizer, overwrite=force, passed_over=passed_over)
+            report = merge_parts(
+                parts,
+                output,
+                spec,
+                tokenizer,
+                overwrite=force,
+                passed_over=passed_over,
+                provenance=provenance,
+            )
         except OSError as error:
             raise _disk_failure(error, output) from error
         except UserError:

@@ -11,7 +11,7 @@ import numpy as np
 from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.data.prepare.merge import TOKENIZER
-from bico_ds.data.store import TokenStore, Verify
+from bico_ds.data.store import PROVENANCE, TokenStore, Verify
 from bico_ds.data.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ def describe_store(
     yield f"{path}: {manifest.documents:,} documents, {manifest.tokens:,} tokens ({manifest.token_dtype})"
     yield f"vocabulary {manifest.vocab_size:,}, largest id {manifest.max_token_id:,}"
     yield f"tokenizer {manifest.tokenizer_hash}; BOS added: {manifest.add_bos}; EOS added: {manifest.add_eos}"
+    if (file := path / PROVENANCE).is_file():
+        yield from file.read_text(encoding="utf-8").splitlines()
     for document in store.whole(np.array(numbers, dtype=np.int64)):
         yield ""
         yield from _describe(document, tokenizer)

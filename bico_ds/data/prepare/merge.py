@@ -38,8 +38,9 @@ def merge_parts(
     *,
     overwrite: bool,
     passed_over: dict[str, list[str]] | None = None,
+    provenance: str | None = None,
 ) -> IngestReport:
-    """Join the stores of all shards into the store at `output`, with its report, its tokenizer and its skipped lines.
+    """Join the stores of all shards into the store at `output`, with its report, tokenizer, provenance and skipped lines.
 
     Raises `UserError` where no document is left, or none for the held-out store, and without `overwrite` for an output
     that exists.
@@ -67,6 +68,7 @@ def merge_parts(
         write_report(report, train.beside("report.txt"), train.beside("lengths.png"))
         for writer, _ in reversed(targets):  # the training store last: the other one lies in it
             save_tokenizer(tokenizer, writer.beside(TOKENIZER))
+            writer.note_provenance(provenance)
             writer.finish(with_checksums=[TOKENIZER])
     return replace(report, path=output)
 

@@ -22,7 +22,7 @@ from bico_ds.common.files import (
     write_atomically,
 )
 from bico_ds.data.prepare.output_folder import refuse_output
-from bico_ds.data.store import COLUMNS, FORMAT_VERSION, MANIFEST, StoreHeader, StoreManifest
+from bico_ds.data.store import COLUMNS, FORMAT_VERSION, MANIFEST, PROVENANCE, StoreHeader, StoreManifest
 
 
 class TokenStoreWriter:
@@ -90,6 +90,11 @@ class TokenStoreWriter:
     def beside(self, name: str) -> Path:
         """Return the path of a further file to put into the store; it is not part of the fingerprint."""
         return self._folder / name
+
+    def note_provenance(self, text: str | None) -> None:
+        """Keep a text of `provenance` in the store; None: nothing is known."""
+        if text is not None:
+            self.beside(PROVENANCE).write_text(text, encoding="utf-8")
 
     def finish(self, *, with_checksums: Sequence[str] = ()) -> StoreManifest:
         """Flush everything to disk, write the manifest last, rename the folder. Returns the manifest.

@@ -49,6 +49,8 @@ def _documents(source: SourceSpec, recipe: Recipe) -> NDArray[np.int64] | None:
     if source.facts is not None:
         own = training_words(recipe.data.facts, source.facts) + source.add_bos + source.add_eos
         return own if _has_own_tokenizer(recipe) else np.rint(own * _REAL_TOKENS_PER_OWN).astype(np.int64)
+    if source.sampled is not None:
+        return np.full(-(-source.sampled // recipe.data.capacity), recipe.data.capacity, dtype=np.int64)
     if source.store is None or not source.store.here().is_dir():
         return None
     return TokenStore.open(source.store.here(), verify="structure").lengths

@@ -18,14 +18,18 @@ from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.loading.sample_order import StreamSpec
 from bico_ds.data.prepare.chats import template_begins_with_bos
 from bico_ds.data.prepare.recipe_sources import facts_folder, prepare_source
+from bico_ds.data.replay.sampled_store import SampleShare
+from bico_ds.data.replay.source import check_sampled, prepare_sampled
 from bico_ds.data.store import TokenStore, Verify
 from bico_ds.data.tokenizer import FastTokenizer, Tokenizer, load_tokenizer, special_ids, vocabulary_size
+from bico_ds.evaluation.loading import load_for_evaluation, load_generation_config, weights_stamp
 from bico_ds.evaluation.scoring.choice import encode_candidates
+from bico_ds.evaluation.scoring.generation import stop_ids
 from bico_ds.evaluation.tasks.task import Task, load_tasks
 from bico_ds.objectives.base import TokenRoles
 from bico_ds.objectives.build import build_objectives
 from bico_ds.objectives.schedule import ObjectiveSchedule
-from bico_ds.runtime import launch_environment
+from bico_ds.runtime import distributed, launch_environment
 
 
 @dataclass(frozen=True)
@@ -96,10 +100,33 @@ def prepare_stores(recipe: Recipe, *, weights_needed: bool = True, progress: boo
     """
     path = tokenizer_path(recipe, weights_needed=weights_needed)
     verify: Verify = "once" if launch_environment.local_rank() == 0 else "structure"
+    check_sampled(recipe)
     return [
         prepare_source(source, recipe.data, path, progress=progress, verify=verify)
+        if source.sampled is None
+        else _prepare_sampled(recipe, source.sampled, load_tokenizer(path), progress, verify)
         for source in recipe.data.sources
     ]
+
+
+def _prepare_sampled(
+    recipe: Recipe, tokens: int, tokenizer: FastTokenizer, progress: bool, verify: Verify
+) -> Path:
+    """The store of texts sampled from the start model, by its own weights and dtype."""
+    assert recipe.model.path is not None
+    model, device = recipe.model.path.here(), distributed.read_ranks().device
+    return prepare_sampled(
+        recipe,
+        tokens,
+        tokenizer,
+        stops=tuple(stop_ids(load_generation_config(model), tokenizer)),
+        weights=f"{weights_stamp(model)} {recipe.model.dtype}",
+        load=lambda: load_for_evaluation(model, option="model.path", dtype=recipe.model.dtype, device=device)[
+            0
+        ],
+        share=SampleShare(device=device, progress=progress),
+        verify=verify,
+    )
 
 
 def open_inputs(recipe: Recipe, *, weights_needed: bool = True) -> RunInputs:

@@ -379,6 +379,24 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _divergence_can_be_computed(self) -> Recipe:
+        if self.retention is None:
+            return self
+        if self.model.lora is None and self.retention.teacher is None:
+            raise ValueError(
+                "'retention.kl' needs the start model beside the one in training: with adapters (model.lora) they are "
+                "switched off; without, store its log-probabilities with `bico-ds prepare teacher`, and give "
+                "'retention.teacher'"
+            )
+        compared = set(self.data.source_numbers(self.retention.on))
+        causal = [spec for spec in self.objectives if spec.attention == "causal"]
+        if not any(compared & set(self.data.source_numbers(spec.sources)) for spec in causal):
+            raise ValueError(
+                "'retention' compares rows of causal steps, and no causal objective draws from the sources of 'retention.on'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _probabilities_sum_to_one(self) -> Recipe:
         total = sum(objective.probability for objective in self.objectives)
         if abs(total - 1.0) > 1e-6:

@@ -14,8 +14,8 @@ from bico_ds.batch import PackedBatch
 from bico_ds.common.errors import UserError
 from bico_ds.config.schema import ModelSpec
 from bico_ds.model.architecture import meta_model, model_config
-from bico_ds.model.head import swap_head
-from bico_ds.model.lora import AdaptedWeights, add_lora, base_name, is_adapter
+from bico_ds.model.head import Comparison, Losses, swap_head
+from bico_ds.model.lora import AdaptedWeights, add_lora, base_name, is_adapter, without_adapters
 from bico_ds.model.swap import check_attention, swap_layers
 from bico_ds.model.weights.initialize import RandomWeights
 from bico_ds.model.weights.load import check_names_and_shapes, generation_config, open_weights, verify_loaded
@@ -35,14 +35,33 @@ class TrainableModel(nn.Module):
     def config(self) -> PretrainedConfig:
         return self.causal_lm.config
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """Return the sum of the cross entropies of the batch's N loss rows, an fp32 scalar; 0 where there are none.
+    def forward(self, batch: PackedBatch) -> Losses:
+        """Return the sums of the batch's cross entropies and divergences, and each target's cross entropy.
 
-        Every module runs exactly once whatever the batch, and every parameter takes part in the backward
-        pass, as ZeRO-3 needs on ranks whose batch has no loss row.
+        Every module runs equally often whatever the batch holds, and every parameter takes part in the backward pass, as
+        ZeRO-3 needs on ranks whose batch has no loss row: once, and the decoder twice where the start model's hidden states
+        are computed.
         """
+        comparison = self._comparison(batch)
         hidden_TE = self._hidden(batch)
-        return self.causal_lm.lm_head(hidden_TE.index_select(0, batch.loss_rows), batch.targets)
+        return self.causal_lm.lm_head(hidden_TE.index_select(0, batch.loss_rows), batch.targets, comparison)
+
+    def _comparison(self, batch: PackedBatch) -> Comparison | None:
+        """What the batch's rows are compared with; before the pass that is trained, whose activations are kept."""
+        if batch.compared is None:
+            return None
+        compared = batch.compared
+        return Comparison(
+            index=compared.index,
+            start_model=compared.teacher or self._start_model(batch, compared.index),
+            exclude_target=compared.exclude_target,
+        )
+
+    @torch.no_grad()
+    def _start_model(self, batch: PackedBatch, index: Tensor) -> Tensor:
+        """The hidden states of the loss rows of these numbers without adapters, [M, E]."""
+        with without_adapters(self.causal_lm):
+            return self._hidden(batch).index_select(0, batch.loss_rows.index_select(0, index))
 
     def _hidden(self, batch: PackedBatch) -> Tensor:
         """The last hidden states [T, E].
@@ -56,7 +75,8 @@ class TrainableModel(nn.Module):
         layout = None if batch.layout is None else batch.layout.with_masks(hidden_1TE.dtype)
         shared: dict[str, Any] = {"position_embeddings": tables, "plan": batch.plan, "layout": layout}
         for index, layer in enumerate(decoder.layers):
-            recompute = self.training and self.recompute_every and index % self.recompute_every == 0
+            recompute = self.recompute_every and index % self.recompute_every == 0
+            recompute = recompute and self.training and torch.is_grad_enabled()
             if recompute:
                 hidden_1TE = checkpoint(layer, hidden_1TE, use_reentrant=False, **shared)
             else:

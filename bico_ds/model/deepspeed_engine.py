@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from bico_ds.batch import PackedBatch
 from bico_ds.model.build import TrainableModel
+from bico_ds.model.head import Losses
 
 
 class ZeroOptimizer(Protocol):
@@ -46,7 +47,7 @@ class Engine(Protocol):
     @property
     def module(self) -> TrainableModel: ...
 
-    def __call__(self, batch: PackedBatch) -> Tensor: ...
+    def __call__(self, batch: PackedBatch) -> Losses: ...
 
     def backward(self, loss: Tensor, *, scale_wrt_gas: bool = True) -> Any: ...
 

@@ -7,26 +7,77 @@ through them in chunks.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from bico_ds.batch import TeacherRows
 from bico_ds.config.schema import LOW_PRECISION_CHUNKS
+from bico_ds.model.divergence import divergence_from_hidden, divergence_from_stored
+
+
+class Losses(NamedTuple):
+    """What a micro-batch of N targets gives.
+
+    `loss`: the sum of N cross entropies, and `divergence` that of the compared rows' KL(start model ‖ model); scalars in at
+    least fp32, with a gradient; 0 where there are no rows. `row_losses` [N]: each cross entropy, without a gradient.
+    """
+
+    loss: Tensor
+    divergence: Tensor
+    row_losses: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What M of the N rows are compared with: hidden states of the start model [M, E], or its stored distributions.
+
+    `index` int64 [M] counts in the N rows. `exclude_target`: their targets are left out of both distributions.
+    """
+
+    index: Tensor
+    start_model: Tensor | TeacherRows
+    exclude_target: bool
 
 
 class LossHead(nn.Linear):
-    """An `lm_head` that, given targets, returns a summed cross entropy; without them it is the plain linear layer."""
+    """An `lm_head` that, given targets, returns `Losses`; without them it is the plain linear layer."""
 
     chunk_rows: int
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
-        """hidden [N, E], targets int64 [N] -> fp32 scalar: the sum of N cross entropies; 0 for N = 0."""
+    def forward(
+        self, hidden: Tensor, targets: Tensor | None = None, comparison: Comparison | None = None
+    ) -> Tensor | Losses:
+        """hidden [N, E], targets int64 [N]."""
         if targets is None:
             return super().forward(hidden)
-        return chunked_cross_entropy(hidden, self.weight, targets, chunk_rows=self.chunk_rows)
+        loss, row_losses = chunked_cross_entropy(hidden, self.weight, targets, chunk_rows=self.chunk_rows)
+        if comparison is None:
+            return Losses(loss, loss.new_zeros(()), row_losses)
+        return Losses(loss, self._divergence(hidden, targets, comparison), row_losses)
+
+    def _divergence(self, hidden: Tensor, targets: Tensor, comparison: Comparison) -> Tensor:
+        rows, compared = hidden.index_select(0, comparison.index), targets.index_select(0, comparison.index)
+        if isinstance(comparison.start_model, TeacherRows):
+            return divergence_from_stored(
+                rows,
+                comparison.start_model,
+                self.weight,
+                exclude_target=comparison.exclude_target,
+                targets=compared,
+                chunk_rows=self.chunk_rows,
+            )
+        return divergence_from_hidden(
+            rows,
+            comparison.start_model,
+            self.weight,
+            without=compared if comparison.exclude_target else None,
+            chunk_rows=self.chunk_rows,
+        )
 
 
 def swap_head(model: PreTrainedModel, chunk_rows: int) -> None:
@@ -38,8 +89,10 @@ def swap_head(model: PreTrainedModel, chunk_rows: int) -> None:
     head.chunk_rows = chunk_rows
 
 
-def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_rows: int) -> Tensor:
-    """Sum over rows of the cross entropy of `hidden @ weight.T` against `targets`.
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_rows: int
+) -> tuple[Tensor, Tensor]:
+    """Sum over rows of the cross entropy of `hidden @ weight.T` against `targets`, and each row's own, without gradient.
 
     hidden [N, E] and weight [V, E] of one floating dtype, targets int64 [N]. Softmax and sums in fp32 (fp64
     for fp64). At most `chunk_rows` rows of logits exist at a time, about 6 bytes per logit in bf16. Gradients
@@ -56,14 +109,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, wants_grad: bool
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         wants_hidden = wants_grad and ctx.needs_input_grad[0]
         wants_weight = wants_grad and ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight) if wants_weight else None
         loss = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         sums_stall = weight.dtype != loss.dtype and hidden.shape[0] > LOW_PRECISION_CHUNKS * chunk_rows
-        lse = loss.new_empty(hidden.shape[0])
+        lse, row_losses = loss.new_empty(hidden.shape[0]), loss.new_empty(hidden.shape[0])
         # One pair of buffers for all chunks: fresh pages for each cost more than the arithmetic on a CPU.
         size = max(min(chunk_rows, len(hidden)) * len(weight), len(hidden))
         logits_buffer, exact_buffer = hidden.new_empty(size), loss.new_empty(size)
@@ -76,6 +129,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             torch._log_softmax(log_probs, -1, False, out=log_probs)
             picked = log_probs.gather(1, labels)
             loss -= picked.sum()
+            row_losses[rows] = -picked[:, 0]
             lse[rows] = (logits.gather(1, labels) - picked)[:, 0]
             if wants_hidden or wants_weight:
                 grad_logits = logits.copy_(_less_one_hot(log_probs.exp_(), labels))
@@ -86,11 +140,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if grad_weight is not None and sums_stall:
             _fill_by_vocabulary(grad_weight, hidden, weight, targets, lse, logits_buffer, exact_buffer)
         ctx.save_for_backward(grad_hidden, grad_weight)
-        return loss
+        ctx.mark_non_differentiable(row_losses)
+        return loss, row_losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grads = (None if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors)
         return (*grads, None, None, None)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,6 +64,22 @@ def check_lora(causal_lm: PreTrainedModel, spec: LoraSpec) -> None:
                 f"model.lora.rank: {spec.rank} is above the rank of {target}, which is {outputs} x {inputs}: the adapters "
                 f"would be larger than what they change; give at most {min(outputs, inputs)}"
             )
+
+
+@contextmanager
+def without_adapters(causal_lm: nn.Module) -> Iterator[None]:
+    """Inside of the block the model is its base: adapters and their dropout are switched off.
+
+    Not by peft's `enable_adapters`, which also freezes them: DeepSpeed has noted which parameters are trained.
+    """
+    layers = [module for module in causal_lm.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 class AdaptedWeights:

@@ -186,6 +186,7 @@ def build_loader(
         seed=recipe.seed,
         global_batch_bins=recipe.training.global_batch_bins,
         vocabulary=inputs.vocabulary,
+        retention=recipe.retention,
         sources_of=[recipe.data.source_numbers(spec.sources) for spec in recipe.objectives],
     )
     return ElasticLoader(stream, share, state=state)

@@ -2,7 +2,8 @@
 
 The loss is scaled in `Trainer._forward_backward`: a micro-batch gives the sum of its targets' losses, and that sum times
 (ranks / targets of the whole global batch) goes to `backward`. DeepSpeed averages gradients over the ranks, so the update
-follows the mean over all targets, however they are spread over ranks and micro-batches.
+follows the mean over all targets, however they are spread over ranks and micro-batches. The divergence of `retention` is a
+mean over the compared rows in the same way.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +22,7 @@ from bico_ds.common.errors import RunError
 from bico_ds.data.loading.loader import RankStep
 from bico_ds.data.loading.sample_order import Consumed
 from bico_ds.model.deepspeed_engine import Engine
+from bico_ds.model.head import Losses
 from bico_ds.runtime import host_memory
 from bico_ds.runtime.distributed import all_reduce_sum, broadcast_object
 from bico_ds.runtime.run_folder import State
@@ -35,6 +38,14 @@ from bico_ds.training.targetless import TargetlessSteps
 
 class SpikeError(RunError):
     """A loss or gradient norm is far above its running median, and `training.on_spike` is `stop`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCounts:
+    """Of the whole global batch: its targets, and the rows that are compared with the start model."""
+
+    targets: int
+    compared: int
 
 
 class Loader(Protocol):
@@ -90,11 +101,11 @@ class Trainer:
             self.watchdog.note_progress()
             started, waited = time.perf_counter(), self.loader.wait_seconds
             rank_step = self.loader.step(self.step)
-            targets, stop = self._agree(rank_step.batches)
+            counts, stop = self._agree(rank_step.batches)
             if stop:
                 break
-            take_step = self._optimize if targets else self._pass_over
-            report = take_step(rank_step, targets, started, waited)
+            take_step = self._optimize if counts.targets else self._pass_over
+            report = take_step(rank_step, counts, started, waited)
             self.step += 1
             if self.run.ranks.device.type == "cpu":
                 host_memory.release_freed_pages()
@@ -117,23 +128,27 @@ class Trainer:
         due = self.step > 0 and self.evaluator.is_due(self.step, self.total_steps)
         return due and broadcast_object(not self.evaluator.has_result(self.step))
 
-    def _agree(self, batches: Sequence[PackedBatch]) -> tuple[int, bool]:
-        """Targets of the whole step, and whether any rank was asked to stop: one all-reduce before the first backward."""
-        mine = sum(len(batch.targets) for batch in batches)
-        targets, stops = all_reduce_sum([mine, float(bool(self.run.stop))], self.run.ranks.device)
-        return int(targets), stops > 0
+    def _agree(self, batches: Sequence[PackedBatch]) -> tuple[StepCounts, bool]:
+        """The counts of the whole step, and whether any rank was asked to stop: one all-reduce before the first backward."""
+        targets = sum(len(batch.targets) for batch in batches)
+        compared = sum(len(batch.compared.index) for batch in batches if batch.compared is not None)
+        targets, compared, stops = map(
+            int, all_reduce_sum([targets, compared, float(bool(self.run.stop))], self.run.ranks.device)
+        )
+        return StepCounts(targets=targets, compared=compared), stops > 0
 
-    def _optimize(self, rank_step: RankStep, targets: int, started: float, waited: float) -> StepReport:
+    def _optimize(self, rank_step: RankStep, counts: StepCounts, started: float, waited: float) -> StepReport:
         """Forward, backward and update of one global batch; the loss is the mean over all its targets."""
-        ranks, batches = self.run.ranks, rank_step.batches
-        losses = self._forward_backward(batches, targets)
-        totals = self._totals(batches, torch.stack(losses), self.loader.wait_seconds - waited)
+        ranks, batches, targets = self.run.ranks, rank_step.batches, counts.targets
+        found = self._forward_backward(batches, counts)
+        losses = [part.loss for part in found]
+        totals = self._totals(batches, found, self.loader.wait_seconds - waited)
         loss = totals[0] / targets
         learning_rate = self.engine.get_lr()[0]
         if self.run.recipe.training.on_spike == "stop":
             # The gradient norm is known after the update only.
             self._look_for_spike(rank_step, losses, loss)
-        applied = self._update(batches, losses, math.isfinite(totals[0]))
+        applied = self._update(batches, losses, math.isfinite(totals[0] + totals[5]))
         norm = self.engine.get_global_grad_norm() if applied else math.nan
         # Not `norm or 0.0`: of a tensor on a GPU that would wait for it a second time.
         grad_norm = 0.0 if norm is None else float(norm)
@@ -154,9 +169,19 @@ class Trainer:
             pairs=int(totals[4]),
             applied=applied,
             is_spike=applied and self._look_for_spike(rank_step, losses, loss, grad_norm),
+            divergence=totals[5] / counts.compared if counts.compared else None,
+            source_losses=self._source_losses(totals[6:]),
         )
 
-    def _pass_over(self, rank_step: RankStep, targets: int, started: float, waited: float) -> StepReport:
+    def _source_losses(self, totals: list[float]) -> dict[str, list[float]]:
+        """By data source the mean loss and the targets, from the sums and counts of `_totals`; of none without targets."""
+        names = list(self.consumed.sources)
+        pairs = zip(names, totals[: len(names)], totals[len(names) :], strict=False)
+        return {name: [total / count, count] for name, total, count in pairs if count}
+
+    def _pass_over(
+        self, rank_step: RankStep, counts: StepCounts, started: float, waited: float
+    ) -> StepReport:
         """A step without any target, on all ranks alike: no forward and no update, but the schedule counts it."""
         ranks, learning_rate = self.run.ranks, self.engine.get_lr()[0]
         # No step of the engine: without a gradient it would still decay the weights and move Adam's averages.
@@ -167,7 +192,7 @@ class Trainer:
             step=self.step + 1,
             objective=rank_step.objective,
             loss=math.nan,
-            targets=targets,
+            targets=counts.targets,
             grad_norm=math.nan,
             learning_rate=learning_rate,
             kept_tokens=0,
@@ -180,28 +205,45 @@ class Trainer:
             applied=False,
         )
 
-    def _forward_backward(self, batches: Sequence[PackedBatch], targets: int) -> list[torch.Tensor]:
-        """Add up the gradients of this rank's micro-batches; return their loss sums, in nats and not scaled."""
-        ranks = self.run.ranks
+    def _forward_backward(self, batches: Sequence[PackedBatch], counts: StepCounts) -> list[Losses]:
+        """Add up the gradients of this rank's micro-batches; return their sums of losses, in nats and not scaled."""
+        ranks, retention = self.run.ranks, self.run.recipe.retention
         # Dropout: the same after a resume, at the same number of ranks.
         torch.manual_seed((self.run.recipe.seed * 1_000_003 + self.step * 4099 + ranks.rank) % 2**64)
-        scale = ranks.world_size / targets  # DeepSpeed averages the gradients over the ranks
-        losses = []
+        scale = ranks.world_size / counts.targets  # DeepSpeed averages the gradients over the ranks
+        found = []
         for number, batch in enumerate(batches, start=1):
-            loss_sum = self.engine(batch.to(ranks.device, non_blocking=True))
-            self.engine.backward(loss_sum * scale, scale_wrt_gas=False)
-            losses.append(loss_sum.detach())
+            losses = self.engine(batch.to(ranks.device, non_blocking=True))
+            total = losses.loss * scale
+            if retention is not None and counts.compared:
+                total = total + losses.divergence * (retention.kl * ranks.world_size / counts.compared)
+            self.engine.backward(total, scale_wrt_gas=False)
+            found.append(Losses(*(part.detach() for part in losses)))
             if number < len(batches):
                 self.engine.step()
-        return losses
+        return found
 
-    def _totals(self, batches: Sequence[PackedBatch], losses: torch.Tensor, waited: float) -> list[float]:
+    def _totals(self, batches: Sequence[PackedBatch], found: Sequence[Losses], waited: float) -> list[float]:
+        """Over all ranks: loss, rows, tokens, seconds of waiting, pairs, divergence; by source the losses, then the targets."""
         rows = sum(len(batch.input_ids) for batch in batches)
         represented = sum(batch.represented_tokens for batch in batches)
         pairs = sum(batch.plan.num_pairs for batch in batches)
-        return all_reduce_sum(
-            [losses.double().sum().item(), rows, represented, waited, pairs], self.run.ranks.device
+        loss, divergence = (
+            torch.stack([getattr(part, name) for part in found]).double().sum().item()
+            for name in ("loss", "divergence")
         )
+        own = [loss, rows, represented, waited, pairs, divergence]
+        return all_reduce_sum(own + self._by_source(batches, found), self.run.ranks.device)
+
+    def _by_source(self, batches: Sequence[PackedBatch], found: Sequence[Losses]) -> list[float]:
+        """This rank's sums of losses and numbers of targets of each source; empty where there is one source."""
+        size = len(self.consumed.sources)
+        if size == 1:
+            return []
+        of_targets = [batch.target_sources for batch in batches if batch.target_sources is not None]
+        sources, losses = torch.cat(of_targets), torch.cat([part.row_losses for part in found]).double().cpu()
+        sums = torch.bincount(sources, losses, minlength=size)
+        return [*sums.tolist(), *torch.bincount(sources, minlength=size).tolist()]
 
     def _update(
         self, batches: Sequence[PackedBatch], losses: list[torch.Tensor], loss_is_finite: bool

@@ -71,7 +71,7 @@ def engine_of(stage: int, folder: Path, *overrides: str) -> Any:
 
 def train_step(engine: Any, rank: int, step: int) -> tuple[float, float]:
     """Loss and gradient norm."""
-    loss = engine(causal_batch(2 * step + rank, [12, 7], 17))
+    loss = engine(causal_batch(2 * step + rank, [12, 7], 17)).loss
     engine.backward(loss)
     engine.step()
     return loss.item(), float(engine.get_global_grad_norm())

@@ -54,7 +54,7 @@ def load_train_and_export(rank: int, world_size: int, folder: str) -> None:
     engine, *_ = deepspeed.initialize(model=adapted, model_parameters=trained, config=config)
     before = base_fingerprint(adapted.causal_lm)
     for step in range(2):
-        loss = engine(causal_batch(step, [9, 4] if rank == 0 else [6], 8 if rank == 0 else 0))
+        loss = engine(causal_batch(step, [9, 4] if rank == 0 else [6], 8 if rank == 0 else 0)).loss
         engine.backward(loss)
         engine.step()
     assert base_fingerprint(adapted.causal_lm) == before
@@ -67,7 +67,7 @@ def load_train_and_export(rank: int, world_size: int, folder: str) -> None:
 
     full = build_model(ModelSpec(path=f"{folder}/base"), seed=1, ds_config=config, device="cpu")
     engine, *_ = deepspeed.initialize(model=full, config=config)
-    loss = engine(causal_batch(3, [9, 4], 8))
+    loss = engine(causal_batch(3, [9, 4], 8)).loss
     engine.backward(loss)
     engine.step()
     export_model(engine.module, None, root / "trained")

@@ -102,7 +102,7 @@ def train(rank: int, world_size: int, folder: str, shape: dict[str, int]) -> Non
         for step in range(3):
             counts.clear()
             for number in range(ACCUMULATION):
-                loss = engine(causal_batch(10 * step + number, [20, 12], 20))
+                loss = engine(causal_batch(10 * step + number, [20, 12], 20)).loss
                 engine.backward(loss, scale_wrt_gas=False)
                 engine.step()
         found[name] = dict(counts)

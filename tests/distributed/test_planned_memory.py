@@ -140,7 +140,7 @@ def measure(case: Case, recipe: Recipe, ranks: int, memory: LiveMemory, folder: 
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with memory.block("forward"):
-                loss = engine(batch)
+                loss = engine(batch).loss
             with memory.block("backward"):
                 engine.backward(loss, scale_wrt_gas=False)
             del loss

@@ -45,7 +45,7 @@ def engine_of(seed: int, *, is_universal: bool = False, lora: bool = False) -> A
 
 
 def train_step(engine: Any, seed: int) -> float:
-    loss = engine(causal_batch(seed, [12, 7], 17))
+    loss = engine(causal_batch(seed, [12, 7], 17)).loss
     engine.backward(loss)
     engine.step()
     return loss.item()

@@ -104,7 +104,7 @@ def adam_on_ranks(rank: int, world_size: int, folder: str) -> None:
             targets = sum(targets_of(micro_batches(objective, step, other)) for other in range(world_size))
             sums.append(0.0)
             for batch in micro_batches(objective, step, rank):
-                loss_sum = engine(batch)
+                loss_sum = engine(batch).loss
                 engine.backward(loss_sum * world_size / targets, scale_wrt_gas=False)
                 engine.step()
                 sums[-1] += loss_sum.item()
@@ -144,7 +144,7 @@ def sgd_on_ranks(rank: int, world_size: int, folder: str) -> None:
         assert model.causal_lm.model.rotary_emb.inv_freq.dtype == torch.float32
         for step in range(SGD_STEPS):
             lengths, rows = BATCHES[rank]
-            loss = engine(causal_batch(step, lengths, rows))
+            loss = engine(causal_batch(step, lengths, rows)).loss
             assert (loss.item() == 0.0) == (rows == 0)
             engine.backward(loss)
             engine.step()
@@ -177,7 +177,7 @@ def test_two_ranks_of_very_different_rows_train_as_plain_torch_does(
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     for step in range(SGD_STEPS):
         optimizer.zero_grad()
-        (sum(model(causal_batch(step, lengths, rows)) for lengths, rows in BATCHES) / 2).backward()
+        (sum(model(causal_batch(step, lengths, rows)).loss for lengths, rows in BATCHES) / 2).backward()
         optimizer.step()
     for name, weight in torch.load(trained_on_ranks / f"sgd-{stage}-{variant}.pt").items():
         expected = model.causal_lm.get_parameter(name)
@@ -195,7 +195,7 @@ def adam_in_plain_torch(recipe: Recipe, objective: str) -> Iterator[Any]:
     scheduler = build_scheduler(recipe.schedule, optimizer, ADAM_STEPS)
     for step in range(ADAM_STEPS):
         batches = [batch for rank in range(2) for batch in micro_batches(objective, step, rank)]
-        loss = sum(model(batch) for batch in batches) / targets_of(batches)
+        loss = sum(model(batch).loss for batch in batches) / targets_of(batches)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), recipe.training.max_grad_norm)

@@ -21,7 +21,7 @@ def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 @pytest.mark.parametrize("chunk_rows", [1, 7, 50, 512])
 def test_any_chunking_is_the_plain_cross_entropy(chunk_rows: int) -> None:
     hidden, weight, targets = inputs(torch.float64)
-    loss = chunked_cross_entropy(hidden, weight, targets, chunk_rows=chunk_rows)
+    loss = chunked_cross_entropy(hidden, weight, targets, chunk_rows=chunk_rows)[0]
     expected = cross_entropy(hidden @ weight.T, targets, reduction="sum")
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     ours = torch.autograd.grad(3.5 * loss, (hidden, weight))
@@ -37,7 +37,7 @@ def test_bf16_is_as_exact_as_torchs_own_bf16() -> None:
     for name in ("ours", "torch"):
         hidden, weight, targets = inputs(torch.bfloat16)
         if name == "ours":
-            loss = chunked_cross_entropy(hidden, weight, targets, chunk_rows=7)
+            loss = chunked_cross_entropy(hidden, weight, targets, chunk_rows=7)[0]
             assert loss.dtype == torch.float32
         else:
             loss = cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")
@@ -60,7 +60,7 @@ def test_the_weights_gradient_stays_exact_however_many_chunks() -> None:
     exact = weight.detach().double().requires_grad_()
     cross_entropy(hidden.double() @ exact.T, targets, reduction="sum").backward()
     for chunk_rows in (16, 511, 512, 8192):
-        loss = chunked_cross_entropy(hidden, weight, targets, chunk_rows=chunk_rows)
+        loss = chunked_cross_entropy(hidden, weight, targets, chunk_rows=chunk_rows)[0]
         (gradient,) = torch.autograd.grad(loss, weight)
         assert gradient.dtype == torch.bfloat16
         error = ((gradient.double() - exact.grad).norm() / exact.grad.norm()).item()
@@ -69,16 +69,16 @@ def test_the_weights_gradient_stays_exact_however_many_chunks() -> None:
 
 def test_a_frozen_weight_gets_no_gradient_and_evaluation_computes_none() -> None:
     hidden, weight, targets = inputs(torch.float32)
-    loss = chunked_cross_entropy(hidden, weight.detach(), targets, chunk_rows=8)
+    loss = chunked_cross_entropy(hidden, weight.detach(), targets, chunk_rows=8)[0]
     assert torch.autograd.grad(loss, hidden)[0].abs().sum() > 0
     with torch.no_grad():
-        assert not chunked_cross_entropy(hidden, weight, targets, chunk_rows=8).requires_grad
+        assert not chunked_cross_entropy(hidden, weight, targets, chunk_rows=8)[0].requires_grad
 
 
 def test_certain_and_hopeless_predictions_stay_finite() -> None:
     hidden = torch.tensor([[300.0], [-300.0]], requires_grad=True)
     weight = torch.tensor([[1.0], [-1.0]], requires_grad=True)
-    loss = chunked_cross_entropy(hidden, weight, torch.tensor([0, 0]), chunk_rows=1)
+    loss = chunked_cross_entropy(hidden, weight, torch.tensor([0, 0]), chunk_rows=1)[0]
     loss.backward()
     assert loss.item() == pytest.approx(600.0)
     assert hidden.grad.tolist() == [[0.0], [-2.0]]

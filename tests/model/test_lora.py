@@ -45,7 +45,7 @@ def test_only_adapters_learn_and_the_merged_export_computes_what_the_live_model_
     optimizer = torch.optim.SGD(trained, lr=0.5)
     for _ in range(3):
         optimizer.zero_grad()
-        model(batch()).backward()
+        model(batch()).loss.backward()
         optimizer.step()
     assert base_fingerprint(model.causal_lm) == base
     export_model(model, None, tmp_path / "merged", "fp32")

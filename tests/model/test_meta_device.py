@@ -74,7 +74,7 @@ def run(model: TrainableModel, batch: PackedBatch) -> Tensor:
     hooks = [layer.register_forward_hook(check_hidden) for layer in model.causal_lm.model.layers]
     functions = [_PackedAttention, _ChunkedCrossEntropy]
     with no_host_work(), checked_gradients(functions) as ran:
-        loss = model(batch)
+        loss = model(batch).loss
         loss.backward()
     for hook in hooks:
         hook.remove()

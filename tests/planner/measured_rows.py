@@ -107,7 +107,7 @@ def measure(model: TrainableModel, batch: PackedBatch) -> Measured:
         head.register_forward_hook(restart("head")),
     ]
     with shared, torch.random.fork_rng(), _as_on_cuda(), _kernel_sums():
-        loss = model(batch)
+        loss = model(batch).loss
         after_forward = shared.bytes
         loss.backward()
     for hook in hooks:

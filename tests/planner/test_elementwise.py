@@ -73,7 +73,7 @@ def _moved(name: str, args: Any, kwargs: dict[str, Any], result: Any) -> int:
 
 def moved(model: TrainableModel, batch: PackedBatch) -> int:
     with Traffic() as traffic:
-        model(batch).backward()
+        model(batch).loss.backward()
     return traffic.bytes
 
 

@@ -107,7 +107,7 @@ def counted(model: TrainableModel, batch: PackedBatch) -> int:
     Transformers 5.17 computes those as a product.
     """
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-        model(batch).backward()
+        model(batch).loss.backward()
     by_module = counter.get_flop_counts()
     angles = sum(sum(by_module[name].values()) for name in by_module if name.endswith("rotary_emb"))
     return counter.get_total_flops() - angles

@@ -27,6 +27,7 @@ from bico_ds.batch import PackedBatch
 from bico_ds.common.errors import UserError
 from bico_ds.documents import Documents
 from bico_ds.model.build import TrainableModel
+from bico_ds.model.head import Losses
 from bico_ds.objectives.base import BatchKey
 from bico_ds.objectives.masks import MaskPolicy, TokenGrid
 
@@ -166,8 +167,11 @@ class ComparedModel(TrainableModel):
                 model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         return cls(model.causal_lm, recompute_every=model.recompute_every)
 
-    def forward(self, batch: PackedBatch | BaselineBatch) -> Tensor:
-        """The sum of the losses of the batch's targets; Hugging Face recomputes its layers by itself."""
+    def forward(self, batch: PackedBatch | BaselineBatch) -> Losses:
+        """The sum of the losses of the batch's targets; Hugging Face recomputes its layers by itself, and gives that alone."""
         for layer in self.causal_lm.model.layers:
             layer.gradient_checkpointing = bool(self.recompute_every) and isinstance(batch, BaselineBatch)
-        return batch.loss(self.causal_lm) if isinstance(batch, BaselineBatch) else super().forward(batch)
+        if not isinstance(batch, BaselineBatch):
+            return super().forward(batch)
+        loss = batch.loss(self.causal_lm)
+        return Losses(loss, loss.new_zeros(()), loss.new_zeros(0))

@@ -43,7 +43,7 @@ def measure(chunk_rows: int, rows: int, hidden_size: int) -> dict[str, float]:
     before = peak_from_here()
     started = time.process_time()
     if chunk_rows:
-        loss = chunked_cross_entropy(hidden, weight, targets, chunk_rows=chunk_rows)
+        loss = chunked_cross_entropy(hidden, weight, targets, chunk_rows=chunk_rows)[0]
     else:
         loss = cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")
     loss.backward()

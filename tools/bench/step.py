@@ -137,7 +137,7 @@ def train_step(engine: Any, micro_batches: list[PackedBatch]) -> float:
     inside = 0.0
     for batch in micro_batches:
         started = time.process_time()
-        engine.backward(engine(batch) / (len(micro_batches) * CAPACITY))
+        engine.backward(engine(batch).loss / (len(micro_batches) * CAPACITY))
         inside += time.process_time() - started
         engine.step()
     return inside
@@ -167,7 +167,7 @@ def shares(engine: Any, micro_batches: list[PackedBatch]) -> dict[str, float]:
         passes = 0.0
         for batch in micro_batches:
             begun = time.perf_counter()
-            engine.backward(engine(batch) / CAPACITY)
+            engine.backward(engine(batch).loss / CAPACITY)
             passes += time.perf_counter() - begun
             engine.step()
         total = time.perf_counter() - started

@@ -124,7 +124,7 @@ class Bench:
 
     def forward(self, batch: StepBatch) -> torch.Tensor:
         """The sum of the losses of the batch's targets."""
-        return self.engine(batch.to(self.device, non_blocking=True))
+        return self.engine(batch.to(self.device, non_blocking=True)).loss
 
     def backward(self, loss: torch.Tensor, targets: int) -> None:
         self.engine.backward(loss / max(targets, 1), scale_wrt_gas=False)

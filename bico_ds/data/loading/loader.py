@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from bico_ds.attention.layout import LayoutPolicy, build_layout
-from bico_ds.batch import PackedBatch
+from bico_ds.batch import ComparedRows, PackedBatch, target_sources
 from bico_ds.common.errors import UserError
 from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.data.loading.prefetch import Prefetcher
@@ -161,7 +162,19 @@ class ElasticLoader:
         )
         room = int(bins.length[entries].sum())
         check_batch(packed, documents, room=room, vocabulary=self._stream.vocabulary)
-        return packed
+        return self._with_sources(packed)
+
+    def _with_sources(self, packed: PackedBatch) -> PackedBatch:
+        """The batch with the source of each target, where there are several, and the rows that are compared."""
+        retention = self._stream.retention if packed.plan.mode == "causal" else None
+        if len(self.source_names) == 1 and retention is None:
+            return packed
+        packed = replace(packed, target_sources=(sources := target_sources(packed)))
+        if retention is None:
+            return packed
+        numbers = torch.tensor(self._stream.data.source_numbers(retention.on))
+        index = torch.isin(sources, numbers).nonzero()[:, 0]
+        return replace(packed, compared=ComparedRows(index=index, exclude_target=retention.exclude_target))
 
     def _read(
         self, sequences: list[Sequences], source: NDArray[np.int64], numbers: NDArray[np.int64]

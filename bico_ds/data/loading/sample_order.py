@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.sections.data import DataSpec
+from bico_ds.config.sections.retention import RetentionSpec
 from bico_ds.data.loading import identity
 from bico_ds.data.loading.legacy_identity import translate_state
 from bico_ds.data.loading.mixture import Mixture
@@ -54,7 +55,8 @@ class StreamSpec:
     """All that the global sample stream is a function of.
 
     `stores` are those of `data.sources`, in order. `sources_of`: the numbers of the sources that each objective draws from,
-    in the schedule's order; None: each from all. `vocabulary`: the number of ids that the model embeds, which bounds what
+    in the schedule's order; None: each from all. `retention`: which rows are compared with the start model; None:
+    none. `vocabulary`: the number of ids that the model embeds, which bounds what
     a batch may hold.
     """
 
@@ -65,6 +67,7 @@ class StreamSpec:
     global_batch_bins: int
     vocabulary: int
     sources_of: Sequence[Sequence[int]] | None = None
+    retention: RetentionSpec | None = None
 
     def sources(self, objective: int) -> tuple[int, ...]:
         """The numbers of the sources that the objective of this number draws from."""

@@ -39,7 +39,9 @@ class StepReport:
     `seconds` is the wall time of the step on this rank, `wait_seconds` the part spent waiting for data (mean over ranks).
     `fill` is the fraction of the bins' capacity that is used, as the objective expands documents. `sources` holds what was
     consumed since step 0, by data source: packed sequences (key `rows`) and their tokens. `is_spike`: the loss or the norm
-    is far above its running median (`bico_ds.training.spikes`); false under `training.on_spike: off`.
+    is far above its running median (`bico_ds.training.spikes`); false under `training.on_spike: off`. `divergence`: the
+    mean KL(start model ‖ model) over the rows that `retention` compares, in nats; None where none was. `source_losses`: by
+    data source, where there are several, the mean loss of its targets and their number.
     """
 
     step: int
@@ -57,6 +59,8 @@ class StepReport:
     pairs: int | None = None
     applied: bool = True
     is_spike: bool = False
+    divergence: float | None = None
+    source_losses: dict[str, list[float]] = field(default_factory=dict)
 
 
 class Callback:

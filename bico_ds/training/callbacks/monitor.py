@@ -109,8 +109,15 @@ def charts(recipe: Recipe) -> dict[str, dict[str, list[Any]]]:
     losses["loss"].append("loss/all")
     for name, spec in zip(objective_names(recipe.objectives), recipe.objectives, strict=True):
         losses[spec.monitor.chart].append(f"loss/{name}")
+    by_source = [
+        f"loss/{name}/{recipe.data.source_names[number]}"
+        for name, spec in zip(objective_names(recipe.objectives), recipe.objectives, strict=True)
+        for number in recipe.data.source_numbers(spec.sources)
+    ]
     tags = {
         **losses,
+        **({"loss by source": by_source} if len(recipe.data.sources) > 1 else {}),
+        **({"divergence from the start model": ["loss/divergence"]} if recipe.retention is not None else {}),
         "reversal tasks": [r"evaluation/.*/headline"],
         "tokens per second": [r"speed/.*_tokens_per_second"],
         "MFU": [f"{MFU}.*"],
@@ -119,7 +126,7 @@ def charts(recipe: Recipe) -> dict[str, dict[str, list[Any]]]:
 
 
 def _summarize(reports: list[StepReport]) -> dict[str, float]:
-    """Losses weighted by targets, over all steps and by objective; rates over rank 0's wall time; the last learning rate.
+    """Losses weighted by targets, over all steps, by objective and by source; rates over rank 0's wall time; the last learning rate.
 
     Losses and norms are those of the steps that made an update, and absent where none did; so are spikes.
     """
@@ -127,9 +134,18 @@ def _summarize(reports: list[StepReport]) -> dict[str, float]:
     # A skipped step's loss may not be a number. Checkpoints of before may hold updates without a target.
     applied = [report for report in reports if report.applied and report.targets]
     for report in applied:
-        for tag in ("loss/all", f"loss/{report.objective}"):
-            sums[tag][0] += report.loss * report.targets
-            sums[tag][1] += report.targets
+        parts = {
+            "loss/all": (report.loss, report.targets),
+            f"loss/{report.objective}": (report.loss, report.targets),
+        }
+        for source, (loss, targets) in report.source_losses.items():
+            parts[f"loss/{report.objective}/{source}"] = (loss, targets)
+        if report.divergence is not None:
+            # Steps count alike: how many rows each compared is not kept.
+            parts["loss/divergence"] = (report.divergence, 1)
+        for tag, (mean, weight) in parts.items():
+            sums[tag][0] += mean * weight
+            sums[tag][1] += weight
     seconds = sum(report.seconds for report in reports)
     numbers = {tag: total / count for tag, (total, count) in sums.items()}
     if applied:

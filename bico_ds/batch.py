@@ -54,8 +54,8 @@ class PackedBatch:
     `documents` names the documents inside, (source, id, piece) each, for messages about a bad batch. `layout`: which
     kernel serves which rows, by the attention backend's policy; a worker of the loader makes it from the plan. None: the
     backend is the oracle, which needs none, or every layer builds its own. `target_sources`: the number of each target's
-    data source; None: nobody asks. `compared`: what `retention` compares in a causal batch, perhaps no row of it; None: nothing
-    is compared in this step, on no rank.
+    data source; None: nobody asks. `compared`: what `retention` compares in a causal batch, perhaps no row of it; None:
+    nothing is compared in this step, on no rank.
     """
 
     input_ids: torch.Tensor  # int64 [T]

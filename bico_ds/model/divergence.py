@@ -46,8 +46,8 @@ def divergence_from_stored(
     """Sum over rows of KL(teacher ‖ softmax(hidden @ weight.T)), all tokens that are not stored as one bucket.
 
     hidden [M, E], weight [V, E], targets int64 [M]. It is at most the KL of the whole distributions, and that for K = V.
-    With `exclude_target` the target leaves the stored tokens, or else the bucket, and what is left is renormalised. The gradient
-    goes to hidden and weight; that of the weight is summed in its dtype, over few chunks.
+    With `exclude_target` the target leaves the stored tokens, or else the bucket, and what is left is renormalised. The
+    gradient goes to hidden and weight; that of the weight is summed in its dtype, over few chunks.
     """
     chunk_rows = max(chunk_rows, -(-len(hidden) // LOW_PRECISION_CHUNKS))
     return _FromStored.apply(hidden, weight, teacher, targets if exclude_target else None, chunk_rows)

@@ -49,7 +49,7 @@ class LossHead(nn.Linear):
 
     chunk_rows: int
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, hidden: Tensor, targets: Tensor | None = None, comparison: Comparison | None = None
     ) -> Tensor | Losses:
         """hidden [N, E], targets int64 [N]."""

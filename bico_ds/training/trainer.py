@@ -224,7 +224,7 @@ class Trainer:
         return found
 
     def _totals(self, batches: Sequence[PackedBatch], found: Sequence[Losses], waited: float) -> list[float]:
-        """Over all ranks: loss, rows, tokens, seconds of waiting, pairs, divergence; by source the losses, then the targets."""
+        """Over all ranks: loss, rows, tokens, seconds of waiting, pairs, divergence; then what `_by_source` gives."""
         rows = sum(len(batch.input_ids) for batch in batches)
         represented = sum(batch.represented_tokens for batch in batches)
         pairs = sum(batch.plan.num_pairs for batch in batches)

@@ -168,7 +168,7 @@ class ComparedModel(TrainableModel):
         return cls(model.causal_lm, recompute_every=model.recompute_every)
 
     def forward(self, batch: PackedBatch | BaselineBatch) -> Losses:
-        """The sum of the losses of the batch's targets; Hugging Face recomputes its layers by itself, and gives that alone."""
+        """The sum of the losses of the batch's targets; Hugging Face recomputes its layers by itself."""
         for layer in self.causal_lm.model.layers:
             layer.gradient_checkpointing = bool(self.recompute_every) and isinstance(batch, BaselineBatch)
         if not isinstance(batch, BaselineBatch):

@@ -126,7 +126,9 @@ def charts(recipe: Recipe) -> dict[str, dict[str, list[Any]]]:
 
 
 def _summarize(reports: list[StepReport]) -> dict[str, float]:
-    """Losses weighted by targets, over all steps, by objective and by source; rates over rank 0's wall time; the last learning rate.
+    """Losses weighted by targets, over all steps, by objective and by source; rates over rank 0's wall time.
+
+    The learning rate is the last one.
 
     Losses and norms are those of the steps that made an update, and absent where none did; so are spikes.
     """
@@ -134,7 +136,7 @@ def _summarize(reports: list[StepReport]) -> dict[str, float]:
     # A skipped step's loss may not be a number. Checkpoints of before may hold updates without a target.
     applied = [report for report in reports if report.applied and report.targets]
     for report in applied:
-        parts = {
+        parts: dict[str, tuple[float, float]] = {
             "loss/all": (report.loss, report.targets),
             f"loss/{report.objective}": (report.loss, report.targets),
         }

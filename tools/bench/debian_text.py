@@ -3,6 +3,9 @@
     python tools/bench/debian_text.py --output text/debian
     python tools/prepare_data.py files text/debian/pages.jsonl --tokenizer MODEL --output stores/debian
 
+The folder also gets prose.txt, the beginning of Bierce's Devil's Dictionary: a text of another kind, to measure forgetting
+on. It is not among the pages.
+
 It needs apt-get and dpkg-deb, and whatever mirror apt is set up for; not root. Where the mirror has other versions than the
 pinned ones by now, the checksums say so and nothing is written: `--any-version` takes them, and the figures of
 docs/benchmarks/results.md are then not repeated exactly.
@@ -10,6 +13,7 @@ docs/benchmarks/results.md are then not repeated exactly.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import subprocess
@@ -62,6 +66,15 @@ PACKAGES = {
         licence="GPL-2.0-only",
     ),
 }
+
+PROSE = Package(
+    version="1.0-13.1",
+    sha256="6a535684def2a1f70cd42da16d12d43f0e9dc3e54e4a329178eebab3170e3154",
+    pages="usr/share/dictd",
+    licence="public domain",
+)
+# From the first entry on; what comes before is about the file.
+_PROSE_BEGINS, _PROSE_CHARACTERS = "ABASEMENT", 120_000
 
 # One page of these repeats all others, or holds no sentences.
 _NO_PAGES = ("developers-reference.html", "index.html", "search.html", "genindex.html")
@@ -124,9 +137,8 @@ def pages_of(folder: Path) -> Iterator[str]:
             yield text
 
 
-def download(name: str, folder: Path, *, any_version: bool) -> Path:
+def download(name: str, package: Package, folder: Path, *, any_version: bool) -> Path:
     """Download a package by apt and unpack it. Raises `UserError` where that fails or the file is another one."""
-    package = PACKAGES[name]
     _run(["apt-get", "download", name], folder)
     (file,) = folder.glob(f"{name}_*.deb")
     found = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -153,11 +165,17 @@ def write_pages(options: Namespace) -> None:
     with tempfile.TemporaryDirectory() as temporary, atomic_folder(options.output) as output:
         characters = 0
         with open(output / "pages.jsonl", "w", encoding="utf-8") as file:
-            for name in PACKAGES:
-                for text in pages_of(download(name, Path(temporary), any_version=options.any_version)):
+            for name, package in PACKAGES.items():
+                folder = download(name, package, Path(temporary), any_version=options.any_version)
+                for text in pages_of(folder):
                     file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
                     characters += len(text)
-        lines = [f"{name} {package.version}, Debian, {package.licence}" for name, package in PACKAGES.items()]
+        folder = download("dict-devil", PROSE, Path(temporary), any_version=options.any_version)
+        prose = gzip.decompress((folder / "devil.dict.dz").read_bytes()).decode("utf-8", "replace")
+        begin = prose.index(_PROSE_BEGINS)
+        (output / "prose.txt").write_text(prose[begin : begin + _PROSE_CHARACTERS], encoding="utf-8")
+        packages = {**PACKAGES, "dict-devil": PROSE}
+        lines = [f"{name} {package.version}, Debian, {package.licence}" for name, package in packages.items()]
         (output / "SOURCES").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{options.output / 'pages.jsonl'}: {characters:,} characters")
 

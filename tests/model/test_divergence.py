@@ -110,6 +110,37 @@ def test_the_target_that_is_left_out_may_be_all_that_the_start_model_expects() -
     torch.testing.assert_close(torch.autograd.grad(value, hidden)[0][0, 0], (0.5 - p) @ weight[1:, 0])
 
 
+def test_a_stored_target_of_nearly_all_probability_leaves_no_rounding_behind() -> None:
+    """What is left of 1 - 1e-7 in fp32 is rounding; the tokens that are stored still have their ratios."""
+    log_probs = torch.tensor([[-1.0e-7, -17.0, -18.0], [0.0, -120.0, -120.0]])
+    teacher = TeacherRows(
+        ids=torch.tensor([[4, 0, 1]]).expand(2, -1), log_probs=log_probs, target_log_probs=log_probs[:, 0]
+    )
+    hidden = torch.zeros(2, 1, requires_grad=True)
+    value = divergence_from_stored(
+        hidden, teacher, torch.ones(5, 1), exclude_target=True, targets=torch.tensor([4, 4]), chunk_rows=9
+    )
+    p = torch.tensor([-17.0, -18.0]).softmax(0)
+    torch.testing.assert_close(value, (p * (4 * p).log()).sum())
+    assert torch.autograd.grad(value, hidden)[0].abs().max() < 1e-6
+
+
+def test_stored_rows_stay_finite_where_the_model_is_certain() -> None:
+    hidden = torch.ones(2, 1, requires_grad=True)
+    weight = torch.tensor([[200.0], [-200.0], [-200.0]], requires_grad=True)
+    teacher = TeacherRows(
+        ids=torch.zeros(2, 1, dtype=torch.int64),
+        log_probs=torch.tensor([[0.5], [1.0]]).log(),
+        target_log_probs=torch.tensor([0.25, 0.0]).log(),
+    )
+    for excludes in (False, True):
+        value = divergence_from_stored(
+            hidden, teacher, weight, exclude_target=excludes, targets=torch.tensor([1, 1]), chunk_rows=1
+        )
+        gradients = torch.autograd.grad(value, (hidden, weight))
+        assert value.isfinite() and all(part.isfinite().all() for part in gradients)
+
+
 def test_certain_distributions_stay_finite() -> None:
     hidden = torch.tensor([[300.0], [-300.0]], requires_grad=True)
     weight = torch.tensor([[1.0], [-1.0]])

@@ -1,8 +1,8 @@
-"""KL(base ‖ model) per row, with its gradient, from hidden states and the head: logits of few rows exist at a time.
+"""KL(start model ‖ model) per row, with its gradient, from hidden states and the head: logits of few rows exist at a time.
 
 Both distributions are over the whole vocabulary V, or without the target token, so that learning it costs nothing
-(2605.29498). The gradient is computed in the forward pass, as for the cross entropy (`head.py`): for logits z of the model,
-dKL/dz = q - p.
+(arXiv 2605.29498). The gradient is computed in the forward pass, as for the cross entropy (`head.py`): with p of the start
+model and q of the model, KL = Σ p log(p / q), and for the model's logits z, dKL/dz = q Σp - p.
 
 Shape legend: M rows, E hidden size, V vocabulary, K stored tokens per row.
 """
@@ -18,20 +18,21 @@ from torch.autograd.function import once_differentiable
 from bico_ds.batch import TeacherRows
 from bico_ds.config.schema import LOW_PRECISION_CHUNKS
 
-# Of a stored distribution's rest: less is its rounding.
+# Of what the stored tokens of a row leave of 1: less is the rounding of their sum in fp32.
 _LEAST_REST = 1e-6
 
 
 def divergence_from_hidden(
-    hidden: Tensor, base_hidden: Tensor, weight: Tensor, *, without: Tensor | None, chunk_rows: int
+    hidden: Tensor, start_hidden: Tensor, weight: Tensor, *, without: Tensor | None, chunk_rows: int
 ) -> Tensor:
-    """Sum over rows of KL(softmax(base_hidden @ weight.T) ‖ softmax(hidden @ weight.T)), a scalar in at least fp32.
+    """Sum over rows of KL(softmax(start_hidden @ weight.T) ‖ softmax(hidden @ weight.T)), a scalar in at least fp32.
 
-    hidden and base_hidden [M, E], weight [V, E], all of one dtype; without int64 [M]: tokens that are left out, None: none.
-    The gradient goes to `hidden` alone: the weight is the base's own, and is not trained.
+    hidden and start_hidden [M, E], weight [V, E], all of one dtype; without int64 [M]: tokens that are left out, None: none.
+    The gradient goes to `hidden` alone: the weight is the start model's own, and is not trained. About 14 bytes per logit of
+    `chunk_rows` rows exist at a time in bf16.
     """
-    assert not weight.requires_grad, "a head that is trained is not the base's"
-    return _FromHidden.apply(hidden, base_hidden, weight, without, chunk_rows)
+    assert not weight.requires_grad, "a head that is trained is not the start model's"
+    return _FromHidden.apply(hidden, start_hidden, weight, without, chunk_rows)
 
 
 def divergence_from_stored(
@@ -46,31 +47,40 @@ def divergence_from_stored(
     """Sum over rows of KL(teacher ‖ softmax(hidden @ weight.T)), all tokens that are not stored as one bucket.
 
     hidden [M, E], weight [V, E], targets int64 [M]. It is at most the KL of the whole distributions, and that for K = V.
-    With `exclude_target` the target leaves the stored tokens, or else the bucket, and what is left is renormalised. The
-    gradient goes to hidden and weight; that of the weight is summed in its dtype, over few chunks.
+    With `exclude_target` the target leaves the stored tokens, or else the bucket, and what is left is divided by its sum; a
+    row of which nothing is left counts nothing. The gradient goes to hidden and weight. That of the weight is summed in the
+    weight's dtype; where that is bf16, a chunk has more than `chunk_rows` rows if there would be more than
+    `LOW_PRECISION_CHUNKS` chunks.
     """
-    chunk_rows = max(chunk_rows, -(-len(hidden) // LOW_PRECISION_CHUNKS))
+    if weight.requires_grad and weight.dtype != _exact(weight):
+        chunk_rows = max(chunk_rows, -(-len(hidden) // LOW_PRECISION_CHUNKS))
     return _FromStored.apply(hidden, weight, teacher, targets if exclude_target else None, chunk_rows)
 
 
 class _FromHidden(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, base_hidden: Tensor, weight: Tensor, without: Tensor | None, chunk_rows: int
+        ctx: Any,
+        hidden: Tensor,
+        start_hidden: Tensor,
+        weight: Tensor,
+        without: Tensor | None,
+        chunk_rows: int,
     ) -> Tensor:
         grad_hidden = torch.empty_like(hidden)
         total = hidden.new_zeros((), dtype=_exact(hidden))
         for start in range(0, len(hidden), chunk_rows):
             rows = slice(start, start + chunk_rows)
             excluded = None if without is None else without[rows, None]
+            log_p = _log_probabilities(start_hidden[rows], weight, excluded)
             log_q = _log_probabilities(hidden[rows], weight, excluded)
-            log_p = _log_probabilities(base_hidden[rows], weight, excluded)
-            p, q = log_p.exp(), log_q.exp()
-            if excluded is not None:  # there both are zero, and their logarithms are not numbers to subtract
-                log_p.scatter_(1, excluded, 0.0)
-                log_q.scatter_(1, excluded, 0.0)
-            total += (p * (log_p - log_q)).sum()
-            torch.mm((q - p).to(weight.dtype), weight, out=grad_hidden[rows])
+            p = log_p.exp()
+            log_ratio = log_p.sub_(log_q)
+            if excluded is not None:  # the difference of two infinities
+                log_ratio.scatter_(1, excluded, 0.0)
+            total += log_ratio.mul_(p).sum()
+            grad_logits = log_q.exp_().sub_(p)
+            torch.mm(grad_logits.to(weight.dtype), weight, out=grad_hidden[rows])
         ctx.save_for_backward(grad_hidden)
         return total
 
@@ -115,39 +125,48 @@ class _FromStored(torch.autograd.Function):
 
 
 def _stored_chunk(log_q: Tensor, teacher: TeacherRows, excluded: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The sum of the divergences of log_q [M, V], and its gradient by the logits [M, V].
+    """The sum of the divergences of log_q [M, V], and its gradient by the logits [M, V], which takes the memory of log_q.
 
-    With q_rest the model's probability of all tokens that are not stored, dKL/dz is q - p of a stored token, and
-    q (1 - p_rest / q_rest) of another.
+    With q_rest the model's probability of the bucket, dKL/dz is q Σp - p of a stored token, and
+    (q / q_rest) (q_rest Σp - p_rest) of another.
     """
-    p = teacher.log_probs.to(log_q.dtype).exp()
-    rest = 1.0 - p.sum(1, keepdim=True)
-    stored = torch.ones_like(p, dtype=torch.bool)
-    if excluded is not None:
-        target = teacher.target_log_probs.to(log_q.dtype).exp()[:, None]
-        stored = teacher.ids != excluded
-        rest = rest - torch.where(stored.all(1, keepdim=True), target, 0.0)
-        scale = 1.0 / (1.0 - target).clamp_min(torch.finfo(log_q.dtype).eps)
-        p, rest = torch.where(stored, p * scale, 0.0), rest * scale
-    rest = torch.where(rest < _LEAST_REST, 0.0, rest)
+    p, p_rest = _buckets(teacher, excluded, log_q.dtype)
+    mass = p.sum(1, keepdim=True) + p_rest
     log_q_stored = log_q.gather(1, teacher.ids)
-    log_q_rest = log_q.scatter(1, teacher.ids, -torch.inf).logsumexp(1, keepdim=True)
-    log_q_rest = torch.where(rest > 0, log_q_rest, 0.0)
-    log_p = torch.where(p > 0, p, 1.0).log()
-    value = torch.where(stored, p * (log_p - log_q_stored), 0.0).sum()
-    value = value + torch.where(rest > 0, rest * (rest.clamp_min(_LEAST_REST).log() - log_q_rest), 0.0).sum()
-    q = log_q.exp()
-    kept = 1.0 - torch.where(rest > 0, rest * torch.exp(-log_q_rest), 0.0)
-    grad = q * kept
-    grad.scatter_(1, teacher.ids, torch.where(stored, log_q_stored.exp() - p, 0.0))
-    return value, grad
+    log_q_rest = log_q.scatter_(1, teacher.ids, -torch.inf).logsumexp(1, keepdim=True)
+    value = _times_log_ratio(p, log_q_stored).sum() + _times_log_ratio(p_rest, log_q_rest).sum()
+    # Of an empty bucket there is nothing to divide.
+    shares = log_q.sub_(log_q_rest.where(log_q_rest.isfinite(), 0.0)).exp_()
+    grad = shares.mul_(mass * log_q_rest.exp() - p_rest)
+    return value, grad.scatter_(1, teacher.ids, mass * log_q_stored.exp() - p)
+
+
+def _buckets(teacher: TeacherRows, excluded: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The start model's probabilities of the stored tokens [M, K] and of all others together [M, 1]; 1 or, of nothing, 0."""
+    p = teacher.log_probs.to(dtype).exp()
+    rest = 1.0 - p.sum(1, keepdim=True)
+    if excluded is not None:
+        is_target = teacher.ids == excluded
+        target = teacher.target_log_probs.to(dtype).exp()[:, None]
+        rest = rest - target.masked_fill(is_target.any(1, keepdim=True), 0.0)
+        p = p.masked_fill(is_target, 0.0)
+    # Before the division, which would make a probability of a rounding where the target had nearly all.
+    rest = rest.where(rest >= _LEAST_REST, 0.0)
+    mass = (p.sum(1, keepdim=True) + rest).clamp_min(torch.finfo(dtype).tiny)
+    return p / mass, rest / mass
+
+
+def _times_log_ratio(p: Tensor, log_q: Tensor) -> Tensor:
+    """p log(p / q), which is 0 for p = 0, whatever q."""
+    return torch.where(p > 0, torch.special.xlogy(p, p) - p * log_q, 0.0)
 
 
 def _log_probabilities(hidden: Tensor, weight: Tensor, excluded: Tensor | None) -> Tensor:
     logits = torch.mm(hidden, weight.T).to(_exact(hidden))
     if excluded is not None:
         logits.scatter_(1, excluded, -torch.inf)
-    return torch.log_softmax(logits, -1)
+    torch._log_softmax(logits, -1, False, out=logits)
+    return logits
 
 
 def _exact(hidden: Tensor) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -46,15 +47,20 @@ class EvaluationResult:
     """Results by task name, in the order asked for.
 
     `choice`: log-probability tests (`choice_statistics`) by task name, where they were asked for. `training_texts`: what the
-    training texts hold of each question (`contamination.apart`) by task name, where they were searched.
+    training texts hold of each question (`contamination.apart`) by task name, where they were searched. `texts`: the
+    perplexities (`retention_texts.measure`) by the name of a text.
     """
 
     tasks: dict[str, TaskResult]
     choice: dict[str, dict[str, Any]] = field(default_factory=dict)
     training_texts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    texts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def scalars(self, prefix: str = "evaluation") -> dict[str, float]:
-        """Every score by its tag, `{prefix}/{task}/{metric}`; headlines by order as `{prefix}/{task}/{order}/{metric}`."""
+        """Every score by its tag, `{prefix}/{task}/{metric}`; headlines by order as `{prefix}/{task}/{order}/{metric}`.
+
+        Of texts `{prefix}/text/{name}/perplexity` and `times_base`, as far as they are known and finite.
+        """
         figures = [(task, name, value) for task, x in self.tasks.items() for name, value in x.metrics.items()]
         figures += [(task, name, x[name]) for task, x in self.choice.items() for name in CHOICE_SCALARS]
         for task, x in self.training_texts.items():
@@ -62,7 +68,10 @@ class EvaluationResult:
             figures += [
                 (task, f"{order}/{headline}", y["metrics"][headline]) for order, y in x["scores"].items()
             ]
-        return {f"{prefix}/{task}/{name}": value for task, name, value in figures}
+        for name, x in self.texts.items():
+            figures += [(f"text/{name}", "perplexity", x["perplexity"])]
+            figures += [(f"text/{name}", "times_base", x["times"])] if x["times"] is not None else []
+        return {f"{prefix}/{task}/{name}": value for task, name, value in figures if math.isfinite(value)}
 
     def to_json(self, *, prompts: bool = True) -> dict[str, Any]:
         """The content of a result file; without `prompts` the answers to single prompts are left out."""
@@ -71,19 +80,19 @@ class EvaluationResult:
             task["rows"] = task.pop("prompts")  # the format's key
             if task["scoring"] == 1:  # as version 0.1.0 wrote it
                 del task["scoring"]
-        for section in ("choice", "training_texts"):
+        for section in ("choice", "training_texts", "texts"):
             if not values[section]:
                 del values[section]
         if not prompts:
             for part in values.values():
                 for task in part.values():
-                    del task["rows"]
+                    task.pop("rows", None)  # a text has none
         return values
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> EvaluationResult:
         tasks = {name: _task_from_json(task) for name, task in values["tasks"].items()}
-        sections = {name: values.get(name, {}) for name in ("choice", "training_texts")}
+        sections = {name: values.get(name, {}) for name in ("choice", "training_texts", "texts")}
         return EvaluationResult(tasks=tasks, **sections)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from bico_ds.data.replay.source import check_sampled, prepare_sampled
 from bico_ds.data.store import TokenStore, Verify
 from bico_ds.data.tokenizer import FastTokenizer, Tokenizer, load_tokenizer, special_ids, vocabulary_size
 from bico_ds.evaluation.loading import load_for_evaluation, load_generation_config, weights_stamp
+from bico_ds.evaluation.retention_texts import RetentionText, check_texts, read_texts
 from bico_ds.evaluation.scoring.choice import encode_candidates
 from bico_ds.evaluation.scoring.generation import stop_ids
 from bico_ds.evaluation.tasks.task import Task, load_tasks
@@ -43,6 +44,7 @@ class RunInputs:
     schedule: ObjectiveSchedule
     tasks: list[Task]
     chats_begin_with_bos: bool = False  # where a source's texts are written by the chat template
+    texts: list[RetentionText] = field(default_factory=list)
 
     @property
     def add_bos(self) -> bool:
@@ -101,6 +103,7 @@ def prepare_stores(recipe: Recipe, *, weights_needed: bool = True, progress: boo
     path = tokenizer_path(recipe, weights_needed=weights_needed)
     verify: Verify = "once" if launch_environment.local_rank() == 0 else "structure"
     check_sampled(recipe)
+    check_texts(recipe, verify=verify)
     return [
         prepare_source(source, recipe.data, path, progress=progress, verify=verify)
         if source.sampled is None
@@ -133,7 +136,8 @@ def open_inputs(recipe: Recipe, *, weights_needed: bool = True) -> RunInputs:
     """Open what `prepare_stores` made, or make it now.
 
     Raises `UserError` for a store of another tokenizer, for objectives that do not fit the tokenizer, where tasks are asked
-    and only some stores have BOS, and for tasks that are missing, or lack wrong answers for `evaluation.likelihood_others`.
+    and only some stores have BOS, for tasks that are missing, or lack wrong answers for `evaluation.likelihood_others`, and
+    what `read_texts` refuses.
     """
     path = tokenizer_path(recipe, weights_needed=weights_needed)
     tokenizer = load_tokenizer(path)
@@ -157,6 +161,10 @@ def open_inputs(recipe: Recipe, *, weights_needed: bool = True) -> RunInputs:
             source.messages_field is not None and store.manifest.add_bos
             for source, store in zip(recipe.data.sources, stores, strict=True)
         ),
+    )
+    context = _model_value(recipe, "max_position_embeddings")
+    inputs = replace(
+        inputs, texts=read_texts(recipe, tokenizer, stores, context=context, add_bos=inputs.add_bos)
     )
     if (others := recipe.evaluation.likelihood_others) is not None:
         # Refuse a task that lacks wrong answers now, and not at the first evaluation.
@@ -228,18 +236,18 @@ def _token_roles(recipe: Recipe, tokenizer: Tokenizer) -> TokenRoles:
     return TokenRoles(
         special_ids=tuple(sorted(special_ids(tokenizer))),
         placeholder_id=next((token for token in candidates if token is not None), None),
-        vocabulary=_model_vocabulary(recipe) or vocabulary_size(tokenizer),
+        vocabulary=_model_value(recipe, "vocab_size") or vocabulary_size(tokenizer),
     )
 
 
-def _model_vocabulary(recipe: Recipe) -> int | None:
-    """How many token ids the model embeds, where recipe or model folder give it; often more than the tokenizer has."""
+def _model_value(recipe: Recipe, key: str) -> int | None:
+    """Of the model's config, where recipe or model folder give it; `vocab_size` is often more than the tokenizer has."""
     if recipe.model.config is not None:
-        return recipe.model.config.get("vocab_size")
+        return recipe.model.config.get(key)
     if recipe.model.path is None or not recipe.model.path.is_here():
         return None
     file = Path(recipe.model.path.here()) / "config.json"
-    return json.loads(file.read_text(encoding="utf-8")).get("vocab_size") if file.is_file() else None
+    return json.loads(file.read_text(encoding="utf-8")).get(key) if file.is_file() else None
 
 
 def _tasks(recipe: Recipe) -> list[Task]:

@@ -11,7 +11,9 @@ import torch
 from bico_ds.attention.backends import resolve
 from bico_ds.attention.layout import LayoutPolicy
 from bico_ds.common.errors import UserError
+from bico_ds.config.resources import RECIPES
 from bico_ds.config.schema import Recipe
+from bico_ds.config.sections.retention import REPLAY
 from bico_ds.data.loading.sample_order import StreamReport
 from bico_ds.model.architecture import first_layers, meta_model, model_config
 from bico_ds.model.lora import check_lora
@@ -69,6 +71,26 @@ def beyond_context(recipe: Recipe, streams: Sequence[StreamReport]) -> str | Non
     return (
         f"texts of up to {longest:,} tokens are longer than the model's context of {context:,} "
         f"(max_position_embeddings), and it has not seen positions past that; data.capacity={context} cuts them"
+    )
+
+
+def what_may_be_lost(recipe: Recipe) -> str | None:
+    """A note on a fine-tuning in which nothing keeps what the model knew; None for other runs.
+
+    What keeps it is text beside the facts (`replay`, a source that is sampled or has a share of the tokens), or `retention`. The numbers are those of docs/benchmarks/results.md: SmolLM2-135M, full runs of BICO.
+    """
+    keeps = recipe.retention is not None or any(
+        source.name == REPLAY or source.sampled is not None or source.token_share is not None
+        for source in recipe.data.sources
+    )
+    if recipe.model.path is None or keeps:
+        return None
+    measured = "all weights: 12.9 to 988" if recipe.model.lora is None else "adapters alone: 12.9 to 2,655"
+    keep = f"{recipe.name}_keep"
+    named = f"recipe {keep} does, " if (RECIPES / f"{keep}.yaml").is_file() else ""
+    return (
+        "nothing here keeps the model's other abilities, with adapters or without (perplexity of other text in our runs of "
+        f"SmolLM2-135M, {measured}); {named}see docs/retention.md"
     )
 
 

@@ -27,7 +27,13 @@ from bico_ds.runtime.distributed import read_ranks
 from bico_ds.runtime.run_folder import folder_of_run
 from bico_ds.training import assembly
 from bico_ds.training.assembly import RunInputs
-from bico_ds.training.checks import beyond_context, check_backend, check_recipe, without_missing_weights
+from bico_ds.training.checks import (
+    beyond_context,
+    check_backend,
+    check_recipe,
+    what_may_be_lost,
+    without_missing_weights,
+)
 from bico_ds.training.planning import plan_of_run, verdict_lines
 
 LOOK_AHEAD = 64  # steps searched for one batch of each objective
@@ -67,8 +73,9 @@ def dry_run(recipe: Recipe, *, output_dir: Path | None = None) -> None:
         check_schedule(recipe.schedule, steps)
         warnings = loader.check_targets()
         console.print(_table(planned, world_size, parameter_count(config), steps, loader, inputs))
-        if (note := beyond_context(planned, loader.report())) is not None:
-            console.print(f"note: {note}")
+        for note in (beyond_context(planned, loader.report()), what_may_be_lost(recipe)):
+            if note is not None:
+                console.print(f"note: {note}", highlight=False, markup=False)
         verdict = verdict_lines(planned, lambda device: _plan(planned, loader, device, world_size))
     finally:
         loader.close()
@@ -125,6 +132,8 @@ def _table(
     table.add_row("steps by objective", ", ".join(f"{name} {count:,}" for name, count in counts.items()))
     for name in loader.source_names:
         table.add_row(f"passes over {name}", _passes(name, streams, counts, batch))
+    for text in inputs.texts:
+        table.add_row(f"text {text.spec.name}", f"{text.tokens:,} tokens predicted at each evaluation")
     for name, line in _first_batches(loader, inputs, min(steps, LOOK_AHEAD)).items():
         table.add_row(f"first {name} step, rank 0", line)
     return table

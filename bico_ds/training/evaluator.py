@@ -1,4 +1,4 @@
-"""The reversal tasks during training: the ranks share out the prompts.
+"""The reversal tasks and retention texts during training: the ranks share out prompts and windows.
 
 It is no callback, because the loop must know whether an evaluation was cut off.
 """
@@ -6,7 +6,7 @@ It is no callback, because the loop must know whether an evaluation was cut off.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from bico_ds.common.errors import UserError
 from bico_ds.common.files import write_atomically
 from bico_ds.config.sections.evaluation import EvaluationSpec
 from bico_ds.evaluation.contamination import TrainingTexts, apart, find_orders
 from bico_ds.evaluation.replica import full_replica
 from bico_ds.evaluation.report.tables import contamination_line, search_notes
-from bico_ds.evaluation.results import EvaluationResult, Order
+from bico_ds.evaluation.results import EvaluationResult, Order, load_result
+from bico_ds.evaluation.retention_texts import above_limit, measure, reference
 from bico_ds.evaluation.run_tasks import GenerationOptions, evaluate
 from bico_ds.evaluation.scoring.choice import choice_test
 from bico_ds.evaluation.scoring.share import PromptShare
@@ -32,6 +34,8 @@ from bico_ds.training.assembly import RunInputs
 
 # Training waits while its texts are searched for the questions: a minute or two for so many tokens per rank.
 SEARCHED_TOKENS = 100_000_000
+# A window has logits of every token, and stands beside the training state.
+_WINDOWS_PER_BATCH = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +43,7 @@ class Evaluator:
     """Evaluates the model in training, and writes the result of every prompt into the run folder.
 
     `inputs`: the tasks, their tokenizer, and whether prompts begin with BOS. `on_progress`: called after each of this
-    rank's batches.
+    rank's batches. `before`: the texts' results before training, once they are known; a checkpoint keeps them.
     """
 
     spec: EvaluationSpec
@@ -48,14 +52,19 @@ class Evaluator:
     folder: RunFolder
     stop: StopFlag
     on_progress: Callable[[], None]
+    before: dict[str, dict[str, Any]] = field(default_factory=dict)
     _orders: dict[str, list[Order]] = field(default_factory=dict, init=False)
 
     def is_due(self, step: int, total_steps: int) -> bool:
+        """Whether the model is evaluated after so many steps; before the first one, on its texts alone."""
+        if step == 0:
+            return bool(self.inputs.texts)
         every = self.spec.every_steps
-        return bool(self.inputs.tasks) and (step == total_steps or (every is not None and step % every == 0))
+        asked = bool(self.inputs.tasks or self.inputs.texts)
+        return asked and (step == total_steps or (every is not None and step % every == 0))
 
     def __call__(self, causal_lm: PreTrainedModel, step: int) -> EvaluationResult | None:
-        """Run all tasks, and write evaluation/step-N.json on rank 0. Collective.
+        """Run all tasks, and write evaluation/step-N.json on rank 0; of step 0 only the texts are measured. Collective.
 
         Returns the same result on every rank, or None on all of them where any was asked to stop meanwhile. Raises
         `UserError` for a prompt that does not fit the model's context.
@@ -65,7 +74,7 @@ class Evaluator:
         was_training = causal_lm.training
         model = full_replica(causal_lm, device=self.ranks.device) if replicate else causal_lm.eval()
         with torch.no_grad():
-            result = self._evaluate(model, synced=partitioned and not replicate)
+            result = self._evaluate(model, step, synced=partitioned and not replicate)
         causal_lm.train(was_training)
         if result is not None and self.ranks.is_first:
             path = self.folder.evaluation_file(step)
@@ -73,8 +82,8 @@ class Evaluator:
             write_atomically(path, json.dumps(result.to_json(), ensure_ascii=False, indent=1))
         return result
 
-    def _evaluate(self, model: PreTrainedModel, *, synced: bool) -> EvaluationResult | None:
-        """Generated answers, and where the recipe asks for it the log-probability test."""
+    def _evaluate(self, model: PreTrainedModel, step: int, *, synced: bool) -> EvaluationResult | None:
+        """Perplexities of texts, and after step 0 what the tasks give."""
         share = PromptShare(
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
@@ -84,7 +93,27 @@ class Evaluator:
             should_stop=lambda: bool(self.stop),
             on_batch=lambda sequences: self.on_progress(),
         )
+        texts = self._measure_texts(model, step, replace(share, batch_size=_WINDOWS_PER_BATCH))
+        if texts is None:
+            return None
+        result = EvaluationResult(tasks={}) if step == 0 else self._ask(model, share)
+        return None if result is None else replace(result, texts=texts)
+
+    def _measure_texts(
+        self, model: PreTrainedModel, step: int, share: PromptShare
+    ) -> dict[str, dict[str, Any]] | None:
+        texts = self.inputs.texts
+        found = measure(model, texts, self.before, share)
+        if step > 0 or found is None:
+            return found
+        self.before.update(found)
+        return {name: {**values, "times": 1.0} for name, values in found.items()}
+
+    def _ask(self, model: PreTrainedModel, share: PromptShare) -> EvaluationResult | None:
+        """Generated answers, and where the recipe asks for it the log-probability test."""
         tasks, tokenizer, add_bos = self.inputs.tasks, self.inputs.tokenizer, self.inputs.add_bos
+        if not tasks:
+            return EvaluationResult(tasks={})
         options = GenerationOptions(max_new_tokens=self.spec.max_new_tokens, add_bos=add_bos)
         result = evaluate(model, tokenizer, tasks, options, share)
         if result is not None and self.searches_training_texts:
@@ -135,8 +164,11 @@ class Evaluator:
         return replace(result, training_texts=scores)
 
     def messages(self, result: EvaluationResult, step: int, total_steps: int) -> Iterator[str]:
-        """What the console is told of the first and the last result besides its scores; the files have it of all."""
-        if step not in (self.spec.every_steps, total_steps):
+        """What the console is told besides the scores: of texts always, of the rest at the first and the last result."""
+        for name, text in result.texts.items():
+            times = "" if text["times"] is None else f", {text['times']:.2f} × the start"
+            yield f"text {name}: perplexity {text['perplexity']:.2f}{times}"
+        if not result.tasks or step not in (self.spec.every_steps, total_steps):
             return
         if result.training_texts:
             yield f"by the order in the training texts: {contamination_line(result)}"
@@ -150,6 +182,39 @@ class Evaluator:
     def has_result(self, step: int) -> bool:
         """Whether this step's evaluation was completed."""
         return self.folder.evaluation_file(step).is_file()
+
+    def above_limit(self, result: EvaluationResult) -> str | None:
+        """Which text is above its `stop_if_above`, the same on every rank."""
+        return above_limit(result.texts, self.spec.texts)
+
+
+def texts_before(inputs: RunInputs, saved: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The texts' results before training, from a checkpoint's state.
+
+    Raises `UserError` for a text with `stop_if_above` that they do not have: nothing could be compared with its limit.
+    """
+    before = dict(saved.get("texts_before", {}))
+    for text in inputs.texts:
+        if text.spec.stop_if_above is not None and reference(text, before) is None:
+            raise UserError(
+                f"evaluation.tasks: the checkpoint does not know the perplexity of text '{text.spec.name}' before training "
+                "(the text, or how it is read, was changed since), so its stop_if_above cannot be judged; leave that out, or "
+                "start anew with --resume none"
+            )
+    return before
+
+
+def refuse_above_limit(spec: EvaluationSpec, folder: RunFolder, step: int) -> None:
+    """Raise `UserError` where the run in `folder` was stopped at this step by a limit of its texts that still holds.
+
+    A batch system would otherwise start it again and again.
+    """
+    file = folder.evaluation_file(step)
+    if spec.texts and file.is_file() and (reason := above_limit(load_result(file).texts, spec.texts)):
+        raise UserError(
+            f"step {step}: {reason}. To go on from there all the same, raise the limit or leave it out "
+            "(evaluation.tasks); --resume RUN/checkpoints/step-N goes back to an earlier step"
+        )
 
 
 def scalars(result: EvaluationResult) -> dict[str, float]:

@@ -12,6 +12,7 @@ import logging
 import warnings
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -52,8 +53,8 @@ from bico_ds.training.callbacks.console import ConsoleProgress
 from bico_ds.training.callbacks.monitor import StepMonitor
 from bico_ds.training.callbacks.planned import PlannedBesideMeasured
 from bico_ds.training.callbacks.utilization import Utilization
-from bico_ds.training.checks import beyond_context, check_backend, check_recipe
-from bico_ds.training.evaluator import Evaluator
+from bico_ds.training.checks import beyond_context, check_backend, check_recipe, what_may_be_lost
+from bico_ds.training.evaluator import Evaluator, refuse_above_limit, texts_before
 from bico_ds.training.fit import refuse_what_cannot_fit
 from bico_ds.training.run import Run
 from bico_ds.training.spikes import SpikeDetector
@@ -125,7 +126,10 @@ def _prepare(run: Run, resume: str) -> Resumption | None:
         run.folder.check_writable(begins_anew=begins_anew(run.folder, resume))
         with run.stop.interrupting():
             assembly.prepare_stores(run.recipe)
-            return choose(run.folder, resume, run.recipe, _layout(run))
+            resumption = choose(run.folder, resume, run.recipe, _layout(run))
+            if resumption is not None and record.is_own(resumption.found.path, run.folder):
+                refuse_above_limit(run.recipe.evaluation, run.folder, resumption.step)
+            return resumption
     except Interrupted as stopped:
         run.folder.preempt(f"{stopped} in start-up")
         run.folder.close()
@@ -149,19 +153,23 @@ def _train_on_all_ranks(run: Run, resume: str, resumption: Resumption | None, wa
     """Everything that needs all ranks, from the stores to the end of the run."""
     inputs = assembly.open_inputs(run.recipe)
     saved = resumption.found.content["state"] if resumption else {}
+    before = texts_before(inputs, saved) if resumption else {}
     loader = assembly.build_loader(run.recipe, inputs, _rank_share(run), state=saved.get("loader"))
     # While the other ranks wait for what rank 0 finds of the targets.
     planned = plan_of_start(run, loader) if run.ranks.is_first else None
     warnings = _check_targets(run, loader)
-    trainer = _build_trainer(run, inputs, loader, resumption, watchdog, planned)
+    trainer = _build_trainer(
+        run, inputs, loader, resumption, _evaluator(run, inputs, watchdog, before), watchdog, planned
+    )
     if run.ranks.is_first:
         warnings += assembly.export_warnings(inputs, trainer.engine.module.config)
     for warning in warnings:
         trainer.callbacks.on_message(f"warning: {warning}")
     for change in loader.changes:
         trainer.callbacks.on_message(f"resumed although it changed: {change}")
-    if (note := beyond_context(run.recipe, loader.report())) is not None:
-        trainer.callbacks.on_message(f"note: {note}")
+    for note in (beyond_context(run.recipe, loader.report()), what_may_be_lost(run.recipe)):
+        if note is not None:
+            trainer.callbacks.on_message(f"note: {note}")
     start = RunStart(
         recipe=run.recipe,
         first_step=trainer.step,
@@ -204,6 +212,7 @@ def _build_trainer(
     inputs: RunInputs,
     loader: ElasticLoader,
     resumption: Resumption | None,
+    evaluator: Evaluator,
     watchdog: Watchdog,
     planned: StartPlan | None,
 ) -> Trainer:
@@ -224,7 +233,7 @@ def _build_trainer(
         loader=loader,
         callbacks=_callbacks(run, engine, spikes, planned),
         checkpointer=_checkpointer(run, inputs, engine),
-        evaluator=_evaluator(run, inputs, watchdog),
+        evaluator=evaluator,
         spikes=spikes,
         watchdog=watchdog,
         total_steps=steps,
@@ -256,7 +265,9 @@ def _checkpointer(run: Run, inputs: RunInputs, engine: Engine) -> Checkpointer:
     )
 
 
-def _evaluator(run: Run, inputs: RunInputs, watchdog: Watchdog) -> Evaluator:
+def _evaluator(
+    run: Run, inputs: RunInputs, watchdog: Watchdog, before: dict[str, dict[str, Any]]
+) -> Evaluator:
     return Evaluator(
         spec=run.recipe.evaluation,
         inputs=inputs,
@@ -264,6 +275,7 @@ def _evaluator(run: Run, inputs: RunInputs, watchdog: Watchdog) -> Evaluator:
         folder=run.folder,
         stop=run.stop,
         on_progress=watchdog.note_progress,
+        before=before,
     )
 
 

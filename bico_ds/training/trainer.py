@@ -21,6 +21,7 @@ from bico_ds.checkpoint.checkpointer import Checkpointer
 from bico_ds.common.errors import RunError
 from bico_ds.data.loading.loader import RankStep
 from bico_ds.data.loading.sample_order import Consumed
+from bico_ds.evaluation.results import EvaluationResult
 from bico_ds.model.deepspeed_engine import Engine
 from bico_ds.model.head import Losses
 from bico_ds.runtime import host_memory
@@ -46,6 +47,10 @@ class StepCounts:
 
     targets: int
     compared: int
+
+
+class RetentionError(RunError):
+    """A retention text's perplexity is above its `stop_if_above`; the step is saved."""
 
 
 class Loader(Protocol):
@@ -93,7 +98,7 @@ class Trainer:
     def train(self) -> State:
         """Train until the last step or until a stop is agreed, and save a checkpoint of that step (of step 0: none).
 
-        Raises `NonFiniteError`, `SpikeError`, `NoTargetsError` and `CheckpointError`, each on all ranks alike.
+        Raises `NonFiniteError`, `SpikeError`, `RetentionError`, `NoTargetsError` and `CheckpointError`, on all ranks alike.
         """
         if self._evaluation_is_missing():
             self._evaluate()
@@ -124,9 +129,10 @@ class Trainer:
         return "done" if self.step == self.total_steps and not self._cut_evaluation else "preempted"
 
     def _evaluation_is_missing(self) -> bool:
-        """Whether a stop or a crash cut off the evaluation of the step resumed from."""
-        due = self.step > 0 and self.evaluator.is_due(self.step, self.total_steps)
-        return due and broadcast_object(not self.evaluator.has_result(self.step))
+        """Whether that before the first step is due, or a stop or a crash cut off that of the step resumed from."""
+        if not self.evaluator.is_due(self.step, self.total_steps):
+            return False
+        return self.step == 0 or broadcast_object(not self.evaluator.has_result(self.step))
 
     def _agree(self, batches: Sequence[PackedBatch]) -> tuple[StepCounts, bool]:
         """The counts of the whole step, and whether any rank was asked to stop: one all-reduce before the first backward."""
@@ -301,6 +307,18 @@ class Trainer:
             self.callbacks.on_numbers(
                 self.step, "timing", {"speed/evaluation_seconds": time.perf_counter() - started}
             )
+            self._stop_above_limit(result)
+
+    def _stop_above_limit(self, result: EvaluationResult) -> None:
+        """Save this step and raise `RetentionError` where a text is above its limit."""
+        if self.step == 0 or (reason := self.evaluator.above_limit(result)) is None:
+            return
+        if self._saved_step != self.step:
+            self._save(required=True)
+        raise RetentionError(
+            f"step {self.step}: {reason}. The step is saved; the run goes on from there once the limit is raised or left "
+            "out, or from an earlier checkpoint (--resume RUN/checkpoints/step-N) with other settings: docs/retention.md"
+        )
 
     def _save(self, *, required: bool = False) -> None:
         self.watchdog.note_progress()
@@ -308,6 +326,7 @@ class Trainer:
             "loader": self.loader.state_dict(self.step, self.consumed),
             "callbacks": self.callbacks.state(),
             "targetless": self.targetless.state(),
+            "texts_before": self.evaluator.before,
         }
         saved = self.checkpointer.save(self.engine, self.step, state, required=required)
         if saved.failure is not None:

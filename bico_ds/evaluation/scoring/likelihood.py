@@ -125,17 +125,30 @@ def encode_windows(tokenizer: Tokenizer, text: str, *, window: int, add_bos: boo
     left to predict.
     """
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    start = [tokenizer.bos_token_id] if add_bos and tokenizer.bos_token_id is not None else []
     if window < 2:
         raise UserError(
             f"--window {window}: a window needs two tokens at least, one to read and one to predict"
         )
-    size = window - len(start)
-    pieces = [start + ids[i : i + size] for i in range(0, len(ids), size)]
-    texts = [Scored(ids=tuple(piece), answer_tokens=len(piece) - 1) for piece in pieces if len(piece) > 1]
+    texts = cut_windows(ids, window=window, bos=tokenizer.bos_token_id if add_bos else None)
     if not texts:
         raise UserError("the retention text has no token to predict; name a longer one")
     return texts
+
+
+def cut_windows(ids: Sequence[int], *, window: int, bos: int | None) -> list[Scored]:
+    """`ids` in windows as `encode_windows` makes them of a text; those without a token to predict are left out."""
+    start = () if bos is None else (bos,)
+    size = window - len(start)
+    pieces = [(*start, *ids[i : i + size]) for i in range(0, len(ids), size)]
+    return [Scored(ids=piece, answer_tokens=len(piece) - 1) for piece in pieces if len(piece) > 1]
+
+
+def mean_nll(
+    model: PreTrainedModel, texts: Sequence[Scored], share: PromptShare = ONE_PROCESS
+) -> float | None:
+    """-log P of the texts' answer tokens, the mean in nats; its exponential is the perplexity. As `log_probabilities`."""
+    sums = log_probabilities(model, texts, share)
+    return None if sums is None else -sum(sums) / sum(text.answer_tokens for text in texts)
 
 
 def text_perplexity(
@@ -153,15 +166,14 @@ def text_perplexity(
     `log_probabilities` does, and raises `UserError` as `encode_windows` does.
     """
     texts = encode_windows(tokenizer, text, window=window, add_bos=add_bos)
-    sums = log_probabilities(model, texts, share)
-    if sums is None:
+    nll = mean_nll(model, texts, share)
+    if nll is None:
         return None
     tokens = sum(item.answer_tokens for item in texts)
-    nll = -sum(sums)
     return Perplexity(
-        perplexity=math.exp(nll / tokens),
-        nll_per_token=nll / tokens,
-        bits_per_byte=nll / math.log(2) / len(text.encode()),
+        perplexity=math.exp(nll),
+        nll_per_token=nll,
+        bits_per_byte=nll * tokens / math.log(2) / len(text.encode()),
         tokens=tokens,
         window=window,
         text_sha256=hashlib.sha256(text.encode()).hexdigest(),

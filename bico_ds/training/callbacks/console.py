@@ -53,7 +53,8 @@ class ConsoleProgress(FirstRankCallback):
                 key.split("/", 1)[1]: value for key, value in numbers.items() if key.endswith("/headline")
             }
             text = "  ".join(f"{key.removesuffix('/headline')} {value:.3f}" for key, value in shown.items())
-            self.on_message(f"step {step}  evaluation  {text}")
+            if shown:
+                self.on_message(f"step {step}  evaluation  {text}")
 
     def on_message(self, text: str) -> None:
         self._progress.print(text)

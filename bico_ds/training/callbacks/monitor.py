@@ -119,6 +119,7 @@ def charts(recipe: Recipe) -> dict[str, dict[str, list[Any]]]:
         **({"loss by source": by_source} if len(recipe.data.sources) > 1 else {}),
         **({"divergence from the start model": ["loss/divergence"]} if recipe.retention is not None else {}),
         "reversal tasks": [r"evaluation/.*/headline"],
+        **({"retention": [r"evaluation/text/.*/times_base"]} if recipe.evaluation.texts else {}),
         "tokens per second": [r"speed/.*_tokens_per_second"],
         "MFU": [f"{MFU}.*"],
     }

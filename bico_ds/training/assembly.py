@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from bico_ds.data.prepare.recipe_sources import facts_folder, prepare_source
 from bico_ds.data.replay.sampled_store import SampleShare
 from bico_ds.data.replay.source import check_sampled, prepare_sampled
 from bico_ds.data.store import TokenStore, Verify
+from bico_ds.data.teacher.opening import open_teachers
+from bico_ds.data.teacher.stored import StoredTeacher
 from bico_ds.data.tokenizer import FastTokenizer, Tokenizer, load_tokenizer, special_ids, vocabulary_size
 from bico_ds.evaluation.loading import load_for_evaluation, load_generation_config, weights_stamp
 from bico_ds.evaluation.scoring.choice import encode_candidates
@@ -43,6 +46,7 @@ class RunInputs:
     schedule: ObjectiveSchedule
     tasks: list[Task]
     chats_begin_with_bos: bool = False  # where a source's texts are written by the chat template
+    teachers: Mapping[int, StoredTeacher] = field(default_factory=dict)  # by the source's number
 
     @property
     def add_bos(self) -> bool:
@@ -109,6 +113,14 @@ def prepare_stores(recipe: Recipe, *, weights_needed: bool = True, progress: boo
     ]
 
 
+def check_teachers(recipe: Recipe, paths: list[Path]) -> None:
+    """Open the teacher of a recipe, if it has one, over the stores at these paths, and compare its checksums.
+
+    On rank 0, before the others join. Raises `UserError` as `open_teachers` does.
+    """
+    open_teachers(recipe, [TokenStore.open(path, verify="structure") for path in paths], verify="once")
+
+
 def _prepare_sampled(
     recipe: Recipe, tokens: int, tokenizer: FastTokenizer, progress: bool, verify: Verify
 ) -> Path:
@@ -157,6 +169,7 @@ def open_inputs(recipe: Recipe, *, weights_needed: bool = True) -> RunInputs:
             source.messages_field is not None and store.manifest.add_bos
             for source, store in zip(recipe.data.sources, stores, strict=True)
         ),
+        open_teachers(recipe, stores, verify="structure", weights_needed=weights_needed),
     )
     if (others := recipe.evaluation.likelihood_others) is not None:
         # Refuse a task that lacks wrong answers now, and not at the first evaluation.
@@ -187,6 +200,7 @@ def build_loader(
         global_batch_bins=recipe.training.global_batch_bins,
         vocabulary=inputs.vocabulary,
         retention=recipe.retention,
+        teachers=inputs.teachers,
         sources_of=[recipe.data.source_numbers(spec.sources) for spec in recipe.objectives],
     )
     return ElasticLoader(stream, share, state=state)

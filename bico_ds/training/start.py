@@ -124,7 +124,7 @@ def _prepare(run: Run, resume: str) -> Resumption | None:
             record.refuse_lost(run.folder)
         run.folder.check_writable(begins_anew=begins_anew(run.folder, resume))
         with run.stop.interrupting():
-            assembly.prepare_stores(run.recipe)
+            assembly.check_teachers(run.recipe, assembly.prepare_stores(run.recipe))
             return choose(run.folder, resume, run.recipe, _layout(run))
     except Interrupted as stopped:
         run.folder.preempt(f"{stopped} in start-up")

@@ -30,7 +30,8 @@ def identity(
     """Return all that the global sample stream is a function of, by recipe key; JSON-able.
 
     `sources_of`: the numbers of each objective's sources; `teachers`: the fingerprints of stored distributions, by source.
-    What checkpoints of before do not know is in it where it is not the default alone. The number of ranks, of micro-batches and of workers is not in it: the stream does not depend on them.
+    What checkpoints of before do not know is in it where it is not the default alone. The number of ranks, of micro-batches
+    and of workers is not in it: the stream does not depend on them.
     """
     keys: dict[str, Any] = {"seed": seed, "training.global_batch_bins": global_batch_bins}
     for name in ("capacity", "overlong", "max_documents_per_bin", "repack_every_epoch"):

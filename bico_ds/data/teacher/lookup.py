@@ -56,8 +56,8 @@ def _check(
         known = sequences[own] < len(teacher.lengths)
         if not known.all() or (teacher.lengths[sequences[own]] != documents.lengths[own]).any():
             raise UserError(
-                "retention.teacher holds distributions over documents as they are, cut by data.capacity; this objective expands "
-                "them, and cuts them otherwise"
+                "retention.teacher holds distributions over documents as they are, cut by data.capacity; this objective "
+                "expands them, and cuts them otherwise"
             )
     following = documents.offsets[document] + position + 1
     if (following >= documents.offsets[document + 1]).any() or (

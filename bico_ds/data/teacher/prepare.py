@@ -199,7 +199,8 @@ class _Shards:
     def __init__(self, task: TeacherTask, work: Path) -> None:
         rows = first_rows(task.sequences)
         cuts = np.searchsorted(rows, np.arange(0, rows[-1], _SHARD_ROWS))
-        self.cuts = np.unique(np.append(cuts, len(rows) - 1))
+        # None of sequences of one token alone, which have no rows.
+        self.cuts = np.append(np.unique(cuts[rows[cuts] < rows[-1]]), len(rows) - 1)
         self._bytes = rows[self.cuts] * task.row_bytes
         self._work, self._all = work, work / ROWS
 
@@ -245,8 +246,8 @@ def _begin(work: Path, task: TeacherTask, shards: _Shards) -> None:
     missing, free = shards.missing_bytes(), shutil.disk_usage(work).free
     if missing > free:
         raise UserError(
-            f"{work.parent}: the distributions take {missing / 1e9:.1f} GB, {task.row_bytes} bytes per token, and the disk has "
-            f"{free / 1e9:.1f} GB free: give a smaller --top-k, or another --output"
+            f"{work.parent}: the distributions take {missing / 1e9:.1f} GB, {task.row_bytes} bytes per token, and the disk "
+            f"has {free / 1e9:.1f} GB free: give a smaller --top-k, or another --output"
         )
 
 
@@ -296,7 +297,7 @@ _NEXT_TOKENS = NextTokenPrediction(spec=NtpSpec(kind="ntp", probability=1.0))
 
 
 def _batches(lengths: NDArray[np.int64], first: int, tokens: int) -> Iterator[NDArray[np.int64]]:
-    """The numbers from `first` on of sequences of these lengths, as many at a time as have `tokens`, or one that is longer."""
+    """The numbers from `first` on of sequences of these lengths, as many at a time as have `tokens`, at least one."""
     ends, begin = np.cumsum(lengths), 0
     while begin < len(lengths):
         before = ends[begin] - lengths[begin]

@@ -5,6 +5,7 @@
     bico-ds prepare hub OWNER/NAME --split train --tokenizer MODEL --output stores/theirs
     bico-ds prepare facts --output stores/facts
     bico-ds prepare replay --model MODEL --tokens 1000000 --output stores/replay
+    bico-ds prepare teacher --model MODEL --store stores/replay --capacity 2048 --output teachers/mine
     bico-ds prepare --inspect stores/mine --documents 0 17
 
 After an interruption the same command continues where it stopped.
@@ -42,6 +43,8 @@ def prepare(options: Namespace) -> int:
             prepare_facts(options)
         elif options.command == "replay":
             prepare_replay(options)
+        elif options.command == "teacher":
+            prepare_teacher(options)
         else:
             prepare_texts(options)
     except BrokenPipeError:
@@ -57,7 +60,7 @@ def prepare(options: Namespace) -> int:
 
 def contradiction(options: Namespace) -> str | None:
     if options.inspect is None and options.command is None:
-        return "give a command (files, hub, facts, replay) or --inspect STORE"
+        return "give a command (files, hub, facts, replay, teacher) or --inspect STORE"
     return None
 
 
@@ -162,6 +165,38 @@ def prepare_replay(options: Namespace) -> None:
         print(f"{options.output}: {report}")
 
 
+def prepare_teacher(options: Namespace) -> None:
+    """Store a model's distributions over the texts of stores; every rank of torchrun takes part."""
+    from bico_ds.config.schema import ModelSpec
+    from bico_ds.data.store import TokenStore
+    from bico_ds.data.teacher.prepare import TextCut, find_tasks, prepare_parts
+    from bico_ds.data.tokenizer import load_tokenizer
+    from bico_ds.model.build import build_model
+    from bico_ds.runtime.distributed import ranks_of_torchrun
+
+    spec, folder = ModelSpec(path=options.model, dtype=options.dtype), options.output.resolve()
+    tokenizer, stores = load_tokenizer(options.model.here()), [TokenStore.open(s) for s in options.store]
+    for store in stores:
+        store.check_tokenizer(tokenizer)
+    cut = TextCut(capacity=options.capacity, overlong=options.overlong)
+    tasks = find_tasks(spec, stores, cut, folder, top_k=options.top_k, force=options.force)
+    with ranks_of_torchrun() as ranks:
+        for task in tasks if ranks.is_first else []:
+            print(f"{task.store.path}: {task.size}")
+        prepare_parts(
+            lambda: build_model(
+                spec, seed=0, ds_config=None, device=ranks.device, longest_document=options.capacity
+            ),
+            tasks,
+            folder,
+            ranks,
+            batch_tokens=options.batch_tokens,
+            force=options.force,
+        )
+    if ranks.is_first:
+        print(f"{options.output}: done")
+
+
 def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--inspect", metavar="STORE", type=local_path, help="show documents of a store, decoded"
@@ -180,7 +215,7 @@ def add_options(parser: ArgumentParser) -> None:
         metavar="PATH",
         help="with --inspect: for a store that does not hold its own",
     )
-    commands = parser.add_subparsers(dest="command", metavar="{files,hub,facts,replay}")
+    commands = parser.add_subparsers(dest="command", metavar="{files,hub,facts,replay,teacher}")
     files = commands.add_parser("files", help="JSONL, Parquet and text files, or folders of them")
     files.add_argument(
         "inputs",
@@ -205,6 +240,7 @@ def add_options(parser: ArgumentParser) -> None:
         commands.add_parser("facts", help="the embedded task: fictitious facts, their tests, a tokenizer")
     )
     _add_replay_options(commands.add_parser("replay", help="texts sampled from a model, at temperature 1"))
+    _add_teacher_options(commands.add_parser("teacher", help="a model's distributions over texts of stores"))
 
 
 def _add_text_options(parser: ArgumentParser) -> None:
@@ -322,6 +358,61 @@ def _add_replay_options(parser: ArgumentParser) -> None:
         help="auto (default): that of the weights",
     )
     _add_provenance(parser)
+
+
+def _add_teacher_options(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        type=folder_or_hub_name,
+        required=True,
+        metavar="MODEL",
+        help="the start model: safetensors folder, or a hub name",
+    )
+    parser.add_argument(
+        "--store",
+        type=local_path,
+        nargs="+",
+        required=True,
+        metavar="STORE",
+        help="stores whose texts it reads",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        type=local_path,
+        required=True,
+        help="the teacher: a folder with a part per store",
+    )
+    parser.add_argument("--force", action="store_true", help="replace the parts of these stores")
+    parser.add_argument(
+        "--capacity", type=positive, required=True, metavar="N", help="data.capacity of the recipe"
+    )
+    parser.add_argument(
+        "--overlong",
+        choices=("split", "truncate", "drop"),
+        default="split",
+        help="data.overlong of the recipe (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=positive,
+        default=64,
+        metavar="K",
+        help="likeliest tokens kept per position; the others are one bucket (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-tokens",
+        type=positive,
+        default=8192,
+        metavar="N",
+        help="tokens at a time (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bf16", "fp32"),
+        default="bf16",
+        help="precision of the forward pass, best model.dtype of the recipe (default: %(default)s)",
+    )
 
 
 def _add_provenance(parser: ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Whether a token store holds the bytes that were written: its checksums, compared once per machine.
+"""Whether a token store, or a teacher, holds the bytes that were written: its checksums, compared once per machine.
 
 This machine keeps a record of the stores that it has verified, in `$XDG_CACHE_HOME/bico_ds` (`~/.cache/bico_ds`). It names
 each by what changes when anybody writes to it or puts another file in its place: path, device, inode, size and both times of
@@ -48,6 +48,31 @@ def verify_files(folder: Path, manifest: StoreManifest, *, again: bool) -> None:
     checksums = {**manifest.checksums, **kept}
     if missing := [name for name in checksums if not (folder / name).is_file()]:
         raise UserError(f"token store '{folder}' is incomplete: {missing[0]} is missing; {AGAIN}")
+    _verify_once(folder, checksums, lambda count: _compare(folder, manifest, checksums, count), again=again)
+
+
+def verify_rows(file: Path, checksum: str, *, again: bool, advice: str) -> None:
+    """Compare the rows of a stored teacher with their SHA-256, as `verify_files` does the files of a store.
+
+    Raises `UserError`, which ends with `advice`, where they differ.
+    """
+
+    def compare(count: Callable[[int], None]) -> None:
+        found, _ = _read(file, np.dtype(np.uint8), count)
+        if found != checksum:
+            raise UserError(f"'{file}' is damaged: it has another checksum; {advice}")
+
+    _verify_once(file.parent, {file.name: checksum}, compare, again=again)
+
+
+def _verify_once(
+    folder: Path,
+    checksums: dict[str, str],
+    compare: Callable[[Callable[[int], None]], None],
+    *,
+    again: bool,
+) -> None:
+    """Let `compare` read these files, unless this machine has a record of it; it tells what it is given the bytes read."""
     identity = _identity(folder, checksums)
     size = sum((folder / name).stat().st_size for name in checksums)
     record = _record_file(folder) if size > _SMALL_BYTES else None
@@ -56,7 +81,16 @@ def verify_files(folder: Path, manifest: StoreManifest, *, again: bool) -> None:
     console = Console(stderr=True, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
     with Progress(console, *columns, enabled=launch_environment.rank() == 0, transient=True) as shown:
-        _compare(folder, manifest, checksums, size, shown)
+        read = 0
+
+        def count(more: int) -> None:
+            nonlocal read
+            read += more
+            text = f"{read / 1e9:.1f} of {size / 1e9:.1f} GB"
+            shown.update(read, f"verifying the checksums of {folder}: {text}", text=text)
+
+        shown.begin(f"verifying {folder.name}", total=size)
+        compare(count)
     if record is not None:
         # A home folder that cannot be written costs the next start another reading, and nothing else.
         with contextlib.suppress(OSError):
@@ -67,17 +101,8 @@ def verify_files(folder: Path, manifest: StoreManifest, *, again: bool) -> None:
 
 
 def _compare(
-    folder: Path, manifest: StoreManifest, checksums: dict[str, str], size: int, shown: Progress
+    folder: Path, manifest: StoreManifest, checksums: dict[str, str], count: Callable[[int], None]
 ) -> None:
-    read = 0
-
-    def count(more: int) -> None:
-        nonlocal read
-        read += more
-        text = f"{read / 1e9:.1f} of {size / 1e9:.1f} GB"
-        shown.update(read, f"verifying the checksums of {folder}: {text}", text=text)
-
-    shown.begin(f"verifying {folder.name}", total=size)
     largest = -1
     for name, expected in checksums.items():
         dtype = np.dtype(manifest.token_dtype).newbyteorder("<") if name == _TOKENS else np.dtype(np.uint8)

@@ -198,9 +198,8 @@ def _one_line(error: Exception) -> str:
 
 
 def _require_same_architecture(found: PretrainedConfig, wanted: PretrainedConfig, path: str) -> None:
-    pairs = {
-        key: (_architecture_value(found, key), _architecture_value(wanted, key)) for key in _ARCHITECTURE_KEYS
-    }
+    theirs, ours = architecture_values(found), architecture_values(wanted)
+    pairs = {key: (theirs[key], ours[key]) for key in _ARCHITECTURE_KEYS}
     differences = [
         f"{key}: {of_path!r} at the path, {of_recipe!r} in the recipe"
         for key, (of_path, of_recipe) in pairs.items()
@@ -210,6 +209,11 @@ def _require_same_architecture(found: PretrainedConfig, wanted: PretrainedConfig
         raise UserError(
             f"the model at '{path}' is not the one 'model.config' describes:\n  " + "\n  ".join(differences)
         )
+
+
+def architecture_values(config: PretrainedConfig) -> dict[str, Any]:
+    """What tells this config's network from others."""
+    return {key: _architecture_value(config, key) for key in _ARCHITECTURE_KEYS}
 
 
 def _architecture_value(config: PretrainedConfig, key: str) -> Any:

@@ -46,6 +46,11 @@ class TrainableModel(nn.Module):
         hidden_TE = self._hidden(batch)
         return self.causal_lm.lm_head(hidden_TE.index_select(0, batch.loss_rows), batch.targets, comparison)
 
+    @torch.no_grad()
+    def target_states(self, batch: PackedBatch) -> Tensor:
+        """The hidden states that predict the batch's targets, [N, E], without a gradient."""
+        return self._hidden(batch).index_select(0, batch.loss_rows)
+
     def _comparison(self, batch: PackedBatch) -> Comparison | None:
         """What the batch's rows are compared with; before the pass that is trained, whose activations are kept."""
         if batch.compared is None:
@@ -57,11 +62,10 @@ class TrainableModel(nn.Module):
             exclude_target=compared.exclude_target,
         )
 
-    @torch.no_grad()
     def _start_model(self, batch: PackedBatch, index: Tensor) -> Tensor:
         """The hidden states of the loss rows of these numbers without adapters, [M, E]."""
         with without_adapters(self.causal_lm):
-            return self._hidden(batch).index_select(0, batch.loss_rows.index_select(0, index))
+            return self.target_states(batch).index_select(0, index)
 
     def _hidden(self, batch: PackedBatch) -> Tensor:
         """The last hidden states [T, E].

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from bico_ds.data.prepare.recipe_sources import facts_folder, prepare_source
 from bico_ds.data.replay.sampled_store import SampleShare
 from bico_ds.data.replay.source import check_sampled, prepare_sampled
 from bico_ds.data.store import TokenStore, Verify
+from bico_ds.data.teacher.opening import open_teachers
+from bico_ds.data.teacher.stored import StoredTeacher
 from bico_ds.data.tokenizer import FastTokenizer, Tokenizer, load_tokenizer, special_ids, vocabulary_size
 from bico_ds.evaluation.loading import load_for_evaluation, load_generation_config, weights_stamp
 from bico_ds.evaluation.retention_texts import RetentionText, check_texts, read_texts
@@ -45,6 +48,7 @@ class RunInputs:
     tasks: list[Task]
     chats_begin_with_bos: bool = False  # where a source's texts are written by the chat template
     texts: list[RetentionText] = field(default_factory=list)
+    teachers: Mapping[int, StoredTeacher] = field(default_factory=dict)  # by the source's number
 
     @property
     def add_bos(self) -> bool:
@@ -112,6 +116,14 @@ def prepare_stores(recipe: Recipe, *, weights_needed: bool = True, progress: boo
     ]
 
 
+def check_teachers(recipe: Recipe, paths: list[Path]) -> None:
+    """Open the teacher of a recipe, if it has one, over the stores at these paths, and compare its checksums.
+
+    On rank 0, before the others join. Raises `UserError` as `open_teachers` does.
+    """
+    open_teachers(recipe, [TokenStore.open(path, verify="structure") for path in paths], verify="once")
+
+
 def _prepare_sampled(
     recipe: Recipe, tokens: int, tokenizer: FastTokenizer, progress: bool, verify: Verify
 ) -> Path:
@@ -161,6 +173,7 @@ def open_inputs(recipe: Recipe, *, weights_needed: bool = True) -> RunInputs:
             source.messages_field is not None and store.manifest.add_bos
             for source, store in zip(recipe.data.sources, stores, strict=True)
         ),
+        teachers=open_teachers(recipe, stores, verify="structure", weights_needed=weights_needed),
     )
     context = _model_value(recipe, "max_position_embeddings")
     inputs = replace(
@@ -195,6 +208,7 @@ def build_loader(
         global_batch_bins=recipe.training.global_batch_bins,
         vocabulary=inputs.vocabulary,
         retention=recipe.retention,
+        teachers=inputs.teachers,
         sources_of=[recipe.data.source_numbers(spec.sources) for spec in recipe.objectives],
     )
     return ElasticLoader(stream, share, state=state)

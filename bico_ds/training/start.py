@@ -125,7 +125,7 @@ def _prepare(run: Run, resume: str) -> Resumption | None:
             record.refuse_lost(run.folder)
         run.folder.check_writable(begins_anew=begins_anew(run.folder, resume))
         with run.stop.interrupting():
-            assembly.prepare_stores(run.recipe)
+            assembly.check_teachers(run.recipe, assembly.prepare_stores(run.recipe))
             resumption = choose(run.folder, resume, run.recipe, _layout(run))
             if resumption is not None and record.is_own(resumption.found.path, run.folder):
                 refuse_above_limit(run.recipe.evaluation, run.folder, resumption.step)

@@ -25,11 +25,13 @@ def identity(
     sources_of: Sequence[Sequence[int]],
     seed: int,
     global_batch_bins: int,
+    teachers: Mapping[int, str],
 ) -> dict[str, Any]:
     """Return all that the global sample stream is a function of, by recipe key; JSON-able.
 
-    `sources_of`: the numbers of each objective's sources. What checkpoints of before do not know is in it where it is not
-    the default alone. The number of ranks, of micro-batches and of workers is not in it: the stream does not depend on them.
+    `sources_of`: the numbers of each objective's sources; `teachers`: the fingerprints of stored distributions, by source.
+    What checkpoints of before do not know is in it where it is not the default alone. The number of ranks, of micro-batches
+    and of workers is not in it: the stream does not depend on them.
     """
     keys: dict[str, Any] = {"seed": seed, "training.global_batch_bins": global_batch_bins}
     for name in ("capacity", "overlong", "max_documents_per_bin", "repack_every_epoch"):
@@ -40,6 +42,8 @@ def identity(
         keys[f"data.sources[{index}].epochs"] = source.epochs
         if source.token_share is not None:
             keys[f"data.sources[{index}].token_share"] = source.token_share
+        if index in teachers:
+            keys[f"retention.teacher of data.sources[{index}]"] = teachers[index]
     for index, (objective, probability) in enumerate(
         zip(schedule.objectives, schedule.probabilities, strict=True)
     ):

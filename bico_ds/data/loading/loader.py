@@ -24,6 +24,7 @@ from bico_ds.data.loading.sample_order import Consumed, GlobalBatch, SampleOrder
 from bico_ds.data.loading.sequences import Sequences
 from bico_ds.data.loading.stream import StreamBins
 from bico_ds.data.loading.targets import CutSource, check_targets
+from bico_ds.data.teacher.lookup import teacher_rows
 from bico_ds.documents import Documents
 from bico_ds.objectives.base import BatchKey, check_batch
 from bico_ds.planner.workload import Drawn
@@ -169,9 +170,11 @@ class ElasticLoader:
         )
         room = int(bins.length[entries].sum())
         check_batch(packed, documents, room=room, vocabulary=self._stream.vocabulary)
-        return self._with_sources(packed)
+        return self._with_sources(packed, documents, bins.sequence[entries])
 
-    def _with_sources(self, packed: PackedBatch) -> PackedBatch:
+    def _with_sources(
+        self, packed: PackedBatch, documents: Documents, sequences: NDArray[np.int64]
+    ) -> PackedBatch:
         """The batch with the source of each target, where there are several, and the rows that are compared."""
         retention = self._stream.retention if packed.plan.mode == "causal" else None
         if len(self.source_names) == 1 and retention is None:
@@ -181,7 +184,13 @@ class ElasticLoader:
             return packed
         numbers = torch.tensor(self._stream.data.source_numbers(retention.on))
         index = torch.isin(sources, numbers).nonzero()[:, 0]
-        return replace(packed, compared=ComparedRows(index=index, exclude_target=retention.exclude_target))
+        teachers = self._stream.teachers
+        compared = ComparedRows(
+            index=index,
+            exclude_target=retention.exclude_target,
+            teacher=teacher_rows(teachers, packed, index, documents, sequences) if teachers else None,
+        )
+        return replace(packed, compared=compared)
 
     def _read(
         self, sequences: list[Sequences], source: NDArray[np.int64], numbers: NDArray[np.int64]

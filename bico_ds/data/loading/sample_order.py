@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,10 @@ from bico_ds.config.sections.retention import RetentionSpec
 from bico_ds.data.loading import identity
 from bico_ds.data.loading.legacy_identity import translate_state
 from bico_ds.data.loading.mixture import Mixture
-from bico_ds.data.loading.sequences import CutReport, Sequences, cut_documents, longest_sequence
+from bico_ds.data.loading.sequences import CutReport, Sequences, cut_store, longest_sequence
 from bico_ds.data.loading.stream import BinStream, Position, StreamBins
 from bico_ds.data.store import TokenStore
+from bico_ds.data.teacher.stored import StoredTeacher
 from bico_ds.objectives.base import Objective
 from bico_ds.objectives.schedule import ObjectiveSchedule
 from bico_ds.planner.workload import Drawn
@@ -60,8 +61,8 @@ class StreamSpec:
 
     `stores` are those of `data.sources`, in order. `sources_of`: the numbers of the sources that each objective draws from,
     in the schedule's order; None: each from all. `retention`: which rows are compared with the start model; None:
-    none. `vocabulary`: the number of ids that the model embeds, which bounds what
-    a batch may hold.
+    none. `teachers`: its stored distributions over a source's texts, by the source's number. `vocabulary`: the number of ids
+    that the model embeds, which bounds what a batch may hold.
     """
 
     stores: Sequence[TokenStore]
@@ -72,6 +73,7 @@ class StreamSpec:
     vocabulary: int
     sources_of: Sequence[Sequence[int]] | None = None
     retention: RetentionSpec | None = None
+    teachers: Mapping[int, StoredTeacher] = field(default_factory=dict)
 
     def sources(self, objective: int) -> tuple[int, ...]:
         """The numbers of the sources that the objective of this number draws from."""
@@ -144,6 +146,7 @@ class SampleOrder:
             sources_of=[spec.sources(number) for number in range(len(spec.schedule.objectives))],
             seed=spec.seed,
             global_batch_bins=spec.global_batch_bins,
+            teachers={source: teacher.manifest.fingerprint for source, teacher in spec.teachers.items()},
         )
         state = _current_version(state) if state else None
         self.changes = identity.changes(state["identity"], self._identity) if state else []
@@ -257,7 +260,7 @@ class SampleOrder:
         """The cursor of objectives that expand documents alike and draw from these sources."""
         data, expand, seed = self._spec.data, objectives[0].expand, self._spec.seed
         longest = longest_sequence(expand, data.capacity)
-        sequences = [self._cut(store, longest) for store in self._spec.stores]
+        sequences = [cut_store(store, longest=longest, overlong=data.overlong) for store in self._spec.stores]
         for source in sources:
             self._require_some(source, sequences[source], longest)
         tokens = [int(expand(part.length.astype(np.int64)).sum()) if len(part) else 0 for part in sequences]
@@ -302,10 +305,6 @@ class SampleOrder:
                 free = (n for n in range(len(saved)) if n not in chosen and fits(streams[index], saved[n]))
                 chosen[index] = next(free, None)
         return chosen
-
-    def _cut(self, store: TokenStore, longest: int) -> Sequences:
-        bos_id = store.manifest.bos_id if store.manifest.add_bos else None
-        return cut_documents(store.lengths, longest=longest, overlong=self._spec.data.overlong, bos_id=bos_id)
 
     def _require_some(self, source: int, sequences: Sequences, longest: int) -> None:
         if len(sequences) == 0:

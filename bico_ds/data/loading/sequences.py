@@ -85,6 +85,12 @@ def longest_sequence(expand: Expand, capacity: int) -> int:
     return longest
 
 
+def cut_store(store: TokenStore, *, longest: int, overlong: Overlong) -> Sequences:
+    """Cut the documents of a store as `cut_documents` does, with BOS where the store has it."""
+    bos_id = store.manifest.bos_id if store.manifest.add_bos else None
+    return cut_documents(store.lengths, longest=longest, overlong=overlong, bos_id=bos_id)
+
+
 def cut_documents(
     lengths: NDArray[np.int64], *, longest: int, overlong: Overlong, bos_id: int | None = None
 ) -> Sequences:

@@ -27,13 +27,13 @@ def refuse_output(path: Path, *, force: bool, is_ours: Callable[[Path], bool] = 
 
 
 @contextmanager
-def work_folder(output: Path, *, on_wait: Callable[[], None]) -> Iterator[Path]:
+def work_folder(output: Path, *, on_wait: Callable[[], None], parts: str = "part-*") -> Iterator[Path]:
     """Give the folder of unfinished work beside `output`, locked: one process at a time prepares an output.
 
-    `on_wait` is called where another process holds the lock. At the end, a folder without finished parts is removed.
-    Raises `UserError` where it cannot be written.
+    `on_wait` is called where another process holds the lock. At the end, a folder without finished `parts`, a pattern of
+    names, is removed. Raises `UserError` where it cannot be written.
     """
-    work = output.with_name(f".{output.name}.preparing")
+    work = work_of(output)
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -42,9 +42,14 @@ def work_folder(output: Path, *, on_wait: Callable[[], None]) -> Iterator[Path]:
     try:
         yield work
     finally:
-        if work.exists() and not any(work.glob("part-*")):
+        if work.exists() and not any(work.glob(parts)):
             shutil.rmtree(work)
         os.close(lock)
+
+
+def work_of(output: Path) -> Path:
+    """The name of the folder of unfinished work beside `output`."""
+    return output.with_name(f".{output.name}.preparing")
 
 
 def _lock(work: Path, on_wait: Callable[[], None]) -> int:

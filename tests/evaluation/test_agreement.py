@@ -29,7 +29,7 @@ def changed(tiny_llama) -> LlamaForCausalLM:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for weight in model.parameters():
-            weight += 0.02 * torch.randn(weight.shape, generator=generator)
+            weight += 0.003 * torch.randn(weight.shape, generator=generator)
     return model.eval()
 
 
@@ -37,7 +37,9 @@ def changed(tiny_llama) -> LlamaForCausalLM:
 def instructions() -> list[Instruction]:
     draw = np.random.default_rng(17)
     return [
-        Instruction(text=f"i{number}", line=number, ids=(1, *draw.integers(3, 43, size=draw.integers(1, 9))))
+        Instruction(
+            text=f"i{number}", line=number, ids=(1, *draw.integers(3, 43, size=draw.integers(1, 9)).tolist())
+        )
         for number in range(24)
     ]
 

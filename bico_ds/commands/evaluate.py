@@ -56,10 +56,16 @@ def add_task_options(tasks: _ArgumentGroup) -> None:
         help="perplexity on these texts",
     )
     tasks.add_argument(
+        "--instructions",
+        metavar="FILE",
+        type=local_path,
+        help="JSONL: instruction; agreement with the answers of --base to them",
+    )
+    tasks.add_argument(
         "--base",
         metavar="MODEL",
         type=folder_or_hub_name,
-        help="the model before fine-tuning, for --retention",
+        help="the model before fine-tuning, for --retention and --instructions",
     )
     tasks.add_argument(
         "--train",
@@ -123,16 +129,19 @@ def add_settings(how: _ArgumentGroup) -> None:
 
 def contradiction(options: Namespace) -> str | None:
     """What is wrong with the options together: nothing to evaluate, or an option without effect."""
-    if not any((options.data, options.parents, options.couplets, options.pairs, options.retention)):
-        return "nothing to ask: give --data, --parents, --couplets, --pairs or --retention"
+    questions = any((options.data, options.parents, options.couplets, options.pairs))
+    if not any((questions, options.retention, options.instructions)):
+        return "nothing to ask: give --data, --parents, --couplets, --pairs, --retention or --instructions"
     if options.tasks is not None and options.data is None:
         return "--tasks names files of a folder: give --data too"
     if options.tasks is not None and not task_names(options):
         return f"--tasks names no task: '{options.tasks}'"
-    if options.train and not any((options.data, options.parents, options.couplets, options.pairs)):
+    if options.train and not questions:
         return "--train is searched for questions: give --data, --parents, --couplets or --pairs too"
-    if options.base and not options.retention:
-        return "--base is compared on texts alone: give --retention too"
+    if options.instructions and not options.base:
+        return "--instructions compares with the answers of another model: give --base too"
+    if options.base and not (options.retention or options.instructions):
+        return "--base is compared on texts and instructions: give --retention too, or --instructions"
     return None
 
 
@@ -156,6 +165,7 @@ def request_of(options: Namespace) -> Any:
         tasks=task_names(options),
         further={kind: getattr(options, kind) for kind in READERS if getattr(options, kind) is not None},
         retention=tuple(options.retention),
+        instructions=options.instructions,
         base=options.base.here() if options.base is not None else None,
         likelihood=options.likelihood,
         limit=options.limit,

@@ -17,7 +17,9 @@ from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.data.exported_tokenizer import adds_bos
 from bico_ds.data.tokenizer import FastTokenizer, load_tokenizer
+from bico_ds.evaluation.agreement import agreement, answers_of_base
 from bico_ds.evaluation.contamination import TrainingTexts, apart, find_orders, open_training_texts
+from bico_ds.evaluation.instructions import Instruction, read_instructions
 from bico_ds.evaluation.loading import (
     begins_with_bos,
     load_for_evaluation,
@@ -27,6 +29,7 @@ from bico_ds.evaluation.loading import (
 )
 from bico_ds.evaluation.prompt_progress import PromptProgress
 from bico_ds.evaluation.report.tables import (
+    agreement_table,
     choice_tables,
     contamination_table,
     result_table,
@@ -47,16 +50,19 @@ from bico_ds.evaluation.tasks.task import Task, load_tasks
 _WINDOWS_PER_BATCH = 4  # a window of a retention text is long, and has logits of every token
 
 
+Load = Callable[[FolderOrHub, str], tuple[Any, Any]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """What to ask of which model.
 
     `data`: folder of the name-description tasks `tasks`. `further`: files of other test sets, by their kind in
-    `further_sets.READERS`. `retention`: texts to measure perplexity on, in windows of `window` tokens; `base`: the model
-    before fine-tuning, for the perplexity before. `likelihood`: run the log-probability test, against `others` other
-    persons' answers. `limit`: prompts of each task at most. `train`: token stores to search for the questions, so that what
-    their texts hold in the order asked is scored apart. `bos`: whether texts begin with BOS; None: as `begins_with_bos`
-    says.
+    `further_sets.READERS`. `retention`: texts to measure perplexity on, in windows of `window` tokens. `instructions`: a
+    file of instructions, to compare the answers with the base's. `base`: the model before fine-tuning. `likelihood`: run
+    the log-probability test, against `others` other persons' answers. `limit`: prompts of each task at most. `train`: token
+    stores to search for the questions, so that what their texts hold in the order asked is scored apart. `bos`: whether
+    texts begin with BOS; None: as `begins_with_bos` says.
     """
 
     model: FolderOrHub
@@ -65,6 +71,7 @@ class Request:
     tasks: tuple[str, ...] = ()
     further: Mapping[str, Path] = field(default_factory=dict)
     retention: tuple[Path, ...] = ()
+    instructions: Path | None = None
     base: FolderOrHub | None = None
     likelihood: bool = False
     limit: int | None = None
@@ -116,6 +123,7 @@ def run_request(request: Request, share: PromptShare, console: Console) -> bool:
         tasks += READERS[kind](path, request.limit)
     texts = _read_texts(request.retention)
     window = _check_inputs(request, tasks, texts)
+    instructions = _read_instructions(request)
     training_texts = open_training_texts(request.train, request.model)
     load = lru_cache(maxsize=1)(  # one model in memory at a time
         lambda path, option: load_for_evaluation(
@@ -132,7 +140,9 @@ def run_request(request: Request, share: PromptShare, console: Console) -> bool:
     with PromptProgress(console, share) as progress:
         counted = replace(share, on_batch=progress.advance)
         parts = [
+            *_answer_parts(request, counted, instructions, load),
             *_retention_parts(request, share, texts, window, load),
+            *_agreement_parts(request, counted, instructions, load, file),
             *(part for task in tasks for part in _task_parts(request, counted, task, load, file)),
             *_contamination_parts(request, counted, tasks, training_texts, file),
         ]
@@ -157,6 +167,8 @@ def show_results(results: Mapping[str, Any], before: Mapping[str, Any], console:
             console.print(table)
     if "retention" in results:
         console.print(retention_table(results["retention"], before))
+    if "agreement" in results:
+        console.print(agreement_table(results["agreement"]))
 
 
 def _how_asked(request: Request) -> Iterator[str]:
@@ -196,9 +208,6 @@ def _check_inputs(request: Request, tasks: Sequence[Task], texts: Mapping[str, s
         for text in texts.values():
             encode_windows(tokenizer, text, window=window, add_bos=request.add_bos)
     return window
-
-
-Load = Callable[[FolderOrHub, str], tuple[Any, Any]]
 
 
 def _task_parts(
@@ -318,6 +327,83 @@ def _perplexity(
     model, tokenizer = load()
     result = text_perplexity(model, tokenizer, text, window=window, add_bos=request.add_bos, share=share)
     return None if result is None else asdict(result)
+
+
+def _read_instructions(request: Request) -> list[Instruction]:
+    """The prompts for both models, whose token ids must mean the same. Raises `UserError` as `read_instructions` does."""
+    if request.instructions is None:
+        return []
+    assert request.base is not None, "the command asks for both"
+    tokenizer, context = load_tokenizer_and_context(request.model)
+    base_tokenizer, base_context = load_tokenizer_and_context(request.base, option="--base")
+    if base_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"--base {request.base}: another vocabulary than {request.model} has: answers are compared token by token, "
+            "which needs the model that this one was fine-tuned from"
+        )
+    return read_instructions(
+        request.instructions,
+        tokenizer,
+        add_bos=request.add_bos,
+        new_tokens=request.max_new_tokens,
+        context=min((size for size in (context, base_context) if size is not None), default=None),
+    )
+
+
+def _answer_parts(
+    request: Request, share: PromptShare, instructions: Sequence[Instruction], load: Load
+) -> Iterator[Part]:
+    """The base's answers to the instructions."""
+    base = request.base
+    if request.instructions is None or base is None:
+        return
+
+    def compute() -> dict[str, Any] | None:
+        model, tokenizer = load(base, "--base")
+        return answers_of_base(
+            model, tokenizer, instructions, max_new_tokens=request.max_new_tokens, share=share
+        )
+
+    yield Part(
+        section="base_answers",
+        name=request.instructions.name,
+        identity=_answers_identity(request, instructions),
+        size=3 * len(instructions),  # generated once, scored twice
+        compute=compute,
+    )
+
+
+def _agreement_parts(
+    request: Request, share: PromptShare, instructions: Sequence[Instruction], load: Load, file: ResultFile
+) -> Iterator[Part]:
+    """How far the model agrees with the base's answers, which the file holds by then."""
+    if request.instructions is None:
+        return
+    name = request.instructions.name
+
+    def compute() -> dict[str, Any] | None:
+        model, tokenizer = load(request.model, "--model")
+        base = file.values["base_answers"][name]
+        return agreement(model, tokenizer, instructions, base, share)
+
+    yield Part(
+        section="agreement",
+        name=name,
+        identity=_digest(_answers_identity(request, instructions), request.stops),
+        size=3 * len(instructions),
+        compute=compute,
+    )
+
+
+def _answers_identity(request: Request, instructions: Sequence[Instruction]) -> str:
+    assert request.base is not None
+    stops = stop_ids(load_generation_config(request.base), load_tokenizer(request.base))
+    return _digest(
+        weights_stamp(request.base),
+        [[instruction.text, list(instruction.ids)] for instruction in instructions],
+        request.max_new_tokens,
+        stops,
+    )
 
 
 def _task_identity(task: Task, *options: Any) -> str:

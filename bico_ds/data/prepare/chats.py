@@ -71,6 +71,17 @@ class ChatTemplate:
             left_out = len(given)
         return ChatText(text, prompt_chars, left_out)
 
+    def ask(self, question: str) -> str:
+        """A chat of one question, up to where its reply begins. Raises `BadRecord` where the template cannot write it."""
+        messages: list[Message] = [{"role": "user", "content": question}]
+        forms, left_out = self._forms_of(messages)
+        if left_out:
+            raise BadRecord("chat template", "it leaves out the question")
+        try:
+            return self._write([_in_form(messages[0], forms[0])], add_generation_prompt=True)
+        except Exception as error:  # as in `render`
+            raise BadRecord("chat template", str(error)) from error
+
     def _prompt_chars(self, text: str, given: list[Message]) -> int:
         """Characters before the last reply in the text of these messages."""
         prompt = self._write(given[:-1], add_generation_prompt=True)

@@ -18,7 +18,16 @@ _QUESTIONS = {
     "n2d_reverse": "description → name",
     "d2n_reverse": "name → description",
 }
-_TEXT_COLUMNS = ("task", "metric", "text", "in the training texts")
+_AGREEMENT = {
+    "agreement": "base's tokens that the model prefers too",
+    "base_agreement": "the same of the base (1 but for rounding)",
+    "identical_16": "answers with the same first 16 tokens",
+    "identical_32": "answers with the same first 32 tokens",
+    "log_prob": "log-probability under the model",
+    "base_log_prob": "log-probability under the base",
+    "log_prob_change": "model minus base",
+}
+_TEXT_COLUMNS = ("measure", "task", "metric", "text", "in the training texts")
 _PIPE_COLUMNS = 200
 
 
@@ -194,6 +203,21 @@ def retention_table(after: Mapping[str, Any], before: Mapping[str, Any]) -> Tabl
             f"{base['bits_per_byte']:.4f}" if base else "–",
             f"{values['bits_per_byte']:.4f}",
         )
+    return table
+
+
+def agreement_table(found: Mapping[str, Any]) -> Table:
+    """Agreement with the base's own greedy answers to instructions, with 95 % intervals."""
+    table = _table(
+        ("text", "measure", "figure [95 % interval]"),
+        title="Agreement with the base's own answers",
+        caption="over instructions; log-probabilities are of the base's answers, in nats per token",
+    )
+    for name, values in found.items():
+        for measure, title in _AGREEMENT.items():
+            low, high = values["intervals"][measure]
+            table.add_row(name, title, f"{values[measure]:.3f} \\[{low:.3f}, {high:.3f}]")
+            name = ""
     return table
 
 

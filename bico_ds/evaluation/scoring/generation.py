@@ -73,7 +73,6 @@ def beyond_greedy(generation: GenerationConfig) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is True or value not in (None, 0, 1, [], {})}
 
 
-@torch.no_grad()
 def generate_greedy(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
@@ -88,6 +87,20 @@ def generate_greedy(
     `max_new_tokens` (1 at least); other special tokens are left out of the text. Returns None on all ranks when
     `share.should_stop` was true on any of them before the end. Collective.
     """
+    tokens = greedy_tokens(model, tokenizer, prompts, max_new_tokens=max_new_tokens, share=share)
+    return None if tokens is None else tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+
+@torch.no_grad()
+def greedy_tokens(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    share: PromptShare = ONE_PROCESS,
+) -> list[list[int]] | None:
+    """The tokens of the same continuations, without the one that ended them."""
     was_training = model.training
     model.eval()
     continuations: dict[int, list[int]] = {}
@@ -102,8 +115,7 @@ def generate_greedy(
             share.on_batch(len(indices))
     finally:
         model.train(was_training)
-    everything = in_order(continuations, len(prompts), share, stopped=stopped)
-    return None if everything is None else tokenizer.batch_decode(everything, skip_special_tokens=True)
+    return in_order(continuations, len(prompts), share, stopped=stopped)
 
 
 def _decode(

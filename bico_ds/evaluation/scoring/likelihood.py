@@ -1,14 +1,15 @@
 """Log-probabilities of given texts: answers after their prompts, and running text (perplexity).
 
-Shape legend: B sequences in a batch, L padded length, V vocabulary.
+Shape legend: B sequences in a batch, L padded length, N answer tokens of a batch, V vocabulary.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from transformers import PreTrainedModel
 from bico_ds.common.errors import UserError
 from bico_ds.data.tokenizer import Tokenizer
 from bico_ds.evaluation.scoring.share import ONE_PROCESS, PromptShare, agree, in_order, shared_batches
+
+T = TypeVar("T")
 
 _LOGIT_ROWS = 1024  # rows whose fp32 log-softmax exists at one time
 
@@ -48,7 +51,6 @@ def encode_answers(
     return scored
 
 
-@torch.no_grad()
 def log_probabilities(
     model: PreTrainedModel, texts: Sequence[Scored], share: PromptShare = ONE_PROCESS
 ) -> list[float] | None:
@@ -57,25 +59,62 @@ def log_probabilities(
     `model`: a Hugging Face causal LM on `share.device`. Returns None on all ranks when `share.should_stop` was true on any
     of them; with `share.synced` they stop together, after the same number of batches. Collective.
     """
+    return _of_all(_batch_sums, model, texts, share)
+
+
+def greedy_matches(
+    model: PreTrainedModel, texts: Sequence[Scored], share: PromptShare = ONE_PROCESS
+) -> list[int] | None:
+    """Of every text the number of answer tokens that are the likeliest next ones after all before them, on every rank.
+
+    Otherwise as `log_probabilities`.
+    """
+    return _of_all(_batch_matches, model, texts, share)
+
+
+@torch.no_grad()
+def _of_all(
+    of_batch: Callable[[PreTrainedModel, Sequence[Scored], torch.device], list[T]],
+    model: PreTrainedModel,
+    texts: Sequence[Scored],
+    share: PromptShare,
+) -> list[T] | None:
+    """What `of_batch` finds for each text, in their order, on every rank; None where any was asked to stop."""
     was_training = model.training
     model.eval()
-    sums: dict[int, float] = {}
+    found: dict[int, T] = {}
     stopped = False
     try:
         for indices in shared_batches([text.ids for text in texts], share):
             _, stopped = agree(True, share)
             if stopped:
                 break
-            batch = [texts[i] for i in indices]
-            sums.update(zip(indices.tolist(), _batch_sums(model, batch, share.device), strict=True))
+            values = of_batch(model, [texts[i] for i in indices], share.device)
+            found.update(zip(indices.tolist(), values, strict=True))
             share.on_batch(len(indices))
     finally:
         model.train(was_training)
-    return in_order(sums, len(texts), share, stopped=stopped)
+    return in_order(found, len(texts), share, stopped=stopped)
 
 
 def _batch_sums(model: PreTrainedModel, batch: Sequence[Scored], device: torch.device) -> list[float]:
-    """The sum of each text's answer log-probabilities, in nats.
+    """The sum of each text's answer log-probabilities, in nats."""
+    text_N, logits_NV, targets_N = _answer_logits(model, batch, device)
+    sums = torch.zeros(len(batch), dtype=torch.float64, device=device)
+    return sums.index_add(0, text_N, _token_log_probs(logits_NV, targets_N).double()).tolist()
+
+
+def _batch_matches(model: PreTrainedModel, batch: Sequence[Scored], device: torch.device) -> list[int]:
+    """The number of each text's answer tokens that have the highest logit."""
+    text_N, logits_NV, targets_N = _answer_logits(model, batch, device)
+    counts = torch.zeros(len(batch), dtype=torch.long, device=device)
+    return counts.index_add(0, text_N, (logits_NV.argmax(-1) == targets_N).long()).tolist()
+
+
+def _answer_logits(
+    model: PreTrainedModel, batch: Sequence[Scored], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(text_N, logits_NV, targets_N): of every answer token its text's number, the logits that predict it, and its id.
 
     Texts are padded on the right: positions and mask need no change, since no row that is scored attends to padding.
     """
@@ -88,11 +127,9 @@ def _batch_sums(model: PreTrainedModel, batch: Sequence[Scored], device: torch.d
         first = len(text.ids) - text.answer_tokens
         numbers += [number] * text.answer_tokens
         positions += range(first - 1, len(text.ids) - 1)
-    text_N = torch.tensor(numbers, device=device)
+    text_N = torch.tensor(numbers, device=device, dtype=torch.long)
     position_N = torch.tensor(positions, device=device, dtype=torch.long)
-    token_log_probs = _token_log_probs(logits_BLV[text_N, position_N], input_ids[text_N, position_N + 1])
-    sums = torch.zeros(len(batch), dtype=torch.float64, device=device)
-    return sums.index_add(0, text_N, token_log_probs.double()).tolist()
+    return text_N, logits_BLV[text_N, position_N], input_ids[text_N, position_N + 1]
 
 
 def _token_log_probs(logits_NV: Tensor, targets_N: Tensor) -> Tensor:

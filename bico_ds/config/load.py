@@ -42,7 +42,14 @@ class MappingFile:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `2e-5` as a number, as YAML 1.2 and every reader of a recipe does."""
+    """SafeLoader that reads `2e-5` as a number and the key `on` as a word, as YAML 1.2 and every reader of a recipe does."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:bool":
+                key.tag = "tag:yaml.org,2002:str"
+        return node
 
 
 _Loader.add_implicit_resolver(

@@ -5,6 +5,7 @@ In every path, `~` and `${NAME}` are expanded on the machine that uses it (`bico
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -22,7 +23,7 @@ from bico_ds.config.objectives.base import ObjectiveSpec
 from bico_ds.config.objectives.table import read_spec
 from bico_ds.config.optimizers import ADAMW, OptimizerState
 from bico_ds.config.paths import FolderOrHubName, LocalPath, WrittenPath, replace_paths
-from bico_ds.config.section import Minutes, PositiveInt, Section, Seed, Steps
+from bico_ds.config.section import Minutes, PositiveInt, Section, Seed, Steps, mistake_at
 from bico_ds.config.sections.data import DataSpec
 from bico_ds.config.sections.evaluation import EvaluationSpec
 from bico_ds.config.sections.retention import REPLAY, ReplaySpec, RetentionSpec
@@ -306,6 +307,16 @@ class DistributedSpec(Section):
     )
 
 
+def _named_sources(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], list[str]]]:
+    """The keys that name data sources, and what they name."""
+    for number, objective in enumerate(recipe.objectives):
+        yield ("objectives", number, "sources"), objective.sources or []
+    if recipe.retention is not None:
+        yield ("retention", "on"), recipe.retention.on or []
+    if recipe.training.epochs_of is not None:
+        yield ("training", "epochs_of"), [recipe.training.epochs_of]
+
+
 class Recipe(Section):
     """The recipe of one run."""
 
@@ -321,8 +332,8 @@ class Recipe(Section):
     model: ModelSpec
     data: DataSpec
     objectives: Annotated[list[AnyObjective], Field(min_length=1)]
-    # Left out of dumps, where it is one more of `data.sources` already.
-    replay: ReplaySpec | None = Field(None, exclude=True)
+    # Null once it is one more of `data.sources`.
+    replay: ReplaySpec | None = None
     retention: RetentionSpec | None = None
     training: TrainingSpec
     optimizer: OptimizerSpec = OptimizerSpec()
@@ -336,64 +347,57 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _replay_is_a_source(self) -> Recipe:
         """Append `replay` to the data sources: what reads these needs to know of no other place."""
-        if self.replay is not None:
-            if REPLAY in self.data.source_names:
-                raise ValueError(
-                    "'replay' adds a data source of this name, and 'data.sources' has one already: leave one out, or "
-                    "change the source's own values there"
-                )
-            self.data.sources.append(self.replay.source)
-        return self
+        if self.replay is None:
+            return self
+        if REPLAY in self.data.source_names:
+            raise mistake_at(
+                ("replay",),
+                "'replay' adds a data source of this name, and 'data.sources' has one already: leave one out, or change the "
+                "source's own values there",
+                self.replay,
+            )
+        if any(source.weight is not None for source in self.data.sources):
+            raise mistake_at(
+                ("replay",),
+                "'replay' has a share of the tokens, and 'weight' of 'data.sources' counts documents: give these 'epochs' or "
+                "'token_share' in its place",
+                self.replay,
+            )
+        data = self.data.model_copy(update={"sources": [*self.data.sources, self.replay.source]})
+        return self.model_copy(update={"data": data, "replay": None})
 
     @model_validator(mode="after")
     def _named_sources_exist(self) -> Recipe:
         names = self.data.source_names
-        wanted = [(f"objectives[{n}].sources", spec.sources) for n, spec in enumerate(self.objectives)]
-        wanted.append(("retention.on", self.retention.on if self.retention is not None else None))
-        wanted.append(("training.epochs_of", [self.training.epochs_of] if self.training.epochs_of else None))
-        for key, given in wanted:
-            for name in given or ():
+        for key, given in _named_sources(self):
+            for name in given:
                 if name not in names:
-                    raise ValueError(
-                        f"'{key}' names '{name}', which is no data source{did_you_mean(name, names)}; there are "
-                        f"{', '.join(names)}"
+                    raise mistake_at(
+                        key,
+                        f"there is no data source '{name}'{did_you_mean(name, names)}; there are {', '.join(names)}",
+                        given,
                     )
         return self
 
     @model_validator(mode="after")
     def _every_source_is_drawn_from(self) -> Recipe:
-        names, sets = self.data.source_names, [self.data.source_numbers(o.sources) for o in self.objectives]
-        for number, name in enumerate(names):
+        sets = [self.data.source_numbers(objective.sources) for objective in self.objectives]
+        for number, name in enumerate(self.data.source_names):
             if not any(number in members for members in sets):
-                raise ValueError(
-                    f"data source '{name}' is in no objective's 'sources': nothing would be drawn from it"
+                raise mistake_at(
+                    ("data", "sources", number),
+                    f"data source '{name}' is in no objective's 'sources': nothing would be drawn from it",
+                    name,
                 )
         for index, members in enumerate(sets):
             shares = [self.data.sources[number].token_share for number in members]
             total = sum(share for share in shares if share is not None)
             if None in shares and total >= 1:
-                raise ValueError(
-                    f"objectives[{index}]: the 'token_share' of its data sources sum to {total:g}, which leaves nothing for "
-                    "those without one"
+                raise mistake_at(
+                    ("objectives", index),
+                    f"the 'token_share' of its data sources sum to {total:g}, which leaves nothing for those without one",
+                    total,
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _divergence_can_be_computed(self) -> Recipe:
-        if self.retention is None:
-            return self
-        if self.model.lora is None and self.retention.teacher is None:
-            raise ValueError(
-                "'retention.kl' needs the start model beside the one in training: with adapters (model.lora) they are "
-                "switched off; without, store its log-probabilities with `bico-ds prepare teacher`, and give "
-                "'retention.teacher'"
-            )
-        compared = set(self.data.source_numbers(self.retention.on))
-        causal = [spec for spec in self.objectives if spec.attention == "causal"]
-        if not any(compared & set(self.data.source_numbers(spec.sources)) for spec in causal):
-            raise ValueError(
-                "'retention' compares rows of causal steps, and no causal objective draws from the sources of 'retention.on'"
-            )
         return self
 
     @model_validator(mode="after")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from bico_ds.config.bounds import Bound
 
@@ -21,3 +22,9 @@ class Section(BaseModel):
     """A part of the recipe: unknown keys are errors, values never change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+def mistake_at(key: tuple[str | int, ...], message: str, value: Any) -> ValidationError:
+    """What a validator raises about one of the keys below its own: the error then names the line of that key."""
+    error = PydanticCustomError("value_error", "{message}", {"message": message})
+    return ValidationError.from_exception_data("recipe", [InitErrorDetails(type=error, loc=key, input=value)])

@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, get_args
 
-from pydantic import ValidationError
-from pydantic_core import InitErrorDetails, PydanticCustomError
-
 from bico_ds.common.errors import UserError, did_you_mean
 from bico_ds.config.objectives.base import MonitorPlace, ObjectiveSpec
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.ntp import NtpSpec
+from bico_ds.config.section import mistake_at
 from bico_ds.config.unique_names import unique_names
 
 
@@ -70,19 +68,12 @@ def read_spec(value: Any) -> ObjectiveSpec:
         return value
     known = f"known are {', '.join(KINDS)}; the recipe's 'imports' add others"
     if not isinstance(value, dict) or "kind" not in value:
-        raise _wrong_kind(f"an objective is a mapping with a 'kind': {known}", value, ())
+        raise mistake_at((), f"an objective is a mapping with a 'kind': {known}", value)
     kind = value["kind"]
     if not isinstance(kind, str) or kind not in KINDS:
         hint = did_you_mean(str(kind), KINDS)
-        raise _wrong_kind(f"there is no objective of kind '{kind}'{hint}: {known}", kind, ("kind",))
+        raise mistake_at(("kind",), f"there is no objective of kind '{kind}'{hint}: {known}", kind)
     return KINDS[kind].spec.model_validate(value)
-
-
-def _wrong_kind(message: str, value: Any, key: tuple[str, ...]) -> ValidationError:
-    error = PydanticCustomError("value_error", "{message}", {"message": message})
-    return ValidationError.from_exception_data(
-        "objectives", [InitErrorDetails(type=error, loc=key, input=value)]
-    )
 
 
 def objective_names(specs: Sequence[ObjectiveSpec]) -> list[str]:

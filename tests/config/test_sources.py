@@ -1,0 +1,145 @@
+"""Data sources of a recipe: who names them, shares of them, `replay` among them, and lists that are added to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bico_ds.common.errors import UserError
+from bico_ds.config.load import dump_recipe, load_recipe
+
+TWO_SOURCES = """\
+model:
+  config: {model_type: llama}
+data:
+  sources:
+    - facts: all
+      name: facts
+objectives:
+  - kind: ntp
+    probability: 0.5
+  - kind: bico
+    probability: 0.5
+    sources: [facts]
+replay:
+  store: other
+  token_share: 0.5
+retention:
+  kl: 1
+  on: [replay]
+training:
+  epochs: 3
+  epochs_of: facts
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path):
+    def write(text: str, name: str = "mine") -> str:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def error_of(path: str, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (
+            "sources: [facts]",
+            "sources: [fcats]",
+            "mine.yaml:12: objectives.1.sources: there is no data source 'fcats' (did you mean 'facts'?); there are facts, re",
+        ),
+        ("on: [replay]", "on: [replai]", "mine.yaml:18: retention.on: there is no data source 'replai' (did you"),
+        ("epochs_of: facts", "epochs_of: fact", "mine.yaml:21: training.epochs_of: there is no data source 'fact'"),
+        (
+            "probability: 0.5\n",
+            "probability: 0.5\n    sources: [facts]\n",
+            "data source 'replay' is in no objective's 'sources'",
+        ),
+        (
+            "      name: facts",
+            "      name: facts\n    - {name: replay, store: x}",
+            "mine.yaml:14: replay: 'replay' adds a data source of this name, and 'data.sources' has one",
+        ),
+        (
+            "      name: facts",
+            "      name: facts\n      weight: 2",
+            "mine.yaml:14: replay: 'replay' has a share of the tokens, and 'weight' of 'data.sources' counts documents",
+        ),
+        (
+            "      name: facts",
+            "      name: facts\n    - {store: x, token_share: 0.5}\n    - {store: y}",
+            "objectives.0: the 'token_share' of its data sources sum to 1, which leaves nothing",
+        ),
+        ("  epochs: 3", "  steps: 3", "'epochs_of' says what 'epochs' counts"),
+        ("token_share: 0.5", "token_share: 1.0", "mine.yaml:15: replay.token_share: must be less than 1"),
+        ("  store: other", "  store: other\n  tokens: 5", "exactly one of 'tokens' (sampled from the start model) and"),
+        ("  store: other\n", "", "exactly one of 'tokens' (sampled from the start model) and 'store'"),
+    ],
+)  # fmt: skip
+def test_a_mistake_about_sources_is_named_with_key_file_and_line(recipe_file, old, new, expected):
+    assert expected in error_of(recipe_file(TWO_SOURCES.replace(old, new, 1)))
+
+
+@pytest.mark.parametrize("first", ["weight: 1", "epochs: 2", "token_share: 0.5"])
+@pytest.mark.parametrize("second", ["weight: 1", "epochs: 2", "token_share: 0.5"])
+def test_a_source_has_one_kind_of_share(first, second):
+    if first != second:
+        message = error_of("tiny_base", f"data.sources=[{{facts: all, {first}, {second}}}]")
+        assert "exclude each other" in message
+
+
+@pytest.mark.parametrize("other", ["store: x", "files: [x]", "facts: all"])
+def test_sampled_text_is_a_kind_of_source_and_has_none_of_another_kind_s_keys(other):
+    assert "exactly one of" in error_of("tiny_base", f"data.sources=[{{sampled: 10, {other}}}]")
+    assert "a store has what" in error_of("tiny_base", "data.sources=[{sampled: 10, add_bos: false}]")
+    assert "set how 'files' are read" in error_of("tiny_base", "data.sources=[{sampled: 10, text_by: file}]")
+
+
+@pytest.mark.parametrize("kind", ["store: other", "tokens: 5000"])
+def test_replay_is_one_more_source_once_however_often_the_recipe_is_dumped(recipe_file, kind):
+    recipe = load_recipe(recipe_file(TWO_SOURCES.replace("store: other", kind)))
+    assert recipe.data.source_names == ["facts", "replay"]
+    assert recipe.data.sources[1].token_share == 0.5
+    again = recipe
+    for number in range(2):
+        again = load_recipe(recipe_file(dump_recipe(again), f"dumped{number}"), ["name=mine"])
+        assert again == recipe
+
+
+def test_the_key_on_is_a_word_in_files_and_in_overrides(recipe_file):
+    """YAML 1.1 reads it as `true`."""
+    path = recipe_file(TWO_SOURCES)
+    assert load_recipe(path).retention.on == ["replay"]
+    assert load_recipe(path, ["retention={kl: 2, on: [facts]}"]).retention.on == ["facts"]
+    assert load_recipe(path, ["retention.on=[facts]"]).retention.on == ["facts"]
+
+
+def test_one_line_adds_to_an_inherited_list(recipe_file):
+    recipe_file(TWO_SOURCES, "base")
+    entry = "{name: more, store: x, token_share: 0.1}"
+    for written in (entry, f"[{entry}]", f"\n    - {entry}"):
+        recipe = load_recipe(recipe_file(f"extends: base\ndata:\n  sources+: {written}\n"))
+        assert recipe.data.source_names == ["facts", "more", "replay"]
+    overridden = load_recipe(recipe_file(TWO_SOURCES), [f"data.sources+={entry}"])
+    assert overridden.data.source_names == ["facts", "more", "replay"]
+
+
+def test_a_mistake_in_what_is_added_is_named_where_it_was_written(recipe_file):
+    recipe_file(TWO_SOURCES, "base")
+    added = "extends: base\ndata:\n  sources+:\n    - store: x\n    - stroe: y\n"
+    assert "mine.yaml:5: data.sources.2.stroe: unknown key (did you mean 'store'?)" in error_of(
+        recipe_file(added)
+    )
+    message = error_of(recipe_file("extends: base\ndata:\n  sorces+: [{store: x}]\n"))
+    assert "mine.yaml:3: data.sorces+: it adds to a list, and there is no list 'data.sorces'" in message
+    assert "there is no list 'training.steps'" in error_of(recipe_file(TWO_SOURCES), "training.steps+=3")

@@ -359,8 +359,8 @@ class Recipe(Section):
         if any(source.weight is not None for source in self.data.sources):
             raise mistake_at(
                 ("replay",),
-                "'replay' has a share of the tokens, and 'weight' of 'data.sources' counts documents: give these 'epochs' or "
-                "'token_share' in its place",
+                "'replay' has a share of the tokens, and 'weight' of 'data.sources' counts documents: give these "
+                "'epochs' or 'token_share' in its place",
                 self.replay,
             )
         data = self.data.model_copy(update={"sources": [*self.data.sources, self.replay.source]})

@@ -13,7 +13,7 @@ from bico_ds.data.loading.sequences import cut_documents
 from bico_ds.data.prepare.facts import own_vocabulary, training_words
 from bico_ds.data.store import TokenStore
 from bico_ds.planner.architecture import read_architecture
-from bico_ds.planner.workload import Texts, assumed_texts
+from bico_ds.planner.workload import Drawn, Texts, assumed_texts
 
 # Of the embedded texts: SmolLM2's tokenizer makes 542 steps of what the task's own makes 407 (recipes/llama70b_bico.yaml).
 _REAL_TOKENS_PER_OWN = 542 / 407
@@ -38,10 +38,21 @@ def texts_of(recipe: Recipe) -> Texts:
             f"data.sources: a source has no document that fits a bin (data.capacity: {recipe.data.capacity}, "
             f"data.overlong: {recipe.data.overlong})"
         )
-    epoch = Mixture.of(
-        recipe.data.sources, list(map(len, cut)), [int(part.sum()) for part in cut], recipe.seed
-    ).epoch(0)
-    return Texts.of(np.concatenate(cut).astype(np.int64)[epoch.index], source=_origin(recipe))
+    return Texts.of_objectives(recipe, lambda number: _draw(recipe, number, cut), source=_origin(recipe))
+
+
+def _draw(recipe: Recipe, objective: int, cut: list[NDArray[np.int32]]) -> Drawn:
+    """A data epoch of the objective of this number, from the lengths of each source's sequences."""
+    data, counts = recipe.data, [len(part) for part in cut]
+    members = data.source_numbers(recipe.objectives[objective].sources)
+    tokens = [int(part.sum()) for part in cut]
+    mixture = Mixture.of(data.sources, counts, tokens, recipe.seed, members=members)
+    index = mixture.epoch(0).index
+    return Drawn(
+        lengths=np.concatenate(cut).astype(np.int64)[index],
+        sources=np.repeat(np.arange(len(cut)), counts)[index],
+        passes=mixture.passes,
+    )
 
 
 def _documents(source: SourceSpec, recipe: Recipe) -> NDArray[np.int64] | None:

@@ -35,6 +35,8 @@ from bico_ds.planner.workload import MicroBatch
 
 # What `_less_one_hot` of bico_ds/model/head.py makes per row: two int64, two fp32.
 _LABEL = 24
+# What model/divergence.py has at once per logit of a compared row: log p, log q, p and q, log p - log q, and it times p.
+_COMPARED_LOGIT = 6 * FP32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +167,17 @@ def _head(case: Case, model: ModelSpec, batch: MicroBatch) -> Iterator[Item]:
     rows = batch.head_rows
     chunk = min(model.loss_chunk_rows, rows)
     logits = (case.size + FP32) * max(chunk * case.shapes.vocabulary, rows)
-    yield _item("logits of a chunk", logits, f"of {chunk:.0f} rows, in {model.dtype} and in fp32")
+    compared = _COMPARED_LOGIT * min(chunk, batch.compared_rows) * case.shapes.vocabulary
+    how = f"of {chunk:.0f} rows, in {model.dtype} and in fp32"
+    if compared > logits:
+        how = f"of {min(chunk, batch.compared_rows):.0f} rows, of both models, in fp32 (model/divergence.py)"
+    yield _item("logits of a chunk", max(logits, compared), how)
+    if batch.compared_rows:
+        states = 3 * case.size * case.shapes.hidden * batch.compared_rows
+        yield _item("compared rows", states, "hidden states of both models, and their gradient")
+    if batch.compared_rows and model.lora is None:
+        weight = case.size * case.shapes.vocabulary * case.shapes.hidden
+        yield _item("the divergence's gradient of the head", weight, "beside that of the loss")
     by_vocabulary = case.size < FP32 and rows > LOW_PRECISION_CHUNKS * chunk
     labels = _LABEL * (rows if by_vocabulary else chunk)
     hidden = case.size * case.shapes.hidden * (batch.rows + 2 * rows) + FP32 * rows + labels

@@ -43,8 +43,14 @@ def step_flops(
     return StepFlops(
         useful=useful_flops(architecture, model, rows=batch.rows, targets=batch.head_rows, pairs=batch.pairs),
         products=linear_flops(architecture, model, batch.rows)
-        + head_flops(architecture, model, batch.head_rows),
-        attention=attention_flops(architecture, model, expected_visits(model, batch, on_cuda=on_cuda)),
+        + head_flops(architecture, model, batch.head_rows)
+        + comparison_flops(architecture, model, batch),
+        attention=attention_flops(
+            architecture,
+            model,
+            expected_visits(model, batch, on_cuda=on_cuda),
+            repeats_base=batch.repeats_base,
+        ),
     )
 
 
@@ -129,19 +135,36 @@ def head_flops(architecture: Architecture, model: ModelSpec, targets: float) -> 
     return 2.0 * products * architecture.embedding_parameters * targets
 
 
+def comparison_flops(architecture: Architecture, model: ModelSpec, batch: MicroBatch) -> float:
+    """Executed for the divergence from the start model, but for attention (bico_ds/model/divergence.py).
+
+    In the head three products per compared row: its logits and their gradient's, and the start model's logits, or of a
+    trained head the gradient of its weight. And all rows once more through the linear layers, where the start model's
+    hidden states are computed.
+    """
+    products = 3 if batch.repeats_base or model.lora is None else 2
+    head = products * architecture.embedding_parameters * batch.compared_rows
+    once = architecture.layers * architecture.layer_matrix_elements * batch.rows
+    return 2.0 * (head + (once if batch.repeats_base else 0.0))
+
+
 def head_repeats_logits(model: ModelSpec, targets: float) -> bool:
     """Whether the head computes logits a second time, for its weight's gradient."""
     has_many_chunks = targets > LOW_PRECISION_CHUNKS * model.loss_chunk_rows
     return model.lora is None and model.dtype == "bf16" and has_many_chunks
 
 
-def attention_flops(architecture: Architecture, model: ModelSpec, visits: Iterable[Visits]) -> float:
+def attention_flops(
+    architecture: Architecture, model: ModelSpec, visits: Iterable[Visits], *, repeats_base: bool = False
+) -> float:
     """Executed in attention, given the pairs that the kernels visit in one layer: forward, backward and recomputation.
+
+    `repeats_base`: the start model's forward pass is among it.
 
     Two operations per dimension of a head, pair and product. With LoRA the first layer has no backward pass of it where
     none of q, k and v is adapted (of the oracle it has part of one, where some are).
     """
-    forward = architecture.layers + recomputed_layers(architecture, model)
+    forward = architecture.layers * (2 if repeats_base else 1) + recomputed_layers(architecture, model)
     has_gradient = model.lora is None or bool({"q_proj", "k_proj", "v_proj"} & set(model.lora.targets))
     backward = architecture.layers - (0 if has_gradient else 1)
     products = sum(v.pairs * (forward * v.kernel.forward + backward * v.kernel.backward) for v in visits)

@@ -15,7 +15,7 @@ from bico_ds.planner.ranges import Range
 from bico_ds.planner.run_time import RunTime, run_time
 from bico_ds.planner.step_time import StepTime, step_time
 from bico_ds.planner.storage import disk, host_memory, nvme
-from bico_ds.planner.workload import MicroBatch, Texts, bin_tokens, micro_batches, steps_of_run
+from bico_ds.planner.workload import MicroBatch, Texts, micro_batches, steps_of_run
 
 # Bytes per second of a shared file system, all nodes together: an assumption.
 DISK_BANDWIDTH = Range(1e9, 20e9)
@@ -42,7 +42,9 @@ class Plan:
     @property
     def represented_per_second(self) -> Range:
         """Tokens of texts per second and device, over the steps of all objectives."""
-        step = self.recipe.training.global_batch_bins * bin_tokens(self.recipe, self.texts)
+        training = self.recipe.training
+        micro_batch = sum(batch.probability * batch.tokens for batch in self.batches)
+        step = training.global_batch_bins / training.micro_batch_bins * micro_batch
         tokens, seconds = step / self.deployment.ranks, self.run.mean_step_seconds
         return Range(tokens / seconds.high, tokens / seconds.low)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.config.schema import Recipe
 from bico_ds.planner.architecture import Architecture
-from bico_ds.planner.communication import Transfer, transfers
+from bico_ds.planner.communication import Transfer, gather_all_weights, transfers
 from bico_ds.planner.compute.elementwise import elementwise_bytes, optimizer_bytes
 from bico_ds.planner.deployment import ELEMENT_BYTES, Deployment
 from bico_ds.planner.flops import StepFlops, step_flops
@@ -73,7 +73,9 @@ def step_time(
     moved = elementwise_bytes(architecture, recipe.model, batch, on_cuda=on_cuda)
     elementwise = _seconds(moved, device.memory_bandwidth, MEMORY_EFFICIENCY).times(accumulation)
     optimizer = _optimizer_seconds(recipe, architecture, deployment, accumulation)
-    sent = transfers(recipe, architecture, deployment)
+    sent = tuple(transfers(recipe, architecture, deployment))
+    if batch.repeats_base and deployment.zero.stage == 3:
+        sent += (_gathered_for_base(recipe, architecture, deployment, accumulation),)
     seconds = _together(products + elementwise, [t.seconds for t in sent], optimizer, overlapped=on_cuda)
     per_step = accumulation * deployment.ranks
     return StepTime(
@@ -92,6 +94,19 @@ def step_time(
         kept_per_second=_rate(accumulation * batch.rows, seconds),
         represented_per_second=_rate(accumulation * batch.tokens, seconds),
         mfu=_rate(accumulation * flops.useful / peak, seconds),
+    )
+
+
+def _gathered_for_base(
+    recipe: Recipe, architecture: Architecture, deployment: Deployment, accumulation: int
+) -> Transfer:
+    """All weights once more per micro-batch, for the start model's forward pass: none is taken to be there still."""
+    once = gather_all_weights(recipe.model, architecture, deployment)
+    return Transfer(
+        name="weights, gathered for the start model's pass",
+        bytes=accumulation * once.bytes,
+        seconds=once.seconds.times(accumulation),
+        how=f"{accumulation} times all weights (bico_ds/model/build.py)",
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bico_ds.common.errors import UserError
-from bico_ds.config.objectives.base import AttentionMode
+from bico_ds.config.objectives.base import AttentionMode, ObjectiveSpec
 from bico_ds.config.objectives.table import objective_names
 from bico_ds.config.schema import Recipe
 
@@ -17,22 +18,67 @@ _MOST_LENGTHS = 1 << 18  # a sample of so many documents has their mean within a
 
 
 @dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """The N sequences of a data epoch that an objective takes from.
+
+    `lengths` int64 [N]: their original tokens; `sources` int64 [N]: their sources' numbers; `passes`: over each source.
+    """
+
+    lengths: NDArray[np.int64]
+    sources: NDArray[np.int64]
+    passes: Sequence[float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Texts:
     """The documents of a data epoch as the planner knows them.
 
     `lengths` int64 [D]: tokens per document, of all or of a sample, none above the recipe's capacity. `tokens`: of a whole
-    data epoch; None: not known. `source`: for the report, where this was read, or that it is assumed.
+    data epoch; None: not known. `source`: for the report, where this was read, or that it is assumed. `passes`: over what
+    `training.epochs` counts, in the data epoch. `compared`: the share of the tokens that `retention.on` names.
+    `by_objective`: where objectives draw from different sources, what each draws, in the recipe's order; the rest is then
+    that of the first.
     """
 
     lengths: NDArray[np.int64]
     tokens: int | None
     source: str
+    passes: float = 1.0
+    compared: float = 1.0
+    by_objective: tuple[Texts, ...] = ()
 
     @classmethod
-    def of(cls, lengths: NDArray[np.int64], *, source: str) -> Texts:
+    def of(
+        cls, lengths: NDArray[np.int64], *, source: str, passes: float = 1.0, compared: float = 1.0
+    ) -> Texts:
         """All documents of a data epoch, of these lengths, int64 [documents]; of very many a sample is kept."""
         stride = -(-len(lengths) // _MOST_LENGTHS)
-        return cls(lengths=lengths[::stride], tokens=int(lengths.sum()), source=source)
+        return cls(
+            lengths=lengths[::stride],
+            tokens=int(lengths.sum()),
+            source=source,
+            passes=passes,
+            compared=compared,
+        )
+
+    @classmethod
+    def of_objectives(cls, recipe: Recipe, draw: Callable[[int], Drawn], *, source: str) -> Texts:
+        """What each objective draws, by its number. Objectives with the same sources are taken to draw the same."""
+        known: dict[tuple[int, ...], Texts] = {}
+        members = [recipe.data.source_numbers(spec.sources) for spec in recipe.objectives]
+        on = recipe.data.source_numbers(None if recipe.retention is None else recipe.retention.on)
+        for number, numbers in enumerate(members):
+            if numbers not in known:
+                drawn, of = draw(number), recipe.training.epochs_of
+                compared = drawn.lengths[np.isin(drawn.sources, on)].sum() / drawn.lengths.sum()
+                passes = 1.0 if of is None else drawn.passes[recipe.data.source_names.index(of)]
+                known[numbers] = cls.of(drawn.lengths, source=source, passes=passes, compared=float(compared))
+        first = known[members[0]]
+        return first if len(known) == 1 else replace(first, by_objective=tuple(known[n] for n in members))
+
+    def drawn_by(self, objective: int) -> Texts:
+        """Those that the objective of this number draws."""
+        return self.by_objective[objective] if self.by_objective else self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +87,8 @@ class MicroBatch:
 
     `kept_rows` and `live_rows` go through the model; `pairs` are (query, key) pairs that attention looks at, per head and
     layer; `head_rows` have a loss; `tokens` are original ones. `longest` is the longest document, in tokens, and
-    `documents` their number. `probability`: the share of steps that are this objective's.
+    `documents` their number. `probability`: the share of steps that are this objective's. `compared_rows` of the head rows
+    are compared with the start model; `repeats_base`: its hidden states are computed, with the adapters switched off.
     """
 
     objective: str
@@ -54,6 +101,8 @@ class MicroBatch:
     live_rows: float
     pairs: float
     head_rows: float
+    compared_rows: float = 0.0
+    repeats_base: bool = False
 
     @property
     def rows(self) -> float:
@@ -77,29 +126,38 @@ def assumed_texts(recipe: Recipe, *, length: int | None = None, tokens: int | No
 
 def micro_batches(recipe: Recipe, texts: Texts, *, fullest: bool = False) -> tuple[MicroBatch, ...]:
     """One per objective, in the recipe's order: its spec's `cost` of the texts, scaled to `bin_tokens`."""
+    names = objective_names(recipe.objectives)
+    return tuple(
+        _micro_batch(recipe, name, spec, texts.drawn_by(number), fullest=fullest)
+        for number, (name, spec) in enumerate(zip(names, recipe.objectives, strict=True))
+    )
+
+
+def _micro_batch(
+    recipe: Recipe, name: str, spec: ObjectiveSpec, texts: Texts, *, fullest: bool
+) -> MicroBatch:
     tokens = recipe.training.micro_batch_bins * bin_tokens(recipe, texts, fullest=fullest)
     share = tokens / float(texts.lengths.sum())
     counts = np.bincount(texts.lengths)
     lengths = np.flatnonzero(counts)
-    documents = counts[lengths]
-    found = []
-    for name, spec in zip(objective_names(recipe.objectives), recipe.objectives, strict=True):
-        cost = spec.cost(lengths)
-        found.append(
-            MicroBatch(
-                objective=name,
-                probability=spec.probability,
-                mode=spec.attention,
-                documents=share * len(texts.lengths),
-                longest=int(texts.lengths.max()),
-                tokens=tokens,
-                kept_rows=share * float(documents @ cost.kept_rows),
-                live_rows=share * float(documents @ cost.live_rows),
-                pairs=share * float(documents @ cost.pairs),
-                head_rows=share * float(documents @ cost.head_rows),
-            )
-        )
-    return tuple(found)
+    documents, cost = counts[lengths], spec.cost(lengths)
+    head_rows = share * float(documents @ cost.head_rows)
+    # Only causal steps compare; each of theirs has the further pass, whatever rows it compares.
+    compares = recipe.retention is not None and spec.attention == "causal"
+    return MicroBatch(
+        objective=name,
+        probability=spec.probability,
+        mode=spec.attention,
+        documents=share * len(texts.lengths),
+        longest=int(texts.lengths.max()),
+        tokens=tokens,
+        kept_rows=share * float(documents @ cost.kept_rows),
+        live_rows=share * float(documents @ cost.live_rows),
+        pairs=share * float(documents @ cost.pairs),
+        head_rows=head_rows,
+        compared_rows=texts.compared * head_rows if compares else 0.0,
+        repeats_base=compares and recipe.retention is not None and recipe.retention.teacher is None,
+    )
 
 
 def bin_tokens(recipe: Recipe, texts: Texts, *, fullest: bool = False) -> float:
@@ -121,5 +179,10 @@ def steps_of_run(recipe: Recipe, texts: Texts) -> int | None:
         return recipe.training.steps
     if texts.tokens is None or recipe.training.epochs is None:
         return None
-    per_step = recipe.training.global_batch_bins * bin_tokens(recipe, texts)
-    return max(1, math.ceil(recipe.training.epochs * texts.tokens / per_step))
+    epochs_per_bin = 0.0
+    for number, spec in enumerate(recipe.objectives):
+        drawn = texts.drawn_by(number)
+        assert drawn.tokens is not None, "objectives draw from sources that are known, or none does"
+        epochs_per_bin += spec.probability * drawn.passes * bin_tokens(recipe, drawn) / drawn.tokens
+    per_step = recipe.training.global_batch_bins * epochs_per_bin
+    return max(1, math.ceil(recipe.training.epochs / per_step - 1e-9))

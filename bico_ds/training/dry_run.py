@@ -13,6 +13,7 @@ from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.schema import Recipe
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
+from bico_ds.data.loading.sample_order import StreamReport
 from bico_ds.data.loading.sequences import CutReport
 from bico_ds.data.tokenizer import vocabulary_size
 from bico_ds.model.architecture import check_vocabulary, model_config, parameter_count
@@ -110,25 +111,43 @@ def _table(
     table.add_row(
         "tokens per step", f"at most {batch * recipe.data.capacity:,} ({recipe.data.capacity:,} per bin)"
     )
-    for stream in loader.report():
+    streams = loader.report()
+    for stream in streams:
         table.add_row(
             f"data for {', '.join(stream.objectives)}",
             f"{stream.sequences:,} sequences, {stream.tokens:,} tokens per epoch in {stream.bins:,} bins, "
             f"fill {stream.fill:.3f}",
         )
         for name, cut in stream.cut.items():
-            table.add_row(f"  source {name}", _counts(cut))
-    table.add_row("steps by objective", _steps_by_objective(inputs, steps))
+            share = f"{stream.shares[name]:.3g} of the tokens, {stream.passes[name]:.3g} passes per epoch"
+            table.add_row(f"  source {name}", f"{_counts(cut)}; {share}")
+    counts = _steps_by_objective(inputs, steps)
+    table.add_row("steps by objective", ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    for name in loader.source_names:
+        table.add_row(f"passes over {name}", _passes(name, streams, counts, batch))
     for name, line in _first_batches(loader, inputs, min(steps, LOOK_AHEAD)).items():
         table.add_row(f"first {name} step, rank 0", line)
     return table
 
 
-def _steps_by_objective(inputs: RunInputs, steps: int) -> str:
+def _steps_by_objective(inputs: RunInputs, steps: int) -> dict[str, int]:
     counts = {objective.name: 0 for objective in inputs.schedule.objectives}
     for index in inputs.schedule.indices(0, steps):
         counts[inputs.schedule.objectives[index].name] += 1
-    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    return counts
+
+
+def _passes(source: str, streams: list[StreamReport], steps: dict[str, int], global_batch_bins: int) -> str:
+    """Passes over a source in the run, all objectives together and by objective, and the updates whose objective has it."""
+    by_objective = {
+        name: steps[name] * global_batch_bins / stream.bins * stream.passes[source]
+        for stream in streams
+        for name in stream.objectives
+        if source in stream.passes
+    }
+    each = ", ".join(f"{name} {passes:.3g} in {steps[name]:,}" for name, passes in by_objective.items())
+    updates = sum(steps[name] for name in by_objective)
+    return f"{sum(by_objective.values()):.3g} in {updates:,} updates ({each})"
 
 
 def _counts(cut: CutReport) -> str:

@@ -23,13 +23,13 @@ def plan_of_run(
     The plan's recipe counts the steps that the loader gives its epochs.
     """
     steps = assembly.total_steps(recipe, loader)
-    training = recipe.training.model_copy(update={"steps": steps, "epochs": None})
+    training = recipe.training.model_copy(update={"steps": steps, "epochs": None, "epochs_of": None})
     return make_plan(
         recipe.model_copy(update={"training": training}),
         device,
         nodes=nodes,
         ranks_per_node=ranks_per_node,
-        texts=Texts.of(loader.sequence_lengths(), source="the run's own"),
+        texts=Texts.of_objectives(recipe, loader.drawn, source="the run's own"),
     )
 
 

@@ -56,7 +56,7 @@ def error_of(path: str, *overrides: str) -> str:
         (
             "sources: [facts]",
             "sources: [fcats]",
-            "mine.yaml:12: objectives.1.sources: there is no data source 'fcats' (did you mean 'facts'?); there are facts, re",
+            "mine.yaml:12: objectives.1.sources: there is no data source 'fcats' (did you mean 'facts'?); there are facts",
         ),
         ("on: [replay]", "on: [replai]", "mine.yaml:18: retention.on: there is no data source 'replai' (did you"),
         ("epochs_of: facts", "epochs_of: fact", "mine.yaml:21: training.epochs_of: there is no data source 'fact'"),

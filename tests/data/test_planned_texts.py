@@ -21,7 +21,7 @@ def loaded(recipe: Recipe) -> tuple[np.ndarray, int]:
     inputs = assembly.open_inputs(recipe, weights_needed=False)
     loader = assembly.build_loader(recipe, inputs, RankShare())
     try:
-        return loader.sequence_lengths(), assembly.total_steps(recipe, loader)
+        return loader.drawn(0).lengths, assembly.total_steps(recipe, loader)
     finally:
         loader.close()
 

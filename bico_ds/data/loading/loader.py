@@ -26,6 +26,7 @@ from bico_ds.data.loading.stream import StreamBins
 from bico_ds.data.loading.targets import CutSource, check_targets
 from bico_ds.documents import Documents
 from bico_ds.objectives.base import BatchKey, check_batch
+from bico_ds.planner.workload import Drawn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,20 +111,26 @@ class ElasticLoader:
         """Describe the first data epoch of each stream of bins: fill, and what became of each source's documents."""
         return self._order.report()
 
-    def sequence_lengths(self) -> NDArray[np.int64]:
-        """Return the original tokens of each sequence of a data epoch, int64 [N], as the first objective gets them."""
-        return self._order.sequence_lengths()
+    def drawn(self, objective: int) -> Drawn:
+        """Return the sequences of a data epoch of the objective of this number."""
+        return self._order.drawn(objective)
 
     def check_targets(self) -> list[str]:
         """Return warnings about what of the data can never be learned from; reads the ends of all documents.
 
-        Raises `UserError` where nothing of a source can ever be a target for an objective.
+        Raises `UserError` where nothing of a source can ever be a target for an objective that draws from it.
         """
         objectives = self._stream.schedule.objectives
-        cut = [self._order.sequences_of(number) for number in range(len(objectives))]
         sources = [
             CutSource(
-                number=number, name=name, store=store, sequences=[by_source[number] for by_source in cut]
+                number=number,
+                name=name,
+                store=store,
+                sequences={
+                    objective: self._order.sequences_of(objective)[number]
+                    for objective in range(len(objectives))
+                    if number in self._stream.sources(objective)
+                },
             )
             for number, (name, store) in enumerate(zip(self.source_names, self._stream.stores, strict=True))
         ]

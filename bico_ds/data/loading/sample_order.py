@@ -7,6 +7,7 @@ counted while workers run ahead.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bico_ds.common.errors import UserError
+from bico_ds.config.section import STEPS
 from bico_ds.config.sections.data import DataSpec
 from bico_ds.config.sections.retention import RetentionSpec
 from bico_ds.data.loading import identity
@@ -26,6 +28,7 @@ from bico_ds.data.loading.stream import BinStream, Position, StreamBins
 from bico_ds.data.store import TokenStore
 from bico_ds.objectives.base import Objective
 from bico_ds.objectives.schedule import ObjectiveSchedule
+from bico_ds.planner.workload import Drawn
 
 STATE_VERSION = 2
 
@@ -44,8 +47,9 @@ class StreamReport:
     longest: int
     fill: float
     most_sequences_per_bin: int
-    # Over each source.
+    # Over each source, and its share of the tokens.
     passes: dict[str, float]
+    shares: dict[str, float]
     # What became of each source's documents.
     cut: dict[str, CutReport]
 
@@ -154,9 +158,11 @@ class SampleOrder:
         """Return the sequences of each source that the objective of this number is trained on."""
         return self._cursors[int(self._cursor_of[objective])].sequences
 
-    def sequence_lengths(self) -> NDArray[np.int64]:
-        """Return the original tokens of the sequences of the first stream's first data epoch, int64 [N]."""
-        return self._cursors[0].stream.sequence_lengths(0)
+    def drawn(self, objective: int) -> Drawn:
+        """Return the sequences of the first data epoch that the objective of this number takes from."""
+        cursor = self._cursors[int(self._cursor_of[objective])]
+        lengths, sources = cursor.stream.sequence_lengths(0), cursor.stream.sequence_sources(0)
+        return Drawn(lengths=lengths, sources=sources, passes=cursor.mixture.passes)
 
     def batch(self, step: int) -> GlobalBatch:
         """Return the global batch of a step. Raises ValueError for one before `start_step`."""
@@ -177,14 +183,21 @@ class SampleOrder:
     def total_steps(self, epochs: float, *, source: int | None = None) -> int:
         """Return the optimizer steps until the epochs taken from all streams add up to `epochs`, rounded up, at least 1.
 
-        With `source`, the passes over the source of this number count instead of data epochs.
+        With `source`, the passes over the source of this number count instead of data epochs: by the objectives of the
+        steps that are drawn, where data epochs are counted by their probabilities.
         """
         cursors = [self._cursors[number] for number in self._cursor_of]
-        epochs_per_bin = sum(
-            p * (1.0 if source is None else cursor.mixture.passes[source]) / cursor.stream.num_bins(0)
-            for p, cursor in zip(self._spec.schedule.probabilities, cursors, strict=True)
+        per_step = self._spec.global_batch_bins * np.array(
+            [
+                (1.0 if source is None else cursor.mixture.passes[source]) / cursor.stream.num_bins(0)
+                for cursor in cursors
+            ]
         )
-        return max(1, math.ceil(epochs / (self._spec.global_batch_bins * epochs_per_bin) - 1e-9))
+        expected = max(1, math.ceil(epochs / (per_step @ self._spec.schedule.probabilities) - 1e-9))
+        # No run has more, so nobody needs to know how many exactly.
+        if source is None or STEPS.problem(expected) is not None:
+            return expected
+        return _steps_until(self._spec.schedule, epochs, per_step)
 
     def state_dict(self, next_step: int, consumed: Consumed) -> dict[str, Any]:
         """Return what another `SampleOrder` needs to go on at `next_step`, JSON-able; `consumed` is what came before."""
@@ -207,6 +220,7 @@ class SampleOrder:
         reports = []
         for cursor in self._cursors:
             plan, lengths = cursor.stream.plan(0), cursor.stream.epoch_lengths(0)
+            tokens = np.bincount(cursor.stream.sequence_sources(0), lengths, minlength=len(self.source_names))
             reports.append(
                 StreamReport(
                     objectives=tuple(objective.name for objective in cursor.objectives),
@@ -217,6 +231,7 @@ class SampleOrder:
                     fill=float(lengths.sum() / (plan.num_bins * plan.capacity)),
                     most_sequences_per_bin=int(np.diff(plan.bin_offsets).max()),
                     passes={self.source_names[s]: cursor.mixture.passes[s] for s in cursor.sources},
+                    shares={self.source_names[s]: tokens[s] / tokens.sum() for s in cursor.sources},
                     cut={self.source_names[s]: cursor.sequences[s].report for s in cursor.sources},
                 )
             )
@@ -307,6 +322,18 @@ class SampleOrder:
         bins = steps * self._spec.global_batch_bins
         parts = zip(self._cursors, self._starts, bins.tolist(), strict=True)
         return [cursor.stream.advance(start, count) for cursor, start, count in parts]
+
+
+def _steps_until(schedule: ObjectiveSchedule, total: float, per_step: NDArray[np.float64]) -> int:
+    """The least number of steps whose objectives' `per_step`, float64 [objectives], add up to `total`."""
+    counts, size = np.zeros((1, len(per_step)), np.int64), 1 << 16
+    for start in itertools.count(0, size):
+        drawn = schedule.indices(start, start + size)
+        counts = counts[-1] + np.cumsum(drawn[:, None] == np.arange(len(per_step)), axis=0)
+        reached = counts @ per_step >= total * (1 - 1e-9)
+        if reached[-1]:
+            return start + int(reached.argmax()) + 1
+    raise AssertionError("an objective has a probability, so it is drawn at some step")
 
 
 def _current_version(state: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -89,6 +89,10 @@ class BinStream:
         """Return the tokens of the sequences of a data epoch before `expand`, int64 [N]."""
         return self._length[self._epoch(epoch).sequences.index].astype(np.int64)
 
+    def sequence_sources(self, epoch: int) -> NDArray[np.int64]:
+        """Return the number of the source of each sequence of a data epoch, int64 [N]."""
+        return self._sources(self._epoch(epoch).sequences.index)
+
     def advance(self, position: Position, bins: int) -> Position:
         """Return the position `bins` bins later."""
         epoch, bin_number = position.epoch, position.bin + bins
@@ -119,7 +123,7 @@ class BinStream:
         epoch = self._epoch(position.epoch)
         entries, sizes = epoch.plan.sequences_of(epoch.order[position.bin : position.bin + count])
         index = epoch.sequences.index[entries].astype(np.int64)
-        source = np.searchsorted(self._first_of_source, index, side="right") - 1
+        source = self._sources(index)
         passes = epoch.sequences.passes[entries].astype(np.int64)
         if self._mixture.repeats:  # the sequences are those of epoch 0
             passes += position.epoch * np.array(self._mixture.passes, dtype=np.int64)[source]
@@ -130,6 +134,9 @@ class BinStream:
             length=self._expand(self._length[index].astype(np.int64)),
             offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]),
         )
+
+    def _sources(self, index: NDArray[np.integer]) -> NDArray[np.int64]:
+        return np.searchsorted(self._first_of_source, index, side="right") - 1
 
     def _epoch(self, number: int) -> _Epoch:
         with self._lock:

@@ -8,7 +8,7 @@ Shape legend: N sequences, D documents of a source, R rules.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeGuard
 
@@ -30,12 +30,12 @@ _PART = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class CutSource:
-    """A source, and the sequences that cutting made of its documents for each of the run's objectives."""
+    """A source, and what cutting made of its documents: the sequences, by the number of each objective that has them."""
 
     number: int
     name: str
     store: TokenStore
-    sequences: Sequence[Sequences]
+    sequences: Mapping[int, Sequences]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +56,15 @@ class _Found:
 def check_targets(objectives: Sequence[Objective], sources: Sequence[CutSource], data: DataSpec) -> list[str]:
     """Return the warnings about each source: documents without a target for an objective, and the stop token.
 
-    Raises `UserError` where no document of a source has a target for an objective.
+    Raises `UserError` where no document of a source has a target for an objective that draws from it.
     """
     known = {number: rule for number, rule in enumerate(objectives) if _tells(rule)}
-    numbers, rules = list(known), list(known.values())
     warnings = []
-    for source in sources if rules else ():
+    for source in sources:
+        numbers = [number for number in known if number in source.sequences]
+        rules = [known[number] for number in numbers]
+        if not rules:
+            continue
         whole, left = _before_and_after(rules, source, [source.sequences[n] for n in numbers])
         for index, number in enumerate(numbers):
             name = f"objectives[{number}] ({objectives[number].name}), which predicts {rules[index].predicts}"
@@ -71,7 +74,7 @@ def check_targets(objectives: Sequence[Objective], sources: Sequence[CutSource],
                     int(left.empty[index]), len(source.sequences[number]), source.name, name
                 )
         # An objective without a rule may predict it.
-        if len(rules) == len(objectives):
+        if len(rules) == len(source.sequences):
             warnings += _unlearned_stop(whole, left, source, data)
     return warnings
 

@@ -88,6 +88,10 @@ FUSED_KEYS = Operation(forward=Passes(own=2), backward=Passes(own=2, wide=6, cas
 # The head (model/head.py), per logit: to fp32, log_softmax, exp, back. Per element of its weight: zeroed and scaled.
 LOGITS = Operation(forward=Passes(own=2, wide=6))
 HEAD_GRADIENT = Operation(forward=Passes(own=1), backward=Passes(own=2))
+# model/divergence.py, per logit of a compared row: of both models to fp32, log_softmax and exp; their difference times p,
+# and its sum; q - p, and back. Of stored distributions: of one model; logsumexp of a copy for the rest; the gradient.
+DIVERGENCE = Operation(forward=Passes(wide=18, casts=3))
+STORED_DIVERGENCE = Operation(forward=Passes(wide=12, casts=2))
 # Rows that have a loss are gathered, and their gradients scaled; in the batch's order again.
 LOSS_ROWS = Operation(forward=Passes(own=2), backward=Passes(own=3))
 UNGATHERED = Operation(forward=Passes(), backward=Passes(own=5))
@@ -109,7 +113,20 @@ def elementwise_bytes(
     again = recomputed_layers(architecture, model)
     forward, backward = _bytes(layer, model)
     ends = _bytes(_ends(architecture, model, batch, on_cuda=on_cuda), model)
-    return (architecture.layers + again) * forward + architecture.layers * backward + sum(ends)
+    found = (architecture.layers + again) * forward + architecture.layers * backward + sum(ends)
+    return found + _comparison(architecture, model, batch, on_cuda=on_cuda)
+
+
+def _comparison(architecture: Architecture, model: ModelSpec, batch: MicroBatch, *, on_cuda: bool) -> float:
+    """Bytes of the divergence from the start model, and of that model's forward pass, which has no adapters."""
+    operation = DIVERGENCE if batch.repeats_base else STORED_DIVERGENCE
+    found = operation.forward.bytes(model) * batch.compared_rows * architecture.vocabulary
+    if batch.repeats_base:
+        base = model.model_copy(update={"lora": None})
+        layer = _layer(architecture, base, batch.rows, on_cuda=on_cuda)
+        layer += _attention(architecture, base, batch, on_cuda=on_cuda)
+        found += architecture.layers * _bytes(layer, base)[0]
+    return found
 
 
 def optimizer_bytes(parameters: float, model: ModelSpec, *, partition: float, micro_batches: int) -> float:

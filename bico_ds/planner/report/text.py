@@ -86,11 +86,10 @@ def _tables(plan: Plan, decisions: Decisions) -> dict[str, Table]:
 
 def assumptions(plan: Plan) -> list[str]:
     """What the numbers rest on, a line each."""
-    device, of_epoch = plan.deployment.device, ""
-    if plan.texts.tokens is not None:
-        of_epoch = f"; {plan.texts.tokens:,} tokens in a data epoch"
+    device = plan.deployment.device
     return [
-        f"texts: {plan.texts.source}; on average {number(float(plan.texts.lengths.mean()))} tokens{of_epoch}",
+        *_texts(plan),
+        *_comparison(plan),
         "packing is taken to fill the bins",
         "the host's own time (Python, launches of kernels) is not planned; steps of milliseconds are mostly that",
         f"times are not measured on these devices; of the peaks are assumed: {percent(PRODUCT_EFFICIENCY)} in matrix "
@@ -100,6 +99,26 @@ def assumptions(plan: Plan) -> list[str]:
         f"{stored(device.network_bandwidth)}/s to others",
         f"peaks of {device.title}: {device.source}",
     ]
+
+
+def _texts(plan: Plan) -> Iterator[str]:
+    """One line, or one per objective where they draw from different sources."""
+    for index, batch in enumerate(plan.batches[: len(plan.texts.by_objective) or 1]):
+        texts = plan.texts.drawn_by(index)
+        whose = f"texts of {batch.objective}" if plan.texts.by_objective else "texts"
+        of_epoch = "" if texts.tokens is None else f"; {texts.tokens:,} tokens in a data epoch"
+        yield f"{whose}: {texts.source}; on average {number(float(texts.lengths.mean()))} tokens{of_epoch}"
+
+
+def _comparison(plan: Plan) -> Iterator[str]:
+    """What `retention.kl` adds to the plan."""
+    for batch in plan.batches:
+        if batch.compared_rows or batch.repeats_base:
+            more = "a forward pass of the start model, and " if batch.repeats_base else ""
+            yield (
+                f"retention.kl adds to each {batch.objective} micro-batch {more}the head's products of "
+                f"{batch.compared_rows:,.0f} compared rows"
+            )
 
 
 def _where(plan: Plan) -> str:

@@ -45,7 +45,7 @@ class Saved:
 class Checkpointer:
     """Writes checkpoints of one engine and deletes old ones; all ranks together.
 
-    `header` goes into every manifest: the state's layout, the recipe, the fingerprint of a frozen base.
+    `header` goes into every manifest: the state's layout, the recipe, the fingerprint of the base.
     """
 
     def __init__(

@@ -114,7 +114,7 @@ def restore(engine: Engine, resumption: Resumption, recipe: Recipe) -> None:
         str(resumption.folder.parent),
         tag=resumption.folder.name,
         # A frozen base is not in it; the checksums are stricter anyway.
-        load_module_strict=content["base"] is None,
+        load_module_strict=not _has_frozen_base(engine),
     )
     if path is None:
         raise NotRestoredError(f"DeepSpeed loaded nothing from {resumption.folder}")
@@ -134,15 +134,29 @@ def restore(engine: Engine, resumption: Resumption, recipe: Recipe) -> None:
         follow_recipe(engine.optimizer.optimizer, engine.lr_scheduler, recipe.optimizer)
 
 
-def manifest_header(engine: Engine, recipe: Recipe, layout: StateLayout) -> dict[str, Any]:
-    """What is the same in all manifests of this run. Collective."""
-    base = base_fingerprint(engine.module) if recipe.model.lora is not None else None
+def manifest_header(
+    engine: Engine, recipe: Recipe, layout: StateLayout, resumption: Resumption | None
+) -> dict[str, Any]:
+    """What is the same in all manifests of this run. Collective.
+
+    `base`: the fingerprint of the weights that the run started from; None for random weights that are trained, and in
+    what goes on from a checkpoint of all weights by an earlier version, which records none.
+    """
+    base: str | None
+    if _has_frozen_base(engine):
+        base = base_fingerprint(engine.module)
+    else:  # what `model.path` names after a resume need not be what the run started from
+        base = engine.module.base if resumption is None else resumption.found.content["base"]
     return {"layout": layout, "recipe": recipe.model_dump(mode="json"), "base": base}
+
+
+def _has_frozen_base(engine: Engine) -> bool:
+    return any(not parameter.requires_grad for parameter in engine.module.parameters())
 
 
 def _check_base(engine: Engine, saved: str | None) -> None:
     """A LoRA checkpoint holds the adapters only; the frozen base was loaded anew, from model.path."""
-    if saved is not None and base_fingerprint(engine.module) != saved:
+    if _has_frozen_base(engine) and saved is not None and base_fingerprint(engine.module) != saved:
         raise UserError(
             "model.path: the base there is not the one that this checkpoint's adapters were trained on"
         )

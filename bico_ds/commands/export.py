@@ -2,6 +2,7 @@
 
     bico-ds export runs/llama70b_bico OUT                    the newest complete checkpoint of a run
     bico-ds export runs/llama70b_bico/checkpoints/step-001000 OUT --dtype fp32
+    bico-ds export runs/llama70b_bico OUT --blend 0.5,0.7,0.9           OUT/blend-0.50 …: base + 0.5 (trained − base) …
 
 Needs no ranks, no GPU and none of the run's data, and memory for one shard. OUT appears complete or not at all. fp32
 gives the optimizer's master weights where all weights were trained under ZeRO-3; else the training's dtype, widened.
@@ -9,7 +10,7 @@ gives the optimizer's master weights where all weights were trained under ZeRO-3
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ from bico_ds.config.schema import Recipe
 if TYPE_CHECKING:
     from bico_ds.checkpoint.manifest import FoundCheckpoint
     from bico_ds.data.tokenizer import FastTokenizer
+    from bico_ds.model.weights.blend import Blend
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -37,6 +39,13 @@ def add_options(parser: ArgumentParser) -> None:
         type=folder_or_hub_name,
         metavar="MODEL",
         help="where the model that the run started from is now, if it has moved",
+    )
+    parser.add_argument(
+        "--blend",
+        type=_shares,
+        metavar="SHARE,…",
+        default=[],
+        help="write base + SHARE (trained - base), 0 to 1; several go to OUT/blend-SHARE",
     )
     parser.add_argument(
         "--tokenizer",
@@ -68,7 +77,7 @@ def export(options: Namespace) -> None:
     found = record.at(options.checkpoint, print)
     if found is None:
         raise UserError(f"'{options.checkpoint / 'checkpoints'}' holds no checkpoint")
-    recipe = _recipe_with_base(found, options.base)
+    recipe = _recipe_with_base(found, options.base, blends=bool(options.blend))
     tokenizer = _tokenizer(found, recipe, options.tokenizer)
     print(
         f"exporting step {found.step} of '{recipe.name}' to {options.output} ({options.dtype})",
@@ -84,6 +93,7 @@ def export(options: Namespace) -> None:
         options.dtype,
         generation=None if recorded is None else GenerationConfig.from_dict(recorded["generation_config"]),
         base=found.content["base"],
+        blends=_blends(options.blend, found, recipe),
         max_shard_bytes=int(options.shard_gb * 1e9),
     )
     config = AutoConfig.from_pretrained(options.output)
@@ -92,7 +102,45 @@ def export(options: Namespace) -> None:
     print(f"done: {options.output}; {exported.describe(id_list(generation.eos_token_id))}")
 
 
-def _recipe_with_base(found: FoundCheckpoint, base: FolderOrHubName | None) -> Recipe:
+def _shares(text: str) -> list[float]:
+    """Numbers from 0 to 1, each once."""
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ArgumentTypeError(f"'{text}' is not a number, or several with commas between them") from None
+    for share in shares:
+        if not 0 <= share <= 1:
+            raise ArgumentTypeError(f"{share:g} is not between 0 (the base) and 1 (the run's own weights)")
+        if shares.count(share) > 1:
+            raise ArgumentTypeError(f"{share:g} is there twice")
+    return shares
+
+
+def _blends(shares: list[float], found: FoundCheckpoint, recipe: Recipe) -> dict[str, Blend] | None:
+    """What to write, by folder: one blend into the output folder itself, several below it."""
+    from bico_ds.model.weights.blend import Blend
+
+    if not shares:
+        return None
+    if found.content["base"] is None and recipe.model.path is not None:
+        print(
+            f"warning: the checkpoint, of an earlier version, does not record its base's fingerprint: that "
+            f"'{recipe.model.path}' is its base is checked by names and shapes alone"
+        )
+    blends = [
+        Blend(
+            share=share,
+            base=str(recipe.model.path),
+            fingerprint=found.content["base"],
+            run=recipe.name,
+            step=found.step,
+        )
+        for share in shares
+    ]
+    return {"." if len(blends) == 1 else blend.folder: blend for blend in blends}
+
+
+def _recipe_with_base(found: FoundCheckpoint, base: FolderOrHubName | None, *, blends: bool) -> Recipe:
     """The recipe that the checkpoint recorded, with `base` in the place of its start model where that is given."""
     from bico_ds.checkpoint import manifest
     from bico_ds.config.load import recorded_recipe
@@ -100,10 +148,15 @@ def _recipe_with_base(found: FoundCheckpoint, base: FolderOrHubName | None) -> R
     recipe = recorded_recipe(found.content["recipe"], found.path / manifest.MANIFEST, objectives=False)
     if base is not None:
         return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": base})})
-    if recipe.model.lora is not None and recipe.model.path is not None:
+    if (blends or recipe.model.lora is not None) and recipe.model.path is not None:
         with _option_in_errors("--base"):
-            recipe.model.path.here()
+            _check_is_there(recipe.model.path)
     return recipe
+
+
+def _check_is_there(path: FolderOrHubName) -> None:
+    if path.is_folder and not path.is_here():
+        raise UserError(f"model.path: the folder '{path}' does not exist")
 
 
 def _tokenizer(found: FoundCheckpoint, recipe: Recipe, named: FolderOrHubName | None) -> FastTokenizer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,19 +16,33 @@ from bico_ds.model.architecture import meta_model, model_config
 from bico_ds.model.head import Comparison, Losses, swap_head
 from bico_ds.model.lora import AdaptedWeights, add_lora, base_name, is_adapter, without_adapters
 from bico_ds.model.swap import check_attention, swap_layers
+from bico_ds.model.weights.checkpoint_weights import PREFIX
+from bico_ds.model.weights.checksums import fingerprint_of
 from bico_ds.model.weights.initialize import RandomWeights
-from bico_ds.model.weights.load import check_names_and_shapes, generation_config, open_weights, verify_loaded
+from bico_ds.model.weights.load import (
+    WeightFolder,
+    check_names_and_shapes,
+    generation_config,
+    open_weights,
+    verify_loaded,
+)
 from bico_ds.model.weights.materialize import WeightSource, materialize
 
 
 class TrainableModel(nn.Module):
     """Wraps `causal_lm`, a model of Hugging Face, whose own forward and generate are unchanged."""
 
-    def __init__(self, causal_lm: PreTrainedModel, *, recompute_every: int = 0) -> None:
-        """`recompute_every`: recompute every k-th decoder layer in the backward pass; 0: none."""
+    def __init__(
+        self, causal_lm: PreTrainedModel, *, recompute_every: int = 0, base: str | None = None
+    ) -> None:
+        """`recompute_every`: recompute every k-th decoder layer in the backward pass; 0: none.
+
+        `base`: the fingerprint of the weights that were read, as `base_fingerprint`; None: they were drawn.
+        """
         super().__init__()
         self.causal_lm = causal_lm
         self.recompute_every = recompute_every
+        self.base = base
 
     @property
     def config(self) -> PretrainedConfig:
@@ -114,6 +127,7 @@ def build_model(
     shapes = {name: parameter.shape for name, parameter in causal_lm.named_parameters()}
     if spec.lora is not None:
         add_lora(causal_lm, spec.lora)
+    base = None
     device = torch.device(device)
     if device.type != "meta":
         if spec.path is None:
@@ -122,9 +136,9 @@ def build_model(
             weights = open_weights(spec.path.here(), allow_pickle=spec.allow_pickle)
             check_names_and_shapes(shapes, weights, tied_head=config.tie_word_embeddings)
             _fill(causal_lm, weights, seed, ds_config, device)
-            verify_loaded(_base_parameters(causal_lm), weights)
+            base = _verified_base(causal_lm, weights)
             causal_lm.generation_config = generation_config(weights.folder, config)
-    return TrainableModel(causal_lm, recompute_every=spec.activation_checkpointing)
+    return TrainableModel(causal_lm, recompute_every=spec.activation_checkpointing, base=base)
 
 
 def _fill(
@@ -138,8 +152,11 @@ def _fill(
     _refresh_rotary(causal_lm, device)
 
 
-def _base_parameters(causal_lm: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((base_name(n), p) for n, p in causal_lm.named_parameters() if not is_adapter(n))
+def _verified_base(causal_lm: PreTrainedModel, weights: WeightFolder) -> str:
+    """The fingerprint of the weights that were read, once they are found to be the folder's."""
+    base = {name: p for name, p in causal_lm.named_parameters() if not is_adapter(name)}
+    checksums = verify_loaded(((base_name(name), p) for name, p in base.items()), weights)
+    return fingerprint_of({PREFIX + name: checksums[base_name(name)] for name in base})
 
 
 def _refresh_rotary(causal_lm: PreTrainedModel, device: torch.device) -> None:

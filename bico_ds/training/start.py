@@ -232,7 +232,7 @@ def _build_trainer(
         engine=engine,
         loader=loader,
         callbacks=_callbacks(run, engine, spikes, planned),
-        checkpointer=_checkpointer(run, inputs, engine),
+        checkpointer=_checkpointer(run, inputs, engine, resumption),
         evaluator=evaluator,
         spikes=spikes,
         watchdog=watchdog,
@@ -252,14 +252,14 @@ def _callbacks(run: Run, engine: Engine, spikes: SpikeDetector, planned: StartPl
     return Callbacks(callbacks, is_first_rank=run.ranks.is_first)
 
 
-def _checkpointer(run: Run, inputs: RunInputs, engine: Engine) -> Checkpointer:
+def _checkpointer(run: Run, inputs: RunInputs, engine: Engine, resumption: Resumption | None) -> Checkpointer:
     return Checkpointer(
         run.recipe.checkpoint,
         run.folder,
         run.ranks,
         exclude_frozen=run.recipe.model.lora is not None,
         header={
-            **manifest_header(engine, run.recipe, _layout(run)),
+            **manifest_header(engine, run.recipe, _layout(run), resumption),
             "export": export_record(engine.module, add_bos=inputs.add_bos),
         },
     )

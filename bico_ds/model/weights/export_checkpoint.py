@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from bico_ds.config.schema import ModelSpec
 from bico_ds.model.architecture import ModelTokenizer, adopt_special_tokens, meta_model, model_config
 from bico_ds.model.build import TrainableModel
 from bico_ds.model.lora import adapters_by_base_name, add_lora, base_name, is_adapter, merge_adapters
+from bico_ds.model.weights.blend import Blend, blended
 from bico_ds.model.weights.checkpoint_weights import PREFIX, CheckpointWeights, open_checkpoint
 from bico_ds.model.weights.checksums import fingerprint_of, slice_checksum
 from bico_ds.model.weights.export_model import write_settings
@@ -33,10 +35,16 @@ def export_checkpoint(
     *,
     generation: GenerationConfig | None = None,
     base: str | None = None,
+    blends: Mapping[str, Blend] | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = 4 * 10**9,
 ) -> GenerationConfig:
     """Write the weights of a DeepSpeed checkpoint as `export_model` writes live ones, with one shard in memory at most.
+
+    `blends`: what to write instead, by the names of folders in `folder`; "." is `folder` itself. The checkpoint and the
+    base are read once for all of them; of each, one shard is in memory. A blend of share s is base + s (trained − base), in
+    fp32, the base as the run loaded it, in the training's dtype (Wortsman et al., arXiv 2109.01903); of adapters
+    that is base + s · scaling · B A. 0 is the base and 1 the run's own export, bit for bit.
 
     `spec`: the run's model section. Of a full fine-tuning only the config is needed; the export is made of the fp32 master
     weights under ZeRO-3, and below that of the weights in the training's dtype. LoRA reads the base from `spec.path` and
@@ -45,23 +53,34 @@ def export_checkpoint(
     `base_fingerprint` of the run's model. Returns the generation config that was written.
 
     Raises `UserError` where `folder` has something in it and `overwrite` is off, where the checkpoint cannot be read or is
-    not that model's, and where LoRA's base is missing or not the one that the adapters were trained on.
+    not that model's, and where the base of adapters or blends is missing or not the one that the run started from.
     """
     refuse_existing(folder, overwrite=overwrite)
     config = exported_config(spec)
-    values = _Values(spec, config, open_checkpoint(checkpoint))
+    values = _Values(spec, config, open_checkpoint(checkpoint), needs_base=blends is not None)
     shapes = {name: parameter.shape for name, parameter in meta_model(config).named_parameters()}
+    shares = {name: blend.share for name, blend in blends.items()} if blends is not None else {".": 1.0}
     with atomic_folder(folder, replace=True) as temporary:
-        writer = ShardWriter(temporary, shapes, DTYPES[dtype], max_shard_bytes=max_shard_bytes)
+        writers = {}
+        for part in shares:
+            (temporary / part).mkdir(exist_ok=True)
+            writers[part] = ShardWriter(
+                temporary / part, shapes, DTYPES[dtype], max_shard_bytes=max_shard_bytes
+            )
         for name in shapes:
-            writer.add(name, values.of(name))
+            start, trained = values.of(name)
+            for part, share in shares.items():
+                writers[part].add(name, blended(start, trained, share))
         values.check_base(base)
-        writer.close()
         if generation is None:
             generation = generation_config(_start_folder(spec), config)
         if tokenizer is not None:  # as a run does
             adopt_special_tokens(tokenizer, config, generation)
-        write_settings(temporary, config, generation, tokenizer, DTYPES[dtype])
+        for part, writer in writers.items():
+            writer.close()
+            if blends is not None:
+                blends[part].write(temporary / part)
+            write_settings(temporary / part, config, generation, tokenizer, DTYPES[dtype])
     return generation
 
 
@@ -83,47 +102,60 @@ def export_record(model: TrainableModel, *, add_bos: bool) -> dict[str, Any]:
 
 
 class _Values:
-    """Where each exported tensor comes from: the checkpoint, or base and adapters."""
+    """Where each exported tensor comes from: the checkpoint, or base and adapters, and the base for blends."""
 
-    def __init__(self, spec: ModelSpec, config: PretrainedConfig, trained: CheckpointWeights) -> None:
+    def __init__(
+        self, spec: ModelSpec, config: PretrainedConfig, trained: CheckpointWeights, *, needs_base: bool
+    ) -> None:
         self._trained = trained
         self._dtype = config.dtype
         self._base: WeightFolder | None = None
         self._adapters: dict[str, tuple[str, str, float]] = {}
         self._base_checksums: dict[str, int] = {}  # by name in the run's model
         model = meta_model(config)
-        if spec.lora is not None:
-            if spec.path is None:
-                raise UserError("the adapters of a random base cannot be exported: the base is in no file")
+        if spec.lora is not None and spec.path is None:
+            raise UserError("the adapters of a random base cannot be exported: the base is in no file")
+        if needs_base and spec.path is None:
+            raise UserError(
+                "the run began with random weights (model.path: null), which are in no file: nothing to blend with"
+            )
+        if spec.path is not None and (needs_base or spec.lora is not None):
             self._base = open_weights(spec.path.here(), allow_pickle=spec.allow_pickle)
             shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
             check_names_and_shapes(shapes, self._base, tied_head=config.tie_word_embeddings)
+        if spec.lora is not None:
             add_lora(model, spec.lora)
             self._adapters = _adapter_names(model)
-            self._live_names = {base_name(name): PREFIX + name for name, _ in model.named_parameters()}
+        self._live_names = {base_name(name): PREFIX + name for name, _ in model.named_parameters()}
+        self._is_adapted = spec.lora is not None
         _check_trained({name: p.shape for name, p in model.named_parameters() if p.requires_grad}, trained)
 
-    def of(self, name: str) -> Tensor:
-        """The tensor `name` of the exported model."""
+    def of(self, name: str) -> tuple[Tensor, Tensor]:
+        """The tensor `name` of the base, and of the exported model; where no base is needed, that of the latter twice."""
         if self._base is None:
-            return self._trained.read(name)
+            trained = self._trained.read(name)
+            return trained, trained
         shape = self._base.shapes[name]
         live = self._dtype  # the run computed with base and adapters in its dtype; so does the merge
         base = self._base.read(name, shape, 0, shape.numel()).view(shape).to(live)
         self._base_checksums[self._live_names[name]] = slice_checksum(base.view(-1), 0)
+        if not self._is_adapted:
+            return base, self._trained.read(name)
         if name not in self._adapters:
-            return base
+            return base, base
         a, b, scaling = self._adapters[name]
-        return merge_adapters(base, self._trained.read(a).to(live), self._trained.read(b).to(live), scaling)
+        merged = merge_adapters(base, self._trained.read(a).to(live), self._trained.read(b).to(live), scaling)
+        return base, merged
 
     def check_base(self, fingerprint: str | None) -> None:
         """Raise `UserError` where the base, all of which was read by now, is not that of `fingerprint`."""
         if self._base is None or fingerprint is None:
             return
-        if fingerprint_of(self._base_checksums) != fingerprint:
+        if (found := fingerprint_of(self._base_checksums)) != fingerprint:
             raise UserError(
-                f"the base in '{self._base.folder}' is not the one that this checkpoint's adapters were trained on: name "
-                "that one with --base"
+                f"the base in '{self._base.folder}' is not the one that this checkpoint's "
+                f"{'adapters were' if self._is_adapted else 'run was'} trained on: its fingerprint is {found[:12]}, the "
+                f"checkpoint records {fingerprint[:12]}; name that one with --base"
             )
 
 

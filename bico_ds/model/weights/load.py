@@ -169,11 +169,11 @@ def generation_config(folder: Path | None, config: PretrainedConfig) -> Generati
     return GenerationConfig.from_model_config(config)
 
 
-def verify_loaded(named: Iterable[tuple[str, nn.Parameter]], weights: WeightFolder) -> None:
+def verify_loaded(named: Iterable[tuple[str, nn.Parameter]], weights: WeightFolder) -> dict[str, int]:
     """Compare every loaded parameter with the file, by checksum; each rank reads its part of the files for it.
 
-    `named`: names as in the folder. Collective, where there is a process group. Raises `RuntimeError` naming the first
-    wrong parameters, and `UserError` where a stored tied head is not the embedding.
+    `named`: names as in the folder. Returns the checksums, by these names. Collective, where there is a process group.
+    Raises `RuntimeError` naming the first wrong parameters, and `UserError` where a stored tied head is not the embedding.
     """
     parameters = dict(named)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -191,6 +191,7 @@ def verify_loaded(named: Iterable[tuple[str, nn.Parameter]], weights: WeightFold
             f"{wrong[:5]}"
         )
     _check_stored_tied_head(parameters, weights, expected)
+    return expected
 
 
 def _check_stored_tied_head(

@@ -145,6 +145,8 @@ def likeliest(model: TrainableModel, batch: PackedBatch, key: TeacherKey) -> NDA
         best = log_probs.topk(key.top_k)
         rows["ids"][part] = best.indices.cpu().numpy()
         rows["log_probs"][part] = best.values.cpu().numpy()
+        others = log_probs.scatter(1, best.indices, -torch.inf).logsumexp(-1)
+        rows["rest"][part] = others.cpu().numpy()
         rows["target"][part] = log_probs.gather(1, batch.targets[part, None])[:, 0].cpu().numpy()
     return rows
 

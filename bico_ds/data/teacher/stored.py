@@ -3,11 +3,12 @@
 A teacher is a folder with one part per token store, named by the store's fingerprint: `rows.bin`, which every rank
 memory-maps, and `manifest.json`. Its rows are the positions of the sequences that the store's documents are cut into
 (`loading/sequences.py`), one sequence after another, each without its last token, after which nothing is predicted. A row
-holds the K likeliest next tokens (uint16, or uint32 where the vocabulary needs it), their log-probabilities, and that of
-the text's own next token, all little-endian.
+holds the K likeliest next tokens (uint16, or uint32 where the vocabulary needs it), their log-probabilities, that of all
+others together, and that of the text's own next token, all little-endian.
 
-Log-probabilities are float16: rounding moves them by at most 2^-11 of their value, which is less than the model's own
-rounding in bf16 does to its logits, and fp32 would make a row half as large again.
+Log-probabilities are float16: rounding moves them by at most 2^-11 of their value, and in fp32 a row would be half as large
+again. What is left of 1 after K rounded probabilities would be little but rounding, so it is stored by itself, and the
+reader scales all of them so that they add up to 1.
 
 Shape legend: N sequences, R rows, M rows that are read, K stored tokens per row.
 """
@@ -52,9 +53,16 @@ class TeacherKey:
 
     @property
     def row_dtype(self) -> np.dtype:
-        """A record of `rows.bin`."""
+        """A record of `rows.bin`; `rest` and `target` are log-probabilities too."""
         ids = "<u2" if self.vocabulary <= 2**16 else "<u4"
-        return np.dtype([("ids", ids, (self.top_k,)), ("log_probs", "<f2", (self.top_k,)), ("target", "<f2")])
+        return np.dtype(
+            [
+                ("ids", ids, (self.top_k,)),
+                ("log_probs", "<f2", (self.top_k,)),
+                ("rest", "<f2"),
+                ("target", "<f2"),
+            ]
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +131,13 @@ class StoredTeacher:
     def read(self, sequences: NDArray[np.int64], positions: NDArray[np.int64]) -> TeacherRows:
         """The distributions after these positions of the sequences of these numbers, both int64 [M]."""
         rows = self._rows[self._first_row[sequences] + positions]
+        log_probs = rows["log_probs"].astype(np.float64)
+        total = np.exp(log_probs).sum(1) + np.exp(rows["rest"].astype(np.float64))
+        scaled, target = (log_probs - np.log(total)[:, None], rows["target"] - np.log(total))
         return TeacherRows(
             ids=torch.from_numpy(rows["ids"].astype(np.int64)),
-            log_probs=torch.from_numpy(rows["log_probs"].astype(np.float32)),
-            target_log_probs=torch.from_numpy(rows["target"].astype(np.float32)),
+            log_probs=torch.from_numpy(scaled.astype(np.float32)),
+            target_log_probs=torch.from_numpy(target.astype(np.float32)),
         )
 
 

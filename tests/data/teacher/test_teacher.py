@@ -119,7 +119,9 @@ def test_rows_are_the_log_probabilities_of_plain_transformers(
         target = expected.gather(1, torch.tensor(text[1:], dtype=torch.long)[:, None])[:, 0]
         for stored, exact in ((found.log_probs, best.values), (found.target_log_probs, target)):
             assert stored.dtype == torch.float32
-            torch.testing.assert_close(stored.double(), exact, rtol=2**-11, atol=2e-5)
+            torch.testing.assert_close(stored.double(), exact, rtol=2**-10, atol=5e-4)
+        rest = 1 - found.log_probs.double().exp().sum(1)
+        torch.testing.assert_close(rest, 1 - best.values.exp().sum(1), rtol=4e-3, atol=1e-6)
 
 
 def test_an_interrupted_teacher_goes_on_after_its_last_shard(base, tmp_path, monkeypatch):
@@ -166,7 +168,7 @@ def test_shards_of_another_model_are_not_kept(base, tuned, tmp_path, monkeypatch
 def test_a_full_disk_is_refused_before_the_model_is_loaded(base, tmp_path, monkeypatch):
     store = random_store(tmp_path / "store")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
-    with pytest.raises(UserError, match=r"22 bytes per token, and the disk has 0\.0 GB free"):
+    with pytest.raises(UserError, match=r"24 bytes per token, and the disk has 0\.0 GB free"):
         make(base, [store], tmp_path / "teacher")
 
 
@@ -180,13 +182,16 @@ def world(base, tmp_path_factory):
 
     def recipe(*overrides: str, teacher: str = "five"):
         sources = ", ".join(f"{{store: {store.path}}}" for store in stores)
-        return load_recipe(
-            "tiny_bico",
-            [
-                f"model.path={base}", "model.config=null", "model.dtype=fp32", f"data.sources=[{sources}]",
-                "evaluation.tasks=[]", f"data.capacity={CAPACITY}", f"retention={{kl: 1.0, teacher: {folder / teacher}}}", *overrides,
-            ],
-        )  # fmt: skip
+        mine = {
+            "model.path": base,
+            "model.config": "null",
+            "model.dtype": "fp32",
+            "data.sources": f"[{sources}]",
+            "data.capacity": CAPACITY,
+            "evaluation.tasks": "[]",
+            "retention": f"{{kl: 1.0, teacher: {folder / teacher}}}",
+        }
+        return load_recipe("tiny_bico", [*(f"{key}={value}" for key, value in mine.items()), *overrides])
 
     return folder, stores, recipe
 
@@ -290,7 +295,7 @@ def test_a_teacher_of_another_run_is_refused_with_what_it_has_and_the_command(wo
     for overrides, message in (
         (["data.capacity=25"], "pieces of 24 tokens, and data.capacity is 25"),
         (["data.overlong=drop"], "overlong documents by 'split', and data.overlong is 'drop'"),
-        ([f"model.path={tuned}"], f"distributions of model .*, and model.path '{tuned}' is "),
+        ([f"model.path={tuned}"], f"the distributions of model .*, and model.path '{tuned}' is "),
     ):
         with pytest.raises(UserError, match=rf"source 'a' it has {message}.*bico-ds prepare teacher --store"):
             open_teachers(recipe(*overrides), stores, verify="once")

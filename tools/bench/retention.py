@@ -6,8 +6,8 @@
 
 DIR holds models/smollm2-135m (tools/fetch_model.py), stores/debian and text/debian (tools/bench/debian_text.py), stores/own
 (bico-ds prepare replay), search/name_description (tools/search_split.py) and TEXT.txt (docs/benchmarks/results.md); the full
-sets are found through BICO_DS_DATA. A run that was made is not made again. Its metrics, its scores without the answers, and
-its command are kept in docs/benchmarks/retention/NAME/; what the start model scores on the texts, in start/.
+sets are found through BICO_DS_DATA. A run that was made is not made again. docs/benchmarks/retention/ keeps its metrics
+(NAME.jsonl) and its command and scores, without the answers (NAME.json).
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from bico_ds.config.arguments import local_path
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "docs" / "benchmarks" / "retention"
-START_MODEL = Path("models") / "smollm2-135m"
-START = "start"
+START_MODEL = "models/smollm2-135m"
 TEXTS = ("TEXT.txt", "text/debian/prose.txt")
 HEADLINES = {"n2d": "bleu", "d2n": "contains", "n2d_reverse": "contains", "d2n_reverse": "bleu"}
 COMMON = (
@@ -122,43 +121,43 @@ def make_run(name: str, work: Path) -> None:
     data = run.data(work)
     if not (output / "export").is_dir():
         _call(run.command(output), work, BICO_DS_DATA=str(data))
-    if not (KEPT / START / "evaluation.json").exists():
-        evaluate(START, work / START_MODEL, work)
-    asked = ("--data", str(data / "name_description"), "--tasks", ",".join(run.tasks))
-    evaluate(name, output / "export", work, *asked)
-    (KEPT / name / "metrics.jsonl").write_bytes((output / "metrics.jsonl").read_bytes())
+    kept = evaluate(name, work, data, run.tasks)
+    for task in kept["tasks"].values():
+        del task["rows"]
     starts = json.loads((output / "run.json").read_text(encoding="utf-8"))
-    (KEPT / name / "command.txt").write_text(_shown(starts[-1]["command"], work), encoding="utf-8")
+    kept["command"] = _shown(starts[-1]["command"], work)
+    path = KEPT / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".jsonl").write_bytes((output / "metrics.jsonl").read_bytes())
 
 
-def evaluate(name: str, model: Path, work: Path, *asked: str) -> None:
-    """Measure the texts, and whatever else is asked; keep the scores under `name`."""
-    result = work / "runs" / "evaluation" / f"{name.replace('/', '_')}.json"
-    command = [sys.executable, str(ROOT / "tools" / "evaluate.py"), "--model", str(model), *asked]
-    _call([*command, "--retention", *TEXTS, "--batch-size", "60", "--output", str(result)], work)
-    kept = json.loads(result.read_text(encoding="utf-8"))
-    kept["model"] = str(model.relative_to(work))
-    for task in kept.get("tasks", {}).values():
-        del task["prompts"]
-    folder = KEPT / name
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "evaluation.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+def evaluate(name: str, work: Path, data: Path, tasks: Sequence[str]) -> dict[str, Any]:
+    """Ask all prompts and measure the texts, the start model's perplexities in one file for all runs; the results."""
+    evaluation = work / "runs" / "evaluation"
+    start, result = evaluation / "start.json", evaluation / f"{name.replace('/', '_')}.json"
+    asked = ("--data", str(data / "name_description"), "--tasks", ",".join(tasks))
+    _evaluate(START_MODEL, start, work)
+    _evaluate(f"runs/{name}/export", result, work, *asked)
+    return {**_content(result), "retention_before": _content(start)["retention"]}
+
+
+def _evaluate(model: str, output: Path, work: Path, *asked: str) -> None:
+    """Call tools/evaluate.py, which computes what `output` does not hold already."""
+    tool = [sys.executable, str(ROOT / "tools" / "evaluate.py"), "--batch-size", "60"]
+    _call([*tool, "--model", model, *asked, "--retention", *TEXTS, "--output", str(output)], work)
 
 
 def table(part: str) -> str:
     """The Markdown table of the runs of a part, `search` or `final`, that are kept."""
-    kept = {path.parent.name: _content(path) for path in sorted((KEPT / part).glob("*/evaluation.json"))}
+    kept = {path.stem: _content(path) for path in sorted((KEPT / part).glob("*.json"))}
     tasks = [task for task in HEADLINES if any(task in content["tasks"] for content in kept.values())]
     texts = [Path(text).name for text in TEXTS]
-    before = _content(KEPT / START / "evaluation.json")["retention"]
-    columns = ["run", *tasks, *(column for text in texts for column in (text, "times the start's"))]
+    columns = ["run", *tasks, *(column for text in texts for column in (text, "times"))]
     lines = [columns, ["---"] * len(columns)]
     for name, content in kept.items():
         scores = [_score(content["tasks"][task], HEADLINES[task]) for task in tasks]
-        perplexities = [
-            cell for text in texts for cell in _perplexity(content["retention"][text], before[text])
-        ]
-        lines.append([name, *scores, *perplexities])
+        lines.append([name, *scores, *(cell for text in texts for cell in _perplexity(content, text))])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -171,8 +170,10 @@ def _score(task: dict[str, Any], metric: str) -> str:
     return f"{task['metrics'][metric]:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def _perplexity(after: dict[str, Any], before: dict[str, Any]) -> tuple[str, str]:
-    return f"{after['perplexity']:.1f}", f"{after['perplexity'] / before['perplexity']:.2f}"
+def _perplexity(content: dict[str, Any], text: str) -> tuple[str, str]:
+    """After the training, and times that of the start model."""
+    after, before = (content[part][text]["perplexity"] for part in ("retention", "retention_before"))
+    return f"{after:.1f}", f"{after / before:.2f}"
 
 
 def _call(command: Sequence[str], work: Path, **environment: str) -> None:
@@ -182,7 +183,7 @@ def _call(command: Sequence[str], work: Path, **environment: str) -> None:
 
 def _shown(command: Sequence[str], work: Path) -> str:
     parts = [part.replace(f"{ROOT}/", "").replace(f"{work}/", "") for part in command]
-    return "python " + " ".join(f"'{part}'" if set(part) & set("[]{} ") else part for part in parts) + "\n"
+    return "python " + " ".join(f"'{part}'" if set(part) & set("[]{} ") else part for part in parts)
 
 
 def run(options: Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The experiment on forgetting: its runs, the commands that make them, and the table of what came out.
+"""The experiment on forgetting: its runs, the commands that make them, and the tables of what came out.
 
     python tools/bench/retention.py --list
     python tools/bench/retention.py --run search/ntp50_1e-3 --work DIR
@@ -6,8 +6,8 @@
 
 DIR holds models/smollm2-135m (tools/fetch_model.py), stores/debian and text/debian (tools/bench/debian_text.py), stores/own
 (bico-ds prepare replay), search/name_description (tools/search_split.py) and TEXT.txt (docs/benchmarks/results.md); the full
-sets are found through BICO_DS_DATA. A run that was made is not made again. Its metrics, the scores without the answers, and
-the command are kept in docs/benchmarks/retention/NAME/.
+sets are found through BICO_DS_DATA. A run that was made is not made again. docs/benchmarks/retention/ keeps its metrics
+(NAME.jsonl) and its command and scores, without the answers (NAME.json).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import this_checkout  # noqa: F401  first on sys.path
 
@@ -29,6 +30,9 @@ from bico_ds.config.arguments import local_path
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "docs" / "benchmarks" / "retention"
+START_MODEL = "models/smollm2-135m"
+TEXTS = ("TEXT.txt", "text/debian/prose.txt")
+HEADLINES = {"n2d": "bleu", "d2n": "contains", "n2d_reverse": "contains", "d2n_reverse": "bleu"}
 COMMON = (
     "model.dtype=bf16",
     "training.micro_batch_bins=4",
@@ -40,18 +44,29 @@ FACTS = "objectives.1.sources=[name_description]"
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A training of `recipe` with these `--set`, on the search split or on the full sets."""
+    """A training of `recipe` with these `--set`, scored on `tasks`; on the search split or on the full sets."""
 
     steps: int
     settings: tuple[str, ...]
     recipe: str = "smollm2_135m_bico"
     full_sets: bool = False
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(HEADLINES) if self.full_sets else ("n2d", "n2d_reverse")
+
+    def data(self, work: Path) -> Path:
+        """The folder that BICO_DS_DATA names."""
+        if not self.full_sets:
+            return work / "search"
+        if "BICO_DS_DATA" not in os.environ:
+            raise UserError("BICO_DS_DATA is not set: it names the folder that holds name_description/")
+        return Path(os.environ["BICO_DS_DATA"]).resolve()
+
     def command(self, output: Path) -> list[str]:
         """The training's command line, in the folder of the work."""
-        sets = [*COMMON, f"training.steps={self.steps}", *self.settings]
-        if not self.full_sets:
-            sets += ["evaluation.tasks=[n2d,n2d_reverse]"]
+        tasks = f"evaluation.tasks=[{','.join(self.tasks)}]"
+        sets = [*COMMON, f"training.steps={self.steps}", tasks, *self.settings]
         return [
             sys.executable,
             str(ROOT / "launch" / "train.py"),
@@ -62,7 +77,7 @@ class Run:
 
 def replay(store: str, share: float) -> str:
     """The setting that adds a store as one more source."""
-    return f"data.sources+={{name: replay, store: stores/{store}, token_share: {share}}}"
+    return f"data.sources+={{name: {store}, store: stores/{store}, token_share: {share}}}"
 
 
 def search(lr: str, *settings: str) -> Run:
@@ -70,14 +85,16 @@ def search(lr: str, *settings: str) -> Run:
     return Run(steps=200, settings=(f"optimizer.lr={lr}", "evaluation.every_steps=200", *settings))
 
 
-def full(seed: int, *settings: str, recipe: str = "smollm2_135m_bico", lr: str = "1e-3") -> Run:
-    """560 updates on the full sets."""
-    return Run(
-        steps=560,
-        settings=(f"seed={seed}", f"optimizer.lr={lr}", "evaluation.every_steps=280", *settings),
-        recipe=recipe,
-        full_sets=True,
+def final(seed: int, lr: str, *settings: str, recipe: str = "smollm2_135m_bico") -> Run:
+    """560 updates on the full sets, with Debian's texts as half of the tokens of NTP steps."""
+    common = (
+        f"seed={seed}",
+        f"optimizer.lr={lr}",
+        "evaluation.every_steps=280",
+        replay("debian", 0.5),
+        FACTS,
     )
+    return Run(steps=560, settings=(*common, *settings), recipe=recipe, full_sets=True)
 
 
 RUNS = {
@@ -89,16 +106,10 @@ RUNS = {
     "search/all50_1e-3": search("1e-3", replay("debian", 0.5)),
     "search/own50_1e-3": search("1e-3", replay("own", 0.5), FACTS),
     "search/ntp50_5e-4": search("5e-4", replay("debian", 0.5), FACTS),
-    "full/keep_seed1": full(1, replay("debian", 0.5), FACTS),
-    "full/keep_seed2": full(2, replay("debian", 0.5), FACTS),
-    "full/keep_lora": full(
-        1,
-        replay("debian", 0.5),
-        FACTS,
-        "retention={kl: 0.5, on: [replay]}",
-        recipe="smollm2_135m_bico_lora",
-        lr="5e-3",
-    ),
+    "final/keep_seed1": final(1, "1e-3"),
+    "final/keep_5e-4": final(1, "5e-4"),
+    "final/keep_seed2": final(2, "1e-3"),
+    "final/keep_lora": final(1, "5e-3", "retention={kl: 0.5, on: [debian]}", recipe="smollm2_135m_bico_lora"),
 }
 
 
@@ -107,66 +118,72 @@ def make_run(name: str, work: Path) -> None:
     if name not in RUNS:
         raise UserError(f"--run {name}: no such run{did_you_mean(name, RUNS)}; --list shows all")
     run, output = RUNS[name], work / "runs" / name
-    data = Path(os.environ["BICO_DS_DATA"]) if run.full_sets else work / "search"
-    environment = {**os.environ, "BICO_DS_DATA": str(data)}
+    data = run.data(work)
     if not (output / "export").is_dir():
-        _call(run.command(output), work, environment)
-    evaluate(name, output / "export", work, data, full_sets=run.full_sets)
-    (KEPT / name / "metrics.jsonl").write_bytes((output / "metrics.jsonl").read_bytes())
-    (KEPT / name / "command.txt").write_text(_shown(run.command(output), work), encoding="utf-8")
-
-
-def evaluate(name: str, model: Path, work: Path, data: Path, *, full_sets: bool) -> None:
-    """Ask all prompts and measure both texts, and keep the scores under `name`."""
-    result = work / "runs" / "evaluation" / f"{name.replace('/', '_')}.json"
-    command = [
-        sys.executable,
-        str(ROOT / "tools" / "evaluate.py"),
-        *("--model", str(model), "--data", str(data / "name_description")),
-        *("--tasks", "n2d,d2n,n2d_reverse,d2n_reverse" if full_sets else "n2d,n2d_reverse"),
-        *("--retention", "TEXT.txt", "text/debian/prose.txt", "--base", "models/smollm2-135m"),
-        *("--batch-size", "60", "--output", str(result)),
-    ]
-    _call(command, work, {**os.environ})
-    kept = json.loads(result.read_text(encoding="utf-8"))
+        _call(run.command(output), work, BICO_DS_DATA=str(data))
+    kept = evaluate(name, work, data, run.tasks)
     for task in kept["tasks"].values():
-        del task["prompts"]
-    folder = KEPT / name
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "evaluation.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        del task["rows"]
+    starts = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    kept["command"] = _shown(starts[-1]["command"], work)
+    path = KEPT / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".jsonl").write_bytes((output / "metrics.jsonl").read_bytes())
 
 
-def table() -> str:
-    """The Markdown table of all runs that are kept."""
-    lines = [
-        "| run | n2d | n2d_reverse | TEXT | times the base's | prose | times |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for path in sorted(KEPT.glob("*/*/evaluation.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        cells = [_score(content, "n2d", "bleu"), _score(content, "n2d_reverse", "contains")]
-        for text in ("TEXT.txt", "prose.txt"):
-            after = content["retention"][text]["perplexity"]
-            before = content["retention_before"][text]["perplexity"]
-            cells += [f"{after:.1f}", f"{after / before:.2f}"]
-        lines.append(f"| {path.parent.relative_to(KEPT)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def evaluate(name: str, work: Path, data: Path, tasks: Sequence[str]) -> dict[str, Any]:
+    """Ask all prompts and measure the texts, the start model's perplexities in one file for all runs; the results."""
+    evaluation = work / "runs" / "evaluation"
+    start, result = evaluation / "start.json", evaluation / f"{name.replace('/', '_')}.json"
+    asked = ("--data", str(data / "name_description"), "--tasks", ",".join(tasks))
+    _evaluate(START_MODEL, start, work)
+    _evaluate(f"runs/{name}/export", result, work, *asked)
+    return {**_content(result), "retention_before": _content(start)["retention"]}
 
 
-def _score(content: dict, task: str, metric: str) -> str:
-    found = content["tasks"][task]
-    low, high = found["intervals"][metric]
-    return f"{found['metrics'][metric]:.3f} [{low:.3f}, {high:.3f}]"
+def _evaluate(model: str, output: Path, work: Path, *asked: str) -> None:
+    """Call tools/evaluate.py, which computes what `output` does not hold already."""
+    tool = [sys.executable, str(ROOT / "tools" / "evaluate.py"), "--batch-size", "60"]
+    _call([*tool, "--model", model, *asked, "--retention", *TEXTS, "--output", str(output)], work)
 
 
-def _call(command: Sequence[str], work: Path, environment: dict[str, str]) -> None:
-    if subprocess.run(command, cwd=work, env=environment, check=False).returncode:
+def table(part: str) -> str:
+    """The Markdown table of the runs of a part, `search` or `final`, that are kept."""
+    kept = {path.stem: _content(path) for path in sorted((KEPT / part).glob("*.json"))}
+    tasks = [task for task in HEADLINES if any(task in content["tasks"] for content in kept.values())]
+    texts = [Path(text).name for text in TEXTS]
+    columns = ["run", *tasks, *(column for text in texts for column in (text, "times"))]
+    lines = [columns, ["---"] * len(columns)]
+    for name, content in kept.items():
+        scores = [_score(content["tasks"][task], HEADLINES[task]) for task in tasks]
+        lines.append([name, *scores, *(cell for text in texts for cell in _perplexity(content, text))])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _content(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _score(task: dict[str, Any], metric: str) -> str:
+    low, high = task["intervals"][metric]
+    return f"{task['metrics'][metric]:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _perplexity(content: dict[str, Any], text: str) -> tuple[str, str]:
+    """After the training, and times that of the start model."""
+    after, before = (content[part][text]["perplexity"] for part in ("retention", "retention_before"))
+    return f"{after:.1f}", f"{after / before:.2f}"
+
+
+def _call(command: Sequence[str], work: Path, **environment: str) -> None:
+    if subprocess.run(command, cwd=work, env={**os.environ, **environment}, check=False).returncode:
         raise RunError(f"failed: {' '.join(command)}")
 
 
 def _shown(command: Sequence[str], work: Path) -> str:
-    parts = [part.replace(f"{ROOT}/", "").replace(f"{work}/", "") for part in command[1:]]
-    return "python " + " ".join(f"'{part}'" if set(part) & set("[]{} ") else part for part in parts) + "\n"
+    parts = [part.replace(f"{ROOT}/", "").replace(f"{work}/", "") for part in command]
+    return "python " + " ".join(f"'{part}'" if set(part) & set("[]{} ") else part for part in parts)
 
 
 def run(options: Namespace) -> None:
@@ -174,7 +191,7 @@ def run(options: Namespace) -> None:
         for name, chosen in RUNS.items():
             print(name, *chosen.settings, sep="  ")
     elif options.table:
-        print(table())
+        print(table("search"), table("final"), sep="\n\n")
     else:
         make_run(options.run, options.work.resolve())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from bico_ds.common.errors import UserError
 from bico_ds.data.replay.sampled_store import SampleShare, SampleSpec, sample_store, start_token
 from bico_ds.data.replay.sampling import sample_texts
 from bico_ds.data.store import TokenStore
-from tests import ROOT
 
 CPU = torch.device("cpu")
 BOS, EOS = 1, 2

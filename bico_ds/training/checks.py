@@ -77,7 +77,8 @@ def beyond_context(recipe: Recipe, streams: Sequence[StreamReport]) -> str | Non
 def what_may_be_lost(recipe: Recipe) -> str | None:
     """A note on a fine-tuning in which nothing keeps what the model knew; None for other runs.
 
-    What keeps it is text beside the facts (`replay`, a source that is sampled or has a share of the tokens), or `retention`. The numbers are those of docs/benchmarks/results.md: SmolLM2-135M, full runs of BICO.
+    What keeps it is text beside the facts (`replay`, a source that is sampled or has a share of the tokens), or `retention`.
+    The numbers are those of docs/benchmarks/results.md: SmolLM2-135M, full runs of BICO.
     """
     keeps = recipe.retention is not None or any(
         source.name == REPLAY or source.sampled is not None or source.token_share is not None

@@ -198,8 +198,8 @@ def texts_before(inputs: RunInputs, saved: Mapping[str, Any]) -> dict[str, dict[
         if text.spec.stop_if_above is not None and reference(text, before) is None:
             raise UserError(
                 f"evaluation.tasks: the checkpoint does not know the perplexity of text '{text.spec.name}' before training "
-                "(the text, or how it is read, was changed since), so its stop_if_above cannot be judged; leave that out, or "
-                "start anew with --resume none"
+                "(the text, or how it is read, was changed since), so its stop_if_above cannot be judged; leave that out, "
+                "or start anew with --resume none"
             )
     return before
 

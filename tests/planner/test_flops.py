@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from bico_ds.attention import backends
 from bico_ds.attention.layout import CPU_POLICY, TILES_POLICY, Layout, LayoutPolicy, build_layout
-from bico_ds.batch import PackedBatch
+from bico_ds.batch import ComparedRows, PackedBatch, TeacherRows
 from bico_ds.config.load import load_recipe
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
@@ -36,7 +36,7 @@ from bico_ds.planner.compute.attention import (
     Visits,
     expected_visits,
 )
-from bico_ds.planner.flops import attention_flops, head_flops, linear_flops, step_flops
+from bico_ds.planner.flops import attention_flops, comparison_flops, head_flops, linear_flops, step_flops
 from bico_ds.planner.workload import MicroBatch, Texts, micro_batches
 from tests.bench.small_model import CONFIG, random_documents
 
@@ -155,6 +155,28 @@ def executed(spec: ModelSpec, rows: int, targets: int, visits: list[Visits]) -> 
     architecture = read_architecture(spec)
     products = linear_flops(architecture, spec, rows) + head_flops(architecture, spec, targets)
     return products + attention_flops(architecture, spec, visits)
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["start model's pass", "stored"])
+def test_a_divergence_executes_what_the_plan_adds(stored):
+    batch = OBJECTIVES["ntp"].build(*random_documents(*np.random.default_rng().integers(2, 30, 7)))
+    index = torch.arange(0, len(batch.targets), 2)
+    kept = torch.full((len(index), 3), 0.1)
+    ids = torch.arange(3).expand(len(index), 3)
+    teacher = (
+        TeacherRows(ids=ids, log_probs=kept.log(), target_log_probs=kept[:, 0].log()) if stored else None
+    )
+    with policy_of_cpus(TWO_PASS):
+        spec, model = built("auto", VARIANTS["fp32" if stored else "adapters"])
+        batch = replace(batch, layout=build_layout(batch.plan, TWO_PASS))
+        compared = ComparedRows(index=index, teacher=teacher)
+        added = counted(model, replace(batch, compared=compared)) - counted(model, batch)
+    architecture, visits = read_architecture(spec), rectangles(batch.layout)
+    planned = replace(counts(batch), compared_rows=len(index), repeats_base=not stored)
+    passes = [
+        attention_flops(architecture, spec, visits, repeats_base=again) for again in (not stored, False)
+    ]
+    assert added == comparison_flops(architecture, spec, planned) + passes[0] - passes[1]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -167,7 +167,7 @@ def test_counters_are_of_each_source_whatever_stream_it_came_by(stores):
 
 @pytest.mark.parametrize(("source", "passes"), [(FACTS, 7.3), (REPLAY, 0.8)])
 def test_epochs_of_a_source_end_at_the_first_step_that_completes_its_passes(many, source, passes):
-    """All objectives together, by the steps that are drawn. What is measured is off as far as epochs differ in their bins."""
+    """All objectives together, by the steps that are drawn. Measured: off as far as epochs differ in bins."""
     spec = stream(many, seed=int(np.random.default_rng().integers(2**31)), bins=16)
     order = SampleOrder(spec)
     end = order.total_steps(passes, source=source)

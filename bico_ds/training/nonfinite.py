@@ -24,8 +24,9 @@ class NonFiniteError(RunError):
 def stop(step: int, batches: Sequence[PackedBatch], losses: Sequence[torch.Tensor], run: Run) -> NoReturn:
     """Raise `NonFiniteError`, the same on all ranks; `step` counts from 0. Collective.
 
-    For each micro-batch whose loss is not finite, the error names rank and documents, and the rank writes the micro-batch to
-    a file in logs/. Where only a gradient is not finite, no micro-batch can be named.
+    `losses`: of each micro-batch the sum of its losses, with its divergence. For each that is not finite, the error names
+    rank and documents, and the rank writes the micro-batch to a file in logs/. Where only a gradient is not finite, no
+    micro-batch can be named.
     """
     ranks, folder = run.ranks, run.folder
     values = [float(loss) for loss in losses]

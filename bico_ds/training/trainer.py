@@ -154,7 +154,8 @@ class Trainer:
         if self.run.recipe.training.on_spike == "stop":
             # The gradient norm is known after the update only.
             self._look_for_spike(rank_step, losses, loss)
-        applied = self._update(batches, losses, math.isfinite(totals[0] + totals[5]))
+        both = [part.loss + part.divergence for part in found]
+        applied = self._update(batches, both, math.isfinite(totals[0] + totals[5]))
         norm = self.engine.get_global_grad_norm() if applied else math.nan
         # Not `norm or 0.0`: of a tensor on a GPU that would wait for it a second time.
         grad_norm = 0.0 if norm is None else float(norm)
@@ -221,8 +222,11 @@ class Trainer:
         for number, batch in enumerate(batches, start=1):
             losses = self.engine(batch.to(ranks.device, non_blocking=True))
             total = losses.loss * scale
-            if retention is not None and counts.compared:
-                total = total + losses.divergence * (retention.kl * ranks.world_size / counts.compared)
+            if retention is not None:
+                # Where nothing is compared, too: all that the head gives takes part in the backward pass.
+                total = total + losses.divergence * (
+                    retention.kl * ranks.world_size / max(counts.compared, 1)
+                )
             self.engine.backward(total, scale_wrt_gas=False)
             found.append(Losses(*(part.detach() for part in losses)))
             if number < len(batches):

@@ -1,4 +1,4 @@
-"""Agreement with the base's answers, compared with a plain loop over transformers' own `generate` and log-softmax."""
+"""Agreement with the base's answers, compared with a loop over transformers' own `generate` and single texts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def instructions() -> list[Instruction]:
         Instruction(
             text=f"i{number}", line=number, ids=(1, *draw.integers(3, 43, size=draw.integers(1, 9)).tolist())
         )
-        for number in range(24)
+        for number in range(12)
     ]
 
 
@@ -53,19 +53,18 @@ def _generated(model, instruction: Instruction) -> list[int]:
     return answer[: answer.index(2)] if 2 in answer else answer
 
 
-def _step_by_step(model, instruction: Instruction, answer: list[int]) -> tuple[float, int]:
-    """The answer's log-probability and how many of its tokens are the likeliest, a forward pass for each token."""
-    total, matches = 0.0, 0
-    for done, token in enumerate(answer):
-        read = torch.tensor([[*instruction.ids, *answer[:done]]])
-        with torch.no_grad():
-            logits = model(input_ids=read).logits[0, -1].double()
-        total += logits.log_softmax(-1)[token].item()
-        matches += int(logits.argmax().item() == token)
-    return total, matches
+def _alone(model, instruction: Instruction, answer: list[int]) -> tuple[float, int]:
+    """The answer's log-probability and how many of its tokens are the likeliest, read by itself."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[*instruction.ids, *answer]])).logits[0].double()
+    before = logits[len(instruction.ids) - 1 : -1].log_softmax(-1)
+    right = [before[position, token].item() for position, token in enumerate(answer)]
+    return sum(right), sum(
+        before.argmax(-1)[position].item() == token for position, token in enumerate(answer)
+    )
 
 
-def test_every_figure_is_that_of_a_loop_over_single_tokens(tiny_llama, changed, tokenizer, instructions):
+def test_every_figure_is_that_of_a_loop_over_single_texts(tiny_llama, changed, tokenizer, instructions):
     share = PromptShare(batch_size=5)
     base = answers_of_base(tiny_llama, tokenizer, instructions, max_new_tokens=NEW_TOKENS, share=share)
     found = agreement(changed, tokenizer, instructions, base, share)
@@ -73,8 +72,8 @@ def test_every_figure_is_that_of_a_loop_over_single_tokens(tiny_llama, changed, 
     own = [_generated(changed, instruction) for instruction in instructions]
     assert [row["ids"] for row in base["rows"]] == theirs
     tokens = sum(map(len, theirs))
-    forced = [_step_by_step(changed, i, answer) for i, answer in zip(instructions, theirs, strict=True)]
-    before = [_step_by_step(tiny_llama, i, answer) for i, answer in zip(instructions, theirs, strict=True)]
+    forced = [_alone(changed, i, answer) for i, answer in zip(instructions, theirs, strict=True)]
+    before = [_alone(tiny_llama, i, answer) for i, answer in zip(instructions, theirs, strict=True)]
     assert found["tokens"] == tokens
     assert found["agreement"] == pytest.approx(sum(matches for _, matches in forced) / tokens)
     assert found["base_agreement"] == pytest.approx(1.0)

@@ -11,8 +11,9 @@ from typing import Any
 from rich.console import Console
 
 from bico_ds.common.errors import UserError
+from bico_ds.evaluation.report.frontier import Panel, panels
 from bico_ds.evaluation.report.paired import Difference, paired_differences, same_prompts
-from bico_ds.evaluation.report.plots import plot_curves, plot_scores
+from bico_ds.evaluation.report.plots import plot_curves, plot_frontier, plot_scores
 from bico_ds.evaluation.report.runs import ComparedRun, load_runs
 from bico_ds.evaluation.report.tables import (
     console_for_tables,
@@ -20,34 +21,48 @@ from bico_ds.evaluation.report.tables import (
     contamination_table,
     difference_markdown,
     difference_table,
+    frontier_markdown,
+    frontier_table,
     result_markdown,
     result_table,
 )
 from bico_ds.evaluation.results import TaskResult
 
 
-def compare_runs(paths: Sequence[Path], *, output: Path, console: Console | None = None) -> None:
+def compare_runs(
+    paths: Sequence[Path],
+    *,
+    output: Path,
+    task: str | None = None,
+    text: str | None = None,
+    console: Console | None = None,
+) -> None:
     """Print the table of the tasks, and every later run minus the first, paired by prompt.
 
     `paths`: run folders, or result files of `bico-ds evaluate`. Writes comparison.md, comparison.json, scores.png and, where
-    there are curves, curves.png to `output`. Raises `UserError` for a run that cannot be read, for a task whose headline
-    metric is not the same in all runs, and where no folder can be made at `output`.
+    there are curves, curves.png to `output`; where a perplexity is known, frontier.png, of `task` (None: `frontier.TASK`)
+    and all texts, or `text`. Raises `UserError` for a run that cannot be read, for a task whose headline metric is not the
+    same in all runs, for a `task` or `text` that no run has, and where no folder can be made at `output`.
     """
     console = console or console_for_tables()
     runs = load_runs(paths)
     _check_comparable(runs)
+    frontier = panels(runs, task=task, text=text)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {output}: no folder can be made there ({error})") from error
     differences = {run.label: _differences(runs[0], run) for run in runs[1:]}
-    _show(runs, differences, console)
-    written = [_write_page(runs, differences, output), _write_figures(runs, differences, output)]
+    _show(runs, differences, frontier, console)
+    written = [_write_page(runs, differences, frontier, output), _write_figures(runs, differences, output)]
     plot_scores(runs, output / "scores.png")
     written.append(output / "scores.png")
     if any(run.curves for run in runs):
         plot_curves(runs, output / "curves.png")
         written.append(output / "curves.png")
+    if frontier:
+        plot_frontier(frontier, output / "frontier.png")
+        written.append(output / "frontier.png")
     console.print("written: " + ", ".join(map(str, written)), soft_wrap=True)
 
 
@@ -60,7 +75,12 @@ def _differences(first: ComparedRun, second: ComparedRun) -> Differences:
     return {name: found for name, found in pairs.items() if found}
 
 
-def _show(runs: Sequence[ComparedRun], differences: Mapping[str, Differences], console: Console) -> None:
+def _show(
+    runs: Sequence[ComparedRun],
+    differences: Mapping[str, Differences],
+    frontier: Sequence[Panel],
+    console: Console,
+) -> None:
     results = {run.label: run.final for run in runs}
     console.print(result_table(results))
     if any(result.training_texts for result in results.values()):
@@ -68,11 +88,18 @@ def _show(runs: Sequence[ComparedRun], differences: Mapping[str, Differences], c
     for label, found in differences.items():
         if found:
             console.print(difference_table(found, of=label, minus=runs[0].label))
+    for panel in frontier:
+        console.print(frontier_table(panel))
     for remark in remarks(runs):
         console.print(f"note: {remark}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _write_page(runs: Sequence[ComparedRun], differences: Mapping[str, Differences], output: Path) -> Path:
+def _write_page(
+    runs: Sequence[ComparedRun],
+    differences: Mapping[str, Differences],
+    frontier: Sequence[Panel],
+    output: Path,
+) -> Path:
     results = {run.label: run.final for run in runs}
     sections = [result_markdown(results)]
     if any(result.training_texts for result in results.values()):
@@ -82,6 +109,7 @@ def _write_page(runs: Sequence[ComparedRun], differences: Mapping[str, Differenc
         for label, found in differences.items()
         if found
     ]
+    sections += map(frontier_markdown, frontier)
     sections += [f"- {remark}\n" for remark in remarks(runs)]
     page = output / "comparison.md"
     page.write_text("\n".join(sections), encoding="utf-8")
@@ -93,6 +121,11 @@ def _write_figures(runs: Sequence[ComparedRun], differences: Mapping[str, Differ
     for run in runs:
         final = run.final.to_json(prompts=False)
         values[run.label] = {"final": final["tasks"], "curves": run.curves}
+        if run.texts:
+            values[run.label]["texts"] = {
+                text: [{"step": step, **figure._asdict()} for step, figure in figures.items()]
+                for text, figures in run.texts.items()
+            }
         if "training_texts" in final:
             values[run.label]["training_texts"] = final["training_texts"]
     for label, tasks in differences.items():

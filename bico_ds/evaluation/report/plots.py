@@ -1,4 +1,4 @@
-"""The pictures of a comparison: learning curves, one panel per task, and final scores as bars."""
+"""The pictures of a comparison: learning curves, one panel per task, final scores as bars, and the frontier."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bico_ds.evaluation.report.frontier import Panel, Point
 from bico_ds.evaluation.report.runs import ComparedRun
 from bico_ds.evaluation.results import TaskResult
 
@@ -132,3 +133,66 @@ def _bars(axes: Any, run: ComparedRun, names: Sequence[str], number: int, *, of:
         axes.annotate(
             f"{score:.2f}", (x, high), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8
         )
+
+
+def plot_frontier(panels: Sequence[Panel], path: Path) -> None:
+    """Write a PNG of the score over the perplexity of each text: a colour per series, the best points joined in grey."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(6.4, 5.6 * len(panels)), 5.2), layout="constrained")
+    labels = list(dict.fromkeys(series.label for panel in panels for series in panel.series))
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for series in panel.series:
+            _draw_series(axes, series.points, labels.index(series.label))
+        _dress_frontier(axes, panel)
+    handles = [_line(number, label=label) for number, label in enumerate(labels)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def _draw_series(axes: Any, points: Sequence[Point], number: int) -> None:
+    """The last point of a run, and every point with an interval, is large: the others lead there."""
+    line = _line(number, scale=0.6)
+    line.set_data([point.perplexity for point in points], [point.score for point in points])
+    axes.add_line(line)
+    colour, marker = line.get_color(), line.get_marker()
+    for point in points:
+        if point is points[-1] or point.interval is not None:
+            axes.plot(point.perplexity, point.score, marker=marker, color=colour, markersize=8, zorder=3)
+        if point.interval is not None:
+            axes.vlines(point.perplexity, *point.interval, color=colour, linewidth=1.2)
+        axes.annotate(
+            point.name,
+            (point.perplexity, point.score),
+            xytext=(5, -9),
+            textcoords="offset points",
+            fontsize=7,
+            color="#555555",
+        )
+
+
+def _dress_frontier(axes: Any, panel: Panel) -> None:
+    best = panel.frontier
+    axes.plot(
+        [point.perplexity for point in best],
+        [point.score for point in best],
+        color="#999999",
+        linewidth=6,
+        alpha=0.35,
+        zorder=0,
+    )
+    for base in panel.bases:
+        axes.axvline(base, color="#555555", linestyle=":", linewidth=1.5)
+    axes.set_xscale("log")
+    axes.set_ylim(-0.02, 1.04)
+    axes.set_xlabel(f"perplexity of {panel.text} (dotted: the base's)")
+    axes.set_ylabel(f"{panel.task}: {_METRICS.get(panel.metric, panel.metric)}")
+    axes.grid(color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_formatter("{x:g}")
+    if len(panel.bases) == 1:
+        base = panel.bases[0]
+        times = axes.secondary_xaxis("top", functions=(lambda x: x / base, lambda x: x * base))
+        times.set_xlabel("times the base's")
+        times.xaxis.set_major_formatter("{x:g}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bico_ds.common.errors import UserError
 from bico_ds.evaluation.results import EvaluationResult, TaskResult, load_result
@@ -14,17 +16,45 @@ from bico_ds.evaluation.tasks.jsonl import parse_object
 from bico_ds.runtime.run_folder import RunFolder
 
 _PREFIX = "evaluation/"
+_PERPLEXITY = re.compile(rf"{_PREFIX}text/(.+)/perplexity$")
+
+# Where `bico-ds export --blend` puts a blend: the folder's name is its share of the fine-tuned weights.
+_BLEND = re.compile(r"(?:^|/)([^/]+)/blend-(\d+(?:\.\d+)?)/?$")
 
 Curve = list[tuple[int, float]]
 
 
+class TextFigure(NamedTuple):
+    """The perplexity of a text, and that under the base, where it is known."""
+
+    perplexity: float
+    base: float | None
+
+
+class Blend(NamedTuple):
+    """A model that is `share` of the fine-tuned model `of` and the rest its base."""
+
+    of: str
+    share: float
+
+
+# By text and step; the step of a result file, which has no other, is None.
+TextFigures = dict[str, dict[int | None, TextFigure]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ComparedRun:
-    """One column of the comparison. `curves`: (step, headline score) by task, in the order of steps."""
+    """One column of the comparison.
+
+    `curves`: (step, headline score) by task, in the order of steps. `texts`: perplexities, in that order. `blend`: what the
+    model was blended from, where it is a blend.
+    """
 
     label: str
     final: EvaluationResult
     curves: dict[str, Curve]
+    texts: TextFigures = field(default_factory=dict)
+    blend: Blend | None = None
 
 
 def load_runs(paths: Sequence[Path]) -> list[ComparedRun]:
@@ -43,11 +73,20 @@ def load_runs(paths: Sequence[Path]) -> list[ComparedRun]:
 
 def _load_run(path: Path, label: str) -> ComparedRun:
     if path.is_file():
-        return ComparedRun(label=label, final=load_result(path), curves={})
+        final = load_result(path)
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return ComparedRun(
+            label=label,
+            final=final,
+            curves={},
+            texts=_texts_of_file(values),
+            blend=_blend_of(str(values.get("model", ""))),
+        )
     if not path.is_dir():
         raise UserError(f"{path}: no such run folder or result file")
     folder = RunFolder(path)
-    evaluations = _evaluations(folder.metrics_file)
+    records = _evaluations(folder.metrics_file)
+    evaluations = {step: tasks for step, (tasks, _) in records.items() if tasks}
     curves: dict[str, Curve] = {}
     for step, tasks in evaluations.items():
         for name, task in tasks.items():
@@ -60,14 +99,46 @@ def _load_run(path: Path, label: str) -> ComparedRun:
     last = max(evaluations)
     result_file = folder.evaluation_file(last)
     final = load_result(result_file) if result_file.is_file() else EvaluationResult(tasks=evaluations[last])
-    return ComparedRun(label=label, final=final, curves=curves)
+    texts: TextFigures = {}
+    for step, (_, figures) in records.items():
+        for name, figure in figures.items():
+            texts.setdefault(name, {})[step] = figure
+    return ComparedRun(label=label, final=final, curves=curves, texts=texts)
 
 
-def _evaluations(metrics: Path) -> dict[int, dict[str, TaskResult]]:
-    """Task results by step, in the order of steps. A resumed run may have written a step twice: the last one counts."""
+def _texts_of_file(values: Mapping[str, Any]) -> TextFigures:
+    """Perplexities in a result file of `bico-ds evaluate`, or in a run's evaluation of one step."""
+    found: TextFigures = {}
+    for name, text in values.get("texts", {}).items():
+        found[name] = {None: _figure(text["perplexity"], text.get("times"))}
+    for name, text in values.get("retention", {}).items():
+        base = values.get("retention_before", {}).get(name)
+        # As in the table of `bico-ds evaluate`: only figures of the same text and window stand side by side.
+        known = base and all(base.get(key) == text[key] for key in ("text_sha256", "window", "tokens"))
+        found[name] = {None: TextFigure(text["perplexity"], base["perplexity"] if known else None)}
+    return found
+
+
+def _figure(perplexity: float, times: float | None) -> TextFigure:
+    return TextFigure(perplexity, perplexity / times if times else None)
+
+
+def _blend_of(model: str) -> Blend | None:
+    found = _BLEND.search(model)
+    return Blend(found.group(1), float(found.group(2))) if found else None
+
+
+Record = tuple[dict[str, TaskResult], dict[str, TextFigure]]
+
+
+def _evaluations(metrics: Path) -> dict[int, Record]:
+    """Task results and texts by step, in the order of steps.
+
+    A resumed run may have written a step twice: the last one counts.
+    """
     if not metrics.is_file():
         return {}
-    found: dict[int, dict[str, TaskResult]] = {}
+    found: dict[int, Record] = {}
     try:
         text = metrics.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -78,7 +149,7 @@ def _evaluations(metrics: Path) -> dict[int, dict[str, TaskResult]]:
         if record.get("kind") != "evaluation":
             continue
         try:
-            found[int(record["step"])] = _task_results(record)
+            found[int(record["step"])] = (_task_results(record), _text_figures(record))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{metrics}:{number}: not an evaluation as a run writes it ({error!r})"
@@ -96,4 +167,14 @@ def _task_results(record: dict[str, Any]) -> dict[str, TaskResult]:
     return {
         task: TaskResult(headline="bleu" if "bleu" in values else "contains", metrics=values)
         for task, values in metrics.items()
+    }
+
+
+def _text_figures(record: dict[str, Any]) -> dict[str, TextFigure]:
+    perplexities = {
+        found.group(1): float(value) for key, value in record.items() if (found := _PERPLEXITY.match(key))
+    }
+    return {
+        name: _figure(value, record.get(f"{_PREFIX}text/{name}/times_base"))
+        for name, value in perplexities.items()
     }

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
+from bico_ds.evaluation.report.frontier import HEADERS, Panel, frontier_lines
 from bico_ds.evaluation.report.paired import Difference
 from bico_ds.evaluation.results import ORDERS, EvaluationResult, TaskResult
 
@@ -27,7 +28,7 @@ _AGREEMENT = {
     "base_log_prob": "log-probability under the base",
     "log_prob_change": "model minus base",
 }
-_TEXT_COLUMNS = ("measure", "task", "metric", "text", "in the training texts")
+_TEXT_COLUMNS = ("measure", "model", "on the frontier", "task", "metric", "text", "in the training texts")
 _PIPE_COLUMNS = 200
 
 
@@ -219,6 +220,20 @@ def agreement_table(found: Mapping[str, Any]) -> Table:
             table.add_row(name, title, f"{values[measure]:.3f} \\[{low:.3f}, {high:.3f}]")
             name = ""
     return table
+
+
+def frontier_table(panel: Panel) -> Table:
+    """Score and perplexity of every model of a panel."""
+    table = _table(HEADERS, title=f"{panel.task} ({panel.metric}) and the perplexity of {panel.text}")
+    for cells in frontier_lines(panel):
+        table.add_row(*(cell.replace("[", "\\[") for cell in cells))
+    return table
+
+
+def frontier_markdown(panel: Panel) -> str:
+    """The same table as Markdown."""
+    title = f"{panel.task} ({panel.metric}) and the perplexity of {panel.text}:\n\n"
+    return title + _markdown([HEADERS, ["---"] * 2 + ["--:"] * 3 + ["---"], *frontier_lines(panel)])
 
 
 def _lines(results: Mapping[str, EvaluationResult]) -> Iterator[list[str]]:

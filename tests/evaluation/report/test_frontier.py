@@ -60,7 +60,7 @@ def _run(folder: Path, evaluations: dict[int, tuple[float | None, float]]) -> Pa
 def test_the_frontier_holds_the_points_that_no_other_one_beats():
     draw = np.random.default_rng(8)
     points = [
-        Point(name=str(i), perplexity=float(draw.integers(1, 9)), base=None, score=float(draw.integers(0, 6)))
+        Point(name=str(i), perplexity=float(draw.integers(1, 20)), base=None, score=float(draw.integers(20)))
         for i in range(40)
     ]
     panel = Panel(text="t", task="k", metric="contains", series=[Series(label="r", points=points)])

@@ -16,7 +16,7 @@ from bico_ds.data.store import TokenStore
 
 CPU = torch.device("cpu")
 BOS, EOS = 1, 2
-SPEC = SampleSpec(tokens=700, most_tokens=9, seed=11, start=BOS, stops=(EOS,), model="tiny")
+SPEC = SampleSpec(tokens=300, most_tokens=9, seed=11, start=BOS, stops=(EOS,), model="tiny")
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_shards_of_another_call_are_not_taken(sample, tmp_path, tiny_llama, chan
 
     def forward(**inputs):
         calls.append(0)
-        if len(calls) > 40:
+        if len(calls) > 16:
             raise KeyboardInterrupt
         return tiny_llama(**inputs)
 

@@ -86,6 +86,7 @@ def starts(tmp_path_factory) -> dict[int, list[dict]]:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_start_is_as_much_work_on_64_ranks_as_on_256(starts):
     """Messages, bytes and Python calls of a rank: where each is constant, all ranks together grow with their number."""
     for few, many in zip(starts[64], starts[256], strict=True):
@@ -97,6 +98,7 @@ def test_a_start_is_as_much_work_on_64_ranks_as_on_256(starts):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_step_and_a_checkpoint_grow_no_faster_than_the_ranks(starts):
     for few, many in zip(starts[64], starts[256], strict=True):
         assert 0 < many["loop: bytes of objects"] <= 4.1 * few["loop: bytes of objects"]
@@ -106,6 +108,7 @@ def test_a_step_and_a_checkpoint_grow_no_faster_than_the_ranks(starts):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_every_rank_starts_with_as_many_micro_batches(starts):
     assert {line["micro-batches"] for lines in starts.values() for line in lines} == {2}
     assert [line["rank"] for line in starts[256]][::2] == [0, 255]

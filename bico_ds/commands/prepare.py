@@ -132,6 +132,8 @@ def prepare_replay(options: Namespace) -> None:
     model, output = options.model.here(), options.output.resolve()
     refuse_output(output, force=options.force)
     tokenizer, context = load_tokenizer_and_context(model)
+    if options.max_length < 2:
+        raise UserError("--max-length 1: a text needs a token after its first one")
     if context is not None and options.max_length > context:
         raise UserError(f"--max-length {options.max_length}: the model's context is {context}")
     spec = SampleSpec(
@@ -161,7 +163,7 @@ def prepare_replay(options: Namespace) -> None:
             ),
             force=options.force,
         )
-    if ranks.is_first:
+    if report is not None:
         print(f"{options.output}: {report}")
 
 
@@ -337,19 +339,24 @@ def _add_replay_options(parser: ArgumentParser) -> None:
         type=positive,
         default=512,
         metavar="N",
-        help="tokens per text at most, where it is cut (default: %(default)s)",
+        help="tokens per text at most, where it is cut, without EOS (default: %(default)s)",
     )
     parser.add_argument(
         "--separator",
         default="auto",
         metavar="TOKEN",
-        help="what texts begin with: bos, eos, or a token; auto (default): BOS, or EOS where there is none",
+        help="what texts begin with, as in pre-training: bos, eos, or a token such as '<|endoftext|>'; "
+        "auto (default): BOS, or EOS where there is none",
     )
     parser.add_argument(
         "--seed", type=seed, default=1, metavar="N", help="of the samples (default: %(default)s)"
     )
     parser.add_argument(
-        "--batch-size", type=positive, default=64, metavar="N", help="texts at a time (default: %(default)s)"
+        "--batch-size",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="texts at a time, on every rank (default: %(default)s)",
     )
     parser.add_argument(
         "--dtype",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from bico_ds.cluster.preflight.inputs import files_digest
 from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.config.schema import Recipe
@@ -20,20 +22,23 @@ from bico_ds.data.loading.sample_order import StreamSpec
 from bico_ds.data.prepare.chats import template_begins_with_bos
 from bico_ds.data.prepare.recipe_sources import facts_folder, prepare_source
 from bico_ds.data.replay.sampled_store import SampleShare
-from bico_ds.data.replay.source import check_sampled, prepare_sampled
+from bico_ds.data.replay.source import check_sampled, prepare_sampled, sampled_path, spec_of, stand_in
 from bico_ds.data.store import TokenStore, Verify
 from bico_ds.data.teacher.opening import open_teachers
 from bico_ds.data.teacher.stored import StoredTeacher
 from bico_ds.data.tokenizer import FastTokenizer, Tokenizer, load_tokenizer, special_ids, vocabulary_size
-from bico_ds.evaluation.loading import load_for_evaluation, load_generation_config, weights_stamp
+from bico_ds.evaluation.loading import load_for_evaluation, load_generation_config
 from bico_ds.evaluation.retention_texts import RetentionText, check_texts, read_texts
 from bico_ds.evaluation.scoring.choice import encode_candidates
 from bico_ds.evaluation.scoring.generation import stop_ids
 from bico_ds.evaluation.tasks.task import Task, load_tasks
+from bico_ds.model.weights.load import weight_files
 from bico_ds.objectives.base import TokenRoles
 from bico_ds.objectives.build import build_objectives
 from bico_ds.objectives.schedule import ObjectiveSchedule
 from bico_ds.runtime import distributed, launch_environment
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ def prepare_stores(recipe: Recipe, *, weights_needed: bool = True, progress: boo
     return [
         prepare_source(source, recipe.data, path, progress=progress, verify=verify)
         if source.sampled is None
-        else _prepare_sampled(recipe, source.sampled, load_tokenizer(path), progress, verify)
+        else _prepare_sampled(recipe, source.sampled, path, weights_needed, progress, verify)
         for source in recipe.data.sources
     ]
 
@@ -125,23 +130,47 @@ def check_teachers(recipe: Recipe, paths: list[Path]) -> None:
 
 
 def _prepare_sampled(
-    recipe: Recipe, tokens: int, tokenizer: FastTokenizer, progress: bool, verify: Verify
+    recipe: Recipe,
+    tokens: int,
+    tokenizer_path: FolderOrHub,
+    weights_needed: bool,
+    progress: bool,
+    verify: Verify,
 ) -> Path:
-    """The store of texts sampled from the start model, by its own weights and dtype."""
+    """The store of texts sampled from the start model; without `weights_needed` a stand-in where it is not there yet."""
     assert recipe.model.path is not None
-    model, device = recipe.model.path.here(), distributed.read_ranks().device
-    return prepare_sampled(
-        recipe,
-        tokens,
-        tokenizer,
-        stops=tuple(stop_ids(load_generation_config(model), tokenizer)),
-        weights=f"{weights_stamp(model)} {recipe.model.dtype}",
-        load=lambda: load_for_evaluation(model, option="model.path", dtype=recipe.model.dtype, device=device)[
-            0
-        ],
-        share=SampleShare(device=device, progress=progress),
-        verify=verify,
+    model, tokenizer = recipe.model.path.here(), load_tokenizer(tokenizer_path)
+    if weights_needed or recipe.model.path.is_here():
+        spec = spec_of(
+            recipe,
+            tokens,
+            tokenizer,
+            stops=tuple(stop_ids(load_generation_config(model), tokenizer)),
+            weights=f"{_weights_name(model)} {recipe.model.dtype}",
+        )
+        if weights_needed or sampled_path(recipe, spec, tokenizer).exists():
+            device, dtype = distributed.read_ranks().device, recipe.model.dtype
+            return prepare_sampled(
+                recipe,
+                spec,
+                tokenizer,
+                load=lambda: load_for_evaluation(model, option="model.path", dtype=dtype, device=device)[0],
+                share=SampleShare(device=device, progress=progress),
+                verify=verify,
+            )
+    logger.warning(
+        "note: a start samples %s tokens from %s; until then, random texts that fill a bin are counted",
+        f"{tokens:,}",
+        model,
     )
+    return stand_in(recipe, tokens, tokenizer)
+
+
+def _weights_name(model: FolderOrHub) -> str:
+    """A name of the weights at `model` that is the same on all nodes, whenever they were copied there."""
+    if not isinstance(model, Path):
+        return model
+    return files_digest(sorted({*weight_files(model), model / "config.json"}))
 
 
 def open_inputs(recipe: Recipe, *, weights_needed: bool = True) -> RunInputs:

@@ -60,7 +60,7 @@ def missing_inputs(recipe: Recipe) -> Iterator[str]:
 
 
 def input_fingerprints(recipe: Recipe) -> dict[str, str]:
-    """A digest for every input (`_digest`), by key and path; `missing` where it is not on this machine."""
+    """A digest for every input (`files_digest`), by key and path; `missing` where it is not on this machine."""
     return {key: _digest_or_missing(find) for key, find in input_files(recipe)}
 
 
@@ -79,7 +79,7 @@ def damaged_stores(recipe: Recipe) -> Iterator[str]:
 
 def code_fingerprint() -> str:
     """Digest of this package's source files, so that a node with another checkout is noticed."""
-    return _digest(sorted(PACKAGE.rglob("*.py")), root=PACKAGE)
+    return files_digest(sorted(PACKAGE.rglob("*.py")), root=PACKAGE)
 
 
 def recipe_fingerprint(recipe: Recipe) -> str:
@@ -95,12 +95,12 @@ def _existing(path: Path, advice: str = "correct the path, or prepare it first")
 
 def _digest_or_missing(find: Callable[[], list[Path]]) -> str:
     try:
-        return _digest(find())
+        return files_digest(find())
     except UserError:
         return "missing"
 
 
-def _digest(paths: list[Path], *, root: Path | None = None) -> str:
+def files_digest(paths: list[Path], *, root: Path | None = None) -> str:
     """Digest of names, sizes and contents of files, and of all files below folders; of files over 2 MiB only both ends."""
     digest = hashlib.blake2b(digest_size=8)
     for path in paths:

@@ -231,6 +231,7 @@ def check(run: Path, recipe: Recipe, resources: Resources, *, dry_run: bool = Fa
     """
     stop_signal(recipe)
     with without_accelerator():
+        from bico_ds.data.replay.source import check_sampled
         from bico_ds.training.checks import check_recipe, without_missing_weights
 
         check_recipe(
@@ -241,6 +242,7 @@ def check(run: Path, recipe: Recipe, resources: Resources, *, dry_run: bool = Fa
             ranks_per_node=resources.ranks_per_node,
             runs_here=False,
         )
+        check_sampled(recipe)
 
 
 def plan_lines(job: Job) -> list[str]:

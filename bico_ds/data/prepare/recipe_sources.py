@@ -93,7 +93,7 @@ def prepare_source(
             path = earlier
         is_made = path.exists()
     if is_made:
-        _check_cached(path, tokenizer_hash(tokenizer), verify)
+        check_cached(path, tokenizer_hash(tokenizer), verify)
         return path
     shards = plan_shards(inputs.files, text_by=options.text_by, shard_bytes=SHARD_BYTES)
     try:
@@ -161,7 +161,8 @@ def _stamp(file: Path) -> list[str | int]:
     return [str(file.resolve()), status.st_size, status.st_mtime_ns]
 
 
-def _check_cached(path: Path, tokenizer: str, verify: Verify) -> None:
+def check_cached(path: Path, tokenizer: str, verify: Verify) -> None:
+    """Raise `UserError`, which says that it is a cache, for a store that is damaged, or of another tokenizer."""
     try:
         TokenStore.open(path, verify=verify, tokenizer_hash=tokenizer)
     except UserError as error:

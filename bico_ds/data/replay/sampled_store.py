@@ -7,11 +7,13 @@ interruptions.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,10 @@ from bico_ds.data.tokenizer import (
     vocabulary_size,
     word_boundaries,
 )
+from bico_ds.runtime import distributed
+
+# A model that gives so many texts in a row without a new one among them has no more to give.
+_FRUITLESS_TEXTS = 1_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +67,7 @@ class SampleSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleReport:
-    """What a store holds, and what was left out of it: texts without a token after the first, and exact repetitions."""
+    """What a store holds, and what was left out of it: texts that ended at once, and exact repetitions."""
 
     texts: int
     tokens: int
@@ -72,7 +78,7 @@ class SampleReport:
     def __str__(self) -> str:
         return (
             f"{self.texts:,} texts, {self.tokens:,} tokens; {self.ended:,} ended by themselves, the others were cut; "
-            f"left out: {self.empty:,} without a token, {self.repeated:,} that repeat another"
+            f"left out: {self.empty:,} that are empty, {self.repeated:,} that repeat another"
         )
 
 
@@ -90,6 +96,10 @@ class SampleShare:
         """Until all ranks are here."""
         if self.world_size > 1:
             dist.barrier()
+
+    def agreed(self, answer: bool) -> bool:
+        """The answer of the first rank."""
+        return bool(distributed.broadcast_object(answer)) if self.world_size > 1 else answer
 
 
 def start_token(tokenizer: FastTokenizer, asked: str = "auto") -> int:
@@ -116,22 +126,22 @@ def sample_store(
     *,
     provenance: str | None,
     force: bool = False,
-) -> SampleReport:
+) -> SampleReport | None:
     """Sample texts and write them as a token store, with the tokenizer and the text `provenance` in it. Collective.
 
-    `load` gives the model, and is called only where texts are missing. Raises `UserError` for an output that exists and is
-    not replaced by `force`.
+    Several ranks need a file system in common. `load` gives the model, and is called only where texts are missing. Returns
+    None on all ranks but the first. Raises `UserError` for an output that exists and is not replaced by `force`, and for a
+    model that has no more different texts to give.
     """
     refuse_output(output, force=force)
     if share.rank > 0:
-        work = output.with_name(f".{output.name}.preparing")
         share.wait()
-        _sample_missing(load, spec, work, share, None)
-        share.wait()
-        return _report(list(_chosen_texts(work, spec)), work, spec)
+        _sample_missing(load, spec, output.with_name(f".{output.name}.preparing"), share, None)
+        return None
     console = Console(stderr=True)
     with work_folder(output, on_wait=lambda: console.print(f"another process is preparing {output}")) as work:
-        _drop_others(work, spec)
+        refuse_output(output, force=force)  # that other process may have made it
+        _drop_others(work, f"{spec.key} {share.batch_size}")
         share.wait()
         columns = (
             TextColumn("sampling"),
@@ -140,48 +150,65 @@ def sample_store(
             TimeRemainingColumn(),
         )
         with Progress(console, *columns, enabled=share.progress) as shown:
-            _sample_missing(load, spec, work, share, shown)
-        share.wait()
-        texts = list(_chosen_texts(work, spec))
-        report = _report(texts, work, spec)
-        _write(texts, tokenizer, spec, output, provenance, force=force)
+            chosen = _sample_missing(load, spec, work, share, shown)
+        write_texts(chosen.texts, tokenizer, spec.start, output, provenance, force=force)
         shutil.rmtree(work)
-    return report
+    return chosen.report()
 
 
-def _drop_others(work: Path, spec: SampleSpec) -> None:
-    """Remove shards of another model, seed or length."""
-    key = work / "key.json"
-    if key.is_file() and key.read_text(encoding="utf-8") == spec.key:
+def _drop_others(work: Path, key: str) -> None:
+    """Remove the shards that another call began: of another model, seed, length or batch size."""
+    file = work / "key.json"
+    if file.is_file() and file.read_text(encoding="utf-8") == key:
         return
     for part in work.glob("part-*"):
         part.unlink()
-    write_atomically(key, spec.key)
+    write_atomically(file, key)
 
 
 def _sample_missing(
     load: Callable[[], Model], spec: SampleSpec, work: Path, share: SampleShare, shown: Progress | None
-) -> None:
-    """Sample shards, round after round of one per rank, until all together have enough tokens. Collective."""
-    model, number, started, before = None, 0, time.monotonic(), 0
-    if shown is not None:
-        shown.begin("sampling", total=spec.tokens)
-    while (done := sum(len(text) for text in _chosen_texts(work, spec))) < spec.tokens:
-        if number == 0:
-            before = done
-        elif shown is not None:
-            rate = max(1.0, (done - before) / (time.monotonic() - started))
-            line = f"{done:,} of {spec.tokens:,} tokens, {rate:,.0f} tokens/s, {(spec.tokens - done) / rate:,.0f} s left"
-            shown.update(min(done, spec.tokens), line, text=line)
-        own = number + share.rank
-        path = _part(work, own)
+) -> Chosen:
+    """Sample shards, round after round of one per rank, until together they have enough tokens. Collective."""
+    model, number, chosen = None, share.rank, Chosen(wanted=spec.tokens, stops=spec.stops)
+    chosen.read(work)
+    speed = _Speed(chosen.tokens, spec.tokens, shown)
+    # What every rank reads may differ on a network file system: the first rank's word counts.
+    while not share.agreed(chosen.tokens >= spec.tokens):
+        path = _part(work, number)
         if not path.is_file():
             model = model or load()
-            _sample_shard(model, spec, path, own, share)
+            _sample_shard(model, spec, path, number, share)
         number += share.world_size
         share.wait()
-        if number > 64 and done == 0:
-            raise UserError("the model samples no text: every one ends at its first token")
+        chosen.read(work)
+        speed.show(chosen.tokens)
+        if chosen.fruitless >= _FRUITLESS_TEXTS:
+            raise UserError(
+                f"the last {chosen.fruitless:,} texts that were sampled are empty or repeat others: the model has no more "
+                f"than {chosen.tokens:,} tokens of different texts to give; ask for fewer, or begin texts with another token"
+            )
+    return chosen
+
+
+class _Speed:
+    """Shows how many tokens there are, how fast they come and how long the rest will take."""
+
+    def __init__(self, before: int, wanted: int, shown: Progress | None) -> None:
+        self._before, self._wanted, self._shown = before, wanted, shown
+        self._started = time.monotonic()
+        if shown is not None:
+            shown.begin("sampling", total=wanted, completed=before)
+
+    def show(self, tokens: int) -> None:
+        if self._shown is None:
+            return
+        rate = max(1.0, (tokens - self._before) / (time.monotonic() - self._started))
+        text = f"{tokens:,} of {self._wanted:,} tokens, {rate:,.0f} tokens/s"
+        left = max(0, self._wanted - tokens) / rate
+        self._shown.update(
+            min(tokens, self._wanted), f"sampling: {text}, {timedelta(seconds=round(left))} left", text=text
+        )
 
 
 def _part(work: Path, number: int) -> Path:
@@ -201,62 +228,60 @@ def _sample_shard(model: Model, spec: SampleSpec, path: Path, number: int, share
     )
     lengths = np.array([len(text) for text in texts], dtype=np.int64)
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, tokens=np.concatenate(texts).astype(np.int64), lengths=lengths)
+        np.savez(file, tokens=np.concatenate(texts).astype(np.int32), lengths=lengths)
 
 
-def _chosen_texts(work: Path, spec: SampleSpec) -> Iterator[NDArray[np.int64]]:
-    """The texts of the finished shards from the first on, different ones of two tokens or more, until there are enough."""
-    tokens, seen = 0, set[bytes]()
-    for text in _finished_texts(work):
-        if tokens >= spec.tokens:
+class Chosen:
+    """The texts that make the store: of the finished shards from the first on, different ones, until there are enough."""
+
+    def __init__(self, *, wanted: int, stops: Sequence[int]) -> None:
+        self.texts: list[NDArray[np.int32]] = []
+        self.tokens = self.empty = self.repeated = 0
+        self.fruitless = 0  # texts since the last one that was taken
+        self._wanted, self._stops = wanted, frozenset(stops)
+        self._shards, self._seen = 0, set[bytes]()
+
+    def read(self, work: Path) -> None:
+        """Read on, to the first shard that is missing."""
+        while self.tokens < self._wanted and (path := _part(work, self._shards)).is_file():
+            with np.load(path) as part:
+                tokens, lengths = part["tokens"], part["lengths"]
+            for text in np.split(tokens, np.cumsum(lengths)[:-1]):
+                if self.tokens < self._wanted:
+                    self._take(text)
+            self._shards += 1
+
+    def report(self) -> SampleReport:
+        """What was taken, and what was not."""
+        ended = sum(int(text[-1]) in self._stops for text in self.texts)
+        return SampleReport(
+            texts=len(self.texts), tokens=self.tokens, ended=ended, empty=self.empty, repeated=self.repeated
+        )
+
+    def _take(self, text: NDArray[np.int32]) -> None:
+        name = hashlib.blake2b(text.tobytes(), digest_size=16).digest()
+        is_empty, is_repeated = int(text[1]) in self._stops, name in self._seen
+        self.empty += is_empty
+        self.repeated += is_repeated and not is_empty
+        if is_empty or is_repeated:
+            self.fruitless += 1
             return
-        if len(text) > 1 and text.tobytes() not in seen:
-            seen.add(text.tobytes())
-            tokens += len(text)
-            yield text
+        self.fruitless = 0
+        self._seen.add(name)
+        self.texts.append(text)
+        self.tokens += len(text)
 
 
-def _finished_texts(work: Path) -> Iterator[NDArray[np.int64]]:
-    """Of the shards without a gap from the first on."""
-    number = 0
-    while (path := _part(work, number)).is_file():
-        with np.load(path) as part:
-            tokens, lengths = part["tokens"], part["lengths"]
-        yield from np.split(tokens, np.cumsum(lengths)[:-1])
-        number += 1
-
-
-def _report(texts: list[NDArray[np.int64]], work: Path, spec: SampleSpec) -> SampleReport:
-    read = empty = repeated = 0
-    seen = set[bytes]()
-    for text in _finished_texts(work):
-        if read == len(texts):
-            break
-        if len(text) < 2:
-            empty += 1
-        elif text.tobytes() in seen:
-            repeated += 1
-        else:
-            seen.add(text.tobytes())
-            read += 1
-    return SampleReport(
-        texts=len(texts),
-        tokens=sum(map(len, texts)),
-        ended=sum(int(text[-1]) in spec.stops for text in texts),
-        empty=empty,
-        repeated=repeated,
-    )
-
-
-def _write(
-    texts: list[NDArray[np.int64]],
+def write_texts(
+    texts: Iterable[NDArray[np.integer]],
     tokenizer: FastTokenizer,
-    spec: SampleSpec,
+    start: int,
     output: Path,
     provenance: str | None,
     *,
-    force: bool,
+    force: bool = False,
 ) -> None:
+    """Write texts that begin with the token `start` as a store, with their tokenizer."""
     begins, ends = word_boundaries(tokenizer)
     header = StoreHeader(
         vocab_size=vocabulary_size(tokenizer),
@@ -264,7 +289,7 @@ def _write(
         special_ids=tuple(sorted(special_ids(tokenizer))),
         bos_id=tokenizer.bos_token_id,
         eos_id=tokenizer.eos_token_id,
-        add_bos=spec.start == tokenizer.bos_token_id,
+        add_bos=start == tokenizer.bos_token_id,
         # Those that were cut do not.
         add_eos=False,
     )

@@ -39,21 +39,28 @@ def sample_texts(
     depend on the other texts of its batch, but for what rounding in a larger product does to the logits.
     """
     stop_ids = torch.tensor(list(stops), dtype=torch.long, device=device)
-    tokens = torch.full((len(numbers), 1), start, dtype=torch.long, device=device)
-    columns, cache = [tokens[:, 0]], None
-    finished = torch.zeros(len(numbers), dtype=torch.bool, device=device)
+    texts = [[start] for _ in numbers]
+    rows = np.arange(len(numbers))  # the texts that are in the batch
+    tokens = torch.full((len(rows), 1), start, dtype=torch.long, device=device)
+    finished = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    cache = None
     for position in range(1, most_tokens):
         output = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
-        draws = uniform(hash_words("sample", seed, numbers, position))
+        draws = uniform(hash_words("sample", seed, numbers[rows], position))
         chosen = _choose(output.logits[:, -1], torch.from_numpy(draws).to(device))
-        columns.append(chosen)
+        for row, token in zip(rows.tolist(), chosen.tolist(), strict=True):
+            texts[row].append(token)
         finished |= torch.isin(chosen, stop_ids)
-        if bool(finished.all()):
+        if (ended := int(finished.sum())) == len(rows):
             break
+        if 2 * ended > len(rows):  # not at each end: the whole cache is copied
+            going = torch.nonzero(~finished)[:, 0]
+            cache.batch_select_indices(going)
+            rows, chosen, finished = rows[going.cpu().numpy()], chosen[going], finished[going]
         tokens = chosen[:, None]
     ends = set(stops)
-    return [_until_stop(text, ends) for text in torch.stack(columns, dim=1).tolist()]
+    return [_until_stop(text, ends) for text in texts]
 
 
 def _choose(logits_BV: Tensor, draws_B: Tensor) -> Tensor:

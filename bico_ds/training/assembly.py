@@ -109,9 +109,9 @@ def prepare_stores(recipe: Recipe, *, weights_needed: bool = True, progress: boo
     The first process of a machine compares the stores' checksums, as `TokenStore.open` does with `verify="once"`; the others
     rely on it.
     """
+    check_sampled(recipe)
     path = tokenizer_path(recipe, weights_needed=weights_needed)
     verify: Verify = "once" if launch_environment.local_rank() == 0 else "structure"
-    check_sampled(recipe)
     check_texts(recipe, verify=verify)
     return [
         prepare_source(source, recipe.data, path, progress=progress, verify=verify)

@@ -222,3 +222,14 @@ def test_a_bad_line_ends_without_a_traceback(tmp_path: Path) -> None:
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: no tokenizer at 'absent'")
+
+
+def test_a_store_keeps_where_its_texts_are_from_and_is_the_same_store_without(command, tmp_path, capsys):
+    assert command("files", "a.jsonl", "--output", "plain") == 0
+    assert command("files", "a.jsonl", "--output", "s", "--source", "a\nbook", "--licence", "CC0") == 0
+    capsys.readouterr()
+    assert main(["--inspect", "s"]) == 0
+    assert "source: a book\nlicence: CC0\n" in capsys.readouterr().out
+    assert (tmp_path / "s/manifest.json").read_bytes() == (tmp_path / "plain/manifest.json").read_bytes()
+    assert main(["--inspect", "plain"]) == 0
+    assert "licence" not in capsys.readouterr().out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,10 @@ from bico_ds.common.errors import UserError
 from bico_ds.data.replay.sampled_store import SampleShare, SampleSpec, sample_store, start_token
 from bico_ds.data.replay.sampling import sample_texts
 from bico_ds.data.store import TokenStore
-from tests import ROOT
 
 CPU = torch.device("cpu")
 BOS, EOS = 1, 2
-SPEC = SampleSpec(tokens=700, most_tokens=9, seed=11, start=BOS, stops=(EOS,), model="tiny")
+SPEC = SampleSpec(tokens=300, most_tokens=9, seed=11, start=BOS, stops=(EOS,), model="tiny")
 
 
 @pytest.fixture
@@ -111,7 +109,7 @@ def test_shards_of_another_call_are_not_taken(sample, tmp_path, tiny_llama, chan
 
     def forward(**inputs):
         calls.append(0)
-        if len(calls) > 40:
+        if len(calls) > 16:
             raise KeyboardInterrupt
         return tiny_llama(**inputs)
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -13,6 +18,7 @@ from bico_ds.common.errors import UserError
 from bico_ds.data.replay.sampled_store import SampleShare, SampleSpec, sample_store, start_token
 from bico_ds.data.replay.sampling import sample_texts
 from bico_ds.data.store import TokenStore
+from tests import ROOT
 
 CPU = torch.device("cpu")
 BOS, EOS = 1, 2
@@ -172,3 +178,25 @@ def test_what_cannot_be_sampled_is_refused_before_weights_are_loaded(
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_ranks_that_were_killed_write_the_store_that_one_process_writes(model, tmp_path):
+    words = ["replay", "--model", model, "--tokens", "4000", "--max-length", "12", "--batch-size", "16"]
+    assert main([*words, "--output", str(tmp_path / "alone")]) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "bico_ds", "prepare", *words, "--output", str(tmp_path / "two")]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment) as first:
+        while not list(tmp_path.glob(".two.preparing/part-*.npz")):
+            assert first.poll() is None
+            time.sleep(0.01)
+        for process in psutil.Process(first.pid).children(recursive=True):  # torchrun's ranks outlive it
+            process.kill()
+        first.kill()
+    assert not (tmp_path / "two").exists()
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("texts, 4,0") == 1
+    assert _columns(tmp_path / "two") == _columns(tmp_path / "alone")

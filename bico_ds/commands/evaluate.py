@@ -1,6 +1,7 @@
 """Evaluate an exported model: the reversal tasks, and further tests of your choice.
 
     bico-ds evaluate --model runs/tiny_bico/export --data FOLDER
+    bico-ds evaluate --model OUT/blend-* --data FOLDER      each into a result file of its own; then bico-ds compare
     bico-ds evaluate --model DIR --parents parents.csv --retention book.txt --base BASE_DIR
     torchrun --nproc-per-node 2 -m bico_ds.commands.evaluate --model DIR --data FOLDER --likelihood
 
@@ -17,7 +18,7 @@ from typing import Any
 
 from bico_ds.common.command_line import Command
 from bico_ds.config.arguments import folder_or_hub_name, local_path, positive
-from bico_ds.config.paths import FolderOrHub
+from bico_ds.config.paths import FolderOrHub, FolderOrHubName
 from bico_ds.runtime import launch_environment
 from bico_ds.runtime.signals import StopFlag
 
@@ -28,7 +29,8 @@ def add_options(parser: ArgumentParser) -> None:
         type=folder_or_hub_name,
         metavar="MODEL",
         required=True,
-        help="safetensors folder with its tokenizer, or a hub name",
+        nargs="+",
+        help="safetensors folder with its tokenizer, or a hub name; several, as OUT/blend-*, one after the other",
     )
     add_task_options(parser.add_argument_group("what to ask"))
     add_settings(parser.add_argument_group("how"))
@@ -132,6 +134,8 @@ def contradiction(options: Namespace) -> str | None:
     questions = any((options.data, options.parents, options.couplets, options.pairs))
     if not any((questions, options.retention, options.instructions)):
         return "nothing to ask: give --data, --parents, --couplets, --pairs, --retention or --instructions"
+    if options.output is not None and len(options.model) > 1:
+        return "--output names one file, and several models have one each: leave it out"
     if options.tasks is not None and options.data is None:
         return "--tasks names files of a folder: give --data too"
     if options.tasks is not None and not task_names(options):
@@ -153,11 +157,11 @@ def task_names(options: Namespace) -> tuple[str, ...]:
     return tuple(name.strip() for name in options.tasks.split(",") if name.strip())
 
 
-def request_of(options: Namespace) -> Any:
+def request_of(options: Namespace, named: FolderOrHubName) -> Any:
     from bico_ds.evaluation.request import Request
     from bico_ds.evaluation.tasks.further_sets import READERS
 
-    model = options.model.here()
+    model = named.here()
     return Request(
         model=model,
         output=options.output or default_output(model),
@@ -181,14 +185,17 @@ def request_of(options: Namespace) -> Any:
 def default_output(model: FolderOrHub) -> Path:
     folder = Path(model).resolve()
     name = folder.parent.name if folder.name == "export" else folder.name
+    if folder.name.startswith("blend-"):  # of any run
+        name = f"{folder.parent.name}-{folder.name}"
     return Path("runs/evaluation") / f"{name}.json"
 
 
 def evaluate_model(options: Namespace, stop: StopFlag) -> bool:
-    """Join the other ranks, if torchrun started any, and run what was asked for."""
+    """Join the other ranks, if torchrun started any, and ask one model after the other. False: stopped before the end."""
     import torch
     import torch.distributed as dist
 
+    from bico_ds.evaluation.loading import check_model_folder
     from bico_ds.evaluation.report.tables import console_for_tables
     from bico_ds.evaluation.request import run_request
     from bico_ds.evaluation.scoring.share import PromptShare
@@ -207,7 +214,11 @@ def evaluate_model(options: Namespace, stop: StopFlag) -> bool:
     if share.world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        return run_request(request_of(options), share, console_for_tables())
+        for model in options.model:
+            check_model_folder(model.here())
+        return all(
+            run_request(request_of(options, model), share, console_for_tables()) for model in options.model
+        )
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -85,6 +85,7 @@ def export(options: Namespace) -> None:
     )
     recorded = found.content.get("export")
     exported = ExportedTokenizer(tokenizer, _adds_bos(options, recorded, recipe, tokenizer))
+    blends = _blends(options.blend, found, recipe)
     generation = export_checkpoint(
         found.path,
         recipe.model,
@@ -93,10 +94,10 @@ def export(options: Namespace) -> None:
         options.dtype,
         generation=None if recorded is None else GenerationConfig.from_dict(recorded["generation_config"]),
         base=found.content["base"],
-        blends=_blends(options.blend, found, recipe),
+        blends=blends,
         max_shard_bytes=int(options.shard_gb * 1e9),
     )
-    config = AutoConfig.from_pretrained(options.output)
+    config = AutoConfig.from_pretrained(options.output / next(iter(blends or ["."])))
     if (warning := misreading(exported, config)) is not None:
         print(f"warning: {warning}")
     print(f"done: {options.output}; {exported.describe(id_list(generation.eos_token_id))}")

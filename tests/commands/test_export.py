@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from bico_ds.checkpoint import manifest
 from bico_ds.commands import export as export_hf
@@ -131,3 +131,64 @@ def test_a_start_model_that_has_moved_is_named_with_its_option(gone, monkeypatch
     shutil.copytree(EARLIER_RUN / "store" / "tokenizer", gone / "tokenizer")
     assert exported(gone, monkeypatch) == 2
     assert capsys.readouterr().err.endswith("(here: --base)\n")
+
+
+@pytest.fixture
+def blendable(gone) -> Path:
+    """A run of all weights by an earlier version, which records no fingerprint, and its base in `base`."""
+    (checkpoint,) = manifest.checkpoints_in(gone / "checkpoints")
+    config = json.loads((checkpoint / manifest.MANIFEST).read_text())["recipe"]["model"]["config"]
+    LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(gone.parent / "base")
+    rewrite(gone, "model", path=str(gone.parent / "base"))
+    shutil.copytree(EARLIER_RUN / "store" / "tokenizer", gone / "tokenizer")
+    return gone
+
+
+def test_one_blend_is_the_output_folder_and_an_old_run_s_base_is_warned_of(blendable, monkeypatch, capsys):
+    assert exported(blendable, monkeypatch, "--blend", "0.7") == 0
+    assert "does not record its base's fingerprint" in capsys.readouterr().out
+    out = blendable.parent / "out"
+    assert (out / "model.safetensors").is_file() and (out / "tokenizer.json").is_file()
+    assert "not recorded by the run" in (out / "README.md").read_text()
+
+
+def test_several_blends_have_a_folder_each(blendable, monkeypatch):
+    assert exported(blendable, monkeypatch, "--blend", "0.5,0.125,1") == 0
+    folders = sorted((blendable.parent / "out").iterdir())
+    assert [folder.name for folder in folders] == ["blend-0.125", "blend-0.50", "blend-1.00"]
+    for folder in folders:
+        assert LlamaForCausalLM.from_pretrained(folder).num_parameters() > 0
+        assert AutoTokenizer.from_pretrained(folder).bos_token_id == 1
+
+
+def test_a_blend_without_its_base_names_the_option_that_says_where_it_is(blendable, monkeypatch, capsys):
+    (blendable.parent / "base").rename(blendable.parent / "moved")
+    assert exported(blendable, monkeypatch, "--blend", "0.5") == 2
+    assert capsys.readouterr().err.endswith("does not exist (here: --base)\n")
+    assert exported(blendable, monkeypatch, "--blend", "0.5", "--base", blendable.parent / "moved") == 0
+
+
+def test_a_base_of_another_shape_is_refused_where_no_fingerprint_is_recorded(blendable, monkeypatch, capsys):
+    config = LlamaConfig.from_pretrained(blendable.parent / "base")
+    config.intermediate_size *= 2
+    LlamaForCausalLM(config).save_pretrained(blendable.parent / "other")
+    assert exported(blendable, monkeypatch, "--blend", "0.5", "--base", blendable.parent / "other") == 2
+    shown = capsys.readouterr().err
+    assert "intermediate_size: 64 at the path, 32 in the recipe (here: --base)" in shown
+    assert not (blendable.parent / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("shares", "problem"),
+    [
+        ("1.2", "1.2 is not between 0"),
+        ("-0.1", "-0.1 is not between 0"),
+        ("nan", "nan is not between 0"),
+        ("0.5,0.50", "0.5 is there twice"),
+        ("0.5;0.7", "is not a number"),
+    ],
+)
+def test_shares_that_are_none_are_refused(gone, monkeypatch, capsys, shares, problem):
+    with pytest.raises(SystemExit) as refused:
+        exported(gone, monkeypatch, "--blend", shares)
+    assert refused.value.code == 2 and problem in capsys.readouterr().err

@@ -229,7 +229,8 @@ def test_evaluation_takes_its_paths_by_the_same_rule(room):
         "--retention",
         "~/t.txt",
     ]
-    request = evaluate.request_of(evaluate.main.parse(words))
+    options = evaluate.main.parse(words)
+    request = evaluate.request_of(options, *options.model)
     assert (request.model, request.base, request.data) == (room / "model", room / "model", room / "tests")
     assert request.retention == (room / "t.txt",)
 

@@ -14,6 +14,7 @@ from bico_ds.config.load import load_recipe
 from bico_ds.config.optimizers import ADAMW
 from bico_ds.config.schema import LoraSpec, ModelSpec
 from bico_ds.model.build import build_model
+from bico_ds.model.weights.blend import Blend
 from bico_ds.model.weights.checksums import base_fingerprint
 from bico_ds.model.weights.export_checkpoint import export_checkpoint
 from bico_ds.model.weights.export_model import export_model
@@ -64,8 +65,14 @@ def load_train_and_export(rank: int, world_size: int, folder: str) -> None:
     if rank == 0:
         (root / "fingerprint").write_text(before)
         (root / "recorded").write_text(recorded)
+        assert engine.module.base == recorded, (
+            "found when the weights were verified, without a second reading"
+        )
 
     full = build_model(ModelSpec(path=f"{folder}/base"), seed=1, ds_config=config, device="cpu")
+    assert full.base is not None
+    if rank == 0:
+        (root / "started").write_text(full.base)
     engine, *_ = deepspeed.initialize(model=full, config=config)
     loss = engine(causal_batch(3, [9, 4], 8)).loss
     engine.backward(loss)
@@ -88,6 +95,26 @@ def planned_bytes(spec: ModelSpec) -> float:
     return checkpoint_bytes(recipe, architecture, zero) * ADAMW.master / ADAMW.bytes_per_parameter
 
 
+def check_blends(
+    root: Path, kind: str, spec: ModelSpec, start: str, trained: dict[str, torch.Tensor]
+) -> None:
+    """Of a ZeRO-3 checkpoint: 0 and 1 are the base and the run's export, what lies between them the mean of both."""
+    base, recorded = exported_weights(root / "base"), (root / start).read_text()
+    blends = {
+        f"of-{share}": Blend(share=share, base="base", fingerprint=recorded, run="run", step=2)
+        for share in (0.0, 0.25, 1.0)
+    }
+    out = root / f"blends-{kind}"
+    export_checkpoint(root / kind, spec, None, out, "bf16", base=recorded, blends=blends)
+    written = {name: exported_weights(out / name) for name in blends}
+    for name in base:
+        assert torch.equal(written["of-0.0"][name], base[name])
+        assert torch.equal(written["of-1.0"][name], trained[name])
+        mean = 0.75 * base[name].double() + 0.25 * trained[name].double()
+        # Master weights are finer than the export's bf16, so the mean of exports is right to a few of its steps.
+        torch.testing.assert_close(written["of-0.25"][name].double(), mean, rtol=2**-7, atol=1e-5)
+
+
 def test_two_ranks_load_their_slices_train_adapters_and_export(tmp_path: Path) -> None:
     save_llama(tmp_path / "base")
     run_on_ranks(load_train_and_export, 2, str(tmp_path))
@@ -106,6 +133,14 @@ def test_two_ranks_load_their_slices_train_adapters_and_export(tmp_path: Path) -
         written = exported_weights(tmp_path / later)
         assert all(
             torch.equal(tensor, written[name]) for name, tensor in exported_weights(tmp_path / live).items()
+        )
+    for kind, start, live in (("lora", "recorded", "merged"), ("full", "started", "trained")):
+        check_blends(
+            tmp_path,
+            kind,
+            spec if kind == "lora" else ModelSpec(path=spec.path),
+            start,
+            exported_weights(tmp_path / live),
         )
     with pytest.raises(UserError, match="is not a checkpoint of this model"):
         export_checkpoint(

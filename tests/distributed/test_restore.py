@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bico_ds.checkpoint import manifest, universal
 from bico_ds.checkpoint.checkpointer import Checkpointer
-from bico_ds.checkpoint.resume import NotRestoredError, Resumption, restore
+from bico_ds.checkpoint.resume import NotRestoredError, Resumption, manifest_header, restore
 from bico_ds.checkpoint.state_checksums import optimizer_steps, state_checksums
 from bico_ds.config.load import load_recipe
 from bico_ds.config.optimizers import ADAMW
@@ -86,6 +86,12 @@ def full_weights(rank: int, world_size: int, root: str) -> None:
         restore(idle, Resumption(found, is_universal=False), RECIPE)
 
     restored = engine_of(seed=2)
+    restore(restored, Resumption(found, is_universal=False), RECIPE)
+    restored.module.base = "what model.path names by now"
+    found.content["base"] = "what the run started from"
+    header = manifest_header(restored, RECIPE, {}, Resumption(found, is_universal=False))
+    assert header["base"] == "what the run started from"
+    assert manifest_header(restored, RECIPE, {}, None)["base"] == "what model.path names by now"
     restore(restored, Resumption(found, is_universal=False), RECIPE)
     assert [train_step(restored, seed) for seed in (2, 3)] == expected
 

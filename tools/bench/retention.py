@@ -7,7 +7,7 @@
 DIR holds models/smollm2-135m (tools/fetch_model.py), stores/debian and text/debian (tools/bench/debian_text.py), stores/own
 (bico-ds prepare replay), search/name_description (tools/search_split.py) and TEXT.txt (docs/benchmarks/results.md); the full
 sets are found through BICO_DS_DATA. A run that was made is not made again. docs/benchmarks/retention/ keeps its metrics
-(NAME.jsonl) and its command and scores, without the answers (NAME.json).
+(NAME.jsonl) and its command and scores, without the answers (NAME.json); those of blends, too.
 """
 
 from __future__ import annotations
@@ -33,27 +33,33 @@ KEPT = ROOT / "docs" / "benchmarks" / "retention"
 START_MODEL = "models/smollm2-135m"
 TEXTS = ("TEXT.txt", "text/debian/prose.txt")
 HEADLINES = {"n2d": "bleu", "d2n": "contains", "n2d_reverse": "contains", "d2n_reverse": "bleu"}
+BOTH_WAYS = ("n2d", "n2d_reverse")
 COMMON = (
     "model.dtype=bf16",
     "training.micro_batch_bins=4",
     "deepspeed.config=zero2_bf16",
     "training.epochs=null",
 )
+BLENDS = ("0.50", "0.70", "0.90")
 FACTS = "objectives.1.sources=[name_description]"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A training of `recipe` with these `--set`, scored on `tasks`; on the search split or on the full sets."""
+    """A training of `recipe` with these `--set`, scored on `tasks`; on the search split or on the full sets.
+
+    `blends`: shares of the trained weights, the rest the start model's, that are scored too.
+    """
 
     steps: int
     settings: tuple[str, ...]
     recipe: str = "smollm2_135m_bico"
     full_sets: bool = False
+    blends: tuple[str, ...] = ()
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        return tuple(HEADLINES) if self.full_sets else ("n2d", "n2d_reverse")
+        return tuple(HEADLINES) if self.full_sets else BOTH_WAYS
 
     def data(self, work: Path) -> Path:
         """The folder that BICO_DS_DATA names."""
@@ -94,7 +100,7 @@ def final(seed: int, lr: str, *settings: str, recipe: str = "smollm2_135m_bico")
         replay("debian", 0.5),
         FACTS,
     )
-    return Run(steps=560, settings=(*common, *settings), recipe=recipe, full_sets=True)
+    return Run(steps=560, settings=(*common, *settings), recipe=recipe, full_sets=True, blends=BLENDS)
 
 
 RUNS = {
@@ -121,25 +127,36 @@ def make_run(name: str, work: Path) -> None:
     data = run.data(work)
     if not (output / "export").is_dir():
         _call(run.command(output), work, BICO_DS_DATA=str(data))
-    kept = evaluate(name, work, data, run.tasks)
+    starts = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    asked = ("--data", str(data / "name_description"), "--tasks")
+    score(name, f"runs/{name}/export", work, (*asked, ",".join(run.tasks)), command=starts[-1]["command"])
+    (KEPT / f"{name}.jsonl").write_bytes((output / "metrics.jsonl").read_bytes())
+    blends = f"runs/blends/{output.name}"
+    if run.blends:
+        export = ["tools/export_hf.py", f"runs/{name}", blends, "--blend", ",".join(run.blends)]
+        if not (work / blends).is_dir():
+            _call([sys.executable, str(ROOT / export[0]), *export[1:]], work)
+        for share in run.blends:
+            questions = (*asked, ",".join(BOTH_WAYS))
+            score(f"{name}_blend-{share}", f"{blends}/blend-{share}", work, questions, command=export)
+
+
+def score(name: str, model: str, work: Path, asked: Sequence[str], *, command: Sequence[str]) -> None:
+    """Ask all prompts, measure the texts, and keep what comes out. The start model's perplexities are measured once."""
+    evaluation = work / "runs" / "evaluation"
+    start, result = evaluation / "start.json", evaluation / f"{name.replace('/', '_')}.json"
+    _evaluate(START_MODEL, start, work)
+    _evaluate(model, result, work, *asked)
+    kept = {
+        **_content(result),
+        "retention_before": _content(start)["retention"],
+        "command": _shown(command, work),
+    }
     for task in kept["tasks"].values():
         del task["rows"]
-    starts = json.loads((output / "run.json").read_text(encoding="utf-8"))
-    kept["command"] = _shown(starts[-1]["command"], work)
     path = KEPT / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".jsonl").write_bytes((output / "metrics.jsonl").read_bytes())
-
-
-def evaluate(name: str, work: Path, data: Path, tasks: Sequence[str]) -> dict[str, Any]:
-    """Ask all prompts and measure the texts, the start model's perplexities in one file for all runs; the results."""
-    evaluation = work / "runs" / "evaluation"
-    start, result = evaluation / "start.json", evaluation / f"{name.replace('/', '_')}.json"
-    asked = ("--data", str(data / "name_description"), "--tasks", ",".join(tasks))
-    _evaluate(START_MODEL, start, work)
-    _evaluate(f"runs/{name}/export", result, work, *asked)
-    return {**_content(result), "retention_before": _content(start)["retention"]}
 
 
 def _evaluate(model: str, output: Path, work: Path, *asked: str) -> None:
@@ -156,7 +173,7 @@ def table(part: str) -> str:
     columns = ["run", *tasks, *(column for text in texts for column in (text, "times"))]
     lines = [columns, ["---"] * len(columns)]
     for name, content in kept.items():
-        scores = [_score(content["tasks"][task], HEADLINES[task]) for task in tasks]
+        scores = [_score(content["tasks"].get(task), HEADLINES[task]) for task in tasks]
         lines.append([name, *scores, *(cell for text in texts for cell in _perplexity(content, text))])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -165,7 +182,9 @@ def _content(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _score(task: dict[str, Any], metric: str) -> str:
+def _score(task: dict[str, Any] | None, metric: str) -> str:
+    if task is None:
+        return "not asked"
     low, high = task["intervals"][metric]
     return f"{task['metrics'][metric]:.3f} [{low:.3f}, {high:.3f}]"
 

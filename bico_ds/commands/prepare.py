@@ -241,7 +241,13 @@ def add_options(parser: ArgumentParser) -> None:
     _add_facts_options(
         commands.add_parser("facts", help="the embedded task: fictitious facts, their tests, a tokenizer")
     )
-    _add_replay_options(commands.add_parser("replay", help="texts sampled from a model, at temperature 1"))
+    replay = commands.add_parser(
+        "replay",
+        help="texts sampled from a model, at temperature 1",
+        description="Sample texts from a model, at temperature 1, from the whole distribution. A text ends at the first "
+        "stop token of its generation config: that of a model tuned on chats may be no more than the first turn.",
+    )
+    _add_replay_options(replay)
     _add_teacher_options(commands.add_parser("teacher", help="a model's distributions over texts of stores"))
 
 

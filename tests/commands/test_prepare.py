@@ -193,7 +193,7 @@ def test_facts_then_their_store_then_its_documents(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give a command (files, hub, facts) or --inspect STORE"),
+        ([], "give a command (files, hub, facts, replay, teacher) or --inspect STORE"),
         (["files", "a.jsonl", "--output", "x"], "--tokenizer"),
         (["files", "a", "--output", "x", "--tokenizer", "t", "--processes", "0"], "must be at least 1"),
     ],

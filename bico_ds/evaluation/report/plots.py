@@ -172,6 +172,8 @@ def _draw_series(axes: Any, points: Sequence[Point], number: int) -> None:
 
 
 def _dress_frontier(axes: Any, panel: Panel) -> None:
+    from matplotlib.ticker import LogFormatter
+
     best = panel.frontier
     axes.plot(
         [point.perplexity for point in best],
@@ -191,8 +193,10 @@ def _dress_frontier(axes: Any, panel: Panel) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
     if len(panel.bases) == 1:
         base = panel.bases[0]
         times = axes.secondary_xaxis("top", functions=(lambda x: x / base, lambda x: x * base))
         times.set_xlabel("times the base's")
         times.xaxis.set_major_formatter("{x:g}")
+        times.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))

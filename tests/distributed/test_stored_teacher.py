@@ -10,7 +10,7 @@ import pytest
 from bico_ds.commands.prepare import main
 from tests.distributed.launching import metrics, train
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_the_divergence_is_nothing_at_the_start_and_grows_as_the_model_learns(

@@ -20,11 +20,15 @@ from bico_ds.config.sections.data import DataSpec, SourceSpec
 from bico_ds.config.sections.retention import RetentionSpec
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.loading.sample_order import StreamSpec
+from bico_ds.data.loading.sequences import cut_store
 from bico_ds.data.teacher import prepare
+from bico_ds.data.teacher.lookup import teacher_rows
 from bico_ds.data.teacher.opening import open_teachers
 from bico_ds.data.teacher.prepare import TextCut, find_tasks, prepare_parts
 from bico_ds.data.teacher.stored import StoredTeacher, part_name
+from bico_ds.documents import Documents
 from bico_ds.model.build import build_model
+from bico_ds.objectives.base import BatchKey
 from bico_ds.objectives.ntp import NextTokenPrediction
 from bico_ds.objectives.schedule import ObjectiveSchedule
 from bico_ds.runtime.distributed import Ranks
@@ -254,6 +258,33 @@ def test_with_all_tokens_stored_a_batch_has_the_divergence_of_the_whole_distribu
     for whole, few, (exact, rows) in zip(found["all"], found["five"], expected, strict=True):
         assert whole == pytest.approx(exact, rel=2e-3, abs=1e-3)
         assert rows == 0 or 0 < few < exact
+
+
+def test_rows_of_several_sources_come_in_the_order_that_is_asked_for(world):
+    _, stores, recipe = world
+    teachers = open_teachers(recipe(), stores, verify="structure")
+    random = np.random.default_rng()
+    numbers = [random.permutation(len(teacher.lengths))[:5] for teacher in teachers.values()]
+    parts = [
+        cut_store(store, longest=CAPACITY, overlong="split").read(chosen, store, source=source)
+        for source, (store, chosen) in enumerate(zip(stores, numbers, strict=True))
+    ]
+    documents = Documents.concatenate(parts)
+    batch = NextTokenPrediction(spec=NtpSpec(kind="ntp", probability=1.0)).build(
+        documents, BatchKey(seed=0, epoch=0)
+    )
+    index = torch.from_numpy(random.permutation(len(batch.targets)))
+    found = teacher_rows(teachers, batch, index, documents, np.concatenate(numbers))
+    place = 0
+    order = torch.argsort(index)
+    for number, source, length in zip(
+        np.concatenate(numbers), documents.source, documents.lengths, strict=True
+    ):
+        own = order[place : place + length - 1]
+        expected = teachers[source].read(np.full(length - 1, number), np.arange(length - 1))
+        assert torch.equal(found.ids[own], expected.ids)
+        assert torch.equal(found.target_log_probs[own], expected.target_log_probs)
+        place += length - 1
 
 
 class Backwards(NextTokenPrediction):

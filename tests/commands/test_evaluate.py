@@ -177,6 +177,31 @@ def test_a_window_is_no_longer_than_either_context_and_the_result_says_so(world,
     assert result["retention"]["text.txt"]["window"] == result["retention_before"]["text.txt"]["window"] == 24
 
 
+def test_several_models_get_a_result_file_each_and_blends_are_named_by_their_run(
+    world, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for share in ("0.50", "1.00"):
+        _copy_of_model(world, tmp_path / "mine" / f"blend-{share}")
+    asked = ["--model", "mine/blend-0.50", "mine/blend-1.00", "--retention", str(world / "text.txt")]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *asked])
+    assert main() == 0
+    files = sorted((tmp_path / "runs" / "evaluation").iterdir())
+    assert [file.name for file in files] == ["mine-blend-0.50.json", "mine-blend-1.00.json"]
+    assert all("text.txt" in json.loads(file.read_text())["retention"] for file in files)
+
+
+def test_of_several_models_a_missing_one_is_refused_before_the_first_is_asked(
+    world, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    asked = ["--model", str(world / "model"), "nowhere/x/y", "--retention", str(world / "text.txt")]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *asked])
+    assert main() == 2
+    assert "nowhere/x/y: no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.distributed
 def test_two_ranks_write_the_file_of_one(world, tmp_path):
     assert _run(_request(world, tmp_path / "one.json"))

@@ -13,10 +13,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
 
+from bico_ds.commands import export as export_hf
 from bico_ds.data.store import TokenStore
 from bico_ds.evaluation.results import load_result
 from tests import ROOT
-from tests.distributed.launching import environment, train
+from tests.distributed.launching import environment, exported_weights, train
 
 pytestmark = pytest.mark.distributed
 
@@ -202,6 +203,17 @@ def test_the_export_of_the_checkpoint_has_the_same_bytes(base, name, request, tm
         file.name: file.read_bytes() for file in live.iterdir()
     }
     assert done.stdout.splitlines()[-1].endswith("generation stops at </s>")
+
+
+def test_a_run_records_its_base_so_that_blends_need_no_warning(base, with_bos, tmp_path, monkeypatch, capsys):
+    words = [base / "with_bos", tmp_path / "out", "--dtype", "fp32", "--blend", "0,1"]
+    monkeypatch.setattr(sys, "argv", ["export_hf.py", *map(str, words)])
+    assert export_hf.main() == 0
+    assert "warning" not in capsys.readouterr().out
+    for folder, same in (("blend-0.00", base / "base"), ("blend-1.00", base / "with_bos" / "export")):
+        written, expected = exported_weights(tmp_path / "out" / folder), exported_weights(same)
+        assert written.keys() == expected.keys()
+        assert all(torch.equal(written[name], expected[name]) for name in written)
 
 
 def test_no_text_begins_with_two_bos_where_a_run_starts_from_the_export(base, with_bos):

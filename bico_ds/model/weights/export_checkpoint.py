@@ -154,8 +154,8 @@ class _Values:
         if (found := fingerprint_of(self._base_checksums)) != fingerprint:
             raise UserError(
                 f"the base in '{self._base.folder}' is not the one that this checkpoint's "
-                f"{'adapters were' if self._is_adapted else 'run was'} trained on: its fingerprint is {found[:12]}, the "
-                f"checkpoint records {fingerprint[:12]}; name that one with --base"
+                f"{'adapters were trained on' if self._is_adapted else 'run started from'}: its fingerprint is "
+                f"{found[:12]}, the checkpoint records {fingerprint[:12]}; name the right one with --base"
             )
 
 

@@ -101,7 +101,7 @@ def test_another_base_is_refused_by_both_fingerprints_and_nothing_is_left(tmp_pa
     export_model(other, None, tmp_path / "other", "bf16")
     elsewhere = build_model(ModelSpec(path=str(tmp_path / "other")), seed=1, ds_config=None, device="cpu")
     assert model.base is not None and elsewhere.base is not None
-    with pytest.raises(UserError, match="not the one that this checkpoint's run was trained on") as refusal:
+    with pytest.raises(UserError, match="not the one that this checkpoint's run started from") as refusal:
         export_checkpoint(
             tmp_path / "checkpoint", ModelSpec(path=str(tmp_path / "other")), None, tmp_path / "out", "bf16",
             base=model.base, blends=blends(0.5, 0.9),

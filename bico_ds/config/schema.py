@@ -401,6 +401,29 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _retention_compares_something(self) -> Recipe:
+        """Without adapters to switch off, the model would be compared with itself; BICO's steps are never compared."""
+        if self.retention is None:
+            return self
+        if self.model.lora is None and self.retention.teacher is None:
+            raise mistake_at(
+                ("retention",),
+                "the start model is found by switching adapters off, and 'model.lora' is null: name its stored "
+                "log-probabilities as 'teacher' (bico-ds prepare teacher)",
+                self.retention,
+            )
+        on = set(self.data.source_numbers(self.retention.on))
+        causal = [spec.sources for spec in self.objectives if spec.attention == "causal"]
+        if not any(on & set(self.data.source_numbers(names)) for names in causal):
+            raise mistake_at(
+                ("retention",),
+                "it is a term of causal steps, and no objective like {kind: ntp} draws from the data sources that it is on: "
+                "nothing would be compared",
+                self.retention,
+            )
+        return self
+
+    @model_validator(mode="after")
     def _probabilities_sum_to_one(self) -> Recipe:
         total = sum(objective.probability for objective in self.objectives)
         if abs(total - 1.0) > 1e-6:

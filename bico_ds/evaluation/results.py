@@ -104,6 +104,13 @@ def _task_from_json(task: Mapping[str, Any]) -> TaskResult:
 def load_result(path: Path) -> EvaluationResult:
     """Read a result file of `bico-ds evaluate`, or a run's evaluation/step-N.json; `UserError` for anything else."""
     try:
-        return EvaluationResult.from_json(json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        asked_tasks = "tasks" in values or "weights" not in values
+        result = EvaluationResult.from_json(values) if asked_tasks else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a result of bico-ds evaluate or of a run ({error})") from error
+    if result is None:
+        raise UserError(
+            f"{path}: this evaluation asked no reversal task, and a comparison is of their scores: evaluate with --data, too"
+        )
+    return result

@@ -11,7 +11,7 @@ from bico_ds.config.load import dump_recipe, load_recipe
 
 TWO_SOURCES = """\
 model:
-  config: {model_type: llama}
+  {config: {model_type: llama}, lora: {rank: 4}}
 data:
   sources:
     - facts: all
@@ -80,6 +80,9 @@ def error_of(path: str, *overrides: str) -> str:
             "      name: facts\n    - {store: x, token_share: 0.5}\n    - {store: y}",
             "objectives.0: the 'token_share' of its data sources sum to 1, which leaves nothing",
         ),
+        (", lora: {rank: 4}", "", "retention: the start model is found by switching adapters off, and"),
+        (", lora: {rank: 4}", ", lora: null", "name its stored log-probabilities as 'teacher'"),
+        ("kind: ntp", "kind: bico", "retention: it is a term of causal steps, and no objective like"),
         ("  epochs: 3", "  steps: 3", "'epochs_of' says what 'epochs' counts"),
         ("token_share: 0.5", "token_share: 1.0", "mine.yaml:15: replay.token_share: must be less than 1"),
         ("  store: other", "  store: other\n  tokens: 5", "exactly one of 'tokens' (sampled from the start model) and"),
@@ -143,3 +146,20 @@ def test_a_mistake_in_what_is_added_is_named_where_it_was_written(recipe_file):
     message = error_of(recipe_file("extends: base\ndata:\n  sorces+: [{store: x}]\n"))
     assert "mine.yaml:3: data.sorces+: it adds to a list, and there is no list 'data.sorces'" in message
     assert "there is no list 'training.steps'" in error_of(recipe_file(TWO_SOURCES), "training.steps+=3")
+
+
+@pytest.mark.parametrize(
+    ("task", "expected"),
+    [
+        ("{kind: txt, name: a, file: a}", "evaluation.tasks.0.kind: Input should be 'text' (found 'txt')"),
+        ("{kind: text, name: a}", "evaluation.tasks.0: give exactly one of 'file' and 'store'"),
+        (
+            "{name: a, file: a, stop_if_above: 0.5}",
+            "evaluation.tasks.0.stop_if_above: must be greater than 1",
+        ),
+    ],
+)
+def test_a_mistake_in_a_text_that_is_watched_is_told_once(task, expected):
+    message = error_of("tiny_base", f"evaluation.tasks=[{task}]")
+    assert expected in message
+    assert len(message.splitlines()) == 1

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from bico_ds.config.bounds import Bound
 from bico_ds.config.paths import LocalPath
@@ -44,13 +44,21 @@ class TextTaskSpec(Section):
         return self
 
 
+def _read_task(value: Any) -> Any:
+    """An object as what it describes, so that its mistakes are told of this, and not of the names that also stand there."""
+    return TextTaskSpec.model_validate(value) if isinstance(value, dict) else value
+
+
+AnyTask = Annotated[str | TextTaskSpec, BeforeValidator(_read_task)]
+
+
 class EvaluationSpec(Section):
     """Reversal tasks during training and at its end."""
 
     folder: LocalPath | None = Field(
         None, description="folder of name-description test files; null: the embedded task's"
     )
-    tasks: list[str | TextTaskSpec] = Field(
+    tasks: list[AnyTask] = Field(
         default_factory=list,
         description="names of reversal tasks, and retention texts {kind: text, name, file or store, stop_if_above}; empty: "
         "no evaluation",

@@ -73,8 +73,8 @@ def check_targets(objectives: Sequence[Objective], sources: Sequence[CutSource],
                 warnings += _empty_pieces(
                     int(left.empty[index]), len(source.sequences[number]), source.name, name
                 )
-        # An objective without a rule may predict it.
-        if len(rules) == len(source.sequences):
+        # An objective without a rule may predict it. Sampled text ends where the model ended it, or is cut, as it should be.
+        if len(rules) == len(source.sequences) and data.sources[source.number].sampled is None:
             warnings += _unlearned_stop(whole, left, source, data)
     return warnings
 

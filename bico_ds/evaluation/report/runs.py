@@ -92,8 +92,9 @@ def _load_run(path: Path, label: str) -> ComparedRun:
         for name, task in tasks.items():
             curves.setdefault(name, []).append((step, task.score))
     if not evaluations:
+        found = "only texts were evaluated, no reversal task," if records else "no evaluation"
         raise UserError(
-            f"{path}: no evaluation in {folder.metrics_file.name}; set 'evaluation.tasks' in the recipe, or evaluate the "
+            f"{path}: {found} in {folder.metrics_file.name}; set 'evaluation.tasks' in the recipe, or evaluate the "
             "run's export with bico-ds evaluate and name the result file here"
         )
     last = max(evaluations)

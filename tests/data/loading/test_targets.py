@@ -218,6 +218,13 @@ def test_a_stop_token_that_most_documents_do_not_teach_is_told_with_the_reason(
     ), found
 
 
+def test_sampled_text_is_not_told_to_end_in_a_stop_token(tmp_path):
+    """Where a sample is cut it has none, on purpose, and none can be prepared into it."""
+    store = ending(tmp_path / "s", [9] * 4, 0)
+    data = DataSpec(sources=[SourceSpec(sampled=36)], capacity=16, workers=0)
+    assert make(([store], lambda: data), schedule=schedule_of([NTP]), bins=1).check_targets() == []
+
+
 def test_an_end_of_text_before_a_line_end_teaches_to_stop(tmp_path):
     tokens = np.array([9, 9, 9, EOS, 10, 9, 9, EOS, 10, 10])
     store = write_store(tmp_path / "s", [5, 5], tokens=tokens, prompt_lengths=np.array([0, 0]))

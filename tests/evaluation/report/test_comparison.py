@@ -72,6 +72,17 @@ def test_runs_without_an_evaluation_are_refused(tmp_path):
         load_runs([tmp_path / "broken"])
 
 
+def test_evaluations_of_texts_alone_are_refused_as_such(tmp_path):
+    record = {"step": 2, "kind": "evaluation", "evaluation/text/prose/perplexity": 9.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    with pytest.raises(UserError, match=r"only texts were evaluated, no reversal task"):
+        load_runs([tmp_path])
+    result = tmp_path / "result.json"
+    result.write_text(json.dumps({"model": "m", "weights": "w", "retention": {}}))
+    with pytest.raises(UserError, match=r"^\S+result.json: this evaluation asked no reversal task"):
+        load_runs([result])
+
+
 def test_runs_that_were_asked_different_questions_do_not_stand_side_by_side(tmp_path):
     for name, metric in (("a", "bleu"), ("b", "contains")):
         task = TaskResult(headline=metric, metrics={metric: 0.7})

@@ -234,26 +234,23 @@ class Trainer:
         return found
 
     def _totals(self, batches: Sequence[PackedBatch], found: Sequence[Losses], waited: float) -> list[float]:
-        """Over all ranks: loss, rows, tokens, seconds of waiting, pairs, divergence; then what `_by_source` gives."""
+        """Over all ranks: loss, rows, tokens, seconds of waiting, pairs, divergence; by source the losses, the targets.
+
+        What is on the device is read at once: each reading waits for it.
+        """
         rows = sum(len(batch.input_ids) for batch in batches)
         represented = sum(batch.represented_tokens for batch in batches)
         pairs = sum(batch.plan.num_pairs for batch in batches)
-        loss, divergence = (
-            torch.stack([getattr(part, name) for part in found]).double().sum().item()
-            for name in ("loss", "divergence")
-        )
-        own = [loss, rows, represented, waited, pairs, divergence]
-        return all_reduce_sum(own + self._by_source(batches, found), self.run.ranks.device)
-
-    def _by_source(self, batches: Sequence[PackedBatch], found: Sequence[Losses]) -> list[float]:
-        """This rank's sums of losses and numbers of targets of each source; empty where there is one source."""
-        size = len(self.consumed.sources)
-        if size == 1:
-            return []
-        of_targets = [batch.target_sources for batch in batches if batch.target_sources is not None]
-        sources, losses = torch.cat(of_targets), torch.cat([part.row_losses for part in found]).double().cpu()
-        sums = torch.bincount(sources, losses, minlength=size)
-        return [*sums.tolist(), *torch.bincount(sources, minlength=size).tolist()]
+        sums = torch.stack([torch.stack((part.loss, part.divergence)) for part in found]).double().sum(0)
+        targets: list[int] = []
+        if (size := len(self.consumed.sources)) > 1:
+            sources = torch.cat([b.target_sources for b in batches if b.target_sources is not None])
+            row_losses = torch.cat([part.row_losses for part in found]).double()
+            by_source = sums.new_zeros(size).index_add_(0, sources.to(sums.device), row_losses)
+            sums, targets = torch.cat([sums, by_source]), torch.bincount(sources, minlength=size).tolist()
+        loss, divergence, *losses = sums.tolist()
+        own = [loss, rows, represented, waited, pairs, divergence, *losses, *targets]
+        return all_reduce_sum(own, self.run.ranks.device)
 
     def _update(
         self, batches: Sequence[PackedBatch], losses: list[torch.Tensor], loss_is_finite: bool

@@ -59,7 +59,7 @@ start.train(load_recipe(sys.argv[1], sys.argv[3:]), output_dir=Path(sys.argv[2])
 
 PER_STEP = {
     "all_reduce_sum: tolist": 2,  # the targets of the step, and its totals
-    "Trainer._totals: item": 1,
+    "Trainer._totals: tolist": 1,
     "Trainer._optimize: __float__": 1,  # of the gradient's norm
 }
 

@@ -12,13 +12,18 @@ from bico_ds.config.paths import LocalPath
 from bico_ds.config.section import PositiveInt, Section, Seed
 from bico_ds.config.unique_names import unique_names
 
-_MOST_SAMPLED = 10**12
+_MOST_SAMPLED = 10**8
 
 TokenShare = Annotated[
     float, Bound(above=0, below=1, why="it is a share of the tokens, and the other sources have the rest")
 ]
 SampledTokens = Annotated[
-    int, Bound(least=1, most=_MOST_SAMPLED, why="it counts tokens, and sampling more never ends")
+    int,
+    Bound(
+        least=1,
+        most=_MOST_SAMPLED,
+        why="a start samples them, which takes hours; bico-ds prepare replay makes larger stores",
+    ),
 ]
 
 

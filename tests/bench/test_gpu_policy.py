@@ -119,6 +119,7 @@ def test_no_backend_is_written_as_right_that_the_same_run_did_not_compare():
 
 
 @reads_rehearsal
+@pytest.mark.slow
 def test_the_rehearsal_writes_a_file_that_auto_refuses(rehearsal, tmp_path):
     file = rehearsal.folder / "policy.json"
     notes = rehearsal.findings("policy")["notes"]

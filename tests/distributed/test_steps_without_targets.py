@@ -134,6 +134,7 @@ PROMPTS = [{"prompt": "the " * 100, "completion": " end"}] * 12 + [
 ] * 88
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_prompts_that_cutting_leaves_alone_are_refused_or_counted_before_a_step(tmp_path, ranks):
     """Told once, whatever the number of ranks."""

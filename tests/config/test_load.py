@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from bico_ds.common.errors import UserError
 from bico_ds.config.load import dump_recipe, list_recipes, load_recipe
+from tests.config.mistakes import error_of
 
 MINIMAL = """\
 description: a test
@@ -21,22 +19,6 @@ objectives:
 training:
   steps: 3
 """
-
-
-@pytest.fixture
-def recipe_file(tmp_path: Path):
-    def write(text: str, name: str = "mine") -> str:
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(text, encoding="utf-8")
-        return str(path)
-
-    return write
-
-
-def error_of(path: str, *overrides: str) -> str:
-    with pytest.raises(UserError) as caught:
-        load_recipe(path, overrides)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("name", list(list_recipes()))

@@ -70,8 +70,8 @@ from bico_ds.attention.kernels.base import CausalKernel
 from bico_ds.attention.layout import CUDA_POLICY, build_layout
 from bico_ds.attention.measured_policy import Comparison
 from bico_ds.attention.plan import AttentionPlan, Mode
-from bico_ds.attention.triton.traffic import counting_traffic
 from bico_ds.common.command_line import Command
+from bico_ds.common.traffic import counting_traffic
 from bico_ds.proof.findings import Findings
 
 # An older proof outside of this repository takes these from here.

@@ -26,11 +26,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from bico_ds.attention.triton.launches import Launch, backward_launches, forward_launches
+from bico_ds.attention.triton.launches import backward_launches, forward_launches
 from bico_ds.attention.triton.operands import Operands
 from bico_ds.attention.triton.tilings import TILINGS, tiling_of
 from bico_ds.common.command_line import Command
 from bico_ds.config.arguments import local_path
+from bico_ds.native.triton_kernels import Launch
 
 ROWS, KEPT = 8192, 8000  # of the batch; no kernel depends on them
 HEADS, KEY_HEADS = 32, 8
@@ -130,20 +131,27 @@ def resources(capability: tuple[int, int], head_dim: int, dtype: str, mode: str)
     for launch in launches(capability, head_dim, DTYPES[dtype], causal=mode == "causal"):
         kernel = compiled(launch, capability)
         registers, stack = registers_and_stack(kernel.asm["cubin"])
-        tile = launch.tile
         yield Resources(
             architecture=architecture_name(capability),
             head_dim=head_dim,
             dtype=dtype,
             mode=mode,
             kernel=launch.kernel.__name__.removesuffix("_kernel"),
-            tile=f"{tile.rows} x {tile.keys}, {tile.warps} warps, {tile.stages} stages" if tile else "",
+            tile=tile_of(launch),
             registers=registers,
             stack=stack,
             shared=kernel.metadata.shared,
             products=", ".join(name for name, found in PRODUCTS.items() if found in kernel.asm["ptx"]),
             loads=loads_in_loops(kernel.asm["ttgir"]),
         )
+
+
+def tile_of(launch: Launch) -> str:
+    """What a program computes at a time, and by how many warps; of kernels without products nothing."""
+    if launch.warps is None:
+        return ""
+    rows, keys = launch.arguments["BLOCK"], launch.arguments["KEYS"]
+    return f"{rows} x {keys}, {launch.warps} warps, {launch.stages} stages"
 
 
 def registers_and_stack(cubin: bytes) -> tuple[int, int]:

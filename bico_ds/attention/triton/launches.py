@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -12,25 +11,9 @@ from bico_ds.attention.triton.forward import forward_kernel
 from bico_ds.attention.triton.operands import Operands
 from bico_ds.attention.triton.primitives import rotate_kernel
 from bico_ds.attention.triton.tilings import Tile, Tiling, padded_head_dim
+from bico_ds.native.triton_kernels import Launch
 
 _ROTATED_ROWS = 32  # rows per program of the kernel that rotates keys
-
-
-@dataclass(frozen=True, kw_only=True)
-class Launch:
-    """One launch of a kernel with its arguments by name. `tile` None: Triton's own number of warps and stages."""
-
-    kernel: Any
-    programs: int
-    arguments: dict[str, Any]
-    tile: Tile | None = None
-
-    @property
-    def options(self) -> dict[str, int]:
-        return {} if self.tile is None else {"num_warps": self.tile.warps, "num_stages": self.tile.stages}
-
-    def run(self) -> None:
-        self.kernel[(self.programs,)](**self.arguments, **self.options)
 
 
 def forward_launches(operands: Operands, tiling: Tiling, out: Tensor, lse: Tensor) -> list[Launch]:
@@ -43,7 +26,7 @@ def forward_launches(operands: Operands, tiling: Tiling, out: Tensor, lse: Tenso
         "KEYS": tiling.forward.keys,
     }
     programs = len(operands.query_blocks) * operands.q.shape[1]
-    forward = Launch(kernel=forward_kernel, programs=programs, arguments=arguments, tile=tiling.forward)
+    forward = _launch(forward_kernel, programs, arguments, tiling.forward)
     return [_rotation(operands, rotated_keys), forward]
 
 
@@ -88,9 +71,13 @@ def backward_launches(
     key_programs = len(operands.key_blocks) * operands.k.shape[1]
     return [
         _rotation(operands, rotated_keys),
-        Launch(kernel=query_gradient_kernel, programs=query_programs, arguments=query, tile=tiling.query),
-        Launch(kernel=key_gradient_kernel, programs=key_programs, arguments=key, tile=tiling.key),
+        _launch(query_gradient_kernel, query_programs, query, tiling.query),
+        _launch(key_gradient_kernel, key_programs, key, tiling.key),
     ]
+
+
+def _launch(kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile) -> Launch:
+    return Launch(kernel=kernel, programs=programs, arguments=arguments, warps=tile.warps, stages=tile.stages)
 
 
 def _common(operands: Operands, rotated_keys: Tensor) -> dict[str, Any]:

@@ -5,9 +5,6 @@ On the meta device they compute nothing, and state what they would move (`traffi
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
 from typing import Any
 
 import torch
@@ -18,7 +15,9 @@ from bico_ds.attention.kernels.flash_limits import flash2_refusal, head_dim_refu
 from bico_ds.attention.triton.operands import SCHEMA, Operands
 from bico_ds.attention.triton.row_blocks import RowBlocks
 from bico_ds.attention.triton.tilings import Tiling, tiling_of
-from bico_ds.attention.triton.traffic import backward_traffic, forward_traffic, report
+from bico_ds.attention.triton.traffic import backward_traffic, forward_traffic
+from bico_ds.common.traffic import report
+from bico_ds.native.triton_kernels import is_interpreting, triton_missing
 
 _FORWARD, _BACKWARD = "bico_ds::triton_attention_forward", "bico_ds::triton_attention_backward"
 torch.library.define(_FORWARD, f"({SCHEMA}, Tensor(a!) out, Tensor(b!) lse) -> ()")
@@ -36,21 +35,13 @@ def triton_refusal(dtype: torch.dtype, head_dim: int, device: torch.device) -> s
     """
     if device.type == "meta":
         return head_dim_refusal(head_dim, 8, 256)
-    if importlib.util.find_spec("triton") is None:
-        return "needs Triton, which is not installed (torch's CUDA builds for Linux bring it)"
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+    if (missing := triton_missing(device)) is not None:
+        return missing
+    if device.type == "cpu" and is_interpreting():
         if dtype not in (torch.float32, torch.float16):
             return "takes float32 or float16 in Triton's interpreter"
         return head_dim_refusal(head_dim, 8, 256)
-    if device.type == "cuda" and not _has_compiler():
-        return "needs a C compiler ($CC, else gcc or clang), and finds none: Triton compiles what launches its kernels"
     return flash2_refusal(dtype, head_dim, device)
-
-
-def _has_compiler() -> bool:
-    """Whether Triton, 3.6 to 3.8, will find one (its `runtime/build.py`); in many images with CUDA there is none."""
-    named = os.environ.get("CC")
-    return any(map(shutil.which, ("gcc", "clang") if named is None else (named,)))
 
 
 def tiling_on(device: torch.device, head_dim: int) -> Tiling:

@@ -1,58 +1,18 @@
-"""What the Triton ops move, by arithmetic: their launches, and the bytes that these read and write.
-
-A launch is counted as reading each row that it needs once, and writing each result once: what must come from and go to
-the GPU's memory if its caches serve every repeated read.
-"""
+"""What the Triton attention ops move, by arithmetic, as `Traffic` counts it."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from bico_ds.attention.triton.operands import Operands
-
-
-@dataclass(frozen=True, kw_only=True)
-class Traffic:
-    """Of one call of the op `op`: "forward" or "backward"."""
-
-    op: str
-    launches: int
-    bytes_read: int
-    bytes_written: int
-
-
-_counters: list[list[Traffic]] = []
-
-
-@contextmanager
-def counting_traffic() -> Iterator[list[Traffic]]:
-    """The `Traffic` of every call of an op on the meta device within, in order.
-
-    A step of a whole model on the meta device says so what its attention costs.
-    """
-    calls: list[Traffic] = []
-    _counters.append(calls)
-    try:
-        yield calls
-    finally:
-        _counters.remove(calls)
-
-
-def report(traffic: Traffic) -> None:
-    """Add a call to every counter that is active."""
-    for calls in _counters:
-        calls.append(traffic)
+from bico_ds.common.traffic import Traffic
 
 
 def forward_traffic(operands: Operands, lse: Tensor) -> Traffic:
     """Of rotating the keys, and of the forward kernel."""
     sizes = _Sizes(operands, lse)
     return Traffic(
-        op="forward",
+        op="attention forward",
         launches=2,
         bytes_read=sizes.keys + sizes.key_tables
         + sizes.queries + sizes.query_tables + sizes.rotated_keys + sizes.keys + sizes.index + sizes.query_blocks,
@@ -71,7 +31,7 @@ def backward_traffic(operands: Operands, lse: Tensor, key_gradient: Tensor) -> T
     read_by_key = sizes.rotated_queries + sizes.queries + 2 * sizes.lse + sizes.key_tables + sizes.key_blocks
     read_by_both = sizes.rotated_keys + sizes.keys + sizes.index
     return Traffic(
-        op="backward",
+        op="attention backward",
         launches=3 + (2 if num_live else 0),
         bytes_read=sizes.keys + sizes.key_tables + read_by_query + read_by_key + 2 * read_by_both
         + (0 if operands.serves_all_rows else gradients),

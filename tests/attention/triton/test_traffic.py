@@ -11,7 +11,7 @@ from bico_ds.attention.backends import resolve
 from bico_ds.attention.layout import build_layout
 from bico_ds.attention.packed import packed_attention
 from bico_ds.attention.plan import build_plan
-from bico_ds.attention.triton.traffic import Traffic, counting_traffic
+from bico_ds.common.traffic import Traffic, counting_traffic
 
 META = torch.device("meta")
 H, N, D = 8, 2, 64
@@ -42,7 +42,7 @@ def test_a_meta_run_gives_the_shapes_and_dtypes_and_states_each_op_once(plan):
         out, *grads = run_on_meta(plan)
     assert out.shape == (50, H, D) and out.dtype == torch.bfloat16
     assert [(g.shape, g.dtype) for g in grads] == [((50, h, D), torch.bfloat16) for h in (H, N, N)]
-    assert [call.op for call in calls] == ["forward", "backward"]
+    assert [call.op for call in calls] == ["attention forward", "attention backward"]
     run_on_meta(plan)
     assert len(calls) == 2, "what runs outside is not counted"
 
@@ -58,7 +58,7 @@ def test_the_traffic_is_that_of_a_sum_by_hand():
         run_on_meta(PLANS["with live rows"])
     rotating = 12_032 + 6_016
     forward = Traffic(
-        op="forward",
+        op="attention forward",
         launches=2,
         bytes_read=rotating + 51_200 + 6_400 + 24_064 + 12_032 + 400 + 32,
         bytes_written=24_064 + 51_200 + 1_600,
@@ -67,7 +67,7 @@ def test_the_traffic_is_that_of_a_sum_by_hand():
     keys_read = 102_400 + 51_200 + 24_064 + 12_032 + 6_016 + 2 * 1_600 + 400 + 56
     queries_written = 51_200 + 102_400 + 2 * 1_600
     backward = Traffic(
-        op="backward",
+        op="attention backward",
         launches=5,  # two of them clear the gradients of 3 live rows
         bytes_read=rotating + queries_read + keys_read,
         bytes_written=24_064 + queries_written + 2 * 12_032 + 2 * 3 * 2 * 64 * 2,

@@ -198,22 +198,13 @@ def _fa2_backward(arguments: dict[str, Any]) -> list[Tensor]:
 
 def _fa4_forward(arguments: dict[str, Any]) -> list[Tensor]:
     assert arguments["causal"] and arguments["return_lse"]
-    longest = _longest(arguments)
-    return list(_forward(arguments, longest, longest))
+    return list(_forward(arguments, arguments["max_seqlen_q"], arguments["max_seqlen_k"]))
 
 
 def _fa4_backward(arguments: dict[str, Any]) -> list[Tensor]:
     assert arguments["causal"]
     assert arguments["deterministic"] == torch.are_deterministic_algorithms_enabled()
-    longest = _longest(arguments)
-    return list(_backward(arguments, arguments["lse"], longest, longest))
-
-
-def _longest(arguments: dict[str, Any]) -> int:
-    """FlashAttention-4 finds it by itself."""
-    assert arguments["max_seqlen_q"] is arguments["max_seqlen_k"] is None
-    offsets = arguments["cu_seqlens_q"]
-    return 0 if offsets.is_meta else int(offsets.diff().max())
+    return list(_backward(arguments, arguments["lse"], arguments["max_seqlen_q"], arguments["max_seqlen_k"]))
 
 
 _COMPUTE = {

@@ -15,6 +15,7 @@ from bico_ds.attention.kernels.aten_cuda import AtenCuda
 from bico_ds.attention.kernels.base import CausalKernel
 from bico_ds.attention.kernels.cpu_flash import CpuFlash
 from bico_ds.attention.kernels.flash_attn2 import FlashAttn2
+from bico_ds.attention.kernels.flash_attn3 import FlashAttn3
 from bico_ds.attention.kernels.flash_attn4 import FlashAttn4
 from bico_ds.attention.layout import (
     CPU_FUSED_POLICY,
@@ -30,7 +31,9 @@ from bico_ds.attention.two_pass import HIDDEN_COLUMNS
 
 logger = logging.getLogger(__name__)
 
-KERNELS: dict[str, CausalKernel] = {k.name: k for k in (FlashAttn2(), AtenCuda(), CpuFlash(), FlashAttn4())}
+KERNELS: dict[str, CausalKernel] = {
+    k.name: k for k in (FlashAttn2(), AtenCuda(), CpuFlash(), FlashAttn3(), FlashAttn4())
+}
 TRITON = "triton"  # the Triton kernels alone, without a flash kernel
 AUTO_ORDER = ("flash-attn", "aten-cuda", "cpu-flash")
 

@@ -181,7 +181,7 @@ def read_measured_policy(capability: tuple[int, int], folder: Path = MEASURED) -
 def running_versions() -> dict[str, str]:
     """Versions of what decides a kernel's speed and results, as far as it is installed."""
     versions = {"bico_ds": __version__}
-    for name in ("torch", "triton", "flash-attn", "flash-attn-4"):
+    for name in ("torch", "triton", "flash-attn", "flash-attn-3", "flash-attn-4"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions

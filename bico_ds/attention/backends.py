@@ -25,7 +25,7 @@ from bico_ds.attention.layout import (
     TILES_POLICY,
     LayoutPolicy,
 )
-from bico_ds.attention.measured_policy import choose_policy, read_measured_policy
+from bico_ds.attention.measured_policy import choose_policy, order_by_speed, read_measured_policy
 from bico_ds.attention.triton.ops import tiling_on, triton_refusal
 from bico_ds.attention.two_pass import HIDDEN_COLUMNS
 
@@ -71,22 +71,33 @@ def resolve(backend: str, dtype: torch.dtype, head_dim: int, device: torch.devic
 def _auto(
     refusals: dict[str, str | None], dtype: torch.dtype, head_dim: int, device: torch.device
 ) -> Backend:
-    """The first of `AUTO_ORDER` that can run, else tiles alone (fp32 on CUDA, old GPUs).
+    """The first that can run, of the fastest by measurement or of `AUTO_ORDER`; else tiles alone (fp32 on CUDA, old GPUs).
 
     Logs which it is, and why those before it were passed over.
     """
     passed_over: list[str] = []
-    for name in AUTO_ORDER:
+    order, why = _order(refusals, dtype, head_dim, device)
+    for name in order:
         if refusals[name] is not None:
             passed_over.append(f"{name} {refusals[name]}")
             continue
         policy, note = _policy(KERNELS[name], dtype, head_dim, device, without_triton=refusals[TRITON])
-        reason = note if device.type == "cpu" else "; ".join([*passed_over, note])
+        reason = note if device.type == "cpu" else "; ".join([*passed_over, *([why] if why else []), note])
         inputs = f"{device}, {str(dtype).removeprefix('torch.')}, head dimension {head_dim}"
         logger.info("attention backend: %s for %s (%s)", name, inputs, reason)
         return Backend(kernel=KERNELS[name], policy=policy)
     logger.warning("attention backend: dense tiles, slow on long documents: %s", "; ".join(passed_over))
     return Backend(kernel=KERNELS[AUTO_ORDER[0]], policy=TILES_POLICY)
+
+
+def _order(
+    refusals: dict[str, str | None], dtype: torch.dtype, head_dim: int, device: torch.device
+) -> tuple[tuple[str, ...], str | None]:
+    """In which order `auto` tries the flash kernels, and why."""
+    if device.type != "cuda" or all(refusals[name] is not None for name in KERNELS):
+        return AUTO_ORDER, None
+    measured = read_measured_policy(torch.cuda.get_device_capability(device))
+    return order_by_speed(measured, AUTO_ORDER, dtype=dtype, head_dim=head_dim)
 
 
 def _policy(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import subprocess
@@ -87,15 +88,13 @@ def fake_distribution(folder, name, version, module_text):
 
 def test_a_package_that_is_missing_old_or_broken_is_refused_in_one_clause(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
-    ask = lambda oldest: install_refusal(
-        "none-such", "kernels_of_nobody", install="'bico_ds[x]'", oldest=oldest
-    )
-    assert "is not installed (pip install 'bico_ds[x]')" in ask("2.8")
+    ask = functools.partial(install_refusal, "none-such", "kernels_of_nobody", install="'bico_ds[x]'")
+    assert "is not installed (pip install 'bico_ds[x]')" in ask(oldest="2.8")
     fake_distribution(tmp_path, "none-such", "2.8.1", "raise ImportError('undefined symbol: _ZN3c10')")
-    assert "2.9 or newer is needed, 2.8.1 is installed" in ask("2.9")
-    assert "2.8.1 is installed but does not load (undefined symbol: _ZN3c10)" in ask("2.8")
+    assert "2.9 or newer is needed, 2.8.1 is installed" in ask(oldest="2.9")
+    assert "2.8.1 is installed but does not load (undefined symbol: _ZN3c10)" in ask(oldest="2.8")
     (tmp_path / "kernels_of_nobody.py").write_text("")
-    assert ask("2.8") is None
+    assert ask(oldest="2.8") is None
 
 
 def test_another_flash_attention_is_not_taken_for_flash_attn_4(tmp_path, monkeypatch):

@@ -208,14 +208,14 @@ def encode(policy: MeasuredPolicy) -> bytes:
 
 def order_by_speed(
     measured: MeasuredPolicy | None, default: tuple[str, ...], *, dtype: torch.dtype, head_dim: int
-) -> tuple[tuple[str, ...], str | None]:
-    """The flash kernels in the order in which `auto` tries them, and why, for the log; None: as where nothing was measured.
+) -> tuple[tuple[str, ...], list[str]]:
+    """The flash kernels in the order in which `auto` tries them; and why, for the log, where that was measured.
 
     Those that were right on that GPU for such inputs come first, the fastest before the others, by the sum of their times
     on the documents that all of them were timed on; then the rest of `default`.
     """
     if measured is None:
-        return default, None
+        return default, []
     right = {
         m.kernel: {(time.mode, time.length): time.ms for time in m.times}
         for m in measured.measurements
@@ -223,12 +223,12 @@ def order_by_speed(
     }
     shared = set.intersection(*map(set, right.values())) if right else set()
     if not shared:
-        return default, None
+        return default, []
     total = {kernel: sum(times[case] for case in shared) for kernel, times in right.items()}
     order = sorted(total, key=total.__getitem__)
     listed = ", ".join(f"{kernel} {total[kernel]:.3g} ms" for kernel in order)
     rest = (kernel for kernel in default if kernel not in total)
-    return (*order, *rest), f"the order is that of their times on {measured.origin}: {listed}"
+    return (*order, *rest), [f"the order is that of their times on {measured.origin}: {listed}"]
 
 
 def choose_policy(
@@ -248,7 +248,11 @@ def choose_policy(
     Another version of torch, Triton or bico_ds than the measured one is named, and no reason against.
     """
     if measured is None:
-        return estimate, "costs are estimates: none were measured on this architecture"
+        note = "costs are estimates: none were measured on this architecture"
+        if refusal is not None:
+            return estimate, f"{note}; not triton, which {refusal}"
+        # By any estimate it beats tiles for live rows; for whole documents it has to be measured.
+        return replace(estimate, blocks=blocks, hidden_cost=math.inf), f"{note}; triton for live rows"
     found = measured.of(kernel, head_dim)
     if found is None:
         unknown = f"{kernel} at head dimension {head_dim} was not measured on {measured.origin}"

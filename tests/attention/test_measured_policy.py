@@ -31,7 +31,9 @@ from bico_ds.attention.measured_policy import (
     read_measured_policy,
     running_versions,
 )
+from bico_ds.attention.passes import TORCH_PASSES
 from bico_ds.attention.plan import build_plan
+from bico_ds.attention.triton.passes import TRITON_PASSES
 from bico_ds.attention.triton.row_blocks import BlockSizes
 from bico_ds.common.errors import UserError
 from tests import ROOT
@@ -249,13 +251,25 @@ def test_triton_kernels_that_cannot_run_here_are_not_taken_and_the_log_says_why(
 
 
 def test_what_was_not_measured_keeps_its_estimates():
-    assert choose(None) == (CUDA_POLICY, "costs are estimates: none were measured on this architecture")
+    policy, note = choose(None, refusal="is wrong on this GPU")
+    assert policy == CUDA_POLICY
+    assert (
+        note
+        == "costs are estimates: none were measured on this architecture; not triton, which is wrong on this GPU"
+    )
     policy, note = choose(fresh_policy(), head_dim=96)
     assert policy == CUDA_POLICY
     assert "aten-cuda at head dimension 96 was not measured on An invented GPU" in note
     (one,) = fresh_policy().measurements
     policy, _ = choose(fresh_policy(measurements=(replace(one, tiles=None, triton=None),)))
     assert policy == CUDA_POLICY
+
+
+def test_where_nothing_was_measured_triton_serves_live_rows_and_no_whole_document():
+    policy, note = choose(None)
+    assert policy == replace(CUDA_POLICY, blocks=BLOCKS, hidden_cost=math.inf)
+    assert policy.flash_from_in("causal") == policy.flash_from_in("bidirectional") == 1
+    assert note.endswith("triton for live rows")
 
 
 def test_another_minor_version_than_the_measured_one_is_named_and_no_reason_against():
@@ -288,7 +302,7 @@ def test_auto_tries_the_fastest_first_and_what_was_not_timed_last():
     policy = timed_policy(
         {"aten-cuda": times(3, 5), "flash-attn-4": times(4, 1), "flash-attn-3": times(1, 4.5)}
     )
-    order, why = order_of(policy)
+    order, (why,) = order_of(policy)
     assert order == ("flash-attn-4", "flash-attn-3", "aten-cuda", "flash-attn")
     assert "flash-attn-4 5 ms, flash-attn-3 5.5 ms, aten-cuda 8 ms" in why
     assert policy.origin in why
@@ -298,7 +312,7 @@ def test_kernels_are_compared_by_the_documents_that_all_were_timed_on():
     policy = timed_policy({"aten-cuda": times(3, 5), "flash-attn": times(4)[:1]})
     assert order_of(policy)[0] == ("aten-cuda", "flash-attn")
     nothing_shared = timed_policy({"aten-cuda": times(3)[1:], "flash-attn-4": times(4)[:1]})
-    assert order_of(nothing_shared) == (DEFAULT, None)
+    assert order_of(nothing_shared) == (DEFAULT, [])
 
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
@@ -311,8 +325,8 @@ def test_auto_prefers_no_kernel_that_was_wrong_however_fast(wrong):
 def test_auto_keeps_its_order_for_inputs_of_which_nothing_was_shown():
     policy = timed_policy({"aten-cuda": times(1)})
     for unknown in ({"head_dim": 96}, {"dtype": torch.float16}):
-        assert order_of(policy, **unknown) == (DEFAULT, None)
-    assert order_of(None) == order_of(timed_policy({"aten-cuda": ()})) == (DEFAULT, None)
+        assert order_of(policy, **unknown) == (DEFAULT, [])
+    assert order_of(None) == order_of(timed_policy({"aten-cuda": ()})) == (DEFAULT, [])
 
 
 class AnyKernel:
@@ -345,6 +359,8 @@ def invent_gpu(measured, folder, monkeypatch, *kernels):
     monkeypatch.setattr(backends, "triton_refusal", lambda *inputs: None)
     read = functools.partial(read_measured_policy, folder=folder)
     monkeypatch.setattr(backends, "read_measured_policy", read)
+    for check in ("blocks_objection", "passes_objection"):
+        monkeypatch.setattr(backends, check, lambda *inputs: None)
 
 
 @pytest.mark.usefixtures("fresh_choice")
@@ -373,7 +389,7 @@ def test_auto_on_a_gpu_follows_the_file_of_its_architecture_and_logs_it(tmp_path
     device = torch.device("cuda")
     with caplog.at_level(logging.INFO, logger=backends.__name__):
         backend = backends.resolve("auto", BF16, 128, device)
-    assert backend.kernel.name == "aten-cuda"
+    assert backend.kernel.name == "aten-cuda" and backend.passes is TRITON_PASSES
     assert backend.policy.blocks == backends.tiling_on(device, 128).blocks
     assert backend.policy.flash_from == measured.measurements[0].triton.flash_from
     assert "attention backend: aten-cuda for cuda, bfloat16" in caplog.text
@@ -381,6 +397,20 @@ def test_auto_on_a_gpu_follows_the_file_of_its_architecture_and_logs_it(tmp_path
     assert "as measured on An invented GPU, 2026-12-24" in caplog.text
     named = backends.resolve("aten-cuda", BF16, 128, device)
     assert_beside_tiles(named.policy, measured)
+
+
+def test_what_is_wrong_on_a_gpu_gives_way_to_torchs_operations_and_the_log_says_so(monkeypatch, caplog):
+    """As above; the self-check's answers are invented, too: the tests of self_check.py ask it itself."""
+    monkeypatch.setitem(backends.KERNELS, "aten-cuda", AnyKernel("aten-cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 9))
+    monkeypatch.setattr(backends, "triton_refusal", lambda *inputs: None)
+    monkeypatch.setattr(backends, "blocks_objection", lambda *inputs: "is wrong on this GPU (causal dk: 2)")
+    monkeypatch.setattr(backends, "passes_objection", lambda *inputs: "is wrong on this GPU (causal dq: 1)")
+    with caplog.at_level(logging.INFO, logger=backends.__name__):
+        backend = backends.resolve("auto", BF16, 192, torch.device("cuda"))
+    assert backend.passes is TORCH_PASSES and backend.policy.blocks is None
+    assert "not triton, which is wrong on this GPU (causal dk: 2)" in caplog.text
+    assert "torch's operations around the passes: triton is wrong on this GPU (causal dq: 1)" in caplog.text
 
 
 def test_a_built_package_carries_the_files(tmp_path):

@@ -26,8 +26,8 @@ class FlashAttn3:
         return flash3_refusal(dtype, head_dim, device) or install_refusal(
             "flash-attn-3",
             "flash_attn_interface",
-            install="flash-attn-3 --find-links https://download.pytorch.org/whl/flash-attn-3/",
             oldest="3.0.0",
+            wheels="https://download.pytorch.org/whl/flash-attn-3/",
         )
 
     def forward(

@@ -23,7 +23,7 @@ class FlashAttn4:
     def refusal(self, dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
         # By its distribution's name: flash-attn 2.8 ships an older flash_attn.cute with another interface.
         return flash4_refusal(dtype, head_dim, device) or install_refusal(
-            "flash-attn-4", "flash_attn.cute.interface", install="'bico_ds[flash4]'", oldest="4.0.0b10"
+            "flash-attn-4", "flash_attn.cute.interface", extra="flash4", oldest="4.0.0b10"
         )
 
     def forward(

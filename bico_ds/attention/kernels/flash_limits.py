@@ -51,11 +51,14 @@ def head_dim_refusal(head_dim: int, multiple: int, largest: int) -> str | None:
     return None
 
 
-def install_refusal(distribution: str, module: str, *, install: str, oldest: str) -> str | None:
+def install_refusal(
+    distribution: str, module: str, *, oldest: str, extra: str = "", wheels: str = ""
+) -> str | None:
     """Why a kernel's package cannot be used: missing, too old, or built for another torch or CUDA.
 
-    `install`: what pip takes to install it.
+    It comes by an `extra` of ours; or, where PyPI has none, by the page of its `wheels`.
     """
+    install = f"'bico_ds[{extra}]'" if extra else f"{distribution} --find-links {wheels}"
     try:
         version = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

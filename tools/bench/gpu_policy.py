@@ -46,6 +46,7 @@ from attention_cases import (
     describe_comparison,
     documents,
     each_alone,
+    flash_backend,
     flash_kernels,
     op_milliseconds,
     prepare,
@@ -189,7 +190,7 @@ def measure_kernel(send: Send, kernel_name: str, sizes: Sizes) -> None:
 
 
 def measure_speed(kernel_name: str, shape: Shape, sizes: Sizes) -> Speed:
-    backend = Backend(kernel=KERNELS[kernel_name], policy=IN_TILES)
+    backend = flash_backend(KERNELS[kernel_name], shape)
     times = [
         KernelTime(
             mode=mode,
@@ -228,7 +229,7 @@ def backends(kernel_name: str, other: str, shape: Shape) -> tuple[Backend, Backe
     kernel = KERNELS[kernel_name]
     if other == TRITON:
         return beside_triton(kernel, shape, flash_from=1), beside_triton(kernel, shape, flash_from=math.inf)
-    flash = Backend(kernel=kernel, policy=IN_TILES)
+    flash = flash_backend(kernel, shape)
     return flash, replace(flash, policy=replace(IN_TILES, flash_from=math.inf))
 
 

@@ -71,7 +71,12 @@ def test_an_op_that_states_its_traffic_counts_as_it_says():
 
     with Operations() as found:
         torch.ops.bico_ds_test.stated(X, X)
-    assert found.costs == {("all", "ours"): Cost(launches=3, bytes_read=5, bytes_written=7)}
+        report(Traffic(op="no op", launches=1, bytes_read=2, bytes_written=0))
+    report(Traffic(op="afterwards", launches=1, bytes_read=2, bytes_written=0))
+    assert found.costs == {
+        ("all", "ours"): Cost(launches=3, bytes_read=5, bytes_written=7),
+        ("all", "no op"): Cost(launches=1, bytes_read=2),
+    }
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from bico_ds.common.traffic import counting_traffic
+from bico_ds.common.traffic import Traffic, hearing_traffic
 
 PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm")
 FLASH = ("_flash_attention_forward", "_flash_attention_backward")
@@ -75,6 +75,7 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self._group = group
         self.costs: dict[tuple[str, str], Cost] = {}
+        self._heard = 0  # calls that stated their traffic
 
     def total(self, *groups: str, without: tuple[str, ...] = ()) -> Cost:
         """Of these groups, or of all; without operations of those names."""
@@ -85,17 +86,27 @@ class Operations(TorchDispatchMode):
         ]
         return sum(found, Cost())
 
+    def __enter__(self) -> Self:
+        self._hearing = hearing_traffic(self._hear)
+        self._hearing.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._hearing.__exit__(*exception)
+
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        with counting_traffic() as stated:
-            result = op(*args, **kwargs)
+        kwargs, heard = kwargs or {}, self._heard
+        result = op(*args, **kwargs)
         name = op._schema.name.split("::")[1]
-        for call in stated:
-            cost = Cost(launches=call.launches, bytes_read=call.bytes_read, bytes_written=call.bytes_written)
-            self._add(call.op, cost)
-        if not stated and _is_launch(op, name):
+        if self._heard == heard and _is_launch(op, name):
             self._add(name, _cost(op, name, args, kwargs, result))
         return result
+
+    def _hear(self, call: Traffic) -> None:
+        self._heard += 1
+        cost = Cost(launches=call.launches, bytes_read=call.bytes_read, bytes_written=call.bytes_written)
+        self._add(call.op, cost)
 
     def _add(self, name: str, cost: Cost) -> None:
         key = self._group(name), name

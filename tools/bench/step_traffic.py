@@ -81,7 +81,8 @@ class Places:
         decoder = self.model.causal_lm.model
         places: list[tuple[nn.Module, str]] = [(self.model.causal_lm.lm_head, HEAD), (decoder.norm, NORMS)]
         for layer in decoder.layers:
-            places += [(layer, NORMS), (layer.self_attn, AROUND), (layer.mlp, GATE)]
+            norms = (layer, layer.input_layernorm, layer.post_attention_layernorm)
+            places += [*((module, NORMS) for module in norms), (layer.self_attn, AROUND), (layer.mlp, GATE)]
         hooks = [hook for module, place in places for hook in self._watch(module, place)]
         with ExitStack() as stack:
             for name in OF_LIVE_ROWS:

@@ -129,6 +129,13 @@ def test_a_missing_flash_attn_3_is_told_where_it_is():
     assert "pip install flash-attn-3 --find-links https://download.pytorch.org" in refusal
 
 
+def test_a_backend_may_be_given_as_such():
+    problem = make_problem([9, 4]).to(torch.float32)
+    by_name = problem.packed(packed_attention, backend="cpu-flash")
+    given = problem.packed(packed_attention, backend=backends.resolve("cpu-flash", torch.float32, 16, CPU))
+    assert all(map(torch.equal, by_name, given))
+
+
 def test_an_unknown_backend_is_refused_with_the_choices():
     with pytest.raises(ValueError, match="unknown attention backend 'flsh': choose one of auto, flash-attn"):
         packed_attention_of_anything("flsh")

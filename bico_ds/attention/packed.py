@@ -43,11 +43,10 @@ def packed_attention(
     """
     _check_shapes(q, k, v, cos, sin, plan)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    named = isinstance(backend, str)
-    resolved = resolve(backend, q.dtype, q.shape[-1], q.device) if named else backend
-    if resolved is None:
+    made = resolve(backend, q.dtype, q.shape[-1], q.device) if isinstance(backend, str) else backend
+    if made is None:
         return oracle_attention(q, k, v, cos, sin, plan, scale)
-    return run_packed_attention(q, k, v, cos, sin, plan, scale=scale, backend=resolved, layout=layout)
+    return run_packed_attention(q, k, v, cos, sin, plan, scale=scale, backend=made, layout=layout)
 
 
 def run_packed_attention(

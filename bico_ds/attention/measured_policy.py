@@ -209,7 +209,11 @@ def choose_policy(
     Another version of torch, Triton or bico_ds than the measured one is named, and no reason against.
     """
     if measured is None:
-        return estimate, "costs are estimates: none were measured on this architecture"
+        note = "costs are estimates: none were measured on this architecture"
+        if refusal is not None:
+            return estimate, f"{note}; not triton, which {refusal}"
+        # By any estimate it beats tiles for live rows; for whole documents it has to be measured.
+        return replace(estimate, blocks=blocks, hidden_cost=math.inf), f"{note}; triton for live rows"
     found = measured.of(kernel, head_dim)
     if found is None:
         unknown = f"{kernel} at head dimension {head_dim} was not measured on {measured.origin}"

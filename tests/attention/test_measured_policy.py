@@ -29,7 +29,9 @@ from bico_ds.attention.measured_policy import (
     read_measured_policy,
     running_versions,
 )
+from bico_ds.attention.passes import TORCH_PASSES
 from bico_ds.attention.plan import build_plan
+from bico_ds.attention.triton.passes import TRITON_PASSES
 from bico_ds.attention.triton.row_blocks import BlockSizes
 from bico_ds.common.errors import UserError
 from tests import ROOT
@@ -234,13 +236,25 @@ def test_triton_kernels_that_cannot_run_here_are_not_taken_and_the_log_says_why(
 
 
 def test_what_was_not_measured_keeps_its_estimates():
-    assert choose(None) == (CUDA_POLICY, "costs are estimates: none were measured on this architecture")
+    policy, note = choose(None, refusal="is wrong on this GPU")
+    assert policy == CUDA_POLICY
+    assert (
+        note
+        == "costs are estimates: none were measured on this architecture; not triton, which is wrong on this GPU"
+    )
     policy, note = choose(fresh_policy(), head_dim=96)
     assert policy == CUDA_POLICY
     assert "aten-cuda at head dimension 96 was not measured on An invented GPU" in note
     (one,) = fresh_policy().measurements
     policy, _ = choose(fresh_policy(measurements=(replace(one, tiles=None, triton=None),)))
     assert policy == CUDA_POLICY
+
+
+def test_where_nothing_was_measured_triton_serves_live_rows_and_no_whole_document():
+    policy, note = choose(None)
+    assert policy == replace(CUDA_POLICY, blocks=BLOCKS, hidden_cost=math.inf)
+    assert policy.flash_from_in("causal") == policy.flash_from_in("bidirectional") == 1
+    assert note.endswith("triton for live rows")
 
 
 def test_another_minor_version_than_the_measured_one_is_named_and_no_reason_against():
@@ -281,10 +295,12 @@ def test_auto_on_a_gpu_follows_the_file_of_its_architecture_and_logs_it(tmp_path
     monkeypatch.setattr(backends, "triton_refusal", lambda *inputs: None)
     read = functools.partial(read_measured_policy, folder=tmp_path)
     monkeypatch.setattr(backends, "read_measured_policy", read)
+    for check in ("blocks_objection", "passes_objection"):
+        monkeypatch.setattr(backends, check, lambda *inputs: None)
     device = torch.device("cuda")
     with caplog.at_level(logging.INFO, logger=backends.__name__):
         backend = backends.resolve("auto", BF16, 128, device)
-    assert backend.kernel.name == "aten-cuda"
+    assert backend.kernel.name == "aten-cuda" and backend.passes is TRITON_PASSES
     assert backend.policy.blocks == backends.tiling_on(device, 128).blocks
     assert backend.policy.flash_from == measured.measurements[0].triton.flash_from
     assert "attention backend: aten-cuda for cuda, bfloat16" in caplog.text
@@ -292,6 +308,20 @@ def test_auto_on_a_gpu_follows_the_file_of_its_architecture_and_logs_it(tmp_path
     assert "as measured on An invented GPU, 2026-12-24" in caplog.text
     named = backends.resolve("aten-cuda", BF16, 128, device)
     assert_beside_tiles(named.policy, measured)
+
+
+def test_what_is_wrong_on_a_gpu_gives_way_to_torchs_operations_and_the_log_says_so(monkeypatch, caplog):
+    """As above; the self-check's answers are invented, too: the tests of self_check.py ask it itself."""
+    monkeypatch.setitem(backends.KERNELS, "aten-cuda", AnyKernel())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 9))
+    monkeypatch.setattr(backends, "triton_refusal", lambda *inputs: None)
+    monkeypatch.setattr(backends, "blocks_objection", lambda *inputs: "is wrong on this GPU (causal dk: 2)")
+    monkeypatch.setattr(backends, "passes_objection", lambda *inputs: "is wrong on this GPU (causal dq: 1)")
+    with caplog.at_level(logging.INFO, logger=backends.__name__):
+        backend = backends.resolve("auto", BF16, 192, torch.device("cuda"))
+    assert backend.passes is TORCH_PASSES and backend.policy.blocks is None
+    assert "not triton, which is wrong on this GPU (causal dk: 2)" in caplog.text
+    assert "torch's operations around the passes: triton is wrong on this GPU (causal dq: 1)" in caplog.text
 
 
 def test_a_built_package_carries_the_files(tmp_path):

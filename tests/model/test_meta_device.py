@@ -49,7 +49,7 @@ def model_of(*, layers: int = 2, **values: Any) -> TrainableModel:
     return build_model(spec, seed=1, ds_config=None, device=META).train()
 
 
-def batch_of(objective: dict[str, Any], backend: str = "aten-cuda") -> PackedBatch:
+def batch_of(objective: dict[str, Any], backend: str = "auto") -> PackedBatch:
     """As the loader's worker makes it, then moved."""
     random = np.random.default_rng()
     documents = [
@@ -99,7 +99,7 @@ def check_gradients(model: TrainableModel) -> None:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-@pytest.mark.parametrize("backend", ["aten-cuda", "triton", *NEWEST])
+@pytest.mark.parametrize("backend", ["auto", "aten-cuda", "triton", *NEWEST])
 def test_every_objective_runs_by_every_gpu_kernel(objective, backend, tmp_path):
     with ExitStack() as stack:
         if backend in NEWEST:
@@ -148,7 +148,8 @@ def test_live_rows_run_as_hidden_keys(monkeypatch):
     monkeypatch.setattr(backends, "CUDA_POLICY", replace(CUDA_POLICY, tile_cost=1e9))
     backends.resolve.cache_clear()
     try:
-        model, batch = model_of(), batch_of({"kind": "bico"})
+        model = model_of(attention_backend="aten-cuda")
+        batch = batch_of({"kind": "bico"}, "aten-cuda")
         assert sorted(group.hidden is None for group in batch.layout.flash) == [False, True]
         run(model, batch)
     finally:
@@ -156,10 +157,12 @@ def test_live_rows_run_as_hidden_keys(monkeypatch):
     check_gradients(model)
 
 
-def test_these_batches_reach_the_flash_kernel_alone_and_tiles():
+def test_these_batches_reach_the_flash_kernel_alone_live_rows_in_blocks_and_tiles():
     layouts = [batch_of(objective).layout for objective in OBJECTIVES]
     assert any(layout.is_one_flash_problem for layout in layouts)
-    assert any(layout.flash and layout.tiles for layout in layouts)
+    assert any(layout.flash and layout.blocks for layout in layouts)
+    named = [batch_of(objective, "aten-cuda").layout for objective in OBJECTIVES]
+    assert any(layout.flash and layout.tiles for layout in named)
 
 
 X, ROWS, CHOSEN = (

@@ -22,9 +22,9 @@ from bico_ds.attention.layout import CUDA_POLICY, TILES_POLICY, Layout, build_la
 from bico_ds.attention.measured_policy import Comparison
 from bico_ds.attention.oracle import oracle_attention
 from bico_ds.attention.packed import run_packed_attention
+from bico_ds.attention.passes import HIDDEN_COLUMNS
 from bico_ds.attention.plan import AttentionPlan, Mode, build_plan
 from bico_ds.attention.triton.ops import tiling_on, triton_refusal
-from bico_ds.attention.two_pass import HIDDEN_COLUMNS
 from bico_ds.common.errors import UserError
 from bico_ds.config.arguments import positive_number
 from bico_ds.proof.findings import Findings

@@ -18,6 +18,7 @@ from bico_ds.attention import backends
 from bico_ds.attention.layout import CUDA_POLICY, build_layout
 from bico_ds.attention.packed import _PackedAttention
 from bico_ds.batch import PackedBatch
+from bico_ds.common.traffic import counting_traffic
 from bico_ds.config.load import load_recipe
 from bico_ds.config.objectives.table import KINDS, read_spec
 from bico_ds.config.schema import LoraSpec
@@ -73,7 +74,7 @@ def run(model: TrainableModel, batch: PackedBatch) -> Tensor:
     assert model.causal_lm.config.dtype == torch.bfloat16
     hooks = [layer.register_forward_hook(check_hidden) for layer in model.causal_lm.model.layers]
     functions = [_PackedAttention, _ChunkedCrossEntropy]
-    with no_host_work(), checked_gradients(functions) as ran:
+    with no_host_work(), checked_gradients(functions) as ran, counting_traffic() as calls:
         loss = model(batch).loss
         loss.backward()
     for hook in hooks:
@@ -86,6 +87,8 @@ def run(model: TrainableModel, batch: PackedBatch) -> Tensor:
         "_ChunkedCrossEntropy.forward": 1,
         "_ChunkedCrossEntropy.backward": 1,
     }
+    chunks = -(-len(batch.targets) // model.causal_lm.lm_head.chunk_rows)
+    assert [call.op for call in calls].count("head cross entropy") == chunks
     return loss
 
 

@@ -4,6 +4,12 @@ The loss is scaled in `Trainer._forward_backward`: a micro-batch gives the sum o
 (ranks / targets of the whole global batch) goes to `backward`. DeepSpeed averages gradients over the ranks, so the update
 follows the mean over all targets, however they are spread over ranks and micro-batches. The divergence of `retention` is a
 mean over the compared rows in the same way.
+
+The host waits for the device once per step, between the last backward pass and the update (`Trainer._totals`): what the
+step gave, what all ranks must know of the following one (its targets, whether to stop before it), and the gradient norm of
+the one before are one vector. So steps are reported one step late. Before a pause (a checkpoint, an evaluation, the end)
+the norm is read at once, and nothing is known of the step after it: that step agrees by itself, as the first one does.
+DeepSpeed's own waits: docs/benchmarks/step.md.
 """
 
 from __future__ import annotations
@@ -11,7 +17,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +34,7 @@ from bico_ds.model.head import Losses
 from bico_ds.runtime import host_memory
 from bico_ds.runtime.distributed import all_reduce_sum, broadcast_object
 from bico_ds.runtime.run_folder import State
+from bico_ds.runtime.signals import StopFlag
 from bico_ds.runtime.watchdog import Watchdog
 from bico_ds.training import nonfinite
 from bico_ds.training.callbacks.base import Callbacks, StepReport
@@ -41,6 +49,10 @@ class SpikeError(RunError):
     """A loss or gradient norm is far above its running median, and `training.on_spike` is `stop`."""
 
 
+class RetentionError(RunError):
+    """A retention text's perplexity is above its `stop_if_above`; the step is saved."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepCounts:
     """Of the whole global batch: its targets, and the rows that are compared with the start model."""
@@ -49,8 +61,42 @@ class StepCounts:
     compared: int
 
 
-class RetentionError(RunError):
-    """A retention text's perplexity is above its `stop_if_above`; the step is saved."""
+@dataclass(frozen=True, kw_only=True)
+class AgreedStep:
+    """A step that has not begun: this rank's share, and what all ranks know. `stop`: one was asked to stop before it."""
+
+    rank_step: RankStep
+    counts: StepCounts
+    stop: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Totals:
+    """Of a step, over all ranks: sums of losses and divergences (nats), of rows, original tokens, pairs, seconds of waiting.
+
+    `by_source`: of several data sources each one's loss, then each one's targets. `norm_before`: the gradient norm of the
+    step before, NaN where nothing is left to report. `following`: the next step; None before a pause.
+    """
+
+    loss: float
+    divergence: float
+    rows: int
+    represented: int
+    pairs: int
+    wait_seconds: float
+    by_source: list[float]
+    norm_before: float
+    following: AgreedStep | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TakenStep:
+    """A step that is not yet reported, because its `norm` (a scalar) is on the device; `losses`: of its micro-batches."""
+
+    report: StepReport
+    norm: torch.Tensor
+    batches: Sequence[PackedBatch]
+    losses: list[torch.Tensor]
 
 
 class Loader(Protocol):
@@ -94,39 +140,62 @@ class Trainer:
         self.consumed = loader.start_consumed
         self._saved_step = step  # at step 0 there is nothing to save
         self._cut_evaluation = False
+        self._unreported: _TakenStep | None = None
 
     def train(self) -> State:
         """Train until the last step or until a stop is agreed, and save a checkpoint of that step (of step 0: none).
 
         Raises `NonFiniteError`, `SpikeError`, `RetentionError`, `NoTargetsError` and `CheckpointError`, on all ranks alike.
         """
-        if self._evaluation_is_missing():
-            self._evaluate()
-        while self.step < self.total_steps:
-            self.watchdog.note_progress()
-            started, waited = time.perf_counter(), self.loader.wait_seconds
-            rank_step = self.loader.step(self.step)
-            counts, stop = self._agree(rank_step.batches)
-            if stop:
-                break
-            take_step = self._optimize if counts.targets else self._pass_over
-            report = take_step(rank_step, counts, started, waited)
-            self.step += 1
-            if self.run.ranks.device.type == "cpu":
-                host_memory.release_freed_pages()
-            self.callbacks.on_step(report)
-            if (message := self.targetless.count(report)) is not None:
-                self.callbacks.on_message(message)
-            last = self.step == self.total_steps
-            if last or self.checkpointer.is_due(self.step):
-                # Before the evaluation, which may take long: a crash in it must not cost steps.
-                self._save(required=last)
-            if self.evaluator.is_due(self.step, self.total_steps):
-                self._evaluate()
+        try:
+            self._take_steps()
+        except RunError:
+            # On all ranks alike, so that the step before can still be reported.
+            self._report()
+            raise
         if self._saved_step != self.step:
             self._save(required=True)
         self.targetless.require_some(self.step, self.total_steps)
         return "done" if self.step == self.total_steps and not self._cut_evaluation else "preempted"
+
+    def _take_steps(self) -> None:
+        if self._evaluation_is_missing():
+            self._evaluate()
+        agreed: AgreedStep | None = None
+        while self.step < self.total_steps:
+            self.watchdog.note_progress()
+            started, waited = time.perf_counter(), self.loader.wait_seconds
+            agreed = agreed or self._agree()
+            if agreed.stop:
+                break
+            agreed = self._take_step(agreed, started, waited)
+            self.step += 1
+            if self.run.ranks.device.type == "cpu":
+                host_memory.release_freed_pages()
+            if self.run.recipe.training.on_spike == "stop":
+                # A step whose norm has jumped must be the last one, and must not be saved.
+                self._report()
+            if agreed is None:
+                self._pause()
+        self._report()
+
+    def _pauses_after(self, step: int) -> bool:
+        """Whether training pauses after so many steps, or ends; the same on all ranks."""
+        return (
+            step == self.total_steps
+            or self.checkpointer.is_due(step)
+            or self.evaluator.is_due(step, self.total_steps)
+        )
+
+    def _pause(self) -> None:
+        """What is due between two steps."""
+        self._report()
+        last = self.step == self.total_steps
+        if last or self.checkpointer.is_due(self.step):
+            # Before the evaluation, which may take long: a crash in it must not cost steps.
+            self._save(required=last)
+        if self.evaluator.is_due(self.step, self.total_steps):
+            self._evaluate()
 
     def _evaluation_is_missing(self) -> bool:
         """Whether that before the first step is due, or a stop or a crash cut off that of the step resumed from."""
@@ -134,83 +203,84 @@ class Trainer:
             return False
         return self.step == 0 or broadcast_object(not self.evaluator.has_result(self.step))
 
-    def _agree(self, batches: Sequence[PackedBatch]) -> tuple[StepCounts, bool]:
-        """The counts of the whole step, and whether any rank was asked to stop: one all-reduce before the first backward."""
-        targets = sum(len(batch.targets) for batch in batches)
-        compared = sum(len(batch.compared.index) for batch in batches if batch.compared is not None)
-        targets, compared, stops = map(
-            int, all_reduce_sum([targets, compared, float(bool(self.run.stop))], self.run.ranks.device)
-        )
-        return StepCounts(targets=targets, compared=compared), stops > 0
+    def _agree(self) -> AgreedStep:
+        """The step that begins now, which no step before it has prepared: by an all-reduce of its own."""
+        rank_step = self.loader.step(self.step)
+        votes = all_reduce_sum(votes_for(rank_step.batches, self.run.stop), self.run.ranks.device)
+        return _agreed(rank_step, votes)
 
-    def _optimize(self, rank_step: RankStep, counts: StepCounts, started: float, waited: float) -> StepReport:
-        """Forward, backward and update of one global batch; the loss is the mean over all its targets."""
-        ranks, batches, targets = self.run.ranks, rank_step.batches, counts.targets
-        found = self._forward_backward(batches, counts)
+    def _take_step(self, agreed: AgreedStep, started: float, waited: float) -> AgreedStep | None:
+        """Forward, backward and update of one global batch, and the report of the step before; returns the next step.
+
+        The loss is the mean over all targets. Without any target there is no forward and no update, but the schedule counts
+        the step. Of a step before a pause the next one is not known: None.
+        """
+        rank_step, counts = agreed.rank_step, agreed.counts
+        found = self._forward_backward(rank_step.batches, counts) if counts.targets else []
+        totals = self._totals(rank_step.batches, found, waited)
+        report = self._report_of(agreed, totals)
         losses = [part.loss for part in found]
-        totals = self._totals(batches, found, self.loader.wait_seconds - waited)
-        loss = totals[0] / targets
-        learning_rate = self.engine.get_lr()[0]
         if self.run.recipe.training.on_spike == "stop":
             # The gradient norm is known after the update only.
-            self._look_for_spike(rank_step, losses, loss)
+            self._look_for_spike(report, rank_step.batches, losses)
         both = [part.loss + part.divergence for part in found]
-        applied = self._update(batches, both, math.isfinite(totals[0] + totals[5]))
+        applied = self._update(rank_step.batches, both, math.isfinite(totals.loss + totals.divergence))
         norm = self.engine.get_global_grad_norm() if applied else math.nan
-        # Not `norm or 0.0`: of a tensor on a GPU that would wait for it a second time.
-        grad_norm = 0.0 if norm is None else float(norm)
+        # While the device makes the update.
+        self._report(totals.norm_before)
         self.consumed = self.consumed.plus(rank_step.counts)
-        return StepReport(
-            step=self.step + 1,
-            objective=rank_step.objective,
-            loss=loss,
-            targets=targets,
-            grad_norm=grad_norm,
-            learning_rate=learning_rate,
-            kept_tokens=int(totals[1]),
-            represented_tokens=int(totals[2]),
-            fill=rank_step.fill,
-            seconds=time.perf_counter() - started,
-            wait_seconds=totals[3] / ranks.world_size,
-            sources=self.consumed.by_source(),
-            pairs=int(totals[4]),
+        report = replace(
+            report,
             applied=applied,
-            is_spike=applied and self._look_for_spike(rank_step, losses, loss, grad_norm),
-            divergence=totals[5] / counts.compared if counts.compared else None,
-            source_losses=self._source_losses(totals[6:]),
+            sources=self.consumed.by_source(),
+            seconds=time.perf_counter() - started,
         )
+        # DeepSpeed's is a scalar tensor, on the device or (with offload) the host; None where it computes none.
+        norm = norm if isinstance(norm, torch.Tensor) else torch.tensor(norm or 0.0)
+        self._unreported = _TakenStep(report=report, norm=norm, batches=rank_step.batches, losses=losses)
+        return totals.following
 
-    def _source_losses(self, totals: list[float]) -> dict[str, list[float]]:
-        """By data source the mean loss and the targets, from the sums and counts of `_totals`; of none without targets."""
-        names = list(self.consumed.sources)
-        pairs = zip(names, totals[: len(names)], totals[len(names) :], strict=False)
-        return {name: [total / count, count] for name, total, count in pairs if count}
-
-    def _pass_over(
-        self, rank_step: RankStep, counts: StepCounts, started: float, waited: float
-    ) -> StepReport:
-        """A step without any target, on all ranks alike: no forward and no update, but the schedule counts it."""
-        ranks, learning_rate = self.run.ranks, self.engine.get_lr()[0]
-        # No step of the engine: without a gradient it would still decay the weights and move Adam's averages.
-        self.engine.lr_scheduler.step()
-        self.consumed = self.consumed.plus(rank_step.counts)
-        (wait_seconds,) = all_reduce_sum([self.loader.wait_seconds - waited], ranks.device)
+    def _report_of(self, agreed: AgreedStep, totals: _Totals) -> StepReport:
+        """What is known of a step before its update."""
+        counts, size = agreed.counts, self.run.ranks.world_size
         return StepReport(
             step=self.step + 1,
-            objective=rank_step.objective,
-            loss=math.nan,
+            objective=agreed.rank_step.objective,
+            loss=totals.loss / counts.targets if counts.targets else math.nan,
             targets=counts.targets,
             grad_norm=math.nan,
-            learning_rate=learning_rate,
-            kept_tokens=0,
-            represented_tokens=0,
-            fill=rank_step.fill,
-            seconds=time.perf_counter() - started,
-            wait_seconds=wait_seconds / ranks.world_size,
-            sources=self.consumed.by_source(),
-            pairs=0,
-            applied=False,
+            learning_rate=self.engine.get_lr()[0],
+            kept_tokens=totals.rows,
+            represented_tokens=totals.represented,
+            fill=agreed.rank_step.fill,
+            seconds=math.nan,
+            wait_seconds=totals.wait_seconds / size,
+            pairs=totals.pairs,
+            divergence=totals.divergence / counts.compared if counts.targets and counts.compared else None,
+            source_losses=self._source_losses(totals),
         )
+
+    def _report(self, norm: float | None = None) -> None:
+        """Report the last step, unless that is done; `norm` is its gradient's, and without it the host waits for it."""
+        if (taken := self._unreported) is None:
+            return
+        self._unreported = None
+        report = replace(taken.report, grad_norm=float(taken.norm) if norm is None else norm)
+        if report.applied:
+            is_spike = self._look_for_spike(report, taken.batches, taken.losses, report.grad_norm)
+            report = replace(report, is_spike=is_spike)
+        elif report.targets:
+            self.callbacks.on_message(f"step {report.step}: loss or gradient not finite, update skipped")
+        self.callbacks.on_step(report)
+        if (message := self.targetless.count(report)) is not None:
+            self.callbacks.on_message(message)
+
+    def _source_losses(self, totals: _Totals) -> dict[str, list[float]]:
+        """By data source the mean loss and the targets; of none without targets."""
+        names = self.consumed.sources
+        losses, targets = totals.by_source[: len(names)], totals.by_source[len(names) :]
+        triples = zip(names, losses, targets, strict=False)
+        return {name: [total / count, count] for name, total, count in triples if count}
 
     def _forward_backward(self, batches: Sequence[PackedBatch], counts: StepCounts) -> list[Losses]:
         """Add up the gradients of this rank's micro-batches; return their sums of losses, in nats and not scaled."""
@@ -233,32 +303,73 @@ class Trainer:
                 self.engine.step()
         return found
 
-    def _totals(self, batches: Sequence[PackedBatch], found: Sequence[Losses], waited: float) -> list[float]:
-        """Over all ranks: loss, rows, tokens, seconds of waiting, pairs, divergence; by source the losses, the targets.
+    def _totals(self, batches: Sequence[PackedBatch], found: Sequence[Losses], waited: float) -> _Totals:
+        """Sum over all ranks what the step gave, and what the next one needs: where a step waits for the device.
 
-        What is on the device is read at once: each reading waits for it.
+        `found`: of each batch, none of a step without targets; `waited`: what the loader had waited when the step began.
         """
-        rows = sum(len(batch.input_ids) for batch in batches)
-        represented = sum(batch.represented_tokens for batch in batches)
-        pairs = sum(batch.plan.num_pairs for batch in batches)
+        # While the device works; built by then, as a rule.
+        following = None if self._pauses_after(self.step + 1) else self.loader.step(self.step + 1)
+        votes = votes_for(following.batches if following else [], self.run.stop)
+        passed = batches if found else []
+        work = [
+            sum(len(batch.input_ids) for batch in passed),
+            sum(batch.represented_tokens for batch in passed),
+            sum(batch.plan.num_pairs for batch in passed),
+        ]
+        own = [*votes, *work, self.loader.wait_seconds - waited]
+        on_device = torch.cat([self._norm_before(), self._sums(batches, found)])
+        numbers = iter(all_reduce_sum(own, self.run.ranks.device, on_device))
+        # In the order of `own`, then of what is on the device.
+        votes = list(islice(numbers, len(votes)))
+        rows, represented, pairs = map(int, islice(numbers, len(work)))
+        return _Totals(
+            following=_agreed(following, votes) if following else None,
+            rows=rows,
+            represented=represented,
+            pairs=pairs,
+            wait_seconds=next(numbers),
+            norm_before=next(numbers),
+            loss=next(numbers),
+            divergence=next(numbers),
+            by_source=list(numbers),
+        )
+
+    def _sums(self, batches: Sequence[PackedBatch], found: Sequence[Losses]) -> torch.Tensor:
+        """Of this rank, fp64 on the device: loss, divergence; of several sources each one's loss, and each one's targets."""
+        device, size = self.run.ranks.device, len(self.consumed.sources)
+        if not found:
+            return torch.zeros(2, dtype=torch.float64, device=device)
         sums = torch.stack([torch.stack((part.loss, part.divergence)) for part in found]).double().sum(0)
-        targets: list[int] = []
-        if (size := len(self.consumed.sources)) > 1:
-            sources = torch.cat([b.target_sources for b in batches if b.target_sources is not None])
-            row_losses = torch.cat([part.row_losses for part in found]).double()
-            by_source = sums.new_zeros(size).index_add_(0, sources.to(sums.device), row_losses)
-            sums, targets = torch.cat([sums, by_source]), torch.bincount(sources, minlength=size).tolist()
-        loss, divergence, *losses = sums.tolist()
-        own = [loss, rows, represented, waited, pairs, divergence, *losses, *targets]
-        return all_reduce_sum(own, self.run.ranks.device)
+        if size == 1:
+            return sums
+        sources = torch.cat([b.target_sources for b in batches if b.target_sources is not None])
+        row_losses = torch.cat([part.row_losses for part in found]).double()
+        # Counted on the device by additions, because `bincount` would wait for it.
+        numbers = torch.stack((row_losses, torch.ones_like(row_losses)))
+        by_source = sums.new_zeros(2, size).index_add_(1, sources.to(device, non_blocking=True), numbers)
+        return torch.cat([sums, by_source.flatten()])
+
+    def _norm_before(self) -> torch.Tensor:
+        """The gradient norm of the step that is not reported yet, fp64 [1] on the device: of the first rank, for all."""
+        norm = torch.tensor(math.nan) if self._unreported is None else self._unreported.norm
+        norm = norm.to(self.run.ranks.device, non_blocking=True).double().reshape(1)
+        return norm if self.run.ranks.is_first else torch.zeros_like(norm)
 
     def _update(
         self, batches: Sequence[PackedBatch], losses: list[torch.Tensor], loss_is_finite: bool
     ) -> bool:
-        """The optimizer step; returns whether it changed the weights. Where a gradient is not finite, DeepSpeed skips it."""
+        """The optimizer step; returns whether it changed the weights. Where a gradient is not finite, DeepSpeed skips it.
+
+        `losses`: of each batch, with its divergence; none of a step without targets, which changes nothing.
+        """
         must_stop = self.run.recipe.training.on_nonfinite == "stop"
         if not loss_is_finite and must_stop:
             nonfinite.stop(self.step, batches, losses, self.run)
+        if not losses:
+            # No step of the engine: without a gradient it would still decay the weights and move Adam's averages.
+            self.engine.lr_scheduler.step()
+            return False
         self.engine.step()
         applied = bool(self.engine.was_step_applied())
         if applied and not loss_is_finite:
@@ -270,19 +381,22 @@ class Trainer:
                 nonfinite.stop(self.step, batches, losses, self.run)
             # DeepSpeed leaves the schedule where it was, but the schedule counts steps, not updates.
             self.engine.lr_scheduler.step()
-            self.callbacks.on_message(f"step {self.step + 1}: loss or gradient not finite, update skipped")
         return applied
 
     def _look_for_spike(
-        self, rank_step: RankStep, losses: list[torch.Tensor], loss: float, grad_norm: float | None = None
+        self,
+        report: StepReport,
+        batches: Sequence[PackedBatch],
+        losses: list[torch.Tensor],
+        grad_norm: float | None = None,
     ) -> bool:
         """Whether this step's loss or norm is one. With `grad_norm` the update was made. Raises `SpikeError`."""
-        choice, step, objective = self.run.recipe.training.on_spike, self.step + 1, rank_step.objective
-        spike = self.spikes.find(step, objective, loss=loss, grad_norm=grad_norm)
+        choice, step, objective = self.run.recipe.training.on_spike, report.step, report.objective
+        spike = self.spikes.find(step, objective, loss=report.loss, grad_norm=grad_norm)
         if choice == "off" or spike is None:
             return False
         if choice == "stop" or self.spikes.is_first(objective):
-            where = name_worst(step, rank_step.batches, losses, self.run)
+            where = name_worst(step, batches, losses, self.run)
             if choice == "stop":
                 done = (
                     "the weights are unchanged"
@@ -337,3 +451,17 @@ class Trainer:
             return
         self._saved_step = self.step
         self.callbacks.on_numbers(self.step, "checkpoint", {"speed/checkpoint_seconds": saved.seconds})
+
+
+def votes_for(batches: Sequence[PackedBatch], stop: StopFlag) -> list[float]:
+    """What this rank tells all before a step: its targets, its compared rows, and whether it was asked to stop."""
+    targets = sum(len(batch.targets) for batch in batches)
+    compared = sum(len(batch.compared.index) for batch in batches if batch.compared is not None)
+    return [targets, compared, float(bool(stop))]
+
+
+def _agreed(rank_step: RankStep, votes: Sequence[float]) -> AgreedStep:
+    """`votes`: the sums of what all ranks told."""
+    targets, compared, stops = map(int, votes)
+    counts = StepCounts(targets=targets, compared=compared)
+    return AgreedStep(rank_step=rank_step, counts=counts, stop=stops > 0)

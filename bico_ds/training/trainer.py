@@ -6,10 +6,10 @@ follows the mean over all targets, however they are spread over ranks and micro-
 mean over the compared rows in the same way.
 
 The host waits for the device once per step, between the last backward pass and the update (`Trainer._totals`): what the
-step gave, what all ranks must know of the following one (its targets, whether to stop before it), and the gradient norm of
-the one before are one vector. So steps are reported one step late. Before a pause (a checkpoint, an evaluation, the end)
-the norm is read at once, and nothing is known of the step after it: that step agrees by itself, as the first one does.
-DeepSpeed's own waits: docs/benchmarks/step.md.
+step gave, what all ranks must know of the next one (its targets, whether to stop before it), and the gradient norm of the
+one before are one vector. So a step is reported when the next one is made. Before a pause (a checkpoint, an evaluation, the
+end) the norm is read at once, and nothing is known of the step after it: that step agrees by itself, as the first one
+does. DeepSpeed's own waits: docs/benchmarks/step.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -32,9 +31,8 @@ from bico_ds.evaluation.results import EvaluationResult
 from bico_ds.model.deepspeed_engine import Engine
 from bico_ds.model.head import Losses
 from bico_ds.runtime import host_memory
-from bico_ds.runtime.distributed import all_reduce_sum, broadcast_object
+from bico_ds.runtime.distributed import broadcast_object
 from bico_ds.runtime.run_folder import State
-from bico_ds.runtime.signals import StopFlag
 from bico_ds.runtime.watchdog import Watchdog
 from bico_ds.training import nonfinite
 from bico_ds.training.callbacks.base import Callbacks, StepReport
@@ -42,6 +40,7 @@ from bico_ds.training.evaluator import Evaluator, scalars
 from bico_ds.training.micro_batches import name_worst
 from bico_ds.training.run import Run
 from bico_ds.training.spikes import SpikeDetector
+from bico_ds.training.step_totals import AgreedStep, StepCounts, StepTotals, add_up, agree
 from bico_ds.training.targetless import TargetlessSteps
 
 
@@ -51,42 +50,6 @@ class SpikeError(RunError):
 
 class RetentionError(RunError):
     """A retention text's perplexity is above its `stop_if_above`; the step is saved."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepCounts:
-    """Of the whole global batch: its targets, and the rows that are compared with the start model."""
-
-    targets: int
-    compared: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class AgreedStep:
-    """A step that has not begun: this rank's share, and what all ranks know. `stop`: one was asked to stop before it."""
-
-    rank_step: RankStep
-    counts: StepCounts
-    stop: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Totals:
-    """Of a step, over all ranks: sums of losses and divergences (nats), of rows, original tokens, pairs, seconds of waiting.
-
-    `by_source`: of several data sources each one's loss, then each one's targets. `norm_before`: the gradient norm of the
-    step before, NaN where nothing is left to report. `following`: the next step; None before a pause.
-    """
-
-    loss: float
-    divergence: float
-    rows: int
-    represented: int
-    pairs: int
-    wait_seconds: float
-    by_source: list[float]
-    norm_before: float
-    following: AgreedStep | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +128,7 @@ class Trainer:
         while self.step < self.total_steps:
             self.watchdog.note_progress()
             started, waited = time.perf_counter(), self.loader.wait_seconds
-            agreed = agreed or self._agree()
+            agreed = agreed or agree(self.loader.step(self.step), self.run)
             if agreed.stop:
                 break
             agreed = self._take_step(agreed, started, waited)
@@ -203,12 +166,6 @@ class Trainer:
             return False
         return self.step == 0 or broadcast_object(not self.evaluator.has_result(self.step))
 
-    def _agree(self) -> AgreedStep:
-        """The step that begins now, which no step before it has prepared: by an all-reduce of its own."""
-        rank_step = self.loader.step(self.step)
-        votes = all_reduce_sum(votes_for(rank_step.batches, self.run.stop), self.run.ranks.device)
-        return _agreed(rank_step, votes)
-
     def _take_step(self, agreed: AgreedStep, started: float, waited: float) -> AgreedStep | None:
         """Forward, backward and update of one global batch, and the report of the step before; returns the next step.
 
@@ -226,21 +183,17 @@ class Trainer:
         both = [part.loss + part.divergence for part in found]
         applied = self._update(rank_step.batches, both, math.isfinite(totals.loss + totals.divergence))
         norm = self.engine.get_global_grad_norm() if applied else math.nan
-        # While the device makes the update.
-        self._report(totals.norm_before)
-        self.consumed = self.consumed.plus(rank_step.counts)
-        report = replace(
-            report,
-            applied=applied,
-            sources=self.consumed.by_source(),
-            seconds=time.perf_counter() - started,
-        )
         # DeepSpeed's is a scalar tensor, on the device or (with offload) the host; None where it computes none.
         norm = norm if isinstance(norm, torch.Tensor) else torch.tensor(norm or 0.0)
+        self.consumed = self.consumed.plus(rank_step.counts)
+        seconds = time.perf_counter() - started
+        report = replace(report, applied=applied, sources=self.consumed.by_source(), seconds=seconds)
+        # After the update has begun, so that what shows and writes a step does not hold it up.
+        self._report(totals.norm_before)
         self._unreported = _TakenStep(report=report, norm=norm, batches=rank_step.batches, losses=losses)
         return totals.following
 
-    def _report_of(self, agreed: AgreedStep, totals: _Totals) -> StepReport:
+    def _report_of(self, agreed: AgreedStep, totals: StepTotals) -> StepReport:
         """What is known of a step before its update."""
         counts, size = agreed.counts, self.run.ranks.world_size
         return StepReport(
@@ -275,11 +228,9 @@ class Trainer:
         if (message := self.targetless.count(report)) is not None:
             self.callbacks.on_message(message)
 
-    def _source_losses(self, totals: _Totals) -> dict[str, list[float]]:
+    def _source_losses(self, totals: StepTotals) -> dict[str, list[float]]:
         """By data source the mean loss and the targets; of none without targets."""
-        names = self.consumed.sources
-        losses, targets = totals.by_source[: len(names)], totals.by_source[len(names) :]
-        triples = zip(names, losses, targets, strict=False)
+        triples = zip(self.consumed.sources, totals.source_losses, totals.source_targets, strict=False)
         return {name: [total / count, count] for name, total, count in triples if count}
 
     def _forward_backward(self, batches: Sequence[PackedBatch], counts: StepCounts) -> list[Losses]:
@@ -303,58 +254,22 @@ class Trainer:
                 self.engine.step()
         return found
 
-    def _totals(self, batches: Sequence[PackedBatch], found: Sequence[Losses], waited: float) -> _Totals:
-        """Sum over all ranks what the step gave, and what the next one needs: where a step waits for the device.
+    def _totals(self, batches: Sequence[PackedBatch], found: Sequence[Losses], waited: float) -> StepTotals:
+        """What the step gave, with the next step unless a pause comes before it: here a step waits for the device.
 
         `found`: of each batch, none of a step without targets; `waited`: what the loader had waited when the step began.
         """
-        # While the device works; built by then, as a rule.
+        # While the device works; the batches are built by then, as a rule.
         following = None if self._pauses_after(self.step + 1) else self.loader.step(self.step + 1)
-        votes = votes_for(following.batches if following else [], self.run.stop)
-        passed = batches if found else []
-        work = [
-            sum(len(batch.input_ids) for batch in passed),
-            sum(batch.represented_tokens for batch in passed),
-            sum(batch.plan.num_pairs for batch in passed),
-        ]
-        own = [*votes, *work, self.loader.wait_seconds - waited]
-        on_device = torch.cat([self._norm_before(), self._sums(batches, found)])
-        numbers = iter(all_reduce_sum(own, self.run.ranks.device, on_device))
-        # In the order of `own`, then of what is on the device.
-        votes = list(islice(numbers, len(votes)))
-        rows, represented, pairs = map(int, islice(numbers, len(work)))
-        return _Totals(
-            following=_agreed(following, votes) if following else None,
-            rows=rows,
-            represented=represented,
-            pairs=pairs,
-            wait_seconds=next(numbers),
-            norm_before=next(numbers),
-            loss=next(numbers),
-            divergence=next(numbers),
-            by_source=list(numbers),
+        return add_up(
+            batches if found else [],
+            found,
+            self.run,
+            sources=len(self.consumed.sources),
+            wait_seconds=self.loader.wait_seconds - waited,
+            norm_before=None if self._unreported is None else self._unreported.norm,
+            following=following,
         )
-
-    def _sums(self, batches: Sequence[PackedBatch], found: Sequence[Losses]) -> torch.Tensor:
-        """Of this rank, fp64 on the device: loss, divergence; of several sources each one's loss, and each one's targets."""
-        device, size = self.run.ranks.device, len(self.consumed.sources)
-        if not found:
-            return torch.zeros(2, dtype=torch.float64, device=device)
-        sums = torch.stack([torch.stack((part.loss, part.divergence)) for part in found]).double().sum(0)
-        if size == 1:
-            return sums
-        sources = torch.cat([b.target_sources for b in batches if b.target_sources is not None])
-        row_losses = torch.cat([part.row_losses for part in found]).double()
-        # Counted on the device by additions, because `bincount` would wait for it.
-        numbers = torch.stack((row_losses, torch.ones_like(row_losses)))
-        by_source = sums.new_zeros(2, size).index_add_(1, sources.to(device, non_blocking=True), numbers)
-        return torch.cat([sums, by_source.flatten()])
-
-    def _norm_before(self) -> torch.Tensor:
-        """The gradient norm of the step that is not reported yet, fp64 [1] on the device: of the first rank, for all."""
-        norm = torch.tensor(math.nan) if self._unreported is None else self._unreported.norm
-        norm = norm.to(self.run.ranks.device, non_blocking=True).double().reshape(1)
-        return norm if self.run.ranks.is_first else torch.zeros_like(norm)
 
     def _update(
         self, batches: Sequence[PackedBatch], losses: list[torch.Tensor], loss_is_finite: bool
@@ -451,17 +366,3 @@ class Trainer:
             return
         self._saved_step = self.step
         self.callbacks.on_numbers(self.step, "checkpoint", {"speed/checkpoint_seconds": saved.seconds})
-
-
-def votes_for(batches: Sequence[PackedBatch], stop: StopFlag) -> list[float]:
-    """What this rank tells all before a step: its targets, its compared rows, and whether it was asked to stop."""
-    targets = sum(len(batch.targets) for batch in batches)
-    compared = sum(len(batch.compared.index) for batch in batches if batch.compared is not None)
-    return [targets, compared, float(bool(stop))]
-
-
-def _agreed(rank_step: RankStep, votes: Sequence[float]) -> AgreedStep:
-    """`votes`: the sums of what all ranks told."""
-    targets, compared, stops = map(int, votes)
-    counts = StepCounts(targets=targets, compared=compared)
-    return AgreedStep(rank_step=rank_step, counts=counts, stop=stops > 0)

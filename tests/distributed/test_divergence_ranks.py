@@ -16,9 +16,9 @@ from bico_ds.config.schema import LoraSpec, ModelSpec
 from bico_ds.config.sections.retention import RetentionSpec
 from bico_ds.model.build import TrainableModel, build_model
 from bico_ds.model.weights.checksums import base_fingerprint
-from bico_ds.runtime.distributed import Ranks, all_reduce_sum
-from bico_ds.runtime.signals import StopFlag
-from bico_ds.training.trainer import StepCounts, Trainer, votes_for
+from bico_ds.runtime.distributed import Ranks
+from bico_ds.training.step_totals import agree
+from bico_ds.training.trainer import Trainer
 from tests.distributed.model_ranks import VOCABULARY, causal_batch, ds_config, run_on_ranks
 
 pytestmark = pytest.mark.distributed
@@ -63,12 +63,11 @@ def batch_of(step: int, rank: int, compared: tuple[int, int] | None) -> PackedBa
 def train(engine: Any, of_ranks: list[int], ranks: Ranks) -> list[list[float]]:
     """The trainer's own passes over these ranks' batches; the sums of the divergences of each step."""
     recipe = SimpleNamespace(seed=1, retention=RetentionSpec(kl=KL))
-    trainer = SimpleNamespace(run=SimpleNamespace(ranks=ranks, recipe=recipe), engine=engine)
+    trainer = SimpleNamespace(run=SimpleNamespace(ranks=ranks, recipe=recipe, stop=False), engine=engine)
     found = []
     for trainer.step, compared in enumerate(STEPS):
         batches = [batch_of(trainer.step, rank, compared) for rank in of_ranks]
-        targets, compares, _ = map(int, all_reduce_sum(votes_for(batches, StopFlag()), ranks.device))
-        counts = StepCounts(targets=targets, compared=compares)
+        counts = agree(SimpleNamespace(batches=batches), trainer.run).counts  # type: ignore[arg-type]
         losses = Trainer._forward_backward(trainer, batches, counts)  # type: ignore[arg-type]
         engine.step()
         found.append([part.divergence.item() for part in losses])

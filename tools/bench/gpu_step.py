@@ -53,7 +53,7 @@ from bico_ds.common.command_line import Command
 from bico_ds.config.load import load_recipe
 from bico_ds.planner.memory import MemoryPlan
 from bico_ds.proof.findings import Findings
-from bico_ds.training.start_plan import device_here
+from bico_ds.training.planning import device_here
 
 SHOWN = 20  # kernels
 ALSO_IN_A_REHEARSAL = ["oracle", "triton"]

@@ -54,7 +54,7 @@ class RetentionError(RunError):
 
 @dataclass(frozen=True, kw_only=True)
 class _TakenStep:
-    """A step that is not yet reported, because its `norm` (a scalar) is on the device; `losses`: of its micro-batches."""
+    """A step that is not yet reported, because its `norm` (a scalar) is on the device; `losses`: of its `batches`, sums."""
 
     report: StepReport
     norm: torch.Tensor

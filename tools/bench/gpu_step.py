@@ -59,7 +59,7 @@ from bico_ds.config.load import load_recipe
 from bico_ds.model.elementwise_kernels import kernels_for, without_kernels
 from bico_ds.planner.memory import MemoryPlan
 from bico_ds.proof.findings import Findings
-from bico_ds.training.start_plan import device_here
+from bico_ds.training.planning import device_here
 
 SHOWN = 20  # kernels
 ALSO_IN_A_REHEARSAL = ["oracle", "triton"]

@@ -15,6 +15,7 @@ from bico_ds.attention.kernels.aten_cuda import AtenCuda
 from bico_ds.attention.kernels.base import CausalKernel
 from bico_ds.attention.kernels.cpu_flash import CpuFlash
 from bico_ds.attention.kernels.flash_attn2 import FlashAttn2
+from bico_ds.attention.kernels.flash_attn3 import FlashAttn3
 from bico_ds.attention.kernels.flash_attn4 import FlashAttn4
 from bico_ds.attention.layout import (
     CPU_FUSED_POLICY,
@@ -24,7 +25,7 @@ from bico_ds.attention.layout import (
     TILES_POLICY,
     LayoutPolicy,
 )
-from bico_ds.attention.measured_policy import choose_policy, read_measured_policy
+from bico_ds.attention.measured_policy import choose_policy, order_by_speed, read_measured_policy
 from bico_ds.attention.passes import HIDDEN_COLUMNS, TORCH_PASSES, Passes
 from bico_ds.attention.triton.ops import tiling_on, triton_refusal
 from bico_ds.attention.triton.passes import TRITON_PASSES
@@ -32,7 +33,9 @@ from bico_ds.attention.triton.self_check import blocks_objection, passes_objecti
 
 logger = logging.getLogger(__name__)
 
-KERNELS: dict[str, CausalKernel] = {k.name: k for k in (FlashAttn2(), AtenCuda(), CpuFlash(), FlashAttn4())}
+KERNELS: dict[str, CausalKernel] = {
+    k.name: k for k in (FlashAttn2(), AtenCuda(), CpuFlash(), FlashAttn3(), FlashAttn4())
+}
 TRITON = "triton"  # the Triton kernels alone, without a flash kernel
 AUTO_ORDER = ("flash-attn", "aten-cuda", "cpu-flash")
 
@@ -72,21 +75,22 @@ def resolve(backend: str, dtype: torch.dtype, head_dim: int, device: torch.devic
 def _auto(
     refusals: dict[str, str | None], dtype: torch.dtype, head_dim: int, device: torch.device
 ) -> Backend:
-    """The first of `AUTO_ORDER` that can run, else tiles alone (fp32 on CUDA, old GPUs).
+    """The first that can run, of the fastest by measurement or of `AUTO_ORDER`; else tiles alone (fp32 on CUDA, old GPUs).
 
     Logs which it is, and why those before it were passed over.
     """
     passed_over: list[str] = []
-    for name in AUTO_ORDER:
+    order, why = _order(refusals, dtype, head_dim, device)
+    for name in order:
         if refusals[name] is not None:
             passed_over.append(f"{name} {refusals[name]}")
             continue
-        kernel, refusal = KERNELS[name], refusals[TRITON]
+        kernel, refusal, chosen = KERNELS[name], refusals[TRITON], [why] if why else []
         passes, note_of_passes = _passes(kernel, dtype, head_dim, device, without_triton=refusal)
         if refusal is None and device.type == "cuda":
             refusal = blocks_objection(dtype, head_dim, device)
         policy, note = _policy(kernel, dtype, head_dim, device, without_triton=refusal)
-        reason = note if device.type == "cpu" else "; ".join([*passed_over, note, *note_of_passes])
+        reason = note if device.type == "cpu" else "; ".join([*passed_over, *chosen, note, *note_of_passes])
         inputs = f"{device}, {str(dtype).removeprefix('torch.')}, head dimension {head_dim}"
         logger.info("attention backend: %s for %s (%s)", name, inputs, reason)
         return Backend(kernel=kernel, policy=policy, passes=passes)
@@ -111,6 +115,16 @@ def _passes(
     if objection is None:
         return TRITON_PASSES, []
     return TORCH_PASSES, [f"torch's operations around the passes: triton {objection}"]
+
+
+def _order(
+    refusals: dict[str, str | None], dtype: torch.dtype, head_dim: int, device: torch.device
+) -> tuple[tuple[str, ...], str | None]:
+    """In which order `auto` tries the flash kernels, and why."""
+    if device.type != "cuda" or all(refusals[name] is not None for name in KERNELS):
+        return AUTO_ORDER, None
+    measured = read_measured_policy(torch.cuda.get_device_capability(device))
+    return order_by_speed(measured, AUTO_ORDER, dtype=dtype, head_dim=head_dim)
 
 
 def _policy(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from bico_ds.attention.layout import Layout
@@ -73,8 +74,39 @@ class _PackedAttention:
         return self.o_proj(out_TNH.reshape(*hidden_1TE.shape[:2], -1))
 
 
+class NormedOnce:
+    """The normed rows that enter a layer, for its first run: where the layer is recomputed, it norms their sum again.
+
+    A checkpointed layer so keeps that sum alone, and autograd's graph around it the same one.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self._rows: Tensor | None = rows
+        self._requires_grad = rows.requires_grad
+
+    def take(self, norm: nn.Module, total: Tensor) -> Tensor:
+        """The rows, once; then those that `norm` makes of the sum that they were made of."""
+        rows, self._rows = self._rows, None
+        if rows is not None:
+            return rows
+        # The first run's graph leads through the first rows: a recomputation gives values to the layer's part of it.
+        with torch.no_grad():
+            return norm(total, fused=True).requires_grad_(self._requires_grad)
+
+
+def enter(layer: nn.Module, branch: Tensor, total: Tensor | None) -> tuple[NormedOnce, Tensor]:
+    """What a packed layer takes of the one before it: the normed rows, and the sum of what came so far, [1, T, E].
+
+    `branch`: what is to be added to `total`; of the first layer the embeddings, to nothing.
+    """
+    if total is None:
+        return NormedOnce(layer.input_layernorm(branch, fused=True)), branch
+    normed_1TE, total = layer.input_layernorm(branch, residual=total, fused=True)
+    return NormedOnce(normed_1TE), total
+
+
 class _PackedLayer:
-    """Mixed in before a Hugging Face decoder layer; adds the keywords `plan` and `layout` to its forward."""
+    """Mixed in before a Hugging Face decoder layer; adds the keywords `plan`, `layout` and `normed` to its forward."""
 
     def forward(
         self: Any,
@@ -82,16 +114,21 @@ class _PackedLayer:
         *args: Any,
         plan: AttentionPlan | None = None,
         layout: Layout | None = None,
+        normed: NormedOnce | None = None,
         **kwargs: Any,
-    ) -> Tensor:
-        """As `_PackedAttention.forward`, the hidden states alone."""
+    ) -> Any:
+        """Without a plan as Hugging Face's. With one, hidden_states and `normed` are what `enter` gives.
+
+        Then it returns (branch, total), both [1, T, E]: their sum is the layer's output, and the next norm adds them.
+        """
         if plan is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        assert normed is not None
         mixed_1TE, _ = self.self_attn(
-            self.input_layernorm(hidden_states, fused=True), *args, plan=plan, layout=layout, **kwargs
+            normed.take(self.input_layernorm, hidden_states), *args, plan=plan, layout=layout, **kwargs
         )
-        hidden_1TE = hidden_states + mixed_1TE
-        return hidden_1TE + self.mlp(self.post_attention_layernorm(hidden_1TE, fused=True), fused=True)
+        normed_1TE, total_1TE = self.post_attention_layernorm(mixed_1TE, residual=hidden_states, fused=True)
+        return self.mlp(normed_1TE, fused=True), total_1TE
 
 
 def _packed_classes() -> dict[type, type]:

@@ -20,7 +20,7 @@ from bico_ds.config.schema import ModelSpec, Recipe
 from bico_ds.planner.architecture import Architecture
 from bico_ds.planner.deployment import ELEMENT_BYTES, Deployment, Zero
 from bico_ds.planner.ranges import Range
-from bico_ds.planner.zero.gathering import gathered
+from bico_ds.planner.zero.gathering import Held, gathered
 from bico_ds.planner.zero.modules import modules_of, parameters_of
 
 # Assumptions. Of a link's data-sheet bandwidth, what large collectives reach (measure yours: nccl-tests, or the pre-flight);
@@ -82,7 +82,8 @@ def _of_stage_3(
     model: ModelSpec, architecture: Architecture, deployment: Deployment, accumulation: int, weight_bytes: int
 ) -> list[Transfer]:
     zero = deployment.zero
-    per_micro_batch = gathered_elements(architecture, model, zero, deployment.ranks)
+    replayed = _replayed(architecture, model, zero, deployment.ranks)
+    per_micro_batch = sum(held.fetched for held in replayed)
     weights = parameters_of(modules_of(architecture, model.lora))
     small = sum(w.elements for w in weights if w.elements <= zero.persistence_threshold)
     trained = sum(w.elements for w in weights if w.trained)
@@ -91,7 +92,7 @@ def _of_stage_3(
     if zero.secondary_ranks is not None:
         updated = sum(w.elements for w in weights if w.trained and w.elements > zero.persistence_threshold)
         from_group = fetched - updated
-    calls = len(weights) / max(1, sum(w.elements for w in weights))  # a bucket holds about one matrix
+    calls = sum(held.collectives for held in replayed) / max(1, per_micro_batch)
     how = f"{accumulation} times {per_micro_batch / 1e9:.3g} G elements (DeepSpeed's partitioned_param_coordinator.py)"
     return [
         _ring(
@@ -207,5 +208,8 @@ def gathered_elements(architecture: Architecture, model: ModelSpec, zero: Zero, 
     Measured with small models on two ranks: exact where the limits are 1.17 or 4.6 times a layer, as DeepSpeed's are for 70B
     and 8B parameters; with adapters up to 6 % more is sent, and where the limit is one layer 1 to 5 % more.
     """
-    replayed = gathered(modules_of(architecture, model.lora), model.activation_checkpointing, zero, ranks)
-    return sum(held.fetched for held in replayed)
+    return sum(held.fetched for held in _replayed(architecture, model, zero, ranks))
+
+
+def _replayed(architecture: Architecture, model: ModelSpec, zero: Zero, ranks: int) -> tuple[Held, ...]:
+    return gathered(modules_of(architecture, model.lora), model.activation_checkpointing, zero, ranks)

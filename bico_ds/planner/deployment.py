@@ -80,7 +80,7 @@ def read_zero(recipe: Recipe, *, hidden_size: int, ranks: int, ranks_per_node: i
     config = written_ds_config(recipe.deepspeed)
     zero = _mapping(config, "zero_optimization")
     automatic: dict[str, Any] = {
-        **bucket_sizes(hidden_size),
+        **bucket_sizes(hidden_size, ranks=ranks, ranks_per_node=ranks_per_node),
         "overlap_comm": on_cuda,
         "zero_hpz_partition_size": min(ranks_per_node, ranks),
         "pin_memory": on_cuda,

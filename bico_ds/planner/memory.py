@@ -126,7 +126,9 @@ class _Replay:
         self.head = self.modules[-1]
         recompute_every = recipe.model.activation_checkpointing
         order = visits(modules, recompute_every)
-        held: Sequence[Held] = [Held(visit=visit, most=0, running=0, fetched=0, let_go=0) for visit in order]
+        held: Sequence[Held] = [
+            Held(visit=visit, most=0, running=0, fetched=0, let_go=0, collectives=0) for visit in order
+        ]
         if states.zero.stage == 3:
             held = gathered(modules, recompute_every, states.zero, states.ranks, over_gloo=states.over_gloo)
         has_second = states.zero.secondary_ranks is not None

@@ -47,7 +47,7 @@ def build_ds_config(
     ranks_per_node: int = 8,
     runs_here: bool = True,
 ) -> dict[str, Any]:
-    """Return the complete configuration of one run; `hidden_size` sizes ZeRO's buckets.
+    """Return the complete configuration of one run; `hidden_size`, ranks and nodes size ZeRO's buckets.
 
     Its paths are those of this machine, or with `runs_here` False as they were written.
 
@@ -81,6 +81,7 @@ def _computed(
     """The value of every `auto`, by dotted key."""
     training = recipe.training
     accumulation = micro_batches_per_rank(training.global_batch_bins, training.micro_batch_bins, world_size)
+    sizes = bucket_sizes(hidden, ranks=world_size, ranks_per_node=ranks_per_node)
     return {
         "train_batch_size": training.global_batch_bins,
         "train_micro_batch_size_per_gpu": training.micro_batch_bins,
@@ -88,7 +89,7 @@ def _computed(
         "gradient_clipping": training.max_grad_norm,
         "steps_per_print": 2**31 - 1,  # our console prints the steps
         "bf16.enabled": recipe.model.dtype == "bf16",
-        **{f"zero_optimization.{key}": size for key, size in bucket_sizes(hidden).items()},
+        **{f"zero_optimization.{key}": size for key, size in sizes.items()},
         # A second stream is worth it on CUDA; on CPU, over gloo, there is none.
         "zero_optimization.overlap_comm": on_cuda,
         "zero_optimization.zero_hpz_partition_size": min(ranks_per_node, world_size),

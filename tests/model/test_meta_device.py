@@ -68,8 +68,8 @@ def run(model: TrainableModel, batch: PackedBatch) -> Tensor:
     """Forward and backward under watch; checks what goes from layer to layer, and what runs again in the backward pass."""
     rows, width = len(batch.input_ids), model.config.hidden_size
 
-    def check_hidden(module: Any, args: Any, out: Tensor) -> None:
-        assert (out.shape, out.dtype) == ((1, rows, width), torch.bfloat16)
+    def check_hidden(module: Any, args: Any, out: tuple[Tensor, Tensor]) -> None:
+        assert [(x.shape, x.dtype) for x in out] == 2 * [((1, rows, width), torch.bfloat16)]
 
     assert model.causal_lm.config.dtype == torch.bfloat16
     hooks = [layer.register_forward_hook(check_hidden) for layer in model.causal_lm.model.layers]

@@ -8,9 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from bico_ds.attention import backends
 from bico_ds.attention.layout import build_layout
@@ -22,59 +19,13 @@ from bico_ds.planner.architecture import read_architecture
 from bico_ds.planner.compute.elementwise import elementwise_bytes, optimizer_bytes
 from tests.bench.small_model import random_documents
 from tests.planner.test_flops import META, OBJECTIVES, TORCH_NAMES, counts
-
-PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "_flash_attention_forward", "_flash_attention_backward"}
-
-
-def size(x: Tensor) -> int:
-    """Bytes, a broadcast dimension counted once."""
-    return x.element_size() * int(
-        np.prod([n for n, step in zip(x.shape, x.stride(), strict=True) if step], dtype=np.int64)
-    )
-
-
-class Traffic(TorchDispatchMode):
-    """Adds up what operations beside products read and write."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = op(*args, **kwargs)
-        name = op._schema.name.split("::")[1]
-        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in op._schema.returns)
-        if (
-            name not in PRODUCTS
-            and not is_view
-            and not name.startswith(("empty", "new_empty", "_unsafe_view"))
-        ):
-            self.bytes += _moved(name, args, kwargs, result)
-        return result
-
-
-def _moved(name: str, args: Any, kwargs: dict[str, Any], result: Any) -> int:
-    """Bytes that an operation touches; of an indexed one, only those of the rows that it takes."""
-    written = sum(size(x) for x in tree_leaves(result) if isinstance(x, Tensor))
-    if name in ("embedding", "index_select", "gather"):
-        return 2 * written
-    if name in ("zeros", "new_zeros", "zeros_like"):
-        return written
-    if name == "copy_":
-        return size(args[0]) + size(args[1])
-    if name in ("index_copy_", "index_add_", "scatter_add_"):
-        return (2 if name == "index_copy_" else 3) * size(args[3])
-    if name == "embedding_dense_backward":
-        return written + 3 * size(args[0])
-    given = tree_leaves((args, {key: value for key, value in kwargs.items() if key != "out"}))
-    return written + sum(size(x) for x in given if isinstance(x, Tensor))
+from tools.bench.count_operations import FLASH, PRODUCTS, Operations
 
 
 def moved(model: TrainableModel, batch: PackedBatch) -> int:
-    with Traffic() as traffic:
+    with Operations() as operations:
         model(batch).loss.backward()
-    return traffic.bytes
+    return operations.total(without=(*PRODUCTS, *FLASH)).bytes
 
 
 LAYERS = {"vocab_size": 100, "num_hidden_layers": 3}

@@ -173,6 +173,19 @@ def test_prefetching_gathers_no_weight_twice_and_goes_past_the_bucket_by_one_wei
         assert point.fetched <= own + 5000 + largest + 2
 
 
+def test_every_weight_is_in_one_collective_and_a_larger_bucket_needs_fewer() -> None:
+    modules = modules_of(shapes(), None)
+
+    def collectives(prefetch: int) -> int:
+        return sum(held.collectives for held in gathered(modules, 0, zero_with(prefetch_bucket=prefetch), 2))
+
+    # Without prefetching each module with weights gathers them by itself, forward and backward.
+    own = sum(bool(module.parameters) for module in modules)
+    assert collectives(0) == 2 * own
+    everything = sum(parameter.elements for parameter in parameters_of(modules))
+    assert collectives(everything) < collectives(everything // 8) < collectives(0)
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_bucket_holds_what_fits_and_reduces_every_gradient_once(stage: int) -> None:
     draw = random.Random(stage)

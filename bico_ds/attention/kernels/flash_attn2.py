@@ -20,7 +20,7 @@ class FlashAttn2:
 
     def refusal(self, dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
         return flash2_refusal(dtype, head_dim, device) or install_refusal(
-            "flash-attn", "flash_attn.flash_attn_interface", extra="flash", oldest="2.8"
+            "flash-attn", "flash_attn.flash_attn_interface", install="'bico_ds[flash]'", oldest="2.8"
         )
 
     def forward(

@@ -1,7 +1,9 @@
 """The flash-attn-4 package (CuTe DSL; `pip install bico_ds[flash4]`), opt-in, Hopper and newer.
 
 Signatures as in `flash_attn/cute/interface.py`. It wants None, never -1, for an unbounded window. Only arguments that every
-release from 4.0.0b10 to b36 has are passed, by keyword; before b10 there was no varlen backward on Hopper.
+release from 4.0.0b10 to b36 has are passed, by keyword; before b10 there was no varlen backward on Hopper. Torch's
+`activate_flash_attention_impl("FA4")` calls these same functions, but swaps the whole process's attention for it, and
+leaves out the longest document in the backward.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ class FlashAttn4:
     def refusal(self, dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
         # By its distribution's name: flash-attn 2.8 ships an older flash_attn.cute with another interface.
         return flash4_refusal(dtype, head_dim, device) or install_refusal(
-            "flash-attn-4", "flash_attn.cute.interface", extra="flash4", oldest="4.0.0b10"
+            "flash-attn-4", "flash_attn.cute.interface", install="'bico_ds[flash4]'", oldest="4.0.0b10"
         )
 
     def forward(
@@ -43,6 +45,9 @@ class FlashAttn4:
             v=v,
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_k=cu_seqlens,
+            # Else it takes all rows for the longest document, and plans tiles and semaphores for that.
+            max_seqlen_q=max_seqlen,
+            max_seqlen_k=max_seqlen,
             softmax_scale=scale,
             causal=True,
             return_lse=True,
@@ -76,6 +81,8 @@ class FlashAttn4:
             causal=True,
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_k=cu_seqlens,
+            max_seqlen_q=max_seqlen,
+            max_seqlen_k=max_seqlen,
             **_deterministic(),
         )[:3]
         return dq, dk, dv

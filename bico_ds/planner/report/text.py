@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from bico_ds.config.deepspeed_file import bucket_size
 from bico_ds.planner.communication import LINK_EFFICIENCY
 from bico_ds.planner.decisions import NOTABLE_SHARE, Change, Decisions, largest_item, most_micro_batch
 from bico_ds.planner.items import Item, total
@@ -90,6 +91,7 @@ def assumptions(plan: Plan) -> list[str]:
     return [
         *_texts(plan),
         *_comparison(plan),
+        *_buckets(plan),
         "packing is taken to fill the bins",
         "the host's own time (Python, launches of kernels) is not planned; steps of milliseconds are mostly that",
         f"times are not measured on these devices; of the peaks are assumed: {percent(PRODUCT_EFFICIENCY)} in matrix "
@@ -119,6 +121,18 @@ def _comparison(plan: Plan) -> Iterator[str]:
                 f"retention.kl adds to each {batch.objective} micro-batch {more}the head's products of "
                 f"{batch.compared_rows:,.0f} compared rows"
             )
+
+
+def _buckets(plan: Plan) -> Iterator[str]:
+    """How many gradients go together, and why; one rank sends nothing."""
+    deployment = plan.deployment
+    if deployment.ranks == 1:
+        return
+    zero = deployment.zero
+    automatic = bucket_size(plan.architecture.hidden, ranks=deployment.ranks, nodes=deployment.nodes)
+    why = automatic.why if zero.reduce_bucket == automatic.elements else "as configured"
+    ahead = f"; gathered ahead: {zero.prefetch_bucket:,}" if zero.stage == 3 else ""
+    yield f"gradients reduced together: {zero.reduce_bucket:,} ({why}){ahead}"
 
 
 def _where(plan: Plan) -> str:

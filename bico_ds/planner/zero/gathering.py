@@ -39,8 +39,9 @@ class Visit:
 class Held:
     """Elements in memory at a module, beside partitions and persistent parameters: the most, and while it runs.
 
-    `fetched`: gathered for it or, ahead of time, for later ones: what the ranks send each other. `let_go`: of trained
-    parameters that were let go before it, once or more, in this micro-batch: hpZ has a second partition of each.
+    `fetched`: gathered for it or, ahead of time, for later ones: what the ranks send each other, in so many `collectives`.
+    `let_go`: of trained parameters that were let go before it, once or more, in this micro-batch: hpZ has a second partition
+    of each.
     """
 
     visit: Visit
@@ -48,6 +49,7 @@ class Held:
     running: int
     fetched: int
     let_go: int
+    collectives: int
 
 
 @lru_cache(maxsize=64)
@@ -102,10 +104,16 @@ def _replayed(order: Sequence[Visit], zero: Zero, ranks: int, *, over_gloo: bool
     steps = [visit.module for visit in order if visit.fetches]
     coordinator = _Coordinator(zero, ranks, steps, over_gloo=over_gloo)
     for visit in order:
+        before = coordinator.collectives
         fetched = coordinator.fetch(visit.module) if visit.fetches else 0
         most, running = (coordinator.peak, coordinator.held) if ranks > 1 else (0, 0)
         yield Held(
-            visit=visit, most=most, running=running, fetched=fetched, let_go=coordinator.elements_let_go
+            visit=visit,
+            most=most,
+            running=running,
+            fetched=fetched,
+            let_go=coordinator.elements_let_go,
+            collectives=coordinator.collectives - before,
         )
         if visit.releases:
             coordinator.release(visit.module)
@@ -137,7 +145,7 @@ class _Coordinator:
         self.fetched_for: dict[Parameter, int] = {}
         self.available: dict[Parameter, int] = {}
         self.groups: dict[Parameter, _Group] = {}
-        self.live, self.held, self.peak = 0, 0, 0
+        self.live, self.held, self.peak, self.collectives = 0, 0, 0, 0
         self.let_go: set[Parameter] = set()
         self.elements_let_go = 0
 
@@ -201,6 +209,7 @@ class _Coordinator:
     def _gather(self, parameters: Sequence[Parameter]) -> int:
         if not parameters:
             return 0
+        self.collectives += 1
         padded = sum(p.share(self.ranks) for p in parameters) * self.ranks
         group = _Group(parameters=parameters, elements=padded)
         self.groups |= dict.fromkeys(parameters, group)

@@ -57,7 +57,7 @@ def cross_entropy_kernel(
             _write_gradient(LOGITS, columns, start, label, peak, 1.0 / mass, BLOCK)
 
 
-@triton.jit(do_not_specialize=("first",), do_not_specialize_on_alignment=("LABELS", "LSE"))
+@triton.jit(do_not_specialize_on_alignment=("LABELS", "LSE"))
 def gradient_kernel(LOGITS, LABELS, LSE, first, columns, BLOCK: tl.constexpr):
     """The gradient in the place of logits of columns `first` and on of the vocabulary, by a row's LSE of all of it."""
     blocks = tl.cdiv(columns, BLOCK)

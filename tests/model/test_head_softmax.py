@@ -194,6 +194,13 @@ def test_kernels_that_are_right_prove_themselves(dtype):
     assert interpreted(head_softmax_fault, dtype, CPU) is None
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_gpu_runs_the_kernels(dtype):
+    assert head_softmax_refusal(dtype, torch.device("cuda")) is None
+
+
 @needs_triton
 @pytest.mark.parametrize("wrong", MUTATIONS)
 def test_a_wrong_kernel_is_found_before_its_first_use(wrong):

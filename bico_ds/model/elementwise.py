@@ -95,6 +95,11 @@ class _SwiGLU(torch.autograd.Function):
         return dgate.detach().view(gate.shape), dup.detach().view(gate.shape), None
 
 
+def norm_kernels(norm: Any, x: Tensor) -> ElementwiseKernels | None:
+    """Those that a Hugging Face RMSNorm has for x where it is asked to be fused; None: it runs as it is."""
+    return kernels_for(x.dtype, x.device) if norm.weight.dtype == x.dtype else None
+
+
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
@@ -108,9 +113,7 @@ class _FusedNorm:
     def forward(
         self: Any, hidden_states: Tensor, *, residual: Tensor | None = None, fused: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        kernels = None
-        if fused and self.weight.dtype == hidden_states.dtype:
-            kernels = kernels_for(hidden_states.dtype, hidden_states.device)
+        kernels = norm_kernels(self, hidden_states) if fused else None
         if residual is None:
             if kernels is None:
                 return super().forward(hidden_states)  # type: ignore[misc]

@@ -11,7 +11,7 @@ import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class ElementwiseKernels(Protocol):
     def norm_backward(
         self, grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The gradients of x (the sum, after `add_norm`) and weight; `grad_sum`: of the sum itself, which is added to x's."""
+        """The gradients of x (after `add_norm` the sum) and weight; `grad_sum`: of the sum itself, added to x's."""
 
     def gate(self, gate: Tensor, up: Tensor) -> Tensor:
         """silu(gate) · up, the former rounded to its dtype before the product."""
@@ -99,7 +99,7 @@ class LigerKernels:
 
     name = "liger-kernel"
     # Llama's casts (`_CASTING_MODE_LLAMA`); the weight as it is.
-    _LIKE_LLAMA = {"offset": 0.0, "casting_mode": 0}
+    _LIKE_LLAMA: ClassVar[dict[str, float]] = {"offset": 0.0, "casting_mode": 0}
 
     def refusal(self, dtype: torch.dtype) -> str | None:
         if dtype not in (torch.bfloat16, torch.float16, torch.float32):

@@ -5,7 +5,8 @@ The GPU path of attention runs up to the kernels, whose place torch's shape func
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections import Counter, defaultdict
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -24,11 +25,13 @@ from bico_ds.config.objectives.table import KINDS, read_spec
 from bico_ds.config.schema import LoraSpec
 from bico_ds.documents import Document, Documents
 from bico_ds.model.build import TrainableModel, build_model
+from bico_ds.model.elementwise_kernels import without_kernels
 from bico_ds.model.head import _ChunkedCrossEntropy
 from bico_ds.objectives.base import BatchKey, TokenRoles
 from bico_ds.objectives.build import build_objectives
 from tests.attention.gpu_kernels import PACKAGES
 from tests.model.device_watch import checked_gradients, no_host_work
+from tests.planner.live_memory import LiveMemory
 
 META = torch.device("meta")
 HEAD_DIM = 128
@@ -144,6 +147,56 @@ def test_the_recipe_of_llama_3_8b_runs_with_all_its_layers():
     assert model.recompute_every == 1 and sum(p.numel() for p in model.parameters()) > 8e9
     run(model, batch_of({"kind": "bico"}))
     check_gradients(model)
+
+
+@pytest.mark.parametrize("kernels", [True, False], ids=["our norms", "Hugging Face's norms"])
+@pytest.mark.parametrize("lora", [None, LoraSpec(dropout=0.1)], ids=["all weights", "adapters"])
+def test_a_checkpointed_layer_keeps_the_sum_alone(kernels, lora):
+    """And, of our norm, four bytes per row."""
+    batch, alive = batch_of({"kind": "bico"}), []
+    for layers in (3, 4):
+        model = model_of(layers=layers, activation_checkpointing=1, lora=lora)
+        memory = LiveMemory(model.parameters())
+        with nullcontext() if kernels else without_kernels():
+            with memory:
+                loss = model(batch).loss
+                alive.append(memory.bytes)
+            loss.backward()
+    rows = len(batch.input_ids)
+    assert alive[1] - alive[0] == rows * (2 * model.config.hidden_size + 4 * kernels)
+
+
+def test_norms_and_gates_move_what_is_counted_by_hand():
+    """Of three recomputed layers. A pass over rows is T x E, or T x F in the gate; a norm of a sum makes it, too."""
+    model, batch, layers = model_of(layers=3, activation_checkpointing=1), batch_of({"kind": "bico"}), 3
+    with counting_traffic() as calls:
+        run(model, batch)
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for call in calls:
+        found[call.op] += Counter(calls=1, launches=call.launches, bytes=call.bytes_read + call.bytes_written)
+    rows, wide = (2 * len(batch.input_ids) * n for n in (model.config.hidden_size, 14336))
+    roots, weight = 4 * len(batch.input_ids), 2 * model.config.hidden_size
+    # Alone: the first norm of the first layer, and of each recomputed one. Of a sum: all others, the second ones twice.
+    alone, summed = layers + 1, 3 * layers
+    assert found["norm forward"] == {
+        "calls": alone + summed,
+        "launches": alone + summed,
+        "bytes": alone * (2 * rows) + summed * (4 * rows) + (alone + summed) * (roots + weight),
+    }
+    # Only the first and the last norm have no gradient of a sum to add; their gradient is cleared before it is written.
+    # The weight's has 132 parts in fp32, written and read, then summed and cast.
+    parts = 2 * 132 * 2 * weight + 2 * 2 * weight + weight
+    assert found["norm backward"] == {
+        "calls": 2 * layers + 1,
+        "launches": 3 * (2 * layers + 1) + 2,
+        "bytes": (2 * layers + 1) * (4 * rows + roots + weight + parts),
+    }
+    assert found["gate forward"] == {
+        "calls": 2 * layers,
+        "launches": 2 * layers,
+        "bytes": 2 * layers * 3 * wide,
+    }
+    assert found["gate backward"] == {"calls": layers, "launches": layers, "bytes": layers * 5 * wide}
 
 
 def test_live_rows_run_as_hidden_keys(monkeypatch):

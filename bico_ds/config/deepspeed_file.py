@@ -49,8 +49,8 @@ class BucketSize:
     why: str
 
 
-# A hop of a ring takes 2 to 10 us (`bico_ds.planner.communication`), and a node of eight 400 Gb/s adapters sends 400 GB/s, in
-# 5 us 2 MB. With 4 MB per rank, a million elements in fp32, hops are a third of the time, and in bf16 a half.
+# A hop of a ring takes 2 to 10 us (`bico_ds.planner.communication`), and a node of eight adapters of 400 Gb/s sends, in
+# 5 us, 2 MB. With 4 MB per rank, a million elements in fp32, hops are a third of the time, and in bf16 a half.
 _PER_RANK = 1_000_000
 # Projections of attention and a gated MLP of Llama's shapes: 13 squares in 8B, 12.8 in 70B.
 _SQUARES_OF_LAYER = 12
@@ -69,7 +69,7 @@ def bucket_size(hidden_size: int, *, ranks: int, nodes: int) -> BucketSize:
         BucketSize(elements=500_000_000, why="the buffer takes 2 GB in fp32"),
     )
     return max(
-        BucketSize(elements=square, why="a square weight: within a node hops take little"),
+        BucketSize(elements=square, why="a square weight: hops take little beside it"),
         BucketSize(elements=1_000_000, why="a small model: its weights go together"),
         *([across] if nodes > 1 else []),
     )

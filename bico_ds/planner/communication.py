@@ -32,12 +32,17 @@ NVME_BANDWIDTH = Range(3e9, 25e9)
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """One kind of transfer in an optimizer step: bytes that a rank sends, and seconds by the links it crosses."""
+    """One kind of transfer in an optimizer step: bytes that a rank sends, and seconds by the links it crosses.
+
+    `reduces`: whether it is the reduction of gradients, which runs beside the backward pass with `overlap_comm` alone.
+    NCCL's own stream carries the gathering of weights either way.
+    """
 
     name: str
     bytes: float
     seconds: Range
     how: str = ""
+    reduces: bool = False
 
 
 def transfers(recipe: Recipe, architecture: Architecture, deployment: Deployment) -> tuple[Transfer, ...]:
@@ -67,6 +72,7 @@ def _of_stage_2(
             2 * rounds * trained * zero.communication_bytes,
             calls=rounds * trained / zero.reduce_bucket,
             how=f"{rounds} times all trained elements, there and back (DeepSpeed's stage_1_and_2.py)",
+            reduces=True,
         ),
         _ring(
             deployment,
@@ -119,12 +125,20 @@ def _of_stage_3(
             accumulation * trained * zero.communication_bytes,
             calls=accumulation * trained / zero.reduce_bucket,
             how=f"{accumulation} times all trained elements (ZeRO paper, section 7)",
+            reduces=True,
         ),
     ]
 
 
 def _ring(
-    deployment: Deployment, name: str, payload: float, *, calls: float, group: int | None = None, how: str
+    deployment: Deployment,
+    name: str,
+    payload: float,
+    *,
+    calls: float,
+    group: int | None = None,
+    how: str,
+    reduces: bool = False,
 ) -> Transfer:
     """A collective of `payload` bytes over the ring of all ranks, or of a `group` of neighbours.
 
@@ -142,7 +156,7 @@ def _ring(
         best / LINK_EFFICIENCY.high + hops * HOP_SECONDS.low,
         best / LINK_EFFICIENCY.low + hops * HOP_SECONDS.high,
     )
-    return Transfer(name=name, bytes=sent, seconds=seconds, how=how)
+    return Transfer(name=name, bytes=sent, seconds=seconds, how=how, reduces=reduces)
 
 
 def gather_all_weights(model: ModelSpec, architecture: Architecture, deployment: Deployment) -> Transfer:

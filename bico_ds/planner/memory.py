@@ -136,8 +136,12 @@ class _Replay:
         forward, backward = held[: len(self.modules)], held[len(self.modules) :]
         self.at_head, self.at_end = forward[-1], backward[-1]
 
-        self.in_forward = list(states.of_forward())
-        self.in_backward = {there: list(states.of_backward(partition=there)) for there in (False, True)}
+        largest = max(p.elements for m in self.modules if m.layer is not None for p in m.parameters)
+        self.in_forward = [*states.of_forward(), *states.of_streams(largest, backward=False)]
+        self.in_backward = {
+            there: [*states.of_backward(partition=there), *states.of_streams(largest, backward=True)]
+            for there in (False, True)
+        }
         self.last_layer = max(module.layer or 0 for module in modules)
         self.forward = _unlike(reversed(list(self._forward_points(forward))))[::-1]
         self.backward = _unlike(self._backward(backward))

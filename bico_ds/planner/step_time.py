@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bico_ds.config.batch_size import micro_batches_per_rank
@@ -55,9 +56,9 @@ def step_time(
 ) -> StepTime:
     """The time of a step whose micro-batches are all like `batch`.
 
-    Lower bound: the highest efficiencies, and on GPUs transfers hidden behind the products as far as these last. Upper
-    bound: the lowest efficiencies, and everything one after the other. The time of the host (Python, launches of kernels)
-    is not planned: in micro-batches of few rows it may be most of a step.
+    Lower bound: the highest efficiencies, and on GPUs transfers hidden behind the products as far as these last, but for the
+    reduction of gradients without `overlap_comm`. Upper bound: the lowest efficiencies, and everything one after the other.
+    The time of the host (Python, launches of kernels) is not planned: in micro-batches of few rows it may be most of a step.
     """
     training, device = recipe.training, deployment.device
     accumulation = micro_batches_per_rank(
@@ -76,7 +77,8 @@ def step_time(
     sent = tuple(transfers(recipe, architecture, deployment))
     if batch.repeats_base and deployment.zero.stage == 3:
         sent += (_gathered_for_base(recipe, architecture, deployment, accumulation),)
-    seconds = _together(products + elementwise, [t.seconds for t in sent], optimizer, overlapped=on_cuda)
+    hidden = [on_cuda and (deployment.zero.overlap_comm or not transfer.reduces) for transfer in sent]
+    seconds = _together(products + elementwise, sent, optimizer, hidden)
     per_step = accumulation * deployment.ranks
     return StepTime(
         objective=batch.objective,
@@ -118,11 +120,12 @@ def _rate(amount: float, seconds: Range) -> Range:
     return Range(amount / seconds.high, amount / seconds.low)
 
 
-def _together(computed: Range, sent: list[Range], optimizer: Range, *, overlapped: bool) -> Range:
-    low = sum(transfer.low for transfer in sent)
-    hidden = max(computed.low, low) if overlapped else computed.low + low
-    high = computed.high + sum(transfer.high for transfer in sent)
-    return Range(hidden + optimizer.low, high + optimizer.high)
+def _together(computed: Range, sent: Sequence[Transfer], optimizer: Range, hidden: Sequence[bool]) -> Range:
+    """`hidden`: which transfers the lower bound takes to run beside the computation."""
+    beside = sum(transfer.seconds.low for transfer, is_hidden in zip(sent, hidden, strict=True) if is_hidden)
+    after = sum(transfer.seconds.low for transfer in sent) - beside
+    high = computed.high + sum(transfer.seconds.high for transfer in sent)
+    return Range(max(computed.low, beside) + after + optimizer.low, high + optimizer.high)
 
 
 def _optimizer_seconds(

@@ -51,21 +51,24 @@ CASES: dict[int, tuple[str, ...]] = {
 ELSEWHERE = {"stage", "sub_group_size", "offload_optimizer", "offload_param"}
 
 
-def engine_of(stage: int, folder: Path, *overrides: str) -> Any:
+def engine_of(
+    stage: int, folder: Path, *overrides: str, ranks: int = 2, seed: int = 3, settings: tuple[str, ...] = ()
+) -> Any:
+    """`overrides`: of `zero_optimization`; `settings`: others of the recipe."""
     recipe = load_recipe(
         "tiny_base",
         [
             f"model.config.vocab_size={VOCABULARY}", "model.config.hidden_size=32", "model.config.head_dim=8",
             "model.config.num_attention_heads=4", "model.config.num_hidden_layers=2",
             "model.config.intermediate_size=64", "training.micro_batch_bins=1",
-            "training.global_batch_bins=2", f"training.steps={STEPS}", "schedule.warmup_steps=1",
+            f"training.global_batch_bins={ranks}", f"training.steps={STEPS}", "schedule.warmup_steps=1",
             "schedule.decay_steps=2", f"deepspeed.config=zero{stage}_bf16",
-            *(f"deepspeed.overrides.zero_optimization.{override}" for override in overrides),
+            *(f"deepspeed.overrides.zero_optimization.{override}" for override in overrides), *settings,
         ],
     )  # fmt: skip
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # DeepSpeed makes the groups of hpZ once per process
-    config = build_ds_config(recipe, world_size=2, hidden_size=32, on_cuda=False, run_folder=folder)
-    model = build_model(recipe.model, seed=3, ds_config=config, device="cpu")
+    config = build_ds_config(recipe, world_size=ranks, hidden_size=32, on_cuda=False, run_folder=folder)
+    model = build_model(recipe.model, seed=seed, ds_config=config, device="cpu")
     return wrap_model(model, recipe, config, STEPS)
 
 

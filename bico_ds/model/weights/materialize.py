@@ -10,10 +10,14 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
+
+from bico_ds.common.errors import UserError
 
 if TYPE_CHECKING:
     import deepspeed
@@ -34,6 +38,9 @@ if TYPE_CHECKING:
         def partition(self) -> None: ...
 
 
+_CUTS_EMPTY_SHARES = Version("0.19.5")
+
+
 class WeightSource(Protocol):
     """Where weights come from; the same on every rank."""
 
@@ -49,8 +56,13 @@ def materialize(
 
     Under ZeRO-3 (`ds_config`) each rank reads and keeps its partition; the full shape is allocated, one
     parameter at a time, but on a CPU only the pages of the own slice are ever written (with hpZ all, and all is read).
+
+    Raises `UserError` as `check_second_partitions` does, before anything is read.
     """
     partitioner = _partitioner(ds_config, next(model.parameters()).dtype)
+    if partitioner is not None and partitioner.zero_param_process_group is not None:
+        group = partitioner.num_ranks_in_param_group
+        check_second_partitions(model, ranks=partitioner.dp_world_size, group=group)
     made: dict[int, nn.Parameter] = {}
     for name, module, attribute, stub in _owned_parameters(model):
         if id(stub) not in made:
@@ -64,6 +76,24 @@ def materialize(
                 _fill_partition(parameter, name, source, partitioner)
             made[id(stub)] = parameter
         setattr(module, attribute, made[id(stub)])
+
+
+def check_second_partitions(model: nn.Module, *, ranks: int, group: int) -> None:
+    """Refuse hpZ over `group` of all `ranks` for a weight that the installed DeepSpeed would end at in an IndexError.
+
+    Before 0.19.5 that is one so small that its padded share lies past its end on some rank (DeepSpeed#8210). Raises
+    `UserError`.
+    """
+    if Version(version("deepspeed")) >= _CUTS_EMPTY_SHARES:
+        return
+    for name, parameter in model.named_parameters():
+        share = -(-parameter.numel() // ranks) * ranks // group
+        if share * (group - 1) > parameter.numel():
+            raise UserError(
+                f"deepspeed: zero_hpz_partition_size: DeepSpeed {version('deepspeed')} cannot divide {name} with its "
+                f"{parameter.numel()} elements over {ranks} ranks and again over {group} (DeepSpeed#8210); "
+                f"install deepspeed>={_CUTS_EMPTY_SHARES}, or set deepspeed.config=zero3_bf16"
+            )
 
 
 def is_partitioned(parameter: Tensor) -> TypeGuard[PartitionedParameter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -17,7 +18,12 @@ from bico_ds.planner.plan import Plan
 from bico_ds.planner.ranges import Range
 from bico_ds.planner.report.quantities import GB, GIB, gib, number, percent, span, stored, time
 from bico_ds.planner.run_time import Event
-from bico_ds.planner.step_time import ATTENTION_EFFICIENCY, MEMORY_EFFICIENCY, PRODUCT_EFFICIENCY
+from bico_ds.planner.step_time import (
+    ATTENTION_EFFICIENCY,
+    MEMORY_EFFICIENCY,
+    PRODUCT_EFFICIENCY,
+    StepTime,
+)
 
 _COLORS = {"fits": "green", "may not fit": "yellow", "does not fit": "red"}
 
@@ -42,6 +48,7 @@ def warnings(plan: Plan) -> list[str]:
                 f"{event.name}, {_times(plan, event)}: {takes} {percent(event.share)} of the run's time, "
                 f"{time(event.seconds)} each"
             )
+    found += _gradients_in_fp32(plan)
     made_for, ranks = plan.recipe.distributed.world_size, plan.deployment.ranks
     if made_for is not None and made_for != ranks:
         found.append(
@@ -49,6 +56,27 @@ def warnings(plan: Plan) -> list[str]:
             f"set distributed.world_size={ranks}"
         )
     return found
+
+
+def _gradients_in_fp32(plan: Plan) -> Iterator[str]:
+    """Where nodes wait for each other and half of what the gradients send would do, the option that sends it."""
+    deployment = plan.deployment
+    if deployment.nodes == 1 or deployment.zero.communication_bytes == 2 or plan.recipe.model.dtype != "bf16":
+        return
+    step = max(plan.steps, key=lambda step: _sent(step).low / step.seconds.low)
+    gradients = _sent(step, only_gradients=True)
+    computed = step.products + step.elementwise
+    if _sent(step).low > computed.low and gradients.low > NOTABLE_SHARE * step.seconds.low:
+        yield (
+            f"a step of {step.objective} computes for {time(computed)} and sends for {time(_sent(step))}, of which "
+            f"gradients in fp32 are {time(gradients)}, and half of that with "
+            "--set deepspeed.overrides.communication_data_type=bf16 (its error: docs/benchmarks/communication.md)"
+        )
+
+
+def _sent(step: StepTime, *, only_gradients: bool = False) -> Range:
+    found = (transfer.seconds for transfer in step.transfers if transfer.reduces or not only_gradients)
+    return reduce(Range.__add__, found, Range.exactly(0))
 
 
 def print_plan(plan: Plan, decisions: Decisions, notes: Sequence[str], console: Console) -> None:

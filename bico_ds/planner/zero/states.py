@@ -157,6 +157,21 @@ class States:
                 )
             yield self._averaged(copies=int(partition) + (self.micro_batches > 1))
 
+    def of_streams(self, largest: int, *, backward: bool) -> Iterator[Item]:
+        """What `overlap_comm` may keep on a GPU under ZeRO-3 after its last use; `largest`: elements of a layer's largest.
+
+        A tensor that two streams use is free when both are past it (`record_stream`). The host runs ahead until it waits for
+        the oldest of three gatherings, or of three reductions: weights and gradients of two of each are still there.
+        """
+        zero = self.zero
+        if zero.stage == 3 and zero.overlap_comm and self.ranks > 1 and self.deployment.device.kind == "cuda":
+            ahead = 2 * max(zero.prefetch_bucket, largest)
+            if backward:
+                ahead += 2 * max(zero.reduce_bucket, largest)
+            how = "overlap_comm: stage3.py max_param_reduce_events, partitioned_param_coordinator.py"
+            kept = Range(0.0, float(self.size * ahead))
+            yield Item(name="kept for a second stream", bytes=kept, how=how, is_tensor=False)
+
     @property
     def _is_compact(self) -> bool:
         """Whether ZeRO-2 accumulates in an fp32 partition, beside a model in 16 bits."""

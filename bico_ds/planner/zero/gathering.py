@@ -25,7 +25,8 @@ Pass = Literal["forward", "recomputed", "announced", "backward"]
 class Visit:
     """One module in one pass: its weights are gathered before it (`fetches`) and let go after it (`releases`).
 
-    `announced`: by the gradient of one of its outputs, while another's is still to come. `drops`: let go after it, even if they are used soon.
+    `announced`: by the gradient of one of its outputs, while another's is still to come. `drops`: let go after it, even if
+    they are used soon.
     """
 
     module: Module
@@ -58,8 +59,9 @@ def visits(modules: tuple[Module, ...], recompute_every: int) -> tuple[Visit, ..
 
 
     A layer is recomputed when the backward pass of its last module needs what was not kept, and only as far as to that
-    module (torch.utils.checkpoint stops early); the norm that ran before it runs inside it then. Frozen weights that it gathers belong to that module, and go with it
-    (`update_recompute_parameters`); the layer's other modules gather them again.
+    module (torch.utils.checkpoint stops early); the norm that ran before it runs inside it then. Frozen weights that it
+    gathers belong to that module, and go with it (`update_recompute_parameters`); the layer's other modules gather them
+    again.
     """
     forward = (Visit(module=module, during="forward") for module in modules)
     return (*forward, *_backward_visits(modules, recompute_every))

@@ -38,7 +38,7 @@ from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.resources import RECIPES
 from bico_ds.config.schema import ModelSpec
 from bico_ds.documents import Document, Documents
-from bico_ds.model import head
+from bico_ds.model import build, head
 from bico_ds.model.build import TrainableModel, build_model
 from bico_ds.model.elementwise_kernels import without_kernels
 from bico_ds.model.head_softmax import TorchSoftmax
@@ -93,15 +93,18 @@ class Places:
         with ExitStack() as stack:
             for name in OF_LIVE_ROWS:
                 stack.enter_context(patch.object(backend, name, self._within(LIVE, getattr(backend, name))))
+            # Sums that cross the layers' borders.
+            stack.enter_context(patch.object(build, "enter", self._within(NORMS, build.enter)))
             yield
         for hook in hooks:
             hook.remove()
 
-    def _within(self, place: str, function: Callable[..., None]) -> Callable[..., None]:
-        def run(*args: Any) -> None:
+    def _within(self, place: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
             self._entered.append((place, _next_node()))
-            function(*args)
+            found = function(*args)
             self._entered.pop()
+            return found
 
         return run
 

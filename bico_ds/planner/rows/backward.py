@@ -17,15 +17,13 @@ _NORMED = "gradient of the second norm's output"
 def layer_forward(alive: Alive, case: Case, *, recomputed: bool) -> None:
     """At the end of a layer's forward pass: what its functions hold meanwhile, though nothing keeps it for later.
 
-    These are attention's part of the sum; in a recomputation the rows that enter it, which are a leaf of its graph; with
-    adapters the inputs of the gated MLP and of `down_proj`, what this gives without its adapter, and the adapter's output
-    before and after it is scaled. Recomputation stops before those two, or under ZeRO-3 between them (`early_stop` of
-    torch.utils.checkpoint), and begins when an adapter of `down_proj` has scaled its gradient.
+    These are attention's part of the sum; with adapters the inputs of the gated MLP and of `down_proj`, what this gives
+    without its adapter, and the adapter's output before and after it is scaled. Recomputation stops before those two, or
+    under ZeRO-3 between them (`early_stop` of torch.utils.checkpoint), and begins when an adapter of `down_proj` has
+    scaled its gradient.
     """
     row, wide = case.size * case.shapes.hidden, case.size * case.shapes.intermediate
     held = {"output of o_proj": row, "output of the second norm": row, "gated product": wide}
-    if recomputed:
-        held["output of the first norm"] = row
     if case.is_adapted("down_proj"):
         held["output of down_proj"] = row
         held["scaled gradient" if recomputed else "scaled output of down_proj's adapter"] = row

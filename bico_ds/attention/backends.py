@@ -15,6 +15,7 @@ from bico_ds.attention.kernels.aten_cuda import AtenCuda
 from bico_ds.attention.kernels.base import CausalKernel
 from bico_ds.attention.kernels.cpu_flash import CpuFlash
 from bico_ds.attention.kernels.flash_attn2 import FlashAttn2
+from bico_ds.attention.kernels.flash_attn3 import FlashAttn3
 from bico_ds.attention.kernels.flash_attn4 import FlashAttn4
 from bico_ds.attention.layout import (
     CPU_FUSED_POLICY,
@@ -24,13 +25,17 @@ from bico_ds.attention.layout import (
     TILES_POLICY,
     LayoutPolicy,
 )
-from bico_ds.attention.measured_policy import choose_policy, read_measured_policy
+from bico_ds.attention.measured_policy import choose_policy, order_by_speed, read_measured_policy
+from bico_ds.attention.passes import HIDDEN_COLUMNS, TORCH_PASSES, Passes
 from bico_ds.attention.triton.ops import tiling_on, triton_refusal
-from bico_ds.attention.two_pass import HIDDEN_COLUMNS
+from bico_ds.attention.triton.passes import TRITON_PASSES
+from bico_ds.attention.triton.self_check import blocks_objection, passes_objection
 
 logger = logging.getLogger(__name__)
 
-KERNELS: dict[str, CausalKernel] = {k.name: k for k in (FlashAttn2(), AtenCuda(), CpuFlash(), FlashAttn4())}
+KERNELS: dict[str, CausalKernel] = {
+    k.name: k for k in (FlashAttn2(), AtenCuda(), CpuFlash(), FlashAttn3(), FlashAttn4())
+}
 TRITON = "triton"  # the Triton kernels alone, without a flash kernel
 AUTO_ORDER = ("flash-attn", "aten-cuda", "cpu-flash")
 
@@ -61,29 +66,65 @@ def resolve(backend: str, dtype: torch.dtype, head_dim: int, device: torch.devic
     if backend == TRITON:
         policy = replace(TILES_POLICY, blocks=tiling_on(device, head_dim).blocks)
         return Backend(kernel=KERNELS[AUTO_ORDER[0]], policy=policy)
-    policy, _ = _policy(KERNELS[backend], dtype, head_dim, device, without_triton="was not asked for")
-    return Backend(kernel=KERNELS[backend], policy=policy)
+    kernel, refusal = KERNELS[backend], refusals[TRITON]
+    policy, _ = _policy(kernel, dtype, head_dim, device, without_triton="was not asked for")
+    passes, _ = _passes(kernel, dtype, head_dim, device, without_triton=refusal)
+    return Backend(kernel=kernel, policy=policy, passes=passes)
 
 
 def _auto(
     refusals: dict[str, str | None], dtype: torch.dtype, head_dim: int, device: torch.device
 ) -> Backend:
-    """The first of `AUTO_ORDER` that can run, else tiles alone (fp32 on CUDA, old GPUs).
+    """The first that can run, of the fastest by measurement or of `AUTO_ORDER`; else tiles alone (fp32 on CUDA, old GPUs).
 
     Logs which it is, and why those before it were passed over.
     """
     passed_over: list[str] = []
-    for name in AUTO_ORDER:
+    order, why = _order(refusals, dtype, head_dim, device)
+    for name in order:
         if refusals[name] is not None:
             passed_over.append(f"{name} {refusals[name]}")
             continue
-        policy, note = _policy(KERNELS[name], dtype, head_dim, device, without_triton=refusals[TRITON])
-        reason = note if device.type == "cpu" else "; ".join([*passed_over, note])
+        kernel, refusal = KERNELS[name], refusals[TRITON]
+        passes, note_of_passes = _passes(kernel, dtype, head_dim, device, without_triton=refusal)
+        if refusal is None and device.type == "cuda":
+            refusal = blocks_objection(dtype, head_dim, device)
+        policy, note = _policy(kernel, dtype, head_dim, device, without_triton=refusal)
+        reason = note if device.type == "cpu" else "; ".join([*passed_over, *why, note, *note_of_passes])
         inputs = f"{device}, {str(dtype).removeprefix('torch.')}, head dimension {head_dim}"
         logger.info("attention backend: %s for %s (%s)", name, inputs, reason)
-        return Backend(kernel=KERNELS[name], policy=policy)
+        return Backend(kernel=kernel, policy=policy, passes=passes)
     logger.warning("attention backend: dense tiles, slow on long documents: %s", "; ".join(passed_over))
     return Backend(kernel=KERNELS[AUTO_ORDER[0]], policy=TILES_POLICY)
+
+
+def _order(
+    refusals: dict[str, str | None], dtype: torch.dtype, head_dim: int, device: torch.device
+) -> tuple[tuple[str, ...], list[str]]:
+    """In which order `auto` tries the flash kernels; and why, where that was measured."""
+    if device.type != "cuda" or all(refusals[name] is not None for name in KERNELS):
+        return AUTO_ORDER, []
+    measured = read_measured_policy(torch.cuda.get_device_capability(device))
+    return order_by_speed(measured, AUTO_ORDER, dtype=dtype, head_dim=head_dim)
+
+
+def _passes(
+    kernel: CausalKernel,
+    dtype: torch.dtype,
+    head_dim: int,
+    device: torch.device,
+    *,
+    without_triton: str | None,
+) -> tuple[Passes, list[str]]:
+    """What surrounds the kernel's passes: Triton kernels on GPUs, once they are right there; and else why they do not."""
+    if device.type == "cpu":
+        return TORCH_PASSES, []
+    objection = without_triton
+    if objection is None and device.type == "cuda":
+        objection = passes_objection(kernel, dtype, head_dim, device)
+    if objection is None:
+        return TRITON_PASSES, []
+    return TORCH_PASSES, [f"torch's operations around the passes: triton {objection}"]
 
 
 def _policy(

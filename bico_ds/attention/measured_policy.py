@@ -1,8 +1,9 @@
 """What was measured of attention on GPUs: a file per architecture, written by tools/bench/gpu_policy.py, read by `auto`.
 
-Such a file says two things: whether the Triton kernels agreed with the oracle on that GPU, and from which document
-length on two flash passes are faster than they are, or than dense tiles. Where there is no file, the estimates of
-`bico_ds/attention/layout.py` hold, and the Triton kernels run only by name.
+Such a file says three things: which kernels agreed with the oracle on that GPU; how long each flash kernel took; and from
+which document length on its two passes are faster than the Triton kernels, or than dense tiles. Where there is no file,
+`auto` has its own order of flash kernels, the estimates of `bico_ds/attention/layout.py` hold, and the Triton kernels run
+only by name.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from bico_ds import __version__
 from bico_ds.attention.layout import LayoutPolicy
+from bico_ds.attention.plan import Mode
 from bico_ds.attention.triton.row_blocks import BlockSizes
 from bico_ds.common.errors import UserError
 
@@ -51,17 +53,29 @@ class Alternative:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KernelTime:
+    """Milliseconds of the op, forward and backward, on documents of `length` tokens, equally many for every kernel."""
+
+    __pydantic_config__ = _CLOSED
+
+    mode: Mode
+    length: Annotated[int, Field(ge=1)]
+    ms: _Cost
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measurement:
     """One flash kernel at one head dimension, in bf16.
 
-    `hidden_cost`: of a pair with hidden keys, in the same units; None where it was not measured. `tiles` and
-    `triton`: likewise.
+    `times`: empty where it was not timed. `hidden_cost`: of a pair with hidden keys, in the units of
+    `Alternative.live_cost`; None where it was not measured. `tiles` and `triton`: likewise.
     """
 
     __pydantic_config__ = _CLOSED
 
     kernel: str
     head_dim: int
+    times: tuple[KernelTime, ...]
     hidden_cost: _Cost | None
     tiles: Alternative | None
     triton: Alternative | None
@@ -98,7 +112,7 @@ class MeasuredPolicy:
 
     __pydantic_config__ = _CLOSED
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     rehearsal: bool
     capability: tuple[int, int]
     gpu: str
@@ -181,7 +195,7 @@ def read_measured_policy(capability: tuple[int, int], folder: Path = MEASURED) -
 def running_versions() -> dict[str, str]:
     """Versions of what decides a kernel's speed and results, as far as it is installed."""
     versions = {"bico_ds": __version__}
-    for name in ("torch", "triton", "flash-attn", "flash-attn-4"):
+    for name in ("torch", "triton", "flash-attn", "flash-attn-3", "flash-attn-4"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions
@@ -190,6 +204,31 @@ def running_versions() -> dict[str, str]:
 def encode(policy: MeasuredPolicy) -> bytes:
     """The content of a file."""
     return _file_format().dump_json(policy, indent=1) + b"\n"
+
+
+def order_by_speed(
+    measured: MeasuredPolicy | None, default: tuple[str, ...], *, dtype: torch.dtype, head_dim: int
+) -> tuple[tuple[str, ...], list[str]]:
+    """The flash kernels in the order in which `auto` tries them; and why, for the log, where that was measured.
+
+    Those that were right on that GPU for such inputs come first, the fastest before the others, by the sum of their times
+    on the documents that all of them were timed on; then the rest of `default`.
+    """
+    if measured is None:
+        return default, []
+    right = {
+        m.kernel: {(time.mode, time.length): time.ms for time in m.times}
+        for m in measured.measurements
+        if m.head_dim == head_dim and m.times and measured.objection(m.kernel, dtype, head_dim) is None
+    }
+    shared = set.intersection(*map(set, right.values())) if right else set()
+    if not shared:
+        return default, []
+    total = {kernel: sum(times[case] for case in shared) for kernel, times in right.items()}
+    order = sorted(total, key=total.__getitem__)
+    listed = ", ".join(f"{kernel} {total[kernel]:.3g} ms" for kernel in order)
+    rest = (kernel for kernel in default if kernel not in total)
+    return (*order, *rest), [f"the order is that of their times on {measured.origin}: {listed}"]
 
 
 def choose_policy(
@@ -209,7 +248,11 @@ def choose_policy(
     Another version of torch, Triton or bico_ds than the measured one is named, and no reason against.
     """
     if measured is None:
-        return estimate, "costs are estimates: none were measured on this architecture"
+        note = "costs are estimates: none were measured on this architecture"
+        if refusal is not None:
+            return estimate, f"{note}; not triton, which {refusal}"
+        # By any estimate it beats tiles for live rows; for whole documents it has to be measured.
+        return replace(estimate, blocks=blocks, hidden_cost=math.inf), f"{note}; triton for live rows"
     found = measured.of(kernel, head_dim)
     if found is None:
         unknown = f"{kernel} at head dimension {head_dim} was not measured on {measured.origin}"

@@ -25,13 +25,15 @@ def packed_attention(
     plan: AttentionPlan,
     *,
     scale: float | None = None,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
     layout: Layout | None = None,
 ) -> Tensor:
     """Attention of one packed batch, causal or bidirectional by the plan's mode.
 
     q [T, Hq, Dh], k and v [T, Hkv, Dh], un-rotated; cos, sin [T, Dh] as Hugging Face's rotary embedding gives
     them (halves duplicated, rotate_half convention). T = plan.num_rows. Returns out [T, Hq, Dh].
+
+    `backend`: by name as in a recipe; or one that another caller has made.
 
     `layout`: what `build_layout` made of the plan by the backend's policy, on q's device; the oracle needs none. Without
     one it is built for this call, on the CPU, to which the plan is copied: slow, for tests and single calls.
@@ -41,10 +43,10 @@ def packed_attention(
     """
     _check_shapes(q, k, v, cos, sin, plan)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    resolved = resolve(backend, q.dtype, q.shape[-1], q.device)
-    if resolved is None:
+    made = resolve(backend, q.dtype, q.shape[-1], q.device) if isinstance(backend, str) else backend
+    if made is None:
         return oracle_attention(q, k, v, cos, sin, plan, scale)
-    return run_packed_attention(q, k, v, cos, sin, plan, scale=scale, backend=resolved, layout=layout)
+    return run_packed_attention(q, k, v, cos, sin, plan, scale=scale, backend=made, layout=layout)
 
 
 def run_packed_attention(

@@ -57,7 +57,8 @@ class AttentionPlan:
     The strictly anti-causal pass runs as a causal one over flipped rows: `flip_rows` int64 [M] holds,
     document by document, the query rows `e-2 … s` of a document `[s, e)`, and `flip_key_rows` [M] the key
     row of each, one further. `flip_cu_seqlens` int32 and `flip_max_seqlen` describe that packing, in which
-    documents of length 1 are left out. In causal mode M is 0.
+    documents of length 1 are left out. In causal mode M is 0. `flip_places` int32 [num_kept]: where in `flip_rows` each
+    kept row stands, -1 for those that do not: the last of each document.
 
     `live_document` int64 [num_live]: each live row's document. `live_split` int64 [num_live]: how many
     kept tokens of it lie at or before the row's position.
@@ -71,6 +72,7 @@ class AttentionPlan:
     max_seqlen: int
     flip_rows: Tensor
     flip_key_rows: Tensor
+    flip_places: Tensor
     flip_cu_seqlens: Tensor
     flip_max_seqlen: int
     live_document: Tensor
@@ -156,6 +158,7 @@ def build_plan(
         max_seqlen=int(kept.max()),
         flip_rows=torch.from_numpy(flip_rows),
         flip_key_rows=torch.from_numpy(flip_rows + 1),
+        flip_places=torch.from_numpy(_places(flip_rows, int(cu_seqlens[-1]))),
         flip_cu_seqlens=torch.from_numpy(_cumulative(flipped[present]).astype(np.int32)),
         flip_max_seqlen=int(flipped.max(initial=0)),
         live_document=torch.from_numpy(document),
@@ -224,6 +227,13 @@ def _check_live(
 
 def _cumulative(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+
+
+def _places(rows: NDArray[np.int64], size: int) -> NDArray[np.int32]:
+    """Of 0 … size-1, the place of each in `rows`; -1 where it is not there."""
+    places = np.full(size, -1, np.int32)
+    places[rows] = np.arange(rows.size)
+    return places
 
 
 def _flipped_ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:

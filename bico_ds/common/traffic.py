@@ -6,7 +6,7 @@ the GPU's memory if its caches serve every repeated read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,7 +21,17 @@ class Traffic:
     bytes_written: int
 
 
-_counters: list[list[Traffic]] = []
+_listeners: list[Callable[[Traffic], None]] = []
+
+
+@contextmanager
+def hearing_traffic(listener: Callable[[Traffic], None]) -> Iterator[None]:
+    """`listener` is given the `Traffic` of every call of an op on the meta device within, when it is called."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 @contextmanager
@@ -31,14 +41,11 @@ def counting_traffic() -> Iterator[list[Traffic]]:
     A step of a whole model on the meta device says so what it costs.
     """
     calls: list[Traffic] = []
-    _counters.append(calls)
-    try:
+    with hearing_traffic(calls.append):
         yield calls
-    finally:
-        _counters.remove(calls)
 
 
 def report(traffic: Traffic) -> None:
-    """Add a call to every counter that is active."""
-    for calls in _counters:
-        calls.append(traffic)
+    """Give a call to every listener."""
+    for listener in _listeners:
+        listener(traffic)

@@ -67,7 +67,7 @@ class ModelSpec(Section):
     )
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="precision of the forward and backward pass")
     attention_backend: Literal[
-        "auto", "flash-attn", "aten-cuda", "flash-attn-4", "triton", "cpu-flash", "oracle"
+        "auto", "flash-attn", "aten-cuda", "flash-attn-3", "flash-attn-4", "triton", "cpu-flash", "oracle"
     ] = Field("auto", description="kernel of the attention passes, see docs/understand.md")
     activation_checkpointing: Annotated[int, Bound(least=0, most=10_000, why="it counts decoder layers")] = (
         Field(0, description="recompute every k-th decoder layer in the backward pass; 0: none, 1: all")

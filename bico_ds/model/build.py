@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from bico_ds.batch import PackedBatch
 from bico_ds.common.errors import UserError
 from bico_ds.config.schema import ModelSpec
 from bico_ds.model.architecture import meta_model, model_config
+from bico_ds.model.elementwise_kernels import kernels_for
 from bico_ds.model.head import Comparison, Losses, swap_head
 from bico_ds.model.lora import AdaptedWeights, add_lora, base_name, is_adapter, without_adapters
-from bico_ds.model.swap import check_attention, swap_layers
+from bico_ds.model.swap import check_attention, enter, swap_layers
 from bico_ds.model.weights.checkpoint_weights import PREFIX
 from bico_ds.model.weights.checksums import fingerprint_of
 from bico_ds.model.weights.initialize import RandomWeights
@@ -87,18 +89,22 @@ class TrainableModel(nn.Module):
         documents in the position ids by itself, which goes wrong where positions have gaps.
         """
         decoder = self.causal_lm.model
-        hidden_1TE = decoder.embed_tokens(batch.input_ids[None])
-        tables = decoder.rotary_emb(hidden_1TE, position_ids=batch.position_ids[None])
-        layout = None if batch.layout is None else batch.layout.with_masks(hidden_1TE.dtype)
+        branch_1TE, total_1TE = decoder.embed_tokens(batch.input_ids[None]), None
+        tables = decoder.rotary_emb(branch_1TE, position_ids=batch.position_ids[None])
+        layout = None if batch.layout is None else batch.layout.with_masks(branch_1TE.dtype)
         shared: dict[str, Any] = {"position_embeddings": tables, "plan": batch.plan, "layout": layout}
         for index, layer in enumerate(decoder.layers):
+            normed, total_1TE = enter(layer, branch_1TE, total_1TE)
+            # While the layer runs, the sum has what the branch had.
+            del branch_1TE
             recompute = self.recompute_every and index % self.recompute_every == 0
-            recompute = recompute and self.training and torch.is_grad_enabled()
-            if recompute:
-                hidden_1TE = checkpoint(layer, hidden_1TE, use_reentrant=False, **shared)
+            if recompute and self.training and torch.is_grad_enabled():
+                run = partial(checkpoint, layer, use_reentrant=False)
             else:
-                hidden_1TE = layer(hidden_1TE, **shared)
-        return decoder.norm(hidden_1TE, fused=True)[0]
+                run = layer
+            branch_1TE, total_1TE = run(total_1TE, normed=normed, **shared)
+        normed_1TE, _ = decoder.norm(branch_1TE, residual=total_1TE, fused=True)
+        return normed_1TE[0]
 
 
 def build_model(
@@ -129,6 +135,7 @@ def build_model(
         add_lora(causal_lm, spec.lora)
     base = None
     device = torch.device(device)
+    kernels_for(config.dtype, device)  # here, where its log line comes before what takes long
     if device.type != "meta":
         if spec.path is None:
             _fill(causal_lm, RandomWeights(seed=seed, std=config.initializer_range), seed, ds_config, device)

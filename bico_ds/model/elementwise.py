@@ -1,8 +1,7 @@
-"""RMSNorm and SwiGLU in one pass over memory each, for packed batches on a CPU.
+"""RMSNorm, with what a layer adds to its rows, and SwiGLU in one pass over memory each, for packed batches.
 
-Hugging Face's modules make many passes over temporaries of the activations' size (docs/benchmarks/step.md has the times).
-Forward and backward here are kernels of `bico_ds/native`. Where these cannot run (another device, dtype or machine, no
-compiler), and where they are not asked for, the modules are Hugging Face's own.
+Who computes them is `elementwise_kernels.py`. Where nobody there can (another device, dtype or machine, no compiler, no
+liger-kernel), and where they are not asked for, the modules are Hugging Face's own. docs/benchmarks/step.md has times.
 """
 
 from __future__ import annotations
@@ -13,80 +12,126 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from bico_ds.model.elementwise_kernels import ElementwiseKernels, kernels_for
 from bico_ds.model.families import FAMILIES
-from bico_ds.native.library import NATIVE_DTYPES, native_refusal
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`weight * x / sqrt(mean(x², -1) + eps)`: x [..., E] and weight [E] of one dtype, bf16 or fp32, on the CPU.
+def rms_norm(x: Tensor, weight: Tensor, eps: float, kernels: ElementwiseKernels) -> Tensor:
+    """`weight * x / sqrt(mean(x², -1) + eps)`: x [..., E] and weight [E] of one dtype, which the kernels serve."""
+    return _RMSNorm.apply(x, weight, eps, kernels)
 
-    Sums in fp32; the normalised x is rounded to its dtype before the product, as Hugging Face does.
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, kernels: ElementwiseKernels
+) -> tuple[Tensor, Tensor]:
+    """(`rms_norm` of the sum, the sum of x and residual), which are alike. The sum is what the backward pass keeps.
+
+    One backward pass adds the gradient that the sum has by itself to that through the norm.
     """
-    return _RMSNorm.apply(x, weight, eps)
+    return _AddRMSNorm.apply(x, residual, weight, eps, kernels)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) * up` (arXiv 2002.05202): two tensors of one shape and dtype, bf16 or fp32, on the CPU."""
-    return _SwiGLU.apply(gate, up)
+def swiglu(gate: Tensor, up: Tensor, kernels: ElementwiseKernels) -> Tensor:
+    """`silu(gate) * up` (arXiv 2002.05202): two tensors [..., F] of one dtype, which the kernels serve.
+
+    The backward pass may write over both; nothing else may need them then.
+    """
+    return _SwiGLU.apply(gate, up, kernels)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        out, inverse = torch.empty_like(rows), rows.new_empty(len(rows), dtype=torch.float32)
-        torch.ops.bico_ds.rms_norm_forward(rows.contiguous(), weight, eps, out, inverse)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, kernels: ElementwiseKernels) -> Tensor:
+        out, inverse = kernels.norm(_rows(x), weight, eps)
+        ctx.kernels = kernels
         ctx.save_for_backward(x, weight, inverse)
         return out.view(x.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
-        rows, grad = (t.reshape(-1, x.shape[-1]).contiguous() for t in (x, grad_out))
-        dx, dweight = torch.empty_like(rows), torch.empty_like(weight)
-        torch.ops.bico_ds.rms_norm_backward(grad, rows, weight, inverse, dx, dweight)
-        return dx.view(x.shape), dweight, None
+        dx, dweight = ctx.kernels.norm_backward(_rows(grad), None, _rows(x), weight, inverse)
+        return dx.view(x.shape), dweight, None, None
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float, kernels: ElementwiseKernels
+    ) -> tuple[Tensor, Tensor]:
+        out, total, inverse = kernels.add_norm(_rows(x), _rows(residual), weight, eps)
+        out, total = out.view(x.shape), total.view(x.shape)
+        ctx.kernels = kernels
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(total, weight, inverse)
+        return out, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, grad_sum: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return grad_sum, grad_sum, None, None, None
+        total, weight, inverse = ctx.saved_tensors
+        own = None if grad_sum is None else _rows(grad_sum)
+        dx, dweight = ctx.kernels.norm_backward(_rows(grad), own, _rows(total), weight, inverse)
+        dx = dx.view(total.shape)
+        return dx, dx, dweight, None, None
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
-        out = torch.empty_like(gate)
-        torch.ops.bico_ds.swiglu_forward(gate, up, out)
+    def forward(ctx: Any, gate: Tensor, up: Tensor, kernels: ElementwiseKernels) -> Tensor:
+        ctx.kernels = kernels
         ctx.save_for_backward(gate, up)
-        return out
+        return kernels.gate(_rows(gate), _rows(up)).view(gate.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        torch.ops.bico_ds.swiglu_backward(grad_out.contiguous(), gate, up, dgate, dup)
-        return dgate, dup
+        dgate, dup = ctx.kernels.gate_backward(_rows(grad), _rows(gate), _rows(up))
+        # Where they are written over gate and up, those are no part of a graph any more.
+        return dgate.detach().view(gate.shape), dup.detach().view(gate.shape), None
 
 
-def _is_served(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in NATIVE_DTYPES and native_refusal() is None
+def norm_kernels(norm: Any, x: Tensor) -> ElementwiseKernels | None:
+    """Those that a Hugging Face RMSNorm has for x where it is asked to be fused; None: it runs as it is."""
+    return kernels_for(x.dtype, x.device) if norm.weight.dtype == x.dtype else None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 class _FusedNorm:
-    """Mixed in before a Hugging Face RMSNorm; adds the keyword `fused` to its forward."""
+    """Mixed in before a Hugging Face RMSNorm; adds the keywords `residual` and `fused` to its forward.
 
-    def forward(self: Any, hidden_states: Tensor, *, fused: bool = False) -> Tensor:
-        if fused and _is_served(hidden_states) and self.weight.dtype == hidden_states.dtype:
-            return rms_norm(hidden_states, self.weight, self.variance_epsilon)
-        return super().forward(hidden_states)  # type: ignore[misc]
+    With `residual` it returns (the norm of the sum, the sum).
+    """
+
+    def forward(
+        self: Any, hidden_states: Tensor, *, residual: Tensor | None = None, fused: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        kernels = norm_kernels(self, hidden_states) if fused else None
+        if residual is None:
+            if kernels is None:
+                return super().forward(hidden_states)  # type: ignore[misc]
+            return rms_norm(hidden_states, self.weight, self.variance_epsilon, kernels)
+        if kernels is None:
+            total = residual + hidden_states
+            return super().forward(total), total  # type: ignore[misc]
+        return add_rms_norm(hidden_states, residual, self.weight, self.variance_epsilon, kernels)
 
 
 class _FusedMLP:
     """Mixed in before a Hugging Face gated MLP; adds the keyword `fused` to its forward."""
 
     def forward(self: Any, x: Tensor, *, fused: bool = False) -> Tensor:
-        if fused and _is_served(x) and self.config.hidden_act == "silu":
-            return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
-        return super().forward(x)  # type: ignore[misc]
+        kernels = kernels_for(x.dtype, x.device) if fused and self.config.hidden_act == "silu" else None
+        if kernels is None:
+            return super().forward(x)  # type: ignore[misc]
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), kernels))
 
 
 def _fused_classes() -> dict[type, type]:

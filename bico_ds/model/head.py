@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from bico_ds.batch import TeacherRows
 from bico_ds.config.schema import LOW_PRECISION_CHUNKS
 from bico_ds.model.divergence import divergence_from_hidden, divergence_from_stored
+from bico_ds.model.head_softmax import HeadSoftmax, head_softmax
 
 
 class Losses(NamedTuple):
@@ -95,12 +96,13 @@ def chunked_cross_entropy(
     """Sum over rows of the cross entropy of `hidden @ weight.T` against `targets`, and each row's own, without gradient.
 
     hidden [N, E] and weight [V, E] of one floating dtype, targets int64 [N]. Softmax and sums in fp32 (fp64
-    for fp64). At most `chunk_rows` rows of logits exist at a time, about 6 bytes per logit in bf16. Gradients
-    are computed in the forward pass, chunk by chunk, so that no logit is computed twice (as Liger Kernel
-    does, arXiv 2410.10989); the backward pass scales them in place, once. The weight's gradient is summed over
-    chunks in the weight's dtype. Where that is bf16 and the chunks are more than `LOW_PRECISION_CHUNKS`, it is computed
-    for a block of the vocabulary at a time from all rows instead: in the same memory, with the logits computed a
-    second time, and for 1.4 to 1.5 times the time (docs/benchmarks/step.md).
+    for fp64). At most `chunk_rows` rows of logits exist at a time: in bf16 2 bytes per logit where their softmax is
+    one launch (CUDA), elsewhere about 6 (`head_softmax.py`). Gradients are computed in the forward pass, chunk by
+    chunk, so that no logit is computed twice (as Liger Kernel does, arXiv 2410.10989); the backward pass scales them
+    in place, once. The weight's gradient is summed over chunks in the weight's dtype. Where that is bf16 and the
+    chunks are more than `LOW_PRECISION_CHUNKS`, it is computed for a block of the vocabulary at a time from all rows
+    instead: in the same memory, with the logits computed a second time, and on a CPU for 1.4 to 1.5 times the time
+    (docs/benchmarks/step.md).
     """
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_rows, torch.is_grad_enabled())
 
@@ -117,28 +119,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         sums_stall = weight.dtype != loss.dtype and hidden.shape[0] > LOW_PRECISION_CHUNKS * chunk_rows
         lse, row_losses = loss.new_empty(hidden.shape[0]), loss.new_empty(hidden.shape[0])
-        # One pair of buffers for all chunks: fresh pages for each cost more than the arithmetic on a CPU.
-        size = max(min(chunk_rows, len(hidden)) * len(weight), len(hidden))
-        logits_buffer, exact_buffer = hidden.new_empty(size), loss.new_empty(size)
+        # One buffer for all chunks: fresh pages for each cost more than the arithmetic on a CPU.
+        buffer = hidden.new_empty(max(min(chunk_rows, len(hidden)) * len(weight), len(hidden)))
+        softmax = head_softmax(buffer)
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
-            x, labels = hidden[rows], targets[rows, None]
-            logits, log_probs = (_matrix(b, len(x), len(weight)) for b in (logits_buffer, exact_buffer))
-            torch.mm(x, weight.T, out=logits)
-            log_probs.copy_(logits)
-            torch._log_softmax(log_probs, -1, False, out=log_probs)
-            picked = log_probs.gather(1, labels)
-            loss -= picked.sum()
-            row_losses[rows] = -picked[:, 0]
-            lse[rows] = (logits.gather(1, labels) - picked)[:, 0]
-            if wants_hidden or wants_weight:
-                grad_logits = logits.copy_(_less_one_hot(log_probs.exp_(), labels))
-                if grad_hidden is not None:
-                    torch.mm(grad_logits, weight, out=grad_hidden[rows])
-                if grad_weight is not None and not sums_stall:
-                    grad_weight.addmm_(grad_logits.T, x)
+            x = hidden[rows]
+            logits = torch.mm(x, weight.T, out=_matrix(buffer, len(x), len(weight)))
+            wants = wants_hidden or wants_weight
+            softmax.cross_entropy(logits, targets[rows], lse[rows], row_losses[rows], gradient=wants)
+            loss += row_losses[rows].sum()
+            if grad_hidden is not None:
+                torch.mm(logits, weight, out=grad_hidden[rows])
+            if grad_weight is not None and not sums_stall:
+                grad_weight.addmm_(logits.T, x)
         if grad_weight is not None and sums_stall:
-            _fill_by_vocabulary(grad_weight, hidden, weight, targets, lse, logits_buffer, exact_buffer)
+            _fill_by_vocabulary(grad_weight, hidden, weight, targets, lse, buffer, softmax)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(row_losses)
         return loss, row_losses
@@ -160,25 +156,17 @@ def _fill_by_vocabulary(
     weight: Tensor,
     targets: Tensor,
     lse: Tensor,
-    logits_buffer: Tensor,
-    exact_buffer: Tensor,
+    buffer: Tensor,
+    softmax: HeadSoftmax,
 ) -> None:
-    """Fill `grad_weight` [V, E] from all rows at once, for as many words of the vocabulary as the buffers hold logits of.
+    """Fill `grad_weight` [V, E] from all rows at once, for as many words of the vocabulary as the buffer holds logits of.
 
     lse [N], in the loss's dtype.
     """
-    size = logits_buffer.numel() // len(hidden)
+    size = buffer.numel() // len(hidden)
+    size = max(1, size - size % softmax.column_multiple)
     for start in range(0, len(weight), size):
         block = weight[start : start + size]
-        logits, probs = (_matrix(b, len(hidden), len(block)) for b in (logits_buffer, exact_buffer))
-        torch.mm(hidden, block.T, out=logits)
-        probs.copy_(logits).sub_(lse[:, None]).exp_()
-        logits.copy_(_less_one_hot(probs, targets[:, None] - start))
+        logits = torch.mm(hidden, block.T, out=_matrix(buffer, len(hidden), len(block)))
+        softmax.write_gradient(logits, targets, lse, start)
         torch.mm(logits.T, hidden, out=grad_weight[start : start + size])
-
-
-def _less_one_hot(probs: Tensor, labels: Tensor) -> Tensor:
-    """probs [N, V] less 1 at labels [N, 1] where these lie within, in place."""
-    columns = probs.shape[1]
-    inside = ((labels >= 0) & (labels < columns)).to(probs.dtype)
-    return probs.scatter_add_(1, labels.clamp(0, columns - 1), -inside)

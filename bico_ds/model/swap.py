@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from bico_ds.attention.layout import Layout
 from bico_ds.attention.packed import packed_attention
 from bico_ds.attention.plan import AttentionPlan
 from bico_ds.common.errors import UserError
-from bico_ds.model.elementwise import swap_elementwise
+from bico_ds.model.elementwise import norm_kernels, swap_elementwise
 from bico_ds.model.families import FAMILIES, family_of
 
 # Rotary embeddings whose table at a position depends on that position alone ("dynamic" and "longrope" do not).
@@ -73,8 +74,48 @@ class _PackedAttention:
         return self.o_proj(out_TNH.reshape(*hidden_1TE.shape[:2], -1))
 
 
+class NormedOnce:
+    """The normed rows that enter a layer, for its first run: where the layer is recomputed, it norms their sum again.
+
+    A checkpointed layer so keeps that sum alone.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self._rows: Tensor | None = rows
+
+    def take(self, norm: nn.Module, total: Tensor) -> Tensor:
+        """The rows, once; then those that `norm` makes of the sum that they were made of."""
+        rows, self._rows = self._rows, None
+        return _NormedAgain.apply(total, norm.weight, norm) if rows is None else rows
+
+
+class _NormedAgain(torch.autograd.Function):
+    """A norm that keeps nothing: gradients take the way of the first run, whose layer needs but the values again.
+
+    The weight, which under ZeRO-3 is there in the module alone, says whether the rows need a gradient, as theirs did.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, weight: Tensor, norm: nn.Module) -> Tensor:
+        return norm(total, fused=True)
+
+
+def enter(layer: nn.Module, branch: Tensor, total: Tensor | None) -> tuple[NormedOnce | None, Tensor]:
+    """What a packed layer takes of the one before it, as its `normed` and hidden_states [1, T, E].
+
+    `branch`: what is to be added to `total`; of the first layer the embeddings, to nothing. Hugging Face's norm, which
+    keeps more than a sum, is left to the layer, and so is a norm that has nothing to add.
+    """
+    if total is None:
+        return None, branch
+    if norm_kernels(layer.input_layernorm, branch) is None:
+        return None, total + branch
+    normed_1TE, total = layer.input_layernorm(branch, residual=total, fused=True)
+    return NormedOnce(normed_1TE), total
+
+
 class _PackedLayer:
-    """Mixed in before a Hugging Face decoder layer; adds the keywords `plan` and `layout` to its forward."""
+    """Mixed in before a Hugging Face decoder layer; adds the keywords `plan`, `layout` and `normed` to its forward."""
 
     def forward(
         self: Any,
@@ -82,16 +123,25 @@ class _PackedLayer:
         *args: Any,
         plan: AttentionPlan | None = None,
         layout: Layout | None = None,
+        normed: NormedOnce | None = None,
         **kwargs: Any,
-    ) -> Tensor:
-        """As `_PackedAttention.forward`, the hidden states alone."""
+    ) -> Any:
+        """Without a plan Hugging Face's own. With one, hidden_states and `normed` are what `enter` gives.
+
+        Then it returns (branch, total), both [1, T, E]: their sum is the layer's output, which the next norm makes.
+        """
         if plan is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        norm = self.input_layernorm
         mixed_1TE, _ = self.self_attn(
-            self.input_layernorm(hidden_states, fused=True), *args, plan=plan, layout=layout, **kwargs
+            norm(hidden_states, fused=True) if normed is None else normed.take(norm, hidden_states),
+            *args,
+            plan=plan,
+            layout=layout,
+            **kwargs,
         )
-        hidden_1TE = hidden_states + mixed_1TE
-        return hidden_1TE + self.mlp(self.post_attention_layernorm(hidden_1TE, fused=True), fused=True)
+        normed_1TE, total_1TE = self.post_attention_layernorm(mixed_1TE, residual=hidden_states, fused=True)
+        return self.mlp(normed_1TE, fused=True), total_1TE
 
 
 def _packed_classes() -> dict[type, type]:

@@ -4,9 +4,8 @@ What autograd keeps of a layer is a table (`bico_ds.planner.rows.kept`); for the
 replayed in autograd's order (`bico_ds.planner.rows.backward`).
 
 Beside the s·b·h·(34 + 5·a·s/h) bytes per layer of Korthikanti et al. (arXiv 2205.05198, equation 2), in 16 bits: there is no
-5·a·s/h, since no kernel here keeps scores; no dropout, and so none of its masks; a gated MLP keeps 4 tensors of the
-intermediate size (fused: 3), a plain one 2 of 4h; keys and values are narrower than queries; and a norm of Hugging Face
-keeps its input in fp32, and it again before its weight, 6 bytes per element, where a LayerNorm keeps 2.
+5·a·s/h, since no kernel here keeps scores; no dropout, and so none of its masks; a gated MLP keeps 3 tensors of the
+intermediate size, a plain one 2 of 4h; and keys and values are narrower than queries.
 """
 
 from __future__ import annotations
@@ -33,8 +32,10 @@ from bico_ds.planner.rows.case import FP32, Case, case_of
 from bico_ds.planner.rows.kept import KeptTensor, layer_tensors, norm_tensors
 from bico_ds.planner.workload import MicroBatch
 
-# What `_less_one_hot` of bico_ds/model/head.py makes per row: two int64, two fp32.
+# What `_less_one_hot` of bico_ds/model/head_softmax.py makes per row: two int64, two fp32.
 _LABEL = 24
+# Of `flip_places` of attention/plan.py, per kept row: int32.
+_PLACE = 4
 # What model/divergence.py has at once per logit of a compared row: log p, log q, p and q, log p - log q, and it times p.
 _COMPARED_LOGIT = 6 * FP32
 
@@ -59,8 +60,8 @@ def activation_memory(
     """Bytes of all tensors that grow with the rows of `batch`, and of what kernels need to make them.
 
     `zero3`: DeepSpeed's stage 3 puts a function in the place of `torch.nn.functional.linear` that keeps every input
-    (`LinearFunctionForZeroStage3` of its runtime/zero/linear.py), which matters where weights are frozen. On a CPU the
-    fused kernels of `bico_ds/native` are assumed.
+    (`LinearFunctionForZeroStage3` of its runtime/zero/linear.py), which matters where weights are frozen. What is
+    taken to be installed: `bico_ds.planner.rows.case.Case`.
     """
     case = case_of(architecture, model, on_cuda=on_cuda, zero3=zero3)
     every, last = model.activation_checkpointing, architecture.layers - 1
@@ -72,7 +73,7 @@ def activation_memory(
         kept=(
             _item(
                 "inputs of recomputed layers",
-                batch.rows * sum(recomputed) * case.size * architecture.hidden,
+                batch.rows * sum(recomputed) * (case.size * architecture.hidden + FP32),
                 f"{sum(recomputed)} layers",
             ),
             _item("layers kept whole", batch.rows * sum(map(_bytes, whole)), f"{len(whole)} layers"),
@@ -136,8 +137,8 @@ def _peak(
         layer_backward(alive, case, batch, tile)
         alive.only("gradient of the layer")
     if any(recomputed):
-        # Where no copy in fp32 is made, the first norm keeps the layer's input itself, which checkpointing keeps anyhow.
-        held = {"input of the first norm"} if case.keeps_norm_input else set()
+        # The first norm has run before the layer, and what it keeps is there anyhow.
+        held = {tensor.name for tensor in norm_tensors(case, "first norm", case.shapes.hidden)}
         alive.keep(tensor for tensor in layer if tensor.name not in held)
         layer_forward(alive, case, recomputed=True)
         layer_backward(alive, case, batch, tile)
@@ -148,8 +149,11 @@ def _of_all_layers(case: Case, batch: MicroBatch) -> Iterator[Item]:
     """What all layers read: rotary tables, the batch with its plan and layout, and the masks of its tiles."""
     yield _item("rotary tables", 2 * case.size * case.shapes.head_dim * batch.rows, "cos and sin of each row")
     # The layout has a plan of its own for the flash kernel, and a table of rows for the kernels that serve all.
-    plan = 2 * INDEX * (flipped_rows(batch) + batch.live_rows) * (2 if case.attention == "flash" else 1)
-    table = {"fused": 2 * INDEX, "triton": 2 * FP32}.get(case.attention, 0) * batch.rows
+    tables = 2 * INDEX * (flipped_rows(batch) + batch.live_rows) + _PLACE * batch.kept_rows
+    plan = tables * (2 if case.attention == "flash" else 1)
+    entry = {"fused": 2 * INDEX, "triton": 2 * FP32, "flash": 0 if case.tiles_live else 2 * FP32}
+    served = batch.live_rows if case.attention == "flash" else batch.rows
+    table = entry.get(case.attention, 0) * served
     ids = 2 * INDEX * (batch.rows + batch.head_rows)
     yield _item("batch, plan and layout", ids + plan + table, "bico_ds/batch.py, attention/layout.py")
     if (scores := tiled_scores(case, batch)).high:
@@ -166,9 +170,11 @@ def _head(case: Case, model: ModelSpec, batch: MicroBatch) -> Iterator[Item]:
     """`chunked_cross_entropy` of bico_ds/model/head.py, without the gradient of its weight."""
     rows = batch.head_rows
     chunk = min(model.loss_chunk_rows, rows)
-    logits = (case.size + FP32) * max(chunk * case.shapes.vocabulary, rows)
+    # Without Triton the softmax has a copy of the logits in fp32.
+    exact = 0 if case.on_cuda else FP32
+    logits = (case.size + exact) * max(chunk * case.shapes.vocabulary, rows)
     compared = _COMPARED_LOGIT * min(chunk, batch.compared_rows) * case.shapes.vocabulary
-    how = f"of {chunk:.0f} rows, in {model.dtype} and in fp32"
+    how = f"of {chunk:.0f} rows, in {model.dtype}{' and in fp32' if exact else ''}"
     if compared > logits:
         how = f"of {min(chunk, batch.compared_rows):.0f} rows, of both models, in fp32 (model/divergence.py)"
     yield _item("logits of a chunk", max(logits, compared), how)
@@ -179,7 +185,7 @@ def _head(case: Case, model: ModelSpec, batch: MicroBatch) -> Iterator[Item]:
         weight = case.size * case.shapes.vocabulary * case.shapes.hidden
         yield _item("the divergence's gradient of the head", weight, "beside that of the loss")
     by_vocabulary = case.size < FP32 and rows > LOW_PRECISION_CHUNKS * chunk
-    labels = _LABEL * (rows if by_vocabulary else chunk)
+    labels = 0 if case.on_cuda else _LABEL * (rows if by_vocabulary else chunk)
     hidden = case.size * case.shapes.hidden * (batch.rows + 2 * rows) + FP32 * rows + labels
     yield _item("rows with a loss", hidden, "the last hidden states, those with a loss, and their gradients")
 

@@ -174,10 +174,8 @@ class _Replay:
         tied = self.head.parameters == self.modules[0].parameters
         kept, size = 0, 0.0
         for held in backward:
-            module, new = (
-                held.visit.module,
-                0 if held.visit.during == "recomputed" else self._new(held.visit.module),
-            )
+            module = held.visit.module
+            new = self._new(module) if held.visit.during == "backward" else 0
             yield _Point(
                 module=module,
                 gathered=states.size * held.most,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from bico_ds.proof.findings import Findings
 from bico_ds.proof.results import Result
@@ -52,15 +52,20 @@ def _step_time(findings: Findings, *, length: int) -> float | None:
 
     By one backend for both, one that is slow for NTP would make BICO look good.
     """
-    steps = [step for step in findings.steps if step["length"] == length]
+    steps = _steps(findings, length)
     bico, ntp = ([step["ms"] for step in steps if step["kind"] == kind] for kind in ("bico", "ntp"))
     return min(bico) / min(ntp) if bico and ntp else None
 
 
 def _mfu(findings: Findings, *, kind: str) -> float | None:
     """Percent, of the step with long documents, by the attention backend that is fastest."""
-    found = [step["mfu"] for step in findings.steps if (step["kind"], step["length"]) == (kind, LONG)]
+    found = [step["mfu"] for step in _steps(findings, LONG) if step["kind"] == kind]
     return max((100 * mfu for mfu in found if mfu is not None), default=None)
+
+
+def _steps(findings: Findings, length: int) -> list[dict[str, Any]]:
+    """Of documents of `length` tokens, without the plain ones, which others are compared with."""
+    return [step for step in findings.steps if step["length"] == length and not step.get("plain")]
 
 
 def _memory_off(findings: Findings) -> float | None:

@@ -9,15 +9,17 @@ a kernel compiles. A process that starts (torch, CUDA) takes 10.
 | part | expected | of which |
 |---|---|---|
 | check | 75 | 50 Triton kernels, each 1 to 2 to compile, shapes side by side; cached for the parts after it |
-| speed | 35 | 3 backends, each in a process forked in 4; 40 cases of 0.3 |
-| policy | 40 | its `--seconds`: beside either alternative 56 cases of 0.3, and a check |
-| step | 105 | to build the model 20; 2 backends, each 4 kinds: 11 steps of 0.3, and 6 to read the profile |
+| speed | 35 | 3 backends, each in a process forked in 4; 42 cases of 0.3 |
+| policy | 36 | its `--seconds`: 8 per flash kernel; beside either alternative 56 cases of 0.3, and a check |
+| step | 109 | to build the model 20; 2 backends, each 4 kinds: 11 steps of 0.3, and 6 to read the profile; 14 plain steps |
 | baselines | 55 | to build the model 20; 10 ways of 7 steps, of 0.3 to 0.5; with TRL 50 more |
 | run | 40 | 2 starts one after the other, evaluation, export |
 | nccl | 10 | |
 
-That is 360. fused_adam takes 10 without nvcc; with it, a minute to compile, which the next call has. Even where check, speed
-and policy take all that they may, a step still gets all of its own: 90 + 45 + 45 + 120 = 300.
+That is 360 with torch's own flash kernel alone. Each of flash-attn, flash-attn-3 and flash-attn-4 that is installed would
+take 7 more of check, 16 of speed and 8 of policy, which leave out what they have no time for. fused_adam takes 10 without
+nvcc; with it, a minute to compile, which the next call has. Even where check, speed and policy take all that they may, a
+step still gets all of its own: 90 + 45 + 45 + 120 = 300.
 """
 
 from __future__ import annotations
@@ -76,15 +78,15 @@ PARTS = {
         ),
         Part(
             name="policy",
-            question="Which rows should which kernel serve on this GPU?",
+            question="Which flash kernel is fastest on this GPU, and which rows should which kernel serve?",
             tool="gpu_policy.py",
-            options=("--out", "{out}/policy.json", "--seconds", "30"),
+            options=("--out", "{out}/policy.json", "--seconds", "26"),
             in_a_rehearsal=PATIENT,
             seconds=45,
         ),
         Part(
             name="step",
-            question="How fast is a whole training step, what is it made of, where does the host wait?",
+            question="How fast is a whole training step, and a plain one, what is it made of, where does the host wait?",
             tool="gpu_step.py",
             options=("--out", "{out}/step", "--also", "triton", "--set", TORCH_ADAM),
             seconds=120,

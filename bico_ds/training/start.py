@@ -56,9 +56,9 @@ from bico_ds.training.callbacks.utilization import Utilization
 from bico_ds.training.checks import beyond_context, check_backend, check_recipe, what_may_be_lost
 from bico_ds.training.evaluator import Evaluator, refuse_above_limit, texts_before
 from bico_ds.training.fit import refuse_what_cannot_fit
+from bico_ds.training.planning import StartPlan, plan_of_start
 from bico_ds.training.run import Run
 from bico_ds.training.spikes import SpikeDetector
-from bico_ds.training.start_plan import StartPlan, plan_of_start
 from bico_ds.training.targetless import TargetlessSteps
 from bico_ds.training.trainer import Trainer
 

@@ -4,6 +4,12 @@ The loss is scaled in `Trainer._forward_backward`: a micro-batch gives the sum o
 (ranks / targets of the whole global batch) goes to `backward`. DeepSpeed averages gradients over the ranks, so the update
 follows the mean over all targets, however they are spread over ranks and micro-batches. The divergence of `retention` is a
 mean over the compared rows in the same way.
+
+The host waits for the device once per step, between the last backward pass and the update (`Trainer._totals`): what the
+step gave, what all ranks must know of the next one (its targets, whether to stop before it), and the gradient norm of the
+one before are one vector. So a step is reported when the next one is made. Before a pause (a checkpoint, an evaluation, the
+end) the norm is read at once, and nothing is known of the step after it: that step agrees by itself, as the first one
+does. DeepSpeed's own waits: docs/benchmarks/step.md.
 """
 
 from __future__ import annotations
@@ -11,7 +17,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +31,7 @@ from bico_ds.evaluation.results import EvaluationResult
 from bico_ds.model.deepspeed_engine import Engine
 from bico_ds.model.head import Losses
 from bico_ds.runtime import host_memory
-from bico_ds.runtime.distributed import all_reduce_sum, broadcast_object
+from bico_ds.runtime.distributed import broadcast_object
 from bico_ds.runtime.run_folder import State
 from bico_ds.runtime.watchdog import Watchdog
 from bico_ds.training import nonfinite
@@ -34,6 +40,7 @@ from bico_ds.training.evaluator import Evaluator, scalars
 from bico_ds.training.micro_batches import name_worst
 from bico_ds.training.run import Run
 from bico_ds.training.spikes import SpikeDetector
+from bico_ds.training.step_totals import AgreedStep, StepCounts, StepTotals, add_up, agree
 from bico_ds.training.targetless import TargetlessSteps
 
 
@@ -41,16 +48,18 @@ class SpikeError(RunError):
     """A loss or gradient norm is far above its running median, and `training.on_spike` is `stop`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepCounts:
-    """Of the whole global batch: its targets, and the rows that are compared with the start model."""
-
-    targets: int
-    compared: int
-
-
 class RetentionError(RunError):
     """A retention text's perplexity is above its `stop_if_above`; the step is saved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TakenStep:
+    """A step that is not yet reported, because its `norm` (a scalar) is on the device; `losses`: of its `batches`, sums."""
+
+    report: StepReport
+    norm: torch.Tensor
+    batches: Sequence[PackedBatch]
+    losses: list[torch.Tensor]
 
 
 class Loader(Protocol):
@@ -94,39 +103,62 @@ class Trainer:
         self.consumed = loader.start_consumed
         self._saved_step = step  # at step 0 there is nothing to save
         self._cut_evaluation = False
+        self._unreported: _TakenStep | None = None
 
     def train(self) -> State:
         """Train until the last step or until a stop is agreed, and save a checkpoint of that step (of step 0: none).
 
         Raises `NonFiniteError`, `SpikeError`, `RetentionError`, `NoTargetsError` and `CheckpointError`, on all ranks alike.
         """
-        if self._evaluation_is_missing():
-            self._evaluate()
-        while self.step < self.total_steps:
-            self.watchdog.note_progress()
-            started, waited = time.perf_counter(), self.loader.wait_seconds
-            rank_step = self.loader.step(self.step)
-            counts, stop = self._agree(rank_step.batches)
-            if stop:
-                break
-            take_step = self._optimize if counts.targets else self._pass_over
-            report = take_step(rank_step, counts, started, waited)
-            self.step += 1
-            if self.run.ranks.device.type == "cpu":
-                host_memory.release_freed_pages()
-            self.callbacks.on_step(report)
-            if (message := self.targetless.count(report)) is not None:
-                self.callbacks.on_message(message)
-            last = self.step == self.total_steps
-            if last or self.checkpointer.is_due(self.step):
-                # Before the evaluation, which may take long: a crash in it must not cost steps.
-                self._save(required=last)
-            if self.evaluator.is_due(self.step, self.total_steps):
-                self._evaluate()
+        try:
+            self._take_steps()
+        except RunError:
+            # On all ranks alike, so that the step before can still be reported.
+            self._report()
+            raise
         if self._saved_step != self.step:
             self._save(required=True)
         self.targetless.require_some(self.step, self.total_steps)
         return "done" if self.step == self.total_steps and not self._cut_evaluation else "preempted"
+
+    def _take_steps(self) -> None:
+        if self._evaluation_is_missing():
+            self._evaluate()
+        agreed: AgreedStep | None = None
+        while self.step < self.total_steps:
+            self.watchdog.note_progress()
+            started, waited = time.perf_counter(), self.loader.wait_seconds
+            agreed = agreed or agree(self.loader.step(self.step), self.run)
+            if agreed.stop:
+                break
+            agreed = self._take_step(agreed, started, waited)
+            self.step += 1
+            if self.run.ranks.device.type == "cpu":
+                host_memory.release_freed_pages()
+            if self.run.recipe.training.on_spike == "stop":
+                # A step whose norm has jumped must be the last one, and must not be saved.
+                self._report()
+            if agreed is None:
+                self._pause()
+        self._report()
+
+    def _pauses_after(self, step: int) -> bool:
+        """Whether training pauses after so many steps, or ends; the same on all ranks."""
+        return (
+            step == self.total_steps
+            or self.checkpointer.is_due(step)
+            or self.evaluator.is_due(step, self.total_steps)
+        )
+
+    def _pause(self) -> None:
+        """What is due between two steps."""
+        self._report()
+        last = self.step == self.total_steps
+        if last or self.checkpointer.is_due(self.step):
+            # Before the evaluation, which may take long: a crash in it must not cost steps.
+            self._save(required=last)
+        if self.evaluator.is_due(self.step, self.total_steps):
+            self._evaluate()
 
     def _evaluation_is_missing(self) -> bool:
         """Whether that before the first step is due, or a stop or a crash cut off that of the step resumed from."""
@@ -134,83 +166,72 @@ class Trainer:
             return False
         return self.step == 0 or broadcast_object(not self.evaluator.has_result(self.step))
 
-    def _agree(self, batches: Sequence[PackedBatch]) -> tuple[StepCounts, bool]:
-        """The counts of the whole step, and whether any rank was asked to stop: one all-reduce before the first backward."""
-        targets = sum(len(batch.targets) for batch in batches)
-        compared = sum(len(batch.compared.index) for batch in batches if batch.compared is not None)
-        targets, compared, stops = map(
-            int, all_reduce_sum([targets, compared, float(bool(self.run.stop))], self.run.ranks.device)
-        )
-        return StepCounts(targets=targets, compared=compared), stops > 0
+    def _take_step(self, agreed: AgreedStep, started: float, waited: float) -> AgreedStep | None:
+        """Forward, backward and update of one global batch, and the report of the step before; returns the next step.
 
-    def _optimize(self, rank_step: RankStep, counts: StepCounts, started: float, waited: float) -> StepReport:
-        """Forward, backward and update of one global batch; the loss is the mean over all its targets."""
-        ranks, batches, targets = self.run.ranks, rank_step.batches, counts.targets
-        found = self._forward_backward(batches, counts)
+        The loss is the mean over all targets. Without any target there is no forward and no update, but the schedule counts
+        the step. Of a step before a pause the next one is not known: None.
+        """
+        rank_step, counts = agreed.rank_step, agreed.counts
+        found = self._forward_backward(rank_step.batches, counts) if counts.targets else []
+        totals = self._totals(rank_step.batches, found, waited)
+        report = self._report_of(agreed, totals)
         losses = [part.loss for part in found]
-        totals = self._totals(batches, found, self.loader.wait_seconds - waited)
-        loss = totals[0] / targets
-        learning_rate = self.engine.get_lr()[0]
         if self.run.recipe.training.on_spike == "stop":
             # The gradient norm is known after the update only.
-            self._look_for_spike(rank_step, losses, loss)
+            self._look_for_spike(report, rank_step.batches, losses)
         both = [part.loss + part.divergence for part in found]
-        applied = self._update(batches, both, math.isfinite(totals[0] + totals[5]))
+        applied = self._update(rank_step.batches, both, math.isfinite(totals.loss + totals.divergence))
         norm = self.engine.get_global_grad_norm() if applied else math.nan
-        # Not `norm or 0.0`: of a tensor on a GPU that would wait for it a second time.
-        grad_norm = 0.0 if norm is None else float(norm)
+        # DeepSpeed's is a scalar tensor, on the device or (with offload) the host; None where it computes none.
+        norm = norm if isinstance(norm, torch.Tensor) else torch.tensor(norm or 0.0)
         self.consumed = self.consumed.plus(rank_step.counts)
+        seconds = time.perf_counter() - started
+        report = replace(report, applied=applied, sources=self.consumed.by_source(), seconds=seconds)
+        # After the update has begun, so that what shows and writes a step does not hold it up.
+        self._report(totals.norm_before)
+        self._unreported = _TakenStep(report=report, norm=norm, batches=rank_step.batches, losses=losses)
+        return totals.following
+
+    def _report_of(self, agreed: AgreedStep, totals: StepTotals) -> StepReport:
+        """What is known of a step before its update."""
+        counts, size = agreed.counts, self.run.ranks.world_size
         return StepReport(
             step=self.step + 1,
-            objective=rank_step.objective,
-            loss=loss,
-            targets=targets,
-            grad_norm=grad_norm,
-            learning_rate=learning_rate,
-            kept_tokens=int(totals[1]),
-            represented_tokens=int(totals[2]),
-            fill=rank_step.fill,
-            seconds=time.perf_counter() - started,
-            wait_seconds=totals[3] / ranks.world_size,
-            sources=self.consumed.by_source(),
-            pairs=int(totals[4]),
-            applied=applied,
-            is_spike=applied and self._look_for_spike(rank_step, losses, loss, grad_norm),
-            divergence=totals[5] / counts.compared if counts.compared else None,
-            source_losses=self._source_losses(totals[6:]),
-        )
-
-    def _source_losses(self, totals: list[float]) -> dict[str, list[float]]:
-        """By data source the mean loss and the targets, from the sums and counts of `_totals`; of none without targets."""
-        names = list(self.consumed.sources)
-        pairs = zip(names, totals[: len(names)], totals[len(names) :], strict=False)
-        return {name: [total / count, count] for name, total, count in pairs if count}
-
-    def _pass_over(
-        self, rank_step: RankStep, counts: StepCounts, started: float, waited: float
-    ) -> StepReport:
-        """A step without any target, on all ranks alike: no forward and no update, but the schedule counts it."""
-        ranks, learning_rate = self.run.ranks, self.engine.get_lr()[0]
-        # No step of the engine: without a gradient it would still decay the weights and move Adam's averages.
-        self.engine.lr_scheduler.step()
-        self.consumed = self.consumed.plus(rank_step.counts)
-        (wait_seconds,) = all_reduce_sum([self.loader.wait_seconds - waited], ranks.device)
-        return StepReport(
-            step=self.step + 1,
-            objective=rank_step.objective,
-            loss=math.nan,
+            objective=agreed.rank_step.objective,
+            loss=totals.loss / counts.targets if counts.targets else math.nan,
             targets=counts.targets,
             grad_norm=math.nan,
-            learning_rate=learning_rate,
-            kept_tokens=0,
-            represented_tokens=0,
-            fill=rank_step.fill,
-            seconds=time.perf_counter() - started,
-            wait_seconds=wait_seconds / ranks.world_size,
-            sources=self.consumed.by_source(),
-            pairs=0,
-            applied=False,
+            learning_rate=self.engine.get_lr()[0],
+            kept_tokens=totals.rows,
+            represented_tokens=totals.represented,
+            fill=agreed.rank_step.fill,
+            seconds=math.nan,
+            wait_seconds=totals.wait_seconds / size,
+            pairs=totals.pairs,
+            divergence=totals.divergence / counts.compared if counts.targets and counts.compared else None,
+            source_losses=self._source_losses(totals),
         )
+
+    def _report(self, norm: float | None = None) -> None:
+        """Report the last step, unless that is done; `norm` is its gradient's, and without it the host waits for it."""
+        if (taken := self._unreported) is None:
+            return
+        self._unreported = None
+        report = replace(taken.report, grad_norm=float(taken.norm) if norm is None else norm)
+        if report.applied:
+            is_spike = self._look_for_spike(report, taken.batches, taken.losses, report.grad_norm)
+            report = replace(report, is_spike=is_spike)
+        elif report.targets:
+            self.callbacks.on_message(f"step {report.step}: loss or gradient not finite, update skipped")
+        self.callbacks.on_step(report)
+        if (message := self.targetless.count(report)) is not None:
+            self.callbacks.on_message(message)
+
+    def _source_losses(self, totals: StepTotals) -> dict[str, list[float]]:
+        """By data source the mean loss and the targets; of none without targets."""
+        triples = zip(self.consumed.sources, totals.source_losses, totals.source_targets, strict=False)
+        return {name: [total / count, count] for name, total, count in triples if count}
 
     def _forward_backward(self, batches: Sequence[PackedBatch], counts: StepCounts) -> list[Losses]:
         """Add up the gradients of this rank's micro-batches; return their sums of losses, in nats and not scaled."""
@@ -233,32 +254,37 @@ class Trainer:
                 self.engine.step()
         return found
 
-    def _totals(self, batches: Sequence[PackedBatch], found: Sequence[Losses], waited: float) -> list[float]:
-        """Over all ranks: loss, rows, tokens, seconds of waiting, pairs, divergence; by source the losses, the targets.
+    def _totals(self, batches: Sequence[PackedBatch], found: Sequence[Losses], waited: float) -> StepTotals:
+        """What the step gave, with the next step unless a pause comes before it: here a step waits for the device.
 
-        What is on the device is read at once: each reading waits for it.
+        `found`: of each batch, none of a step without targets; `waited`: what the loader had waited when the step began.
         """
-        rows = sum(len(batch.input_ids) for batch in batches)
-        represented = sum(batch.represented_tokens for batch in batches)
-        pairs = sum(batch.plan.num_pairs for batch in batches)
-        sums = torch.stack([torch.stack((part.loss, part.divergence)) for part in found]).double().sum(0)
-        targets: list[int] = []
-        if (size := len(self.consumed.sources)) > 1:
-            sources = torch.cat([b.target_sources for b in batches if b.target_sources is not None])
-            row_losses = torch.cat([part.row_losses for part in found]).double()
-            by_source = sums.new_zeros(size).index_add_(0, sources.to(sums.device), row_losses)
-            sums, targets = torch.cat([sums, by_source]), torch.bincount(sources, minlength=size).tolist()
-        loss, divergence, *losses = sums.tolist()
-        own = [loss, rows, represented, waited, pairs, divergence, *losses, *targets]
-        return all_reduce_sum(own, self.run.ranks.device)
+        # While the device works; the batches are built by then, as a rule.
+        following = None if self._pauses_after(self.step + 1) else self.loader.step(self.step + 1)
+        return add_up(
+            batches if found else [],
+            found,
+            self.run,
+            sources=len(self.consumed.sources),
+            wait_seconds=self.loader.wait_seconds - waited,
+            norm_before=None if self._unreported is None else self._unreported.norm,
+            following=following,
+        )
 
     def _update(
         self, batches: Sequence[PackedBatch], losses: list[torch.Tensor], loss_is_finite: bool
     ) -> bool:
-        """The optimizer step; returns whether it changed the weights. Where a gradient is not finite, DeepSpeed skips it."""
+        """The optimizer step; returns whether it changed the weights. Where a gradient is not finite, DeepSpeed skips it.
+
+        `losses`: of each batch, with its divergence; none of a step without targets, which changes nothing.
+        """
         must_stop = self.run.recipe.training.on_nonfinite == "stop"
         if not loss_is_finite and must_stop:
             nonfinite.stop(self.step, batches, losses, self.run)
+        if not losses:
+            # No step of the engine: without a gradient it would still decay the weights and move Adam's averages.
+            self.engine.lr_scheduler.step()
+            return False
         self.engine.step()
         applied = bool(self.engine.was_step_applied())
         if applied and not loss_is_finite:
@@ -270,19 +296,22 @@ class Trainer:
                 nonfinite.stop(self.step, batches, losses, self.run)
             # DeepSpeed leaves the schedule where it was, but the schedule counts steps, not updates.
             self.engine.lr_scheduler.step()
-            self.callbacks.on_message(f"step {self.step + 1}: loss or gradient not finite, update skipped")
         return applied
 
     def _look_for_spike(
-        self, rank_step: RankStep, losses: list[torch.Tensor], loss: float, grad_norm: float | None = None
+        self,
+        report: StepReport,
+        batches: Sequence[PackedBatch],
+        losses: list[torch.Tensor],
+        grad_norm: float | None = None,
     ) -> bool:
         """Whether this step's loss or norm is one. With `grad_norm` the update was made. Raises `SpikeError`."""
-        choice, step, objective = self.run.recipe.training.on_spike, self.step + 1, rank_step.objective
-        spike = self.spikes.find(step, objective, loss=loss, grad_norm=grad_norm)
+        choice, step, objective = self.run.recipe.training.on_spike, report.step, report.objective
+        spike = self.spikes.find(step, objective, loss=report.loss, grad_norm=grad_norm)
         if choice == "off" or spike is None:
             return False
         if choice == "stop" or self.spikes.is_first(objective):
-            where = name_worst(step, rank_step.batches, losses, self.run)
+            where = name_worst(step, batches, losses, self.run)
             if choice == "stop":
                 done = (
                     "the weights are unchanged"

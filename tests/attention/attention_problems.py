@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bico_ds.attention.kernels.cpu_flash import CpuFlash
 from bico_ds.attention.oracle import dense_attention
 from bico_ds.attention.plan import AttentionPlan, build_plan
 
@@ -83,6 +84,12 @@ class Problem:
         dk = torch.einsum("mhn,mh->nh", errors, q.square().amax(-1)).unflatten(1, (-1, group)).sum(-1)
         one = torch.ones(1, 1, 1, dtype=torch.float64)
         return [one, *(x[self.token_of_row, :, None].sqrt().clamp_min(1.0) for x in (dq, dk)), one]
+
+
+class NoKeyMask(CpuFlash):
+    """A kernel like the CUDA ones, which take no key mask: hidden keys must come as a wider head."""
+
+    hides_keys = False
 
 
 FLOATS = ("q", "k", "v", "cos", "sin", "grad_out")

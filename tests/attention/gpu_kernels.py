@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ RECORDS = Path(__file__).parent / "recorded_signatures"
 # Arguments that we give a meaning; every other one must have its default,
 OURS = {
     "q", "k", "v", "out", "dout", "dq", "dk", "dv", "softmax_lse", "lse", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q",
-    "max_seqlen_k", "softmax_scale", "causal", "return_softmax", "return_lse", "deterministic",
+    "max_seqlen_k", "softmax_scale", "causal", "is_causal", "return_softmax", "return_lse", "deterministic", "num_splits",
 }  # fmt: skip
 # or this value, where it has none.
 NEUTRAL = {
@@ -115,16 +116,36 @@ class Package:
     def read(path: Path) -> Package:
         record = json.loads(path.read_text(encoding="utf-8"))
         del record["source"]
-        return Package(**record)
+        schemas = all(isinstance(function, str) for function in record["functions"].values())
+        return (OperatorPackage if schemas else Package)(**record)
 
     @contextmanager
-    def installed(self, folder: Path) -> Iterator[None]:
-        """Inside, a package with these signatures is the one that is installed, in `folder`."""
+    def installed(self, folder: Path, changed: dict[str, Any] | None = None) -> Iterator[None]:
+        """Inside, a package with these signatures is the one that is installed, in `folder`.
+
+        `changed`: arguments that its functions get in the place of those in a call, or beside them.
+        """
         info = folder / f"{self.distribution.replace('-', '_')}-{self.version}.dist-info"
         info.mkdir(parents=True)
         (info / "METADATA").write_text(
             f"Metadata-Version: 2.1\nName: {self.distribution}\nVersion: {self.version}\n"
         )
+        self._write_module(folder)
+        real = {name: sys.modules.pop(name) for name in _loaded(folder, self.module)}
+        sys.path.insert(0, str(folder))
+        importlib.invalidate_caches()
+        backends.resolve.cache_clear()
+        try:
+            with self._answering(changed or {}):
+                yield
+        finally:
+            sys.path.remove(str(folder))
+            for name in _loaded(folder, self.module):
+                del sys.modules[name]
+            sys.modules.update(real)
+            backends.resolve.cache_clear()
+
+    def _write_module(self, folder: Path) -> None:
         module = folder / self.module
         for package in itertools.takewhile(lambda parent: parent != folder, module.parents):
             package.mkdir(parents=True, exist_ok=True)
@@ -133,20 +154,12 @@ class Package:
         for name, function in self.functions.items():
             lines += [f"def {name}({function['parameters']}):", f"    return answer({name!r}, locals())"]
         module.write_text("\n".join(lines) + "\n")
-        real = {name: sys.modules.pop(name) for name in _loaded(folder, self.module)}
-        sys.path.insert(0, str(folder))
-        importlib.invalidate_caches()
-        backends.resolve.cache_clear()
-        try:
-            loaded = importlib.import_module(self.module.removesuffix(".py").replace("/", "."))
-            loaded.answer = lambda name, arguments: self._answer(getattr(loaded, name), arguments)
-            yield
-        finally:
-            sys.path.remove(str(folder))
-            for name in _loaded(folder, self.module):
-                del sys.modules[name]
-            sys.modules.update(real)
-            backends.resolve.cache_clear()
+
+    @contextmanager
+    def _answering(self, changed: dict[str, Any]) -> Iterator[None]:
+        loaded = importlib.import_module(self.module.removesuffix(".py").replace("/", "."))
+        loaded.answer = lambda name, arguments: self._answer(getattr(loaded, name), arguments | changed)
+        yield
 
     def _answer(self, function: Any, arguments: dict[str, Any]) -> Any:
         for parameter in inspect.signature(function).parameters.values():
@@ -156,6 +169,42 @@ class Package:
         if outputs == 0:
             return values[0]
         return tuple(itertools.islice(itertools.chain(values, itertools.repeat(None)), outputs))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorPackage(Package):
+    """A release whose functions are operators of torch, defined by their recorded schemas."""
+
+    functions: dict[str, str]
+
+    def _write_module(self, folder: Path) -> None:
+        (folder / self.module).touch()
+
+    @contextmanager
+    def _answering(self, changed: dict[str, Any]) -> Iterator[None]:
+        with torch.library._scoped_library(self.distribution.replace("-", "_"), "DEF") as library:
+            for name, schema in self.functions.items():
+                library.define(schema)
+                answer = partial(self._answer_operator, torch._C.parse_schema(schema), changed)
+                library.impl(name, answer, "CompositeExplicitAutograd")
+            yield
+
+    def _answer_operator(
+        self, schema: Any, changed: dict[str, Any], *given: Any, **named: Any
+    ) -> tuple[Tensor, ...]:
+        """Types are checked by torch, and what is not given has its default."""
+        assert self.module.removesuffix(".py") in sys.modules, (
+            "the real operators are there once it is imported"
+        )
+        arguments = {argument.name: argument.default_value for argument in schema.arguments}
+        arguments |= dict(zip(arguments, given, strict=False)) | named | changed
+        for argument in schema.arguments:
+            value = arguments[argument.name]
+            is_neutral = argument.has_default_value() and value == argument.default_value
+            assert argument.name in OURS or is_neutral, f"{argument.name} is {value!r}"
+        values = _COMPUTE[schema.name](arguments)
+        fill = itertools.repeat(torch.empty(0))
+        return tuple(itertools.islice(itertools.chain(values, fill), len(schema.returns)))
 
 
 def _loaded(folder: Path, module: str) -> list[str]:
@@ -196,29 +245,31 @@ def _fa2_backward(arguments: dict[str, Any]) -> list[Tensor]:
     return [torch.empty_like(lse)]
 
 
+def _fa3_forward(arguments: dict[str, Any]) -> list[Tensor]:
+    assert arguments["is_causal"] and arguments["num_splits"] == 1
+    return list(_forward(arguments, arguments["max_seqlen_q"], arguments["max_seqlen_k"]))
+
+
+def _fa3_backward(arguments: dict[str, Any]) -> list[Tensor]:
+    return _fa2_backward(arguments | {"causal": arguments["is_causal"]})
+
+
 def _fa4_forward(arguments: dict[str, Any]) -> list[Tensor]:
     assert arguments["causal"] and arguments["return_lse"]
-    longest = _longest(arguments)
-    return list(_forward(arguments, longest, longest))
+    return list(_forward(arguments, arguments["max_seqlen_q"], arguments["max_seqlen_k"]))
 
 
 def _fa4_backward(arguments: dict[str, Any]) -> list[Tensor]:
     assert arguments["causal"]
     assert arguments["deterministic"] == torch.are_deterministic_algorithms_enabled()
-    longest = _longest(arguments)
-    return list(_backward(arguments, arguments["lse"], longest, longest))
-
-
-def _longest(arguments: dict[str, Any]) -> int:
-    """FlashAttention-4 finds it by itself."""
-    assert arguments["max_seqlen_q"] is arguments["max_seqlen_k"] is None
-    offsets = arguments["cu_seqlens_q"]
-    return 0 if offsets.is_meta else int(offsets.diff().max())
+    return list(_backward(arguments, arguments["lse"], arguments["max_seqlen_q"], arguments["max_seqlen_k"]))
 
 
 _COMPUTE = {
     "_flash_attn_varlen_forward": _fa2_forward,
     "_flash_attn_varlen_backward": _fa2_backward,
+    "fwd": _fa3_forward,
+    "bwd": _fa3_backward,
     "_flash_attn_fwd": _fa4_forward,
     "_flash_attn_bwd": _fa4_backward,
 }

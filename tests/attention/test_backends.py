@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import subprocess
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 from bico_ds.attention import backends
-from bico_ds.attention.kernels.flash_limits import install_refusal
+from bico_ds.attention.kernels.flash_attn3 import FlashAttn3
+from bico_ds.attention.kernels.flash_limits import flash3_refusal, install_refusal
 from bico_ds.attention.packed import packed_attention
 from bico_ds.config.schema import ModelSpec
 from tests import ROOT
@@ -31,7 +33,7 @@ def test_auto_on_cpu_takes_the_cpu_kernel_and_says_so_once(caplog):
     assert "cpu-flash for cpu, float32" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["flash-attn", "flash-attn-4", "aten-cuda", "triton"])
+@pytest.mark.parametrize("name", ["flash-attn", "flash-attn-3", "flash-attn-4", "aten-cuda", "triton"])
 def test_a_backend_that_cannot_run_says_why_and_what_would(name):
     with pytest.raises(ValueError, match=f"'{name}' .*use one of: cpu-flash") as error:
         backends.resolve(name, torch.bfloat16, 64, CPU)
@@ -86,13 +88,13 @@ def fake_distribution(folder, name, version, module_text):
 
 def test_a_package_that_is_missing_old_or_broken_is_refused_in_one_clause(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
-    ask = lambda oldest: install_refusal("none-such", "kernels_of_nobody", extra="x", oldest=oldest)  # noqa: E731
-    assert "is not installed (pip install 'bico_ds[x]')" in ask("2.8")
+    ask = functools.partial(install_refusal, "none-such", "kernels_of_nobody", extra="x")
+    assert "is not installed (pip install 'bico_ds[x]')" in ask(oldest="2.8")
     fake_distribution(tmp_path, "none-such", "2.8.1", "raise ImportError('undefined symbol: _ZN3c10')")
-    assert "2.9 or newer is needed, 2.8.1 is installed" in ask("2.9")
-    assert "2.8.1 is installed but does not load (undefined symbol: _ZN3c10)" in ask("2.8")
+    assert "2.9 or newer is needed, 2.8.1 is installed" in ask(oldest="2.9")
+    assert "2.8.1 is installed but does not load (undefined symbol: _ZN3c10)" in ask(oldest="2.8")
     (tmp_path / "kernels_of_nobody.py").write_text("")
-    assert ask("2.8") is None
+    assert ask(oldest="2.8") is None
 
 
 def test_another_flash_attention_is_not_taken_for_flash_attn_4(tmp_path, monkeypatch):
@@ -103,6 +105,35 @@ def test_another_flash_attention_is_not_taken_for_flash_attn_4(tmp_path, monkeyp
     monkeypatch.syspath_prepend(str(tmp_path))
     refusal = install_refusal("flash-attn-4", "flash_attn.cute.interface", extra="flash4", oldest="4.0.0b10")
     assert "is not installed" in refusal
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "deterministic", "said"),
+    [
+        ((9, 0), 256, False, None),
+        ((9, 0), 192, True, None),
+        ((9, 0), 200, True, "takes head dimensions that are multiples of 8 up to 192, not 200"),
+        ((8, 0), 128, False, "needs compute capability 9.0, An invented GPU has 8.0"),
+        ((10, 0), 128, False, "is compiled for Hopper alone, not for An invented GPU"),
+    ],
+)
+def test_flash_attn_3_serves_hopper_alone(capability, head_dim, deterministic, said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "An invented GPU")
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    assert flash3_refusal(torch.bfloat16, head_dim, torch.device("cuda")) == said
+
+
+def test_a_missing_flash_attn_3_is_told_where_it_is():
+    refusal = FlashAttn3().refusal(torch.bfloat16, 128, torch.device("meta"))
+    assert "pip install flash-attn-3 --find-links https://download.pytorch.org" in refusal
+
+
+def test_a_backend_may_be_given_as_such():
+    problem = make_problem([9, 4]).to(torch.float32)
+    by_name = problem.packed(packed_attention, backend="cpu-flash")
+    given = problem.packed(packed_attention, backend=backends.resolve("cpu-flash", torch.float32, 16, CPU))
+    assert all(map(torch.equal, by_name, given))
 
 
 def test_an_unknown_backend_is_refused_with_the_choices():
@@ -183,7 +214,7 @@ def test_a_recipe_may_name_every_backend_that_there_is():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["flash-attn", "aten-cuda", "flash-attn-4", "triton"])
+@pytest.mark.parametrize("name", ["flash-attn", "aten-cuda", "flash-attn-3", "flash-attn-4", "triton"])
 @pytest.mark.parametrize(("heads", "head_dim"), [((4, 2), 64), ((3, 3), 128)])
 @pytest.mark.parametrize("mask_rate", [0.0, 0.15, 0.6])
 def test_cuda_kernels_agree_with_the_oracle(name, heads, head_dim, mask_rate):

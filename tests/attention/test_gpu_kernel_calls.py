@@ -1,12 +1,11 @@
 """Our calls of GPU kernels, without a GPU: each binds to the kernel's own signature, keyword by keyword.
 
-Signatures: torch's from the torch that runs, and as its lowest supported release had them; those of flash-attn and
-flash-attn-4 as `recorded_signatures/record.py` read them from their releases.
+Signatures: torch's from the torch that runs, and as its lowest supported release had them; those of flash-attn,
+flash-attn-3 and flash-attn-4 as `recorded_signatures/record.py` read them from their releases.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -30,12 +29,12 @@ KERNELS = ["aten-cuda", *PACKAGES]
 
 
 @contextmanager
-def kernel_on_cpu(which, folder):
-    """The kernel of ours that calls torch, or a recorded package."""
+def kernel_on_cpu(which, folder, changed=None):
+    """The kernel of ours that calls torch, or a recorded package; `changed`: as `Package.installed`."""
     with ExitStack() as stack:
         stack.enter_context(aten_on_cpu())
         if which != "aten-cuda":
-            stack.enter_context(which.installed(folder))
+            stack.enter_context(which.installed(folder, changed))
         yield backends.KERNELS[which if which == "aten-cuda" else which.distribution]
 
 
@@ -62,6 +61,7 @@ def test_each_call_binds_to_the_kernels_signature_and_gives_attention(
 
 OTHER_MEANING = {
     "flash-attn": {"block_table": torch.zeros(1, 1, dtype=torch.int32)},
+    "flash-attn-3": {"attention_chunk": 8},
     "flash-attn-4": {"window_size_left": -1},  # unbounded is None there
 }
 
@@ -70,14 +70,11 @@ OTHER_MEANING = {
 def test_an_argument_that_means_something_else_is_refused(package, tmp_path):
     other = OTHER_MEANING[package.distribution]
     problem = make_problem([40, 1], mode="causal", head_dim=24)
-    with kernel_on_cpu(package, tmp_path) as kernel:
-        module = importlib.import_module(package.module.removesuffix(".py").replace("/", "."))
-        answer = module.answer
-        module.answer = lambda name, arguments: answer(name, arguments | other)
-        with pytest.raises(AssertionError, match=next(iter(other))):
-            problem.packed(
-                run_packed_attention, scale=1.0, backend=Backend(kernel=kernel, policy=CUDA_POLICY)
-            )
+    with (
+        kernel_on_cpu(package, tmp_path, other) as kernel,
+        pytest.raises(AssertionError, match=next(iter(other))),
+    ):
+        problem.packed(run_packed_attention, scale=1.0, backend=Backend(kernel=kernel, policy=CUDA_POLICY))
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=str)

@@ -21,15 +21,19 @@ from bico_ds.attention.measured_policy import (
     MEASURED,
     Alternative,
     Comparison,
+    KernelTime,
     MeasuredPolicy,
     Measurement,
     choose_policy,
     encode,
     file_name,
+    order_by_speed,
     read_measured_policy,
     running_versions,
 )
+from bico_ds.attention.passes import TORCH_PASSES
 from bico_ds.attention.plan import build_plan
+from bico_ds.attention.triton.passes import TRITON_PASSES
 from bico_ds.attention.triton.row_blocks import BlockSizes
 from bico_ds.common.errors import UserError
 from tests import ROOT
@@ -47,6 +51,12 @@ def comparison(**changes) -> Comparison:
     return replace(right, **changes)
 
 
+def times(short: float, long: float = 2.0) -> tuple[KernelTime, ...]:
+    """Milliseconds of a flash kernel on documents of 512 and of 2048 tokens."""
+    pairs = ((512, short), (2048, long))
+    return tuple(KernelTime(mode="bidirectional", length=length, ms=ms) for length, ms in pairs)
+
+
 def fresh_policy(**changes) -> MeasuredPolicy:
     """A file's content with fresh figures: `aten-cuda` at head dimension 128, the Triton kernels right and faster."""
     pick = random.Random()
@@ -57,7 +67,12 @@ def fresh_policy(**changes) -> MeasuredPolicy:
     )
     tiles = Alternative(flash_from=1, causal_flash_from=pick.uniform(1, 60), live_cost=pick.uniform(3, 9))
     measurement = Measurement(
-        kernel="aten-cuda", head_dim=128, hidden_cost=pick.uniform(1.1, 1.9), tiles=tiles, triton=triton
+        kernel="aten-cuda",
+        head_dim=128,
+        times=times(pick.uniform(1, 9)),
+        hidden_cost=pick.uniform(1.1, 1.9),
+        tiles=tiles,
+        triton=triton,
     )
     policy = MeasuredPolicy(
         rehearsal=False,
@@ -101,12 +116,14 @@ def test_every_file_in_the_repository_is_read():
 @pytest.mark.parametrize(
     ("place", "value", "said"),
     [
-        (("format",), 2, "format: "),
+        (("format",), 1, "format: "),
         (("rehearsal",), True, "a rehearsal on a CPU"),
         (("capability",), [8, 0], "of another GPU: An invented GPU, compute capability (8, 0)"),
         (("date",), "yesterday", "date: "),
         (("note",), "x", "note: "),
         (("measurements", 0, "hidden_cost"), -1.0, "measurements.0.hidden_cost: "),
+        (("measurements", 0, "times", 1, "ms"), 0.0, "measurements.0.times.1.ms: "),
+        (("measurements", 0, "times", 0, "mode"), "both", "measurements.0.times.0.mode: "),
         (("measurements", 0, "tiles", "live_cost"), float("nan"), "measurements.0.tiles.live_cost: "),
         (("measurements", 0, "triton", "flash_from"), float("inf"), "measurements.0.triton.flash_from: "),
         (("measurements", 0, "triton", "flash_from"), 0, "measurements.0.triton.flash_from: "),
@@ -234,13 +251,25 @@ def test_triton_kernels_that_cannot_run_here_are_not_taken_and_the_log_says_why(
 
 
 def test_what_was_not_measured_keeps_its_estimates():
-    assert choose(None) == (CUDA_POLICY, "costs are estimates: none were measured on this architecture")
+    policy, note = choose(None, refusal="is wrong on this GPU")
+    assert policy == CUDA_POLICY
+    assert (
+        note
+        == "costs are estimates: none were measured on this architecture; not triton, which is wrong on this GPU"
+    )
     policy, note = choose(fresh_policy(), head_dim=96)
     assert policy == CUDA_POLICY
     assert "aten-cuda at head dimension 96 was not measured on An invented GPU" in note
     (one,) = fresh_policy().measurements
     policy, _ = choose(fresh_policy(measurements=(replace(one, tiles=None, triton=None),)))
     assert policy == CUDA_POLICY
+
+
+def test_where_nothing_was_measured_triton_serves_live_rows_and_no_whole_document():
+    policy, note = choose(None)
+    assert policy == replace(CUDA_POLICY, blocks=BLOCKS, hidden_cost=math.inf)
+    assert policy.flash_from_in("causal") == policy.flash_from_in("bidirectional") == 1
+    assert note.endswith("triton for live rows")
 
 
 def test_another_minor_version_than_the_measured_one_is_named_and_no_reason_against():
@@ -253,14 +282,63 @@ def test_another_minor_version_than_the_measured_one_is_named_and_no_reason_agai
     )
 
 
+DEFAULT = ("flash-attn", "aten-cuda")
+
+
+def timed_policy(kernels: dict[str, tuple[KernelTime, ...]], *wrong: Comparison) -> MeasuredPolicy:
+    """Flash kernels with such times at head dimension 128, right in bf16 but for `wrong`."""
+    (one,) = fresh_policy().measurements
+    return fresh_policy(
+        measurements=tuple(replace(one, kernel=name, times=own) for name, own in kernels.items()),
+        comparisons=(*(comparison(backend=name) for name in kernels), *wrong),
+    )
+
+
+def order_of(policy, *, dtype=BF16, head_dim=128):
+    return order_by_speed(policy, DEFAULT, dtype=dtype, head_dim=head_dim)
+
+
+def test_auto_tries_the_fastest_first_and_what_was_not_timed_last():
+    policy = timed_policy(
+        {"aten-cuda": times(3, 5), "flash-attn-4": times(4, 1), "flash-attn-3": times(1, 4.5)}
+    )
+    order, (why,) = order_of(policy)
+    assert order == ("flash-attn-4", "flash-attn-3", "aten-cuda", "flash-attn")
+    assert "flash-attn-4 5 ms, flash-attn-3 5.5 ms, aten-cuda 8 ms" in why
+    assert policy.origin in why
+
+
+def test_kernels_are_compared_by_the_documents_that_all_were_timed_on():
+    policy = timed_policy({"aten-cuda": times(3, 5), "flash-attn": times(4)[:1]})
+    assert order_of(policy)[0] == ("aten-cuda", "flash-attn")
+    nothing_shared = timed_policy({"aten-cuda": times(3)[1:], "flash-attn-4": times(4)[:1]})
+    assert order_of(nothing_shared) == (DEFAULT, [])
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_auto_prefers_no_kernel_that_was_wrong_however_fast(wrong):
+    fast = {"flash-attn": times(1), "flash-attn-4": times(1), "aten-cuda": times(9)}
+    policy = timed_policy(fast, *(replace(wrong, backend=name) for name in ("flash-attn", "flash-attn-4")))
+    assert order_of(policy)[0] == ("aten-cuda", "flash-attn")
+
+
+def test_auto_keeps_its_order_for_inputs_of_which_nothing_was_shown():
+    policy = timed_policy({"aten-cuda": times(1)})
+    for unknown in ({"head_dim": 96}, {"dtype": torch.float16}):
+        assert order_of(policy, **unknown) == (DEFAULT, [])
+    assert order_of(None) == order_of(timed_policy({"aten-cuda": ()})) == (DEFAULT, [])
+
+
 class AnyKernel:
     """A flash kernel of CUDA as far as `resolve` asks."""
 
-    name = "aten-cuda"
     hides_keys = False
 
+    def __init__(self, name, refused=None):
+        self.name, self.refused = name, refused
+
     def refusal(self, dtype, head_dim, device):
-        return None if device.type == "cuda" else "runs on CUDA tensors"
+        return self.refused if device.type == "cuda" else "runs on CUDA tensors"
 
 
 @pytest.fixture
@@ -271,20 +349,47 @@ def fresh_choice():
     backends.resolve.cache_clear()
 
 
+def invent_gpu(measured, folder, monkeypatch, *kernels):
+    """A GPU as far as `resolve` asks torch for one, and such kernels; the file, its reader and the choice are real."""
+    (folder / file_name(HOPPER)).write_bytes(encode(measured))
+    for kernel in kernels:
+        monkeypatch.setitem(backends.KERNELS, kernel.name, kernel)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: HOPPER)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "An invented GPU")
+    monkeypatch.setattr(backends, "triton_refusal", lambda *inputs: None)
+    read = functools.partial(read_measured_policy, folder=folder)
+    monkeypatch.setattr(backends, "read_measured_policy", read)
+    for check in ("blocks_objection", "passes_objection"):
+        monkeypatch.setattr(backends, check, lambda *inputs: None)
+
+
+@pytest.mark.usefixtures("fresh_choice")
+def test_auto_takes_the_fastest_kernel_that_is_installed_and_says_why(tmp_path, monkeypatch, caplog):
+    fast = {"aten-cuda": times(5), "flash-attn-4": times(1), "flash-attn-3": times(3)}
+    missing = AnyKernel("flash-attn-4", "is not installed")
+    invent_gpu(
+        timed_policy(fast), tmp_path, monkeypatch, missing, AnyKernel("flash-attn-3"), AnyKernel("aten-cuda")
+    )
+    with caplog.at_level(logging.INFO, logger=backends.__name__):
+        backend = backends.resolve("auto", BF16, 128, torch.device("cuda"))
+    assert backend.kernel.name == "flash-attn-3"
+    assert (
+        "flash-attn-3 for cuda, bfloat16, head dimension 128 (flash-attn-4 is not installed; " in caplog.text
+    )
+    assert (
+        "times on An invented GPU, 2026-12-24: flash-attn-4 3 ms, flash-attn-3 5 ms, aten-cuda 7 ms"
+        in caplog.text
+    )
+
+
 @pytest.mark.usefixtures("fresh_choice")
 def test_auto_on_a_gpu_follows_the_file_of_its_architecture_and_logs_it(tmp_path, monkeypatch, caplog):
-    """The GPU is invented as far as `resolve` asks torch for one; the file, its reader and the choice are real."""
     measured = fresh_policy()
-    (tmp_path / file_name(HOPPER)).write_bytes(encode(measured))
-    monkeypatch.setitem(backends.KERNELS, "aten-cuda", AnyKernel())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: HOPPER)
-    monkeypatch.setattr(backends, "triton_refusal", lambda *inputs: None)
-    read = functools.partial(read_measured_policy, folder=tmp_path)
-    monkeypatch.setattr(backends, "read_measured_policy", read)
+    invent_gpu(measured, tmp_path, monkeypatch, AnyKernel("aten-cuda"))
     device = torch.device("cuda")
     with caplog.at_level(logging.INFO, logger=backends.__name__):
         backend = backends.resolve("auto", BF16, 128, device)
-    assert backend.kernel.name == "aten-cuda"
+    assert backend.kernel.name == "aten-cuda" and backend.passes is TRITON_PASSES
     assert backend.policy.blocks == backends.tiling_on(device, 128).blocks
     assert backend.policy.flash_from == measured.measurements[0].triton.flash_from
     assert "attention backend: aten-cuda for cuda, bfloat16" in caplog.text
@@ -292,6 +397,20 @@ def test_auto_on_a_gpu_follows_the_file_of_its_architecture_and_logs_it(tmp_path
     assert "as measured on An invented GPU, 2026-12-24" in caplog.text
     named = backends.resolve("aten-cuda", BF16, 128, device)
     assert_beside_tiles(named.policy, measured)
+
+
+def test_what_is_wrong_on_a_gpu_gives_way_to_torchs_operations_and_the_log_says_so(monkeypatch, caplog):
+    """As above; the self-check's answers are invented, too: the tests of self_check.py ask it itself."""
+    monkeypatch.setitem(backends.KERNELS, "aten-cuda", AnyKernel("aten-cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 9))
+    monkeypatch.setattr(backends, "triton_refusal", lambda *inputs: None)
+    monkeypatch.setattr(backends, "blocks_objection", lambda *inputs: "is wrong on this GPU (causal dk: 2)")
+    monkeypatch.setattr(backends, "passes_objection", lambda *inputs: "is wrong on this GPU (causal dq: 1)")
+    with caplog.at_level(logging.INFO, logger=backends.__name__):
+        backend = backends.resolve("auto", BF16, 192, torch.device("cuda"))
+    assert backend.passes is TORCH_PASSES and backend.policy.blocks is None
+    assert "not triton, which is wrong on this GPU (causal dk: 2)" in caplog.text
+    assert "torch's operations around the passes: triton is wrong on this GPU (causal dq: 1)" in caplog.text
 
 
 def test_a_built_package_carries_the_files(tmp_path):

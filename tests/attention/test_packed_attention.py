@@ -17,7 +17,7 @@ from bico_ds.attention.layout import LayoutPolicy
 from bico_ds.attention.packed import packed_attention, run_packed_attention
 from bico_ds.attention.plan import build_plan
 from bico_ds.native.library import native_refusal
-from tests.attention.attention_problems import make_problem, relative_errors, rotary_tables
+from tests.attention.attention_problems import NoKeyMask, make_problem, relative_errors, rotary_tables
 
 # Small documents reach every path when the policy's thresholds are small. The fused kernel takes no fp64.
 POLICIES = {
@@ -261,12 +261,6 @@ def test_tiles_that_keep_no_masks_compute_the_same(monkeypatch):
     monkeypatch.setattr("bico_ds.attention.tiles._KEPT_SCORES", 0)
     problem = make_problem([40, 1, 23], mask_rate=0.5, seed=16)
     assert max(relative_errors(problem.packed(through("tiles")), problem.dense_rows())) < 1e-12
-
-
-class NoKeyMask(CpuFlash):
-    """A kernel like the CUDA ones, which take no key mask: hidden keys must come as a wider head."""
-
-    hides_keys = False
 
 
 @pytest.mark.parametrize("mask_rate", [0.15, 0.6])

@@ -29,10 +29,14 @@ def test_the_rehearsal_times_every_way_to_compute_attention(rehearsal):
     assert rehearsal.log("speed").startswith("REHEARSAL")
     found = rehearsal.findings("speed")
     timed = found["tables"][0]
-    ways = ["cpu-flash", "cpu-flash alone", *(["triton"] if HAS_TRITON else [])]
+    plain = "cpu-flash with torch's operations around it"
+    ways = ["cpu-flash", "cpu-flash alone", plain, *(["triton"] if HAS_TRITON else [])]
     assert timed["columns"] == ["documents", *ways, "the authors' dense form"]
     names = [row["name"] for row in found["rows"]]
     assert "the op on cpu-flash beside cpu-flash alone, 24 tokens, causal" in names
+    assert {f"the op on cpu-flash beside {plain}, 12 tokens, {mode}" for mode in gpu_attention.MODES} <= {
+        *names
+    }
     assert any("beside the authors' dense form, 12 tokens, bidirectional" in name for name in names)
     if HAS_TRITON:
         assert "triton beside two passes on cpu-flash, 24 tokens, bidirectional, 3% live" in names

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from bico_ds.attention.layout import CUDA_POLICY, build_layout
-from bico_ds.attention.measured_policy import read_measured_policy
+from bico_ds.attention.measured_policy import KernelTime, read_measured_policy
 from bico_ds.common.errors import UserError
 from tests.proof.rehearsal import reads_rehearsal
 from tools.bench import gpu_policy
-from tools.bench.gpu_policy import Crossing, LiveCost, crossover, pair_cost
+from tools.bench.gpu_policy import Crossing, LiveCost, Speed, crossover, pair_cost
 
 LENGTHS = gpu_policy.ON_GPU.lengths
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -97,8 +97,7 @@ def found_items(*, modes=gpu_policy.MODES, live=True):
 
 
 def test_a_measurement_holds_the_crossovers_and_median_costs():
-    crossings, costs = found_items()[:2], found_items()[2:]
-    one = gpu_policy.measurement("aten-cuda", 128, crossings, costs)
+    one = gpu_policy.measurement("aten-cuda", 128, found_items())
     assert (one.triton.flash_from, one.triton.causal_flash_from, one.triton.live_cost) == (700, 300, 2.0)
     assert one.hidden_cost == pytest.approx(1.45)
     assert one.tiles is None
@@ -106,16 +105,30 @@ def test_a_measurement_holds_the_crossovers_and_median_costs():
 
 @pytest.mark.parametrize("missing", [{"modes": ("bidirectional",)}, {"live": False}])
 def test_what_was_cut_midway_is_not_written_as_measured(missing):
-    items = found_items(**missing)
-    crossings = [item for item in items if isinstance(item, Crossing)]
-    costs = [item for item in items if isinstance(item, LiveCost)]
-    assert gpu_policy.measurement("aten-cuda", 128, crossings, costs).triton is None
+    assert gpu_policy.measurement("aten-cuda", 128, found_items(**missing)).triton is None
 
 
 def test_no_backend_is_written_as_right_that_the_same_run_did_not_compare():
     policy = gpu_policy.assemble(found_items(), (0, 0), rehearsal=True)
     assert policy.measurements and not policy.comparisons
     assert "was not compared with the oracle" in policy.objection("triton", torch.bfloat16, 128)
+
+
+def speed(kernel, *milliseconds, head_dim=128):
+    times = [KernelTime(mode="causal", length=2**n, ms=ms) for n, ms in enumerate(milliseconds)]
+    return Speed(kernel=kernel, head_dim=head_dim, times=tuple(times))
+
+
+def test_the_fastest_kernel_is_measured_first_beside_others():
+    found = [*found_items(), speed("a", 3, 3), speed("b", 1, 4), speed("c", 9, 1), speed("d", 1, head_dim=64)]
+    assert gpu_policy.by_speed(["d", "c", "a", "b"], found, gpu_policy.LLAMA_8B) == ["b", "a", "c", "d"]
+
+
+def test_a_kernel_that_was_timed_and_no_more_is_written():
+    policy = gpu_policy.assemble([speed("a", 3, 5), *found_items()], (0, 0), rehearsal=True)
+    first, second = policy.measurements
+    assert [time.ms for time in first.times] == [3, 5]
+    assert (first.tiles, first.triton, second.kernel, second.times) == (None, None, "aten-cuda", ())
 
 
 @reads_rehearsal
@@ -128,6 +141,10 @@ def test_the_rehearsal_writes_a_file_that_auto_refuses(rehearsal, tmp_path):
     assert written["rehearsal"] is True
     (measured,) = written["measurements"]
     assert measured["kernel"] == "cpu-flash" and measured["hidden_cost"] > 0
+    assert [(time["mode"], time["length"]) for time in measured["times"]] == [
+        ("bidirectional", 8),
+        ("causal", 8),
+    ]
     assert (measured["triton"] is not None) == HAS_TRITON
     compared = {case["backend"] for case in written["comparisons"]}
     assert compared == {"cpu-flash", "dense tiles"} | ({"triton"} if HAS_TRITON else set())

@@ -52,6 +52,11 @@ def test_the_step_of_the_gpu_proof_is_rehearsed(rehearsal):
     both = [by_name[kind, 64, "auto"]["ms"] for kind in ("bico", "ntp")]
     assert [beside["ours"], beside["other"]] == pytest.approx(both, abs=0.01)
     assert "oracle beside auto, bico, documents of 16" in compared
+    plain = [step for step in found["steps"] if step["plain"]]
+    assert [(step["kind"], step["length"]) for step in plain] == [("ntp", 64), ("bico", 64)]
+    before = compared["auto beside auto, plain, bico, documents of 64"]
+    both = [by_name["bico", 64, name]["ms"] for name in ("auto", "auto, plain")]
+    assert [before["ours"], before["other"]] == pytest.approx(both, abs=0.01)
     share = by_name["ntp", 64, "auto"]["head_share"]
     whole = share / (share + (1 - share) * 3 / 2)  # tiny_bico has 3 layers, its rehearsal 2
     depth = (
@@ -69,7 +74,7 @@ def test_the_memory_of_the_rehearsed_step_stands_beside_its_plan(rehearsal):
     at_rest = {row[0]: row for row in tables["Memory between steps"]["rows"]}
     for item in ("parameters", "fp32 masters", "moments"):
         assert at_rest[item][3] == pytest.approx(1, abs=0.01), at_rest[item]
-    for step in found["steps"]:
+    for step in (step for step in found["steps"] if not step["plain"]):
         assert {*step["memory"]} == {"rest", "forward", "backward", "update"}
         rest, forward = (step["memory"][phase]["planned"][0] for phase in ("rest", "forward"))
         assert 0 < rest < forward and step["memory"]["rest"]["measured"] is None

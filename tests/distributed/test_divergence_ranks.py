@@ -17,6 +17,7 @@ from bico_ds.config.sections.retention import RetentionSpec
 from bico_ds.model.build import TrainableModel, build_model
 from bico_ds.model.weights.checksums import base_fingerprint
 from bico_ds.runtime.distributed import Ranks
+from bico_ds.training.step_totals import agree
 from bico_ds.training.trainer import Trainer
 from tests.distributed.model_ranks import VOCABULARY, causal_batch, ds_config, run_on_ranks
 
@@ -66,7 +67,7 @@ def train(engine: Any, of_ranks: list[int], ranks: Ranks) -> list[list[float]]:
     found = []
     for trainer.step, compared in enumerate(STEPS):
         batches = [batch_of(trainer.step, rank, compared) for rank in of_ranks]
-        counts, _ = Trainer._agree(trainer, batches)  # type: ignore[arg-type]
+        counts = agree(SimpleNamespace(batches=batches), trainer.run).counts  # type: ignore[arg-type]
         losses = Trainer._forward_backward(trainer, batches, counts)  # type: ignore[arg-type]
         engine.step()
         found.append([part.divergence.item() for part in losses])

@@ -18,12 +18,14 @@ from bico_ds.batch import PackedBatch
 from bico_ds.config.schema import ModelSpec
 from bico_ds.model import elementwise
 from bico_ds.model.build import TrainableModel, build_model
-from bico_ds.model.elementwise import rms_norm, swiglu
+from bico_ds.model.elementwise import add_rms_norm, rms_norm, swiglu
+from bico_ds.model.elementwise_kernels import NativeKernels
 from bico_ds.model.families import FAMILIES
 from bico_ds.native.library import native_refusal
 
 pytestmark = pytest.mark.skipif(native_refusal() is not None, reason=f"the fused kernels: {native_refusal()}")
 
+NATIVE = NativeKernels()
 EPS = 1e-6
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 2e-6}
 SHAPES = {
@@ -62,7 +64,7 @@ def test_the_norm_and_its_gradients_equal_the_formula(dtype, shape, width, scale
     torch.manual_seed(seed)
     x = (scale * torch.randn(*shape, width)).to(dtype)
     weight = (1 + torch.randn(width)).to(dtype)
-    found = with_gradients(lambda x, w: rms_norm(x, w, EPS), x, weight)
+    found = with_gradients(lambda x, w: rms_norm(x, w, EPS, NATIVE), x, weight)
     exact = with_gradients(exact_norm, x.double(), weight.double())
     # x's gradient is a difference; its error is measured by what is subtracted, 2 |weight| / rms at most.
     smallest_rms = (x.double().pow(2).mean(-1) + EPS).sqrt().min().item()
@@ -72,19 +74,40 @@ def test_the_norm_and_its_gradients_equal_the_formula(dtype, shape, width, scale
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@settings(max_examples=20, deadline=None)
+@given(**SHAPES)
+def test_the_norm_of_a_sum_is_bit_by_bit_the_norm_after_the_sum(dtype, shape, width, scale, seed):
+    """With its gradients, of which the sum's own is added to the norm's."""
+    torch.manual_seed(seed)
+    x, residual, slope = ((scale * torch.randn(*shape, width)).to(dtype) for _ in range(3))
+    weight = (1 + torch.randn(width)).to(dtype)
+
+    def joined(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+        normed, total = add_rms_norm(x, residual, weight, EPS, NATIVE)
+        return torch.stack([normed, total * slope])
+
+    def apart(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+        total = x + residual
+        return torch.stack([rms_norm(total, weight, EPS, NATIVE), total * slope])
+
+    found, expected = (with_gradients(way, x, residual, weight) for way in (joined, apart))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @settings(max_examples=40, deadline=None)
 @given(**SHAPES)
 def test_the_gate_and_its_gradients_equal_the_formula(dtype, shape, width, scale, seed):
     torch.manual_seed(seed)
     gate, up = ((scale * torch.randn(*shape, width)).to(dtype) for _ in range(2))
-    found = with_gradients(swiglu, gate, up)
+    found = with_gradients(lambda g, u: swiglu(g, u, NATIVE), gate, up)
     exact = with_gradients(lambda g, u: silu(g) * u, gate.double(), up.double())
     assert worst_error(found, exact) < TOLERANCE[dtype]
 
 
 def test_gates_far_out_are_neither_nan_nor_cut_off():
     gate = torch.tensor([-1e4, -200.0, -90.0, 0.0, 90.0, 1e4])
-    found = with_gradients(swiglu, gate, torch.ones(6))
+    found = with_gradients(lambda g, u: swiglu(g, u, NATIVE), gate, torch.ones(6))
     exact = with_gradients(lambda g, u: silu(g) * u, gate.double(), torch.ones(6, dtype=torch.float64))
     assert worst_error(found, exact) < 2e-6
     assert all(torch.isfinite(x).all() for x in found)
@@ -94,8 +117,8 @@ def test_bf16_is_rounded_where_hugging_face_rounds_it():
     x, weight = torch.randn(200, 576).bfloat16(), torch.randn(576).bfloat16()
     plain = LlamaRMSNorm(576, eps=EPS).bfloat16()
     plain.weight.data.copy_(weight)
-    norm_differs = (rms_norm(x, weight, EPS) != plain(x)).float().mean().item()
-    gate_differs = (swiglu(x, x.flip(0)) != silu(x) * x.flip(0)).float().mean().item()
+    norm_differs = (rms_norm(x, weight, EPS, NATIVE) != plain(x)).float().mean().item()
+    gate_differs = (swiglu(x, x.flip(0), NATIVE) != silu(x) * x.flip(0)).float().mean().item()
     assert max(norm_differs, gate_differs) < 1e-3, (
         "a sum or an exp in another order may tip a rounding, rarely"
     )
@@ -107,7 +130,7 @@ def test_gradients_do_not_depend_on_the_thread_count():
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            results.append(with_gradients(lambda x, w: rms_norm(x, w, EPS), x, weight))
+            results.append(with_gradients(lambda x, w: rms_norm(x, w, EPS, NATIVE), x, weight))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -145,27 +168,27 @@ def packed_batch(tokens: Tensor) -> PackedBatch:
 
 
 def expected_calls(model_type: str) -> dict[str, int]:
-    """Of two layers, with two norms each, and the last norm; a family with norms of q and k has two more per layer."""
-    return {"rms_norm": 9 if FAMILIES[model_type].qk_norms else 5, "swiglu": 2}
+    """Of two layers, with two norms each, and the last norm: of sums, but for the first one, and those of q and k."""
+    return {"rms_norm": 5 if FAMILIES[model_type].qk_norms else 1, "add_rms_norm": 4, "swiglu": 2}
 
 
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
         *(({"model_type": name}, expected_calls(name)) for name in FAMILIES),
-        ({"model_type": "llama", "hidden_act": "gelu"}, {"rms_norm": 5}),
+        ({"model_type": "llama", "hidden_act": "gelu"}, {"rms_norm": 1, "add_rms_norm": 4}),
     ],
     ids=str,
 )
 def test_packed_batches_take_every_kernel_and_plain_calls_none(monkeypatch, values, expected):
     model, calls = tiny_model(**values), Counter()
-    for name, kernel in (("rms_norm", rms_norm), ("swiglu", swiglu)):
+    for function in (rms_norm, add_rms_norm, swiglu):
 
-        def counted(*args: object, name: str = name, kernel: Callable = kernel) -> Tensor:
-            calls[name] += 1
-            return kernel(*args)
+        def counted(*args: object, function: Callable = function) -> Tensor:
+            calls[function.__name__] += 1
+            return function(*args)
 
-        monkeypatch.setattr(elementwise, name, counted)
+        monkeypatch.setattr(elementwise, function.__name__, counted)
     model(packed_batch(torch.arange(7)))
     assert calls == expected
     calls.clear()

@@ -5,7 +5,8 @@ The GPU path of attention runs up to the kernels, whose place torch's shape func
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections import Counter, defaultdict
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,16 +19,19 @@ from bico_ds.attention import backends
 from bico_ds.attention.layout import CUDA_POLICY, build_layout
 from bico_ds.attention.packed import _PackedAttention
 from bico_ds.batch import PackedBatch
+from bico_ds.common.traffic import counting_traffic
 from bico_ds.config.load import load_recipe
 from bico_ds.config.objectives.table import KINDS, read_spec
 from bico_ds.config.schema import LoraSpec
 from bico_ds.documents import Document, Documents
 from bico_ds.model.build import TrainableModel, build_model
+from bico_ds.model.elementwise_kernels import without_kernels
 from bico_ds.model.head import _ChunkedCrossEntropy
 from bico_ds.objectives.base import BatchKey, TokenRoles
 from bico_ds.objectives.build import build_objectives
 from tests.attention.gpu_kernels import PACKAGES
 from tests.model.device_watch import checked_gradients, no_host_work
+from tests.planner.live_memory import LiveMemory
 
 META = torch.device("meta")
 HEAD_DIM = 128
@@ -49,7 +53,7 @@ def model_of(*, layers: int = 2, **values: Any) -> TrainableModel:
     return build_model(spec, seed=1, ds_config=None, device=META).train()
 
 
-def batch_of(objective: dict[str, Any], backend: str = "aten-cuda") -> PackedBatch:
+def batch_of(objective: dict[str, Any], backend: str = "auto") -> PackedBatch:
     """As the loader's worker makes it, then moved."""
     random = np.random.default_rng()
     documents = [
@@ -67,13 +71,13 @@ def run(model: TrainableModel, batch: PackedBatch) -> Tensor:
     """Forward and backward under watch; checks what goes from layer to layer, and what runs again in the backward pass."""
     rows, width = len(batch.input_ids), model.config.hidden_size
 
-    def check_hidden(module: Any, args: Any, out: Tensor) -> None:
-        assert (out.shape, out.dtype) == ((1, rows, width), torch.bfloat16)
+    def check_hidden(module: Any, args: Any, out: tuple[Tensor, Tensor]) -> None:
+        assert [(x.shape, x.dtype) for x in out] == 2 * [((1, rows, width), torch.bfloat16)]
 
     assert model.causal_lm.config.dtype == torch.bfloat16
     hooks = [layer.register_forward_hook(check_hidden) for layer in model.causal_lm.model.layers]
     functions = [_PackedAttention, _ChunkedCrossEntropy]
-    with no_host_work(), checked_gradients(functions) as ran:
+    with no_host_work(), checked_gradients(functions) as ran, counting_traffic() as calls:
         loss = model(batch).loss
         loss.backward()
     for hook in hooks:
@@ -86,6 +90,8 @@ def run(model: TrainableModel, batch: PackedBatch) -> Tensor:
         "_ChunkedCrossEntropy.forward": 1,
         "_ChunkedCrossEntropy.backward": 1,
     }
+    chunks = -(-len(batch.targets) // model.causal_lm.lm_head.chunk_rows)
+    assert [call.op for call in calls].count("head cross entropy") == chunks
     return loss
 
 
@@ -99,7 +105,7 @@ def check_gradients(model: TrainableModel) -> None:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-@pytest.mark.parametrize("backend", ["aten-cuda", "triton", *NEWEST])
+@pytest.mark.parametrize("backend", ["auto", "aten-cuda", "triton", *NEWEST])
 def test_every_objective_runs_by_every_gpu_kernel(objective, backend, tmp_path):
     with ExitStack() as stack:
         if backend in NEWEST:
@@ -143,12 +149,63 @@ def test_the_recipe_of_llama_3_8b_runs_with_all_its_layers():
     check_gradients(model)
 
 
+@pytest.mark.parametrize("kernels", [True, False], ids=["our norms", "Hugging Face's norms"])
+@pytest.mark.parametrize("lora", [None, LoraSpec(dropout=0.1)], ids=["all weights", "adapters"])
+def test_a_checkpointed_layer_keeps_the_sum_alone(kernels, lora):
+    """And, of our norm, four bytes per row."""
+    batch, alive = batch_of({"kind": "bico"}), []
+    for layers in (3, 4):
+        model = model_of(layers=layers, activation_checkpointing=1, lora=lora)
+        memory = LiveMemory(model.parameters())
+        with nullcontext() if kernels else without_kernels():
+            with memory:
+                loss = model(batch).loss
+                alive.append(memory.bytes)
+            loss.backward()
+    rows = len(batch.input_ids)
+    assert alive[1] - alive[0] == rows * (2 * model.config.hidden_size + 4 * kernels)
+
+
+def test_norms_and_gates_move_what_is_counted_by_hand():
+    """Of three recomputed layers. A pass over rows is T x E, or T x F in the gate; a norm of a sum makes it, too."""
+    model, batch, layers = model_of(layers=3, activation_checkpointing=1), batch_of({"kind": "bico"}), 3
+    with counting_traffic() as calls:
+        run(model, batch)
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for call in calls:
+        found[call.op] += Counter(calls=1, launches=call.launches, bytes=call.bytes_read + call.bytes_written)
+    rows, wide = (2 * len(batch.input_ids) * n for n in (model.config.hidden_size, 14336))
+    roots, weight = 4 * len(batch.input_ids), 2 * model.config.hidden_size
+    # Alone: the first norm of the first layer, and of each recomputed one. Of a sum: all others, the second ones twice.
+    alone, summed = layers + 1, 3 * layers
+    assert found["norm forward"] == {
+        "calls": alone + summed,
+        "launches": alone + summed,
+        "bytes": alone * (2 * rows) + summed * (4 * rows) + (alone + summed) * (roots + weight),
+    }
+    # Only the first and the last norm have no gradient of a sum to add; their gradient is cleared before it is written.
+    # The weight's has 132 parts in fp32, written and read, then summed and cast.
+    parts = 2 * 132 * 2 * weight + 2 * 2 * weight + weight
+    assert found["norm backward"] == {
+        "calls": 2 * layers + 1,
+        "launches": 3 * (2 * layers + 1) + 2,
+        "bytes": (2 * layers + 1) * (4 * rows + roots + weight + parts),
+    }
+    assert found["gate forward"] == {
+        "calls": 2 * layers,
+        "launches": 2 * layers,
+        "bytes": 2 * layers * 3 * wide,
+    }
+    assert found["gate backward"] == {"calls": layers, "launches": layers, "bytes": layers * 5 * wide}
+
+
 def test_live_rows_run_as_hidden_keys(monkeypatch):
     """Where a machine's policy has them so."""
     monkeypatch.setattr(backends, "CUDA_POLICY", replace(CUDA_POLICY, tile_cost=1e9))
     backends.resolve.cache_clear()
     try:
-        model, batch = model_of(), batch_of({"kind": "bico"})
+        model = model_of(attention_backend="aten-cuda")
+        batch = batch_of({"kind": "bico"}, "aten-cuda")
         assert sorted(group.hidden is None for group in batch.layout.flash) == [False, True]
         run(model, batch)
     finally:
@@ -156,10 +213,12 @@ def test_live_rows_run_as_hidden_keys(monkeypatch):
     check_gradients(model)
 
 
-def test_these_batches_reach_the_flash_kernel_alone_and_tiles():
+def test_these_batches_reach_the_flash_kernel_alone_live_rows_in_blocks_and_tiles():
     layouts = [batch_of(objective).layout for objective in OBJECTIVES]
     assert any(layout.is_one_flash_problem for layout in layouts)
-    assert any(layout.flash and layout.tiles for layout in layouts)
+    assert any(layout.flash and layout.blocks for layout in layouts)
+    named = [batch_of(objective, "aten-cuda").layout for objective in OBJECTIVES]
+    assert any(layout.flash and layout.tiles for layout in named)
 
 
 X, ROWS, CHOSEN = (

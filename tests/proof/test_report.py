@@ -112,6 +112,14 @@ def test_of_steps_the_best_backend_of_each_kind_counts():
     assert (aim.figure, aim.verdict) == ("1.2", "missed")
 
 
+def test_a_plain_step_which_others_are_compared_with_meets_no_aim():
+    steps = [step("ntp", 2048, 100, 0.6, "auto, plain"), step("bico", 2048, 100, 0.6, "auto, plain")]
+    met = judge_aims(results(steps=[one | {"plain": True} for one in steps]), rehearsal=False)
+    assert {aim.verdict for aim in met if "step" in aim.aim} == {"not measured"}
+    met = judge_aims(results(steps=[one | {"plain": False} for one in steps]), rehearsal=False)
+    assert [aim.verdict for aim in met if "MFU" in aim.aim] == ["met", "met"]
+
+
 def test_up_to_a_length_is_not_measured_before_that_length_is():
     rows = [row("triton beside two passes on aten-cuda, 40 tokens, bidirectional", 1, 9)]
     assert verdicts(results(rows=rows))[-2] == "not measured"

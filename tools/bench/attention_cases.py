@@ -18,13 +18,14 @@ from torch import Tensor
 from bico_ds.attention.backend import Backend
 from bico_ds.attention.backends import KERNELS, TRITON
 from bico_ds.attention.kernels.base import CausalKernel
-from bico_ds.attention.layout import CUDA_POLICY, TILES_POLICY, Layout, build_layout
+from bico_ds.attention.layout import CUDA_POLICY, TILES_POLICY, Layout, LayoutPolicy, build_layout
 from bico_ds.attention.measured_policy import Comparison
 from bico_ds.attention.oracle import oracle_attention
 from bico_ds.attention.packed import run_packed_attention
+from bico_ds.attention.passes import HIDDEN_COLUMNS, TORCH_PASSES, Passes
 from bico_ds.attention.plan import AttentionPlan, Mode, build_plan
 from bico_ds.attention.triton.ops import tiling_on, triton_refusal
-from bico_ds.attention.two_pass import HIDDEN_COLUMNS
+from bico_ds.attention.triton.passes import TRITON_PASSES
 from bico_ds.common.errors import UserError
 from bico_ds.config.arguments import positive_number
 from bico_ds.proof.findings import Findings
@@ -101,10 +102,14 @@ def flash_kernels(shape: Shape) -> dict[str, CausalKernel]:
 
 def refusal(name: str, shape: Shape) -> str | None:
     """Why a backend cannot serve such inputs here, as a clause; torch's own operations always can."""
-    asked = shape.dtype, shape.head_dim, shape.torch_device
     if name == TRITON:
-        return triton_refusal(*asked)
+        return triton_refused(shape)
+    asked = shape.dtype, shape.head_dim, shape.torch_device
     return KERNELS[name].refusal(*asked) if name in KERNELS else None
+
+
+def triton_refused(shape: Shape) -> str | None:
+    return triton_refusal(shape.dtype, shape.head_dim, shape.torch_device)
 
 
 def can_hide_keys(kernel: CausalKernel, shape: Shape) -> bool:
@@ -118,10 +123,19 @@ def any_kernel(shape: Shape) -> CausalKernel:
     return KERNELS["cpu-flash" if shape.device == "cpu" else "aten-cuda"]
 
 
+def passes_of(shape: Shape) -> Passes:
+    """What surrounds a flash kernel's passes here, unasked whether it is right: that is to be found out."""
+    return TORCH_PASSES if triton_refused(shape) else TRITON_PASSES
+
+
+def flash_backend(kernel: CausalKernel, shape: Shape, policy: LayoutPolicy = IN_TILES) -> Backend:
+    return Backend(kernel=kernel, policy=policy, passes=passes_of(shape))
+
+
 def beside_triton(kernel: CausalKernel, shape: Shape, *, flash_from: float) -> Backend:
     """A flash kernel for documents of at least so many tokens; the Triton kernels for the others, and for live rows."""
     blocks = tiling_on(shape.torch_device, shape.head_dim).blocks
-    return Backend(kernel=kernel, policy=replace(IN_TILES, flash_from=flash_from, blocks=blocks))
+    return flash_backend(kernel, shape, replace(IN_TILES, flash_from=flash_from, blocks=blocks))
 
 
 def run(
@@ -183,7 +197,7 @@ def checked_cases(name: str, shape: Shape, kept: list[int]) -> Iterator[tuple[st
         yield from (("causal", causal, tiles), ("live rows", live, tiles))
         return
     kernel = KERNELS[name]
-    flash = Backend(kernel=kernel, policy=IN_TILES)
+    flash = flash_backend(kernel, shape)
     yield from (("causal", causal, flash), ("bidirectional", bidirectional, flash))
     yield "live rows in tiles", live, flash
     if can_hide_keys(kernel, shape):

@@ -54,6 +54,7 @@ from attention_cases import (
     documents,
     each_alone,
     errors,
+    flash_backend,
     milliseconds,
     op_milliseconds,
     plan_with_live,
@@ -79,6 +80,9 @@ __all__ = ["HEADS", "HEAD_DIM", "KEY_HEADS", "milliseconds", "plan_with_live", "
 
 PARTS = ("check", "speed")
 DENSE = "the authors' dense form"
+PLAIN = " with torch's operations around it"
+MODES: tuple[Mode, ...] = ("bidirectional", "causal")
+COMPILING = (TRITON, "flash-attn-4")
 CONVENTION = (
     f"speed: the device's own time by its events, the median of {REPEATS} after {WARM_UP}, each with a cold L2 cache; "
     "TFLOP/s count the products that the mask needs, backward 2.5 times forward"
@@ -171,6 +175,8 @@ def speed(send: Send, name: str, sizes: Sizes) -> None:
             send(time_fused(case, plan, shape))
             continue
         send(time_op(case, plan, shape, KERNELS[name]))
+        if case.length == sizes.dense_length:
+            send(time_plain_op(case, plan, shape, KERNELS[name]))
         if case.mode == "causal":
             send(time_kernel(case, plan, shape, KERNELS[name]))
 
@@ -180,7 +186,7 @@ def timed_cases(sizes: Sizes) -> Iterator[Case]:
         yield Case(length=length, mode="bidirectional")
         yield Case(length=length, mode="causal")
         yield from (Case(length=length, mode="bidirectional", live_share=share) for share in (0.03, 0.3))
-    yield Case(length=sizes.dense_length, mode="bidirectional")
+    yield from (Case(length=sizes.dense_length, mode=mode) for mode in MODES)
 
 
 def teraflop(plan: AttentionPlan, shape: Shape) -> float:
@@ -192,10 +198,18 @@ def teraflop(plan: AttentionPlan, shape: Shape) -> float:
 
 
 def time_op(case: Case, plan: AttentionPlan, shape: Shape, kernel: CausalKernel) -> Timing:
-    """Of `packed_attention` on a flash kernel, with live rows wherever the estimated costs put them."""
+    """Of `packed_attention` on a flash kernel, with live rows where they are as long as nothing was measured."""
     policy = CUDA_POLICY if can_hide_keys(kernel, shape) else IN_TILES
-    ms = op_milliseconds(Backend(kernel=kernel, policy=policy), plan, shape)
+    estimated = flash_backend(kernel, shape, policy)
+    backend = estimated if refusal(TRITON, shape) else beside_triton(kernel, shape, flash_from=1)
+    ms = op_milliseconds(backend, plan, shape)
     return Timing(case=case, way=kernel.name, ms=ms, teraflop=teraflop(plan, shape))
+
+
+def time_plain_op(case: Case, plan: AttentionPlan, shape: Shape, kernel: CausalKernel) -> Timing:
+    """The same with torch's operations around the passes, as before there were kernels for it."""
+    ms = op_milliseconds(Backend(kernel=kernel, policy=IN_TILES), plan, shape)
+    return Timing(case=case, way=f"{kernel.name}{PLAIN}", ms=ms, teraflop=teraflop(plan, shape))
 
 
 def time_kernel(case: Case, plan: AttentionPlan, shape: Shape, kernel: CausalKernel) -> Timing:
@@ -289,9 +303,9 @@ def measure(part: str, sizes: Sizes, deadline: float, findings: Findings) -> lis
 def sent(work: Callable[..., None], name: str, sizes: Sizes, deadline: float) -> Iterator[Any]:
     """What the work on a backend sends, and how it ended.
 
-    Triton compiles a second or two for each kernel, and other kernels for each shape: its shapes are checked side by side.
+    Some compile for seconds, and other kernels for each shape: their shapes are checked side by side.
     """
-    if work is not check or name != TRITON:
+    if work is not check or name not in COMPILING:
         yield from each_alone(work, name, sizes, deadline=deadline)
         return
     shapes = [replace(sizes, shapes=(shape,)) for shape in sizes.shapes]
@@ -347,13 +361,14 @@ def report_speed(found: list[Timing], findings: Findings) -> None:
 def comparisons(times: dict[tuple[Case, str], Timing]) -> Iterator[tuple[str, Timing, Timing]]:
     """What is compared, ours and the other, case by case."""
     for (case, way), other in times.items():
-        fused, op = times.get((case, TRITON)), times.get((case, way.removesuffix(" alone")))
+        fused = times.get((case, TRITON))
+        op = times.get((case, way.removesuffix(" alone").removesuffix(PLAIN)))
         if fused is not None and way in KERNELS:
             passes = "two passes" if case.mode == "bidirectional" else "the op"
             yield (f"triton beside {passes} on {way}, {case}", fused, other)
         if op is not None and op is not other:
             yield (f"the op on {op.way} beside {way}, {case}", op, other)
-            if fused is not None:
+            if fused is not None and way == alone(op.way):
                 yield (f"triton beside {way}, {case}", fused, other)
         if way == DENSE:
             ours = [timing for (of, _), timing in times.items() if of == case and timing is not other]

@@ -3,15 +3,16 @@
 
     python tools/bench/gpu_policy.py [--out FILE] [--seconds 50] [--rehearse] [--json]
 
-For each flash kernel, in bf16 with Llama-3-8B's heads, at head dimension 128 and then 64: the document length from which
-its passes are faster than the Triton kernels, and than dense tiles, bidirectional and causal; and the cost of a live row's
-pairs of query and key in either, and with hidden keys (`LayoutPolicy`). A crossover lies between two measured lengths,
-where the ratio of the times is 1 on logarithmic scales; where the other way still is faster at the longest length, it is
-that length. Costs are the median over lengths and shares of live rows.
+In bf16 with Llama-3-8B's heads, at head dimension 128 and then 64. First the time of each flash kernel, by which `auto`
+orders them. Then for each of them, the fastest first: the document length from which its passes are faster than the Triton
+kernels, and than dense tiles, bidirectional and causal; and the cost of a live row's pairs of query and key in either, and
+with hidden keys (`LayoutPolicy`). A crossover lies between two measured lengths, where the ratio of the times is 1 on
+logarithmic scales; where the other way still is faster at the longest length, it is that length. Costs are the median over
+lengths and shares of live rows.
 
-The same run compares every backend that it times with the fp64 oracle; the file holds the errors, and `auto` takes the
-Triton kernels only where they are right. What is not measured after --seconds is left out. Exit code 1 where something is
-wrong. With --rehearse all of it runs on the CPU, at a tiny size, and writes a file that `auto` refuses.
+The same run compares every backend that it times with the fp64 oracle; the file holds the errors, and `auto` takes only
+what is right. What is not measured after --seconds is left out. Exit code 1 where something is wrong.
+With --rehearse all of it runs on the CPU, at a tiny size, and writes a file that `auto` refuses.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import math
 import statistics
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,6 +46,7 @@ from attention_cases import (
     describe_comparison,
     documents,
     each_alone,
+    flash_backend,
     flash_kernels,
     op_milliseconds,
     prepare,
@@ -56,6 +58,7 @@ from bico_ds.attention.backends import KERNELS, TRITON
 from bico_ds.attention.measured_policy import (
     Alternative,
     Comparison,
+    KernelTime,
     MeasuredPolicy,
     Measurement,
     encode,
@@ -78,13 +81,15 @@ CLEAR_LEAD = 1.25  # of the flash kernel at a length, after which no longer docu
 class Sizes:
     """`shapes`: at which costs are measured. `rows` per batch, in documents of each of `lengths`.
 
-    `live_lengths` x `live_shares`: of the documents by which live rows are measured.
+    `timed_lengths`: of the documents by which flash kernels are ordered. `live_lengths` x `live_shares`: of those by which
+    live rows are measured.
     """
 
     shapes: tuple[Shape, ...]
     checked: tuple[int, ...]
     rows: int
     lengths: tuple[int, ...]
+    timed_lengths: tuple[int, ...]
     live_lengths: tuple[int, ...]
     live_shares: tuple[float, ...]
 
@@ -94,12 +99,32 @@ ON_GPU = Sizes(
     checked=(300, 1, 77, 513),
     rows=8192,
     lengths=(40, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768),
+    timed_lengths=(512, 2048),
     live_lengths=(512, 4096),
     live_shares=(0.1, 0.4),
 )
 ON_CPU = Sizes(
-    shapes=(REHEARSAL,), checked=(20, 1), rows=16, lengths=(4, 16), live_lengths=(16,), live_shares=(0.4,)
+    shapes=(REHEARSAL,),
+    checked=(20, 1),
+    rows=16,
+    lengths=(4, 16),
+    timed_lengths=(8,),
+    live_lengths=(16,),
+    live_shares=(0.4,),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How long a flash kernel takes for all documents alone."""
+
+    kernel: str
+    head_dim: int
+    times: tuple[KernelTime, ...]
+
+    @property
+    def total_ms(self) -> float:
+        return sum(time.ms for time in self.times)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +155,7 @@ class LiveCost:
     hidden: float | None
 
 
-Item = Comparison | Crossing | LiveCost
+Item = Comparison | Speed | Crossing | LiveCost
 
 
 def crossover(times: Sequence[tuple[int, float, float]]) -> float:
@@ -155,26 +180,48 @@ def pair_cost(ms: float, pairs: float, *, plain_ms: float, plain_pairs: float) -
     return max(1e-3, (ms / pairs) / (plain_ms / plain_pairs))
 
 
-def measure(send: Send, kernel_name: str, other: str, sizes: Sizes) -> None:
+def measure_kernel(send: Send, kernel_name: str, sizes: Sizes) -> None:
+    """Send whether a flash kernel is right, and how fast it is."""
+    for shape in sizes.shapes:
+        compare_all(send, kernel_name, shape, sizes)
+        send(measure_speed(kernel_name, shape, sizes))
+    for shape in sizes.shapes:
+        compare_all(send, kernel_name, replace(shape, dtype=torch.float16), sizes)
+
+
+def measure_speed(kernel_name: str, shape: Shape, sizes: Sizes) -> Speed:
+    backend = flash_backend(KERNELS[kernel_name], shape)
+    times = [
+        KernelTime(
+            mode=mode,
+            length=length,
+            ms=round(op_milliseconds(backend, documents(mode, length, sizes.rows), shape), 4),
+        )
+        for length in sizes.timed_lengths
+        for mode in MODES
+    ]
+    return Speed(kernel=kernel_name, head_dim=shape.head_dim, times=tuple(times))
+
+
+def measure_beside(send: Send, kernel_name: str, other: str, sizes: Sizes) -> None:
     """Send everything that is to be known of a flash kernel beside the Triton kernels, or beside dense tiles.
 
-    The most valuable first: whether they are right, then each shape's crossovers and costs.
+    The most valuable first: whether those are right, then each shape's crossovers and costs.
     """
     for shape in sizes.shapes:
-        compare_all(send, kernel_name, other, shape, sizes)
+        compare_all(send, other, shape, sizes)
         for mode in MODES:
             send(measure_crossing(kernel_name, other, mode, shape, sizes))
         for item in measure_live(kernel_name, other, shape, sizes):
             send(item)
     for shape in sizes.shapes:
-        compare_all(send, kernel_name, other, replace(shape, dtype=torch.float16), sizes)
+        compare_all(send, other, replace(shape, dtype=torch.float16), sizes)
 
 
-def compare_all(send: Send, kernel_name: str, other: str, shape: Shape, sizes: Sizes) -> None:
-    """Send a `Comparison` for each case of what is timed."""
-    for name in (TRITON,) if other == TRITON else (kernel_name, other):
-        for case, plan, backend in checked_cases(name, shape, list(sizes.checked)):
-            send(compare(name, case, backend, plan, shape))
+def compare_all(send: Send, name: str, shape: Shape, sizes: Sizes) -> None:
+    """Send a `Comparison` for each case of a backend."""
+    for case, plan, backend in checked_cases(name, shape, list(sizes.checked)):
+        send(compare(name, case, backend, plan, shape))
 
 
 def backends(kernel_name: str, other: str, shape: Shape) -> tuple[Backend, Backend]:
@@ -182,7 +229,7 @@ def backends(kernel_name: str, other: str, shape: Shape) -> tuple[Backend, Backe
     kernel = KERNELS[kernel_name]
     if other == TRITON:
         return beside_triton(kernel, shape, flash_from=1), beside_triton(kernel, shape, flash_from=math.inf)
-    flash = Backend(kernel=kernel, policy=IN_TILES)
+    flash = flash_backend(kernel, shape)
     return flash, replace(flash, policy=replace(IN_TILES, flash_from=math.inf))
 
 
@@ -223,6 +270,9 @@ def measure_live(kernel_name: str, other: str, shape: Shape, sizes: Sizes) -> It
 def describe(item: Item) -> str:
     if isinstance(item, Comparison):
         return describe_comparison(item)
+    if isinstance(item, Speed):
+        times = ", ".join(f"{time.length} {time.mode} {time.ms:.3g}" for time in item.times)
+        return f"{item.kernel}, head dimension {item.head_dim}: {item.total_ms:.4g} ms (by tokens: {times})"
     place = f"{item.kernel} beside {item.other}, head dimension {item.head_dim}"
     if isinstance(item, Crossing):
         times = ", ".join(f"{n}: {flash:.3g} and {other:.3g}" for n, flash, other in item.times)
@@ -232,28 +282,42 @@ def describe(item: Item) -> str:
 
 
 def run_all(sizes: Sizes, deadline: float, findings: Findings) -> list[Item]:
-    """What every flash kernel beside each other way sends, printed as it comes."""
+    """What is found of every flash kernel, alone and beside each other way, printed as it comes."""
     found: list[Item] = []
-    for kernel in flash_kernels(sizes.shapes[0]):
+
+    def collect(what: str, work: Callable[..., None], *arguments: object) -> None:
+        for item in each_alone(work, *arguments, sizes, deadline=deadline):
+            if isinstance(item, Ended):
+                add_end(findings, what, item)
+                continue
+            found.append(item)
+            print(f"  {describe(item)}", flush=True)
+
+    names = list(flash_kernels(sizes.shapes[0]))
+    for kernel in names:
+        collect(kernel, measure_kernel, kernel)
+    for kernel in by_speed(names, found, sizes.shapes[0]):
         for other in (TRITON, TILES):
             if (refused := refusal(other, sizes.shapes[0])) is not None:
                 findings.add_note(f"{kernel} beside {other}: not measured, {other} {refused}")
                 continue
-            for item in each_alone(measure, kernel, other, sizes, deadline=deadline):
-                if isinstance(item, Ended):
-                    add_end(findings, f"{kernel} beside {other}", item)
-                    continue
-                found.append(item)
-                print(f"  {describe(item)}", flush=True)
+            collect(f"{kernel} beside {other}", measure_beside, kernel, other)
     return found
+
+
+def by_speed(names: Sequence[str], found: Sequence[Item], shape: Shape) -> list[str]:
+    """The fastest first, at the shape's head dimension; those that were not timed last."""
+    speeds = [item for item in found if isinstance(item, Speed) and item.head_dim == shape.head_dim]
+    total = {item.kernel: item.total_ms for item in speeds}
+    return sorted(names, key=lambda name: total.get(name, math.inf))
 
 
 def assemble(found: Sequence[Item], capability: tuple[int, int], *, rehearsal: bool) -> MeasuredPolicy:
     """The content of the file."""
-    crossings = [item for item in found if isinstance(item, Crossing)]
-    costs = [item for item in found if isinstance(item, LiveCost)]
     comparisons = dict.fromkeys(item for item in found if isinstance(item, Comparison))
-    measured = dict.fromkeys((item.kernel, item.head_dim) for item in crossings)
+    measured = dict.fromkeys(
+        (item.kernel, item.head_dim) for item in found if not isinstance(item, Comparison)
+    )
     return MeasuredPolicy(
         rehearsal=rehearsal,
         capability=capability,
@@ -261,21 +325,21 @@ def assemble(found: Sequence[Item], capability: tuple[int, int], *, rehearsal: b
         date=datetime.date.today().isoformat(),
         driver="none" if rehearsal else driver_version() or "unknown",
         versions=running_versions(),
-        measurements=tuple(measurement(*key, crossings, costs) for key in measured),
+        measurements=tuple(measurement(*key, found) for key in measured),
         comparisons=tuple(comparisons),
     )
 
 
-def measurement(
-    kernel: str, head_dim: int, crossings: Sequence[Crossing], costs: Sequence[LiveCost]
-) -> Measurement:
+def measurement(kernel: str, head_dim: int, found: Sequence[Item]) -> Measurement:
     """What the items say of one flash kernel at one head dimension."""
-    own = [c for c in crossings if (c.kernel, c.head_dim) == (kernel, head_dim)]
-    live = [c for c in costs if (c.kernel, c.head_dim) == (kernel, head_dim)]
+    others = (item for item in found if not isinstance(item, Comparison))
+    own = [item for item in others if (item.kernel, item.head_dim) == (kernel, head_dim)]
+    live = [item for item in own if isinstance(item, LiveCost)]
     hidden = [c.hidden for c in live if c.hidden is not None]
 
     def beside(other: str) -> Alternative | None:
-        lengths = {c.mode: round(c.length, 1) for c in own if c.other == other}
+        crossings = (c for c in own if isinstance(c, Crossing) and c.other == other)
+        lengths = {c.mode: round(c.length, 1) for c in crossings}
         pairs = [c.cost for c in live if c.other == other]
         if set(lengths) != set(MODES) or not pairs:
             return None
@@ -288,6 +352,7 @@ def measurement(
     return Measurement(
         kernel=kernel,
         head_dim=head_dim,
+        times=next((item.times for item in own if isinstance(item, Speed)), ()),
         hidden_cost=round(statistics.median(hidden), 3) if hidden else None,
         tiles=beside(TILES),
         triton=beside(TRITON),
@@ -295,6 +360,12 @@ def measurement(
 
 
 def add_tables(policy: MeasuredPolicy, found: Sequence[Item], findings: Findings) -> None:
+    speeds = [item for item in found if isinstance(item, Speed)]
+    rows = [
+        [s.kernel, s.head_dim, time.mode, time.length, f"{time.ms:.4g}"] for s in speeds for time in s.times
+    ]
+    columns = ["flash kernel", "head dimension", "mode", "tokens", "ms"]
+    findings.add_table("Flash kernels, forward and backward", columns, rows)
     crossings = [item for item in found if isinstance(item, Crossing)]
     rows = [
         [c.kernel, c.other, c.head_dim, c.mode, n, f"{flash:.4g}", f"{other:.4g}", f"{other / flash:.3g}"]

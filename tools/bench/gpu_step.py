@@ -6,9 +6,10 @@
 The engine is the one that launch/train.py builds of the recipe, with so many layers and random weights, on one rank. Each
 step trains one micro-batch of `--rows` original tokens, in documents of each length in turn, by next-token prediction
 and by BICO at a mask rate of 15 %; with the recipe's attention backend, and with those of `--also`. On a GPU also: memory
-by item, where the host waits, and what a step is made of. step.json in --out has every figure so far. Compared are BICO
-steps with NTP steps, and the backends. Exit code 1 where a loss is not what random weights have, where backends differ,
-or where a step fails. --rehearse, or a machine without a GPU: everything on the CPU.
+by item, where the host waits, and what a step is made of. With the longest documents a *plain* step is timed, too: with
+torch's operations around attention's passes, and Hugging Face's norms and gates. step.json in --out has every figure so
+far. Compared are BICO steps with NTP steps, the backends, and the plain steps. Exit code 1 where a loss is not what random
+weights have, where backends differ, or where a step fails. --rehearse, or a machine without a GPU: everything on the CPU.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from __future__ import annotations
 import json
 import traceback
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -48,12 +52,14 @@ from step_shapes import (
 
 from bico_ds.attention.backend import Backend
 from bico_ds.attention.backends import resolve
+from bico_ds.attention.passes import TORCH_PASSES
 from bico_ds.batch import PackedBatch
 from bico_ds.common.command_line import Command
 from bico_ds.config.load import load_recipe
+from bico_ds.model.elementwise_kernels import kernels_for, without_kernels
 from bico_ds.planner.memory import MemoryPlan
 from bico_ds.proof.findings import Findings
-from bico_ds.training.start_plan import device_here
+from bico_ds.training.planning import device_here
 
 SHOWN = 20  # kernels
 ALSO_IN_A_REHEARSAL = ["oracle", "triton"]
@@ -71,6 +77,15 @@ def add_all_options(parser: ArgumentParser) -> None:
     parser.add_argument("--profile", action="store_true", help="profile on a CPU, too")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """To compute steps. `is_plain`: without kernels for norms and gates."""
+
+    name: str
+    backend: Backend | None
+    is_plain: bool = False
+
+
 class StepBench:
     """Measures steps of every kind and length, backend after backend, into the findings."""
 
@@ -82,24 +97,49 @@ class StepBench:
         self.device = device_here(bench.device, bench.recipe.model.dtype, ranks_per_node=1)
 
     def measure_all(self) -> None:
-        for name, backend in self.backends().items():
-            for layer in self.bench.engine.module.causal_lm.model.layers:
-                layer.self_attn.packed_backend = name
-            for length in self.options.lengths:
-                for kind in OBJECTIVES:
-                    try:
-                        self.measure(name, backend, kind, length)
-                    except Exception as error:
-                        # The engine stands in the middle of a step: nothing more can be measured with it.
-                        traceback.print_exc()
-                        what = f"{kind}, documents of {length}, {name}"
-                        if isinstance(error, torch.OutOfMemoryError) and not self.findings.steps:
-                            self.findings.not_measured = TOO_SMALL
+        backends = self.backends()
+        ways = [Way(name=name, backend=backend) for name, backend in backends.items()]
+        lengths = self.options.lengths
+        if (plain := self.plain_way(backends)) is not None:
+            ways.append(plain)
+        for way in ways:
+            with self.by(way):
+                for length in [max(lengths)] if way.is_plain else lengths:
+                    for kind in OBJECTIVES:
+                        if not self.tried(way, kind, length):
                             return
-                        self.findings.add_wrong(
-                            f"{what}: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-                        )
-                        return
+
+    def tried(self, way: Way, kind: str, length: int) -> bool:
+        """Measure; False where the step failed, and left the engine in its middle: nothing more can be measured with it."""
+        try:
+            self.measure(way, kind, length)
+        except Exception as error:
+            traceback.print_exc()
+            if isinstance(error, torch.OutOfMemoryError) and not self.findings.steps:
+                self.findings.not_measured = TOO_SMALL
+                return False
+            said = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            self.findings.add_wrong(f"{kind}, documents of {length}, {way.name}: {said}")
+            return False
+        return True
+
+    @contextmanager
+    def by(self, way: Way) -> Iterator[None]:
+        """Inside, the model computes in this way."""
+        for layer in self.bench.engine.module.causal_lm.model.layers:
+            layer.self_attn.packed_backend = way.backend if way.is_plain else way.name
+        with without_kernels() if way.is_plain else nullcontext():
+            yield
+
+    def plain_way(self, backends: dict[str, Backend | None]) -> Way | None:
+        """Of the recipe's backend; None where its steps are plain already."""
+        name, backend = next(iter(backends.items()), ("", None))
+        if backend is None:
+            return None
+        plain = replace(backend, passes=TORCH_PASSES)
+        if plain == backend and kernels_for(self.bench.config.dtype, self.bench.device) is None:
+            return None
+        return Way(name=f"{name}, plain", backend=plain, is_plain=True)
 
     def backends(self) -> dict[str, Backend | None]:
         """The recipe's and those of --also that run here and are not the same; None: the oracle."""
@@ -118,21 +158,30 @@ class StepBench:
             found[name] = backend
         return found
 
-    def measure(self, name: str, backend: Backend | None, kind: str, length: int) -> None:
-        """Steps of one kind; on a GPU also their memory, host waits and kernels."""
-        bench, what = self.bench, f"{kind}, documents of {length}, {name}"
+    def measure(self, way: Way, kind: str, length: int) -> None:
+        """Steps of one kind; but for plain ones also their memory, on a GPU host waits and kernels, too."""
+        bench, what = self.bench, f"{kind}, documents of {length}, {way.name}"
         documents = bench.random_documents(length, self.options.rows)
-        batch = bench.pack(documents, kind, None if backend is None else backend.policy)
+        batch = bench.pack(documents, kind, None if way.backend is None else way.backend.policy)
         steps = bench.time_steps(batch, self.options.steps)
         check_random_loss(self.findings, what, steps, bench.config)
         others = self.measured.setdefault((kind, length), {})
         if others:
             first, other = next(iter(others.items()))
             check_same(self.findings, f"{what} beside {first}", steps, other, bench.recipe.model.dtype)
-        others[name] = steps
-        figures = self.figures(name, kind, length, batch, steps)
+        others[way.name] = steps
+        figures = self.figures(way, kind, length, batch, steps)
         self.findings.add_step(figures)
         self.save()
+        if not way.is_plain:
+            self.add_details(figures, batch, steps)
+            self.save()
+
+    def add_details(self, figures: dict[str, Any], batch: PackedBatch, steps: Steps) -> None:
+        """Host waits, memory beside its plan, and what the step is made of."""
+        kind, length, name = (figures[key] for key in ("kind", "length", "backend"))
+        what = f"{kind}, documents of {length}, {name}"
+        bench = self.bench
         if bench.on_cuda:
             figures["host_waits"] = host_waits(lambda: bench.step(batch))
             print(f"  host waits in one step: {figures['host_waits']}", flush=True)
@@ -146,19 +195,19 @@ class StepBench:
         if bench.on_cuda or self.options.profile:
             profile = profile_step(lambda: bench.step(batch), on_cuda=bench.on_cuda)
             figures |= self.add_profile(what, profile, steps)
-        self.save()
 
     def save(self) -> None:
         """Everything so far: a run may be cut by a time limit."""
         (self.options.out / "step.json").write_text(json.dumps(self.findings.steps) + "\n")
 
-    def figures(self, name: str, kind: str, length: int, batch: PackedBatch, steps: Steps) -> dict[str, Any]:
+    def figures(self, way: Way, kind: str, length: int, batch: PackedBatch, steps: Steps) -> dict[str, Any]:
         seconds = steps.median_seconds
         tflops = flops_of_step(self.bench.recipe.model, batch) / seconds / 1e12
         return {
             "kind": kind,
             "length": length,
-            "backend": name,
+            "backend": way.name,
+            "plain": way.is_plain,
             "rows": len(batch.input_ids),
             "targets": len(batch.targets),
             "head_share": round(head_share(self.bench.recipe.model, batch), 4),
@@ -252,7 +301,7 @@ class StepBench:
                     of["ratio"],
                 ]
                 for step in self.findings.steps
-                for phase, of in step["memory"].items()
+                for phase, of in step.get("memory", {}).items()
             ],
         )
         self.findings.add_table(
@@ -286,6 +335,7 @@ class StepBench:
             for (kind, length), by_name in self.measured.items()
             for name, steps in by_name.items()
         }
+        plain = {step["backend"] for step in self.findings.steps if step["plain"]}
         for kind, length, name in median:
             beside = ("ntp", length, name)
             if kind == "bico" and beside in median:
@@ -294,8 +344,9 @@ class StepBench:
         for kind, length, name in median:
             first = next(iter(self.measured[kind, length]))
             if name != first:
-                title = f"{name} beside {first}, {kind}, documents of {length}"
-                self.findings.add_row(title, median[kind, length, name], median[kind, length, first], "ms")
+                ours, other = (first, name) if name in plain else (name, first)
+                title = f"{ours} beside {other}, {kind}, documents of {length}"
+                self.findings.add_row(title, median[kind, length, ours], median[kind, length, other], "ms")
 
 
 def measure_steps(options: Namespace, findings: Findings) -> None:

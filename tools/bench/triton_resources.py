@@ -28,6 +28,7 @@ from triton.runtime import driver
 
 from bico_ds.attention.triton.launches import backward_launches, forward_launches
 from bico_ds.attention.triton.operands import Operands
+from bico_ds.attention.triton.pass_ops import gathered_launch, merged_launch, rotated_launch, summed_launch
 from bico_ds.attention.triton.tilings import TILINGS, tiling_of
 from bico_ds.common.command_line import Command
 from bico_ds.config.arguments import local_path
@@ -91,7 +92,15 @@ def launches(
     rows: int = ROWS,
     kept: int = KEPT,
 ) -> list[Launch]:
-    """The launches of a forward and a backward pass, without the second rotation of keys."""
+    """The launches of a forward and a backward pass, without second ones of a kernel."""
+    attention = attention_launches(capability, head_dim, dtype, causal=causal, rows=rows, kept=kept)
+    return attention + pass_launches(head_dim, dtype, causal=causal, rows=kept)
+
+
+def attention_launches(
+    capability: tuple[int, int], head_dim: int, dtype: torch.dtype, *, causal: bool, rows: int, kept: int
+) -> list[Launch]:
+    """Of the kernels that attend."""
 
     def indices(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device="meta")
@@ -119,6 +128,28 @@ def launches(
     )
     forward = forward_launches(operands, tiling, q, lse)
     return forward + backward_launches(operands, tiling, q, lse, q, q, k, k)[1:]
+
+
+def pass_launches(head_dim: int, dtype: torch.dtype, *, causal: bool, rows: int) -> list[Launch]:
+    """Of the kernels around the flash passes, of all kept rows where they are, with live rows behind them."""
+
+    def pass_rows(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k, v and lse of a pass."""
+        q = torch.empty(count, HEADS, head_dim, dtype=dtype, device="meta")
+        k = torch.empty(count, KEY_HEADS, head_dim, dtype=dtype, device="meta")
+        return q, k, torch.empty_like(k), torch.empty(HEADS, count, device="meta")
+
+    q, k, v, lse = pass_rows(rows)
+    q2, k2, v2, lse2 = (None,) * 4 if causal else pass_rows(rows - 4)
+    table = torch.empty(rows, head_dim, dtype=dtype, device="meta")
+    places = None if causal else torch.empty(rows, dtype=torch.int32, device="meta")
+    ends = (None, places)
+    return [
+        rotated_launch(q, k, v, table, table, None, None, *ends, 0.0, 0.0, q, k, None, q2, k2, v2),
+        merged_launch(q, lse, q2, lse2, *ends, q, lse.t()),
+        gathered_launch(q, q, lse.t(), *ends, rows, q, q, lse, q2, q2, lse2),
+        summed_launch(q, k, v, q2, k2, v2, table, table, *ends, True, q, k, v),
+    ]
 
 
 def compiled(launch: Launch, capability: tuple[int, int]) -> triton.compiler.CompiledKernel:

@@ -1,7 +1,9 @@
 """The flash-attn-4 package (CuTe DSL; `pip install bico_ds[flash4]`), opt-in, Hopper and newer.
 
 Signatures as in `flash_attn/cute/interface.py`. It wants None, never -1, for an unbounded window. Only arguments that every
-release from 4.0.0b10 to b36 has are passed, by keyword; before b10 there was no varlen backward on Hopper.
+release from 4.0.0b10 to b36 has are passed, by keyword; before b10 there was no varlen backward on Hopper. Torch's
+`activate_flash_attention_impl("FA4")` calls these same functions, but swaps the whole process's attention for it, and
+leaves out the longest document in the backward.
 """
 
 from __future__ import annotations
@@ -43,6 +45,9 @@ class FlashAttn4:
             v=v,
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_k=cu_seqlens,
+            # Else it takes all rows for the longest document, and plans tiles and semaphores for that.
+            max_seqlen_q=max_seqlen,
+            max_seqlen_k=max_seqlen,
             softmax_scale=scale,
             causal=True,
             return_lse=True,
@@ -76,6 +81,8 @@ class FlashAttn4:
             causal=True,
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_k=cu_seqlens,
+            max_seqlen_q=max_seqlen,
+            max_seqlen_k=max_seqlen,
             **_deterministic(),
         )[:3]
         return dq, dk, dv

@@ -17,6 +17,15 @@ def flash2_refusal(dtype: torch.dtype, head_dim: int, device: torch.device) -> s
     return _cuda_refusal(dtype, device, oldest=(8, 0)) or head_dim_refusal(head_dim, 8, 256)
 
 
+def flash3_refusal(dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
+    """FlashAttention-3: fp16 and bf16, head dimension a multiple of 8 up to 256, 192 where deterministic; Hopper alone."""
+    largest = 192 if torch.are_deterministic_algorithms_enabled() else 256
+    refusal = _cuda_refusal(dtype, device, oldest=(9, 0)) or head_dim_refusal(head_dim, 8, largest)
+    if refusal is None and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] > 9:
+        return f"is compiled for Hopper alone, not for {torch.cuda.get_device_name(device)}"
+    return refusal
+
+
 def flash4_refusal(dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
     """FlashAttention-4: fp16 and bf16, head dimension a multiple of 8 up to 128, Hopper or newer (so its backward)."""
     return _cuda_refusal(dtype, device, oldest=(9, 0)) or head_dim_refusal(head_dim, 8, 128)
@@ -42,14 +51,20 @@ def head_dim_refusal(head_dim: int, multiple: int, largest: int) -> str | None:
     return None
 
 
-def install_refusal(distribution: str, module: str, *, extra: str, oldest: str) -> str | None:
-    """Why a kernel's package cannot be used: missing, too old, or built for another torch or CUDA."""
+def install_refusal(
+    distribution: str, module: str, *, oldest: str, extra: str = "", wheels: str = ""
+) -> str | None:
+    """Why a kernel's package cannot be used: missing, too old, or built for another torch or CUDA.
+
+    It comes by an `extra` of ours; or, where PyPI has none, by the page of its `wheels`.
+    """
+    install = f"'bico_ds[{extra}]'" if extra else f"{distribution} --find-links {wheels}"
     try:
         version = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        return f"is not installed (pip install 'bico_ds[{extra}]')"
+        return f"is not installed (pip install {install})"
     if Version(version) < Version(oldest):
-        return f"{oldest} or newer is needed, {version} is installed (pip install -U 'bico_ds[{extra}]')"
+        return f"{oldest} or newer is needed, {version} is installed (pip install -U {install})"
     try:
         importlib.import_module(module)
     except (ImportError, OSError) as error:

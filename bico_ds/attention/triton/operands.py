@@ -34,9 +34,9 @@ class Operands(NamedTuple):
     @staticmethod
     def of(blocks: RowBlocks, inputs: AttentionInputs) -> Operands:
         return Operands(
-            q=_with_packed_heads(inputs.q),
-            k=_with_packed_heads(inputs.k),
-            v=_with_packed_heads(inputs.v),
+            q=with_packed_heads(inputs.q),
+            k=with_packed_heads(inputs.k),
+            v=with_packed_heads(inputs.v),
             cos=inputs.cos.contiguous(),
             sin=inputs.sin.contiguous(),
             rows=blocks.rows,
@@ -73,6 +73,6 @@ class Operands(NamedTuple):
 SCHEMA = ", ".join(f"{kind.__name__} {name}" for name, kind in get_type_hints(Operands).items())
 
 
-def _with_packed_heads(x: Tensor) -> Tensor:
+def with_packed_heads(x: Tensor) -> Tensor:
     """x [T, H, D] itself where each row lies in one piece, as in a projection of q, k and v at once; else a copy."""
     return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()

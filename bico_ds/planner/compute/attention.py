@@ -41,10 +41,11 @@ class Visits:
 def expected_visits(model: ModelSpec, batch: MicroBatch, *, on_cuda: bool) -> tuple[Visits, ...]:
     """What the kernels of `model.attention_backend` visit in a layer (attention/backends.py and layout.py).
 
-    On a GPU `auto` is a flash kernel for bf16, with dense tiles for live rows, and tiles alone for fp32; on a CPU the fused
-    kernel. Not counted: invisible pairs of the blocks at the diagonal, padding of tiles, hidden keys; so these are a lower
-    bound. Tiles visit the whole square of a causal document. The shares of kept and live queries in the pairs are taken
-    to be those of the rows: with rates drawn per document from [0, 1] that counts twice as many live pairs as there are.
+    On a GPU `auto` is a flash kernel for bf16, with the Triton kernels for live rows (dense tiles, where a flash kernel is
+    named), and tiles alone for fp32; on a CPU the fused kernel. Not counted: invisible pairs of the blocks at the diagonal,
+    padding of tiles, hidden keys; so these are a lower bound. Tiles visit the whole square of a causal document. The shares
+    of kept and live queries in the pairs are taken to be those of the rows: with rates drawn per document from [0, 1] that
+    counts twice as many live pairs as there are.
     """
     if model.attention_backend == "oracle":
         return (Visits(kernel=ORACLE, pairs=batch.rows**2),)
@@ -58,4 +59,5 @@ def expected_visits(model: ModelSpec, batch: MicroBatch, *, on_cuda: bool) -> tu
         return (Visits(kernel=DENSE_BIDIRECTIONAL, pairs=batch.pairs),)
     live = batch.pairs * batch.live_rows / batch.rows
     flash = Visits(kernel=FLASH, pairs=batch.pairs - live)
-    return (flash, Visits(kernel=DENSE_BIDIRECTIONAL, pairs=live)) if live else (flash,)
+    of_live = TRITON if model.attention_backend == "auto" else DENSE_BIDIRECTIONAL
+    return (flash, Visits(kernel=of_live, pairs=live)) if live else (flash,)

@@ -13,7 +13,13 @@ from typing import TypeAlias
 from bico_ds.config.optimizers import ADAMW
 from bico_ds.config.schema import ModelSpec
 from bico_ds.planner.architecture import Architecture
-from bico_ds.planner.compute.attention import DENSE_BIDIRECTIONAL, DENSE_CAUSAL, FLASH, expected_visits
+from bico_ds.planner.compute.attention import (
+    DENSE_BIDIRECTIONAL,
+    DENSE_CAUSAL,
+    FLASH,
+    TRITON,
+    expected_visits,
+)
 from bico_ds.planner.deployment import ELEMENT_BYTES
 from bico_ds.planner.flops import head_repeats_logits, recomputed_layers
 from bico_ds.planner.workload import MicroBatch
@@ -47,46 +53,55 @@ class Operation:
 
 Work: TypeAlias = list[tuple[Operation, float]]  # operations, each with the number of its elements
 
-# RMSNorm of transformers: cast, pow, mean, mul, cast, times the weight. Backward the gradients of both products, of the
-# square root, and of the square, added up; of the weight where it is trained.
-NORM = Operation(forward=Passes(own=2, wide=5, casts=2), backward=Passes(own=6, wide=17, casts=2))
-FROZEN_NORM = Operation(forward=NORM.forward, backward=Passes(own=2, wide=17, casts=2))
-# silu and mul of the gated MLP; backward two products and silu's.
-GATE = Operation(forward=Passes(own=5), backward=Passes(own=9))
-# Two residual additions; backward the sums of gradients where an input is used twice or three times.
-RESIDUAL = Operation(forward=Passes(own=6), backward=Passes(own=15))
+# Passes over memory of one kernel each: `bico_ds/native` on a CPU, liger-kernel on CUDA (model/elementwise_kernels.py).
+# RMSNorm; on CUDA its backward pass zeroes what it then writes. With the residual: the sum is read apart and written on a
+# CPU, forward and backward, and goes with the norm on CUDA.
+NORM = Operation(forward=Passes(own=2), backward=Passes(own=4))
+CPU_NORM = Operation(forward=Passes(own=2), backward=Passes(own=3))
+ADD_NORM = Operation(forward=Passes(own=4), backward=Passes(own=4))
+CPU_ADD_NORM = Operation(forward=Passes(own=5), backward=Passes(own=6))
+# On CUDA per element of a norm's weight and program: parts of its gradient, and their sum.
+NORM_GRADIENT = Operation(forward=Passes(), backward=Passes(wide=2))
+NORM_PROGRAMS = 132
+GATE = Operation(forward=Passes(own=3), backward=Passes(own=5))
+# Backward the sums of gradients where a norm's output is used twice or three times.
+SHARED_ROWS = Operation(forward=Passes(), backward=Passes(own=9))
 # Of what an adapter adds: the product with its scale, and the sum.
 ADAPTER_OUT = Operation(forward=Passes(own=5), backward=Passes(own=2))
 # Of what it reads: the sum of two gradients. Dropout: in and out, and a mask of one byte.
 ADAPTER_IN = Operation(forward=Passes(), backward=Passes(own=3))
 DROPOUT = Operation(forward=Passes(own=2.5), backward=Passes(own=2.5))
-# bico_ds/native/elementwise.cpp: one pass over memory each.
-FUSED_NORM = Operation(forward=Passes(own=2), backward=Passes(own=3))
-FUSED_GATE = Operation(forward=Passes(own=3), backward=Passes(own=5))
 
-# One flash pass (attention/two_pass.py): q and k rotated, in the backward pass again, and their fp32 gradients rotated back;
-# gradients of q, k and v to fp32 and to the model's dtype.
-ROTATION = Operation(forward=Passes(own=5), backward=Passes(own=5, wide=5))
-PASS_GRADIENTS = Operation(forward=Passes(), backward=Passes(casts=2))
-# The second pass: flipped rows of q, k and v, their gradients added; for queries out gathered, merged and put back, and out
-# and its gradient gathered for the backward pass.
-SECOND_PASS = Operation(forward=Passes(own=2), backward=Passes(own=2, wide=3, casts=1))
-MERGE = Operation(forward=Passes(own=5, wide=5, casts=2), backward=Passes(own=4))
-# Where tiles serve other rows: out put in its place; gradients of keys and values zeroed and put in their place.
-PLACED_QUERIES = Operation(forward=Passes(own=2))
-PLACED_KEYS = Operation(forward=Passes(), backward=Passes(wide=6))
+# Around the flash passes (attention/triton/passes.py): q and k rotated, in the backward pass again; gradients of both passes
+# rotated back and summed. With a second pass q, k and v are read once for both, v is flipped; out is merged; out and its
+# gradient are gathered for the backward pass.
+ROTATION = Operation(forward=Passes(own=2), backward=Passes(own=2))
+PASS_GRADIENTS = Operation(forward=Passes(), backward=Passes(own=2))
+BOTH_ROTATIONS = Operation(forward=Passes(own=3), backward=Passes(own=3))
+FLIPPED_VALUES = Operation(forward=Passes(own=2), backward=Passes(own=2))
+MERGED_QUERIES = Operation(forward=Passes(own=3), backward=Passes(own=4))
+BOTH_GRADIENTS = Operation(forward=Passes(), backward=Passes(own=3))
+# The Triton kernels (attention/triton/traffic.py), of live rows beside the flash kernel, or of all: keys are rotated both
+# ways, and read by blocks of queries and of keys.
+TRITON_QUERIES = Operation(forward=Passes(own=2), backward=Passes(own=9))
+TRITON_KEYS = Operation(forward=Passes(own=6), backward=Passes(own=11))
+# Beside the flash kernel gradients of keys and values are zeroed, and added to once more; with tiles in fp32, then cast.
+ADDED_KEYS = Operation(forward=Passes(), backward=Passes(own=6))
+TILED_KEYS = Operation(forward=Passes(), backward=Passes(wide=4, casts=2))
 # Dense tiles (attention/dense.py), per score of a head: both rotations blended, softmax, cast; backward the weights again,
 # the softmax's gradient, and a product per rotation. Then per row: gathered, rotated, results put back.
 SCORE = Operation(forward=Passes(own=6, wide=9, casts=1), backward=Passes(own=10, wide=8, casts=3))
 CAUSAL_SCORE = Operation(forward=Passes(own=3, wide=9, casts=1), backward=Passes(own=5, wide=8, casts=3))
 TILE_QUERIES = Operation(forward=Passes(own=17), backward=Passes(own=32))
 TILE_KEYS = Operation(forward=Passes(own=17), backward=Passes(own=34, wide=12))
-# One kernel for all rows (native/tiles.cpp, attention/triton): inputs read once, results written once, dk and dv in fp32.
+# One kernel for all rows (native/tiles.cpp): inputs read once, results written once, dk and dv in fp32.
 FUSED_QUERIES = Operation(forward=Passes(own=2), backward=Passes(own=4))
 FUSED_KEYS = Operation(forward=Passes(own=2), backward=Passes(own=2, wide=6, casts=2))
 
-# The head (model/head.py), per logit: to fp32, log_softmax, exp, back. Per element of its weight: zeroed and scaled.
-LOGITS = Operation(forward=Passes(own=2, wide=6))
+# The head (model/head_softmax.py), per logit: its gradient in its place; on a CPU to fp32, log_softmax, exp, back. Per
+# element of its weight: zeroed and scaled.
+LOGITS = Operation(forward=Passes(own=2))
+CPU_LOGITS = Operation(forward=Passes(own=2, wide=6))
 HEAD_GRADIENT = Operation(forward=Passes(own=1), backward=Passes(own=2))
 # model/divergence.py, per logit of a compared row: of both models to fp32, log_softmax and exp; their difference times p,
 # and its sum; q - p, and back. Of stored distributions: of one model; logsumexp of a copy for the rest; the gradient.
@@ -150,21 +165,22 @@ def _bytes(work: Work, model: ModelSpec) -> tuple[float, float]:
     return forward, backward
 
 
-def _norm(model: ModelSpec, *, on_cuda: bool) -> Operation:
+def _norms(width: float, rows: float, *, on_cuda: bool, adds: bool = False) -> Work:
+    """Of an RMSNorm over `width` elements of each of `rows`; `adds`: the residual, too."""
     if not on_cuda:
-        return FUSED_NORM
-    return NORM if model.lora is None else FROZEN_NORM
+        return [(CPU_ADD_NORM if adds else CPU_NORM, rows * width)]
+    return [(ADD_NORM if adds else NORM, rows * width), (NORM_GRADIENT, NORM_PROGRAMS * width)]
 
 
 def _layer(architecture: Architecture, model: ModelSpec, rows: float, *, on_cuda: bool) -> Work:
-    """Of a decoder layer without its attention."""
-    normed = 2 * architecture.hidden
+    """Of a decoder layer without its attention: with the norm behind it in the place of its own first one."""
+    work = 2 * _norms(architecture.hidden, rows, on_cuda=on_cuda, adds=True)
     if architecture.qk_norms:
-        normed += (architecture.heads + architecture.key_heads) * architecture.head_dim
-    work = [
-        (_norm(model, on_cuda=on_cuda), rows * normed),
-        (GATE if on_cuda else FUSED_GATE, rows * architecture.intermediate),
-        (RESIDUAL, rows * architecture.hidden),
+        for heads in (architecture.heads, architecture.key_heads):
+            work += _norms(architecture.head_dim, rows * heads, on_cuda=on_cuda)
+    work += [
+        (GATE, rows * architecture.intermediate),
+        (SHARED_ROWS, rows * architecture.hidden),
     ]
     if model.lora is not None:
         adapted = architecture.adapted(model.lora)
@@ -178,23 +194,23 @@ def _layer(architecture: Architecture, model: ModelSpec, rows: float, *, on_cuda
 def _attention(architecture: Architecture, model: ModelSpec, batch: MicroBatch, *, on_cuda: bool) -> Work:
     """Of a layer's attention; a tile is taken to hold all keys of its documents, once."""
     query, key = (heads * architecture.head_dim for heads in (architecture.heads, architecture.key_heads))
-    visits = expected_visits(model, batch, on_cuda=on_cuda)
-    kernels = {visit.kernel for visit in visits}
-    is_tiled = bool(kernels & {DENSE_CAUSAL, DENSE_BIDIRECTIONAL})
-    if not on_cuda or not (is_tiled or FLASH in kernels):
+    if not on_cuda or model.attention_backend == "oracle":
         return [(FUSED_QUERIES, batch.rows * query), (FUSED_KEYS, batch.rows * key)]
+    visits = expected_visits(model, batch, on_cuda=on_cuda)
+    kernels, kept = {visit.kernel for visit in visits}, batch.kept_rows
     work: Work = []
-    if FLASH in kernels:
-        kept = batch.kept_rows
-        rotated, rows = kept * (query + key), kept * (query + 2 * key)
-        work += [(ROTATION, rotated), (PASS_GRADIENTS, rows)]
-        if batch.mode == "bidirectional":
-            work += [(ROTATION, rotated), (SECOND_PASS, rows), (MERGE, kept * query)]
-        if is_tiled:
-            work += [(PLACED_QUERIES, kept * query), (PLACED_KEYS, kept * key)]
-    if is_tiled:
-        queries = batch.live_rows if FLASH in kernels else batch.rows
-        work += [(TILE_QUERIES, queries * query), (TILE_KEYS, batch.kept_rows * key)]
+    if FLASH in kernels and batch.mode == "causal":
+        work += [(ROTATION, kept * (query + key)), (PASS_GRADIENTS, kept * (query + 2 * key))]
+    elif FLASH in kernels:
+        work += [(BOTH_ROTATIONS, kept * (query + key)), (FLIPPED_VALUES, kept * key)]
+        work += [(MERGED_QUERIES, kept * query), (BOTH_GRADIENTS, kept * (query + 2 * key))]
+    queries = batch.live_rows if FLASH in kernels else batch.rows
+    if TRITON in kernels:
+        work += [(TRITON_QUERIES, queries * query), (TRITON_KEYS, kept * key)]
+        work += [(ADDED_KEYS, kept * key)] if FLASH in kernels else []
+    if kernels & {DENSE_CAUSAL, DENSE_BIDIRECTIONAL}:
+        work += [(TILE_QUERIES, queries * query), (TILE_KEYS, kept * key)]
+        work += [(TILED_KEYS, kept * key)] if FLASH in kernels else []
         scores = {DENSE_CAUSAL: CAUSAL_SCORE, DENSE_BIDIRECTIONAL: SCORE}
         work += [
             (scores[visit.kernel], visit.pairs * architecture.heads)
@@ -211,10 +227,13 @@ def _ends(architecture: Architecture, model: ModelSpec, batch: MicroBatch, *, on
     is_trained = model.lora is None
     work = [
         (EMBEDDED if is_trained else FROZEN_EMBEDDED, rows),
-        (_norm(model, on_cuda=on_cuda), rows),
+        *_norms(architecture.hidden, batch.rows, on_cuda=on_cuda),
         (LOSS_ROWS, targets),
         (UNGATHERED, rows),
-        (LOGITS, logits * (2 if head_repeats_logits(model, batch.head_rows) else 1)),
+        (
+            LOGITS if on_cuda else CPU_LOGITS,
+            logits * (2 if head_repeats_logits(model, batch.head_rows) else 1),
+        ),
     ]
     if is_trained:
         work += [(HEAD_GRADIENT, architecture.embedding_parameters)]

@@ -124,6 +124,7 @@ def assumptions(plan: Plan) -> list[str]:
         *_comparison(plan),
         *_buckets(plan),
         "packing is taken to fill the bins",
+        *_kernels(plan),
         "the host's own time (Python, launches of kernels) is not planned; steps of milliseconds are mostly that",
         f"times are not measured on these devices; of the peaks are assumed: {percent(PRODUCT_EFFICIENCY)} in matrix "
         f"products, {percent(ATTENTION_EFFICIENCY)} in attention, {percent(MEMORY_EFFICIENCY)} of the memory's bandwidth, "
@@ -132,6 +133,15 @@ def assumptions(plan: Plan) -> list[str]:
         f"{stored(device.network_bandwidth)}/s to others",
         f"peaks of {device.title}: {device.source}",
     ]
+
+
+def _kernels(plan: Plan) -> Iterator[str]:
+    """What a GPU's machine is taken to have: here alone it is said (`Case` of planner/rows/case.py, planner/compute)."""
+    if plan.deployment.device.kind == "cuda":
+        yield (
+            "Triton and liger-kernel are taken to be installed (pip install 'bico_ds[gpu]'); without them there is more "
+            "to keep and to move around attention, in norms, gates and the head's softmax"
+        )
 
 
 def _texts(plan: Plan) -> Iterator[str]:

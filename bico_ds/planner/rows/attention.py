@@ -31,14 +31,14 @@ def attention_backward(alive: Alive, case: Case, batch: MicroBatch, tile: Larges
     `tile`: the largest, in a layout that has tiles.
     """
     if case.attention == "triton":
-        _triton(alive, case, batch)
+        _triton(alive, case, batch, queries=batch.rows)
     elif case.attention == "flash":
         _flash(alive, case, batch, tile)
     else:
         _accumulators(alive, case)
         if case.attention == "tiles":
             _tile(alive, case, batch, tile)
-    alive.free("sums of key gradients", "first pass's gradients")
+    alive.free("sums of key gradients")
     alive.free(*OWN)
 
 
@@ -54,7 +54,7 @@ def tiled_scores(case: Case, batch: MicroBatch) -> Range:
     longest (`build_tiles` of attention/tiles.py), and has as many live rows as chance may give it: two standard deviations
     of a Poisson distribution above the mean.
     """
-    if case.attention not in ("flash", "tiles"):
+    if case.attention != "tiles" and not case.tiles_live:
         return Range.exactly(0)
     rows = _tiled_rows(case, batch)
     queries = batch.longest * rows / batch.kept_rows
@@ -117,52 +117,48 @@ def _accumulators(alive: Alive, case: Case) -> None:
         alive.make({keys: results[keys], values: results[values]})
 
 
-def _triton(alive: Alive, case: Case, batch: MicroBatch) -> None:
-    """`backward_launches` of attention/triton/launches.py, for a table of all rows: rotated rows, lse and its like."""
+def _triton(alive: Alive, case: Case, batch: MicroBatch, *, queries: float) -> None:
+    """`backward_launches` of attention/triton/launches.py, for a table of so many rows: rotated ones, lse and its like."""
     directions = 1 if batch.mode == "causal" else 2
     alive.make(_results(case))
     alive.make({"rotated keys": directions * case.size * case.key_width}, rows=batch.kept_rows)
-    alive.make({"rotated queries": directions * case.size * case.query_width + 2 * FP32 * case.shapes.heads})
+    per_query = directions * case.size * case.query_width + 2 * FP32 * case.shapes.heads
+    alive.make({"rotated queries": per_query}, rows=queries)
     alive.free("rotated keys", "rotated queries")
 
 
 def _flash(alive: Alive, case: Case, batch: MicroBatch, tile: LargestTile) -> None:
-    """`two_pass_backward` of attention/two_pass.py, and with live rows `Backend.backward` around it, with their tiles."""
-    if batch.live_rows:
-        alive.make(
-            {
-                GRADIENTS[0]: case.size * case.query_width,
-                "sums of key gradients": 2 * FP32 * case.key_width,
-            }
-        )
-    in_fp32 = FP32 * (case.query_width + 2 * case.key_width)
-    _pass(alive, case, batch.kept_rows, batch.documents, gathered=0)
-    alive.make({"first pass's gradients": in_fp32}, rows=batch.kept_rows)
-    if flipped := flipped_rows(batch):
-        b = case.size
-        tables = 4 * b * case.shapes.head_dim
-        gathered = b * (2 * case.query_width + case.key_width) + FP32 * case.shapes.heads + tables
-        _pass(alive, case, flipped, batch.documents, gathered=gathered)
-    if batch.live_rows:
-        _tile(alive, case, batch, tile)
-    alive.make(_results(case))
+    """`two_pass_backward` of attention/two_pass.py, and with live rows `Backend.backward` around it, with what serves them.
 
-
-def _pass(alive: Alive, case: Case, rows: float, documents: float, *, gathered: float) -> None:
-    """`_pass_backward`: rotated inputs, the kernel, gradients in fp32, and those of the un-rotated inputs.
-
-    `gathered`: bytes per row of what the second pass has beside rotated queries and keys: values, out, lse, the gradient of
-    out, and tables.
+    The inputs of both passes are made at once, and each pass's gradients stay until all are summed.
     """
+    if batch.live_rows:
+        _beside_live(alive, case, batch)
     queries, keys, b = case.query_width, case.key_width, case.size
-    names = ("inputs of a pass", "gradients of a pass", "gradients in fp32", "gradients rotated back")
-    alive.make({names[0]: b * (queries + keys) + gathered}, rows=rows)
-    alive.make({names[1]: b * (queries + 2 * keys)}, rows=rows)
-    alive.make({"flash kernel's sums": flash_sums(case, rows, documents)}, rows=1)
-    alive.free("flash kernel's sums")
-    alive.make({names[2]: FP32 * (queries + 2 * keys)}, rows=rows)
-    alive.make({names[3]: FP32 * (queries + keys)}, rows=rows)
-    alive.free(*names)
+    kept, flipped = batch.kept_rows, flipped_rows(batch)
+    alive.make({"inputs of the first pass": b * (queries + keys)}, rows=kept)
+    inputs, results = b * (queries + 2 * keys), 2 * b * queries + FP32 * case.shapes.heads
+    alive.make({"inputs of the second pass": inputs + results}, rows=flipped)
+    for name, rows in (("first", kept), ("second", flipped)):
+        alive.make({f"gradients of the {name} pass": b * (queries + 2 * keys)}, rows=rows)
+        alive.make({"flash kernel's sums": flash_sums(case, rows, batch.documents) if rows else 0}, rows=1)
+        alive.free("flash kernel's sums")
+    alive.make(_results(case) if not batch.live_rows or not case.tiles_live else {})
+    alive.free(
+        *(f"{what} of the {name} pass" for what in ("inputs", "gradients") for name in ("first", "second"))
+    )
+    if batch.live_rows and case.tiles_live:
+        _tile(alive, case, batch, tile)
+        alive.make(_results(case))
+
+
+def _beside_live(alive: Alive, case: Case, batch: MicroBatch) -> None:
+    """Gradients that several kernels add to, and what the Triton kernels need; in fp32 where tiles add to them."""
+    if case.tiles_live:
+        sums = {"sums of key gradients": 2 * FP32 * case.key_width}
+        alive.make({GRADIENTS[0]: case.size * case.query_width, **sums})
+    else:
+        _triton(alive, case, batch, queries=batch.live_rows)
 
 
 def flash_sums(case: Case, rows: float, documents: float) -> float:

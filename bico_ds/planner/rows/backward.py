@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bico_ds.planner.rows.alive import Alive
 from bico_ds.planner.rows.attention import GRADIENTS, LargestTile, attention_backward
-from bico_ds.planner.rows.case import FP32, Case
+from bico_ds.planner.rows.case import Case
 from bico_ds.planner.workload import MicroBatch
 
 _PRODUCT = "gradient of the gated product"
@@ -17,15 +17,13 @@ _NORMED = "gradient of the second norm's output"
 def layer_forward(alive: Alive, case: Case, *, recomputed: bool) -> None:
     """At the end of a layer's forward pass: what its functions hold meanwhile, though nothing keeps it for later.
 
-    These are attention's part of the sum and, where its copy in fp32 is kept instead, the sum; with adapters the inputs of
-    the gated MLP and of `down_proj`, what this gives without its adapter, and the adapter's output before and after it is
-    scaled. Recomputation stops before those two, or under ZeRO-3 between them (`early_stop` of torch.utils.checkpoint), and
-    begins when an adapter of `down_proj` has scaled its gradient.
+    These are attention's part of the sum; with adapters the inputs of the gated MLP and of `down_proj`, what this gives
+    without its adapter, and the adapter's output before and after it is scaled. Recomputation stops before those two, or
+    under ZeRO-3 between them (`early_stop` of torch.utils.checkpoint), and begins when an adapter of `down_proj` has
+    scaled its gradient.
     """
     row, wide = case.size * case.shapes.hidden, case.size * case.shapes.intermediate
     held = {"output of o_proj": row, "output of the second norm": row, "gated product": wide}
-    if not case.keeps_norm_input:
-        held["sum behind attention"] = row
     if case.is_adapted("down_proj"):
         held["output of down_proj"] = row
         held["scaled gradient" if recomputed else "scaled output of down_proj's adapter"] = row
@@ -74,11 +72,7 @@ def layer_backward(alive: Alive, case: Case, batch: MicroBatch, tile: LargestTil
 
 
 def _norm(alive: Alive, case: Case, name: str, width: int, of_output: str, of_input: str) -> None:
-    """Of an RMSNorm; that of Hugging Face has up to five temporaries in fp32, where `mean(x²)` is derived."""
-    if not case.fused:
-        alive.free(of_output, f"{name} before its weight", f"inverse root of the {name}")
-        alive.make({f"temporaries of the {name}": 5 * FP32 * width})
-        alive.free(f"temporaries of the {name}", f"input of the {name}")
+    """Of an RMSNorm, with the gradient that its sum has by itself."""
     alive.make({of_input: case.size * width})
     alive.free(of_output, f"input of the {name}", f"inverse root of the {name}")
 
@@ -113,15 +107,10 @@ def _linear(
 def _gates(alive: Alive, case: Case) -> None:
     """From the gated product's gradient to that of the second norm's output."""
     row = case.size * case.shapes.intermediate
-    if case.fused:
-        alive.make({"gradient of gate": row, "gradient of up": row})
-        alive.free(_PRODUCT, "gate", "up")
-    else:
-        alive.make({"gradient of the activated gate": row, "gradient of up": row})
-        alive.free(_PRODUCT, "activated gate", "up")
+    if case.on_cuda:  # liger-kernel writes over both
+        alive.free("gate", "up")
+    alive.make({"gradient of gate": row, "gradient of up": row})
+    alive.free(_PRODUCT, "gate", "up")
     _linear(alive, case, "up_proj", "gradient of up", f"{_NORMED} by up")
-    if not case.fused:
-        alive.make({"gradient of gate": row})
-        alive.free("gradient of the activated gate", "gate")
     _linear(alive, case, "gate_proj", "gradient of gate", _NORMED, read_last="output of the second norm")
     alive.free(f"{_NORMED} by up")

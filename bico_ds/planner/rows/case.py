@@ -18,18 +18,19 @@ Attention = Literal["fused", "flash", "triton", "tiles"]
 class Case:
     """`shapes` trained with elements of `size` bytes.
 
-    `fused`: norms and gates by the CPU kernels of `bico_ds/native`, else by Hugging Face's modules. `attention`: the fused
-    CPU kernel, the passes of a flash kernel, the Triton kernels, or dense tiles alone, where no flash kernel takes fp32.
-    `zero3`: DeepSpeed's stage 3 has put its function in the place of `torch.nn.functional.linear`
-    (`LinearFunctionForZeroStage3` of its runtime/zero/linear.py), which keeps the input, after the product, though the
-    weight be frozen.
+    `on_cuda`: there Triton and liger-kernel are taken to be installed; elsewhere the CPU kernels of `bico_ds/native`.
+    `attention`: the fused CPU kernel, the passes of a flash kernel, the Triton kernels, or dense tiles alone, where no flash
+    kernel takes fp32. `tiles_live`: beside the flash kernel tiles serve the live rows, and not the Triton kernels. `zero3`:
+    DeepSpeed's stage 3 has put its function in the place of `torch.nn.functional.linear` (`LinearFunctionForZeroStage3` of
+    its runtime/zero/linear.py), which keeps the input, after the product, though the weight be frozen.
     """
 
     shapes: Architecture
     lora: LoraSpec | None
     size: int
-    fused: bool
+    on_cuda: bool
     attention: Attention
+    tiles_live: bool
     zero3: bool
 
     @property
@@ -40,11 +41,6 @@ class Case:
     @property
     def key_width(self) -> int:
         return self.shapes.key_heads * self.shapes.head_dim
-
-    @property
-    def keeps_norm_input(self) -> bool:
-        """Whether a norm keeps the hidden states themselves, and no copy in fp32."""
-        return self.fused or self.size == FP32
 
     @property
     def drops(self) -> bool:
@@ -68,7 +64,8 @@ def case_of(shapes: Architecture, model: ModelSpec, *, on_cuda: bool, zero3: boo
         shapes=shapes,
         lora=model.lora,
         size=size,
-        fused=not on_cuda,
+        on_cuda=on_cuda,
         attention=attention,
+        tiles_live=attention == "flash" and model.attention_backend not in ("auto", "oracle"),
         zero3=zero3,
     )

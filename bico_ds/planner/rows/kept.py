@@ -16,10 +16,8 @@ _INPUT = {
 }
 _LINEAR = "torch.nn.functional.linear"
 _ATTENTION = "_PackedAttention of bico_ds/attention/packed.py"
-_FUSED_NORM = "_RMSNorm of bico_ds/model/elementwise.py"
-_PLAIN_NORM = "LlamaRMSNorm.forward of transformers"
-_FUSED_GATES = "_SwiGLU of bico_ds/model/elementwise.py"
-_PLAIN_GATES = "LlamaMLP.forward of transformers"
+_NORM = "_RMSNorm and _AddRMSNorm of bico_ds/model/elementwise.py"
+_GATES = "_SwiGLU of bico_ds/model/elementwise.py"
 _ADAPTER = "Linear.forward of peft/tuners/lora/layer.py"
 
 
@@ -56,23 +54,17 @@ def _layer_tensors(case: Case, *, frozen: bool) -> Iterator[KeptTensor]:
     yield from _adapter(case, "o_proj")
     yield from norm_tensors(case, "second norm", shapes.hidden)
     yield from _input(case, "gate_proj", "up_proj")
-    gates = _FUSED_GATES if case.fused else _PLAIN_GATES
-    yield KeptTensor(name="gate", bytes=b * shapes.intermediate, source=gates)
-    yield KeptTensor(name="up", bytes=b * shapes.intermediate, source=gates)
-    if not case.fused:
-        yield KeptTensor(name="activated gate", bytes=b * shapes.intermediate, source=gates)
+    yield KeptTensor(name="gate", bytes=b * shapes.intermediate, source=_GATES)
+    yield KeptTensor(name="up", bytes=b * shapes.intermediate, source=_GATES)
     yield from _input(case, "down_proj")
 
 
 def norm_tensors(case: Case, name: str, width: int, *, heads: int = 1) -> tuple[KeptTensor, ...]:
     """Of an RMSNorm over `width` elements per row, in `heads` parts."""
-    source = _FUSED_NORM if case.fused else _PLAIN_NORM
-    size = case.size if case.fused else FP32
-    found = [KeptTensor(name=f"input of the {name}", bytes=size * width, source=source)]
-    if not case.fused and case.lora is None:
-        found.append(KeptTensor(name=f"{name} before its weight", bytes=case.size * width, source=source))
-    found.append(KeptTensor(name=f"inverse root of the {name}", bytes=FP32 * heads, source=source))
-    return tuple(found)
+    return (
+        KeptTensor(name=f"input of the {name}", bytes=case.size * width, source=_NORM),
+        KeptTensor(name=f"inverse root of the {name}", bytes=FP32 * heads, source=_NORM),
+    )
 
 
 def _input(case: Case, *names: str, frozen: bool = False) -> Iterator[KeptTensor]:
@@ -95,7 +87,7 @@ def _adapter(case: Case, name: str, *, frozen: bool = False) -> Iterator[KeptTen
         return
     width = case.linear(name).inputs
     if case.drops:
-        mask = case.size if case.fused else 1
+        mask = 1 if case.on_cuda else case.size
         if not frozen:
             yield KeptTensor(name=f"dropout mask of {name}", bytes=mask * width, source=_ADAPTER)
         yield KeptTensor(name=f"dropped input of {name}", bytes=case.size * width, source=_ADAPTER)

@@ -18,14 +18,15 @@ from typing import Literal
 from bico_ds.planner.deployment import Zero
 from bico_ds.planner.zero.modules import Module, Parameter, in_backward
 
-Pass = Literal["forward", "recomputed", "backward"]
+Pass = Literal["forward", "recomputed", "announced", "backward"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Visit:
     """One module in one pass: its weights are gathered before it (`fetches`) and let go after it (`releases`).
 
-    `drops`: let go after it, even if they are used soon.
+    `announced`: by the gradient of one of its outputs, while another's is still to come. `drops`: let go after it, even if
+    they are used soon.
     """
 
     module: Module
@@ -58,8 +59,9 @@ def visits(modules: tuple[Module, ...], recompute_every: int) -> tuple[Visit, ..
 
 
     A layer is recomputed when the backward pass of its last module needs what was not kept, and only as far as to that
-    module (torch.utils.checkpoint stops early). Frozen weights that it gathers belong to that module, and go with it
-    (`update_recompute_parameters`); the layer's other modules gather them again.
+    module (torch.utils.checkpoint stops early); the norm that ran before it runs inside it then. Frozen weights that it
+    gathers belong to that module, and go with it (`update_recompute_parameters`); the layer's other modules gather them
+    again.
     """
     forward = (Visit(module=module, during="forward") for module in modules)
     return (*forward, *_backward_visits(modules, recompute_every))
@@ -70,21 +72,25 @@ def _backward_visits(modules: Sequence[Module], recompute_every: int) -> Iterato
     for layer, group in groupby(in_backward(modules), key=lambda module: module.layer):
         backward = [module for module in group if module.has_backward]
         if layer is None or not recompute_every or layer % recompute_every:
-            yield from (_backward(module) for module in backward)
+            yield from _backward(*backward)
             continue
         before = next(index for index, module in enumerate(backward) if module.parameters)
-        yield from (_backward(module) for module in backward[:before])
+        yield from _backward(*backward[:before])
         last = backward[before]
         yield Visit(module=last, during="recomputed", releases=False)
-        for module in forward[layer]:
+        outermost = max(module.encloses for module in forward[layer])
+        for module in sorted(forward[layer], key=lambda module: module.encloses != outermost):
             yield Visit(module=module, during="recomputed", releases=module is not last)
         frozen = tuple(p for module in forward[layer] for p in module.parameters if not p.trained)
         yield Visit(module=last, during="backward", fetches=False, releases=last.passes_on, drops=frozen)
-        yield from (_backward(module) for module in backward[before + 1 :])
+        yield from _backward(*backward[before + 1 :])
 
 
-def _backward(module: Module) -> Visit:
-    return Visit(module=module, during="backward", releases=module.passes_on)
+def _backward(*modules: Module) -> Iterator[Visit]:
+    for module in modules:
+        for _ in range(module.outputs - 1):
+            yield Visit(module=module, during="announced", releases=False)
+        yield Visit(module=module, during="backward", releases=module.passes_on)
 
 
 @lru_cache(maxsize=64)

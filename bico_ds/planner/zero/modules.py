@@ -28,15 +28,16 @@ class Parameter:
 class Module:
     """A module, with parameters of its own or without, equal to itself alone. `layer`: of the decoder, or None.
 
-    `has_backward`: whether a gradient comes to its output; `passes_on`: whether one leaves by its input. DeepSpeed gathers
-    a module's weights by the first and releases them by the second. `encloses`: how many of the following modules run
-    inside it.
+    `has_backward`: whether gradients come to its `outputs`; `passes_on`: whether one leaves by its input. DeepSpeed gathers
+    a module's weights by each of the first and releases them by the second. `encloses`: how many of the following modules
+    run inside it.
     """
 
     name: str
     parameters: tuple[Parameter, ...] = ()
     layer: int | None = None
     encloses: int = 0
+    outputs: int = 1
     has_backward: bool = True
     passes_on: bool = True
 
@@ -92,10 +93,13 @@ def parameters_of(modules: tuple[Module, ...]) -> tuple[Parameter, ...]:
 
 
 def _layer(architecture: Architecture, lora: _Adapters | None, index: int) -> tuple[Module, ...]:
-    """Under LoRA nothing before the first adapter has a gradient to pass on."""
+    """A layer, and all but the first norm in the first one, pass a sum on beside what they make (bico_ds/model/swap.py).
+
+    That norm is inside the first layer alone. Under LoRA nothing before the first adapter has a gradient to pass on.
+    """
     full, hidden = lora is None, architecture.hidden
     flows = full or index > 0
-    first = _norm("first norm", hidden, index, trained=full, flows=flows)
+    first = _norm("first norm", hidden, index, trained=full, flows=flows, outputs=2 if index else 1)
     attention = list(_linears(architecture, lora, index, ("q_proj", "k_proj", "v_proj"), flows=flows))
     flows = flows or _is_adapted(lora, "q_proj", "k_proj", "v_proj")
     if architecture.qk_norms:
@@ -104,20 +108,18 @@ def _layer(architecture: Architecture, lora: _Adapters | None, index: int) -> tu
     attention += _linears(architecture, lora, index, ("o_proj",), flows=flows)
     flows = flows or _is_adapted(lora, "o_proj")
     outer = Module(name=f"attention {index}", layer=index, has_backward=flows)
-    second = _norm("second norm", hidden, index, trained=full, flows=flows)
+    second = _norm("second norm", hidden, index, trained=full, flows=flows, outputs=2)
     mlp = list(_linears(architecture, lora, index, ("gate_proj", "up_proj"), flows=flows))
     flows = flows or _is_adapted(lora, "gate_proj", "up_proj")
     mlp += _linears(architecture, lora, index, ("down_proj",), flows=flows)
     flows = flows or _is_adapted(lora, "down_proj")
-    return _enclosed(
-        Module(name=f"layer {index}", layer=index, has_backward=flows),
-        [
-            first,
-            *_enclosed(outer, attention),
-            second,
-            *_enclosed(Module(name=f"MLP {index}", layer=index, has_backward=flows), mlp),
-        ],
-    )
+    inner = [
+        *_enclosed(outer, attention),
+        second,
+        *_enclosed(Module(name=f"MLP {index}", layer=index, has_backward=flows), mlp),
+    ]
+    layer = Module(name=f"layer {index}", layer=index, has_backward=flows, outputs=2)
+    return (first, *_enclosed(layer, inner)) if index else _enclosed(layer, [first, *inner])
 
 
 def _enclosed(outer: Module, inner: Sequence[Module]) -> tuple[Module, ...]:
@@ -128,9 +130,16 @@ def _is_adapted(lora: _Adapters | None, *names: str) -> bool:
     return lora is not None and any(name in lora.targets for name in names)
 
 
-def _norm(name: str, elements: int, layer: int, *, trained: bool, flows: bool) -> Module:
+def _norm(name: str, elements: int, layer: int, *, trained: bool, flows: bool, outputs: int = 1) -> Module:
     weight = Parameter(name=f"{name} {layer}", elements=elements, trained=trained)
-    return Module(name=weight.name, parameters=(weight,), layer=layer, has_backward=flows, passes_on=flows)
+    return Module(
+        name=weight.name,
+        parameters=(weight,),
+        layer=layer,
+        outputs=outputs,
+        has_backward=flows,
+        passes_on=flows,
+    )
 
 
 def _linears(

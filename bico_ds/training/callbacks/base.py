@@ -68,7 +68,11 @@ class Callback:
 
     def on_start(self, start: RunStart) -> None: ...
 
-    def on_step(self, report: StepReport) -> None: ...
+    def on_step(self, report: StepReport) -> None:
+        """A step is made; called once for each, in order, as soon as the next one is made or training pauses.
+
+        A run that fails calls it for the steps before the failing one, unless the failure is of one rank alone.
+        """
 
     def on_numbers(self, step: int, kind: str, numbers: dict[str, float]) -> None:
         """Numbers other than a step's, by `kind`: `evaluation`, `timing` (of an evaluation), `checkpoint`.

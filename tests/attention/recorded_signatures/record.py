@@ -1,7 +1,8 @@
 """Write down the signatures of attention kernels that our wrappers call, as files beside this one.
 
 `record.py ARCHIVE…`: of source archives and wheels of flash-attn and flash-attn-4 (`pip download --no-deps`), read without
-running them. `record.py torch`: of the torch that runs this.
+running them. `record.py FOLDER`: of flash-attn-3, by the folder `hopper` of a checkout of its sources. `record.py torch`: of
+the torch that runs this.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ KERNELS = {
     ),
     "flash-attn-4": ("flash_attn/cute/interface.py", ("_flash_attn_fwd", "_flash_attn_bwd")),
 }
+OPERATORS = "flash_api_stable.cpp"
 ATEN = (
     "_flash_attention_forward",
     "_flash_attention_backward",
@@ -66,6 +68,20 @@ def record_archive(archive: Path) -> None:
     )
 
 
+def record_operators(folder: Path) -> None:
+    """The schemas of flash-attn-3's operators: C++ string literals, one after the other."""
+    version = re.search(r'__version__ = "(.*)"', (folder / "__init__.py").read_text(encoding="utf-8")).group(
+        1
+    )
+    source = (folder / OPERATORS).read_text(encoding="utf-8")
+    definitions = [
+        "".join(re.findall(r'"(.*?)"', text)) for text in re.findall(r"m\.def\((.*?)\);", source, re.DOTALL)
+    ]
+    functions = {text.split("(")[0]: re.sub(r",(?=\S)", ", ", text) for text in definitions}
+    record = {"source": f"hopper/{OPERATORS}", "module": "flash_attn_interface.py"}
+    write("flash-attn-3", version, record | {"functions": {name: functions[name] for name in ("fwd", "bwd")}})
+
+
 def record_torch() -> None:
     import torch
 
@@ -84,5 +100,7 @@ if __name__ == "__main__":
     for argument in sys.argv[1:]:
         if argument == "torch":
             record_torch()
+        elif Path(argument).is_dir():
+            record_operators(Path(argument))
         else:
             record_archive(Path(argument))

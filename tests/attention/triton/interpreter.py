@@ -7,6 +7,7 @@ where it is on. It computes with numpy on the CPU; it has no bfloat16.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import multiprocessing
 import os
@@ -15,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ from bico_ds.attention.backend import Backend
 from bico_ds.attention.kernels.cpu_flash import CpuFlash
 from bico_ds.attention.layout import LayoutPolicy
 from bico_ds.attention.packed import packed_attention, run_packed_attention
-from tests.attention.attention_problems import Problem
+from bico_ds.attention.triton import self_check
+from bico_ds.attention.triton.passes import TRITON_PASSES
+from tests.attention.attention_problems import NoKeyMask, Problem
 
 PACKAGE = "bico_ds.attention.triton"
 needs_triton = pytest.mark.skipif(
@@ -86,6 +89,29 @@ def attend_by(policy: LayoutPolicy, problem: Problem) -> list[Tensor]:
     return problem.packed(partial(run_packed_attention, scale=scale, backend=backend))
 
 
+def attend_by_passes(policy: LayoutPolicy, problem: Problem, *, masks_keys: bool = False) -> list[Tensor]:
+    """By a policy, with the CPU's flash kernel, and Triton's kernels around its two passes.
+
+    `masks_keys`: the kernel hides keys by itself, and no head is widened.
+    """
+    backend = Backend(kernel=CpuFlash() if masks_keys else NoKeyMask(), policy=policy, passes=TRITON_PASSES)
+    scale = problem.q.shape[-1] ** -0.5
+    return problem.packed(partial(run_packed_attention, scale=scale, backend=backend))
+
+
+def attend_by_wrong_passes(old: str, new: str, policy: LayoutPolicy, problem: Problem) -> list[Tensor]:
+    """The same with one place of the source of the kernels around the passes changed."""
+    with _mutated("pass_kernels", old, new):
+        return attend_by_passes(policy, problem)
+
+
+def objections(module: str | None = None, old: str = "", new: str = "") -> list[str | None]:
+    """What the self-check says of the attention kernels, and of those around the passes; perhaps with a changed source."""
+    with nullcontext() if module is None else _mutated(module, old, new):
+        inputs = torch.float16, 16, torch.device("cpu")
+        return [self_check.blocks_objection(*inputs), self_check.passes_objection(CpuFlash(), *inputs)]
+
+
 def attend_by_mutant(module: str, old: str, new: str, problem: Problem) -> list[Tensor]:
     """`attend` with one place of the kernels' source changed."""
     with _mutated(module, old, new):
@@ -99,8 +125,9 @@ def _mutated(module: str, old: str, new: str) -> Iterator[None]:
 
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         loaded = {}
-        for name in ("primitives", "forward", "backward", "row_blocks"):
-            source = Path(sys.modules[f"{PACKAGE}.{name}"].__file__ or "").read_text(encoding="utf-8")
+        for name in ("primitives", "forward", "backward", "row_blocks", "pass_kernels"):
+            origin = importlib.import_module(f"{PACKAGE}.{name}").__file__
+            source = Path(origin or "").read_text(encoding="utf-8")
             if name == module:
                 assert source.count(old) == 1, f"{old!r} is {source.count(old)} times in {name}"
                 source = source.replace(old, new)

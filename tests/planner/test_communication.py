@@ -17,6 +17,10 @@ from bico_ds.planner.communication import (
 )
 from bico_ds.planner.deployment import Deployment, read_zero
 from bico_ds.planner.devices import DEVICES
+from bico_ds.planner.plan import Plan, make_plan
+from bico_ds.planner.report.text import warnings
+from bico_ds.planner.step_time import StepTime
+from bico_ds.planner.workload import assumed_texts
 from bico_ds.planner.zero.modules import modules_of, parameters_of
 
 H100 = DEVICES["h100-80g"]
@@ -128,3 +132,48 @@ def test_offload_copies_gradients_of_every_micro_batch_and_weights_once():
         sent["gradients, between device and host"].bytes == 2 * 4 * part * 4
     )  # four micro-batches, there and back, fp32
     assert sent["updated weights, from the host"].bytes == 2 * part
+
+
+def step_of(*overrides: str, nodes: int = 8, bins: int = 128) -> tuple[Plan, StepTime]:
+    batch = f"training.global_batch_bins={bins}"
+    recipe = load_recipe("llama3_8b_bico", [batch, *overrides])
+    plan = make_plan(recipe, H100, nodes=nodes, ranks_per_node=8, texts=assumed_texts(recipe))
+    return plan, plan.steps[0]
+
+
+IN_BF16 = "deepspeed.overrides.communication_data_type=bf16"
+
+
+def test_gradients_in_bf16_halve_their_bytes_and_are_named_where_nodes_wait_for_each_other():
+    (plan, fp32), (in_bf16, bf16) = step_of(), step_of(IN_BF16)
+    for one, other in zip(fp32.transfers, bf16.transfers, strict=True):
+        assert other.bytes == pytest.approx(one.bytes * (0.5 if one.reduces else 1.0))
+    assert bf16.seconds.high < fp32.seconds.high
+    assert any(IN_BF16 in line for line in warnings(plan))
+    # Not where it is in use, a node is alone, a step computes for long, or a ring of so many ranks would lose too much.
+    for other in (
+        in_bf16,
+        step_of(nodes=1)[0],
+        step_of("training.micro_batch_bins=8", bins=512)[0],
+        step_of(nodes=32, bins=256)[0],
+    ):
+        assert not any(IN_BF16 in line for line in warnings(other))
+
+
+@pytest.mark.parametrize("nodes", [1, 8])
+def test_without_overlap_reductions_come_after_the_computation_and_nothing_is_kept_for_a_second_stream(nodes):
+    (plan, beside), (alone, after) = (
+        step_of(nodes=nodes),
+        step_of("deepspeed.config=zero3_no_overlap", nodes=nodes),
+    )
+    computed = (after.products + after.elementwise).low
+    reduced = sum(t.seconds.low for t in after.transfers if t.reduces)
+    gathered = sum(t.seconds.low for t in after.transfers if not t.reduces)
+    assert after.seconds.low == pytest.approx(max(computed, gathered) + reduced + after.optimizer.low)
+    assert beside.seconds.low == pytest.approx(max(computed, gathered + reduced) + beside.optimizer.low)
+    assert after.seconds.high == beside.seconds.high
+    for planned_memory, is_kept in ((plan.memory, True), (alone.memory, False)):
+        names = {item.name for moment in planned_memory.moments for item in moment.items}
+        assert ("kept for a second stream" in names) == is_kept
+    assert alone.memory.peak.bytes.low == plan.memory.peak.bytes.low
+    assert alone.memory.peak.bytes.high < plan.memory.peak.bytes.high

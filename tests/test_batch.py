@@ -22,6 +22,7 @@ from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.schema import ModelSpec
 from bico_ds.documents import Document, Documents
 from bico_ds.model.build import build_model
+from bico_ds.native.triton_kernels import Launch
 from bico_ds.objectives.base import BatchKey
 from bico_ds.objectives.bico import MaskDenoising
 
@@ -103,7 +104,7 @@ def records() -> list[type]:
     walked = pkgutil.walk_packages(bico_ds.attention.__path__, "bico_ds.attention.")
     names = [module.name for module in walked if module.name not in TRITON_MODULES]
     modules = [batch_module, *map(importlib.import_module, names)]
-    values = [value for module in modules for value in vars(module).values()]
+    values = [value for module in modules for value in vars(module).values() if value is not Launch]
     return list({value: None for value in values if isinstance(value, type) and is_dataclass(value)})
 
 

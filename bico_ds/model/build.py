@@ -135,7 +135,8 @@ def build_model(
         add_lora(causal_lm, spec.lora)
     base = None
     device = torch.device(device)
-    kernels_for(config.dtype, device)  # here, where its log line comes before what takes long
+    # Here, where its log line comes before what takes long.
+    kernels_for(next(causal_lm.parameters()).dtype, device)
     if device.type != "meta":
         if spec.path is None:
             _fill(causal_lm, RandomWeights(seed=seed, std=config.initializer_range), seed, ds_config, device)

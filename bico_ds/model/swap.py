@@ -100,7 +100,7 @@ class _NormedAgain(torch.autograd.Function):
         return norm(total, fused=True)
 
 
-def enter(layer: nn.Module, branch: Tensor, total: Tensor | None) -> tuple[NormedOnce | None, Tensor]:
+def enter(layer: Any, branch: Tensor, total: Tensor | None) -> tuple[NormedOnce | None, Tensor]:
     """What a packed layer takes of the one before it, as its `normed` and hidden_states [1, T, E].
 
     `branch`: what is to be added to `total`; of the first layer the embeddings, to nothing. Hugging Face's norm, which

@@ -24,7 +24,7 @@ from bico_ds.config.resources import CHECKOUT
 from bico_ds.runtime.run_folder import provenance
 
 _SECONDS = 120.0  # for the driver to answer
-_FURTHER_PACKAGES = ("triton", "flash-attn-3", "flash-attn-4", "trl")
+_FURTHER_PACKAGES = ("triton", "flash-attn-3", "flash-attn-4", "liger-kernel", "trl")
 
 
 def checkout() -> Path:

@@ -83,7 +83,10 @@ def _introduction(results: dict[str, Result], rehearsal: bool) -> Iterator[str]:
             "No figure on this page says anything about a GPU."
         )
     else:
-        yield f"{measured}The same command goes on where it stopped."
+        yield (
+            f"{measured}The same command goes on where it stopped. What a step moves, counted without a GPU, is in "
+            "`docs/benchmarks/traffic.md`."
+        )
 
 
 def _machine_rows(machine: dict[str, Any]) -> Iterator[list[Any]]:

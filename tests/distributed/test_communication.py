@@ -53,11 +53,11 @@ class Counting:
 def small_weights(rank: int, world_size: int, sizes: list[int]) -> None:
     zero = {"stage": 3, "zero_hpz_partition_size": world_size}
     with torch.device("meta"):
-        model = nn.Sequential(*map(nn.RMSNorm, sizes))
+        norms = [nn.RMSNorm(size) for size in sizes]
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
-    materialize(model, Counting(), ds_config=config, device=torch.device("cpu"))
-    for size, norm in zip(sizes, model, strict=True):
-        assert norm.weight.ds_secondary_tensor is not None
+    materialize(nn.ModuleList(norms), Counting(), ds_config=config, device=torch.device("cpu"))
+    for size, norm in zip(sizes, norms, strict=True):
+        assert hasattr(norm.weight, "ds_secondary_tensor")
         with gathered((norm.weight,)):
             assert norm.weight.tolist() == list(range(size)), size
 

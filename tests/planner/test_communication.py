@@ -151,13 +151,13 @@ def test_gradients_in_bf16_halve_their_bytes_and_are_named_where_nodes_wait_for_
     assert bf16.seconds.high < fp32.seconds.high
     assert any(IN_BF16 in line for line in warnings(plan))
     # Not where it is in use, a node is alone, a step computes for long, or a ring of so many ranks would lose too much.
-    for other in (
+    for no_better in (
         in_bf16,
         step_of(nodes=1)[0],
         step_of("training.micro_batch_bins=8", bins=512)[0],
         step_of(nodes=32, bins=256)[0],
     ):
-        assert not any(IN_BF16 in line for line in warnings(other))
+        assert not any(IN_BF16 in line for line in warnings(no_better))
 
 
 @pytest.mark.parametrize("nodes", [1, 8])

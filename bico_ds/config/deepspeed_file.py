@@ -79,12 +79,12 @@ def bucket_sizes(hidden_size: int, *, ranks: int, ranks_per_node: int) -> dict[s
     """Elements that `"auto"` stands for, by key of `zero_optimization`, on so many ranks.
 
     Prefetching stops when a bucket is full: at a little less than the reduction's it gathers no matrix too many. Norms and
-    biases are not partitioned.
+    biases are not partitioned. ZeRO-2 gathers an even number, or ends in an assertion.
     """
     elements = bucket_size(hidden_size, ranks=ranks, nodes=-(-ranks // ranks_per_node)).elements
     return {
         "reduce_bucket_size": elements,
-        "allgather_bucket_size": elements,
+        "allgather_bucket_size": elements + elements % 2,
         "stage3_prefetch_bucket_size": max(int(0.9 * elements), 1_000_000),
         "stage3_param_persistence_threshold": 10 * hidden_size,
     }

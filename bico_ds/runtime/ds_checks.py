@@ -154,10 +154,19 @@ def _check_values(filled: dict[str, Any], where: str) -> None:
             if type(value) not in kinds:
                 key = f"{section}.{name}" if section else name
                 raise UserError(f"deepspeed: {key}: must be {wanted}, found {value!r} in {where}")
-    dtype = _at(filled, "data_types.grad_accum_dtype")
-    if dtype not in (None, *GRADIENT_DTYPES):
+    dtypes = {key: _at(filled, key) for key in ("data_types.grad_accum_dtype", "communication_data_type")}
+    if isinstance(written := dtypes["communication_data_type"], str):
+        dtypes["communication_data_type"] = written.lower()  # as DeepSpeed reads it
+    for key, dtype in dtypes.items():
+        if dtype not in (None, *GRADIENT_DTYPES):
+            raise UserError(
+                f"deepspeed: {key}: {dtype!r} is not one of {', '.join(GRADIENT_DTYPES)} in {where}"
+            )
+    gathered = _at(filled, "zero_optimization.allgather_bucket_size")
+    if _at(filled, "zero_optimization.stage") in (1, 2) and gathered is not None and gathered % 2:
         raise UserError(
-            f"deepspeed: data_types.grad_accum_dtype: '{dtype}' is not one of {', '.join(GRADIENT_DTYPES)} in {where}"
+            f"deepspeed: zero_optimization.allgather_bucket_size: must be even, found {gathered!r}: stages 1 and 2 "
+            f"align what they gather, in {where}"
         )
 
 

@@ -63,6 +63,11 @@ def build_ds_config(
             f"deepspeed: zero_hpz_partition_size: {world_size} ranks are no whole number of nodes of {ranks_per_node}; "
             "start as many ranks on every node, or set deepspeed.overrides.zero_optimization.zero_hpz_partition_size"
         )
+    if isinstance(hpz, int) and hpz > 1 and world_size % min(hpz, world_size):
+        raise UserError(
+            f"deepspeed: zero_optimization.zero_hpz_partition_size: {world_size} ranks cannot be divided into groups of "
+            f"{hpz}, in {_where(recipe)}"
+        )
     computed = _computed(recipe, world_size, hidden_size, on_cuda, run_folder, ranks_per_node)
     if isinstance(given := config["optimizer"]["params"], dict):
         computed["optimizer.params"].update({key: value for key, value in given.items() if value != "auto"})

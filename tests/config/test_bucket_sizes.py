@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bico_ds.config.deepspeed_file import bucket_size
+from bico_ds.config.deepspeed_file import bucket_size, bucket_sizes
 from bico_ds.config.load import load_recipe
 from bico_ds.planner.deployment import read_zero
 from bico_ds.runtime.ds_config import build_ds_config
@@ -41,6 +41,10 @@ def test_more_nodes_never_make_a_bucket_smaller():
         sizes = [bucket_size(int(hidden), ranks=8 * n, nodes=n).elements for n in (1, 2, 4, 8, 64, 512)]
         assert sizes == sorted(sizes), hidden
         assert sizes[0] == max(hidden**2, 10**6)
+
+
+def test_zero_2_gathers_an_even_number_whatever_the_hidden_size():
+    assert bucket_sizes(1001, ranks=2, ranks_per_node=8)["allgather_bucket_size"] == 1001**2 + 1
 
 
 @pytest.mark.parametrize(("nodes", "per_node"), [(1, 2), (1, 8), (2, 8), (8, 4), (32, 8)])

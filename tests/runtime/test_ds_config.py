@@ -223,7 +223,9 @@ def test_every_top_level_key_that_deepspeed_reads_is_set_by_the_recipe_or_refuse
         ("data_types.grad_accum_dtype=foo", "grad_accum_dtype: 'foo' is not one of fp32, bf16, fp16"),
         ("data_types.grad_accum_dtype=int8", "grad_accum_dtype: 'int8' is not one of"),
         ("checkpoint.tag_validation=NOPE", r"tag_validation value of NOPE.*'FAIL'\].*in zero3_bf16 or"),
-        ("communication_data_type=foo", "Invalid communication_data_type.* Got: foo"),
+        ("communication_data_type=foo", "communication_data_type: 'foo' is not one of fp32, bf16, fp16 in"),
+        ("communication_data_type=3", "communication_data_type: 3 is not one of fp32, bf16, fp16 in"),
+        ("communication_data_type=[bf16]", r"communication_data_type: \['bf16'\] is not one of"),
         ("bf16.bf16_optimizer_states=true", "bf16_optimizer_states requires bf16_master_weights_and_grads"),
         ("bf16.bf16_optimizer_states=maybe", "DeepSpeedBF16Config.bf16_optimizer_states: .*found 'maybe'"),
         ("memory_breakdown=1", "memory_breakdown: must be true or false, found 1"),
@@ -335,6 +337,31 @@ def test_hpz_needs_whole_nodes():
         build_ds_config(recipe, world_size=12, ranks_per_node=8, **arguments)
     config = build_ds_config(recipe, world_size=12, ranks_per_node=4, **arguments)
     assert config["zero_optimization"]["zero_hpz_partition_size"] == 4
+
+
+# Of fewer ranks than a group would have, all are one.
+@pytest.mark.parametrize(("size", "bad", "good"), [(3, 4, 6), (8, 12, 4)])
+def test_groups_of_hpz_must_divide_the_ranks(size, bad, good):
+    overrides = [f"deepspeed.overrides.zero_optimization.zero_hpz_partition_size={size}"]
+    recipe = load_recipe(
+        "tiny_bico", ["deepspeed.config=zero3_hpz", "training.global_batch_bins=24", *overrides]
+    )
+    arguments = {"hidden_size": 128, "on_cuda": True, "run_folder": Path("runs/x")}
+    with pytest.raises(
+        UserError, match=f"partition_size: {bad} ranks cannot be divided into groups of {size}"
+    ):
+        build_ds_config(recipe, world_size=bad, **arguments)
+    build_ds_config(recipe, world_size=good, **arguments)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_odd_gather_is_refused_where_deepspeed_would_end_in_an_assertion(stage):
+    override = "deepspeed.overrides.zero_optimization.allgather_bucket_size=1501"
+    if stage == 3:  # which reads it nowhere
+        built("zero3_bf16", override)
+        return
+    with pytest.raises(UserError, match="allgather_bucket_size: must be even, found 1501"):
+        built("zero2_bf16", override)
 
 
 @pytest.mark.parametrize("variable", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])

@@ -137,8 +137,11 @@ def host_memory(recipe: Recipe, architecture: Architecture, deployment: Deployme
 
 
 def _batches(recipe: Recipe, deployment: Deployment) -> Item:
-    """Source: `bico_ds.data.loading.prefetch`: the step that is trained, and two per worker ahead."""
-    steps = 2 * recipe.data.workers + 1
+    """The step before (until it is reported), the one that is trained, the next one, and two per worker ahead.
+
+    Source: `bico_ds.training.trainer`, `bico_ds.data.loading.prefetch`.
+    """
+    steps = 2 * recipe.data.workers + 3
     tokens = recipe.training.global_batch_bins * recipe.data.capacity / deployment.nodes
     return Item(
         name="batches", bytes=_BATCH_BYTES.times(steps * tokens), how=f"{steps} steps ahead or under way"

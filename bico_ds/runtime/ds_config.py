@@ -74,6 +74,8 @@ def build_ds_config(
         config["optimizer"]["params"] = "auto"
     filled = _fill(config, computed, ())
     filled.update(_monitors(recipe, run_folder))
+    # On by default: for its log, which is off, it waits for the whole device twice per micro-batch.
+    filled["timers"] = {"throughput": {"enabled": False}}
     check_filled(filled, _where(recipe))
     left = list(_autos(filled, ()))
     assert not left, f"no value computed for {left}"

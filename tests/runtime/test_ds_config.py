@@ -38,7 +38,7 @@ def test_no_auto_is_left_in_any_shipped_configuration(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_deepspeeds_own_models_accept_the_nested_keys_and_ours_the_top_level(name):
     config = built(name)
-    assert set(config) <= TOP_LEVEL_KEYS
+    assert set(config) - {"timers"} <= TOP_LEVEL_KEYS
     known = set(DeepSpeedZeroConfig.model_fields) | {
         f.alias for f in DeepSpeedZeroConfig.model_fields.values()
     }
@@ -372,3 +372,9 @@ def test_ranks_per_node_come_from_torchrun_or_deepspeeds_launcher(monkeypatch, v
     recipe = load_recipe("tiny_base", ["deepspeed.config=zero3_hpz", "training.global_batch_bins=24"])
     config = check_recipe(recipe, world_size=12, on_cuda=True, run_folder=Path("runs/x"))
     assert config["zero_optimization"]["zero_hpz_partition_size"] == 4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_deepspeeds_throughput_timer_which_waits_for_the_device_is_off(name):
+    config = {key: value for key, value in built(name).items() if key not in ("train_batch_size", "aio")}
+    assert not DeepSpeedConfig(config).timers_config.enabled

@@ -84,7 +84,8 @@ def test_every_rank_learns_the_sums_of_all_the_first_one_s_norm_and_the_next_ste
         assert total.following is not None and total.following.stop
         expected = [batch for own in following for batch in own]
         assert total.following.counts.targets == sum(len(batch.targets) for batch in expected)
-        assert total.following.counts.compared == sum(len(batch.compared.index) for batch in expected)  # type: ignore[union-attr]
+        compared = [batch.compared for batch in expected if batch.compared is not None]
+        assert total.following.counts.compared == sum(len(rows.index) for rows in compared)
 
 
 def test_a_step_without_targets_adds_up_to_nothing_and_a_pause_has_no_next_step() -> None:

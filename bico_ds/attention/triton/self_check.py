@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from bico_ds.attention.kernels.base import CausalKernel
 from bico_ds.attention.kernels.flash_attn2 import FlashAttn2
 from bico_ds.attention.layout import TILES_POLICY, build_layout
 from bico_ds.attention.oracle import oracle_attention
-from bico_ds.attention.passes import TORCH_PASSES
+from bico_ds.attention.passes import HIDDEN_COLUMNS, TORCH_PASSES
 from bico_ds.attention.plan import AttentionPlan, build_plan
 from bico_ds.attention.triton.ops import tiling_on
 from bico_ds.attention.triton.passes import TRITON_PASSES
@@ -44,12 +45,26 @@ def blocks_objection(dtype: torch.dtype, head_dim: int, device: torch.device) ->
 def passes_objection(
     kernel: CausalKernel, dtype: torch.dtype, head_dim: int, device: torch.device
 ) -> str | None:
-    """The same of the kernels around the passes of `kernel`, which must give what torch's operations around it do."""
-    policy = replace(TILES_POLICY, flash_from=1)
-    ours, torchs = (
-        Backend(kernel=kernel, policy=policy, passes=passes) for passes in (TRITON_PASSES, TORCH_PASSES)
+    """The same of the kernels around the passes of `kernel`, which must give what torch's operations around it do.
+
+    With all kept rows in place, with tables of some documents' rows, and with hidden keys, if the kernel takes them: each is
+    compiled by itself.
+    """
+    in_place = replace(TILES_POLICY, flash_from=1)
+    can_hide = kernel.refusal(dtype, head_dim + HIDDEN_COLUMNS, device) is None
+    # Hidden keys have a table of their own, and leave the other documents to another one.
+    tables = (
+        replace(in_place, tile_cost=1e9, hidden_cost=1.0) if can_hide else replace(in_place, flash_from=40)
     )
-    return _objection(dtype, head_dim, device, lambda batch: batch.by(ours), lambda batch: batch.by(torchs))
+    for policy in (in_place, tables):
+        ours, torchs = (
+            partial(_Batch.by, backend=Backend(kernel=kernel, policy=policy, passes=passes))
+            for passes in (TRITON_PASSES, TORCH_PASSES)
+        )
+        objection = _objection(dtype, head_dim, device, ours, torchs)
+        if objection is not None:
+            return objection
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +103,7 @@ def _objection(
 ) -> str | None:
     live = {"live_document": [0, 0, 2, 2], "live_split": [3, 70, 1, 20]}
     plans = (
-        build_plan("bidirectional", kept_lengths=[70, 1, 33], **live),
+        build_plan("bidirectional", kept_lengths=[70, 1, 33, 40], **live),
         build_plan("causal", kept_lengths=[70, 5]),
     )
     for plan in plans:

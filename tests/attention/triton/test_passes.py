@@ -152,8 +152,14 @@ def test_the_self_check_finds_right_kernels_right():
         (0, ("backward", "a1, a2 = turn(a1, a2, c, s)\n        _", "_")),
         (1, ("pass_kernels", "rotate(x1, x2, c, -s)", "rotate(x1, x2, c, s)")),
         (1, ("pass_kernels", "lse += tl.where(flipped, grown, 0.0)", "lse += 0.0 * grown")),
+        pytest.param(
+            1,
+            ("pass_kernels", "sources = tl.load(ROWS + rows, mask=there, other=0)", "sources = rows"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(1, ("pass_kernels", "* key_hider", "* 0.0"), marks=pytest.mark.slow),
     ],
-    ids=["forward", "backward", "rotation", "lse"],
+    ids=["forward", "backward", "rotation", "lse", "table of rows", "hidden keys"],
 )
 def test_the_self_check_finds_a_wrong_kernel_and_says_where(number, mutation):
     found = interpreted(objections, *mutation)

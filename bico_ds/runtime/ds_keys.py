@@ -230,4 +230,5 @@ KINDS: dict[type, tuple[tuple[type, ...], str]] = {
     type(None): ((str, type(None)), "a text"),
 }
 
-GRADIENT_DTYPES = ("fp32", "bf16", "fp16")
+# Not fp16: small gradients would become 0 there in silence, and nothing scales the loss.
+GRADIENT_DTYPES = ("fp32", "bf16")

@@ -149,8 +149,10 @@ def test_the_self_check_finds_right_kernels_right():
     ("number", "mutation"),
     [
         (0, ("forward", "there, scale, True", "there, scale, False")),
-        (0, ("backward", "a1, a2 = turn(a1, a2, c, s)\n        _", "_")),
-        (1, ("pass_kernels", "rotate(x1, x2, c, -s)", "rotate(x1, x2, c, s)")),
+        pytest.param(0, ("backward", "a1, a2 = turn(a1, a2, c, s)\n        _", "_"), marks=pytest.mark.slow),
+        pytest.param(
+            1, ("pass_kernels", "rotate(x1, x2, c, -s)", "rotate(x1, x2, c, s)"), marks=pytest.mark.slow
+        ),
         (1, ("pass_kernels", "lse += tl.where(flipped, grown, 0.0)", "lse += 0.0 * grown")),
         pytest.param(
             1,

@@ -242,7 +242,16 @@ def obstacle(folder: Path, error: OSError) -> str:
 
 def provenance() -> dict[str, Any]:
     """Versions, commit, host and command line: what it takes to run the same again. No environment: it has secrets."""
-    packages = ("torch", "deepspeed", "transformers", "datasets", "peft", "flash-attn", "numpy")
+    packages = (
+        "torch",
+        "deepspeed",
+        "transformers",
+        "datasets",
+        "peft",
+        "flash-attn",
+        "liger-kernel",
+        "numpy",
+    )
     versions = {"bico_ds": __version__}
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -136,7 +136,7 @@ def test_gradients_do_not_depend_on_the_thread_count():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def tiny_model(**values: object) -> TrainableModel:
+def tiny_model(*, recompute_every: int = 0, **values: object) -> TrainableModel:
     shape = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -146,7 +146,7 @@ def tiny_model(**values: object) -> TrainableModel:
         "vocab_size": 50,
     }
     return build_model(
-        ModelSpec(config=shape | values, dtype="fp32"),
+        ModelSpec(config=shape | values, dtype="fp32", activation_checkpointing=recompute_every),
         seed=1,
         ds_config=None,
         device="cpu",
@@ -194,3 +194,15 @@ def test_packed_batches_take_every_kernel_and_plain_calls_none(monkeypatch, valu
     calls.clear()
     model.causal_lm(torch.arange(7)[None])
     assert not calls
+
+
+@pytest.mark.parametrize("recompute_every", [1, 2])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_a_recomputed_layer_gives_the_gradients_of_one_that_is_kept_bit_by_bit(model_type, recompute_every):
+    """Its input is normed again from the sum that was handed over with it."""
+    found = []
+    for every in (0, recompute_every):
+        model = tiny_model(model_type=model_type, num_hidden_layers=4, recompute_every=every).train()
+        model(packed_batch(torch.arange(7))).loss.backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())

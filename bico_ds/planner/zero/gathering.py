@@ -57,7 +57,6 @@ class Held:
 def visits(modules: tuple[Module, ...], recompute_every: int) -> tuple[Visit, ...]:
     """A micro-batch's modules, forward and backward: DeepSpeed comes by at those without parameters, too, and prefetches.
 
-
     A layer is recomputed when the backward pass of its last module needs what was not kept, and only as far as to that
     module (torch.utils.checkpoint stops early); the norm that ran before it runs inside it then. Frozen weights that it
     gathers belong to that module, and go with it (`update_recompute_parameters`); the layer's other modules gather them

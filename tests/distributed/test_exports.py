@@ -162,7 +162,7 @@ def piped(model: Path, prompts: list[Any]) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", ["with_bos", "without_bos"])
+@pytest.mark.parametrize("name", ["with_bos", pytest.param("without_bos", marks=pytest.mark.slow)])
 def test_a_plain_pipeline_gives_the_answers_of_evaluate(base, name, request, tmp_path):
     request.getfixturevalue(name)
     answers, _ = evaluated(base / name / "export", base / "tasks", tmp_path / "own.json")

@@ -67,6 +67,7 @@ def test_the_micro_batch_with_the_largest_loss_is_named_and_kept(warned):
     assert batch["documents"] and str(tuple(batch["documents"][0])) in printed
 
 
+@pytest.mark.slow
 def test_a_resume_within_the_divergence_warns_no_second_time_and_counts_the_same_steps(healthy, warned):
     run = shutil.copytree(healthy, healthy.with_name("resumed"))
     printed = "".join(train_until(run, HEALTHY + more, RAISED).stdout for more in (20, 30))

@@ -41,7 +41,7 @@ def passed_over(tmp_path_factory) -> list[int]:
     return found
 
 
-@pytest.fixture(scope="module", params=["zero2_bf16", "zero3_bf16"])
+@pytest.fixture(scope="module", params=[pytest.param("zero2_bf16", marks=pytest.mark.slow), "zero3_bf16"])
 def run(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp(request.param) / "run"
     done = train(RECIPE, folder, *SPARSE, RATE, f"deepspeed.config={request.param}")

@@ -64,28 +64,19 @@ class FlashProblem:
     def read_keys(self, x: Tensor) -> Tensor:
         return _read(x, self.rows.key_rows, self.num_rows)
 
-    def first_pass(self, q: Tensor, k: Tensor, v: Tensor) -> Pass:
+    def pass_of(self, q: Tensor, k: Tensor, v: Tensor, *, flipped: bool) -> Pass:
+        """The first pass over such inputs, or the second one, of flipped rows."""
         plan, hidden = self.rows.plan, None if self.widens else self.rows.hidden
+        if flipped and hidden is not None:
+            hidden = hidden[plan.flip_key_rows]
         return Pass(
             q=q,
             k=k,
             v=v,
-            cu_seqlens=plan.cu_seqlens,
-            max_seqlen=plan.max_seqlen,
+            cu_seqlens=plan.flip_cu_seqlens if flipped else plan.cu_seqlens,
+            max_seqlen=plan.flip_max_seqlen if flipped else plan.max_seqlen,
             scale=self.inputs.scale,
             hidden=hidden,
-        )
-
-    def second_pass(self, q: Tensor, k: Tensor, v: Tensor) -> Pass:
-        plan, hidden = self.rows.plan, None if self.widens else self.rows.hidden
-        return Pass(
-            q=q,
-            k=k,
-            v=v,
-            cu_seqlens=plan.flip_cu_seqlens,
-            max_seqlen=plan.flip_max_seqlen,
-            scale=self.inputs.scale,
-            hidden=None if hidden is None else hidden[plan.flip_key_rows],
         )
 
 
@@ -170,7 +161,7 @@ class TorchPasses:
         tables = _tables(problem)
         hidden = problem.rows.hidden if problem.widens else None
         first = rotate_forward(q, *tables), rotate_forward(k, *tables), v.contiguous()
-        yield problem.first_pass(*_widened(first, hidden, problem.query_hider))
+        yield problem.pass_of(*_widened(first, hidden, problem.query_hider), flipped=False)
         del first
         if not problem.flips:
             return
@@ -181,7 +172,7 @@ class TorchPasses:
             v.index_select(0, keys),
         )
         hidden = None if hidden is None else hidden[keys]
-        yield problem.second_pass(*_widened(second, hidden, problem.query_hider))
+        yield problem.pass_of(*_widened(second, hidden, problem.query_hider), flipped=True)
 
     def merged(
         self, problem: FlashProblem, found: Iterable[KernelResult], target: AttentionResults | None

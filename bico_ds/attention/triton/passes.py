@@ -43,8 +43,8 @@ class TritonPasses:
             *(problem.query_hider, HIDDEN_KEY),
             *(first[0], first[1], None if is_in_place else first[2], *second),
         )
-        passes = [problem.first_pass(*first)]
-        return [*passes, problem.second_pass(*second)] if problem.flips else passes
+        passes = [problem.pass_of(*first, flipped=False)]
+        return [*passes, problem.pass_of(*second, flipped=True)] if problem.flips else passes
 
     def merged(
         self, problem: FlashProblem, found: Iterable[KernelResult], target: AttentionResults | None

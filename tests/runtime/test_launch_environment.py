@@ -37,20 +37,15 @@ def test_each_launchers_variables_are_read(monkeypatch, ranks_per_node):
 
 
 def test_torchrun_and_we_mean_the_same(tmp_path):
+    """Each rank answers in a file of its own: what ranks print into one pipe may be mixed within a line."""
     script = tmp_path / "rank.py"
     script.write_text(
+        "import pathlib, sys\n"
         "from bico_ds.runtime import launch_environment as e\n"
-        "print('rank', e.rank(), e.local_rank(), e.world_size(), e.ranks_per_node())\n"
+        "place = f'{e.rank()} {e.local_rank()} {e.world_size()} {e.ranks_per_node()}'\n"
+        "pathlib.Path(sys.argv[1], f'rank-{e.rank()}').write_text(place)\n"
     )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(script),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
-    ranks = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
-    assert ranks == ["rank 0 0 2 2", "rank 1 1 2 2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*torchrun, str(script), str(tmp_path)], cwd=ROOT, timeout=120, check=True)
+    places = {file.name: file.read_text() for file in tmp_path.glob("rank-*")}
+    assert places == {"rank-0": "0 0 2 2", "rank-1": "1 1 2 2"}

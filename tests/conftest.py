@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,23 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bico_ds.config.sections.data import FactsSpec
 from bico_ds.data.prepare.facts import write_facts
+from tests.fresh_inputs import SEED, draw_for
 from tests.proof.rehearsal import Rehearsal, rehearse
+
+draw_for("modules")  # what they draw as they are imported
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    draw_for(item.nodeid)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        report.sections.append(("Random inputs", f"BICO_DS_SEED={SEED} draws these again"))
+    return report
+
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role not in ['user', 'assistant'] %}"

@@ -25,7 +25,12 @@ from bico_ds.attention.layout import (
     TILES_POLICY,
     LayoutPolicy,
 )
-from bico_ds.attention.measured_policy import choose_policy, order_by_speed, read_measured_policy
+from bico_ds.attention.measured_policy import (
+    MeasuredPolicy,
+    choose_policy,
+    order_by_speed,
+    read_measured_policy,
+)
 from bico_ds.attention.passes import HIDDEN_COLUMNS, TORCH_PASSES, Passes
 from bico_ds.attention.triton.ops import tiling_on, triton_refusal
 from bico_ds.attention.triton.passes import TRITON_PASSES
@@ -104,8 +109,12 @@ def _order(
     """In which order `auto` tries the flash kernels; and why, where that was measured."""
     if device.type != "cuda" or all(refusals[name] is not None for name in KERNELS):
         return AUTO_ORDER, []
-    measured = read_measured_policy(torch.cuda.get_device_capability(device))
-    return order_by_speed(measured, AUTO_ORDER, dtype=dtype, head_dim=head_dim)
+    return order_by_speed(_measured(device), AUTO_ORDER, dtype=dtype, head_dim=head_dim)
+
+
+def _measured(device: torch.device) -> MeasuredPolicy | None:
+    """What was measured on such a GPU; None: nothing was, or it is the meta device, which has no architecture."""
+    return read_measured_policy(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
 
 
 def _passes(
@@ -138,9 +147,8 @@ def _policy(
     """The policy on such a device, and the reason for it. `without_triton`: why the Triton kernels may not help."""
     if device.type != "cpu":
         can_hide = kernel.refusal(dtype, head_dim + HIDDEN_COLUMNS, device) is None
-        on_cuda = device.type == "cuda"  # the meta device has no architecture
         return choose_policy(
-            read_measured_policy(torch.cuda.get_device_capability(device)) if on_cuda else None,
+            _measured(device),
             CUDA_POLICY if can_hide else replace(CUDA_POLICY, hidden_cost=math.inf),
             kernel=kernel.name,
             dtype=dtype,

@@ -16,9 +16,9 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from bico_ds.attention.kernels.flash_limits import install_refusal
 from bico_ds.common.traffic import Traffic, report
 from bico_ds.native.library import NATIVE_DTYPES, native_refusal
+from bico_ds.native.packages import install_refusal
 from bico_ds.native.triton_kernels import triton_missing
 
 logger = logging.getLogger(__name__)

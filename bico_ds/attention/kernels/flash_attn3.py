@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bico_ds.attention.kernels.flash_limits import flash3_refusal, install_refusal
+from bico_ds.attention.kernels.flash_limits import flash3_refusal
+from bico_ds.native.packages import install_refusal
 
 
 class FlashAttn3:

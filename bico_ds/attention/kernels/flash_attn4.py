@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bico_ds.attention.kernels.flash_limits import flash4_refusal, install_refusal
+from bico_ds.attention.kernels.flash_limits import flash4_refusal
+from bico_ds.native.packages import install_refusal
 
 
 class FlashAttn4:

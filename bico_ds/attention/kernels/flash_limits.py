@@ -5,11 +5,7 @@ On the meta device, which has shapes alone, they take what the newest GPU takes:
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
-
 import torch
-from packaging.version import Version
 
 
 def flash2_refusal(dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
@@ -48,26 +44,4 @@ def _cuda_refusal(dtype: torch.dtype, device: torch.device, oldest: tuple[int, i
 def head_dim_refusal(head_dim: int, multiple: int, largest: int) -> str | None:
     if head_dim % multiple or head_dim > largest:
         return f"takes head dimensions that are multiples of {multiple} up to {largest}, not {head_dim}"
-    return None
-
-
-def install_refusal(
-    distribution: str, module: str, *, oldest: str, extra: str = "", wheels: str = ""
-) -> str | None:
-    """Why a kernel's package cannot be used: missing, too old, or built for another torch or CUDA.
-
-    It comes by an `extra` of ours; or, where PyPI has none, by the page of its `wheels`.
-    """
-    install = f"'bico_ds[{extra}]'" if extra else f"{distribution} --find-links {wheels}"
-    try:
-        version = importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return f"is not installed (pip install {install})"
-    if Version(version) < Version(oldest):
-        return f"{oldest} or newer is needed, {version} is installed (pip install -U {install})"
-    try:
-        importlib.import_module(module)
-    except (ImportError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        return f"{version} is installed but does not load ({reason}): build it for this torch and CUDA"
     return None

@@ -58,16 +58,7 @@ def build_ds_config(
     """
     config = replace_paths(merged_ds_config(recipe), WrittenPath.expanded if runs_here else str)
     hpz = config.get("zero_optimization", {}).get("zero_hpz_partition_size")
-    if hpz == "auto" and world_size % min(ranks_per_node, world_size):
-        raise UserError(
-            f"deepspeed: zero_hpz_partition_size: {world_size} ranks are no whole number of nodes of {ranks_per_node}; "
-            "start as many ranks on every node, or set deepspeed.overrides.zero_optimization.zero_hpz_partition_size"
-        )
-    if isinstance(hpz, int) and hpz > 1 and world_size % min(hpz, world_size):
-        raise UserError(
-            f"deepspeed: zero_optimization.zero_hpz_partition_size: {world_size} ranks cannot be divided into groups of "
-            f"{hpz}, in {_where(recipe)}"
-        )
+    _check_second_partitions(hpz, world_size, ranks_per_node, _where(recipe))
     computed = _computed(recipe, world_size, hidden_size, on_cuda, run_folder, ranks_per_node)
     if isinstance(given := config["optimizer"]["params"], dict):
         computed["optimizer.params"].update({key: value for key, value in given.items() if value != "auto"})
@@ -80,6 +71,22 @@ def build_ds_config(
     left = list(_autos(filled, ()))
     assert not left, f"no value computed for {left}"
     return filled
+
+
+def _check_second_partitions(hpz: Any, world_size: int, ranks_per_node: int, where: str) -> None:
+    """Refuse groups of hpZ, as written or (`"auto"`) the nodes, into which the ranks cannot be divided."""
+    size = ranks_per_node if hpz == "auto" else hpz
+    if not isinstance(size, int) or size < 1 or world_size % min(size, world_size) == 0:
+        return
+    if hpz == "auto":
+        raise UserError(
+            f"deepspeed: zero_hpz_partition_size: {world_size} ranks are no whole number of nodes of {ranks_per_node}; "
+            "start as many ranks on every node, or set deepspeed.overrides.zero_optimization.zero_hpz_partition_size"
+        )
+    raise UserError(
+        f"deepspeed: zero_optimization.zero_hpz_partition_size: {world_size} ranks cannot be divided into groups of "
+        f"{size}, in {where}"
+    )
 
 
 def _computed(

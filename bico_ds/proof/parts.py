@@ -17,9 +17,9 @@ a kernel compiles. A process that starts (torch, CUDA) takes 10.
 | nccl | 10 | |
 
 That is 360 with torch's own flash kernel alone. Each of flash-attn, flash-attn-3 and flash-attn-4 that is installed would
-take 7 more of check, 16 of speed and 8 of policy, which leave out what they have no time for. fused_adam takes 10 without
-nvcc; with it, a minute to compile, which the next call has. Even where check, speed and policy take all that they may, a
-step still gets all of its own: 90 + 45 + 45 + 120 = 300.
+take 7 more of check, 16 of speed and 8 of policy, which leave out what they have no time for. The next call has elementwise
+(20 with liger-kernel) and fused_adam (10 without nvcc; with it, a minute to compile). Even where check, speed and policy
+take all that they may, a step still gets all of its own: 90 + 45 + 45 + 120 = 300.
 """
 
 from __future__ import annotations
@@ -109,6 +109,12 @@ PARTS = {
             question="Do the collectives of NCCL work, with one rank?",
             tool="gpu_nccl.py",
             seconds=45,
+        ),
+        Part(
+            name="elementwise",
+            question="Are the kernels for norms and gates right, beside Hugging Face's modules, and how fast?",
+            tool="gpu_elementwise.py",
+            seconds=60,
         ),
         Part(
             name="fused_adam",

@@ -53,7 +53,6 @@ class NoNumber(NativeKernels):
     ids=lambda x: type(x).__name__ if isinstance(x, NativeKernels) else "",
 )
 def test_wrong_is_what_is_further_off_than_hugging_faces_rounding(kernels, wrong, dtype):
-    torch.manual_seed(int(torch.randint(2**31, ())))
     for case in cases_of(kernels, REHEARSAL):
         findings = Findings()
         check(case, dtype, CPU, findings)

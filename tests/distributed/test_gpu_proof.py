@@ -23,7 +23,8 @@ def test_every_part_is_right_in_a_rehearsal(rehearsal):
 @reads_rehearsal
 def test_every_tool_keeps_the_contract_and_a_ratio_says_how_many_times_better_ours_is(rehearsal):
     found = {name: rehearsal.findings(name) for name in PARTS}
-    assert {name for name in PARTS if found[name]["rows"]} == {"speed", "step", "baselines", "fused_adam"}
+    unmeasured = {name for name in PARTS if not found[name]["rows"]}
+    assert unmeasured == {"check", "policy", "run", "nccl"}
 
 
 @reads_rehearsal

@@ -27,8 +27,9 @@ from bico_ds.planner.rows.attention import (
     tile_indices,
     tiled_scores,
 )
-from bico_ds.planner.rows.backward import head_backward, layer_backward, layer_forward
+from bico_ds.planner.rows.backward import head_backward, layer_backward
 from bico_ds.planner.rows.case import FP32, Case, case_of
+from bico_ds.planner.rows.forward import layer_forward, passing_forward
 from bico_ds.planner.rows.kept import KeptTensor, layer_tensors, norm_tensors
 from bico_ds.planner.workload import MicroBatch
 
@@ -44,12 +45,14 @@ _COMPARED_LOGIT = 6 * FP32
 class ActivationMemory:
     """What the rows of a micro-batch take, without weights and their gradients, at the moments that can be a peak.
 
-    `kept`: from the forward pass until the last layer's backward pass is over. `in_head`: besides, while the head computes
+    `kept`: from the forward pass until the last layer's backward pass is over. `passing`: besides, in the forward pass of a
+    layer that is recomputed; empty where none is. `in_head`: besides, while the head computes
     losses and their gradients. `in_layer`: besides, at the peak between the head and the end of the last layer's backward
     pass (recomputed or not); after that there are only fewer rows kept.
     """
 
     kept: tuple[Item, ...]
+    passing: tuple[Item, ...]
     in_head: tuple[Item, ...]
     in_layer: tuple[Item, ...]
 
@@ -79,6 +82,7 @@ def activation_memory(
             _item("layers kept whole", batch.rows * sum(map(_bytes, whole)), f"{len(whole)} layers"),
             *_of_all_layers(case, batch),
         ),
+        passing=_passing(case, batch) if any(recomputed) else (),
         in_head=(
             _item(
                 "last layer and norm",
@@ -89,6 +93,13 @@ def activation_memory(
         ),
         in_layer=_backward(case, batch, layers[last], ends, recomputed=tuple(recomputed[-2:])),
     )
+
+
+def _passing(case: Case, batch: MicroBatch) -> tuple[Item, ...]:
+    alive = Alive(batch.rows)
+    passing_forward(alive, case, batch)
+    how = ", ".join(alive.peak)
+    return (_item("forward pass of a recomputed layer", sum(alive.peak.values()), how),)
 
 
 def _backward(

@@ -221,8 +221,10 @@ class _Replay:
                 *self.states.second_partition(point.let_go),
                 _gathered(point.gathered),
             ]
-            running = _share(rows.in_head[:1], point.done)
-            yield "forward pass", [*weights, *self._kept(rows, point.module), *running]
+            kept = self._kept(rows, point.module)
+            yield "forward pass", [*weights, *kept, *_share(rows.in_head[:1], point.done)]
+            if point.module.layer is not None:
+                yield "forward pass", [*weights, *kept, *rows.passing]
         gathered_then = _gathered(self.states.size * self.at_head.running)
         weights = [*self.in_forward, *self.states.second_partition(self.at_head.let_go), gathered_then]
         yield "head", [*weights, head, *rows.kept, *rows.in_head]

@@ -51,6 +51,15 @@ class LiveMemory:
         self.blocks: dict[str, list[Block]] = {}
 
     @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Inside, tensors of this thread are not seen."""
+        self._library.count(False)
+        try:
+            yield
+        finally:
+            self._library.count(True)
+
+    @contextmanager
     def block(self, name: str) -> Iterator[None]:
         gc.collect()  # cycles of the model's construction would be freed at some later time
         before = self._library.live_bytes()

@@ -37,6 +37,7 @@ from tests.distributed.test_zero import OBJECTIVES
 pytestmark = pytest.mark.distributed
 
 VOCABULARY, STEPS, MEASURED = 1000, 8, 5
+ELSEWHERE = 0.03
 PART_OF = {"forward pass": "forward", "head": "forward", "optimizer": "update"}
 LORA = "model.lora={rank: 8, alpha: 8, dropout: 0.01}"
 CHECKPOINTED = "model.activation_checkpointing=1"
@@ -61,6 +62,7 @@ class Case:
     micro_batches: int = 1
     lengths: tuple[int, ...] = (60, 33)
     within: float = 0.05
+    """In the backward pass; everything else is within `ELSEWHERE`."""
 
     def recipe(self, ranks: int) -> Recipe:
         heads = self.hidden // 16
@@ -92,9 +94,9 @@ CASES = (
     Case(3, "ntp", "fp32", (LORA, "small")),
     Case(3, "ntp", "fp32", ("small", TIED), hidden=128),
     Case(3, "ntp", "bf16", ("small",), micro_batches=2),
-    # Nothing of the planner was fitted to these. Where more than 5 % is allowed, that is how far off it was measured to be:
-    # ZeRO-2's backward pass with small buckets (with the tied head by adding the layer's most rows to its most gradients,
-    # which are not there together), and a forward pass that gathers many adapters. The other tensors are not known yet.
+    # Nothing of the planner was fitted to these. Where more than 5 % is allowed, so far off is the backward pass with small
+    # buckets: it is planned too large (with the tied head by adding the layer's most rows to its most gradients, which are
+    # not there together), and too small with three micro-batches. The other tensors are not known yet.
     Case(2, "bico", "bf16", ("small", LORA, CHECKPOINTED), hidden=160, lengths=(150, 20, 71), within=0.06),
     Case(2, "ntp", "fp32", ("small", TIED), hidden=96, lengths=(300,), within=0.12),
     Case(2, "ntp", "bf16", ("small", CHECKPOINTED), hidden=224, micro_batches=3, within=0.07),
@@ -157,6 +159,7 @@ def measure_on_ranks(rank: int, ranks: int, library: Path, folder: Path, numbers
     """Leave, by case and part of a step, the bytes at rest before it and at its peak."""
     torch.set_num_threads(1)
     memory = LiveMemory(library)
+    _leave_out_scratch(memory)
     for number in numbers:
         case = CASES[number]
         recorded = measure(case, case.recipe(ranks), ranks, memory, folder)
@@ -165,6 +168,20 @@ def measure_on_ranks(rank: int, ranks: int, library: Path, folder: Path, numbers
             name: [dataclasses.astuple(block) for block in blocks] for name, blocks in memory.blocks.items()
         }
         (folder / f"{number}-{ranks}-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def _leave_out_scratch(memory: LiveMemory) -> None:
+    """The head's products go to tensors that are there: what they allocate is oneDNN's scratch, at times a copy of a small
+    weight in blocks. No plan has that; of larger weights it is a few megabytes at most.
+    """
+    product = torch.mm
+
+    def mm(*inputs: Any, **options: Any) -> Any:
+        assert options.keys() == {"out"}
+        with memory.uncounted():
+            return product(*inputs, **options)
+
+    torch.mm = mm
 
 
 def measured_on_ranks(folder: Path, numbers: Sequence[int], worlds: Sequence[int]) -> Path:
@@ -244,7 +261,8 @@ def check(folder: Path, ranks: int, number: int) -> None:
     ratios = {name: planned[name] / size for name, size in {"rest": rest, **peaks}.items()}
     print(case, {name: round(ratio - 1, 4) for name, ratio in ratios.items()})
     for name, ratio in ratios.items():
-        assert ratio == pytest.approx(1.0, abs=case.within), f"{name} of {case} on {ranks} ranks: {ratios}"
+        within = case.within if name == "backward" else ELSEWHERE
+        assert ratio == pytest.approx(1.0, abs=within), f"{name} of {case} on {ranks} ranks: {ratios}"
 
 
 @pytest.mark.parametrize("number", QUICK)

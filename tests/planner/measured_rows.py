@@ -30,9 +30,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Bytes alive after the forward pass, and at most within the head, and before and after it."""
+    """Bytes alive after the forward pass, and at most before the head, within it, and in all layers."""
 
     after_forward: int
+    before_head: int
     in_head: int
     in_layers: int
 
@@ -114,6 +115,7 @@ def measure(model: TrainableModel, batch: PackedBatch) -> Measured:
         hook.remove()
     return Measured(
         after_forward=after_forward,
+        before_head=peaks["layers"],
         in_head=peaks["head"],
         in_layers=max(peaks["layers"], shared.peak),
     )

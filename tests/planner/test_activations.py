@@ -84,6 +84,7 @@ def compare(spec: ModelSpec, objective: dict[str, Any], device: str, *, within: 
     for name, items, bytes_found in (
         ("head", plan.in_head, found.in_head),
         ("layers", plan.in_layer, found.in_layers),
+        *([("forward pass", plan.passing, found.before_head)] if spec.activation_checkpointing == 1 else []),
     ):
         planned = total((*plan.kept, *items))
         says = f"{name}: planned {planned}, found {bytes_found}; {spec}; {batch.plan.outline}"

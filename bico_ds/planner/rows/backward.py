@@ -14,26 +14,6 @@ _PRODUCT = "gradient of the gated product"
 _NORMED = "gradient of the second norm's output"
 
 
-def layer_forward(alive: Alive, case: Case, *, recomputed: bool) -> None:
-    """At the end of a layer's forward pass: what its functions hold meanwhile, though nothing keeps it for later.
-
-    These are attention's part of the sum; with adapters the inputs of the gated MLP and of `down_proj`, what this gives
-    without its adapter, and the adapter's output before and after it is scaled. Recomputation stops before those two, or
-    under ZeRO-3 between them (`early_stop` of torch.utils.checkpoint), and begins when an adapter of `down_proj` has
-    scaled its gradient.
-    """
-    row, wide = case.size * case.shapes.hidden, case.size * case.shapes.intermediate
-    held = {"output of o_proj": row, "output of the second norm": row, "gated product": wide}
-    if case.is_adapted("down_proj"):
-        held["output of down_proj"] = row
-        held["scaled gradient" if recomputed else "scaled output of down_proj's adapter"] = row
-        if case.zero3 or not recomputed:
-            held["output of down_proj's adapter"] = row
-    passing = {name: size for name, size in held.items() if name not in alive.tensors}
-    alive.make(passing)
-    alive.free(*passing)
-
-
 def head_backward(alive: Alive, case: Case, batch: MicroBatch) -> None:
     """To the last layer's output: `index_select` and the last norm of `TrainableModel` (bico_ds/model/build.py)."""
     row = case.size * case.shapes.hidden

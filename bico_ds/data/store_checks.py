@@ -116,9 +116,10 @@ def check_columns(
         prompts = prompt_lengths[part]
         if len(bad := np.flatnonzero((prompts < 0) | (prompts > ends - begins))):
             document, length = start + int(bad[0]), int((ends - begins)[bad[0]])
-            refuse(
-                "prompt_lengths", f"document {document} of {length} tokens has a prompt of {prompts[bad[0]]}"
+            problem = (
+                f"document {document} of {length} tokens (by offsets.bin) has a prompt of {prompts[bad[0]]}"
             )
+            refuse("prompt_lengths", problem)
         if len(bad := np.flatnonzero(groups[part] < -1)):
             refuse("groups", f"document {start + int(bad[0])} has group {groups[part][bad[0]]}")
     if tokens % 8 and word_starts[-1] >> tokens % 8:

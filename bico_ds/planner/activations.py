@@ -46,9 +46,9 @@ class ActivationMemory:
     """What the rows of a micro-batch take, without weights and their gradients, at the moments that can be a peak.
 
     `kept`: from the forward pass until the last layer's backward pass is over. `passing`: besides, in the forward pass of a
-    layer that is recomputed; empty where none is. `in_head`: besides, while the head computes
-    losses and their gradients. `in_layer`: besides, at the peak between the head and the end of the last layer's backward
-    pass (recomputed or not); after that there are only fewer rows kept.
+    layer that is recomputed; empty where none is. `in_head`: besides, while the head computes losses and their gradients.
+    `in_layer`: besides, at the peak between the head and the end of the last layer's backward pass (recomputed or not);
+    after that there are only fewer rows kept.
     """
 
     kept: tuple[Item, ...]

@@ -51,10 +51,11 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The tests that start ranks, of two processes each, come alone: they use both cores, and some watch how long things take.
+# The tests that start ranks come after the others. Two at a time, too: a run's ranks start, save and load one after the
+# other for most of its time, and leave a core idle.
 test: lint
 	$(BIN)/pytest -m 'not distributed and not slow and not drill and not cluster' --numprocesses 2 --dist loadfile
-	$(BIN)/pytest -m 'distributed and not slow and not drill and not cluster'
+	$(BIN)/pytest -m 'distributed and not slow and not drill and not cluster' --numprocesses 2 --dist loadfile
 
 # Another transformers, for what must read our exports; it shares nothing with .venv.
 transformers4: $(TRANSFORMERS4)/.installed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Generator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from bico_ds.config.sections.data import FactsSpec
 from bico_ds.data.prepare.facts import write_facts
 from tests.fresh_inputs import SEED, draw_for
-from tests.proof.rehearsal import Rehearsal, rehearse
+from tests.proof.rehearsal import Rehearsal, rehearse_once
 
 draw_for("modules")  # what they draw as they are imported
 
@@ -69,7 +70,8 @@ def bpe_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Rehearsal:
-    return rehearse(tmp_path_factory.mktemp("proof"))
+    own = tmp_path_factory.getbasetemp()
+    return rehearse_once(own.parent if "PYTEST_XDIST_WORKER" in os.environ else own)
 
 
 WORDS = [f"w{i}" for i in range(40)]

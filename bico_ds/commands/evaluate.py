@@ -199,6 +199,7 @@ def evaluate_model(options: Namespace, stop: StopFlag) -> bool:
     from bico_ds.evaluation.report.tables import console_for_tables
     from bico_ds.evaluation.request import run_request
     from bico_ds.evaluation.scoring.share import PromptShare
+    from bico_ds.runtime.distributed import begin_group
 
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -212,7 +213,7 @@ def evaluate_model(options: Namespace, stop: StopFlag) -> bool:
         should_stop=lambda: bool(stop),
     )
     if share.world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        begin_group(device)
     try:
         for model in options.model:
             check_model_folder(model.here())

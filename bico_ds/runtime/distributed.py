@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch.distributed import Store
@@ -58,12 +57,24 @@ def ranks_of_torchrun() -> Iterator[Ranks]:
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     if ranks.world_size > 1:
-        dist.init_process_group("nccl" if ranks.device.type == "cuda" else "gloo")
+        begin_group(ranks.device)
     try:
         yield ranks
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def begin_group(device: torch.device, **options: Any) -> None:
+    """Start the process group of this rank's device; `options`: further ones of torch's `init_process_group`.
+
+    NCCL is bound to the device: it guesses otherwise from the global rank, and may wait for ever at the first barrier.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device, **options)
+    else:
+        dist.init_process_group("gloo", **options)
 
 
 def connect(ranks: Ranks, *, timeout_minutes: float) -> Store:
@@ -120,13 +131,11 @@ def _await_verdict(store: Store) -> None:
 
 def join(ranks: Ranks, store: Store, *, timeout_minutes: float) -> None:
     """Start the process group. A collective that a rank never enters fails on all after the timeout."""
-    if ranks.device.type == "cuda":
-        torch.cuda.set_device(ranks.device)
-    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+    import deepspeed
+
     timeout = timedelta(minutes=timeout_minutes)
-    dist.init_process_group(
-        backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
-    )
+    begin_group(ranks.device, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
+    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     dist.barrier()
     host_memory.unlink_shared_buffer(ranks.rank)

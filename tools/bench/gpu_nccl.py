@@ -24,6 +24,7 @@ from bico_ds.cluster.preflight.network import ELEMENTS, timed
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
 from bico_ds.proof.findings import Findings
+from bico_ds.runtime.distributed import begin_group
 
 SECONDS = 30  # for one collective
 
@@ -47,9 +48,7 @@ def measure(device: torch.device) -> Findings:
     """Join, time each collective, compare what it delivers, leave."""
     kind = "nccl" if device.type == "cuda" else "gloo"
     print(f"joining a group of one rank by {kind}", flush=True)
-    dist.init_process_group(
-        kind, store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=SECONDS)
-    )
+    begin_group(device, store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=SECONDS))
     source = torch.randn(ELEMENTS[device.type], device=device)
     expected, target = source.clone(), torch.empty_like(source)
     findings, times = Findings(), []
@@ -80,8 +79,6 @@ def run(options: Namespace) -> int:
     if not options.rehearse and not torch.cuda.is_available():
         raise UserError("no CUDA device; --rehearse runs gloo on a CPU")
     device = torch.device("cpu") if options.rehearse else torch.device("cuda", 0)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     return measure(device).finish(as_json=options.json)
 
 

@@ -36,6 +36,7 @@ from bico_ds.model.architecture import with_own_config
 from bico_ds.planner.plan import make_plan
 from bico_ds.planner.workload import assumed_texts
 from bico_ds.runtime import launch_environment
+from bico_ds.runtime.distributed import begin_group
 from bico_ds.runtime.ds_config import merged_ds_config
 from bico_ds.runtime.run_folder import obstacle
 
@@ -196,11 +197,9 @@ def _check_network(
     """
     on_cuda = "memory_total_bytes" in device_report
     device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
-    if on_cuda:
-        torch.cuda.set_device(device)
     try:
-        dist.init_process_group(
-            "nccl" if on_cuda else "gloo",
+        begin_group(
+            device,
             store=dist.PrefixStore("group", exchange.store),
             rank=exchange.rank,
             world_size=exchange.world_size,

@@ -112,7 +112,7 @@ def unknown_options(text: str) -> list[str]:
 def options_of(command: str) -> set[str]:
     """The options in the help of `bico-ds NAME`, of a module of `bico_ds.commands`, or of a script.
 
-    A script starts such a module, or has options of its own.
+    A script starts such a module, or has options of its own, or those of the scripts beside it that it imports.
     """
     if command.startswith("bico-ds "):
         module = COMMANDS[command.removeprefix("bico-ds ")]
@@ -122,7 +122,12 @@ def options_of(command: str) -> set[str]:
         source = (ROOT / command).read_text(encoding="utf-8")
         starts = re.search(r"from bico_ds\.commands\.([\w.]+) import main", source)
         if starts is None:
-            return {"--help", *re.findall(r'"(--?[a-z][\w-]*)"', source)}
+            beside = [
+                (ROOT / command).parent / f"{name}.py"
+                for name in re.findall(r"^from (\w+) import", source, re.M)
+            ]
+            sources = [source, *(path.read_text(encoding="utf-8") for path in beside if path.is_file())]
+            return {"--help", *re.findall(r'"(--?[a-z][\w-]*)"', "\n".join(sources))}
         module = starts.group(1)
     parser = ArgumentParser()
     import_module(f"bico_ds.commands.{module}").main.add_options(parser)

@@ -7,8 +7,9 @@ import json
 import pytest
 
 from tests import ROOT
-from tools.bench.retention import KEPT, RUNS, table
+from tools.bench.retention import FORGETTING, RUNS
 
+KEPT = FORGETTING.kept
 SCORES = sorted(path for path in KEPT.glob("*/*.json") if "blend" not in path.stem)
 
 
@@ -24,4 +25,4 @@ def test_a_run_was_made_with_the_settings_of_its_name(path):
 @pytest.mark.parametrize("part", ["search", "final"])
 def test_the_page_shows_the_scores_that_are_kept(part):
     page = (ROOT / "docs" / "benchmarks" / "results.md").read_text(encoding="utf-8")
-    assert not [line for line in table(part).splitlines()[2:] if line not in page]
+    assert not [line for line in FORGETTING.table(part).splitlines()[2:] if line not in page]

@@ -1,0 +1,24 @@
+#!/usr/bin/env python
+"""The cures of the reversal curse on SmolLM2-135M, side by side: the runs, and the tables of what came out.
+
+    python tools/bench/cures.py --list
+    python tools/bench/cures.py --run search/bico --work DIR
+    python tools/bench/cures.py --table
+
+DIR and what is kept: experiments.py beside this file. On the search split all cures have equal updates and one learning
+rate; on the full sets the best ones have equal FLOPs, and two seeds.
+"""
+
+from __future__ import annotations
+
+from experiments import Experiment, search
+
+CURES = ("ntp", "bico", "bico_same", "abi", "mlm_u", "reverse", "masked_ft", "both_orders", "identity_bridge")
+RUNS = {f"search/{cure}": search("1e-3", recipe=f"smollm2_135m_{cure}") for cure in CURES}
+
+SIDE_BY_SIDE = Experiment(name="cures", runs=RUNS, texts=("TEXT.txt",), likelihood=True)
+main = SIDE_BY_SIDE.command(__doc__)
+
+
+if __name__ == "__main__":
+    main.start()

@@ -5,16 +5,23 @@
     python tools/bench/cures.py --run search/bico --work DIR
     python tools/bench/cures.py --table
 
-DIR and what is kept: experiments.py beside this file. On the search split all cures have equal updates and one learning
+DIR and what is kept: experiments.py beside this file. `broken_…` are BICO with one of its three points left out (the label
+shift is in bico_same). On the search split all cures have equal updates and one learning
 rate; on the full sets the best ones have equal FLOPs, and two seeds.
 """
 
 from __future__ import annotations
 
-from experiments import Experiment, search
+from experiments import ROOT, Experiment, search
 
 CURES = ("ntp", "bico", "bico_same", "abi", "mlm_u", "reverse", "masked_ft", "both_orders", "identity_bridge")
-RUNS = {f"search/{cure}": search("1e-3", recipe=f"smollm2_135m_{cure}") for cure in CURES}
+BROKEN = f"imports=[{ROOT}/tools/bench/broken/{{}}.py]"
+RUNS = {f"search/{cure}": search("1e-3", recipe=f"smollm2_135m_{cure}") for cure in CURES} | {
+    "search/broken_no_flip": search("1e-3", BROKEN.format("no_flip"), "model.attention_backend=oracle"),
+    "search/broken_placeholder_key": search(
+        "1e-3", BROKEN.format("placeholder_key"), "objectives.1.kind=placeholder_key"
+    ),
+}
 
 SIDE_BY_SIDE = Experiment(name="cures", runs=RUNS, texts=("TEXT.txt",), likelihood=True)
 main = SIDE_BY_SIDE.command(__doc__)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -84,6 +87,7 @@ class ExactNorm(nn.Module):
         return normed if residual is None else (normed, total)
 
 
+@cache
 def tiny_llama(backend: str | Backend, dtype: torch.dtype = torch.float64) -> TrainableModel:
     """A random Llama of the package, whose attention runs by `backend`."""
     model = build_model(
@@ -117,16 +121,38 @@ class Cure:
 
     recipe: dict[str, Any]
     rows: Callable[[Document, list[bool]], Rows]
+    tolerance: float = 1e-10
 
     def objective(self) -> Objective:
         return build_objectives([read_spec(self.recipe)], ROLES)[0]
 
 
+def _bico(predict: str, document: Document, masked: list[bool]) -> Rows:
+    return definitions.bico(document.token_ids.tolist(), masked, PLACEHOLDER, predict=predict)
+
+
+def _mlm_u(predict: str, document: Document, masked: list[bool]) -> Rows:
+    return definitions.mlm_u(document.token_ids.tolist(), masked, PLACEHOLDER, predict=predict)
+
+
+def _abi(spans: str, document: Document, masked: list[bool]) -> Rows:
+    return definitions.abi(document.token_ids.tolist(), masked, spans=spans)
+
+
+WEIGHTS_IN_FP32 = 1e-7
 CURES = {
     "ntp": Cure(recipe={"kind": "ntp"}, rows=lambda d, masked: definitions.ntp(d.token_ids.tolist())),
-    "bico": Cure(
-        recipe={"kind": "bico"},
-        rows=lambda d, masked: definitions.bico(d.token_ids.tolist(), masked, PLACEHOLDER),
+    "bico": Cure(recipe={"kind": "bico"}, rows=partial(_bico, "next")),
+    "bico, same": Cure(recipe={"kind": "bico", "predict": "same"}, rows=partial(_bico, "same")),
+    "abi": Cure(recipe={"kind": "abi"}, rows=partial(_abi, "separate")),
+    "abi, left to right": Cure(
+        recipe={"kind": "abi", "spans": "left_to_right"}, rows=partial(_abi, "left_to_right")
+    ),
+    "mlm_u, next": Cure(
+        recipe={"kind": "mlm_u", "predict": "next"}, rows=partial(_mlm_u, "next"), tolerance=WEIGHTS_IN_FP32
+    ),
+    "mlm_u, same": Cure(
+        recipe={"kind": "mlm_u", "predict": "same"}, rows=partial(_mlm_u, "same"), tolerance=WEIGHTS_IN_FP32
     ),
 }
 
@@ -176,7 +202,9 @@ MASKS = [
     mask_of([3, 6, 2, 4, 1, 2]),
     [False, True],
 ]
-drawn_masks = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=6).map(mask_of), min_size=1, max_size=4)
+drawn_masks = st.lists(
+    st.lists(st.integers(0, 5), min_size=1, max_size=6).map(mask_of), min_size=1, max_size=4
+)
 
 
 # What is compared.
@@ -184,37 +212,65 @@ drawn_masks = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=6).map(m
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """The mean loss of a batch, and the gradient of each weight by its name."""
+    """What a batch gives: its mean loss, the gradient of each weight by its name, and each prediction's loss and weight [N].
+
+    Predictions are in the order of documents, and of positions within one.
+    """
 
     loss: Tensor
     gradients: dict[str, Tensor]
+    losses: Tensor
+    weights: Tensor
 
 
-def built(cure: Cure, documents: Documents, masks: list[list[bool]], patch: Any) -> PackedBatch:
+def built(cure: Cure, documents: Documents, masks: list[list[bool]]) -> PackedBatch:
     """The batch of these documents with these masks in place of drawn ones; it passes the package's own check."""
-    by_name = {(d.id, d.piece): mask for d, mask in zip(documents, masks, strict=True)}
+    by_name = {d.id: mask for d, mask in zip(documents, masks, strict=True)}
 
     def draw(self: MaskPolicy, documents: Documents, grid: TokenGrid, key: BatchKey) -> np.ndarray:
-        return np.concatenate([np.array(by_name[d.id, d.piece]) for d in documents])
+        return np.concatenate([np.array(by_name[d.id]) for d in documents])
 
-    patch.setattr(MaskPolicy, "draw", draw)
     objective = cure.objective()
-    batch = objective.build(documents, KEY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MaskPolicy, "draw", draw)
+        batch = objective.build(documents, KEY)
     room = int(objective.expand(documents.lengths).sum())
     check_batch(batch, documents, room=room, vocabulary=VOCABULARY)
     return batch
 
 
 def by_the_package(model: TrainableModel, batch: PackedBatch) -> Trained:
-    """The weighted mean of the batch's losses, as a step trains it, and all gradients."""
+    """The weighted mean of the batch's losses, as a step trains it."""
     model.zero_grad()
-    weights = getattr(batch, "loss_weights", None)
-    total = model(batch).loss
-    sum_of_weights = len(batch.targets) if weights is None else weights.double().sum()
-    loss = total / sum_of_weights if len(batch.targets) else total
+    found = model(batch)
+    given = getattr(batch, "loss_weights", None)
+    weights = torch.ones(len(batch.targets)) if given is None else given
+    loss = found.loss / weights.double().sum() if len(weights) else found.loss
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.causal_lm.named_parameters()}
-    return Trained(loss=loss.detach(), gradients=gradients)
+    order = _order(batch)
+    return Trained(
+        loss=loss.detach(), gradients=gradients, losses=found.row_losses[order], weights=weights[order]
+    )
+
+
+@torch.no_grad()
+def losses_of(model: TrainableModel, batch: PackedBatch) -> Tensor:
+    """The losses of a batch alone, as `Trained` has them."""
+    return model(batch).row_losses[_order(batch)]
+
+
+def _order(batch: PackedBatch) -> Tensor:
+    """Of the predictions, by document and position of their rows."""
+    kept = torch.repeat_interleave(batch.plan.cu_seqlens.diff().long())
+    document = torch.cat([kept, batch.plan.live_document])[batch.loss_rows]
+    position = batch.position_ids[batch.loss_rows]
+    return torch.from_numpy(np.lexsort((position.numpy(), document.numpy())))
+
+
+def rows_of(cure: Cure, documents: Documents, masks: list[list[bool]]) -> list[Rows]:
+    """What the definition makes of each document with its mask."""
+    return [cure.rows(d, masked) for d, masked in zip(documents, masks, strict=True)]
 
 
 def by_the_definition(model: TrainableModel, rows: list[Rows]) -> Trained:
@@ -223,17 +279,32 @@ def by_the_definition(model: TrainableModel, rows: list[Rows]) -> Trained:
     gradients = torch.autograd.grad(loss, list(llama.weights.values()), allow_unused=True)
     zero = {name: torch.zeros_like(weight) for name, weight in llama.weights.items()}
     found = zip(llama.weights, gradients, strict=True)
+    each = [(x.detach(), r.weight) for r in rows for x in definitions.losses(llama, r)]
     return Trained(
-        loss=loss.detach(), gradients=zero | {name: grad for name, grad in found if grad is not None}
+        loss=loss.detach(),
+        gradients=zero | {name: grad for name, grad in found if grad is not None},
+        losses=torch.tensor([loss for loss, _ in each], dtype=torch.float64),
+        weights=torch.tensor([weight for _, weight in each], dtype=torch.float64),
     )
 
 
 def difference(found: Trained, expected: Trained) -> float:
-    """The largest error of the loss or a gradient, relative to its largest entry; at least 1e-3 of the largest of all."""
-    assert found.gradients.keys() == expected.gradients.keys()
+    """The largest error of a loss, weight or gradient, relative to the tensor's largest entry.
+
+    Of a gradient, to 1e-3 of the largest of all gradients at least. Infinite where the predictions are not as many.
+    """
+    if len(found.losses) != len(expected.losses):
+        return math.inf
     largest = max(float(gradient.abs().max()) for gradient in expected.gradients.values())
-    errors = [float(abs(found.loss - expected.loss)) / max(float(expected.loss), 1.0)]
+    errors = [_error(getattr(found, n), getattr(expected, n), 1e-3) for n in ("loss", "losses", "weights")]
+    assert found.gradients.keys() == expected.gradients.keys()
     for name, gradient in expected.gradients.items():
-        size = max(float(gradient.abs().max()), 1e-3 * largest, 1e-9)
-        errors.append(float((found.gradients[name].double() - gradient).abs().max()) / size)
-    return float(np.max(errors))  # of a NaN: a NaN, which is below no bound
+        errors.append(_error(found.gradients[name], gradient, 1e-3 * largest))
+    return max(errors)
+
+
+def _error(found: Tensor, expected: Tensor, least: float) -> float:
+    if not expected.numel():
+        return 0.0
+    size = max(float(expected.abs().max()), least, 1e-9)
+    return float(((found.double() - expected).abs().max() / size).nan_to_num(math.inf))

@@ -5,6 +5,7 @@ The faults are made in the batch, where the objective's own code would make them
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from bico_ds.attention import oracle
+from bico_ds.attention import oracle, packed
 from bico_ds.attention.plan import build_plan
 from bico_ds.batch import PackedBatch
 from tests.cures.comparing import (
@@ -144,11 +145,38 @@ def error_with(cure: str, fault: Callable[[PackedBatch], PackedBatch]) -> float:
     ids=lambda x: getattr(x, "__name__", x),
 )
 def test_a_fault_of_the_batch_is_seen(fault: Callable[[PackedBatch], PackedBatch], cure: str) -> None:
-    assert error_with(cure, fault) > 1e-3
+    error = error_with(cure, fault)
+    assert error > 1e-3
 
 
-@pytest.mark.parametrize("cure", MASKED)
-def test_a_sine_that_is_not_flipped_is_seen(cure: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    turn = oracle._rotate
-    monkeypatch.setattr(oracle, "_rotate", lambda x, cos, sin: turn(x, cos, sin.abs() if False else sin))
-    assert error_with(cure, lambda batch: batch) > 1e-3
+# A place of the formula, what it becomes, and whom it must change.
+WRONG_FORMULAS = [
+    (
+        "dense_attention",
+        "_rotate(q, cos, -sin), _rotate(k, cos, -sin)",
+        "_rotate(q, cos, sin), _rotate(k, cos, sin)",
+        MASKED,
+    ),
+    ("dense_attention", "_rotate(k, cos, -sin)", "_rotate(k, cos, sin)", MASKED),
+    ("dense_attention", "<= position[:, None]", "< position[:, None]", ["ntp"]),
+    ("dense_attention", "(span[:, None] >= 0) & earlier", "(span[:, None] >= 0)", INFILLING),
+    ("dense_attention", "(document[None, :] == document[:, None]) & ", "", EVERY),
+    ("oracle_attention", "is_key=row < plan.num_kept", "is_key=row >= 0", MASKED),
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "old", "new", "cure"),
+    [(*change, cure) for *change, cures in WRONG_FORMULAS for cure in cures],
+)
+def test_a_fault_of_the_formula_is_seen(
+    function: str, old: str, new: str, cure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = inspect.getsource(getattr(oracle, function))
+    assert source.count(old) == 1
+    changed: dict[str, Any] = {}
+    exec("from __future__ import annotations\n" + source.replace(old, new), vars(oracle), changed)
+    monkeypatch.setattr(oracle, function, changed[function])
+    monkeypatch.setattr(packed, "oracle_attention", oracle.oracle_attention)
+    error = error_with(cure, lambda batch: batch)
+    assert error > 1e-3

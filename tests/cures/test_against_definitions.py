@@ -12,11 +12,13 @@ from bico_ds.attention.backend import Backend
 from bico_ds.documents import Documents
 from bico_ds.native.library import native_refusal
 from bico_ds.objectives.masks import TokenGrid
+from tests.attention.attention_problems import NoKeyMask
 from tests.attention.triton.interpreter import interpreted, needs_triton
 from tests.cures.comparing import (
     BACKENDS,
     CURES,
     FUSED,
+    HIDDEN,
     KEY,
     MASKS,
     Cure,
@@ -76,17 +78,23 @@ def test_the_fused_kernel_gives_the_definitions_losses_and_gradients(cure: str) 
     assert error < IN_FP32
 
 
-def train_in_triton(cure: str, documents: Documents, masks: list[list[bool]]) -> Trained:
-    return by_the_package(tiny_llama("triton", torch.float32), built(CURES[cure], documents, masks))
+def train_interpreted(cure: str, masks: list[list[bool]], passes: bool) -> tuple[Trained, Documents]:
+    """With Triton's kernels alone, or with those around the passes of a flash kernel."""
+    from bico_ds.attention.triton.passes import TRITON_PASSES
+
+    backend = Backend(kernel=NoKeyMask(), policy=HIDDEN, passes=TRITON_PASSES) if passes else "triton"
+    documents = make_documents(masks, seed=3)
+    return by_the_package(tiny_llama(backend, torch.float32), built(CURES[cure], documents, masks)), documents
 
 
 @needs_triton
-@pytest.mark.parametrize(
-    "cure", [c if c == "abi" else pytest.param(c, marks=pytest.mark.slow) for c in CURES]
-)
-def test_the_triton_kernels_give_the_definitions_losses_and_gradients(cure: str) -> None:
-    documents, model = make_documents(MASKS, seed=3), tiny_llama("triton", torch.float32)
-    found = interpreted(train_in_triton, cure, documents, MASKS)
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("passes", [False, True])
+@pytest.mark.parametrize("cure", CURES)
+def test_the_triton_kernels_give_the_definitions_losses_and_gradients(cure: str, passes: bool) -> None:
+    found, documents = interpreted(train_interpreted, cure, MASKS, passes)
+    model = tiny_llama("oracle", torch.float32)
     error = difference(found, by_the_definition(model, rows_of(CURES[cure], documents, MASKS)))
     assert error < IN_FP32
 

@@ -54,8 +54,9 @@ class PackedBatch:
     `documents` names the documents inside, (source, id, piece) each, for messages about a bad batch. `layout`: which
     kernel serves which rows, by the attention backend's policy; a worker of the loader makes it from the plan. None: the
     backend is the oracle, which needs none, or every layer builds its own. `target_sources`: the number of each target's
-    data source; None: nobody asks. `compared`: what `retention` compares in a causal batch, perhaps no row of it; None:
-    nothing is compared in this step, on no rank.
+    data source; None: nobody asks. `loss_weights`: what each target's loss is multiplied by, positive; the loss of a step is
+    then divided by the sum of all weights. None: all are 1. `compared`: what `retention` compares in a causal batch, perhaps
+    no row of it; None: nothing is compared in this step, on no rank.
     """
 
     input_ids: torch.Tensor  # int64 [T]
@@ -67,6 +68,7 @@ class PackedBatch:
     documents: torch.Tensor  # int64 [D, 3]
     layout: Layout | None = None
     target_sources: torch.Tensor | None = None  # int64 [N]
+    loss_weights: torch.Tensor | None = None  # fp32 [N]
     compared: ComparedRows | None = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
@@ -80,6 +82,12 @@ class PackedBatch:
     def _mapped(self, transform: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
         moved = [field.name for field in fields(self) if field.name != "documents"]
         return replace(self, **{name: map_tensors(getattr(self, name), transform) for name in moved})
+
+
+def total_weight(batch: PackedBatch) -> float:
+    """Return the sum of the weights of the targets' losses: their number where they have none."""
+    weights = batch.loss_weights
+    return float(len(batch.targets)) if weights is None else float(weights.double().sum())
 
 
 def target_sources(batch: PackedBatch) -> torch.Tensor:

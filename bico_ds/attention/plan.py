@@ -6,6 +6,8 @@ Row order of the batch it describes: `[kept tokens by document | live placeholde
 * A *live* placeholder is a masked token whose successor is masked too: its output predicts that successor,
   so it is a query, but no query may attend to it (BICO, arXiv 2311.07468, section 3).
 * *Dead* placeholders (masked, successor not masked) influence nothing and are not in the batch.
+* Live rows may form *spans*: then each is a key, too, for itself and for the later rows of its span, by the forward
+  rotation (part B of GLM's blank infilling, arXiv 2103.10360, section 2.1). No kept row ever sees a live one.
 
 Kept keys at positions up to a query's own take the forward rotation, later ones the reversed rotation. For kept token j
 of a document (from 0) that boundary is `j + 1` keys; for a live placeholder it is its `live_split`.
@@ -63,8 +65,10 @@ class AttentionPlan:
     `live_document` int64 [num_live]: each live row's document. `live_split` int64 [num_live]: how many
     kept tokens of it lie at or before the row's position.
 
+    `span_cu_seqlens` int32 [S+1]: bounds of the spans, counted in live rows: 0 … `num_live`. None: live rows are no keys.
+
     `num_pairs` counts the (query, key) pairs of which the query sees the key, per head and layer. `digest` tells
-    plans of other documents or other live rows apart.
+    plans of other documents, other live rows or other spans apart.
     """
 
     mode: Mode
@@ -77,6 +81,7 @@ class AttentionPlan:
     flip_max_seqlen: int
     live_document: Tensor
     live_split: Tensor
+    span_cu_seqlens: Tensor | None
     num_kept: int
     num_live: int
     num_pairs: int
@@ -129,6 +134,7 @@ def build_plan(
     kept_lengths: Lengths,
     live_document: Lengths | None = None,
     live_split: Lengths | None = None,
+    live_spans: Lengths | None = None,
 ) -> AttentionPlan:
     """The plan of one batch.
 
@@ -137,6 +143,9 @@ def build_plan(
     document at positions up to the row's, in 1 … kept length (a document's first token is never masked),
     non-decreasing within a document. Causal mode has no live rows, and no batch is empty.
 
+    `live_spans` int [S]: lengths, each at least 1 and in all N_live, of consecutive live rows of one document that see
+    themselves and the earlier ones among them; their positions must increase. None: live rows are no keys.
+
     Raises `ValueError` where an input breaks these rules, naming the document or row that does.
     """
     if mode not in ("causal", "bidirectional"):
@@ -144,8 +153,11 @@ def build_plan(
     kept = _as_int64(kept_lengths, "kept_lengths")
     document = _as_int64(live_document if live_document is not None else (), "live_document")
     split = _as_int64(live_split if live_split is not None else (), "live_split")
+    spans = None if live_spans is None else _as_int64(live_spans, "live_spans")
     _check_kept(kept)
     _check_live(mode, kept, document, split)
+    if spans is not None:
+        _check_spans(spans, document)
 
     cu_seqlens = _cumulative(kept)
     flipped = kept - 1 if mode == "bidirectional" else np.zeros(0, np.int64)
@@ -163,17 +175,25 @@ def build_plan(
         flip_max_seqlen=int(flipped.max(initial=0)),
         live_document=torch.from_numpy(document),
         live_split=torch.from_numpy(split),
+        span_cu_seqlens=None if spans is None else torch.from_numpy(_cumulative(spans).astype(np.int32)),
         num_kept=int(cu_seqlens[-1]),
         num_live=document.size,
-        num_pairs=_visible_pairs(mode, kept, document),
-        digest=zlib.crc32(np.concatenate([kept, document, split]).tobytes()),
+        num_pairs=_visible_pairs(mode, kept, document) + (0 if spans is None else _causal_pairs(spans)),
+        digest=zlib.crc32(
+            np.concatenate([kept, document, split, *([] if spans is None else [spans])]).tobytes()
+        ),
     )
 
 
 def _visible_pairs(mode: Mode, kept: NDArray[np.int64], live_document: NDArray[np.int64]) -> int:
+    """Those with a kept key."""
     if mode == "causal":
-        return int((kept * (kept + 1) // 2).sum())
+        return _causal_pairs(kept)
     return int((kept * kept).sum() + kept[live_document].sum())
+
+
+def _causal_pairs(lengths: NDArray[np.int64]) -> int:
+    return int((lengths * (lengths + 1) // 2).sum())
 
 
 def _as_int64(values: Lengths, name: str) -> NDArray[np.int64]:
@@ -223,6 +243,20 @@ def _check_live(
     if unordered.any():
         row = int(np.argmax(unordered)) + 1
         raise ValueError(f"live row {row} is out of order: live rows go by document, then by position")
+
+
+def _check_spans(spans: NDArray[np.int64], document: NDArray[np.int64]) -> None:
+    if (spans < 1).any():
+        index = int(np.argmax(spans < 1))
+        raise ValueError(f"span {index} of live_spans has {spans[index]} rows: each has at least one")
+    if spans.sum() != document.size:
+        raise ValueError(f"live_spans hold {spans.sum()} rows, the batch has {document.size} live ones")
+    ends = np.cumsum(spans)
+    crossing = document[ends - 1] != document[ends - spans]
+    if crossing.any():
+        index = int(np.argmax(crossing))
+        first, last = document[ends[index] - spans[index]], document[ends[index] - 1]
+        raise ValueError(f"span {index} of live_spans reaches from document {first} into document {last}")
 
 
 def _cumulative(lengths: NDArray[np.int64]) -> NDArray[np.int64]:

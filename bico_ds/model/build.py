@@ -51,7 +51,7 @@ class TrainableModel(nn.Module):
         return self.causal_lm.config
 
     def forward(self, batch: PackedBatch) -> Losses:
-        """Return the sums of the batch's cross entropies and divergences, and each target's cross entropy.
+        """Return the sums of the batch's weighted cross entropies and divergences, and each target's cross entropy.
 
         Every module runs equally often whatever the batch holds, and every parameter takes part in the backward pass, as
         ZeRO-3 needs on ranks whose batch has no loss row: once, and the decoder twice where the start model's hidden states
@@ -59,7 +59,8 @@ class TrainableModel(nn.Module):
         """
         comparison = self._comparison(batch)
         hidden_TE = self._hidden(batch)
-        return self.causal_lm.lm_head(hidden_TE.index_select(0, batch.loss_rows), batch.targets, comparison)
+        predicting_NE = hidden_TE.index_select(0, batch.loss_rows)
+        return self.causal_lm.lm_head(predicting_NE, batch.targets, comparison, batch.loss_weights)
 
     @torch.no_grad()
     def target_states(self, batch: PackedBatch) -> Tensor:

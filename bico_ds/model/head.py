@@ -24,8 +24,9 @@ from bico_ds.model.head_softmax import HeadSoftmax, head_softmax
 class Losses(NamedTuple):
     """What a micro-batch of N targets gives.
 
-    `loss`: the sum of N cross entropies, and `divergence` that of the compared rows' KL(start model ‖ model); scalars in at
-    least fp32, with a gradient; 0 where there are no rows. `row_losses` [N]: each cross entropy, without a gradient.
+    `loss`: the sum of N cross entropies, each times its weight where they have weights, and `divergence` that of the
+    compared rows' KL(start model ‖ model); scalars in at least fp32, with a gradient; 0 where there are no rows.
+    `row_losses` [N]: each cross entropy, without weight or gradient.
     """
 
     loss: Tensor
@@ -51,12 +52,18 @@ class LossHead(nn.Linear):
     chunk_rows: int
 
     def forward(  # type: ignore[override]
-        self, hidden: Tensor, targets: Tensor | None = None, comparison: Comparison | None = None
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        comparison: Comparison | None = None,
+        loss_weights: Tensor | None = None,
     ) -> Tensor | Losses:
-        """hidden [N, E], targets int64 [N]."""
+        """hidden [N, E], targets int64 [N], loss_weights fp32 [N]; None: all are 1."""
         if targets is None:
             return super().forward(hidden)
-        loss, row_losses = chunked_cross_entropy(hidden, self.weight, targets, chunk_rows=self.chunk_rows)
+        loss, row_losses = chunked_cross_entropy(
+            hidden, self.weight, targets, chunk_rows=self.chunk_rows, loss_weights=loss_weights
+        )
         if comparison is None:
             return Losses(loss, loss.new_zeros(()), row_losses)
         return Losses(loss, self._divergence(hidden, targets, comparison), row_losses)
@@ -91,11 +98,12 @@ def swap_head(model: PreTrainedModel, chunk_rows: int) -> None:
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_rows: int
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_rows: int, loss_weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Sum over rows of the cross entropy of `hidden @ weight.T` against `targets`, and each row's own, without gradient.
 
-    hidden [N, E] and weight [V, E] of one floating dtype, targets int64 [N]. Softmax and sums in fp32 (fp64
+    hidden [N, E] and weight [V, E] of one floating dtype, targets int64 [N]. In the sum, and so in the gradients, each row
+    counts times its `loss_weights`, fp32 [N]; None: once. Softmax and sums in fp32 (fp64
     for fp64). At most `chunk_rows` rows of logits exist at a time: in bf16 2 bytes per logit where their softmax is
     one launch (CUDA), elsewhere about 6 (`head_softmax.py`). Gradients are computed in the forward pass, chunk by
     chunk, so that no logit is computed twice (as Liger Kernel does, arXiv 2410.10989); the backward pass scales them
@@ -104,13 +112,21 @@ def chunked_cross_entropy(
     instead: in the same memory, with the logits computed a second time, and on a CPU for 1.4 to 1.5 times the time
     (docs/benchmarks/step.md).
     """
-    return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_rows, torch.is_grad_enabled())
+    return _ChunkedCrossEntropy.apply(
+        hidden, weight, targets, loss_weights, chunk_rows, torch.is_grad_enabled()
+    )
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, wants_grad: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        loss_weights: Tensor | None,
+        chunk_rows: int,
+        wants_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         wants_hidden = wants_grad and ctx.needs_input_grad[0]
         wants_weight = wants_grad and ctx.needs_input_grad[1]
@@ -128,22 +144,37 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logits = torch.mm(x, weight.T, out=_matrix(buffer, len(x), len(weight)))
             wants = wants_hidden or wants_weight
             softmax.cross_entropy(logits, targets[rows], lse[rows], row_losses[rows], gradient=wants)
-            loss += row_losses[rows].sum()
+            loss += _weighted(row_losses[rows], loss_weights, rows).sum()
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[rows])
             if grad_weight is not None and not sums_stall:
-                grad_weight.addmm_(logits.T, x)
+                grad_weight.addmm_(logits.T, _weighted(x, loss_weights, rows))
         if grad_weight is not None and sums_stall:
-            _fill_by_vocabulary(grad_weight, hidden, weight, targets, lse, buffer, softmax)
-        ctx.save_for_backward(grad_hidden, grad_weight)
+            weighted = _weighted(hidden, loss_weights, slice(None))
+            _fill_by_vocabulary(grad_weight, hidden, weighted, weight, targets, lse, buffer, softmax)
+        ctx.save_for_backward(grad_hidden, grad_weight, loss_weights)
         ctx.mark_non_differentiable(row_losses)
         return loss, row_losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grads = (None if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors)
-        return (*grads, None, None, None)
+        grad_hidden, grad_weight, loss_weights = ctx.saved_tensors
+        # In one product, so that a row's gradient is rounded once.
+        by_row = grad_loss if loss_weights is None else grad_loss * loss_weights[:, None]
+        return (
+            None if grad_hidden is None else grad_hidden.mul_(by_row),
+            None if grad_weight is None else grad_weight.mul_(grad_loss),
+            *[None] * 4,
+        )
+
+
+def _weighted(values: Tensor, loss_weights: Tensor | None, rows: slice) -> Tensor:
+    """values [M] or [M, E] of these M rows, each times its weight, in the dtype of `values`."""
+    if loss_weights is None:
+        return values
+    weights = loss_weights[rows]
+    return (values * (weights if values.dim() == 1 else weights[:, None])).to(values.dtype)
 
 
 def _matrix(buffer: Tensor, rows: int, columns: int) -> Tensor:
@@ -153,6 +184,7 @@ def _matrix(buffer: Tensor, rows: int, columns: int) -> Tensor:
 def _fill_by_vocabulary(
     grad_weight: Tensor,
     hidden: Tensor,
+    weighted: Tensor,
     weight: Tensor,
     targets: Tensor,
     lse: Tensor,
@@ -161,7 +193,7 @@ def _fill_by_vocabulary(
 ) -> None:
     """Fill `grad_weight` [V, E] from all rows at once, for as many words of the vocabulary as the buffer holds logits of.
 
-    lse [N], in the loss's dtype.
+    lse [N], in the loss's dtype; weighted [N, E]: `hidden`, each row times the weight of its loss.
     """
     size = buffer.numel() // len(hidden)
     size = max(1, size - size % softmax.column_multiple)
@@ -169,4 +201,4 @@ def _fill_by_vocabulary(
         block = weight[start : start + size]
         logits = torch.mm(hidden, block.T, out=_matrix(buffer, len(hidden), len(block)))
         softmax.write_gradient(logits, targets, lse, start)
-        torch.mm(logits.T, hidden, out=grad_weight[start : start + size])
+        torch.mm(logits.T, weighted, out=grad_weight[start : start + size])

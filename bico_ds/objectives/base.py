@@ -144,19 +144,35 @@ def check_batch(batch: PackedBatch, documents: Documents, *, room: int, vocabula
     _check_column("position_ids", batch.position_ids, (rows,))
     _check_column("targets", batch.targets, (len(batch.targets),), below=vocabulary, what="the vocabulary")
     _check_column("loss_rows", batch.loss_rows, (len(batch.targets),), below=rows, what="the rows")
+    if batch.loss_weights is not None:
+        _check_weights(batch.loss_weights, (len(batch.targets),))
 
 
 def _check_column(
     name: str, column: torch.Tensor, shape: tuple[int, ...], *, below: int | None = None, what: str = ""
 ) -> None:
-    if not isinstance(column, torch.Tensor) or column.dtype != torch.int64 or tuple(column.shape) != shape:
-        found = f"{getattr(column, 'dtype', type(column).__name__)} of shape {tuple(getattr(column, 'shape', ()))}"
-        raise UserError(f"its {name} must be a tensor, torch.int64 of shape {shape}, and is {found}")
+    _check_tensor(name, column, shape, torch.int64)
     low, high = (int(end) for end in column.aminmax()) if column.numel() else (0, 0)
     if low < 0:
         raise UserError(f"its {name} has {low}, and must not be negative")
     if below is not None and high >= below:
         raise UserError(f"its {name} has {high}, past {what}: at most {below - 1}")
+
+
+def _check_weights(weights: torch.Tensor, shape: tuple[int, ...]) -> None:
+    _check_tensor("loss_weights", weights, shape, torch.float32)
+    wrong = ~(weights.isfinite() & (weights > 0))
+    if wrong.any():
+        raise UserError(
+            f"its loss_weights has {weights[wrong][0]:g}: weights must be positive and finite; a token that counts "
+            "nothing is no target"
+        )
+
+
+def _check_tensor(name: str, column: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if not isinstance(column, torch.Tensor) or column.dtype != dtype or tuple(column.shape) != shape:
+        found = f"{getattr(column, 'dtype', type(column).__name__)} of shape {tuple(getattr(column, 'shape', ()))}"
+        raise UserError(f"its {name} must be a tensor, {dtype} of shape {shape}, and is {found}")
 
 
 def require_completions(spec_key: str, store: Store) -> None:

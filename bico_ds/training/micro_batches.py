@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bico_ds.batch import PackedBatch
+from bico_ds.batch import PackedBatch, total_weight
 from bico_ds.common.files import write_atomically
 from bico_ds.runtime.distributed import all_gather_objects
 from bico_ds.training.run import Run
@@ -18,7 +18,7 @@ _Culprit = tuple[float, int, list[list[int]]]
 
 
 def write_micro_batches(path: Path, batches: Sequence[PackedBatch], losses: Sequence[float]) -> None:
-    """Write micro-batches, each with the sum of its losses, as JSON. Raises OSError."""
+    """Write micro-batches, each with the weighted sum of its losses, as JSON. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = [_content(batch, loss) for batch, loss in zip(batches, losses, strict=True)]
     write_atomically(path, json.dumps(content))
@@ -27,9 +27,9 @@ def write_micro_batches(path: Path, batches: Sequence[PackedBatch], losses: Sequ
 def name_worst(step: int, batches: Sequence[PackedBatch], losses: Sequence[torch.Tensor], run: Run) -> str:
     """A line that names the micro-batch of all ranks with the largest mean loss; its rank writes it to a file. Collective.
 
-    `step` counts from 1; `losses` holds the sum, in nats, of each of this rank's `batches`.
+    `step` counts from 1; `losses` holds the weighted sum, in nats, of each of this rank's `batches`.
     """
-    means = [float(loss) / max(len(batch.targets), 1) for loss, batch in zip(losses, batches, strict=True)]
+    means = [float(loss) / (total_weight(batch) or 1.0) for loss, batch in zip(losses, batches, strict=True)]
     worst = max(range(len(batches)), key=means.__getitem__)
     mine: _Culprit = (means[worst], run.ranks.rank, batches[worst].documents.tolist())
     loss, rank, documents = max(all_gather_objects(mine))
@@ -60,4 +60,5 @@ def _content(batch: PackedBatch, loss: float) -> dict[str, Any]:
         "cu_seqlens": batch.plan.cu_seqlens.tolist(),
         "loss_rows": batch.loss_rows.tolist(),
         "targets": batch.targets.tolist(),
+        "loss_weights": None if batch.loss_weights is None else batch.loss_weights.tolist(),
     }

@@ -13,7 +13,7 @@ from itertools import islice
 
 import torch
 
-from bico_ds.batch import PackedBatch
+from bico_ds.batch import PackedBatch, total_weight
 from bico_ds.data.loading.loader import RankStep
 from bico_ds.model.head import Losses
 from bico_ds.runtime.distributed import all_reduce_sum
@@ -22,9 +22,10 @@ from bico_ds.training.run import Run
 
 @dataclass(frozen=True, kw_only=True)
 class StepCounts:
-    """Of the whole global batch: its targets, and the rows that are compared with the start model."""
+    """Of the whole global batch: its targets, the sum of their weights, and the rows compared with the start model."""
 
     targets: int
+    weight: float
     compared: int
 
 
@@ -41,8 +42,9 @@ class AgreedStep:
 class StepTotals:
     """Of a step, over all ranks: sums of losses and divergences (nats), rows, original tokens, pairs, seconds of waiting.
 
-    `source_losses` and `source_targets`: the same of each data source, where there are several. `norm_before`: the gradient
-    norm of the step before, NaN where it was not given. `following`: the next step, where it was given.
+    Losses are weighted. `source_losses` and `source_weights`: the sum of each data source's, and of their weights, where
+    there are several. `norm_before`: the gradient norm of the step before, NaN where it was not given. `following`: the
+    next step, where it was given.
     """
 
     loss: float
@@ -52,7 +54,7 @@ class StepTotals:
     pairs: int
     wait_seconds: float
     source_losses: Sequence[float]
-    source_targets: Sequence[float]
+    source_weights: Sequence[float]
     norm_before: float
     following: AgreedStep | None
 
@@ -96,21 +98,22 @@ def add_up(
         loss=next(numbers),
         divergence=next(numbers),
         source_losses=list(islice(numbers, sources)),
-        source_targets=list(numbers),
+        source_weights=list(numbers),
     )
 
 
 def _votes(rank_step: RankStep, run: Run) -> list[float]:
-    """What this rank tells of a step: its targets, its compared rows, and whether it was asked to stop."""
+    """What this rank tells of a step: its targets, their weight, its compared rows, and whether it was asked to stop."""
     targets = sum(len(batch.targets) for batch in rank_step.batches)
     compared = sum(len(batch.compared.index) for batch in rank_step.batches if batch.compared is not None)
-    return [targets, compared, float(bool(run.stop))]
+    weight = sum(map(total_weight, rank_step.batches))
+    return [targets, weight, compared, float(bool(run.stop))]
 
 
 def _agreed(rank_step: RankStep, votes: Sequence[float]) -> AgreedStep:
     """`votes`: the sums of those of all ranks."""
-    targets, compared, stops = map(int, votes)
-    counts = StepCounts(targets=targets, compared=compared)
+    targets, weight, compared, stops = votes
+    counts = StepCounts(targets=int(targets), weight=weight, compared=int(compared))
     return AgreedStep(rank_step=rank_step, counts=counts, stop=stops > 0)
 
 
@@ -126,7 +129,7 @@ def _work(batches: Sequence[PackedBatch]) -> list[int]:
 def _sums(
     batches: Sequence[PackedBatch], found: Sequence[Losses], sources: int, device: torch.device
 ) -> torch.Tensor:
-    """Loss and divergence; of several sources each one's loss, then each one's targets: fp64, on the device."""
+    """Loss and divergence; of several sources each one's loss, then each one's weight: fp64, on the device."""
     if not found:
         return torch.zeros(2, dtype=torch.float64, device=device)
     sums = torch.stack([torch.stack((part.loss, part.divergence)) for part in found]).double().sum(0)
@@ -134,7 +137,15 @@ def _sums(
         return sums
     numbers = torch.cat([batch.target_sources for batch in batches if batch.target_sources is not None])
     losses = torch.cat([part.row_losses for part in found]).double()
+    weights = torch.cat([_row_weights(*pair) for pair in zip(batches, found, strict=True)])
     # Counted by additions, because `bincount` would wait for the device.
-    counted = torch.stack((losses, torch.ones_like(losses)))
+    counted = torch.stack((losses * weights, weights))
     by_source = sums.new_zeros(2, sources).index_add_(1, numbers.to(device, non_blocking=True), counted)
     return torch.cat([sums, by_source.flatten()])
+
+
+def _row_weights(batch: PackedBatch, found: Losses) -> torch.Tensor:
+    """The weight of each target's loss: fp64 [N], on the device."""
+    if batch.loss_weights is None:
+        return torch.ones_like(found.row_losses, dtype=torch.float64)
+    return batch.loss_weights.to(found.row_losses.device, non_blocking=True).double()

@@ -1,15 +1,16 @@
 """The training loop: one global batch per optimizer step, checkpoints and evaluations between the steps.
 
-The loss is scaled in `Trainer._forward_backward`: a micro-batch gives the sum of its targets' losses, and that sum times
-(ranks / targets of the whole global batch) goes to `backward`. DeepSpeed averages gradients over the ranks, so the update
-follows the mean over all targets, however they are spread over ranks and micro-batches. The divergence of `retention` is a
+The loss is scaled in `Trainer._forward_backward`: a micro-batch gives the weighted sum of its targets' losses, and that sum
+times (ranks / sum of the weights of the whole global batch) goes to `backward`. DeepSpeed averages gradients over the ranks,
+so the update follows the weighted mean over all targets, however they are spread over ranks and micro-batches. Where an
+objective gives no weights, they are 1, and their sum is the number of targets. The divergence of `retention` is a
 mean over the compared rows in the same way.
 
 The host waits for the device once per step, between the last backward pass and the update (`Trainer._totals`): what the
-step gave, what all ranks must know of the next one (its targets, whether to stop before it), and the gradient norm of the
-one before are one vector. So a step is reported when the next one is made. Before a pause (a checkpoint, an evaluation, the
-end) the norm is read at once, and nothing is known of the step after it: that step agrees by itself, as the first one
-does. DeepSpeed's own waits: docs/benchmarks/step.md.
+step gave, what all ranks must know of the next one (its targets, their weight, whether to stop before it), and the gradient
+norm of the one before are one vector. So a step is reported when the next one is made. Before a pause (a checkpoint, an
+evaluation, the end) the norm is read at once, and nothing is known of the step after it: that step agrees by itself, as
+the first one does. DeepSpeed's own waits: docs/benchmarks/step.md.
 """
 
 from __future__ import annotations
@@ -169,8 +170,8 @@ class Trainer:
     def _take_step(self, agreed: AgreedStep, started: float, waited: float) -> AgreedStep | None:
         """Forward, backward and update of one global batch, and the report of the step before; returns the next step.
 
-        The loss is the mean over all targets. Without any target there is no forward and no update, but the schedule counts
-        the step. Of a step before a pause the next one is not known: None.
+        The loss is the weighted mean over all targets. Without any target there is no forward and no update, but the
+        schedule counts the step. Of a step before a pause the next one is not known: None.
         """
         rank_step, counts = agreed.rank_step, agreed.counts
         found = self._forward_backward(rank_step.batches, counts) if counts.targets else []
@@ -199,8 +200,9 @@ class Trainer:
         return StepReport(
             step=self.step + 1,
             objective=agreed.rank_step.objective,
-            loss=totals.loss / counts.targets if counts.targets else math.nan,
+            loss=totals.loss / counts.weight if counts.targets else math.nan,
             targets=counts.targets,
+            weight=counts.weight,
             grad_norm=math.nan,
             learning_rate=self.engine.get_lr()[0],
             kept_tokens=totals.rows,
@@ -229,16 +231,16 @@ class Trainer:
             self.callbacks.on_message(message)
 
     def _source_losses(self, totals: StepTotals) -> dict[str, list[float]]:
-        """By data source the mean loss and the targets; of none without targets."""
-        triples = zip(self.consumed.sources, totals.source_losses, totals.source_targets, strict=False)
-        return {name: [total / count, count] for name, total, count in triples if count}
+        """By data source the weighted mean loss and the sum of the weights; of none without targets."""
+        triples = zip(self.consumed.sources, totals.source_losses, totals.source_weights, strict=False)
+        return {name: [total / weight, weight] for name, total, weight in triples if weight}
 
     def _forward_backward(self, batches: Sequence[PackedBatch], counts: StepCounts) -> list[Losses]:
         """Add up the gradients of this rank's micro-batches; return their sums of losses, in nats and not scaled."""
         ranks, retention = self.run.ranks, self.run.recipe.retention
         # Dropout: the same after a resume, at the same number of ranks.
         torch.manual_seed((self.run.recipe.seed * 1_000_003 + self.step * 4099 + ranks.rank) % 2**64)
-        scale = ranks.world_size / counts.targets  # DeepSpeed averages the gradients over the ranks
+        scale = ranks.world_size / counts.weight  # DeepSpeed averages the gradients over the ranks
         found = []
         for number, batch in enumerate(batches, start=1):
             losses = self.engine(batch.to(ranks.device, non_blocking=True))

@@ -27,6 +27,7 @@ class Problem:
     document: Tensor  # [N]
     position: Tensor  # [N]
     masked: Tensor  # bool [N]
+    span: Tensor | None  # [N], of live tokens; -1 elsewhere
     plan: AttentionPlan
     token_of_row: Tensor  # [T]
 
@@ -52,6 +53,7 @@ class Problem:
             document=self.document,
             position=self.position,
             is_key=~self.masked,
+            span=self.span,
             causal=self.plan.mode == "causal",
         )
 
@@ -106,8 +108,12 @@ def make_problem(
     rotary_factor=1.0,
     position_shift=0,
     mask=None,
+    spans=None,
 ) -> Problem:
-    """Documents of the given lengths, masked i.i.d. (never their first token) or by `mask`, in fp64."""
+    """Documents of the given lengths, masked i.i.d. (never their first token) or by `mask`, in fp64.
+
+    `spans`: of the live tokens, by run of masked tokens (`run`) or by document (`document`); None: they are no keys.
+    """
     random = np.random.default_rng(seed)
     document = np.repeat(np.arange(len(lengths)), lengths)
     position = np.concatenate([np.arange(length) for length in lengths])
@@ -117,11 +123,14 @@ def make_problem(
     live = mask & next_masked
     token_of_row = np.concatenate([np.flatnonzero(~mask), np.flatnonzero(live)])
     kept_before = np.concatenate([np.cumsum(~mask[document == d]) for d in range(len(lengths))])
+    starts_run = mask & ~np.append(False, mask[:-1])
+    owner = np.cumsum(starts_run) if spans == "run" else document
     plan = build_plan(
         mode,
         kept_lengths=np.bincount(document[~mask], minlength=len(lengths)),
         live_document=document[live],
         live_split=kept_before[live],
+        live_spans=None if spans is None else np.unique(owner[live], return_counts=True)[1],
     )
     tensor = lambda *shape: torch.from_numpy(random.standard_normal(shape))  # noqa: E731
     queries, keys = heads
@@ -138,6 +147,7 @@ def make_problem(
         document=torch.from_numpy(document),
         position=torch.from_numpy(position),
         masked=torch.from_numpy(mask),
+        span=None if spans is None else torch.from_numpy(np.where(live, owner, -1)),
         plan=plan,
         token_of_row=torch.from_numpy(token_of_row),
     )

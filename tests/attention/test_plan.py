@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zlib
 
 import numpy as np
 import pytest
@@ -35,10 +36,35 @@ def test_every_visible_pair_is_counted_once(mode):
     assert plan.num_pairs == sees.sum() + (live[:, None] == documents).sum()
 
 
+def test_pairs_within_spans_are_counted_once():
+    draw = np.random.default_rng()
+    kept, spans = draw.integers(1, 20, 7), draw.integers(1, 6, 12)
+    live = np.repeat(np.sort(draw.integers(0, 7, 12)), spans)
+    given = {"kept_lengths": kept, "live_document": live, "live_split": np.ones_like(live)}
+    plan, plain = build_plan("bidirectional", **given, live_spans=spans), build_plan("bidirectional", **given)
+    number = np.repeat(np.arange(12), spans)
+    sees = (number[:, None] == number) & (np.arange(live.size)[:, None] >= np.arange(live.size))
+    assert plan.num_pairs == plain.num_pairs + sees.sum()
+    assert plan.span_cu_seqlens.dtype == torch.int32
+    assert plan.span_cu_seqlens.diff().tolist() == spans.tolist()
+    assert plain.span_cu_seqlens is None
+
+
+def test_plans_that_differ_in_their_spans_alone_are_told_apart_and_those_without_keep_their_digest():
+    given = {"kept_lengths": [5], "live_document": [0, 0, 0], "live_split": [2, 2, 4]}
+    digests = [build_plan("bidirectional", **given, live_spans=x).digest for x in (None, [3], [2, 1], [1, 2])]
+    assert len(set(digests)) == 4
+    recorded = np.array([5, 0, 0, 0, 2, 2, 4], np.int64)
+    assert digests[0] == zlib.crc32(recorded.tobytes())
+
+
 def test_causal_mode_has_no_anti_causal_pass():
     plan = build_plan("causal", kept_lengths=[3, 1, 4])
     assert plan.flip_rows.numel() == 0
     assert plan.flip_max_seqlen == 0
+
+
+LIVE = {"kept_lengths": [3, 3], "live_document": [0, 0, 1], "live_split": [1, 1, 1]}
 
 
 @pytest.mark.parametrize(
@@ -62,6 +88,9 @@ def test_causal_mode_has_no_anti_causal_pass():
             "live row 1 is out of order",
         ),
         ({"kept_lengths": [3], "live_document": [0, 0], "live_split": [2, 1]}, "live row 1 is out of order"),
+        ({**LIVE, "live_spans": [2, 0, 1]}, "span 1 of live_spans has 0 rows"),
+        ({**LIVE, "live_spans": [2]}, "live_spans hold 2 rows, the batch has 3 live ones"),
+        ({**LIVE, "live_spans": [1, 2]}, "span 1 of live_spans reaches from document 0 into document 1"),
     ],
 )
 def test_impossible_plans_are_refused(arguments, message):

@@ -76,7 +76,7 @@ def test_every_rank_learns_the_sums_of_all_the_first_one_s_norm_and_the_next_ste
         assert total.loss == pytest.approx(sum(float(part.loss) for part in losses), rel=1e-12)
         assert total.divergence == pytest.approx(sum(float(part.divergence) for part in losses), rel=1e-12)
         assert total.source_losses == pytest.approx(np.bincount(sources, rows, SOURCES).tolist(), rel=1e-12)
-        assert total.source_targets == np.bincount(sources, minlength=SOURCES).tolist()
+        assert total.source_weights == np.bincount(sources, minlength=SOURCES).tolist()
         assert (total.rows, total.represented) == (WORLD_SIZE * MICRO_BATCHES * 13,) * 2
         assert total.pairs == WORLD_SIZE * MICRO_BATCHES * (9 * 10 + 4 * 5) // 2
         assert total.wait_seconds == sum(range(WORLD_SIZE))
@@ -104,7 +104,7 @@ def test_a_step_without_targets_adds_up_to_nothing_and_a_pause_has_no_next_step(
             1.5,
         )
         assert np.isnan(total.norm_before) and total.following is None
-        assert not [*total.source_losses, *total.source_targets]
+        assert not [*total.source_losses, *total.source_weights]
 
 
 def test_a_stop_of_any_rank_is_a_stop_of_all() -> None:

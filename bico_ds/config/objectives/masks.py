@@ -10,7 +10,16 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
 from bico_ds.config.bounds import Bound
+from bico_ds.config.objectives.base import ObjectiveCost
 from bico_ds.config.section import Probability, Section
+
+Eligible = Literal["all", "completion"]
+# What the output at a masked token's row predicts: the token at the next position, or its own.
+Predict = Literal["next", "same"]
+PlaceholderId = Annotated[
+    Annotated[int, Bound(least=0, why="it is a token's id")] | None,
+    Field(description="input id of a masked position; null: the tokenizer's unk, pad or eos"),
+]
 
 _Share = Annotated[float, Bound(least=0, most=1, why="it is a share of the eligible tokens")]
 
@@ -22,16 +31,31 @@ class MaskExpectation:
     """Expected counts in documents, each float64 [D].
 
     `masked`: tokens that are masked; `live`: those of them whose successor is masked too; `pairs`: (query, key) pairs of
-    kept and live queries with kept keys.
+    kept and live queries with kept keys. `span_pairs`: pairs of two live tokens in one run of masked tokens, the key not
+    behind the query. `masked_squared`: the square of the number of masked tokens.
     """
 
     masked: NDArray[np.float64]
     live: NDArray[np.float64]
     pairs: NDArray[np.float64]
+    span_pairs: NDArray[np.float64]
+    masked_squared: NDArray[np.float64]
+
+    def denoising_cost(self, lengths: NDArray[np.int64], predict: Predict) -> ObjectiveCost:
+        """The cost of documents of these lengths [D] where no query sees a masked token."""
+        kept = lengths - self.masked
+        same = predict == "same"
+        return ObjectiveCost(
+            kept_rows=kept,
+            live_rows=self.masked if same else self.live,
+            # Every token is a query.
+            pairs=lengths * kept if same else self.pairs,
+            head_rows=self.masked,
+        )
 
 
 class MaskSpec(Section):
-    """Which tokens BICO masks: drawn per document, never special tokens, never a document's first token."""
+    """Which tokens are masked: drawn per document, never special tokens, never a document's first token."""
 
     rate: Probability | tuple[_Share, _Share] = Field(
         0.15,
@@ -41,7 +65,7 @@ class MaskSpec(Section):
     mean_span: Annotated[float, Bound(least=1, or_infinite=True, why="a span has a token, or no end")] = (
         Field(3.0, description="mean length of a span (geometric)")
     )
-    eligible: Literal["all", "completion"] = "all"
+    eligible: Eligible = "all"
 
     @model_validator(mode="after")
     def _rate_is_a_range(self) -> MaskSpec:
@@ -62,21 +86,24 @@ class MaskSpec(Section):
 
         Where the special tokens, prompts, words and entities are does not follow from a length. All tokens but the first
         count as eligible, words as single tokens, and entities as spans of `mean_span` tokens that are everywhere. Where
-        fewer tokens are eligible (special tokens, `eligible: completion`, entities), `masked` and `live` are too high and
-        `pairs` is too low; words of several tokens and longer entities have more live ones.
+        fewer tokens are eligible (special tokens, `eligible: completion`, entities), `pairs` is too low and the
+        others are too high; words of several tokens and longer entities have more live ones.
         """
         low, high = self.rate if isinstance(self.rate, tuple) else (self.rate, self.rate)
         nodes, weights = np.polynomial.legendre.leggauss(_RATES)
         rates = low + (high - low) * (nodes + 1) / 2
         parts = [self._expect_at(float(rate), lengths.astype(np.float64)) for rate in rates]
         mean = np.tensordot(weights / 2, np.array(parts), axes=1)
-        return MaskExpectation(masked=mean[0], live=mean[1], pairs=mean[2])
+        return MaskExpectation(
+            masked=mean[0], live=mean[1], pairs=mean[2], span_pairs=mean[3], masked_squared=mean[4]
+        )
 
     def _expect_at(self, rate: float, tokens: NDArray[np.float64]) -> list[NDArray[np.float64]]:
-        """Masked, live, pairs of documents at one rate.
+        """The columns of a `MaskExpectation` of documents at one rate.
 
         A mask is a stationary two-state chain (objectives/masks.py) in which tokens at distance d correlate by r^d. Pairs
-        are E[K² + V K] with K = T - B kept tokens and V live ones, so they need Var(B) and Cov(V, B): sums of r^d.
+        are E[K² + V K] with K = T - B kept tokens and V live ones, so they need Var(B) and Cov(V, B): sums of r^d. Two live
+        tokens at distance d are of one run with the probability rate · stays^(d + 1).
         """
         stays = rate  # probability that the token behind a masked one is masked
         if self.unit in ("span", "entity"):
@@ -87,4 +114,7 @@ class MaskSpec(Section):
         variance = rate * (1 - rate) * (n * (1 + r) - 2 * r * (1 - r**n) / (1 - r)) / (1 - r)
         covariance = 2 * rate * stays * (1 - rate) * (m - r * (1 - r**m) / (1 - r)) / (1 - r)
         kept = tokens - masked
-        return [masked, live, kept**2 + variance + live * kept - covariance]
+        s = min(stays, 1 - 1e-6)  # 1: all tokens are one run
+        span_pairs = rate * s * (n * (1 - s) - (1 - s**n)) / (1 - s) ** 2
+        pairs = kept**2 + variance + live * kept - covariance
+        return [masked, live, pairs, span_pairs, masked**2 + variance]

@@ -13,8 +13,10 @@ from types import MappingProxyType
 from typing import Any, get_args
 
 from bico_ds.common.errors import UserError, did_you_mean
+from bico_ds.config.objectives.abi import AbiSpec
 from bico_ds.config.objectives.base import MonitorPlace, ObjectiveSpec
 from bico_ds.config.objectives.bico import BicoSpec
+from bico_ds.config.objectives.mlm_u import MlmUSpec
 from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.section import mistake_at
 from bico_ds.config.unique_names import unique_names
@@ -60,6 +62,8 @@ def register(spec: type[ObjectiveSpec], objective: str) -> None:
 
 register(NtpSpec, "bico_ds.objectives.ntp:NextTokenPrediction")
 register(BicoSpec, "bico_ds.objectives.bico:MaskDenoising")
+register(AbiSpec, "bico_ds.objectives.abi:BlankInfilling")
+register(MlmUSpec, "bico_ds.objectives.mlm_u:UniformRateDenoising")
 
 
 def read_spec(value: Any) -> ObjectiveSpec:

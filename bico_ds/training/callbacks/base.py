@@ -30,7 +30,8 @@ class RunStart:
 class StepReport:
     """One optimizer step, summed over all ranks.
 
-    `step` counts from 1. `loss` is the mean over the `targets` of the global batch, in nats. `grad_norm` is that of the
+    `step` counts from 1. `loss` is the weighted mean over the `targets` of the global batch, in nats, and `weight` the sum
+    of the weights; None in a checkpoint of before there were weights: they are 1. `grad_norm` is that of the
     whole model before clipping, and `learning_rate` that of this update. `applied` is false where no update was made: the
     step has no target (`targets` is 0: nothing went through the model, `loss` and `grad_norm` are NaN), or it was skipped
     (`training.on_nonfinite: skip`: `grad_norm` is NaN, and `loss` may be). `kept_tokens` counts the rows that went
@@ -41,7 +42,7 @@ class StepReport:
     consumed since step 0, by data source: packed sequences (key `rows`) and their tokens. `is_spike`: the loss or the norm
     is far above its running median (`bico_ds.training.spikes`); false under `training.on_spike: off`. `divergence`: the
     mean KL(start model ‖ model) over the rows that `retention` compares, in nats; None where none was. `source_losses`: by
-    data source, where there are several, the mean loss of its targets and their number.
+    data source, where there are several, the weighted mean loss of its targets and the sum of their weights.
     """
 
     step: int
@@ -61,6 +62,7 @@ class StepReport:
     is_spike: bool = False
     divergence: float | None = None
     source_losses: dict[str, list[float]] = field(default_factory=dict)
+    weight: float | None = None
 
 
 class Callback:

@@ -127,9 +127,10 @@ def charts(recipe: Recipe) -> dict[str, dict[str, list[Any]]]:
 
 
 def _summarize(reports: list[StepReport]) -> dict[str, float]:
-    """Losses weighted by targets, over all steps, by objective and by source; rates over rank 0's wall time.
+    """Mean losses over all steps, by objective and by source; rates over rank 0's wall time.
 
-    The learning rate is the last one.
+    A step counts by the weights of its targets' losses, and in `loss/all`, since only one objective's weights are of one
+    measure, by the number of its targets. The learning rate is the last one.
 
     Losses and norms are those of the steps that made an update, and absent where none did; so are spikes.
     """
@@ -139,10 +140,10 @@ def _summarize(reports: list[StepReport]) -> dict[str, float]:
     for report in applied:
         parts: dict[str, tuple[float, float]] = {
             "loss/all": (report.loss, report.targets),
-            f"loss/{report.objective}": (report.loss, report.targets),
+            f"loss/{report.objective}": (report.loss, report.weight or report.targets),
         }
-        for source, (loss, targets) in report.source_losses.items():
-            parts[f"loss/{report.objective}/{source}"] = (loss, targets)
+        for source, (loss, weight) in report.source_losses.items():
+            parts[f"loss/{report.objective}/{source}"] = (loss, weight)
         if report.divergence is not None:
             # Steps count alike: how many rows each compared is not kept.
             parts["loss/divergence"] = (report.divergence, 1)

@@ -19,7 +19,8 @@ class BatchKey:
     """What randomness may depend on besides a document's name: never on its position, neighbours, rank or history.
 
     `epoch` is the pass over the document's source: one number, or one per document (int64 [D]), since a batch
-    at the end of an epoch holds documents of the next one too.
+    at the end of an epoch holds documents of the next one too. `seed` is the run's; a second objective of a kind has one of
+    its own, so that it does not draw what the first one draws (`bico_ds.data.loading.sample_order`).
     """
 
     seed: int

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from bico_ds.cluster.preflight.inputs import files_digest
 from bico_ds.common.errors import UserError
+from bico_ds.config.objectives.table import numbers_in_kind
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.config.schema import Recipe
 from bico_ds.config.section import STEPS
@@ -239,6 +240,7 @@ def build_loader(
         retention=recipe.retention,
         teachers=inputs.teachers,
         sources_of=[recipe.data.source_numbers(spec.sources) for spec in recipe.objectives],
+        draws=numbers_in_kind(recipe.objectives),
     )
     return ElasticLoader(stream, share, state=state)
 

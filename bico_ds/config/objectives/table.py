@@ -80,6 +80,12 @@ def read_spec(value: Any) -> ObjectiveSpec:
     return KINDS[kind].spec.model_validate(value)
 
 
+def numbers_in_kind(specs: Sequence[ObjectiveSpec]) -> list[int]:
+    """Return the number of each objective among those of its kind: 0, 1, …"""
+    kinds = [spec.kind for spec in specs]
+    return [kinds[:index].count(kind) for index, kind in enumerate(kinds)]
+
+
 def objective_names(specs: Sequence[ObjectiveSpec]) -> list[str]:
     """Return the names of a run's objectives in its logs: the kind, made unique (`bico`, `bico_2`, …)."""
     return unique_names(spec.kind for spec in specs)

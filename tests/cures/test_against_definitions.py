@@ -1,0 +1,115 @@
+"""Every objective, by every backend of a CPU, has the losses, weights and gradients of its definition."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bico_ds.attention.backend import Backend
+from bico_ds.documents import Documents
+from bico_ds.native.library import native_refusal
+from bico_ds.objectives.masks import TokenGrid
+from tests.attention.triton.interpreter import interpreted, needs_triton
+from tests.cures.comparing import (
+    BACKENDS,
+    CURES,
+    FUSED,
+    KEY,
+    MASKS,
+    Cure,
+    Trained,
+    built,
+    by_the_definition,
+    by_the_package,
+    difference,
+    drawn_masks,
+    make_documents,
+    rows_of,
+    tiny_llama,
+)
+
+
+def differs(cure: Cure, masks: list[list[bool]], seed: int, backend: str | Backend) -> float:
+    """By how much the package differs from the definition on such documents, in fp64."""
+    documents, model = make_documents(masks, seed), tiny_llama(backend)
+    found = by_the_package(model, built(cure, documents, masks))
+    return difference(found, by_the_definition(model, rows_of(cure, documents, masks)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cure", CURES)
+def test_losses_and_gradients_are_the_definitions(cure: str, backend: str) -> None:
+    assert differs(CURES[cure], MASKS, 1, BACKENDS[backend]) < CURES[cure].tolerance
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cure", CURES)
+@settings(max_examples=4, deadline=None)
+@given(masks=drawn_masks, seed=st.integers(0, 2**31))
+def test_so_are_those_of_drawn_documents(cure: str, backend: str, masks: list, seed: int) -> None:
+    assert differs(CURES[cure], masks, seed, BACKENDS[backend]) < CURES[cure].tolerance
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cure", CURES)
+@settings(max_examples=100, deadline=None)
+@given(masks=drawn_masks, seed=st.integers(0, 2**31))
+def test_so_are_those_of_many_drawn_documents(cure: str, backend: str, masks: list, seed: int) -> None:
+    assert differs(CURES[cure], masks, seed, BACKENDS[backend]) < CURES[cure].tolerance
+
+
+@pytest.mark.parametrize("cure", CURES)
+def test_the_fused_kernel_gives_the_definitions_losses_and_gradients(cure: str) -> None:
+    if native_refusal():
+        pytest.skip(f"the fused kernel {native_refusal()}")
+    documents, model = make_documents(MASKS, seed=2), tiny_llama(FUSED, torch.float32)
+    found = by_the_package(model, built(CURES[cure], documents, MASKS))
+    assert difference(found, by_the_definition(model, rows_of(CURES[cure], documents, MASKS))) < 1e-4
+
+
+def train_in_triton(cure: str, documents: Documents, masks: list[list[bool]]) -> Trained:
+    return by_the_package(tiny_llama("triton", torch.float32), built(CURES[cure], documents, masks))
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "cure", [c if c == "abi" else pytest.param(c, marks=pytest.mark.slow) for c in CURES]
+)
+def test_the_triton_kernels_give_the_definitions_losses_and_gradients(cure: str) -> None:
+    documents = make_documents(MASKS, seed=3)
+    found = interpreted(train_in_triton, cure, documents, MASKS)
+    model = tiny_llama("triton", torch.float32)
+    assert difference(found, by_the_definition(model, rows_of(CURES[cure], documents, MASKS))) < 1e-4
+
+
+@pytest.mark.parametrize("cure", CURES)
+def test_a_document_has_the_same_losses_alone(cure: str) -> None:
+    documents, model = make_documents(MASKS, seed=4), tiny_llama("cpu-flash")
+    together = by_the_package(model, built(CURES[cure], documents, MASKS))
+    alone = [
+        by_the_package(model, built(CURES[cure], Documents.of([document]), [masked]))
+        for document, masked in zip(documents, MASKS, strict=True)
+    ]
+    for part in ("losses", "weights"):
+        expected = torch.cat([getattr(one, part) for one in alone])
+        torch.testing.assert_close(getattr(together, part), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    "cure", [name for name in CURES if CURES[name].recipe["kind"] in ("bico", "abi", "mlm_u")]
+)
+def test_the_masks_that_are_drawn_are_the_ones_that_are_trained(cure: str) -> None:
+    objective, model = CURES[cure].objective(), tiny_llama("cpu-flash")
+    documents = make_documents([[False] * length for length in (1, 2, 9, 30)], seed=5)
+    drawn = objective.policy.draw(documents, TokenGrid.of(documents), KEY)
+    masks = [part.tolist() for part in np.split(drawn, documents.offsets[1:-1])]
+    assert any(map(any, masks))
+    found = by_the_package(model, objective.build(documents, KEY))
+    assert (
+        difference(found, by_the_definition(model, rows_of(CURES[cure], documents, masks)))
+        < CURES[cure].tolerance
+    )

@@ -24,6 +24,11 @@ from bico_ds.evaluation.report.runs import load_runs
 CURES = (
     "tiny_ntp",
     "tiny_bico",
+    "tiny_bico_same",
+    "tiny_abi",
+    "tiny_mlm_u",
+    "tiny_both_orders",
+    "tiny_identity_bridge",
 )
 
 

@@ -13,10 +13,11 @@ STAMP := $(VENV)/.installed$(if $(TORCH_INDEX),-$(notdir $(TORCH_INDEX)))
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo demo-seeds gpu-proof test transformers4 test-slow lowest test-lowest drills cluster-test lint tensorboard clean
+.PHONY: help setup demo demo-seeds cures gpu-proof test transformers4 test-slow lowest test-lowest drills cluster-test lint tensorboard clean
 
 help:
 	@echo "make demo         train tiny_base, tiny_bico and tiny_ntp on $(RANKS) ranks, print and plot the comparison"
+	@echo "make cures        train every objective and data-side cure from tiny_base, compare them, draw one picture (a quarter of an hour)"
 	@echo "make gpu-proof    on a machine with a CUDA GPU: is it right, how fast; six minutes"
 	@echo "make test         lint, type check and tests"
 	@echo "make test-slow    the tests that take minutes"
@@ -42,6 +43,9 @@ demo: setup
 
 demo-seeds: setup
 	$(BIN)/python tools/demo.py --ranks $(RANKS) --seeds 11 12 13 14 15
+
+cures: setup
+	$(BIN)/python tools/cures.py --ranks $(RANKS)
 
 gpu-proof: setup
 	$(BIN)/python tools/gpu_proof.py

@@ -19,7 +19,7 @@ from bico_ds.common.process_end import end_process
 
 # In the order in which a user needs them; each with its module in bico_ds/commands/.
 GROUPS = {
-    "first steps": {"demo": "demo", "gpu-proof": "gpu_proof"},
+    "first steps": {"demo": "demo", "cures": "cures", "gpu-proof": "gpu_proof"},
     "models and data": {
         "fetch-model": "fetch_model",
         "import-gguf": "import_gguf",

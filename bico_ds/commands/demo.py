@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -31,15 +32,20 @@ TASKS = ("n2d", "d2n", "n2d_reverse", "d2n_reverse")
 
 
 def add_options(parser: ArgumentParser) -> None:
+    add_training_options(parser)
+    parser.add_argument(
+        "--seeds", metavar="N", type=seed, nargs="+", help="train every seed into runs/seed-N"
+    )
+
+
+def add_training_options(parser: ArgumentParser) -> None:
+    """What every command that calls `train_from_base` asks."""
     parser.add_argument(
         "--ranks",
         metavar="N",
         type=positive,
         default=2,
         help="processes to train with (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seeds", metavar="N", type=seed, nargs="+", help="train every seed into runs/seed-N"
     )
     parser.add_argument(
         "--runs",
@@ -54,19 +60,22 @@ def demonstrate(options: Namespace) -> None:
     console = Console(soft_wrap=True)
     started = time.monotonic()
     if options.seeds is None:
-        train_all(options.runs, options.ranks, [], console)
+        train_from_base(COMPARED, options.runs, options.ranks, [], console)
         show(options.runs, console)
     else:
         for seed in options.seeds:
             folder = options.runs / f"seed-{seed}"
-            train_all(folder, options.ranks, [f"seed={seed}", f"data.facts.seed={seed}"], console)
+            overrides = [f"seed={seed}", f"data.facts.seed={seed}"]
+            train_from_base(COMPARED, folder, options.ranks, overrides, console)
         show_seeds([options.runs / f"seed-{seed}" for seed in options.seeds], options.runs, console)
     console.print(f"\nThe demo took {(time.monotonic() - started) / 60:.1f} minutes.")
 
 
-def train_all(runs: Path, ranks: int, overrides: list[str], console: Console) -> None:
-    """Train the base, and both runs from it; a run that is done already returns at once."""
-    for recipe in ("tiny_base", *COMPARED):
+def train_from_base(
+    recipes: Sequence[str], runs: Path, ranks: int, overrides: Sequence[str], console: Console
+) -> None:
+    """Train tiny_base, then each of `recipes` from it, into `runs`/RECIPE; one that is done already returns at once."""
+    for number, recipe in enumerate(("tiny_base", *recipes)):
         extra = [] if recipe == "tiny_base" else [f"model.path={runs / 'tiny_base' / 'export'}"]
         command = [
             deepspeed_launcher(), "--num_accelerators", str(ranks), *training_program(),
@@ -74,7 +83,7 @@ def train_all(runs: Path, ranks: int, overrides: list[str], console: Console) ->
         ]  # fmt: skip
         for override in (*overrides, *extra):
             command += ["--set", override]
-        console.rule(f"[bold]{recipe}")
+        console.rule(f"[bold]{recipe} ({number + 1} of {len(recipes) + 1})")
         console.print(f"$ deepspeed {' '.join(command[1:])}", highlight=False, markup=False)
         # The demo is a CPU demo, on GPU machines too: its recipes are fp32, which CUDA's flash kernels refuse.
         # DeepSpeed's launcher writes CUDA_VISIBLE_DEVICES anew for its ranks, so hiding the GPUs would not help.

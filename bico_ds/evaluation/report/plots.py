@@ -10,9 +10,10 @@ from bico_ds.evaluation.report.frontier import Panel, Point
 from bico_ds.evaluation.report.runs import ComparedRun
 from bico_ds.evaluation.results import TaskResult
 
-# Okabe and Ito's colours, which colour-blind people tell apart; each run has a marker of its own too.
+# Okabe and Ito's colours, which colour-blind people tell apart. One more marker than colours: the first 56 runs differ.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_RUNS_PER_LINE = 5  # of a legend
 _PANELS = (
     ("n2d", "N2D: name → description"),
     ("n2d_reverse", "N2D-reverse: description → name"),
@@ -21,7 +22,7 @@ _PANELS = (
 )
 _COLUMNS = ("Forward: asked as trained", "Reverse: asked the other way round")
 _ROWS = ("trained name first", "trained description first")
-_METRICS = {"contains": "accuracy (contains)", "prefix": "accuracy (prefix)", "bleu": "word BLEU"}
+METRIC_NAMES = {"contains": "accuracy (contains)", "prefix": "accuracy (prefix)", "bleu": "word BLEU"}
 
 
 def plot_curves(runs: Sequence[ComparedRun], path: Path) -> None:
@@ -41,7 +42,8 @@ def plot_curves(runs: Sequence[ComparedRun], path: Path) -> None:
     for axes in panels[2:]:
         axes.set_xlabel("optimizer step")
     handles = [_line(number, label=run.label) for number, run in enumerate(runs)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(runs), frameon=False, fontsize=12)
+    columns = min(len(runs), _RUNS_PER_LINE)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=12)
     figure.savefig(path, dpi=150)
 
 
@@ -49,7 +51,8 @@ def _draw(axes: Any, run: ComparedRun, task: str, number: int, *, of: int) -> No
     if task not in run.curves:
         return
     steps, scores = zip(*run.curves[task], strict=True)
-    line = _line(number, scale=1 + 0.5 * (of - 1 - number))  # the first runs show below the later ones
+    scale = 1 + (of - 1 - number) / max(2, of - 1)  # the first runs show below the later ones
+    line = _line(number, scale=scale)
     line.set_data(steps, scores)
     line.set_clip_on(False)
     axes.add_line(line)
@@ -67,7 +70,7 @@ def _dress(axes: Any, runs: Sequence[ComparedRun], task: str, title: str) -> Non
     if not results:
         return
     metric = results[0].headline
-    axes.set_ylabel(_METRICS.get(metric, metric))
+    axes.set_ylabel(METRIC_NAMES.get(metric, metric))
     floor = _floor(results)
     if floor is not None:
         axes.axhline(floor, color="#777777", linestyle=":", linewidth=1.2)
@@ -89,10 +92,15 @@ def _floor(results: Sequence[TaskResult]) -> float | None:
     return next((floor for floor in floors if floor > 0.005), None)
 
 
+def colour_of(number: int) -> str:
+    """The colour of a comparison's run in every picture; `number` counts the runs from 0."""
+    return _COLOURS[number % len(_COLOURS)]
+
+
 def _line(number: int, *, scale: float = 1.0, label: str = "") -> Any:
     from matplotlib.lines import Line2D
 
-    colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+    colour, marker = colour_of(number), _MARKERS[number % len(_MARKERS)]
     return Line2D([], [], color=colour, marker=marker, linewidth=2 * scale, markersize=5 * scale, label=label)
 
 
@@ -101,7 +109,8 @@ def plot_scores(runs: Sequence[ComparedRun], path: Path) -> None:
     from matplotlib.figure import Figure
 
     headlines = {name: task.headline for run in runs for name, task in run.final.tasks.items()}
-    figure = Figure(figsize=(max(5.0, 1.2 + 2.0 * len(headlines)), 4.4), layout="constrained")
+    width = max(2.0, 0.4 * len(runs)) * len(headlines)
+    figure = Figure(figsize=(max(5.0, 1.2 + width), 4.4), layout="constrained")
     axes = figure.subplots()
     for number, run in enumerate(runs):
         _bars(axes, run, list(headlines), number, of=len(runs))
@@ -111,13 +120,15 @@ def plot_scores(runs: Sequence[ComparedRun], path: Path) -> None:
     for index, floor in enumerate(floors):
         if floor is not None:
             axes.hlines(floor, index - 0.45, index + 0.45, color="#555555", linestyle=":", linewidth=1.5)
-    axes.set_xticks(range(len(headlines)), [f"{name}\n{_METRICS.get(m, m)}" for name, m in headlines.items()])
+    axes.set_xticks(
+        range(len(headlines)), [f"{name}\n{METRIC_NAMES.get(m, m)}" for name, m in headlines.items()]
+    )
     axes.set_ylim(0, 1.08)
     axes.set_ylabel("score" if not any(floors) else "score (dotted: another person's answer)")
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=len(runs), frameon=False)
+    figure.legend(loc="outside upper center", ncols=min(len(runs), _RUNS_PER_LINE), frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -126,7 +137,7 @@ def _bars(axes: Any, run: ComparedRun, names: Sequence[str], number: int, *, of:
     present = [(index, run.final.tasks[name]) for index, name in enumerate(names) if name in run.final.tasks]
     centres = [index + (number - (of - 1) / 2) * width for index, _ in present]
     scores = [task.score for _, task in present]
-    axes.bar(centres, scores, width * 0.92, color=_COLOURS[number % len(_COLOURS)], label=run.label)
+    axes.bar(centres, scores, width * 0.92, color=colour_of(number), label=run.label)
     for x, score, (_, task) in zip(centres, scores, present, strict=True):
         low, high = task.intervals.get(task.headline, (score, score))
         axes.vlines(x, low, high, color="black", linewidth=1.4)
@@ -188,7 +199,7 @@ def _dress_frontier(axes: Any, panel: Panel) -> None:
     axes.set_xscale("log")
     axes.set_ylim(-0.02, 1.04)
     axes.set_xlabel(f"perplexity of {panel.text} (dotted: the base's)")
-    axes.set_ylabel(f"{panel.task}: {_METRICS.get(panel.metric, panel.metric)}")
+    axes.set_ylabel(f"{panel.task}: {METRIC_NAMES.get(panel.metric, panel.metric)}")
     axes.grid(color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -11,6 +11,7 @@ from bico_ds.config.schema import Recipe
 from bico_ds.planner.activations import ActivationMemory, activation_memory
 from bico_ds.planner.architecture import Architecture
 from bico_ds.planner.deployment import ELEMENT_BYTES, Deployment
+from bico_ds.planner.devices import Device
 from bico_ds.planner.items import Item, total
 from bico_ds.planner.ranges import Range
 from bico_ds.planner.workload import MicroBatch
@@ -23,6 +24,14 @@ from bico_ds.planner.zero.states import States
 # per group of ranks nccl#964 (544 and 688 MB on 4 A100) and nccl#864 (1.6 GB, the context perhaps among it).
 CUDA_CONTEXT = Range(0.3e9, 1.0e9)
 NCCL_GROUP = Range(0.0, 1.6e9)
+# Torch takes a workspace for each cuBLAS handle from its caching allocator (CublasHandlePool.cpp, parseChosenWorkspaceSize),
+# and each thread has a handle: that of forward, and autograd's. 32 MiB on compute capability 9, 10 and 12, else :4096:2:16:8
+# in KiB; by ROCm up to 128 MiB, with 76 for hipBLASLt. On an H200 a step held 0.067 GB more than its tensors.
+CUBLAS_HANDLES = 2
+_CUBLAS_WORKSPACE, _CUBLAS_WORKSPACE_FROM_9 = (4096 * 2 + 16 * 8) * 2**10, 4096 * 8 * 2**10
+_CAPABILITY_FROM_9 = ("h100", "h200", "gh200", "b200", "gb200")  # how the names of such devices begin
+_CAPABILITY_8 = ("a100", "l40", "l4", "a40", "rtx-4090", "rtx-3090")
+_ROCM_WORKSPACES = Range(0.0, (128 + 76) * 2**20)
 # Reserved and not allocated, by the caching allocator: the abstract of GMLake (arXiv 2401.08156) says that it reduces
 # fragmentation by 15 % (up to 33 %) among eight LLMs on A100-80GB. That this is the caching allocator's own is our reading.
 FRAGMENTATION = 0.15
@@ -262,8 +271,13 @@ def _unlike(points: Iterable[_Point]) -> list[_Point]:
 
 
 def _context(deployment: Deployment) -> Iterator[Item]:
-    """What is on a GPU beside tensors."""
+    """What is on a GPU beside the run's own tensors."""
     if deployment.device.kind == "cuda":
+        yield Item(
+            name="cuBLAS workspaces",
+            bytes=_cublas_workspace(deployment.device).times(CUBLAS_HANDLES),
+            how=f"CublasHandlePool.cpp: {CUBLAS_HANDLES} handles, of forward and of autograd's thread",
+        )
         yield Item(
             name="CUDA context",
             bytes=CUDA_CONTEXT,
@@ -278,6 +292,17 @@ def _context(deployment: Deployment) -> Iterator[Item]:
                 how=f"nccl#964, nccl#864: {groups} groups",
                 is_tensor=False,
             )
+
+
+def _cublas_workspace(device: Device) -> Range:
+    """Of one handle; of a device that the table does not have, within the bounds of NVIDIA's."""
+    if device.name.startswith("mi300x"):
+        return _ROCM_WORKSPACES
+    if device.name.startswith(_CAPABILITY_FROM_9):
+        return Range.exactly(_CUBLAS_WORKSPACE_FROM_9)
+    if device.name.startswith(_CAPABILITY_8):
+        return Range.exactly(_CUBLAS_WORKSPACE)
+    return Range(_CUBLAS_WORKSPACE, _CUBLAS_WORKSPACE_FROM_9)
 
 
 def _with_margin(items: tuple[Item, ...], deployment: Deployment) -> tuple[Item, ...]:

@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
+import re
 import sys
 import time
 from pathlib import Path
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
-from torch.utils.cpp_extension import get_default_build_root
+from torch.utils import cpp_extension
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.schema import Recipe
 from bico_ds.optim.table import kind_of
 from bico_ds.runtime.ds_config import merged_ds_config
 
+logger = logging.getLogger(__name__)
+
+ARCHITECTURES = "TORCH_CUDA_ARCH_LIST"
+_READABLE = re.compile(r"\d+\.\d+(\+PTX)?")  # all that DeepSpeed's builder takes for an architecture
 # A rank that only loads what is compiled holds the lock for a moment, and no one else compiles during `build`.
 _ABANDONED_SECONDS = 60.0
 
@@ -36,6 +42,7 @@ def build(recipe: Recipe) -> None:
         fcntl.flock(turn, fcntl.LOCK_EX)
         release_abandoned_locks()
         prefer_own_ninja()
+        write_readable_architectures()
         for name in needed(recipe, on_cuda=get_accelerator().device_name() == "cuda"):
             _build_one(name)
 
@@ -48,7 +55,7 @@ def _build_one(name: str) -> None:
     started = time.perf_counter()
     try:
         builder.load(verbose=False)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ValueError) as error:
         raise UserError(f"DeepSpeed's {name} does not compile here: {error}") from error
     print(f"{name}: ready after {time.perf_counter() - started:.1f} s", flush=True)
 
@@ -61,9 +68,52 @@ def prefer_own_ninja() -> None:
         os.environ["PATH"] = os.pathsep.join([own, path])
 
 
+def write_readable_architectures() -> None:
+    """Write TORCH_CUDA_ARCH_LIST anew where DeepSpeed cannot read it, as it cannot `9.0a` or `Hopper`, which torch reads.
+
+    The letter asks for instructions of one architecture alone, for which DeepSpeed's builder has no way to ask. What torch
+    does not know either stays as it is: the compilation says so.
+    """
+    asked = os.environ.get(ARCHITECTURES, "")
+    found = readable_architectures(asked)
+    if found != asked:
+        os.environ[ARCHITECTURES] = found
+        logger.info("%s: %s, as DeepSpeed cannot read '%s'", ARCHITECTURES, found, asked)
+
+
+def readable_architectures(asked: str) -> str:
+    """A list that DeepSpeed's builder can read; unchanged where it can read all of it, or torch cannot."""
+    entries = re.split(r"[;\s]+", asked.strip("; \t\n"))
+    numbers = [re.sub(r"(?<=\d)[a-z](?=\+PTX$|$)", "", entry) for entry in entries]
+    if not asked or all(map(_READABLE.fullmatch, entries)):
+        return asked
+    if not all(map(_READABLE.fullmatch, numbers)):
+        numbers = _named_architectures(numbers)
+    return ";".join(dict.fromkeys(numbers)) or asked
+
+
+def _named_architectures(entries: list[str]) -> list[str]:
+    """What torch makes of names of architectures; empty where it does not know one of them."""
+    asked = os.environ.get(ARCHITECTURES)
+    os.environ[ARCHITECTURES] = ";".join(entries)
+    try:
+        flags = cpp_extension._get_cuda_arch_flags()
+    except (ValueError, IndexError):  # an unknown name; "native" without a GPU
+        return []
+    finally:
+        del os.environ[ARCHITECTURES]
+        if asked is not None:
+            os.environ[ARCHITECTURES] = asked
+    found = re.findall(r"arch=compute_(\d+)(\d)[a-z]?,code=(compute|sm)_", " ".join(flags))
+    kinds: dict[str, set[str]] = {}
+    for major, minor, kind in found:
+        kinds.setdefault(f"{major}.{minor}", set()).add(kind)
+    return [f"{number}{'+PTX' * ('compute' in kind)}" for number, kind in kinds.items()]
+
+
 def release_abandoned_locks() -> None:
     """Remove the locks of compilations that were killed, before a rank waits for one without end."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     for lock in (*root.glob("*/lock"), *root.glob("*/*/lock")):
         _remove_abandoned(lock)
 

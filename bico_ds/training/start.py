@@ -77,6 +77,7 @@ def train(recipe: Recipe, *, output_dir: Path | None, resume: str, stop: StopFla
     except Interrupted:
         return "preempted"
     deepspeed_ops.prefer_own_ninja()
+    deepspeed_ops.write_readable_architectures()
     if ranks.local_rank == 0:
         deepspeed_ops.release_abandoned_locks()
     distributed.join(ranks, store, timeout_minutes=timeout_minutes)

@@ -1,4 +1,4 @@
-"""Policies measured on GPUs: what a file must hold, and what `auto` makes of it. No GPU has written one yet."""
+"""Policies measured on GPUs: what a file must hold, and what `auto` makes of it."""
 
 from __future__ import annotations
 

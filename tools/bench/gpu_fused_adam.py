@@ -24,7 +24,11 @@ from torch.utils.cpp_extension import CUDA_HOME
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
 from bico_ds.proof.findings import Findings
-from bico_ds.runtime.deepspeed_ops import prefer_own_ninja, release_abandoned_locks
+from bico_ds.runtime.deepspeed_ops import (
+    prefer_own_ninja,
+    release_abandoned_locks,
+    write_readable_architectures,
+)
 from bico_ds.runtime.device_speed import synchronize
 
 SHAPES = ((1, 3), (257,), (1024, 513))
@@ -95,6 +99,7 @@ def measure(options: Namespace) -> Findings:
     from deepspeed.ops.adam import FusedAdam
 
     prefer_own_ninja()
+    write_readable_architectures()
     # A compilation that was cut leaves its lock, for which the next one would wait without end.
     release_abandoned_locks()
     return compare(torch.device("cuda", 0), FusedAdam, "DeepSpeed's FusedAdam")

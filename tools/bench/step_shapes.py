@@ -267,6 +267,7 @@ def build(
     ds_config = check_recipe(recipe, world_size=1, on_cuda=on_cuda, run_folder=options.out)
     policy = check_backend(recipe, ranks.device)
     deepspeed_ops.prefer_own_ninja()
+    deepspeed_ops.write_readable_architectures()
     deepspeed_ops.release_abandoned_locks()
     store = distributed.connect(ranks, timeout_minutes=5)
     distributed.join(ranks, store, timeout_minutes=5)

@@ -286,7 +286,8 @@ def page(found: Counted, options: Namespace) -> str:
 python tools/bench/step_traffic.py --write
 ```
 
-**Counted, not measured**, on the meta device: no GPU has run it. Llama-3-8B's shape in bf16, {options.rows} rows of
+**Counted, not measured**, on the meta device; `docs/benchmarks/gpu.md` has an H200's times.
+Llama-3-8B's shape in bf16, {options.rows} rows of
 documents of {options.length} tokens, forward and backward with every layer recomputed; BICO masks 15 %. A layer is the
 difference between models of three and of two; the lines below it are of a micro-batch. Before → after: torch's formulas
 around the flash kernels and Hugging Face's modules → this project's Triton ops and liger-kernel's.

@@ -239,8 +239,8 @@ def page(rows: list[Resources]) -> str:
 python tools/bench/triton_resources.py --out docs/benchmarks/triton_resources.md
 ```
 
-With Triton {triton.__version__} ({versions}), on a machine without a GPU: the kernels are compiled, not run, and no GPU has
-timed their tiles yet. Head dimension 96 is padded to 128. The tests compile them again (`make test` those of head
+With Triton {triton.__version__} ({versions}), on a machine without a GPU: the kernels are compiled, not run. No GPU has
+compared their tiles with others. Head dimension 96 is padded to 128. The tests compile them again (`make test` those of head
 dimension 128, bf16, both directions), and allow no kernel more stack than stands here.
 
 Registers and stack (bytes) are per thread, shared memory (bytes) per program; `products` names the tensor-core

@@ -1,6 +1,6 @@
 """How the Triton kernels cut their work, by GPU architecture and head dimension.
 
-No GPU has timed these values yet.
+They are chosen without a GPU; an H200 ran those of compute capability 9.0 (docs/benchmarks/gpu.md), and compared no others.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _MMA_SYNC = {
 }
 
 # By compute capability, and by the largest head dimension that a tiling serves. Chosen from what the kernels compile to
-# (docs/benchmarks/triton_resources.md): no GPU has timed them yet.
+# (docs/benchmarks/triton_resources.md): no GPU has compared them with others.
 TILINGS: dict[tuple[int, int], dict[int, Tiling]] = {
     (8, 0): _MMA_SYNC,
     (8, 6): _MMA_SYNC,

@@ -16,8 +16,10 @@ from bico_ds.common.errors import UserError, did_you_mean
 from bico_ds.config.objectives.abi import AbiSpec
 from bico_ds.config.objectives.base import MonitorPlace, ObjectiveSpec
 from bico_ds.config.objectives.bico import BicoSpec
+from bico_ds.config.objectives.masked_ft import MaskedFtSpec
 from bico_ds.config.objectives.mlm_u import MlmUSpec
 from bico_ds.config.objectives.ntp import NtpSpec
+from bico_ds.config.objectives.reverse import ReverseSpec
 from bico_ds.config.section import mistake_at
 from bico_ds.config.unique_names import unique_names
 
@@ -64,6 +66,8 @@ register(NtpSpec, "bico_ds.objectives.ntp:NextTokenPrediction")
 register(BicoSpec, "bico_ds.objectives.bico:MaskDenoising")
 register(AbiSpec, "bico_ds.objectives.abi:BlankInfilling")
 register(MlmUSpec, "bico_ds.objectives.mlm_u:UniformRateDenoising")
+register(ReverseSpec, "bico_ds.objectives.reverse:ReverseTraining")
+register(MaskedFtSpec, "bico_ds.objectives.masked_ft:MaskedFineTuning")
 
 
 def read_spec(value: Any) -> ObjectiveSpec:
@@ -78,6 +82,12 @@ def read_spec(value: Any) -> ObjectiveSpec:
         hint = did_you_mean(str(kind), KINDS)
         raise mistake_at(("kind",), f"there is no objective of kind '{kind}'{hint}: {known}", kind)
     return KINDS[kind].spec.model_validate(value)
+
+
+def numbers_in_kind(specs: Sequence[ObjectiveSpec]) -> list[int]:
+    """Return the number of each objective among those of its kind: 0, 1, …"""
+    kinds = [spec.kind for spec in specs]
+    return [kinds[:index].count(kind) for index, kind in enumerate(kinds)]
 
 
 def objective_names(specs: Sequence[ObjectiveSpec]) -> list[str]:

@@ -26,10 +26,12 @@ def identity(
     seed: int,
     global_batch_bins: int,
     teachers: Mapping[int, str],
+    draws: Sequence[int],
 ) -> dict[str, Any]:
     """Return all that the global sample stream is a function of, by recipe key; JSON-able.
 
-    `sources_of`: the numbers of each objective's sources; `teachers`: the fingerprints of stored distributions, by source.
+    `sources_of`: the numbers of each objective's sources; `teachers`: the fingerprints of stored distributions, by source;
+    `draws`: the number of each objective's draws.
     What checkpoints of before do not know is in it where it is not the default alone. The number of ranks, of micro-batches
     and of workers is not in it: the stream does not depend on them.
     """
@@ -47,15 +49,17 @@ def identity(
     for index, (objective, probability) in enumerate(
         zip(schedule.objectives, schedule.probabilities, strict=True)
     ):
-        keys[f"objectives[{index}]"] = _as_saved(objective)
+        keys[f"objectives[{index}]"] = of_objective(objective)
         keys[f"objectives[{index}].probability"] = probability
         if len(sources_of[index]) < len(data.sources):
             keys[f"objectives[{index}].sources"] = list(sources_of[index])
+        if draws[index]:
+            keys[f"objectives[{index}].draws"] = draws[index]
     return keys
 
 
-def _as_saved(objective: Objective) -> Any:
-    """An objective's identity as a checkpoint gives it back. Raises `UserError` where JSON cannot hold it."""
+def of_objective(objective: Objective) -> Any:
+    """Return an objective's identity as a checkpoint gives it back. Raises `UserError` where JSON cannot hold it."""
     own = objective.identity()
     if not isinstance(own, dict):
         raise UserError(

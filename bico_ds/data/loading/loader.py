@@ -165,9 +165,7 @@ class ElasticLoader:
         bins = batch.bins
         entries = entries[np.argsort(bins.source[entries], kind="stable")]
         documents = self._read(batch.sequences, bins.source[entries], bins.sequence[entries])
-        packed = batch.objective.build(
-            documents, BatchKey(seed=self._stream.seed, epoch=bins.passes[entries])
-        )
+        packed = batch.objective.build(documents, BatchKey(seed=batch.seed, epoch=bins.passes[entries]))
         room = int(bins.length[entries].sum())
         check_batch(packed, documents, room=room, vocabulary=self._stream.vocabulary)
         return self._with_sources(packed, documents, bins.sequence[entries])

@@ -21,6 +21,7 @@ from bico_ds.config.section import STEPS
 from bico_ds.config.sections.data import DataSpec
 from bico_ds.config.sections.retention import RetentionSpec
 from bico_ds.data.loading import identity
+from bico_ds.data.loading.draws import numbers_of_draws, seed_of_draws
 from bico_ds.data.loading.legacy_identity import translate_state
 from bico_ds.data.loading.mixture import Mixture
 from bico_ds.data.loading.sequences import CutReport, Sequences, cut_store, longest_sequence
@@ -62,7 +63,8 @@ class StreamSpec:
     `stores` are those of `data.sources`, in order. `sources_of`: the numbers of the sources that each objective draws from,
     in the schedule's order; None: each from all. `retention`: which rows are compared with the start model; None:
     none. `teachers`: its stored distributions over a source's texts, by the source's number. `vocabulary`: the number of ids
-    that the model embeds, which bounds what a batch may hold.
+    that the model embeds, which bounds what a batch may hold. `draws`: the number of each objective's draws: those of one
+    number draw alike, and 0 (None: all are) draws by the run's seed itself.
     """
 
     stores: Sequence[TokenStore]
@@ -74,6 +76,7 @@ class StreamSpec:
     sources_of: Sequence[Sequence[int]] | None = None
     retention: RetentionSpec | None = None
     teachers: Mapping[int, StoredTeacher] = field(default_factory=dict)
+    draws: Sequence[int] | None = None
 
     def sources(self, objective: int) -> tuple[int, ...]:
         """The numbers of the sources that the objective of this number draws from."""
@@ -106,10 +109,11 @@ class GlobalBatch:
     """What all ranks together do in one step.
 
     `sequences` are those of each source. `counts` int64 [sources, 2]: the batch's sequences and tokens of each source, which
-    its consumer adds up. `fill` is the fraction of its bins' room that is taken.
+    its consumer adds up. `fill` is the fraction of its bins' room that is taken. `seed`: what its objective draws by.
     """
 
     objective: Objective
+    seed: int
     sequences: list[Sequences]
     bins: StreamBins
     counts: NDArray[np.int64]
@@ -139,6 +143,10 @@ class SampleOrder:
     def __init__(self, spec: StreamSpec, state: Mapping[str, Any] | None = None) -> None:
         self._spec = spec
         self.source_names = spec.data.source_names
+        state = _current_version(state) if state else None
+        self._draws = numbers_of_draws(
+            spec.schedule.objectives, spec.draws, state["identity"] if state else None
+        )
         self._identity = identity.identity(
             spec.data,
             [store.fingerprint for store in spec.stores],
@@ -147,8 +155,8 @@ class SampleOrder:
             seed=spec.seed,
             global_batch_bins=spec.global_batch_bins,
             teachers={source: teacher.manifest.fingerprint for source, teacher in spec.teachers.items()},
+            draws=self._draws,
         )
-        state = _current_version(state) if state else None
         self.changes = identity.changes(state["identity"], self._identity) if state else []
         if self.changes and not spec.data.allow_change:
             identity.refuse(self.changes)
@@ -177,6 +185,7 @@ class SampleOrder:
         bins = cursor.stream.take(self._positions(step)[number], wanted)
         return GlobalBatch(
             objective=self._spec.schedule.objectives[index],
+            seed=seed_of_draws(self._spec.seed, self._draws[index]),
             sequences=cursor.sequences,
             bins=bins,
             counts=_count_by_source(bins, len(self.source_names)),

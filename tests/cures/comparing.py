@@ -174,11 +174,13 @@ def _drawn_segments(document: Document, text: slice) -> list[tuple[int, int]]:
         CURES["reverse, random"].objective().build(Documents.of([replace(document, token_ids=numbered)]), KEY)
     )
     places = [int(token) - 1000 for token in batch.input_ids if token >= 1000]
-    starts = [i for i, place in enumerate(places) if i == 0 or place != places[i - 1] + 1]
-    ends = [*starts[1:], len(places)]
-    return sorted(
-        (places[start], places[end - 1] + 1) for start, end in zip(starts, ends, strict=True) if places
-    )
+    parts: list[tuple[int, int]] = []
+    for place in places:
+        if parts and place == parts[-1][1]:
+            parts[-1] = (parts[-1][0], place + 1)
+        else:
+            parts.append((place, place + 1))
+    return sorted(parts)
 
 
 def _between_special(document: Document) -> tuple[list[int], slice, list[int]]:

@@ -111,7 +111,6 @@ def no_loss_of_the_last(batch: PackedBatch) -> PackedBatch:
 EVERY = list(CURES)
 MASKED = [name for name, cure in CURES.items() if cure.recipe["kind"] in ("bico", "abi", "mlm_u")]
 INFILLING = [name for name in MASKED if name.startswith("abi")]
-PLACEHOLDERS = [name for name in MASKED if name not in INFILLING]
 WITH_PROMPT = [name for name in CURES if name.startswith("masked_ft")]
 UNIFORM = [name for name in MASKED if name.startswith("mlm_u")]
 FAULTS: list[tuple[Callable[[PackedBatch], PackedBatch], list[str]]] = [

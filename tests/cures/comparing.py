@@ -316,7 +316,7 @@ def by_the_package(model: TrainableModel, batch: PackedBatch) -> Trained:
     """The weighted mean of the batch's losses, as a step trains it."""
     model.zero_grad()
     found = model(batch)
-    given = getattr(batch, "loss_weights", None)
+    given = batch.loss_weights
     weights = torch.ones(len(batch.targets)) if given is None else given
     loss = found.loss / weights.double().sum() if len(weights) else found.loss
     loss.backward()
@@ -359,6 +359,13 @@ def by_the_definition(model: TrainableModel, rows: list[Rows]) -> Trained:
         losses=torch.tensor([loss for loss, _ in each], dtype=torch.float64),
         weights=torch.tensor([weight for _, weight in each], dtype=torch.float64),
     )
+
+
+@cache
+def expected(cure: str, seed: int, dtype: torch.dtype = torch.float64) -> Trained:
+    """`by_the_definition` of the documents that `make_documents` draws of `MASKS` by this seed."""
+    rows = rows_of(CURES[cure], make_documents(MASKS, seed), MASKS)
+    return by_the_definition(tiny_llama("oracle", dtype), rows)
 
 
 def difference(found: Trained, expected: Trained) -> float:

@@ -17,6 +17,7 @@ from tokenizers import Encoding, Tokenizer
 from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.data.prepare.chats import ChatTemplate, check_template, strings_of
+from bico_ds.data.prepare.derived_texts import derive
 from bico_ds.data.prepare.examples import Example, IngestOptions, make_example
 from bico_ds.data.prepare.records import BadRecord
 from bico_ds.data.store import StoreHeader
@@ -69,7 +70,7 @@ def encoder_spec(
         eos_id=tokenizer.eos_token_id,
         add_bos=options.add_bos,
         add_eos=options.add_eos,
-        has_entities=options.entities_field is not None,
+        has_entities=options.has_entities,
     )
     return EncoderSpec(
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
@@ -136,11 +137,15 @@ class Encoder:
         longest_first = sorted(spec.special_tokens.values(), key=len, reverse=True)
         self._special_token = re.compile("|".join(map(re.escape, longest_first)))
 
-    def example(self, record: dict[str, Any] | BadRecord) -> Example:
-        """Make the text of a record. Raises `BadRecord` where there is none."""
+    def examples(self, record: dict[str, Any] | BadRecord) -> list[Example]:
+        """Make the text of a record, or those derived from it.
+
+        Raises `BadRecord` where there is no text, `NothingDerivedError` where none follows from it.
+        """
         if isinstance(record, BadRecord):
             raise record
-        return make_example(record, self.spec.options, self._chat)
+        example, kind = make_example(record, self.spec.options, self._chat), self.spec.options.derive
+        return [example] if kind is None else derive(example, kind)
 
     def encode(self, examples: list[Example]) -> tuple[Encoded, dict[int, BadRecord], dict[int, str]]:
         """Tokenize a batch.
@@ -188,7 +193,7 @@ class Encoder:
     @property
     def _needs_offsets(self) -> bool:
         options = self.spec.options
-        return bool(options.prompt_field or options.messages_field or options.entities_field)
+        return bool(options.prompt_field or options.messages_field or options.has_entities)
 
     def _check(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> dict[int, BadRecord]:
         limit, bad = self.spec.header.vocab_size, {}

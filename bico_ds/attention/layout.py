@@ -81,10 +81,29 @@ class FlashRows:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpanRows:
+    """Live rows that see themselves and the earlier rows of their span, besides the kept keys.
+
+    `rows` int64 [P]: where the rows of spans of two and more lie in the batch; `layout`: of the causal batch that they are
+    by themselves, by the same policy; None: there are none. `lone` int64 [L]: the rows that are a span each. They reach no
+    kernel: flash-attn's backward pass was wrong for sequences of one token (its issue 1537).
+    """
+
+    rows: Tensor
+    layout: Layout | None
+    lone: Tensor
+
+    def with_masks(self, dtype: torch.dtype) -> SpanRows:
+        """As `Layout.with_masks`."""
+        return self if self.layout is None else replace(self, layout=self.layout.with_masks(dtype))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """Which kernel serves which rows of a batch; made by `build_layout` by `policy`, for a plan of this `outline`.
 
     `flash` holds at most one group with hidden keys and one without; `fused`, `blocks` or `tiles` serve every other row.
+    All of these take kept rows as keys alone; `spans` is what live rows see of each other, None: nothing.
     """
 
     policy: LayoutPolicy
@@ -93,6 +112,7 @@ class Layout:
     tiles: tuple[Tile, ...]
     fused: FusedRows | None
     blocks: RowBlocks | None
+    spans: SpanRows | None
 
     @property
     def is_one_flash_problem(self) -> bool:
@@ -116,7 +136,8 @@ class Layout:
         builds its own.
         """
         causal = self.outline.mode == "causal"
-        return replace(self, tiles=tuple(tile.with_masks(dtype, causal=causal) for tile in self.tiles))
+        tiles = tuple(tile.with_masks(dtype, causal=causal) for tile in self.tiles)
+        return replace(self, tiles=tiles, spans=None if self.spans is None else self.spans.with_masks(dtype))
 
     def check(self, plan: AttentionPlan, policy: LayoutPolicy) -> None:
         """Raise `ValueError` where it was built by another policy, or for a plan that differs in its outline."""
@@ -158,7 +179,19 @@ def build_layout(plan: AttentionPlan, policy: LayoutPolicy) -> Layout:
         tiles=tiles,
         fused=FusedRows.of(rest) if policy.fused and rest.rows.size else None,
         blocks=RowBlocks.of(rest, policy.blocks) if policy.blocks and rest.rows.size else None,
+        spans=_span_rows(plan, policy),
     )
+
+
+def _span_rows(plan: AttentionPlan, policy: LayoutPolicy) -> SpanRows | None:
+    if plan.span_cu_seqlens is None or not plan.num_live:
+        return None
+    lengths = np.diff(plan.span_cu_seqlens.numpy())
+    is_lone = np.repeat(lengths == 1, lengths)
+    rows = torch.arange(plan.num_kept, plan.num_rows)
+    longer = lengths[lengths > 1]
+    layout = build_layout(build_plan("causal", kept_lengths=longer), policy) if longer.size else None
+    return SpanRows(rows=rows[~is_lone], layout=layout, lone=rows[is_lone])
 
 
 def _hides_keys(kept: NDArray[np.int64], live: NDArray[np.int64], policy: LayoutPolicy) -> NDArray[np.bool_]:

@@ -146,7 +146,6 @@ def build_masked(
     row_of_token[live_at] = np.arange(len(live_at)) + len(kept_at)
     live_document = grid.document[live_at]
     live_split = kept_before[live_at + 1] - kept_before_document[live_document]
-    spans = {} if live_spans is None else {"live_spans": live_spans}
     return PackedBatch(
         input_ids=torch.from_numpy(
             np.concatenate([documents.token_ids[kept_at], np.broadcast_to(live_ids, live_at.shape)])
@@ -157,7 +156,7 @@ def build_masked(
             kept_lengths=np.diff(kept_before_document),
             live_document=live_document,
             live_split=live_split,
-            **spans,
+            live_spans=live_spans,
         ),
         loss_rows=torch.from_numpy(row_of_token[masked_at if predict == "same" else masked_at - 1]),
         targets=torch.from_numpy(documents.token_ids[masked_at]),

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bico_ds.attention.plan import AttentionPlan
-from bico_ds.batch import PackedBatch
+from bico_ds.batch import PackedBatch, total_weight
 
 State = Literal["kept", "live", "dead"]
 _STYLE: dict[State, str] = {"kept": "", "live": "bold yellow", "dead": "dim red"}
@@ -29,8 +29,9 @@ Decode = Callable[[int], str]
 class TokenView:
     """One original token.
 
-    `row` is its row in the batch (None for dead ones), `predicts` the target of that row, `keys_before` how many kept
-    tokens of the document lie at or before it (0 for dead ones).
+    `row` is its row in the batch (None for dead ones), `predicts` the target of that row and `weight` that of its loss,
+    where the batch has weights. `keys_before`: how many kept tokens of the document lie at or before it (0 for dead ones).
+    `span`: the number of the span of live rows in which it sees those before it; None: it sees no live row.
     """
 
     position: int
@@ -39,6 +40,8 @@ class TokenView:
     row: int | None
     predicts: int | None
     keys_before: int
+    weight: float | None = None
+    span: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,14 @@ class DocumentView:
 def view_batch(batch: PackedBatch) -> list[DocumentView]:
     """Read a CPU batch back into documents. Masked tokens are found by the predictions of them."""
     plan, ids, positions = batch.plan, batch.input_ids.tolist(), batch.position_ids.tolist()
-    prediction = dict(zip(batch.loss_rows.tolist(), batch.targets.tolist(), strict=True))
+    loss_rows = batch.loss_rows.tolist()
+    prediction = dict(zip(loss_rows, batch.targets.tolist(), strict=True))
+    weights = (
+        {} if batch.loss_weights is None else dict(zip(loss_rows, batch.loss_weights.tolist(), strict=True))
+    )
+    # The first masked token of a document is predicted at a kept row, unless each is at its own.
+    ahead = 1 if any(row < plan.num_kept for row in prediction) else 0
+    span_of_row = _span_of_row(plan)
     starts = plan.cu_seqlens.tolist()
     live_rows = _rows_by_document(plan)
     views = []
@@ -64,9 +74,10 @@ def view_batch(batch: PackedBatch) -> list[DocumentView]:
         tokens = {positions[row]: (ids[row], "kept", row) for row in kept}
         rows = {positions[row]: row for row in (*kept, *live_rows[number])}
         for position, row in rows.items():
-            if row in prediction and position + 1 not in tokens:
-                masked: State = "live" if position + 1 in rows else "dead"
-                tokens[position + 1] = (prediction[row], masked, rows.get(position + 1))
+            target_at = position + ahead
+            if row in prediction and target_at not in tokens:
+                masked: State = "live" if target_at in rows else "dead"
+                tokens[target_at] = (prediction[row], masked, rows.get(target_at))
         seen = []
         for position in sorted(tokens):
             token, state, own_row = tokens[position]
@@ -79,6 +90,8 @@ def view_batch(batch: PackedBatch) -> list[DocumentView]:
                     row=own_row,
                     predicts=target,
                     keys_before=_keys_before(plan, own_row, starts[number]),
+                    weight=None if own_row is None else weights.get(own_row),
+                    span=None if own_row is None else span_of_row.get(own_row),
                 )
             )
         views.append(DocumentView(source=source, id=document, piece=piece, tokens=tuple(seen)))
@@ -89,6 +102,15 @@ def _keys_before(plan: AttentionPlan, row: int | None, document_start: int) -> i
     if row is None:
         return 0
     return row - document_start + 1 if row < plan.num_kept else int(plan.live_split[row - plan.num_kept])
+
+
+def _span_of_row(plan: AttentionPlan) -> dict[int, int]:
+    """The number of the span of each live row; of none where live rows are no keys."""
+    if plan.span_cu_seqlens is None:
+        return {}
+    lengths = plan.span_cu_seqlens.diff().tolist()
+    spans = (number for number, length in enumerate(lengths) for _ in range(length))
+    return dict(enumerate(spans, start=plan.num_kept))
 
 
 def _rows_by_document(plan: AttentionPlan) -> list[list[int]]:
@@ -115,6 +137,9 @@ def visibility(document: DocumentView, mode: str) -> NDArray[np.int64]:
                 matrix[query, key] = 1
             elif mode == "bidirectional":
                 matrix[query, key] = 2
+        if token.span is not None:
+            same_span = [key for key in range(query + 1) if tokens[key].span == token.span]
+            matrix[query, same_span] = 1
     return matrix
 
 
@@ -140,8 +165,9 @@ def print_batch(
         f"{batch.plan.mode}: {len(views)} documents of {batch.represented_tokens} tokens, "
         f"which take {taken} of {room} tokens (fill {taken / room:.1%}); "
         f"rows {batch.plan.num_rows} = {counts['kept']} kept + "
-        f"{counts['live']} live placeholders; {counts['dead']} dead ones dropped; "
-        f"{len(batch.targets)} predictions"
+        f"{counts['live']} live {'placeholders' if batch.plan.span_cu_seqlens is None else 'ones'}; "
+        f"{counts['dead']} dead ones dropped; {len(batch.targets)} predictions"
+        + ("" if batch.loss_weights is None else f" of weight {total_weight(batch):g} in all")
     )
     shown = views[:most_documents]
     console.print(Columns([_document(view, decode, source_names, most_tokens) for view in shown]))
@@ -154,6 +180,9 @@ def _document(view: DocumentView, decode: Decode, source_names: Sequence[str], m
     # A name is no markup.
     heading = Text(title, style="table.title")
     table = Table("pos", "row", "token", "state", "predicts", title=heading, pad_edge=False)
+    is_weighted = any(token.weight is not None for token in view.tokens)
+    if is_weighted:
+        table.add_column("weight")
     for token in view.tokens[:most_tokens]:
         table.add_row(
             str(token.position),
@@ -161,6 +190,7 @@ def _document(view: DocumentView, decode: Decode, source_names: Sequence[str], m
             Text(decode(token.token), style=_STYLE[token.state]),
             Text(token.state, style=_STYLE[token.state]),
             "" if token.predicts is None else Text(decode(token.predicts), style="green"),
+            *(["" if token.weight is None else f"{token.weight:.3g}"] if is_weighted else []),
         )
     more = len(view.tokens) - most_tokens
     return Group(table, Text(f"… {more} more tokens (--tokens shows more)") if more > 0 else Text(""))
@@ -195,7 +225,7 @@ def plot_visibility(document: DocumentView, mode: str, decode: Decode, path: Pat
         for tick, hidden in zip(ticks, masked, strict=True):
             tick.set_color("#c0392b" if hidden else "black")
     axes.set(
-        xlabel="key (red: masked, seen by no query)",
+        xlabel="key (red: masked)",
         ylabel="query → what it predicts",
         title=f"{mode} attention",
     )

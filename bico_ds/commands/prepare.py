@@ -25,11 +25,11 @@ from bico_ds.common.errors import UserError
 from bico_ds.common.files import atomic_folder
 from bico_ds.config.arguments import folder_or_hub_name, local_path, not_negative, path_text, positive, seed
 from bico_ds.config.sections.data import Derive, FactsSpec
+from bico_ds.data.inspect_store import describe_store
 from bico_ds.data.prepare.examples import IngestOptions
 from bico_ds.data.prepare.facts import is_facts_folder, write_facts
 from bico_ds.data.prepare.ingest import IngestFailure, ingest
 from bico_ds.data.prepare.input_files import find_inputs
-from bico_ds.data.prepare.inspect_store import describe_store
 from bico_ds.data.prepare.output_folder import refuse_output
 from bico_ds.data.prepare.shards import SHARD_BYTES, Shard, hub_shards, plan_shards
 from bico_ds.data.store import Verify, provenance

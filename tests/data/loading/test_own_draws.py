@@ -27,10 +27,10 @@ EPOCH = 40  # steps in which each objective begins its second pass
 
 @pytest.fixture
 def alike(world) -> StreamSpec:
-    """Both of one kind read the first store with cursors of their own; nothing tells their draws apart."""
+    """All have cursors of their own, and both of one kind read the first store; nothing tells their draws apart."""
     seed = int(np.random.default_rng().integers(2**31))
     stream = stream_of(world, schedule=schedule_of(SPECS, seed), seed=seed)
-    return replace(stream, sources_of=[(0, 1), (0, 1), (0,)])
+    return replace(stream, sources_of=[(0, 1), (1,), (0,)])
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def predicted(stream: StreamSpec, *, state=None) -> dict[str, dict[tuple[int, ..
 
 
 def share_of_same(first: dict, second: dict) -> float:
-    """Of the documents that both have and that are long enough for chance to tell them apart: those with a mask in common."""
+    """Of the documents that both have, long enough for chance to tell them apart: those with a mask in common."""
     long = [name for name in first if name in second and min(map(len, first[name] | second[name])) > 8]
     assert len(long) > 20
     return sum(bool(first[name] & second[name]) for name in long) / len(long)

@@ -31,6 +31,8 @@ class LayoutPolicy:
     A document's live rows go through the flash kernel too, as hidden keys, where that is cheaper than tiles:
     `tile_cost` and `hidden_cost` are the costs of a (query, key) pair in tiles and with hidden keys, in units of
     plain two-pass flash.
+
+    `span_flash_from`: spans of at least this many live rows go to the flash kernel, if causal documents of as many do.
     """
 
     flash_from: float
@@ -41,6 +43,7 @@ class LayoutPolicy:
     causal_flash_from: float | None = None
     tile_cost: float = 1.0
     hidden_cost: float = math.inf
+    span_flash_from: float = 1
 
     def flash_from_in(self, mode: Mode) -> float:
         """`flash_from` of this mode."""
@@ -58,9 +61,15 @@ CPU_POLICY = LayoutPolicy(
 CPU_HALF_POLICY = replace(CPU_POLICY, flash_from=640)
 
 # Estimates, all of them, for GPUs that tools/bench/gpu_policy.py has not measured: so far that is every one.
-# By these two costs hidden keys are never the cheaper ones.
+# By these two costs hidden keys are never the cheaper ones. Spans are many and short, and FlashAttention-2's backward kernel
+# has 128 rows of sums in fp32 for each sequence, beside its own.
 CUDA_POLICY = LayoutPolicy(
-    flash_from=1, tile_scores=1 << 20, tile_min_rows=64, tile_cost=5.0, hidden_cost=1.6
+    flash_from=1,
+    tile_scores=1 << 20,
+    tile_min_rows=64,
+    tile_cost=5.0,
+    hidden_cost=1.6,
+    span_flash_from=128,
 )
 TILES_POLICY = replace(CUDA_POLICY, flash_from=math.inf, hidden_cost=math.inf)  # no flash kernel at all
 
@@ -85,8 +94,8 @@ class SpanRows:
     """Live rows that see themselves and the earlier rows of their span, besides the kept keys.
 
     `rows` int64 [P]: where the rows of spans of two and more lie in the batch; `layout`: of the causal batch that they are
-    by themselves, by the same policy; None: there are none. `lone` int64 [L]: the rows that are a span each. They reach no
-    kernel: flash-attn's backward pass was wrong for sequences of one token (its issue 1537).
+    by themselves, by the same policy but for `span_flash_from`; None: there are none. `lone` int64 [L]: the rows that are a
+    span each. They reach no kernel: flash-attn's backward pass was wrong for sequences of one token (its issue 1537).
     """
 
     rows: Tensor
@@ -190,7 +199,9 @@ def _span_rows(plan: AttentionPlan, policy: LayoutPolicy) -> SpanRows | None:
     is_lone = np.repeat(lengths == 1, lengths)
     rows = torch.arange(plan.num_kept, plan.num_rows)
     longer = lengths[lengths > 1]
-    layout = build_layout(build_plan("causal", kept_lengths=longer), policy) if longer.size else None
+    flash_from = max(policy.flash_from_in("causal"), policy.span_flash_from)
+    of_spans = replace(policy, causal_flash_from=flash_from)
+    layout = build_layout(build_plan("causal", kept_lengths=longer), of_spans) if longer.size else None
     return SpanRows(rows=rows[~is_lone], layout=layout, lone=rows[is_lone])
 
 

@@ -74,13 +74,6 @@ class ObjectiveSpec(Section, ABC):
         named = {key: value for key, value in _changed(self).items() if key not in _OF_THE_STREAM}
         return {"kind": self.kind, "version": self.identity_version, **named}
 
-    def room(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return how many tokens of a bin documents of these lengths take, both int64 [D], as the other half's `expand` does.
-
-        An estimate where that depends on a tokenizer. By default the documents' own tokens.
-        """
-        return lengths
-
     @abstractmethod
     def cost(self, lengths: NDArray[np.int64]) -> ObjectiveCost:
         """Return the expected cost of documents of these lengths, int64 [D], in tokens, each at least 1."""

@@ -26,14 +26,10 @@ class MaskedFtSpec(ObjectiveSpec):
     monitor: ClassVar[MonitorPlace] = MonitorPlace(colour="#7f8c8d")
     attention: ClassVar[AttentionMode] = "causal"
 
-    def room(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Both copies, and instruction and separator, which count as four bytes per token: here is no tokenizer."""
-        added = [-(-len(text.encode()) // _BYTES_PER_TOKEN) for text in (self.instruction, self.separator)]
-        return 2 * lengths + sum(added)
-
     def cost(self, lengths: NDArray[np.int64]) -> ObjectiveCost:
-        """Exact, but for the tokens of instruction and separator (see `room`)."""
-        rows = self.room(lengths).astype(np.float64)
+        """Exact, but for instruction and separator: without a tokenizer, four bytes of them count as a token."""
+        added = [-(-len(text.encode()) // _BYTES_PER_TOKEN) for text in (self.instruction, self.separator)]
+        rows = 2.0 * lengths + sum(added)
         return ObjectiveCost(
             kept_rows=rows,
             live_rows=np.zeros_like(rows),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -30,7 +30,13 @@ from tests.cures import definitions
 from tests.cures.definitions import Llama, Rows
 
 BOS, EOS, PLACEHOLDER, VOCABULARY = 1, 2, 0, 61
-ROLES = TokenRoles(special_ids=(BOS, EOS), placeholder_id=PLACEHOLDER, vocabulary=VOCABULARY)
+MASK = 4
+ROLES = TokenRoles(
+    special_ids=(BOS, EOS),
+    placeholder_id=PLACEHOLDER,
+    vocabulary=VOCABULARY,
+    encode=lambda text: tuple(5 + "abc".index(letter) for letter in text),
+)
 KEY = BatchKey(seed=5, epoch=1)
 ROPE_THETA, EPS = 100.0, 1e-6
 SHAPE = {
@@ -139,6 +145,57 @@ def _abi(spans: str, document: Document, masked: list[bool]) -> Rows:
     return definitions.abi(document.token_ids.tolist(), masked, spans=spans)
 
 
+def _reverse(document: Document, masked: list[bool], *, entities: bool) -> Rows:
+    first, text, last = _between_special(document)
+    spans = [tuple(span) for span in document.entity_spans - text.start] if entities else []
+    words = document.word_starts[text].tolist()
+    parts = definitions.segments(document.token_ids[text].tolist(), words, spans)
+    return definitions.reverse(parts, first=first, last=last)
+
+
+def _reverse_random(document: Document, masked: list[bool]) -> Rows:
+    """With the segments that the package draws, which must be ones of 1 … 3 words."""
+    first, text, last = _between_special(document)
+    tokens = document.token_ids[text].tolist()
+    parts = _drawn_segments(document, text)
+    places = [i for start, end in parts for i in range(start, end)]
+    assert places == list(range(len(tokens)))
+    for start, end in parts:
+        words = definitions.segments(tokens[start:end], document.word_starts[text][start:end].tolist(), [])
+        assert (start == 0 or document.word_starts[text][start]) and len(words) <= 3
+    return definitions.reverse([tokens[start:end] for start, end in parts], first=first, last=last)
+
+
+def _drawn_segments(document: Document, text: slice) -> list[tuple[int, int]]:
+    """Ranges of the text, in its order, from the batch of a document whose tokens tell their places."""
+    numbered = document.token_ids.copy()
+    numbered[text] = 1000 + np.arange(text.stop - text.start)
+    batch = (
+        CURES["reverse, random"].objective().build(Documents.of([replace(document, token_ids=numbered)]), KEY)
+    )
+    places = [int(token) - 1000 for token in batch.input_ids if token >= 1000]
+    starts = [i for i, place in enumerate(places) if i == 0 or place != places[i - 1] + 1]
+    ends = [*starts[1:], len(places)]
+    return sorted(
+        (places[start], places[end - 1] + 1) for start, end in zip(starts, ends, strict=True) if places
+    )
+
+
+def _between_special(document: Document) -> tuple[list[int], slice, list[int]]:
+    """The special tokens in front, the text, and those behind it."""
+    tokens = document.token_ids.tolist()
+    plain = [i for i, token in enumerate(tokens) if token not in (BOS, EOS)]
+    start, end = (plain[0], plain[-1] + 1) if plain else (len(tokens), len(tokens))
+    return tokens[:start], slice(start, end), tokens[end:]
+
+
+def _masked_ft(
+    document: Document, masked: list[bool], *, instruction: list[int], separator: list[int]
+) -> Rows:
+    tokens = document.token_ids.tolist()
+    return definitions.masked_ft(tokens, masked, mask_id=MASK, instruction=instruction, separator=separator)
+
+
 WEIGHTS_IN_FP32 = 1e-7
 CURES = {
     "ntp": Cure(recipe={"kind": "ntp"}, rows=lambda d, masked: definitions.ntp(d.token_ids.tolist())),
@@ -153,6 +210,20 @@ CURES = {
     ),
     "mlm_u, same": Cure(
         recipe={"kind": "mlm_u", "predict": "same"}, rows=partial(_mlm_u, "same"), tolerance=WEIGHTS_IN_FP32
+    ),
+    "reverse": Cure(recipe={"kind": "reverse"}, rows=partial(_reverse, entities=False)),
+    "reverse, entity": Cure(
+        recipe={"kind": "reverse", "segments": "entity"}, rows=partial(_reverse, entities=True)
+    ),
+    "reverse, random": Cure(
+        recipe={"kind": "reverse", "segments": "random", "max_words": 3}, rows=_reverse_random
+    ),
+    "masked_ft": Cure(
+        recipe={"kind": "masked_ft", "mask_id": MASK, "instruction": "ab", "separator": "c"},
+        rows=partial(_masked_ft, instruction=[5, 6], separator=[7]),
+    ),
+    "masked_ft, bare": Cure(
+        recipe={"kind": "masked_ft", "mask_id": MASK}, rows=partial(_masked_ft, instruction=[], separator=[])
     ),
 }
 

@@ -114,10 +114,10 @@ def abi(tokens: list[int], masked: list[bool], *, spans: str) -> Rows:
     )
 
 
-def reverse(segments: list[list[int]], *, first: list[int], last: list[int]) -> Rows:
-    """Reverse training: the segments in reversed order, each as it is, between what stays first and what stays last."""
-    reversed_segments = [token for segment in segments[::-1] for token in segment]
-    return ntp([*first, *reversed_segments, *last])
+def reverse(parts: list[list[int]], *, first: list[int], last: list[int]) -> Rows:
+    """Reverse training: the parts in reversed order, each as it is, between what stays first and what stays last."""
+    text = [token for part in reversed(parts) for token in part]
+    return ntp([*first, *text, *last])
 
 
 def masked_ft(
@@ -135,14 +135,15 @@ def masked_ft(
     )
 
 
-def word_segments(tokens: list[int], starts: list[bool]) -> list[list[int]]:
-    """Words: each begins where `starts` says so, and at the first token."""
-    segments: list[list[int]] = []
-    for token, start in zip(tokens, starts, strict=True):
-        if start or not segments:
-            segments.append([])
-        segments[-1].append(token)
-    return segments
+def segments(tokens: list[int], word_starts: list[bool], entities: list[tuple[int, int]]) -> list[list[int]]:
+    """Words; with an entity, a half-open range, all words that it touches are one segment."""
+    parts: list[list[int]] = []
+    for i, token in enumerate(tokens):
+        inside = any(start < i < end for start, end in entities)
+        if not parts or (word_starts[i] and not inside):
+            parts.append([])
+        parts[-1].append(token)
+    return parts
 
 
 # What the model makes of it.

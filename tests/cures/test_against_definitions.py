@@ -113,7 +113,7 @@ def test_a_document_has_the_same_losses_alone(cure: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "cure", [name for name in CURES if CURES[name].recipe["kind"] in ("bico", "abi", "mlm_u")]
+    "cure", [name for name in CURES if CURES[name].recipe["kind"] in ("bico", "abi", "mlm_u", "masked_ft")]
 )
 def test_the_masks_that_are_drawn_are_the_ones_that_are_trained(cure: str) -> None:
     objective, model = CURES[cure].objective(), tiny_llama("cpu-flash")

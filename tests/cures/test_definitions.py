@@ -57,10 +57,12 @@ def test_a_blank_sees_what_is_kept_and_itself_so_far() -> None:
 
 
 def test_words_change_places_and_keep_their_order_inside() -> None:
-    segments = definitions.word_segments([11, 12, 13, 14], [True, False, True, False])
-    rows = definitions.reverse(segments, first=[1], last=[2])
-    assert rows.tokens == [1, 13, 14, 11, 12, 2]
-    assert rows.predicts == [13, 14, 11, 12, 2, None]
+    words = [True, False, True, False, True]
+    parts = definitions.segments([11, 12, 13, 14, 15], words, entities=[])
+    rows = definitions.reverse(parts, first=[1], last=[2])
+    assert rows.tokens == [1, 15, 13, 14, 11, 12, 2]
+    assert rows.predicts == [15, 13, 14, 11, 12, 2, None]
+    assert definitions.segments([11, 12, 13, 14, 15], words, entities=[(1, 3)]) == [[11, 12, 13, 14], [15]]
 
 
 def test_the_text_follows_its_masked_copy_and_is_all_that_is_predicted() -> None:

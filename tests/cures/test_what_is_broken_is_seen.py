@@ -87,11 +87,6 @@ def rows_that_see_no_row(batch: PackedBatch) -> PackedBatch:
     return replan(batch, live_spans=None)
 
 
-def causal_kept_rows(batch: PackedBatch) -> PackedBatch:
-    """As far as a batch without live rows can be."""
-    return replan(batch, mode="causal")
-
-
 def no_weights(batch: PackedBatch) -> PackedBatch:
     return replace(batch, loss_weights=None)
 
@@ -117,6 +112,7 @@ EVERY = list(CURES)
 MASKED = [name for name, cure in CURES.items() if cure.recipe["kind"] in ("bico", "abi", "mlm_u")]
 INFILLING = [name for name in MASKED if name.startswith("abi")]
 PLACEHOLDERS = [name for name in MASKED if name not in INFILLING]
+WITH_PROMPT = [name for name in CURES if name.startswith("masked_ft")]
 UNIFORM = [name for name in MASKED if name.startswith("mlm_u")]
 FAULTS: list[tuple[Callable[[PackedBatch], PackedBatch], list[str]]] = [
     (labels_of_the_row_before, EVERY),
@@ -128,6 +124,8 @@ FAULTS: list[tuple[Callable[[PackedBatch], PackedBatch], list[str]]] = [
     (spans_that_see_the_next, ["abi"]),
     (rows_that_see_themselves_alone, INFILLING),
     (rows_that_see_no_row, INFILLING),
+    (loss_of_the_prompt, WITH_PROMPT),
+    (no_loss_of_the_last, EVERY),
     (no_weights, UNIFORM),
     (weights_by_length, UNIFORM),
 ]

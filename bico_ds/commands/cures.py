@@ -27,6 +27,8 @@ CURES = (
     "tiny_bico_same",
     "tiny_abi",
     "tiny_mlm_u",
+    "tiny_reverse",
+    "tiny_masked_ft",
     "tiny_both_orders",
     "tiny_identity_bridge",
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bico_ds.commands.cures import CURES
 from bico_ds.commands.inspect_batch import main as inspect_batch
 from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
@@ -36,6 +37,13 @@ def test_it_prints_parameters_steps_objectives_and_fill_without_weights(planned)
     assert "first ntp step" in text and "first bico step" in text
     assert "960 sequences" in text and "fill 0.9" in text
     assert "is not on this machine" in text
+
+
+@pytest.mark.parametrize("name", CURES)
+def test_it_builds_the_first_step_of_every_objective_of_a_cure(planned, name):
+    text = planned(name)
+    for objective in load_recipe(name).objectives:
+        assert f"first {objective.kind} step" in text
 
 
 def test_a_bico_step_runs_fewer_rows_than_it_represents(planned):

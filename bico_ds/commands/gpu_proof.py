@@ -1,6 +1,6 @@
 """Prove on a GPU what nothing else can: right, how fast, beside others; and that a run survives.
 
-    python tools/gpu_proof.py                                    six minutes, the most valuable part first
+    python tools/gpu_proof.py                                    six minutes; the same again: the parts left
     python tools/gpu_proof.py --parts check speed --minutes 2    only these
     python tools/gpu_proof.py --rehearse                         every part on a CPU, at a tiny size
 

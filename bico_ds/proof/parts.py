@@ -3,23 +3,24 @@
 Every tool keeps one contract: `--rehearse` does all of it on a CPU at a tiny size; with `--json` its last line is one
 JSON object (`bico_ds.proof.findings.Findings`); exit code 1 where something is wrong or failed.
 
-How the first six minutes are shared, in seconds on an H100. No GPU has run them: these are estimates, but for the time that
-a kernel compiles. A process that starts (torch, CUDA) takes 10.
+How two calls of six minutes share them, in seconds. Measured: on an H200 with torch's own flash kernel and liger-kernel,
+without flash-attn and TRL (docs/benchmarks/gpu.md). A process that starts (torch, CUDA) takes 10 of each.
 
-| part | expected | of which |
+| part | expected | measured, and with which limits |
 |---|---|---|
-| check | 75 | 50 Triton kernels, each 1 to 2 to compile, shapes side by side; cached for the parts after it |
-| speed | 35 | 3 backends, each in a process forked in 4; 42 cases of 0.3 |
-| policy | 36 | its `--seconds`: 8 per flash kernel; beside either alternative 56 cases of 0.3, and a check |
-| step | 109 | to build the model 20; 2 backends, each 4 kinds: 11 steps of 0.3, and 6 to read the profile; 14 plain steps |
-| baselines | 55 | to build the model 20; 10 ways of 7 steps, of 0.3 to 0.5; with TRL 50 more |
-| run | 40 | 2 starts one after the other, evaluation, export |
-| nccl | 10 | |
+| check | 74 | 74 |
+| speed | 50 | 35 of its `--seconds` 30: Triton kernels were cut, the dense form did not begin |
+| step | 97 | 97 |
+| baselines | 66 | 66; with TRL 50 more (an estimate) |
+| nccl | 6 | 6 |
+| elementwise | 22 | 22 |
+| run | 110 | 110 |
+| policy | 130 | 32 without its comparisons; 85 with those of head dimension 128 beside the Triton kernels alone |
+| fused_adam | 80 | it failed after 10, before it compiled: an estimate; 10 without nvcc |
 
-That is 360 with torch's own flash kernel alone. Each of flash-attn, flash-attn-3 and flash-attn-4 that is installed would
-take 7 more of check, 16 of speed and 8 of policy, which leave out what they have no time for. The next call has elementwise
-(20 with liger-kernel) and fused_adam (10 without nvcc; with it, a minute to compile). Even where check, speed and policy
-take all that they may, a step still gets all of its own: 90 + 45 + 45 + 120 = 300.
+The first call has the parts up to elementwise, the second one the others: a part that needs more than is left waits for the
+next call (`Part.needs`). flash-attn, flash-attn-3 and flash-attn-4 have not run: each that is installed is estimated to take
+7 more of check, 16 of speed and 8 of policy, which leave out what they have no time for.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ PATIENT = ("--seconds", f"{REHEARSAL_SECONDS - 10:.0f}")
 class Part:
     """One part. `seconds`: the most it may take on a GPU, where the proof's own minutes leave it so much.
 
+    `needs`: seconds without which it does not begin after another part of the same call, as it would be cut.
+
     In `options`, {out} stands for the folder of the proof's results; `in_a_rehearsal` are further options there.
     """
 
@@ -49,6 +52,7 @@ class Part:
     options: tuple[str, ...] = ()
     in_a_rehearsal: tuple[str, ...] = ()
     seconds: float
+    needs: float = 0.0
 
     def command(self, bench: Path, out: Path, *, rehearse: bool) -> list[str]:
         """The command line, with the tools of the folder `bench`."""
@@ -67,22 +71,16 @@ PARTS = {
             options=("--part", "check", "--seconds", "75"),
             in_a_rehearsal=PATIENT,
             seconds=90,
+            needs=80,
         ),
         Part(
             name="speed",
             question="How fast is attention: the kernel alone, two passes, fused, live rows?",
             tool="gpu_attention.py",
-            options=("--part", "speed", "--seconds", "30"),
+            options=("--part", "speed", "--seconds", "45"),
             in_a_rehearsal=PATIENT,
-            seconds=45,
-        ),
-        Part(
-            name="policy",
-            question="Which flash kernel is fastest on this GPU, and which rows should which kernel serve?",
-            tool="gpu_policy.py",
-            options=("--out", "{out}/policy.json", "--seconds", "26"),
-            in_a_rehearsal=PATIENT,
-            seconds=45,
+            seconds=60,
+            needs=30,
         ),
         Part(
             name="step",
@@ -90,6 +88,7 @@ PARTS = {
             tool="gpu_step.py",
             options=("--out", "{out}/step", "--also", "triton", "--set", TORCH_ADAM),
             seconds=120,
+            needs=100,
         ),
         Part(
             name="baselines",
@@ -97,30 +96,45 @@ PARTS = {
             tool="gpu_baselines.py",
             options=("--out", "{out}/baselines", "--set", TORCH_ADAM),
             seconds=110,
-        ),
-        Part(
-            name="run",
-            question="Does a run train, resume after SIGKILL, evaluate and export, with the losses of a CPU?",
-            tool="gpu_run.py",
-            seconds=120,
+            needs=70,
         ),
         Part(
             name="nccl",
             question="Do the collectives of NCCL work, with one rank?",
             tool="gpu_nccl.py",
             seconds=45,
+            needs=10,
         ),
         Part(
             name="elementwise",
             question="Are the kernels for norms and gates right, beside Hugging Face's modules, and how fast?",
             tool="gpu_elementwise.py",
             seconds=60,
+            needs=25,
+        ),
+        Part(
+            name="run",
+            question="Does a run train, resume after SIGKILL, evaluate and export, with the losses of a CPU?",
+            tool="gpu_run.py",
+            options=("--out", "{out}/run"),
+            seconds=140,
+            needs=115,
+        ),
+        Part(
+            name="policy",
+            question="Which flash kernel is fastest on this GPU, and which rows should which kernel serve?",
+            tool="gpu_policy.py",
+            options=("--out", "{out}/policy.json", "--seconds", "125"),
+            in_a_rehearsal=PATIENT,
+            seconds=140,
+            needs=60,
         ),
         Part(
             name="fused_adam",
             question="Does DeepSpeed's FusedAdam compile here, and compute what torch's AdamW does?",
             tool="gpu_fused_adam.py",
             seconds=120,
+            needs=60,
         ),
     )
 }

@@ -115,6 +115,7 @@ def prove(request: Request) -> bool:
 
 
 def _run_parts(proof: _Proof, deadline: float) -> Iterator[Result]:
+    none_ran = True
     for name in dict.fromkeys(proof.request.parts):
         part, left = PARTS[name], deadline - time.monotonic()
         done = None if proof.request.again else results.load(name, proof.machine, proof.kept)
@@ -122,12 +123,14 @@ def _run_parts(proof: _Proof, deadline: float) -> Iterator[Result]:
             _say(f"{name}: {done.status}, done before ({done.date})")
             yield done
             continue
-        if left < _LEAST_SECONDS:
-            _say(f"{name}: no time left; the next call begins here")
+        needs = max(_LEAST_SECONDS, 0.0 if none_ran or proof.request.rehearse else part.needs)
+        if left < needs:
+            _say(f"{name}: no time left (it needs {needs:.0f} s): a next call runs it")
             yield Result(part=name, status="no time")
             continue
         seconds = min(left, REHEARSAL_SECONDS if proof.request.rehearse else part.seconds)
         _say(f"{name}: {part.question} (at most {seconds:.0f} s)")
+        none_ran = False
         result = proof.run(part, seconds)
         proof.write_report()
         _say(

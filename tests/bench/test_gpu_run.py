@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from bico_ds.common.errors import RunError
+from bico_ds.common.errors import RunError, UserError
 from tools.bench import gpu_run
 
 REFERENCE = json.loads(gpu_run.REFERENCE.read_text())
@@ -73,3 +73,21 @@ def test_a_run_that_fails_is_told_with_its_last_words_and_none_outlives_the_tool
         with pytest.raises(RunError, match=r"(?s)'failed' failed \(exit code 2\).*no.such.key"):
             runs.finish("failed", failed)
     assert other.poll() is not None
+
+
+def test_the_logs_of_the_runs_stay_and_an_older_proof_s_do_not(tmp_path):
+    out = tmp_path / "out" / "run"
+    for _ in range(2):
+        gpu_run.make_empty_logs(out)
+        with gpu_run.Runs(folder=tmp_path, logs=out, on_cuda=False, dtype="fp32") as runs:
+            process = runs.start("killed", "no.such.key=1")
+            with pytest.raises(RunError, match="the run 'killed' failed"):
+                runs.finish("killed", process)
+    assert (out / "killed.log").read_text().count("error: ") == 1
+    assert (out / "straight.log").read_bytes() == b""
+
+
+def test_a_place_for_logs_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--out: cannot write to "):
+        gpu_run.make_empty_logs(tmp_path / "file" / "run")

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,7 @@ def test_each_part_runs_whatever_became_of_those_before_and_the_report_names_wha
     assert "**not measured**: no nvcc" in page
     said = capsys.readouterr().out.splitlines()
     assert all(line.startswith("gpu-proof: ") for line in said)
-    bad = "check (cut), speed (wrong), policy (failed), step (wrong), baselines (failed), nccl (failed)"
+    bad = "check (cut), speed (wrong), step (wrong), baselines (failed), nccl (failed), policy (failed)"
     assert f"gpu-proof: not right: {bad}; the same command runs these again" in said
 
 
@@ -196,6 +197,23 @@ def test_a_part_that_has_no_time_left_is_said_to_have_none_and_the_next_call_run
     assert tools.calls(bench, "run") == 0
     assert "run: no time left" in capsys.readouterr().out
     assert prove(request(tmp_path, parts=["run"]))
+
+
+def test_on_a_gpu_a_part_that_would_be_cut_waits_for_the_next_call_and_the_first_of_a_call_does_not(
+    bench, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(PARTS, "run", replace(PARTS["run"], needs=100.0))
+    monkeypatch.setitem(PARTS, "elementwise", replace(PARTS["elementwise"], needs=10.0))
+    names = ["elementwise", "run", "fused_adam"]
+    on_gpu = replace(request(tmp_path, parts=names), rehearse=False)
+    machine = prove_module.describe_machine(rehearse=True)
+    proof = prove_module._Proof(request=on_gpu, bench=bench, machine=machine)
+    proof.kept.mkdir(parents=True)
+    calls = [list(prove_module._run_parts(proof, time.monotonic() + 60)) for _ in range(2)]
+    first, second = ([result.status for result in call] for call in calls)
+    assert first == ["not measured", "no time", "not measured"], "what needs less goes on"
+    assert second == ["not measured", "right", "not measured"]
+    assert "run: no time left (it needs 100 s): a next call runs it" in capsys.readouterr().out
 
 
 def test_no_part_gets_more_than_the_minutes_leave(bench, tmp_path, monkeypatch):

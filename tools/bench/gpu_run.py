@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 """A real run on this GPU: train, checkpoint, SIGKILL, resume, evaluate, export; its losses beside those of a CPU.
 
-    python tools/bench/gpu_run.py [--rehearse] [--json]
+    python tools/bench/gpu_run.py [--out DIR] [--rehearse] [--json]
     python tools/bench/gpu_run.py --write-reference        on a CPU, after a change of what the recipe computes
 
 `launch/train.py` trains recipe tiny_bico from random weights, without network or data from outside, twice at once: to the
 end, and killed after its first checkpoint, then resumed. Plain transformers reads the export. --rehearse: all on a CPU.
+--out keeps what the runs print, straight.log and killed.log, also where this command is killed.
 Exit code 1 if a start fails, or a number is not what it must be.
 
 gpu_run_reference.json beside this file holds the losses on a CPU, in fp32 and in bf16. A GPU trains in bf16, and rounds
@@ -35,6 +36,7 @@ import torch
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import RunError, UserError
 from bico_ds.common.files import write_atomically
+from bico_ds.config.arguments import local_path
 from bico_ds.config.resources import CHECKOUT
 from bico_ds.proof.findings import Findings
 from bico_ds.proof.parts import TORCH_ADAM
@@ -57,6 +59,9 @@ STRAIGHT = ("evaluation.tasks=[]", "checkpoint.export=false")
 
 def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, in fp32")
+    parser.add_argument(
+        "--out", type=local_path, metavar="DIR", help="where the logs of the runs stay (default: nowhere)"
+    )
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument(
         "--write-reference", action="store_true", help="write the CPU's losses anew, and nothing else"
@@ -65,9 +70,10 @@ def add_options(parser: ArgumentParser) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """The runs of this machine, each in a folder below `folder`."""
+    """The runs of this machine, each in a folder below `folder`; their logs below `logs`, by default there, too."""
 
     folder: Path
+    logs: Path | None = None
     on_cuda: bool
     dtype: str
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -101,7 +107,7 @@ class Runs:
             kill(process)
 
     def log(self, name: str) -> Path:
-        return self.folder / f"{name}.log"
+        return (self.logs or self.folder) / f"{name}.log"
 
     def finish(self, name: str, process: subprocess.Popen[bytes]) -> None:
         """Wait for a run's end. Raises `RunError`, with the last lines of what it printed, where it failed."""
@@ -269,6 +275,16 @@ def write_reference() -> None:
     write_atomically(REFERENCE, json.dumps(kept, indent=1) + "\n")
 
 
+def make_empty_logs(folder: Path) -> None:
+    """Runs add to their logs. Raises `UserError` where the folder cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("straight", "killed"):
+            (folder / f"{name}.log").write_bytes(b"")
+    except OSError as error:
+        raise UserError(f"--out: cannot write to '{folder}': {error.strerror}") from None
+
+
 def say(line: str) -> None:
     print(line, flush=True)
 
@@ -279,9 +295,12 @@ def run(options: Namespace) -> int:
         return 0
     if not options.rehearse and not torch.cuda.is_available():
         raise UserError("no CUDA device; --rehearse runs on a CPU")
+    if options.out is not None:
+        make_empty_logs(options.out)
     with TemporaryDirectory() as folder:
         dtype = "fp32" if options.rehearse else "bf16"
-        with Runs(folder=Path(folder), on_cuda=not options.rehearse, dtype=dtype) as runs:
+        with Runs(folder=Path(folder), logs=options.out, on_cuda=not options.rehearse, dtype=dtype) as runs:
+            say(f"two runs at once; what they print: {runs.log('straight')}, {runs.log('killed')}")
             return run_all(runs).finish(as_json=options.json)
 
 

@@ -292,6 +292,11 @@ def export_warnings(inputs: RunInputs, config: PretrainedConfig) -> list[str]:
             "the chats begin with BOS, which the chat template does not write, and programs that go by the template ask "
             "without it. Set add_bos: false for them, or begin the template with {{ bos_token }}"
         )
+    if with_space := sum(len(store) for store in inputs.stores if store.manifest.leading_space):
+        lines.append(
+            f"{with_space:,} of {texts:,} texts begin with a space (leading_space), and the tasks' prompts, and those of "
+            "programs that use the export, do not: mix in a source without it, or begin prompts with a space"
+        )
     return [line for line in lines if line is not None]
 
 

@@ -103,7 +103,7 @@ def inspect(options: Namespace) -> None:
     micro_bins = recipe.training.micro_batch_bins
     share = RankShare(rank=options.rank, world_size=options.world_size, micro_batch_bins=micro_bins)
     loader = assembly.build_loader(recipe, inputs, share)
-    step = step_with(inputs.schedule, options.objective, options.step)
+    step = step_with(loader.schedule, options.objective, options.step)
     rank_step = loader.step(step)
     if options.micro_batch >= len(rank_step.batches):
         raise UserError(

@@ -313,6 +313,11 @@ def _add_document_options(documents: _ArgumentGroup) -> None:
         "exchanged; identity_bridge says 'The name of A is A.' of each entity A",
     )
     documents.add_argument(
+        "--leading-space",
+        action="store_true",
+        help="tokenize each text with a space before it, so that its first word has the form of the others",
+    )
+    documents.add_argument(
         "--deduplicate", action="store_true", help="keep the first of documents with equal text"
     )
     documents.add_argument(

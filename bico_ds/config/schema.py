@@ -92,6 +92,9 @@ class ModelSpec(Section):
 AnyObjective = Annotated[SerializeAsAny[ObjectiveSpec], BeforeValidator(read_spec)]
 
 
+ShareBy = Literal["steps", "tokens", "flops"]
+
+
 def _yaml_off(value: Any) -> Any:
     """The word `off` as it was written: YAML takes it for `false`."""
     return "off" if value is False else value
@@ -332,6 +335,11 @@ class Recipe(Section):
     model: ModelSpec
     data: DataSpec
     objectives: Annotated[list[AnyObjective], Field(min_length=1)]
+    share_by: ShareBy = Field(
+        "steps",
+        description="what the objectives' probabilities are shares of: steps, the texts' tokens, or model FLOPs; the steps' "
+        "own probabilities follow from what an average step of each objective has",
+    )
     # Null once it is one more of `data.sources`.
     replay: ReplaySpec | None = None
     retention: RetentionSpec | None = None

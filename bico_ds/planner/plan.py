@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.config.schema import Recipe
 from bico_ds.planner.architecture import Architecture, check_adapters, read_architecture
+from bico_ds.planner.compute.shares import StepShares
 from bico_ds.planner.deployment import Deployment, read_zero
 from bico_ds.planner.devices import Device
 from bico_ds.planner.items import Item
@@ -88,8 +89,8 @@ def make_plan(
         on_cuda=device.kind == "cuda",
     )
     deployment = Deployment(device=device, nodes=nodes, ranks_per_node=ranks_per_node, zero=zero)
-    batches = micro_batches(recipe, texts)
-    total_steps = steps_of_run(recipe, texts)
+    batches = StepShares(recipe=recipe).of_steps(micro_batches(recipe, texts))
+    total_steps = steps_of_run(recipe, texts, batches)
     steps = tuple(step_time(recipe, architecture, deployment, batch) for batch in batches)
     return Plan(
         recipe=recipe,

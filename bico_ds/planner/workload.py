@@ -22,11 +22,13 @@ class Drawn:
     """The N sequences of a data epoch that an objective takes from.
 
     `lengths` int64 [N]: their original tokens; `sources` int64 [N]: their sources' numbers; `passes`: over each source.
+    `bins`: how many they are packed into; NaN: not known.
     """
 
     lengths: NDArray[np.int64]
     sources: NDArray[np.int64]
     passes: Sequence[float]
+    bins: float = math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,7 @@ class MicroBatch:
     """An average micro-batch of one objective: `training.micro_batch_bins` bins.
 
     `kept_rows` and `live_rows` go through the model; `pairs` are (query, key) pairs that attention looks at, per head and
-    layer; `head_rows` have a loss; `tokens` are original ones. `longest` is the longest document, in tokens, and
+    layer; `head_rows` have a loss; `tokens` are original ones. `longest` is the longest document, in tokens of a bin, and
     `documents` their number. `probability`: the share of steps that are this objective's. `compared_rows` of the head rows
     are compared with the start model; `repeats_base`: its hidden states are computed, with the adapters switched off.
     """
@@ -125,7 +127,7 @@ def assumed_texts(recipe: Recipe, *, length: int | None = None, tokens: int | No
 
 
 def micro_batches(recipe: Recipe, texts: Texts, *, fullest: bool = False) -> tuple[MicroBatch, ...]:
-    """One per objective, in the recipe's order: its spec's `cost` of the texts, scaled to `bin_tokens`."""
+    """One per objective, in the recipe's order: its spec's `cost` of the texts, scaled to `bin_room`."""
     names = objective_names(recipe.objectives)
     return tuple(
         _micro_batch(recipe, name, spec, texts.drawn_by(number), fullest=fullest)
@@ -136,53 +138,74 @@ def micro_batches(recipe: Recipe, texts: Texts, *, fullest: bool = False) -> tup
 def _micro_batch(
     recipe: Recipe, name: str, spec: ObjectiveSpec, texts: Texts, *, fullest: bool
 ) -> MicroBatch:
-    tokens = recipe.training.micro_batch_bins * bin_tokens(recipe, texts, fullest=fullest)
-    share = tokens / float(texts.lengths.sum())
-    counts = np.bincount(texts.lengths)
-    lengths = np.flatnonzero(counts)
-    documents, cost = counts[lengths], spec.cost(lengths)
-    head_rows = share * float(documents @ cost.head_rows)
     # Only causal steps compare; each of theirs has the further pass, whatever rows it compares.
     compares = recipe.retention is not None and spec.attention == "causal"
-    return MicroBatch(
-        objective=name,
-        probability=spec.probability,
-        mode=spec.attention,
-        documents=share * len(texts.lengths),
-        longest=int(texts.lengths.max()),
-        tokens=tokens,
-        kept_rows=share * float(documents @ cost.kept_rows),
-        live_rows=share * float(documents @ cost.live_rows),
-        pairs=share * float(documents @ cost.pairs),
-        head_rows=head_rows,
-        compared_rows=texts.compared * head_rows if compares else 0.0,
+    taken = _room(spec, texts.lengths)
+    expansion = taken / float(texts.lengths.sum())
+    room = recipe.training.micro_batch_bins * bin_room(recipe, texts, fullest=fullest, expansion=expansion)
+    batch = average_batch(name, spec, texts.lengths, share=room / taken)
+    return replace(
+        batch,
+        tokens=room / expansion,
+        compared_rows=texts.compared * batch.head_rows if compares else 0.0,
         repeats_base=compares and recipe.retention is not None and recipe.retention.teacher is None,
     )
 
 
-def bin_tokens(recipe: Recipe, texts: Texts, *, fullest: bool = False) -> float:
+def average_batch(name: str, spec: ObjectiveSpec, lengths: NDArray[np.int64], *, share: float) -> MicroBatch:
+    """A `share` of the documents of these lengths, int64 [D], by the spec's `cost`; none of its rows is compared."""
+    counts = np.bincount(lengths)
+    distinct = np.flatnonzero(counts)
+    documents, cost = counts[distinct], spec.cost(distinct)
+    return MicroBatch(
+        objective=name,
+        probability=spec.probability,
+        mode=spec.attention,
+        documents=share * len(lengths),
+        longest=int(_room(spec, distinct[-1:])),
+        tokens=share * float(lengths.sum()),
+        kept_rows=share * float(documents @ cost.kept_rows),
+        live_rows=share * float(documents @ cost.live_rows),
+        pairs=share * float(documents @ cost.pairs),
+        head_rows=share * float(documents @ cost.head_rows),
+    )
+
+
+def _room(spec: ObjectiveSpec, lengths: NDArray[np.int64]) -> float:
+    """What documents of these lengths take of bins together: each its tokens, or its rows where these are more."""
+    counts = np.bincount(lengths)
+    distinct = np.flatnonzero(counts)
+    cost = spec.cost(distinct)
+    return float(counts[distinct] @ np.maximum(distinct, cost.kept_rows + cost.live_rows))
+
+
+def bin_room(recipe: Recipe, texts: Texts, *, fullest: bool = False, expansion: float = 1.0) -> float:
     """Tokens of a bin. That packing fills them is an assumption: it does to more than 0.99 (docs/benchmarks/packing.md).
 
     Where `data.max_documents_per_bin` keeps them from being full: so many average texts, or of the `fullest` bin so many
-    of the longest.
+    of the longest. `expansion`: how much room a text takes, by its tokens.
     """
     most = recipe.data.max_documents_per_bin
     if most is None:
         return recipe.data.capacity
     length = float(texts.lengths.max() if fullest else texts.lengths.mean())
-    return min(recipe.data.capacity, most * length)
+    return min(recipe.data.capacity, most * length * expansion)
 
 
-def steps_of_run(recipe: Recipe, texts: Texts) -> int | None:
-    """Optimizer steps; None where the recipe counts epochs and the tokens of one are not known."""
+def steps_of_run(recipe: Recipe, texts: Texts, batches: Sequence[MicroBatch]) -> int | None:
+    """Optimizer steps; None where the recipe counts epochs and the tokens of one are not known.
+
+    `batches`: the objectives' average ones, with the probabilities of their steps.
+    """
     if recipe.training.steps is not None:
         return recipe.training.steps
     if texts.tokens is None or recipe.training.epochs is None:
         return None
     epochs_per_bin = 0.0
-    for number, spec in enumerate(recipe.objectives):
+    for number, batch in enumerate(batches):
         drawn = texts.drawn_by(number)
         assert drawn.tokens is not None, "objectives draw from sources that are known, or none does"
-        epochs_per_bin += spec.probability * drawn.passes * bin_tokens(recipe, drawn) / drawn.tokens
+        tokens = batch.tokens / recipe.training.micro_batch_bins
+        epochs_per_bin += batch.probability * drawn.passes * tokens / drawn.tokens
     per_step = recipe.training.global_batch_bins * epochs_per_bin
     return max(1, math.ceil(recipe.training.epochs / per_step - 1e-9))

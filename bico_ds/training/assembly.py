@@ -41,10 +41,12 @@ from bico_ds.evaluation.retention_texts import RetentionText, check_texts, read_
 from bico_ds.evaluation.scoring.choice import encode_candidates
 from bico_ds.evaluation.scoring.generation import stop_ids
 from bico_ds.evaluation.tasks.task import Task, load_tasks
+from bico_ds.model.architecture import with_own_config
 from bico_ds.model.weights.load import weight_files
 from bico_ds.objectives.base import TokenRoles
 from bico_ds.objectives.build import build_objectives
 from bico_ds.objectives.schedule import ObjectiveSchedule
+from bico_ds.planner.compute.shares import StepShares
 from bico_ds.runtime import distributed, launch_environment
 
 logger = logging.getLogger(__name__)
@@ -249,8 +251,17 @@ def build_loader(
         teachers=inputs.teachers,
         sources_of=[recipe.data.source_numbers(spec.sources) for spec in recipe.objectives],
         draws=numbers_in_kind(recipe.objectives),
+        shares=_step_shares(recipe),
     )
     return ElasticLoader(stream, share, state=state)
+
+
+def _step_shares(recipe: Recipe) -> StepShares | None:
+    if recipe.share_by == "steps":
+        return None
+    if recipe.share_by == "tokens" or recipe.model.config is not None:
+        return StepShares(recipe=recipe)
+    return StepShares(recipe=recipe.model_copy(update={"model": with_own_config(recipe.model)}))
 
 
 def total_steps(recipe: Recipe, loader: ElasticLoader) -> int:
@@ -280,6 +291,11 @@ def export_warnings(inputs: RunInputs, config: PretrainedConfig) -> list[str]:
         lines.append(
             "the chats begin with BOS, which the chat template does not write, and programs that go by the template ask "
             "without it. Set add_bos: false for them, or begin the template with {{ bos_token }}"
+        )
+    if with_space := sum(len(store) for store in inputs.stores if store.manifest.leading_space):
+        lines.append(
+            f"{with_space:,} of {texts:,} texts begin with a space (leading_space), and the tasks' prompts, and those of "
+            "programs that use the export, do not: mix in a source without it, or begin prompts with a space"
         )
     return [line for line in lines if line is not None]
 

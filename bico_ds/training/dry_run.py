@@ -18,6 +18,7 @@ from bico_ds.data.loading.sequences import CutReport
 from bico_ds.data.tokenizer import vocabulary_size
 from bico_ds.model.architecture import check_vocabulary, model_config, parameter_count
 from bico_ds.model.build import build_model
+from bico_ds.objectives.schedule import ObjectiveSchedule
 from bico_ds.optim.schedule import check_schedule
 from bico_ds.planner.deployment import spread
 from bico_ds.planner.devices import Device
@@ -36,6 +37,7 @@ from bico_ds.training.checks import (
 )
 from bico_ds.training.planning import plan_of_run, verdict_lines
 
+SHARED = {"tokens": "tokens", "flops": "FLOPs"}
 LOOK_AHEAD = 64  # steps searched for one batch of each objective
 
 
@@ -128,8 +130,10 @@ def _table(
         for name, cut in stream.cut.items():
             share = f"{stream.shares[name]:.3g} of the tokens, {stream.passes[name]:.3g} passes per epoch"
             table.add_row(f"  source {name}", f"{_counts(cut)}; {share}")
-    counts = _steps_by_objective(inputs, steps)
+    counts = _steps_by_objective(loader.schedule, steps)
     table.add_row("steps by objective", ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    if recipe.share_by != "steps":
+        table.add_row("probability of a step", _probabilities(recipe, loader.schedule))
     for name in loader.source_names:
         table.add_row(f"passes over {name}", _passes(name, streams, counts, batch))
     for text in inputs.texts:
@@ -139,11 +143,20 @@ def _table(
     return table
 
 
-def _steps_by_objective(inputs: RunInputs, steps: int) -> dict[str, int]:
-    counts = {objective.name: 0 for objective in inputs.schedule.objectives}
-    for index in inputs.schedule.indices(0, steps):
-        counts[inputs.schedule.objectives[index].name] += 1
+def _steps_by_objective(schedule: ObjectiveSchedule, steps: int) -> dict[str, int]:
+    counts = {objective.name: 0 for objective in schedule.objectives}
+    for index in schedule.indices(0, steps):
+        counts[schedule.objectives[index].name] += 1
     return counts
+
+
+def _probabilities(recipe: Recipe, schedule: ObjectiveSchedule) -> str:
+    """Those of steps, beside the recipe's, which are shares of something else."""
+    triples = zip(schedule.objectives, schedule.probabilities, recipe.objectives, strict=True)
+    return ", ".join(
+        f"{objective.name} {probability:.3g} for {spec.probability:.3g} of the {SHARED[recipe.share_by]}"
+        for objective, probability, spec in triples
+    )
 
 
 def _passes(source: str, streams: list[StreamReport], steps: dict[str, int], global_batch_bins: int) -> str:

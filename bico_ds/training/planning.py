@@ -40,12 +40,16 @@ def plan_of_run(
 ) -> Plan:
     """Plan the run on `nodes` nodes of `ranks_per_node` ranks, each on a `device`. Raises `UserError` as `make_plan` does.
 
-    The plan's recipe counts the steps that the loader gives its epochs.
+    The plan's recipe counts the steps that the loader gives its epochs, and gives the objectives their shares of steps.
     """
     steps = assembly.total_steps(recipe, loader)
     training = recipe.training.model_copy(update={"steps": steps, "epochs": None, "epochs_of": None})
+    objectives = [
+        spec.model_copy(update={"probability": probability})
+        for spec, probability in zip(recipe.objectives, loader.schedule.probabilities, strict=True)
+    ]
     return make_plan(
-        recipe.model_copy(update={"training": training}),
+        recipe.model_copy(update={"training": training, "objectives": objectives, "share_by": "steps"}),
         device,
         nodes=nodes,
         ranks_per_node=ranks_per_node,

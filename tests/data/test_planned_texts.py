@@ -39,7 +39,7 @@ def test_bins_that_a_number_of_texts_does_not_fill_hold_average_texts_and_at_mos
         ],
     )
     texts, (lengths, steps) = texts_of(recipe), loaded(recipe)
-    assert steps_of_run(recipe, texts) == pytest.approx(steps, abs=1)
+    assert steps_of_run(recipe, texts, micro_batches(recipe, texts)) == pytest.approx(steps, abs=1)
     assert micro_batches(recipe, texts)[0].tokens == pytest.approx(2 * most * lengths.mean())
     assert micro_batches(recipe, texts, fullest=True)[0].tokens == 2 * most * lengths.max()
 
@@ -58,7 +58,7 @@ def test_embedded_facts_are_counted_exactly_where_the_model_has_their_tokenizer(
     texts, (lengths, steps) = texts_of(recipe), loaded(recipe)
     assert sorted(texts.lengths) == sorted(lengths)
     assert texts.tokens == lengths.sum()
-    assert steps_of_run(recipe, texts) == pytest.approx(steps, rel=0.02)
+    assert steps_of_run(recipe, texts, micro_batches(recipe, texts)) == pytest.approx(steps, rel=0.02)
 
 
 def test_stores_are_read_cut_and_mixed_as_the_loader_does_it(tmp_path):
@@ -83,4 +83,5 @@ def test_stores_are_read_cut_and_mixed_as_the_loader_does_it(tmp_path):
 def test_a_real_tokenizer_s_tokens_are_estimated_from_what_was_measured():
     """The recipe's comment: 542 updates by SmolLM2's tokenizer."""
     recipe = load_recipe("llama70b_bico")
-    assert steps_of_run(recipe, texts_of(recipe)) == pytest.approx(542, rel=0.01)
+    texts = texts_of(recipe)
+    assert steps_of_run(recipe, texts, micro_batches(recipe, texts)) == pytest.approx(542, rel=0.01)

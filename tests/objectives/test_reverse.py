@@ -159,6 +159,16 @@ def test_random_segments_depend_only_on_seed_epoch_and_document():
     assert other_piece != together
 
 
+def test_the_rest_of_a_word_that_a_piece_begins_with_is_a_word():
+    starts = np.array([True, False, True])
+    piece = Document(token_ids=np.array([1000, 11, 12]), source=0, id=0, piece=1, word_starts=starts)
+    texts = [
+        texts_of(reverse("random", 2), Documents.of([piece]), BatchKey(seed=1, epoch=epoch))[0]
+        for epoch in range(30)
+    ]
+    assert {tuple(text) for text in texts} == {(1000, 11, 12), (1000, 12, 11)}
+
+
 @given(lengths=LENGTHS, seed=st.integers(0, 2**31))
 @settings(max_examples=30, deadline=None)
 def test_random_segments_of_one_word_are_words(lengths, seed):

@@ -29,7 +29,7 @@ class MaskedFtSpec(ObjectiveSpec):
     def cost(self, lengths: NDArray[np.int64]) -> ObjectiveCost:
         """Exact, but for instruction and separator: without a tokenizer, four bytes of them count as a token."""
         added = [-(-len(text.encode()) // _BYTES_PER_TOKEN) for text in (self.instruction, self.separator)]
-        rows = 2.0 * lengths + sum(added)
+        rows = (2 * lengths + sum(added)).astype(np.float64)
         return ObjectiveCost(
             kept_rows=rows,
             live_rows=np.zeros_like(rows),

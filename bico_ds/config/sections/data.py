@@ -50,6 +50,7 @@ _READING_OPTIONS = (
     "entities_field",
     "entities_pattern",
     "text_by",
+    "leading_space",
 )
 
 
@@ -97,6 +98,10 @@ class SourceSpec(Section):
     )
     add_bos: bool = True
     add_eos: bool = True
+    leading_space: bool = Field(
+        False,
+        description="tokenize each text of 'files' with a space before it, so that its first word has the others' form",
+    )
     weight: (
         Annotated[float, Bound(least=1e-15, most=1e15, why="shares are computed from the sum of all weights")]
         | None
@@ -128,6 +133,10 @@ class SourceSpec(Section):
             raise ValueError("'prompt_field' and 'completion_field' go together")
         if self.messages_field is not None and (self.prompt_field or self._marks_entities):
             raise ValueError("'messages_field' excludes 'prompt_field' and entities")
+        if self.messages_field is not None and self.leading_space:
+            raise ValueError(
+                "'messages_field' excludes 'leading_space': the chat template writes what a text begins with"
+            )
         if (self.messages_field or self.prompt_field) and self._says("text_field"):
             raise ValueError(
                 "'text_field' excludes 'prompt_field' and 'messages_field': one of them makes the text"

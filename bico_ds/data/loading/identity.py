@@ -27,15 +27,18 @@ def identity(
     global_batch_bins: int,
     teachers: Mapping[int, str],
     draws: Sequence[int],
+    share_by: str,
 ) -> dict[str, Any]:
     """Return all that the global sample stream is a function of, by recipe key; JSON-able.
 
     `sources_of`: the numbers of each objective's sources; `teachers`: the fingerprints of stored distributions, by source;
-    `draws`: the number of each objective's draws.
+    `draws`: the number of each objective's draws; `share_by`: what the schedule's probabilities are shares of.
     What checkpoints of before do not know is in it where it is not the default alone. The number of ranks, of micro-batches
     and of workers is not in it: the stream does not depend on them.
     """
     keys: dict[str, Any] = {"seed": seed, "training.global_batch_bins": global_batch_bins}
+    if share_by != "steps":
+        keys["share_by"] = share_by
     for name in ("capacity", "overlong", "max_documents_per_bin", "repack_every_epoch"):
         keys[f"data.{name}"] = getattr(data, name)
     for index, (source, fingerprint) in enumerate(zip(data.sources, fingerprints, strict=True)):

@@ -64,8 +64,8 @@ class ElasticLoader:
     """This rank's `share` of the stream.
 
     `state` is what `state_dict` returned, at any number of ranks: the loader then begins at that state's step, `start_step`;
-    `start_consumed` is what was consumed before. `changes` lists what differs from the state where `data.allow_change`
-    permits that.
+    `start_consumed` is what was consumed before. `schedule` says which objective each step has. `changes` lists what differs
+    from the state where `data.allow_change` permits that.
 
     Raises `UserError` where the global batch is no multiple of micro-batch times ranks, where an objective cannot train on
     these stores, and where `SampleOrder` does.
@@ -80,7 +80,7 @@ class ElasticLoader:
         self._order = SampleOrder(stream, state)
         self.start_step, self.changes = self._order.start_step, self._order.changes
         self.start_consumed = self._order.start_consumed
-        self.source_names = self._order.source_names
+        self.source_names, self.schedule = self._order.source_names, self._order.schedule
         self._check_objectives()
         self._prefetcher = Prefetcher(self._build_step, stream.data.workers)
 

@@ -30,6 +30,7 @@ from bico_ds.data.store import TokenStore
 from bico_ds.data.teacher.stored import StoredTeacher
 from bico_ds.objectives.base import Objective
 from bico_ds.objectives.schedule import ObjectiveSchedule
+from bico_ds.planner.compute.shares import StepShares
 from bico_ds.planner.workload import Drawn
 
 STATE_VERSION = 2
@@ -64,7 +65,8 @@ class StreamSpec:
     in the schedule's order; None: each from all. `retention`: which rows are compared with the start model; None:
     none. `teachers`: its stored distributions over a source's texts, by the source's number. `vocabulary`: the number of ids
     that the model embeds, which bounds what a batch may hold. `draws`: the number of each objective's draws: those of one
-    number draw alike, and 0 (None: all are) draws by the run's seed itself.
+    number draw alike, and 0 (None: all are) draws by the run's seed itself. `shares`: finds the probabilities of the steps
+    where the schedule's are shares of something else; None: they are of steps.
     """
 
     stores: Sequence[TokenStore]
@@ -77,6 +79,7 @@ class StreamSpec:
     retention: RetentionSpec | None = None
     teachers: Mapping[int, StoredTeacher] = field(default_factory=dict)
     draws: Sequence[int] | None = None
+    shares: StepShares | None = None
 
     def sources(self, objective: int) -> tuple[int, ...]:
         """The numbers of the sources that the objective of this number draws from."""
@@ -135,9 +138,10 @@ class _Cursor:
 class SampleOrder:
     """Which bins a step takes: a pure function of (`spec`, starting state), safe to use from threads.
 
-    `start_step` and `start_consumed` are the state's, else zero. `changes` lists what differs from the state where
-    `data.allow_change` permits that. Raises `UserError` for a source with nothing to train on, a capacity or mixture that
-    leaves nothing, and for the state of another data set, recipe or version.
+    `start_step` and `start_consumed` are the state's, else zero. `schedule`: the spec's, by the probabilities of steps;
+    these are the state's while nothing changes, else what the spec's `shares` finds. `changes` lists what differs from the
+    state where `data.allow_change` permits that. Raises `UserError` for a source with nothing to train on, a capacity or
+    mixture that leaves nothing, and for the state of another data set, recipe or version.
     """
 
     def __init__(self, spec: StreamSpec, state: Mapping[str, Any] | None = None) -> None:
@@ -156,6 +160,7 @@ class SampleOrder:
             global_batch_bins=spec.global_batch_bins,
             teachers={source: teacher.manifest.fingerprint for source, teacher in spec.teachers.items()},
             draws=self._draws,
+            share_by=spec.shares.share_by if spec.shares else "steps",
         )
         self.changes = identity.changes(state["identity"], self._identity) if state else []
         if self.changes and not spec.data.allow_change:
@@ -163,6 +168,7 @@ class SampleOrder:
         self.start_step = int(state["step"]) if state else 0
         self.start_consumed = _saved_counts(state, self.source_names)
         self._cursors, self._cursor_of = self._make_cursors()
+        self.schedule = self._schedule_of_steps(state)
         self._starts = self._find_starts(state)
 
     def sequences_of(self, objective: int) -> list[Sequences]:
@@ -173,18 +179,19 @@ class SampleOrder:
         """Return the sequences of the first data epoch that the objective of this number takes from."""
         cursor = self._cursors[int(self._cursor_of[objective])]
         lengths, sources = cursor.stream.sequence_lengths(0), cursor.stream.sequence_sources(0)
-        return Drawn(lengths=lengths, sources=sources, passes=cursor.mixture.passes)
+        bins = cursor.stream.num_bins(0)
+        return Drawn(lengths=lengths, sources=sources, passes=cursor.mixture.passes, bins=bins)
 
     def batch(self, step: int) -> GlobalBatch:
         """Return the global batch of a step. Raises ValueError for one before `start_step`."""
         if step < self.start_step:
             raise ValueError(f"step {step} lies before the first step, {self.start_step}")
-        index = int(self._spec.schedule.indices(step, step + 1)[0])
+        index = int(self.schedule.indices(step, step + 1)[0])
         number = int(self._cursor_of[index])
         cursor, wanted = self._cursors[number], self._spec.global_batch_bins
         bins = cursor.stream.take(self._positions(step)[number], wanted)
         return GlobalBatch(
-            objective=self._spec.schedule.objectives[index],
+            objective=self.schedule.objectives[index],
             seed=seed_of_draws(self._spec.seed, self._draws[index]),
             sequences=cursor.sequences,
             bins=bins,
@@ -205,11 +212,11 @@ class SampleOrder:
                 for cursor in cursors
             ]
         )
-        expected = max(1, math.ceil(epochs / (per_step @ self._spec.schedule.probabilities) - 1e-9))
+        expected = max(1, math.ceil(epochs / (per_step @ self.schedule.probabilities) - 1e-9))
         # No run has more, so nobody needs to know how many exactly.
         if source is None or STEPS.problem(expected) is not None:
             return expected
-        return _steps_until(self._spec.schedule, epochs, per_step)
+        return _steps_until(self.schedule, epochs, per_step)
 
     def state_dict(self, next_step: int, consumed: Consumed) -> dict[str, Any]:
         """Return what another `SampleOrder` needs to go on at `next_step`, JSON-able; `consumed` is what came before."""
@@ -223,6 +230,7 @@ class SampleOrder:
             "cursors": cursors,
             "cursor_of": self._cursor_of.tolist(),
             "sources": consumed.by_source(),
+            "step_probabilities": list(self.schedule.probabilities),
             "identity": self._identity,
             "fingerprint": identity.fingerprint(self._identity),
         }
@@ -248,6 +256,19 @@ class SampleOrder:
                 )
             )
         return reports
+
+    def _schedule_of_steps(self, state: Mapping[str, Any] | None) -> ObjectiveSchedule:
+        given = self._spec.schedule
+        if self._spec.shares is None:
+            return given
+        if state is not None and not self.changes:
+            # Not found again: what a step counts is an estimate, and a later program may estimate otherwise.
+            probabilities = state["step_probabilities"]
+        else:
+            probabilities = self._spec.shares.probabilities(
+                [self.drawn(number) for number in range(len(given.objectives))]
+            )
+        return ObjectiveSchedule(given.objectives, probabilities, self._spec.seed)
 
     def _make_cursors(self) -> tuple[list[_Cursor], NDArray[np.int64]]:
         """The cursors, and the number of each objective's."""
@@ -325,7 +346,7 @@ class SampleOrder:
     def _positions(self, step: int) -> list[Position]:
         steps = np.array([step - self.start_step])
         if len(self._cursors) > 1:
-            drawn = self._cursor_of[self._spec.schedule.indices(self.start_step, step)]
+            drawn = self._cursor_of[self.schedule.indices(self.start_step, step)]
             steps = np.bincount(drawn, minlength=len(self._cursors))
         bins = steps * self._spec.global_batch_bins
         parts = zip(self._cursors, self._starts, bins.tolist(), strict=True)

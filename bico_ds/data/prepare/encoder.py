@@ -18,7 +18,7 @@ from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.data.prepare.chats import ChatTemplate, check_template, strings_of
 from bico_ds.data.prepare.derived_texts import derive
-from bico_ds.data.prepare.examples import Example, IngestOptions, make_example
+from bico_ds.data.prepare.examples import Example, IngestOptions, make_example, with_leading_space
 from bico_ds.data.prepare.records import BadRecord
 from bico_ds.data.store import StoreHeader
 from bico_ds.data.tokenizer import (
@@ -58,6 +58,8 @@ def encoder_spec(
     """Collect what workers need. Raises `UserError` where options and tokenizer do not fit."""
     if options.messages_field:
         check_template(tokenizer, tokenizer_path)
+    if options.leading_space:
+        _check_leading_space(tokenizer, tokenizer_path)
     vocab_size = vocabulary_size(tokenizer) if options.vocab_size is None else options.vocab_size
     _check_special_ids(tokenizer, options, tokenizer_path, vocab_size)
     begins, ends = word_boundaries(tokenizer)
@@ -71,6 +73,7 @@ def encoder_spec(
         add_bos=options.add_bos,
         add_eos=options.add_eos,
         has_entities=options.has_entities,
+        leading_space=options.leading_space,
     )
     return EncoderSpec(
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
@@ -104,6 +107,16 @@ def _check_special_ids(
                 f"--vocab-size {vocab_size}: tokenizer '{tokenizer_path}' has {name} at id {index}; give a "
                 f"larger one, or --no-{name.lower()}"
             )
+
+
+def _check_leading_space(tokenizer: FastTokenizer, tokenizer_path: FolderOrHub) -> None:
+    """Raise `UserError` where a text's first word has the form of the others without a space: with one it would lose it."""
+    first, both = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("word", "word word"))
+    if first + first == both:
+        raise UserError(
+            f"tokenizer '{tokenizer_path}' gives a text's first word the form of the others already: leave out "
+            "--leading-space (leading_space in the recipe)"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +157,10 @@ class Encoder:
         """
         if isinstance(record, BadRecord):
             raise record
-        example, kind = make_example(record, self.spec.options, self._chat), self.spec.options.derive
-        return [example] if kind is None else derive(example, kind)
+        options = self.spec.options
+        example = make_example(record, options, self._chat)
+        examples = [example] if options.derive is None else derive(example, options.derive)
+        return list(map(with_leading_space, examples)) if options.leading_space else examples
 
     def encode(self, examples: list[Example]) -> tuple[Encoded, dict[int, BadRecord], dict[int, str]]:
         """Tokenize a batch.

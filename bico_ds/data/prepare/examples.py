@@ -31,6 +31,8 @@ class IngestOptions:
     text_by: Literal["line", "file"] = "line"
     add_bos: bool = True
     add_eos: bool = True
+    # Texts that do not begin with white space get a space there, so that a word has one form wherever it stands.
+    leading_space: bool = False
     on_error: Literal["stop", "skip"] = "stop"
     # The model's, where it is smaller than the tokenizer's.
     vocab_size: int | None = None
@@ -45,6 +47,10 @@ class IngestOptions:
         if self.messages_field and (self.prompt_field or self.has_entities):
             raise UserError(
                 "--messages-field excludes --prompt-field, --entities-field and --entities-pattern"
+            )
+        if self.messages_field and self.leading_space:
+            raise UserError(
+                "--messages-field excludes --leading-space: the chat template writes what a text begins with"
             )
         if self.text_field != "text" and (self.prompt_field or self.messages_field):
             raise UserError("--text-field excludes --prompt-field and --messages-field: one makes the text")
@@ -144,6 +150,17 @@ def make_example(record: dict[str, Any], options: IngestOptions, chat: ChatTempl
     elif options.entities_pattern is not None:
         entities = _limited([m.span() for m in re.finditer(options.entities_pattern, text) if m.group()])
     return Example(text, prompt_chars, group, entities, left_out, messages)
+
+
+def with_leading_space(example: Example) -> Example:
+    """The example with a space before its text, where that does not begin with white space; it belongs to a prompt."""
+    if example.text[:1].isspace():
+        return example
+    return example._replace(
+        text=f" {example.text}",
+        prompt_chars=example.prompt_chars + (example.prompt_chars > 0),
+        entities=example.entities and [(start + 1, end + 1) for start, end in example.entities],
+    )
 
 
 def _text(record: dict[str, Any], name: str) -> str:

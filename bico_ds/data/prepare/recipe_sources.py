@@ -144,8 +144,8 @@ def _store_names(
 
 def _as_named(options: IngestOptions) -> dict[str, Any]:
     """The options in the name of a store; later ones only where they are set, so that earlier stores are found."""
-    later = ("entities_pattern", "derive")
-    return {key: value for key, value in asdict(options).items() if key not in later or value is not None}
+    later = {"entities_pattern": None, "derive": None, "leading_space": False}
+    return {key: value for key, value in asdict(options).items() if key not in later or value != later[key]}
 
 
 def _options(source: SourceSpec) -> IngestOptions:
@@ -169,6 +169,7 @@ def _options(source: SourceSpec) -> IngestOptions:
         text_by=source.text_by,
         add_bos=source.add_bos,
         add_eos=source.add_eos,
+        leading_space=source.leading_space,
     )
 
 

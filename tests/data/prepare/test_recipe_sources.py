@@ -107,6 +107,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"entities_field": "spans", "derive": "identity_bridge"},
     {"add_bos": False},
     {"add_eos": False},
+    {"leading_space": True},
     {"text_by": "file"},
 ]
 

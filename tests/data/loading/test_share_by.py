@@ -1,0 +1,140 @@
+"""`share_by`: the given shares are those of tokens or FLOPs that a run's steps really have."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import tests
+from bico_ds.common.errors import UserError
+from bico_ds.config.load import load_recipe
+from bico_ds.data.loading.loader import ElasticLoader, RankShare
+from bico_ds.data.loading.sample_order import StreamSpec
+from bico_ds.planner.architecture import read_architecture
+from bico_ds.planner.compute.shares import StepShares
+from bico_ds.planner.flops import useful_flops
+from bico_ds.planner.workload import Texts, micro_batches
+from tests.data.loading.loaders import TOKENS, schedule_of, state_at
+from tests.data.stores import write_store
+
+SHARES = {"ntp": 0.3, "bico": 0.2, "doubling": 0.5}
+STEPS = 400
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    lengths = np.random.default_rng().integers(2, 60, 3000).tolist()
+    return write_store(tmp_path_factory.mktemp("stores") / "store", lengths)
+
+
+def recipe_of(store, share_by: str, **changes):
+    objectives = [{"kind": kind, "probability": share} for kind, share in SHARES.items()]
+    objectives[1]["mask"] = {"rate": 0.7}  # few of whose tokens are rows
+    values = {"data.capacity": 256, "training.global_batch_bins": 4, **changes}
+    return load_recipe(
+        "tiny_ntp",
+        [
+            f"imports=[{tests.DOUBLING}]",
+            f"data.sources=[{{store: {store.path}}}]",
+            f"objectives={json.dumps(objectives)}",
+            f"share_by={share_by}",
+            *(f"{key}={value}" for key, value in values.items()),
+        ],
+    )
+
+
+def stream_of(recipe, store, seed: int = 1) -> StreamSpec:
+    return StreamSpec(
+        stores=[store],
+        data=recipe.data,
+        schedule=schedule_of(recipe.objectives, seed),
+        seed=seed,
+        global_batch_bins=recipe.training.global_batch_bins,
+        vocabulary=TOKENS.vocabulary,
+        shares=StepShares(recipe=recipe),
+    )
+
+
+def loader_of(recipe, store, *, seed: int = 1, state=None, rank: int = 0, size: int = 1) -> ElasticLoader:
+    return ElasticLoader(stream_of(recipe, store, seed), RankShare(rank=rank, world_size=size), state=state)
+
+
+def per_step(loader: ElasticLoader, recipe, share_by: str) -> dict[str, float]:
+    """What a step of each objective has on average, of real batches."""
+    architecture, found = read_architecture(recipe.model), {name: [] for name in SHARES}
+    for step in range(STEPS):
+        drawn = loader.step(step)
+        batches = drawn.batches
+        flops = useful_flops(
+            architecture,
+            recipe.model,
+            rows=sum(len(batch.input_ids) for batch in batches),
+            targets=sum(len(batch.targets) for batch in batches),
+            pairs=sum(batch.plan.num_pairs for batch in batches),
+        )
+        tokens = sum(batch.represented_tokens for batch in batches)
+        found[drawn.objective].append({"steps": 1, "tokens": tokens, "flops": flops}[share_by])
+    return {name: float(np.mean(amounts)) for name, amounts in found.items()}
+
+
+@pytest.mark.parametrize("share_by", ["tokens", "flops"])
+def test_the_recipes_shares_are_those_of_what_is_counted_in_real_steps(store, share_by):
+    recipe = recipe_of(store, share_by)
+    loader = loader_of(recipe, store, seed=int(np.random.default_rng().integers(2**31)))
+    amounts = per_step(loader, recipe, share_by)
+    parts = {
+        name: probability * amounts[name]
+        for name, probability in zip(SHARES, loader.schedule.probabilities, strict=True)
+    }
+    total = sum(parts.values())
+    for name, share in SHARES.items():
+        assert parts[name] / total == pytest.approx(share, abs=0.01), name
+    # Which the same shares of steps are not.
+    steps = loader.schedule.probabilities
+    assert max(abs(share - p) for share, p in zip(SHARES.values(), steps, strict=True)) > 0.03, steps
+
+
+def test_by_steps_the_schedule_is_the_recipes(store):
+    recipe = recipe_of(store, "steps")
+    assert loader_of(recipe, store).schedule.probabilities == tuple(SHARES.values())
+
+
+@pytest.mark.parametrize("share_by", ["tokens", "flops"])
+def test_steps_are_the_same_on_every_rank_and_after_a_resume(store, share_by):
+    recipe = recipe_of(store, share_by)
+    whole = loader_of(recipe, store)
+    state = state_at(whole, 11)
+    # What a later program estimates otherwise does not change a run that goes on.
+    state["step_probabilities"] = [0.2, 0.2, 0.6]
+    resumed = loader_of(recipe, store, state=state, rank=1, size=2)
+    assert resumed.schedule.probabilities == (0.2, 0.2, 0.6)
+    state = state_at(whole, 11)
+    resumed = loader_of(recipe, store, state=state, rank=1, size=2)
+    drawn = [whole.step(step).objective for step in range(11, 60)]
+    assert [resumed.step(step).objective for step in range(11, 60)] == drawn
+    assert len(set(drawn)) == len(SHARES)
+
+
+def test_a_resume_that_shares_by_something_else_is_refused_naming_the_key(store):
+    state = state_at(loader_of(recipe_of(store, "tokens"), store), 3)
+    with pytest.raises(UserError, match=r"share_by: tokens in the checkpoint, flops now"):
+        loader_of(recipe_of(store, "flops"), store, state=state)
+    allowed = recipe_of(store, "flops", **{"data.allow_change": "true"})
+    fresh = loader_of(recipe_of(store, "flops"), store).schedule.probabilities
+    assert loader_of(allowed, store, state=state).schedule.probabilities == fresh
+
+
+@pytest.mark.parametrize("share_by", ["steps", "tokens", "flops"])
+def test_a_plan_has_the_loaders_probabilities(store, share_by):
+    recipe = recipe_of(store, share_by)
+    texts = Texts(lengths=store.lengths, tokens=int(store.lengths.sum()), source="test")
+    planned = StepShares(recipe=recipe).of_steps(micro_batches(recipe, texts))
+    loaded = loader_of(recipe, store).schedule.probabilities
+    assert [batch.probability for batch in planned] == pytest.approx(loaded, rel=0.02)
+
+
+def test_a_word_that_nothing_is_shared_by_is_refused_with_those_there_are(store):
+    with pytest.raises(UserError, match=r"share_by.*steps.*tokens.*flops"):
+        recipe_of(store, "token")

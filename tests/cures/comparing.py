@@ -174,11 +174,13 @@ def _drawn_segments(document: Document, text: slice) -> list[tuple[int, int]]:
         CURES["reverse, random"].objective().build(Documents.of([replace(document, token_ids=numbered)]), KEY)
     )
     places = [int(token) - 1000 for token in batch.input_ids if token >= 1000]
-    starts = [i for i, place in enumerate(places) if i == 0 or place != places[i - 1] + 1]
-    ends = [*starts[1:], len(places)]
-    return sorted(
-        (places[start], places[end - 1] + 1) for start, end in zip(starts, ends, strict=True) if places
-    )
+    parts: list[tuple[int, int]] = []
+    for place in places:
+        if parts and place == parts[-1][1]:
+            parts[-1] = (parts[-1][0], place + 1)
+        else:
+            parts.append((place, place + 1))
+    return sorted(parts)
 
 
 def _between_special(document: Document) -> tuple[list[int], slice, list[int]]:
@@ -314,7 +316,7 @@ def by_the_package(model: TrainableModel, batch: PackedBatch) -> Trained:
     """The weighted mean of the batch's losses, as a step trains it."""
     model.zero_grad()
     found = model(batch)
-    given = getattr(batch, "loss_weights", None)
+    given = batch.loss_weights
     weights = torch.ones(len(batch.targets)) if given is None else given
     loss = found.loss / weights.double().sum() if len(weights) else found.loss
     loss.backward()
@@ -357,6 +359,13 @@ def by_the_definition(model: TrainableModel, rows: list[Rows]) -> Trained:
         losses=torch.tensor([loss for loss, _ in each], dtype=torch.float64),
         weights=torch.tensor([weight for _, weight in each], dtype=torch.float64),
     )
+
+
+@cache
+def expected(cure: str, seed: int, dtype: torch.dtype = torch.float64) -> Trained:
+    """`by_the_definition` of the documents that `make_documents` draws of `MASKS` by this seed."""
+    rows = rows_of(CURES[cure], make_documents(MASKS, seed), MASKS)
+    return by_the_definition(tiny_llama("oracle", dtype), rows)
 
 
 def difference(found: Trained, expected: Trained) -> float:

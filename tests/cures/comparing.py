@@ -333,12 +333,16 @@ def losses_of(model: TrainableModel, batch: PackedBatch) -> Tensor:
     return model(batch).row_losses[_order(batch)]
 
 
+def places_of(batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """Of each row, its document, by its number in the batch, and its position: int64 [T] both."""
+    kept = torch.repeat_interleave(batch.plan.cu_seqlens.diff().long())
+    return torch.cat([kept, batch.plan.live_document]), batch.position_ids
+
+
 def _order(batch: PackedBatch) -> Tensor:
     """Of the predictions, by document and position of their rows."""
-    kept = torch.repeat_interleave(batch.plan.cu_seqlens.diff().long())
-    document = torch.cat([kept, batch.plan.live_document])[batch.loss_rows]
-    position = batch.position_ids[batch.loss_rows]
-    return torch.from_numpy(np.lexsort((position.numpy(), document.numpy())))
+    document, position = (place[batch.loss_rows].numpy() for place in places_of(batch))
+    return torch.from_numpy(np.lexsort((position, document)))
 
 
 def rows_of(cure: Cure, documents: Documents, masks: list[list[bool]]) -> list[Rows]:

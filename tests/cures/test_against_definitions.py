@@ -30,11 +30,21 @@ from tests.cures.comparing import (
     drawn_masks,
     expected,
     make_documents,
+    places_of,
     rows_of,
     tiny_llama,
 )
 
 IN_FP32 = 1e-4
+
+# A causal batch has no live rows: how flash kernels hide their keys makes no difference to it.
+CAUSAL = [name for name, cure in CURES.items() if cure.recipe["kind"] in ("ntp", "reverse", "masked_ft")]
+PAIRS = [
+    (cure, backend)
+    for cure in CURES
+    for backend in BACKENDS
+    if cure not in CAUSAL or backend not in ("hidden keys", "wider heads")
+]
 
 
 def differs(cure: Cure, masks: list[list[bool]], seed: int, backend: str | Backend) -> float:
@@ -44,8 +54,7 @@ def differs(cure: Cure, masks: list[list[bool]], seed: int, backend: str | Backe
     return difference(found, by_the_definition(model, rows_of(cure, documents, masks)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("cure", CURES)
+@pytest.mark.parametrize(("cure", "backend"), PAIRS)
 def test_losses_and_gradients_are_the_definitions(cure: str, backend: str) -> None:
     model = tiny_llama(BACKENDS[backend])
     found = by_the_package(model, built(CURES[cure], make_documents(MASKS, seed=1), MASKS))
@@ -54,7 +63,7 @@ def test_losses_and_gradients_are_the_definitions(cure: str, backend: str) -> No
 
 
 @pytest.mark.parametrize("cure", CURES)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(masks=drawn_masks, seed=st.integers(0, 2**31), backend=st.sampled_from(list(BACKENDS)))
 def test_so_are_those_of_drawn_documents(cure: str, masks: list, seed: int, backend: str) -> None:
     error = differs(CURES[cure], masks, seed, BACKENDS[backend])
@@ -126,3 +135,12 @@ def test_the_masks_that_are_drawn_are_the_ones_that_are_trained(cure: str) -> No
     found = by_the_package(model, objective.build(documents, KEY))
     error = difference(found, by_the_definition(model, rows_of(CURES[cure], documents, masks)))
     assert error < CURES[cure].tolerance
+
+
+@pytest.mark.parametrize("cure", CURES)
+def test_the_pairs_that_compute_is_counted_by_are_those_that_rows_of_the_batch_see(cure: str) -> None:
+    documents = make_documents(MASKS, seed=8)
+    batch, rows = built(CURES[cure], documents, MASKS), rows_of(CURES[cure], documents, MASKS)
+    places = list(zip(*(place.tolist() for place in places_of(batch)), strict=True))
+    assert len(set(places)) == batch.plan.num_rows
+    assert batch.plan.num_pairs == sum(sum(rows[document].sees[position]) for document, position in places)

@@ -17,7 +17,7 @@ from bico_ds.objectives.base import BatchKey
 from bico_ds.objectives.reverse import ReverseTraining
 from tests.data.prepare.ingesting import all_documents, ingest_files, write_jsonl
 
-TEXT = "Mary met John and John met Mary"
+TEXT = "return for import and import for return"  # each a token of the tokenizer, with the space before it
 
 
 def reversed_text(store: Path, tokenizer_path: str) -> str:
@@ -37,13 +37,13 @@ def test_a_first_word_has_the_form_of_the_others_and_keeps_its_space_where_it_is
         ingest_files(file, bpe_tokenizer, store, leading_space=leading_space)
         (document,) = all_documents(store)
         words = np.split(document.token_ids[1:-1], np.flatnonzero(document.word_starts[1:-1])[1:])
-        first, last = words[0].tolist(), words[-1].tolist()  # both are Mary
+        first, last = words[0].tolist(), words[-1].tolist()  # both are return
         assert (first == last) == leading_space
-        assert words[2].tolist() == words[4].tolist()  # John
+        assert len(last) == 1 and words[2].tolist() == words[4].tolist()
         assert len(words) == 7 and document.word_starts[[0, 1, -1]].all()
         glued = "" if not leading_space else " "
         text = reversed_text(store, bpe_tokenizer)
-        assert text == f"<s> Mary met John and John met{glued}Mary</s>"
+        assert text == f"<s> return for import and import for{glued}return</s>"
 
 
 def test_only_texts_that_begin_without_white_space_get_one_and_spans_and_prompts_move_along() -> None:
@@ -55,13 +55,13 @@ def test_only_texts_that_begin_without_white_space_get_one_and_spans_and_prompts
 
 
 def test_prompts_and_entities_are_those_of_the_text(tmp_path: Path, bpe_tokenizer: str) -> None:
-    records = [{"q": "Mary met", "a": " John", "spans": [[0, 4], [9, 13]]}]
+    records = [{"q": "return for", "a": " import", "spans": [[0, 6], [11, 17]]}]
     file, decode = write_jsonl(tmp_path / "a.jsonl", records), load_tokenizer(Path(bpe_tokenizer)).decode
     fields = {"prompt_field": "q", "completion_field": "a", "entities_field": "spans"}
     ingest_files(file, bpe_tokenizer, tmp_path / "s", leading_space=True, **fields)
     (document,) = all_documents(tmp_path / "s")
-    assert decode(document.token_ids[: document.prompt_length]) == "<s> Mary met"
-    assert [decode(document.token_ids[a:b]) for a, b in document.entity_spans] == [" Mary", " John"]
+    assert decode(document.token_ids[: document.prompt_length]) == "<s> return for"
+    assert [decode(document.token_ids[a:b]) for a, b in document.entity_spans] == [" return", " import"]
 
 
 def test_the_manifest_tells_of_it_and_that_of_other_stores_is_as_before(

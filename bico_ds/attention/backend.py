@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from bico_ds.attention.dense import dense_backward, dense_forward
+from bico_ds.attention.dense import dense_backward, dense_forward, own_key_backward, own_key_forward
 from bico_ds.attention.fused import fused_backward, fused_forward
-from bico_ds.attention.inputs import AttentionInputs, AttentionResults, Gradients
+from bico_ds.attention.inputs import AttentionInputs, AttentionResults, Gradients, accumulate_dtype
 from bico_ds.attention.kernels.base import CausalKernel
-from bico_ds.attention.layout import FlashRows, Layout, LayoutPolicy
-from bico_ds.attention.passes import TORCH_PASSES, FlashProblem, Passes
+from bico_ds.attention.layout import FlashRows, Layout, LayoutPolicy, SpanRows
+from bico_ds.attention.passes import TORCH_PASSES, FlashProblem, Passes, merge
 from bico_ds.attention.triton.ops import triton_backward, triton_forward
 from bico_ds.attention.two_pass import two_pass_backward, two_pass_forward
 
@@ -33,6 +34,21 @@ class Backend:
 
     def forward(self, inputs: AttentionInputs, layout: Layout) -> AttentionResults:
         """The results of the batch's T rows; or with one scratch row more, which tiles fill, and whose lse is then +inf."""
+        results = self._over_kept_keys(inputs, layout)
+        if layout.spans is not None:
+            self._merge_spans(inputs, layout.spans, results)
+        return results
+
+    def backward(
+        self, inputs: AttentionInputs, layout: Layout, results: AttentionResults, grad_out: Tensor
+    ) -> Gradients:
+        """Gradients of raw q [T, Hq, Dh] and k, v [T, Hkv, Dh]; those of the k and v of live rows are exactly zero.
+
+        But for live rows in spans, which are keys. `results`: as `forward` gave them.
+        """
+        return self._gradients(inputs, layout, results, grad_out, is_part=layout.spans is not None)
+
+    def _over_kept_keys(self, inputs: AttentionInputs, layout: Layout) -> AttentionResults:
         if layout.is_one_flash_problem:
             return two_pass_forward(self.kernel, self.passes, self._problem(layout.flash[0], inputs))
         q, num_rows = inputs.q, layout.outline.num_rows
@@ -52,10 +68,24 @@ class Backend:
             two_pass_forward(self.kernel, self.passes, self._problem(group, inputs), results)
         return results
 
-    def backward(
-        self, inputs: AttentionInputs, layout: Layout, results: AttentionResults, grad_out: Tensor
+    def _merge_spans(self, inputs: AttentionInputs, spans: SpanRows, results: AttentionResults) -> None:
+        """What live rows see of their spans, into the one softmax of `results`, in place."""
+        if spans.layout is not None:
+            found, rows = self.forward(inputs.span_rows(spans.rows), spans.layout), len(spans.rows)
+            merge(results, AttentionResults(out=found.out[:rows], lse=found.lse[:rows]), spans.rows)
+        if len(spans.lone):
+            merge(results, own_key_forward(inputs.span_rows(spans.lone)), spans.lone)
+
+    def _gradients(
+        self,
+        inputs: AttentionInputs,
+        layout: Layout,
+        results: AttentionResults,
+        grad_out: Tensor,
+        *,
+        is_part: bool,
     ) -> Gradients:
-        """Gradients of raw q [T, Hq, Dh] and k, v [T, Hkv, Dh], exactly zero for the k and v of live rows."""
+        """`is_part`: the softmax of `results` is over more keys than the layout's, of this or of another batch."""
         grad_out = grad_out.contiguous()
         if layout.is_one_flash_problem:
             problem = self._problem(layout.flash[0], inputs)
@@ -69,19 +99,39 @@ class Backend:
         if layout.fused is not None:
             fused_backward(layout.fused, inputs, results, grad_out, grads)
         for tile in layout.tiles:
-            dense_backward(tile, inputs, results, grad_out, grads)
+            dense_backward(tile, inputs, results, grad_out, grads, is_part=is_part)
+        if layout.spans is not None:
+            self._add_spans(inputs, layout.spans, results, grad_out, grads)
         (dq, dk, dv), num_rows = grads, layout.outline.num_rows
         return dq[:num_rows], dk[:num_rows].to(inputs.k.dtype), dv[:num_rows].to(inputs.v.dtype)
+
+    def _add_spans(
+        self,
+        inputs: AttentionInputs,
+        spans: SpanRows,
+        results: AttentionResults,
+        grad_out: Tensor,
+        grads: Gradients,
+    ) -> None:
+        """Add what live rows see of their spans to `grads`, in which it is the only gradient of these rows' k and v."""
+        for rows, layout in ((spans.rows, spans.layout), (spans.lone, None)):
+            if not len(rows):
+                continue
+            part, grad = inputs.span_rows(rows), grad_out.index_select(0, rows)
+            out, lse = results.out.index_select(0, rows), results.lse.index_select(0, rows)
+            if layout is None:
+                found = own_key_backward(part, AttentionResults(out=out, lse=lse), grad)
+            else:
+                lse = pad(lse, (0, 0, 0, 1), value=float("inf"))  # the scratch row of tiles
+                known = AttentionResults(out=out, lse=lse)
+                found = self._gradients(part, layout, known, grad, is_part=True)
+            for whole, x in zip(grads, found, strict=True):
+                whole.index_add_(0, rows, x.to(whole.dtype))
 
     def _problem(self, group: FlashRows, inputs: AttentionInputs) -> FlashProblem:
         """What the flash kernel computes for a group."""
         widens = group.hidden is not None and not self.kernel.hides_keys
         return FlashProblem(inputs=inputs, rows=group, widens=widens)
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The softmax, lse and merges run in at least fp32."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _empty_lse(q: Tensor, rows: int, *, by_head: bool) -> Tensor:

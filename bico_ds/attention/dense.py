@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bico_ds.attention.inputs import AttentionInputs, AttentionResults, Gradients
+from bico_ds.attention.inputs import AttentionInputs, AttentionResults, Gradients, accumulate_dtype
 from bico_ds.attention.rotation import rotate_back, rotate_both, rotate_forward
 from bico_ds.attention.tiles import Tile, TileMasks
 
@@ -45,11 +45,18 @@ def dense_forward(tile: Tile, inputs: AttentionInputs, results: AttentionResults
 
 
 def dense_backward(
-    tile: Tile, inputs: AttentionInputs, results: AttentionResults, grad_out: Tensor, grads: Gradients
+    tile: Tile,
+    inputs: AttentionInputs,
+    results: AttentionResults,
+    grad_out: Tensor,
+    grads: Gradients,
+    *,
+    is_part: bool,
 ) -> None:
     """Write the tile's rows of the first of `grads`, of q, and add to the others, of k and v; they have T + 1 rows.
 
-    The lse of `results` [T+1, H] holds +inf in row T, so that padded queries weigh nothing.
+    The lse of `results` [T+1, H] holds +inf in row T, so that padded queries weigh nothing. `is_part`: the softmax of
+    `results` is over more keys than the tile's, whose weights then sum to less than 1.
     """
     dq, dk, dv = grads
     masks = tile.masks_for(inputs.q.dtype, causal=inputs.causal)
@@ -60,7 +67,12 @@ def dense_backward(
     d_out = _grouped(_gather(grad_out, tile.query_rows, tile), v)
     _accumulate(dv, tile, _grouped(weights.to(v.dtype), v).transpose(-1, -2) @ d_out)
     d_weights = _ungrouped(d_out @ v.transpose(-1, -2), inputs.q.shape[1]).to(weights.dtype)
-    d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype).to(v.dtype)
+    if is_part:
+        delta = _grad_sum(results.out, grad_out, weights.dtype)
+        d_weights -= _gather(delta.unsqueeze(-1), tile.query_rows, tile)
+        d_scores = weights.mul_(d_weights).to(v.dtype)
+    else:
+        d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype).to(v.dtype)
     dq_parts, dk_parts = [], []
     for direction in directions:
         part = _grouped(d_scores * direction.factor, v)
@@ -68,6 +80,46 @@ def dense_backward(
         dk_parts.append(part.transpose(-1, -2) @ direction.q)
     _write(dq, tile.query_slots, rotate_back(dq_parts, *_tables(inputs, tile.query_rows, tile, inputs.scale)))
     _accumulate(dk, tile, rotate_back(dk_parts, *_tables(inputs, tile.key_rows, tile)))
+
+
+def own_key_forward(inputs: AttentionInputs) -> AttentionResults:
+    """Of P rows that see their own key alone: out is their value, lse its score."""
+    q, k = _widened(inputs.q), _repeated(_widened(inputs.k), inputs)
+    lse = (q * k * _squared_lengths(inputs)).sum(-1) * inputs.scale
+    return AttentionResults(out=_repeated(inputs.v, inputs), lse=lse)
+
+
+def own_key_backward(inputs: AttentionInputs, results: AttentionResults, grad_out: Tensor) -> Gradients:
+    """Gradients of q [P, H, D], k and v [P, N, D], in at least fp32, by each row's own key.
+
+    `results`: of a softmax that has more keys than this one.
+    """
+    own = own_key_forward(inputs)
+    weights = (own.lse - results.lse).exp()
+    d_weights, delta = (_grad_sum(x.out, grad_out, weights.dtype) for x in (own, results))
+    d_scores = (weights * (d_weights - delta) * inputs.scale).unsqueeze(-1) * _squared_lengths(inputs)
+    dq = d_scores * _repeated(_widened(inputs.k), inputs)
+    dk, dv = d_scores * _widened(inputs.q), weights.unsqueeze(-1) * _widened(grad_out)
+    return dq, *(x.unflatten(1, (inputs.k.shape[1], -1)).sum(2) for x in (dk, dv))
+
+
+def _squared_lengths(inputs: AttentionInputs) -> Tensor:
+    """[P, 1, D]: what a rotation there and back, as in a row's score of its own key, multiplies each pair of columns by."""
+    return (_widened(inputs.cos).square() + _widened(inputs.sin).square()).unsqueeze(1)
+
+
+def _repeated(x: Tensor, inputs: AttentionInputs) -> Tensor:
+    """[P, N, D] as [P, H, D]: each key head as often as query heads share it."""
+    return x.repeat_interleave(inputs.q.shape[1] // inputs.k.shape[1], dim=1)
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.to(accumulate_dtype(x.dtype))
+
+
+def _grad_sum(out: Tensor, grad_out: Tensor, dtype: torch.dtype) -> Tensor:
+    """[T, H]: the product of out and its gradient, which is the softmax's part of each score's gradient."""
+    return (out.to(dtype) * grad_out.to(dtype)).sum(-1)
 
 
 def _directions(tile: Tile, inputs: AttentionInputs, masks: TileMasks) -> list[_Direction]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor]  # of raw q [T, H, D], k and v [T, N, D]
@@ -25,6 +26,11 @@ class AttentionInputs:
     scale: float
     causal: bool
 
+    def span_rows(self, rows: Tensor) -> AttentionInputs:
+        """Those of some rows, int64 [P], as a causal batch."""
+        q, k, v, cos, sin = (x.index_select(0, rows) for x in (self.q, self.k, self.v, self.cos, self.sin))
+        return AttentionInputs(q=q, k=k, v=v, cos=cos, sin=sin, scale=self.scale, causal=True)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionResults:
@@ -35,3 +41,8 @@ class AttentionResults:
 
     out: Tensor
     lse: Tensor
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The softmax, lse and merges run in at least fp32."""
+    return torch.promote_types(dtype, torch.float32)

@@ -31,6 +31,8 @@ class LayoutPolicy:
     A document's live rows go through the flash kernel too, as hidden keys, where that is cheaper than tiles:
     `tile_cost` and `hidden_cost` are the costs of a (query, key) pair in tiles and with hidden keys, in units of
     plain two-pass flash.
+
+    `span_flash_from`: spans of at least this many live rows go to the flash kernel, if causal documents of as many do.
     """
 
     flash_from: float
@@ -41,6 +43,7 @@ class LayoutPolicy:
     causal_flash_from: float | None = None
     tile_cost: float = 1.0
     hidden_cost: float = math.inf
+    span_flash_from: float = 1
 
     def flash_from_in(self, mode: Mode) -> float:
         """`flash_from` of this mode."""
@@ -58,9 +61,15 @@ CPU_POLICY = LayoutPolicy(
 CPU_HALF_POLICY = replace(CPU_POLICY, flash_from=640)
 
 # Estimates, all of them, for GPUs that tools/bench/gpu_policy.py has not measured: so far that is every one.
-# By these two costs hidden keys are never the cheaper ones.
+# By these two costs hidden keys are never the cheaper ones. Spans are many and short, and FlashAttention-2's backward kernel
+# has 128 rows of sums in fp32 for each sequence, beside its own.
 CUDA_POLICY = LayoutPolicy(
-    flash_from=1, tile_scores=1 << 20, tile_min_rows=64, tile_cost=5.0, hidden_cost=1.6
+    flash_from=1,
+    tile_scores=1 << 20,
+    tile_min_rows=64,
+    tile_cost=5.0,
+    hidden_cost=1.6,
+    span_flash_from=128,
 )
 TILES_POLICY = replace(CUDA_POLICY, flash_from=math.inf, hidden_cost=math.inf)  # no flash kernel at all
 
@@ -81,10 +90,29 @@ class FlashRows:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpanRows:
+    """Live rows that see themselves and the earlier rows of their span, besides the kept keys.
+
+    `rows` int64 [P]: where the rows of spans of two and more lie in the batch; `layout`: of the causal batch that they are
+    by themselves, by the same policy but for `span_flash_from`; None: there are none. `lone` int64 [L]: the rows that are a
+    span each. They reach no kernel: flash-attn's backward pass was wrong for sequences of one token (its issue 1537).
+    """
+
+    rows: Tensor
+    layout: Layout | None
+    lone: Tensor
+
+    def with_masks(self, dtype: torch.dtype) -> SpanRows:
+        """As `Layout.with_masks`."""
+        return self if self.layout is None else replace(self, layout=self.layout.with_masks(dtype))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """Which kernel serves which rows of a batch; made by `build_layout` by `policy`, for a plan of this `outline`.
 
     `flash` holds at most one group with hidden keys and one without; `fused`, `blocks` or `tiles` serve every other row.
+    All of these take kept rows as keys alone; `spans` is what live rows see of each other, None: nothing.
     """
 
     policy: LayoutPolicy
@@ -93,6 +121,7 @@ class Layout:
     tiles: tuple[Tile, ...]
     fused: FusedRows | None
     blocks: RowBlocks | None
+    spans: SpanRows | None
 
     @property
     def is_one_flash_problem(self) -> bool:
@@ -116,7 +145,8 @@ class Layout:
         builds its own.
         """
         causal = self.outline.mode == "causal"
-        return replace(self, tiles=tuple(tile.with_masks(dtype, causal=causal) for tile in self.tiles))
+        tiles = tuple(tile.with_masks(dtype, causal=causal) for tile in self.tiles)
+        return replace(self, tiles=tiles, spans=None if self.spans is None else self.spans.with_masks(dtype))
 
     def check(self, plan: AttentionPlan, policy: LayoutPolicy) -> None:
         """Raise `ValueError` where it was built by another policy, or for a plan that differs in its outline."""
@@ -158,7 +188,21 @@ def build_layout(plan: AttentionPlan, policy: LayoutPolicy) -> Layout:
         tiles=tiles,
         fused=FusedRows.of(rest) if policy.fused and rest.rows.size else None,
         blocks=RowBlocks.of(rest, policy.blocks) if policy.blocks and rest.rows.size else None,
+        spans=_span_rows(plan, policy),
     )
+
+
+def _span_rows(plan: AttentionPlan, policy: LayoutPolicy) -> SpanRows | None:
+    if plan.span_cu_seqlens is None or not plan.num_live:
+        return None
+    lengths = np.diff(plan.span_cu_seqlens.numpy())
+    is_lone = np.repeat(lengths == 1, lengths)
+    rows = torch.arange(plan.num_kept, plan.num_rows)
+    longer = lengths[lengths > 1]
+    flash_from = max(policy.flash_from_in("causal"), policy.span_flash_from)
+    of_spans = replace(policy, causal_flash_from=flash_from)
+    layout = build_layout(build_plan("causal", kept_lengths=longer), of_spans) if longer.size else None
+    return SpanRows(rows=rows[~is_lone], layout=layout, lone=rows[is_lone])
 
 
 def _hides_keys(kept: NDArray[np.int64], live: NDArray[np.int64], policy: LayoutPolicy) -> NDArray[np.bool_]:

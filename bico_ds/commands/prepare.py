@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 import time
 from argparse import ArgumentParser, Namespace, _ArgumentGroup
+from typing import get_args
 
 from pydantic import ValidationError
 
@@ -23,12 +24,12 @@ from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import atomic_folder
 from bico_ds.config.arguments import folder_or_hub_name, local_path, not_negative, path_text, positive, seed
-from bico_ds.config.sections.data import FactsSpec
+from bico_ds.config.sections.data import Derive, FactsSpec
+from bico_ds.data.inspect_store import describe_store
 from bico_ds.data.prepare.examples import IngestOptions
 from bico_ds.data.prepare.facts import is_facts_folder, write_facts
 from bico_ds.data.prepare.ingest import IngestFailure, ingest
 from bico_ds.data.prepare.input_files import find_inputs
-from bico_ds.data.prepare.inspect_store import describe_store
 from bico_ds.data.prepare.output_folder import refuse_output
 from bico_ds.data.prepare.shards import SHARD_BYTES, Shard, hub_shards, plan_shards
 from bico_ds.data.store import Verify, provenance
@@ -286,6 +287,11 @@ def _add_field_options(fields: _ArgumentGroup) -> None:
         "--entities-field", metavar="NAME", help="[[start, end], ...] in characters, for entity masks"
     )
     fields.add_argument(
+        "--entities-pattern",
+        metavar="REGEX",
+        help="its matches in the text are the entities, instead of a field",
+    )
+    fields.add_argument(
         "--text-by",
         choices=("line", "file"),
         default="line",
@@ -299,6 +305,17 @@ def _add_document_options(documents: _ArgumentGroup) -> None:
     )
     documents.add_argument(
         "--no-eos", dest="add_eos", action="store_false", help="put no EOS after a document"
+    )
+    documents.add_argument(
+        "--derive",
+        choices=get_args(Derive),
+        help="store texts made of the records' instead: other_order has the two entities, or prompt and completion, "
+        "exchanged; identity_bridge says 'The name of A is A.' of each entity A",
+    )
+    documents.add_argument(
+        "--leading-space",
+        action="store_true",
+        help="tokenize each text with a space before it, so that its first word has the form of the others",
     )
     documents.add_argument(
         "--deduplicate", action="store_true", help="keep the first of documents with equal text"

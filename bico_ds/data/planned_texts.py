@@ -58,7 +58,7 @@ def _draw(recipe: Recipe, objective: int, cut: list[NDArray[np.int32]]) -> Drawn
 def _documents(source: SourceSpec, recipe: Recipe) -> NDArray[np.int64] | None:
     """Tokens of each document, int64 [documents]; None where that is not known before the source was prepared."""
     if source.facts is not None:
-        own = training_words(recipe.data.facts, source.facts) + source.add_bos + source.add_eos
+        own = training_words(recipe.data.facts, source.facts, source.derive) + source.add_bos + source.add_eos
         return own if _has_own_tokenizer(recipe) else np.rint(own * _REAL_TOKENS_PER_OWN).astype(np.int64)
     if source.sampled is not None:
         return np.full(-(-source.sampled // recipe.data.capacity), recipe.data.capacity, dtype=np.int64)

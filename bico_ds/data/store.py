@@ -64,11 +64,13 @@ class StoreManifest:
     checksums: dict[str, str]  # sha256
     # sha256 of files beside the columns, by path in the store; stores of version 0.1.0 have none.
     further_checksums: dict[str, str] = field(default_factory=dict)
+    # Every text was tokenized with a space before it.
+    leading_space: bool = False
 
     @property
     def fingerprint(self) -> str:
         """A name of the content: equal for equal bytes and header, wherever and whenever they were written."""
-        content = asdict(self)
+        content = self._content()
         del content["further_checksums"]
         return _digest(content)[:32]
 
@@ -84,8 +86,15 @@ class StoreManifest:
 
     def to_json(self) -> str:
         """The text of `manifest.json`, which ends with the checksum of all that comes before."""
-        content = asdict(self)
+        content = self._content()
         return json.dumps({**content, _MANIFEST_CHECKSUM: _digest(content)}, indent=1) + "\n"
+
+    def _content(self) -> dict[str, Any]:
+        """What is stated and named. Stores without leading spaces do not speak of them, as before there were any."""
+        content = asdict(self)
+        if not self.leading_space:
+            del content["leading_space"]
+        return content
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +109,7 @@ class StoreHeader:
     add_bos: bool
     add_eos: bool
     has_entities: bool = False
+    leading_space: bool = False
 
 
 class TokenStore:
@@ -312,7 +322,7 @@ def _read_manifest(folder: Path) -> StoreManifest:
     own_checksum = content.pop(_MANIFEST_CHECKSUM, None)
     if own_checksum is None:  # of version 0.1.0
         content.setdefault("further_checksums", {})
-    if missing := {field.name for field in fields(StoreManifest)} ^ set(content):
+    if missing := {field.name for field in fields(StoreManifest)} ^ {"leading_space", *content}:
         raise UserError(f"'{file}' is damaged (fields {sorted(missing)}): {AGAIN}")
     if own_checksum is not None and own_checksum != _digest(content):
         raise UserError(f"'{file}' is damaged (its content has another checksum): {AGAIN}")

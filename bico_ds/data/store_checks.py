@@ -39,7 +39,7 @@ def _problems(manifest: StoreManifest) -> Iterator[str]:
     for name, number in numbers.items():
         if type(number) is not int or number < (-1 if name == "max_token_id" else 0):
             yield f"{name} is {number!r:.50}, no count"
-    for name in ("add_bos", "add_eos", "has_entities"):
+    for name in ("add_bos", "add_eos", "has_entities", "leading_space"):
         if type(getattr(manifest, name)) is not bool:
             yield f"{name} is {getattr(manifest, name)!r:.50}, neither true nor false"
     if type(manifest.tokenizer_hash) is not str:

@@ -217,6 +217,19 @@ def legacy_tokenizer_digest(tokenizer: FastTokenizer, *, chat: bool) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def text_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """Return the ids of a text, without BOS and EOS. Raises `UserError` where a part of it is unknown to the tokenizer."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+    written_out = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
+    for token, (start, end) in zip(ids, spans, strict=True):
+        if token == tokenizer.unk_token_id and text[start:end].strip() != written_out.get(token):
+            raise UserError(
+                f"the tokenizer has no token for '{text[start:end]}' in the text '{text}': write it in other words"
+            )
+    return tuple(ids)
+
+
 def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Return the ids that are never text: BOS, EOS, padding, unknown, and every added token marked special."""
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}

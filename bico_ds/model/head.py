@@ -133,6 +133,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight) if wants_weight else None
         loss = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        if loss_weights is not None:
+            # Or fp64's gradients would be scaled in fp32: a scalar's dtype does not count.
+            loss_weights = loss_weights.to(loss.dtype)
         sums_stall = weight.dtype != loss.dtype and hidden.shape[0] > LOW_PRECISION_CHUNKS * chunk_rows
         lse, row_losses = loss.new_empty(hidden.shape[0]), loss.new_empty(hidden.shape[0])
         # One buffer for all chunks: fresh pages for each cost more than the arithmetic on a CPU.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -32,12 +33,15 @@ class TokenRoles:
     """What an objective must know of the tokens it works on.
 
     `special_ids` (BOS, EOS, padding, …) are never text. `placeholder_id` is the input of a position whose token must not be
-    seen; None where the tokenizer has none. `vocabulary`: ids that the model embeds, 0 … `vocabulary` - 1.
+    seen; None where the tokenizer has none. `vocabulary`: ids that the model embeds, 0 … `vocabulary` - 1. `encode`: gives
+    the ids of a text of the recipe, without BOS and EOS, and raises `UserError` for text that the tokenizer does not know;
+    None: there is no tokenizer, and no objective has such text.
     """
 
     special_ids: tuple[int, ...]
     placeholder_id: int | None
     vocabulary: int
+    encode: Callable[[str], tuple[int, ...]] | None = None
 
 
 class Store(Protocol):

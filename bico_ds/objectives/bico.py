@@ -53,7 +53,7 @@ class MaskDenoising(MaskedObjective):
     @classmethod
     def of(cls, spec: PlaceholderSpec, tokens: TokenRoles, *, name: str, key: str) -> Self:
         """Where the spec names no placeholder, the tokenizer's is taken. Raises `UserError` where there is none."""
-        placeholder = placeholder_of(spec.placeholder_id, tokens, key)
+        placeholder = placeholder_of(spec.placeholder_id, tokens, f"{key}.placeholder_id")
         return cls(spec=spec, placeholder_id=placeholder, special_ids=tokens.special_ids, name=name, key=key)
 
     def identity(self) -> dict[str, Any]:

@@ -86,7 +86,7 @@ class MaskedObjective(ABC):
         return self.policy.eligible(documents, TokenGrid.of(documents))
 
     def build(self, documents: Documents, key: BatchKey) -> PackedBatch:
-        """Draw the masks of (`key`, document) and build the bidirectional micro-batch."""
+        """Draw the masks of (`key`, document) and build the micro-batch."""
         grid = TokenGrid.of(documents)
         return self.of_mask(documents, grid, self.policy.draw(documents, grid, key))
 
@@ -98,17 +98,17 @@ class MaskedObjective(ABC):
 def placeholder_of(given: int | None, tokens: TokenRoles, key: str) -> int:
     """Return the input id of a masked position: the recipe's, `given`, or else the tokenizer's.
 
-    Raises `UserError` where there is none, or the vocabulary does not have it; `key` is that of the recipe's entry.
+    Raises `UserError` where there is none, or the vocabulary does not have it; `key` is the recipe's key of `given`.
     """
     placeholder = given if given is not None else tokens.placeholder_id
     if placeholder is None:
         raise UserError(
-            f"{key}.placeholder_id is not given, and the tokenizer has no unk, pad or eos "
+            f"{key} is not given, and the tokenizer has no unk, pad or eos "
             "token: name a token id that stands at masked positions"
         )
     if placeholder >= tokens.vocabulary:
         raise UserError(
-            f"{key}.placeholder_id: {placeholder} is past the vocabulary; name an id from 0 to "
+            f"{key}: {placeholder} is past the vocabulary; name an id from 0 to "
             f"{tokens.vocabulary - 1}, or null for the tokenizer's unk, pad or eos"
         )
     return placeholder

@@ -57,7 +57,7 @@ class MaskPolicy:
     def draw(self, documents: Documents, grid: TokenGrid, key: BatchKey) -> NDArray[np.bool_]:
         """Return bool [T]: True where a token is masked."""
         rates = self.rates(documents, key)
-        document_keys = _keys("mask", documents, key)
+        document_keys = draw_keys("mask", documents, key)
         chosen = _UNITS[self.spec.unit](self.spec, documents, grid, document_keys, rates)
         return chosen & self.eligible(documents, grid)
 
@@ -66,7 +66,7 @@ class MaskPolicy:
         if not isinstance(self.spec.rate, tuple):
             return np.full(len(documents), self.spec.rate)
         low, high = self.spec.rate
-        return low + (high - low) * uniform(_keys("rate", documents, key))
+        return low + (high - low) * uniform(draw_keys("rate", documents, key))
 
     def eligible(self, documents: Documents, grid: TokenGrid) -> NDArray[np.bool_]:
         """Return bool [T]: True where a mask is allowed."""
@@ -80,7 +80,8 @@ class MaskPolicy:
         return eligible
 
 
-def _keys(purpose: str, documents: Documents, key: BatchKey) -> NDArray[np.uint64]:
+def draw_keys(purpose: str, documents: Documents, key: BatchKey) -> NDArray[np.uint64]:
+    """Return uint64 [D]: the key of each document's draws for this purpose, of at most 8 characters."""
     return hash_words(purpose, key.seed, key.epoch, documents.source, documents.id, documents.piece)
 
 

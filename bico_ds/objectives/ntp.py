@@ -64,16 +64,37 @@ class NextTokenPrediction:
     def build(self, documents: Documents, key: BatchKey) -> PackedBatch:
         """Build the causal micro-batch; `key` is not needed."""
         grid = TokenGrid.of(documents)
-        target = np.flatnonzero(self._is_target(documents, grid))
-        return PackedBatch(
-            input_ids=torch.from_numpy(documents.token_ids),
-            position_ids=torch.from_numpy(grid.position),
-            plan=build_plan("causal", kept_lengths=documents.lengths),
-            loss_rows=torch.from_numpy(target - 1),
-            targets=torch.from_numpy(documents.token_ids[target]),
-            represented_tokens=len(documents.token_ids),
-            documents=names(documents),
+        return causal_batch(
+            documents,
+            token_ids=documents.token_ids,
+            lengths=documents.lengths,
+            is_target=self._is_target(documents, grid),
         )
+
+
+def causal_batch(
+    documents: Documents,
+    *,
+    token_ids: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    is_target: NDArray[np.bool_],
+) -> PackedBatch:
+    """Build the batch of causal rows that were made of `documents`, in their order.
+
+    `token_ids` int64 [T], `lengths` int64 [D]: each document's rows, at positions from 0. `is_target` bool [T]: where the
+    row before has a loss; never True at position 0.
+    """
+    target = np.flatnonzero(is_target)
+    first_row = np.cumsum(lengths) - lengths
+    return PackedBatch(
+        input_ids=torch.from_numpy(token_ids),
+        position_ids=torch.from_numpy(np.arange(len(token_ids)) - np.repeat(first_row, lengths)),
+        plan=build_plan("causal", kept_lengths=lengths),
+        loss_rows=torch.from_numpy(target - 1),
+        targets=torch.from_numpy(token_ids[target]),
+        represented_tokens=len(documents.token_ids),
+        documents=names(documents),
+    )
 
 
 def names(documents: Documents) -> torch.Tensor:

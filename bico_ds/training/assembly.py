@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,14 @@ from bico_ds.data.replay.source import check_sampled, prepare_sampled, sampled_p
 from bico_ds.data.store import TokenStore, Verify
 from bico_ds.data.teacher.opening import open_teachers
 from bico_ds.data.teacher.stored import StoredTeacher
-from bico_ds.data.tokenizer import FastTokenizer, Tokenizer, load_tokenizer, special_ids, vocabulary_size
+from bico_ds.data.tokenizer import (
+    FastTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    special_ids,
+    text_ids,
+    vocabulary_size,
+)
 from bico_ds.evaluation.loading import load_for_evaluation, load_generation_config
 from bico_ds.evaluation.retention_texts import RetentionText, check_texts, read_texts
 from bico_ds.evaluation.scoring.choice import encode_candidates
@@ -284,6 +292,11 @@ def export_warnings(inputs: RunInputs, config: PretrainedConfig) -> list[str]:
             "the chats begin with BOS, which the chat template does not write, and programs that go by the template ask "
             "without it. Set add_bos: false for them, or begin the template with {{ bos_token }}"
         )
+    if with_space := sum(len(store) for store in inputs.stores if store.manifest.leading_space):
+        lines.append(
+            f"{with_space:,} of {texts:,} texts begin with a space (leading_space), and the tasks' prompts, and those of "
+            "programs that use the export, do not: mix in a source without it, or begin prompts with a space"
+        )
     return [line for line in lines if line is not None]
 
 
@@ -293,6 +306,7 @@ def _token_roles(recipe: Recipe, tokenizer: Tokenizer) -> TokenRoles:
         special_ids=tuple(sorted(special_ids(tokenizer))),
         placeholder_id=next((token for token in candidates if token is not None), None),
         vocabulary=_model_value(recipe, "vocab_size") or vocabulary_size(tokenizer),
+        encode=partial(text_ids, tokenizer),
     )
 
 

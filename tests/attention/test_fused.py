@@ -31,10 +31,18 @@ def errors(problem: Problem) -> list[float]:
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @settings(max_examples=20, deadline=None)
-@example(lengths=[1], mode="causal", mask_rate=0.0, heads=(6, 2), head_dim=128, seed=0)
-@example(lengths=[2, 1, 3, 2], mode="bidirectional", mask_rate=0.15, heads=(6, 2), head_dim=128, seed=0)
+@example(lengths=[1], mode="causal", mask_rate=0.0, heads=(6, 2), head_dim=128, spans=None, seed=0)
 @example(
-    lengths=[252, 12, 15, 14, 25], mode="bidirectional", mask_rate=0.0, heads=(6, 2), head_dim=8, seed=752
+    lengths=[2, 1, 3, 2], mode="bidirectional", mask_rate=0.15, heads=(6, 2), head_dim=128, spans=None, seed=0
+)
+@example(
+    lengths=[252, 12, 15, 14, 25],
+    mode="bidirectional",
+    mask_rate=0.0,
+    heads=(6, 2),
+    head_dim=8,
+    spans=None,
+    seed=752,
 )
 @given(
     lengths=st.lists(st.one_of(st.integers(1, 40), st.integers(120, 300)), min_size=1, max_size=5),
@@ -42,10 +50,12 @@ def errors(problem: Problem) -> list[float]:
     mask_rate=st.sampled_from([0.0, 0.15, 0.9]),
     heads=st.sampled_from([(1, 1), (3, 3), (6, 2), (8, 1)]),
     head_dim=st.sampled_from([8, 24, 64, 128]),
+    spans=st.sampled_from([None, "run", "document"]),
     seed=st.integers(0, 2**31),
 )
-def test_fused_kernel_equals_the_formula(dtype, lengths, mode, mask_rate, heads, head_dim, seed):
-    problem = make_problem(lengths, mode=mode, mask_rate=mask_rate, heads=heads, head_dim=head_dim, seed=seed)
+def test_fused_kernel_equals_the_formula(dtype, lengths, mode, mask_rate, heads, head_dim, spans, seed):
+    shape = {"heads": heads, "head_dim": head_dim, "spans": spans}
+    problem = make_problem(lengths, mode=mode, mask_rate=mask_rate, seed=seed, **shape)
     problem = problem.to(dtype)
     assert backends.resolve("auto", dtype, head_dim, torch.device("cpu")).policy.fused
     assert max(errors(problem)) < TOLERANCE[dtype]

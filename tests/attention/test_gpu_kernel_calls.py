@@ -59,6 +59,20 @@ def test_each_call_binds_to_the_kernels_signature_and_gives_attention(
     assert max(relative_errors(found, problem.dense_rows())) < 1e-11, f"seed {seed}"
 
 
+@pytest.mark.parametrize("which", KERNELS, ids=str)
+def test_spans_are_causal_documents_of_two_rows_and_more_to_the_kernel(which, tmp_path):
+    seed = int(torch.randint(2**31, ()))
+    shape = {"mask_rate": 0.5, "heads": (6, 2), "head_dim": 24, "spans": "run"}
+    problem = make_problem([40, 1, 2, 77], seed=seed, **shape)
+    policy = replace(HIDDEN_POLICY, span_flash_from=1)
+    spans = build_layout(problem.plan, policy).spans
+    assert spans.layout.is_one_flash_problem and spans.layout.flash[0].plan.cu_seqlens.diff().min() == 2
+    with kernel_on_cpu(which, tmp_path) as kernel:
+        backend = Backend(kernel=kernel, policy=policy)
+        found = problem.packed(run_packed_attention, scale=24**-0.5, backend=backend)
+    assert max(relative_errors(found, problem.dense_rows())) < 1e-11, f"seed {seed}"
+
+
 OTHER_MEANING = {
     "flash-attn": {"block_table": torch.zeros(1, 1, dtype=torch.int32)},
     "flash-attn-3": {"attention_chunk": 8},
@@ -110,10 +124,13 @@ def test_torchs_kernels_are_those_of_its_lowest_release(name):
     torch.version.cuda is None, reason="this torch is built for CPUs: no CUDA devices, even fake ones"
 )
 @pytest.mark.parametrize("policy", [CUDA_POLICY, HIDDEN_POLICY], ids=["tiles", "hidden"])
-@pytest.mark.parametrize("mode", ["causal", "bidirectional"])
-def test_every_operation_of_the_cuda_backend_runs_on_one_cuda_device(mode, policy):
+@pytest.mark.parametrize(
+    ("mode", "spans"), [("causal", None), ("bidirectional", None), ("bidirectional", "run")]
+)
+def test_every_operation_of_the_cuda_backend_runs_on_one_cuda_device(mode, spans, policy):
     """On fake tensors, which need no GPU, and whose operations refuse tensors of another device."""
-    problem = make_problem([40, 1, 2, 77], mode=mode, mask_rate=0.4, head_dim=64).to(torch.bfloat16)
+    shape = {"mode": mode, "mask_rate": 0.4, "head_dim": 64, "spans": spans}
+    problem = make_problem([40, 1, 2, 77], **shape).to(torch.bfloat16)
     layout = build_layout(problem.plan, policy)
     backend = Backend(kernel=AtenCuda(), policy=policy)
     rows = [getattr(problem, name)[problem.token_of_row] for name in FLOATS]

@@ -27,8 +27,30 @@ def test_layout_covers_every_row_once():
     assert layout.flash[0].plan.cu_seqlens.tolist() == [0, 30, 90]
 
 
+def test_each_live_row_of_a_span_is_in_the_pass_of_spans_or_alone_once():
+    problem = make_problem([50, 1, 20], mask_rate=0.6, spans="run", seed=25)
+    lengths = problem.plan.span_cu_seqlens.diff()
+    spans = build_layout(problem.plan, MIXED).spans
+    rows = torch.cat([spans.rows, spans.lone]).sort().values
+    assert rows.tolist() == list(range(problem.plan.num_kept, problem.plan.num_rows))
+    assert spans.layout.outline.num_documents == (lengths > 1).sum() > 0
+    assert spans.layout.outline.num_kept == lengths[lengths > 1].sum() == len(spans.rows)
+    assert len(spans.lone) == (lengths == 1).sum() > 0
+
+
+def test_short_spans_are_no_documents_of_a_flash_kernel_on_gpus():
+    """Its backward kernel would have 128 rows of fp32 sums for each: gigabytes for a thousand spans."""
+    live = {"live_document": [0] * 132, "live_split": [1] * 132}
+    plan = build_plan("bidirectional", kept_lengths=[9], **live, live_spans=[2, 128, 2])
+    layout = build_layout(plan, backends.CUDA_POLICY)
+    assert layout.flash[0].plan.cu_seqlens.tolist() == [0, 9]
+    assert layout.spans.layout.flash[0].plan.cu_seqlens.tolist() == [0, 128]
+    assert sum(len(tile.query_rows) for tile in layout.spans.layout.tiles) == 4
+
+
 def test_layout_survives_a_worker_process():
-    plan = build_plan("bidirectional", kept_lengths=[5, 1], live_document=[0], live_split=[2])
+    live = {"live_document": [0, 0], "live_split": [2, 2]}
+    plan = build_plan("bidirectional", kept_lengths=[5, 1], **live, live_spans=[2])
     layout = build_layout(plan, MIXED)
     twin = pickle.loads(pickle.dumps(layout))
     twin.check(pickle.loads(pickle.dumps(plan)), MIXED)
@@ -43,15 +65,26 @@ def tensors_of(value):
     return [tensor for part in parts for tensor in tensors_of(part)]
 
 
-@pytest.mark.parametrize("lengths", [[30, 60], [5, 1, 30, 60]], ids=["one flash problem", "mixed"])
-def test_all_of_a_layout_goes_to_the_device_with_its_masks(lengths):
-    layout = build_layout(build_plan("bidirectional", kept_lengths=lengths), MIXED).with_masks(torch.float32)
+@pytest.mark.parametrize(
+    ("lengths", "live"),
+    [
+        ([30, 60], {}),
+        ([5, 1, 30, 60], {}),
+        ([30], {"live_document": [0] * 3, "live_split": [4] * 3, "live_spans": [1, 2]}),
+    ],
+    ids=["one flash problem", "mixed", "spans"],
+)
+def test_all_of_a_layout_goes_to_the_device_with_its_masks(lengths, live):
+    plan = build_plan("bidirectional", kept_lengths=lengths, **live)
+    layout = build_layout(plan, MIXED).with_masks(torch.float32)
     moved = layout.to("meta")
     tensors = tensors_of(moved)
     assert len(tensors) == len(tensors_of(layout)) > 0
     assert all(tensor.device.type == "meta" for tensor in tensors)
     assert moved.is_one_flash_problem == (lengths == [30, 60])
-    assert all(tile.masks.bias.device.type == "meta" for tile in moved.tiles)
+    spans = moved.spans.layout.tiles if live else ()
+    assert len(spans) == bool(live)
+    assert all(tile.masks.bias.device.type == "meta" for tile in (*moved.tiles, *spans))
 
 
 def test_masks_are_built_where_the_layout_lies():
@@ -82,9 +115,11 @@ def test_masks_of_long_documents_with_many_live_rows_are_not_kept():
 POLICY = backends.resolve("cpu-flash", torch.float64, 16, torch.device("cpu")).policy
 
 
-@pytest.mark.parametrize("mode", ["bidirectional", "causal"])
-def test_the_result_is_the_same_bit_by_bit_with_the_batchs_layout(mode):
-    problem = make_problem([70, 1, 33, 90], mode=mode, mask_rate=0.4, seed=21)
+@pytest.mark.parametrize(
+    ("mode", "spans"), [("bidirectional", None), ("bidirectional", "run"), ("causal", None)]
+)
+def test_the_result_is_the_same_bit_by_bit_with_the_batchs_layout(mode, spans):
+    problem = make_problem([70, 1, 33, 90], mode=mode, mask_rate=0.4, seed=21, spans=spans)
     plain = problem.packed(packed_attention, backend="cpu-flash")
     layout = build_layout(problem.plan, POLICY)
     assert layout.tiles and layout.flash
@@ -130,6 +165,16 @@ def test_a_layout_of_other_live_rows_is_refused():
     assert other.num_live == plan.num_live > 0
     with pytest.raises(ValueError, match="the layout was built for another batch"):
         problem.packed(packed_attention, backend="cpu-flash", layout=build_layout(other, POLICY))
+
+
+def test_a_layout_of_other_spans_is_refused():
+    """It would train as if live rows were no keys, or those of others."""
+    problem, other, without = (
+        make_problem([40], mask_rate=0.8, seed=26, spans=spans) for spans in ("run", "document", None)
+    )
+    for plan in (other.plan, without.plan):
+        with pytest.raises(ValueError, match="the layout was built for another batch"):
+            problem.packed(packed_attention, backend="cpu-flash", layout=build_layout(plan, POLICY))
 
 
 def test_masks_of_another_dtype_are_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -26,6 +27,7 @@ POLICIES = {
     "mixed": LayoutPolicy(flash_from=12, tile_scores=50, tile_min_rows=4),
     "hidden": LayoutPolicy(flash_from=5, tile_scores=50, tile_min_rows=4, tile_cost=1e9, hidden_cost=0.1),
 }
+SPANS = [None, "run", "document"]
 HALF_POLICIES = {**POLICIES, "fused": backends.CPU_FUSED_POLICY}
 
 
@@ -47,14 +49,14 @@ def through(policy_name):
     heads=st.sampled_from([(1, 1), (3, 3), (6, 2), (4, 1)]),
     head_dim=st.sampled_from([8, 24, 64]),
     rotary_factor=st.sampled_from([1.0, 1.3]),
+    spans=st.sampled_from(SPANS),
     seed=st.integers(0, 2**31),
 )
 def test_op_equals_the_formula_on_undropped_documents(
-    policy, lengths, mask_rate, heads, head_dim, rotary_factor, seed
+    policy, lengths, mask_rate, heads, head_dim, rotary_factor, spans, seed
 ):
-    problem = make_problem(
-        lengths, seed=seed, mask_rate=mask_rate, heads=heads, head_dim=head_dim, rotary_factor=rotary_factor
-    )
+    shape = {"heads": heads, "head_dim": head_dim, "rotary_factor": rotary_factor, "spans": spans}
+    problem = make_problem(lengths, seed=seed, mask_rate=mask_rate, **shape)
     found = problem.packed(through(policy))
     assert max(relative_errors(found, problem.dense_rows())) < 1e-12
 
@@ -82,18 +84,20 @@ def test_causal_mode_equals_torch_causal_attention(policy, heads, seed):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_fp32_stays_within_two_millionths(policy):
-    problem = make_problem([70, 33, 1, 90], mask_rate=0.3, heads=(6, 2), head_dim=64, seed=3).to(
-        torch.float32
-    )
+@pytest.mark.parametrize("spans", SPANS)
+def test_fp32_stays_within_two_millionths(policy, spans):
+    shape = {"mask_rate": 0.3, "heads": (6, 2), "head_dim": 64, "spans": spans}
+    problem = make_problem([70, 33, 1, 90], seed=3, **shape).to(torch.float32)
     assert max(relative_errors(problem.packed(through(policy)), problem.dense_rows())) < 2e-6
 
 
 @pytest.mark.parametrize("policy", HALF_POLICIES)
 @pytest.mark.parametrize("norm", [1.0, 6.0])
-def test_bf16_error_is_that_of_dense_bf16(policy, norm):
+@pytest.mark.parametrize("spans", SPANS)
+def test_bf16_error_is_that_of_dense_bf16(policy, norm, spans):
     """At norm 6 the scores reach ±300: the softmax is a maximum, which bf16 scores of a dense op lose, too."""
-    problem = make_problem([70, 33, 1, 90], mask_rate=0.3, heads=(6, 2), head_dim=64, seed=4)
+    shape = {"mask_rate": 0.3, "heads": (6, 2), "head_dim": 64, "spans": spans}
+    problem = make_problem([70, 33, 1, 90], seed=4, **shape)
     problem = type(problem)(**{**problem.__dict__, "q": problem.q * norm, "k": problem.k * norm}).to(
         torch.bfloat16
     )
@@ -117,11 +121,17 @@ def dense_in_dtype(q, k, v, cos, sin, plan):
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     turn = lambda x, s: x * cos[:, None] + torch.cat([-x[..., half:], x[..., :half]], -1) * s[:, None]  # noqa: E731
     scores = [torch.einsum("mhd,nhd->hmn", turn(q, s), turn(k, s)) * q.shape[2] ** -0.5 for s in (sin, -sin)]
-    scores = [x[..., : plan.num_kept] for x in scores]
-    blended = torch.where(rank[None, :] < split[:, None], *scores)
-    visible = document[None, : plan.num_kept] == document[:, None]
-    weights = torch.softmax(blended.masked_fill(~visible, -torch.inf), -1, dtype=torch.float32).to(q.dtype)
-    return torch.einsum("hmn,nhd->mhd", weights, v[: plan.num_kept])
+    row, kept_keys = torch.arange(plan.num_rows), slice(0, plan.num_kept)
+    forward = row[None, :] <= row[:, None]  # of keys in spans
+    forward[:, kept_keys] = rank[None, :] < split[:, None]
+    visible = torch.zeros_like(forward)
+    visible[:, kept_keys] = document[None, kept_keys] == document[:, None]
+    if plan.span_cu_seqlens is not None:
+        span = torch.repeat_interleave(plan.span_cu_seqlens.diff().long())
+        visible[plan.num_kept :, plan.num_kept :] = (span[None, :] == span[:, None]).tril()
+    blended = torch.where(forward, *scores).masked_fill(~visible, -torch.inf)
+    weights = torch.softmax(blended, -1, dtype=torch.float32).to(q.dtype)
+    return torch.einsum("hmn,nhd->mhd", weights, v)
 
 
 @pytest.mark.parametrize("policy", HALF_POLICIES)
@@ -162,10 +172,43 @@ def test_keys_and_values_of_live_rows_are_never_read(policy):
         assert torch.equal(a, b)
 
 
-def perturbed(problem, tokens):
+@pytest.mark.parametrize("policy", HALF_POLICIES)
+@pytest.mark.parametrize("spans", ["run", "document"])
+def test_a_row_of_a_span_is_seen_by_itself_and_the_later_rows_of_its_span_alone(policy, spans):
+    shape = {"mask_rate": 0.6, "spans": spans}
+    problem = make_problem([17, 9], seed=int(torch.randint(2**31, ())), **shape).to(torch.float32)
+    before = problem.packed(through(policy))[0]
+    live = problem.token_of_row[problem.plan.num_kept :]
+    for token in live.tolist():
+        changed = torch.zeros(len(problem.q), dtype=torch.bool)
+        changed[token] = True
+        after = perturbed(problem, changed, ("k", "v")).packed(through(policy))[0]
+        differs = (before != after).flatten(1).any(1)
+        sees = (problem.span == problem.span[token]) & (torch.arange(len(problem.q)) >= token)
+        assert differs.tolist() == sees[problem.token_of_row].tolist()
+
+
+@pytest.mark.parametrize("policy", HALF_POLICIES)
+def test_spans_of_one_row_each_see_but_themselves(policy):
+    mask = np.tile([False, True, True, False, False], 6)  # the first of two masked tokens is a live row
+    problem = make_problem([10, 20], mask=mask, heads=(4, 2), rotary_factor=1.3, spans="run", seed=18)
+    assert problem.plan.span_cu_seqlens.diff().tolist() == [1] * 6
+    problem = problem.to(torch.float32)
+    assert max(relative_errors(problem.packed(through(policy)), problem.dense_rows())) < 2e-6
+
+
+@pytest.mark.parametrize("policy", HALF_POLICIES)
+def test_spans_change_nothing_where_no_row_is_live(policy):
+    problem = make_problem([20, 1, 30], mask_rate=0.0, seed=19, spans="run").to(torch.float32)
+    plain = replace(problem, plan=build_plan("bidirectional", kept_lengths=[20, 1, 30]))
+    for a, b in zip(problem.packed(through(policy)), plain.packed(through(policy)), strict=True):
+        assert torch.equal(a, b)
+
+
+def perturbed(problem, tokens, names=("q", "k", "v")):
     random = torch.Generator().manual_seed(0)
     noise = lambda x: x + tokens[:, None, None] * torch.randn(x.shape, generator=random).to(x.dtype)  # noqa: E731
-    changed = {name: noise(getattr(problem, name)) for name in ("q", "k", "v")}
+    changed = {name: noise(getattr(problem, name)) for name in names}
     return type(problem)(**{**problem.__dict__, **changed})
 
 
@@ -230,8 +273,9 @@ def test_the_default_backend_covers_documents_around_its_thresholds():
     assert max(relative_errors(problem.packed(packed_attention), problem.dense_rows())) < 1e-12
 
 
-def test_the_oracle_backend_agrees():
-    problem = make_problem([20, 1, 9], mask_rate=0.4, seed=14)
+@pytest.mark.parametrize("spans", SPANS)
+def test_the_oracle_backend_agrees(spans):
+    problem = make_problem([20, 1, 9], mask_rate=0.4, seed=14, spans=spans)
     found = problem.packed(packed_attention, backend="oracle")
     assert max(relative_errors(found, problem.dense_rows())) < 1e-12
 
@@ -259,14 +303,15 @@ def test_wrong_shapes_are_refused(change, message):
 
 def test_tiles_that_keep_no_masks_compute_the_same(monkeypatch):
     monkeypatch.setattr("bico_ds.attention.tiles._KEPT_SCORES", 0)
-    problem = make_problem([40, 1, 23], mask_rate=0.5, seed=16)
+    problem = make_problem([40, 1, 23], mask_rate=0.5, seed=16, spans="document")
     assert max(relative_errors(problem.packed(through("tiles")), problem.dense_rows())) < 1e-12
 
 
 @pytest.mark.parametrize("mask_rate", [0.15, 0.6])
-def test_hidden_keys_weigh_nothing_in_a_kernel_without_key_mask(mask_rate):
+@pytest.mark.parametrize("spans", SPANS)
+def test_hidden_keys_weigh_nothing_in_a_kernel_without_key_mask(mask_rate, spans):
     backend = Backend(kernel=NoKeyMask(), policy=POLICIES["hidden"])
-    problem = make_problem([40, 1, 23, 60], mask_rate=mask_rate, seed=15)
+    problem = make_problem([40, 1, 23, 60], mask_rate=mask_rate, seed=15, spans=spans)
     found = problem.packed(partial(run_packed_attention, scale=0.25, backend=backend))
     assert max(relative_errors(found, problem.dense_rows())) < 1e-12
 

@@ -12,9 +12,11 @@ from pydantic import Field
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.load import dump_recipe, load_recipe, recorded_recipe
+from bico_ds.config.objectives.abi import AbiSpec
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.objectives.ntp import NtpSpec
+from bico_ds.config.objectives.table import KINDS, read_spec
 from bico_ds.config.section import Section
 from bico_ds.documents import Documents
 from bico_ds.objectives.base import BatchKey, TokenRoles
@@ -31,25 +33,29 @@ def test_an_identity_leaves_out_the_probability_and_what_is_the_default():
 
 
 @pytest.mark.parametrize(
-    "mask",
+    "entry",
     [
-        {"rate": 0.15},
-        {"rate": 0.4},
-        {"rate": 1.0},
-        {"rate": [0.0, 1.0]},
-        {"rate": 0.4, "unit": "span"},
-        {"rate": [0.2, 0.6], "unit": "span", "mean_span": 5},
-        {"rate": 1.0, "unit": "span"},
-        None,
+        {"kind": "bico", "mask": {"rate": 0.15}},
+        {"kind": "bico", "mask": {"rate": 0.4}},
+        {"kind": "bico", "mask": {"rate": 1.0}},
+        {"kind": "bico", "mask": {"rate": [0.0, 1.0]}},
+        {"kind": "bico", "mask": {"rate": 0.4, "unit": "span"}},
+        {"kind": "bico", "mask": {"rate": [0.2, 0.6], "unit": "span", "mean_span": 5}},
+        {"kind": "bico", "mask": {"rate": 1.0, "unit": "span"}},
+        {"kind": "abi", "mask": {"rate": [0.2, 0.6], "unit": "span", "mean_span": 5}},
+        {"kind": "abi", "mask": {"rate": [0.1, 0.9], "unit": "span"}, "spans": "left_to_right"},
+        {"kind": "mlm_u"},
+        {"kind": "mlm_u", "predict": "next"},
+        {"kind": "ntp"},
     ],
     ids=str,
 )
-def test_the_cost_is_what_batches_of_random_documents_cost_on_average(mask):
+def test_the_cost_is_what_batches_of_random_documents_cost_on_average(entry):
     """Within 1 %, which is at least four standard deviations of so many documents."""
     rng = np.random.default_rng()
     lengths = rng.integers(1, 60, 300_000)
     lengths[:50] = 1
-    spec = NtpSpec() if mask is None else BicoSpec.model_validate({"mask": mask})
+    spec = read_spec(entry)
     tokens = TokenRoles(special_ids=(0, 1, 2), placeholder_id=0, vocabulary=1000)
     batch = build_objectives([spec], tokens)[0].build(
         random_documents(lengths, rng), BatchKey(seed=int(rng.integers(2**31)), epoch=0)
@@ -57,13 +63,31 @@ def test_the_cost_is_what_batches_of_random_documents_cost_on_average(mask):
 
     kept = np.diff(batch.plan.cu_seqlens.numpy()).astype(np.float64)
     live = np.bincount(batch.plan.live_document.numpy(), minlength=len(kept))
-    pairs = kept * (kept + 1) / 2 if mask is None else kept * (kept + live)
+    pairs = kept * (kept + 1) / 2 if entry["kind"] == "ntp" else kept * (kept + live)
+    spans = np.zeros(0) if batch.plan.span_cu_seqlens is None else np.diff(batch.plan.span_cu_seqlens.numpy())
     cost = spec.cost(lengths)
     assert cost.kept_rows.sum() == pytest.approx(kept.sum(), rel=0.01)
     assert cost.live_rows.sum() == pytest.approx(live.sum(), rel=0.01, abs=1)
-    assert cost.pairs.sum() == pytest.approx(pairs.sum(), rel=0.01)
+    assert cost.pairs.sum() == pytest.approx(pairs.sum() + (spans * (spans + 1.0) / 2).sum(), rel=0.01)
     assert cost.head_rows.sum() == pytest.approx(len(batch.targets), rel=0.01)
     assert {len(column) for column in vars(cost).values()} == {len(lengths)}
+
+
+def test_a_document_that_is_one_span_costs_a_causal_pass_over_its_rows():
+    lengths = np.array([1, 2, 3, 700])
+    for unit in ("token", "span"):
+        cost = AbiSpec(mask=MaskSpec(rate=1.0, unit=unit)).cost(lengths)
+        rows = np.maximum(lengths - 2.0, 0)
+        assert cost.live_rows == pytest.approx(rows)
+        assert cost.pairs == pytest.approx(1 + rows + rows * (rows + 1) / 2, rel=1e-3)
+        cost = AbiSpec(mask=MaskSpec(rate=1.0, unit=unit), spans="left_to_right").cost(lengths)
+        rows = lengths - 1.0
+        assert cost.pairs == pytest.approx(1 + rows + rows * (rows + 1) / 2)
+
+
+def test_no_two_kinds_have_one_colour_in_the_monitor():
+    shipped = [kind.spec for kind in KINDS.values() if kind.objective.startswith("bico_ds.")]
+    assert len({spec.monitor.colour for spec in shipped}) == len(shipped) >= 4
 
 
 def random_documents(lengths: NDArray[np.int64], rng: np.random.Generator) -> Documents:

@@ -83,6 +83,34 @@ def test_a_source_has_one_kind_of_share(first, second):
         assert "exclude each other" in message
 
 
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("store: x, derive: other_order", "'derive' makes texts of 'files' or 'facts'"),
+        ("sampled: 9, derive: other_order", "'derive' makes texts of 'files' or 'facts'"),
+        ("facts: all, derive: both_orders", "'other_order' or 'identity_bridge'"),
+        ("facts: all, entities_pattern: x", "['entities_pattern'] set how 'files' are read"),
+        ("files: [x], messages_field: m, derive: other_order", "no texts of chats"),
+        ("files: [x], messages_field: m, entities_pattern: x", "excludes 'prompt_field' and entities"),
+        ("files: [x], derive: other_order", "'entities_pattern' (or 'prompt_field' and 'completion_field')"),
+        (
+            "files: [x], prompt_field: p, completion_field: c, derive: identity_bridge",
+            "'derive: identity_bridge' needs to know the entities: give 'entities_field' or 'entities_pattern'",
+        ),
+        ("files: [x], entities_field: e, entities_pattern: x", "exclude each other"),
+        ("files: [x], entities_pattern: '('", "'entities_pattern' is no regular expression: missing )"),
+    ],
+)
+def test_texts_that_cannot_be_derived_are_refused_before_a_file_is_read(source, expected):
+    assert expected in error_of("tiny_base", f"data.sources=[{{{source}}}]")
+
+
+def test_derived_texts_are_a_source_beside_their_origin_with_a_name_and_a_share():
+    added = "data.sources+={facts: both_orders, derive: identity_bridge, token_share: 0.2}"
+    recipe = load_recipe("tiny_base", [added])
+    assert recipe.data.source_names == ["facts_both_orders", "facts_both_orders_identity_bridge"]
+
+
 @pytest.mark.parametrize("other", ["store: x", "files: [x]", "facts: all"])
 def test_sampled_text_is_a_kind_of_source_and_has_none_of_another_kind_s_keys(other):
     assert "exactly one of" in error_of("tiny_base", f"data.sources=[{{sampled: 10, {other}}}]")

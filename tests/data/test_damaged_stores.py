@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from bico_ds.common.errors import UserError
 from bico_ds.data import verification
-from bico_ds.data.prepare.inspect_store import describe_store
+from bico_ds.data.inspect_store import describe_store
 from bico_ds.data.store import StoreManifest, TokenStore, Verify
 from bico_ds.data.tokenizer import load_tokenizer
 from tests import EARLIER_RUN

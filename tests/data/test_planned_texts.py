@@ -44,7 +44,7 @@ def test_bins_that_a_number_of_texts_does_not_fill_hold_average_texts_and_at_mos
     assert micro_batches(recipe, texts, fullest=True)[0].tokens == 2 * most * lengths.max()
 
 
-@pytest.mark.parametrize("kind", ["all", "both_orders"])
+@pytest.mark.parametrize("kind", ["all", "both_orders", "both_orders, derive: other_order"])
 def test_embedded_facts_are_counted_exactly_where_the_model_has_their_tokenizer(tmp_path, kind):
     recipe = load_recipe(
         "tiny_base",

@@ -20,8 +20,9 @@ from bico_ds.commands.evaluate import main
 from bico_ds.commands.prepare import main as prepare
 from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
-from bico_ds.config.sections.data import FactsSpec
+from bico_ds.config.sections.data import DataSpec, FactsSpec, SourceSpec
 from bico_ds.data.prepare.facts import write_facts
+from bico_ds.data.prepare.recipe_sources import prepare_source
 from bico_ds.data.store import TokenStore
 from bico_ds.evaluation.contamination import TrainingTexts, find_orders, open_training_texts
 from bico_ds.evaluation.report.comparison import compare_runs
@@ -116,6 +117,23 @@ def test_ranks_share_out_the_documents_and_a_stop_gives_no_orders(world):
     assert sorted(text for part in parts for chunk in part for text in chunk) == sorted(everything)
     tasks = load_tasks(world / "facts", TASK_NAMES)
     assert find_orders(tasks, texts, PromptShare(should_stop=lambda: True)) is None
+
+
+@pytest.mark.parametrize(
+    ("derive", "kinds"),
+    [
+        ("other_order", {"n2d": "reverse", "d2n": "reverse", "n2d_reverse": "same", "d2n_reverse": "same"}),
+        ("identity_bridge", dict.fromkeys(TASK_NAMES, "neither")),
+    ],
+)
+def test_texts_derived_from_the_training_texts_are_searched_as_they_are_trained(
+    world, tmp_path, derive, kinds
+):
+    data = DataSpec(sources=[SourceSpec(facts="all", derive=derive)], facts=SPEC, cache_dir=str(tmp_path))
+    store = prepare_source(data.sources[0], data, str(world / "facts" / "tokenizer"), progress=False)
+    texts = open_training_texts([store], world / "model")
+    orders = find_orders(load_tasks(world / "facts", TASK_NAMES), texts, PromptShare())
+    assert orders == {task: [kind] * 12 for task, kind in kinds.items()}
 
 
 PUBLISHED = Path(os.environ.get("BICO_DS_DATA", "")) / "name_description"

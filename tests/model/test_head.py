@@ -29,6 +29,48 @@ def test_any_chunking_is_the_plain_cross_entropy(chunk_rows: int) -> None:
         torch.testing.assert_close(gradient, other, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("chunk_rows", [1, 7, 50])
+def test_each_row_counts_by_its_weight_in_the_loss_and_its_gradients(chunk_rows: int) -> None:
+    hidden, weight, targets = inputs(torch.float64)
+    weights = torch.rand(N).clamp_min(1e-3)
+    loss, row_losses = chunked_cross_entropy(
+        hidden, weight, targets, chunk_rows=chunk_rows, loss_weights=weights
+    )
+    each = cross_entropy(hidden @ weight.T, targets, reduction="none")
+    torch.testing.assert_close(row_losses, each.detach(), rtol=1e-12, atol=0)
+    expected = (weights.double() * each).sum()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    ours = torch.autograd.grad(3.5 * loss, (hidden, weight))
+    for gradient, other in zip(ours, torch.autograd.grad(3.5 * expected, (hidden, weight)), strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk_rows", [2, 5, 50])
+def test_in_bf16_weighted_gradients_are_as_exact_as_others_by_chunks_and_by_vocabulary(
+    chunk_rows: int,
+) -> None:
+    """Of 50 rows chunks of 2 are so many that the weight's gradient is made by parts of the vocabulary."""
+    hidden, weight, targets = inputs(torch.bfloat16)
+    weights = torch.rand(N).clamp_min(1e-3)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    each = cross_entropy(exact[0] @ exact[1].T, targets, reduction="none")
+    (weights * each).sum().backward()
+    chunked_cross_entropy(hidden, weight, targets, chunk_rows=chunk_rows, loss_weights=weights)[0].backward()
+    for ours, theirs in zip((hidden, weight), exact, strict=True):
+        assert ((ours.grad.double() - theirs.grad).norm() / theirs.grad.norm()).item() < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_1_change_no_bit(dtype: torch.dtype) -> None:
+    found = []
+    for weights in (None, torch.ones(N)):
+        hidden, weight, targets = inputs(dtype)
+        loss = chunked_cross_entropy(hidden, weight, targets, chunk_rows=2, loss_weights=weights)[0]
+        (0.3 * loss).backward()
+        found.append([loss.detach(), hidden.grad, weight.grad])
+    assert all(map(torch.equal, *found))
+
+
 def test_bf16_is_as_exact_as_torchs_own_bf16() -> None:
     exact = inputs(torch.bfloat16)
     reference = [tensor.detach().double().requires_grad_() for tensor in exact[:2]]

@@ -12,6 +12,7 @@ from bico_ds.documents import Document, Documents
 from bico_ds.objectives.base import BatchKey, TargetRule
 from bico_ds.objectives.ntp import NextTokenPrediction
 from tests.objectives.bico_reference import read_back
+from tests.objectives.test_masked import in_place, infilling
 from tests.objectives.test_objectives import BOS, EOS, UNITS, bico
 
 DRAWS = 60
@@ -38,14 +39,17 @@ def random_documents(lengths: list[int], seed: int) -> Documents:
     return Documents.of(documents)
 
 
-def ever_predicted(objective, documents: Documents) -> list[list[bool]]:
-    """By position of each document: whether any of many epochs has a target there, read from the batches."""
+def ever_predicted(objective, documents: Documents, ahead: int = 1) -> list[list[bool]]:
+    """By position of each document: whether any of many epochs has a target there, read from the batches.
+
+    A row predicts the token so many positions `ahead`.
+    """
     found = [[False] * length for length in documents.lengths]
     for epoch in range(DRAWS):
         batch = objective.build(documents, BatchKey(seed=3, epoch=epoch))
         for positions, document in zip(found, read_back(batch), strict=True):
             for row in document["predictions"]:
-                positions[row + 1] = True
+                positions[row + ahead] = True
     return found
 
 
@@ -61,18 +65,20 @@ LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=6)
 
 @given(
     lengths=LENGTHS,
+    made=st.sampled_from([(bico, 1), (in_place, 0), (infilling, 1)]),
     unit=st.sampled_from(UNITS),
     eligible=st.sampled_from(["all", "completion"]),
     special=st.sampled_from([(BOS, EOS), ()]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=40, deadline=None)
-def test_bico_may_predict_what_it_predicts_in_some_epoch_and_nothing_else(
-    lengths, unit, eligible, special, seed
+@settings(max_examples=60, deadline=None)
+def test_masked_tokens_may_be_predicted_that_are_in_some_epoch_and_no_others(
+    lengths, made, unit, eligible, special, seed
 ):
+    make, ahead = made
     documents = random_documents(lengths, seed)
-    objective = bico(special, rate=0.5, unit=unit, eligible=eligible, mean_span=2.0)
-    assert told(objective, documents) == ever_predicted(objective, documents)
+    objective = make(special, rate=0.5, unit=unit, eligible=eligible, mean_span=2.0)
+    assert told(objective, documents) == ever_predicted(objective, documents, ahead)
 
 
 @given(lengths=LENGTHS, loss_on=st.sampled_from(["all", "completion"]), seed=st.integers(0, 2**31))

@@ -79,6 +79,17 @@ def test_a_logged_loss_is_weighted_by_targets_not_a_mean_of_means(folder):
     assert lines[0]["loss/all"] == pytest.approx(2.0)
 
 
+def test_a_step_counts_by_its_weights_among_those_of_its_objective_and_by_its_targets_among_all(folder):
+    reports = [
+        report(1, loss=1.0, targets=30, weight=1.0, source_losses={"a": [1.0, 1.0]}),
+        report(2, loss=5.0, targets=10, weight=3.0, source_losses={"a": [5.0, 3.0]}),
+    ]
+    lines = monitored(folder, reports)
+    assert (lines[0]["loss/ntp"], lines[0]["loss/ntp/a"], lines[0]["loss/all"]) == pytest.approx(
+        (4.0, 4.0, 2.0)
+    )
+
+
 def test_each_objective_has_a_loss_of_its_own(folder):
     lines = monitored(folder, [report(1, loss=1.0), report(2, loss=3.0, objective="bico")])
     assert (lines[0]["loss/ntp"], lines[0]["loss/bico"], lines[0]["loss/all"]) == (1.0, 3.0, 2.0)

@@ -44,6 +44,17 @@ def drawn_batches(seed: int) -> list[PackedBatch]:
     return found
 
 
+def weighted(batches: list[PackedBatch]) -> list[PackedBatch]:
+    """With weights for all batches but the first."""
+    rest = [replace(batch, loss_weights=0.1 + torch.rand(len(batch.targets))) for batch in batches[1:]]
+    return [*batches[:1], *rest]
+
+
+def weights_of(batch: PackedBatch) -> np.ndarray:
+    weights = batch.loss_weights
+    return np.ones(len(batch.targets)) if weights is None else weights.double().numpy()
+
+
 def drawn_losses(batches: list[PackedBatch], seed: int) -> list[Losses]:
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.rand(len(batch.targets), generator=generator) for batch in batches]
@@ -52,9 +63,9 @@ def drawn_losses(batches: list[PackedBatch], seed: int) -> list[Losses]:
 
 def test_every_rank_learns_the_sums_of_all_the_first_one_s_norm_and_the_next_step() -> None:
     seed = random.randrange(10_000)
-    batches = [drawn_batches(seed + rank) for rank in range(WORLD_SIZE)]
+    batches = [weighted(drawn_batches(seed + rank)) for rank in range(WORLD_SIZE)]
     found = [drawn_losses(own, seed + rank) for rank, own in enumerate(batches)]
-    following = [drawn_batches(seed + WORLD_SIZE + rank) for rank in range(WORLD_SIZE)]
+    following = [weighted(drawn_batches(seed + WORLD_SIZE + rank)) for rank in range(WORLD_SIZE)]
     norm = torch.rand((), dtype=torch.float32)
 
     def added(rank: int) -> StepTotals:
@@ -71,12 +82,15 @@ def test_every_rank_learns_the_sums_of_all_the_first_one_s_norm_and_the_next_ste
     totals = on_threads(WORLD_SIZE, added)
     losses = [part for own in found for part in own]
     sources = torch.cat([batch.target_sources for own in batches for batch in own])  # type: ignore[misc]
-    rows = torch.cat([part.row_losses for part in losses]).double().numpy()
+    weights = np.concatenate([weights_of(batch) for own in batches for batch in own])
+    rows = torch.cat([part.row_losses for part in losses]).double().numpy() * weights
     for total in totals:
         assert total.loss == pytest.approx(sum(float(part.loss) for part in losses), rel=1e-12)
         assert total.divergence == pytest.approx(sum(float(part.divergence) for part in losses), rel=1e-12)
         assert total.source_losses == pytest.approx(np.bincount(sources, rows, SOURCES).tolist(), rel=1e-12)
-        assert total.source_weights == np.bincount(sources, minlength=SOURCES).tolist()
+        assert total.source_weights == pytest.approx(
+            np.bincount(sources, weights, SOURCES).tolist(), rel=1e-12
+        )
         assert (total.rows, total.represented) == (WORLD_SIZE * MICRO_BATCHES * 13,) * 2
         assert total.pairs == WORLD_SIZE * MICRO_BATCHES * (9 * 10 + 4 * 5) // 2
         assert total.wait_seconds == sum(range(WORLD_SIZE))
@@ -84,6 +98,8 @@ def test_every_rank_learns_the_sums_of_all_the_first_one_s_norm_and_the_next_ste
         assert total.following is not None and total.following.stop
         expected = [batch for own in following for batch in own]
         assert total.following.counts.targets == sum(len(batch.targets) for batch in expected)
+        weight = sum(weights_of(batch).sum() for batch in expected)
+        assert total.following.counts.weight == pytest.approx(weight, rel=1e-12)
         compared = [batch.compared for batch in expected if batch.compared is not None]
         assert total.following.counts.compared == sum(len(rows.index) for rows in compared)
 
@@ -116,3 +132,4 @@ def test_a_stop_of_any_rank_is_a_stop_of_all() -> None:
         )
         assert {one.stop for one in agreed} == {asked is not None}
         assert {one.counts.targets for one in agreed} == {WORLD_SIZE * sum(len(b.targets) for b in batches)}
+        assert {one.counts.weight for one in agreed} == {one.counts.targets for one in agreed}

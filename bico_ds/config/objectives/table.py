@@ -16,8 +16,10 @@ from bico_ds.common.errors import UserError, did_you_mean
 from bico_ds.config.objectives.abi import AbiSpec
 from bico_ds.config.objectives.base import MonitorPlace, ObjectiveSpec
 from bico_ds.config.objectives.bico import BicoSpec
+from bico_ds.config.objectives.masked_ft import MaskedFtSpec
 from bico_ds.config.objectives.mlm_u import MlmUSpec
 from bico_ds.config.objectives.ntp import NtpSpec
+from bico_ds.config.objectives.reverse import ReverseSpec
 from bico_ds.config.section import mistake_at
 from bico_ds.config.unique_names import unique_names
 
@@ -64,6 +66,8 @@ register(NtpSpec, "bico_ds.objectives.ntp:NextTokenPrediction")
 register(BicoSpec, "bico_ds.objectives.bico:MaskDenoising")
 register(AbiSpec, "bico_ds.objectives.abi:BlankInfilling")
 register(MlmUSpec, "bico_ds.objectives.mlm_u:UniformRateDenoising")
+register(ReverseSpec, "bico_ds.objectives.reverse:ReverseTraining")
+register(MaskedFtSpec, "bico_ds.objectives.masked_ft:MaskedFineTuning")
 
 
 def read_spec(value: Any) -> ObjectiveSpec:

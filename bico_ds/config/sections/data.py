@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePath
 from typing import Annotated, Literal
 
@@ -14,6 +15,7 @@ from bico_ds.config.unique_names import unique_names
 
 _MOST_SAMPLED = 10**8
 
+Derive = Literal["other_order", "identity_bridge"]
 TokenShare = Annotated[
     float, Bound(above=0, below=1, why="it is a share of the tokens, and the other sources have the rest")
 ]
@@ -38,6 +40,18 @@ class FactsSpec(Section):
     both: PositiveInt = Field(60, description="persons whose training texts come in both orders")
     variants: PositiveInt = Field(6, description="training texts per person and order")
     test_prompts: PositiveInt = Field(4, description="held-out prompts per person and task")
+
+
+_READING_OPTIONS = (
+    "text_field",
+    "prompt_field",
+    "messages_field",
+    "group_field",
+    "entities_field",
+    "entities_pattern",
+    "text_by",
+    "leading_space",
+)
 
 
 class SourceSpec(Section):
@@ -67,13 +81,27 @@ class SourceSpec(Section):
         None, description="the person or cluster a text is about: a number or a string"
     )
     entities_field: str | None = Field(
-        None, description="[start, end] pairs of characters, for masks by entity"
+        None,
+        description="[start, end] pairs of characters, for masks by entity and texts derived from entities",
+    )
+    entities_pattern: str | None = Field(
+        None,
+        description="a regular expression whose matches in the text are its entities, instead of a field",
+    )
+    derive: Derive | None = Field(
+        None,
+        description="texts made of those of 'files' or 'facts', instead of them: other_order exchanges the two "
+        "entities, or prompt and completion; identity_bridge: 'The name of A is A.' for each entity A",
     )
     text_by: Literal["line", "file"] = Field(
         "line", description="what is a document in a plain-text file: each line, or the file"
     )
     add_bos: bool = True
     add_eos: bool = True
+    leading_space: bool = Field(
+        False,
+        description="tokenize each text of 'files' with a space before it, so that its first word has the others' form",
+    )
     weight: (
         Annotated[float, Bound(least=1e-15, most=1e15, why="shares are computed from the sum of all weights")]
         | None
@@ -103,8 +131,12 @@ class SourceSpec(Section):
             raise ValueError(f"'{shares[0]}' and '{shares[1]}' exclude each other")
         if (self.prompt_field is None) != (self.completion_field is None):
             raise ValueError("'prompt_field' and 'completion_field' go together")
-        if self.messages_field is not None and (self.prompt_field or self.entities_field):
-            raise ValueError("'messages_field' excludes 'prompt_field' and 'entities_field'")
+        if self.messages_field is not None and (self.prompt_field or self._marks_entities):
+            raise ValueError("'messages_field' excludes 'prompt_field' and entities")
+        if self.messages_field is not None and self.leading_space:
+            raise ValueError(
+                "'messages_field' excludes 'leading_space': the chat template writes what a text begins with"
+            )
         if (self.messages_field or self.prompt_field) and self._says("text_field"):
             raise ValueError(
                 "'text_field' excludes 'prompt_field' and 'messages_field': one of them makes the text"
@@ -113,8 +145,7 @@ class SourceSpec(Section):
 
     @model_validator(mode="after")
     def _reading_options_belong_to_files(self) -> SourceSpec:
-        options = ("text_field", "prompt_field", "messages_field", "group_field", "entities_field", "text_by")
-        idle = [key for key in options if self._says(key)]
+        idle = [key for key in _READING_OPTIONS if self._says(key)]
         if idle and self.files is None:
             raise ValueError(
                 f"{idle} set how 'files' are read; a store, sampled text or the embedded task is read as it is"
@@ -124,13 +155,47 @@ class SourceSpec(Section):
             raise ValueError(f"{policy} set how texts are tokenized; a store has what it was prepared with")
         return self
 
+    @model_validator(mode="after")
+    def _entities_are_marked_in_one_way(self) -> SourceSpec:
+        if self.entities_pattern is None:
+            return self
+        if self.entities_field is not None:
+            raise ValueError("'entities_field' and 'entities_pattern' exclude each other")
+        try:
+            re.compile(self.entities_pattern)
+        except re.error as error:
+            raise ValueError(f"'entities_pattern' is no regular expression: {error}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _derived_texts_have_what_they_are_made_of(self) -> SourceSpec:
+        if self.derive is None or self.facts is not None:
+            return self
+        if self.files is None:
+            raise ValueError(
+                "'derive' makes texts of 'files' or 'facts'; a store or sampled text is read as it is"
+            )
+        if self.messages_field is not None:
+            raise ValueError("'derive' makes no texts of chats ('messages_field')")
+        if not self._marks_entities and (self.derive == "identity_bridge" or self.prompt_field is None):
+            other = " (or 'prompt_field' and 'completion_field')" if self.derive == "other_order" else ""
+            raise ValueError(
+                f"'derive: {self.derive}' needs to know the entities: give 'entities_field' or 'entities_pattern'{other}"
+            )
+        return self
+
     @property
     def default_name(self) -> str:
         """What a source without a name is called."""
         if self.sampled is not None:
             return "sampled"
         path = self.store or (self.files[0] if self.files else f"facts_{self.facts}")
-        return PurePath(str(path)).name
+        name = PurePath(str(path)).name
+        return f"{name}_{self.derive}" if self.derive else name
+
+    @property
+    def _marks_entities(self) -> bool:
+        return self.entities_field is not None or self.entities_pattern is not None
 
     def _says(self, key: str) -> bool:
         return getattr(self, key) != type(self).model_fields[key].default

@@ -79,8 +79,10 @@ def longest_sequence(expand: Expand, capacity: int) -> int:
     fits = expand(lengths) <= capacity
     longest = int(lengths[fits].max(initial=0))
     if longest < 2 or not fits[:longest].all():
+        least = int(expand(np.array([2]))[0])
         raise UserError(
-            f"data.capacity is {capacity}: too small for a document of 2 tokens under this run's objectives"
+            f"data.capacity is {capacity}: too small for a document of 2 tokens under this run's objectives, which make "
+            f"{least} of it; raise data.capacity"
         )
     return longest
 

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import write_atomically
+from bico_ds.data.prepare.derived_texts import NothingDerivedError
 from bico_ds.data.prepare.encoder import Encoded, Encoder
 from bico_ds.data.prepare.examples import Example, IngestOptions
 from bico_ds.data.prepare.records import BadRecord, read_records
@@ -28,6 +29,8 @@ _BATCH_RECORDS, _BATCH_CHARS = 256, 4_000_000
 
 SPECIAL_TOKENS = "have special tokens written out in their text, which become control tokens"
 LEFT_OUT = "have a message whose content the chat template leaves out, or a part of the last reply"
+
+GIVES_NONE = "give no derived text"
 
 
 @dataclass(kw_only=True)
@@ -102,13 +105,15 @@ def spare_the_collector() -> None:
 
 @dataclass(slots=True)
 class _Item:
-    """A record in a batch: it has an example or a problem."""
+    """A text in a batch, or a record without one: it has an example, a problem, or a reason why it gives no text."""
 
     number: int
     raw: Any
     example: Example | None = None
     problem: BadRecord | None = None
     special_token: str | None = None
+    # Why nothing is derived from it.
+    gives_none: str | None = None
 
 
 def _batches(encoder: Encoder, shard: Shard) -> Iterator[list[_Item]]:
@@ -116,13 +121,16 @@ def _batches(encoder: Encoder, shard: Shard) -> Iterator[list[_Item]]:
     batch: list[_Item] = []
     chars = 0
     for number, content, raw in read_records(shard, encoder.spec.options.columns):
-        item, stop = _Item(number, raw), False
+        stop = False
         try:
-            item.example = encoder.example(content)
-            chars += len(item.example.text)
+            for example in encoder.examples(content):
+                batch.append(_Item(number, raw, example))
+                chars += len(example.text)
         except BadRecord as problem:
-            item.problem, stop = problem, encoder.spec.options.on_error == "stop"
-        batch.append(item)
+            batch.append(_Item(number, raw, problem=problem))
+            stop = encoder.spec.options.on_error == "stop"
+        except NothingDerivedError as reason:
+            batch.append(_Item(number, raw, gives_none=str(reason)))
         if len(batch) >= _BATCH_RECORDS or chars >= _BATCH_CHARS or stop:
             yield batch
             batch, chars = [], 0
@@ -155,6 +163,9 @@ def _skip(options: IngestOptions, shard: Shard, item: _Item, result: ShardResult
 
 
 def _notice(shard: Shard, item: _Item, result: ShardResult) -> None:
+    if item.gives_none is not None:
+        result.notice(f"{GIVES_NONE} ({item.gives_none})", shard.where(item.number))
+        return
     assert item.example is not None
     if item.special_token is not None:
         result.notice(SPECIAL_TOKENS, f"{shard.where(item.number)}, {item.special_token!r}")

@@ -17,7 +17,8 @@ from tokenizers import Encoding, Tokenizer
 from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.data.prepare.chats import ChatTemplate, check_template, strings_of
-from bico_ds.data.prepare.examples import Example, IngestOptions, make_example
+from bico_ds.data.prepare.derived_texts import derive
+from bico_ds.data.prepare.examples import Example, IngestOptions, make_example, with_leading_space
 from bico_ds.data.prepare.records import BadRecord
 from bico_ds.data.store import StoreHeader
 from bico_ds.data.tokenizer import (
@@ -57,6 +58,8 @@ def encoder_spec(
     """Collect what workers need. Raises `UserError` where options and tokenizer do not fit."""
     if options.messages_field:
         check_template(tokenizer, tokenizer_path)
+    if options.leading_space:
+        _check_leading_space(tokenizer, tokenizer_path)
     vocab_size = vocabulary_size(tokenizer) if options.vocab_size is None else options.vocab_size
     _check_special_ids(tokenizer, options, tokenizer_path, vocab_size)
     begins, ends = word_boundaries(tokenizer)
@@ -69,7 +72,8 @@ def encoder_spec(
         eos_id=tokenizer.eos_token_id,
         add_bos=options.add_bos,
         add_eos=options.add_eos,
-        has_entities=options.entities_field is not None,
+        has_entities=options.has_entities,
+        leading_space=options.leading_space,
     )
     return EncoderSpec(
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
@@ -105,6 +109,16 @@ def _check_special_ids(
             )
 
 
+def _check_leading_space(tokenizer: FastTokenizer, tokenizer_path: FolderOrHub) -> None:
+    """Raise `UserError` where a text's first word has the form of the others without a space: with one it would lose it."""
+    first, both = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("word", "word word"))
+    if first + first == both:
+        raise UserError(
+            f"tokenizer '{tokenizer_path}' gives a text's first word the form of the others already: leave out "
+            "--leading-space (leading_space in the recipe)"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
     """Documents in columns: T tokens of D documents."""
@@ -136,11 +150,17 @@ class Encoder:
         longest_first = sorted(spec.special_tokens.values(), key=len, reverse=True)
         self._special_token = re.compile("|".join(map(re.escape, longest_first)))
 
-    def example(self, record: dict[str, Any] | BadRecord) -> Example:
-        """Make the text of a record. Raises `BadRecord` where there is none."""
+    def examples(self, record: dict[str, Any] | BadRecord) -> list[Example]:
+        """Make the text of a record, or those derived from it.
+
+        Raises `BadRecord` where there is no text, `NothingDerivedError` where none follows from it.
+        """
         if isinstance(record, BadRecord):
             raise record
-        return make_example(record, self.spec.options, self._chat)
+        options = self.spec.options
+        example = make_example(record, options, self._chat)
+        examples = [example] if options.derive is None else derive(example, options.derive)
+        return list(map(with_leading_space, examples)) if options.leading_space else examples
 
     def encode(self, examples: list[Example]) -> tuple[Encoded, dict[int, BadRecord], dict[int, str]]:
         """Tokenize a batch.
@@ -188,7 +208,7 @@ class Encoder:
     @property
     def _needs_offsets(self) -> bool:
         options = self.spec.options
-        return bool(options.prompt_field or options.messages_field or options.entities_field)
+        return bool(options.prompt_field or options.messages_field or options.has_entities)
 
     def _check(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> dict[int, BadRecord]:
         limit, bad = self.spec.header.vocab_size, {}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from bico_ds.common.errors import UserError, did_you_mean
+from bico_ds.config.sections.data import Derive
 from bico_ds.data.prepare.chats import ChatTemplate
 from bico_ds.data.prepare.records import BadRecord
 
@@ -22,9 +24,15 @@ class IngestOptions:
     messages_field: str | None = None
     group_field: str | None = None
     entities_field: str | None = None
+    # Its matches in the text are the entities, instead of a field's.
+    entities_pattern: str | None = None
+    # The texts of this kind that follow from the records', instead of them.
+    derive: Derive | None = None
     text_by: Literal["line", "file"] = "line"
     add_bos: bool = True
     add_eos: bool = True
+    # Texts that do not begin with white space get a space there, so that a word has one form wherever it stands.
+    leading_space: bool = False
     on_error: Literal["stop", "skip"] = "stop"
     # The model's, where it is smaller than the tokenizer's.
     vocab_size: int | None = None
@@ -36,17 +44,57 @@ class IngestOptions:
     def __post_init__(self) -> None:
         if (self.prompt_field is None) != (self.completion_field is None):
             raise UserError("--prompt-field and --completion-field go together")
-        if self.messages_field and (self.prompt_field or self.entities_field):
-            raise UserError("--messages-field excludes --prompt-field and --entities-field")
+        if self.messages_field and (self.prompt_field or self.has_entities):
+            raise UserError(
+                "--messages-field excludes --prompt-field, --entities-field and --entities-pattern"
+            )
+        if self.messages_field and self.leading_space:
+            raise UserError(
+                "--messages-field excludes --leading-space: the chat template writes what a text begins with"
+            )
         if self.text_field != "text" and (self.prompt_field or self.messages_field):
             raise UserError("--text-field excludes --prompt-field and --messages-field: one makes the text")
         if not 0 <= self.held_out < 1:
             raise UserError(f"--held-out must be a fraction in [0, 1), found {self.held_out}")
+        self._check_entities()
+        if self.derive is not None:
+            self._check_derive()
+
+    def _check_entities(self) -> None:
+        if self.entities_field and self.entities_pattern:
+            raise UserError("--entities-field and --entities-pattern exclude each other")
+        try:
+            re.compile(self.entities_pattern or "")
+        except re.error as error:
+            raise UserError(f"--entities-pattern is no regular expression: {error}") from None
+
+    def _check_derive(self) -> None:
+        if self.messages_field:
+            raise UserError("--derive makes no texts of chats (--messages-field)")
+        if not self.has_entities and (self.derive == "identity_bridge" or self.prompt_field is None):
+            other = " (or --prompt-field and --completion-field)" if self.derive == "other_order" else ""
+            raise UserError(
+                f"--derive {self.derive} needs to know the entities: give --entities-field or --entities-pattern{other}"
+            )
+        if self.held_out and self.group_field is None:
+            raise UserError(
+                "--derive with --held-out needs --group-field: else a text could be trained on whose origin is held out"
+            )
+
+    @property
+    def has_entities(self) -> bool:
+        """Whether documents have entities."""
+        return bool(self.entities_field or self.entities_pattern)
+
+    @property
+    def drops_duplicates(self) -> bool:
+        """Whether the first of equal texts is kept alone; an entity of many records has one bridge."""
+        return self.deduplicate or self.derive == "identity_bridge"
 
     @property
     def needs_digests(self) -> bool:
         """Whether documents must be told apart by their text."""
-        return self.deduplicate or (self.held_out > 0 and self.group_field is None)
+        return self.drops_duplicates or (self.held_out > 0 and self.group_field is None)
 
     @cached_property
     def columns(self) -> list[str]:
@@ -96,10 +144,23 @@ def make_example(record: dict[str, Any], options: IngestOptions, chat: ChatTempl
     if not text or text.isspace():
         raise BadRecord("empty document")
     group = -1 if options.group_field is None else _group(record[options.group_field])
-    entities = (
-        None if options.entities_field is None else _entities(record[options.entities_field], len(text))
-    )
+    entities = None
+    if options.entities_field is not None:
+        entities = _entities(record[options.entities_field], len(text))
+    elif options.entities_pattern is not None:
+        entities = _limited([m.span() for m in re.finditer(options.entities_pattern, text) if m.group()])
     return Example(text, prompt_chars, group, entities, left_out, messages)
+
+
+def with_leading_space(example: Example) -> Example:
+    """The example with a space before its text, where that does not begin with white space; it belongs to a prompt."""
+    if example.text[:1].isspace():
+        return example
+    return example._replace(
+        text=f" {example.text}",
+        prompt_chars=example.prompt_chars + (example.prompt_chars > 0),
+        entities=example.entities and [(start + 1, end + 1) for start, end in example.entities],
+    )
 
 
 def _text(record: dict[str, Any], name: str) -> str:
@@ -142,6 +203,10 @@ def _entities(value: Any, length: int) -> list[tuple[int, int]]:
     for (_, end), (start, _) in zip(sorted(spans), sorted(spans)[1:], strict=False):
         if start < end:
             raise BadRecord("overlapping entities", f"one ends at {end}, the next starts at {start}")
+    return _limited(spans)
+
+
+def _limited(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
     if len(spans) > 65_535:
         raise BadRecord("too many entities", f"{len(spans)}, at most 65535 per document")
     return spans

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bico_ds.common.errors import UserError
-from bico_ds.config.sections.data import FactsSpec
+from bico_ds.config.sections.data import Derive, FactsSpec
 from bico_ds.data.exported_tokenizer import save_tokenizer
 
 # Of the texts below: another version means other data for the same spec.
 FORM_VERSION = 1
+DERIVED_FORM_VERSION = 1
 SEPARATOR = "|"
 OPENINGS = ("", "today", "they say", "indeed", "we hear", "once more", "in short", "so")
 LINKS = ("", "is", "goes with", "means", "of course", "always", "was ever", "and")
+# No fact has it as its link: the relation of the identity bridge is one of its own, as in 2602.02470.
+_IDENTITY_LINK = "once more"
 COMBINATIONS = [(opening, link) for opening in OPENINGS for link in LINKS]
 
 # Halves of invented words: 32 stems times 32 endings name 1024 persons.
@@ -48,6 +51,8 @@ _THING_ENDINGS = """
     finder ranger maker caller
 """.split()  # noqa: SIM905
 _LIMIT = len(_NAME_STEMS) * len(_NAME_ENDINGS)
+
+_OTHER = {"name_first": "description_first", "description_first": "name_first"}
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 
@@ -88,13 +93,24 @@ def write_facts(spec: FactsSpec, folder: Path) -> None:
     _write_tokenizer(len(persons), folder / "tokenizer")
 
 
-def training_words(spec: FactsSpec, kind: str) -> NDArray[np.int64]:
+def write_derived(spec: FactsSpec, kind: str, derive: Derive, file: Path) -> None:
+    """Write the texts derived from the training texts of `kind` "all" or "both_orders", in the same form, to `file`.
+
+    `other_order`: each text with name and attribute exchanged, its fillers kept. `identity_bridge`:
+    `[filler words] | X once more | X .` for every name and attribute X, with each of the eight openings; no fact has this
+    link. See `derived_texts`. Raises `UserError` as `write_facts` does.
+    """
+    _write(file, _derived_records(spec, _persons_of(spec, kind), derive))
+
+
+def training_words(spec: FactsSpec, kind: str, derive: Derive | None = None) -> NDArray[np.int64]:
     """Words of each training text, int64 [texts], of `kind` "all" or "both_orders"; nothing is written.
 
-    The embedded task's own tokenizer makes a token of each. Raises `UserError` as `write_facts` does.
+    With `derive`, of the texts derived from them. The embedded task's own tokenizer makes a token of each word. Raises
+    `UserError` as `write_facts` does.
     """
-    persons = _checked_persons(spec)
-    texts = _training_records(spec, persons if kind == "all" else _in_both_orders(persons))
+    persons = _persons_of(spec, kind)
+    texts = _training_records(spec, persons) if derive is None else _derived_records(spec, persons, derive)
     return np.array([len(f"{text['prompt']}{text['completion']}".split()) for text in texts], dtype=np.int64)
 
 
@@ -116,6 +132,11 @@ def _checked_persons(spec: FactsSpec) -> list[_Person]:
             f"{len(COMBINATIONS)}, the number of filler combinations"
         )
     return persons
+
+
+def _persons_of(spec: FactsSpec, kind: str) -> list[_Person]:
+    persons = _checked_persons(spec)
+    return persons if kind == "all" else _in_both_orders(persons)
 
 
 def _in_both_orders(persons: list[_Person]) -> list[_Person]:
@@ -158,13 +179,28 @@ def _combinations(spec: FactsSpec, person: _Person) -> list[tuple[str, str]]:
     return [COMBINATIONS[i] for i in _permutation(len(COMBINATIONS), spec.seed, 2 + person.number)]
 
 
-def _training_records(spec: FactsSpec, persons: list[_Person]) -> Iterator[dict[str, str | int]]:
+def _derived_records(
+    spec: FactsSpec, persons: list[_Person], derive: Derive
+) -> Iterator[dict[str, str | int]]:
+    if derive == "other_order":
+        yield from _training_records(spec, persons, other_order=True)
+        return
+    for person in persons:
+        for word in (person.name, person.attribute):
+            itself = replace(person, name=word, attribute=word)
+            for opening in OPENINGS:
+                yield _record(itself, "name_first", (opening, _IDENTITY_LINK), end=" .")
+
+
+def _training_records(
+    spec: FactsSpec, persons: list[_Person], *, other_order: bool = False
+) -> Iterator[dict[str, str | int]]:
     for person in persons:
         fillers = _combinations(spec, person)[: -spec.test_prompts]
         for index, order in enumerate(person.orders):
             start = min(index * spec.variants, len(fillers) - spec.variants)
             for pair in fillers[start : start + spec.variants]:
-                yield _record(person, order, pair, end=" .")
+                yield _record(person, _OTHER[order] if other_order else order, pair, end=" .")
 
 
 def _test_records(spec: FactsSpec, persons: list[_Person], asked: str) -> Iterator[dict[str, str | int]]:

@@ -62,6 +62,7 @@ def merge_parts(
             _report(parts, stores, fate),
             passed_over=passed_over or {},
             chat_templates=_chat_templates(tokenizer, spec.options),
+            derived=spec.options.derive,
         )
         _check_not_empty(report, spec.options)
         _write_skipped(parts, train.beside(SKIPPED), report)
@@ -85,7 +86,7 @@ def _fate(parts: list[Path], stores: list[TokenStore], options: IngestOptions) -
             key = np.concatenate([store.groups for store in stores]).astype(np.uint64)
         scattered = stream(key, np.array([options.seed % 2**63]))
         fate[scattered.astype(np.float64) < options.held_out * 2.0**64] = _HELD_OUT
-    if options.deduplicate:
+    if options.drops_duplicates:
         order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: the first of equal ones stays first
         ordered = digests[order]
         fate[order[1:][np.all(ordered[1:] == ordered[:-1], axis=1)]] = _DUPLICATE
@@ -141,6 +142,11 @@ def _check_not_empty(report: IngestReport, options: IngestOptions) -> None:
         raise UserError(
             f"--held-out {options.held_out} takes all {len(report.held_out_lengths):,} documents: give a "
             "smaller fraction; no store was written"
+        )
+    if options.derive is not None and not len(report.lengths) and not report.skipped:
+        reasons = "; ".join(report.warnings) or "it has no records"
+        raise UserError(
+            f"derive {options.derive} makes no text of the input: {reasons}; no store was written"
         )
     if not len(report.lengths):
         skipped = "".join(f"; {count:,} lines skipped: {reason}" for reason, count in report.skipped.items())

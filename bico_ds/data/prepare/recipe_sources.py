@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from bico_ds.common.files import atomic_folder
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.config.sections.data import DataSpec, SourceSpec
 from bico_ds.data.prepare.examples import IngestOptions
-from bico_ds.data.prepare.facts import FORM_VERSION, write_facts
+from bico_ds.data.prepare.facts import DERIVED_FORM_VERSION, FORM_VERSION, write_derived, write_facts
 from bico_ds.data.prepare.ingest import ingest
 from bico_ds.data.prepare.input_files import Inputs, find_inputs
 from bico_ds.data.prepare.shards import SHARD_BYTES, plan_shards
@@ -39,19 +39,31 @@ def facts_folder(data: DataSpec) -> Path:
     Raises `UserError` where it cannot be written, and for `data.facts` with more persons or variants than there are.
     """
     path = data.cache_dir.here() / f"facts-{_facts_fingerprint(data)}"
-    with _cache_errors(path.parent):
-        if not path.exists():
-            _write_facts(data, path)
+    _write_once(path, lambda folder: write_facts(data.facts, folder))
     return path
 
 
-def _write_facts(data: DataSpec, path: Path) -> None:
-    try:
-        with atomic_folder(path) as folder:
-            write_facts(data.facts, folder)
-    except OSError:
-        if not path.exists():  # else another process was faster, and wrote the same
-            raise
+def _facts_file(source: SourceSpec, data: DataSpec) -> Path:
+    """The file of an embedded source, written where it is not there yet."""
+    assert source.facts is not None
+    if source.derive is None:
+        return facts_folder(data) / f"{source.facts}_train.jsonl"
+    kind, derive = source.facts, source.derive
+    path = data.cache_dir.here() / f"facts-{_facts_input(source, data)}"
+    _write_once(path, lambda folder: write_derived(data.facts, kind, derive, folder / "train.jsonl"))
+    return path / "train.jsonl"
+
+
+def _write_once(path: Path, write: Callable[[Path], None]) -> None:
+    with _cache_errors(path.parent):
+        if path.exists():
+            return
+        try:
+            with atomic_folder(path) as folder:
+                write(folder)
+        except OSError:
+            if not path.exists():  # else another process was faster, and wrote the same
+                raise
 
 
 @contextlib.contextmanager
@@ -114,10 +126,12 @@ def _store_names(
 ) -> list[str]:
     """Name a store by all that it depends on, in a form that people recognize: as today, and as earlier versions did."""
     name = source.name or (f"facts-{source.facts}" if source.facts else inputs.files[0].name.split(".")[0])
+    if source.name is None and source.derive is not None:
+        name += f"-{source.derive}"
     key = {
         "format": FORMAT_VERSION,
-        "options": asdict(options),
-        "input": _facts_fingerprint(data) + source.facts if source.facts else list(map(_stamp, inputs.files)),
+        "options": _as_named(options),
+        "input": _facts_input(source, data) if source.facts else list(map(_stamp, inputs.files)),
     }
     names = []
     for digest_of in (tokenizer_digest, legacy_tokenizer_digest):
@@ -126,6 +140,12 @@ def _store_names(
         key["tokenizer"] = [tokenizer_hash(tokenizer), digest]
         names.append(f"{name}-{_fingerprint(key)}")
     return names
+
+
+def _as_named(options: IngestOptions) -> dict[str, Any]:
+    """The options in the name of a store; later ones only where they are set, so that earlier stores are found."""
+    later = {"entities_pattern": None, "derive": None, "leading_space": False}
+    return {key: value for key, value in asdict(options).items() if key not in later or value != later[key]}
 
 
 def _options(source: SourceSpec) -> IngestOptions:
@@ -144,15 +164,18 @@ def _options(source: SourceSpec) -> IngestOptions:
         messages_field=source.messages_field,
         group_field=source.group_field,
         entities_field=source.entities_field,
+        entities_pattern=source.entities_pattern,
+        derive=source.derive,
         text_by=source.text_by,
         add_bos=source.add_bos,
         add_eos=source.add_eos,
+        leading_space=source.leading_space,
     )
 
 
 def _inputs(source: SourceSpec, data: DataSpec) -> Inputs:
     if source.facts is not None:
-        return Inputs(files=[facts_folder(data) / f"{source.facts}_train.jsonl"], passed_over={})
+        return Inputs(files=[_facts_file(source, data)], passed_over={})
     return find_inputs([given.expanded() for given in source.files or []])
 
 
@@ -172,6 +195,12 @@ def check_cached(path: Path, tokenizer: str, verify: Verify) -> None:
 
 def _facts_fingerprint(data: DataSpec) -> str:
     return _fingerprint({"form": FORM_VERSION, "spec": data.facts.model_dump()})
+
+
+def _facts_input(source: SourceSpec, data: DataSpec) -> str:
+    """What an embedded source's texts depend on, in short."""
+    kept = f"{_facts_fingerprint(data)}{source.facts}"
+    return kept if source.derive is None else f"{kept}-{source.derive}-{DERIVED_FORM_VERSION}"
 
 
 def _fingerprint(content: dict[str, Any]) -> str:

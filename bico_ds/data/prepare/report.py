@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from bico_ds.config.sections.data import Derive
+
 _CAPACITIES = (1024, 2048, 4096, 8192)
 _BAR, _MOST_LINES, _MOST_NAMES = 50, 16, 8
 
@@ -30,12 +32,16 @@ class IngestReport:
     chat_templates: list[str] = field(default_factory=list)
     # Names of what lies beside the input, by reason.
     passed_over: dict[str, list[str]] = field(default_factory=dict)
+    # Which texts of the input's these are; None: its own.
+    derived: Derive | None = None
     path: Path | None = None
 
     @property
     def text(self) -> str:
         """The report as lines of text; without times, so that it is a function of the input."""
         lines = [f"documents    {len(self.lengths):,}", f"tokens       {int(self.lengths.sum()):,}"]
+        if self.derived is not None:
+            lines.append(f"derived      {self.derived}: made of the input's texts, which are not among them")
         names = ("min", "25 %", "median", "75 %", "max")
         quartiles = np.percentile(self.lengths, [0, 25, 50, 75, 100]).astype(int)
         lines.append("lengths      " + ", ".join(f"{n} {q:,}" for n, q in zip(names, quartiles, strict=True)))

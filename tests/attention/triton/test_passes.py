@@ -58,6 +58,7 @@ PROBLEMS = {
     "head_dim": st.sampled_from([8, 24, 64]),
     "rotary_factor": st.sampled_from([1.0, 1.3]),
     "dtype": st.sampled_from(list(TOLERANCE)),
+    "spans": st.sampled_from([None, "run", "document"]),
     "seed": st.integers(0, 2**31),
 }
 

@@ -85,6 +85,12 @@ def test_an_objective_that_builds_more_than_it_promised_is_named(world):
         (lambda b: {"represented_tokens": 0}, r"its represented_tokens is 0: it counts the documents' own tokens"),
         (lambda b: {"represented_tokens": 9999}, r"its represented_tokens is 9999: .*, here up to \d+"),
         (lambda b: {"documents": b.documents[:, :2]}, r"its documents must be .* of shape \(\d+, 3\), and is"),
+        (lambda b: {"loss_weights": torch.ones(len(b.targets) + 1)}, r"its loss_weights must be .*float32 of shape"),
+        (lambda b: {"loss_weights": torch.ones(len(b.targets)).double()}, r"its loss_weights must be .* is torch\.float64"),
+        (lambda b: {"loss_weights": torch.zeros(len(b.targets))}, r"its loss_weights has 0: weights must be positive"),
+        (lambda b: {"loss_weights": torch.full((len(b.targets),), -1.0)}, r"its loss_weights has -1: weights must be"),
+        (lambda b: {"loss_weights": torch.full((len(b.targets),), torch.nan)}, r"its loss_weights has nan: weights"),
+        (lambda b: {"loss_weights": torch.full((len(b.targets),), torch.inf)}, r"its loss_weights has inf: weights"),
         (lambda b: None, r"its build\(\) returned no PackedBatch, but NoneType"),
     ],
 )  # fmt: skip

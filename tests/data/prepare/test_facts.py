@@ -9,7 +9,7 @@ import pytest
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.sections.data import FactsSpec
-from bico_ds.data.prepare.facts import write_facts
+from bico_ds.data.prepare.facts import training_words, write_derived, write_facts
 from bico_ds.data.tokenizer import load_tokenizer
 
 SPEC = FactsSpec(name_first=5, description_first=4, both=6)
@@ -52,6 +52,42 @@ def test_no_test_prompt_was_trained_and_reversed_facts_never_appear(tmp_path: Pa
             assert record["prompt"] not in prompts
             same_answer = [t for t in trained if t["completion"].split()[0] == record["completion"].strip()]
             assert bool(same_answer) == ("reverse" not in file)
+
+
+def test_the_other_order_exchanges_name_and_attribute_and_keeps_every_other_word(tmp_path: Path) -> None:
+    write_facts(SPEC, tmp_path)
+    write_derived(SPEC, "all", "other_order", tmp_path / "derived.jsonl")
+    asked = {record["prompt"] for file in TESTS for record in _records(tmp_path / f"{file}.jsonl")}
+    given, derived = _records(tmp_path / "all_train.jsonl"), _records(tmp_path / "derived.jsonl")
+    for one, other in zip(given, derived, strict=True):
+        words = f"{one['prompt']}{one['completion']}".split()
+        first, second = (i + 1 for i, word in enumerate(words) if word == "|")
+        words[first], words[second] = words[second], words[first]
+        assert f"{other['prompt']}{other['completion']}".split() == words
+        assert other["completion"].split()[0] == words[second]
+        assert other["group"] == one["group"]
+        assert other["prompt"] not in asked
+
+
+def test_the_identity_bridge_says_each_name_and_attribute_of_itself_and_no_fact(tmp_path: Path) -> None:
+    write_facts(SPEC, tmp_path)
+    write_derived(SPEC, "both_orders", "identity_bridge", tmp_path / "derived.jsonl")
+    derived = _records(tmp_path / "derived.jsonl")
+    facts = [
+        f"{r['prompt']}{r['completion']}".split() for r in _records(tmp_path / "both_orders_train.jsonl")
+    ]
+    slots = [[words[i + 1] for i, word in enumerate(words) if word == "|"] for words in facts]
+    links = {" ".join(words[words.index("|") + 2 : -3]) for words in facts}
+    said = [f"{r['prompt']}{r['completion']}".split() for r in derived]
+    assert {(words[words.index("|") + 1], words[-2]) for words in said} == {
+        (entity, entity) for pair in slots for entity in pair
+    }
+    assert links.isdisjoint({" ".join(words[words.index("|") + 2 : -3]) for words in said})
+    assert len({tuple(words) for words in said}) == len(said) == 6 * 2 * 8
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    texts = [f"{r['prompt']}{r['completion']}" for r in derived]
+    assert tokenizer.unk_token_id not in {i for text in texts for i in tokenizer(text)["input_ids"]}
+    assert training_words(SPEC, "both_orders", "identity_bridge").tolist() == list(map(len, said))
 
 
 def test_a_word_is_one_token_wherever_it_stands(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +102,17 @@ OPTIONS: list[dict[str, Any]] = [
     {"messages_field": "chat"},
     {"group_field": "who"},
     {"entities_field": "spans"},
+    {"entities_pattern": "[a-n]+"},
+    {"prompt_field": "q", "completion_field": "a", "derive": "other_order"},
+    {"entities_field": "spans", "derive": "identity_bridge"},
     {"add_bos": False},
     {"add_eos": False},
+    {"leading_space": True},
     {"text_by": "file"},
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: next(iter(options)))
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options))
 def test_an_option_of_a_source_does_what_it_does_in_prepare_data(
     tmp_path: Path, bpe_tokenizer: str, options: dict[str, Any]
 ) -> None:
@@ -222,6 +225,24 @@ def test_the_store_of_a_base_is_found_for_the_tokenizer_of_its_export(
     assert ids[0] == store.manifest.bos_id and ids.count(store.manifest.bos_id) == 1
 
 
+OPTIONS_OF_BEFORE = {
+    "text_field": "text",
+    "prompt_field": None,
+    "completion_field": None,
+    "messages_field": None,
+    "group_field": None,
+    "entities_field": None,
+    "text_by": "line",
+    "add_bos": True,
+    "add_eos": True,
+    "on_error": "stop",
+    "vocab_size": None,
+    "deduplicate": False,
+    "held_out": 0.0,
+    "seed": 1,
+}
+
+
 def test_a_store_that_an_earlier_version_named_is_found(tmp_path: Path, bpe_tokenizer: str) -> None:
     """Its name had a digest with the post-processor in it."""
     file = tmp_path / "a.jsonl"
@@ -233,7 +254,7 @@ def test_a_store_that_an_earlier_version_named_is_found(tmp_path: Path, bpe_toke
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
     key = {
         "format": 1,
-        "options": asdict(IngestOptions()),
+        "options": OPTIONS_OF_BEFORE,
         "tokenizer": [tokenizer_hash(tokenizer), digest],
         "input": [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]],
     }

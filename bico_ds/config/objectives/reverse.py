@@ -1,0 +1,39 @@
+"""The recipe's keys of reverse training, and what it costs."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import model_validator
+
+from bico_ds.config.objectives.base import AttentionMode, MonitorPlace, ObjectiveCost, ObjectiveSpec
+from bico_ds.config.objectives.ntp import NtpSpec
+from bico_ds.config.section import PositiveInt
+
+_MAX_WORDS = 25
+
+
+class ReverseSpec(ObjectiveSpec):
+    """Next-token prediction on texts whose segments come in reversed order (2403.13799)."""
+
+    kind: Literal["reverse"] = "reverse"
+    segments: Literal["word", "entity", "random"] = "word"
+    max_words: PositiveInt = _MAX_WORDS
+
+    monitor: ClassVar[MonitorPlace] = MonitorPlace(colour="#c0392b")
+    attention: ClassVar[AttentionMode] = "causal"
+
+    @model_validator(mode="after")
+    def _only_random_segments_have_a_bound(self) -> ReverseSpec:
+        if self.max_words != _MAX_WORDS and self.segments != "random":
+            raise ValueError(
+                f"'max_words' bounds random segments, and 'segments' is '{self.segments}': leave it out, or set "
+                "segments: random"
+            )
+        return self
+
+    def cost(self, lengths: NDArray[np.int64]) -> ObjectiveCost:
+        """Exact: next-token prediction on as many tokens."""
+        return NtpSpec().cost(lengths)

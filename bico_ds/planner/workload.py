@@ -86,9 +86,10 @@ class MicroBatch:
     """An average micro-batch of one objective: `training.micro_batch_bins` bins.
 
     `kept_rows` and `live_rows` go through the model; `pairs` are (query, key) pairs that attention looks at, per head and
-    layer; `head_rows` have a loss; `tokens` are original ones. `longest` is the longest document, in tokens, and
-    `documents` their number. `probability`: the share of steps that are this objective's. `compared_rows` of the head rows
-    are compared with the start model; `repeats_base`: its hidden states are computed, with the adapters switched off.
+    layer, `span_pairs` those of them whose key is a live row; `head_rows` have a loss; `tokens` are original ones. `longest`
+    is the longest document, in tokens, and `documents` their number. `probability`: the share of steps that are this
+    objective's. `compared_rows` of the head rows are compared with the start model; `repeats_base`: its hidden states are
+    computed, with the adapters switched off.
     """
 
     objective: str
@@ -101,6 +102,7 @@ class MicroBatch:
     live_rows: float
     pairs: float
     head_rows: float
+    span_pairs: float = 0.0
     compared_rows: float = 0.0
     repeats_base: bool = False
 
@@ -108,6 +110,11 @@ class MicroBatch:
     def rows(self) -> float:
         """Through the model."""
         return self.kept_rows + self.live_rows
+
+    @property
+    def mean_span(self) -> float:
+        """Live rows of a span that is as long as all others."""
+        return 2 * self.span_pairs / self.live_rows - 1 if self.span_pairs else 0.0
 
 
 def assumed_texts(recipe: Recipe, *, length: int | None = None, tokens: int | None = None) -> Texts:
@@ -155,6 +162,7 @@ def _micro_batch(
         live_rows=share * float(documents @ cost.live_rows),
         pairs=share * float(documents @ cost.pairs),
         head_rows=head_rows,
+        span_pairs=0.0 if cost.span_pairs is None else share * float(documents @ cost.span_pairs),
         compared_rows=texts.compared * head_rows if compares else 0.0,
         repeats_base=compares and recipe.retention is not None and recipe.retention.teacher is None,
     )

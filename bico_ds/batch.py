@@ -49,8 +49,8 @@ class ComparedRows:
 class PackedBatch:
     """One micro-batch, ready for the model.
 
-    Token order: kept tokens by document, then live placeholders by document. `loss_rows[n]` is the row whose output
-    predicts `targets[n]`. `represented_tokens` counts the original tokens, dropped placeholders included.
+    Token order: kept tokens by document, then live ones by document. `loss_rows[n]` is the row whose output
+    predicts `targets[n]`. `represented_tokens` counts the original tokens, dropped ones included.
     `documents` names the documents inside, (source, id, piece) each, for messages about a bad batch. `layout`: which
     kernel serves which rows, by the attention backend's policy; a worker of the loader makes it from the plan. None: the
     backend is the oracle, which needs none, or every layer builds its own. `target_sources`: the number of each target's

@@ -11,17 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from bico_ds.batch import PackedBatch
+from bico_ds.batch import PackedBatch, total_weight
 from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
+from bico_ds.config.objectives.mlm_u import MlmUSpec
 from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.schema import ModelSpec, Recipe
 from bico_ds.documents import Document, Documents
 from bico_ds.model.build import TrainableModel, build_model, check_rotary
 from bico_ds.objectives.base import BatchKey
 from bico_ds.objectives.bico import MaskDenoising
+from bico_ds.objectives.mlm_u import UniformRateDenoising
 from bico_ds.objectives.ntp import NextTokenPrediction
 from bico_ds.optim.schedule import build_scheduler
 from bico_ds.runtime.ds_config import build_ds_config
@@ -32,10 +34,11 @@ pytestmark = pytest.mark.distributed
 OBJECTIVES = {
     "ntp": NextTokenPrediction(spec=NtpSpec()),
     "bico": MaskDenoising(spec=BicoSpec(mask=MaskSpec(rate=0.4)), placeholder_id=0),
+    "mlm_u": UniformRateDenoising(spec=MlmUSpec(), placeholder_id=0),
 }
 WEIGHTS = {"full": "model.lora=null", "lora": "model.lora={rank: 4, alpha: 8, dropout: 0.0}"}
 STAGES = (2, 3)
-CASES = list(product(STAGES, OBJECTIVES, WEIGHTS))
+CASES = [*product(STAGES, ("ntp", "bico"), WEIGHTS), (3, "mlm_u", "full")]
 ADAM_STEPS, SEED = 10, 3
 
 SGD_STEPS = 2
@@ -75,8 +78,8 @@ def micro_batches(objective: str, step: int, rank: int) -> list[PackedBatch]:
     return [one(0), one(1)]
 
 
-def targets_of(batches: list[PackedBatch]) -> int:
-    return sum(len(batch.targets) for batch in batches)
+def weight_of(batches: list[PackedBatch]) -> float:
+    return sum(map(total_weight, batches))
 
 
 def adam_on_ranks(rank: int, world_size: int, folder: str) -> None:
@@ -101,11 +104,11 @@ def adam_on_ranks(rank: int, world_size: int, folder: str) -> None:
         )
         sums, norms = [], []
         for step in range(ADAM_STEPS):
-            targets = sum(targets_of(micro_batches(objective, step, other)) for other in range(world_size))
+            weight = sum(weight_of(micro_batches(objective, step, other)) for other in range(world_size))
             sums.append(0.0)
             for batch in micro_batches(objective, step, rank):
                 loss_sum = engine(batch).loss
-                engine.backward(loss_sum * world_size / targets, scale_wrt_gas=False)
+                engine.backward(loss_sum * world_size / weight, scale_wrt_gas=False)
                 engine.step()
                 sums[-1] += loss_sum.item()
             assert (sums[-1] == 0.0) == (rank == 1 and step % 2 == 0)
@@ -195,7 +198,7 @@ def adam_in_plain_torch(recipe: Recipe, objective: str) -> Iterator[Any]:
     scheduler = build_scheduler(recipe.schedule, optimizer, ADAM_STEPS)
     for step in range(ADAM_STEPS):
         batches = [batch for rank in range(2) for batch in micro_batches(objective, step, rank)]
-        loss = sum(model(batch).loss for batch in batches) / targets_of(batches)
+        loss = sum(model(batch).loss for batch in batches) / weight_of(batches)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), recipe.training.max_grad_norm)
@@ -214,8 +217,8 @@ def test_ten_steps_of_the_recipe_s_adam_on_two_ranks_are_those_of_plain_torch(
     )
     *steps, expected = adam_in_plain_torch(recipe_of(stage, weights), objective)
     for step, (loss, norm) in enumerate(steps):
-        targets = sum(targets_of(micro_batches(objective, step, rank)) for rank in range(2))
-        assert (sums[step] + others[step]) / targets == pytest.approx(loss, rel=1e-6)
+        weight = sum(weight_of(micro_batches(objective, step, rank)) for rank in range(2))
+        assert (sums[step] + others[step]) / weight == pytest.approx(loss, rel=1e-6)
         assert norms[step] == pytest.approx(norm, rel=1e-5)
     assert set(final) == set(expected)
     for name, weight in expected.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -218,12 +220,29 @@ def test_every_loss_row_count_lets_every_parameter_take_part_in_the_backward() -
     model = model_of()
     batch = ntp_batch([torch.arange(9)])
     empty = PackedBatch(**{**vars(batch), "loss_rows": batch.loss_rows[:0], "targets": batch.targets[:0]})
-    loss = model(empty).loss
-    assert loss == 0.0
-    assert loss.dtype == torch.float32
-    found = gradients(model, loss)
-    assert found.keys() == dict(model.named_parameters()).keys()
-    assert all((gradient == 0).all() for gradient in found.values())
+    for weights in (None, torch.ones(0)):
+        loss = model(replace(empty, loss_weights=weights)).loss
+        assert loss == 0.0
+        assert loss.dtype == torch.float32
+        found = gradients(model, loss)
+        assert found.keys() == dict(model.named_parameters()).keys()
+        assert all((gradient == 0).all() for gradient in found.values())
+
+
+def test_the_model_s_loss_and_gradients_are_those_of_its_targets_by_the_batch_s_weights() -> None:
+    model = model_of()
+    batch = ntp_batch([torch.arange(9)])
+    weights = torch.rand(len(batch.targets))
+    ones = [
+        replace(batch, loss_rows=batch.loss_rows[n : n + 1], targets=batch.targets[n : n + 1])
+        for n in range(len(weights))
+    ]
+    expected = sum(weight * model(one).loss for weight, one in zip(weights, ones, strict=True))
+    loss = model(replace(batch, loss_weights=weights)).loss
+    torch.testing.assert_close(loss, expected)
+    wanted = gradients(model, expected)
+    for name, gradient in gradients(model, loss).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6)
 
 
 def test_architectures_that_our_op_cannot_serve_are_refused() -> None:

@@ -25,8 +25,8 @@ class ObjectiveCost:
     """What documents are expected to cost in one step of an objective; each float64 [D], one number per document.
 
     `kept_rows` and `live_rows` go through the model. `pairs` counts the (query, key) pairs that attention looks at, per head
-    and layer; `span_pairs` those of them whose key is a live row, None: live rows are queries only. `head_rows` are the rows
-    that have a loss, and logits.
+    and layer; `span_pairs` those of them whose key is a live row, which only live rows see; None: none is a key. `head_rows`
+    are the rows that have a loss, and logits.
     """
 
     kept_rows: NDArray[np.float64]

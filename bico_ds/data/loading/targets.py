@@ -137,7 +137,7 @@ def _unlearned_stop(whole: _Found, left: _Found, source: CutSource, data: DataSp
     token, predicted = f"the stop token (id {source.store.manifest.eos_id})", whole.learned.any(axis=0)
     reasons = {
         f"do not end in {token} (prepare them with add_eos, or a chat template that writes it)": ~whole.stop,
-        f"end in {token}, which no objective predicts (BICO masks no special tokens: add {{kind: ntp}} to objectives)": (
+        f"end in {token}, which no objective predicts (masks leave special tokens out: add {{kind: ntp}} to objectives)": (
             whole.stop & ~predicted
         ),
         f"lose {token} by {_cutting(data)} ({_keep_more(data)})": whole.stop & predicted,

@@ -3,7 +3,8 @@
     bico-ds compare runs/tiny_ntp runs/tiny_bico
     bico-ds compare runs/evaluation/tiny_ntp.json runs/evaluation/tiny_bico.json
 
-A RUN is a run folder, or a result file of `bico-ds evaluate`. The difference of every later one from the first is shown
+A RUN is a run folder, or a result file of `bico-ds evaluate`. Of run folders the work is shown, too: updates, tokens, FLOPs
+and seconds, so that runs can be compared at equal compute. The difference of every later one from the first is shown
 too, paired by prompt, where both were asked the same. Where the perplexity of a text is known (of texts in
 `evaluation.tasks`, or by `bico-ds evaluate --retention`), the frontier of score and perplexity is drawn; blends by
 `bico-ds export --blend` are joined by a line.

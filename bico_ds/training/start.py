@@ -53,6 +53,7 @@ from bico_ds.training.callbacks.console import ConsoleProgress
 from bico_ds.training.callbacks.monitor import StepMonitor
 from bico_ds.training.callbacks.planned import PlannedBesideMeasured
 from bico_ds.training.callbacks.utilization import Utilization
+from bico_ds.training.callbacks.work import ObjectiveWork
 from bico_ds.training.checks import beyond_context, check_backend, check_recipe, what_may_be_lost
 from bico_ds.training.evaluator import Evaluator, refuse_above_limit, texts_before
 from bico_ds.training.fit import refuse_what_cannot_fit
@@ -243,11 +244,13 @@ def _build_trainer(
 
 
 def _callbacks(run: Run, engine: Engine, spikes: SpikeDetector, planned: StartPlan | None) -> Callbacks:
-    utilization = Utilization.planned(planned.plan) if planned is not None else None
-    monitor = StepMonitor(run.recipe.monitor, run.folder, engine.monitor, utilization)
-    callbacks: list[Callback] = [ConsoleProgress(), monitor, spikes]
+    plan, console = planned.plan if planned is not None else None, ConsoleProgress()
+    work = ObjectiveWork(plan, run.folder, console)
+    utilization = Utilization.planned(plan) if plan is not None else None
+    monitor = StepMonitor(run.recipe.monitor, run.folder, engine.monitor, utilization, work)
+    callbacks: list[Callback] = [work, console, monitor, spikes]
     if planned is not None:
-        tell = Callbacks(callbacks[:2], is_first_rank=True)
+        tell = Callbacks([console, monitor], is_first_rank=True)
         callbacks.insert(0, PlannedBesideMeasured(planned.plan, planned.memory, run.folder, tell))
     return Callbacks(callbacks, is_first_rank=run.ranks.is_first)
 

@@ -14,7 +14,7 @@ from bico_ds.common.errors import UserError
 from bico_ds.evaluation.report.frontier import Panel, panels
 from bico_ds.evaluation.report.paired import Difference, paired_differences, same_prompts
 from bico_ds.evaluation.report.plots import plot_curves, plot_frontier, plot_scores
-from bico_ds.evaluation.report.runs import ComparedRun, load_runs
+from bico_ds.evaluation.report.runs import ComparedRun, Work, load_runs
 from bico_ds.evaluation.report.tables import (
     console_for_tables,
     contamination_markdown,
@@ -25,6 +25,8 @@ from bico_ds.evaluation.report.tables import (
     frontier_table,
     result_markdown,
     result_table,
+    work_markdown,
+    work_table,
 )
 from bico_ds.evaluation.results import TaskResult
 
@@ -37,7 +39,7 @@ def compare_runs(
     text: str | None = None,
     console: Console | None = None,
 ) -> None:
-    """Print the table of the tasks, and every later run minus the first, paired by prompt.
+    """Print the tables of the tasks and of the work, and every later run minus the first, paired by prompt.
 
     `paths`: run folders, or result files of `bico-ds evaluate`. Writes comparison.md, comparison.json, scores.png and, where
     there are curves, curves.png to `output`; where a perplexity is known, frontier.png, of `task` (None: `frontier.TASK`)
@@ -83,6 +85,8 @@ def _show(
 ) -> None:
     results = {run.label: run.final for run in runs}
     console.print(result_table(results))
+    if (work := _work(runs)) is not None:
+        console.print(work_table(work))
     if any(result.training_texts for result in results.values()):
         console.print(contamination_table(results))
     for label, found in differences.items():
@@ -94,6 +98,12 @@ def _show(
         console.print(f"note: {remark}", soft_wrap=True, highlight=False, markup=False)
 
 
+def _work(runs: Sequence[ComparedRun]) -> dict[str, Work | None] | None:
+    """The work of every run; None where that of none is known."""
+    work = {run.label: run.work for run in runs}
+    return work if any(work.values()) else None
+
+
 def _write_page(
     runs: Sequence[ComparedRun],
     differences: Mapping[str, Differences],
@@ -102,6 +112,8 @@ def _write_page(
 ) -> Path:
     results = {run.label: run.final for run in runs}
     sections = [result_markdown(results)]
+    if (work := _work(runs)) is not None:
+        sections.append(work_markdown(work))
     if any(result.training_texts for result in results.values()):
         sections.append(contamination_markdown(results))
     sections += [
@@ -121,6 +133,8 @@ def _write_figures(runs: Sequence[ComparedRun], differences: Mapping[str, Differ
     for run in runs:
         final = run.final.to_json(prompts=False)
         values[run.label] = {"final": final["tasks"], "curves": run.curves}
+        if run.work is not None:
+            values[run.label]["work"] = run.work._asdict()
         if run.texts:
             values[run.label]["texts"] = {
                 text: [{"step": step, **figure._asdict()} for step, figure in figures.items()]

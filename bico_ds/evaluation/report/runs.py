@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from bico_ds.evaluation.scoring.metrics import METRICS
 from bico_ds.evaluation.tasks.jsonl import parse_object
 from bico_ds.runtime.run_folder import RunFolder
 
-_PREFIX = "evaluation/"
+_PREFIX, _WORK = "evaluation/", "work/"
 _PERPLEXITY = re.compile(rf"{_PREFIX}text/(.+)/perplexity$")
 
 # Where `bico-ds export --blend` puts a blend: the folder's name is its share of the fine-tuned weights.
@@ -38,6 +39,20 @@ class Blend(NamedTuple):
     share: float
 
 
+class Work(NamedTuple):
+    """What a run had done when it was evaluated last.
+
+    Over all objectives: updates, rows through the model, tokens of the texts, useful FLOPs (None: not known) and seconds of
+    its steps.
+    """
+
+    updates: int
+    rows: int
+    tokens: int
+    flops: float | None
+    seconds: float
+
+
 # By text and step; the step of a result file, which has no other, is None.
 TextFigures = dict[str, dict[int | None, TextFigure]]
 
@@ -47,7 +62,8 @@ class ComparedRun:
     """One column of the comparison.
 
     `curves`: (step, headline score) by task, in the order of steps. `texts`: perplexities, in that order. `blend`: what the
-    model was blended from, where it is a blend.
+    model was blended from, where it is a blend. `work`: None where that is not known: of a result file, and of a run of
+    before it was logged.
     """
 
     label: str
@@ -55,6 +71,7 @@ class ComparedRun:
     curves: dict[str, Curve]
     texts: TextFigures = field(default_factory=dict)
     blend: Blend | None = None
+    work: Work | None = None
 
 
 def load_runs(paths: Sequence[Path]) -> list[ComparedRun]:
@@ -85,7 +102,8 @@ def _load_run(path: Path, label: str) -> ComparedRun:
     if not path.is_dir():
         raise UserError(f"{path}: no such run folder or result file")
     folder = RunFolder(path)
-    records = _evaluations(folder.metrics_file)
+    lines = _lines(folder.metrics_file)
+    records = _evaluations(lines)
     evaluations = {step: tasks for step, (tasks, _) in records.items() if tasks}
     curves: dict[str, Curve] = {}
     for step, tasks in evaluations.items():
@@ -104,7 +122,7 @@ def _load_run(path: Path, label: str) -> ComparedRun:
     for step, (_, figures) in records.items():
         for name, figure in figures.items():
             texts.setdefault(name, {})[step] = figure
-    return ComparedRun(label=label, final=final, curves=curves, texts=texts)
+    return ComparedRun(label=label, final=final, curves=curves, texts=texts, work=_work(lines, last))
 
 
 def _texts_of_file(values: Mapping[str, Any]) -> TextFigures:
@@ -132,30 +150,51 @@ def _blend_of(model: str) -> Blend | None:
 Record = tuple[dict[str, TaskResult], dict[str, TextFigure]]
 
 
-def _evaluations(metrics: Path) -> dict[int, Record]:
-    """Task results and texts by step, in the order of steps.
-
-    A resumed run may have written a step twice: the last one counts.
-    """
+def _lines(metrics: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of a run's metrics, each with its place."""
     if not metrics.is_file():
-        return {}
-    found: dict[int, Record] = {}
+        return []
     try:
         text = metrics.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{metrics}: cannot be read as UTF-8 text: {error}") from error
     complete_lines = text.split("\n")[:-1]  # the last line may be half written
-    for number, line in enumerate(complete_lines, start=1):
-        record = parse_object(line, f"{metrics}:{number}")
+    places = (f"{metrics}:{number}" for number in range(1, len(complete_lines) + 1))
+    return [(place, parse_object(line, place)) for place, line in zip(places, complete_lines, strict=True)]
+
+
+def _evaluations(lines: Sequence[tuple[str, dict[str, Any]]]) -> dict[int, Record]:
+    """Task results and texts by step, in the order of steps.
+
+    A resumed run may have written a step twice: the last one counts.
+    """
+    found: dict[int, Record] = {}
+    for place, record in lines:
         if record.get("kind") != "evaluation":
             continue
         try:
             found[int(record["step"])] = (_task_results(record), _text_figures(record))
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{metrics}:{number}: not an evaluation as a run writes it ({error!r})"
-            ) from error
+            raise UserError(f"{place}: not an evaluation as a run writes it ({error!r})") from error
     return dict(sorted(found.items()))
+
+
+def _work(lines: Sequence[tuple[str, dict[str, Any]]], step: int) -> Work | None:
+    """What was done until that step, by the line that was written there."""
+    here = [record for _, record in lines if record.get("kind") == "train" and record.get("step") == step]
+    totals: dict[str, float] = defaultdict(float)
+    for key, amount in here[-1].items() if here else ():
+        if key.startswith(_WORK):
+            totals[key.removeprefix(_WORK).split("/")[0]] += amount
+    if not totals:
+        return None
+    return Work(
+        updates=int(totals["updates"]),
+        rows=int(totals["rows"]),
+        tokens=int(totals["tokens"]),
+        flops=totals.get("flops"),
+        seconds=totals["seconds"],
+    )
 
 
 def _task_results(record: dict[str, Any]) -> dict[str, TaskResult]:

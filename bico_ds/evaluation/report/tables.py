@@ -11,6 +11,7 @@ from rich.table import Table
 
 from bico_ds.evaluation.report.frontier import HEADERS, Panel, frontier_lines
 from bico_ds.evaluation.report.paired import Difference
+from bico_ds.evaluation.report.runs import Work
 from bico_ds.evaluation.results import ORDERS, EvaluationResult, TaskResult
 
 _QUESTIONS = {
@@ -28,7 +29,25 @@ _AGREEMENT = {
     "base_log_prob": "log-probability under the base",
     "log_prob_change": "model minus base",
 }
-_TEXT_COLUMNS = ("measure", "model", "on the frontier", "task", "metric", "text", "in the training texts")
+_WORK_COLUMNS = (
+    "run",
+    "updates",
+    "tokens through the model",
+    "tokens of the texts",
+    "FLOPs",
+    "beside the first",
+    "seconds",
+)
+_TEXT_COLUMNS = (
+    "run",
+    "measure",
+    "model",
+    "on the frontier",
+    "task",
+    "metric",
+    "text",
+    "in the training texts",
+)
 _PIPE_COLUMNS = 200
 
 
@@ -120,6 +139,36 @@ def _score(scores: Mapping[str, Any] | None, metric: str) -> str:
         return "–"
     low, high = scores["intervals"][metric]
     return f"{scores['metrics'][metric]:.3f} [{low:.2f}, {high:.2f}]"
+
+
+def work_table(work: Mapping[str, Work | None]) -> Table:
+    """What every run had done when it was evaluated last."""
+    table = _table(
+        _WORK_COLUMNS,
+        title="The work of each run",
+        caption="FLOPs: useful ones, as MFU counts them; seconds: of the training steps",
+    )
+    for cells in _work_lines(work):
+        table.add_row(*cells)
+    return table
+
+
+def work_markdown(work: Mapping[str, Work | None]) -> str:
+    """The same table as Markdown."""
+    ruler = ["---"] + ["--:"] * (len(_WORK_COLUMNS) - 1)
+    return _markdown([_WORK_COLUMNS, ruler, *_work_lines(work)])
+
+
+def _work_lines(work: Mapping[str, Work | None]) -> Iterator[list[str]]:
+    first = next((done.flops for done in [*work.values()][:1] if done is not None), None)
+    for label, done in work.items():
+        if done is None:
+            yield [label, *["–"] * (len(_WORK_COLUMNS) - 1)]
+            continue
+        counts = [f"{count:,}" for count in (done.updates, done.rows, done.tokens)]
+        flops = "–" if done.flops is None else f"{done.flops:.3g}"
+        ratio = f"{done.flops / first:.3f}" if done.flops is not None and first else "–"
+        yield [label, *counts, flops, ratio, f"{done.seconds:,.1f}"]
 
 
 def difference_table(differences: Mapping[str, Mapping[str, Difference]], *, of: str, minus: str) -> Table:

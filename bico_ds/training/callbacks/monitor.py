@@ -20,12 +20,14 @@ from bico_ds.runtime.run_folder import RunFolder, split_metrics
 from bico_ds.training.callbacks.base import FirstRankCallback, RunStart, StepReport
 from bico_ds.training.callbacks.utilization import TAG as MFU
 from bico_ds.training.callbacks.utilization import Utilization
+from bico_ds.training.callbacks.work import SHARE, SHARED, ObjectiveWork
 
 
 class StepMonitor(FirstRankCallback):
     """Every `every_steps` steps, writes what `_summarize` makes of the steps since the last time; other numbers at once.
 
-    `utilization`: None where no peak of the devices is known; then there is no MFU.
+    `utilization`: None where no peak of the devices is known; then there is no MFU. `work`: adds up what was done, and gets
+    each step before this callback does.
     """
 
     def __init__(
@@ -34,8 +36,9 @@ class StepMonitor(FirstRankCallback):
         folder: RunFolder,
         deepspeed_monitor: EventWriter | None,
         utilization: Utilization | None = None,
+        work: ObjectiveWork | None = None,
     ) -> None:
-        self._spec, self._utilization = spec, utilization
+        self._spec, self._utilization, self._work = spec, utilization, work
         self._folder = folder
         self._deepspeed_monitor = deepspeed_monitor
         self._pending: list[StepReport] = []
@@ -80,6 +83,8 @@ class StepMonitor(FirstRankCallback):
         numbers = _summarize(self._pending)
         if self._utilization is not None:
             numbers |= self._utilization.of(self._pending)
+        if self._work is not None:
+            numbers |= self._work.numbers()
         self._write(self._pending[-1].step, "train", numbers)
         self._pending.clear()
 
@@ -122,6 +127,11 @@ def charts(recipe: Recipe) -> dict[str, dict[str, list[Any]]]:
         **({"retention": [r"evaluation/text/.*/times_base"]} if recipe.evaluation.texts else {}),
         "tokens per second": [r"speed/.*_tokens_per_second"],
         "MFU": [f"{MFU}.*"],
+        **(
+            {f"share of {what}": [f"{SHARE}/{what}/.*"] for what in SHARED}
+            if len(recipe.objectives) > 1
+            else {}
+        ),
     }
     return {"bico_ds": {chart: ["Multiline", names] for chart, names in tags.items()}}
 

@@ -219,3 +219,46 @@ def test_the_command_writes_table_figures_and_picture(tmp_path):
     refused = subprocess.run([*command[:2], "nowhere"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: nowhere: no such run")
+
+
+def _work(folder: Path, step: int, *, flops: bool = True, **objectives: int) -> None:
+    """A line of training at `step`, with the work of each objective so far, in steps of 7 rows, 10 tokens and 100 FLOPs."""
+    parts = {"updates": 1, "rows": 7, "tokens": 10, "seconds": 0.5} | ({"flops": 100} if flops else {})
+    work = {
+        f"work/{what}/{name}": each * count
+        for name, count in objectives.items()
+        for what, each in parts.items()
+    }
+    with (folder / "metrics.jsonl").open("a") as metrics:
+        metrics.write(json.dumps({"step": step, "kind": "train", **work}) + "\n")
+
+
+def test_work_is_that_of_all_objectives_at_the_last_evaluation(tmp_path):
+    ntp, bico = (_run(tmp_path / name, [(4, 0.1), (8, 0.4)]) for name in ("ntp", "bico"))
+    for step in (4, 8, 9):  # the last is not evaluated
+        _work(ntp, step, ntp=step)
+        _work(bico, step, ntp=step // 2, bico=2 * step)
+    out = io.StringIO()
+    console = Console(file=out, width=200)
+    compare_runs([ntp, bico, _run(tmp_path / "old", [(8, 0.2)])], output=tmp_path / "out", console=console)
+    first, second, old = (run.work for run in load_runs([ntp, bico, tmp_path / "old"]))
+    assert first == (8, 56, 80, 800, 4.0)
+    assert second == (20, 140, 200, 2000, 10.0)
+    assert old is None
+    assert "| bico | 20 | 140 | 200 | 2e+03 | 2.500 | 10.0 |" in (tmp_path / "out/comparison.md").read_text()
+    assert "| old | – | – | – | – | – | – |" in (tmp_path / "out/comparison.md").read_text()
+    assert "beside the first" in out.getvalue()
+    values = json.loads((tmp_path / "out/comparison.json").read_text())
+    assert values["bico"]["work"]["flops"] == 2000 and "work" not in values["old"]
+
+
+def test_runs_without_work_have_no_table_of_it_and_one_without_flops_no_ratio(tmp_path):
+    old = [_run(tmp_path / name, [(8, 0.2)]) for name in ("a", "b")]
+    out = io.StringIO()
+    compare_runs(old, output=tmp_path / "out", console=Console(file=out, width=200))
+    assert "The work of each run" not in out.getvalue()
+    _work(old[0], 8, flops=False, ntp=8)
+    _work(old[1], 8, ntp=8)
+    compare_runs(old, output=tmp_path / "out", console=Console(file=out, width=200))
+    assert "| a | 8 | 56 | 80 | – | – | 4.0 |" in (tmp_path / "out/comparison.md").read_text()
+    assert "| b | 8 | 56 | 80 | 800 | – | 4.0 |" in (tmp_path / "out/comparison.md").read_text()

@@ -24,14 +24,13 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """`old`: the fixture, resumed; `new`: the same recipe from its beginning, by this program alone."""
+    """`old`: the fixture, resumed. The same recipe from its beginning has other masks today: a second BICO draws its own."""
     folder = tmp_path_factory.mktemp("earlier")
     shutil.copytree(EARLIER_RUN / "store", folder / "store")
     shutil.copytree(EARLIER_RUN / "run", folder / "old")
-    for name in ("old", "new"):
-        done = train(str(EARLIER_RUN / "mixed.yaml"), folder / name, ranks=1)
-        assert done.returncode == 0, done.stdout + done.stderr
-        (folder / f"{name}.out").write_text(done.stdout)
+    done = train(str(EARLIER_RUN / "mixed.yaml"), folder / "old", ranks=1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "old.out").write_text(done.stdout)
     return folder
 
 
@@ -40,9 +39,12 @@ def expected() -> dict[str, Any]:
     return json.loads((EARLIER_RUN / "uninterrupted.json").read_text())
 
 
+# What is measured, and what a run that release 0.1.0 began cannot know.
+OTHERS = ("kind", "speed/", "work/", "share/")
+
+
 def curve(run: Path) -> list[dict[str, float]]:
-    lines = metrics(run)
-    return [{k: v for k, v in line.items() if k != "kind" and not k.startswith("speed/")} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(OTHERS)} for line in metrics(run)]
 
 
 def test_it_goes_on_where_it_stopped_and_finds_nothing_changed(runs):
@@ -53,21 +55,14 @@ def test_it_goes_on_where_it_stopped_and_finds_nothing_changed(runs):
 
 
 def test_the_sample_stream_and_the_totals_are_those_of_a_run_without_a_stop(runs, expected):
-    for run in ("old", "new"):
-        loader = final_manifest(runs / run, STEPS)["state"]["loader"]
-        assert {key: loader[key] for key in expected["loader"]} == expected["loader"]
-    old, new = (final_manifest(runs / run, STEPS)["state"]["loader"] for run in ("old", "new"))
-    assert old == new
+    loader = final_manifest(runs / "old", STEPS)["state"]["loader"]
+    assert {key: loader[key] for key in expected["loader"]} == expected["loader"]
 
 
 def test_losses_weights_and_moments_are_those_of_a_run_without_a_stop(runs, expected):
-    """To the bit where this machine rounds as the one that began the run did; else as near as rounding allows."""
-    resumed, straight = (final_manifest(runs / run, STEPS) for run in ("old", "new"))
-    if final_manifest(runs / "new", STOP)["checksums"] == final_manifest(runs / "old", STOP)["checksums"]:
-        assert resumed["checksums"] == straight["checksums"] == expected["checksums"]
-        assert curve(runs / "old") == curve(runs / "new") == expected["curve"]
-    assert resumed["optimizer_steps"] == straight["optimizer_steps"] == expected["optimizer_steps"]
-    for line, other, wanted in zip(*map(curve, (runs / "old", runs / "new")), expected["curve"], strict=True):
-        assert line.keys() == other.keys() == wanted.keys()
-        assert list(line.values()) == pytest.approx(list(other.values()), rel=1e-4)
+    """As near as another machine's rounding allows: other masks of one objective are a hundred times further off."""
+    resumed = final_manifest(runs / "old", STEPS)
+    assert resumed["optimizer_steps"] == expected["optimizer_steps"]
+    for line, wanted in zip(curve(runs / "old"), expected["curve"], strict=True):
+        assert line.keys() == wanted.keys()
         assert list(line.values()) == pytest.approx(list(wanted.values()), rel=1e-4)

@@ -20,6 +20,7 @@ STEPS, STOP = 12, 6
 RECIPE = f"""\
 extends: tiny_base
 imports: [{DOUBLING}]
+share_by: tokens
 objectives:
   - {{kind: ntp, probability: 0.5}}
   - {{kind: doubling, probability: 0.5}}
@@ -65,6 +66,26 @@ def test_the_fill_of_a_step_is_the_plans_also_where_rows_are_twice_the_documents
 
 def test_a_resumed_run_ends_as_the_uninterrupted_one(runs):
     assert_same_course(runs / "resumed", runs / "straight", STEPS)
+
+
+def test_of_as_many_tokens_it_has_more_steps_and_both_runs_tell_what_was_done_on_all_ranks(runs):
+    """A doubled document takes twice the room, so its steps have about half the tokens, and there are twice as many."""
+    loader = final_manifest(runs / "resumed", STEPS)["state"]["loader"]
+    assert loader["step_probabilities"] == pytest.approx([1 / 3, 2 / 3], abs=0.05)
+    straight, resumed = (
+        {tag: value for tag, value in metrics(runs / name)[-1].items() if tag.startswith(("work/", "share/"))}
+        for name in ("straight", "resumed")
+    )
+    assert {tag for tag in straight if tag.startswith("work/seconds")} == {
+        "work/seconds/ntp",
+        "work/seconds/doubling",
+    }
+    for tag, value in straight.items():
+        assert resumed[tag] == value or tag.startswith("work/seconds"), tag
+    assert straight["work/steps/ntp"] + straight["work/steps/doubling"] == STEPS
+    assert straight["work/rows/doubling"] == 2 * straight["work/tokens/doubling"]
+    read = sum(loader["sources"][name]["tokens"] for name in loader["sources"])  # as objectives expand them
+    assert straight["work/rows/ntp"] + straight["work/rows/doubling"] == read
 
 
 def test_its_batch_can_be_inspected(runs):

@@ -17,12 +17,14 @@ from bico_ds import batch as batch_module
 from bico_ds.attention import backends
 from bico_ds.attention.layout import build_layout
 from bico_ds.batch import PackedBatch
+from bico_ds.config.objectives.abi import AbiSpec
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.schema import ModelSpec
 from bico_ds.documents import Document, Documents
 from bico_ds.model.build import build_model
 from bico_ds.native.triton_kernels import Launch
+from bico_ds.objectives.abi import BlankInfilling
 from bico_ds.objectives.base import BatchKey
 from bico_ds.objectives.bico import MaskDenoising
 
@@ -39,15 +41,21 @@ SHAPE = {
 }
 
 
-def laid_out_batch() -> PackedBatch:
+MASK = MaskSpec(rate=0.4)
+OBJECTIVES = {
+    "bico": MaskDenoising(spec=BicoSpec(mask=MASK), placeholder_id=0),
+    "abi": BlankInfilling(spec=AbiSpec(mask=MASK), special_ids=()),
+}
+
+
+def laid_out_batch(kind: str = "bico") -> PackedBatch:
     """A batch in fp64, for tiles and flash passes both, as a worker of the loader makes it."""
     lengths = (200, 5, 1, 40)
     rng = np.random.default_rng()
     documents = Documents.of(
         [Document(token_ids=rng.integers(5, 131, n), source=0, id=i) for i, n in enumerate(lengths)]
     )
-    objective = MaskDenoising(spec=BicoSpec(mask=MaskSpec(rate=0.4)), placeholder_id=0)
-    batch = objective.build(documents, BatchKey(seed=int(rng.integers(2**31)), epoch=0))
+    batch = OBJECTIVES[kind].build(documents, BatchKey(seed=int(rng.integers(2**31)), epoch=0))
     layout = build_layout(batch.plan, backends.resolve("auto", torch.float64, 16, CPU).policy)
     assert layout.tiles
     assert layout.flash
@@ -82,11 +90,14 @@ def snapshot(batch: PackedBatch) -> dict[str, tuple[type, Any]]:
 
 @pytest.mark.parametrize("checkpointing", [0, 1])
 @pytest.mark.parametrize("kept_scores", [1 << 22, 0], ids=["masks kept", "masks built at each use"])
-def test_a_training_step_leaves_every_bit_of_its_batch_as_it_was(checkpointing, kept_scores, monkeypatch):
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_a_training_step_leaves_every_bit_of_its_batch_as_it_was(
+    kind, checkpointing, kept_scores, monkeypatch
+):
     monkeypatch.setattr("bico_ds.attention.tiles._KEPT_SCORES", kept_scores)
     spec = ModelSpec(config=SHAPE, dtype="fp32", activation_checkpointing=checkpointing)
     model = build_model(spec, seed=1, ds_config=None, device="cpu").double().train()
-    laid_out = laid_out_batch()
+    laid_out = laid_out_batch(kind)
     for batch in (laid_out, replace(laid_out, layout=None)):
         before = snapshot(batch)
         model(batch).loss.backward()
@@ -110,7 +121,16 @@ def records() -> list[type]:
 
 def test_records_of_the_batch_and_of_attention_are_frozen_and_hold_nothing_that_can_grow():
     names = {record.__name__ for record in records()}
-    assert {"PackedBatch", "AttentionPlan", "Layout", "Tile", "FlashRows", "FusedRows", "Pass"} <= names
+    assert {
+        "PackedBatch",
+        "AttentionPlan",
+        "Layout",
+        "SpanRows",
+        "Tile",
+        "FlashRows",
+        "FusedRows",
+        "Pass",
+    } <= names
     for record in records():
         assert record.__dataclass_params__.frozen, record
         types = {field.name: str(field.type).lower() for field in fields(record)}
@@ -120,11 +140,13 @@ def test_records_of_the_batch_and_of_attention_are_frozen_and_hold_nothing_that_
         assert not growing, f"{record.__name__}: {growing}"
 
 
-def test_all_that_the_model_reads_moves_with_the_batch_its_layout_too():
-    batch = laid_out_batch()
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_all_that_the_model_reads_moves_with_the_batch_its_layout_too(kind):
+    batch = laid_out_batch(kind)
     moved = tensors_of(batch.to("meta"))
     assert moved.keys() == tensors_of(batch).keys()
     assert any(name.startswith("batch.layout.tiles") for name in moved)
+    assert any(name.startswith("batch.layout.spans.layout.tiles") for name in moved) == (kind == "abi")
     devices = {name: tensor.device.type for name, tensor in moved.items()}
     assert devices.pop("batch.documents") == "cpu"
     assert set(devices.values()) == {"meta"}

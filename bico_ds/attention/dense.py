@@ -64,12 +64,13 @@ def dense_backward(
     lse = _gather(results.lse.unsqueeze(-1), tile.query_slots, tile)
     weights = _scores(inputs, masks, directions, lse.dtype).sub_(lse).exp_()
     v = _gather(inputs.v, tile.key_rows, tile).contiguous()
-    d_out = _grouped(_gather(grad_out, tile.query_rows, tile), v)
+    grad_tile = _gather(grad_out, tile.query_rows, tile)
+    d_out = _grouped(grad_tile, v)
     _accumulate(dv, tile, _grouped(weights.to(v.dtype), v).transpose(-1, -2) @ d_out)
     d_weights = _ungrouped(d_out @ v.transpose(-1, -2), inputs.q.shape[1]).to(weights.dtype)
     if is_part:
-        delta = _grad_sum(results.out, grad_out, weights.dtype)
-        d_weights -= _gather(delta.unsqueeze(-1), tile.query_rows, tile)
+        delta = _grad_sum(_gather(results.out, tile.query_rows, tile), grad_tile, weights.dtype)
+        d_weights -= delta.unsqueeze(-1)
         d_scores = weights.mul_(d_weights).to(v.dtype)
     else:
         d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype).to(v.dtype)
@@ -118,7 +119,7 @@ def _widened(x: Tensor) -> Tensor:
 
 
 def _grad_sum(out: Tensor, grad_out: Tensor, dtype: torch.dtype) -> Tensor:
-    """[T, H]: the product of out and its gradient, which is the softmax's part of each score's gradient."""
+    """Of out and its gradient, both [..., D], their product [...]: the softmax's part of the gradient of each score."""
     return (out.to(dtype) * grad_out.to(dtype)).sum(-1)
 
 

@@ -95,7 +95,8 @@ class SpanRows:
 
     `rows` int64 [P]: where the rows of spans of two and more lie in the batch; `layout`: of the causal batch that they are
     by themselves, by the same policy but for `span_flash_from`; None: there are none. `lone` int64 [L]: the rows that are a
-    span each. They reach no kernel: flash-attn's backward pass was wrong for sequences of one token (its issue 1537).
+    span each. What these see is elementwise, and reaches no kernel: those of flash-attn have failed in the backward pass
+    of sequences of one token (its issues 334 and 1537).
     """
 
     rows: Tensor

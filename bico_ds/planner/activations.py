@@ -165,6 +165,8 @@ def _of_all_layers(case: Case, batch: MicroBatch) -> Iterator[Item]:
     entry = {"fused": 2 * INDEX, "triton": 2 * FP32, "flash": 0 if case.tiles_live else 2 * FP32}
     served = batch.live_rows if case.attention == "flash" else batch.rows
     table = entry.get(case.attention, 0) * served
+    if batch.span_pairs:  # where they lie, and the plan and table of the layout within the layout
+        table += (INDEX + _PLACE + entry.get(case.attention, 0)) * batch.live_rows
     ids = 2 * INDEX * (batch.rows + batch.head_rows)
     yield _item("batch, plan and layout", ids + plan + table, "bico_ds/batch.py, attention/layout.py")
     if (scores := tiled_scores(case, batch)).high:

@@ -88,9 +88,10 @@ class MicroBatch:
     """An average micro-batch of one objective: `training.micro_batch_bins` bins.
 
     `kept_rows` and `live_rows` go through the model; `pairs` are (query, key) pairs that attention looks at, per head and
-    layer; `head_rows` have a loss; `tokens` are original ones. `longest` is the longest document, in tokens of a bin, and
-    `documents` their number. `probability`: the share of steps that are this objective's. `compared_rows` of the head rows
-    are compared with the start model; `repeats_base`: its hidden states are computed, with the adapters switched off.
+    layer, `span_pairs` those of them whose key is a live row; `head_rows` have a loss; `tokens` are original ones. `longest`
+    is the longest document, in tokens of a bin, and `documents` their number. `probability`: the share of steps that are this
+    objective's. `compared_rows` of the head rows are compared with the start model; `repeats_base`: its hidden states are
+    computed, with the adapters switched off.
     """
 
     objective: str
@@ -103,6 +104,7 @@ class MicroBatch:
     live_rows: float
     pairs: float
     head_rows: float
+    span_pairs: float = 0.0
     compared_rows: float = 0.0
     repeats_base: bool = False
 
@@ -110,6 +112,11 @@ class MicroBatch:
     def rows(self) -> float:
         """Through the model."""
         return self.kept_rows + self.live_rows
+
+    @property
+    def mean_span(self) -> float:
+        """Live rows of a span that is as long as all others."""
+        return 2 * self.span_pairs / self.live_rows - 1 if self.span_pairs else 0.0
 
 
 def assumed_texts(recipe: Recipe, *, length: int | None = None, tokens: int | None = None) -> Texts:
@@ -168,6 +175,7 @@ def average_batch(name: str, spec: ObjectiveSpec, lengths: NDArray[np.int64], *,
         live_rows=share * float(documents @ cost.live_rows),
         pairs=share * float(documents @ cost.pairs),
         head_rows=share * float(documents @ cost.head_rows),
+        span_pairs=0.0 if cost.span_pairs is None else share * float(documents @ cost.span_pairs),
     )
 
 

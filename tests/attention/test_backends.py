@@ -186,16 +186,17 @@ def test_a_recipe_may_name_every_backend_that_there_is():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["flash-attn", "aten-cuda", "flash-attn-3", "flash-attn-4", "triton"])
 @pytest.mark.parametrize(("heads", "head_dim"), [((4, 2), 64), ((3, 3), 128)])
-@pytest.mark.parametrize("mask_rate", [0.0, 0.15, 0.6])
-def test_cuda_kernels_agree_with_the_oracle(name, heads, head_dim, mask_rate):
+@pytest.mark.parametrize(
+    ("mask_rate", "spans"), [(0.0, None), (0.15, None), (0.6, None), (0.6, "run"), (0.6, "document")]
+)
+def test_cuda_kernels_agree_with_the_oracle(name, heads, head_dim, mask_rate, spans):
     device = torch.device("cuda")
     try:
         backends.resolve(name, torch.bfloat16, head_dim, device)
     except ValueError as refusal:
         pytest.skip(str(refusal))
-    problem = make_problem([300, 1, 77, 513], mask_rate=mask_rate, heads=heads, head_dim=head_dim).to(
-        torch.bfloat16
-    )
+    shape = {"mask_rate": mask_rate, "heads": heads, "head_dim": head_dim, "spans": spans}
+    problem = make_problem([300, 1, 77, 513], **shape).to(torch.bfloat16)
     expected = problem.dense_rows()
 
     def attend(q, k, v, cos, sin, plan):

@@ -61,6 +61,8 @@ def counts_of(batch: PackedBatch) -> MicroBatch:
     """What the planner expects of an average batch, as it is in this one."""
     plan = batch.plan
     kept = np.diff(plan.cu_seqlens.numpy()).astype(float)
+    spans = np.zeros(0) if plan.span_cu_seqlens is None else np.diff(plan.span_cu_seqlens.numpy())
+    span_pairs = float((spans * (spans + 1.0) / 2).sum())
     own = (kept * (kept + 1) / 2 if plan.mode == "causal" else kept**2).sum()
     return MicroBatch(
         objective="any",
@@ -71,8 +73,9 @@ def counts_of(batch: PackedBatch) -> MicroBatch:
         tokens=batch.represented_tokens,
         kept_rows=plan.num_kept,
         live_rows=plan.num_live,
-        pairs=float(own + kept[plan.live_document.numpy()].sum()),
+        pairs=float(own + kept[plan.live_document.numpy()].sum()) + span_pairs,
         head_rows=len(batch.targets),
+        span_pairs=span_pairs,
     )
 
 

@@ -23,6 +23,7 @@ from bico_ds.model.head import LOW_PRECISION_CHUNKS
 from bico_ds.planner import activations
 from bico_ds.planner.activations import activation_memory
 from bico_ds.planner.architecture import architecture_of
+from bico_ds.planner.compute.attention import SPAN_FLASH_FROM
 from bico_ds.planner.items import total
 from bico_ds.planner.rows.attention import MASKED_SCORES, TILE_ROWS, TILE_SCORES, largest_tiles
 from bico_ds.planner.rows.case import case_of
@@ -41,6 +42,7 @@ LLAMA: dict[str, Any] = {
 }
 NTP: dict[str, Any] = {"kind": "ntp"}
 BICO: dict[str, Any] = {"kind": "bico"}
+ABI: dict[str, Any] = {"kind": "abi", "mask": {"rate": 0.6}, "spans": "left_to_right"}
 MANY_LIVE: dict[str, Any] = {"kind": "bico", "mask": {"rate": 0.6}}
 
 
@@ -95,7 +97,7 @@ LORA = {"dropout": LoraSpec(rank=5, dropout=0.1), "no dropout": LoraSpec(rank=5,
 
 
 @pytest.mark.parametrize("recompute", [0, 1, 2])
-@pytest.mark.parametrize("objective", [NTP, BICO, MANY_LIVE], ids=str)
+@pytest.mark.parametrize("objective", [NTP, BICO, MANY_LIVE, ABI], ids=str)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_a_cpu_keeps_and_makes_what_is_planned(dtype, objective, recompute):
     spec = random_spec(np.random.default_rng(), dtype=dtype, activation_checkpointing=recompute)
@@ -124,6 +126,12 @@ def test_the_peak_may_be_in_a_recomputed_layer_before_one_that_is_kept():
 def test_what_cuda_runs_keeps_and_makes_what_is_planned(backend, objective, recompute):
     values = {"attention_backend": backend, "activation_checkpointing": recompute}
     compare(random_spec(np.random.default_rng(), **values), objective, "meta", within=0.02)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_what_cuda_runs_over_spans_keeps_and_makes_what_is_planned(backend):
+    values = {"attention_backend": backend, "activation_checkpointing": 1}
+    compare(random_spec(np.random.default_rng(), **values), ABI, "meta", within=0.02)
 
 
 @pytest.mark.parametrize("recompute", [0, 1])
@@ -238,5 +246,6 @@ def test_a_larger_share_of_live_rows_is_planned_with_larger_tiles():
 def test_the_constants_that_the_planner_repeats_are_those_of_attention_and_head():
     assert (CUDA_POLICY.tile_scores, CUDA_POLICY.tile_min_rows) == (TILE_SCORES, TILE_ROWS)
     assert (TILES_POLICY.tile_scores, TILES_POLICY.tile_min_rows) == (TILE_SCORES, TILE_ROWS)
+    assert CUDA_POLICY.span_flash_from == TILES_POLICY.span_flash_from == SPAN_FLASH_FROM
     assert MASKED_SCORES == tiles._KEPT_SCORES
     assert activations.LOW_PRECISION_CHUNKS == LOW_PRECISION_CHUNKS

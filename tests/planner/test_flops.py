@@ -15,14 +15,17 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from bico_ds.attention import backends
 from bico_ds.attention.layout import CPU_POLICY, TILES_POLICY, Layout, LayoutPolicy, build_layout
+from bico_ds.attention.plan import AttentionPlan
 from bico_ds.batch import ComparedRows, PackedBatch, TeacherRows
 from bico_ds.config.load import load_recipe
+from bico_ds.config.objectives.abi import AbiSpec
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.schema import ModelSpec
 from bico_ds.model.build import TrainableModel, build_model
 from bico_ds.native.library import native_refusal
+from bico_ds.objectives.abi import BlankInfilling
 from bico_ds.objectives.bico import MaskDenoising
 from bico_ds.objectives.ntp import NextTokenPrediction
 from bico_ds.planner.architecture import read_architecture
@@ -62,6 +65,8 @@ OBJECTIVES = {
     "ntp": NextTokenPrediction(spec=NtpSpec()),
     "bico": MaskDenoising(spec=BicoSpec(mask=MaskSpec(rate=0.4)), placeholder_id=0),
 }
+
+WITH_SPANS = {**OBJECTIVES, "abi": BlankInfilling(spec=AbiSpec(mask=MaskSpec(rate=0.7)), special_ids=())}
 
 
 def adapters(*targets: str) -> dict[str, Any]:
@@ -199,8 +204,13 @@ def counts(batch: PackedBatch) -> MicroBatch:
     return MicroBatch(
         objective="ntp", probability=1.0, mode=batch.plan.mode, documents=batch.plan.num_documents, longest=0,
         tokens=batch.represented_tokens, kept_rows=batch.plan.num_kept, live_rows=batch.plan.num_live,
-        pairs=batch.plan.num_pairs, head_rows=len(batch.targets),
+        pairs=batch.plan.num_pairs, head_rows=len(batch.targets), span_pairs=pairs_in_spans(batch.plan),
     )  # fmt: skip
+
+
+def pairs_in_spans(plan: AttentionPlan) -> float:
+    spans = torch.zeros(0) if plan.span_cu_seqlens is None else plan.span_cu_seqlens.diff().double()
+    return float((spans * (spans + 1) / 2).sum())
 
 
 def kernels_visits(layout: Layout) -> dict[Kernel, float]:
@@ -221,10 +231,13 @@ def kernels_visits(layout: Layout) -> dict[Kernel, float]:
     if (blocks := layout.blocks) is not None:
         begin, end, _, count = blocks.query_blocks.long().T
         pairs[TRITON] += float((blocks.split if causal else (end - begin) * count).sum())
+    if layout.spans is not None and layout.spans.layout is not None:
+        for kernel, visited in kernels_visits(layout.spans.layout).items():
+            pairs[kernel] += visited
     return pairs
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", WITH_SPANS)
 @pytest.mark.parametrize(
     ("backend", "dtype", "device"),
     [
@@ -240,7 +253,7 @@ def kernels_visits(layout: Layout) -> dict[Kernel, float]:
 def test_the_visits_that_are_expected_are_those_of_the_backend_s_kernels(backend, dtype, device, objective):
     if device == "cpu" and native_refusal():
         pytest.skip(f"the fused kernel {native_refusal()}")
-    batch = OBJECTIVES[objective].build(*random_documents(*np.random.default_rng().integers(150, 500, 30)))
+    batch = WITH_SPANS[objective].build(*random_documents(*np.random.default_rng().integers(150, 500, 30)))
     resolved = backends.resolve(backend, getattr(torch, TORCH_NAMES[dtype]), 64, torch.device(device))
     visited = kernels_visits(build_layout(batch.plan, resolved.policy))
     spec = ModelSpec.model_validate({"config": CONFIG, "dtype": dtype, "attention_backend": backend})

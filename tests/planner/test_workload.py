@@ -14,9 +14,14 @@ from bico_ds.data.loading.sample_order import StreamSpec
 from bico_ds.planner.workload import Texts, micro_batches
 from tests.data.loading.loaders import TOKENS, schedule_of
 from tests.data.stores import write_store
+from tests.planner.test_flops import pairs_in_spans
 
 MASKS = [{"rate": 0.4}, {"rate": [0.2, 0.7]}, {"rate": 0.4, "unit": "span"}]
-OBJECTIVES = [{"kind": "ntp"}, *({"kind": "bico", "mask": mask} for mask in MASKS)]
+OBJECTIVES = [
+    {"kind": "ntp"},
+    *({"kind": "bico", "mask": mask} for mask in MASKS),
+    {"kind": "abi", "mask": {"rate": 0.4}},
+]
 
 
 def measured(batch: PackedBatch) -> dict[str, float]:
@@ -28,11 +33,12 @@ def measured(batch: PackedBatch) -> dict[str, float]:
         "live_rows": batch.plan.num_live,
         "pairs": batch.plan.num_pairs,
         "head_rows": len(batch.targets),
+        "span_pairs": pairs_in_spans(batch.plan),
     }
 
 
 def test_an_average_micro_batch_is_that_of_the_loader(tmp_path):
-    """Within 1 %, the empty ends of bins among it, and 2 % for live rows: they are few, so their number varies most."""
+    """Within 1 %, the empty ends of bins among it, and 2 % for live rows and their pairs: they are few, and vary most."""
     rng = np.random.default_rng()
     lengths = rng.integers(2, 60, 60_000)
     store = write_store(tmp_path / "store", lengths.tolist())
@@ -41,14 +47,14 @@ def test_an_average_micro_batch_is_that_of_the_loader(tmp_path):
         [
             f"data.sources=[{{store: {store.path}}}]",
             "data.capacity=512",
-            f"objectives={json.dumps([{**o, 'probability': 0.25} for o in OBJECTIVES])}",
+            f"objectives={json.dumps([{**o, 'probability': 0.2} for o in OBJECTIVES])}",
             "training.micro_batch_bins=2",
             "training.global_batch_bins=128",
         ],
     )
     batches = micro_batches(recipe, Texts(lengths=lengths, tokens=int(lengths.sum()), source="test"))
-    assert [batch.objective for batch in batches] == ["ntp", "bico", "bico_2", "bico_3"]
-    assert [batch.mode for batch in batches] == ["causal", *["bidirectional"] * 3]
+    assert [batch.objective for batch in batches] == ["ntp", "bico", "bico_2", "bico_3", "abi"]
+    assert [batch.mode for batch in batches] == ["causal", *["bidirectional"] * 4]
     for spec, batch in zip(recipe.objectives, batches, strict=True):
         stream = StreamSpec(
             stores=[store],
@@ -65,6 +71,6 @@ def test_an_average_micro_batch_is_that_of_the_loader(tmp_path):
         for name in found[0]:
             mean, tolerance = (
                 np.mean([counts[name] for counts in found]),
-                0.02 if name == "live_rows" else 0.01,
+                0.02 if name in ("live_rows", "span_pairs") else 0.01,
             )
             assert getattr(batch, name) == pytest.approx(mean, rel=tolerance), (batch.objective, name)

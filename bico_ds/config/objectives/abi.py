@@ -28,11 +28,14 @@ class AbiSpec(ObjectiveSpec):
         """An estimate from lengths alone: see `MaskSpec.expect`."""
         expected = self.mask.expect(lengths)
         separate = self.spans == "separate"
-        # Of rows that are all of the document's masked tokens, each sees all kept tokens, and itself and those before it.
-        joined = lengths * (lengths - expected.masked) + (expected.masked_squared + expected.masked) / 2
+        # Where all masked tokens are rows, each sees all kept tokens, and itself and those before it.
+        over_kept = expected.pairs if separate else lengths * (lengths - expected.masked)
+        joined = (expected.masked_squared + expected.masked) / 2
+        span_pairs = expected.span_pairs if separate else joined
         return ObjectiveCost(
             kept_rows=lengths - expected.masked,
             live_rows=expected.live if separate else expected.masked,
-            pairs=expected.pairs + expected.span_pairs if separate else joined,
+            pairs=over_kept + span_pairs,
             head_rows=expected.masked,
+            span_pairs=span_pairs,
         )

@@ -24,15 +24,16 @@ AttentionMode = Literal["causal", "bidirectional"]
 class ObjectiveCost:
     """What documents are expected to cost in one step of an objective; each float64 [D], one number per document.
 
-    `kept_rows` and `live_rows` go through the model, the live ones as queries, and as keys at most of live ones. `pairs`
-    counts the (query, key) pairs that attention looks at, per head and layer. `head_rows` are the rows that have a loss, and
-    logits.
+    `kept_rows` and `live_rows` go through the model. `pairs` counts the (query, key) pairs that attention looks at, per head
+    and layer; `span_pairs` those of them whose key is a live row, which only live rows see; None: none is a key. `head_rows`
+    are the rows that have a loss, and logits.
     """
 
     kept_rows: NDArray[np.float64]
     live_rows: NDArray[np.float64]
     pairs: NDArray[np.float64]
     head_rows: NDArray[np.float64]
+    span_pairs: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

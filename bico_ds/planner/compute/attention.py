@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from bico_ds.config.schema import ModelSpec
 from bico_ds.planner.workload import MicroBatch
 
+# `span_flash_from` of CUDA_POLICY in bico_ds/attention/layout.py: rows of the spans that a flash kernel serves.
+SPAN_FLASH_FROM = 128
+
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
@@ -44,8 +47,8 @@ def expected_visits(model: ModelSpec, batch: MicroBatch, *, on_cuda: bool) -> tu
     On a GPU `auto` is a flash kernel for bf16, with the Triton kernels for live rows (dense tiles, where a flash kernel is
     named), and tiles alone for fp32; on a CPU the fused kernel. Not counted: invisible pairs of the blocks at the diagonal,
     padding of tiles, hidden keys; so these are a lower bound. Tiles visit the whole square of a causal document. The shares
-    of kept and live queries in the pairs are taken to be those of the rows: with rates drawn per document from [0, 1] that
-    counts twice as many live pairs as there are.
+    of kept and live queries in the pairs with kept keys are taken to be those of the rows: with rates drawn per document
+    from [0, 1] that counts twice as many live pairs as there are.
     """
     if model.attention_backend == "oracle":
         return (Visits(kernel=ORACLE, pairs=batch.rows**2),)
@@ -54,10 +57,32 @@ def expected_visits(model: ModelSpec, batch: MicroBatch, *, on_cuda: bool) -> tu
     if model.attention_backend == "triton":
         return (Visits(kernel=TRITON, pairs=batch.pairs),)
     if model.dtype == "fp32" and batch.mode == "causal":
-        return (Visits(kernel=DENSE_CAUSAL, pairs=2 * batch.pairs - batch.rows),)  # of n (n + 1) / 2 to n²
+        return (Visits(kernel=DENSE_CAUSAL, pairs=_square(batch.pairs, batch.rows)),)
+    over_kept = batch.pairs - batch.span_pairs
     if model.dtype == "fp32":
-        return (Visits(kernel=DENSE_BIDIRECTIONAL, pairs=batch.pairs),)
-    live = batch.pairs * batch.live_rows / batch.rows
-    flash = Visits(kernel=FLASH, pairs=batch.pairs - live)
-    of_live = TRITON if model.attention_backend == "auto" else DENSE_BIDIRECTIONAL
-    return (flash, Visits(kernel=of_live, pairs=live)) if live else (flash,)
+        pairs = {DENSE_BIDIRECTIONAL: over_kept}
+    else:
+        live = over_kept * batch.live_rows / batch.rows
+        of_live = TRITON if model.attention_backend == "auto" else DENSE_BIDIRECTIONAL
+        pairs = {FLASH: over_kept - live, of_live: live}
+    if batch.span_pairs:
+        kernel = span_kernel(model, batch)
+        visited = _square(batch.span_pairs, batch.live_rows) if kernel is DENSE_CAUSAL else batch.span_pairs
+        pairs[kernel] = pairs.get(kernel, 0.0) + visited
+    return tuple(Visits(kernel=kernel, pairs=visited) for kernel, visited in pairs.items() if visited)
+
+
+def span_kernel(model: ModelSpec, batch: MicroBatch) -> Kernel:
+    """What serves the spans of live rows on a GPU (`SpanRows` of attention/layout.py); all are taken to be equally long."""
+    if model.attention_backend == "triton":
+        return TRITON
+    if model.dtype == "fp32":
+        return DENSE_CAUSAL
+    if batch.mean_span >= SPAN_FLASH_FROM:
+        return FLASH
+    return TRITON if model.attention_backend == "auto" else DENSE_CAUSAL
+
+
+def _square(pairs: float, rows: float) -> float:
+    """All pairs of causal documents of so many rows: of n (n + 1) / 2 each, n²."""
+    return 2 * pairs - rows

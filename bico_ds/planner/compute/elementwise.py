@@ -18,7 +18,9 @@ from bico_ds.planner.compute.attention import (
     DENSE_CAUSAL,
     FLASH,
     TRITON,
+    Kernel,
     expected_visits,
+    span_kernel,
 )
 from bico_ds.planner.deployment import ELEMENT_BYTES
 from bico_ds.planner.flops import head_repeats_logits, recomputed_layers
@@ -92,8 +94,15 @@ TILED_KEYS = Operation(forward=Passes(), backward=Passes(wide=4, casts=2))
 # the softmax's gradient, and a product per rotation. Then per row: gathered, rotated, results put back.
 SCORE = Operation(forward=Passes(own=6, wide=9, casts=1), backward=Passes(own=10, wide=8, casts=3))
 CAUSAL_SCORE = Operation(forward=Passes(own=3, wide=9, casts=1), backward=Passes(own=5, wide=8, casts=3))
+# Of a softmax that has more keys: the product of out and its gradient is made, and subtracted from each score's.
+PART_QUERIES = Operation(forward=Passes(), backward=Passes(own=2, wide=4, casts=2))
+PART_SCORE = Operation(forward=Passes(), backward=Passes(wide=2))
 TILE_QUERIES = Operation(forward=Passes(own=17), backward=Passes(own=32))
 TILE_KEYS = Operation(forward=Passes(own=17), backward=Passes(own=34, wide=12))
+# Spans of live rows (attention/backend.py): rows are gathered, results merged in fp32 (`merge` of attention/passes.py);
+# backward they are gathered with out and its gradient, and gradients are added to the batch's.
+SPAN_QUERIES = Operation(forward=Passes(own=7, wide=5, casts=2), backward=Passes(own=9))
+SPAN_KEYS = Operation(forward=Passes(own=2), backward=Passes(own=5))
 # One kernel for all rows (native/tiles.cpp): inputs read once, results written once, dk and dv in fp32.
 FUSED_QUERIES = Operation(forward=Passes(own=2), backward=Passes(own=4))
 FUSED_KEYS = Operation(forward=Passes(own=2), backward=Passes(own=2, wide=6, casts=2))
@@ -194,8 +203,9 @@ def _layer(architecture: Architecture, model: ModelSpec, rows: float, *, on_cuda
 def _attention(architecture: Architecture, model: ModelSpec, batch: MicroBatch, *, on_cuda: bool) -> Work:
     """Of a layer's attention; a tile is taken to hold all keys of its documents, once."""
     query, key = (heads * architecture.head_dim for heads in (architecture.heads, architecture.key_heads))
+    spans = _spans(model, batch, query, key, on_cuda=on_cuda) if batch.span_pairs else []
     if not on_cuda or model.attention_backend == "oracle":
-        return [(FUSED_QUERIES, batch.rows * query), (FUSED_KEYS, batch.rows * key)]
+        return [(FUSED_QUERIES, batch.rows * query), (FUSED_KEYS, batch.rows * key), *spans]
     visits = expected_visits(model, batch, on_cuda=on_cuda)
     kernels, kept = {visit.kernel for visit in visits}, batch.kept_rows
     work: Work = []
@@ -217,7 +227,24 @@ def _attention(architecture: Architecture, model: ModelSpec, batch: MicroBatch, 
             for visit in visits
             if visit.kernel in scores
         ]
-    return work
+        if batch.span_pairs:
+            tiled = sum(visit.pairs for visit in visits if visit.kernel in scores)
+            work += [(PART_SCORE, tiled * architecture.heads), (PART_QUERIES, queries * query)]
+    return work + spans
+
+
+def _spans(model: ModelSpec, batch: MicroBatch, query: int, key: int, *, on_cuda: bool) -> Work:
+    """Of the live rows as a causal batch of their own, but for the scores of tiles."""
+    queries, keys = batch.live_rows * query, batch.live_rows * key
+    work: Work = [(SPAN_QUERIES, queries), (SPAN_KEYS, 2 * keys)]
+    if not on_cuda:
+        return [*work, (FUSED_QUERIES, queries), (FUSED_KEYS, keys)]
+    of_kernel: dict[Kernel, Work] = {
+        FLASH: [(ROTATION, queries + keys), (PASS_GRADIENTS, queries + 2 * keys)],
+        TRITON: [(TRITON_QUERIES, queries), (TRITON_KEYS, keys)],
+        DENSE_CAUSAL: [(TILE_QUERIES, queries), (PART_QUERIES, queries), (TILE_KEYS, keys)],
+    }
+    return work + of_kernel[span_kernel(model, batch)]
 
 
 def _ends(architecture: Architecture, model: ModelSpec, batch: MicroBatch, *, on_cuda: bool) -> Work:

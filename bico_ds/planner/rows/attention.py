@@ -28,7 +28,8 @@ OWN = ("queries", "keys", "values", "output of attention", "log-sum-exp", "gradi
 def attention_backward(alive: Alive, case: Case, batch: MicroBatch, tile: LargestTile) -> None:
     """From the gradient of attention's output to `GRADIENTS`, of the un-rotated queries, keys and values.
 
-    `tile`: the largest, in a layout that has tiles.
+    `tile`: the largest, in a layout that has tiles. What live rows see of their spans is computed afterwards and over fewer
+    rows, and is left out: no measured peak was there (`tests/planner/test_activations.py`).
     """
     if case.attention == "triton":
         _triton(alive, case, batch, queries=batch.rows)

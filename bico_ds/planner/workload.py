@@ -89,9 +89,9 @@ class MicroBatch:
 
     `kept_rows` and `live_rows` go through the model; `pairs` are (query, key) pairs that attention looks at, per head and
     layer, `span_pairs` those of them whose key is a live row; `head_rows` have a loss; `tokens` are original ones. `longest`
-    is the longest document, in tokens of a bin, and `documents` their number. `probability`: the share of steps that are this
-    objective's. `compared_rows` of the head rows are compared with the start model; `repeats_base`: its hidden states are
-    computed, with the adapters switched off.
+    is the longest document, in tokens of a bin, and `documents` their number. `probability`: the share of steps that are
+    this objective's. `compared_rows` of the head rows are compared with the start model; `repeats_base`: its hidden states
+    are computed, with the adapters switched off.
     """
 
     objective: str

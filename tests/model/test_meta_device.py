@@ -57,7 +57,12 @@ def batch_of(objective: dict[str, Any], backend: str = "auto") -> PackedBatch:
     """As the loader's worker makes it, then moved."""
     random = np.random.default_rng()
     documents = [
-        Document(token_ids=random.integers(3, 1000, length), source=0, id=number)
+        Document(
+            token_ids=random.integers(3, 1000, length),
+            source=0,
+            id=number,
+            word_starts=random.random(length) < 0.5,
+        )
         for number, length in enumerate(LENGTHS)
     ]
     tokens = TokenRoles(special_ids=(1, 2), placeholder_id=0, vocabulary=128_256)

@@ -100,9 +100,9 @@ class Places:
             hook.remove()
 
     def _within(self, place: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
+        def run(*args: Any, **settings: Any) -> Any:
             self._entered.append((place, _next_node()))
-            found = function(*args)
+            found = function(*args, **settings)
             self._entered.pop()
             return found
 

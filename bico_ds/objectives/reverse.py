@@ -62,7 +62,11 @@ class ReverseTraining:
         return "a token after the first one of the reversed text"
 
     def possible_targets(self, documents: Documents) -> NDArray[np.bool_]:
-        """All tokens but each document's first one in the new order; where that is drawn, it may be another one."""
+        """All tokens but each document's first one in the new order; where that is drawn, it may be another one.
+
+        A part that begins with a special token within its document seems to have it first, and its last word is then told
+        too. That misleads nobody: the special token itself is predicted in the complete document.
+        """
         grid, starts = TokenGrid.of(documents), documents.offsets[:-1]
         text = self._place(documents, grid) == 1
         words = self._words(documents, text)

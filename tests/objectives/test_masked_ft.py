@@ -86,6 +86,14 @@ def test_mask_and_rate_are_fresh_for_each_document_and_epoch():
     assert np.corrcoef(share[0], share[1])[0, 1] == pytest.approx(0, abs=0.3)
 
 
+@pytest.mark.parametrize("mask", [{}, {"unit": "span"}, {"eligible": "completion"}], ids=str)
+def test_a_mask_without_a_rate_keeps_the_uniform_one(mask):
+    spec = MaskedFtSpec.model_validate({"mask": mask})
+    assert spec.mask.rate == (0.0, 1.0)
+    assert spec.identity().get("mask", {}) == mask
+    assert MaskedFtSpec.model_validate({"mask": {**mask, "rate": 0.15}}).mask.rate == 0.15
+
+
 def test_the_cost_is_that_of_the_batches():
     documents = make_documents([1, 2, 9, 30])
     objective = masked_ft(instruction="", separator="")

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from bico_ds.config.objectives.base import AttentionMode, MonitorPlace, ObjectiveCost, ObjectiveSpec
 from bico_ds.config.objectives.masks import MaskSpec, PlaceholderId
 
 _BYTES_PER_TOKEN = 4  # of English
+_RATE = (0.0, 1.0)
 
 
 class MaskedFtSpec(ObjectiveSpec):
     """Masked fine-tuning: a text is predicted behind a copy of it with masked tokens (2510.09885)."""
 
     kind: Literal["masked_ft"] = "masked_ft"
-    mask: MaskSpec = MaskSpec(rate=(0.0, 1.0))
+    mask: MaskSpec = MaskSpec(rate=_RATE)
     mask_id: PlaceholderId = None
     instruction: str = Field("", description="text in front of the masked copy")
     separator: str = Field("", description="text between the masked copy and the text")
 
     monitor: ClassVar[MonitorPlace] = MonitorPlace(colour="#7f8c8d")
     attention: ClassVar[AttentionMode] = "causal"
+
+    @field_validator("mask", mode="before")
+    @classmethod
+    def _a_mask_without_a_rate_has_this_default(cls, mask: Any) -> Any:
+        """Not that of masks in general, when another key of it is given."""
+        return {"rate": _RATE, **mask} if isinstance(mask, dict) else mask
 
     def cost(self, lengths: NDArray[np.int64]) -> ObjectiveCost:
         """Exact, but for instruction and separator: without a tokenizer, four bytes of them count as a token."""

@@ -98,6 +98,14 @@ def test_the_words_or_entities_come_in_reversed_order_and_all_tokens_train(lengt
         assert read["predictions"] == {i: expected[i + 1] for i in range(len(expected) - 1)}
 
 
+def test_the_largest_bound_leaves_a_text_as_it_is_and_a_larger_one_is_refused():
+    documents = make_documents([40, 60], seed=1)
+    texts = texts_of(reverse("random", 2**31 - 1), documents)
+    assert texts == [document.token_ids.tolist() for document in documents]
+    with pytest.raises(ValidationError, match="words are counted by 32-bit numbers"):
+        reverse("random", 2**31)
+
+
 @pytest.mark.parametrize(("segments", "max_words"), SEGMENTS)
 @given(lengths=LENGTHS, seed=st.integers(0, 2**31))
 @settings(max_examples=30, deadline=None)

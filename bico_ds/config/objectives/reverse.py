@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import model_validator
 
+from bico_ds.config.bounds import Bound
 from bico_ds.config.objectives.base import AttentionMode, MonitorPlace, ObjectiveCost, ObjectiveSpec
 from bico_ds.config.objectives.ntp import NtpSpec
-from bico_ds.config.section import PositiveInt
 
 _MAX_WORDS = 25
 
@@ -20,7 +20,10 @@ class ReverseSpec(ObjectiveSpec):
 
     kind: Literal["reverse"] = "reverse"
     segments: Literal["word", "entity", "random"] = "word"
-    max_words: PositiveInt = _MAX_WORDS
+    max_words: Annotated[
+        int,
+        Bound(least=1, most=2**31 - 1, why="a segment has a word, and words are counted by 32-bit numbers"),
+    ] = _MAX_WORDS
 
     monitor: ClassVar[MonitorPlace] = MonitorPlace(colour="#c0392b")
     attention: ClassVar[AttentionMode] = "causal"

@@ -98,6 +98,7 @@ def test_a_source_has_one_kind_of_share(first, second):
             "'derive: identity_bridge' needs to know the entities: give 'entities_field' or 'entities_pattern'",
         ),
         ("files: [x], entities_field: e, entities_pattern: x", "exclude each other"),
+        ("files: [x], entities_pattern: ''", "'entities_pattern' is empty, and marks nothing"),
         ("files: [x], entities_pattern: '('", "'entities_pattern' is no regular expression: missing )"),
     ],
 )

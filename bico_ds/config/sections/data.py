@@ -161,6 +161,10 @@ class SourceSpec(Section):
             return self
         if self.entities_field is not None:
             raise ValueError("'entities_field' and 'entities_pattern' exclude each other")
+        if not self.entities_pattern:
+            raise ValueError(
+                "'entities_pattern' is empty, and marks nothing: leave it out, or give a pattern"
+            )
         try:
             re.compile(self.entities_pattern)
         except re.error as error:

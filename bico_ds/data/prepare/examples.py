@@ -63,6 +63,8 @@ class IngestOptions:
     def _check_entities(self) -> None:
         if self.entities_field and self.entities_pattern:
             raise UserError("--entities-field and --entities-pattern exclude each other")
+        if self.entities_pattern == "":
+            raise UserError("--entities-pattern is empty, and marks nothing: leave it out, or give a pattern")
         try:
             re.compile(self.entities_pattern or "")
         except re.error as error:

@@ -173,6 +173,7 @@ def test_what_is_derived_from_a_held_out_group_is_held_out_in_the_store_of_deriv
         ({**FIELDS, "derive": "identity_bridge"}, "needs to know the entities"),
         ({"messages_field": "m", "derive": "other_order"}, "no texts of chats"),
         ({"entities_field": "e", "entities_pattern": "x"}, "exclude each other"),
+        ({"entities_pattern": ""}, "--entities-pattern is empty"),
         ({"entities_pattern": "("}, "no regular expression: missing"),
         ({**FIELDS, "derive": "other_order", "held_out": 0.1}, "needs --group-field"),
     ],

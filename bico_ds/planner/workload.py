@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -147,6 +148,7 @@ def _micro_batch(
 ) -> MicroBatch:
     # Only causal steps compare; each of theirs has the further pass, whatever rows it compares.
     compares = recipe.retention is not None and spec.attention == "causal"
+    texts = replace(texts, lengths=_cut_to_fit(recipe, spec, texts.lengths))
     taken = _room(spec, texts.lengths)
     expansion = taken / float(texts.lengths.sum())
     room = recipe.training.micro_batch_bins * bin_room(recipe, texts, fullest=fullest, expansion=expansion)
@@ -157,6 +159,27 @@ def _micro_batch(
         compared_rows=texts.compared * batch.head_rows if compares else 0.0,
         repeats_base=compares and recipe.retention is not None and recipe.retention.teacher is None,
     )
+
+
+def _cut_to_fit(recipe: Recipe, spec: ObjectiveSpec, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The lengths of what an objective draws of documents of these lengths, int64 [D], where it makes more of them.
+
+    Each must fit a bin with its rows, and longer ones are cut by `data.overlong`. The BOS of pieces is not counted.
+    """
+    capacity = recipe.data.capacity
+
+    def room_of(length: int) -> int:
+        return round(_room(spec, np.array([length])))
+
+    if room_of(int(lengths.max())) <= capacity:
+        return lengths
+    # One token at least: where none fits, the loader refuses the recipe.
+    longest = max(1, bisect_right(range(1, capacity + 1), capacity, key=room_of))
+    if recipe.data.overlong == "split":
+        rests = lengths % longest
+        return np.concatenate([np.repeat(longest, (lengths // longest).sum()), rests[rests > 0]])
+    kept = lengths[lengths <= longest]
+    return kept if recipe.data.overlong == "drop" and len(kept) else np.minimum(lengths, longest)
 
 
 def average_batch(name: str, spec: ObjectiveSpec, lengths: NDArray[np.int64], *, share: float) -> MicroBatch:
@@ -181,10 +204,9 @@ def average_batch(name: str, spec: ObjectiveSpec, lengths: NDArray[np.int64], *,
 
 def _room(spec: ObjectiveSpec, lengths: NDArray[np.int64]) -> float:
     """What documents of these lengths take of bins together: each its tokens, or its rows where these are more."""
-    counts = np.bincount(lengths)
-    distinct = np.flatnonzero(counts)
+    distinct, counts = np.unique(lengths, return_counts=True)
     cost = spec.cost(distinct)
-    return float(counts[distinct] @ np.maximum(distinct, cost.kept_rows + cost.live_rows))
+    return float(counts @ np.maximum(distinct, cost.kept_rows + cost.live_rows))
 
 
 def bin_room(recipe: Recipe, texts: Texts, *, fullest: bool = False, expansion: float = 1.0) -> float:

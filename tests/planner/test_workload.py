@@ -37,6 +37,43 @@ def measured(batch: PackedBatch) -> dict[str, float]:
     }
 
 
+@pytest.mark.parametrize("overlong", ["split", "truncate", "drop"])
+def test_texts_that_an_objective_makes_too_long_for_a_bin_count_as_the_loader_cuts_them(tmp_path, overlong):
+    lengths = np.random.default_rng().integers(2, 200, 6_000)
+    store = write_store(tmp_path / "store", lengths.tolist())
+    recipe = load_recipe(
+        "tiny_ntp",
+        [
+            f"data.sources=[{{store: {store.path}}}]",
+            "data.capacity=256",
+            f"data.overlong={overlong}",
+            "objectives=[{kind: masked_ft}]",
+            "training.micro_batch_bins=2",
+            "training.global_batch_bins=128",
+        ],
+    )
+    (batch,) = micro_batches(recipe, Texts(lengths=lengths, tokens=int(lengths.sum()), source="test"))
+    loader = ElasticLoader(
+        StreamSpec(
+            stores=[store],
+            data=recipe.data,
+            schedule=schedule_of(recipe.objectives),
+            seed=1,
+            global_batch_bins=128,
+            vocabulary=TOKENS.vocabulary,
+        ),
+        RankShare(micro_batch_bins=2),
+    )
+    found = [
+        measured(packed) for step in range(loader.total_steps(1) - 1) for packed in loader.step(step).batches
+    ]
+    loader.close()
+    assert batch.longest <= 256
+    for name in ("documents", "tokens", "kept_rows", "pairs", "head_rows"):
+        mean = np.mean([counts[name] for counts in found])
+        assert getattr(batch, name) == pytest.approx(mean, rel=0.04), name
+
+
 def test_an_average_micro_batch_is_that_of_the_loader(tmp_path):
     """Within 1 %, the empty ends of bins among it, and 2 % for live rows and their pairs: they are few, and vary most."""
     rng = np.random.default_rng()

@@ -96,10 +96,14 @@ def activation_memory(
 
 
 def _passing(case: Case, batch: MicroBatch) -> tuple[Item, ...]:
-    alive = Alive(batch.rows)
-    passing_forward(alive, case, batch)
-    how = ", ".join(alive.peak)
-    return (_item("forward pass of a recomputed layer", sum(alive.peak.values()), how),)
+    peaks = []
+    for tile in largest_tiles(case, batch):
+        alive = Alive(batch.rows)
+        passing_forward(alive, case, batch, tile)
+        peaks.append(alive.peak)
+    low, high = (sum(peak.values()) for peak in peaks)
+    name = "forward pass of a recomputed layer"
+    return (Item(name=name, bytes=Range(min(low, high), max(low, high)), how=", ".join(peaks[-1])),)
 
 
 def _backward(

@@ -176,6 +176,20 @@ def flash_sums(case: Case, rows: float, documents: float) -> float:
     return sums + grouped
 
 
+def tile_forward(alive: Alive, case: Case, batch: MicroBatch, tile: LargestTile) -> None:
+    """`dense_forward` of attention/dense.py: where its keys are rotated both ways, and where its scores go to fp32.
+
+    First the rows as they are and tables of cos and sin are there too, and a sum more than the keys' two rotations; then the
+    scores of the last rotation, and their sum in both dtypes.
+    """
+    b, scores, keys = case.size, tile.scores * case.shapes.heads, tile.keys * case.key_width
+    queries, table = case.query_width * _tiled_rows(case, batch), tile.keys * case.shapes.head_dim
+    alive.make({"rows of a tile": b * (4 * keys + 2 * table + 3 * queries)}, rows=1)
+    rotated = 2 * b * (keys + queries)
+    alive.make({"scores of a tile": (2 * b + FP32) * scores, "rows of a tile": rotated}, rows=1)
+    alive.free("scores of a tile", "rows of a tile")
+
+
 def _tile(alive: Alive, case: Case, batch: MicroBatch, tile: LargestTile) -> None:
     """`dense_backward` of attention/dense.py, where the scores' gradient is made, and where the keys' is added to the sums.
 

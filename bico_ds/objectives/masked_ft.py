@@ -88,11 +88,14 @@ class MaskedFineTuning(MaskedObjective):
 
 
 def _ids(text: str, tokens: TokenRoles, key: str) -> tuple[int, ...]:
-    """The ids of a recipe's text. Raises `UserError` where the model has no embedding of one."""
+    """The ids of a recipe's text. Raises `UserError` for words without one, and where the model embeds no such id."""
     if not text:
         return ()
     assert tokens.encode is not None, "whoever makes objectives of a recipe with texts has its tokenizer"
-    ids = tokens.encode(text)
+    try:
+        ids = tokens.encode(text)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
     if max(ids, default=0) >= tokens.vocabulary:
         raise UserError(
             f"{key}: the tokenizer gives id {max(ids)}, and the model's vocabulary has {tokens.vocabulary}; write it "

@@ -163,5 +163,10 @@ def test_a_recipe_s_text_becomes_its_ids_and_a_word_that_has_none_is_named(
     tokenizer = load_tokenizer(Path(word_tokenizer))
     known = next(word for word in tokenizer.get_vocab() if word.isalpha())
     assert text_ids(tokenizer, known) == (tokenizer.get_vocab()[known],)
-    with pytest.raises(UserError, match="no token for 'unheard-of' in the text"):
-        text_ids(tokenizer, f"{known} unheard-of")
+    roles = TokenRoles(
+        special_ids=(), placeholder_id=0, vocabulary=1000, encode=lambda text: text_ids(tokenizer, text)
+    )
+    with pytest.raises(
+        UserError, match=r"objectives\[0\]\.separator: .*no token for 'unheard-of' in the text"
+    ):
+        build_objectives([MaskedFtSpec(separator=f"{known} unheard-of")], roles)

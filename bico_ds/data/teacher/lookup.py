@@ -16,6 +16,8 @@ from bico_ds.common.errors import UserError
 from bico_ds.data.teacher.stored import StoredTeacher
 from bico_ds.documents import Documents
 
+_APART = "let its 'sources' name none of those that retention.on names"
+
 
 def teacher_rows(
     teachers: Mapping[int, StoredTeacher],
@@ -57,12 +59,13 @@ def _check(
         if not known.all() or (teacher.lengths[sequences[own]] != documents.lengths[own]).any():
             raise UserError(
                 "retention.teacher holds distributions over documents as they are, cut by data.capacity; this objective "
-                "expands them, and cuts them otherwise"
+                f"expands them, and cuts them otherwise; {_APART}"
             )
     following = documents.offsets[document] + position + 1
     if (following >= documents.offsets[document + 1]).any() or (
         documents.token_ids[following] != targets
     ).any():
         raise UserError(
-            "retention.teacher holds distributions of the next token, and this objective predicts another"
+            "retention.teacher holds distributions of the next token, and this objective predicts another; "
+            f"{_APART}"
         )

@@ -301,7 +301,8 @@ class Doubled(NextTokenPrediction):
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"), [(Backwards, "predicts another"), (Doubled, "cuts them otherwise")]
+    ("kind", "message"),
+    [(Backwards, "predicts another; let its .sources."), (Doubled, "cuts them otherwise; let its .sources.")],
 )
 def test_objectives_whose_rows_are_not_those_of_the_teacher_are_refused(world, kind, message):
     _, _, recipe = world

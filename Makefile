@@ -17,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 
 help:
 	@echo "make demo         train tiny_base, tiny_bico and tiny_ntp on $(RANKS) ranks, print and plot the comparison"
-	@echo "make cures        train every objective and data-side cure from tiny_base, compare them, draw one picture (a quarter of an hour)"
+	@echo "make cures        train every objective and data-side cure from tiny_base, compare them, draw one picture"
 	@echo "make gpu-proof    on a machine with a CUDA GPU: is it right, how fast; twice six minutes"
 	@echo "make test         lint, type check and tests"
 	@echo "make test-slow    the tests that take minutes"

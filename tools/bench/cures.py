@@ -6,8 +6,7 @@
     python tools/bench/cures.py --table
 
 DIR and what is kept: experiments.py beside this file. `broken_…` are BICO with one of its three points left out (the label
-shift is in bico_same). On the search split all cures have equal updates and one learning
-rate; on the full sets the best ones have equal FLOPs, and two seeds.
+shift is in bico_same). On the search split all have equal updates and one learning rate.
 """
 
 from __future__ import annotations

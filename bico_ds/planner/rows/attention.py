@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from bico_ds.planner.compute.attention import SPAN_FLASH_FROM
 from bico_ds.planner.ranges import Range
 from bico_ds.planner.rows.alive import Alive
 from bico_ds.planner.rows.case import FP32, Case
@@ -28,13 +29,15 @@ OWN = ("queries", "keys", "values", "output of attention", "log-sum-exp", "gradi
 def attention_backward(alive: Alive, case: Case, batch: MicroBatch, tile: LargestTile) -> None:
     """From the gradient of attention's output to `GRADIENTS`, of the un-rotated queries, keys and values.
 
-    `tile`: the largest, in a layout that has tiles. What live rows see of their spans is computed afterwards and over fewer
-    rows, and is left out: no measured peak was there (`tests/planner/test_activations.py`).
+    `tile`: the largest, in a layout that has tiles. What live rows see of their spans is computed last. By Triton or tiles
+    it is left out: no measured peak was there (`tests/planner/test_activations.py`).
     """
     if case.attention == "triton":
         _triton(alive, case, batch, queries=batch.rows)
     elif case.attention == "flash":
         _flash(alive, case, batch, tile)
+        if batch.mean_span >= SPAN_FLASH_FROM:
+            _flash_spans(alive, case, batch)
     else:
         _accumulators(alive, case)
         if case.attention == "tiles":
@@ -151,6 +154,18 @@ def _flash(alive: Alive, case: Case, batch: MicroBatch, tile: LargestTile) -> No
     if batch.live_rows and case.tiles_live:
         _tile(alive, case, batch, tile)
         alive.make(_results(case))
+
+
+def _flash_spans(alive: Alive, case: Case, batch: MicroBatch) -> None:
+    """`Backend._add_spans` of attention/backend.py, within the flash kernel: rows of spans, as they are and rotated."""
+    queries, keys, b = case.query_width, case.key_width, case.size
+    known = 2 * b * queries + 2 * FP32 * case.shapes.heads
+    rows = b * (queries + 2 * keys + 2 * case.shapes.head_dim) + known
+    passing = b * (queries + keys) + b * (queries + 2 * keys)
+    alive.make({"rows of spans": rows, "inputs and gradients of spans": passing}, rows=batch.live_rows)
+    spans = batch.live_rows / batch.mean_span
+    alive.make({"flash kernel's sums": flash_sums(case, batch.live_rows, spans)}, rows=1)
+    alive.free("rows of spans", "inputs and gradients of spans", "flash kernel's sums")
 
 
 def _beside_live(alive: Alive, case: Case, batch: MicroBatch) -> None:

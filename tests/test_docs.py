@@ -207,3 +207,9 @@ def test_every_page_that_the_code_names_exists(folder):
         for page in re.findall(r"\bdocs/[\w/]+\.md", path.read_text(encoding="utf-8"))
     }
     assert not [(str(path), page) for path, page in named if not (ROOT / page).is_file()]
+
+
+@pytest.mark.parametrize("page", ["gpu.md", "gpu_rehearsal.md"])
+def test_a_published_proof_names_no_folder_of_the_machine_that_made_it(page):
+    text = (ROOT / "docs" / "benchmarks" / page).read_text(encoding="utf-8")
+    assert not re.findall(r"(?<![\w….])/[\w./-]+/(?:tools|bico_ds|launch)/[\w./-]+", text)

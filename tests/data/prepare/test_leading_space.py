@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,15 @@ from tests.data.prepare.ingesting import all_documents, ingest_files, write_json
 TEXT = "return for import and import for return"  # each a token of the tokenizer, with the space before it
 
 
+def both_stores(folder: Path, tokenizer_path: str) -> Iterator[tuple[bool, Path]]:
+    """Stores of TEXT without and with the space."""
+    file = write_jsonl(folder / "a.jsonl", [{"text": TEXT}])
+    for leading_space in (False, True):
+        store = folder / f"store-{leading_space}"
+        ingest_files(file, tokenizer_path, store, leading_space=leading_space)
+        yield leading_space, store
+
+
 def reversed_text(store: Path, tokenizer_path: str) -> str:
     """The first document's text after reverse training by words, as the model reads it."""
     tokenizer, opened = load_tokenizer(Path(tokenizer_path)), TokenStore.open(store)
@@ -31,10 +41,7 @@ def reversed_text(store: Path, tokenizer_path: str) -> str:
 def test_a_first_word_has_the_form_of_the_others_and_keeps_its_space_where_it_is_moved(
     tmp_path: Path, bpe_tokenizer: str
 ) -> None:
-    file = write_jsonl(tmp_path / "a.jsonl", [{"text": TEXT}])
-    for leading_space in (False, True):
-        store = tmp_path / f"store-{leading_space}"
-        ingest_files(file, bpe_tokenizer, store, leading_space=leading_space)
+    for leading_space, store in both_stores(tmp_path, bpe_tokenizer):
         (document,) = all_documents(store)
         words = np.split(document.token_ids[1:-1], np.flatnonzero(document.word_starts[1:-1])[1:])
         first, last = words[0].tolist(), words[-1].tolist()  # both are return
@@ -67,10 +74,7 @@ def test_prompts_and_entities_are_those_of_the_text(tmp_path: Path, bpe_tokenize
 def test_the_manifest_tells_of_it_and_that_of_other_stores_is_as_before(
     tmp_path: Path, bpe_tokenizer: str
 ) -> None:
-    file = write_jsonl(tmp_path / "a.jsonl", [{"text": TEXT}])
-    for leading_space in (False, True):
-        store = tmp_path / f"store-{leading_space}"
-        ingest_files(file, bpe_tokenizer, store, leading_space=leading_space)
+    for leading_space, store in both_stores(tmp_path, bpe_tokenizer):
         stated = json.loads((store / "manifest.json").read_text())
         assert (
             stated.get("leading_space", False)

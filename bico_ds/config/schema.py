@@ -421,14 +421,26 @@ class Recipe(Section):
                 self.retention,
             )
         on = set(self.data.source_numbers(self.retention.on))
-        causal = [spec.sources for spec in self.objectives if spec.attention == "causal"]
-        if not any(on & set(self.data.source_numbers(names)) for names in causal):
+        compared = {
+            index: spec
+            for index, spec in enumerate(self.objectives)
+            if spec.attention == "causal" and on & set(self.data.source_numbers(spec.sources))
+        }
+        if not compared:
             raise mistake_at(
                 ("retention",),
                 "it is a term of causal steps, and no objective like {kind: ntp} draws from the data sources that it is on: "
                 "nothing would be compared",
                 self.retention,
             )
+        for index, spec in compared.items():
+            if self.retention.teacher is not None and not spec.as_written:
+                raise mistake_at(
+                    ("objectives", index),
+                    f"'retention.teacher' holds log-probabilities of texts as they are written, and {spec.kind} changes "
+                    "them: let its 'sources' name none of those that 'retention.on' names",
+                    spec.kind,
+                )
         return self
 
     @model_validator(mode="after")

@@ -211,7 +211,7 @@ def _first_batches(loader: ElasticLoader, inputs: RunInputs, steps: int) -> dict
             targets = sum(len(batch.targets) for batch in batches)
             lines[name] = (
                 f"step {step}: {represented:,} tokens represented, {rows:,} rows through the model "
-                f"({live:,} live placeholders), {targets:,} targets"
+                f"({live:,} live rows), {targets:,} targets"
             )
         if len(lines) == len(inputs.schedule.objectives):
             break

@@ -75,6 +75,16 @@ def test_a_mistake_about_sources_is_named_with_key_file_and_line(recipe_file, ol
     assert expected in error_of(recipe_file(TWO_SOURCES.replace(old, new, 1)))
 
 
+@pytest.mark.parametrize("kind", ["reverse", "masked_ft"])
+def test_a_stored_teacher_does_not_know_texts_that_an_objective_changes(recipe_file, kind):
+    with_teacher = TWO_SOURCES.replace("kl: 1", "kl: 1\n  teacher: stored")
+    refused = "mine.yaml:8: objectives.0: 'retention.teacher' holds log-probabilities"
+    assert refused in error_of(recipe_file(with_teacher.replace("kind: ntp", f"kind: {kind}", 1)))
+    load_recipe(
+        str(recipe_file(TWO_SOURCES.replace("kind: ntp", f"kind: {kind}", 1)))
+    )  # adapters are switched off
+
+
 @pytest.mark.parametrize("first", ["weight: 1", "epochs: 2", "token_share: 0.5"])
 @pytest.mark.parametrize("second", ["weight: 1", "epochs: 2", "token_share: 0.5"])
 def test_a_source_has_one_kind_of_share(first, second):

@@ -53,7 +53,7 @@ class ObjectiveSpec(Section, ABC):
 
     A subclass narrows `kind` to its own name, `kind: Literal["mine"] = "mine"`, sets `monitor`, and raises
     `identity_version` when equal values come to mean other batches. `attention`: the mode of its batches' plans, which
-    plans of memory need.
+    plans of memory need. `as_written`: whether its rows are the documents' own tokens in their order.
     """
 
     kind: str
@@ -65,6 +65,7 @@ class ObjectiveSpec(Section, ABC):
     identity_version: ClassVar[int] = 1
     monitor: ClassVar[MonitorPlace]
     attention: ClassVar[AttentionMode] = "bidirectional"
+    as_written: ClassVar[bool] = True
 
     def identity(self) -> dict[str, Any]:
         """What the batches depend on, JSON-able: the kind, its version, and every value that is not the default.

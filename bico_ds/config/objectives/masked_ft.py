@@ -26,6 +26,7 @@ class MaskedFtSpec(ObjectiveSpec):
 
     monitor: ClassVar[MonitorPlace] = MonitorPlace(colour="#7f8c8d")
     attention: ClassVar[AttentionMode] = "causal"
+    as_written: ClassVar[bool] = False
 
     @field_validator("mask", mode="before")
     @classmethod

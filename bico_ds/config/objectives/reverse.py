@@ -27,6 +27,7 @@ class ReverseSpec(ObjectiveSpec):
 
     monitor: ClassVar[MonitorPlace] = MonitorPlace(colour="#c0392b")
     attention: ClassVar[AttentionMode] = "causal"
+    as_written: ClassVar[bool] = False
 
     @model_validator(mode="after")
     def _only_random_segments_have_a_bound(self) -> ReverseSpec:

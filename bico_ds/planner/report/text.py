@@ -266,7 +266,7 @@ def _steps_table(plan: Plan) -> Table:
     for label, cells in (
         ("share of the steps", [percent(Range.exactly(batch.probability)) for batch in batches]),
         ("rows of a micro-batch", [f"{batch.rows:,.0f}" for batch in batches]),
-        ("  of them live placeholders", [f"{batch.live_rows:,.0f}" for batch in batches]),
+        ("  of them live rows", [f"{batch.live_rows:,.0f}" for batch in batches]),
         ("  rows with a loss", [f"{batch.head_rows:,.0f}" for batch in batches]),
         ("documents of a micro-batch", [number(batch.documents) for batch in batches]),
         ("PFLOP of a step, useful", [number(step.flops.useful / 1e15) for step in steps]),

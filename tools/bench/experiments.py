@@ -19,7 +19,7 @@ import os
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ import this_checkout  # noqa: F401  first on sys.path
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import RunError, UserError, did_you_mean
 from bico_ds.config.arguments import local_path
+from bico_ds.evaluation.report.runs import work_in
+from bico_ds.evaluation.report.tables import work_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 START_MODEL = "models/smollm2-135m"
@@ -91,7 +93,7 @@ def search(lr: str, *settings: str, recipe: str = "smollm2_135m_bico") -> Run:
 class Experiment:
     """Its runs by name, `search/…` and `final/…`, and the texts whose perplexity is measured, as paths in the work's folder.
 
-    `likelihood`: whether right answers are also compared with those of other persons.
+    `likelihood`: whether right answers are also compared with those of other persons, and the runs by their work.
     """
 
     name: str
@@ -143,8 +145,8 @@ class Experiment:
             "retention_before": _content(start)["retention"],
             "command": _shown(command, work),
         }
-        for task in kept["tasks"].values():
-            del task["rows"]
+        for content in (*kept["tasks"].values(), *kept.get("choice", {}).values()):
+            del content["rows"]
         path = self.kept / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
@@ -154,17 +156,24 @@ class Experiment:
         tool = [sys.executable, str(ROOT / "tools" / "evaluate.py"), "--batch-size", "60"]
         _call([*tool, "--model", model, *asked, "--retention", *self.texts, "--output", str(output)], work)
 
-    def table(self, part: str) -> str:
-        """The Markdown table of the runs of a part, `search` or `final`, that are kept."""
-        kept = {path.stem: _content(path) for path in sorted((self.kept / part).glob("*.json"))}
+    def tables(self, part: str) -> Iterator[str]:
+        """The Markdown tables of the runs of a part, `search` or `final`, that are kept, in the order of the list."""
+        order = [name.removeprefix(f"{part}/") for name in self.runs]
+        paths = sorted((self.kept / part).glob("*.json"), key=lambda path: _place(path.stem, order))
+        kept = {path.stem: _content(path) for path in paths}
+        yield self._scores(kept)
+        if self.likelihood:
+            yield _likelihoods(kept)
+            yield work_markdown({path.stem: work_in(path.with_suffix(".jsonl")) for path in paths}).rstrip()
+
+    def _scores(self, kept: Mapping[str, Any]) -> str:
         tasks = [task for task in HEADLINES if any(task in content["tasks"] for content in kept.values())]
         texts = [Path(text).name for text in self.texts]
-        columns = ["run", *tasks, *(column for text in texts for column in (text, "times"))]
-        lines = [columns, ["---"] * len(columns)]
+        lines = [["run", *tasks, *(column for text in texts for column in (text, "times"))]]
         for name, content in kept.items():
             scores = [_score(content["tasks"].get(task), HEADLINES[task]) for task in tasks]
             lines.append([name, *scores, *(cell for text in texts for cell in _perplexity(content, text))])
-        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        return _markdown(lines)
 
     def command(self, description: str | None) -> Command:
         """The tool's command line."""
@@ -175,7 +184,7 @@ class Experiment:
             for name, run in self.runs.items():
                 print(name, run.recipe, *run.settings, sep="  ")
         elif options.table:
-            print(*(self.table(part) for part in PARTS), sep="\n\n")
+            print(*(table for part in PARTS for table in self.tables(part)), sep="\n\n")
         else:
             self.make(options.run, options.work.resolve())
 
@@ -192,6 +201,29 @@ def _add_options(parser: ArgumentParser) -> None:
 
 def _content(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _place(name: str, order: Sequence[str]) -> tuple[int, str]:
+    """Blends stand behind the run that they are made of."""
+    return order.index(name.split("_blend-")[0]), name
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    ruled = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in ruled)
+
+
+def _likelihoods(kept: Mapping[str, Any]) -> str:
+    lines = [["run", "task", "difference, nats", "rank", "first", "p"]]
+    for name, content in kept.items():
+        for task, found in content.get("choice", {}).items():
+            low, high = found["intervals"]["difference"]
+            difference = f"{found['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
+            first, p = f"{found['forced_choice']:.2f}", found["person_t_test"]["p_value"]
+            lines.append(
+                [name, task, difference, f"{found['rank']:.2f}", first, "–" if p is None else f"{p:.0e}"]
+            )
+    return _markdown(lines)
 
 
 def _score(task: dict[str, Any] | None, metric: str) -> str:

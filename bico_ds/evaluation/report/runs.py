@@ -179,6 +179,13 @@ def _evaluations(lines: Sequence[tuple[str, dict[str, Any]]]) -> dict[int, Recor
     return dict(sorted(found.items()))
 
 
+def work_in(metrics: Path) -> Work | None:
+    """What a run had done at the last step of training that is in this file; None where that was not logged yet."""
+    lines = _lines(metrics)
+    steps = [record["step"] for _, record in lines if record.get("kind") == "train"]
+    return _work(lines, steps[-1]) if steps else None
+
+
 def _work(lines: Sequence[tuple[str, dict[str, Any]]], step: int) -> Work | None:
     """What was done until that step, by the line that was written there."""
     here = [record for _, record in lines if record.get("kind") == "train" and record.get("step") == step]

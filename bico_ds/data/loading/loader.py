@@ -18,15 +18,13 @@ from bico_ds.attention.layout import LayoutPolicy, build_layout
 from bico_ds.batch import ComparedRows, PackedBatch, target_sources
 from bico_ds.common.errors import UserError
 from bico_ds.config.batch_size import micro_batches_per_rank
+from bico_ds.data.loading.global_batch import GlobalBatch
 from bico_ds.data.loading.prefetch import Prefetcher
 from bico_ds.data.loading.rank_assignment import assign_to_ranks
-from bico_ds.data.loading.sample_order import Consumed, GlobalBatch, SampleOrder, StreamReport, StreamSpec
-from bico_ds.data.loading.sequences import Sequences
-from bico_ds.data.loading.stream import StreamBins
+from bico_ds.data.loading.sample_order import Consumed, SampleOrder, StreamReport, StreamSpec
 from bico_ds.data.loading.targets import CutSource, check_targets
 from bico_ds.data.teacher.lookup import teacher_rows
 from bico_ds.documents import Documents
-from bico_ds.objectives.base import BatchKey, check_batch
 from bico_ds.planner.workload import Drawn
 
 
@@ -77,11 +75,11 @@ class ElasticLoader:
         # Raises where they do not divide.
         micro_batches_per_rank(stream.global_batch_bins, share.micro_batch_bins, share.world_size)
         self._stream, self._share = stream, share
+        self.source_names = stream.data.source_names
+        self._check_objectives()
         self._order = SampleOrder(stream, state)
         self.start_step, self.changes = self._order.start_step, self._order.changes
-        self.start_consumed = self._order.start_consumed
-        self.source_names, self.schedule = self._order.source_names, self._order.schedule
-        self._check_objectives()
+        self.start_consumed, self.schedule = self._order.start_consumed, self._order.schedule
         self._prefetcher = Prefetcher(self._build_step, stream.data.workers)
 
     def step(self, step: int) -> RankStep:
@@ -145,11 +143,12 @@ class ElasticLoader:
         batch, share = self._order.batch(step), self._share
         cost = np.add.reduceat(batch.bins.length**2, batch.bins.offsets[:-1])
         assigned = assign_to_ranks(cost, micro_batch_bins=share.micro_batch_bins, world_size=share.world_size)
-        entries = [_entries(batch.bins, bins) for bins in assigned[share.rank]]
+        entries = [batch.entries(bins) for bins in assigned[share.rank]]
         try:
             batches = [self._build(batch, chosen) for chosen in entries]
         except Exception as error:
-            raise self._named(error, batch, step) from error
+            named = batch.named(error, lambda entry: self._build(batch, entry), self.source_names)
+            raise type(named)(f"step {step}, {named}") from error
         if (policy := share.layout_policy) is not None:
             batches = [replace(packed, layout=build_layout(packed.plan, policy)) for packed in batches]
         return RankStep(
@@ -161,14 +160,8 @@ class ElasticLoader:
         )
 
     def _build(self, batch: GlobalBatch, entries: NDArray[np.int64]) -> PackedBatch:
-        """Build a micro-batch of these entries of the global batch, ordered by source."""
-        bins = batch.bins
-        entries = entries[np.argsort(bins.source[entries], kind="stable")]
-        documents = self._read(batch.sequences, bins.source[entries], bins.sequence[entries])
-        packed = batch.objective.build(documents, BatchKey(seed=batch.seed, epoch=bins.passes[entries]))
-        room = int(bins.length[entries].sum())
-        check_batch(packed, documents, room=room, vocabulary=self._stream.vocabulary)
-        return self._with_sources(packed, documents, bins.sequence[entries])
+        built = batch.build(entries, self._stream.stores, vocabulary=self._stream.vocabulary)
+        return self._with_sources(built.packed, built.documents, built.sequences)
 
     def _with_sources(
         self, packed: PackedBatch, documents: Documents, sequences: NDArray[np.int64]
@@ -190,16 +183,6 @@ class ElasticLoader:
         )
         return replace(packed, compared=compared)
 
-    def _read(
-        self, sequences: list[Sequences], source: NDArray[np.int64], numbers: NDArray[np.int64]
-    ) -> Documents:
-        return Documents.concatenate(
-            [
-                sequences[s].read(numbers[source == s], self._stream.stores[s], source=s)
-                for s in np.unique(source).tolist()
-            ]
-        )
-
     def _check_objectives(self) -> None:
         for number, objective in enumerate(self._stream.schedule.objectives):
             for source in self._stream.sources(number):
@@ -211,26 +194,3 @@ class ElasticLoader:
                 except Exception as error:
                     error.add_note(f"in check() of objective '{objective.name}' on source '{name}'")
                     raise
-
-    def _named(self, error: Exception, batch: GlobalBatch, step: int) -> Exception:
-        """The error again, naming the first document of the step that cannot be built by itself."""
-        for entry in range(len(batch.bins.sequence)):
-            try:
-                self._build(batch, np.array([entry]))
-            except Exception:
-                source, number = int(batch.bins.source[entry]), batch.bins.sequence[entry]
-                document = batch.sequences[source].document[number]
-                piece = batch.sequences[source].piece[number]
-                where = f"document {document} (piece {piece}) of source '{self.source_names[source]}'"
-                break
-        else:
-            where = "documents that can each be built alone"
-        kind = UserError if isinstance(error, UserError) else RuntimeError
-        return kind(
-            f"step {step}, objective '{batch.objective.name}': cannot build the batch of {where}: {error}"
-        )
-
-
-def _entries(bins: StreamBins, chosen: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The entries of the chosen bins, bin after bin."""
-    return np.concatenate([np.arange(bins.offsets[b], bins.offsets[b + 1]) for b in chosen.tolist()])

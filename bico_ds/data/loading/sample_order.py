@@ -22,6 +22,7 @@ from bico_ds.config.sections.data import DataSpec
 from bico_ds.config.sections.retention import RetentionSpec
 from bico_ds.data.loading import identity
 from bico_ds.data.loading.draws import numbers_of_draws, seed_of_draws
+from bico_ds.data.loading.global_batch import Built, GlobalBatch
 from bico_ds.data.loading.legacy_identity import translate_state
 from bico_ds.data.loading.mixture import Mixture
 from bico_ds.data.loading.sequences import CutReport, Sequences, cut_store, longest_sequence
@@ -30,10 +31,12 @@ from bico_ds.data.store import TokenStore
 from bico_ds.data.teacher.stored import StoredTeacher
 from bico_ds.objectives.base import Objective
 from bico_ds.objectives.schedule import ObjectiveSchedule
-from bico_ds.planner.compute.shares import StepShares
+from bico_ds.planner.compute.shares import Counted, StepShares
 from bico_ds.planner.workload import Drawn
 
 STATE_VERSION = 2
+# Masks of so many tokens have their mean rate within a fraction of a per cent; so many fit into a batch to be counted.
+_COUNTED_TOKENS, _TOKENS_PER_COUNT = 1 << 18, 1 << 15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,22 +111,6 @@ class Consumed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlobalBatch:
-    """What all ranks together do in one step.
-
-    `sequences` are those of each source. `counts` int64 [sources, 2]: the batch's sequences and tokens of each source, which
-    its consumer adds up. `fill` is the fraction of its bins' room that is taken. `seed`: what its objective draws by.
-    """
-
-    objective: Objective
-    seed: int
-    sequences: list[Sequences]
-    bins: StreamBins
-    counts: NDArray[np.int64]
-    fill: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Cursor:
     """A stream of bins, the sequences of all sources, the objectives that take from it, and the sources it draws from."""
 
@@ -187,16 +174,20 @@ class SampleOrder:
         if step < self.start_step:
             raise ValueError(f"step {step} lies before the first step, {self.start_step}")
         index = int(self.schedule.indices(step, step + 1)[0])
-        number = int(self._cursor_of[index])
-        cursor, wanted = self._cursors[number], self._spec.global_batch_bins
-        bins = cursor.stream.take(self._positions(step)[number], wanted)
+        position = self._positions(step)[int(self._cursor_of[index])]
+        return self._take(index, position, self._spec.global_batch_bins)
+
+    def _take(self, index: int, position: Position, count: int) -> GlobalBatch:
+        """The batch of `count` bins from this position on, for the objective of this number."""
+        cursor = self._cursors[int(self._cursor_of[index])]
+        bins = cursor.stream.take(position, count)
         return GlobalBatch(
-            objective=self.schedule.objectives[index],
+            objective=self._spec.schedule.objectives[index],
             seed=seed_of_draws(self._spec.seed, self._draws[index]),
             sequences=cursor.sequences,
             bins=bins,
             counts=_count_by_source(bins, len(self.source_names)),
-            fill=int(bins.length.sum()) / (wanted * self._spec.data.capacity),
+            fill=int(bins.length.sum()) / (count * self._spec.data.capacity),
         )
 
     def total_steps(self, epochs: float, *, source: int | None = None) -> int:
@@ -262,13 +253,32 @@ class SampleOrder:
         if self._spec.shares is None:
             return given
         if state is not None and not self.changes:
-            # Not found again: what a step counts is an estimate, and a later program may estimate otherwise.
+            # Not found again: a later program may count otherwise.
             probabilities = state["step_probabilities"]
         else:
-            probabilities = self._spec.shares.probabilities(
-                [self.drawn(number) for number in range(len(given.objectives))]
-            )
+            drawn = [self.drawn(number) for number in range(len(given.objectives))]
+            probabilities = self._spec.shares.probabilities(drawn, self._count)
         return ObjectiveSchedule(given.objectives, probabilities, self._spec.seed)
+
+    def _count(self, objective: int) -> Counted:
+        """What batches of the first bins of the objective of this number hold."""
+        cursor, spec = self._cursors[int(self._cursor_of[objective])], self._spec
+        bins = min(cursor.stream.num_bins(0), -(-_COUNTED_TOKENS // spec.data.capacity))
+        batch, lengths, counts = self._take(objective, Position(), bins), [], np.zeros(3, np.int64)
+
+        def build(entries: NDArray[np.int64]) -> Built:
+            return batch.build(entries, spec.stores, vocabulary=spec.vocabulary)
+
+        for chosen in np.array_split(np.arange(bins), -(-bins * spec.data.capacity // _TOKENS_PER_COUNT)):
+            try:
+                built = build(batch.entries(chosen))
+            except Exception as error:
+                raise batch.named(error, build, self.source_names) from error
+            packed = built.packed
+            counts += (len(packed.input_ids), len(packed.targets), packed.plan.num_pairs)
+            lengths.append(built.documents.lengths)
+        rows, targets, pairs = counts.tolist()
+        return Counted(lengths=np.concatenate(lengths), rows=rows, targets=targets, pairs=pairs)
 
     def _make_cursors(self) -> tuple[list[_Cursor], NDArray[np.int64]]:
         """The cursors, and the number of each objective's."""

@@ -9,11 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from bico_ds.config.objectives.table import objective_names
 from bico_ds.config.schema import Recipe, ShareBy
 from bico_ds.planner.architecture import read_architecture
 from bico_ds.planner.flops import useful_flops
 from bico_ds.planner.workload import Drawn, MicroBatch, average_batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """What real batches of an objective hold: documents of `lengths` int64 [D] in tokens; rows, targets and pairs in all."""
+
+    lengths: NDArray[np.int64]
+    rows: int
+    targets: int
+    pairs: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,28 +48,44 @@ class StepShares:
         """
         if self.share_by == "steps":
             return tuple(batches)
-        amount = self._amount()
-        shares = [spec.probability for spec in self.recipe.objectives]
-        weights = [share / amount(batch) for share, batch in zip(shares, batches, strict=True)]
+        tokens = self.share_by == "tokens"
+        probabilities = self._of_amounts(
+            [batch.tokens if tokens else self._flops(batch) for batch in batches]
+        )
         return tuple(
-            replace(batch, probability=float(f"{weight / sum(weights):.9g}"))
-            for batch, weight in zip(batches, weights, strict=True)
+            replace(batch, probability=probability)
+            for batch, probability in zip(batches, probabilities, strict=True)
         )
 
-    def probabilities(self, drawn: Sequence[Drawn]) -> list[float]:
-        """Return the probabilities of steps by what each objective draws in a data epoch, packed into `bins`."""
+    def probabilities(self, drawn: Sequence[Drawn], count: Callable[[int], Counted]) -> list[float]:
+        """Return the probabilities of steps by what each objective draws in a data epoch, packed into `bins`.
+
+        FLOPs are those of the specs' `cost`, which knows neither prompts nor entities nor a tokenizer, times what `count`
+        finds in batches of the objective of this number beside their documents' cost.
+        """
         names, specs = objective_names(self.recipe.objectives), self.recipe.objectives
-        batches = [
-            average_batch(name, spec, epoch.lengths, share=1 / epoch.bins)
-            for name, spec, epoch in zip(names, specs, drawn, strict=True)
-        ]
-        return [batch.probability for batch in self.of_steps(batches)]
-
-    def _amount(self) -> Callable[[MicroBatch], float]:
-        """What a batch has of that which is shared: original tokens, or useful operations."""
+        if self.share_by == "steps":
+            return [spec.probability for spec in specs]
         if self.share_by == "tokens":
-            return lambda batch: batch.tokens
+            return self._of_amounts([float(epoch.lengths.sum()) / epoch.bins for epoch in drawn])
+        amounts = []
+        for number, (name, spec, epoch) in enumerate(zip(names, specs, drawn, strict=True)):
+            counted = count(number)
+            expected = average_batch(name, spec, counted.lengths, share=1.0)
+            found = self._useful(rows=counted.rows, targets=counted.targets, pairs=counted.pairs)
+            average = average_batch(name, spec, epoch.lengths, share=1 / epoch.bins)
+            amounts.append(self._flops(average) * found / self._flops(expected))
+        return self._of_amounts(amounts)
+
+    def _of_amounts(self, amounts: Sequence[float]) -> list[float]:
+        """By what an average step of each objective has of that which is shared."""
+        shares = [spec.probability for spec in self.recipe.objectives]
+        weights = [share / amount for share, amount in zip(shares, amounts, strict=True)]
+        return [float(f"{weight / sum(weights):.9g}") for weight in weights]
+
+    def _flops(self, batch: MicroBatch) -> float:
+        return self._useful(rows=batch.rows, targets=batch.head_rows, pairs=batch.pairs)
+
+    def _useful(self, *, rows: float, targets: float, pairs: float) -> float:
         model, architecture = self.recipe.model, read_architecture(self.recipe.model)
-        return lambda batch: useful_flops(
-            architecture, model, rows=batch.rows, targets=batch.head_rows, pairs=batch.pairs
-        )
+        return useful_flops(architecture, model, rows=rows, targets=targets, pairs=pairs)

@@ -22,8 +22,8 @@ HALVES = [NtpSpec(kind="ntp", probability=0.5), BicoSpec(kind="bico", probabilit
 GLOBAL = 8
 
 
-def schedule_of(specs=HALVES, seed=1) -> ObjectiveSchedule:
-    objectives = build_objectives(specs, TOKENS)
+def schedule_of(specs=HALVES, seed=1, tokens=TOKENS) -> ObjectiveSchedule:
+    objectives = build_objectives(specs, tokens)
     return ObjectiveSchedule(objectives, [spec.probability for spec in specs], seed)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,18 @@ from bico_ds.planner.workload import Texts, micro_batches
 from tests.data.loading.loaders import TOKENS, schedule_of, state_at
 from tests.data.stores import write_store
 
-SHARES = {"ntp": 0.3, "bico": 0.2, "doubling": 0.5}
+OBJECTIVES = [
+    {"kind": "ntp", "probability": 0.3},
+    {"kind": "bico", "probability": 0.2, "mask": {"rate": 0.7}},  # few of whose tokens are rows
+    {"kind": "doubling", "probability": 0.5},
+]
+# What a spec's `cost` does not know: prompts, and how many tokens a text of the recipe has.
+OF_PROMPTS = [
+    {"kind": "ntp", "probability": 0.25, "loss_on": "completion"},
+    {"kind": "bico", "probability": 0.25, "mask": {"rate": 0.4, "eligible": "completion"}},
+    {"kind": "mlm_u", "probability": 0.2, "eligible": "completion"},
+    {"kind": "masked_ft", "probability": 0.3, "instruction": "of a token each", "separator": "|||"},
+]
 STEPS = 400
 
 
@@ -29,9 +41,7 @@ def store(tmp_path_factory):
     return write_store(tmp_path_factory.mktemp("stores") / "store", lengths)
 
 
-def recipe_of(store, share_by: str, **changes):
-    objectives = [{"kind": kind, "probability": share} for kind, share in SHARES.items()]
-    objectives[1]["mask"] = {"rate": 0.7}  # few of whose tokens are rows
+def recipe_of(store, share_by: str, objectives=OBJECTIVES, **changes):
     values = {"data.capacity": 256, "training.global_batch_bins": 4, **changes}
     return load_recipe(
         "tiny_ntp",
@@ -49,7 +59,9 @@ def stream_of(recipe, store, seed: int = 1) -> StreamSpec:
     return StreamSpec(
         stores=[store],
         data=recipe.data,
-        schedule=schedule_of(recipe.objectives, seed),
+        schedule=schedule_of(
+            recipe.objectives, seed, tokens=replace(TOKENS, encode=lambda text: (9,) * len(text))
+        ),
         seed=seed,
         global_batch_bins=recipe.training.global_batch_bins,
         vocabulary=TOKENS.vocabulary,
@@ -63,7 +75,7 @@ def loader_of(recipe, store, *, seed: int = 1, state=None, rank: int = 0, size: 
 
 def per_step(loader: ElasticLoader, recipe, share_by: str) -> dict[str, float]:
     """What a step of each objective has on average, of real batches."""
-    architecture, found = read_architecture(recipe.model), {name: [] for name in SHARES}
+    architecture, found = read_architecture(recipe.model), {spec.kind: [] for spec in recipe.objectives}
     for step in range(STEPS):
         drawn = loader.step(step)
         batches = drawn.batches
@@ -79,26 +91,30 @@ def per_step(loader: ElasticLoader, recipe, share_by: str) -> dict[str, float]:
     return {name: float(np.mean(amounts)) for name, amounts in found.items()}
 
 
+@pytest.mark.parametrize("objectives", [OBJECTIVES, OF_PROMPTS], ids=["all", "of_prompts"])
 @pytest.mark.parametrize("share_by", ["tokens", "flops"])
-def test_the_recipes_shares_are_those_of_what_is_counted_in_real_steps(store, share_by):
-    recipe = recipe_of(store, share_by)
+def test_the_recipes_shares_are_those_of_what_is_counted_in_real_steps(store, share_by, objectives):
+    recipe = recipe_of(store, share_by, objectives)
     loader = loader_of(recipe, store, seed=int(np.random.default_rng().integers(2**31)))
     amounts = per_step(loader, recipe, share_by)
     parts = {
         name: probability * amounts[name]
-        for name, probability in zip(SHARES, loader.schedule.probabilities, strict=True)
+        for name, probability in zip(amounts, loader.schedule.probabilities, strict=True)
     }
     total = sum(parts.values())
-    for name, share in SHARES.items():
+    shares = [entry["probability"] for entry in objectives]
+    for name, share in zip(parts, shares, strict=True):
         assert parts[name] / total == pytest.approx(share, abs=0.01), name
     # Which the same shares of steps are not.
     steps = loader.schedule.probabilities
-    assert max(abs(share - p) for share, p in zip(SHARES.values(), steps, strict=True)) > 0.03, steps
+    assert max(abs(share - p) for share, p in zip(shares, steps, strict=True)) > 0.02, steps
 
 
 def test_by_steps_the_schedule_is_the_recipes(store):
     recipe = recipe_of(store, "steps")
-    assert loader_of(recipe, store).schedule.probabilities == tuple(SHARES.values())
+    assert loader_of(recipe, store).schedule.probabilities == tuple(
+        entry["probability"] for entry in OBJECTIVES
+    )
 
 
 @pytest.mark.parametrize("share_by", ["tokens", "flops"])
@@ -114,7 +130,7 @@ def test_steps_are_the_same_on_every_rank_and_after_a_resume(store, share_by):
     resumed = loader_of(recipe, store, state=state, rank=1, size=2)
     drawn = [whole.step(step).objective for step in range(11, 60)]
     assert [resumed.step(step).objective for step in range(11, 60)] == drawn
-    assert len(set(drawn)) == len(SHARES)
+    assert len(set(drawn)) == len(OBJECTIVES)
 
 
 def test_a_resume_that_shares_by_something_else_is_refused_naming_the_key(store):
@@ -136,5 +152,5 @@ def test_a_plan_has_the_loaders_probabilities(store, share_by):
 
 
 def test_a_word_that_nothing_is_shared_by_is_refused_with_those_there_are(store):
-    with pytest.raises(UserError, match=r"share_by.*steps.*tokens.*flops"):
+    with pytest.raises(UserError, match=r"share_by.*steps.*tokens.*flops.*did you mean 'tokens'"):
         recipe_of(store, "token")

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from bico_ds.evaluation.report.runs import load_runs
 from bico_ds.planner.flops import useful_flops
 from bico_ds.runtime.run_folder import RunFolder
 from bico_ds.training.callbacks.base import Callback, RunStart, StepReport
@@ -116,6 +117,15 @@ def test_a_resumed_run_tells_what_an_uninterrupted_one_tells(started, every):
     resumed = Run(started, plan, first_step=7, saved=first.state(), every=every)
     resumed.take(reports[7:])
     assert last_line(started) == pytest.approx(expected)
+
+
+def test_an_evaluation_between_two_lines_of_steps_is_compared_by_the_work_done_by_then(started):
+    run, reports = Run(started, tiny_plan(), every=10), steps_of(13)
+    run.take(reports)
+    run.monitor.on_numbers(13, "evaluation", {"evaluation/n2d/contains": 0.5})
+    (compared,) = load_runs([started.path])
+    assert compared.work.updates == sum(one.applied for one in reports)
+    assert compared.work.rows == sum(one.kept_tokens for one in reports)
 
 
 def test_a_run_whose_checkpoint_does_not_know_what_came_before_tells_nothing(started):

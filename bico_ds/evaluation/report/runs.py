@@ -187,14 +187,18 @@ def work_in(metrics: Path) -> Work | None:
 
 
 def _work(lines: Sequence[tuple[str, dict[str, Any]]], step: int) -> Work | None:
-    """What was done until that step, by the line that was written there."""
-    here = [record for _, record in lines if record.get("kind") == "train" and record.get("step") == step]
-    totals: dict[str, float] = defaultdict(float)
-    for key, amount in here[-1].items() if here else ():
-        if key.startswith(_WORK):
-            totals[key.removeprefix(_WORK).split("/")[0]] += amount
-    if not totals:
+    """What was done until that step, by the last line of it that says so."""
+    written = [
+        {key: amount for key, amount in record.items() if key.startswith(_WORK)}
+        for _, record in lines
+        if record.get("step") == step
+    ]
+    done = next(filter(None, reversed(written)), None)
+    if done is None:
         return None
+    totals: dict[str, float] = defaultdict(float)
+    for key, amount in done.items():
+        totals[key.removeprefix(_WORK).split("/")[0]] += amount
     return Work(
         updates=int(totals["updates"]),
         rows=int(totals["rows"]),

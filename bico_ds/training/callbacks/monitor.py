@@ -65,7 +65,10 @@ class StepMonitor(FirstRankCallback):
             self._write_pending()
 
     def on_numbers(self, step: int, kind: str, numbers: dict[str, float]) -> None:
-        self._write(step, kind, numbers)
+        # An evaluation may lie between two lines of steps, and is one of the work done by then.
+        done = self._work.numbers() if kind == "evaluation" and self._work is not None else {}
+        self._write_line(step, kind, numbers | done)
+        self._write_events(step, numbers)
 
     def on_message(self, text: str) -> None: ...
 
@@ -85,11 +88,15 @@ class StepMonitor(FirstRankCallback):
             numbers |= self._utilization.of(self._pending)
         if self._work is not None:
             numbers |= self._work.numbers()
-        self._write(self._pending[-1].step, "train", numbers)
+        step = self._pending[-1].step
+        self._write_line(step, "train", numbers)
+        self._write_events(step, numbers)
         self._pending.clear()
 
-    def _write(self, step: int, kind: str, numbers: dict[str, float]) -> None:
+    def _write_line(self, step: int, kind: str, numbers: dict[str, float]) -> None:
         self._metrics.write(json.dumps({"step": step, "kind": kind, **numbers}, allow_nan=False) + "\n")
+
+    def _write_events(self, step: int, numbers: dict[str, float]) -> None:
         if self._writer is not None:
             for tag, value in numbers.items():
                 self._add_scalar(self._writer, tag, value, step)

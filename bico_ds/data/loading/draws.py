@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import Any
 
 from bico_ds.common.random_numbers import hash_words
@@ -15,14 +16,25 @@ def numbers_of_draws(
 ) -> list[int]:
     """Return the number of each objective's draws, `asked` (None: all 0); `saved`: the identity of a checkpoint, if any.
 
-    An objective that the checkpoint knows without a number goes on with 0, by which all drew before there were numbers.
+    An objective that the checkpoint knows without a number goes on with 0, by which all drew before there were numbers;
+    one that it does not know then takes another.
     """
     numbers = [0] * len(objectives) if asked is None else list(asked)
-    known = saved or {}
-    for index, objective in enumerate(objectives):
-        key = f"objectives[{index}]"
-        if f"{key}.draws" not in known and known.get(key) == identity.of_objective(objective):
+    if asked is None or not saved:
+        return numbers
+    own = [identity.of_objective(objective) for objective in objectives]
+    keys = [f"objectives[{index}]" for index in range(len(own))]
+    goes_on = [
+        f"{key}.draws" not in saved and saved.get(key) == mine for key, mine in zip(keys, own, strict=True)
+    ]
+    of_kind: dict[Any, set[int]] = {}
+    for index in sorted(range(len(own)), key=lambda index: not goes_on[index]):
+        taken = of_kind.setdefault(own[index].get("kind"), set())
+        if goes_on[index]:
             numbers[index] = 0
+        elif numbers[index] in taken:
+            numbers[index] = next(number for number in count(1) if number not in taken | {*numbers})
+        taken.add(numbers[index])
     return numbers
 
 

@@ -90,5 +90,21 @@ def test_a_run_that_draws_apart_resumes_apart_and_its_checkpoint_says_so(alike, 
         loader_of(alike, state)
 
 
+def test_an_objective_that_joins_one_that_goes_on_draws_otherwise(alike):
+    """Put before it, it is the first of the kind, whose number the other one has."""
+    specs = [NtpSpec(probability=0.6), BicoSpec(probability=0.4, mask=MASK)]
+    began = replace(alike, schedule=schedule_of(specs, alike.seed), sources_of=[(1,), (0,)])
+    state = state_at(loader_of(began), 5)
+    joined = [BicoSpec(probability=0.6, mask=MASK), BicoSpec(probability=0.4, mask=MASK)]
+    schedule, data = schedule_of(joined, alike.seed), alike.data.model_copy(update={"allow_change": True})
+    both = replace(
+        alike, schedule=schedule, sources_of=[(0, 1), (0,)], draws=numbers_in_kind(joined), data=data
+    )
+    found = predicted(both, state=state)
+    assert share_of_same(found["bico"], found["bico_2"]) < 0.05
+    goes_on = predicted(began, state=state)["bico"]
+    assert share_of_same(goes_on, found["bico_2"]) == 1.0
+
+
 def test_kinds_are_counted_apart():
     assert numbers_in_kind([*SPECS, NtpSpec(), BicoSpec()]) == [0, 0, 1, 1, 2]

@@ -346,7 +346,13 @@ def _message(problem: Any, key: KeyPath, values: Any) -> str:
     if problem["type"] == "missing":
         return "this key is required"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{message} (found {problem['input']!r})" if problem["type"] != "value_error" else message
+    if problem["type"] == "value_error":
+        return message
+    choices = (
+        re.findall(r"'([^']*)'", problem["ctx"]["expected"]) if problem["type"] == "literal_error" else []
+    )
+    hint = did_you_mean(str(problem["input"]), choices) if len(choices) > 1 else ""
+    return f"{message} (found {problem['input']!r}){hint}"
 
 
 def _known_keys(section: KeyPath, values: Any) -> list[str]:

@@ -61,7 +61,7 @@ class MaskedObjective(ABC):
         if self.spec.mask.unit == "entity" and not store.has_entities:
             raise UserError(
                 f"{self.key}.{self.mask_key('unit')} is 'entity', but the token store has no entity spans: prepare the "
-                "data again with an entities field, or choose unit: token or word"
+                "data again with entities_field or entities_pattern, or choose unit: token or word"
             )
 
     def mask_key(self, name: str) -> str:

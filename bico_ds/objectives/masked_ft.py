@@ -88,7 +88,10 @@ class MaskedFineTuning(MaskedObjective):
 
 
 def _ids(text: str, tokens: TokenRoles, key: str) -> tuple[int, ...]:
-    """The ids of a recipe's text. Raises `UserError` for words without one, and where the model embeds no such id."""
+    """The ids of a recipe's text.
+
+    Raises `UserError` for words without one, a text without any, and where the model embeds no such id.
+    """
     if not text:
         return ()
     assert tokens.encode is not None, "whoever makes objectives of a recipe with texts has its tokenizer"
@@ -96,7 +99,9 @@ def _ids(text: str, tokens: TokenRoles, key: str) -> tuple[int, ...]:
         ids = tokens.encode(text)
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
-    if max(ids, default=0) >= tokens.vocabulary:
+    if not ids:
+        raise UserError(f"{key}: the tokenizer makes no token of {text!r}: leave it out, or write other text")
+    if max(ids) >= tokens.vocabulary:
         raise UserError(
             f"{key}: the tokenizer gives id {max(ids)}, and the model's vocabulary has {tokens.vocabulary}; write it "
             "in other words"

@@ -49,7 +49,7 @@ class ReverseTraining:
         if self.spec.segments == "entity" and not store.has_entities:
             raise UserError(
                 f"{self.key}.segments is 'entity', but the token store has no entity spans: prepare the data again "
-                "with an entities field, or choose segments: word or random"
+                "with entities_field or entities_pattern, or choose segments: word or random"
             )
 
     def expand(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -22,6 +22,7 @@ from bico_ds.documents import Documents
 from bico_ds.objectives.base import BatchKey, TokenRoles
 from bico_ds.objectives.build import build_objectives
 from tests import DOUBLING
+from tests.config.mistakes import error_of
 
 
 def test_an_identity_leaves_out_the_probability_and_what_is_the_default():
@@ -338,3 +339,15 @@ def test_a_class_that_the_table_names_and_nobody_wrote_is_refused(tmp_path):
     recipe = load_recipe("tiny_ntp", [f"imports=[{file}]", "objectives=[{kind: absent}]"])
     with pytest.raises(UserError, match=r"objective kind 'absent': cannot find absent_\w+:Absent"):
         build_objectives(recipe.objectives, TokenRoles(special_ids=(), placeholder_id=0, vocabulary=9))
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        ("kind: abi, mask: {mean_span: 5}", "'mean_span' is the length of spans, and 'unit' is 'token'"),
+        ("kind: identity_bridge", "there is no objective of kind 'identity_bridge' (it is of the data: set 'derive:"),
+        ("kind: abi, spans: left_to_rigth", "(found 'left_to_rigth') (did you mean 'left_to_right'?)"),
+    ],
+)  # fmt: skip
+def test_what_an_objective_would_not_do_is_refused_with_what_would(objective, expected):
+    assert expected in error_of("tiny_base", f"objectives=[{{{objective}}}]")

@@ -145,6 +145,11 @@ def test_the_identity_has_the_ids_that_the_texts_became():
             {"encode": lambda text: (3, 1000)},
             r"objectives\[0\]\.instruction: the tokenizer gives id 1000, and the model's vocabulary has 1000",
         ),
+        (
+            {"separator": "\n"},
+            {"encode": lambda text: ()},
+            r"objectives\[0\]\.separator: the tokenizer makes no token of '\\n': leave it out",
+        ),
     ],
 )
 def test_tokens_that_the_model_does_not_have_are_refused_by_their_key(keys, roles, message):

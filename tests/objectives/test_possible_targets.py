@@ -77,7 +77,8 @@ def test_masked_tokens_may_be_predicted_that_are_in_some_epoch_and_no_others(
 ):
     make, ahead = made
     documents = random_documents(lengths, seed)
-    objective = make(special, rate=0.5, unit=unit, eligible=eligible, mean_span=2.0)
+    of_spans = {"mean_span": 2.0} if unit == "span" else {}
+    objective = make(special, rate=0.5, unit=unit, eligible=eligible, **of_spans)
     assert told(objective, documents) == ever_predicted(objective, documents, ahead)
 
 

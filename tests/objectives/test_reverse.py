@@ -226,7 +226,8 @@ def test_what_may_be_predicted_in_a_part_of_a_document_may_be_in_all_of_it(
 def test_a_store_without_entities_is_refused_where_entities_are_to_stay_whole():
     store = SimpleNamespace(has_entities=False)
     with pytest.raises(
-        UserError, match=r"objectives\[0\]\.segments is 'entity'.*entities field.*word or random"
+        UserError,
+        match=r"objectives\[0\]\.segments is 'entity'.*entities_field or entities_pattern.*word or random",
     ):
         reverse("entity").check(store)
     reverse("word").check(store)

@@ -23,6 +23,7 @@ PlaceholderId = Annotated[
 
 _Share = Annotated[float, Bound(least=0, most=1, why="it is a share of the eligible tokens")]
 
+_MEAN_SPAN = 3.0
 _RATES = 16  # Gauss-Legendre nodes over a range of rates: exact for polynomials up to degree 31
 
 
@@ -63,7 +64,7 @@ class MaskSpec(Section):
     )
     unit: Literal["token", "span", "word", "entity"] = "token"
     mean_span: Annotated[float, Bound(least=1, or_infinite=True, why="a span has a token, or no end")] = (
-        Field(3.0, description="mean length of a span (geometric)")
+        Field(_MEAN_SPAN, description="mean length of a span (geometric)")
     )
     eligible: Eligible = "all"
 
@@ -72,6 +73,14 @@ class MaskSpec(Section):
         if isinstance(self.rate, tuple) and (self.rate[0] > self.rate[1] or self.rate[1] == 0):
             raise ValueError(
                 f"'rate' must satisfy 0 <= low <= high <= 1 and 0 < high, or nothing is masked; found {list(self.rate)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _only_spans_have_a_length(self) -> MaskSpec:
+        if self.mean_span != _MEAN_SPAN and self.unit in ("token", "word"):
+            raise ValueError(
+                f"'mean_span' is the length of spans, and 'unit' is '{self.unit}': leave it out, or set unit: span"
             )
         return self
 

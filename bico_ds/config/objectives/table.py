@@ -21,6 +21,7 @@ from bico_ds.config.objectives.mlm_u import MlmUSpec
 from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.objectives.reverse import ReverseSpec
 from bico_ds.config.section import mistake_at
+from bico_ds.config.sections.data import Derive
 from bico_ds.config.unique_names import unique_names
 
 
@@ -80,6 +81,8 @@ def read_spec(value: Any) -> ObjectiveSpec:
     kind = value["kind"]
     if not isinstance(kind, str) or kind not in KINDS:
         hint = did_you_mean(str(kind), KINDS)
+        if kind in get_args(Derive):
+            hint = f" (it is of the data: set 'derive: {kind}' on a data source)"
         raise mistake_at(("kind",), f"there is no objective of kind '{kind}'{hint}: {known}", kind)
     return KINDS[kind].spec.model_validate(value)
 

@@ -1,29 +1,38 @@
 """BICO without its reversed rotation: keys behind a query take the forward one, too (`imports:` of a recipe).
 
-To see what the rotation is for. It breaks the oracle, and no other attention backend runs beside it.
+To see what the rotation is for. Of the backends it breaks those that read a row's split, in which a batch of the fused CPU
+kernel, of tiles or of the Triton kernels is; a flash kernel's second pass is refused.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
-from bico_ds.attention import oracle
-from bico_ds.attention.backend import Backend
+from bico_ds.attention import layout
+from bico_ds.attention.plan import AttentionPlan
 
-_dense_attention = oracle.dense_attention
-
-
-def _without_flip(*args: torch.Tensor, position: torch.Tensor, causal: bool, **settings: Any) -> torch.Tensor:
-    """No key is behind a query where all positions are equal; in causal mode the order is also the mask."""
-    position = position if causal else torch.zeros_like(position)
-    return _dense_attention(*args, position=position, causal=causal, **settings)
+_RowTable, _FlashRows = layout._RowTable, layout.FlashRows
 
 
-def _refuse(*args: Any) -> Any:
-    raise RuntimeError("no_flip.py breaks the oracle alone: set model.attention_backend=oracle")
+class _NoKeyBehind(_RowTable):
+    """No key is behind a query; in causal mode the split is also the mask."""
+
+    def __init__(self, plan: AttentionPlan, kept: NDArray[np.int64]) -> None:
+        super().__init__(plan, kept)
+        if plan.mode == "bidirectional":
+            self.split = self.kept[self.document]
 
 
-oracle.dense_attention = _without_flip
-Backend.forward = _refuse  # type: ignore[assignment, method-assign]
+def _without_second_pass(plan: AttentionPlan, **rows: Any) -> layout.FlashRows:
+    if plan.mode == "bidirectional":
+        raise RuntimeError(
+            "no_flip.py does not break flash kernels: use a backend that has none for these documents"
+        )
+    return _FlashRows(plan=plan, **rows)
+
+
+layout._RowTable = _NoKeyBehind  # type: ignore[misc]
+layout.FlashRows = _without_second_pass  # type: ignore[assignment, misc]

@@ -264,12 +264,13 @@ class SampleOrder:
         """What batches of the first bins of the objective of this number hold."""
         cursor, spec = self._cursors[int(self._cursor_of[objective])], self._spec
         bins = min(cursor.stream.num_bins(0), -(-_COUNTED_TOKENS // spec.data.capacity))
+        parts = min(bins, -(-bins * spec.data.capacity // _TOKENS_PER_COUNT))
         batch, lengths, counts = self._take(objective, Position(), bins), [], np.zeros(3, np.int64)
 
         def build(entries: NDArray[np.int64]) -> Built:
             return batch.build(entries, spec.stores, vocabulary=spec.vocabulary)
 
-        for chosen in np.array_split(np.arange(bins), -(-bins * spec.data.capacity // _TOKENS_PER_COUNT)):
+        for chosen in np.array_split(np.arange(bins), parts):
             try:
                 built = build(batch.entries(chosen))
             except Exception as error:

@@ -110,6 +110,14 @@ def test_the_recipes_shares_are_those_of_what_is_counted_in_real_steps(store, sh
     assert max(abs(share - p) for share, p in zip(shares, steps, strict=True)) > 0.02, steps
 
 
+def test_flops_are_counted_in_a_bin_that_holds_everything(store):
+    """More tokens than are counted at once; a step of `doubling` then has twice those of NTP."""
+    loader = loader_of(recipe_of(store, "flops", **{"data.capacity": 1 << 20}), store)
+    weights = [entry["probability"] for entry in OBJECTIVES]
+    ntp, _, doubling = (w / p for w, p in zip(weights, loader.schedule.probabilities, strict=True))
+    assert doubling / ntp == pytest.approx(2, rel=0.1)
+
+
 def test_by_steps_the_schedule_is_the_recipes(store):
     recipe = recipe_of(store, "steps")
     assert loader_of(recipe, store).schedule.probabilities == tuple(

@@ -16,6 +16,7 @@ from experiments import ROOT, Experiment, search
 CURES = ("ntp", "bico", "bico_same", "abi", "mlm_u", "reverse", "masked_ft", "both_orders", "identity_bridge")
 BROKEN = f"imports=[{ROOT}/tools/bench/broken/{{}}.py]"
 RUNS = {f"search/{cure}": search("1e-3", recipe=f"smollm2_135m_{cure}") for cure in CURES} | {
+    "search/abi_seed2": search("1e-3", "seed=2", recipe="smollm2_135m_abi"),
     "search/broken_no_flip": search("1e-3", BROKEN.format("no_flip")),
     "search/broken_placeholder_key": search(
         "1e-3", BROKEN.format("placeholder_key"), "objectives.1.kind=placeholder_key"

@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bico_ds.attention import layout
+from bico_ds.attention.layout import FlashRows, _RowTable
 from bico_ds.attention.plan import AttentionPlan
-
-_RowTable, _FlashRows = layout._RowTable, layout.FlashRows
 
 
 class _NoKeyBehind(_RowTable):
@@ -26,12 +25,12 @@ class _NoKeyBehind(_RowTable):
             self.split = self.kept[self.document]
 
 
-def _without_second_pass(plan: AttentionPlan, **rows: Any) -> layout.FlashRows:
+def _without_second_pass(plan: AttentionPlan, **rows: Any) -> FlashRows:
     if plan.mode == "bidirectional":
         raise RuntimeError(
             "no_flip.py does not break flash kernels: use a backend that has none for these documents"
         )
-    return _FlashRows(plan=plan, **rows)
+    return FlashRows(plan=plan, **rows)
 
 
 layout._RowTable = _NoKeyBehind  # type: ignore[misc]

@@ -17,7 +17,7 @@ def numbers_of_draws(
     """Return the number of each objective's draws, `asked` (None: all 0); `saved`: the identity of a checkpoint, if any.
 
     An objective that the checkpoint knows without a number goes on with 0, by which all drew before there were numbers;
-    one that it does not know then takes another.
+    where another one of its kind would have 0, that takes the least number that nobody has.
     """
     numbers = [0] * len(objectives) if asked is None else list(asked)
     if asked is None or not saved:
@@ -27,14 +27,12 @@ def numbers_of_draws(
     goes_on = [
         f"{key}.draws" not in saved and saved.get(key) == mine for key, mine in zip(keys, own, strict=True)
     ]
-    of_kind: dict[Any, set[int]] = {}
-    for index in sorted(range(len(own)), key=lambda index: not goes_on[index]):
-        taken = of_kind.setdefault(own[index].get("kind"), set())
-        if goes_on[index]:
-            numbers[index] = 0
-        elif numbers[index] in taken:
-            numbers[index] = next(number for number in count(1) if number not in taken | {*numbers})
-        taken.add(numbers[index])
+    numbers = [0 if stays else number for number, stays in zip(numbers, goes_on, strict=True)]
+    kinds = [mine.get("kind") for mine in own]
+    continued = [kind for kind, stays in zip(kinds, goes_on, strict=True) if stays]
+    for index, kind in enumerate(kinds):
+        if numbers[index] == 0 and not goes_on[index] and kind in continued:
+            numbers[index] = next(number for number in count(1) if number not in numbers)
     return numbers
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,6 +87,7 @@ class StepShares:
     def _flops(self, batch: MicroBatch) -> float:
         return self._useful(rows=batch.rows, targets=batch.head_rows, pairs=batch.pairs)
 
-    def _useful(self, *, rows: float, targets: float, pairs: float) -> float:
-        model, architecture = self.recipe.model, read_architecture(self.recipe.model)
-        return useful_flops(architecture, model, rows=rows, targets=targets, pairs=pairs)
+    @cached_property
+    def _useful(self) -> Callable[..., float]:
+        """`useful_flops` of rows, targets and pairs, by the recipe's model."""
+        return partial(useful_flops, read_architecture(self.recipe.model), self.recipe.model)

@@ -64,6 +64,7 @@ class Resources:
                 _check_text(text, f"--{option}")
         for text in self.more:
             _check_text(text, "--sbatch")
+            sbatch_line_of(text)  # refuses what is no option
         if not _TIME.fullmatch(self.time):
             raise UserError(f"--time '{self.time}': SLURM reads MINUTES, HH:MM:SS, or DAYS-HH:MM:SS")
         if 0 < seconds(self.time) <= self.signal_seconds:  # 0: no limit
@@ -92,14 +93,16 @@ class Settings:
     native_ops: LocalPath | None = None
 
     def __post_init__(self) -> None:
-        texts = {"--container": self.container, "--network-interface": self.network_interface}
-        paths = {"--python": [self.python], "--native-ops": [self.native_ops], "--bind": self.bind}
-        for option, text in texts.items():
+        given = [
+            ("--container", self.container),
+            ("--network-interface", self.network_interface),
+            ("--python", self.python.text),
+            ("--native-ops", None if self.native_ops is None else self.native_ops.text),
+            *(("--bind", path.text) for path in self.bind),
+        ]
+        for option, text in given:
             if text is not None:
                 _check_text(text, option)
-        for option, written in paths.items():
-            for path in filter(None, written):
-                _check_text(path.text, option)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ import numpy as np
 
 # In the place of any value.
 WRONG_VALUES: tuple[Any, ...] = (
-    None, True, -1, 0, 1 << 63, 10**39, 0.5, float("nan"), float("inf"), -1e308, "", "x", "\0", "\ud83d", "[/red]", "../../x",
-    "/dev/zero", "x" * 5000, [], [[]], [None], {}, {"": {}}, {"step": "x"},
+    None, True, -1, 0, 1 << 63, 10**39, 0.5, float("nan"), float("inf"), -1e308, "", "x", "\0", "\ud83d", "[/red]",
+    "../../x", "/dev/zero", "x" * 5000, [], [[]], [None], {}, {"": {}}, {"step": "x"},
 )  # fmt: skip
 _BYTES = (b"\0", b"\xff", b"\xed\xa0\x80", b'"', b"{", b"[", b"\n", b"\\", b"\x1b[31m", b"9" * 5000, b"1e999")
 _WHOLE = (

@@ -42,6 +42,7 @@ from bico_ds.optim.schedule import check_schedule
 from bico_ds.runtime import deepspeed_ops, distributed, host_memory
 from bico_ds.runtime.distributed import Ranks
 from bico_ds.runtime.lock import FencedError
+from bico_ds.runtime.nodes.own_time import OwnTime
 from bico_ds.runtime.run_folder import RunFolder, State, folder_of_run
 from bico_ds.runtime.signals import Interrupted, StopFlag
 from bico_ds.runtime.watchdog import Watchdog
@@ -52,6 +53,7 @@ from bico_ds.training.callbacks.base import Callback, Callbacks, RunStart
 from bico_ds.training.callbacks.console import ConsoleProgress
 from bico_ds.training.callbacks.monitor import StepMonitor
 from bico_ds.training.callbacks.planned import PlannedBesideMeasured
+from bico_ds.training.callbacks.slowest import SlowestRank
 from bico_ds.training.callbacks.utilization import Utilization
 from bico_ds.training.callbacks.work import ObjectiveWork
 from bico_ds.training.checks import beyond_context, check_backend, check_recipe, what_may_be_lost
@@ -241,6 +243,7 @@ def _build_trainer(
         total_steps=steps,
         step=resumption.step if resumption else 0,
         targetless=TargetlessSteps.of(resumption.found.content["state"] if resumption else {}),
+        own_time=OwnTime(run.ranks.device) if run.ranks.world_size > 1 else None,
     )
 
 
@@ -248,8 +251,11 @@ def _callbacks(run: Run, engine: Engine, spikes: SpikeDetector, planned: StartPl
     plan, console = planned.plan if planned is not None else None, ConsoleProgress()
     work = ObjectiveWork(plan, run.folder, console)
     utilization = Utilization.planned(plan) if plan is not None else None
-    monitor = StepMonitor(run.recipe.monitor, run.folder, engine.monitor, utilization, work)
+    slowest = SlowestRank(run.ranks, run.folder, console) if run.ranks.world_size > 1 else None
+    monitor = StepMonitor(run.recipe.monitor, run.folder, engine.monitor, utilization, work, slowest)
     callbacks: list[Callback] = [work, console, monitor, spikes]
+    if slowest is not None:
+        callbacks.append(slowest)
     if planned is not None:
         tell = Callbacks([console, monitor], is_first_rank=True)
         callbacks.insert(0, PlannedBesideMeasured(planned.plan, planned.memory, run.folder, tell))
@@ -302,7 +308,8 @@ def _train_and_export(trainer: Trainer, start: RunStart, tokenizer: ExportedToke
     run, callbacks = trainer.run, trainer.callbacks
     callbacks.on_start(start)
     try:
-        state = trainer.train()
+        with trainer.own_time or contextlib.nullcontext():
+            state = trainer.train()
     finally:
         trainer.loader.close()
     run.stop.finish()

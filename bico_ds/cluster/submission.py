@@ -88,6 +88,7 @@ class Settings:
     container: str | None = None
     bind: Sequence[LocalPath] = ()
     max_requeues: int = 20
+    max_excluded: int = 2
     network_interface: str | None = None
     python: LocalPath = LocalPath(sys.executable)  # noqa: RUF009
     native_ops: LocalPath | None = None
@@ -289,6 +290,7 @@ def _variables(job: Job) -> list[str]:
         f"CONTAINER={shlex.quote(_no_option(settings.container or ''))}",
         f"BIND={bind}",
         f"MAX_REQUEUES={settings.max_requeues}",
+        f"MAX_EXCLUDED={settings.max_excluded}",
         f"STOP_SIGNAL={stop_signal(next(iter(job.runs.values())))}",
         f"NETWORK_INTERFACE={shlex.quote(settings.network_interface or '')}",
     ]

@@ -152,6 +152,13 @@ def add_start_options(how: _ArgumentGroup) -> None:
         default=20,
         help="restarts of one job (default: %(default)s)",
     )
+    how.add_argument(
+        "--max-excluded",
+        metavar="N",
+        type=not_negative,
+        default=2,
+        help="bad nodes that a job leaves out when it is requeued; 0: none (default: %(default)s)",
+    )
     how.add_argument("--dry-run", action="store_true", help="print the script, write and submit nothing")
 
 
@@ -189,6 +196,7 @@ def make_job(options: Namespace) -> Job:
     refuse_if_alive(runs)
     settings = Settings(
         container=options.container, bind=options.bind, max_requeues=options.max_requeues,
+        max_excluded=options.max_excluded,
         network_interface=options.network_interface, native_ops=options.native_ops,
         python=options.python or LocalPath("python" if options.container else sys.executable),
     )  # fmt: skip

@@ -28,7 +28,7 @@ from bico_ds.checkpoint.resume import (
     set_aside,
     state_layout,
 )
-from bico_ds.common.errors import UserError
+from bico_ds.common.errors import RunError, UserError
 from bico_ds.common.files import atomic_folder
 from bico_ds.config.schema import Recipe
 from bico_ds.data.exported_tokenizer import ExportedTokenizer, save_tokenizer
@@ -42,6 +42,7 @@ from bico_ds.optim.schedule import check_schedule
 from bico_ds.runtime import deepspeed_ops, distributed, host_memory
 from bico_ds.runtime.distributed import Ranks
 from bico_ds.runtime.lock import FencedError
+from bico_ds.runtime.meeting.processes import RankProcesses, are_gone
 from bico_ds.runtime.nodes.own_time import OwnTime
 from bico_ds.runtime.run_folder import RunFolder, State, folder_of_run
 from bico_ds.runtime.signals import Interrupted, StopFlag
@@ -76,26 +77,28 @@ def train(recipe: Recipe, *, output_dir: Path | None, resume: str, stop: StopFla
     store = distributed.connect(ranks, timeout_minutes=timeout_minutes)
     chosen: list[Resumption | None] = []
     try:
-        distributed.first_alone(ranks, store, lambda: chosen.append(_prepare(run, resume)))
+        distributed.first_alone(
+            ranks, store, lambda processes: chosen.append(_prepare(run, resume, processes))
+        )
     except Interrupted:
         return "preempted"
     deepspeed_ops.prefer_own_ninja()
     deepspeed_ops.write_readable_architectures()
     if ranks.local_rank == 0:
         deepspeed_ops.release_abandoned_locks()
-    distributed.join(ranks, store, timeout_minutes=timeout_minutes)
     watchdog = Watchdog(store, ranks, run.folder, minutes=recipe.distributed.watchdog_minutes)
     run.folder.lock.on_lost = lambda: watchdog.abandon(f"{run.folder.path} was taken over by another run")
     try:
+        distributed.join(ranks, store, timeout_minutes=timeout_minutes)
         resumption, run.folder.lock.run_id = distributed.broadcast_object(
             (chosen[0], run.folder.lock.run_id) if chosen else None
         )
         state = _train_on_all_ranks(run, resume, resumption, watchdog)
     except BaseException as error:
-        watchdog.report(error)
+        cause = watchdog.report(error)
         if ranks.is_first:
-            _give_up(run.folder, error)
-        raise
+            _give_up(run.folder, cause)
+        raise cause from (None if cause is error else error)
     watchdog.close()
     dist.barrier()
     if ranks.is_first:
@@ -121,7 +124,7 @@ def _checked_run(recipe: Recipe, output_dir: Path | None, stop: StopFlag) -> Run
     )
 
 
-def _prepare(run: Run, resume: str) -> Resumption | None:
+def _prepare(run: Run, resume: str, processes: RankProcesses) -> Resumption | None:
     """Rank 0, before the others are let in: the lock, the stores, and the checkpoint to resume from."""
     run.folder.open()
     try:
@@ -129,12 +132,21 @@ def _prepare(run: Run, resume: str) -> Resumption | None:
             record.refuse_lost(run.folder)
         run.folder.check_writable(begins_anew=begins_anew(run.folder, resume))
         with run.stop.interrupting():
+            distributed.await_all(
+                processes,
+                world_size=run.ranks.world_size,
+                timeout_minutes=run.recipe.distributed.timeout_minutes,
+            )
             assembly.check_teachers(run.recipe, assembly.prepare_stores(run.recipe))
             resumption = choose(run.folder, resume, run.recipe, _layout(run))
             if resumption is not None and record.is_own(resumption.found.path, run.folder):
                 refuse_above_limit(run.recipe.evaluation, run.folder, resumption.step)
             return resumption
     except Interrupted as stopped:
+        if gone := processes.gone():  # the launcher stops the others then
+            lost = RunError(are_gone(gone))
+            _give_up(run.folder, lost)
+            raise lost from None
         run.folder.preempt(f"{stopped} in start-up")
         run.folder.close()
         raise

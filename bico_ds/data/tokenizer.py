@@ -167,7 +167,7 @@ def _load_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
     file = path if path.is_file() else path / "tokenizer.model"
     try:
         reference = sentencepiece.SentencePieceProcessor(model_file=str(file))
-        tokenizer = LlamaTokenizer.from_pretrained(str(file.parent))
+        tokenizer = LlamaTokenizer.from_pretrained(str(file.parent), trust_remote_code=False)
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"cannot load a sentencepiece model from '{file}': {error}") from error
     # Without leading spaces, of which transformers drops one more than sentencepiece.

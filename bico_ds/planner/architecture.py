@@ -6,13 +6,13 @@ checked by `bico_ds.model.architecture`, which needs transformers. `tests/planne
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bico_ds.common.errors import UserError, did_you_mean
+from bico_ds.common.json_files import JsonError, read_object
 from bico_ds.config.model_sizes import SIZES
 from bico_ds.config.schema import LoraSpec, ModelSpec
 
@@ -236,9 +236,6 @@ def _size(values: Mapping[str, Any], key: str, source: str) -> int:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: must hold one JSON object")
-    return values
+        return read_object(file, strict=False)
+    except JsonError as error:
+        raise UserError(f"{file}: cannot be read: {error.reason}; copy it again") from None

@@ -76,7 +76,7 @@ def load_tokenizer_and_context(
     """
     check_model_folder(path, option)
     try:
-        config = load_config(path)
+        config = _config(path)
         tokenizer = load_tokenizer(path)
         check_vocabulary(config, vocabulary_size(tokenizer), tokenizer=str(path))
     except (OSError, ValueError) as error:  # a UserError is a ValueError
@@ -84,19 +84,19 @@ def load_tokenizer_and_context(
     return tokenizer, getattr(config, "max_position_embeddings", None)
 
 
-def load_config(path: FolderOrHub) -> PretrainedConfig:
+def _config(path: FolderOrHub, where: str = "") -> PretrainedConfig:
     """The config at `path`, of any model that transformers has. Raises `UserError` where it makes no model."""
 
     def check(values: Mapping[str, Any]) -> None:
         if values["model_type"] in FAMILIES:
-            check_values(values, where=f"{CONFIG}: ")
+            check_values(values, where=f"{where}{CONFIG}: ")
 
-    config = read_config(path, where="", check=check)
+    config = read_config(path, where=where, check=check)
     if config.model_type in FAMILIES:
-        check_shapes(config, where=f"{CONFIG}: ")
+        check_shapes(config, where=f"{where}{CONFIG}: ")
     if not isinstance(getattr(config, "vocab_size", None), int):
         raise UserError(
-            f"{CONFIG}: vocab_size: a {config.model_type} model has none; give a causal language model"
+            f"{where}{CONFIG}: vocab_size: a {config.model_type} model has none; give a causal language model"
         )
     return config
 
@@ -117,7 +117,7 @@ def load_generation_config(path: FolderOrHub) -> GenerationConfig:
 
     Raises `UserError` where it cannot be read.
     """
-    return read_generation_config(path, load_config(path))
+    return read_generation_config(path, _config(path, f"{path}: "))
 
 
 def weights_stamp(path: FolderOrHub) -> str:

@@ -79,7 +79,7 @@ def check_values(values: Mapping[str, Any], *, where: str) -> None:
     activation = values.get("hidden_act")
     if activation is not None and not (isinstance(activation, str) and activation in ACT2FN):
         problems.append(
-            f"hidden_act: unknown activation '{activation}'{did_you_mean(str(activation), ACT2FN)}"
+            f"hidden_act: unknown activation '{activation!s:.60}'{did_you_mean(str(activation), ACT2FN)}"
         )
     if problems:
         raise UserError("\n".join(f"{where}{problem}" for problem in problems))
@@ -118,7 +118,7 @@ def _wrong_rotation(rope: Mapping[str, Any]) -> list[str]:
         return problems
     if layers := [key for key, value in rope.items() if isinstance(value, Mapping)]:
         return [
-            f"{layers[0]}: rotations by the type of a layer are not known to these models; give one for all layers"
+            f"{layers[0]:.60}: rotations by the type of a layer are not known to these models; give one for all layers"
         ]
     if nulls := [key for key in _ROPE_NEVER_NULL if key in rope and rope[key] is None]:
         return [f"{nulls[0]}: must be a number, found null; leave it out"]

@@ -42,6 +42,7 @@ _FOREIGN_FILES = {
 _GENERATION_CODE = ("custom_generate", "trust_remote_code")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "forced_bos_token_id", "forced_eos_token_id")
 _MOST_TOKENS = 2**31
+_MOST_LETTERS = 500
 
 
 @lru_cache
@@ -105,7 +106,7 @@ def read_generation_config(path: FolderOrHub | None, config: PretrainedConfig) -
     for key in _TOKEN_IDS:
         if not _are_token_ids(values.get(key)):
             raise UserError(
-                f"{where}{key}: must be the number of a token, or a list of them, found {values[key]!r}"
+                f"{where}{key}: must be the number of a token, or a list of them, found {values[key]!r:.60}"
             )
     if any(key in values for key in _GENERATION_CODE) or (Path(str(path)) / "custom_generate").exists():
         warn_once(f"'{path}': its custom_generate is code, which is not run")
@@ -121,8 +122,9 @@ def read_generation_config(path: FolderOrHub | None, config: PretrainedConfig) -
 
 
 def one_line(error: Exception) -> str:
-    """What an exception of another program says, without line ends."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """What an exception of another program says, without line ends and values of any length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _MOST_LETTERS else f"{text[:_MOST_LETTERS]}…"
 
 
 def _values(path: FolderOrHub, name: str, *, where: str) -> dict[str, Any] | None:
@@ -149,18 +151,18 @@ def _values(path: FolderOrHub, name: str, *, where: str) -> dict[str, Any] | Non
 def _check_model_type(values: Mapping[str, Any], where: str) -> None:
     kind = values.get("model_type")
     if not isinstance(kind, str):
-        found = "is missing" if kind is None else f"must be a text, found {kind!r}"
+        found = "is missing" if kind is None else f"must be a text, found {kind!r:.60}"
         raise UserError(f"{where}model_type: {found}; it names the kind of model, such as 'llama'")
     if kind in CONFIG_MAPPING:
         return
     if values.get("auto_map"):
         raise UserError(
-            f"{where}model_type: '{kind}' is no model of transformers: auto_map names code in the model's folder for it, "
+            f"{where}model_type: '{kind:.60}' is no model of transformers: auto_map names code in its folder for it, "
             f"and such code is never run. Models that can be trained: {', '.join(FAMILIES)}"
         )
     hint = did_you_mean(kind, [*FAMILIES, *CONFIG_MAPPING])
     raise UserError(
-        f"{where}model_type: unknown model type '{kind}'{hint}; models that can be trained: {', '.join(FAMILIES)}"
+        f"{where}model_type: unknown model type '{kind:.60}'{hint}; models that can be trained: {', '.join(FAMILIES)}"
     )
 
 
@@ -171,7 +173,7 @@ def _check_code(values: Mapping[str, Any], path: FolderOrHub, where: str) -> Non
         names = value.values() if isinstance(value, Mapping) else [value]
         if any(isinstance(name, str) and "/" in name for name in names):
             raise UserError(
-                f"{where}{key}: {value!r} names code on the hub, which is never run; remove the key"
+                f"{where}{key}: {value!r:.100} names code on the hub, which is never run; remove the key"
             )
     if "auto_map" not in values:
         return

@@ -167,7 +167,7 @@ def architecture_of(values: Mapping[str, Any], *, source: str) -> Architecture:
     model_type = values.get("model_type", "llama")
     if not isinstance(model_type, str) or model_type not in _DEFAULTS:
         raise UserError(
-            f"{source}: model_type: '{model_type}' is not supported{did_you_mean(str(model_type), _DEFAULTS)}; "
+            f"{source}: model_type: '{model_type!s:.60}' is not supported{did_you_mean(str(model_type), _DEFAULTS)}; "
             f"supported: {', '.join(_DEFAULTS)}"
         )
     given = {key: value for key, value in values.items() if value is not None}
@@ -228,7 +228,7 @@ def _weights_and_biases(linears: Sequence[Linear]) -> list[int]:
 def _size(values: Mapping[str, Any], key: str, source: str) -> int:
     value = values[key]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{source}: {key}: must be a whole number of at least 1, found {value!r}")
+        raise UserError(f"{source}: {key}: must be a whole number of at least 1, found {value!r:.60}")
     if (problem := SIZES[key].problem(value)) is not None:
         raise UserError(f"{source}: {key}: {problem}")
     return value

@@ -33,6 +33,7 @@ _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 # A buffer that old Llama checkpoints carry; it follows from the config.
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"
+_LONGEST_NAME = 255  # bytes, on the file systems of Linux
 _VERIFY_CHUNK = 1 << 22  # elements read at a time
 
 
@@ -266,7 +267,7 @@ def weight_files(folder: Path, single: str = SAFETENSORS) -> list[Path]:
         missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise UserError(
-            f"model.path: {len(missing)} of {len(names)} shards are missing in '{folder}': {missing[:5]}"
+            f"model.path: {len(missing)} of {len(names)} shards are missing in '{folder}': {missing[:5]!s:.500}"
         )
     return [folder / name for name in names]
 
@@ -284,7 +285,7 @@ def _named_files(index: Path) -> list[str]:
     for tensor, name in weight_map.items():
         if not isinstance(name, str):
             raise UserError(
-                f"model.path: '{index}' is not a weights index (weight_map: {tensor!r} has no file's name): copy it again"
+                f"model.path: '{index}' is not a weights index (no file's name at {tensor!r:.100}): copy it again"
             )
         if not _is_inside(name):
             raise UserError(
@@ -300,7 +301,9 @@ def _is_inside(name: str) -> bool:
         name.isprintable()
         and "\\" not in name
         and name[:1] != "/"
-        and all(part not in ("", ".", "..") for part in name.split("/"))
+        and all(
+            part not in ("", ".", "..") and len(part.encode()) <= _LONGEST_NAME for part in name.split("/")
+        )
     )
 
 

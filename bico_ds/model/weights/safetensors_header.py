@@ -103,21 +103,22 @@ def _check_library_takes(file: Path) -> None:
 def _place(entry: Any, name: str, file: Path) -> tuple[str, tuple[int, ...], int, int]:
     """(dtype, shape, first byte, byte after the last) of a tensor, bytes counted from the end of the header."""
     if not isinstance(entry, dict):
-        _damaged(file, f"tensor {name!r}: its entry is no object")
+        _damaged(file, f"tensor {_shown(name)}: its entry is no object")
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in _BITS:
-        _damaged(file, f"tensor {name!r}: dtype {_shown(dtype)} is none of safetensors'")
+        _damaged(file, f"tensor {_shown(name)}: dtype {_shown(dtype)} is none of safetensors'")
     if not _are_sizes(shape) or len(shape) > _MOST_DIMENSIONS:
-        _damaged(file, f"tensor {name!r}: its shape must be a list of sizes, found {_shown(shape)}")
+        _damaged(file, f"tensor {_shown(name)}: its shape must be a list of sizes, found {_shown(shape)}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         _damaged(
-            file, f"tensor {name!r}: data_offsets must be its first byte and its end, found {_shown(offsets)}"
+            file,
+            f"tensor {_shown(name)}: data_offsets must be its first byte and its end, found {_shown(offsets)}",
         )
     begin, end = offsets
     if math.prod(shape) * _BITS[dtype] != (end - begin) * 8:
         _damaged(
             file,
-            f"tensor {name!r}: {dtype} of shape {shape} does not take the {end - begin} bytes of its offsets",
+            f"tensor {_shown(name)}: {dtype} of shape {_shown(shape)} does not take the {end - begin} bytes of its offsets",
         )
     return dtype, tuple(shape), begin, end
 
@@ -128,7 +129,9 @@ def _end_of_data(places: list[tuple[str, str, tuple[int, ...], int, int]], file:
     for name, _, _, begin, stop in sorted(places, key=lambda place: place[3:]):
         if begin != end:
             how = "overlaps with another" if begin < end else "leaves a gap before it"
-            _damaged(file, f"tensor {name!r} begins at byte {begin} and {how}, which ends at byte {end}")
+            _damaged(
+                file, f"tensor {_shown(name)} begins at byte {begin} and {how}, which ends at byte {end}"
+            )
         end = stop
     return end
 

@@ -97,7 +97,7 @@ def export(options: Namespace) -> None:
         blends=blends,
         max_shard_bytes=int(options.shard_gb * 1e9),
     )
-    config = AutoConfig.from_pretrained(options.output / next(iter(blends or ["."])))
+    config = AutoConfig.from_pretrained(options.output / next(iter(blends or ["."])), trust_remote_code=False)
     if (warning := misreading(exported, config)) is not None:
         print(f"warning: {warning}")
     print(f"done: {options.output}; {exported.describe(id_list(generation.eos_token_id))}")

@@ -47,9 +47,13 @@ def import_gguf(
 
     in_folder: dict[str, Any] = {"gguf_file": file.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **in_folder)
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), trust_remote_code=False, **in_folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(file.parent), dtype=torch.float32, output_loading_info=True, **in_folder
+            str(file.parent),
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **in_folder,
         )
     except (ValueError, OSError, LookupError, NotImplementedError, struct.error) as error:
         raise UserError(

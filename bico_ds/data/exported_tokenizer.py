@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 _CONFIG = "tokenizer_config.json"
 _COMMON_TOKENS = {f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
-# What transformers 5 notes of the machine and of the class that it loaded.
+# What transformers 5 notes of the machine and of the class that it loaded, and what names code.
 _TRACES = (
+    "auto_map",  # Python code beside the tokenizer that this one was made of
     "backend",
     "files_loaded",
     "gguf_file",

@@ -146,14 +146,31 @@ def _load_fast(path: FolderOrHub) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+    from bico_ds.model.model_folder import warn_once
+
+    names_code = False
     try:
-        of_file = get_tokenizer_config(str(path)).get("tokenizer_class") in _GENERAL_CLASSES
-        loader = PreTrainedTokenizerFast if of_file else AutoTokenizer
-        return loader.from_pretrained(str(path), trust_remote_code=False)
+        config = get_tokenizer_config(str(path))
+        names_code = "auto_map" in config
+        loader = (
+            PreTrainedTokenizerFast if config.get("tokenizer_class") in _GENERAL_CLASSES else AutoTokenizer
+        )
+        tokenizer = loader.from_pretrained(str(path), trust_remote_code=False)
     # transformers raises OSError, ValueError and KeyError, the Rust side plain Exception.
     except Exception as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if names_code:
+            first_line = (
+                "auto_map in its tokenizer_config.json names code for it, and code from a folder is never run; with a "
+                "tokenizer.json, set tokenizer_class there to PreTrainedTokenizerFast and remove auto_map"
+            )
         raise UserError(f"cannot load a tokenizer from '{path}': {first_line}") from error
+    if names_code:
+        warn_once(
+            f"'{path}': auto_map in its tokenizer_config.json names code, which is not run: it is read as "
+            f"{type(tokenizer).__name__}"
+        )
+    return tokenizer
 
 
 def _load_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
@@ -167,7 +184,7 @@ def _load_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
     file = path if path.is_file() else path / "tokenizer.model"
     try:
         reference = sentencepiece.SentencePieceProcessor(model_file=str(file))
-        tokenizer = LlamaTokenizer.from_pretrained(str(file.parent))
+        tokenizer = LlamaTokenizer.from_pretrained(str(file.parent), trust_remote_code=False)
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"cannot load a sentencepiece model from '{file}': {error}") from error
     # Without leading spaces, of which transformers drops one more than sentencepiece.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from bico_ds.common.errors import UserError
@@ -17,9 +20,15 @@ from bico_ds.data.tokenizer import FastTokenizer, Tokenizer, load_tokenizer, voc
 from bico_ds.model.architecture import check_vocabulary
 from bico_ds.model.config_values import check_shapes, check_values
 from bico_ds.model.families import FAMILIES
-from bico_ds.model.weights.load import SAFETENSORS, weight_files
+from bico_ds.model.model_folder import CONFIG, one_line, read_config, read_generation_config, readable
+from bico_ds.model.weights.load import SAFETENSORS, refuse_adapters, weight_files
+from bico_ds.model.weights.safetensors_header import read_header
 
 _DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
+# What transformers raises on a folder that makes no model; not what may lie in the machine (RuntimeError, MemoryError).
+_LOADING_ERRORS = (
+    SafetensorError, ImportError, OSError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError,
+)  # fmt: skip
 # The files that an answer depends on; of the generation config only `stop_ids`, which are in the identity of each task.
 _STAMPED = ("*.safetensors", "config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json")
 
@@ -45,8 +54,8 @@ def load_for_evaluation(
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{option} {path}: cannot be loaded: {error}") from error
+    except _LOADING_ERRORS as error:
+        raise UserError(f"{option} {path}: cannot be loaded: {one_line(error)}") from error
     model, info = loaded  # a pair because of `output_loading_info`, which transformers' annotation leaves out
     for kind in ("missing_keys", "mismatched_keys"):
         if info[kind]:
@@ -67,17 +76,29 @@ def load_tokenizer_and_context(
     """
     check_model_folder(path, option)
     try:
+        config = _config(path)
         tokenizer = load_tokenizer(path)
-        values, _ = PretrainedConfig.get_config_dict(str(path))
-        if is_ours := values.get("model_type") in FAMILIES:
-            check_values(values, where="config.json: ")
-        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-        if is_ours:
-            check_shapes(config, where="config.json: ")
         check_vocabulary(config, vocabulary_size(tokenizer), tokenizer=str(path))
     except (OSError, ValueError) as error:  # a UserError is a ValueError
         raise UserError(f"{option} {path}: {error}") from error
     return tokenizer, getattr(config, "max_position_embeddings", None)
+
+
+def _config(path: FolderOrHub, where: str = "") -> PretrainedConfig:
+    """The config at `path`, of any model that transformers has. Raises `UserError` where it makes no model."""
+
+    def check(values: Mapping[str, Any]) -> None:
+        if values["model_type"] in FAMILIES:
+            check_values(values, where=f"{where}{CONFIG}: ")
+
+    config = read_config(path, where=where, check=check)
+    if config.model_type in FAMILIES:
+        check_shapes(config, where=f"{where}{CONFIG}: ")
+    if not isinstance(getattr(config, "vocab_size", None), int):
+        raise UserError(
+            f"{where}{CONFIG}: vocab_size: a {config.model_type} model has none; give a causal language model"
+        )
+    return config
 
 
 def begins_with_bos(path: FolderOrHub, tokenizer: FastTokenizer) -> bool:
@@ -96,13 +117,7 @@ def load_generation_config(path: FolderOrHub) -> GenerationConfig:
 
     Raises `UserError` where it cannot be read.
     """
-    try:
-        return GenerationConfig.from_pretrained(str(path))
-    except OSError:
-        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-        return GenerationConfig.from_model_config(config)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: generation_config.json cannot be read: {error}") from error
+    return read_generation_config(path, _config(path, f"{path}: "))
 
 
 def weights_stamp(path: FolderOrHub) -> str:
@@ -122,20 +137,30 @@ def weights_stamp(path: FolderOrHub) -> str:
 
 
 def check_model_folder(folder: FolderOrHub, option: str = "--model") -> None:
-    """Raise `UserError` for a local folder without config or complete safetensors; a hub name is not looked up."""
+    """Raise `UserError` for a local folder without config or whole safetensors; a hub name is not looked up.
+
+    Of the weights the headers are read.
+    """
     if not isinstance(folder, Path):
         return
-    if not folder.is_dir():
-        raise UserError(f"{option} {folder}: no such folder")
-    if not (folder / "config.json").is_file():
-        inside = next(iter(sorted(folder.glob("*/config.json"))), None)
-        hint = f"; did you mean {inside.parent}?" if inside else ""
-        raise UserError(f"{option} {folder}: no config.json in it{hint}")
-    if not list(folder.glob("*.safetensors")) and not (folder / f"{SAFETENSORS}.index.json").exists():
-        pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
-        found = f"only pickled weights ({pickled[0].name}), which can run code" if pickled else "no weights"
-        raise UserError(f"{option} {folder}: {found}; give a folder with *.safetensors")
     try:
-        weight_files(folder)
+        with readable(folder, where=""):
+            _check_is_model(folder)
+            refuse_adapters(folder)
+            for file in weight_files(folder):
+                read_header(file)
     except UserError as error:
         raise UserError(f"{option} {folder}: {str(error).removeprefix('model.path: ')}") from None
+
+
+def _check_is_model(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError("no such folder")
+    if not (folder / CONFIG).is_file() and not (folder / CONFIG).is_symlink():
+        inside = next(iter(sorted(folder.glob(f"*/{CONFIG}"))), None)
+        hint = f"; did you mean {inside.parent}?" if inside else ""
+        raise UserError(f"no config.json in it{hint}")
+    if not list(folder.glob("*.safetensors")) and not os.path.lexists(folder / f"{SAFETENSORS}.index.json"):
+        pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+        found = f"only pickled weights ({pickled[0].name}), which can run code" if pickled else "no weights"
+        raise UserError(f"{found}; give a folder with *.safetensors")

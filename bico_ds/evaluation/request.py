@@ -175,9 +175,10 @@ def _how_asked(request: Request) -> Iterator[str]:
     """How prompts begin and answers end, and where that is not what other programs do with this model."""
     tokenizer = request.tokenizer
     name = tokenizer.convert_ids_to_tokens
+    ends = [name(token) or f"token {token}, which its tokenizer lacks" for token in request.stops]
     has_bos = request.add_bos and tokenizer.bos_token_id is not None
     begins = f"begin with BOS {name(tokenizer.bos_token_id)}" if has_bos else "begin without BOS"
-    yield f"prompts {begins}; answers end at {' or '.join(name(request.stops))}"
+    yield f"prompts {begins}; answers end at {' or '.join(ends)}"
     if has_bos != adds_bos(tokenizer):
         does, option = ("adds it", "--bos") if not has_bos else ("adds none", "--no-bos")
         yield f"note: its tokenizer {does}, so other programs ask as {option} does"

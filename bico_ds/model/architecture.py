@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from bico_ds.config.paths import FolderOrHub
 from bico_ds.config.schema import ModelSpec
 from bico_ds.model.config_values import check_shapes, check_values
 from bico_ds.model.families import FAMILIES, family_of
+from bico_ds.model.model_folder import CONFIG, one_line, read_config, readable
 
 # What makes two configs different networks; everything else in a config.json is bookkeeping.
 _ARCHITECTURE_KEYS = (
@@ -38,11 +40,6 @@ _LEGACY_KEYS = ("rope_theta", "rope_scaling", "torch_dtype", "pretraining_tp", "
 _RANDOM_RANGE = Bound(
     least=1e-6, most=1, why="it is the deviation of random weights, and weights of 0 learn nothing"
 )
-# Keys of a folder's config.json that would make transformers read other weights than `weights/load.py` does.
-_FOREIGN_WEIGHTS = {
-    "quantization_config": "the weights are quantized, and training needs BF16, F16 or F32 ones",
-    "transformers_weights": "it names a file of weights; give that file one of the usual names (model.safetensors)",
-}
 # What transformers raises on values that make no model.
 _BAD_VALUES = (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 # Models pad their vocabulary a little; more missing ids mean another tokenizer.
@@ -106,7 +103,7 @@ def parameter_count(config: PretrainedConfig) -> int:
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     """The Hugging Face causal LM of this architecture on the meta device: shapes without memory."""
     with torch.device("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=False)
     model.tie_weights()
     model.config.architectures = [type(model).__name__]
     return model
@@ -142,31 +139,35 @@ def id_list(ids: int | list[int] | None) -> list[int]:
 
 
 def _config_at(path: FolderOrHub) -> PretrainedConfig:
-    if isinstance(path, Path) and not (path / "config.json").is_file():
-        if not path.is_dir():
-            raise UserError(
-                f"model.path: the folder '{path}' does not exist; fetch the model there, "
-                "or give a hub name (owner/name)"
-            )
-        raise UserError(
-            f"model.path: the folder '{path}' has no config.json; give a folder with config.json and *.safetensors"
-        )
-    where = f"model.path: {path}/config.json: "
-    try:
-        values, _ = PretrainedConfig.get_config_dict(str(path))
-        if values.get("model_type") in CONFIG_MAPPING:
-            family_of(values["model_type"])
+    if isinstance(path, Path):
+        with readable(path, where="model.path: "):
+            _check_folder(path)
+    file = f"{path}/{CONFIG}"
+    where = f"model.path: {file}: "
+
+    def check(values: Mapping[str, Any]) -> None:
+        family_of(values["model_type"])
         check_values(values, where=where)
-        config = AutoConfig.from_pretrained(str(path))
-    except UserError:
-        raise
-    except (OSError, *_BAD_VALUES) as error:
-        raise UserError(f"model.path: cannot read the config of '{path}': {_one_line(error)}") from error
-    for key, reason in _FOREIGN_WEIGHTS.items():
-        if values.get(key) is not None:
-            raise UserError(f"{where}{key}: {reason}")
+        if values.get("quantization_config") is not None:
+            raise UserError(
+                f"{where}quantization_config: the weights are quantized, and training needs BF16, F16 or F32 ones"
+            )
+
+    config = read_config(path, where="model.path: ", file=file, check=check)
     check_shapes(config, where=where)
     return config
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(
+            f"model.path: the folder '{folder}' does not exist; fetch the model there, "
+            "or give a hub name (owner/name)"
+        )
+    if not (folder / CONFIG).is_file() and not (folder / CONFIG).is_symlink():
+        raise UserError(
+            f"model.path: the folder '{folder}' has no config.json; give a folder with config.json and *.safetensors"
+        )
 
 
 def _config_from_recipe(values: dict[str, Any]) -> PretrainedConfig:
@@ -188,13 +189,9 @@ def _config_from_recipe(values: dict[str, Any]) -> PretrainedConfig:
     try:
         config = AutoConfig.for_model(model_type, **values)
     except _BAD_VALUES as error:
-        raise UserError(f"model.config: {_one_line(error)}") from error
+        raise UserError(f"model.config: {one_line(error)}") from error
     check_shapes(config, where="model.config.")
     return config
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _require_same_architecture(found: PretrainedConfig, wanted: PretrainedConfig, path: str) -> None:

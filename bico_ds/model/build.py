@@ -17,6 +17,7 @@ from bico_ds.model.architecture import meta_model, model_config
 from bico_ds.model.elementwise_kernels import kernels_for
 from bico_ds.model.head import Comparison, Losses, swap_head
 from bico_ds.model.lora import AdaptedWeights, add_lora, base_name, is_adapter, without_adapters
+from bico_ds.model.model_folder import read_generation_config
 from bico_ds.model.swap import check_attention, enter, swap_layers
 from bico_ds.model.weights.checkpoint_weights import PREFIX
 from bico_ds.model.weights.checksums import fingerprint_of
@@ -24,7 +25,7 @@ from bico_ds.model.weights.initialize import RandomWeights
 from bico_ds.model.weights.load import (
     WeightFolder,
     check_names_and_shapes,
-    generation_config,
+    holds_weights,
     open_weights,
     verify_loaded,
 )
@@ -120,7 +121,8 @@ def build_model(
 
     `ds_config`: the complete DeepSpeed configuration; under ZeRO-3 the parameters are partitioned (the process group must
     be up). `device`: where parameters are, `meta` for shapes only. Weights are read from `spec.path`, or drawn from `seed`:
-    the same for every world size. `longest_document`: as `swap_layers` takes it.
+    the same for every world size; on `meta` their headers alone are read, and only where they are on this machine.
+    `longest_document`: as `swap_layers` takes it.
 
     Raises `UserError` before anything expensive where path, architecture, LoRA's targets, or names and shapes of the
     weights are wrong; after loading, `UserError` where a stored tied head is not the embedding, and `RuntimeError` where a
@@ -138,15 +140,18 @@ def build_model(
     device = torch.device(device)
     # Here, where its log line comes before what takes long.
     kernels_for(next(causal_lm.parameters()).dtype, device)
-    if device.type != "meta":
-        if spec.path is None:
+    start = None if spec.path is None else spec.path.here()
+    if start is None:
+        if device.type != "meta":
             _fill(causal_lm, RandomWeights(seed=seed, std=config.initializer_range), seed, ds_config, device)
-        else:
-            weights = open_weights(spec.path.here(), allow_pickle=spec.allow_pickle)
-            check_names_and_shapes(shapes, weights, tied_head=config.tie_word_embeddings)
+    elif device.type != "meta" or holds_weights(start):
+        weights = open_weights(start, allow_pickle=spec.allow_pickle)
+        check_names_and_shapes(shapes, weights, tied_head=config.tie_word_embeddings)
+        generation = read_generation_config(weights.folder, config)
+        if device.type != "meta":
             _fill(causal_lm, weights, seed, ds_config, device)
             base = _verified_base(causal_lm, weights)
-            causal_lm.generation_config = generation_config(weights.folder, config)
+            causal_lm.generation_config = generation
     return TrainableModel(causal_lm, recompute_every=spec.activation_checkpointing, base=base)
 
 

@@ -34,6 +34,28 @@ _ROPE_BOUNDS = {
     "mscale": Bound(least=0, most=1e3, why="it scales queries and keys"),
     "mscale_all_dim": Bound(least=0, most=1e3, why="it scales queries and keys"),
 }
+FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings whose table at a position depends on that position alone: those that can be trained."""
+# By the types of rotary embeddings that transformers knows, the keys without which one is not defined.
+_ROPE_NEEDS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "proportional": (),
+}
+# Why we train no others than `FIXED_ROPE_TYPES`.
+_MOVING = "whose frequencies depend on the longest position of a packed batch: documents would change with their neighbours"
+ROPE_REFUSALS = {
+    "dynamic": _MOVING,
+    "longrope": _MOVING,
+    "proportional": "which turns a part of each head, and the models that can be trained turn all of it",
+}
+"""Types that transformers knows, and that cannot be trained: the reason."""
+# Where these are left out, transformers takes them from the config's top; null it takes for a number.
+_ROPE_NEVER_NULL = ("rope_theta", "original_max_position_embeddings")
 # transformers' own, which it takes in the place of one that is left out.
 _ROPE_DEFAULTS = {"beta_fast": 32, "beta_slow": 1}
 # Its theta beside a `rope_scaling`, with which it does not read the one of `rope_parameters`.
@@ -51,11 +73,13 @@ def check_values(values: Mapping[str, Any], *, where: str) -> None:
     for section in ("rope_scaling", "rope_parameters"):
         if isinstance(values.get(section), Mapping):
             problems += [f"{section}.{problem}" for problem in _wrong_rotation(values[section])]
+        elif section in values and (problem := _no_rotation(values[section])) is not None:
+            problems.append(f"{section}: {problem}")
     problems += _two_rotations(values)
     activation = values.get("hidden_act")
     if activation is not None and not (isinstance(activation, str) and activation in ACT2FN):
         problems.append(
-            f"hidden_act: unknown activation '{activation}'{did_you_mean(str(activation), ACT2FN)}"
+            f"hidden_act: unknown activation '{activation!s:.60}'{did_you_mean(str(activation), ACT2FN)}"
         )
     if problems:
         raise UserError("\n".join(f"{where}{problem}" for problem in problems))
@@ -92,13 +116,53 @@ def _wrong_rotation(rope: Mapping[str, Any]) -> list[str]:
     """What is wrong with `rope_scaling` or `rope_parameters`, of which transformers only warns."""
     if problems := _out_of_bounds(rope, _ROPE_BOUNDS):
         return problems
-    if "factor" in rope and not (rope.get("rope_type") or rope.get("type")):
-        return ["rope_type: is missing beside a factor, without which nothing is scaled"]
+    if layers := [key for key, value in rope.items() if isinstance(value, Mapping)]:
+        return [
+            f"{layers[0]:.60}: rotations by the type of a layer are not known to these models; give one for all layers"
+        ]
+    if nulls := [key for key in _ROPE_NEVER_NULL if key in rope and rope[key] is None]:
+        return [f"{nulls[0]}: must be a number, found null; leave it out"]
+    if not isinstance(rope.get("truncate", True), bool):
+        return [f"truncate: must be true or false, found {rope['truncate']!r:.60}"]
+    if problems := _wrong_type(rope):
+        return problems
     given = {**_ROPE_DEFAULTS, **{key: value for key, value in rope.items() if value is not None}}
     return [
         f"{low}: must be less than {high} ({given[high]}) (found {given[low]})"
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast"))
         if low in given and high in given and given[low] >= given[high]
+    ]
+
+
+def _no_rotation(value: Any) -> str | None:
+    """What is wrong with a rotation that is no mapping, where transformers passes over it or fails on it."""
+    # Of any other value it says which type it expects.
+    if value is None or (value and not isinstance(value, str | list)):
+        return None
+    example = {"rope_type": "linear", "factor": 2.0}
+    return f"must be a mapping with a rope_type, such as {example}, or null, found {value!r:.60}"
+
+
+def _wrong_type(rope: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the type of a rotation, or with the keys that go with it."""
+    key = "type" if "type" in rope and "rope_type" not in rope else "rope_type"
+    kind = rope.get(key, "default")
+    if key not in rope and "factor" in rope:
+        return ["rope_type: is missing beside a factor, without which nothing is scaled"]
+    if not isinstance(kind, str) or kind not in _ROPE_NEEDS:
+        hint = did_you_mean(str(kind), _ROPE_NEEDS)
+        return [
+            f"{key}: unknown type of rotary embedding {kind!r:.60}{hint}; known: {', '.join(_ROPE_NEEDS)}, of which "
+            f"{', '.join(FIXED_ROPE_TYPES)} can be trained"
+        ]
+    if kind == "default" and rope.get("factor", 1) not in (None, 1):
+        return [
+            f"{key}: is 'default' beside a factor of {rope['factor']}, which scales nothing; name the type that it is of"
+        ]
+    return [
+        f"{needed}: is missing, and a rotary embedding of type '{kind}' is not defined without it"
+        for needed in _ROPE_NEEDS[kind]
+        if rope.get(needed) is None
     ]
 
 

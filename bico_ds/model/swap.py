@@ -17,11 +17,9 @@ from bico_ds.attention.layout import Layout
 from bico_ds.attention.packed import packed_attention
 from bico_ds.attention.plan import AttentionPlan
 from bico_ds.common.errors import UserError
+from bico_ds.model.config_values import FIXED_ROPE_TYPES, ROPE_REFUSALS
 from bico_ds.model.elementwise import norm_kernels, swap_elementwise
 from bico_ds.model.families import FAMILIES, family_of
-
-# Rotary embeddings whose table at a position depends on that position alone ("dynamic" and "longrope" do not).
-FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class _PackedAttention:
@@ -194,9 +192,9 @@ def check_attention(config: PretrainedConfig, *, longest_document: int | None = 
         )
     rope = parameters.get("rope_type", "default")
     if rope not in FIXED_ROPE_TYPES:
+        reason = ROPE_REFUSALS.get(rope, "whose frequencies are not known here")
         raise UserError(
-            f"the model's rotary embedding is of type '{rope}', whose frequencies depend on the longest position of a "
-            "packed batch: documents would change with their neighbours. "
+            f"the model's rotary embedding is of type '{rope}', {reason}. "
             f"Supported: {', '.join(FIXED_ROPE_TYPES)}"
         )
     if getattr(config, "attention_dropout", 0.0):

@@ -6,13 +6,13 @@ checked by `bico_ds.model.architecture`, which needs transformers. `tests/planne
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bico_ds.common.errors import UserError, did_you_mean
+from bico_ds.common.json_files import JsonError, read_object
 from bico_ds.config.model_sizes import SIZES
 from bico_ds.config.schema import LoraSpec, ModelSpec
 
@@ -167,7 +167,7 @@ def architecture_of(values: Mapping[str, Any], *, source: str) -> Architecture:
     model_type = values.get("model_type", "llama")
     if not isinstance(model_type, str) or model_type not in _DEFAULTS:
         raise UserError(
-            f"{source}: model_type: '{model_type}' is not supported{did_you_mean(str(model_type), _DEFAULTS)}; "
+            f"{source}: model_type: '{model_type!s:.60}' is not supported{did_you_mean(str(model_type), _DEFAULTS)}; "
             f"supported: {', '.join(_DEFAULTS)}"
         )
     given = {key: value for key, value in values.items() if value is not None}
@@ -228,7 +228,7 @@ def _weights_and_biases(linears: Sequence[Linear]) -> list[int]:
 def _size(values: Mapping[str, Any], key: str, source: str) -> int:
     value = values[key]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{source}: {key}: must be a whole number of at least 1, found {value!r}")
+        raise UserError(f"{source}: {key}: must be a whole number of at least 1, found {value!r:.60}")
     if (problem := SIZES[key].problem(value)) is not None:
         raise UserError(f"{source}: {key}: {problem}")
     return value
@@ -236,9 +236,6 @@ def _size(values: Mapping[str, Any], key: str, source: str) -> int:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: must hold one JSON object")
-    return values
+        return read_object(file, strict=False)
+    except JsonError as error:
+        raise UserError(f"{file}: cannot be read: {error.reason}; copy it again") from None

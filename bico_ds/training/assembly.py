@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from transformers import PretrainedConfig
 
 from bico_ds.cluster.preflight.inputs import files_digest
 from bico_ds.common.errors import UserError
+from bico_ds.common.json_files import JsonError, read_object
 from bico_ds.config.objectives.table import numbers_in_kind
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.config.schema import Recipe
@@ -317,7 +317,12 @@ def _model_value(recipe: Recipe, key: str) -> int | None:
     if recipe.model.path is None or not recipe.model.path.is_here():
         return None
     file = Path(recipe.model.path.here()) / "config.json"
-    return json.loads(file.read_text(encoding="utf-8")).get(key) if file.is_file() else None
+    try:
+        return read_object(file, strict=False).get(key)
+    except JsonError as error:
+        if error.is_missing:
+            return None
+        raise UserError(f"model.path: {file}: cannot be read: {error.reason}; copy it again") from None
 
 
 def _tasks(recipe: Recipe) -> list[Task]:

@@ -250,7 +250,9 @@ def exported_loss(runs: Runs) -> float:
 
     device = "cuda" if runs.on_cuda else "cpu"
     export = runs.folder / "killed" / "export"
-    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32)
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+        export, dtype=torch.float32, trust_remote_code=False
+    )
     model.to(device)
     (manifest,) = (runs.folder / "data-killed").glob("*/manifest.json")
     store = TokenStore.open(manifest.parent)

@@ -82,7 +82,7 @@ def hub_shards(name: str, *, config: str | None, split: str) -> list[Shard]:
 
     try:
         # All splits, memory-mapped: the files hold complete ones.
-        tables = datasets.load_dataset(name, config)
+        tables = datasets.load_dataset(name, config, trust_remote_code=False)
         lengths = {part: table.num_rows for part, table in tables.items()}
         spec = "+".join(lengths) if split == "all" else split
         slices = datasets.ReadInstruction.from_spec(spec).to_absolute(lengths)

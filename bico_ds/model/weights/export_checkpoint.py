@@ -18,11 +18,12 @@ from bico_ds.config.schema import ModelSpec
 from bico_ds.model.architecture import ModelTokenizer, adopt_special_tokens, meta_model, model_config
 from bico_ds.model.build import TrainableModel
 from bico_ds.model.lora import adapters_by_base_name, add_lora, base_name, is_adapter, merge_adapters
+from bico_ds.model.model_folder import read_generation_config
 from bico_ds.model.weights.blend import Blend, blended
 from bico_ds.model.weights.checkpoint_weights import PREFIX, CheckpointWeights, open_checkpoint
 from bico_ds.model.weights.checksums import fingerprint_of, slice_checksum
 from bico_ds.model.weights.export_model import write_settings
-from bico_ds.model.weights.load import WeightFolder, check_names_and_shapes, generation_config, open_weights
+from bico_ds.model.weights.load import WeightFolder, check_names_and_shapes, open_weights
 from bico_ds.model.weights.shards import DTYPES, ShardWriter, refuse_existing
 
 
@@ -57,6 +58,8 @@ def export_checkpoint(
     """
     refuse_existing(folder, overwrite=overwrite)
     config = exported_config(spec)
+    if generation is None:
+        generation = read_generation_config(_start_folder(spec), config)
     values = _Values(spec, config, open_checkpoint(checkpoint), needs_base=blends is not None)
     shapes = {name: parameter.shape for name, parameter in meta_model(config).named_parameters()}
     shares = {name: blend.share for name, blend in blends.items()} if blends is not None else {".": 1.0}
@@ -72,8 +75,6 @@ def export_checkpoint(
             for part, share in shares.items():
                 writers[part].add(name, blended(start, trained, share))
         values.check_base(base)
-        if generation is None:
-            generation = generation_config(_start_folder(spec), config)
         if tokenizer is not None:  # as a run does
             adopt_special_tokens(tokenizer, config, generation)
         for part, writer in writers.items():

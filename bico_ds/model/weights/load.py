@@ -7,11 +7,10 @@ afterwards.
 
 from __future__ import annotations
 
-import json
-import logging
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,14 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import GenerationConfig, PretrainedConfig
 
 from bico_ds.common.errors import UserError
+from bico_ds.common.json_files import JsonError, read_object
 from bico_ds.config.paths import FolderOrHub, HubName
+from bico_ds.model.model_folder import one_line, readable, warn_once
 from bico_ds.model.weights.checksums import add_over_ranks, parameter_checksums, slice_checksum
 from bico_ds.model.weights.materialize import full_shape
-
-_logger = logging.getLogger(__name__)
+from bico_ds.model.weights.safetensors_header import read_header
 
 SAFETENSORS = "model.safetensors"
 _PICKLED = "pytorch_model.bin"
@@ -34,6 +33,7 @@ _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 # A buffer that old Llama checkpoints carry; it follows from the config.
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"
+_LONGEST_NAME = 255  # bytes, on the file systems of Linux
 _VERIFY_CHUNK = 1 << 22  # elements read at a time
 
 
@@ -57,7 +57,7 @@ class SafetensorsFolder:
         self.folder = folder
         self._entries: dict[str, _Entry] = {}
         for file in weight_files(folder):
-            for name, entry in _read_header(file):
+            for name, entry in _entries(file):
                 if (other := self._entries.get(name)) is not None and not _are_same(entry, other):
                     raise UserError(
                         f"model.path: tensor '{name}' is in '{other.file}' and, with other values, in '{file}'; "
@@ -92,7 +92,7 @@ class PickledFolder:
         self.folder = folder
         self._tensors: dict[str, Tensor] = {}
         for file in weight_files(folder, _PICKLED):
-            self._tensors |= torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            self._tensors |= _unpickled(file)
 
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
@@ -107,6 +107,21 @@ class PickledFolder:
         return slice_checksum(self._tensors[name].reshape(-1).to(dtype), 0)
 
 
+def _unpickled(file: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # torch, zipfile and pickle each raise their own
+        raise UserError(
+            f"model.path: '{file}' cannot be read as pickled tensors ({one_line(error):.200}): copy it again, or "
+            "convert it to safetensors"
+        ) from error
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
+    ):
+        raise UserError(f"model.path: '{file}' does not hold tensors by name: give the model's state dict")
+    return dict(content)
+
+
 WeightFolder = SafetensorsFolder | PickledFolder
 
 
@@ -117,25 +132,44 @@ def open_weights(path: FolderOrHub, *, allow_pickle: bool = False) -> WeightFold
     `allow_pickle`, and where the download fails.
     """
     folder = path if isinstance(path, Path) else _download(path, allow_pickle)
-    if not folder.is_dir():
-        raise UserError(f"model.path: the folder '{path}' does not exist")
+    with readable(folder, where="model.path: "):
+        if not folder.is_dir():
+            raise UserError(f"model.path: the folder '{path}' does not exist")
+        refuse_adapters(folder)
+        if _names_safetensors(folder):
+            return SafetensorsFolder(folder)
+        if not any(folder.glob("pytorch_model*.bin")):
+            if any(folder.glob("*.safetensors")):
+                weight_files(folder)  # refuses: they have other names
+            raise UserError(f"model.path: '{path}' holds no weights (*.safetensors)")
+        if not allow_pickle:
+            raise UserError(
+                f"model.path: '{path}' holds pickled weights only (*.bin), and pickles can run code when loaded: "
+                "convert them to safetensors, or set 'model.allow_pickle: true' if you trust their origin"
+            )
+        return PickledFolder(folder)
+
+
+def holds_weights(path: FolderOrHub) -> bool:
+    """Whether weights lie in a folder of this machine, complete or not; a hub name is not looked up."""
+    if not isinstance(path, Path) or not path.is_dir():
+        return False
+    return _names_safetensors(path) or any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin"))
+
+
+def _names_safetensors(folder: Path) -> bool:
+    """Whether a folder has the single file or the index, be it a link to nowhere."""
+    return os.path.lexists(folder / SAFETENSORS) or os.path.lexists(folder / f"{SAFETENSORS}.index.json")
+
+
+def refuse_adapters(folder: Path) -> None:
+    """Raise `UserError` where adapters lie beside the weights."""
     if adapter := next((name for name in _ADAPTERS if (folder / name).exists()), None):
         raise UserError(
-            f"model.path: '{path}' holds an adapter ({adapter}), which transformers adds to the model and training would "
-            "leave out: merge it into the weights (peft's merge_and_unload), or move it to another folder"
+            f"model.path: '{folder}' holds an adapter ({adapter}), which transformers would add to these weights, or to "
+            "others, and training would leave out: merge it into the weights (peft's merge_and_unload), or move "
+            "it to another folder"
         )
-    if (folder / SAFETENSORS).is_file() or (folder / f"{SAFETENSORS}.index.json").exists():
-        return SafetensorsFolder(folder)
-    if not any(folder.glob("pytorch_model*.bin")):
-        if any(folder.glob("*.safetensors")):
-            weight_files(folder)  # refuses: they have other names
-        raise UserError(f"model.path: '{path}' holds no weights (*.safetensors)")
-    if not allow_pickle:
-        raise UserError(
-            f"model.path: '{path}' holds pickled weights only (*.bin), and pickles can run code when loaded: "
-            "convert them to safetensors, or set 'model.allow_pickle: true' if you trust their origin"
-        )
-    return PickledFolder(folder)
 
 
 def check_names_and_shapes(
@@ -160,13 +194,6 @@ def check_names_and_shapes(
         raise UserError(
             f"the weights in '{weights.folder}' do not fit the model:\n  " + "\n  ".join(problems[:8]) + more
         )
-
-
-def generation_config(folder: Path | None, config: PretrainedConfig) -> GenerationConfig:
-    """The generation config in the start weights' folder, for the export; else the one that follows from `config`."""
-    if folder is not None and (folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(folder)
-    return GenerationConfig.from_model_config(config)
 
 
 def verify_loaded(named: Iterable[tuple[str, nn.Parameter]], weights: WeightFolder) -> dict[str, int]:
@@ -222,32 +249,62 @@ def weight_files(folder: Path, single: str = SAFETENSORS) -> list[Path]:
     """The files with weights that transformers 4 and 5 read of a folder: `single`, else those that its index names.
 
     Other files are leftovers to them. Warns where there are both. Raises `UserError` where there is neither, for an index
-    that is none, and where files are missing.
+    that is none or names files that are not of the folder, and where files are missing or cannot be looked at.
     """
     index = folder / f"{single}.index.json"
-    if (folder / single).is_file():
-        if index.exists():
-            _warn_once(f"'{folder}': {single} is read, as by transformers; {index.name} beside it is not")
-        return [folder / single]
-    if not index.exists():
-        raise UserError(f"model.path: '{folder}' has neither {single} nor {index.name}")
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    with readable(folder, where="model.path: "):
+        if (folder / single).is_file():
+            if index.exists():
+                warn_once(f"'{folder}': {single} is read, as by transformers; {index.name} beside it is not")
+            return [folder / single]
+        if (folder / single).is_symlink():
+            raise UserError(
+                f"model.path: '{folder / single}' is a link to a file that is not there: copy the file itself"
+            )
+        if not os.path.lexists(index):
+            raise UserError(f"model.path: '{folder}' has neither {single} nor {index.name}")
+        names = _named_files(index)
         missing = [name for name in names if not (folder / name).is_file()]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"model.path: '{index}' is not a weights index: {error!r}") from error
     if missing:
         raise UserError(
-            f"model.path: {len(missing)} of {len(names)} shards are missing in '{folder}': {missing[:5]}"
+            f"model.path: {len(missing)} of {len(names)} shards are missing in '{folder}': {missing[:5]!s:.500}"
         )
     return [folder / name for name in names]
 
 
-@lru_cache
-def _warn_once(message: str) -> None:
-    """On the first rank: all ranks read the same folder."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        _logger.warning(message)
+def _named_files(index: Path) -> list[str]:
+    """The files that a weights index names, each once; a link in the folder may lead out of it, as in the hub's cache."""
+    try:
+        weight_map = read_object(index).get("weight_map")
+    except JsonError as error:
+        raise UserError(
+            f"model.path: '{index}' is not a weights index ({error.reason}): copy it again"
+        ) from None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"model.path: '{index}' is not a weights index (it has no weight_map): copy it again")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str):
+            raise UserError(
+                f"model.path: '{index}' is not a weights index (no file's name at {tensor!r:.100}): copy it again"
+            )
+        if not _is_inside(name):
+            raise UserError(
+                f"model.path: '{index}' names the file {name!r:.200}, which is not one of this folder: an index names files "
+                "beside it. Get the model again, from where you trust it"
+            )
+    return sorted(set(weight_map.values()))
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name is that of a file in a folder or below it."""
+    return bool(
+        name.isprintable()
+        and "\\" not in name
+        and name[:1] != "/"
+        and all(
+            part not in ("", ".", "..") and len(part.encode()) <= _LONGEST_NAME for part in name.split("/")
+        )
+    )
 
 
 def _are_same(entry: _Entry, other: _Entry) -> bool:
@@ -267,38 +324,20 @@ def _stored_checksum(entry: _Entry, dtype: torch.dtype) -> int:
     return _wrapped(total)
 
 
-def _read_header(file: Path) -> list[tuple[str, _Entry]]:
-    """Parse a safetensors header (8-byte length, JSON, data) and check the file's length against it."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 + length:
-            raise UserError(f"model.path: '{file}' is cut short or no safetensors file ({size} bytes)")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise UserError(f"model.path: '{file}' is not a safetensors file: {error}") from error
-    header.pop("__metadata__", None)
-    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if size != end:
-        raise UserError(f"model.path: '{file}' has {size} bytes, {end} by its header: copy it again")
-    quantized = {name: e["dtype"] for name, e in header.items() if e["dtype"] not in _DTYPES}
-    if quantized:
-        name, dtype = next(iter(quantized.items()))
-        raise UserError(
-            f"model.path: tensor '{name}' in '{file}' is {dtype}; training needs BF16, F16 or F32 weights"
-        )
+def _entries(file: Path) -> list[tuple[str, _Entry]]:
+    """The tensors of a file, by name. Raises `UserError` as `read_header`, and for dtypes that are not trained from."""
+    stored = read_header(file)
+    for tensor in stored:
+        if tensor.dtype not in _DTYPES:
+            raise UserError(
+                f"model.path: tensor '{tensor.name}' in '{file}' is {tensor.dtype}; training needs BF16, F16 or F32 weights"
+            )
     return [
         (
-            name,
-            _Entry(
-                file=file,
-                dtype=_DTYPES[entry["dtype"]],
-                shape=torch.Size(entry["shape"]),
-                data=8 + length + entry["data_offsets"][0],
-            ),
+            tensor.name,
+            _Entry(file=file, dtype=_DTYPES[tensor.dtype], shape=torch.Size(tensor.shape), data=tensor.begin),
         )
-        for name, entry in header.items()
+        for tensor in stored
     ]
 
 

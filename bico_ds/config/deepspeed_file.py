@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bico_ds.common.errors import UserError, did_you_mean
-from bico_ds.config.load import merge_mappings
+from bico_ds.config.layers import merge_mappings
 from bico_ds.config.paths import LocalPath
 from bico_ds.config.resources import DS_CONFIGS
 from bico_ds.config.schema import DeepSpeedSpec, find_deepspeed_paths

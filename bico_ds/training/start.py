@@ -248,7 +248,9 @@ def _callbacks(run: Run, engine: Engine, spikes: SpikeDetector, planned: StartPl
     plan, console = planned.plan if planned is not None else None, ConsoleProgress()
     work = ObjectiveWork(plan, run.folder, console)
     utilization = Utilization.planned(plan) if plan is not None else None
-    monitor = StepMonitor(run.recipe.monitor, run.folder, engine.monitor, utilization, work)
+    monitor = StepMonitor(
+        run.recipe.monitor, run.folder, engine.monitor, utilization, work, tell=console.on_message
+    )
     callbacks: list[Callback] = [work, console, monitor, spikes]
     if planned is not None:
         tell = Callbacks([console, monitor], is_first_rank=True)

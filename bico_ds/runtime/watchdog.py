@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from torch.distributed import Store
@@ -97,8 +98,7 @@ class Watchdog:
     def _end(self, failure: dict[str, Any]) -> None:
         stacks = self._folder.logs / f"stacks-rank-{self._ranks.rank}.txt"
         if failure["stalled"]:
-            with contextlib.suppress(OSError), open(stacks, "w", encoding="utf-8") as file:
-                faulthandler.dump_traceback(file)
+            _write_stacks(stacks)
             with contextlib.suppress(RuntimeError):
                 self._store.add(_ON_FILE, 1)
         text = f"rank {failure['rank']}: {failure['text']}"
@@ -121,3 +121,15 @@ class Watchdog:
     def _publish(self, failure: dict[str, Any]) -> None:
         with contextlib.suppress(RuntimeError):
             self._store.compare_set(_KEY, "", json.dumps(failure))
+
+
+def _write_stacks(path: Path) -> None:
+    """The stacks of this process's threads, into a file, or where that cannot be written to stderr."""
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            faulthandler.dump_traceback(file)  # it says of no write that it failed
+        if path.stat().st_size > 0:
+            return
+    except OSError:
+        pass
+    faulthandler.dump_traceback(sys.stderr)

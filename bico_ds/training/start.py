@@ -8,13 +8,16 @@ loop runs (`bico_ds.training.trainer`), and what comes after it is written (`_tr
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from bico_ds.checkpoint import record
 from bico_ds.checkpoint.checkpointer import Checkpointer
@@ -28,7 +31,7 @@ from bico_ds.checkpoint.resume import (
     set_aside,
     state_layout,
 )
-from bico_ds.common.errors import UserError
+from bico_ds.common.errors import RunError, UserError
 from bico_ds.common.files import atomic_folder
 from bico_ds.config.schema import Recipe
 from bico_ds.data.exported_tokenizer import ExportedTokenizer, save_tokenizer
@@ -63,6 +66,8 @@ from bico_ds.training.spikes import SpikeDetector
 from bico_ds.training.targetless import TargetlessSteps
 from bico_ds.training.trainer import Trainer
 
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
 
 def train(recipe: Recipe, *, output_dir: Path | None, resume: str, stop: StopFlag) -> State:
     """Train a recipe to its end, or until a stop is agreed. Every rank calls it, and gets the same `done` or `preempted`.
@@ -83,12 +88,13 @@ def train(recipe: Recipe, *, output_dir: Path | None, resume: str, stop: StopFla
         deepspeed_ops.release_abandoned_locks()
     distributed.join(ranks, store, timeout_minutes=timeout_minutes)
     watchdog = Watchdog(store, ranks, run.folder, minutes=recipe.distributed.watchdog_minutes)
-    run.folder.lock.on_lost = lambda: watchdog.abandon(f"{run.folder.path} was taken over by another run")
+    run.folder.lock.on_lost = lambda: watchdog.abandon(run.folder.lock.loss())
     try:
         resumption, run.folder.lock.run_id = distributed.broadcast_object(
             (chosen[0], run.folder.lock.run_id) if chosen else None
         )
-        state = _train_on_all_ranks(run, resume, resumption, watchdog)
+        with _disk_failures_told(run.folder):
+            state = _train_on_all_ranks(run, resume, resumption, watchdog)
     except BaseException as error:
         watchdog.report(error)
         if ranks.is_first:
@@ -126,7 +132,7 @@ def _prepare(run: Run, resume: str) -> Resumption | None:
         if resume == "auto":
             record.refuse_lost(run.folder)
         run.folder.check_writable(begins_anew=begins_anew(run.folder, resume))
-        with run.stop.interrupting():
+        with run.stop.interrupting(), _disk_failures_told(run.folder):
             assembly.check_teachers(run.recipe, assembly.prepare_stores(run.recipe))
             resumption = choose(run.folder, resume, run.recipe, _layout(run))
             if resumption is not None and record.is_own(resumption.found.path, run.folder):
@@ -139,6 +145,21 @@ def _prepare(run: Run, resume: str) -> Resumption | None:
     except BaseException as error:
         _give_up(run.folder, error)
         raise
+
+
+@contextlib.contextmanager
+def _disk_failures_told(folder: RunFolder) -> Iterator[None]:
+    """A full or broken disk is no bug of this program: a `RunError` says what could not be done."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _OF_DISKS:
+            raise
+        where = f" '{error.filename}'" if error.filename else ""
+        raise RunError(
+            f"cannot write{where}: {error.strerror} (run folder '{folder.path}'); put that right and give the same command "
+            "again: it goes on from the last checkpoint"
+        ) from error
 
 
 def _layout(run: Run) -> StateLayout:
@@ -157,11 +178,14 @@ def _train_on_all_ranks(run: Run, resume: str, resumption: Resumption | None, wa
     saved = resumption.found.content["state"] if resumption else {}
     before = texts_before(inputs, saved) if resumption else {}
     loader = assembly.build_loader(run.recipe, inputs, _rank_share(run), state=saved.get("loader"))
+    steps = assembly.total_steps(run.recipe, loader)
+    if resumption is not None:
+        _refuse_fewer_steps(run.recipe, steps, resumption)
     # While the other ranks wait for what rank 0 finds of the targets.
     planned = plan_of_start(run, loader) if run.ranks.is_first else None
     warnings = _check_targets(run, loader)
     trainer = _build_trainer(
-        run, inputs, loader, resumption, _evaluator(run, inputs, watchdog, before), watchdog, planned
+        run, inputs, loader, resumption, _evaluator(run, inputs, watchdog, before), watchdog, planned, steps
     )
     if run.ranks.is_first:
         warnings += assembly.export_warnings(inputs, trainer.engine.module.config)
@@ -199,6 +223,22 @@ def _check_targets(run: Run, loader: ElasticLoader) -> list[str]:
     return found
 
 
+def _refuse_fewer_steps(recipe: Recipe, steps: int, resumption: Resumption) -> None:
+    """Raise `UserError` where a run of so many steps ends before the checkpoint that it would go on from."""
+    if steps >= resumption.step:
+        return
+    asked = (
+        f"training.steps: {steps:,} steps"
+        if recipe.training.steps is not None
+        else f"training.epochs: {recipe.training.epochs:g} epochs are {steps:,} steps, which"
+    )
+    raise UserError(
+        f"{asked} are fewer than the {resumption.step:,} of the checkpoint '{resumption.found.path}': ask for more to go "
+        "on, for as many to evaluate and export it, or name an earlier checkpoint (--resume RUN/checkpoints/step-N); "
+        "--resume none starts anew"
+    )
+
+
 def _rank_share(run: Run) -> RankShare:
     return RankShare(
         rank=run.ranks.rank,
@@ -217,10 +257,10 @@ def _build_trainer(
     evaluator: Evaluator,
     watchdog: Watchdog,
     planned: StartPlan | None,
+    steps: int,
 ) -> Trainer:
-    """The trainer with its engine, in the state that is resumed from."""
+    """The trainer with its engine, in the state that is resumed from, for `steps` steps in all."""
     recipe = run.recipe
-    steps = assembly.total_steps(recipe, loader)
     check_schedule(recipe.schedule, steps)
     refuse_what_cannot_fit(run, loader)
     engine = build_engine(run, inputs, steps, is_universal=resumption is not None and resumption.is_universal)
@@ -291,6 +331,7 @@ def _take_over(run: Run, resume: str, resumption: Resumption | None, tokenizer: 
     The state is written first: a crash must not leave a run in the state `done` without its checkpoints.
     """
     run.folder.write_state("running", step=resumption.step if resumption else 0)
+    run.folder.remove_incomplete()
     set_aside(run.folder, resume, resumption)
     if resumption is not None:
         record.write(run.folder, resumption.found.path, resumption.step)
@@ -309,15 +350,26 @@ def _train_and_export(trainer: Trainer, start: RunStart, tokenizer: ExportedToke
         trainer.loader.close()
     run.stop.finish()
     if state == "done" and run.recipe.checkpoint.export:
-        model = trainer.engine.module
-        export_model(model, tokenizer, run.folder.export, dtype=run.recipe.model.dtype, overwrite=True)
-        stops = id_list(model.causal_lm.generation_config.eos_token_id)
-        callbacks.on_message(f"exported to {run.folder.export}: {tokenizer.describe(stops)}")
+        callbacks.on_message(_export(trainer, tokenizer))
     callbacks.on_end(trainer.step, state)
     reasons = distributed.all_gather_objects(run.stop.reason if state == "preempted" else "")
     if run.ranks.is_first:
         run.folder.write_state(state, step=trainer.step, reason=next(filter(None, reasons), ""))
     return state
+
+
+def _export(trainer: Trainer, tokenizer: ExportedTokenizer) -> str:
+    """Write the run's export, and return what to say of it. Collective."""
+    run, model = trainer.run, trainer.engine.module
+    try:
+        export_model(model, tokenizer, run.folder.export, dtype=run.recipe.model.dtype, overwrite=True)
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"the model was not exported to '{run.folder.export}': {error}. Step {trainer.step:,} is saved: the same "
+            f"command exports it once that is put right, as bico-ds export {run.folder.path} FOLDER does"
+        ) from error
+    stops = id_list(model.causal_lm.generation_config.eos_token_id)
+    return f"exported to {run.folder.export}: {tokenizer.describe(stops)}"
 
 
 def _log_to_console(ranks: Ranks) -> None:

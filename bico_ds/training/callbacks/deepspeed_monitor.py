@@ -1,4 +1,4 @@
-"""DeepSpeed's monitor (CSV, W&B), which its engine calls within a step: what fails there must not end the step. Rank 0 only."""
+"""DeepSpeed's monitor (CSV, W&B), which its engine calls within a step: a failure there must not end it. Rank 0 only."""
 
 from __future__ import annotations
 

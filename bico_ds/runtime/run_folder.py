@@ -36,7 +36,7 @@ from typing import Any, Literal
 from bico_ds import __version__
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import overwrite, remove_incomplete, write_atomically
-from bico_ds.common.json_files import JsonError, parse_object
+from bico_ds.common.json_files import JsonError, object_in, parse_object
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.resources import CHECKOUT
 from bico_ds.config.schema import Recipe
@@ -294,15 +294,14 @@ def split_metrics(path: Path, step: int) -> tuple[list[str], list[str]]:
     later: list[str] = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-            (kept if _is_of_step_until(line, step) else later).append(line)
+            (kept if _is_of_step_until(line, step, path) else later).append(line)
     return kept, later
 
 
-def _is_of_step_until(line: str, step: int) -> bool:
-    try:
-        return line.endswith("\n") and json.loads(line)["step"] <= step
-    except (ValueError, LookupError, TypeError):
-        return False
+def _is_of_step_until(line: str, step: int, path: Path) -> bool:
+    written = object_in(line, path) if line.endswith("\n") else None
+    of = (written or {}).get("step")
+    return isinstance(of, int) and of <= step
 
 
 def obstacle(folder: Path, error: OSError) -> str:

@@ -57,7 +57,13 @@ from bico_ds.training.callbacks.monitor import StepMonitor
 from bico_ds.training.callbacks.planned import PlannedBesideMeasured
 from bico_ds.training.callbacks.utilization import Utilization
 from bico_ds.training.callbacks.work import ObjectiveWork
-from bico_ds.training.checks import beyond_context, check_backend, check_recipe, what_may_be_lost
+from bico_ds.training.checks import (
+    beyond_context,
+    check_backend,
+    check_recipe,
+    refuse_fewer_steps,
+    what_may_be_lost,
+)
 from bico_ds.training.evaluator import Evaluator, refuse_above_limit, texts_before
 from bico_ds.training.fit import refuse_what_cannot_fit
 from bico_ds.training.planning import StartPlan, plan_of_start
@@ -180,7 +186,7 @@ def _train_on_all_ranks(run: Run, resume: str, resumption: Resumption | None, wa
     loader = assembly.build_loader(run.recipe, inputs, _rank_share(run), state=saved.get("loader"))
     steps = assembly.total_steps(run.recipe, loader)
     if resumption is not None:
-        _refuse_fewer_steps(run.recipe, steps, resumption)
+        refuse_fewer_steps(run.recipe, steps, resumption.found)
     # While the other ranks wait for what rank 0 finds of the targets.
     planned = plan_of_start(run, loader) if run.ranks.is_first else None
     warnings = _check_targets(run, loader)
@@ -221,22 +227,6 @@ def _check_targets(run: Run, loader: ElasticLoader) -> list[str]:
         raise found
     assert found is not None
     return found
-
-
-def _refuse_fewer_steps(recipe: Recipe, steps: int, resumption: Resumption) -> None:
-    """Raise `UserError` where a run of so many steps ends before the checkpoint that it would go on from."""
-    if steps >= resumption.step:
-        return
-    asked = (
-        f"training.steps: {steps:,} steps"
-        if recipe.training.steps is not None
-        else f"training.epochs: {recipe.training.epochs:g} epochs are {steps:,} steps, which"
-    )
-    raise UserError(
-        f"{asked} are fewer than the {resumption.step:,} of the checkpoint '{resumption.found.path}': ask for more to go "
-        "on, for as many to evaluate and export it, or name an earlier checkpoint (--resume RUN/checkpoints/step-N); "
-        "--resume none starts anew"
-    )
 
 
 def _rank_share(run: Run) -> RankShare:

@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+# Of a disk that is full, over its quota, read-only, or broken: no bug of this program.
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 _DIGITS = 12  # of the random part of a temporary name
 
 

@@ -20,6 +20,7 @@ record of the run before.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -139,6 +140,12 @@ class RunFolder:
                 ) from None
         if os.path.lexists(self.metrics_file) and not self.metrics_file.is_file():
             raise UserError(f"'{self.metrics_file}' is no file; move it away")
+        may = os.R_OK | os.W_OK
+        if self.metrics_file.is_file() and not os.access(self.metrics_file, may, effective_ids=True):
+            raise UserError(
+                f"cannot read and write '{self.metrics_file}': {os.strerror(errno.EACCES)}; "
+                "put that right, or choose another folder with --output-dir"
+            )
 
     def record(self, recipe: Recipe) -> None:
         """Write the recipe, and this start's provenance, in the place of and after those of earlier ones."""

@@ -8,7 +8,6 @@ loop runs (`bico_ds.training.trainer`), and what comes after it is written (`_tr
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import warnings
 from collections.abc import Iterator
@@ -32,7 +31,7 @@ from bico_ds.checkpoint.resume import (
     state_layout,
 )
 from bico_ds.common.errors import RunError, UserError
-from bico_ds.common.files import atomic_folder
+from bico_ds.common.files import DISK_ERRORS, atomic_folder
 from bico_ds.config.schema import Recipe
 from bico_ds.data.exported_tokenizer import ExportedTokenizer, save_tokenizer
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
@@ -71,8 +70,6 @@ from bico_ds.training.run import Run
 from bico_ds.training.spikes import SpikeDetector
 from bico_ds.training.targetless import TargetlessSteps
 from bico_ds.training.trainer import Trainer
-
-_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 def train(recipe: Recipe, *, output_dir: Path | None, resume: str, stop: StopFlag) -> State:
@@ -159,7 +156,7 @@ def _disk_failures_told(folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _OF_DISKS:
+        if error.errno not in DISK_ERRORS:
             raise
         where = f" '{error.filename}'" if error.filename else ""
         raise RunError(

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from bico_ds.checkpoint.manifest import FoundCheckpoint
 from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
-from bico_ds.checkpoint.manifest import FoundCheckpoint
 from bico_ds.training.checks import check_recipe, refuse_fewer_steps
 
 

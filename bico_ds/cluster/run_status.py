@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import yaml
 
 from bico_ds.checkpoint import record
-from bico_ds.cluster.attempts import newest_step, read_attempts
+from bico_ds.cluster.attempts import attempts_file, newest_step, read_attempts
 from bico_ds.common.errors import UserError
 from bico_ds.common.json_files import (
     JsonError,
@@ -147,17 +147,17 @@ def _read_status(run: Path, living: dict[Path, Lock]) -> RunStatus:
     folder, reader = RunFolder(run), _Reader()
     if not reader.read(run, _is_open, False):
         return _closed(run, reader.faults)
-    state = reader.read(folder.state_file, _recorded_state, {})
+    state: dict[str, Any] = reader.read(folder.state_file, _recorded_state, {})
     total_steps = reader.read(run, _total_steps, None)
     is_broken = bool(reader.faults)
     lock = reader.read(folder.lock.path, read_lock, None)
-    numbers = reader.read(folder.metrics_file, last_numbers, {})
+    numbers: dict[str, Any] = reader.read(folder.metrics_file, last_numbers, {})
     checkpoint = newest_step(run)
     now = _state(state, living.get(folder.lock.path), was_held=lock is not None)
     last = reader.read(folder.last_checkpoint_file, lambda path: _missing(folder, checkpoint), "")
-    begun = len(reader.read(folder.run_file, read_starts, []))
+    begun: list[dict[str, Any]] = reader.read(folder.run_file, read_starts, [])
     # One that died in its pre-flight is known to the batch script only.
-    tried = len(reader.read(run / "slurm" / "attempts.jsonl", lambda path: read_attempts(run), []))
+    tried: list[dict[str, Any]] = reader.read(attempts_file(run), lambda path: read_attempts(run), [])
     job = lock.job if lock is not None else ""
     job = job or reader.read(run / "slurm" / "jobs.jsonl", _last_job, "")
     why = [] if now == "starting" else [last or state.get("reason", "")]
@@ -170,7 +170,7 @@ def _read_status(run: Path, living: dict[Path, Lock]) -> RunStatus:
         loss=numbers.get("loss/all"),
         tokens_per_second=numbers.get("speed/represented_tokens_per_second"),
         checkpoint=checkpoint,
-        starts=max(begun, tried),
+        starts=max(len(begun), len(tried)),
         job=on_one_line(job, most=_MOST_CHARACTERS),
         changed=_changed(folder, state),
     )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
-from bico_ds.data.prepare.records import BadRecord
+from bico_ds.data.prepare.records import BadRecord, check_unicode
 
 if TYPE_CHECKING:
     from bico_ds.data.tokenizer import FastTokenizer
@@ -168,11 +168,15 @@ def template_begins_with_bos(tokenizer: FastTokenizer) -> bool:
 
 def strings_of(messages: Any) -> Iterator[str]:
     """All strings that a template may write: contents, roles, what tools were called with."""
-    if isinstance(messages, str):
-        yield messages
-    elif isinstance(messages, dict | list):
-        for value in messages.values() if isinstance(messages, dict) else messages:
-            yield from strings_of(value)
+    left = [messages]
+    while left:  # no recursion: they may be nested deeply
+        value = left.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            left += reversed(value.values())
+        elif isinstance(value, list):
+            left += reversed(value)
 
 
 def _listed(messages: Any) -> list[Message]:
@@ -191,6 +195,11 @@ def _checked(message: Message, number: int) -> Message:
         raise BadRecord("missing field", f"message {number} lacks 'role' or 'content'")
     if not isinstance(message["role"], str):
         raise BadRecord("wrong type", f"the role of message {number} must be a string")
+    if not isinstance(message.get("tool_calls", []), list):
+        kind = type(message["tool_calls"]).__name__
+        raise BadRecord("wrong type", f"the tool_calls of message {number} must be a list, found {kind}")
+    for text in strings_of(message):
+        check_unicode(text, f"message {number}")
     content = message.get("content", "")
     if isinstance(content, list):
         parts = [{"type": "text", "text": _text_of(part, number)} for part in content]
@@ -216,12 +225,7 @@ def _text_of(part: Any, number: int) -> str:
 
 def _check_text(text: str, messages: list[Message]) -> None:
     """What the template wrote must be writable, and hold the names of the functions that were called."""
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            where = f"the text of the messages has a lone surrogate at character {error.start + 1}"
-            raise BadRecord("invalid UTF-8", where) from None
+    check_unicode(text, "the text of the messages")
     for number, message in enumerate(messages, start=1):
         for call in message.get("tool_calls", ()):
             if (name := _function(call)) is None or name not in text:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bico_ds.common.errors import UserError
+from bico_ds.common.json_files import JsonError, read_object
 from bico_ds.data.store_checks import AGAIN, check_columns, check_manifest, check_size
 from bico_ds.data.tokenizer import Tokenizer, special_ids, tokenizer_hash
 from bico_ds.data.verification import verify_files
@@ -313,10 +314,12 @@ def _read_manifest(folder: Path) -> StoreManifest:
     if not file.is_file():
         raise UserError(f"'{folder}' is not a complete token store: it has no {MANIFEST}; prepare it again")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_object(file)
         version = content["format_version"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"'{file}' is damaged ({error}): {AGAIN}") from error
+    except JsonError as error:
+        raise UserError(f"'{file}' is damaged ({error.reason}): {AGAIN}") from error
+    except KeyError:
+        raise UserError(f"'{file}' is damaged (it has no format_version): {AGAIN}") from None
     if type(version) is not int or version != FORMAT_VERSION:
         raise UserError(f"token store '{folder}' has format {version!r:.50}, not {FORMAT_VERSION}: {AGAIN}")
     own_checksum = content.pop(_MANIFEST_CHECKSUM, None)

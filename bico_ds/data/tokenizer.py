@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
+from bico_ds.data.tokenizer_files import AGAIN, MOST_IDS, check_tokenizer_files
 
 if TYPE_CHECKING:
     import tokenizers
@@ -110,14 +111,33 @@ def load_tokenizer(path: FolderOrHub) -> FastTokenizer:
     """Load a tokenizer from a folder, a sentencepiece `tokenizer.model` or a hub name; always a fast one.
 
     Truncation and padding that the file may ask for are switched off: training texts are never cut silently. Raises
-    `UserError` when there is none at `path`, it cannot be loaded as a fast one or converted exactly, or it has no
-    end-of-text token.
+    `UserError` when there is none at `path`, its files are damaged or cannot be one's, it cannot be loaded as a fast one or
+    converted exactly, or it has no end-of-text token.
     """
     local = Path(path)
-    if isinstance(path, Path) and not path.exists():
-        raise UserError(
-            f"no tokenizer at '{path}': no such folder; fetch it there, or give a hub name (owner/name)"
-        )
+    try:
+        if isinstance(path, Path) and not path.exists():
+            raise UserError(
+                f"no tokenizer at '{path}': no such folder; fetch it there, or give a hub name (owner/name)"
+            )
+        if local.exists():
+            check_tokenizer_files(local.parent if local.is_file() else local)
+        tokenizer = _load(path, local)
+        _check_usable(tokenizer)
+    except UserError:
+        raise
+    # transformers raises OSError, ValueError and KeyError, the Rust side plain Exception, and where it panics no Exception.
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        first_line = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise UserError(f"cannot load a tokenizer from '{path}': {first_line}; {AGAIN}") from error
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def _load(path: FolderOrHub, local: Path) -> PreTrainedTokenizerBase:
     if (local.name.endswith(".model") and local.is_file()) or (local / "tokenizer.model").is_file():
         folder = local.parent if local.is_file() else local
         tokenizer = (
@@ -137,8 +157,6 @@ def load_tokenizer(path: FolderOrHub) -> FastTokenizer:
         raise UserError(
             f"tokenizer '{path}' has no end-of-text (eos) token: set eos_token in tokenizer_config.json"
         )
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
@@ -148,29 +166,41 @@ def _load_fast(path: FolderOrHub) -> PreTrainedTokenizerBase:
 
     from bico_ds.model.model_folder import warn_once
 
-    names_code = False
+    config = get_tokenizer_config(str(path))
+    names_code = "auto_map" in config
+    loader = PreTrainedTokenizerFast if config.get("tokenizer_class") in _GENERAL_CLASSES else AutoTokenizer
     try:
-        config = get_tokenizer_config(str(path))
-        names_code = "auto_map" in config
-        loader = (
-            PreTrainedTokenizerFast if config.get("tokenizer_class") in _GENERAL_CLASSES else AutoTokenizer
-        )
         tokenizer = loader.from_pretrained(str(path), trust_remote_code=False)
-    # transformers raises OSError, ValueError and KeyError, the Rust side plain Exception.
     except Exception as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if names_code:
-            first_line = (
-                "auto_map in its tokenizer_config.json names code for it, and code from a folder is never run; with a "
-                "tokenizer.json, set tokenizer_class there to PreTrainedTokenizerFast and remove auto_map"
-            )
-        raise UserError(f"cannot load a tokenizer from '{path}': {first_line}") from error
+        if not names_code:
+            raise
+        raise UserError(
+            f"cannot load a tokenizer from '{path}': auto_map in its tokenizer_config.json names code for it, and code from "
+            "a folder is never run; with a tokenizer.json, set tokenizer_class there to PreTrainedTokenizerFast and remove "
+            "auto_map"
+        ) from error
     if names_code:
         warn_once(
             f"'{path}': auto_map in its tokenizer_config.json names code, which is not run: it is read as "
             f"{type(tokenizer).__name__}"
         )
     return tokenizer
+
+
+def _check_usable(tokenizer: FastTokenizer) -> None:
+    """Raise `UserError`, or what the tokenizer raises in use, for mistakes in its files that show no earlier."""
+    size, name = vocabulary_size(tokenizer), tokenizer.name_or_path
+    if not 0 < size <= MOST_IDS:
+        raise UserError(
+            f"tokenizer '{name}' has ids up to {size - 1:,}, and {MOST_IDS:,} ids are the most: {AGAIN}"
+        )
+    for index in (*special_ids(tokenizer), tokenizer.eos_token_id):
+        if type(index) is not int or not 0 <= index < size:
+            raise UserError(
+                f"tokenizer '{name}' has a special token that is none of its vocabulary (id {index}): {AGAIN}"
+            )
+    for probe in _PROBES:
+        tokenizer(probe, add_special_tokens=False)
 
 
 def _load_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
@@ -185,8 +215,10 @@ def _load_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
     try:
         reference = sentencepiece.SentencePieceProcessor(model_file=str(file))
         tokenizer = LlamaTokenizer.from_pretrained(str(file.parent), trust_remote_code=False)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"cannot load a sentencepiece model from '{file}': {error}") from error
+    except Exception as error:  # protobuf, sentencepiece and transformers each raise their own
+        raise UserError(
+            f"cannot load a sentencepiece model from '{file}': {error!s:.300}; {AGAIN}"
+        ) from error
     # Without leading spaces, of which transformers drops one more than sentencepiece.
     for probe in map(str.lstrip, _PROBES[:2]):
         ours = tokenizer(probe, add_special_tokens=False)["input_ids"]

@@ -9,7 +9,6 @@ joined by spaces.
 
 from __future__ import annotations
 
-import contextlib
 import html
 import json
 import re
@@ -18,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
-from bico_ds.data.prepare.records import BadRecord
+from bico_ds.data.chat_rendering import ChatRenderer
+from bico_ds.data.prepare.records import BadRecord, check_unicode
 
 if TYPE_CHECKING:
     from bico_ds.data.tokenizer import FastTokenizer
@@ -46,11 +46,14 @@ class ChatTemplate:
     """A tokenizer's template for chats: the default one, where it has several."""
 
     def __init__(self, tokenizer: FastTokenizer) -> None:
-        self._tokenizer = tokenizer
+        self._write = ChatRenderer(tokenizer).write
         self._forms: dict[tuple[Any, ...], tuple[list[Form], int]] = {}
 
     def render(self, messages: Any) -> ChatText:
-        """Write a chat as text. Raises `BadRecord` for messages that the template cannot write, or not completely."""
+        """Write a chat as text. Raises `BadRecord` for messages that the template cannot write, or not completely.
+
+        Raises `UserError` for a template that does not end within its bounds; so does `ask`.
+        """
         checked = [_checked(message, number) for number, message in enumerate(_listed(messages), start=1)]
         _check_reply(checked)
         forms, left_out = self._forms_of(checked)
@@ -60,9 +63,14 @@ class ChatTemplate:
             text = self._write(given)
             if has_reply and len(given) > 1:
                 prompt_chars = self._prompt_chars(text, given)
-        except (
-            Exception
-        ) as error:  # templates raise jinja2's errors, and any that their own expressions cause
+        except UserError:
+            raise
+        except RecursionError as error:
+            raise BadRecord(
+                "chat template", "it calls itself without end, or the chat is nested too deeply"
+            ) from error
+        # Templates raise jinja2's errors, and any that their own expressions cause.
+        except Exception as error:
             raise BadRecord("chat template", str(error)) from error
         _check_text(text, given)
         if not has_reply:
@@ -79,6 +87,8 @@ class ChatTemplate:
             raise BadRecord("chat template", "it leaves out the question")
         try:
             return self._write([_in_form(messages[0], forms[0])], add_generation_prompt=True)
+        except UserError:
+            raise
         except Exception as error:  # as in `render`
             raise BadRecord("chat template", str(error)) from error
 
@@ -89,20 +99,17 @@ class ChatTemplate:
             return len(prompt)
         chars = _in_common(text, prompt)
         # Some templates write earlier messages in another way once a reply follows: then the reply itself is looked for.
-        with contextlib.suppress(Exception):  # as in `_shown`: what is asked here is not what was given
+        try:
             if chars < len(self._write(given[:-1]).rstrip()) and (content := given[-1].get("content")):
                 mark = _mark(len(given), 0)
                 other = [{"type": "text", "text": mark}] if isinstance(content, list) else mark
                 before, found, _ = self._write([*given[:-1], {**given[-1], "content": other}]).partition(mark)
                 return max(chars, _in_common(text, before)) if found else chars
+        except UserError:
+            raise
+        except Exception:  # as in `_shown`: what is asked here is not what was given
+            return chars
         return chars
-
-    def _write(self, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
-        text = self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-        assert isinstance(text, str)
-        return text
 
     def _forms_of(self, messages: list[Message]) -> tuple[list[Form], int]:
         """The form for each message, and the number of the first that is left out in every form, or 0."""
@@ -136,6 +143,8 @@ class ChatTemplate:
             given.append(_in_form({**message, "content": parts}, wanted) if own else message)
         try:
             text = self._write(given)
+        except UserError:
+            raise
         except Exception:  # as in `render`, which raises it again where no other form does better
             return set()
         return {
@@ -160,7 +169,7 @@ def check_template(tokenizer: FastTokenizer, path: FolderOrHub) -> None:
 def template_begins_with_bos(tokenizer: FastTokenizer) -> bool:
     """Whether the template begins a chat with BOS; also where it writes no chat of a single question."""
     try:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+        text = ChatRenderer(tokenizer).write([{"role": "user", "content": "a"}])
     except Exception:  # as in `ChatTemplate.render`
         return True
     return tokenizer(text, add_special_tokens=False)["input_ids"][:1] == [tokenizer.bos_token_id]
@@ -168,11 +177,15 @@ def template_begins_with_bos(tokenizer: FastTokenizer) -> bool:
 
 def strings_of(messages: Any) -> Iterator[str]:
     """All strings that a template may write: contents, roles, what tools were called with."""
-    if isinstance(messages, str):
-        yield messages
-    elif isinstance(messages, dict | list):
-        for value in messages.values() if isinstance(messages, dict) else messages:
-            yield from strings_of(value)
+    left = [messages]
+    while left:  # no recursion: they may be nested deeply
+        value = left.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            left += reversed(value.values())
+        elif isinstance(value, list):
+            left += reversed(value)
 
 
 def _listed(messages: Any) -> list[Message]:
@@ -191,6 +204,9 @@ def _checked(message: Message, number: int) -> Message:
         raise BadRecord("missing field", f"message {number} lacks 'role' or 'content'")
     if not isinstance(message["role"], str):
         raise BadRecord("wrong type", f"the role of message {number} must be a string")
+    if not isinstance(message.get("tool_calls", []), list):
+        kind = type(message["tool_calls"]).__name__
+        raise BadRecord("wrong type", f"the tool_calls of message {number} must be a list, found {kind}")
     content = message.get("content", "")
     if isinstance(content, list):
         parts = [{"type": "text", "text": _text_of(part, number)} for part in content]
@@ -216,12 +232,7 @@ def _text_of(part: Any, number: int) -> str:
 
 def _check_text(text: str, messages: list[Message]) -> None:
     """What the template wrote must be writable, and hold the names of the functions that were called."""
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            where = f"the text of the messages has a lone surrogate at character {error.start + 1}"
-            raise BadRecord("invalid UTF-8", where) from None
+    check_unicode(text, "the text of the messages")
     for number, message in enumerate(messages, start=1):
         for call in message.get("tool_calls", ()):
             if (name := _function(call)) is None or name not in text:

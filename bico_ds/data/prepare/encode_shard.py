@@ -16,6 +16,7 @@ from bico_ds.common.files import write_atomically
 from bico_ds.data.prepare.derived_texts import NothingDerivedError
 from bico_ds.data.prepare.encoder import Encoded, Encoder
 from bico_ds.data.prepare.examples import Example, IngestOptions
+from bico_ds.data.prepare.input_files import printable
 from bico_ds.data.prepare.records import BadRecord, read_records
 from bico_ds.data.prepare.shards import Shard
 from bico_ds.data.prepare.store_writer import TokenStoreWriter
@@ -159,7 +160,7 @@ def _skip(options: IngestOptions, shard: Shard, item: _Item, result: ShardResult
     result.skipped[reason] = result.skipped.get(reason, 0) + 1
     raw = item.raw.decode("utf-8", "backslashreplace") if isinstance(item.raw, bytes) else repr(item.raw)
     line = {"place": shard.where(item.number), "problem": str(item.problem), "raw": raw.rstrip("\r\n")}
-    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    file.write(printable(json.dumps(line, ensure_ascii=False)) + "\n")
 
 
 def _notice(shard: Shard, item: _Item, result: ShardResult) -> None:

@@ -11,7 +11,15 @@ from typing import Any, Literal, NamedTuple
 from bico_ds.common.errors import UserError, did_you_mean
 from bico_ds.config.sections.data import Derive
 from bico_ds.data.prepare.chats import ChatTemplate
-from bico_ds.data.prepare.records import BadRecord
+from bico_ds.data.prepare.records import BadRecord, check_unicode
+
+_MOST_NAMES = 20
+# By the fields that tell a kind of rows, the options that read it.
+_KINDS = {
+    ("prompt", "completion"): "--prompt-field prompt --completion-field completion",
+    ("messages",): "--messages-field messages",
+    ("text",): "--text-field text, the default",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,9 +136,7 @@ def make_example(record: dict[str, Any], options: IngestOptions, chat: ChatTempl
         if record.get(name) is None:
             if name in record:
                 raise BadRecord("missing field", f"'{name}' is null")
-            there = ", ".join(sorted(record)) or "none"
-            detail = f"'{name}'{did_you_mean(name, record)}; fields of this record: {there}"
-            raise BadRecord("missing field", detail)
+            raise BadRecord("missing field", _what_is_there(name, record, options))
     left_out, messages = 0, None
     if options.messages_field:
         assert chat is not None
@@ -154,6 +160,23 @@ def make_example(record: dict[str, Any], options: IngestOptions, chat: ChatTempl
     return Example(text, prompt_chars, group, entities, left_out, messages)
 
 
+def _what_is_there(name: str, record: dict[str, Any], options: IngestOptions) -> str:
+    """That field `name` is not in a record, what is, and what to do where that makes a text of another kind."""
+    names = sorted(record)
+    there = ", ".join(known[:40] for known in names[:_MOST_NAMES]) or "none"
+    if len(names) > _MOST_NAMES:
+        there += f" and {len(names) - _MOST_NAMES} more"
+    missing = f"'{name}'{did_you_mean(name, names[:_MOST_NAMES])}; fields of this record: {there}"
+    kinds = (how for fields, how in _KINDS.items() if record.keys() >= set(fields))
+    if name in (options.group_field, options.entities_field) or (how := next(kinds, None)) is None:
+        return missing
+    return (
+        f"{missing}. This row is of another kind ({how}). Rows of two kinds make two sources: put them into two files, or "
+        "prepare the file twice with --on-error skip, once as now and once with these options, and name both stores in "
+        "data.sources"
+    )
+
+
 def with_leading_space(example: Example) -> Example:
     """The example with a space before its text, where that does not begin with white space; it belongs to a prompt."""
     if example.text[:1].isspace():
@@ -169,21 +192,14 @@ def _text(record: dict[str, Any], name: str) -> str:
     value = record[name]
     if not isinstance(value, str):
         raise BadRecord("wrong type", f"'{name}' must be a string, found {type(value).__name__}")
-    if value.isascii():  # a flag of the string, no look at its characters
-        return value
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise BadRecord(
-            "invalid UTF-8", f"'{name}' has a lone surrogate at character {error.start + 1}"
-        ) from None
-    return value
+    return check_unicode(value, f"'{name}'")
 
 
 def _group(value: Any) -> int:
     """A number names a group as it is, a string by its hash: the same person has the same group in every file."""
     if isinstance(value, str):
-        return int.from_bytes(hashlib.blake2b(value.encode("utf-8", "replace"), digest_size=8).digest()) >> 1
+        content = check_unicode(value, "a group").encode()
+        return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()) >> 1
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63:
         return value
     raise BadRecord("wrong type", f"a group is a string or a number in [0, 2^63), found {value!r:.50}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import gzip
 import io
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from bico_ds.data.store import is_store
 
 JSON_ENDINGS, TEXT_ENDINGS = (".jsonl", ".ndjson", ".json"), (".txt", ".text", ".md")
 _COMPRESSIONS = (".gz", ".zst")
+# What a compressed file may become: JSONL of one text again and again shrinks to a hundredth, a bomb to a thousandth.
+_MOST_RATIO, _ALWAYS_ALLOWED_BYTES = 200, 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,21 +43,39 @@ def find_inputs(inputs: list[str]) -> Inputs:
     found: dict[Path, Path] = {}
     passed_over: dict[Path, str] = {}
     for given in inputs:
-        path, beside = Path(given), dict[Path, str]()
-        matches = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(given, recursive=True))]
-        if not matches:
-            raise UserError(f"input '{given}' does not exist")
-        inside = [path] if path.is_file() else list(_files_among(matches, beside))
-        if not inside:
-            first = "".join(f"; passed over: {p} ({reason})" for p, reason in list(beside.items())[:1])
-            raise UserError(f"'{given}' has no input files ({known_endings()}){first}")
-        for file in inside:
-            found.setdefault(file.resolve(), file)  # one file under two names must not be read twice
+        beside: dict[Path, str] = {}
+        try:
+            for file in _files_of(given, beside):
+                found.setdefault(file.resolve(), file)  # one file under two names must not be read twice
+        except UserError:
+            raise
+        # A name too long, no permission on the way, links in a circle, a NUL, folders nested without end.
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = (isinstance(error, OSError) and error.strerror) or str(error)
+            raise UserError(f"cannot read input '{printable(given):.200}': {reason}") from error
         passed_over |= beside
     by_reason: dict[str, list[str]] = {}
     for path, reason in passed_over.items():
-        by_reason.setdefault(reason, []).append(path.name)
+        by_reason.setdefault(reason, []).append(printable(path.name))
     return Inputs(files=list(found.values()), passed_over=by_reason)
+
+
+def printable(name: object) -> str:
+    """A path, or other text from outside, for messages and reports: what UTF-8 cannot write of it stands there escaped."""
+    return str(name).encode("utf-8", "backslashreplace").decode()
+
+
+def _files_of(given: str, passed_over: dict[Path, str]) -> list[Path]:
+    """The files that an input names; there is at least one."""
+    path = Path(given)
+    matches = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(given, recursive=True))]
+    if not matches:
+        raise UserError(f"input '{printable(given)}' does not exist")
+    inside = [path] if path.is_file() else list(_files_among(matches, passed_over))
+    if not inside:
+        first = "".join(f"; passed over: {printable(p)} ({why})" for p, why in list(passed_over.items())[:1])
+        raise UserError(f"'{printable(given)}' has no input files ({known_endings()}){first}")
+    return inside
 
 
 def _files_among(matches: list[Path], passed_over: dict[Path, str]) -> Iterator[Path]:
@@ -121,6 +142,13 @@ def open_lines(path: Path) -> BinaryIO:
     return path.open("rb", buffering=1 << 20)
 
 
+def most_bytes_of(path: Path, size: int) -> float:
+    """How many bytes a file of lines of `size` bytes may have, decompressed, before it is taken for a bomb."""
+    if path.suffix.lower() not in _COMPRESSIONS:
+        return math.inf
+    return max(_MOST_RATIO * size, _ALWAYS_ALLOWED_BYTES)
+
+
 def open_parquet(path: str | Path) -> Any:
     """Open a `pyarrow.parquet.ParquetFile`. Raises `UserError` where it is none."""
     import pyarrow.parquet
@@ -128,4 +156,6 @@ def open_parquet(path: str | Path) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (OSError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
-        raise UserError(f"{path} is no readable Parquet file: {error}") from error
+        raise UserError(
+            f"{printable(path)} is no readable Parquet file: {' '.join(str(error).split())}; fetch or write it again"
+        ) from error

@@ -18,11 +18,13 @@ from bico_ds.data.prepare.input_files import (
     known_endings,
     open_lines,
     open_parquet,
+    printable,
 )
 
 Kind = Literal["lines", "text_lines", "text_file", "parquet", "arrow"]
 SHARD_BYTES = 32 << 20
 _RECORDS_PER_SHARD = 50_000
+_REST_BYTES = 1 << 22  # of a line, at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,16 +43,21 @@ class Shard:
 
     def where(self, record: int) -> str:
         """Name a record for messages: by its line, or by its row where the file holds a table."""
-        return f"{self.path}: row {record}" if self.kind in ("parquet", "arrow") else f"{self.path}:{record}"
+        path = printable(self.path)
+        return f"{path}: row {record}" if self.kind in ("parquet", "arrow") else f"{path}:{record}"
 
     def check_unchanged(self) -> None:
         """Raise `UserError` if the file is not what it was when the work was planned."""
         try:
             now = os.stat(self.path)
         except OSError as error:
-            raise UserError(f"{self.path} vanished while it was being read ({error.strerror})") from error
+            raise UserError(
+                f"{printable(self.path)} vanished while it was being read ({error.strerror})"
+            ) from error
         if (now.st_size, now.st_mtime_ns) != (self.size, self.modified_ns):
-            raise UserError(f"{self.path} changed while it was being read: run again when it is complete")
+            raise UserError(
+                f"{printable(self.path)} changed while it was being read: run again when it is complete"
+            )
 
 
 def plan_shards(files: list[Path], *, text_by: Literal["line", "file"], shard_bytes: int) -> list[Shard]:
@@ -120,8 +127,10 @@ def _line_shards(path: Path, kind: Kind, shard_bytes: int) -> list[Shard]:
             lines = 0
             while (block := file.read(min(shard_bytes - (file.tell() - start), 1 << 22))) != b"":
                 lines += block.count(b"\n")
-            rest = file.readline()
-            lines += rest.endswith(b"\n")
+            while rest := file.readline(_REST_BYTES):  # in parts: a line need not end
+                lines += rest.endswith(b"\n")
+                if rest.endswith(b"\n"):
+                    break
             end = file.tell()
             if end == start:  # the file became shorter, which its reader will report
                 break

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from bico_ds.batch import TeacherRows
 from bico_ds.common.errors import UserError
+from bico_ds.common.json_files import read_object
 from bico_ds.data.loading.sequences import Overlong, Sequences, cut_store
 from bico_ds.data.store import TokenStore, Verify
 from bico_ds.data.verification import verify_rows
@@ -157,7 +158,7 @@ def read_manifest(part: Path) -> TeacherManifest | None:
     if not file.is_file():
         return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_object(file)
         version, own = content["format_version"], content.pop("manifest_checksum")
         if version != FORMAT_VERSION:
             raise UserError(f"'{file}' has format {version!r:.50}, not {FORMAT_VERSION}: {_AGAIN}")

@@ -53,11 +53,11 @@ def require_texts(record: Any, fields: Iterable[str], where: str) -> dict[str, s
     for name in fields:
         if name not in record:
             guess = did_you_mean(name, record)
-            found = ", ".join(record) or "no field"
+            found = f"{', '.join(record):.200}" or "no field"
             raise UserError(f"{where}: field '{name}' is missing{guess}; found {found}")
         if not isinstance(record[name], str) or not record[name].strip():
             raise UserError(
-                f"{where}: field '{name}' must be a text that is not empty, found {record[name]!r}"
+                f"{where}: field '{name}' must be a text that is not empty, found {record[name]!r:.100}"
             )
         try:
             record[name].encode()
@@ -74,8 +74,8 @@ def parse_object(line: str, where: str) -> dict[str, Any]:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
-    except (RecursionError, ValueError) as error:  # nested without end; an integer of thousands of digits
-        raise UserError(f"{where}: not valid JSON ({error})") from error
+    except (RecursionError, ValueError) as error:  # the latter for a number of thousands of digits
+        raise UserError(f"{where}: nested too deeply, or a number of thousands of digits") from error
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
     return record

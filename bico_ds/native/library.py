@@ -2,11 +2,13 @@
 
 It needs a C++ compiler and AVX-512, and takes bf16 and fp32; AMX makes the products of bf16 fast. It is kept in
 `$XDG_CACHE_HOME/bico_ds` (`~/.cache/bico_ds`) under a name made of everything it depends on, and is moved
-there in one step, so that processes that build at the same time do not disturb each other.
+there in one step, so that processes that build at the same time do not disturb each other. That folder has to be this
+user's alone (0700): one of ours is made so, and what it held is built anew; from one of somebody else nothing is loaded.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import logging
@@ -19,6 +21,7 @@ from pathlib import Path
 import torch
 
 from bico_ds.common.files import atomic_file
+from bico_ds.common.private_folder import NotPrivateError, open_private_file, open_private_folder
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +46,9 @@ def native_refusal() -> str | None:
     if compiler is None:
         return "needs a C++ compiler (g++ or clang++, or $CXX), none was found"
     try:
-        torch.ops.load_library(_built(compiler))
+        _load(_built(compiler))
+    except NotPrivateError as error:
+        return f"are not loaded from a folder that is not ours alone: {error}; name another by XDG_CACHE_HOME"
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         detail = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
         lines = detail.strip().splitlines() or [str(error)]
@@ -51,22 +56,40 @@ def native_refusal() -> str | None:
     return None
 
 
-def _built(compiler: str) -> str:
-    """Path of the library, compiled if it is not in the cache."""
+def _load(library: int) -> None:
+    """Load what an open file holds, and close it; by its path another one could be loaded meanwhile."""
+    try:
+        ctypes.CDLL(f"/dev/fd/{library}")
+    finally:
+        os.close(library)
+
+
+def _built(compiler: str) -> int:
+    """A descriptor of the library, compiled if it is not in the cache. Raises `NotPrivateError` as the folder does."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     contents = [file.read_bytes() for file in (*_SOURCES, *_HEADERS)]
     key = repr((contents, _FLAGS, version, torch.__version__, torch.__file__))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bico_ds"
     library = cache / f"fused_kernels_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if library.exists():
-        return str(library)
-    cache.mkdir(parents=True, exist_ok=True)
+    if open_private_folder(cache) and (found := _opened(library)) is not None:
+        return found
     logger.info("building the fused CPU kernels once (about half a minute) into %s", library)
     started = time.monotonic()
     with atomic_file(library) as target:
         subprocess.run([compiler, *_command_line(target)], capture_output=True, text=True, check=True)
+        target.chmod(0o700)
     logger.info("built in %.0f s", time.monotonic() - started)
-    return str(library)
+    built = _opened(library)
+    if built is None:
+        raise NotPrivateError(f"'{library}' was exchanged by another user")
+    return built
+
+
+def _opened(library: Path) -> int | None:
+    try:
+        return open_private_file(library)
+    except FileNotFoundError:
+        return None
 
 
 def _command_line(target: Path) -> list[str]:

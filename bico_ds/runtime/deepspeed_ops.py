@@ -11,7 +11,10 @@ import fcntl
 import logging
 import os
 import re
+import shutil
+import stat
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,12 +23,14 @@ from deepspeed.accelerator import get_accelerator
 from torch.utils import cpp_extension
 
 from bico_ds.common.errors import UserError
+from bico_ds.common.private_folder import open_private_folder
 from bico_ds.config.schema import Recipe
 from bico_ds.optim.table import kind_of
 from bico_ds.runtime.ds_config import merged_ds_config
 
 logger = logging.getLogger(__name__)
 
+FOLDER = "TORCH_EXTENSIONS_DIR"
 ARCHITECTURES = "TORCH_CUDA_ARCH_LIST"
 _READABLE = re.compile(r"\d+\.\d+(\+PTX)?")  # all that DeepSpeed's builder takes for an architecture
 # A rank that only loads what is compiled holds the lock for a moment, and no one else compiles during `build`.
@@ -34,10 +39,11 @@ _ABANDONED_SECONDS = 60.0
 
 def build(recipe: Recipe) -> None:
     """Compile what `recipe` needs into TORCH_EXTENSIONS_DIR. Raises `UserError`."""
-    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    root = os.environ.get(FOLDER)
     if not root:
-        raise UserError("TORCH_EXTENSIONS_DIR is not set: it names the folder for compiled operations")
-    Path(root).mkdir(parents=True, exist_ok=True)
+        raise UserError(f"{FOLDER} is not set: it names the folder for compiled operations")
+    if problem := _obstacle(Path(root)):
+        raise UserError(f"{FOLDER}: {problem}; name another folder, or unset it")
     with open(Path(root, ".building"), "w", encoding="utf-8") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
         release_abandoned_locks()
@@ -45,6 +51,68 @@ def build(recipe: Recipe) -> None:
         write_readable_architectures()
         for name in needed(recipe, on_cuda=get_accelerator().device_name() == "cuda"):
             _build_one(name)
+
+
+def choose_folder(spare: Path) -> Path | None:
+    """Let operations be compiled where they can be: where the user or torch wants them, else in `spare`, which is said.
+
+    What the user has not named must be his own: from a folder that others can write, code of theirs would be loaded. Sets
+    TORCH_EXTENSIONS_DIR. Returns `spare` where it is taken, to be made by `open_spare_folder`.
+    """
+    named = os.environ.get(FOLDER)
+    root = Path(named or cpp_extension.get_default_build_root())
+    problem = _obstacle(root) or (None if named else _stranger(root))
+    if problem is None:
+        if named is not None:
+            os.environ[FOLDER] = str(root.absolute())
+        return None
+    logger.warning(
+        "%s%s: DeepSpeed's operations are compiled into %s", f"{FOLDER}: " * bool(named), problem, spare
+    )
+    os.environ[FOLDER] = str(spare.absolute())
+    return spare
+
+
+def open_spare_folder(spare: Path, *, alone: bool) -> None:
+    """Make the folder that `choose_folder` took, for this user alone. Raises `UserError`.
+
+    `alone`: no other rank uses it yet, so that what others could have put there is removed.
+    """
+    try:
+        if not open_private_folder(spare) and alone:
+            for path in spare.iterdir():
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    except OSError as error:
+        raise UserError(
+            f"no folder for DeepSpeed's compiled operations: {error}; name one that can be written by {FOLDER}"
+        ) from None
+
+
+def _obstacle(root: Path) -> str | None:
+    """Why nothing can be compiled into a folder, which is made where it is missing; None where it can."""
+    try:
+        if root.exists():
+            with tempfile.TemporaryFile(dir=root):
+                pass
+        else:
+            open_private_folder(root)
+        closed = next((path for path in _operations(root) if not os.access(path, os.W_OK | os.X_OK)), None)
+    except OSError as error:
+        return f"cannot write into '{root}' ({error.strerror or error})"
+    return f"cannot write into '{closed}'" if closed else None
+
+
+def _stranger(root: Path) -> str | None:
+    for path in (root, *_operations(root)):
+        status = path.stat()
+        if status.st_uid not in (0, os.geteuid()) or status.st_mode & stat.S_IWOTH:
+            return f"'{path}' belongs to another user, or anybody can write into it"
+    return None
+
+
+def _operations(root: Path) -> list[Path]:
+    """Folders of compiled operations: beside one another where TORCH_EXTENSIONS_DIR is set, else below Python's version."""
+    return [path for path in (*root.glob("*"), *root.glob("*/*")) if path.is_dir()]
 
 
 def _build_one(name: str) -> None:
@@ -113,7 +181,7 @@ def _named_architectures(entries: list[str]) -> list[str]:
 
 def release_abandoned_locks() -> None:
     """Remove the locks of compilations that were killed, before a rank waits for one without end."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    root = Path(os.environ.get(FOLDER) or cpp_extension.get_default_build_root())
     for lock in (*root.glob("*/lock"), *root.glob("*/*/lock")):
         _remove_abandoned(lock)
 

@@ -83,17 +83,20 @@ def train(recipe: Recipe, *, output_dir: Path | None, resume: str, stop: StopFla
     run = _checked_run(recipe, output_dir, stop)
     ranks, timeout_minutes = run.ranks, recipe.distributed.timeout_minutes
     store = distributed.connect(ranks, timeout_minutes=timeout_minutes)
+    spare = deepspeed_ops.choose_folder(run.folder.path / "native_ops")
+    if ranks.local_rank == 0:  # before this rank is let in, and with it any that compiles
+        deepspeed_ops.release_abandoned_locks()
     chosen: list[Resumption | None] = []
     try:
         distributed.first_alone(
-            ranks, store, lambda processes: chosen.append(_prepare(run, resume, processes))
+            ranks, store, lambda processes: chosen.append(_prepare(run, resume, processes, spare))
         )
     except Interrupted:
         return "preempted"
     deepspeed_ops.prefer_own_ninja()
     deepspeed_ops.write_readable_architectures()
-    if ranks.local_rank == 0:
-        deepspeed_ops.release_abandoned_locks()
+    if spare is not None:
+        deepspeed_ops.open_spare_folder(spare, alone=False)
     watchdog = Watchdog(store, ranks, run.folder, minutes=recipe.distributed.watchdog_minutes)
     run.folder.lock.on_lost = lambda: watchdog.abandon(run.folder.lock.loss())
     try:
@@ -133,12 +136,17 @@ def _checked_run(recipe: Recipe, output_dir: Path | None, stop: StopFlag) -> Run
     )
 
 
-def _prepare(run: Run, resume: str, processes: RankProcesses) -> Resumption | None:
-    """Rank 0, before the others are let in: the lock, the stores, and the checkpoint to resume from."""
+def _prepare(run: Run, resume: str, processes: RankProcesses, spare: Path | None) -> Resumption | None:
+    """Rank 0, before the others are let in: the lock, the stores, and the checkpoint to resume from.
+
+    `spare`: the folder for compiled operations, where the usual one cannot be used.
+    """
     run.folder.open()
     try:
         if resume == "auto":
             record.refuse_lost(run.folder)
+        if spare is not None:
+            deepspeed_ops.open_spare_folder(spare, alone=True)
         run.folder.check_writable(begins_anew=begins_anew(run.folder, resume))
         with run.stop.interrupting(), _disk_failures_told(run.folder):
             distributed.await_all(

@@ -9,6 +9,8 @@ from typing import Any
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+from bico_ds.common.secrets import without_secrets
+
 # Characters of a value in a message.
 _LONGEST = 60
 
@@ -65,5 +67,5 @@ def _written(limit: float) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = repr(without_secrets(value))
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from bico_ds.common.errors import UserError, did_you_mean
+from bico_ds.common.secrets import left_out_keys, text_without_secrets, without_secrets, word_without_secrets
 from bico_ds.config.imports import import_module
 from bico_ds.config.objectives.base import ObjectiveSpec
 from bico_ds.config.objectives.table import KINDS
@@ -64,12 +65,13 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
     `name_or_path` is a name in recipes/ or a YAML file; `overrides` are `key.path=value` with YAML values. The recipe's
     `imports` are loaded before it is validated. Raises `UserError` that names the key and where it was written: file and
-    line, or the override.
+    line, or the override; also for a secret that was left out where the recipe was kept.
     """
     tree = _load_file(find_recipe(name_or_path), seen=())
     for override in overrides:
         _apply_override(tree, override)
     tree.values.setdefault("name", Path(name_or_path).stem)
+    _refuse_left_out(tree)
     _import_modules(tree)
     return _validated(tree)
 
@@ -113,8 +115,27 @@ def list_recipes() -> dict[str, str]:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """Return the resolved recipe as YAML, every key present; loading it again gives the same recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    """Return the resolved recipe as YAML, every key present, secrets left out; loading it again gives the same recipe.
+
+    Where a secret was left out it must be given anew: `load_recipe` refuses what stands there.
+    """
+    return yaml.safe_dump(recorded_values(recipe), sort_keys=False, allow_unicode=True, width=100)
+
+
+def recorded_values(recipe: Recipe) -> dict[str, Any]:
+    """Return what is kept and shown of a recipe: the values of all its keys, secrets left out."""
+    kept: dict[str, Any] = without_secrets(recipe.model_dump(mode="json"))
+    return kept
+
+
+def _refuse_left_out(tree: MappingFile) -> None:
+    """Raise `UserError` for the first value that `dump_recipe` left out; what a description says is needed by nobody."""
+    for key in left_out_keys(tree.values):
+        if key != ("description",):
+            raise UserError(
+                f"{_where(key, tree.origins)}: a secret that was left out where this recipe was kept; give it again: "
+                f"--set {_dotted(key)}=VALUE"
+            )
 
 
 def _import_modules(tree: MappingFile) -> None:
@@ -272,23 +293,24 @@ def _replaced(key: KeyPath, values: Any) -> bool:
 
 def _apply_override(tree: MappingFile, override: str) -> None:
     path, equals, text = override.partition("=")
+    shown = word_without_secrets(override)
     if not equals or not path.strip():
-        raise UserError(f"--set {override!r}: expected key.path=value, as in --set optimizer.lr=1e-4")
+        raise UserError(f"--set {shown!r}: expected key.path=value, as in --set optimizer.lr=1e-4")
     keys: KeyPath = tuple(int(part) if part.isdigit() else part for part in path.strip().split("."))
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
-        raise UserError(f"--set {override!r}: the value is not valid YAML; quote it?") from None
+        raise UserError(f"--set {shown!r}: the value is not valid YAML; quote it?") from None
     if str(keys[-1]).endswith("+"):
-        tree.origins[keys] = Origin(f"--set {override}", 0)
-        _add_to_list(tree, keys, value, where=f"--set {override}")
+        tree.origins[keys] = Origin(f"--set {shown}", 0)
+        _add_to_list(tree, keys, value, where=f"--set {shown}")
         return
     node: Any = tree.values
     for depth, part in enumerate(keys[:-1]):
         node = _child(node, part, keys[: depth + 1])
     _child(node, keys[-1], keys, value=value)
     tree.origins = {key: origin for key, origin in tree.origins.items() if key[: len(keys)] != keys}
-    tree.origins[keys] = Origin(f"--set {override}", 0)
+    tree.origins[keys] = Origin(f"--set {shown}", 0)
 
 
 _MISSING = object()
@@ -347,12 +369,12 @@ def _message(problem: Any, key: KeyPath, values: Any) -> str:
         return "this key is required"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
-        return message
+        return text_without_secrets(message)
     choices = (
         re.findall(r"'([^']*)'", problem["ctx"]["expected"]) if problem["type"] == "literal_error" else []
     )
     hint = did_you_mean(str(problem["input"]), choices) if len(choices) > 1 else ""
-    return f"{message} (found {problem['input']!r}){hint}"
+    return f"{message} (found {without_secrets(problem['input'], _dotted(key))!r}){hint}"
 
 
 def _known_keys(section: KeyPath, values: Any) -> list[str]:

@@ -23,7 +23,6 @@ import contextlib
 import json
 import os
 import platform
-import re
 import socket
 import subprocess
 import sys
@@ -36,13 +35,12 @@ from typing import Any, Literal
 from bico_ds import __version__
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import write_atomically
+from bico_ds.common.secrets import text_without_secrets, words_without_secrets
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.resources import CHECKOUT
 from bico_ds.config.schema import Recipe
 from bico_ds.runtime.launch_environment import slurm_job
 from bico_ds.runtime.lock import InUseError, RunLock
-
-_SECRET = re.compile(r"(?i)^(.*(?:secret|password|passwd|credential|api_?key|_token|\.token))=.*$")
 
 State = Literal["running", "preempted", "done", "failed"]
 
@@ -152,7 +150,7 @@ class RunFolder:
         content = {
             "state": state,
             "step": step,
-            "reason": reason,
+            "reason": text_without_secrets(reason),
             "run_id": self.lock.run_id,
             "time": time.time(),
         }
@@ -258,18 +256,13 @@ def provenance() -> dict[str, Any]:
             versions[package] = metadata.version(package)
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": [_without_secret(word) for word in sys.argv],
+        "command": words_without_secrets(sys.argv),
         "host": socket.gethostname(),
         "job": slurm_job(),
         "python": platform.python_version(),
         "versions": versions,
         "commit": _git_commit(),
     }
-
-
-def _without_secret(word: str) -> str:
-    """A word of the command line; the value of a key that is named like a secret is left out."""
-    return _SECRET.sub(r"\1=(not recorded)", word)
 
 
 def _git_commit() -> str | None:

@@ -106,7 +106,7 @@ def words_without_secrets(words: Sequence[str]) -> list[str]:
         kept.append(
             LEFT_OUT if name and not is_option and _is_secret(name, word) else word_without_secrets(word)
         )
-        name = word if word.startswith("-") and "=" not in word else ""
+        name = word if word.startswith("-") and "=" not in word and not word.endswith(":") else ""
     return kept
 
 

@@ -45,6 +45,7 @@ def test_no_message_shows_a_secret(capsys):
     shown = capsys.readouterr().err
     assert "abc123" not in shown
     assert shown.count("(not recorded)") == 4
+    assert "argument --count: invalid int value: 'https://me:(not recorded)@host'" in shown
 
 
 @pytest.mark.parametrize(("given", "code"), [(None, 0), (0, 0), (2, 2)])

@@ -12,7 +12,7 @@ from bico_ds.checkpoint.state_checksums import differences, optimizer_steps, sta
 from bico_ds.common.errors import RunError, UserError
 from bico_ds.common.files import write_atomically
 from bico_ds.common.json_files import JsonError, read_object
-from bico_ds.config.load import recorded_recipe
+from bico_ds.config.load import recorded_recipe, recorded_values
 from bico_ds.config.schema import Recipe
 from bico_ds.model.deepspeed_engine import Engine
 from bico_ds.model.weights.checksums import base_fingerprint
@@ -130,7 +130,7 @@ def restore(engine: Engine, resumption: Resumption, recipe: Recipe) -> None:
             f"{resumption.folder} was loaded, and these are not as they were saved:\n  {shown}"
         )
     _check_base(engine, content["base"])
-    was, now = _as_of_today(resumption.found), recipe.model_dump(mode="json")
+    was, now = _as_of_today(resumption.found), recorded_values(recipe)
     if any(was.get(section) != now[section] for section in ("optimizer", "schedule", "training")):
         follow_recipe(engine.optimizer.optimizer, engine.lr_scheduler, recipe.optimizer)
 
@@ -148,7 +148,7 @@ def manifest_header(
         base = base_fingerprint(engine.module)
     else:  # what `model.path` names after a resume need not be what the run started from
         base = engine.module.base if resumption is None else resumption.found.content["base"]
-    return {"layout": layout, "recipe": recipe.model_dump(mode="json"), "base": base}
+    return {"layout": layout, "recipe": recorded_values(recipe), "base": base}
 
 
 def _has_frozen_base(engine: Engine) -> bool:
@@ -173,7 +173,7 @@ def _at(path: Path) -> FoundCheckpoint:
 
 
 def _check_recipe(found: FoundCheckpoint, recipe: Recipe) -> None:
-    changes = dict(_changes(_as_of_today(found), recipe.model_dump(mode="json"), ""))
+    changes = dict(_changes(_as_of_today(found), recorded_values(recipe), ""))
     foreign = [key for key in changes if key.startswith(_SAME_MODEL)]
     if foreign:
         was, now = changes[foreign[0]]
@@ -189,7 +189,7 @@ def _as_of_today(found: FoundCheckpoint) -> dict[str, Any]:
     """The checkpoint's recipe, with the defaults of keys that its program did not know yet."""
     recorded = found.content["recipe"]
     try:
-        return recorded_recipe(recorded, found.path / manifest.MANIFEST).model_dump(mode="json")
+        return recorded_values(recorded_recipe(recorded, found.path / manifest.MANIFEST))
     except UserError:  # it has keys, or imports modules, that are gone
         return recorded
 

@@ -5,13 +5,14 @@ What is shown: tokens, placeholders, positions, predictions, and which tokens se
     bico-ds inspect --recipe tiny_bico --step 3
     bico-ds inspect --recipe tiny_bico --objective bico --png visibility.png
 
-It is the batch that training would build, of any step and rank.
+It is the batch that training would build, of any step of the run and any rank.
 """
 
 from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,12 +21,18 @@ from rich.console import Console
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError, did_you_mean
 from bico_ds.config.arguments import add_recipe_options, local_path, not_negative, positive
+from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.config.load import load_recipe
 
 if TYPE_CHECKING:
     from bico_ds.batch import PackedBatch
     from bico_ds.data.loading.batch_view import Decode
+    from bico_ds.data.loading.sample_order import StreamReport
     from bico_ds.objectives.schedule import ObjectiveSchedule
+
+
+_BLOCK = 1 << 16  # steps that are drawn at once
+_MOST_DRAWN, _MOST_EPOCHS = 10_000_000, 1000
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -78,14 +85,43 @@ def picture(text: str) -> Path:
     return local_path(text)
 
 
-def step_with(schedule: ObjectiveSchedule, name: str | None, first: int) -> int:
-    """Return the first step from `first` on that has the objective."""
+def step_with(schedule: ObjectiveSchedule, name: str | None, first: int, total: int) -> int:
+    """Return the first step from `first` on, of `total`, that has the objective. Raises `UserError` where there is none."""
     names = [objective.name for objective in schedule.objectives]
     if name is None:
         return first
     if name not in names:
         raise UserError(f"--objective {name}: the recipe has {', '.join(names)}{did_you_mean(name, names)}")
-    return next(step for step in range(first, sys.maxsize) if schedule(step).name == name)
+    for start in range(first, total, _BLOCK):
+        drawn = schedule.indices(start, min(start + _BLOCK, total))
+        if (is_it := drawn == names.index(name)).any():
+            return start + int(is_it.argmax())
+    raise UserError(f"--objective {name}: none of the run's {total:,} steps from step {first:,} on has it")
+
+
+def check_reach(step: int, total: int, streams: Sequence[StreamReport], global_batch_bins: int) -> None:
+    """Raise `UserError` for a step that the run of `total` steps does not have, or that would not be found in seconds.
+
+    Where a stream of bins stands at a step is counted: with several by drawing the objectives of all steps before it, and
+    where data epochs differ by mixing all those before it.
+    """
+    if step >= total:
+        raise UserError(
+            f"--step {step}: the run has {total:,} steps, from 0 to {total - 1}; to see what a longer one would read, "
+            "give it more training.steps, or training.epochs"
+        )
+    if len(streams) > 1 and step > _MOST_DRAWN:
+        raise UserError(
+            f"--step {step}: the objectives of all steps before it would have to be drawn; give at most {_MOST_DRAWN}"
+        )
+    for stream in streams:
+        if any(not passes.is_integer() for passes in stream.passes.values()):
+            most = _MOST_EPOCHS * stream.bins // global_batch_bins
+            if step > most:
+                raise UserError(
+                    f"--step {step}: all data epochs before it would have to be mixed, since each is another; give at most "
+                    f"{most}"
+                )
 
 
 def inspect(options: Namespace) -> None:
@@ -95,15 +131,19 @@ def inspect(options: Namespace) -> None:
     from bico_ds.training import assembly
 
     recipe = load_recipe(options.recipe, [*options.overrides, "data.workers=0"])
-    inputs = assembly.open_inputs(recipe, weights_needed=False)
     if options.rank >= options.world_size:
         raise UserError(
             f"--rank {options.rank}: ranks count from 0, and --world-size is {options.world_size}"
         )
-    micro_bins = recipe.training.micro_batch_bins
+    global_bins, micro_bins = recipe.training.global_batch_bins, recipe.training.micro_batch_bins
+    micro_batches_per_rank(global_bins, micro_bins, options.world_size)
+    inputs = assembly.open_inputs(recipe, weights_needed=False)
     share = RankShare(rank=options.rank, world_size=options.world_size, micro_batch_bins=micro_bins)
     loader = assembly.build_loader(recipe, inputs, share)
-    step = step_with(loader.schedule, options.objective, options.step)
+    steps = assembly.total_steps(recipe, loader)
+    check_reach(options.step, steps, loader.report(), global_bins)
+    step = step_with(loader.schedule, options.objective, options.step, steps)
+    check_reach(step, steps, loader.report(), global_bins)
     rank_step = loader.step(step)
     if options.micro_batch >= len(rank_step.batches):
         raise UserError(
@@ -114,7 +154,7 @@ def inspect(options: Namespace) -> None:
     terminal = sys.stdout.isatty()
     console = Console(soft_wrap=not terminal, width=None if terminal else 160, markup=False)
     console.print(
-        f"step {step} of {assembly.total_steps(recipe, loader)}, objective {rank_step.objective}, "
+        f"step {step} of {steps}, objective {rank_step.objective}, "
         f"rank {options.rank} of {options.world_size}, micro-batch {options.micro_batch} of {len(rank_step.batches)}"
     )
     print_batch(

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
+from bico_ds.common.secrets import text_without_secrets
 from bico_ds.config.arguments import add_recipe_options, path_text, positive, positive_number, token_count
 from bico_ds.config.load import load_recipe
 from bico_ds.config.paths import LocalPath
@@ -157,7 +158,8 @@ def model_notes(recipe: Recipe) -> list[str]:
     """Where the shapes come from, if not from the model that the recipe names."""
     if recipe.model.path is None or read_architecture(recipe.model).source != "model.config":
         return []
-    return [f"model.path '{recipe.model.path}' is not on this machine; planned from model.config alone"]
+    path = text_without_secrets(str(recipe.model.path))
+    return [f"model.path '{path}' is not on this machine; planned from model.config alone"]
 
 
 main = Command(description=__doc__, add_options=add_options, run=run, only_shows=lambda options: True)

@@ -17,10 +17,18 @@ from typing import NoReturn
 
 from bico_ds.common.errors import RunError, UserError
 from bico_ds.common.process_end import end_process
+from bico_ds.common.secrets import text_without_secrets, words_without_secrets
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell shows it
 _SECONDS_FOR_MESSAGE = 3.0
 _STDOUT = 1
+
+
+class _Parser(ArgumentParser):
+    """A parser whose messages, which quote what was given, show no secrets."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(text_without_secrets(" ".join(words_without_secrets(message.split(" ")))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +51,7 @@ class Command:
 
     def parse(self, argv: Sequence[str] | None = None, *, prog: str | None = None) -> Namespace:
         """Parse `argv`, by default the process's own. Raises `SystemExit` with code 2 for wrong usage."""
-        parser = ArgumentParser(
-            prog=prog, description=self.description, formatter_class=RawDescriptionHelpFormatter
-        )
+        parser = _Parser(prog=prog, description=self.description, formatter_class=RawDescriptionHelpFormatter)
         self.add_options(parser)
         options = parser.parse_args(argv)
         if problem := self.contradiction(options):
@@ -78,7 +84,7 @@ class Command:
         if self._is_first():
             # Without a reader of stderr the exit code is all that is left, and it must stay that of the error.
             with contextlib.suppress(BrokenPipeError):
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                print(f"error: {text_without_secrets(str(error))}", file=sys.stderr, flush=True)
         else:
             time.sleep(_SECONDS_FOR_MESSAGE)
 

@@ -9,6 +9,8 @@ from typing import Any
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+from bico_ds.common.secrets import without_secrets
+
 # Characters of a value in a message.
 _LONGEST = 60
 
@@ -67,7 +69,7 @@ def _written(limit: float) -> str:
 def shown(value: Any) -> str:
     """A value in a message; cut, where it is long."""
     try:
-        text = repr(value)
+        text = repr(without_secrets(value))
     except ValueError:  # Python writes no number of more than 4,300 digits
         return "a number of very many digits"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

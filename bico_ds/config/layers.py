@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from bico_ds.common.errors import UserError
 from bico_ds.common.printable import on_one_line
+from bico_ds.common.secrets import without_secrets, word_without_secrets
 from bico_ds.common.yaml_files import KeyPath, MappingFile, Origin, dotted, read_value
 from bico_ds.config.sections.data import SourceSpec
 
@@ -53,7 +54,7 @@ def apply_override(tree: MappingFile, override: str) -> None:
     """
     written, equals, text = override.partition("=")
     adds = written.strip().endswith("+")
-    where = _OVERRIDE + on_one_line(override, most=_MOST_SHOWN)
+    where = _OVERRIDE + on_one_line(word_without_secrets(override), most=_MOST_SHOWN)
     path = written.strip().removesuffix("+")
     if not equals or not _PATH.fullmatch(path):
         raise UserError(f"{where}: expected key.path=value, as in --set optimizer.lr=1e-4")
@@ -170,4 +171,4 @@ def _names(entry: Any, key: KeyPath) -> list[str]:
 
 
 def _shown(entry: Any, key: KeyPath) -> str:
-    return on_one_line(next(iter(_names(entry, key)), str(entry)), most=_MOST_SHOWN)
+    return on_one_line(next(iter(_names(entry, key)), str(without_secrets(entry))), most=_MOST_SHOWN)

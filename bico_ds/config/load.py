@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from bico_ds.common.errors import UserError, did_you_mean
 from bico_ds.common.printable import on_one_line
+from bico_ds.common.secrets import left_out_keys, text_without_secrets, without_secrets
 from bico_ds.common.yaml_files import KeyPath, MappingFile, Origin, dotted, dump_yaml, read_mapping
 from bico_ds.config.bounds import shown
 from bico_ds.config.imports import import_module
@@ -36,12 +37,13 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
     `name_or_path` is a name in recipes/ or a YAML file; `overrides` are `key.path=value` with YAML values. The recipe's
     `imports` are loaded before it is validated. Raises `UserError` that names the key and where it was written: file and
-    line, or the override.
+    line, or the override; also for a secret that was left out where the recipe was kept.
     """
     tree = _load_file(find_recipe(name_or_path))
     for override in overrides:
         apply_override(tree, override)
     tree.values.setdefault("name", Path(name_or_path).stem)
+    _refuse_left_out(tree)
     _import_modules(tree)
     return _validated(tree)
 
@@ -111,8 +113,27 @@ def list_recipes() -> dict[str, str]:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """Return the resolved recipe as YAML, every key present; loading it again gives the same recipe."""
-    return dump_yaml(recipe.model_dump(mode="json"))
+    """Return the resolved recipe as YAML, every key present, secrets left out; loading it again gives the same recipe.
+
+    Where a secret was left out it must be given anew: `load_recipe` refuses what stands there.
+    """
+    return dump_yaml(recorded_values(recipe))
+
+
+def recorded_values(recipe: Recipe) -> dict[str, Any]:
+    """Return what is kept and shown of a recipe: the values of all its keys, secrets left out."""
+    kept: dict[str, Any] = without_secrets(recipe.model_dump(mode="json"))
+    return kept
+
+
+def _refuse_left_out(tree: MappingFile) -> None:
+    """Raise `UserError` for the first value that `dump_recipe` left out; what a description says is needed by nobody."""
+    for key in left_out_keys(tree.values):
+        if key != ("description",):
+            raise UserError(
+                f"{_where(key, tree.origins)}: a secret that was left out where this recipe was kept; give it again: "
+                f"--set {dotted(key)}=VALUE"
+            )
 
 
 def _import_modules(tree: MappingFile) -> None:
@@ -225,12 +246,13 @@ def _message(problem: Any, key: KeyPath, tree: MappingFile) -> str:
         return "this key is required"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
-        return message + _collision(message, key, tree)
+        return text_without_secrets(message) + _collision(message, key, tree)
     choices = (
         re.findall(r"'([^']*)'", problem["ctx"]["expected"]) if problem["type"] == "literal_error" else []
     )
     hint = did_you_mean(str(problem["input"]), choices) if len(choices) > 1 else ""
-    return f"{message} (found {shown(problem['input'])}){hint}"
+    found = shown(without_secrets(problem["input"], dotted(key)))
+    return f"{message} (found {found}){hint}"
 
 
 def _collision(message: str, section: KeyPath, tree: MappingFile) -> str:

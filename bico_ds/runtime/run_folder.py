@@ -40,13 +40,12 @@ from bico_ds.common.errors import UserError
 from bico_ds.common.files import overwrite, remove_incomplete, write_atomically
 from bico_ds.common.json_files import JsonError, is_number, object_in, parse_object, read_json, read_object
 from bico_ds.common.numbered_names import NumberedName
+from bico_ds.common.secrets import text_without_secrets, words_without_secrets
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.resources import CHECKOUT
 from bico_ds.config.schema import Recipe
 from bico_ds.runtime.launch_environment import slurm_job
 from bico_ds.runtime.lock import FencedError, InUseError, RunLock
-
-_SECRET = re.compile(r"(?i)^(.*(?:secret|password|passwd|credential|api_?key|_token|\.token))=.*$")
 
 _PATIENCE_SECONDS = 10.0  # that a state waits for a disk
 _OVERWRITTEN_REASON = (
@@ -216,7 +215,7 @@ class RunFolder:
         content = {
             "state": state,
             "step": step,
-            "reason": reason,
+            "reason": text_without_secrets(reason),
             "run_id": self.lock.run_id,
             "time": time.time(),
         }
@@ -388,18 +387,13 @@ def provenance() -> dict[str, Any]:
             versions[package] = metadata.version(package)
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": [_without_secret(word) for word in sys.argv],
+        "command": words_without_secrets(sys.argv),
         "host": socket.gethostname(),
         "job": slurm_job(),
         "python": platform.python_version(),
         "versions": versions,
         "commit": _git_commit(),
     }
-
-
-def _without_secret(word: str) -> str:
-    """A word of the command line; the value of a key that is named like a secret is left out."""
-    return _SECRET.sub(r"\1=(not recorded)", word)
 
 
 def _git_commit() -> str | None:

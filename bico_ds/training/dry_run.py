@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bico_ds.common.errors import UserError
+from bico_ds.common.secrets import text_without_secrets
 from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.schema import Recipe
@@ -86,7 +87,9 @@ def dry_run(recipe: Recipe, *, output_dir: Path | None = None) -> None:
     for warning in warnings:
         console.print(f"warning: {warning}", highlight=False, markup=False)
     if planned is not recipe:
-        console.print(f"note: {_note(recipe, stands_in)}")
+        console.print(
+            f"note: {text_without_secrets(_note(recipe, stands_in))}", highlight=False, markup=False
+        )
     for line in verdict:
         console.print(line, highlight=False, markup=False)
 

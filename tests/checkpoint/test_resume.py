@@ -10,7 +10,7 @@ import pytest
 from bico_ds.checkpoint import manifest
 from bico_ds.checkpoint.resume import Resumption, choose, set_aside
 from bico_ds.common.errors import UserError
-from bico_ds.config.load import load_recipe
+from bico_ds.config.load import load_recipe, recorded_values
 from bico_ds.runtime.run_folder import RunFolder
 
 RECIPE = load_recipe("tiny_base", [])
@@ -28,10 +28,14 @@ def folder(tmp_path) -> RunFolder:
     return folder
 
 
-def checkpoint(path: Path, step: int) -> None:
+def checkpoint(path: Path, step: int, recipe: dict[str, Any] | None = None) -> None:
     path.mkdir(parents=True)
     (path / "state.pt").write_bytes(bytes(100))
-    content: dict[str, Any] = {"step": step, "layout": LAYOUT, "recipe": RECIPE.model_dump(mode="json")}
+    content: dict[str, Any] = {
+        "step": step,
+        "layout": LAYOUT,
+        "recipe": recipe or RECIPE.model_dump(mode="json"),
+    }
     manifest.write_manifest(path, {**content, "files": manifest.file_table(path, [path / "state.pt"])})
 
 
@@ -135,6 +139,23 @@ def test_what_cannot_be_loaded_is_refused_before_anything_is_loaded(folder, over
 def test_changed_keys_are_said(folder, capsys):
     choose(folder, "auto", load_recipe("tiny_base", ["optimizer.lr=1e-3"]), LAYOUT)
     assert "changed since the checkpoint: optimizer.lr 0.002 -> 0.001" in capsys.readouterr().out
+
+
+def test_a_secret_that_the_checkpoint_left_out_is_no_change_and_is_not_said(folder, capsys):
+    secret = "deepspeed.overrides.hub={api_key: abc123, rate: 1}"
+    recipe = load_recipe("tiny_base", [secret])
+    checkpoint(folder.checkpoints / "step-000040", 40, recorded_values(recipe))
+    checkpoint(
+        folder.checkpoints / "step-000050", 50, recipe.model_dump(mode="json")
+    )  # of an earlier version
+    for step in ("step-000040", "step-000050"):
+        choose(folder, str(folder.checkpoints / step), recipe, LAYOUT)
+        other = load_recipe("tiny_base", [secret.replace("abc123", "xyz789").replace("1}", "2}")])
+        choose(folder, str(folder.checkpoints / step), other, LAYOUT)
+        said = capsys.readouterr().out
+        assert said.count("changed since the checkpoint: ") == 1
+        assert "deepspeed.overrides.hub.rate 1 -> 2" in said
+        assert "abc123" not in said and "xyz789" not in said
 
 
 @pytest.mark.parametrize("path", ["nowhere", "."])

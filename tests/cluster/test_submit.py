@@ -290,6 +290,23 @@ def test_a_dry_run_without_weights_data_and_container_prints_the_script_and_what
     assert "error: model.path (models/llama-3.1-70b): not there" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--sbatch=--export=ALL,HF_TOKEN=abc123"],
+        ["--container", "docker://me:abc123@host/image"],
+        ["--set", "output_dir=https://me:abc123@host/x"],
+        ["--set", "deepspeed.overrides.hub.api_key=abc123"],
+    ],
+)
+def test_a_job_with_a_secret_is_refused_before_anything_is_written(monkeypatch, tmp_path, capsys, words):
+    assert run_command(monkeypatch, tmp_path, "--recipe", "tiny_base", *words) == 2
+    shown, error = capsys.readouterr()
+    assert "the environment" in error and "sbatch hands to the job" in error
+    assert "abc123" not in shown + error
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_planner_s_verdict_for_the_nodes_asked_for_comes_last(monkeypatch, tmp_path, capsys):
     words = [
         "--recipe",

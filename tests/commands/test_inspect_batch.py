@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from bico_ds.commands.inspect_batch import main
@@ -70,6 +72,10 @@ def test_the_tool_shows_the_micro_batch_that_this_rank_trains_on_in_this_step(
         (["--png", "/proc/x/y.png"], "--png: cannot write '/proc/x/y.png'"),
         (["--documents", "-1"], "--documents: must be at least 0, found -1"),
         (["--step", "-1"], "--step: must be at least 0, found -1"),
+        (["--step", str(10**12)], "--step: must be at most"),
+        (["--step", "nan"], "--step: 'nan' is not an integer"),
+        (["--step", str(2**31 - 1)], "--step 2147483647: the run has"),
+        (["--world-size", str(2**31 - 1)], "training.global_batch_bins (4) must be a multiple of"),
         (["--world-size", "0"], "--world-size: must be at least 1, found 0"),
         (["--rank", "2", "--world-size", "2"], "--rank 2: ranks count from 0, and --world-size is 2"),
         (["--micro-batch", "99"], "--micro-batch 99: a step has"),
@@ -80,6 +86,43 @@ def test_the_tools_mistakes_are_named(tool, tmp_path, monkeypatch, arguments, me
     code, _, errors = tool(*arguments)
     assert code == 2
     assert message in errors
+
+
+FAR = [
+    "training={steps: 1000000000}",
+    "objectives=[{kind: ntp, probability: 0.9}, {kind: masked_ft, probability: 0.1}]",
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "step", "message"),
+    [
+        (
+            FAR,
+            999_999_999,
+            "the objectives of all steps before it would have to be drawn; give at most 10000000",
+        ),
+        (
+            [FAR[0], "data.sources.0.epochs=1.5"],
+            999_999_999,
+            "all data epochs before it would have to be mixed",
+        ),
+    ],
+)
+def test_a_step_that_would_not_be_found_in_seconds_is_refused(tool, overrides, step, message):
+    options = [word for override in overrides for word in ("--set", override)]
+    started = time.process_time()
+    code, _, errors = tool(*options, "--set", "training.epochs=null", "--step", str(step))
+    assert code == 2
+    assert message in errors
+    assert time.process_time() - started < 20
+
+
+def test_an_objective_that_no_later_step_has_is_not_searched_without_end(tool):
+    rare = "objectives=[{kind: ntp, probability: 0.999999999}, {kind: bico, probability: 1e-9}]"
+    code, _, errors = tool("--set", rare, "--objective", "bico", "--step", "3")
+    assert code == 2
+    assert "--objective bico: none of the run's" in errors
 
 
 def test_documents_of_one_token_have_no_picture(tool, tmp_path):

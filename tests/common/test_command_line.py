@@ -37,6 +37,17 @@ def test_what_ends_a_command_is_one_message_and_an_exit_code(capsys, error, code
     assert capsys.readouterr().err == (f"error: {error}\n" if str(error) else "")
 
 
+def test_no_message_shows_a_secret(capsys):
+    assert failing(UserError("'https://me:abc123@host': no such folder"))([]) == 2
+    for words in (["--token", "abc123"], ["--token=abc123"], ["--count", "https://me:abc123@host"]):
+        with pytest.raises(SystemExit):
+            command(print)(words)
+    shown = capsys.readouterr().err
+    assert "abc123" not in shown
+    assert shown.count("(not recorded)") == 4
+    assert "argument --count: invalid int value: 'https://me:(not recorded)@host'" in shown
+
+
 @pytest.mark.parametrize(("given", "code"), [(None, 0), (0, 0), (2, 2)])
 def test_an_exit_keeps_its_code(given, code):
     assert exit_code(lambda: sys.exit(given)) == code

@@ -31,6 +31,48 @@ def test_a_dumped_recipe_loads_to_the_same_recipe(recipe_file):
     assert load_recipe(recipe_file(dump_recipe(recipe), "dumped")) == recipe
 
 
+SECRETS = """\
+deepspeed: {overrides: {hub: {api_key: abc123}}}
+output_dir: https://me:abc123@host/x
+"""
+
+
+def test_a_dumped_recipe_has_no_secrets_and_what_needs_them_says_so(recipe_file):
+    dumped = dump_recipe(load_recipe(recipe_file(MINIMAL + SECRETS), ["description=by hf_abc123abc123"]))
+    assert "abc123" not in dumped
+    kept = recipe_file(dumped, "kept")
+    line = 1 + next(n for n, line in enumerate(dumped.splitlines()) if "output_dir" in line)
+    assert error_of(kept) == (
+        f"{kept}:{line}: output_dir: a secret that was left out where this recipe was kept; give it again: "
+        "--set output_dir=VALUE"
+    )
+    again = ["output_dir=${HOME}/x", "deepspeed.overrides.hub.api_key=xyz"]
+    assert "deepspeed.overrides.hub.api_key: a secret that was left out" in error_of(kept, again[0])
+    recipe = load_recipe(kept, again)
+    assert recipe.deepspeed.overrides["hub"]["api_key"] == "xyz"
+    assert recipe.description == "by (not recorded)"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optimizer.password=abc123",
+        "password",
+        "monitor.wandb={project: x, api_key: abc123}",
+        "monitor.wandb={project: x, api_key: 'abc123",
+        "seed=https://me:abc123@host",
+        "objectives.9.token=abc123",
+        "name={token: abc123}",
+        "secrets+=abc123",
+        "=password=abc123",
+    ],
+)
+def test_an_error_about_an_override_shows_no_secret(override):
+    error = error_of("tiny_base", override)
+    assert "--set" in error
+    assert "abc123" not in error
+
+
 def test_scientific_notation_without_a_dot_is_a_number(recipe_file):
     assert load_recipe(recipe_file(MINIMAL)).model.config["rms_norm_eps"] == 1e-5
 

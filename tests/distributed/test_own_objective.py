@@ -25,7 +25,8 @@ objectives:
   - {{kind: ntp, probability: 0.5}}
   - {{kind: doubling, probability: 0.5}}
 """
-SHORT = (*SMALL, f"training.steps={STEPS}", f"checkpoint.every_steps={STOP}")
+SECRET = "description=texts of https://me:abc123@host/texts"
+SHORT = (*SMALL, SECRET, f"training.steps={STEPS}", f"checkpoint.every_steps={STOP}")
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,12 @@ def runs(tmp_path_factory) -> Path:
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"step {STOP}, the newest complete checkpoint" in done.stdout
     return folder
+
+
+def test_no_file_of_a_run_keeps_a_secret_of_its_recipe_or_command_line(runs):
+    files = [path for path in (runs / "resumed").rglob("*") if path.is_file()]
+    assert {"run.json", "recipe.yaml", "manifest.json"} <= {path.name for path in files}
+    assert not [path for path in files if b"abc123" in path.read_bytes()]
 
 
 def test_both_objectives_are_trained(runs):

@@ -179,12 +179,25 @@ def test_secrets_of_the_command_line_are_not_recorded(tmp_path, recipe, monkeypa
     monkeypatch.setattr(
         sys,
         "argv",
-        ["train.py", "--set", "deepspeed.overrides.hub.api_key=abc123", "--set", "model.tokenizer=a"],
+        [
+            "train.py",
+            "--set",
+            "deepspeed.overrides.hub.api_key=abc123",
+            "--set",
+            "model.tokenizer=a",
+            "--set=a={b: {password: abc123}}",
+            "AWS_SECRET_ACCESS_KEY=abc123",
+            "--access-token",
+            "abc123",
+            "https://me:abc123@host/x",
+        ],
     )
     folder = RunFolder(tmp_path)
     folder.open()
     folder.record(recipe)
+    folder.write_state("failed", step=1, reason="OSError: cannot reach https://me:abc123@host/x")
     folder.close()
-    recorded = (tmp_path / "run.json").read_text()
+    recorded = (tmp_path / "run.json").read_text() + (tmp_path / "state.json").read_text()
     assert "abc123" not in recorded
     assert "model.tokenizer=a" in recorded
+    assert "cannot reach https://me:" in recorded

@@ -38,6 +38,7 @@ from bico_ds.cluster.submission import (
 )
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
+from bico_ds.common.secrets import secret_keys, text_without_secrets, word_without_secrets
 from bico_ds.config.arguments import (
     add_recipe_options,
     add_run_folder_option,
@@ -189,6 +190,7 @@ def make_job(options: Namespace) -> Job:
         qos=options.qos, constraint=options.constraint, signal_seconds=options.signal_seconds,
         more=options.sbatch,
     )  # fmt: skip
+    refuse_secrets(options)
     runs = list_runs(options)
     check_presence(runs.values(), options.container, dry_run=options.dry_run)
     for run, recipe in runs.items():
@@ -233,13 +235,40 @@ def _run_folder(path: Path) -> Path:
 
 def check_presence(recipes: Iterable[Recipe], container: str | None, *, dry_run: bool) -> None:
     """Raise `UserError` for the first input, or the container, that is not here; a dry run prints a note for each."""
-    missing = [problem for recipe in recipes for problem in missing_inputs(recipe)]
+    recipes = list(recipes)
+    missing = [problem for recipe in recipes for problem in (*missing_inputs(recipe), *secrets_in(recipe))]
     if container is not None and not Path(container).exists():
         missing.append(f"--container: '{container}' is not there")
     for problem in dict.fromkeys(missing):
         if not dry_run:
             raise UserError(problem)
-        print(f"note: submitting would be refused: {problem}", file=sys.stderr)
+        print(f"note: submitting would be refused: {text_without_secrets(problem)}", file=sys.stderr)
+
+
+def secrets_in(recipe: Recipe) -> Iterator[str]:
+    """What a job would miss in the recipe that is kept for it, as a message that begins with the key."""
+    for key in secret_keys(recipe.model_dump(mode="json")):
+        if key != "description":
+            yield (
+                f"{key}: a secret, and the recipe that a job reads in the run folder keeps none; let the code that needs it "
+                "read the environment, which sbatch hands to the job, or write ${NAME} where it is part of a path"
+            )
+
+
+def refuse_secrets(options: Namespace) -> None:
+    """Raise `UserError` for an option whose value the script would show to whoever reads it."""
+    written = {"--sbatch": options.sbatch, "--bind": options.bind}
+    written |= {
+        f"--{name.replace('_', '-')}": [getattr(options, name)]
+        for name in ("container", "python", "native_ops")
+    }
+    for option, values in written.items():
+        for value in values:
+            if value is not None and (shown := word_without_secrets(str(value))) != str(value):
+                raise UserError(
+                    f"{option} '{shown}': the batch script would show a secret; set it in the environment of this command, "
+                    "which sbatch hands to the job"
+                )
 
 
 def check(run: Path, recipe: Recipe, resources: Resources, *, dry_run: bool = False) -> None:

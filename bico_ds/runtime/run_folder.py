@@ -358,7 +358,7 @@ def split_metrics(path: Path, step: int) -> tuple[list[str], list[str]]:
 
 def _is_of_step_until(line: str, step: int, path: Path) -> bool:
     written = object_in(line, path) if line.endswith("\n") else None
-    of = (written or {}).get("step")
+    of: Any = (written or {}).get("step")
     return is_number(of) and of <= step
 
 

@@ -9,7 +9,6 @@ quantization lost: a run that starts from them does not start from the published
 from __future__ import annotations
 
 import importlib.util
-import struct
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +41,7 @@ def import_gguf(
 
     from bico_ds.data.exported_tokenizer import ExportedTokenizer
     from bico_ds.model.architecture import check_vocabulary
+    from bico_ds.model.model_folder import one_line
     from bico_ds.model.swap import check_attention
     from bico_ds.model.weights.export_model import export_model
 
@@ -55,9 +55,10 @@ def import_gguf(
             trust_remote_code=False,
             **in_folder,
         )
-    except (ValueError, OSError, LookupError, NotImplementedError, struct.error) as error:
+    except Exception as error:  # transformers, gguf and numpy each raise their own on damaged files
         raise UserError(
-            f"{file}: transformers cannot read this GGUF ({error}); if it was downloaded, check that it is complete"
+            f"{file}: transformers cannot read this GGUF ({one_line(error)}); if it was downloaded, "
+            "check that it is complete"
         ) from error
     model, info = loaded
     if info["missing_keys"] or info["mismatched_keys"]:
@@ -118,11 +119,15 @@ def check_name_tokens(tokenizer: FastTokenizer, names: Sequence[str]) -> None:
 
 
 def _check_file(file: Path) -> None:
-    if not file.is_file():
-        raise UserError(f"{file}: no such file")
-    with file.open("rb") as content:
-        if content.read(len(_MAGIC)) != _MAGIC:
-            raise UserError(f"{file}: not a GGUF file (it does not begin with {_MAGIC.decode()})")
+    try:
+        if not file.is_file():
+            raise UserError(f"{file}: no such file")
+        with file.open("rb") as content:
+            begins = content.read(len(_MAGIC))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    if begins != _MAGIC:
+        raise UserError(f"{file}: not a GGUF file (it does not begin with {_MAGIC.decode()})")
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"the package {' and '.join(missing)} is missing: pip install 'bico_ds[gguf]'")

@@ -10,7 +10,13 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from bico_ds.common.errors import UserError
@@ -53,13 +59,14 @@ def load_for_evaluation(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by their names
         )
     except _LOADING_ERRORS as error:
         raise UserError(f"{option} {path}: cannot be loaded: {one_line(error)}") from error
     model, info = loaded  # a pair because of `output_loading_info`, which transformers' annotation leaves out
     for kind in ("missing_keys", "mismatched_keys"):
         if info[kind]:
-            names = sorted(map(str, info[kind]))
+            names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[kind])
             raise UserError(
                 f"{option} {path}: {len(names)} {kind.replace('_', ' ')}, the first is {names[0]}"
             )
@@ -94,9 +101,11 @@ def _config(path: FolderOrHub, where: str = "") -> PretrainedConfig:
     config = read_config(path, where=where, check=check)
     if config.model_type in FAMILIES:
         check_shapes(config, where=f"{where}{CONFIG}: ")
-    if not isinstance(getattr(config, "vocab_size", None), int):
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not isinstance(
+        getattr(config, "vocab_size", None), int
+    ):
         raise UserError(
-            f"{where}{CONFIG}: vocab_size: a {config.model_type} model has none; give a causal language model"
+            f"{where}{CONFIG}: model_type: a {config.model_type} model is no causal language model, which continues texts"
         )
     return config
 

@@ -253,6 +253,8 @@ def test_architectures_that_our_op_cannot_serve_are_refused() -> None:
     for rope in (DYNAMIC_ROPE, LONGROPE):
         with pytest.raises(UserError, match=f"type '{rope['rope_type']}', whose frequencies depend on"):
             model_of(rope_parameters=rope)
+    with pytest.raises(UserError, match="type 'proportional', which turns a part of each head"):
+        model_of(rope_parameters={"rope_type": "proportional", "rope_theta": 1e4})
     with pytest.raises(UserError, match=r"attention_dropout 0\.1"):
         model_of(attention_dropout=0.1)
     with pytest.raises(UserError, match=r"partial_rotary_factor 0\.5, but llama models rotate all of a head"):

@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 def read_model(folder: Path, ids: list[int]) -> list[list[float]]:
     """Logits [tokens, vocabulary] of `ids`."""
-    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, trust_remote_code=False
+    )
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     with torch.no_grad():
         return model.float().eval()(torch.tensor([ids])).logits[0].tolist()
@@ -25,7 +27,7 @@ def read_model(folder: Path, ids: list[int]) -> list[list[float]]:
 
 def read_tokenizer(folder: Path, texts: list[str]) -> dict[str, Any]:
     """What a tokenizer does to `texts`, and what it is."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     plain = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     chat = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada"}]
     return {
@@ -48,7 +50,7 @@ def read_tokenizer(folder: Path, texts: list[str]) -> dict[str, Any]:
 
 def answers(folder: Path, prompts: list[str]) -> list[str]:
     """Greedy answers of a plain pipeline."""
-    answer = pipeline("text-generation", model=str(folder))
+    answer = pipeline("text-generation", model=str(folder), trust_remote_code=False)
     return [answer(prompt, max_new_tokens=12, do_sample=False)[0]["generated_text"] for prompt in prompts]
 
 

@@ -98,7 +98,7 @@ class Watchdog:
     def _end(self, failure: dict[str, Any]) -> None:
         stacks = self._folder.logs / f"stacks-rank-{self._ranks.rank}.txt"
         if failure["stalled"]:
-            _write_stacks(stacks)
+            write_stacks(stacks)
             with contextlib.suppress(RuntimeError):
                 self._store.add(_ON_FILE, 1)
         text = f"rank {failure['rank']}: {failure['text']}"
@@ -123,7 +123,7 @@ class Watchdog:
             self._store.compare_set(_KEY, "", json.dumps(failure))
 
 
-def _write_stacks(path: Path) -> None:
+def write_stacks(path: Path) -> None:
     """The stacks of this process's threads, into a file, or where that cannot be written to stderr."""
     try:
         with open(path, "w", encoding="utf-8") as file:

@@ -27,7 +27,10 @@ Command(description=None, add_options=lambda parser: None, run=run).start([])
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_process_whose_log_is_on_a_full_disk_ends_as_it_would():
     with open("/dev/full", "w") as full:
-        assert subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, stdout=full, stderr=full).returncode == 0
+        assert (
+            subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, stdout=full, stderr=full).returncode
+            == 0
+        )
 
 
 def test_a_reader_that_is_gone_is_not_taken_for_a_full_disk():

@@ -30,14 +30,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from bico_ds import __version__
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import overwrite, remove_incomplete, write_atomically
-from bico_ds.common.json_files import JsonError, object_in, parse_object
+from bico_ds.common.json_files import JsonError, is_number, object_in, parse_object, read_json, read_object
+from bico_ds.common.numbered_names import NumberedName
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.resources import CHECKOUT
 from bico_ds.config.schema import Recipe
@@ -48,13 +50,25 @@ _SECRET = re.compile(r"(?i)^(.*(?:secret|password|passwd|credential|api_?key|_to
 
 _PATIENCE_SECONDS = 10.0  # that a state waits for a disk
 _OVERWRITTEN_REASON = (
-    300  # characters of a reason that is written in place: it must not need another block of the disk
+    300  # characters of a reason that is written in place, which must not need another block
 )
 
 # Process and thread that were killed while they wrote.
 _TEMPORARY_OF_0_1_0 = re.compile(r"\.(state|run|lock)\.json\.\d+(\.\d+)?|\.recipe\.yaml\.\d+(\.\d+)?")
 
 State = Literal["running", "preempted", "done", "failed"]
+
+STEP = NumberedName("step-", digits=6)
+EVALUATION = NumberedName("step-", ".json", digits=6)
+ASIDE = NumberedName("replaced-")
+
+_STATE: dict[str, Callable[[Any], bool]] = {
+    "state": lambda value: value in get_args(State),
+    "step": lambda value: value is None or (type(value) is int and value >= 0),
+    "reason": lambda value: isinstance(value, str),
+    "run_id": lambda value: isinstance(value, str),
+    "time": is_number,
+}
 
 
 def folder_of_run(recipe: Recipe, chosen: Path | None) -> Path:
@@ -75,6 +89,7 @@ class RunFolder:
         self.lock = RunLock(self.path / "lock.json", is_unclaimed=self._holds_own_state)
 
     recipe_file = property(lambda self: self.path / "recipe.yaml")
+    run_file = property(lambda self: self.path / "run.json")
     metrics_file = property(lambda self: self.path / "metrics.jsonl")
     last_checkpoint_file = property(lambda self: self.path / "last_checkpoint.json")
     state_file = property(lambda self: self.path / "state.json")
@@ -88,12 +103,11 @@ class RunFolder:
 
     def evaluation_file(self, step: int) -> Path:
         """Where the evaluation after so many steps is kept."""
-        return self.evaluation / f"step-{step:06d}.json"
+        return self.evaluation / EVALUATION.of(step)
 
     def evaluations_after(self, step: int) -> list[Path]:
         """The kept evaluations of later steps."""
-        found = sorted(self.evaluation.glob("step-*.json"))
-        return [path for path in found if int(path.stem.removeprefix("step-")) > step]
+        return [path for of, path in EVALUATION.in_folder(self.evaluation) if of > step]
 
     def open(self) -> None:
         """Create the folder and take the lock.
@@ -120,6 +134,7 @@ class RunFolder:
 
         A start that `begins_anew` writes none of those that `set_aside` will move away.
         """
+        self._refuse_no_files(self.state_file, self.run_file)
         if begins_anew and self._holds_a_run():
             return
         folders = [
@@ -138,8 +153,7 @@ class RunFolder:
                     f"cannot write into '{folder}': {obstacle(folder, error)}; "
                     "put that right, or choose another folder with --output-dir"
                 ) from None
-        if os.path.lexists(self.metrics_file) and not self.metrics_file.is_file():
-            raise UserError(f"'{self.metrics_file}' is no file; move it away")
+        self._refuse_no_files(self.metrics_file, self.recipe_file, self.last_checkpoint_file)
         may = os.R_OK | os.W_OK
         if self.metrics_file.is_file() and not os.access(self.metrics_file, may, effective_ids=True):
             raise UserError(
@@ -147,20 +161,37 @@ class RunFolder:
                 "put that right, or choose another folder with --output-dir"
             )
 
+    def _refuse_no_files(self, *files: Path) -> None:
+        for file in files:
+            if os.path.lexists(file) and not file.is_file():
+                raise UserError(f"'{file}' is no file; move it away")
+
     def record(self, recipe: Recipe) -> None:
         """Write the recipe, and this start's provenance, in the place of and after those of earlier ones."""
         write_atomically(self.recipe_file, dump_recipe(recipe))
-        path = self.path / "run.json"
-        starts = json.loads(path.read_text()) if path.is_file() else []
         start = {"run_id": self.lock.run_id, **provenance()}
-        write_atomically(path, json.dumps([*starts, start], indent=1) + "\n")
+        self._write_starts([*self._recorded_starts(), start])
 
     def add_to_start(self, **facts: Any) -> None:
         """Add facts to this start's part of run.json. Raises OSError."""
-        path = self.path / "run.json"
-        *earlier, last = json.loads(path.read_text())
-        if last["run_id"] == self.lock.run_id:  # else another start has taken the folder over
-            write_atomically(path, json.dumps([*earlier, last | facts], indent=1) + "\n")
+        starts = self._recorded_starts()
+        if not starts:  # it was damaged or removed meanwhile
+            starts = [{"run_id": self.lock.run_id, **provenance()}]
+        if starts[-1].get("run_id") == self.lock.run_id:  # else another start has taken the folder over
+            self._write_starts([*starts[:-1], starts[-1] | facts])
+
+    def _recorded_starts(self) -> list[dict[str, Any]]:
+        """The starts in run.json. A file that holds no such list is kept in a replaced-N/, and said. Raises OSError."""
+        try:
+            return read_starts(self.run_file)
+        except JsonError as error:
+            aside = self.new_aside() / self.run_file.name
+            self.run_file.rename(aside)
+            print(f"{error}; it is kept as {aside}, and a new one begun", flush=True)
+            return []
+
+    def _write_starts(self, starts: list[dict[str, Any]]) -> None:
+        write_atomically(self.run_file, json.dumps(starts, indent=1) + "\n")
 
     def write_state(self, state: State, *, step: int | None, reason: str = "") -> None:
         """Write the state file that launchers decide by. Raises `FencedError` as `RunLock.check` does.
@@ -242,7 +273,7 @@ class RunFolder:
         """Move what an earlier run left (recipe, checkpoints, metrics …) into replaced-N/: nothing of it is deleted."""
         if not self._holds_a_run():
             return
-        kept = {self.lock.path.name, self.state_file.name, "run.json", "slurm", "stop", "native_ops"}
+        kept = {self.lock.path.name, self.state_file.name, self.run_file.name, "slurm", "stop", "native_ops"}
         old = [
             p for p in self.path.iterdir() if p.name not in kept and not p.name.startswith((".", "replaced-"))
         ]
@@ -253,12 +284,12 @@ class RunFolder:
 
     def _holds_a_run(self) -> bool:
         left = (self.metrics_file.is_file(), self.last_checkpoint_file.is_file())
-        return any(left) or any(self.checkpoints.glob("step-*"))
+        return any(left) or bool(STEP.in_folder(self.checkpoints))
 
     def new_aside(self) -> Path:
         """Make the next replaced-N/."""
-        numbers = (path.name.removeprefix("replaced-") for path in self.path.glob("replaced-*"))
-        aside = self.path / f"replaced-{1 + max(map(int, filter(str.isdecimal, numbers)), default=0)}"
+        numbers = [number for number, _ in ASIDE.in_folder(self.path)]
+        aside = self.path / ASIDE.of(1 + max(numbers, default=0))
         aside.mkdir()
         return aside
 
@@ -271,8 +302,8 @@ class RunFolder:
             self.metrics_file,
             self.last_checkpoint_file,
         )
-        for name in (*(file.name for file in files), "run.json"):
-            remove_incomplete(self.path, name)
+        for file in (*files, self.run_file):
+            remove_incomplete(self.path, file.name)
         for folder, names in ((self.evaluation, "step-*"), (self.logs, "*"), (self.checkpoints, "*")):
             remove_incomplete(folder, names)
         for path in self.path.iterdir():
@@ -285,11 +316,32 @@ class RunFolder:
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
-    """Return the content of a state file, None where there is none."""
+    """What `write_state` wrote, as far as it is of its types; None where there is no state file, or it is broken.
+
+    A broken one tells nothing, and the next start writes it anew.
+    """
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+        return known_state(read_object(path, strict=False))
+    except JsonError:
         return None
+
+
+def known_state(content: dict[str, Any]) -> dict[str, Any]:
+    """What of a state file's content is as `write_state` writes it."""
+    return {key: content[key] for key, fits in _STATE.items() if key in content and fits(content[key])}
+
+
+def read_starts(path: Path) -> list[dict[str, Any]]:
+    """The starts in a run.json, oldest first; none where there is no such file. Raises `JsonError` for anything else."""
+    try:
+        starts = read_json(path, strict=False)
+    except JsonError as error:
+        if error.is_missing and not os.path.lexists(path):
+            return []
+        raise
+    if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
+        raise JsonError(path, "no list of starts")
+    return starts
 
 
 def split_metrics(path: Path, step: int) -> tuple[list[str], list[str]]:
@@ -308,7 +360,7 @@ def split_metrics(path: Path, step: int) -> tuple[list[str], list[str]]:
 def _is_of_step_until(line: str, step: int, path: Path) -> bool:
     written = object_in(line, path) if line.endswith("\n") else None
     of = (written or {}).get("step")
-    return isinstance(of, int) and of <= step
+    return is_number(of) and of <= step
 
 
 def obstacle(folder: Path, error: OSError) -> str:

@@ -49,7 +49,7 @@ from bico_ds.runtime.lock import FencedError, InUseError, RunLock
 
 _PATIENCE_SECONDS = 10.0  # that a state waits for a disk
 _OVERWRITTEN_REASON = (
-    300  # characters of a reason that is written in place: it must not need another block of the disk
+    300  # characters of a reason that is written in place, which must not need another block
 )
 
 # Process and thread that were killed while they wrote.
@@ -301,8 +301,8 @@ class RunFolder:
             self.metrics_file,
             self.last_checkpoint_file,
         )
-        for name in (*(file.name for file in files), "run.json"):
-            remove_incomplete(self.path, name)
+        for file in (*files, self.run_file):
+            remove_incomplete(self.path, file.name)
         for folder, names in ((self.evaluation, "step-*"), (self.logs, "*"), (self.checkpoints, "*")):
             remove_incomplete(folder, names)
         for path in self.path.iterdir():

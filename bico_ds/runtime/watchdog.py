@@ -127,7 +127,7 @@ class Watchdog:
 
     def _end(self, failure: Failure) -> None:
         if failure.stalled:
-            _write_stacks(self._stacks())
+            write_stacks(self._stacks())
         self._answer()
         self._tell(failure)
         os._exit(failure.code)
@@ -193,7 +193,7 @@ def _do_not_answer(ranks: list[int]) -> str:
     )
 
 
-def _write_stacks(path: Path) -> None:
+def write_stacks(path: Path) -> None:
     """The stacks of this process's threads, into a file, or where that cannot be written to stderr."""
     try:
         with open(path, "w", encoding="utf-8") as file:

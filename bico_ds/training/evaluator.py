@@ -185,7 +185,10 @@ class Evaluator:
         """
         if step in self._unwritten:
             path, why = self.folder.evaluation_file(step), self._unwritten[step][1]
-            yield f"WARNING: '{path}' cannot be written: {why}; training goes on, and the next evaluation tries again"
+            yield (
+                f"WARNING: '{path}' cannot be written: {why}; training goes on, and the next evaluation, or a resume from "
+                "this step, writes it"
+            )
         for name, text in result.texts.items():
             times = "" if text["times"] is None else f", {text['times']:.2f} × the start"
             yield f"text {name}: perplexity {text['perplexity']:.2f}{times}"

@@ -74,6 +74,8 @@ from bico_ds.training.spikes import SpikeDetector
 from bico_ds.training.targetless import TargetlessSteps
 from bico_ds.training.trainer import Trainer
 
+_logger = logging.getLogger(__name__)
+
 
 def train(recipe: Recipe, *, output_dir: Path | None, resume: str, stop: StopFlag) -> State:
     """Train a recipe to its end, or until a stop is agreed. Every rank calls it, and gets the same `done` or `preempted`.
@@ -192,9 +194,14 @@ def _layout(run: Run) -> StateLayout:
 
 
 def _give_up(folder: RunFolder, error: BaseException) -> None:
-    with contextlib.suppress(OSError, FencedError):
+    try:
         folder.fail(f"{type(error).__name__}: {error}")
-    folder.close()
+    except FencedError:
+        pass
+    except OSError as failure:
+        _logger.warning("WARNING: '%s' does not say so: %s", folder.state_file, failure.strerror)
+    with contextlib.suppress(OSError):
+        folder.close()
 
 
 def _train_on_all_ranks(run: Run, resume: str, resumption: Resumption | None, watchdog: Watchdog) -> State:

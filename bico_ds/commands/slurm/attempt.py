@@ -24,12 +24,12 @@ from bico_ds.runtime.launch_environment import slurm_job
 def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("moment", choices=("begin", "suspect", "end"), help="before or after a start")
     parser.add_argument("run", type=local_path, help="run folder")
-    parser.add_argument("--code", metavar="C", type=int, default=0, help="exit code of srun")
+    parser.add_argument("--code", metavar="C", type=not_negative, default=0, help="exit code of srun")
     parser.add_argument("--stopped", action="store_true", help="the script was asked to stop")
     parser.add_argument(
-        "--restarts", metavar="N", type=int, required=True, help="restarts of this job so far"
+        "--restarts", metavar="N", type=not_negative, required=True, help="restarts of this job so far"
     )
-    parser.add_argument("--limit", metavar="M", type=int, required=True, help="restarts allowed")
+    parser.add_argument("--limit", metavar="M", type=not_negative, required=True, help="restarts allowed")
     parser.add_argument(
         "--max-excluded", metavar="N", type=not_negative, default=0, help="nodes that a job may leave out"
     )

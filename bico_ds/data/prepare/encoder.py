@@ -216,7 +216,9 @@ class Encoder:
             bad[index] = BadRecord("empty document", "the text has no tokens")
         for position in np.flatnonzero(tokens >= limit)[::-1].tolist():
             index = int(np.searchsorted(np.cumsum(lengths), position, side="right"))
-            detail = f"id {tokens[position]}, the vocabulary has {limit}"
+            found = int(tokens[position])
+            named = f" ({self.spec.special_tokens[found]!r})" if found in self.spec.special_tokens else ""
+            detail = f"id {found}{named}, the vocabulary has {limit}: take it out of the text, or skip such records"
             bad[index] = BadRecord("token id past the vocabulary", detail)
         return bad
 

@@ -159,7 +159,7 @@ def _check_is_there(path: FolderOrHubName) -> None:
 
 def _tokenizer(found: FoundCheckpoint, recipe: Recipe, named: FolderOrHubName | None) -> FastTokenizer:
     """The tokenizer to export: `named`, or the run's. Raises `UserError` where it cannot be this model's."""
-    from bico_ds.data.tokenizer import load_tokenizer, vocabulary_size
+    from bico_ds.data.tokenizer import load_tokenizer, needed_vocabulary
     from bico_ds.model.architecture import check_vocabulary
     from bico_ds.model.weights.export_checkpoint import exported_config
 
@@ -168,7 +168,7 @@ def _tokenizer(found: FoundCheckpoint, recipe: Recipe, named: FolderOrHubName | 
     with _option_in_errors("--tokenizer"):
         path = named.here() if named is not None else tokenizer_of_run(found.path, recipe)
         tokenizer = load_tokenizer(path)
-        check_vocabulary(config, vocabulary_size(tokenizer), tokenizer=str(path))
+        check_vocabulary(config, needed_vocabulary(tokenizer, config.vocab_size), tokenizer=str(path))
     return tokenizer
 
 

@@ -333,7 +333,8 @@ def _add_document_options(documents: _ArgumentGroup) -> None:
         type=number,
         default=0.0,
         metavar="FRACTION",
-        help="fraction of documents for the store DIR/held_out; with --group-field, of groups",
+        help="fraction of documents for the store DIR/held_out; with --group-field, of groups, never of their parts: of "
+        "fewer than 500 the nearest number, chosen among those of this input",
     )
     documents.add_argument(
         "--seed", metavar="N", type=seed, default=1, help="of the held-out choice (default: %(default)s)"

@@ -290,6 +290,18 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def needed_vocabulary(tokenizer: Tokenizer, embedded: int) -> int:
+    """Return how many ids a model that embeds `embedded` must have for this tokenizer: its `vocabulary_size`, or less.
+
+    Special tokens past the model's ids do not count, but for BOS, EOS and unknown, as a padding token that was added later:
+    no text needs them. Texts that hold one all the same must be refused where they are tokenized.
+    """
+    size = vocabulary_size(tokenizer)
+    past = {index for index in tokenizer.get_vocab().values() if index >= embedded}
+    needed = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
+    return embedded if past and past <= special_ids(tokenizer) - needed else size
+
+
 def word_boundaries(tokenizer: FastTokenizer) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Return two tables [vocabulary]: tokens that begin with white space, and tokens that end with it.
 

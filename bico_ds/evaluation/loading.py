@@ -22,7 +22,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.data.exported_tokenizer import adds_bos
-from bico_ds.data.tokenizer import FastTokenizer, Tokenizer, load_tokenizer, vocabulary_size
+from bico_ds.data.tokenizer import FastTokenizer, Tokenizer, load_tokenizer, needed_vocabulary
 from bico_ds.model.architecture import check_vocabulary
 from bico_ds.model.config_values import check_shapes, check_values
 from bico_ds.model.families import FAMILIES
@@ -85,7 +85,7 @@ def load_tokenizer_and_context(
     try:
         config = _config(path)
         tokenizer = load_tokenizer(path)
-        check_vocabulary(config, vocabulary_size(tokenizer), tokenizer=str(path))
+        check_vocabulary(config, needed_vocabulary(tokenizer, config.vocab_size), tokenizer=str(path))
     except (OSError, ValueError) as error:  # a UserError is a ValueError
         raise UserError(f"{option} {path}: {error}") from error
     return tokenizer, getattr(config, "max_position_embeddings", None)

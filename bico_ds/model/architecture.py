@@ -110,11 +110,17 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def check_vocabulary(config: PretrainedConfig, tokenizer_size: int, *, tokenizer: str) -> None:
-    """Raise `UserError` if a tokenizer of `tokenizer_size` ids cannot belong to this model."""
+    """Raise `UserError` if a tokenizer of which texts need `tokenizer_size` ids cannot belong to this model."""
     if not _SMALLEST_VOCABULARY_SHARE * config.vocab_size <= tokenizer_size <= config.vocab_size:
+        past = ""
+        if config.vocab_size < tokenizer_size < config.vocab_size / _SMALLEST_VOCABULARY_SHARE:
+            past = (
+                f", or take the tokens from id {config.vocab_size} on out of this one: only special tokens that no text "
+                "needs, such as padding, may be past the model's ids"
+            )
         raise UserError(
             f"the tokenizer at '{tokenizer}' has {tokenizer_size} ids, the model {config.vocab_size}: they "
-            "do not belong together. Set 'model.tokenizer' to the tokenizer the model was trained with."
+            f"do not belong together. Set 'model.tokenizer' to the tokenizer the model was trained with{past}."
         )
 
 
@@ -124,12 +130,15 @@ def adopt_special_tokens(
     """Give a model's config and generation config its tokenizer's ids that begin, end and pad a text.
 
     Where the generation config stops at the tokenizer's EOS among other tokens, as Llama 3's does, those others stay which
-    are special tokens of this tokenizer; where it does not, it is that of another tokenizer, and only EOS counts.
+    are special tokens of this tokenizer; where it does not, it is that of another tokenizer, and only EOS counts. A padding
+    token past the model's ids is none of the model's.
     """
     eos, stops = tokenizer.eos_token_id, id_list(generation.eos_token_id)
     known = [token for token in stops if token in tokenizer.special_ids] if eos in stops else []
+    pad = tokenizer.pad_token_id
+    pad = None if pad is not None and pad >= config.vocab_size else pad
     for settings in (config, generation):
-        settings.bos_token_id, settings.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
+        settings.bos_token_id, settings.pad_token_id = tokenizer.bos_token_id, pad
         settings.eos_token_id = known if len(known) > 1 else eos
 
 

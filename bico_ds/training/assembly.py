@@ -32,6 +32,7 @@ from bico_ds.data.tokenizer import (
     FastTokenizer,
     Tokenizer,
     load_tokenizer,
+    needed_vocabulary,
     special_ids,
     text_ids,
     vocabulary_size,
@@ -41,13 +42,14 @@ from bico_ds.evaluation.retention_texts import RetentionText, check_texts, read_
 from bico_ds.evaluation.scoring.choice import encode_candidates
 from bico_ds.evaluation.scoring.generation import stop_ids
 from bico_ds.evaluation.tasks.task import Task, load_tasks
-from bico_ds.model.architecture import with_own_config
+from bico_ds.model.architecture import check_vocabulary, model_config, with_own_config
 from bico_ds.model.weights.load import weight_files
 from bico_ds.objectives.base import TokenRoles
 from bico_ds.objectives.build import build_objectives
 from bico_ds.objectives.schedule import ObjectiveSchedule
 from bico_ds.planner.compute.shares import StepShares
 from bico_ds.runtime import distributed, launch_environment
+from bico_ds.training.checks import without_missing_weights
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +119,7 @@ def store_tokenizer(recipe: Recipe) -> Path | None:
 def prepare_stores(recipe: Recipe, *, weights_needed: bool = True, progress: bool = True) -> list[Path]:
     """The store of every source, made where it is not there yet. One process at a time: rank 0, before the others join.
 
+    Raises `UserError` for a tokenizer that cannot be the model's before anything is tokenized, as far as the model is here.
     The first process of a machine compares the stores' checksums, as `TokenStore.open` does with `verify="once"`; the others
     rely on it.
     """
@@ -124,12 +127,40 @@ def prepare_stores(recipe: Recipe, *, weights_needed: bool = True, progress: boo
     path = tokenizer_path(recipe, weights_needed=weights_needed)
     verify: Verify = "once" if launch_environment.local_rank() == 0 else "structure"
     check_texts(recipe, verify=verify)
+    limit = _limit_of_ids(recipe, path)
     return [
-        prepare_source(source, recipe.data, path, progress=progress, verify=verify)
+        prepare_source(source, recipe.data, path, progress=progress, verify=verify, vocab_size=limit)
         if source.sampled is None
         else _prepare_sampled(recipe, source.sampled, path, weights_needed, progress, verify)
         for source in recipe.data.sources
     ]
+
+
+def _limit_of_ids(recipe: Recipe, path: FolderOrHub) -> int | None:
+    """How many ids texts may have where the model embeds fewer than the tokenizer has, and may; None: all.
+
+    Nothing is known where the tokenizer only stands in for that of a model that is not here, or whose config is not.
+    """
+    spec = recipe.model
+    is_own = spec.tokenizer is not None or spec.path is None or spec.path.is_here()
+    if not is_own or _model_value(recipe, "vocab_size") is None:
+        return None
+    config, tokenizer = model_config(without_missing_weights(recipe).model), load_tokenizer(path)
+    check_vocabulary(config, needed_vocabulary(tokenizer, config.vocab_size), tokenizer=str(path))
+    if vocabulary_size(tokenizer) <= config.vocab_size:
+        return None
+    for source in recipe.data.sources:
+        if source.store is not None:
+            _check_ids(TokenStore.open(source.store.here(), verify="structure"), config.vocab_size)
+    return int(config.vocab_size)
+
+
+def _check_ids(store: TokenStore, limit: int) -> None:
+    if (largest := store.manifest.max_token_id) >= limit:
+        raise UserError(
+            f"token store '{store.path}' has a document with the token id {largest}, and the model knows ids up to "
+            f"{limit - 1}: prepare it again with --vocab-size {limit}, which names the file and line"
+        )
 
 
 def check_teachers(recipe: Recipe, paths: list[Path]) -> None:
@@ -292,6 +323,12 @@ def export_warnings(inputs: RunInputs, config: PretrainedConfig) -> list[str]:
             "the chats begin with BOS, which the chat template does not write, and programs that go by the template ask "
             "without it. Set add_bos: false for them, or begin the template with {{ bos_token }}"
         )
+    pad = inputs.tokenizer.pad_token_id
+    if pad is not None and pad >= config.vocab_size:
+        lines.append(
+            f"the tokenizer's padding token has id {pad}, and the model embeds {config.vocab_size}: the export names no "
+            "padding token in config.json. Set tokenizer.pad_token = tokenizer.eos_token where batches are padded"
+        )
     if with_space := sum(len(store) for store in inputs.stores if store.manifest.leading_space):
         lines.append(
             f"{with_space:,} of {texts:,} texts begin with a space (leading_space), and the tasks' prompts, and those of "
@@ -302,10 +339,13 @@ def export_warnings(inputs: RunInputs, config: PretrainedConfig) -> list[str]:
 
 def _token_roles(recipe: Recipe, tokenizer: Tokenizer) -> TokenRoles:
     candidates = (tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    vocabulary = _model_value(recipe, "vocab_size") or vocabulary_size(tokenizer)
     return TokenRoles(
         special_ids=tuple(sorted(special_ids(tokenizer))),
-        placeholder_id=next((token for token in candidates if token is not None), None),
-        vocabulary=_model_value(recipe, "vocab_size") or vocabulary_size(tokenizer),
+        placeholder_id=next(
+            (token for token in candidates if token is not None and token < vocabulary), None
+        ),
+        vocabulary=vocabulary,
         encode=partial(text_ids, tokenizer),
     )
 

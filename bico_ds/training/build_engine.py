@@ -7,7 +7,7 @@ from typing import Any
 import deepspeed
 
 from bico_ds.config.schema import Recipe
-from bico_ds.data.tokenizer import vocabulary_size
+from bico_ds.data.tokenizer import needed_vocabulary
 from bico_ds.model.architecture import adopt_special_tokens, check_vocabulary, model_config
 from bico_ds.model.build import TrainableModel, build_model, check_rotary
 from bico_ds.model.deepspeed_engine import Engine
@@ -23,9 +23,9 @@ def build_engine(run: Run, inputs: RunInputs, steps: int, *, is_universal: bool)
     `wrap_model` refuse.
     """
     recipe = run.recipe
-    check_vocabulary(
-        model_config(recipe.model), vocabulary_size(inputs.tokenizer), tokenizer=str(inputs.tokenizer_path)
-    )
+    config = model_config(recipe.model)
+    needed = needed_vocabulary(inputs.tokenizer, config.vocab_size)
+    check_vocabulary(config, needed, tokenizer=str(inputs.tokenizer_path))
     ds_config = dict(run.ds_config)
     if is_universal:
         ds_config["checkpoint"] = {**ds_config.get("checkpoint", {}), "load_universal": True}

@@ -16,7 +16,7 @@ from bico_ds.config.schema import Recipe
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.loading.sample_order import StreamReport
 from bico_ds.data.loading.sequences import CutReport
-from bico_ds.data.tokenizer import vocabulary_size
+from bico_ds.data.tokenizer import needed_vocabulary
 from bico_ds.model.architecture import check_vocabulary, model_config, parameter_count
 from bico_ds.model.build import build_model
 from bico_ds.objectives.schedule import ObjectiveSchedule
@@ -68,7 +68,11 @@ def dry_run(recipe: Recipe, *, output_dir: Path | None = None) -> None:
         and inputs.tokenizer_path != assembly.store_tokenizer(recipe)
     )
     if not stands_in:
-        check_vocabulary(config, vocabulary_size(inputs.tokenizer), tokenizer=str(inputs.tokenizer_path))
+        check_vocabulary(
+            config,
+            needed_vocabulary(inputs.tokenizer, config.vocab_size),
+            tokenizer=str(inputs.tokenizer_path),
+        )
     share = RankShare(world_size=world_size, micro_batch_bins=recipe.training.micro_batch_bins)
     loader = assembly.build_loader(recipe, inputs, share)
     try:

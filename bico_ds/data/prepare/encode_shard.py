@@ -11,6 +11,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
+
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import write_atomically
 from bico_ds.data.prepare.derived_texts import NothingDerivedError
@@ -21,7 +23,7 @@ from bico_ds.data.prepare.records import BadRecord, read_records
 from bico_ds.data.prepare.shards import Shard
 from bico_ds.data.prepare.store_writer import TokenStoreWriter
 
-DIGESTS, SKIPPED, RESULT = "digests.bin", "skipped.jsonl", "result.json"
+DIGESTS, SKIPPED, RESULT, GROUPS = "digests.bin", "skipped.jsonl", "result.json", "groups_seen.bin"
 DIGEST_BYTES = 16
 # Small enough that a batch's encodings and lists are still in the cache when they are read and freed:
 # 2048 records took 5 to 8 % longer, 64 pay for their array calls.
@@ -64,7 +66,7 @@ def encode_shard(
     part: Path,
     report: Callable[[int, int], None] = lambda documents, tokens: None,
 ) -> ShardResult:
-    """Write the documents of a shard as a token store at `part`, with their digests and the skipped records in it.
+    """Write the documents of a shard as a token store at `part`, with their digests, groups and the skipped records in it.
 
     The folder appears when it is complete. `report(documents, tokens)` is called after every batch that has documents.
     Raises `UserError` naming file and line at the first bad record, unless the options ask to skip it, and in any case for a
@@ -90,8 +92,9 @@ def encode_shard(
                 result.tokens += len(good.tokens)
                 report(len(good.lengths), len(good.tokens))
         write_atomically(writer.beside(RESULT), json.dumps(asdict(result)) + "\n")
+        np.array(sorted(encoder.take_groups()), dtype="<u8").tofile(writer.beside(GROUPS))
         files.close()
-        writer.finish(with_checksums=(DIGESTS, SKIPPED, RESULT))
+        writer.finish(with_checksums=(DIGESTS, SKIPPED, RESULT, GROUPS))
     return result
 
 

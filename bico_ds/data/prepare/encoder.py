@@ -145,6 +145,7 @@ class Encoder:
         self._chat = (
             ChatTemplate(load_tokenizer(spec.chat_tokenizer)) if spec.chat_tokenizer is not None else None
         )
+        self._groups: set[int] = set()
         self._is_special = np.zeros(len(spec.begins_word), dtype=bool)
         self._is_special[list(spec.special_tokens)] = True
         longest_first = sorted(spec.special_tokens.values(), key=len, reverse=True)
@@ -159,8 +160,18 @@ class Encoder:
             raise record
         options = self.spec.options
         example = make_example(record, options, self._chat)
+        if options.held_out and options.group_field is not None:
+            self._groups.add(example.group)
         examples = [example] if options.derive is None else derive(example, options.derive)
         return list(map(with_leading_space, examples)) if options.leading_space else examples
+
+    def take_groups(self) -> set[int]:
+        """Return, once, the groups of all records since the last call: also of those that gave no document.
+
+        By them a store of derived texts holds out the groups that the store of the records themselves does.
+        """
+        taken, self._groups = self._groups, set()
+        return taken
 
     def encode(self, examples: list[Example]) -> tuple[Encoded, dict[int, BadRecord], dict[int, str]]:
         """Tokenize a batch.
@@ -216,7 +227,9 @@ class Encoder:
             bad[index] = BadRecord("empty document", "the text has no tokens")
         for position in np.flatnonzero(tokens >= limit)[::-1].tolist():
             index = int(np.searchsorted(np.cumsum(lengths), position, side="right"))
-            detail = f"id {tokens[position]}, the vocabulary has {limit}"
+            found = int(tokens[position])
+            named = f" ({self.spec.special_tokens[found]!r})" if found in self.spec.special_tokens else ""
+            detail = f"id {found}{named}, the vocabulary has {limit}: take it out of the text, or skip such records"
             bad[index] = BadRecord("token id past the vocabulary", detail)
         return bad
 

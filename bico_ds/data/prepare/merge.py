@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bico_ds.common.errors import UserError
-from bico_ds.common.random_numbers import stream
 from bico_ds.data.exported_tokenizer import save_tokenizer
-from bico_ds.data.prepare.encode_shard import DIGEST_BYTES, DIGESTS, RESULT, SKIPPED, Notice
+from bico_ds.data.held_out import held_out
+from bico_ds.data.prepare.encode_shard import DIGEST_BYTES, DIGESTS, GROUPS, RESULT, SKIPPED, Notice
 from bico_ds.data.prepare.encoder import EncoderSpec
 from bico_ds.data.prepare.examples import IngestOptions
 from bico_ds.data.prepare.report import IngestReport, write_report
@@ -46,13 +46,13 @@ def merge_parts(
     that exists.
     """
     stores = [TokenStore.open(part, verify="structure") for part in parts]
-    fate = _fate(parts, stores, spec.options)
+    fate, share_held = _fate(parts, stores, spec.options)
     with ExitStack() as writers:
         train = writers.enter_context(TokenStoreWriter(output, spec.header, overwrite=overwrite))
         targets = [(train, _TRAIN)]
         if spec.options.held_out:
-            held_out = writers.enter_context(TokenStoreWriter(train.beside(HELD_OUT), spec.header))
-            targets.append((held_out, _HELD_OUT))
+            beside = writers.enter_context(TokenStoreWriter(train.beside(HELD_OUT), spec.header))
+            targets.append((beside, _HELD_OUT))
         first = 0
         for store in stores:
             for writer, kind in targets:
@@ -61,6 +61,7 @@ def merge_parts(
         report = replace(
             _report(parts, stores, fate),
             passed_over=passed_over or {},
+            share_held=share_held,
             chat_templates=_chat_templates(tokenizer, spec.options),
             derived=spec.options.derive,
         )
@@ -74,23 +75,32 @@ def merge_parts(
     return replace(report, path=output)
 
 
-def _fate(parts: list[Path], stores: list[TokenStore], options: IngestOptions) -> NDArray[np.int8]:
-    """Decide for every document: training, held out, or a duplicate of an earlier one."""
+def _fate(
+    parts: list[Path], stores: list[TokenStore], options: IngestOptions
+) -> tuple[NDArray[np.int8], str]:
+    """Decide for every document: training, held out, or a duplicate of an earlier one; and say how many are held out."""
+    share_held = ""
     fate = np.zeros(sum(len(store) for store in stores), dtype=np.int8)
     digests = np.concatenate([np.fromfile(part / DIGESTS, dtype="<u8") for part in parts])
     digests = digests.reshape(-1, DIGEST_BYTES // 8)
     if options.held_out:
         if options.group_field is None:
-            key = digests[:, 0]
+            key, what = digests[:, 0], "different texts"
+            there = np.unique(key)
         else:  # a person's documents stay together
-            key = np.concatenate([store.groups for store in stores]).astype(np.uint64)
-        scattered = stream(key, np.array([options.seed % 2**63]))
-        fate[scattered.astype(np.float64) < options.held_out * 2.0**64] = _HELD_OUT
+            key, what = np.concatenate([store.groups for store in stores]).astype(np.uint64), "groups"
+            there = np.unique(np.concatenate([np.fromfile(part / GROUPS, dtype="<u8") for part in parts]))
+        chosen = held_out(there, options.held_out, options.seed)
+        fate[np.isin(key, chosen)] = _HELD_OUT
+        share = (
+            f"{100 * len(chosen) / max(len(there), 1):.3g} %, of the {100 * options.held_out:.3g} % asked for"
+        )
+        share_held = f"{len(chosen):,} of {len(there):,} {what} ({share})"
     if options.drops_duplicates:
         order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: the first of equal ones stays first
         ordered = digests[order]
         fate[order[1:][np.all(ordered[1:] == ordered[:-1], axis=1)]] = _DUPLICATE
-    return fate
+    return fate, share_held
 
 
 def _copy(store: TokenStore, ids: NDArray[np.int64], writer: TokenStoreWriter) -> None:

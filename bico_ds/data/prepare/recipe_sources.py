@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,17 +84,19 @@ def prepare_source(
     *,
     progress: bool = True,
     verify: Verify = "once",
+    vocab_size: int | None = None,
 ) -> Path:
     """Return the token store of a source; one of kind `files` or `facts` is made when the cache lacks it.
 
     The cache is keyed by the files (path, size, time of change), the options, the tokenizer and, for chats, its template.
     A store that was there is checked as `TokenStore.open` does with `verify`. Raises `UserError` for bad input, for a cache
-    that cannot be written and for a store that is missing or damaged; `IngestFailure` when the machine fails.
+    that cannot be written and for a store that is missing or damaged; `IngestFailure` when the machine fails. `vocab_size`,
+    where it is given, is that of a model which embeds fewer ids than the tokenizer has: texts may hold no others.
     """
     if source.store is not None:
         TokenStore.open(source.store.here(), verify=verify)
         return source.store.here()
-    options = _options(source)
+    options = replace(_options(source), vocab_size=vocab_size)
     inputs = _inputs(source, data)
     tokenizer = load_tokenizer(tokenizer_path)
     names = _store_names(source, data, options, inputs, tokenizer)

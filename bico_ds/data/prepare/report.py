@@ -32,6 +32,8 @@ class IngestReport:
     chat_templates: list[str] = field(default_factory=list)
     # Names of what lies beside the input, by reason.
     passed_over: dict[str, list[str]] = field(default_factory=dict)
+    # How many groups, or texts, are held out, of how many, beside the share that was asked for; "": none are.
+    share_held: str = ""
     # Which texts of the input's these are; None: its own.
     derived: Derive | None = None
     path: Path | None = None
@@ -51,7 +53,7 @@ class IngestReport:
             lines.append(f"no reply     {alone:,} documents: nothing in them is a completion")
         if len(self.held_out_lengths):
             documents, tokens = len(self.held_out_lengths), int(self.held_out_lengths.sum())
-            lines.append(f"held out     {documents:,} documents, {tokens:,} tokens")
+            lines.append(f"held out     {documents:,} documents, {tokens:,} tokens: {self.share_held}")
         if self.duplicates:
             lines.append(f"dropped      {self.duplicates:,} duplicates of an earlier text")
         lines += [f"skipped      {count:,} lines: {reason}" for reason, count in self.skipped.items()]

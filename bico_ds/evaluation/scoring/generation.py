@@ -127,7 +127,9 @@ def _decode(
 ) -> list[list[int]] | None:
     """New tokens of one batch, cut before the first of its `stop_ids`; None when asked to stop."""
     stops = stop_ids(model.generation_config, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stops), 0)
+    pad = tokenizer.pad_token_id
+    if pad is None or pad >= model.config.vocab_size:  # one that was added later may have no embedding
+        pad = next(iter(stops), 0)
     stops_S = torch.tensor(stops, dtype=torch.long, device=share.device)
     input_ids, attention_mask = _left_pad(prompts, pad, share.device)
     position_ids = (attention_mask.cumsum(1) - 1).clamp_min(0)

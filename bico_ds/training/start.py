@@ -97,7 +97,7 @@ def train(recipe: Recipe, *, output_dir: Path | None, resume: str, stop: StopFla
     except BaseException as error:
         cause = watchdog.report(error)
         if ranks.is_first:
-            _give_up(run.folder, cause)
+            _give_up(run.folder, cause, watchdog)
         raise cause from (None if cause is error else error)
     watchdog.close()
     dist.barrier()
@@ -159,9 +159,13 @@ def _layout(run: Run) -> StateLayout:
     return state_layout(run.recipe, run.ds_config, run.ranks.world_size)
 
 
-def _give_up(folder: RunFolder, error: BaseException) -> None:
+def _give_up(folder: RunFolder, error: BaseException, watchdog: Watchdog | None = None) -> None:
+    """Record why the run failed: at once, and then with what the nodes tell, which takes longer."""
+    reason = f"{type(error).__name__}: {error}"
     with contextlib.suppress(OSError, FencedError):
-        folder.fail(f"{type(error).__name__}: {error}")
+        folder.fail(reason)
+        if watchdog is not None and watchdog.cause is not None:
+            folder.fail(reason, **watchdog.facts(watchdog.cause))
     folder.close()
 
 

@@ -23,6 +23,7 @@ import psutil
 
 from bico_ds.common.errors import RunError
 from bico_ds.common.files import write_atomically
+from bico_ds.common.json_files import JsonError, is_number, parse_object
 from bico_ds.runtime.launch_environment import slurm_job
 
 HEARTBEAT_SECONDS = 5.0
@@ -30,6 +31,7 @@ SILENT_SECONDS = 6 * HEARTBEAT_SECONDS  # a holder without a heartbeat for so lo
 SETTLE_SECONDS = 0.5  # two that start at the same moment: the later one has written by then
 # Some file systems (Lustre) take the time of a file from the machine that writes it, and clocks differ by less than this.
 SKEW_SECONDS = 600.0
+_PIDS = 1 << 31  # a process's number is below
 
 
 class FencedError(RunError):
@@ -58,9 +60,16 @@ class Lock:
 def read_lock(path: Path) -> Lock | None:
     """The content of a lock file; None where there is none, or it is no lock. Raises OSError where it cannot be read."""
     try:
-        return Lock(**json.loads(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError):
+        content = parse_object(path.read_bytes(), path)
+    except (FileNotFoundError, JsonError):
         return None
+    texts = {key: content.get(key) for key in ("run_id", "host", "job")}
+    pid, heartbeat = content.get("pid"), content.get("heartbeat")
+    if not all(isinstance(text, str) for text in texts.values()):
+        return None
+    if type(pid) is not int or not 0 < pid < _PIDS or not is_number(heartbeat):
+        return None
+    return Lock(**texts, pid=pid, heartbeat=heartbeat)
 
 
 def living_locks(

@@ -44,6 +44,7 @@ from bico_ds.config.resources import CHECKOUT
 from bico_ds.config.schema import Recipe
 from bico_ds.runtime.launch_environment import slurm_job
 from bico_ds.runtime.lock import InUseError, RunLock
+from bico_ds.runtime.nodes.failed_node import is_node_name
 
 _SECRET = re.compile(r"(?i)^(.*(?:secret|password|passwd|credential|api_?key|_token|\.token))=.*$")
 
@@ -59,6 +60,8 @@ _STATE: dict[str, Callable[[Any], bool]] = {
     "reason": lambda value: isinstance(value, str),
     "run_id": lambda value: isinstance(value, str),
     "time": is_number,
+    "failed_rank": lambda value: value is None or (type(value) is int and value >= 0),
+    "failed_host": lambda value: value is None or is_node_name(value),
 }
 
 

@@ -15,8 +15,9 @@ from torch.testing._internal.distributed import multi_threaded_pg
 
 from bico_ds.runtime.distributed import Ranks
 from bico_ds.runtime.nodes.own_time import OwnTime
+from bico_ds.runtime.nodes.slow_rank import FACTOR_TAG, INTERVALS, RANK_TAG, SECONDS_TAG, SLOW
 from bico_ds.training.callbacks import slowest
-from bico_ds.training.callbacks.slowest import FACTOR, INTERVALS, SLOW, TAG, SlowestRank
+from bico_ds.training.callbacks.slowest import SlowestRank
 from bico_ds.training.step_totals import add_up
 from tests.distributed.test_many_ranks import on_threads
 from tests.training.test_step_totals import run_of
@@ -51,21 +52,21 @@ def test_the_slowest_of_an_interval_is_that_with_the_longest_mean(monkeypatch):
     numbers = found.of(interval(*own.tolist()))
     means = own.mean(0)
     rank = int(means.argmax())
-    assert numbers[TAG] == rank
-    assert numbers["speed/slowest_rank_seconds"] == pytest.approx(means[rank])
-    assert numbers[FACTOR] == pytest.approx(means[rank] / np.median(np.delete(means, rank)))
+    assert numbers[RANK_TAG] == rank
+    assert numbers[SECONDS_TAG] == pytest.approx(means[rank])
+    assert numbers[FACTOR_TAG] == pytest.approx(means[rank] / np.median(np.delete(means, rank)))
     json.dumps(numbers, allow_nan=False)
 
 
 def test_steps_of_other_ranks_and_those_that_are_not_known_yet_are_passed_over(monkeypatch):
     found, _ = callback(monkeypatch)
     assert found.of(interval([], [0.0] * RANKS, [1.0] * (RANKS + 1))) == {}
-    assert found.of(interval([0.0] * RANKS, [1.0, 1.0, 3.0, 1.0]))[TAG] == 2
+    assert found.of(interval([0.0] * RANKS, [1.0, 1.0, 3.0, 1.0]))[RANK_TAG] == 2
 
 
 def test_of_two_ranks_the_slow_one_is_compared_with_the_other(monkeypatch):
     found, _ = callback(monkeypatch, ranks=2)
-    assert found.of(interval([1.0, 3.0]))[FACTOR] == pytest.approx(3.0)
+    assert found.of(interval([1.0, 3.0]))[FACTOR_TAG] == pytest.approx(3.0)
 
 
 def test_a_rank_that_stays_slow_is_warned_of_once_with_its_host(monkeypatch):

@@ -86,9 +86,9 @@ class Checkpointer:
 
     def _make_room(self, engine: Engine, partial: Path) -> str | None:
         """Rank 0: a new folder, with room enough; incomplete ones of earlier runs are removed. Returns what prevents it."""
-        self._folder.lock.check()
         root = partial.parent
         try:
+            self._folder.lock.check()
             root.mkdir(parents=True, exist_ok=True)
             remove_incomplete(root)
             for left in root.glob(".partial-*"):  # by version 0.1.0

@@ -18,6 +18,7 @@ from argparse import SUPPRESS, ArgumentParser, Namespace
 
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import RunError, UserError
+from bico_ds.common.patient_output import outlive_full_disks
 from bico_ds.config.arguments import add_recipe_options, add_run_folder_option, path_text, positive_number
 from bico_ds.config.load import list_recipes, load_recipe
 from bico_ds.config.schema import Recipe
@@ -93,6 +94,7 @@ def show_recipes() -> None:
 def train_recipe(recipe: Recipe, options: Namespace) -> None:
     """Handlers come before the heavy imports, which take seconds in which a signal may come."""
     launch_environment.check()
+    outlive_full_disks()
     stop = StopFlag()
     stop.install(recipe.distributed.preempt_signals)
     if options.max_minutes is not None:

@@ -6,6 +6,7 @@ process can leave such a temporary file or folder: a hidden one, whose name ends
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import glob
@@ -13,11 +14,13 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+# Of a disk that is full, over its quota, read-only, or broken: no bug of this program.
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 _DIGITS = 12  # of the random part of a temporary name
 
 
@@ -28,6 +31,30 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """
     with atomic_file(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def overwrite(path: Path, content: str, *, only_if: Callable[[bytes], bool]) -> bool:
+    """Put new content into a small file that is there, in its place on the disk: a full one has no room for a new file.
+
+    `only_if` gets the old content, and says whether to; whoever puts another file there meanwhile loses nothing. Returns
+    whether it was done. Not atomic: a crash may leave a part. Spaces before the last line's end keep the length, where the
+    old content was longer. Raises OSError.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        old = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+        if not only_if(old):
+            return False
+        new = content.encode()
+        new = new.removesuffix(b"\n").ljust(len(old) - 1) + b"\n"
+        if os.pwrite(descriptor, new, 0) < len(new):  # it is longer than the old one, and takes another block
+            os.pwrite(descriptor, old, 0)
+            os.ftruncate(descriptor, len(old))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return True
 
 
 @contextmanager
@@ -112,9 +139,13 @@ def recover_folder(folder: Path) -> None:
 
 
 def remove_incomplete(parent: Path, names: str = "*") -> None:
-    """Remove from `parent` the folders that killed writers left; only for the one writer of these names, a glob pattern."""
+    """Remove from `parent` what killed writers left; only for the one writer of these names, a glob pattern.
+
+    Files and folders; what cannot be removed stays.
+    """
     for left in parent.glob(_temporary_name(names, "?" * _DIGITS)):
-        shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _remove(left)
 
 
 def checksum(path: Path, algorithm: Literal["sha256", "blake2b"]) -> str:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+import shlex
 import socket
 import tempfile
 import threading
@@ -22,7 +24,7 @@ from pathlib import Path
 import psutil
 
 from bico_ds.common.errors import RunError
-from bico_ds.common.files import write_atomically
+from bico_ds.common.files import overwrite, write_atomically
 from bico_ds.common.json_files import JsonError, is_number, parse_object
 from bico_ds.runtime.launch_environment import slurm_job
 
@@ -32,6 +34,8 @@ SETTLE_SECONDS = 0.5  # two that start at the same moment: the later one has wri
 # Some file systems (Lustre) take the time of a file from the machine that writes it, and clocks differ by less than this.
 SKEW_SECONDS = 600.0
 _PIDS = 1 << 31  # a process's number is below
+
+_logger = logging.getLogger(__name__)
 
 
 class FencedError(RunError):
@@ -95,12 +99,15 @@ def living_locks(
 class RunLock:
     """The right of one run to write into a folder; rank 0 takes it, all ranks know its `run_id`.
 
-    `on_lost` is called, from a thread, when another run has taken the lock.
+    `on_lost` is called, from a thread, when this run has lost the folder (`loss`). A lock file that somebody removed is
+    written again where `is_unclaimed` says that no other run has been in the folder since.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_unclaimed: Callable[[], bool] = lambda: False) -> None:
         self.path = path
         self.run_id = uuid.uuid4().hex[:12]
+        self._is_unclaimed = is_unclaimed
+        self._folder: int | None = None  # a descriptor, which stays with a folder that is renamed
         self.on_lost: Callable[[], None] = lambda: None
         self._heart: threading.Thread | None = None
         self._released = threading.Event()
@@ -118,20 +125,58 @@ class RunLock:
         holder = read_lock(self.path)
         if holder is None or holder.run_id != self.run_id:
             raise InUseError(holder)
+        with contextlib.suppress(OSError):  # a folder that may be written and not listed
+            self._folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._heart = threading.Thread(target=self._send_heartbeats, name="run-folder-lock", daemon=True)
         self._heart.start()
 
     def check(self) -> None:
         """Raise `FencedError` unless this run still holds the lock: before every checkpoint and every state."""
-        lock = read_lock(self.path)
-        if lock is None or lock.run_id != self.run_id:
-            holder = f"run {lock.run_id} on {lock.host}" if lock else "nobody"
-            raise FencedError(
-                f"{self.path.parent}: this run ({self.run_id}) lost the folder to {holder}; it stops writing"
+        if not self._is_held():
+            raise FencedError(self.loss())
+
+    def loss(self) -> str:
+        """Why this run does not hold the lock any more, and whose the folder is now."""
+        here, now, lock = self.path.parent, self.folder(), read_lock(self.path)
+        if now is None:
+            return f"'{here}' was removed while this run ({self.run_id}) wrote there; it stops"
+        if now != here:
+            return (
+                f"'{here}' was renamed to '{now}' while this run ({self.run_id}) wrote there; it stops. The same command "
+                f"with --output-dir {shlex.quote(str(now))} goes on from its last checkpoint"
             )
+        if lock is None:
+            return (
+                f"{here}: this run ({self.run_id}) lost the folder: '{self.path.name}' was removed, and the state there is "
+                "not this run's; it stops writing"
+            )
+        job = f", job {lock.job}" if lock.job else ""
+        holder = f"run {lock.run_id} (process {lock.pid} on {lock.host}{job})"
+        return f"{here}: this run ({self.run_id}) lost the folder to {holder}; it stops writing"
+
+    def folder(self) -> Path | None:
+        """The folder of the lock as it is named now, if it was renamed since `take`; None where it was removed."""
+        here = self.path.parent
+        if self._folder is None or _is_same(here, self._folder):
+            return here
+        with contextlib.suppress(OSError):
+            now = Path(os.readlink(f"/proc/self/fd/{self._folder}"))
+            return now if _is_same(now, self._folder) else None
+        return None
+
+    def _is_held(self) -> bool:
+        """Whether the lock is this run's; it is written again where somebody removed it. Raises OSError."""
+        lock = read_lock(self.path)
+        if lock is not None:
+            return lock.run_id == self.run_id
+        if self._folder is None or not _is_same(self.path.parent, self._folder) or not self._is_unclaimed():
+            return False
+        self.write_heartbeat()
+        _logger.warning("WARNING: '%s' was removed or damaged; this run has written it again", self.path)
+        return True
 
     def write_heartbeat(self) -> None:
-        """Write the lock anew."""
+        """Write the lock anew; on a full disk, which has no room for a new file, in its old place. Raises OSError."""
         lock = Lock(
             run_id=self.run_id,
             host=socket.gethostname(),
@@ -139,25 +184,48 @@ class RunLock:
             job=slurm_job(),
             heartbeat=time.time(),
         )
-        write_atomically(self.path, json.dumps(asdict(lock)) + "\n")
+        content = json.dumps(asdict(lock)) + "\n"
+        try:
+            write_atomically(self.path, content)
+        except OSError:
+            if not self.path.is_file() or not overwrite(self.path, content, only_if=self._is_mine):
+                raise
 
     def release(self) -> None:
-        """Stop the heartbeat, and remove the lock if it is still ours."""
+        """Stop the heartbeat, and remove the lock if it is still ours, also in a folder that was renamed."""
         self._released.set()
         if self._heart is not None:
             self._heart.join()
-        lock = read_lock(self.path)
-        if lock is not None and lock.run_id == self.run_id:
-            self.path.unlink(missing_ok=True)
+        if (folder := self.folder()) is not None:
+            path = folder / self.path.name
+            lock = read_lock(path)
+            if lock is not None and lock.run_id == self.run_id:
+                path.unlink(missing_ok=True)
+        if self._folder is not None:
+            os.close(self._folder)
+            self._folder = None
+
+    def _is_mine(self, content: bytes) -> bool:
+        """Whether this run wrote the content of a lock file."""
+        try:
+            return parse_object(content, self.path).get("run_id") == self.run_id
+        except JsonError:
+            return False
 
     def _send_heartbeats(self) -> None:
         while not self._released.wait(HEARTBEAT_SECONDS):
             with contextlib.suppress(OSError):
-                lock = read_lock(self.path)
-                if lock is not None and lock.run_id == self.run_id:
+                if self._is_held():
                     self.write_heartbeat()
                 else:
                     self.on_lost()
+
+
+def _is_same(folder: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(folder.stat(), os.fstat(descriptor))
+    except OSError:
+        return False
 
 
 def _is_alive(holder: Lock, path: Path) -> bool:

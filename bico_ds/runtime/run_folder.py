@@ -20,6 +20,7 @@ record of the run before.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -36,17 +37,25 @@ from typing import Any, Literal, get_args
 
 from bico_ds import __version__
 from bico_ds.common.errors import UserError
-from bico_ds.common.files import write_atomically
-from bico_ds.common.json_files import JsonError, is_number, object_in, read_json, read_object
+from bico_ds.common.files import overwrite, remove_incomplete, write_atomically
+from bico_ds.common.json_files import JsonError, is_number, object_in, parse_object, read_json, read_object
 from bico_ds.common.numbered_names import NumberedName
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.resources import CHECKOUT
 from bico_ds.config.schema import Recipe
 from bico_ds.runtime.launch_environment import slurm_job
-from bico_ds.runtime.lock import InUseError, RunLock
+from bico_ds.runtime.lock import FencedError, InUseError, RunLock
 from bico_ds.runtime.nodes.failed_node import is_node_name
 
 _SECRET = re.compile(r"(?i)^(.*(?:secret|password|passwd|credential|api_?key|_token|\.token))=.*$")
+
+_PATIENCE_SECONDS = 10.0  # that a state waits for a disk
+_OVERWRITTEN_REASON = (
+    300  # characters of a reason that is written in place, which must not need another block
+)
+
+# Process and thread that were killed while they wrote.
+_TEMPORARY_OF_0_1_0 = re.compile(r"\.(state|run|lock)\.json\.\d+(\.\d+)?|\.recipe\.yaml\.\d+(\.\d+)?")
 
 State = Literal["running", "preempted", "done", "failed"]
 
@@ -80,7 +89,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.lock = RunLock(self.path / "lock.json")
+        self.lock = RunLock(self.path / "lock.json", is_unclaimed=self._holds_own_state)
 
     recipe_file = property(lambda self: self.path / "recipe.yaml")
     run_file = property(lambda self: self.path / "run.json")
@@ -148,6 +157,12 @@ class RunFolder:
                     "put that right, or choose another folder with --output-dir"
                 ) from None
         self._refuse_no_files(self.metrics_file, self.recipe_file, self.last_checkpoint_file)
+        may = os.R_OK | os.W_OK
+        if self.metrics_file.is_file() and not os.access(self.metrics_file, may, effective_ids=True):
+            raise UserError(
+                f"cannot read and write '{self.metrics_file}': {os.strerror(errno.EACCES)}; "
+                "put that right, or choose another folder with --output-dir"
+            )
 
     def _refuse_no_files(self, *files: Path) -> None:
         for file in files:
@@ -184,9 +199,23 @@ class RunFolder:
     def write_state(self, state: State, *, step: int | None, reason: str = "", **facts: Any) -> None:
         """Write the state file that launchers decide by. Raises `FencedError` as `RunLock.check` does.
 
-        `facts`: further ones of a failure (`bico_ds.runtime.nodes.failed_node`).
+        On a disk that is full, this run's last state is overwritten in its place. Raises OSError where neither could be
+        done for `_PATIENCE_SECONDS`. `facts`: further ones of a failure (`bico_ds.runtime.nodes.failed_node`).
         """
-        self.lock.check()
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            try:
+                self.lock.check()
+                write_atomically(self.state_file, self._state(state, step, reason, facts))
+                return
+            except OSError:
+                if self._overwrite_own_state(state, step, reason):
+                    return
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(_PATIENCE_SECONDS / 20)
+
+    def _state(self, state: State, step: int | None, reason: str, facts: dict[str, Any]) -> str:
         content = {
             "state": state,
             "step": step,
@@ -195,13 +224,42 @@ class RunFolder:
             "time": time.time(),
             **facts,
         }
-        write_atomically(self.state_file, json.dumps(content) + "\n")
+        return json.dumps(content) + "\n"
+
+    def _overwrite_own_state(self, state: State, step: int | None, reason: str) -> bool:
+        """Where the state is this run's, wherever the folder is now; returns whether it was done."""
+        folder = self.lock.folder()
+        if folder is None:
+            return False
+        content = self._state(state, step, reason[:_OVERWRITTEN_REASON], {})
+        try:
+            return overwrite(folder / self.state_file.name, content, only_if=self._is_own_state)
+        except OSError:
+            return False
+
+    def _is_own_state(self, content: bytes) -> bool:
+        try:
+            return parse_object(content, self.state_file, strict=False).get("run_id") == self.lock.run_id
+        except JsonError:
+            return False
+
+    def _holds_own_state(self) -> bool:
+        try:
+            return self._is_own_state(self.state_file.read_bytes())
+        except OSError:
+            return False
 
     def fail(self, reason: str, **facts: Any) -> None:
         """Record that the run failed; of a start that did not begin training only where no run was recorded before.
 
-        Raises `FencedError` as `RunLock.check` does.
+        Raises `FencedError` as `RunLock.check` does. Where no other run has written a state since this run lost the folder,
+        and where the folder was renamed, it is recorded all the same: nobody else would say that this run has ended.
         """
+        try:
+            self.lock.check()
+        except (FencedError, OSError):
+            self._overwrite_own_state("failed", None, reason)
+            raise
         recorded = read_state(self.state_file) or {}
         if recorded.get("run_id") == self.lock.run_id or not self.recipe_file.is_file():
             self.write_state("failed", step=None, reason=reason, **facts)
@@ -238,6 +296,23 @@ class RunFolder:
         aside = self.path / ASIDE.of(1 + max(numbers, default=0))
         aside.mkdir()
         return aside
+
+    def remove_incomplete(self) -> None:
+        """Remove the files that killed starts left half written; only what a start writes is its own to remove."""
+        files = (
+            self.lock.path,
+            self.state_file,
+            self.recipe_file,
+            self.metrics_file,
+            self.last_checkpoint_file,
+        )
+        for file in (*files, self.run_file):
+            remove_incomplete(self.path, file.name)
+        for folder, names in ((self.evaluation, "step-*"), (self.logs, "*"), (self.checkpoints, "*")):
+            remove_incomplete(folder, names)
+        for path in self.path.iterdir():
+            if _TEMPORARY_OF_0_1_0.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Give the lock back."""

@@ -132,8 +132,7 @@ class Watchdog:
 
     def _end(self, failure: Failure) -> None:
         if failure.stalled:
-            with contextlib.suppress(OSError), open(self._stacks(), "w", encoding="utf-8") as file:
-                faulthandler.dump_traceback(file)
+            write_stacks(self._stacks())
         self._answer()
         self._report_node(failure)
         self._tell(failure)
@@ -212,3 +211,15 @@ def _do_not_answer(ranks: list[int]) -> str:
     return (
         f"no answer of rank {', '.join(map(str, ranks))}: the process, or its node, is gone or stands still"
     )
+
+
+def write_stacks(path: Path) -> None:
+    """The stacks of this process's threads, into a file, or where that cannot be written to stderr."""
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            faulthandler.dump_traceback(file)  # it says of no write that it failed
+        if path.stat().st_size > 0:
+            return
+    except OSError:
+        pass
+    faulthandler.dump_traceback(sys.stderr)

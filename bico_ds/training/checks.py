@@ -10,6 +10,7 @@ import torch
 
 from bico_ds.attention.backends import resolve
 from bico_ds.attention.layout import LayoutPolicy
+from bico_ds.checkpoint.manifest import FoundCheckpoint
 from bico_ds.common.errors import UserError
 from bico_ds.config.resources import RECIPES
 from bico_ds.config.schema import Recipe
@@ -115,3 +116,19 @@ def check_backend(recipe: Recipe, device: torch.device) -> LayoutPolicy | None:
     except ValueError as error:
         raise UserError(f"model.attention_backend: {error}") from None
     return None if backend is None else backend.policy
+
+
+def refuse_fewer_steps(recipe: Recipe, steps: int, found: FoundCheckpoint) -> None:
+    """Raise `UserError` where a run of so many steps ends before the checkpoint that it would go on from."""
+    if steps >= found.step:
+        return
+    asked = (
+        f"training.steps: {steps:,} steps"
+        if recipe.training.steps is not None
+        else f"training.epochs: {recipe.training.epochs:g} epochs are {steps:,} steps, which"
+    )
+    raise UserError(
+        f"{asked} are fewer than the {found.step:,} of the checkpoint '{found.path}': ask for more to go "
+        "on, for as many to evaluate and export it, or name an earlier checkpoint (--resume RUN/checkpoints/step-N); "
+        "--resume none starts anew"
+    )

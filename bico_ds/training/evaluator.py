@@ -54,6 +54,9 @@ class Evaluator:
     on_progress: Callable[[], None]
     before: dict[str, dict[str, Any]] = field(default_factory=dict)
     _orders: dict[str, list[Order]] = field(default_factory=dict, init=False)
+    _unwritten: dict[int, tuple[str, str]] = field(
+        default_factory=dict, init=False
+    )  # by step: content, and why
 
     def is_due(self, step: int, total_steps: int) -> bool:
         """Whether the model is evaluated after so many steps; before the first one, on its texts alone."""
@@ -66,6 +69,7 @@ class Evaluator:
     def __call__(self, causal_lm: PreTrainedModel, step: int) -> EvaluationResult | None:
         """Run all tasks, and write evaluation/step-N.json on rank 0; of step 0 only the texts are measured. Collective.
 
+        A file that cannot be written is no error: `messages` says so, and the next evaluation tries again.
         Returns the same result on every rank, or None on all of them where any was asked to stop meanwhile. Raises
         `UserError` for a prompt that does not fit the model's context.
         """
@@ -77,10 +81,21 @@ class Evaluator:
             result = self._evaluate(model, step, synced=partitioned and not replicate)
         causal_lm.train(was_training)
         if result is not None and self.ranks.is_first:
-            path = self.folder.evaluation_file(step)
-            path.parent.mkdir(exist_ok=True)
-            write_atomically(path, json.dumps(result.to_json(), ensure_ascii=False, indent=1))
+            self._unwritten[step] = (json.dumps(result.to_json(), ensure_ascii=False, indent=1), "")
+            self._write()
         return result
+
+    def _write(self) -> None:
+        """The result files that are not written yet."""
+        for step, (content, _) in list(self._unwritten.items()):
+            path = self.folder.evaluation_file(step)
+            try:
+                path.parent.mkdir(exist_ok=True)
+                write_atomically(path, content)
+            except OSError as error:
+                self._unwritten[step] = (content, error.strerror or str(error))
+            else:
+                del self._unwritten[step]
 
     def _evaluate(self, model: PreTrainedModel, step: int, *, synced: bool) -> EvaluationResult | None:
         """Perplexities of texts, and after step 0 what the tasks give."""
@@ -164,7 +179,16 @@ class Evaluator:
         return replace(result, training_texts=scores)
 
     def messages(self, result: EvaluationResult, step: int, total_steps: int) -> Iterator[str]:
-        """What the console is told besides the scores: of texts always, of the rest at the first and the last result."""
+        """What the console is told besides the scores: of texts always, of the rest at the first and the last result.
+
+        Of a result that is on no disk rank 0 is told.
+        """
+        if step in self._unwritten:
+            path, why = self.folder.evaluation_file(step), self._unwritten[step][1]
+            yield (
+                f"WARNING: '{path}' cannot be written: {why}; training goes on, and the next evaluation, or a resume from "
+                "this step, writes it"
+            )
         for name, text in result.texts.items():
             times = "" if text["times"] is None else f", {text['times']:.2f} × the start"
             yield f"text {name}: perplexity {text['perplexity']:.2f}{times}"

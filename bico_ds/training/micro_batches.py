@@ -17,11 +17,18 @@ from bico_ds.training.run import Run
 _Culprit = tuple[float, int, list[list[int]]]
 
 
-def write_micro_batches(path: Path, batches: Sequence[PackedBatch], losses: Sequence[float]) -> None:
-    """Write micro-batches, each with the weighted sum of its losses, as JSON. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_micro_batches(path: Path, batches: Sequence[PackedBatch], losses: Sequence[float]) -> str:
+    """Write micro-batches, each with the weighted sum of its losses, as JSON; returns what to say of the file.
+
+    That it could not be written is no error: a message without it says more than none.
+    """
     content = [_content(batch, loss) for batch, loss in zip(batches, losses, strict=True)]
-    write_atomically(path, json.dumps(content))
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, json.dumps(content))
+    except OSError as error:
+        return f"not written to {path}: {error.strerror}"
+    return f"see {path}"
 
 
 def name_worst(step: int, batches: Sequence[PackedBatch], losses: Sequence[torch.Tensor], run: Run) -> str:
@@ -33,14 +40,10 @@ def name_worst(step: int, batches: Sequence[PackedBatch], losses: Sequence[torch
     worst = max(range(len(batches)), key=means.__getitem__)
     mine: _Culprit = (means[worst], run.ranks.rank, batches[worst].documents.tolist())
     loss, rank, documents = max(all_gather_objects(mine))
-    path, failure = run.folder.logs / f"spike-step-{step:06d}-rank-{rank}.json", None
+    path, where = run.folder.logs / f"spike-step-{step:06d}-rank-{rank}.json", None
     if rank == run.ranks.rank:
-        try:
-            write_micro_batches(path, [batches[worst]], [float(losses[worst])])
-        except OSError as error:  # a run goes on without this file
-            failure = error.strerror
-    failed = next(filter(None, all_gather_objects(failure)), None)
-    where = f"see {path}" if failed is None else f"not written to {path}: {failed}"
+        where = write_micro_batches(path, [batches[worst]], [float(losses[worst])])
+    where = next(filter(None, all_gather_objects(where)))
     return f"largest loss {loss:.3g}, rank {rank}: documents (source, id, piece) {few(documents)}, {where}"
 
 

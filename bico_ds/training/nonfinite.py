@@ -34,9 +34,9 @@ def stop(step: int, batches: Sequence[PackedBatch], losses: Sequence[torch.Tenso
     mine = None
     if bad:
         path = folder.logs / f"nonfinite-step-{step + 1:06d}-rank-{ranks.rank}.json"
-        write_micro_batches(path, [batches[i] for i in bad], [values[i] for i in bad])
+        where = write_micro_batches(path, [batches[i] for i in bad], [values[i] for i in bad])
         documents = [document for i in bad for document in batches[i].documents.tolist()]
-        mine = f"rank {ranks.rank}: documents (source, id, piece) {few(documents)}, see {path}"
+        mine = f"rank {ranks.rank}: documents (source, id, piece) {few(documents)}, {where}"
     lines = [line for line in all_gather_objects(mine) if line is not None]
     if not lines:
         raise NonFiniteError(

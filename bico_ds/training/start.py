@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from bico_ds.checkpoint import record
 from bico_ds.checkpoint.checkpointer import Checkpointer
@@ -29,7 +31,7 @@ from bico_ds.checkpoint.resume import (
     state_layout,
 )
 from bico_ds.common.errors import RunError, UserError
-from bico_ds.common.files import atomic_folder
+from bico_ds.common.files import DISK_ERRORS, atomic_folder
 from bico_ds.config.schema import Recipe
 from bico_ds.data.exported_tokenizer import ExportedTokenizer, save_tokenizer
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
@@ -57,7 +59,13 @@ from bico_ds.training.callbacks.planned import PlannedBesideMeasured
 from bico_ds.training.callbacks.slowest import SlowestRank
 from bico_ds.training.callbacks.utilization import Utilization
 from bico_ds.training.callbacks.work import ObjectiveWork
-from bico_ds.training.checks import beyond_context, check_backend, check_recipe, what_may_be_lost
+from bico_ds.training.checks import (
+    beyond_context,
+    check_backend,
+    check_recipe,
+    refuse_fewer_steps,
+    what_may_be_lost,
+)
 from bico_ds.training.evaluator import Evaluator, refuse_above_limit, texts_before
 from bico_ds.training.fit import refuse_what_cannot_fit
 from bico_ds.training.planning import StartPlan, plan_of_start
@@ -65,6 +73,8 @@ from bico_ds.training.run import Run
 from bico_ds.training.spikes import SpikeDetector
 from bico_ds.training.targetless import TargetlessSteps
 from bico_ds.training.trainer import Trainer
+
+_logger = logging.getLogger(__name__)
 
 
 def train(recipe: Recipe, *, output_dir: Path | None, resume: str, stop: StopFlag) -> State:
@@ -87,13 +97,14 @@ def train(recipe: Recipe, *, output_dir: Path | None, resume: str, stop: StopFla
     if ranks.local_rank == 0:
         deepspeed_ops.release_abandoned_locks()
     watchdog = Watchdog(store, ranks, run.folder, minutes=recipe.distributed.watchdog_minutes)
-    run.folder.lock.on_lost = lambda: watchdog.abandon(f"{run.folder.path} was taken over by another run")
+    run.folder.lock.on_lost = lambda: watchdog.abandon(run.folder.lock.loss())
     try:
         distributed.join(ranks, store, timeout_minutes=timeout_minutes)
         resumption, run.folder.lock.run_id = distributed.broadcast_object(
             (chosen[0], run.folder.lock.run_id) if chosen else None
         )
-        state = _train_on_all_ranks(run, resume, resumption, watchdog)
+        with _disk_failures_told(run.folder):
+            state = _train_on_all_ranks(run, resume, resumption, watchdog)
     except BaseException as error:
         cause = watchdog.report(error)
         if ranks.is_first:
@@ -131,7 +142,7 @@ def _prepare(run: Run, resume: str, processes: RankProcesses) -> Resumption | No
         if resume == "auto":
             record.refuse_lost(run.folder)
         run.folder.check_writable(begins_anew=begins_anew(run.folder, resume))
-        with run.stop.interrupting():
+        with run.stop.interrupting(), _disk_failures_told(run.folder):
             distributed.await_all(
                 processes,
                 world_size=run.ranks.world_size,
@@ -155,6 +166,21 @@ def _prepare(run: Run, resume: str, processes: RankProcesses) -> Resumption | No
         raise
 
 
+@contextlib.contextmanager
+def _disk_failures_told(folder: RunFolder) -> Iterator[None]:
+    """A full or broken disk is no bug of this program: a `RunError` says what could not be done."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = f" '{error.filename}'" if error.filename else ""
+        raise RunError(
+            f"cannot write{where}: {error.strerror} (run folder '{folder.path}'); put that right and give the same command "
+            "again: it goes on from the last checkpoint"
+        ) from error
+
+
 def _layout(run: Run) -> StateLayout:
     return state_layout(run.recipe, run.ds_config, run.ranks.world_size)
 
@@ -162,11 +188,16 @@ def _layout(run: Run) -> StateLayout:
 def _give_up(folder: RunFolder, error: BaseException, watchdog: Watchdog | None = None) -> None:
     """Record why the run failed: at once, and then with what the nodes tell, which takes longer."""
     reason = f"{type(error).__name__}: {error}"
-    with contextlib.suppress(OSError, FencedError):
+    try:
         folder.fail(reason)
         if watchdog is not None and watchdog.cause is not None:
             folder.fail(reason, **watchdog.facts(watchdog.cause))
-    folder.close()
+    except FencedError:
+        pass
+    except OSError as failure:
+        _logger.warning("WARNING: '%s' does not say so: %s", folder.state_file, failure.strerror)
+    with contextlib.suppress(OSError):
+        folder.close()
 
 
 def _train_on_all_ranks(run: Run, resume: str, resumption: Resumption | None, watchdog: Watchdog) -> State:
@@ -175,11 +206,14 @@ def _train_on_all_ranks(run: Run, resume: str, resumption: Resumption | None, wa
     saved = resumption.found.content["state"] if resumption else {}
     before = texts_before(inputs, saved) if resumption else {}
     loader = assembly.build_loader(run.recipe, inputs, _rank_share(run), state=saved.get("loader"))
+    steps = assembly.total_steps(run.recipe, loader)
+    if resumption is not None:
+        refuse_fewer_steps(run.recipe, steps, resumption.found)
     # While the other ranks wait for what rank 0 finds of the targets.
     planned = plan_of_start(run, loader) if run.ranks.is_first else None
     warnings = _check_targets(run, loader)
     trainer = _build_trainer(
-        run, inputs, loader, resumption, _evaluator(run, inputs, watchdog, before), watchdog, planned
+        run, inputs, loader, resumption, _evaluator(run, inputs, watchdog, before), watchdog, planned, steps
     )
     if run.ranks.is_first:
         warnings += assembly.export_warnings(inputs, trainer.engine.module.config)
@@ -235,10 +269,10 @@ def _build_trainer(
     evaluator: Evaluator,
     watchdog: Watchdog,
     planned: StartPlan | None,
+    steps: int,
 ) -> Trainer:
-    """The trainer with its engine, in the state that is resumed from."""
+    """The trainer with its engine, in the state that is resumed from, for `steps` steps in all."""
     recipe = run.recipe
-    steps = assembly.total_steps(recipe, loader)
     check_schedule(recipe.schedule, steps)
     refuse_what_cannot_fit(run, loader)
     engine = build_engine(run, inputs, steps, is_universal=resumption is not None and resumption.is_universal)
@@ -268,7 +302,9 @@ def _callbacks(run: Run, engine: Engine, spikes: SpikeDetector, planned: StartPl
     work = ObjectiveWork(plan, run.folder, console)
     utilization = Utilization.planned(plan) if plan is not None else None
     slowest = SlowestRank(run.ranks, run.folder, console) if run.ranks.world_size > 1 else None
-    monitor = StepMonitor(run.recipe.monitor, run.folder, engine.monitor, utilization, work, slowest)
+    monitor = StepMonitor(
+        run.recipe.monitor, run.folder, engine.monitor, utilization, work, slowest, tell=console.on_message
+    )
     callbacks: list[Callback] = [work, console, monitor, spikes]
     if slowest is not None:
         callbacks.append(slowest)
@@ -311,6 +347,7 @@ def _take_over(run: Run, resume: str, resumption: Resumption | None, tokenizer: 
     The state is written first: a crash must not leave a run in the state `done` without its checkpoints.
     """
     run.folder.write_state("running", step=resumption.step if resumption else 0)
+    run.folder.remove_incomplete()
     set_aside(run.folder, resume, resumption)
     if resumption is not None:
         record.write(run.folder, resumption.found.path, resumption.step)
@@ -330,15 +367,26 @@ def _train_and_export(trainer: Trainer, start: RunStart, tokenizer: ExportedToke
         trainer.loader.close()
     run.stop.finish()
     if state == "done" and run.recipe.checkpoint.export:
-        model = trainer.engine.module
-        export_model(model, tokenizer, run.folder.export, dtype=run.recipe.model.dtype, overwrite=True)
-        stops = id_list(model.causal_lm.generation_config.eos_token_id)
-        callbacks.on_message(f"exported to {run.folder.export}: {tokenizer.describe(stops)}")
+        callbacks.on_message(_export(trainer, tokenizer))
     callbacks.on_end(trainer.step, state)
     reasons = distributed.all_gather_objects(run.stop.reason if state == "preempted" else "")
     if run.ranks.is_first:
         run.folder.write_state(state, step=trainer.step, reason=next(filter(None, reasons), ""))
     return state
+
+
+def _export(trainer: Trainer, tokenizer: ExportedTokenizer) -> str:
+    """Write the run's export, and return what to say of it. Collective."""
+    run, model = trainer.run, trainer.engine.module
+    try:
+        export_model(model, tokenizer, run.folder.export, dtype=run.recipe.model.dtype, overwrite=True)
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"the model was not exported to '{run.folder.export}': {error}. Step {trainer.step:,} is saved: the same "
+            f"command exports it once that is put right, as bico-ds export {run.folder.path} FOLDER does"
+        ) from error
+    stops = id_list(model.causal_lm.generation_config.eos_token_id)
+    return f"exported to {run.folder.export}: {tokenizer.describe(stops)}"
 
 
 def _log_to_console(ranks: Ranks) -> None:

@@ -6,7 +6,6 @@ import errno
 import hashlib
 import os
 import random
-import resource
 import stat
 import subprocess
 import sys
@@ -22,12 +21,14 @@ from bico_ds.common.files import (
     atomic_folder,
     checksum,
     incomplete_folder,
+    overwrite,
     publish_folder,
     recover_folder,
     remove_incomplete,
     write_atomically,
 )
 from tests import ROOT
+from tests.full_disk import files_limited_to
 
 SIZE = 300_000
 WRITES_FILES = f"""
@@ -63,17 +64,6 @@ def writing(program: str, path: Path) -> Iterator[subprocess.Popen[bytes]]:
     finally:
         process.kill()
         process.wait()
-
-
-@contextmanager
-def files_limited_to(size: int) -> Iterator[None]:
-    """Any write beyond `size` bytes of a file fails, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def is_one_version(content: str) -> bool:
@@ -242,3 +232,41 @@ def test_checksums_are_those_of_the_standard_library(tmp_path):
     write_atomically(tmp_path / "file", content)
     assert checksum(tmp_path / "file", "sha256") == hashlib.sha256(content).hexdigest()
     assert checksum(tmp_path / "file", "blake2b") == hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def test_a_file_is_overwritten_in_its_place_as_long_as_it_is_the_same_file(tmp_path):
+    path = tmp_path / "state"
+    path.write_text("a long content\n")
+    place = path.stat().st_ino
+    assert overwrite(path, "short\n", only_if=lambda old: old == b"a long content\n")
+    assert path.read_text() == "short         \n"
+    assert overwrite(path, "a content that is longer than before\n", only_if=lambda old: True)
+    assert path.read_text() == "a content that is longer than before\n"
+    assert not overwrite(path, "nothing\n", only_if=lambda old: False)
+
+    def replaced_meanwhile(old: bytes) -> bool:
+        write_atomically(path, "another's\n")
+        return True
+
+    overwrite(path, "ours\n", only_if=replaced_meanwhile)
+    assert path.read_text() == "another's\n"
+    assert path.stat().st_ino != place
+
+
+def test_where_there_is_no_room_to_overwrite_a_file_its_old_content_stays(tmp_path):
+    path = tmp_path / "state"
+    path.write_text("old\n")
+    with files_limited_to(10), pytest.raises(OSError, match="No space left|File too large"):
+        overwrite(path, "longer than there is room\n", only_if=lambda old: True)
+    assert path.read_text() == "old\n"
+
+
+def test_incomplete_files_of_killed_writers_are_removed_as_folders_are(tmp_path):
+    left = tmp_path / ".state.json.0123456789ab.incomplete"
+    for other in (left, tmp_path / ".export.0123456789ab.incomplete", tmp_path / ".state.json.mine"):
+        other.write_text("half")
+    remove_incomplete(tmp_path, "state.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".export.0123456789ab.incomplete",
+        ".state.json.mine",
+    ]

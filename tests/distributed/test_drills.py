@@ -187,6 +187,7 @@ def test_a_full_disk(tmp_path, report, choice):
         assert not list(run.glob("checkpoints/.step-*.incomplete"))
         reached = last_step(run)
         assert reached == (20 if choice == "continue" else complete + EVERY)
+        assert state(run)["state"] == "failed", "no room for a new file, and it must not stay at running"
     finally:
         subprocess.run(["umount", str(folder)], check=True)
     report(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,10 +17,11 @@ from pathlib import Path
 import pytest
 
 from bico_ds.common.errors import UserError
-from bico_ds.runtime import lock
+from bico_ds.runtime import lock, run_folder
 from bico_ds.runtime.lock import FencedError, living_locks, read_lock
-from bico_ds.runtime.run_folder import RunFolder
+from bico_ds.runtime.run_folder import RunFolder, read_state
 from tests import ROOT
+from tests.full_disk import room_for_no_new_file
 
 HEARTBEAT = 0.2
 # Holds the lock of argv[1] as another machine would, its clock argv[2] seconds from ours; with a third argument the
@@ -27,7 +29,7 @@ HEARTBEAT = 0.2
 HOLDER = f"""
 import os, socket, sys, time
 from pathlib import Path
-from bico_ds.runtime import lock
+from bico_ds.runtime import lock, run_folder
 path, skew, stamps = Path(sys.argv[1]), float(sys.argv[2]), len(sys.argv) > 3
 socket.gethostname = lambda: "another-machine"
 right_time = time.time
@@ -199,3 +201,148 @@ def test_many_locks_in_doubt_are_watched_together_and_old_ones_not_at_all(tmp_pa
     assert watched == [(50, 1.5 * HEARTBEAT)]
     assert living_locks(old, on_watch=note) == {}
     assert len(watched) == 1, "what is known at once is not watched"
+
+
+def running(path: Path) -> RunFolder:
+    """A run that has begun, and calls what it was told when it lost the folder."""
+    folder = RunFolder(path)
+    folder.open()
+    folder.write_state("running", step=3)
+    folder.recipe_file.write_text("of this run")
+    return folder
+
+
+def lost(folder: RunFolder) -> str:
+    """What a run that lost its folder says; it records its failure and gives the folder back, as a start does."""
+    with pytest.raises(FencedError) as error:
+        folder.lock.check()
+    with pytest.raises(FencedError):
+        folder.fail(str(error.value))
+    folder.close()
+    return str(error.value)
+
+
+def test_a_lost_lock_says_whose_the_folder_is_and_no_state_stays_at_running(tmp_path):
+    old = running(tmp_path)
+    content = json.loads(old.lock.path.read_text())
+    content |= {"run_id": "theirs", "host": "node-7", "pid": 4321, "job": "99"}
+    old.lock.path.write_text(json.dumps(content))
+    assert "lost the folder to run theirs (process 4321 on node-7, job 99)" in lost(old)
+    state = read_state(old.state_file)
+    assert (state["state"], state["run_id"]) == ("failed", old.lock.run_id)  # type: ignore[index]
+    assert "node-7" in state["reason"]  # type: ignore[index]
+    assert read_lock(old.lock.path).run_id == "theirs"  # type: ignore[union-attr]
+
+
+def test_the_state_of_the_run_that_took_the_folder_over_is_left_alone(tmp_path):
+    old, new = running(tmp_path), RunFolder(tmp_path)
+    new.lock.write_heartbeat()
+    new.write_state("running", step=4)
+    before = new.state_file.read_bytes()
+    assert f"lost the folder to run {new.lock.run_id}" in lost(old)
+    assert new.state_file.read_bytes() == before
+    new.lock.check()
+
+
+@pytest.mark.parametrize(
+    "spoil", [Path.unlink, lambda path: path.write_text("{")], ids=["removed", "damaged"]
+)
+def test_a_lock_file_that_nobody_else_took_is_written_again(tmp_path, spoil):
+    folder, told = running(tmp_path), []
+    folder.lock.on_lost = lambda: told.append(True)
+    spoil(folder.lock.path)
+    folder.lock.check()
+    spoil(folder.lock.path)
+    time.sleep(3 * HEARTBEAT)  # by its heartbeat, too
+    assert read_lock(folder.lock.path).run_id == folder.lock.run_id  # type: ignore[union-attr]
+    assert not told
+    folder.close()
+    assert not folder.lock.path.exists()
+
+
+def test_a_lock_that_is_gone_after_another_run_was_there_is_not_taken_again(tmp_path):
+    """This one was cut off, the other took the folder over, ended, and gave the lock back."""
+    old, new = running(tmp_path), RunFolder(tmp_path)
+    new.lock.write_heartbeat()
+    new.write_state("done", step=9)
+    new.lock.path.unlink()
+    assert "was removed, and the state there is not this run's" in lost(old)
+    assert read_state(old.state_file)["state"] == "done"  # type: ignore[index]
+
+
+@pytest.mark.parametrize("begun_anew", [False, True])
+def test_a_run_whose_folder_was_renamed_names_the_new_one_and_ends_there(tmp_path, begun_anew):
+    old = running(tmp_path / "run")
+    lost_by: list[str] = []
+    old.lock.on_lost = lambda: lost_by.append(old.lock.loss())
+    renamed = RunFolder(old.path.rename(tmp_path / "a new name"))
+    if begun_anew:
+        new = running(tmp_path / "run")
+    time.sleep(3 * HEARTBEAT)
+    assert f"was renamed to '{renamed.path}'" in lost_by[0]
+    assert f"--output-dir '{renamed.path}'" in lost(old)
+    assert read_state(renamed.state_file)["state"] == "failed"  # type: ignore[index]
+    assert not renamed.lock.path.exists()
+    assert old.path.exists() == begun_anew
+    if begun_anew:
+        assert read_state(new.state_file)["state"] == "running"  # type: ignore[index]
+        new.lock.check()
+        new.close()
+
+
+def test_a_run_whose_folder_was_removed_says_so_and_does_not_bring_it_back(tmp_path):
+    folder = running(tmp_path / "run")
+    shutil.rmtree(folder.path)
+    assert f"'{folder.path}' was removed" in lost(folder)
+    assert not folder.path.exists()
+
+
+def test_on_a_full_disk_the_lock_keeps_beating_and_the_last_state_is_written():
+    with tempfile.TemporaryDirectory() as root:
+        os.chmod(root, 0o755)
+        folder = running(Path(root) / "run")
+        with room_for_no_new_file(folder.path):
+            with pytest.raises(PermissionError):
+                (folder.path / "file").touch()
+            before = read_lock(folder.lock.path)
+            time.sleep(3 * HEARTBEAT)
+            assert read_lock(folder.lock.path) not in (None, before)
+            for state in ("preempted", "done"):
+                folder.write_state(state, step=9)
+                assert read_state(folder.state_file)["state"] == state  # type: ignore[index]
+            folder.fail("a reason that is longer than there was room for in the old state " * 20)
+            assert read_state(folder.state_file)["state"] == "failed"  # type: ignore[index]
+        folder.close()
+
+
+def test_on_a_full_disk_the_state_of_an_earlier_run_is_not_overwritten(monkeypatch):
+    monkeypatch.setattr(run_folder, "_PATIENCE_SECONDS", 0.1)
+    with tempfile.TemporaryDirectory() as root:
+        os.chmod(root, 0o755)
+        earlier = running(Path(root) / "run")
+        earlier.write_state("done", step=9)
+        earlier.close()
+        folder = RunFolder(earlier.path)
+        folder.open()
+        before = folder.state_file.read_bytes()
+        with room_for_no_new_file(folder.path), pytest.raises(PermissionError):
+            folder.write_state("running", step=0)
+        assert folder.state_file.read_bytes() == before
+        folder.close()
+
+
+def test_a_start_removes_what_killed_writers_left_and_nothing_else(tmp_path):
+    folder = running(tmp_path)
+    left = [
+        ".state.json.0123456789ab.incomplete", ".state.json.4711", ".recipe.yaml.4711.140001",
+        "evaluation/.step-000002.json.0123456789ab.incomplete", "logs/.spike.json.0123456789ab.incomplete",
+        "checkpoints/.step-000002.0123456789ab.incomplete", "checkpoints/.latest.0123456789ab.incomplete",
+    ]  # fmt: skip
+    others = [".export.0123456789ab.incomplete", ".mine", "logs/.mine", "evaluation/step-000002.json"]
+    for name in (*left, *others):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("half")
+    folder.remove_incomplete()
+    assert not [name for name in left if (tmp_path / name).exists()]
+    assert all((tmp_path / name).exists() for name in others)
+    folder.close()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +13,7 @@ from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
 from bico_ds.runtime import lock
 from bico_ds.runtime.run_folder import RunFolder, read_state
+from tests.full_disk import room_for_no_new_file
 
 
 @pytest.fixture(autouse=True)
@@ -188,3 +192,19 @@ def test_secrets_of_the_command_line_are_not_recorded(tmp_path, recipe, monkeypa
     recorded = (tmp_path / "run.json").read_text()
     assert "abc123" not in recorded
     assert "model.tokenizer=a" in recorded
+
+
+def test_metrics_without_permission_are_refused_before_the_training():
+    with tempfile.TemporaryDirectory() as root:
+        os.chmod(root, 0o755)
+        folder = RunFolder(Path(root))
+        folder.open()
+        folder.metrics_file.write_text("{}\n")
+        folder.metrics_file.chmod(0o400)
+        with room_for_no_new_file(folder.path):
+            with pytest.raises(
+                UserError, match=r"cannot read and write '.*metrics\.jsonl': Permission denied"
+            ):
+                folder.check_writable()
+            folder.check_writable(begins_anew=True)
+        folder.close()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from bico_ds.runtime import watchdog
 from bico_ds.runtime.launch_environment import free_port
 from bico_ds.runtime.run_folder import RunFolder, read_state
 
@@ -149,3 +151,12 @@ def test_a_watchdog_in_the_store_at_the_very_end_aborts_no_failing_rank(tmp_path
     codes = [line.split() for line in messages.splitlines() if re.fullmatch(r"(-?\d+ ?)+", line)]
     assert codes == [["2"] * 6, ["2"] * 6, ["1"] * 6], messages
     assert "terminate called" not in messages and "Fatal Python error" not in messages
+
+
+def test_stacks_that_have_no_room_on_disk_go_to_stderr(tmp_path, capfd):
+    watchdog.write_stacks(tmp_path / "stacks.txt")
+    assert "test_stacks_that_have_no_room" in (tmp_path / "stacks.txt").read_text()
+    assert capfd.readouterr().err == ""
+    for path in (Path("/dev/full"), tmp_path / "no folder" / "stacks.txt"):
+        watchdog.write_stacks(path)
+        assert "test_stacks_that_have_no_room" in capfd.readouterr().err

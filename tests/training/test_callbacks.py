@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from bico_ds.training.callbacks.base import Callback, Callbacks, FirstRankCallba
 from bico_ds.training.callbacks.console import ConsoleProgress
 from bico_ds.training.callbacks.monitor import StepMonitor, charts, keep_lines_until
 from bico_ds.training.callbacks.utilization import Utilization
+from tests.full_disk import files_limited_to
 
 
 def report(step: int, **values) -> StepReport:
@@ -287,3 +290,123 @@ def test_every_rank_calls_every_callback_but_those_of_the_first_rank_alone(is_fi
     assert everywhere.calls == ["hello", "step 3"]
     assert first_only.calls == (everywhere.calls if is_first else [])
     assert callbacks.state() == {"calls": 2}
+
+
+class Watched:
+    """A monitor of a run with TensorBoard and CSV, whose messages are kept."""
+
+    def __init__(self, folder: RunFolder, *, first_step: int = 0, **writers) -> None:
+        recipe = load_recipe("tiny_bico", ["monitor.every_steps=1"])
+        self.folder, self.told, self.name = folder, [], recipe.name
+        engine_s = SimpleNamespace(enabled=True, csv_monitor=object(), wandb_monitor=None, **writers)
+        engine_s.write_events = lambda events: [
+            writer.write_events(events) for writer in (engine_s.wandb_monitor, engine_s.csv_monitor) if writer
+        ]
+        self.monitor = StepMonitor(recipe.monitor, folder, engine_s, tell=self.told.append)
+        self.engine_s = engine_s
+        self.start = RunStart(recipe=recipe, first_step=first_step, total_steps=9, summary={})
+
+    def steps(self, *numbers: int) -> None:
+        for number in numbers:
+            self.monitor.on_step(report(number))
+
+    def lines(self) -> list[int]:
+        return [json.loads(line)["step"] for line in self.folder.metrics_file.read_text().splitlines()]
+
+    def events(self) -> list[int]:
+        events = EventAccumulator(str(self.folder.tensorboard)).Reload()
+        return [event.step for event in events.Scalars("loss/all")]
+
+    def csv(self) -> list[str]:
+        return (self.folder.csv / self.name / "loss_all.csv").read_text().splitlines()
+
+
+def test_a_disk_that_is_full_for_a_while_ends_no_run_and_costs_no_number(folder, capfd):
+    run = Watched(folder)
+    run.monitor.on_start(run.start)
+    run.steps(1, 2)
+    with files_limited_to(0):
+        run.steps(3, 4, 5)
+    assert run.lines() == [1, 2]
+    whats = ("csv", "metrics.jsonl", "TensorBoard's file")
+    assert sorted(run.told, key=str.casefold) == [
+        f"WARNING: {what} cannot be written: File too large; training goes on, and tries again"
+        for what in whats
+    ]
+    run.told.clear()
+    run.steps(6)
+    assert sorted(run.told, key=str.casefold) == [f"{what}: written again" for what in whats]
+    run.monitor.on_end(6, "done")
+    assert run.lines() == run.events() == [1, 2, 3, 4, 5, 6]
+    assert run.csv() == ["step,all", *(f"{step},1.0" for step in range(1, 7))]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_run_that_ends_on_a_full_disk_says_what_its_files_lack(folder):
+    run = Watched(folder)
+    run.monitor.on_start(run.start)
+    run.steps(1)
+    with files_limited_to(0):
+        run.steps(2, 3)
+        run.monitor.on_end(3, "done")
+    assert f"WARNING: {folder.metrics_file} lacks 2 records, which could not be written" in run.told
+    assert run.lines() == run.events() == [1]
+
+
+def test_metrics_that_somebody_removes_or_blocks_in_the_run_end_no_run(folder):
+    run = Watched(folder)
+    run.monitor.on_start(run.start)
+    run.steps(1, 2)
+    shutil.rmtree(folder.tensorboard)
+    shutil.rmtree(folder.csv)
+    folder.metrics_file.unlink()
+    run.steps(3)
+    assert run.told == []
+    assert (run.lines(), run.events(), run.csv()) == ([3], [3], ["step,all", "3,1.0"])
+    accumulated = EventAccumulator(str(folder.tensorboard)).Reload()
+    assert "custom_scalars__config__" in accumulated.Tags()["tensors"]
+    for path in (folder.tensorboard, folder.csv):
+        shutil.rmtree(path)
+        path.write_text("a file")
+    folder.metrics_file.unlink()
+    folder.metrics_file.mkdir()
+    run.steps(4)
+    assert len(run.told) == 3
+    for path in (folder.tensorboard, folder.csv):
+        path.unlink()
+    folder.metrics_file.rmdir()
+    run.steps(5)
+    run.monitor.on_end(5, "done")
+    assert run.lines() == run.events() == [4, 5]
+
+
+def test_metrics_that_are_no_text_are_dropped_at_a_resume(folder):
+    line = b'{"step": 1, "kind": "train"}\n'
+    noise = np.random.default_rng().integers(0, 256, 3000, dtype=np.uint8).tobytes()
+    folder.metrics_file.write_bytes(line + noise + b"\n" + b"[" * 100_000 + b"\n")
+    run = Watched(folder, first_step=1)
+    run.monitor.on_start(run.start)
+    run.steps(2)
+    assert run.lines() == [1, 2]
+
+
+def test_a_failing_wandb_ends_no_run(folder):
+    class NoNetwork:
+        def write_events(self, event_list):
+            raise RuntimeError("api.wandb.ai is not reached")
+
+    run = Watched(folder)
+    run.engine_s.wandb_monitor = NoNetwork()
+    run.monitor.on_start(run.start)
+    run.steps(1, 2)
+    assert run.told == [
+        "WARNING: W&B cannot be written: api.wandb.ai is not reached; training goes on, and tries again"
+    ]
+    assert run.csv() == ["step,all", "1,1.0", "2,1.0"]
+
+
+def test_a_number_that_json_does_not_have_is_left_out_of_metrics(folder):
+    run = Watched(folder)
+    run.monitor.on_start(run.start)
+    run.monitor.on_numbers(3, "evaluation", {"texts/a/perplexity": float("inf"), "b": float("nan"), "c": 1.0})
+    assert json.loads(folder.metrics_file.read_text()) == {"step": 3, "kind": "evaluation", "c": 1.0}

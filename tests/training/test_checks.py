@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from bico_ds.checkpoint.manifest import FoundCheckpoint
 from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
-from bico_ds.training.checks import check_recipe
+from bico_ds.training.checks import check_recipe, refuse_fewer_steps
 
 
 def check(tmp_path, *overrides: str) -> None:
@@ -43,3 +46,18 @@ def test_what_needs_the_model_s_shape_is_refused_before_the_data(tmp_path, monke
 
 def test_adapters_as_large_as_the_matrix_are_accepted(tmp_path):
     check(tmp_path, "model.lora={rank: 128}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["training.steps=5"], "training.steps: 5 steps are fewer than the 8 of the checkpoint 'step-000008'"),
+        (["training.steps=null", "training.epochs=0.5"], "training.epochs: 0.5 epochs are 5 steps, which are fewer"),
+    ],
+)  # fmt: skip
+def test_a_run_that_would_end_before_its_checkpoint_is_refused_with_both_numbers(overrides, says):
+    found = FoundCheckpoint(Path("step-000008"), {"step": 8}, 0)
+    recipe = load_recipe("tiny_base", overrides)
+    with pytest.raises(UserError, match=says):
+        refuse_fewer_steps(recipe, 5, found)
+    refuse_fewer_steps(recipe, 8, found)

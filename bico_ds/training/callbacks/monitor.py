@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import custom_scalars, text
 
+from bico_ds.common.appended_file import AppendedFile
 from bico_ds.common.files import write_atomically
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.objectives.table import objective_names
@@ -18,6 +21,9 @@ from bico_ds.config.schema import MonitorSpec, Recipe
 from bico_ds.model.deepspeed_engine import EventWriter
 from bico_ds.runtime.run_folder import RunFolder, split_metrics
 from bico_ds.training.callbacks.base import FirstRankCallback, RunStart, StepReport
+from bico_ds.training.callbacks.best_effort import BestEffort
+from bico_ds.training.callbacks.deepspeed_monitor import bear_failures
+from bico_ds.training.callbacks.event_file import EventFile
 from bico_ds.training.callbacks.slowest import SlowestRank
 from bico_ds.training.callbacks.utilization import TAG as MFU
 from bico_ds.training.callbacks.utilization import Utilization
@@ -27,6 +33,7 @@ from bico_ds.training.callbacks.work import SHARE, SHARED, ObjectiveWork
 class StepMonitor(FirstRankCallback):
     """Every `every_steps` steps, writes what `_summarize` makes of the steps since the last time; other numbers at once.
 
+    What cannot be written does not end the run: it waits until it can be, and `tell` gets a line of both.
     `utilization`: None where no peak of the devices is known; then there is no MFU. `work`: adds up what was done, and gets
     each step before this callback does. `slowest`: None of a single rank.
     """
@@ -39,28 +46,39 @@ class StepMonitor(FirstRankCallback):
         utilization: Utilization | None = None,
         work: ObjectiveWork | None = None,
         slowest: SlowestRank | None = None,
+        tell: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._spec, self._utilization, self._work = spec, utilization, work
         self._slowest = slowest
         self._folder = folder
         self._deepspeed_monitor = deepspeed_monitor
         self._pending: list[StepReport] = []
+        self._effort, self._tell = BestEffort(tell), tell
+        self._metrics = AppendedFile(folder.metrics_file, root=folder.path)
+        self._is_cut = False  # metrics.jsonl: before the first line of this start
+        self._events: EventFile | None = None
 
     def on_start(self, start: RunStart) -> None:
         first = start.first_step
         self._pending = [StepReport(**report) for report in start.saved.get("unwritten_steps", [])]
-        keep_lines_until(self._folder.metrics_file, first)
-        self._metrics = open(self._folder.metrics_file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-        # DeepSpeed's engine made the folder, but an earlier run's files may have been set aside since.
-        if self._spec.csv:
-            (self._folder.csv / start.recipe.name).mkdir(parents=True, exist_ok=True)
-        self._writer = None
+        self._first_step = first
+        if self._deepspeed_monitor is not None and self._deepspeed_monitor.enabled:
+            csv = self._folder.csv / start.recipe.name
+            bear_failures(self._deepspeed_monitor, csv, root=self._folder.path, effort=self._effort)
         if self._spec.tensorboard:
-            # Hide the steps that an earlier start wrote after the checkpoint resumed from (without one: all).
-            self._writer = SummaryWriter(str(self._folder.tensorboard), purge_step=first + 1)
-            self._writer.add_custom_scalars(charts(start.recipe))
-            self._writer.add_text("recipe", f"```yaml\n{dump_recipe(start.recipe)}```", first)
-            self._writer.add_text("summary", f"```json\n{json.dumps(start.summary, indent=1)}\n```", first)
+            self._events = EventFile(
+                self._folder.tensorboard,
+                root=self._folder.path,
+                # Hide the steps that an earlier start wrote after the checkpoint resumed from (without one: all).
+                first_step=first + 1,
+                first=[
+                    custom_scalars(charts(start.recipe)),
+                    text("recipe", f"```yaml\n{dump_recipe(start.recipe)}```"),
+                    text("summary", f"```json\n{json.dumps(start.summary, indent=1)}\n```"),
+                ],
+            )
+            self._events.add([], first)
+        self._write_waiting()
 
     def on_step(self, report: StepReport) -> None:
         self._pending.append(report)
@@ -70,17 +88,17 @@ class StepMonitor(FirstRankCallback):
     def on_numbers(self, step: int, kind: str, numbers: dict[str, float]) -> None:
         # An evaluation may lie between two lines of steps, and is one of the work done by then.
         done = self._work.numbers() if kind == "evaluation" and self._work is not None else {}
-        self._write_line(step, kind, numbers | done)
-        self._write_events(step, numbers)
+        self._write(step, kind, numbers | done, charted=numbers)
 
     def on_message(self, text: str) -> None: ...
 
     def on_end(self, step: int, state: str) -> None:
         if self._pending and state == "done":  # else the checkpoint keeps them
             self._write_pending()
-        self._metrics.close()
-        if self._writer is not None:
-            self._writer.close()
+        self._write_waiting()
+        for file in (self._metrics, *([self._events.file] if self._events is not None else [])):
+            if file.missing:
+                self._tell(f"WARNING: {file.path} lacks {file.missing:,} records, which could not be written")
 
     def state(self) -> dict[str, Any]:
         return {"unwritten_steps": [asdict(report) for report in self._pending]}
@@ -94,30 +112,41 @@ class StepMonitor(FirstRankCallback):
         if self._slowest is not None:
             numbers |= self._slowest.of(self._pending)
         step = self._pending[-1].step
-        self._write_line(step, "train", numbers)
-        self._write_events(step, numbers)
+        self._write(step, "train", numbers, charted=numbers)
         self._pending.clear()
 
-    def _write_line(self, step: int, kind: str, numbers: dict[str, float]) -> None:
-        self._metrics.write(json.dumps({"step": step, "kind": kind, **numbers}, allow_nan=False) + "\n")
-
-    def _write_events(self, step: int, numbers: dict[str, float]) -> None:
-        if self._writer is not None:
-            for tag, value in numbers.items():
-                self._add_scalar(self._writer, tag, value, step)
-            self._writer.flush()
+    def _write(self, step: int, kind: str, numbers: dict[str, float], *, charted: dict[str, float]) -> None:
+        # JSON has no NaN and no infinity; a perplexity may be either.
+        known = {tag: value for tag, value in numbers.items() if math.isfinite(value)}
+        line = json.dumps({"step": step, "kind": kind, **known}, allow_nan=False)
+        self._metrics.add(line.encode() + b"\n")
+        if self._events is not None:
+            self._events.add(self._scalars(charted), step)
+        self._write_waiting()
         if self._deepspeed_monitor is not None and self._deepspeed_monitor.enabled:
-            self._deepspeed_monitor.write_events([(tag, value, step) for tag, value in numbers.items()])
+            self._deepspeed_monitor.write_events([(tag, value, step) for tag, value in charted.items()])
 
-    def _add_scalar(self, writer: SummaryWriter, tag: str, value: float, step: int) -> None:
-        if self._utilization is None or not tag.startswith(MFU):
-            writer.add_scalar(tag, value, step)
-            return
-        # What `add_scalar` writes, with the description that it has no argument for: TensorBoard shows it beside the chart.
-        plugin = SummaryMetadata.PluginData(plugin_name="scalars")
-        metadata = SummaryMetadata(plugin_data=plugin, summary_description=self._utilization.description)
-        described = Summary.Value(tag=tag, simple_value=value, metadata=metadata)
-        writer._get_file_writer().add_summary(Summary(value=[described]), step)
+    def _write_waiting(self) -> None:
+        self._effort.attempt(self._metrics.path.name, self._write_lines)
+        if self._events is not None:
+            self._effort.attempt("TensorBoard's file", self._events.file.write_waiting)
+
+    def _write_lines(self) -> None:
+        if not self._is_cut:
+            keep_lines_until(self._metrics.path, self._first_step)
+            self._metrics.path.touch()
+            self._is_cut = True
+        self._metrics.write_waiting()
+
+    def _scalars(self, numbers: dict[str, float]) -> Iterator[Summary.Value]:
+        """As torch's `add_scalar` writes them; MFU with the description that TensorBoard shows beside the chart."""
+        for tag, value in numbers.items():
+            if self._utilization is None or not tag.startswith(MFU):
+                yield Summary.Value(tag=tag, simple_value=value)
+                continue
+            plugin = SummaryMetadata.PluginData(plugin_name="scalars")
+            metadata = SummaryMetadata(plugin_data=plugin, summary_description=self._utilization.description)
+            yield Summary.Value(tag=tag, simple_value=value, metadata=metadata)
 
 
 def charts(recipe: Recipe) -> dict[str, dict[str, list[Any]]]:

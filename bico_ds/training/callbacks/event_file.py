@@ -1,0 +1,51 @@
+"""TensorBoard's event file, written record by record. Rank 0 only.
+
+torch's `SummaryWriter` hands records to a thread: the first write that fails ends it with a traceback, every later call
+raises that error, and a folder that was removed never comes back.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import socket
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from bico_ds.common.appended_file import AppendedFile
+
+_numbers = itertools.count()  # of this process's event files: their names sort as they were begun
+
+
+class EventFile:
+    """A new event file in `folder`, below `root`, which is there. It hides the events of earlier files from `first_step` on.
+
+    `first` comes first in it, as of the step before `first_step`: also where the file was removed and is made again.
+    """
+
+    def __init__(self, folder: Path, *, root: Path, first_step: int, first: Iterable[Summary]) -> None:
+        now = time.time()
+        name = f"events.out.tfevents.{now:010.0f}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
+        start = Event(wall_time=now, step=first_step, session_log=SessionLog(status=SessionLog.START))
+        head = [Event(wall_time=now, file_version="brain.Event:2"), start]
+        head += [Event(wall_time=now, step=first_step - 1, summary=summary) for summary in first]
+        self.file = AppendedFile(folder / name, root=root, head=b"".join(map(_record, head)))
+
+    def add(self, values: Iterable[Summary.Value], step: int) -> None:
+        """Let the values of a step wait; `file.write_waiting` writes them."""
+        now = time.time()
+        events = [Event(wall_time=now, step=step, summary=Summary(value=[value])) for value in values]
+        self.file.add(b"".join(map(_record, events)))
+
+
+def _record(event: Event) -> bytes:
+    """An event as the file holds it: with its length and checksums."""
+    content = io.BytesIO()
+    RecordWriter(content).write(event.SerializeToString())
+    return content.getvalue()

@@ -7,7 +7,6 @@ in two starts of one job. slurm/excluded.json keeps the nodes of failed starts, 
 from __future__ import annotations
 
 import json
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,9 @@ from typing import Any
 
 from bico_ds.common.files import write_atomically
 from bico_ds.common.json_files import JsonError, read_object
-from bico_ds.runtime.nodes.failed_node import node_reports
+from bico_ds.runtime.nodes.failed_node import is_node_name, node_reports
 from bico_ds.runtime.nodes.gpu_errors import fault
 from bico_ds.runtime.run_folder import RunFolder, read_state
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ def suspect(run: Path, *, job: str, before: str | None) -> Suspect | None:
         return None
     faults = {host: why for host, told in node_reports(folder.logs, run_id).items() if (why := fault(told))}
     # The node of the rank that failed comes first: another one's error may be older.
-    known = [str(host) for host in (state.get("failed_host"), *sorted(faults)) if _is_name(host)]
+    known = [str(host) for host in (state.get("failed_host"), *sorted(faults)) if is_node_name(host)]
     if not known:
         return None
     host = next((host for host in known if host in faults), known[0])
@@ -84,9 +81,4 @@ def _read(run: Path) -> dict[str, list[dict[str, Any]]]:
 
 def _entries(found: object) -> list[dict[str, Any]]:
     entries = found if isinstance(found, list) else []
-    return [entry for entry in entries if isinstance(entry, dict) and _is_name(entry.get("host"))]
-
-
-def _is_name(host: object) -> bool:
-    """Whether a text may be a node's name: it goes to SLURM's commands."""
-    return isinstance(host, str) and _NAME.fullmatch(host) is not None
+    return [entry for entry in entries if isinstance(entry, dict) and is_node_name(entry.get("host"))]

@@ -18,6 +18,7 @@ import yaml
 
 from bico_ds.checkpoint import record
 from bico_ds.cluster.attempts import attempts_file, newest_step, read_attempts
+from bico_ds.cluster.bad_nodes import excluded_nodes
 from bico_ds.common.errors import UserError
 from bico_ds.common.json_files import (
     JsonError,
@@ -29,6 +30,8 @@ from bico_ds.common.json_files import (
 )
 from bico_ds.common.printable import on_one_line
 from bico_ds.runtime.lock import Lock, living_locks, read_lock
+from bico_ds.runtime.nodes.failed_node import is_node_name
+from bico_ds.runtime.nodes.slow_rank import FACTOR_TAG, RANK_TAG, SLOW
 from bico_ds.runtime.run_folder import RunFolder, known_state, read_starts
 
 _TAIL_BYTES = 1 << 16
@@ -50,6 +53,7 @@ class RunStatus:
     be running and no process is alive, `waiting` before any start, `unreadable` where the folder, its state file or its
     recipe is broken; `reason` names what is broken. `loss` and `tokens_per_second` (original tokens) are those of the last
     training line, `checkpoint` is the step of the newest one (0: none). `total_steps` is None where the recipe gives epochs.
+    `slow`: in words, the rank that the last line shows to be slow. `excluded`: the nodes that the job leaves out.
     """
 
     run: str
@@ -63,6 +67,8 @@ class RunStatus:
     starts: int
     job: str
     changed: float | None  # seconds since the epoch
+    slow: str = ""
+    excluded: tuple[str, ...] = ()
 
 
 def find_runs(paths: Iterable[Path]) -> Iterator[Path]:
@@ -174,7 +180,23 @@ def _read_status(run: Path, living: dict[Path, Lock]) -> RunStatus:
         starts=max(len(begun), len(tried)),
         job=on_one_line(job, most=_MOST_CHARACTERS),
         changed=_changed(folder, state),
+        slow=_slow_rank(numbers, begun) if now == "running" else "",
+        excluded=tuple(excluded_nodes(run, job)),
     )
+
+
+def _slow_rank(numbers: dict[str, Any], starts: list[dict[str, Any]]) -> str:
+    """By the last training line, with the node that run.json has of the rank; empty where none is slow."""
+    rank, factor = numbers.get(RANK_TAG), numbers.get(FACTOR_TAG, 0.0)
+    if type(rank) is not int or factor < SLOW:
+        return ""
+    hosts = starts[-1].get("hosts") if starts else None
+    on = (
+        f" on {hosts[rank]}"
+        if isinstance(hosts, list) and 0 <= rank < len(hosts) and is_node_name(hosts[rank])
+        else ""
+    )
+    return f"rank {rank}{on} works {factor:.1f} times as long as the others"
 
 
 def _is_open(run: Path) -> bool:

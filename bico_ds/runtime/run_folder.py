@@ -46,6 +46,7 @@ from bico_ds.config.resources import CHECKOUT
 from bico_ds.config.schema import Recipe
 from bico_ds.runtime.launch_environment import slurm_job
 from bico_ds.runtime.lock import FencedError, InUseError, RunLock
+from bico_ds.runtime.nodes.failed_node import is_node_name
 
 _PATIENCE_SECONDS = 10.0  # that a state waits for a disk
 _OVERWRITTEN_REASON = (
@@ -67,6 +68,8 @@ _STATE: dict[str, Callable[[Any], bool]] = {
     "reason": lambda value: isinstance(value, str),
     "run_id": lambda value: isinstance(value, str),
     "time": is_number,
+    "failed_rank": lambda value: value is None or (type(value) is int and value >= 0),
+    "failed_host": lambda value: value is None or is_node_name(value),
 }
 
 
@@ -192,17 +195,17 @@ class RunFolder:
     def _write_starts(self, starts: list[dict[str, Any]]) -> None:
         write_atomically(self.run_file, json.dumps(starts, indent=1) + "\n")
 
-    def write_state(self, state: State, *, step: int | None, reason: str = "") -> None:
+    def write_state(self, state: State, *, step: int | None, reason: str = "", **facts: Any) -> None:
         """Write the state file that launchers decide by. Raises `FencedError` as `RunLock.check` does.
 
         On a disk that is full, this run's last state is overwritten in its place. Raises OSError where neither could be
-        done for `_PATIENCE_SECONDS`.
+        done for `_PATIENCE_SECONDS`. `facts`: further ones of a failure (`bico_ds.runtime.nodes.failed_node`).
         """
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while True:
             try:
                 self.lock.check()
-                write_atomically(self.state_file, self._state(state, step, reason))
+                write_atomically(self.state_file, self._state(state, step, reason, facts))
                 return
             except OSError:
                 if self._overwrite_own_state(state, step, reason):
@@ -211,13 +214,14 @@ class RunFolder:
                     raise
             time.sleep(_PATIENCE_SECONDS / 20)
 
-    def _state(self, state: State, step: int | None, reason: str) -> str:
+    def _state(self, state: State, step: int | None, reason: str, facts: dict[str, Any]) -> str:
         content = {
             "state": state,
             "step": step,
             "reason": text_without_secrets(reason),
             "run_id": self.lock.run_id,
             "time": time.time(),
+            **facts,
         }
         return json.dumps(content) + "\n"
 
@@ -226,7 +230,7 @@ class RunFolder:
         folder = self.lock.folder()
         if folder is None:
             return False
-        content = self._state(state, step, reason[:_OVERWRITTEN_REASON])
+        content = self._state(state, step, reason[:_OVERWRITTEN_REASON], {})
         try:
             return overwrite(folder / self.state_file.name, content, only_if=self._is_own_state)
         except OSError:
@@ -244,7 +248,7 @@ class RunFolder:
         except OSError:
             return False
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, **facts: Any) -> None:
         """Record that the run failed; of a start that did not begin training only where no run was recorded before.
 
         Raises `FencedError` as `RunLock.check` does. Where no other run has written a state since this run lost the folder,
@@ -257,7 +261,7 @@ class RunFolder:
             raise
         recorded = read_state(self.state_file) or {}
         if recorded.get("run_id") == self.lock.run_id or not self.recipe_file.is_file():
-            self.write_state("failed", step=None, reason=reason)
+            self.write_state("failed", step=None, reason=reason, **facts)
 
     def preempt(self, reason: str) -> None:
         """Record that a start was stopped before it began training, unless the run was finished already.

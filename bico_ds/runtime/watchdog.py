@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from torch.distributed import DistError, Store
 
@@ -23,6 +24,7 @@ from bico_ds.runtime.distributed import Ranks
 from bico_ds.runtime.lock import FencedError
 from bico_ds.runtime.meeting.messages import Failure
 from bico_ds.runtime.meeting.processes import RankProcesses, is_gone
+from bico_ds.runtime.nodes.failed_node import failure_facts, node_name, write_node_report
 from bico_ds.runtime.run_folder import RunFolder
 
 POLL_SECONDS = 1.0
@@ -42,6 +44,7 @@ class Watchdog:
         self._processes = RankProcesses(self._store, ranks.rank, ranks.world_size)
         self._limit = minutes * 60
         self._last: float | None = None
+        self.cause: Failure | None = None  # once `report` knows it
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -63,6 +66,8 @@ class Watchdog:
         cause = failure if failure.is_certain else self._cause(failure)
         self._publish(cause)
         self._answer()
+        self._report_node(cause)
+        self.cause = cause
         if cause is failure:
             return error
         if not self._ranks.is_first:
@@ -96,7 +101,7 @@ class Watchdog:
         try:
             reported = self._reported()
             if reported is None and (gone := self._processes.gone()):
-                self._publish(_of_gone(gone))  # unless it has reported before
+                self._publish(_of_gone(gone, node_name()))  # unless it has reported before
                 reported = self._reported()
         except RuntimeError:  # torch's DistError: the store went with rank 0's process
             reported = _of_gone([0])
@@ -129,6 +134,7 @@ class Watchdog:
         if failure.stalled:
             write_stacks(self._stacks())
         self._answer()
+        self._report_node(failure)
         self._tell(failure)
         os._exit(failure.code)
 
@@ -145,6 +151,20 @@ class Watchdog:
         print(f"error: {failure}{where}", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError, FencedError):
             self._folder.fail(f"{failure}{where}")
+            self._folder.fail(f"{failure}{where}", **self.facts(failure))
+
+    def facts(self, failure: Failure) -> dict[str, Any]:
+        """What the state file keeps of a failure that may be a node's; may wait some seconds for that node."""
+        if failure.code == UserError.exit_code:
+            return {}
+        return failure_facts(self._folder.logs, self._folder.lock.run_id, failure.rank, failure.host)
+
+    def _report_node(self, failure: Failure) -> None:
+        """Once for each node, and for certain of the rank that fails: it ends first."""
+        if failure.code != UserError.exit_code and (
+            self._ranks.local_rank == 0 or failure.rank == self._ranks.rank
+        ):
+            write_node_report(self._folder.logs, self._folder.lock.run_id)
 
     def _stacks(self) -> Path:
         return self._folder.logs / f"stacks-rank-{self._ranks.rank}.txt"
@@ -179,8 +199,8 @@ def _may_be_anothers(error: BaseException) -> bool:
     return isinstance(error, DistError) or _OF_A_COLLECTIVE.search(str(error)) is not None
 
 
-def _of_gone(ranks: list[int]) -> Failure:
-    return Failure(rank=ranks[0], text=is_gone(ranks))
+def _of_gone(ranks: list[int], host: str | None = None) -> Failure:
+    return Failure(rank=ranks[0], text=is_gone(ranks), host=host)
 
 
 def _of_silent(ranks: list[int], seen: Failure) -> Failure:

@@ -111,7 +111,7 @@ def train(recipe: Recipe, *, output_dir: Path | None, resume: str, stop: StopFla
     except BaseException as error:
         cause = watchdog.report(error)
         if ranks.is_first:
-            _give_up(run.folder, cause)
+            _give_up(run.folder, cause, watchdog)
         raise cause from (None if cause is error else error)
     watchdog.close()
     dist.barrier()
@@ -193,9 +193,13 @@ def _layout(run: Run) -> StateLayout:
     return state_layout(run.recipe, run.ds_config, run.ranks.world_size)
 
 
-def _give_up(folder: RunFolder, error: BaseException) -> None:
+def _give_up(folder: RunFolder, error: BaseException, watchdog: Watchdog | None = None) -> None:
+    """Record why the run failed: at once, and then with what the nodes tell, which takes longer."""
+    reason = f"{type(error).__name__}: {error}"
     try:
-        folder.fail(f"{type(error).__name__}: {error}")
+        folder.fail(reason)
+        if watchdog is not None and watchdog.cause is not None:
+            folder.fail(reason, **watchdog.facts(watchdog.cause))
     except FencedError:
         pass
     except OSError as failure:
@@ -307,13 +311,7 @@ def _callbacks(run: Run, engine: Engine, spikes: SpikeDetector, planned: StartPl
     utilization = Utilization.planned(plan) if plan is not None else None
     slowest = SlowestRank(run.ranks, run.folder, console) if run.ranks.world_size > 1 else None
     monitor = StepMonitor(
-        run.recipe.monitor,
-        run.folder,
-        engine.monitor,
-        utilization,
-        work,
-        slowest,
-        tell=console.on_message,
+        run.recipe.monitor, run.folder, engine.monitor, utilization, work, slowest, tell=console.on_message
     )
     callbacks: list[Callback] = [work, console, monitor, spikes]
     if slowest is not None:

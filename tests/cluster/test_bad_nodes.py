@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from bico_ds.cluster.attempts import TRY_AGAIN, begin, end
 from bico_ds.cluster.bad_nodes import Suspect, excluded_file, excluded_nodes, note, suspect
+from bico_ds.cluster.run_status import read_statuses
+from bico_ds.commands.slurm.status import make_table
+from bico_ds.runtime.run_folder import RunFolder
 from tests import ROOT
 
 XID = {"gpu": "0000:3b:00", "code": 79, "text": "GPU has fallen off the bus", "time": None}
@@ -182,3 +187,29 @@ def test_no_node_is_excluded_that_slurm_cannot_do_without_or_beyond_the_limit(tm
 def test_a_failure_that_no_node_is_to_blame_for_changes_nothing(tmp_path):
     code, output, calls = run_script(tmp_path, xids=())
     assert (code, calls) == (1, []), output
+
+
+def test_status_names_the_slow_rank_with_its_node_and_the_nodes_that_are_left_out(tmp_path):
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "jobs.jsonl").write_text('{"job": "1"}\n')
+    (tmp_path / "run.json").write_text(json.dumps([{"run_id": "r1", "hosts": ["n1", "n2"]}]))
+    line = {"step": 4, "kind": "train", "speed/slowest_rank": 1, "speed/slowest_rank_factor": 2.04}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "state.json").write_text(
+        json.dumps({"state": "running", "step": 4, "reason": "", "run_id": "r1"})
+    )
+    note(tmp_path, Suspect("n3", "Xid 79"), job="1", is_excluded=True)
+    lock = RunFolder(tmp_path).lock
+    lock.run_id = "r1"
+    lock.take()
+    (status,) = read_statuses([tmp_path])
+    assert status.slow == "rank 1 on n2 works 2.0 times as long as the others"
+    assert status.excluded == ("n3",)
+    console = Console(file=io.StringIO(), width=300)
+    console.print(make_table([status]))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "slow: rank 1 on n2" in shown and "excluded: n3" in shown
+    lock.release()
+    line["speed/slowest_rank_factor"] = 1.1
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert read_statuses([tmp_path])[0].slow == ""

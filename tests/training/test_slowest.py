@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from torch.distributed import Work
 from torch.testing._internal.distributed import multi_threaded_pg
 
 from bico_ds.runtime.distributed import Ranks
 from bico_ds.runtime.nodes.own_time import OwnTime
+from bico_ds.runtime.nodes.slow_rank import FACTOR_TAG, INTERVALS, RANK_TAG, SECONDS_TAG, SLOW
 from bico_ds.training.callbacks import slowest
-from bico_ds.training.callbacks.slowest import FACTOR, INTERVALS, SLOW, TAG, SlowestRank
+from bico_ds.training.callbacks.slowest import SlowestRank
 from bico_ds.training.step_totals import add_up
-from tests.distributed.model_ranks import run_on_ranks
 from tests.distributed.test_many_ranks import on_threads
 from tests.training.test_step_totals import run_of
 
@@ -52,21 +52,21 @@ def test_the_slowest_of_an_interval_is_that_with_the_longest_mean(monkeypatch):
     numbers = found.of(interval(*own.tolist()))
     means = own.mean(0)
     rank = int(means.argmax())
-    assert numbers[TAG] == rank
-    assert numbers["speed/slowest_rank_seconds"] == pytest.approx(means[rank])
-    assert numbers[FACTOR] == pytest.approx(means[rank] / np.median(np.delete(means, rank)))
+    assert numbers[RANK_TAG] == rank
+    assert numbers[SECONDS_TAG] == pytest.approx(means[rank])
+    assert numbers[FACTOR_TAG] == pytest.approx(means[rank] / np.median(np.delete(means, rank)))
     json.dumps(numbers, allow_nan=False)
 
 
 def test_steps_of_other_ranks_and_those_that_are_not_known_yet_are_passed_over(monkeypatch):
     found, _ = callback(monkeypatch)
     assert found.of(interval([], [0.0] * RANKS, [1.0] * (RANKS + 1))) == {}
-    assert found.of(interval([0.0] * RANKS, [1.0, 1.0, 3.0, 1.0]))[TAG] == 2
+    assert found.of(interval([0.0] * RANKS, [1.0, 1.0, 3.0, 1.0]))[RANK_TAG] == 2
 
 
 def test_of_two_ranks_the_slow_one_is_compared_with_the_other(monkeypatch):
     found, _ = callback(monkeypatch, ranks=2)
-    assert found.of(interval([1.0, 3.0]))[FACTOR] == pytest.approx(3.0)
+    assert found.of(interval([1.0, 3.0]))[FACTOR_TAG] == pytest.approx(3.0)
 
 
 def test_a_rank_that_stays_slow_is_warned_of_once_with_its_host(monkeypatch):
@@ -116,30 +116,21 @@ def test_every_rank_learns_the_seconds_of_each():
         assert (total.wait_seconds, total.loss) == (1.5, 0)
 
 
-def work_and_wait(rank: int, world_size: int, folder: str) -> None:
-    """Rank 1 works longer, before a collective that is waited for at once, and before one that is waited for later."""
+def test_waiting_for_a_collective_is_no_work_of_one_s_own(monkeypatch):
+    monkeypatch.setattr(Work, "wait", lambda work, *timeout: time.sleep(0.3))
     own = OwnTime(torch.device("cpu"))
-    found = []
+    assert own.end() == 0, "before the ranks were together"
     with own:
-        dist.barrier()
         own.begin()
-        for is_later in (False, True):
-            time.sleep(0.3 if rank == 1 else 0.02)
-            work = dist.all_reduce(torch.ones(4), async_op=is_later)
-            if work is not None:
-                work.wait()
-        found.append(own.end())
+        time.sleep(0.1)
+        assert Work.wait(None) is None  # type: ignore[arg-type]
+        time.sleep(0.1)
+        first = own.end()
+        Work.wait(None)  # type: ignore[arg-type]
         own.begin()
-        found.append(own.end())
-    dist.barrier()
-    with open(f"{folder}/{rank}.json", "w", encoding="utf-8") as file:
-        json.dump(found, file)
-
-
-@pytest.mark.distributed
-def test_waiting_for_another_rank_is_no_work_of_one_s_own(tmp_path):
-    run_on_ranks(work_and_wait, 2, str(tmp_path))
-    (fast, nothing), (slow, _) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert slow > 0.6
-    assert fast < slow / 2
-    assert nothing < 0.1
+        second = own.end()
+    assert 0.2 <= first < 0.3 + 0.2
+    assert second < 0.2
+    started = time.perf_counter()
+    Work.wait(None)  # type: ignore[arg-type]
+    assert own.end() >= time.perf_counter() - started, "nothing is noted any more"

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 
 from bico_ds.cluster import bad_nodes
 from bico_ds.cluster.attempts import TRY_AGAIN, begin, end, read_attempts
 from bico_ds.common.command_line import Command
+from bico_ds.common.json_files import JsonError
 from bico_ds.config.arguments import local_path, not_negative
 from bico_ds.runtime.launch_environment import slurm_job
 
@@ -57,14 +59,24 @@ def judge(options: Namespace) -> int:
         )
         if found is not None:
             is_excluded = bool(excluded) and verdict.exit_code == TRY_AGAIN
-            bad_nodes.note(run, found, job=job, is_excluded=is_excluded)
+            keep(run, found, job, is_excluded=is_excluded)
     print(verdict.why, flush=True)
     return verdict.exit_code
 
 
 def last_suspect(options: Namespace, job: str) -> bad_nodes.Suspect | None:
-    attempts = read_attempts(options.run)
+    try:
+        attempts = read_attempts(options.run)
+    except JsonError:  # `end` says so
+        return None
     return bad_nodes.suspect(options.run, job=job, before=attempts[-1]["run_id"]) if attempts else None
+
+
+def keep(run: Path, found: bad_nodes.Suspect, job: str, *, is_excluded: bool) -> None:
+    try:
+        bad_nodes.note(run, found, job=job, is_excluded=is_excluded)
+    except OSError as error:  # the verdict counts more
+        print(f"'{bad_nodes.excluded_file(run)}' is not written: {error.strerror}", file=sys.stderr)
 
 
 def node_to_leave_out(options: Namespace, job: str) -> str:

@@ -90,6 +90,10 @@ def make_table(statuses: list[RunStatus]) -> Table:
         state.append(
             f" ({on_one_line(status.reason, most=_REASON)})" if status.reason else "", style="default"
         )
+        if status.slow:
+            state.append(f"; slow: {status.slow}", style="yellow")
+        if status.excluded:
+            state.append(f"; excluded: {', '.join(status.excluded)}", style="yellow")
         total = "?" if status.total_steps is None else str(status.total_steps)
         name = on_one_line(shorten(status.run), most=_NAME)
         table.add_row(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bico_ds.common.errors import RunError, UserError
 from bico_ds.common.json_files import JsonError, parse_object
+from bico_ds.runtime.nodes.failed_node import is_node_name, node_name
 
 _MOST_BYTES = 1 << 16
 _MOST_CHARACTERS = 4000
@@ -26,7 +27,7 @@ class Failure:
     """Why a rank ends the run. `stalled`: stacks are written. `code`: the process's exit code, 1 or 2.
 
     `is_certain`: its text is the cause; else another rank's end, which that rank could not tell, may be. `rank` None: of
-    nobody who is known.
+    nobody who is known. `host`: the node of a rank that crashed or is gone, which may be its node's fault.
     """
 
     rank: int | None
@@ -34,12 +35,14 @@ class Failure:
     code: int = 1
     stalled: bool = False
     is_certain: bool = True
+    host: str | None = None
 
     @classmethod
     def of(cls, error: BaseException, rank: int, *, is_certain: bool) -> Failure:
         if isinstance(error, UserError | RunError):
             return cls(rank=rank, text=str(error), code=error.exit_code, is_certain=is_certain)
-        return cls(rank=rank, text=f"{type(error).__name__}: {error}", is_certain=is_certain)
+        host = node_name() if is_certain and isinstance(error, Exception) else None
+        return cls(rank=rank, text=f"{type(error).__name__}: {error}", is_certain=is_certain, host=host)
 
     def __str__(self) -> str:
         return self.text if self.rank is None else f"rank {self.rank}: {self.text}"
@@ -57,7 +60,14 @@ class Failure:
         if not is_ours or not _is_whole(rank, range(world_size)) or not _is_whole(code, _CODES):
             return cls(rank=None, text=FOREIGN)
         stalled, is_certain = flags
-        return cls(rank=rank, text=_shown(text), code=code, stalled=stalled, is_certain=is_certain)  # type: ignore[arg-type]
+        return cls(
+            rank=rank,  # type: ignore[arg-type]
+            text=_shown(text),  # type: ignore[arg-type]
+            code=code,  # type: ignore[arg-type]
+            stalled=stalled,  # type: ignore[arg-type]
+            is_certain=is_certain,  # type: ignore[arg-type]
+            host=_node(found.get("host")),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +103,11 @@ def _object(content: bytes) -> dict[str, object]:
 
 def _is_whole(value: object, allowed: range | tuple[int, ...]) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value in allowed
+
+
+def _node(name: object) -> str | None:
+    """A node's name, which the launcher's commands may be given; None for anything else."""
+    return name if is_node_name(name) else None
 
 
 def _shown(text: str) -> str:

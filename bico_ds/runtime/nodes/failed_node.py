@@ -5,24 +5,31 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import psutil
 
 from bico_ds.common.files import write_atomically
-from bico_ds.common.json_files import JsonError, read_json, read_object
+from bico_ds.common.json_files import JsonError, read_object
 from bico_ds.runtime.nodes.gpu_errors import SECONDS, read_gpu_errors
 
 _MOST_BYTES = 1 << 20
 _POLL_SECONDS = 0.1
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}", re.ASCII)
 
 
 def node_name() -> str:
     """The name of this node: SLURM's, by which it can be excluded, or else the host's."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def is_node_name(name: object) -> TypeGuard[str]:
+    """Whether a value may be a node's name: names go to the batch system's commands."""
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
 
 
 def write_node_report(logs: Path, run_id: str) -> None:
@@ -54,31 +61,19 @@ def node_reports(logs: Path, run_id: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def host_of_rank(run: Path, run_id: str, rank: int) -> str | None:
-    """The node of a rank, as run.json has it of this start; None where it does not."""
-    try:
-        starts = read_json(run / "run.json")
-    except JsonError:
-        return None
-    start = starts[-1] if isinstance(starts, list) and starts else None
-    hosts = start.get("hosts") if isinstance(start, dict) and start.get("run_id") == run_id else None
-    if not isinstance(hosts, list) or not 0 <= rank < len(hosts) or not isinstance(hosts[rank], str):
-        return None
-    return hosts[rank]
+def failure_facts(logs: Path, run_id: str, rank: int | None, host: str | None) -> dict[str, Any]:
+    """For the state file: which rank failed, on which node, and the GPU errors of all nodes that have told some.
 
-
-def failure_facts(run: Path, logs: Path, run_id: str, rank: int, host: str | None) -> dict[str, Any]:
-    """For the state file: which rank failed first, on which `host` (None: by `host_of_rank`), and the nodes' GPU errors.
-
-    Waits some seconds for that host's report.
+    Waits some seconds for that node's report. None: not known.
     """
-    host = host or host_of_rank(run, run_id, rank)
-    facts: dict[str, Any] = {"failed_rank": rank}
     if host is not None:
-        facts["failed_host"] = host
         await_node_report(logs, run_id, host)
     reports = node_reports(logs, run_id)
-    return facts | {"nodes": {name: told for name, told in reports.items() if told["gpus"] or told["xids"]}}
+    return {
+        "failed_rank": rank,
+        "failed_host": host,
+        "nodes": {name: told for name, told in reports.items() if told["gpus"] or told["xids"]},
+    }
 
 
 def _file(logs: Path, host: str) -> Path:
@@ -89,7 +84,7 @@ def _is_whole(report: dict[str, Any]) -> bool:
     """Whether a report has what `gpu_errors.fault` reads."""
     gpus, xids = report.get("gpus"), report.get("xids")
     return (
-        isinstance(report.get("host"), str)
+        is_node_name(report.get("host"))
         and isinstance(gpus, list)
         and isinstance(xids, list)
         and all(isinstance(gpu, dict) and "gpu" in gpu for gpu in gpus)

@@ -7,13 +7,9 @@ from collections.abc import Sequence
 
 from bico_ds.runtime.distributed import Ranks, all_gather_objects
 from bico_ds.runtime.nodes.failed_node import node_name
+from bico_ds.runtime.nodes.slow_rank import FACTOR_TAG, INTERVALS, RANK_TAG, SECONDS_TAG, SLOW
 from bico_ds.runtime.run_folder import RunFolder
 from bico_ds.training.callbacks.base import Callback, RunStart, StepReport
-
-TAG = "speed/slowest_rank"
-FACTOR = "speed/slowest_rank_factor"
-# A rank is slow that works so many times as long as the others' median, in so many intervals in a row.
-SLOW, INTERVALS = 1.5, 3
 
 
 class SlowestRank(Callback):
@@ -50,7 +46,7 @@ class SlowestRank(Callback):
         others = statistics.median(seconds for rank, seconds in enumerate(means) if rank != slowest)
         factor = means[slowest] / others
         self._watch(slowest, factor, means[slowest], reports[-1].step)
-        return {TAG: slowest, "speed/slowest_rank_seconds": means[slowest], FACTOR: factor}
+        return {RANK_TAG: slowest, SECONDS_TAG: means[slowest], FACTOR_TAG: factor}
 
     def _watch(self, rank: int, factor: float, seconds: float, step: int) -> None:
         if factor < SLOW or rank != self._slow:

@@ -88,8 +88,13 @@ def begin(run: Path, *, job: str, restarts: int, limit: int) -> Verdict:
     return Verdict(0, f"start {restarts + 1}, from step {step}")
 
 
-def end(run: Path, *, srun_code: int, stopped: bool, restarts: int, limit: int) -> Verdict:
-    """How the start that `begin` recorded last has ended; `stopped`: the batch script was asked to stop."""
+def end(
+    run: Path, *, srun_code: int, stopped: bool, restarts: int, limit: int, excluded: str = ""
+) -> Verdict:
+    """How the start that `begin` recorded last has ended; `stopped`: the batch script was asked to stop.
+
+    `excluded`: a node that the next start is to leave out, which makes one worth trying without a new checkpoint, too.
+    """
     attempts = read_attempts(run)
     if not attempts:
         return Verdict(failure(srun_code), f"no start is recorded in '{attempts_file(run)}': not requeued")
@@ -104,7 +109,7 @@ def end(run: Path, *, srun_code: int, stopped: bool, restarts: int, limit: int) 
         what = f"{'stopped' if stopped else 'failed'} before training began (srun returned {srun_code})"
     if name == "done":
         return Verdict(0, f"done after step {state['step']}")
-    if name != "preempted" and step <= before["step"]:
+    if name != "preempted" and step <= before["step"] and not excluded:
         return Verdict(
             failure(srun_code), f"{what}, no new checkpoint since step {before['step']}: not requeued"
         )
@@ -114,7 +119,8 @@ def end(run: Path, *, srun_code: int, stopped: bool, restarts: int, limit: int) 
         return Verdict(
             RESTARTS_USED_UP, f"{what} at step {step}; restarted {restarts} times, no more are allowed"
         )
-    return Verdict(TRY_AGAIN, f"{what}; step {step} is saved, {limit - restarts} restarts are left")
+    without = f", without node {excluded}" if excluded else ""
+    return Verdict(TRY_AGAIN, f"{what}; step {step} is saved, {limit - restarts} restarts are left{without}")
 
 
 def failure(srun_code: int) -> int:

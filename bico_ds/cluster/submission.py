@@ -19,6 +19,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bico_ds.cluster.batch_words import (
+    literal_pattern,
+    refuse_control_characters,
+    sbatch_line,
+    sbatch_line_of,
+)
 from bico_ds.cluster.run_status import print_watch
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import write_atomically
@@ -35,9 +41,9 @@ _TIME = re.compile(r"(\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){0,2})")  # sbatch(1),
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What SLURM is asked for; it warns `signal_seconds` before the end of `time`.
+    """What SLURM is asked for; it warns `signal_seconds` before the end of `time`. `more`: further options of `sbatch`.
 
-    Raises `UserError` where these two do not fit.
+    Raises `UserError` where these two do not fit, and for texts that have no place in a batch script.
     """
 
     nodes: int
@@ -53,6 +59,12 @@ class Resources:
     more: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        for option in ("partition", "account", "qos", "constraint"):
+            if (text := getattr(self, option)) is not None:
+                _check_text(text, f"--{option}")
+        for text in self.more:
+            _check_text(text, "--sbatch")
+            sbatch_line_of(text)  # refuses what is no option
         if not _TIME.fullmatch(self.time):
             raise UserError(f"--time '{self.time}': SLURM reads MINUTES, HH:MM:SS, or DAYS-HH:MM:SS")
         if 0 < seconds(self.time) <= self.signal_seconds:  # 0: no limit
@@ -68,19 +80,38 @@ class Resources:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The values of the script's variables. `bind`, `python` and `native_ops` are paths of the nodes, expanded there."""
+    """The values of the script's variables. `bind`, `python` and `native_ops` are paths of the nodes, expanded there.
+
+    Raises `UserError` for texts that have no place in a batch script.
+    """
 
     container: str | None = None
     bind: Sequence[LocalPath] = ()
     max_requeues: int = 20
+    max_excluded: int = 2
     network_interface: str | None = None
     python: LocalPath = LocalPath(sys.executable)  # noqa: RUF009
     native_ops: LocalPath | None = None
 
+    def __post_init__(self) -> None:
+        given = [
+            ("--container", self.container),
+            ("--network-interface", self.network_interface),
+            ("--python", self.python.text),
+            ("--native-ops", None if self.native_ops is None else self.native_ops.text),
+            *(("--bind", path.text) for path in self.bind),
+        ]
+        for option, text in given:
+            if text is not None:
+                _check_text(text, option)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One batch script: a run, or an array of them."""
+    """One batch script: a run, or an array of them.
+
+    Raises `UserError` for a folder that has no place in a batch script.
+    """
 
     name: str
     folder: Path  # where the script and the job's own output go
@@ -89,9 +120,27 @@ class Job:
     settings: Settings
     max_parallel: int | None = None
 
+    def __post_init__(self) -> None:
+        for run in self.runs:
+            refuse_control_characters(str(run), "output_dir (--output-dir)")
+        literal_pattern(self.folder, "output_dir (--output-dir)")
+        refuse_control_characters(str(Path.cwd()), "the working directory")
+        if self.settings.container is not None:
+            for path in _bound(self):
+                if set(path) & set(",:"):
+                    raise UserError(
+                        f"--container: apptainer cannot bind '{path}', for it holds a comma or colon"
+                    )
+
     @property
     def is_array(self) -> bool:
         return len(self.runs) > 1
+
+
+def _check_text(text: str, option: str) -> None:
+    if not text.strip():
+        raise UserError(f"{option}: must not be empty; leave it out instead")
+    refuse_control_characters(text, option)
 
 
 def seconds(time_limit: str) -> int:
@@ -168,7 +217,7 @@ def submit(script: Path, job: Job) -> str:
     """Give the script to SLURM; return the job id. Raises `UserError` with SLURM's own message."""
     if shutil.which("sbatch") is None:
         raise UserError(
-            f"no `sbatch` on this machine; the script is ready: on a login node run  sbatch {script}"
+            f"no `sbatch` on this machine; the script is ready: on a login node run  sbatch {shlex.quote(str(script))}"
         )
     done = subprocess.run(
         ["sbatch", "--parsable", str(script)], capture_output=True, text=True, timeout=120, check=False
@@ -190,6 +239,7 @@ def submit(script: Path, job: Job) -> str:
 def _sbatch_lines(job: Job) -> list[str]:
     asked = job.resources
     first = next(iter(job.runs.values()))
+    folder = literal_pattern(job.folder, "output_dir")
     array = f"0-{len(job.runs) - 1}" + (f"%{job.max_parallel}" if job.max_parallel else "")
     options = {
         "job-name": job.name,
@@ -204,18 +254,28 @@ def _sbatch_lines(job: Job) -> list[str]:
         "constraint": asked.constraint,
         "array": array if job.is_array else None,
         "chdir": Path.cwd(),
-        "output": job.folder / ("job-%A_%a.out" if job.is_array else "job-%j.out"),
+        "output": f"{folder}/{'job-%A_%a.out' if job.is_array else 'job-%j.out'}",
         "open-mode": "append",
         "signal": f"B:{stop_signal(first)}@{asked.signal_seconds}",
     }
-    lines = [f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None]
-    return [*lines, "#SBATCH --requeue", *(f"#SBATCH {option}" for option in asked.more)]
+    lines = [sbatch_line(f"--{name}", value) for name, value in options.items() if value is not None]
+    return [*lines, sbatch_line("--requeue"), *map(sbatch_line_of, asked.more)]
+
+
+def _bound(job: Job) -> list[str]:
+    """The folders of the login node that a container sees, too."""
+    project = [] if CHECKOUT is None else [CHECKOUT]
+    return [str(path) for path in (*project, Path.cwd(), *job.runs)]
+
+
+def _no_option(path: str) -> str:
+    """The path, so that no command takes it for an option."""
+    return f"./{path}" if path.startswith("-") else path
 
 
 def _variables(job: Job) -> list[str]:
     runs, settings = list(job.runs), job.settings
-    project = [] if CHECKOUT is None else [CHECKOUT]
-    ours = [shlex.quote(str(path)) for path in (*project, Path.cwd(), *runs)]
+    ours = [shlex.quote(path) for path in _bound(job)]
     bind = ",".join(dict.fromkeys([*ours, *(path.in_shell() for path in settings.bind)]))
     lines = [f"PROJECT={shlex.quote(str(CHECKOUT or ''))}"]
     if job.is_array:
@@ -227,9 +287,10 @@ def _variables(job: Job) -> list[str]:
         "RECIPE=$RUN/slurm/recipe.yaml # resolved when this script was written",
         "OVERRIDES=()",
         f"PYTHON={settings.python.in_shell()}",
-        f"CONTAINER={shlex.quote(settings.container or '')}",
+        f"CONTAINER={shlex.quote(_no_option(settings.container or ''))}",
         f"BIND={bind}",
         f"MAX_REQUEUES={settings.max_requeues}",
+        f"MAX_EXCLUDED={settings.max_excluded}",
         f"STOP_SIGNAL={stop_signal(next(iter(job.runs.values())))}",
         f"NETWORK_INTERFACE={shlex.quote(settings.network_interface or '')}",
     ]

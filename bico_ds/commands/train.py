@@ -92,6 +92,7 @@ def show_recipes() -> None:
 
 def train_recipe(recipe: Recipe, options: Namespace) -> None:
     """Handlers come before the heavy imports, which take seconds in which a signal may come."""
+    launch_environment.check()
     stop = StopFlag()
     stop.install(recipe.distributed.preempt_signals)
     if options.max_minutes is not None:
@@ -109,7 +110,7 @@ main = Command(
     contradiction=contradiction,
     run=run,
     only_shows=lambda options: options.list_recipes or options.dry_run,
-    rank=launch_environment.rank,
+    rank=launch_environment.telling_rank,
 )
 
 

@@ -81,12 +81,19 @@ class Command:
 
     def _report(self, error: UserError | RunError) -> None:
         """One message. Other ranks wait for it: a launcher ends all ranks when the first one ends."""
-        if self.rank is None or self.rank() == 0:
+        if self._is_first():
             # Without a reader of stderr the exit code is all that is left, and it must stay that of the error.
             with contextlib.suppress(BrokenPipeError):
                 print(f"error: {text_without_secrets(str(error))}", file=sys.stderr, flush=True)
         else:
             time.sleep(_SECONDS_FOR_MESSAGE)
+
+    def _is_first(self) -> bool:
+        """Whether this process shows errors; one that cannot tell its number shows its own."""
+        try:
+            return self.rank is None or self.rank() == 0
+        except UserError:
+            return True
 
 
 def exit_code(work: Callable[[], int]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,15 +13,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import Store
-from torch.distributed.rendezvous import rendezvous
 
-from bico_ds.common.errors import UserError
+from bico_ds.common.errors import RunError, UserError
 from bico_ds.runtime import host_memory, launch_environment
+from bico_ds.runtime.meeting.messages import Verdict
+from bico_ds.runtime.meeting.processes import RankProcesses, are_gone
+from bico_ds.runtime.meeting.rendezvous import LOOPBACK, open_store
 from bico_ds.runtime.signals import Interrupted
 
 _VERDICT, _RECEIVED = "bico_ds/verdict", "bico_ds/received"
 _WAIT_SECONDS = 0.5
 _RECEIVED_SECONDS = 10.0
+_GROUP_MINUTES = 30.0  # torch's own for gloo: the ranks of an evaluation load weights at different speeds
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,10 @@ class Ranks:
 def read_ranks() -> Ranks:
     """Read rank and world size from the launcher's environment; without a launcher, be the only rank.
 
-    DeepSpeed's own DS_ACCELERATOR=cpu keeps the ranks on the CPU of a GPU machine.
+    DeepSpeed's own DS_ACCELERATOR=cpu keeps the ranks on the CPU of a GPU machine. Raises `UserError` where the
+    environment's numbers are none, or contradict one another.
     """
+    launch_environment.check()
     local_rank = launch_environment.local_rank()
     on_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
@@ -57,7 +61,8 @@ def ranks_of_torchrun() -> Iterator[Ranks]:
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     if ranks.world_size > 1:
-        begin_group(ranks.device)
+        store = connect(ranks, timeout_minutes=_GROUP_MINUTES)
+        begin_group(ranks.device, store=store, rank=ranks.rank, world_size=ranks.world_size)
     try:
         yield ranks
     finally:
@@ -78,54 +83,74 @@ def begin_group(device: torch.device, **options: Any) -> None:
 
 
 def connect(ranks: Ranks, *, timeout_minutes: float) -> Store:
-    """Return the ranks' common store, once all are connected. A rank that never connects fails all after the timeout.
+    """Return the ranks' common store; it waits for no other rank than the first.
 
-    Raises `UserError` where there are several ranks and no launcher has set the address of the first.
+    Raises `UserError` where the launcher's address or port cannot be used, `RunError` where rank 0 is not reached in time.
     """
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if "MASTER_PORT" not in os.environ:
-        if ranks.world_size > 1:
-            raise UserError("MASTER_PORT is not set: start several ranks by deepspeed, torchrun or srun")
+    store = open_store(
+        rank=ranks.rank, world_size=ranks.world_size, timeout=timedelta(minutes=timeout_minutes)
+    )
+    # DeepSpeed names its shared memory by both, also where no rank listens.
+    os.environ.setdefault("MASTER_ADDR", LOOPBACK)
+    if launch_environment.master_port() is None:
         os.environ["MASTER_PORT"] = str(launch_environment.free_port())
-    store, _, _ = next(rendezvous("env://", timeout=timedelta(minutes=timeout_minutes)))
     return store
 
 
-def first_alone(ranks: Ranks, store: Store, work: Callable[[], None]) -> None:
+def first_alone(ranks: Ranks, store: Store, work: Callable[[RankProcesses], None]) -> None:
     """Rank 0 works, however long, while the others wait: outside of any collective, so no timeout runs.
 
     A `UserError` or `Interrupted` of rank 0 is raised on every rank; at anything else, its death included, the others exit.
     """
+    processes = RankProcesses(store, ranks.rank, ranks.world_size)
     if not ranks.is_first:
         _await_verdict(store)
         return
     try:
-        work()
+        work(processes)
     except BaseException as error:
-        store.set(_VERDICT, json.dumps([type(error).__name__, str(error)]))
+        store.set(_VERDICT, Verdict(kind=type(error).__name__, text=str(error)).to_json())
         deadline = time.monotonic() + _RECEIVED_SECONDS  # the store ends with this process
-        while store.add(_RECEIVED, 0) < ranks.world_size - 1 and time.monotonic() < deadline:
+        expected = ranks.world_size - 1 - len({*processes.missing(), *processes.gone()})
+        while store.add(_RECEIVED, 0) < expected and time.monotonic() < deadline:
             time.sleep(_WAIT_SECONDS / 5)
         raise
-    store.set(_VERDICT, json.dumps(["", ""]))
+    store.set(_VERDICT, Verdict(kind="", text="").to_json())
+
+
+def await_all(processes: RankProcesses, *, world_size: int, timeout_minutes: float) -> None:
+    """Wait until every rank has come to the store. Raises `RunError` where one is gone, or does not come in time."""
+    deadline = time.monotonic() + timeout_minutes * 60
+    while missing := processes.missing():
+        if gone := processes.gone():
+            raise RunError(are_gone(gone))
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"{world_size - len(missing)} of {world_size} ranks came within {timeout_minutes:g} minutes "
+                f"(distributed.timeout_minutes); missing: {', '.join(map(str, missing[:10]))}"
+                f"{' …' if len(missing) > 10 else ''}. WORLD_SIZE says how many there are"
+            )
+        time.sleep(_WAIT_SECONDS / 5)
 
 
 def _await_verdict(store: Store) -> None:
     try:
         while not store.check([_VERDICT]):
             time.sleep(_WAIT_SECONDS)
-        kind, text = json.loads(store.get(_VERDICT))
+        verdict = Verdict.from_store(store.get(_VERDICT))
         store.add(_RECEIVED, 1)
+    except RunError:
+        raise
     except RuntimeError:
-        raise SystemExit("the first rank is gone") from None
-    if kind == "UserError":
-        raise UserError(text)
-    if kind == "Interrupted":
-        raise Interrupted(text)
-    if kind:
+        raise SystemExit(f"error: {are_gone([0])}") from None
+    if verdict.kind == "UserError":
+        raise UserError(verdict.text)
+    if verdict.kind == "Interrupted":
+        raise Interrupted(verdict.text)
+    if verdict.kind:
         raise SystemExit(1)  # the first rank reports why
 
 

@@ -6,7 +6,14 @@ Without a launcher a process is the only rank.
 from __future__ import annotations
 
 import os
+import re
 import socket
+
+from bico_ds.common.errors import UserError
+
+_NUMBER = re.compile(r"[0-9]{1,9}", re.ASCII)
+LARGEST_PORT = 65535
+_HELP = "the launcher (deepspeed, torchrun, srun) sets it; unset it to start one process"
 
 
 def is_launched() -> bool:
@@ -14,23 +21,81 @@ def is_launched() -> bool:
     return "RANK" in os.environ
 
 
+def check() -> None:
+    """Raise `UserError`, with the variable's name, where a launcher's variables are no numbers or contradict one another."""
+    master_port()
+    _refuse_beyond("RANK", rank(), "WORLD_SIZE", world_size())
+    per_node = ranks_per_node()
+    if per_node is not None:
+        name = "LOCAL_WORLD_SIZE" if os.environ.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE"
+        _refuse_beyond("LOCAL_RANK", local_rank(), name, per_node)
+
+
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    """This process among all. Raises `UserError` where RANK is no number."""
+    return _number("RANK", unset=0, least=0)
+
+
+def telling_rank() -> int:
+    """The rank, whose first tells the user of errors; 0, too, where the variables are wrong: nobody may be first."""
+    try:
+        check()
+    except UserError:
+        return 0
+    return rank()
 
 
 def local_rank() -> int:
-    """The rank among those of this node."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    """The rank among those of this node. Raises `UserError` where LOCAL_RANK is no number."""
+    return _number("LOCAL_RANK", unset=0, least=0)
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """The number of processes. Raises `UserError` where WORLD_SIZE is no number."""
+    return _number("WORLD_SIZE", unset=1, least=1)
 
 
 def ranks_per_node() -> int | None:
-    """Ranks of this node by torchrun's variable, or that of DeepSpeed's launcher; None without either."""
-    text = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
-    return int(text) if text else None
+    """Ranks of this node by torchrun's variable, or that of DeepSpeed's launcher; None without either.
+
+    Raises `UserError` where it is no number.
+    """
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        if os.environ.get(name):
+            return _number(name, unset=1, least=1)
+    return None
+
+
+def master_port() -> int | None:
+    """The port at which the ranks meet; None without a launcher. Raises `UserError` where MASTER_PORT is no port."""
+    return (
+        _number("MASTER_PORT", unset=1, least=1, most=LARGEST_PORT) if os.environ.get("MASTER_PORT") else None
+    )
+
+
+def is_one_node() -> bool:
+    """Whether all ranks are on this node, as far as their number on it tells. Raises `UserError` as the numbers do."""
+    return ranks_per_node() == world_size() or world_size() == 1
+
+
+def _number(name: str, *, unset: int, least: int, most: int | None = None) -> int:
+    """The whole number in an environment variable; `unset` without it. Raises `UserError`."""
+    text = os.environ.get(name)
+    if text is None:
+        return unset
+    bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+    word = text.strip()
+    if not _NUMBER.fullmatch(word) or not least <= int(word) <= (int(word) if most is None else most):
+        raise UserError(f"{name}={text[:40]!r} in the environment is no whole number {bounds}; {_HELP}")
+    return int(word)
+
+
+def _refuse_beyond(name: str, number: int, whole: str, count: int) -> None:
+    if number >= count:
+        raise UserError(
+            f"{name}={number} in the environment, but {whole} is {os.environ.get(whole, f'not set, so {count}')}: "
+            f"ranks are counted from 0; {_HELP}"
+        )
 
 
 def free_port() -> int:

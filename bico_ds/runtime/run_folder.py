@@ -144,8 +144,11 @@ class RunFolder:
         if last["run_id"] == self.lock.run_id:  # else another start has taken the folder over
             write_atomically(path, json.dumps([*earlier, last | facts], indent=1) + "\n")
 
-    def write_state(self, state: State, *, step: int | None, reason: str = "") -> None:
-        """Write the state file that launchers decide by. Raises `FencedError` as `RunLock.check` does."""
+    def write_state(self, state: State, *, step: int | None, reason: str = "", **facts: Any) -> None:
+        """Write the state file that launchers decide by. Raises `FencedError` as `RunLock.check` does.
+
+        `facts`: further ones of a failure (`bico_ds.runtime.nodes.failed_node`).
+        """
         self.lock.check()
         content = {
             "state": state,
@@ -153,17 +156,18 @@ class RunFolder:
             "reason": text_without_secrets(reason),
             "run_id": self.lock.run_id,
             "time": time.time(),
+            **facts,
         }
         write_atomically(self.state_file, json.dumps(content) + "\n")
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, **facts: Any) -> None:
         """Record that the run failed; of a start that did not begin training only where no run was recorded before.
 
         Raises `FencedError` as `RunLock.check` does.
         """
         recorded = read_state(self.state_file) or {}
         if recorded.get("run_id") == self.lock.run_id or not self.recipe_file.is_file():
-            self.write_state("failed", step=None, reason=reason)
+            self.write_state("failed", step=None, reason=reason, **facts)
 
     def preempt(self, reason: str) -> None:
         """Record that a start was stopped before it began training, unless the run was finished already.

@@ -28,7 +28,7 @@ from bico_ds.checkpoint.resume import (
     set_aside,
     state_layout,
 )
-from bico_ds.common.errors import UserError
+from bico_ds.common.errors import RunError, UserError
 from bico_ds.common.files import atomic_folder
 from bico_ds.config.schema import Recipe
 from bico_ds.data.exported_tokenizer import ExportedTokenizer, save_tokenizer
@@ -42,6 +42,8 @@ from bico_ds.optim.schedule import check_schedule
 from bico_ds.runtime import deepspeed_ops, distributed, host_memory
 from bico_ds.runtime.distributed import Ranks
 from bico_ds.runtime.lock import FencedError
+from bico_ds.runtime.meeting.processes import RankProcesses, are_gone
+from bico_ds.runtime.nodes.own_time import OwnTime
 from bico_ds.runtime.run_folder import RunFolder, State, folder_of_run
 from bico_ds.runtime.signals import Interrupted, StopFlag
 from bico_ds.runtime.watchdog import Watchdog
@@ -52,6 +54,7 @@ from bico_ds.training.callbacks.base import Callback, Callbacks, RunStart
 from bico_ds.training.callbacks.console import ConsoleProgress
 from bico_ds.training.callbacks.monitor import StepMonitor
 from bico_ds.training.callbacks.planned import PlannedBesideMeasured
+from bico_ds.training.callbacks.slowest import SlowestRank
 from bico_ds.training.callbacks.utilization import Utilization
 from bico_ds.training.callbacks.work import ObjectiveWork
 from bico_ds.training.checks import beyond_context, check_backend, check_recipe, what_may_be_lost
@@ -74,26 +77,28 @@ def train(recipe: Recipe, *, output_dir: Path | None, resume: str, stop: StopFla
     store = distributed.connect(ranks, timeout_minutes=timeout_minutes)
     chosen: list[Resumption | None] = []
     try:
-        distributed.first_alone(ranks, store, lambda: chosen.append(_prepare(run, resume)))
+        distributed.first_alone(
+            ranks, store, lambda processes: chosen.append(_prepare(run, resume, processes))
+        )
     except Interrupted:
         return "preempted"
     deepspeed_ops.prefer_own_ninja()
     deepspeed_ops.write_readable_architectures()
     if ranks.local_rank == 0:
         deepspeed_ops.release_abandoned_locks()
-    distributed.join(ranks, store, timeout_minutes=timeout_minutes)
     watchdog = Watchdog(store, ranks, run.folder, minutes=recipe.distributed.watchdog_minutes)
     run.folder.lock.on_lost = lambda: watchdog.abandon(f"{run.folder.path} was taken over by another run")
     try:
+        distributed.join(ranks, store, timeout_minutes=timeout_minutes)
         resumption, run.folder.lock.run_id = distributed.broadcast_object(
             (chosen[0], run.folder.lock.run_id) if chosen else None
         )
         state = _train_on_all_ranks(run, resume, resumption, watchdog)
     except BaseException as error:
-        watchdog.report(error)
+        cause = watchdog.report(error)
         if ranks.is_first:
-            _give_up(run.folder, error)
-        raise
+            _give_up(run.folder, cause, watchdog)
+        raise cause from (None if cause is error else error)
     watchdog.close()
     dist.barrier()
     if ranks.is_first:
@@ -119,7 +124,7 @@ def _checked_run(recipe: Recipe, output_dir: Path | None, stop: StopFlag) -> Run
     )
 
 
-def _prepare(run: Run, resume: str) -> Resumption | None:
+def _prepare(run: Run, resume: str, processes: RankProcesses) -> Resumption | None:
     """Rank 0, before the others are let in: the lock, the stores, and the checkpoint to resume from."""
     run.folder.open()
     try:
@@ -127,12 +132,21 @@ def _prepare(run: Run, resume: str) -> Resumption | None:
             record.refuse_lost(run.folder)
         run.folder.check_writable(begins_anew=begins_anew(run.folder, resume))
         with run.stop.interrupting():
+            distributed.await_all(
+                processes,
+                world_size=run.ranks.world_size,
+                timeout_minutes=run.recipe.distributed.timeout_minutes,
+            )
             assembly.check_teachers(run.recipe, assembly.prepare_stores(run.recipe))
             resumption = choose(run.folder, resume, run.recipe, _layout(run))
             if resumption is not None and record.is_own(resumption.found.path, run.folder):
                 refuse_above_limit(run.recipe.evaluation, run.folder, resumption.step)
             return resumption
     except Interrupted as stopped:
+        if gone := processes.gone():  # the launcher stops the others then
+            lost = RunError(are_gone(gone))
+            _give_up(run.folder, lost)
+            raise lost from None
         run.folder.preempt(f"{stopped} in start-up")
         run.folder.close()
         raise
@@ -145,9 +159,13 @@ def _layout(run: Run) -> StateLayout:
     return state_layout(run.recipe, run.ds_config, run.ranks.world_size)
 
 
-def _give_up(folder: RunFolder, error: BaseException) -> None:
+def _give_up(folder: RunFolder, error: BaseException, watchdog: Watchdog | None = None) -> None:
+    """Record why the run failed: at once, and then with what the nodes tell, which takes longer."""
+    reason = f"{type(error).__name__}: {error}"
     with contextlib.suppress(OSError, FencedError):
-        folder.fail(f"{type(error).__name__}: {error}")
+        folder.fail(reason)
+        if watchdog is not None and watchdog.cause is not None:
+            folder.fail(reason, **watchdog.facts(watchdog.cause))
     folder.close()
 
 
@@ -241,6 +259,7 @@ def _build_trainer(
         total_steps=steps,
         step=resumption.step if resumption else 0,
         targetless=TargetlessSteps.of(resumption.found.content["state"] if resumption else {}),
+        own_time=OwnTime(run.ranks.device) if run.ranks.world_size > 1 else None,
     )
 
 
@@ -248,8 +267,11 @@ def _callbacks(run: Run, engine: Engine, spikes: SpikeDetector, planned: StartPl
     plan, console = planned.plan if planned is not None else None, ConsoleProgress()
     work = ObjectiveWork(plan, run.folder, console)
     utilization = Utilization.planned(plan) if plan is not None else None
-    monitor = StepMonitor(run.recipe.monitor, run.folder, engine.monitor, utilization, work)
+    slowest = SlowestRank(run.ranks, run.folder, console) if run.ranks.world_size > 1 else None
+    monitor = StepMonitor(run.recipe.monitor, run.folder, engine.monitor, utilization, work, slowest)
     callbacks: list[Callback] = [work, console, monitor, spikes]
+    if slowest is not None:
+        callbacks.append(slowest)
     if planned is not None:
         tell = Callbacks([console, monitor], is_first_rank=True)
         callbacks.insert(0, PlannedBesideMeasured(planned.plan, planned.memory, run.folder, tell))
@@ -302,7 +324,8 @@ def _train_and_export(trainer: Trainer, start: RunStart, tokenizer: ExportedToke
     run, callbacks = trainer.run, trainer.callbacks
     callbacks.on_start(start)
     try:
-        state = trainer.train()
+        with trainer.own_time or contextlib.nullcontext():
+            state = trainer.train()
     finally:
         trainer.loader.close()
     run.stop.finish()

@@ -44,7 +44,7 @@ class StepTotals:
 
     Losses are weighted. `source_losses` and `source_weights`: the sum of each data source's, and of their weights, where
     there are several. `norm_before`: the gradient norm of the step before, NaN where it was not given. `following`: the
-    next step, where it was given.
+    next step, where it was given. `own_seconds`: by rank, where it was given.
     """
 
     loss: float
@@ -57,6 +57,7 @@ class StepTotals:
     source_weights: Sequence[float]
     norm_before: float
     following: AgreedStep | None
+    own_seconds: Sequence[float] = ()
 
 
 def agree(rank_step: RankStep, run: Run) -> AgreedStep:
@@ -73,10 +74,12 @@ def add_up(
     wait_seconds: float,
     norm_before: torch.Tensor | None,
     following: RankStep | None,
+    own_seconds: float | None = None,
 ) -> StepTotals:
     """Add up a step of these micro-batches, of which the model found `found`. Collective; waits for the device, once.
 
-    `sources`: how many data sources there are; `norm_before`: a scalar, on the device or the host, the first rank's counts.
+    `sources`: how many data sources there are; `norm_before`: a scalar, on the device or the host, the first rank's counts;
+    `own_seconds`: what this rank worked and did not wait, on all ranks or none.
     """
     device, work = run.ranks.device, _work(batches)
     norm = torch.tensor(math.nan) if norm_before is None else norm_before
@@ -84,7 +87,8 @@ def add_up(
     norm = norm if run.ranks.is_first else torch.zeros_like(norm)
     on_device = torch.cat([norm, _sums(batches, found, sources, device)])
     votes = [] if following is None else _votes(following, run)
-    numbers = iter(all_reduce_sum([*votes, *work, wait_seconds], device, on_device))
+    own = _in_own_slot(own_seconds, run)
+    numbers = iter(all_reduce_sum([*votes, *work, wait_seconds, *own], device, on_device))
     # In the order of the votes, the work, the seconds, and what is on the device.
     votes = list(islice(numbers, len(votes)))
     rows, represented, pairs = map(int, islice(numbers, len(work)))
@@ -94,12 +98,20 @@ def add_up(
         represented=represented,
         pairs=pairs,
         wait_seconds=next(numbers),
+        own_seconds=list(islice(numbers, len(own))),
         norm_before=next(numbers),
         loss=next(numbers),
         divergence=next(numbers),
         source_losses=list(islice(numbers, sources)),
         source_weights=list(numbers),
     )
+
+
+def _in_own_slot(seconds: float | None, run: Run) -> list[float]:
+    """A number for each rank, of which this one gives its own: their sums are all ranks' numbers."""
+    if seconds is None:
+        return []
+    return [seconds if rank == run.ranks.rank else 0.0 for rank in range(run.ranks.world_size)]
 
 
 def _votes(rank_step: RankStep, run: Run) -> list[float]:

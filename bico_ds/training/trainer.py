@@ -33,6 +33,7 @@ from bico_ds.model.deepspeed_engine import Engine
 from bico_ds.model.head import Losses
 from bico_ds.runtime import host_memory
 from bico_ds.runtime.distributed import broadcast_object
+from bico_ds.runtime.nodes.own_time import OwnTime
 from bico_ds.runtime.run_folder import State
 from bico_ds.runtime.watchdog import Watchdog
 from bico_ds.training import nonfinite
@@ -95,12 +96,14 @@ class Trainer:
         total_steps: int,
         step: int = 0,
         targetless: TargetlessSteps | None = None,
+        own_time: OwnTime | None = None,
     ) -> None:
         self.run, self.engine, self.loader, self.watchdog = run, engine, loader, watchdog
         self.callbacks, self.checkpointer, self.evaluator = callbacks, checkpointer, evaluator
         self.spikes = spikes
         self.step, self.total_steps = step, total_steps
         self.targetless = targetless or TargetlessSteps()
+        self.own_time = own_time  # None of a single rank
         self.consumed = loader.start_consumed
         self._saved_step = step  # at step 0 there is nothing to save
         self._cut_evaluation = False
@@ -129,7 +132,7 @@ class Trainer:
         while self.step < self.total_steps:
             self.watchdog.note_progress()
             started, waited = time.perf_counter(), self.loader.wait_seconds
-            agreed = agreed or agree(self.loader.step(self.step), self.run)
+            agreed = agreed or self._agree()
             if agreed.stop:
                 break
             agreed = self._take_step(agreed, started, waited)
@@ -142,6 +145,13 @@ class Trainer:
             if agreed is None:
                 self._pause()
         self._report()
+
+    def _agree(self) -> AgreedStep:
+        """Make the step after a pause known."""
+        agreed = agree(self.loader.step(self.step), self.run)
+        if self.own_time is not None:
+            self.own_time.begin()
+        return agreed
 
     def _pauses_after(self, step: int) -> bool:
         """Whether training pauses after so many steps, or ends; the same on all ranks."""
@@ -213,6 +223,7 @@ class Trainer:
             pairs=totals.pairs,
             divergence=totals.divergence / counts.compared if counts.targets and counts.compared else None,
             source_losses=self._source_losses(totals),
+            own_seconds=list(totals.own_seconds),
         )
 
     def _report(self, norm: float | None = None) -> None:
@@ -263,7 +274,7 @@ class Trainer:
         """
         # While the device works; the batches are built by then, as a rule.
         following = None if self._pauses_after(self.step + 1) else self.loader.step(self.step + 1)
-        return add_up(
+        totals = add_up(
             batches if found else [],
             found,
             self.run,
@@ -271,7 +282,11 @@ class Trainer:
             wait_seconds=self.loader.wait_seconds - waited,
             norm_before=None if self._unreported is None else self._unreported.norm,
             following=following,
+            own_seconds=None if self.own_time is None else self.own_time.end(),
         )
+        if self.own_time is not None:
+            self.own_time.begin()
+        return totals
 
     def _update(
         self, batches: Sequence[PackedBatch], losses: list[torch.Tensor], loss_is_finite: bool

@@ -8,7 +8,6 @@ of so many ranks, and rank 0's decisions; sums over the ranks, and weights gathe
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import resource
@@ -34,6 +33,8 @@ from torch.utils._pytree import tree_leaves
 from bico_ds.config.schema import Recipe
 from bico_ds.runtime import distributed
 from bico_ds.runtime.distributed import Ranks
+from bico_ds.runtime.meeting import processes
+from bico_ds.runtime.meeting.messages import Verdict
 from bico_ds.runtime.signals import StopFlag
 from bico_ds.training import start
 from bico_ds.training.trainer import Trainer
@@ -130,7 +131,9 @@ class FakeRank(TorchDispatchMode):
         }
         store, begin = dist.HashStore(), distributed_c10d.init_process_group
         if rank:
-            store.set(distributed._VERDICT, json.dumps(["", ""]))
+            store.set(distributed._VERDICT, Verdict(kind="", text="").to_json())
+        for other in range(world_size):  # it waits until all have come
+            store.set(processes._PROCESS.format(other), "")
         distributed.connect = partial(_connected, store)  # type: ignore[assignment]
         dist.init_process_group = partial(_begin_fake, begin)  # type: ignore[assignment]
         yield

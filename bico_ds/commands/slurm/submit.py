@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from bico_ds.cluster.attempts import stop_file
+from bico_ds.cluster.batch_words import refuse_control_characters
 from bico_ds.cluster.preflight.inputs import missing_inputs
 from bico_ds.cluster.submission import (
     Job,
@@ -152,6 +153,13 @@ def add_start_options(how: _ArgumentGroup) -> None:
         default=20,
         help="restarts of one job (default: %(default)s)",
     )
+    how.add_argument(
+        "--max-excluded",
+        metavar="N",
+        type=not_negative,
+        default=2,
+        help="bad nodes that a job leaves out when it is requeued; 0: none (default: %(default)s)",
+    )
     how.add_argument("--dry-run", action="store_true", help="print the script, write and submit nothing")
 
 
@@ -190,6 +198,7 @@ def make_job(options: Namespace) -> Job:
     refuse_if_alive(runs)
     settings = Settings(
         container=options.container, bind=options.bind, max_requeues=options.max_requeues,
+        max_excluded=options.max_excluded,
         network_interface=options.network_interface, native_ops=options.native_ops,
         python=options.python or LocalPath("python" if options.container else sys.executable),
     )  # fmt: skip
@@ -206,12 +215,22 @@ def list_runs(options: Namespace) -> dict[Path, Recipe]:
     seeds = [[]] if options.seeds is None else [[f"seed={seed}"] for seed in options.seeds]
     chosen = [load_recipe(name, [*options.overrides, *seed]) for name in options.recipe for seed in seeds]
     if len(chosen) == 1:
-        return {folder_of_run(chosen[0], options.output_dir).resolve(): chosen[0]}
-    parent = (options.output_dir or Path("runs", f"sweep-{chosen[0].name}")).resolve()
+        return {_run_folder(folder_of_run(chosen[0], options.output_dir)): chosen[0]}
+    parent = _run_folder(options.output_dir or Path("runs", f"sweep-{chosen[0].name}"))
     names = [r.name if options.seeds is None else f"{r.name}-seed-{r.seed}" for r in chosen]
     if len(set(names)) < len(names):
         raise UserError("--recipe, --seeds: two runs of this array would have the same folder")
     return {parent / name: recipe for name, recipe in zip(names, chosen, strict=True)}
+
+
+def _run_folder(path: Path) -> Path:
+    """The folder as the script names it. Raises `UserError` where the nodes would read its name otherwise."""
+    where = "output_dir (--output-dir)"
+    refuse_control_characters(str(path), where)
+    resolved = path.resolve()
+    if LocalPath(str(resolved), where=where).in_shell() != shlex.quote(str(resolved)):
+        raise UserError(f"{where}: the nodes would expand the $ in '{resolved}'; choose a folder without it")
+    return resolved
 
 
 def check_presence(recipes: Iterable[Recipe], container: str | None, *, dry_run: bool) -> None:
@@ -316,11 +335,15 @@ def without_accelerator() -> Iterator[None]:
 
 def explain(job_id: str, script: Path, job: Job) -> None:
     """Print where the job is, and how to follow and stop it."""
-    output = script.parent / (f"job-{job_id}_*.out" if job.is_array else f"job-{job_id}.out")
-    parent = next(iter(job.runs)).parent
-    watched = parent if job.is_array else next(iter(job.runs))
+    output = shlex.quote(str(script.parent)) + (
+        f"/job-{job_id}_*.out" if job.is_array else f"/job-{job_id}.out"
+    )
+    first = next(iter(job.runs))
+    watched = shlex.quote(str(first.parent if job.is_array else first))
     print(f"job {job_id}: {len(job.runs)} run(s), {job.resources.world_size} ranks each; script {script}")
-    status = "bico-ds status" if CHECKOUT is None else f"python {CHECKOUT}/launch/slurm/status.py"
+    status = "bico-ds status"
+    if CHECKOUT is not None:
+        status = f"python {shlex.quote(f'{CHECKOUT}/launch/slurm/status.py')}"
     print(f"  state    {status} {watched}")
     print(f"  output   tail -F {output}")
     print(f"  ranks    tail -F {watched}/{'*/' if job.is_array else ''}logs/train-*.log")

@@ -43,6 +43,8 @@ class StepReport:
     is far above its running median (`bico_ds.training.spikes`); false under `training.on_spike: off`. `divergence`: the
     mean KL(start model ‖ model) over the rows that `retention` compares, in nats; None where none was. `source_losses`: by
     data source, where there are several, the weighted mean loss of its targets and the sum of their weights.
+    `own_seconds`: by rank, where there are several, what it worked since the ranks were last together and did not wait for
+    others; on GPUs of the step before (`bico_ds.runtime.nodes.own_time`).
     """
 
     step: int
@@ -63,6 +65,7 @@ class StepReport:
     divergence: float | None = None
     source_losses: dict[str, list[float]] = field(default_factory=dict)
     weight: float | None = None
+    own_seconds: list[float] = field(default_factory=list)
 
 
 class Callback:

@@ -18,6 +18,7 @@ from bico_ds.config.schema import MonitorSpec, Recipe
 from bico_ds.model.deepspeed_engine import EventWriter
 from bico_ds.runtime.run_folder import RunFolder, split_metrics
 from bico_ds.training.callbacks.base import FirstRankCallback, RunStart, StepReport
+from bico_ds.training.callbacks.slowest import SlowestRank
 from bico_ds.training.callbacks.utilization import TAG as MFU
 from bico_ds.training.callbacks.utilization import Utilization
 from bico_ds.training.callbacks.work import SHARE, SHARED, ObjectiveWork
@@ -27,7 +28,7 @@ class StepMonitor(FirstRankCallback):
     """Every `every_steps` steps, writes what `_summarize` makes of the steps since the last time; other numbers at once.
 
     `utilization`: None where no peak of the devices is known; then there is no MFU. `work`: adds up what was done, and gets
-    each step before this callback does.
+    each step before this callback does. `slowest`: None of a single rank.
     """
 
     def __init__(
@@ -37,8 +38,10 @@ class StepMonitor(FirstRankCallback):
         deepspeed_monitor: EventWriter | None,
         utilization: Utilization | None = None,
         work: ObjectiveWork | None = None,
+        slowest: SlowestRank | None = None,
     ) -> None:
         self._spec, self._utilization, self._work = spec, utilization, work
+        self._slowest = slowest
         self._folder = folder
         self._deepspeed_monitor = deepspeed_monitor
         self._pending: list[StepReport] = []
@@ -88,6 +91,8 @@ class StepMonitor(FirstRankCallback):
             numbers |= self._utilization.of(self._pending)
         if self._work is not None:
             numbers |= self._work.numbers()
+        if self._slowest is not None:
+            numbers |= self._slowest.of(self._pending)
         step = self._pending[-1].step
         self._write_line(step, "train", numbers)
         self._write_events(step, numbers)

@@ -6,6 +6,9 @@
 
 Needs no ranks, no GPU and none of the run's data, and memory for one shard. OUT appears complete or not at all. fp32
 gives the optimizer's master weights where all weights were trained under ZeRO-3; else the training's dtype, widened.
+
+A checkpoint is trusted input: DeepSpeed's files are Python pickles, which run code when they are read. Its checksums find
+damage, not malice. Export checkpoints of your own runs alone, and pass exports on: those are safetensors.
 """
 
 from __future__ import annotations

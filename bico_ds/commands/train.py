@@ -33,7 +33,8 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--resume", metavar="auto|none|PATH", type=path_text, default="auto",
         help="auto: the newest complete checkpoint of the run folder, if any (default); none: start anew, what was there "
-        "is set aside; PATH: this checkpoint, or the newest complete one of this run folder",
+        "is set aside; PATH: this checkpoint, or the newest complete one of this run folder. A checkpoint is trusted input: "
+        "reading it can run code",
     )  # fmt: skip
     parser.add_argument(
         "--allow-data-change",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 
 from bico_ds.attention.backends import resolve
 from bico_ds.attention.layout import LayoutPolicy
@@ -102,6 +106,39 @@ def without_missing_weights(recipe: Recipe) -> Recipe:
     if path is None or path.is_here() or recipe.model.config is None:
         return recipe
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": None})})
+
+
+def without_missing_model(recipe: Recipe) -> tuple[Recipe, str | None]:
+    """What a dry run can check without the model: `without_missing_weights`, and what was not to be found of the model.
+
+    Where the recipe has no `model.config` either, some Llama stands in, without adapters.
+    """
+    planned = without_missing_weights(recipe)
+    path = planned.model.path
+    if path is None or path.is_here():
+        return planned, None
+    problem = f"model.path: '{path}' is not on this machine, and the recipe has no model.config"
+    if not path.is_folder:
+        problem = f"model.path: the hub cannot be reached for '{path}', and the recipe has no model.config"
+        try:
+            if hub_has_an_address():
+                model_config(planned.model)
+                return planned, None
+        except UserError as error:
+            problem = str(error)
+    stand_in = {"path": None, "config": {"model_type": "llama"}, "lora": None}
+    return planned.model_copy(update={"model": planned.model.model_copy(update=stand_in)}), problem
+
+
+def hub_has_an_address() -> bool:
+    """Whether it is worth the half minute after which the hub's client gives up; not known behind a proxy."""
+    if any(urllib.request.getproxies()) or constants.HF_HUB_OFFLINE:
+        return True  # by the proxy, or from the cache
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, None)
+    except OSError:
+        return False
+    return True
 
 
 def check_backend(recipe: Recipe, device: torch.device) -> LayoutPolicy | None:

@@ -290,6 +290,26 @@ def test_a_dry_run_without_weights_data_and_container_prints_the_script_and_what
     assert "error: model.path (models/llama-3.1-70b): not there" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("path", ["models/nowhere", "owner/no-such-model", "${NO_SUCH_FOLDER}/model"])
+def test_a_dry_run_of_a_recipe_that_does_not_say_what_its_model_is_checks_the_rest(
+    monkeypatch, tmp_path, capsys, path
+):
+    monkeypatch.setenv("NO_SUCH_FOLDER", str(tmp_path / "none"))
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        f"extends: llama3_8b_bico\nmodel: {{path: '{path}', config: null, tokenizer: nowhere/at-all}}\n"
+        "data: {sources: [{files: [none/*.jsonl]}]}\n"
+    )
+    words = ["--recipe", str(recipe), "--gpus-per-node", "8", "--ranks-per-node", "8", "--dry-run"]
+    assert run_command(monkeypatch, tmp_path, *words) == 0
+    script, notes = capsys.readouterr()
+    assert script.startswith("#!/bin/bash\n#SBATCH --job-name=mine\n")
+    assert "note: what depends on the model was not checked: model.path: " in notes
+    assert notes.splitlines()[-1].startswith("plan: none: model.path: ")
+    assert run_command(monkeypatch, tmp_path, *words, "--set", "distributed.world_size=3") == 2
+    assert "distributed.world_size: this recipe is made for 3 ranks" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -94,6 +94,12 @@ def test_help_and_version_may_be_asked_for_in_the_usual_ways():
     assert bico_ds("-V").stdout == bico_ds("--version").stdout
 
 
+@pytest.mark.parametrize("command", ["export", "train"])
+def test_the_help_of_what_reads_checkpoints_says_that_they_are_trusted_input(command):
+    shown = " ".join(bico_ds(command, "--help").stdout.split())
+    assert re.search(r"[Tt]rusted input: .*run code", shown)
+
+
 def arguments_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
     """The parser's arguments and those of its subcommands."""
     for action in parser._actions:

@@ -7,9 +7,9 @@
 Checks the recipe first, writes the batch script into the run folder (slurm/job-N.sbatch: readable, usable by itself
 with `sbatch`), submits it, and prints how to follow it. Several recipes or seeds make a job array: each run has a folder
 of its own below --output-dir, and the script is in slurm/ beside them. Last comes what the planner finds for the recipe's
-distributed.gpu on these nodes (`bico-ds plan` says more); it refuses nothing. A dry run needs no weights (where the recipe
-has model.config) and no data: notes name what is missing. Exit codes: 0 submitted (or printed), 2 wrong usage or input, or
-refused by SLURM.
+distributed.gpu on these nodes (`bico-ds plan` says more); it refuses nothing. A dry run needs no weights, no tokenizer and
+no data: notes name what is missing, and what could not be checked without. Exit codes: 0 submitted (or printed), 2 wrong
+usage or input, or refused by SLURM.
 """
 
 from __future__ import annotations
@@ -275,22 +275,26 @@ def check(run: Path, recipe: Recipe, resources: Resources, *, dry_run: bool = Fa
     """Check what can be known before a node is asked for. Raises `UserError`.
 
     Ranks and batch sizes divide, the schedule fits (where the recipe counts steps), the model is known: to a dry run by
-    `model.config` too.
+    `model.config` too, and without that a note says so.
     """
     stop_signal(recipe)
     with without_accelerator():
         from bico_ds.data.replay.source import check_sampled
-        from bico_ds.training.checks import check_recipe, without_missing_weights
+        from bico_ds.training.checks import check_recipe, without_missing_model
 
+        planned, problem = without_missing_model(recipe) if dry_run else (recipe, None)
+        if problem is not None:
+            print(f"note: what depends on the model was not checked: {problem}", file=sys.stderr)
         check_recipe(
-            without_missing_weights(recipe) if dry_run else recipe,
+            planned,
             world_size=resources.world_size,
             on_cuda=resources.gpus_per_node > 0,
             run_folder=run,
             ranks_per_node=resources.ranks_per_node,
             runs_here=False,
         )
-        check_sampled(recipe)
+        if problem is None:
+            check_sampled(recipe)
 
 
 def plan_lines(job: Job) -> list[str]:
@@ -308,6 +312,12 @@ def plan_lines(job: Job) -> list[str]:
 
 
 def plan_on(recipe: Recipe, resources: Resources, device: Device) -> Plan:
+    """The plan. Raises `UserError` as `make_plan` does, and at once where the model is not to be found."""
+    with without_accelerator():
+        from bico_ds.training.checks import without_missing_model
+    _, problem = without_missing_model(recipe)
+    if problem is not None:
+        raise UserError(problem)
     return make_plan(
         recipe,
         device,

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from bico_ds.common.errors import UserError
+from bico_ds.common.json_files import read_object
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.data.exported_tokenizer import adds_bos
 from bico_ds.data.tokenizer import FastTokenizer, Tokenizer, load_tokenizer, needed_vocabulary
@@ -156,10 +157,21 @@ def check_model_folder(folder: FolderOrHub, option: str = "--model") -> None:
         with readable(folder, where=""):
             _check_is_model(folder)
             refuse_adapters(folder)
-            for file in weight_files(folder):
+            files = weight_files(folder)
+            if files != [folder / SAFETENSORS]:
+                _check_index(folder / f"{SAFETENSORS}.index.json")
+            for file in files:
                 read_header(file)
     except UserError as error:
         raise UserError(f"{option} {folder}: {str(error).removeprefix('model.path: ')}") from None
+
+
+def _check_index(index: Path) -> None:
+    """Refuse what transformers alone needs of a weights index, which `weight_files` has read."""
+    if not isinstance(read_object(index).get("metadata"), dict):
+        raise UserError(
+            f"'{index}' has no metadata, without which transformers does not read it: add \"metadata\": {{}}"
+        )
 
 
 def _check_is_model(folder: Path) -> None:

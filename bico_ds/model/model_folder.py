@@ -133,7 +133,7 @@ def _values(path: FolderOrHub, name: str, *, where: str) -> dict[str, Any] | Non
         file = path / name
     else:
         try:
-            found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+            found = cached_file(path, name, _raise_exceptions_for_missing_entries=name == CONFIG)
         except Exception as error:  # huggingface_hub, its HTTP client and transformers each raise their own
             raise UserError(f"{where}cannot be fetched: {one_line(error)}") from error
         if found is None:

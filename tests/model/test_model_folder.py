@@ -192,6 +192,10 @@ def cut_a_shard(model: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-9])
 
 
+def forget_metadata(model: Path) -> None:
+    change(model / "model.safetensors.index.json", metadata=None)
+
+
 def name_another_size(model: Path) -> None:
     change(model / "config.json", intermediate_size=128)
 
@@ -202,6 +206,7 @@ def name_another_size(model: Path) -> None:
         (cut_a_shard, "has .* bytes, .* by its header: copy it again"),
         (lambda model: min(model.glob("*.safetensors")).write_bytes(b""), r"is cut short .*\(0 bytes\)"),
         (lambda model: (model / "model.safetensors.index.json").write_text("[]"), "is not a weights index"),
+        (forget_metadata, "has no metadata, without which transformers does not read it"),
         (lambda model: (model / "generation_config.json").write_text("[]"), "holds a list, not an object"),
         (lambda model: (model / "config.json").write_text("[]"), "config.json: cannot be read: holds a list"),
         (lambda model: (model / "adapter_config.json").write_text("{}"), "holds an adapter"),

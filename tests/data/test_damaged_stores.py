@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from bico_ds.data.inspect_store import describe_store
 from bico_ds.data.store import StoreManifest, TokenStore, Verify
 from bico_ds.data.tokenizer import load_tokenizer
 from tests import EARLIER_RUN
+from tests.damaged_files import damaged
 from tests.data.prepare.ingesting import TEXTS, ingest_files, write_jsonl
 from tests.data.stores import write_store
 
@@ -207,6 +210,23 @@ def test_an_edited_manifest_is_refused_whatever_the_value(
 def test_a_manifest_that_is_none_is_refused(store: Path, text: str) -> None:
     (store / "manifest.json").write_text(text)
     assert "damaged" in _refusal(store)
+
+
+@pytest.mark.parametrize("with_checksum", [True, False])
+def test_a_damaged_manifest_opens_unchanged_or_is_refused_within_a_second(
+    healthy: Path, tmp_path: Path, with_checksum: bool
+) -> None:
+    """Without its own checksum, as version 0.1.0 wrote it, so that the checks of its values come to speak."""
+    path = Path(shutil.copytree(healthy, tmp_path / "s"))
+    content = json.loads((path / "manifest.json").read_text())
+    if not with_checksum:
+        del content["manifest_checksum"], content["further_checksums"]
+    for form in damaged(json.dumps(content).encode(), count=150):
+        (path / "manifest.json").write_bytes(form)
+        began = time.process_time()
+        with contextlib.suppress(UserError):
+            TokenStore.open(path, verify="structure")
+        assert time.process_time() - began < 1, form[:200]
 
 
 @pytest.mark.parametrize("version", [True, 1.0, "1", None, -1, 2])

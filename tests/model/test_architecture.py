@@ -94,6 +94,17 @@ def test_a_model_stops_at_its_tokenizers_eos_and_at_what_its_base_stops_at_besid
         assert (settings.bos_token_id, settings.eos_token_id, settings.pad_token_id) == (1, expected, 0)
 
 
+class _PaddedTokenizer(_Tokenizer):
+    pad_token_id = 64
+
+
+def test_a_padding_token_that_the_model_does_not_embed_is_none_of_its_config():
+    config = LlamaConfig(vocab_size=64)
+    generation = GenerationConfig.from_model_config(config)
+    adopt_special_tokens(_PaddedTokenizer(), config, generation)
+    assert config.pad_token_id is None and generation.pad_token_id is None
+
+
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
     "num_key_value_heads": 2,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ import pytest
 import zstandard
 
 from bico_ds.common.errors import UserError
+from bico_ds.data.prepare import input_files, records
 from bico_ds.data.prepare.examples import IngestOptions
 from bico_ds.data.prepare.ingest import ingest
 from bico_ds.data.prepare.input_files import find_files
 from bico_ds.data.prepare.shards import plan_shards
+from bico_ds.data.store import TokenStore
 
 GOOD = b'{"text": "a fine line"}\n'
 PAIR = {"prompt_field": "q", "completion_field": "a"}
@@ -32,6 +35,13 @@ def _parquet(columns: dict[str, list]) -> bytes:
     sink = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table(columns), sink)
     return sink.getvalue()
+
+
+HALF = "hi \ud83d"  # half a character, as JSON can escape it
+
+
+def _chat(**changes: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": "hi", **changes}, {"role": "assistant", "content": "yes"}]
 
 
 LINES: list[tuple[str, bytes, dict[str, Any], str]] = [
@@ -49,6 +59,51 @@ LINES: list[tuple[str, bytes, dict[str, Any], str]] = [
     ),
     ("a.jsonl", _records({"text": None}), {}, "a.jsonl:1: missing field: 'text' is null"),
     ("a.jsonl", _records({"text": 5}), {}, "a.jsonl:1: wrong type: 'text' must be a string, found int"),
+    (
+        "a.jsonl",
+        b'{"text": "x", "text": "y"}\n',
+        {},
+        "a.jsonl:1: broken JSON: the key 'text' stands there twice",
+    ),
+    (
+        "a.jsonl",
+        _records({"text": "x", "g": HALF}),
+        {"group_field": "g"},
+        "a.jsonl:1: invalid UTF-8: a group has a lone surrogate at character 4",
+    ),
+    *(
+        ("a.jsonl", _records({"m": chat}), {"messages_field": "m"}, f"a.jsonl:1: {message}")
+        for chat, message in (
+            (
+                _chat(content=HALF),
+                "invalid UTF-8: the text of the messages has a lone surrogate at character",
+            ),
+            (_chat(content=[{"type": "text", "text": HALF}]), "invalid UTF-8"),
+            (_chat(role=HALF), "chat template: role hi \\ud83d"),
+            (_chat(tool_calls=7), "wrong type: the tool_calls of message 1 must be a list, found int"),
+            (_chat(tool_calls=True), "wrong type: the tool_calls of message 1 must be a list, found bool"),
+            (_chat(tool_calls=[{"name": HALF}]), "chat template: it leaves out a tool call of message 1"),
+        )
+    ),
+    (
+        "a.jsonl",
+        _records({"t\ud83d" * 9000: "x"}),
+        {},
+        "missing field: 'text'; fields of this record: t\\ud83dt",
+    ),
+    (
+        "a.jsonl",
+        GOOD + _records({"prompt": "x", "completion": "y"}),
+        {},
+        "a.jsonl:2: missing field: 'text'; fields of this record: completion, prompt. This row is of another kind "
+        "(--prompt-field prompt --completion-field completion). Rows of two kinds make two sources",
+    ),
+    (
+        "a.jsonl",
+        GOOD,
+        {"messages_field": "m"},
+        "This row is of another kind (--text-field text, the default)",
+    ),
     ("a.jsonl", GOOD + b'{"text": "\xff"}\n', {}, "a.jsonl:2: invalid UTF-8: byte 11 of the line is 0xff"),
     (
         "a.jsonl",
@@ -139,6 +194,80 @@ def test_a_bad_file_is_named_with_its_line(
         _ingest(tmp_path / name, bpe_tokenizer, tmp_path / "store", settings)
     assert message in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == [name]
+
+
+@pytest.mark.parametrize(
+    ("bad", "settings"),
+    [
+        (
+            [{"m": _chat(content=HALF)}, {"m": _chat(role=HALF)}, {"m": _chat(tool_calls=7)}, {HALF: "x"}],
+            {"messages_field": "m"},
+        ),
+        (
+            [{"text": "x", "who": HALF}, {"text": HALF, "who": 1}, {HALF: "x"}, {"text": "x", "who": [HALF]}],
+            {"group_field": "who"},
+        ),
+    ],
+    ids=["chats", "texts"],
+)
+def test_records_with_half_a_character_or_an_odd_type_are_skipped_and_counted(
+    tmp_path: Path, bpe_tokenizer: str, bad: list[Any], settings: dict[str, Any]
+) -> None:
+    good = {"m": _chat(), "text": "x", "who": "y"}
+    (tmp_path / "a.jsonl").write_bytes(_records(good, *bad, good))
+    _ingest(tmp_path / "a.jsonl", bpe_tokenizer, tmp_path / "s", {"on_error": "skip", **settings})
+    assert len(TokenStore.open(tmp_path / "s")) == 2
+    skipped = (tmp_path / "s" / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
+    places = [json.loads(line)["place"].rpartition(":")[2] for line in skipped]
+    assert places == [str(2 + number) for number in range(len(bad))]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt"])
+def test_a_line_without_an_end_is_an_error_of_its_own_and_the_next_one_is_read(
+    tmp_path: Path, bpe_tokenizer: str, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(records, "MOST_RECORD_BYTES", 1000)
+    monkeypatch.setattr(records, "_PART_BYTES", 700)
+    content = GOOD + b"x" * 5000 + b"\n" + GOOD + b"y" * 5000
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    with pytest.raises(UserError, match=f"{name}:2: too long: the line has more than 1,000 bytes"):
+        _ingest(tmp_path / name, bpe_tokenizer, tmp_path / "s", {})
+    _ingest(tmp_path / name, bpe_tokenizer, tmp_path / "s", {"on_error": "skip"})
+    assert len(TokenStore.open(tmp_path / "s")) == 2
+    assert "skipped      2 lines: too long" in (tmp_path / "s" / "report.txt").read_text()
+    assert (tmp_path / "s" / "skipped.jsonl").stat().st_size < 3000
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("byte", [b"x", b"\n"])
+def test_a_compressed_file_that_becomes_far_larger_is_taken_for_a_bomb(
+    tmp_path: Path, bpe_tokenizer: str, monkeypatch: pytest.MonkeyPatch, name: str, byte: bytes
+) -> None:
+    monkeypatch.setattr(input_files, "_ALWAYS_ALLOWED_BYTES", 1 << 18)
+    monkeypatch.setattr(records, "MOST_RECORD_BYTES", 1 << 14)
+    compress = gzip.compress if name.endswith("gz") else zstandard.compress
+    (tmp_path / name).write_bytes(compress(GOOD + byte * (1 << 21)))
+    with pytest.raises(UserError, match="is it a bomb"):
+        _ingest(tmp_path / name, bpe_tokenizer, tmp_path / "s", {"on_error": "skip"})
+
+
+@pytest.mark.parametrize("given", ["x" * 5000, "a\0b", "[" + "/root/x/" * 900, "\ud83d.jsonl"])
+def test_an_input_whose_name_cannot_be_one_is_refused(given: str) -> None:
+    with pytest.raises(UserError, match="input '"):
+        find_files([given])
+
+
+def test_a_folder_with_links_in_a_circle_and_a_name_that_is_no_text_is_read(
+    tmp_path: Path, bpe_tokenizer: str
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "circle.jsonl").symlink_to(tmp_path / "data" / "circle.jsonl")
+    (tmp_path / "data" / os.fsdecode(b"a\xff.jsonl")).write_bytes(GOOD + b"7\n")
+    with pytest.raises(UserError) as caught:
+        _ingest(tmp_path / "data", bpe_tokenizer, tmp_path / "s", {})
+    assert "udcff.jsonl:2: broken JSON" in str(caught.value)
+    _ingest(tmp_path / "data", bpe_tokenizer, tmp_path / "s", {"on_error": "skip"})
+    assert "udcff.jsonl:2" in (tmp_path / "s" / "skipped.jsonl").read_text(encoding="utf-8")
 
 
 CALLS: list[tuple[Callable[[], object], str]] = [

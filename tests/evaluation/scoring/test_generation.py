@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -32,6 +33,17 @@ def test_batched_generation_equals_hugging_face_one_prompt_at_a_time(tiny_llama,
         ended += 2 in row.tolist()
         assert text == tokenizer.decode(row, skip_special_tokens=True)
     assert 0 < ended < len(prompts)
+
+
+def test_a_padding_token_that_the_model_does_not_embed_changes_no_answer(tiny_llama, tokenizer, prompts):
+    share, padded = PromptShare(batch_size=8), copy.deepcopy(tokenizer)
+    padded.add_special_tokens({"pad_token": "<pad>"})
+    assert padded.pad_token_id == tiny_llama.config.vocab_size
+    answers = [
+        generate_greedy(tiny_llama, one, prompts, max_new_tokens=5, share=share)
+        for one in (padded, tokenizer)
+    ]
+    assert answers[0] == answers[1]
 
 
 def test_prompts_begin_with_bos_as_in_training(tokenizer):

@@ -192,37 +192,25 @@ def default_output(model: FolderOrHub) -> Path:
 
 def evaluate_model(options: Namespace, stop: StopFlag) -> bool:
     """Join the other ranks, if torchrun started any, and ask one model after the other. False: stopped before the end."""
-    import torch
-    import torch.distributed as dist
-
     from bico_ds.evaluation.loading import check_model_folder
     from bico_ds.evaluation.report.tables import console_for_tables
     from bico_ds.evaluation.request import run_request
     from bico_ds.evaluation.scoring.share import PromptShare
-    from bico_ds.runtime.distributed import begin_group
+    from bico_ds.runtime.distributed import ranks_of_torchrun
 
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", launch_environment.local_rank())
-        torch.cuda.set_device(device)
-    share = PromptShare(
-        rank=launch_environment.rank(),
-        world_size=launch_environment.world_size(),
-        device=device,
-        batch_size=options.batch_size,
-        should_stop=lambda: bool(stop),
-    )
-    if share.world_size > 1:
-        begin_group(device)
-    try:
+    with ranks_of_torchrun() as ranks:
+        share = PromptShare(
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            device=ranks.device,
+            batch_size=options.batch_size,
+            should_stop=lambda: bool(stop),
+        )
         for model in options.model:
             check_model_folder(model.here())
         return all(
             run_request(request_of(options, model), share, console_for_tables()) for model in options.model
         )
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def evaluate(options: Namespace) -> int:

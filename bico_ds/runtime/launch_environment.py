@@ -25,10 +25,10 @@ def check() -> None:
     """Raise `UserError`, with the variable's name, where a launcher's variables are no numbers or contradict one another."""
     master_port()
     _refuse_beyond("RANK", rank(), "WORLD_SIZE", world_size())
-    per_node = ranks_per_node()
+    local, per_node = local_rank(), ranks_per_node()
     if per_node is not None:
         name = "LOCAL_WORLD_SIZE" if os.environ.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE"
-        _refuse_beyond("LOCAL_RANK", local_rank(), name, per_node)
+        _refuse_beyond("LOCAL_RANK", local, name, per_node)
 
 
 def rank() -> int:

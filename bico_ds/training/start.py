@@ -166,7 +166,10 @@ def _prepare(run: Run, resume: str, processes: RankProcesses, spare: Path | None
             lost = RunError(are_gone(gone))
             _give_up(run.folder, lost)
             raise lost from None
-        run.folder.preempt(f"{stopped} in start-up")
+        missing = ", ".join(map(str, processes.missing()))
+        run.folder.preempt(
+            f"{stopped} in start-up" + f"; without rank {missing}, which had not come" * bool(missing)
+        )
         run.folder.close()
         raise
     except BaseException as error:

@@ -7,10 +7,11 @@ import sys
 
 import pytest
 
+from bico_ds.common.errors import UserError
 from bico_ds.runtime import launch_environment
 from tests import ROOT
 
-NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_JOB_ID")
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_JOB_ID", "MASTER_PORT")
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +35,42 @@ def test_each_launchers_variables_are_read(monkeypatch, ranks_per_node):
     assert launch_environment.is_launched()
     assert (launch_environment.rank(), launch_environment.local_rank()) == (5, 1)
     assert (launch_environment.world_size(), launch_environment.ranks_per_node()) == (8, 4)
+
+
+@pytest.mark.parametrize(
+    "text", ["two", "-1", "", "1.0", "²", "٣", "0x1", "9" * 20, "1 2", "\n", "1_0", "+1"]
+)
+@pytest.mark.parametrize(
+    "name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_PORT"]
+)
+def test_a_variable_that_is_no_number_is_named(monkeypatch, name, text):
+    monkeypatch.setenv(name, text)
+    if not text and name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_PORT"):
+        launch_environment.check()  # as if it were not set
+        return
+    with pytest.raises(UserError, match=f"{name}=.* in the environment is no whole number"):
+        launch_environment.check()
+    assert launch_environment.telling_rank() == 0
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "3", "WORLD_SIZE": "2"}, "RANK=3 in the environment, but WORLD_SIZE is 2"),
+        ({"RANK": "1"}, "RANK=1 in the environment, but WORLD_SIZE is not set, so 1"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0' .* at least 1"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE='0' .* at least 1"),
+        ({"LOCAL_RANK": "2", "LOCAL_SIZE": "2"}, "LOCAL_RANK=2 in the environment, but LOCAL_SIZE is 2"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT='0' .* from 1 to 65535"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT='70000' .* from 1 to 65535"),
+    ],
+)
+def test_variables_that_contradict_one_another_are_named(monkeypatch, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        launch_environment.check()
+    assert launch_environment.telling_rank() == 0, "or nobody would tell it"
 
 
 def test_torchrun_and_we_mean_the_same(tmp_path):

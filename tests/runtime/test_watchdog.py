@@ -14,7 +14,7 @@ from bico_ds.runtime.launch_environment import free_port
 from bico_ds.runtime.run_folder import RunFolder, read_state
 
 RANK = """
-import sys, time
+import os, signal, sys, time
 from datetime import timedelta
 import torch
 from torch.distributed import TCPStore
@@ -23,7 +23,7 @@ from bico_ds.runtime import watchdog
 from bico_ds.runtime.distributed import Ranks
 from bico_ds.common.process_end import end_process
 from bico_ds.runtime.run_folder import RunFolder
-folder, run_id, port, size, rank, minutes, poll, what = sys.argv[1:]
+folder, run_id, port, size, rank, minutes, poll, what = sys.argv[1:9]
 watchdog.POLL_SECONDS, watchdog.GRACE_SECONDS = float(poll), 3.0
 folder = RunFolder(folder)
 folder.lock.run_id = run_id
@@ -35,6 +35,26 @@ dog.note_progress()
 def waiting_in_a_collective():
     time.sleep(60)
 
+if what == "stranger":  # whoever reaches the store
+    time.sleep(1)
+    store.set("bico_ds/failure", '{"rank": 1, "text": "done", "code": 0, "stalled": false, "is_certain": true}')
+if what == "collective":
+    import torch.distributed as dist
+    from bico_ds.runtime.distributed import begin_group
+    begin_group(ranks.device, store=store, rank=ranks.rank, world_size=ranks.world_size)
+    try:
+        while True:
+            dist.barrier()
+            if rank == sys.argv[9]:
+                os.kill(os.getpid(), signal.SIGKILL)
+    except RuntimeError as error:
+        cause = dog.report(error)
+        if rank == "0":
+            print(f"raised: {type(cause).__name__}: {cause}", file=sys.stderr, flush=True)
+        end_process(1)
+if what == "killed":
+    time.sleep(1)
+    os.kill(os.getpid(), signal.SIGKILL)
 if what == "raise":
     time.sleep(1)
     dog.report(UserError("no such file"))
@@ -104,12 +124,12 @@ def folder(tmp_path) -> RunFolder:
     return folder
 
 
-def run_ranks(folder: RunFolder, each: list[tuple[float, float, str]]) -> list[tuple[int, str]]:
+def run_ranks(folder: RunFolder, each: list[tuple[float, float, str]], *more: str) -> list[tuple[int, str]]:
     """Each rank by its minutes, its seconds between two looks, and what it does; how each ended and what it printed."""
     port, size = str(free_port()), str(len(each))
     begin = [sys.executable, "-c", RANK, str(folder.path), folder.lock.run_id, port, size]
     ranks = [
-        subprocess.Popen([*begin, str(rank), *map(str, arguments)], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([*begin, str(rank), *map(str, arguments), *more], stderr=subprocess.PIPE, text=True)
         for rank, arguments in enumerate(each)
     ]
     return [(rank.wait(timeout=120), rank.stderr.read()) for rank in ranks]  # type: ignore[union-attr]
@@ -141,6 +161,33 @@ def test_the_error_of_any_rank_is_told_by_the_first_and_ends_all(folder):
     ended = run_ranks(folder, [(60, 0.1, "wait"), (60, 0.1, "raise")])
     assert [code for code, _ in ended] == [2, 2]
     assert ended[0][1] == "error: rank 1: no such file\n"
+    folder.close()
+
+
+def test_a_stranger_in_the_store_cannot_end_a_run_as_if_it_were_done(folder):
+    ended = run_ranks(folder, [(60, 0.1, "wait"), (60, 0.1, "stranger")])
+    assert ended[0][0] == 1
+    assert ended[0][1].startswith("error: the ranks' store holds what no rank has written")
+    assert read_state(folder.state_file)["state"] == "failed"
+    folder.close()
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_rank_is_named_by_the_others_that_wait(folder, killed):
+    """No collective fails: its neighbours see that its process is gone."""
+    each = [(60, 0.1, "killed" if rank == killed else "wait") for rank in range(2)]
+    ended = run_ranks(folder, each)
+    assert [code for code, _ in ended] == [-9 if rank == killed else 1 for rank in range(2)]
+    assert ended[1 - killed][1] == f"error: rank {killed}: the process is gone\n"
+    reason = read_state(folder.state_file)["reason"]
+    assert reason == f"rank {killed}: the process is gone"
+    folder.close()
+
+
+def test_a_killed_rank_is_named_also_where_the_collective_notices_first(folder):
+    ended = run_ranks(folder, [(60, 0.5, "collective")] * 3, "2")
+    assert [code for code, _ in ended] == [1, 1, -9]
+    assert "raised: RunError: rank 2: the process is gone\n" in ended[0][1]
     folder.close()
 
 

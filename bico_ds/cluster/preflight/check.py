@@ -60,10 +60,11 @@ def preflight(recipe: Recipe, run: Path, *, node_problems: NodeProblems | None =
     # torch 2.13 has renamed collectives, and warns of the old names, which older versions need.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     console = Console(soft_wrap=True, width=None if os.isatty(1) else 160)
+    launch_environment.check()
     rank, world_size = launch_environment.rank(), launch_environment.world_size()
     local_rank = launch_environment.local_rank()
     folders = _expanded(recipe, run)
-    exchange = _open_exchange(rank, world_size)
+    exchange = Exchange(rank=rank, world_size=world_size, seconds=JOIN_SECONDS)
     if rank == 0:
         exchange.publish("probes", _write_probes(folders, "0"))
     report = collect(recipe, run, rank=rank, local_rank=local_rank)
@@ -108,24 +109,6 @@ def _print_problems(console: Console, problems: list[str]) -> None:
     """The batch script recognizes a refusal by the beginning of these lines."""
     for problem in problems:
         console.print(f"pre-flight: {problem}", style="red", markup=False, highlight=False)
-
-
-def _open_exchange(rank: int, world_size: int) -> Exchange:
-    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "0"))
-    if world_size > 1 and not port:
-        raise UserError(
-            "MASTER_ADDR and MASTER_PORT are not set: start the pre-flight by srun, torchrun or deepspeed"
-        )
-    try:
-        # The next port: MASTER_PORT itself must stay free for training.
-        return Exchange(
-            rank=rank, world_size=world_size, address=address, port=port and port + 1, seconds=JOIN_SECONDS
-        )
-    except (RuntimeError, dist.DistError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"rank {rank}: {address}:{port + 1} cannot be reached, or is in use ({reason})"
-        ) from None
 
 
 def _write_probes(folders: list[Path], name: str) -> dict[str, str]:

@@ -5,21 +5,29 @@ from __future__ import annotations
 import json
 import socket
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+
+from bico_ds.common.errors import RunError, UserError
+from bico_ds.common.json_files import JsonError, parse_json
+from bico_ds.runtime.meeting.messages import FOREIGN
+from bico_ds.runtime.meeting.rendezvous import open_store
 
 
 class Exchange:
     """Rank 0 serves the store. Every rank posts values that rank 0 collects; rank 0 publishes values that all receive."""
 
-    def __init__(self, *, rank: int, world_size: int, address: str, port: int, seconds: float) -> None:
-        """Raises torch's `RuntimeError` where rank 0 cannot be reached within `seconds`."""
+    def __init__(self, *, rank: int, world_size: int, seconds: float) -> None:
+        """Raises `UserError` as `open_store` does, and where rank 0 cannot be reached within `seconds`."""
         self.rank, self.world_size = rank, world_size
         self._seconds = timedelta(seconds=seconds)
-        self.store = dist.TCPStore(
-            address, port, world_size, is_master=rank == 0, timeout=self._seconds, wait_for_workers=False
-        )
+        try:
+            # The next port: MASTER_PORT itself must stay free for training.
+            self.store = open_store(rank=rank, world_size=world_size, port_offset=1, timeout=self._seconds)
+        except RunError as error:
+            raise UserError(str(error)) from None
         self.store.set(f"host/{rank}", socket.gethostname())
 
     def post(self, name: str, value: Any) -> None:
@@ -36,7 +44,7 @@ class Exchange:
             except dist.DistStoreError:
                 silent.append(rank)
                 continue
-            values.append(json.loads(self.store.get(f"{name}/{rank}")))
+            values.append(self._read(f"{name}/{rank}"))
         return values, silent
 
     def publish(self, name: str, value: Any) -> None:
@@ -46,4 +54,10 @@ class Exchange:
     def receive(self, name: str) -> Any:
         """The value that rank 0 published. Raises `torch.distributed.DistStoreError` where it publishes none in time."""
         self.store.wait([name], self._seconds * 2)
-        return json.loads(self.store.get(name))
+        return self._read(name)
+
+    def _read(self, name: str) -> Any:
+        try:
+            return parse_json(self.store.get(name), Path(name), strict=False)
+        except JsonError:
+            raise RunError(FOREIGN) from None

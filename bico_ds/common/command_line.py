@@ -7,6 +7,7 @@ return other codes of its own. No torch here: a command imports it before its he
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import sys
 import time
@@ -101,6 +102,7 @@ def exit_code(work: Callable[[], int]) -> int:
 
     A reader that has seen enough of a help text is no failure: 0. Other exceptions are shown as Python shows them: 1.
     """
+    _open_closed_streams()
     try:
         return work()
     except KeyboardInterrupt:
@@ -113,6 +115,16 @@ def exit_code(work: Callable[[], int]) -> int:
         return _failed(ended)
     except BaseException as error:
         return _failed(error)
+
+
+def _open_closed_streams() -> None:
+    """Give a process whose stdin, stdout or stderr was closed (`>&-`) /dev/null in its place.
+
+    Python has None there, on which libraries fail; and the next file that is opened would get its number, and the output.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _failed(error: BaseException) -> int:

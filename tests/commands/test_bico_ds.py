@@ -157,6 +157,13 @@ def test_a_reader_that_has_seen_enough_is_no_failure(words, unbuffered, tmp_path
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_changes_no_exit_code(closed, tmp_path):
+    status = f"{sys.executable} -m bico_ds status {tmp_path} {closed}; echo $? > {tmp_path}/code"
+    subprocess.run(["sh", "-c", status], cwd=ROOT, capture_output=True, timeout=120, check=True)
+    assert (tmp_path / "code").read_text() == "0\n"
+
+
 # In the place of a training of minutes: a line of its console.
 TRAINS_BRIEFLY = """
 import rich.console

@@ -8,6 +8,7 @@ checkpoints/
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -132,19 +133,29 @@ class Checkpointer:
             manifest.write_manifest(partial, content)
             # Nothing slow comes between this check and the rename: the ranks have flushed their files (`file_table`).
             self._folder.lock.check()
+            if final.is_symlink() or not final.is_dir():
+                self._set_foreign_aside(final)
             # A damaged one of the same step, which the resume passed over.
             shutil.rmtree(final, ignore_errors=True)
             publish_folder(partial, final)
             record.write(self._folder, final, step)
-            write_atomically(partial.with_name("latest"), final.name + "\n")
+            latest = partial.with_name("latest")
+            if latest.is_dir():
+                self._set_foreign_aside(latest)
+            write_atomically(latest, final.name + "\n")
         except OSError as error:
             return f"{error.filename or partial}: {error.strerror}"
         self._prune()
         return None
 
+    def _set_foreign_aside(self, path: Path) -> None:
+        """What somebody has put where a checkpoint, or the name of the newest one, belongs: it stops no run, and is kept."""
+        if os.path.lexists(path):
+            path.rename(self._folder.new_aside() / path.name)
+
     def _prune(self) -> None:
         every = self._spec.keep_every_steps
-        for path in manifest.checkpoints_in(self._folder.checkpoints)[: -self._spec.keep_last]:
+        for path in manifest.sealed_in(self._folder.checkpoints)[: -self._spec.keep_last]:
             if every is None or manifest.step_of(path) % every:
                 shutil.rmtree(path, ignore_errors=True)
 

@@ -16,6 +16,8 @@ from typing import Any
 
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import checksum, sync, sync_names, write_atomically
+from bico_ds.common.json_files import JsonError, read_object
+from bico_ds.runtime.run_folder import STEP
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -57,19 +59,13 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
 
 
 def verify(path: Path) -> FoundCheckpoint:
-    """Compare a folder with its manifest. Raises `UserError` naming the first file that differs."""
+    """Compare a folder with its manifest. Raises `UserError` naming the first file that differs, or cannot be read."""
     content = _read(path / MANIFEST)
     files: FileTable = content.pop("files")
-    for name, (size, _) in files.items():
-        if not (path / name).is_file():
-            raise UserError(f"{path / name}: missing")
-        if (found := (path / name).stat().st_size) != size:
-            raise UserError(f"{path / name}: {found} bytes, {size} by the manifest")
-    with ThreadPoolExecutor(_THREADS) as threads:
-        checksums = threads.map(lambda name: checksum(path / name, "blake2b"), files)
-        for name, computed in zip(files, checksums, strict=True):
-            if computed != files[name][1]:
-                raise UserError(f"{path / name}: the checksum differs from the manifest's")
+    try:
+        _compare(path, files)
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: {error.strerror}") from None
     return FoundCheckpoint(path, content, sum(size for size, _ in files.values()))
 
 
@@ -90,18 +86,38 @@ def find(root: Path, report: Callable[[str], None]) -> FoundCheckpoint | None:
 
 
 def checkpoints_in(root: Path) -> list[Path]:
-    """The folders of committed checkpoints, oldest first."""
-    return sorted(root.glob("step-*"), key=step_of)
+    """The folders that are named as checkpoints are, oldest first."""
+    return [path for _, path in STEP.in_folder(root) if os.path.isdir(path)]
+
+
+def sealed_in(root: Path) -> list[Path]:
+    """Those of `checkpoints_in` that have a manifest: committed, and perhaps damaged since."""
+    return [path for path in checkpoints_in(root) if os.path.isfile(path / MANIFEST)]
 
 
 def name_of(step: int) -> str:
     """The name of a checkpoint's folder."""
-    return f"step-{step:06d}"
+    return STEP.of(step)
 
 
 def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(path.name.removeprefix("step-"))
+    """The step in the name of one of `checkpoints_in`."""
+    step = STEP.number_in(path.name)
+    assert step is not None
+    return step
+
+
+def _compare(path: Path, files: FileTable) -> None:
+    for name, (size, _) in files.items():
+        if not (path / name).is_file():
+            raise UserError(f"{path / name}: missing")
+        if (found := (path / name).stat().st_size) != size:
+            raise UserError(f"{path / name}: {found} bytes, {size} by the manifest")
+    with ThreadPoolExecutor(_THREADS) as threads:
+        checksums = threads.map(lambda name: checksum(path / name, "blake2b"), files)
+        for name, computed in zip(files, checksums, strict=True):
+            if computed != files[name][1]:
+                raise UserError(f"{path / name}: the checksum differs from the manifest's")
 
 
 def _flushed_entry(file: Path) -> list[Any]:
@@ -110,19 +126,18 @@ def _flushed_entry(file: Path) -> list[Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(
-            f"{path.parent}: no {MANIFEST}; not a checkpoint of this program, or an incomplete one"
-        )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        seal = content.pop("seal")
-    except (ValueError, KeyError, AttributeError):
-        raise UserError(f"{path}: not a manifest") from None
-    if seal != _seal(content):
+        content = read_object(path, strict=False)
+    except JsonError as error:
+        if error.is_missing:
+            raise UserError(
+                f"{path.parent}: no {MANIFEST}; not a checkpoint of this program, or an incomplete one"
+            ) from None
+        raise UserError(f"{path}: not a manifest: {error.reason}") from None
+    if content.pop("seal", None) != _seal(content):
         raise UserError(f"{path}: its content was changed after it was written")
-    if content["format"] != FORMAT:
-        raise UserError(f"{path}: format {content['format']}, this program reads format {FORMAT}")
+    if content.get("format") != FORMAT:
+        raise UserError(f"{path}: format {content.get('format')}, this program reads format {FORMAT}")
     return content
 
 

@@ -8,7 +8,6 @@ into the same folder does.
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import shutil
@@ -22,6 +21,8 @@ from pathlib import Path
 from bico_ds.cluster.run_status import print_watch
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import write_atomically
+from bico_ds.common.json_files import append_object
+from bico_ds.common.numbered_names import NumberedName
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.paths import LocalPath
 from bico_ds.config.resources import BATCH_SCRIPT, CHECKOUT
@@ -29,6 +30,7 @@ from bico_ds.config.schema import Recipe
 from bico_ds.runtime.lock import living_locks
 from bico_ds.runtime.run_folder import RunFolder
 
+_SCRIPT = NumberedName("job-", ".sbatch")
 COMMON_PART = "# ---- The rest is the same for every run\n"
 _TIME = re.compile(r"(\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){0,2})")  # sbatch(1), --time
 
@@ -157,8 +159,8 @@ def _write(job: Job) -> Path:
         (run / "logs").mkdir(exist_ok=True)
         write_atomically(run / "slurm" / "recipe.yaml", dump_recipe(recipe))
     job.folder.mkdir(parents=True, exist_ok=True)
-    number = 1 + sum(1 for _ in job.folder.glob("job-*.sbatch"))
-    script = job.folder / f"job-{number}.sbatch"
+    numbers = [number for number, _ in _SCRIPT.in_folder(job.folder)]
+    script = job.folder / _SCRIPT.of(1 + max(numbers, default=0))
     script.write_text(render_batch_script(job), encoding="utf-8")
     script.chmod(0o755)
     return script
@@ -182,8 +184,7 @@ def submit(script: Path, job: Job) -> str:
             "script": str(script),
             "time": time.time(),
         }
-        with open(run / "slurm" / "jobs.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_object(run / "slurm" / "jobs.jsonl", line)
     return job_id
 
 

@@ -99,12 +99,27 @@ def read_object_lines(path: Path, *, most_bytes: int = MOST_BYTES) -> list[dict[
     return [found for line in content.split(b"\n") if (found := object_in(line, path)) is not None]
 
 
+def append_object(path: Path, value: dict[str, Any]) -> None:
+    """Add a line to a file of JSON lines, on a line of its own where a crash has cut the last one. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            file.write(b"" if file.read(1) == b"\n" else b"\n")
+        file.write(json.dumps(value).encode() + b"\n")
+
+
 def object_in(line: bytes | str, path: Path) -> dict[str, Any] | None:
     """The object on a line of `path`; None where the line is anything else."""
     try:
         return parse_object(line, path, strict=False)
     except JsonError:
         return None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a finite number, and not true or false."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def read_bounded(path: Path, *, most_bytes: int = MOST_BYTES) -> bytes:

@@ -29,13 +29,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from bico_ds import __version__
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import write_atomically
+from bico_ds.common.json_files import JsonError, is_number, object_in, read_json, read_object
+from bico_ds.common.numbered_names import NumberedName
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.resources import CHECKOUT
 from bico_ds.config.schema import Recipe
@@ -45,6 +48,18 @@ from bico_ds.runtime.lock import InUseError, RunLock
 _SECRET = re.compile(r"(?i)^(.*(?:secret|password|passwd|credential|api_?key|_token|\.token))=.*$")
 
 State = Literal["running", "preempted", "done", "failed"]
+
+STEP = NumberedName("step-", digits=6)
+EVALUATION = NumberedName("step-", ".json", digits=6)
+ASIDE = NumberedName("replaced-")
+
+_STATE: dict[str, Callable[[Any], bool]] = {
+    "state": lambda value: value in get_args(State),
+    "step": lambda value: value is None or (type(value) is int and value >= 0),
+    "reason": lambda value: isinstance(value, str),
+    "run_id": lambda value: isinstance(value, str),
+    "time": is_number,
+}
 
 
 def folder_of_run(recipe: Recipe, chosen: Path | None) -> Path:
@@ -65,6 +80,7 @@ class RunFolder:
         self.lock = RunLock(self.path / "lock.json")
 
     recipe_file = property(lambda self: self.path / "recipe.yaml")
+    run_file = property(lambda self: self.path / "run.json")
     metrics_file = property(lambda self: self.path / "metrics.jsonl")
     last_checkpoint_file = property(lambda self: self.path / "last_checkpoint.json")
     state_file = property(lambda self: self.path / "state.json")
@@ -78,12 +94,11 @@ class RunFolder:
 
     def evaluation_file(self, step: int) -> Path:
         """Where the evaluation after so many steps is kept."""
-        return self.evaluation / f"step-{step:06d}.json"
+        return self.evaluation / EVALUATION.of(step)
 
     def evaluations_after(self, step: int) -> list[Path]:
         """The kept evaluations of later steps."""
-        found = sorted(self.evaluation.glob("step-*.json"))
-        return [path for path in found if int(path.stem.removeprefix("step-")) > step]
+        return [path for of, path in EVALUATION.in_folder(self.evaluation) if of > step]
 
     def open(self) -> None:
         """Create the folder and take the lock.
@@ -110,6 +125,7 @@ class RunFolder:
 
         A start that `begins_anew` writes none of those that `set_aside` will move away.
         """
+        self._refuse_no_files(self.state_file, self.run_file)
         if begins_anew and self._holds_a_run():
             return
         folders = [
@@ -128,23 +144,39 @@ class RunFolder:
                     f"cannot write into '{folder}': {obstacle(folder, error)}; "
                     "put that right, or choose another folder with --output-dir"
                 ) from None
-        if os.path.lexists(self.metrics_file) and not self.metrics_file.is_file():
-            raise UserError(f"'{self.metrics_file}' is no file; move it away")
+        self._refuse_no_files(self.metrics_file, self.recipe_file, self.last_checkpoint_file)
+
+    def _refuse_no_files(self, *files: Path) -> None:
+        for file in files:
+            if os.path.lexists(file) and not file.is_file():
+                raise UserError(f"'{file}' is no file; move it away")
 
     def record(self, recipe: Recipe) -> None:
         """Write the recipe, and this start's provenance, in the place of and after those of earlier ones."""
         write_atomically(self.recipe_file, dump_recipe(recipe))
-        path = self.path / "run.json"
-        starts = json.loads(path.read_text()) if path.is_file() else []
         start = {"run_id": self.lock.run_id, **provenance()}
-        write_atomically(path, json.dumps([*starts, start], indent=1) + "\n")
+        self._write_starts([*self._recorded_starts(), start])
 
     def add_to_start(self, **facts: Any) -> None:
         """Add facts to this start's part of run.json. Raises OSError."""
-        path = self.path / "run.json"
-        *earlier, last = json.loads(path.read_text())
-        if last["run_id"] == self.lock.run_id:  # else another start has taken the folder over
-            write_atomically(path, json.dumps([*earlier, last | facts], indent=1) + "\n")
+        starts = self._recorded_starts()
+        if not starts:  # it was damaged or removed meanwhile
+            starts = [{"run_id": self.lock.run_id, **provenance()}]
+        if starts[-1].get("run_id") == self.lock.run_id:  # else another start has taken the folder over
+            self._write_starts([*starts[:-1], starts[-1] | facts])
+
+    def _recorded_starts(self) -> list[dict[str, Any]]:
+        """The starts in run.json. A file that holds no such list is kept in a replaced-N/, and said. Raises OSError."""
+        try:
+            return read_starts(self.run_file)
+        except JsonError as error:
+            aside = self.new_aside() / self.run_file.name
+            self.run_file.rename(aside)
+            print(f"{error}; it is kept as {aside}, and a new one begun", flush=True)
+            return []
+
+    def _write_starts(self, starts: list[dict[str, Any]]) -> None:
+        write_atomically(self.run_file, json.dumps(starts, indent=1) + "\n")
 
     def write_state(self, state: State, *, step: int | None, reason: str = "") -> None:
         """Write the state file that launchers decide by. Raises `FencedError` as `RunLock.check` does."""
@@ -180,7 +212,7 @@ class RunFolder:
         """Move what an earlier run left (recipe, checkpoints, metrics …) into replaced-N/: nothing of it is deleted."""
         if not self._holds_a_run():
             return
-        kept = {self.lock.path.name, self.state_file.name, "run.json", "slurm", "stop", "native_ops"}
+        kept = {self.lock.path.name, self.state_file.name, self.run_file.name, "slurm", "stop", "native_ops"}
         old = [
             p for p in self.path.iterdir() if p.name not in kept and not p.name.startswith((".", "replaced-"))
         ]
@@ -191,12 +223,12 @@ class RunFolder:
 
     def _holds_a_run(self) -> bool:
         left = (self.metrics_file.is_file(), self.last_checkpoint_file.is_file())
-        return any(left) or any(self.checkpoints.glob("step-*"))
+        return any(left) or bool(STEP.in_folder(self.checkpoints))
 
     def new_aside(self) -> Path:
         """Make the next replaced-N/."""
-        numbers = (path.name.removeprefix("replaced-") for path in self.path.glob("replaced-*"))
-        aside = self.path / f"replaced-{1 + max(map(int, filter(str.isdecimal, numbers)), default=0)}"
+        numbers = [number for number, _ in ASIDE.in_folder(self.path)]
+        aside = self.path / ASIDE.of(1 + max(numbers, default=0))
         aside.mkdir()
         return aside
 
@@ -206,11 +238,32 @@ class RunFolder:
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
-    """Return the content of a state file, None where there is none."""
+    """What `write_state` wrote, as far as it is of its types; None where there is no state file, or it is broken.
+
+    A broken one tells nothing, and the next start writes it anew.
+    """
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+        return known_state(read_object(path, strict=False))
+    except JsonError:
         return None
+
+
+def known_state(content: dict[str, Any]) -> dict[str, Any]:
+    """What of a state file's content is as `write_state` writes it."""
+    return {key: content[key] for key, fits in _STATE.items() if key in content and fits(content[key])}
+
+
+def read_starts(path: Path) -> list[dict[str, Any]]:
+    """The starts in a run.json, oldest first; none where there is no such file. Raises `JsonError` for anything else."""
+    try:
+        starts = read_json(path, strict=False)
+    except JsonError as error:
+        if error.is_missing and not os.path.lexists(path):
+            return []
+        raise
+    if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
+        raise JsonError(path, "no list of starts")
+    return starts
 
 
 def split_metrics(path: Path, step: int) -> tuple[list[str], list[str]]:
@@ -222,15 +275,14 @@ def split_metrics(path: Path, step: int) -> tuple[list[str], list[str]]:
     later: list[str] = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-            (kept if _is_of_step_until(line, step) else later).append(line)
+            (kept if _is_of_step_until(line, step, path) else later).append(line)
     return kept, later
 
 
-def _is_of_step_until(line: str, step: int) -> bool:
-    try:
-        return line.endswith("\n") and json.loads(line)["step"] <= step
-    except (ValueError, LookupError, TypeError):
-        return False
+def _is_of_step_until(line: str, step: int, path: Path) -> bool:
+    written = object_in(line, path) if line.endswith("\n") else None
+    of: Any = (written or {}).get("step")
+    return is_number(of) and of <= step
 
 
 def obstacle(folder: Path, error: OSError) -> str:

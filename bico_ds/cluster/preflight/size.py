@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bico_ds.checkpoint import manifest
 from bico_ds.config.schema import Recipe
 from bico_ds.model.architecture import with_own_config
 from bico_ds.planner.architecture import read_architecture
@@ -21,6 +22,6 @@ def next_checkpoints_bytes(recipe: Recipe, run: Path) -> float:
     architecture = read_architecture(with_own_config(recipe.model))
     zero = read_zero(recipe, hidden_size=architecture.hidden, ranks=1, ranks_per_node=1, on_cuda=False)
     one = checkpoint_bytes(recipe, architecture, zero)
-    there = len(list(RunFolder(run).checkpoints.glob("step-*")))
+    there = len(manifest.checkpoints_in(RunFolder(run).checkpoints))
     export = export_bytes(recipe, architecture) if recipe.checkpoint.export else 0
     return max(recipe.checkpoint.keep_last + 1 - there, 1) * one + export

@@ -7,20 +7,21 @@ had one. The record tells the two apart: a run whose checkpoints are gone is not
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from bico_ds.checkpoint import manifest
 from bico_ds.checkpoint.manifest import FoundCheckpoint
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import write_atomically
+from bico_ds.common.json_files import JsonError, read_object
 from bico_ds.runtime.run_folder import RunFolder, read_state
 
-_SAVE = re.compile(r'\{"step": (\d+), "kind": "checkpoint"')
+_SAVE = re.compile(r'\{"step": ([0-9]{1,18}), "kind": "checkpoint"')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +62,14 @@ def read(folder: RunFolder) -> CommittedCheckpoint | None:
     """
     path = folder.last_checkpoint_file
     try:
-        last = CommittedCheckpoint(**json.loads(path.read_text(encoding="utf-8")))
-        time.localtime(last.time)  # as messages show it
-        return replace(last, step=int(last.step), path=str(last.path))
-    except FileNotFoundError:
-        return _of_an_earlier_version(folder)
+        return _committed(CommittedCheckpoint(**read_object(path)))
+    except JsonError as error:
+        if error.is_missing:
+            return _of_an_earlier_version(folder)
+        why = f" ({error.reason})"
     except (OSError, OverflowError, ValueError, TypeError):
-        raise UserError(f"{path}: damaged; remove it to go on by what is in '{folder.checkpoints}'") from None
+        why = " (no record as a run writes it)"
+    raise UserError(f"{path}: damaged; remove it to go on by what is in '{folder.checkpoints}'{why}")
 
 
 def newest_complete(
@@ -83,7 +85,7 @@ def newest_complete(
     last = read(folder)
     if found is not None and last is not None and found.step < last.step:
         newest = folder.path / last.path
-        if not newest.is_dir():  # a damaged one was reported by `find`
+        if not os.path.isdir(newest):  # a damaged one was reported by `find`
             report(
                 f"WARNING: '{newest}', written{_when(last)}, is not there any more: "
                 f"the steps after {found.step} are lost"
@@ -122,6 +124,14 @@ def at(path: Path, report: Callable[[str], None]) -> FoundCheckpoint | None:
     return newest_complete(folder, report, starts=False) if is_run else manifest.verify(path)
 
 
+def _committed(read: CommittedCheckpoint) -> CommittedCheckpoint:
+    """What was read, with its values of the types that they have. Raises ValueError, TypeError, OSError, OverflowError."""
+    time.localtime(read.time)  # as messages show it
+    if type(read.step) is not int or not isinstance(read.path, str) or not read.path.isprintable():
+        raise TypeError
+    return read
+
+
 def _path_in_record(checkpoint: Path, folder: RunFolder) -> str:
     own = Path(folder.checkpoints.name, checkpoint.name)
     return str(own if is_own(checkpoint, folder) else checkpoint.resolve())
@@ -129,20 +139,16 @@ def _path_in_record(checkpoint: Path, folder: RunFolder) -> str:
 
 def _of_an_earlier_version(folder: RunFolder) -> CommittedCheckpoint | None:
     """Every save wrote a line into metrics.jsonl, and a state names the step of a checkpoint, or 0."""
-    steps = [_state(folder).get("step") or 0]
-    if folder.metrics_file.is_file():
-        with open(folder.metrics_file, encoding="utf-8", errors="replace") as lines:
-            steps += [int(save[1]) for save in map(_SAVE.match, lines) if save]
+    steps = [(read_state(folder.state_file) or {}).get("step") or 0]
+    try:
+        if folder.metrics_file.is_file():
+            with open(folder.metrics_file, encoding="utf-8", errors="replace") as lines:
+                steps += [int(save[1]) for save in map(_SAVE.match, lines) if save]
+    except OSError as error:  # else a run that had checkpoints could begin anew without a word
+        raise UserError(f"cannot read '{folder.metrics_file}': {error.strerror}; make it readable") from None
     step = max(steps)
     path = str(Path(folder.checkpoints.name, manifest.name_of(step)))
     return CommittedCheckpoint(step=step, path=path, time=None) if step else None
-
-
-def _state(folder: RunFolder) -> dict[str, Any]:
-    try:
-        return read_state(folder.state_file) or {}
-    except ValueError:  # damaged: it tells nothing, and the next start writes it anew
-        return {}
 
 
 def _emptiness(root: Path) -> str:
@@ -156,7 +162,7 @@ def _when(last: CommittedCheckpoint) -> str:
 
 
 def _finished(folder: RunFolder) -> str:
-    is_done = _state(folder).get("state") == "done"
+    is_done = (read_state(folder.state_file) or {}).get("state") == "done"
     return (
         f" (the run is done, and its model is in '{folder.export}')"
         if is_done and folder.export.is_dir()

@@ -1,23 +1,45 @@
-"""What run folders show of their runs: state, step, loss, speed. No torch here."""
+"""What run folders show of their runs: state, step, loss, speed. No torch here.
+
+Whatever lies in a folder, its other files still tell what they know, and the other runs are shown.
+"""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from bico_ds.checkpoint import record
-from bico_ds.cluster.attempts import newest_step, read_attempts
+from bico_ds.cluster.attempts import attempts_file, newest_step, read_attempts
+from bico_ds.common.errors import UserError
+from bico_ds.common.json_files import (
+    JsonError,
+    is_number,
+    object_in,
+    read_bounded,
+    read_object,
+    read_object_lines,
+)
+from bico_ds.common.printable import on_one_line
 from bico_ds.runtime.lock import Lock, living_locks, read_lock
-from bico_ds.runtime.run_folder import RunFolder, read_state
+from bico_ds.runtime.run_folder import RunFolder, known_state, read_starts
 
 _TAIL_BYTES = 1 << 16
+_RECIPE_BYTES = 1 << 20
+_MOST_DEPTH = 50  # of a recipe's YAML: a parser's time grows with the square of it
+_MOST_CHARACTERS = 1000  # of a reason
+# Ten times as fast, where PyYAML was built with it.
+_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_IN_LIST = object()
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +47,9 @@ class RunStatus:
     """A run as its folder shows it.
 
     `state` is the state file's, or `starting` where a start holds the folder and does not train yet, `lost` where it should
-    be running and no process is alive, `waiting` before any start, `unreadable` where a file is broken. `loss` and
-    `tokens_per_second` (original tokens) are those of the last training line, `checkpoint` is the step of the newest one (0:
-    none). `total_steps` is None where the recipe gives epochs.
+    be running and no process is alive, `waiting` before any start, `unreadable` where the folder, its state file or its
+    recipe is broken; `reason` names what is broken. `loss` and `tokens_per_second` (original tokens) are those of the last
+    training line, `checkpoint` is the step of the newest one (0: none). `total_steps` is None where the recipe gives epochs.
     """
 
     run: str
@@ -44,12 +66,35 @@ class RunStatus:
 
 
 def find_runs(paths: Iterable[Path]) -> Iterator[Path]:
-    """Run folders at or below `paths`, not looking inside of one."""
-    for path in sorted(paths):
-        if any((path / name).is_file() for name in ("state.json", "lock.json", "slurm/recipe.yaml")):
+    """Run folders at or below `paths`, not looking inside of one.
+
+    A folder that cannot be read comes, too: its status says so. What links lead to again is looked into once.
+    """
+    seen: set[tuple[int, int]] = set()
+    waiting = sorted(paths, reverse=True)
+    while waiting:
+        path = waiting.pop()
+        try:
+            is_run = any((path / name).is_file() for name in ("state.json", "lock.json", "slurm/recipe.yaml"))
+            folder = path.stat()
+            if not is_run and (folder.st_dev, folder.st_ino) not in seen:
+                seen.add((folder.st_dev, folder.st_ino))
+                waiting += sorted((path / name for name in _folders_in(path)), reverse=True)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError:
+            is_run = True
+        if is_run:
             yield path
-        elif path.is_dir():
-            yield from find_runs(child for child in path.iterdir() if child.is_dir())
+
+
+def _folders_in(path: Path) -> list[str]:
+    with os.scandir(path) as entries:
+        return [
+            entry.name
+            for entry in entries
+            if (os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir())
+        ]
 
 
 def print_watch(count: int, seconds: float) -> None:
@@ -79,19 +124,72 @@ def _is_readable(lock: Path) -> bool:
     return True
 
 
+class _Reader:
+    """Reads the parts of a run: where one is broken, that is noted, and a default stands in its place."""
+
+    def __init__(self) -> None:
+        self.faults: list[str] = []
+
+    def read(self, what: Path, work: Callable[[Path], Value], default: Value) -> Value:
+        try:
+            return work(what)
+        except JsonError as error:
+            if not error.is_missing:
+                self.faults.append(f"{what.name}: {error.reason}")
+        except OSError as error:
+            self.faults.append(f"{what.name}: {error.strerror}")
+        except (UserError, ValueError, yaml.YAMLError) as error:
+            self.faults.append(f"{what.name}: {str(error).removeprefix(f'{what}: ')}")
+        return default
+
+
 def _read_status(run: Path, living: dict[Path, Lock]) -> RunStatus:
-    try:
-        return _status(run, living)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
-        return _unreadable(run, error)
+    folder, reader = RunFolder(run), _Reader()
+    if not reader.read(run, _is_open, False):
+        return _closed(run, reader.faults)
+    state: dict[str, Any] = reader.read(folder.state_file, _recorded_state, {})
+    recipes = [path for path in (folder.recipe_file, run / "slurm" / "recipe.yaml") if os.path.lexists(path)]
+    total_steps = reader.read(recipes[0], _total_steps, None) if recipes else None
+    is_broken = bool(reader.faults)
+    lock = reader.read(folder.lock.path, read_lock, None)
+    numbers: dict[str, Any] = reader.read(folder.metrics_file, last_numbers, {})
+    checkpoint = newest_step(run)
+    now = _state(state, living.get(folder.lock.path), was_held=lock is not None)
+    last = reader.read(folder.last_checkpoint_file, lambda path: _missing(folder, checkpoint), "")
+    begun: list[dict[str, Any]] = reader.read(folder.run_file, read_starts, [])
+    # One that died in its pre-flight is known to the batch script only.
+    tried: list[dict[str, Any]] = reader.read(attempts_file(run), lambda path: read_attempts(run), [])
+    job = lock.job if lock is not None else ""
+    job = job or reader.read(run / "slurm" / "jobs.jsonl", _last_job, "")
+    why = [] if now == "starting" else [last or state.get("reason", "")]
+    return RunStatus(
+        run=str(run),
+        state="unreadable" if is_broken else now,
+        reason=on_one_line("; ".join(filter(None, [*reader.faults, *why])), most=_MOST_CHARACTERS),
+        step=numbers.get("step", state.get("step")),
+        total_steps=total_steps,
+        loss=numbers.get("loss/all"),
+        tokens_per_second=numbers.get("speed/represented_tokens_per_second"),
+        checkpoint=checkpoint,
+        starts=max(len(begun), len(tried)),
+        job=on_one_line(job, most=_MOST_CHARACTERS),
+        changed=_changed(folder, state),
+    )
 
 
-def _unreadable(run: Path, error: Exception) -> RunStatus:
-    """A file that is half written, or not ours to read, must not hide the other runs."""
+def _is_open(run: Path) -> bool:
+    """True, where what is in the folder can be looked at. Raises OSError."""
+    os.scandir(run).close()
+    with contextlib.suppress(FileNotFoundError):
+        os.lstat(run / "state.json")
+    return True
+
+
+def _closed(run: Path, faults: list[str]) -> RunStatus:
     return RunStatus(
         run=str(run),
         state="unreadable",
-        reason=f"{type(error).__name__}: {error}",
+        reason=on_one_line("; ".join(faults), most=_MOST_CHARACTERS),
         step=None,
         total_steps=None,
         loss=None,
@@ -103,27 +201,11 @@ def _unreadable(run: Path, error: Exception) -> RunStatus:
     )
 
 
-def _status(run: Path, living: dict[Path, Lock]) -> RunStatus:
-    folder = RunFolder(run)
-    lock = read_lock(folder.lock.path)
-    state = read_state(folder.state_file) or {}
-    now = _state(state, living.get(folder.lock.path), was_held=lock is not None)
-    numbers = last_numbers(folder.metrics_file)
-    step = numbers.get("step", state.get("step"))
-    checkpoint = newest_step(run)
-    return RunStatus(
-        run=str(run),
-        state=now,
-        reason="" if now == "starting" else _missing(folder, checkpoint) or state.get("reason", ""),
-        step=step,
-        total_steps=_total_steps(folder),
-        loss=numbers.get("loss/all"),
-        tokens_per_second=numbers.get("speed/represented_tokens_per_second"),
-        checkpoint=checkpoint,
-        starts=_starts(run),
-        job=_job(run, lock),
-        changed=_changed(folder, state),
-    )
+def _recorded_state(path: Path) -> dict[str, Any]:
+    state = known_state(read_object(path, strict=False))
+    if "state" not in state:
+        raise ValueError("names no state")
+    return state
 
 
 def _missing(folder: RunFolder, newest: int) -> str:
@@ -135,15 +217,19 @@ def _missing(folder: RunFolder, newest: int) -> str:
 
 
 def last_numbers(path: Path) -> dict[str, Any]:
-    """The last training line of metrics.jsonl, empty without one; read from the end, for the file may be long."""
+    """The numbers of the last training line of metrics.jsonl, empty without one.
+
+    Read from the end, for the file may be long. Raises OSError.
+    """
     if not path.is_file():
         return {}
     with open(path, "rb") as file:
         file.seek(max(path.stat().st_size - _TAIL_BYTES, 0))
-        lines = file.read().decode("utf-8", errors="replace").splitlines()
+        lines = file.read(2 * _TAIL_BYTES).split(b"\n")
     for line in reversed(lines):
-        if '"kind": "train"' in line and line.startswith("{") and line.endswith("}"):
-            return json.loads(line)
+        numbers = (object_in(line, path) or {}) if b'"kind": "train"' in line else {}
+        if type(numbers.get("step")) is int:
+            return {key: value for key, value in numbers.items() if is_number(value)}
     return {}
 
 
@@ -155,29 +241,49 @@ def _state(state: dict[str, Any], living: Lock | None, *, was_held: bool) -> str
     return "lost" if recorded in ("starting", "running") else recorded
 
 
-def _total_steps(folder: RunFolder) -> int | None:
-    for path in (folder.recipe_file, folder.path / "slurm" / "recipe.yaml"):
-        if path.is_file():
-            recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-            return recipe["training"]["steps"]
-    return None
+def _total_steps(recipe: Path) -> int | None:
+    return _steps_in(read_bounded(recipe, most_bytes=_RECIPE_BYTES))
 
 
-def _starts(run: Path) -> int:
-    """Starts by any launcher; one that died in its pre-flight is known to the batch script only."""
-    path = run / "run.json"
-    begun = len(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else 0
-    return max(begun, len(read_attempts(run)))
+def _steps_in(recipe: bytes) -> int | None:
+    """`training.steps` of a resolved recipe; None where it is null. Raises ValueError, `yaml.YAMLError`.
+
+    Nothing is constructed: the recipe of a stranger may hold whatever YAML can, and thousands of runs may be looked at.
+    """
+    # Of each mapping that is open the key whose value comes, None where a key comes.
+    keys: list[Any] = []
+    found = None
+    for event in yaml.parse(recipe, Loader=_YAML):
+        if isinstance(event, yaml.CollectionStartEvent):
+            if len(keys) == _MOST_DEPTH or (keys and keys[-1] is None):
+                raise ValueError("nested too deep, or with a key that is no text")
+            keys.append(None if isinstance(event, yaml.MappingStartEvent) else _IN_LIST)
+            continue
+        text = event.value if isinstance(event, yaml.ScalarEvent) else ""
+        if isinstance(event, yaml.CollectionEndEvent):
+            keys.pop()
+        elif isinstance(event, yaml.NodeEvent) and keys and keys[-1] is None:
+            keys[-1] = text
+            continue
+        elif keys == ["training", "steps"]:
+            found = text
+        if keys and keys[-1] is not _IN_LIST:
+            keys[-1] = None
+    if found in ("null", "~"):
+        return None
+    if found is None or not (found.isascii() and found.isdecimal() and len(found) < 19):
+        raise ValueError("names no training.steps")
+    return int(found)
 
 
-def _job(run: Path, lock: Lock | None) -> str:
-    if lock is not None and lock.job:
-        return lock.job
-    path = run / "slurm" / "jobs.jsonl"
-    return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])["job"] if path.is_file() else ""
+def _last_job(path: Path) -> str:
+    jobs = [line["job"] for line in read_object_lines(path) if isinstance(line.get("job"), str)]
+    return jobs[-1] if jobs else ""
 
 
 def _changed(folder: RunFolder, state: dict[str, Any]) -> float | None:
-    if folder.metrics_file.is_file():
-        return max(folder.metrics_file.stat().st_mtime, state.get("time", 0.0))
-    return state.get("time")
+    recorded = state.get("time")
+    try:
+        return max(folder.metrics_file.stat().st_mtime, recorded or 0.0)
+    except OSError:
+        return recorded

@@ -16,13 +16,14 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import psutil
 
 from bico_ds.common.errors import RunError
 from bico_ds.common.files import write_atomically
+from bico_ds.common.json_files import JsonError, is_number, parse_object
 from bico_ds.runtime.launch_environment import slurm_job
 
 HEARTBEAT_SECONDS = 5.0
@@ -30,6 +31,7 @@ SILENT_SECONDS = 6 * HEARTBEAT_SECONDS  # a holder without a heartbeat for so lo
 SETTLE_SECONDS = 0.5  # two that start at the same moment: the later one has written by then
 # Some file systems (Lustre) take the time of a file from the machine that writes it, and clocks differ by less than this.
 SKEW_SECONDS = 600.0
+_PIDS = 1 << 31  # a process's number is below
 
 
 class FencedError(RunError):
@@ -58,9 +60,16 @@ class Lock:
 def read_lock(path: Path) -> Lock | None:
     """The content of a lock file; None where there is none, or it is no lock. Raises OSError where it cannot be read."""
     try:
-        return Lock(**json.loads(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError):
+        content = parse_object(path.read_bytes(), path)
+    except (FileNotFoundError, JsonError):
         return None
+    is_lock = (
+        all(isinstance(content.get(key), str) for key in ("run_id", "host", "job"))
+        and type(content.get("pid")) is int
+        and 0 < content["pid"] < _PIDS
+        and is_number(content.get("heartbeat"))
+    )
+    return Lock(**{field.name: content[field.name] for field in fields(Lock)}) if is_lock else None
 
 
 def living_locks(

@@ -207,10 +207,16 @@ def texts_before(inputs: RunInputs, saved: Mapping[str, Any]) -> dict[str, dict[
 def refuse_above_limit(spec: EvaluationSpec, folder: RunFolder, step: int) -> None:
     """Raise `UserError` where the run in `folder` was stopped at this step by a limit of its texts that still holds.
 
-    A batch system would otherwise start it again and again.
+    A batch system would otherwise start it again and again. An evaluation that is broken tells nothing, and is done again.
     """
     file = folder.evaluation_file(step)
-    if spec.texts and file.is_file() and (reason := above_limit(load_result(file).texts, spec.texts)):
+    if not spec.texts or not file.is_file():
+        return
+    try:
+        texts = load_result(file).texts
+    except UserError:
+        return
+    if reason := above_limit(texts, spec.texts):
         raise UserError(
             f"step {step}: {reason}. To go on from there all the same, raise the limit or leave it out "
             "(evaluation.tasks); --resume RUN/checkpoints/step-N goes back to an earlier step"

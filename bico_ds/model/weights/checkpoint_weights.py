@@ -20,6 +20,7 @@ from bico_ds.common.errors import UserError
 from bico_ds.optim.state import flat_masters
 
 PREFIX = "causal_lm."
+_OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_([0-9]{1,9})_mp_rank_00_optim_states\.pt")
 
 
 class Zero3Checkpoint:
@@ -30,7 +31,8 @@ class Zero3Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        files = sorted(folder.glob("*_optim_states.pt"), key=_rank)
+        # What somebody has put beside DeepSpeed's files is not unpickled.
+        files = sorted((file for file in folder.iterdir() if _OPTIMIZER_FILE.fullmatch(file.name)), key=_rank)
         masters = [flat_masters(_load(file)) for file in files]
         self._flat, expected = [flats for flats, _ in masters], masters[0][1]
         if len(files) != expected or [_rank(file) for file in files] != list(range(expected)):
@@ -101,8 +103,9 @@ def _load(file: Path) -> dict[str, Any]:
 
 
 def _rank(file: Path) -> int:
-    match = re.search(r"zero_pp_rank_(\d+)_mp_rank", file.name)
-    return int(match[1]) if match else -1
+    match = _OPTIMIZER_FILE.fullmatch(file.name)
+    assert match is not None
+    return int(match[1])
 
 
 def _take(flats: list[Tensor], offset: int, count: int) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import write_atomically
+from bico_ds.common.json_files import JsonError, parse_object
 from bico_ds.evaluation.scoring.share import PromptShare, gather_from_ranks
 
 Compute = Callable[[], "dict[str, Any] | None"]
@@ -107,12 +108,24 @@ class ResultFile:
             text = self.path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--output {self.path}: no result file can be kept there ({error})") from error
-        with suppress(ValueError):
-            values = json.loads(text)
-            if isinstance(values, dict):
+        with suppress(JsonError):
+            values = parse_object(text, self.path, strict=False)
+            if _has_its_parts(values):
                 return values
         raise UserError(f"--output {self.path}: is there already and no result file; name another file")
 
     def _write(self) -> None:
         text = json.dumps(self.values, ensure_ascii=False, indent=1) + "\n"
         write_atomically(self.path, text)
+
+
+def _has_its_parts(values: dict[str, Any]) -> bool:
+    """Whether there is content for every part that has an identity."""
+    identities = values.get("identities", {})
+    if not isinstance(identities, dict):
+        return False
+    parts = (key.partition("/") for key in identities)
+    return all(
+        isinstance(values.get(section), dict) and isinstance(values[section].get(name), dict)
+        for section, _, name in parts
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bico_ds.common.errors import UserError
+from bico_ds.common.json_files import JsonError, read_object
+from bico_ds.evaluation.result_checks import check_perplexities, check_tasks, check_training_texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,14 +104,31 @@ def _task_from_json(task: Mapping[str, Any]) -> TaskResult:
 
 def load_result(path: Path) -> EvaluationResult:
     """Read a result file of `bico-ds evaluate`, or a run's evaluation/step-N.json; `UserError` for anything else."""
+    return result_in(read_result(path), path)
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The content of such a file, with its parts of the types that they have; `UserError` for anything else."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        asked_tasks = "tasks" in values or "weights" not in values
-        result = EvaluationResult.from_json(values) if asked_tasks else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a result of bico-ds evaluate or of a run ({error})") from error
-    if result is None:
+        values = read_object(path, strict=False)
+        if "tasks" in values or "weights" not in values:
+            check_tasks(values.get("tasks"))
+            check_training_texts(values.get("training_texts", {}), values["tasks"])
+        for section in ("texts", "retention", "retention_before"):
+            check_perplexities(section, values.get(section, {}))
+    except (ValueError, KeyError, TypeError) as error:
+        reason = error.reason if isinstance(error, JsonError) else error
+        raise UserError(f"{path}: not a result of bico-ds evaluate or of a run ({reason})") from error
+    return values
+
+
+def result_in(values: Mapping[str, Any], path: Path) -> EvaluationResult:
+    """The result that `read_result` found in `path`; `UserError` where no reversal task was asked."""
+    if "tasks" not in values:
         raise UserError(
             f"{path}: this evaluation asked no reversal task, and a comparison is of their scores: evaluate with --data, too"
         )
-    return result
+    try:
+        return EvaluationResult.from_json(values)
+    except TypeError as error:  # a key of a task that is none
+        raise UserError(f"{path}: not a result of bico-ds evaluate or of a run ({error})") from error

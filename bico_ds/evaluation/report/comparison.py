@@ -65,7 +65,7 @@ def compare_runs(
     if frontier:
         plot_frontier(frontier, output / "frontier.png")
         written.append(output / "frontier.png")
-    console.print("written: " + ", ".join(map(str, written)), soft_wrap=True)
+    console.print("written: " + ", ".join(map(str, written)), soft_wrap=True, markup=False)
 
 
 Differences = Mapping[str, Mapping[str, Difference]]  # by task and metric

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bico_ds.common.errors import UserError
-from bico_ds.evaluation.results import EvaluationResult, TaskResult, load_result
+from bico_ds.common.json_files import is_number
+from bico_ds.evaluation.results import EvaluationResult, TaskResult, load_result, read_result, result_in
 from bico_ds.evaluation.scoring.metrics import METRICS
 from bico_ds.evaluation.tasks.jsonl import parse_object
 from bico_ds.runtime.run_folder import RunFolder
@@ -90,11 +90,10 @@ def load_runs(paths: Sequence[Path]) -> list[ComparedRun]:
 
 def _load_run(path: Path, label: str) -> ComparedRun:
     if path.is_file():
-        final = load_result(path)
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_result(path)
         return ComparedRun(
             label=label,
-            final=final,
+            final=result_in(values, path),
             curves={},
             texts=_texts_of_file(values),
             blend=_blend_of(str(values.get("model", ""))),
@@ -133,7 +132,7 @@ def _texts_of_file(values: Mapping[str, Any]) -> TextFigures:
     for name, text in values.get("retention", {}).items():
         base = values.get("retention_before", {}).get(name)
         # As in the table of `bico-ds evaluate`: only figures of the same text and window stand side by side.
-        known = base and all(base.get(key) == text[key] for key in ("text_sha256", "window", "tokens"))
+        known = base and all(base.get(key) == text.get(key) for key in ("text_sha256", "window", "tokens"))
         found[name] = {None: TextFigure(text["perplexity"], base["perplexity"] if known else None)}
     return found
 
@@ -174,7 +173,7 @@ def _evaluations(lines: Sequence[tuple[str, dict[str, Any]]]) -> dict[int, Recor
             continue
         try:
             found[int(record["step"])] = (_task_results(record), _text_figures(record))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{place}: not an evaluation as a run writes it ({error!r})") from error
     return dict(sorted(found.items()))
 
@@ -182,14 +181,14 @@ def _evaluations(lines: Sequence[tuple[str, dict[str, Any]]]) -> dict[int, Recor
 def work_in(metrics: Path) -> Work | None:
     """What a run had done at the last step of training that is in this file; None where that was not logged yet."""
     lines = _lines(metrics)
-    steps = [record["step"] for _, record in lines if record.get("kind") == "train"]
+    steps = [record["step"] for _, record in lines if record.get("kind") == "train" and "step" in record]
     return _work(lines, steps[-1]) if steps else None
 
 
 def _work(lines: Sequence[tuple[str, dict[str, Any]]], step: int) -> Work | None:
     """What was done until that step, by the last line of it that says so."""
     written = [
-        {key: amount for key, amount in record.items() if key.startswith(_WORK)}
+        {key: amount for key, amount in record.items() if key.startswith(_WORK) and is_number(amount)}
         for _, record in lines
         if record.get("step") == step
     ]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bico_ds.evaluation.report.frontier import HEADERS, Panel, frontier_lines
@@ -61,9 +62,9 @@ def result_table(results: Mapping[str, EvaluationResult], *, title: str = "Rever
     table = Table(title=title)
     for header in ("task", "metric", *results, "floor", "prompts"):
         justify: Literal["left", "right"] = "left" if header in _TEXT_COLUMNS else "right"
-        table.add_column(header, justify=justify, no_wrap=header not in results)
-    for name, metric, *scores in _lines(results):
-        table.add_row(name, metric, *(score.replace("[", "\\[") for score in scores))
+        table.add_column(escape(header), justify=justify, no_wrap=header not in results)
+    for cells in _lines(results):
+        table.add_row(*map(escape, cells))
     return table
 
 
@@ -83,7 +84,7 @@ def contamination_table(results: Mapping[str, EvaluationResult]) -> Table:
         caption="same: what is asked about, then the answer; reverse: the answer first. Same and both are recall",
     )
     for cells in _contamination_lines(results):
-        table.add_row(*(cell.replace("[", "\\[") for cell in cells))
+        table.add_row(*map(escape, cells))
     return table
 
 
@@ -149,7 +150,7 @@ def work_table(work: Mapping[str, Work | None]) -> Table:
         caption="FLOPs: useful ones, as MFU counts them; seconds: of the training steps",
     )
     for cells in _work_lines(work):
-        table.add_row(*cells)
+        table.add_row(*map(escape, cells))
     return table
 
 
@@ -175,10 +176,10 @@ def difference_table(differences: Mapping[str, Mapping[str, Difference]], *, of:
     """Paired differences by task and metric, with 95 % intervals."""
     table = _table(
         ("task", "metric", "difference [95 % interval]", "prompts", "persons"),
-        title=f"{of} minus {minus}, paired by prompt",
+        title=escape(f"{of} minus {minus}, paired by prompt"),
     )
     for cells in _difference_lines(differences):
-        table.add_row(*(cell.replace("[", "\\[") for cell in cells))
+        table.add_row(*map(escape, cells))
     return table
 
 
@@ -228,7 +229,7 @@ def _table(headers: Sequence[str], **options: Any) -> Table:
     table = Table(**options)
     for header in headers:
         justify: Literal["left", "right"] = "left" if header in _TEXT_COLUMNS else "right"
-        table.add_column(header, justify=justify, no_wrap=True)
+        table.add_column(escape(header), justify=justify, no_wrap=True)
     return table
 
 
@@ -273,9 +274,9 @@ def agreement_table(found: Mapping[str, Any]) -> Table:
 
 def frontier_table(panel: Panel) -> Table:
     """Score and perplexity of every model of a panel."""
-    table = _table(HEADERS, title=f"{panel.task} ({panel.metric}) and the perplexity of {panel.text}")
+    table = _table(HEADERS, title=escape(f"{panel.task} ({panel.metric}) and the perplexity of {panel.text}"))
     for cells in frontier_lines(panel):
-        table.add_row(*(cell.replace("[", "\\[") for cell in cells))
+        table.add_row(*map(escape, cells))
     return table
 
 

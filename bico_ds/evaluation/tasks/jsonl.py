@@ -74,6 +74,8 @@ def parse_object(line: str, where: str) -> dict[str, Any]:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
+    except (RecursionError, ValueError) as error:  # nested without end; an integer of thousands of digits
+        raise UserError(f"{where}: not valid JSON ({error})") from error
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
     return record

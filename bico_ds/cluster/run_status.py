@@ -148,7 +148,8 @@ def _read_status(run: Path, living: dict[Path, Lock]) -> RunStatus:
     if not reader.read(run, _is_open, False):
         return _closed(run, reader.faults)
     state: dict[str, Any] = reader.read(folder.state_file, _recorded_state, {})
-    total_steps = reader.read(run, _total_steps, None)
+    recipes = [path for path in (folder.recipe_file, run / "slurm" / "recipe.yaml") if os.path.lexists(path)]
+    total_steps = reader.read(recipes[0], _total_steps, None) if recipes else None
     is_broken = bool(reader.faults)
     lock = reader.read(folder.lock.path, read_lock, None)
     numbers: dict[str, Any] = reader.read(folder.metrics_file, last_numbers, {})
@@ -240,16 +241,8 @@ def _state(state: dict[str, Any], living: Lock | None, *, was_held: bool) -> str
     return "lost" if recorded in ("starting", "running") else recorded
 
 
-def _total_steps(run: Path) -> int | None:
-    for path in (RunFolder(run).recipe_file, run / "slurm" / "recipe.yaml"):
-        try:
-            return _steps_in(read_bounded(path, most_bytes=_RECIPE_BYTES))
-        except JsonError as error:
-            if not error.is_missing:
-                raise
-        except (ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"{path.name}: {error}") from None
-    return None
+def _total_steps(recipe: Path) -> int | None:
+    return _steps_in(read_bounded(recipe, most_bytes=_RECIPE_BYTES))
 
 
 def _steps_in(recipe: bytes) -> int | None:

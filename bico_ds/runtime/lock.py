@@ -18,7 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import psutil
@@ -67,13 +67,13 @@ def read_lock(path: Path) -> Lock | None:
         content = parse_object(path.read_bytes(), path)
     except (FileNotFoundError, JsonError):
         return None
-    texts = {key: content.get(key) for key in ("run_id", "host", "job")}
-    pid, heartbeat = content.get("pid"), content.get("heartbeat")
-    if not all(isinstance(text, str) for text in texts.values()):
-        return None
-    if type(pid) is not int or not 0 < pid < _PIDS or not is_number(heartbeat):
-        return None
-    return Lock(**texts, pid=pid, heartbeat=heartbeat)
+    is_lock = (
+        all(isinstance(content.get(key), str) for key in ("run_id", "host", "job"))
+        and type(content.get("pid")) is int
+        and 0 < content["pid"] < _PIDS
+        and is_number(content.get("heartbeat"))
+    )
+    return Lock(**{field.name: content[field.name] for field in fields(Lock)}) if is_lock else None
 
 
 def living_locks(

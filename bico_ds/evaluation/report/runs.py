@@ -181,7 +181,7 @@ def _evaluations(lines: Sequence[tuple[str, dict[str, Any]]]) -> dict[int, Recor
 def work_in(metrics: Path) -> Work | None:
     """What a run had done at the last step of training that is in this file; None where that was not logged yet."""
     lines = _lines(metrics)
-    steps = [record.get("step") for _, record in lines if record.get("kind") == "train"]
+    steps = [record["step"] for _, record in lines if record.get("kind") == "train" and "step" in record]
     return _work(lines, steps[-1]) if steps else None
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import subprocess
@@ -12,11 +13,13 @@ from rich.console import Console
 from scipy import stats
 
 from bico_ds.common.errors import UserError
-from bico_ds.evaluation.report.comparison import compare_runs
+from bico_ds.evaluation.report.comparison import _differences, _show, compare_runs, remarks
+from bico_ds.evaluation.report.frontier import panels
 from bico_ds.evaluation.report.paired import paired_differences
 from bico_ds.evaluation.report.runs import load_runs
 from bico_ds.evaluation.results import EvaluationResult, TaskResult
 from tests import ROOT
+from tests.damaged_files import damaged
 
 
 def _run(folder: Path, scores: list[tuple[int, float]]) -> Path:
@@ -262,3 +265,50 @@ def test_runs_without_work_have_no_table_of_it_and_one_without_flops_no_ratio(tm
     compare_runs(old, output=tmp_path / "out", console=Console(file=out, width=200))
     assert "| a | 8 | 56 | 80 | – | – | 4.0 |" in (tmp_path / "out/comparison.md").read_text()
     assert "| b | 8 | 56 | 80 | 800 | – | 4.0 |" in (tmp_path / "out/comparison.md").read_text()
+
+
+def test_any_damage_of_a_result_file_is_a_user_error_or_a_comparison(tmp_path):
+    """Whatever is of another type is found where the file is read, not by the table or the plot that meets it."""
+    whole = _result(tmp_path / "ntp.json", [0, 0, 0, 0, 1, 1])
+    values = json.loads(whole.read_text())
+    values["tasks"]["n2d"] |= {"intervals": {"contains": [0.0, 1.0]}, "floors": {"contains": 0.1}}
+    values["texts"] = {"prose": {"perplexity": 9.0, "times": 2.0}}
+    scores = {"metrics": {"contains": 0.5}, "intervals": {"contains": [0.0, 1.0]}, "prompts": 6}
+    values["training_texts"] = {"n2d": {"scores": {"same": scores}, "rows": []}}
+    whole.write_text(json.dumps(values))
+    bico = tmp_path / "bico.json"
+    console = Console(file=io.StringIO(), width=80)
+    for content in damaged(whole.read_bytes(), count=60):
+        bico.write_bytes(content)
+        with contextlib.suppress(UserError):
+            runs = load_runs([whole, bico])
+            _show(runs, {}, panels(runs), console)
+            list(remarks(runs))
+            _differences(*runs)
+
+
+@pytest.mark.parametrize("wrong", ['"x"', "[1]", "1e999", "null", "{}"])
+def test_a_line_of_metrics_with_values_of_other_types_is_named_or_does_without_them(tmp_path, wrong):
+    folder = _run(tmp_path / "a", [(100, 0.2)])
+    kept = folder / "metrics.jsonl"
+    before = kept.read_text()
+    kept.write_text(before + f'{{"step": 100, "kind": "train", "work/seconds/ntp": {wrong}}}\n')
+    (run,) = load_runs([folder])
+    assert run.work is None
+    for key in ("step", "evaluation/n2d/contains"):
+        kept.write_text(
+            before + json.dumps({"step": 5, "kind": "evaluation"})[:-1] + f', "{key}": {wrong}}}\n'
+        )
+        if key == "step" or wrong != "1e999":
+            with pytest.raises(UserError, match=r"metrics.jsonl:3: not an evaluation as a run writes it"):
+                load_runs([folder])
+    kept.write_text(before + "[" * 100_000 + "\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl:3: not valid JSON"):
+        load_runs([folder])
+
+
+def test_names_in_square_brackets_are_names_and_no_markup(tmp_path):
+    runs = [_run(tmp_path / name, [(100, 0.2)]) for name in ("a[red]", "b[nope")]
+    out = io.StringIO()
+    compare_runs(runs, output=tmp_path / "[out]", console=Console(file=out, width=120))
+    assert "a[red]" in out.getvalue() and "b[nope" in out.getvalue() and "[out]" in out.getvalue()

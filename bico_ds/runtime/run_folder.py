@@ -176,8 +176,10 @@ class RunFolder:
 
     def add_to_start(self, **facts: Any) -> None:
         """Add facts to this start's part of run.json. Raises OSError."""
+        if not self.run_file.exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.run_file))
         starts = self._recorded_starts()
-        if not starts:  # it was damaged or removed meanwhile
+        if not starts:  # it was damaged meanwhile
             starts = [{"run_id": self.lock.run_id, **provenance()}]
         if starts[-1].get("run_id") == self.lock.run_id:  # else another start has taken the folder over
             self._write_starts([*starts[:-1], starts[-1] | facts])

@@ -391,6 +391,17 @@ def test_without_sbatch_the_script_is_ready_and_says_so(monkeypatch, tmp_path, c
     assert (tmp_path / "runs" / "tiny_base" / "slurm" / "job-1.sbatch").is_file()
 
 
+def test_a_script_takes_no_number_that_another_has_and_passes_over_other_names(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path / "no-commands-here"))
+    slurm = tmp_path / "runs" / "tiny_base" / "slurm"
+    slurm.mkdir(parents=True)
+    for name in ("job-2.sbatch", "job-x.sbatch", "job-9.sbatch.bak", "job-02.sbatch"):
+        (slurm / name).write_text("mine")
+    assert run_command(monkeypatch, tmp_path, "--recipe", "tiny_base") == 2
+    assert (slurm / "job-2.sbatch").read_text() == "mine"
+    assert (slurm / "job-3.sbatch").is_file()
+
+
 def test_a_folder_that_is_being_trained_into_is_refused(monkeypatch, tmp_path, capsys):
     run = tmp_path / "busy"
     run.mkdir()

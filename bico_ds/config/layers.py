@@ -132,9 +132,9 @@ def _resolved(tree: MappingFile, parts: list[str], where: str, *, makes_sections
     for last, part in enumerate(parts, start=1 - len(parts)):
         if isinstance(node, list):
             key = (*key, _index(node, part, key, where))
-        elif isinstance(node, dict):
+        elif isinstance(node, dict) or (node is None and not makes_sections):
             key = (*key, part)
-        elif node is not None or makes_sections:
+        else:
             raise UserError(f"{where}: '{dotted(key)}' is a single value, it has no keys")
         if last and isinstance(node, dict) and makes_sections and node.get(part) is None:
             node[part] = {}

@@ -162,3 +162,58 @@ def test_an_error_keeps_its_code_when_nobody_reads_either():
     assert run_without_reader("print('a line'); raise RunError('disk full')").returncode == 1
     both = run_without_reader("raise RunError('disk full')", stderr=subprocess.STDOUT)
     assert both.returncode == 1
+
+
+ASCII_ONLY = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def run_python(work: str, *words: str | bytes, **more) -> subprocess.CompletedProcess[bytes]:
+    code = "import os, sys\nfrom bico_ds.common.command_line import Command\n"
+    code += "from bico_ds.common.errors import UserError\n"
+    code += f"def work(options):\n    {work}\n"
+    code += "add = lambda parser: parser.add_argument('words', nargs='*')\n"
+    code += "Command(description='', add_options=add, run=work).start()"
+    environment = {**os.environ, **more.pop("env", {})}
+    return subprocess.run(
+        [sys.executable, "-c", code, *words],
+        env=environment, timeout=60, check=False, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("environment", [ASCII_ONLY, {"PYTHONIOENCODING": "ascii"}], ids=["locale", "python"])
+def test_a_terminal_without_our_characters_ends_no_command(environment):
+    work = r"print('a \u2026 \u201cb\u201d \xe9 \U0001f600'); raise UserError('\xe9 \u2026')"
+    done = run_python(work, env=environment)
+    assert done.returncode == 2
+    assert done.stdout == rb"a \u2026 \u201cb\u201d \xe9 \U0001f600" + b"\n"
+    assert done.stderr == rb"error: \xe9 \u2026" + b"\n"
+
+
+@pytest.mark.parametrize("environment", [{}, ASCII_ONLY], ids=["utf-8", "ascii"])
+def test_a_word_that_is_no_text_is_wrong_usage(environment):
+    done = run_python("print(options.words)", b"caf\xe9", env={"LC_ALL": "C.UTF-8", **environment})
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert rb"'caf\udce9' is no text in " in done.stderr and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("lines", [1, 10_000])
+def test_a_full_disk_under_stdout_is_one_error(unbuffered, lines):
+    with open("/dev/full", "wb") as full:
+        done = run_python(
+            f"[print('a line') for _ in range({lines})]", env={"PYTHONUNBUFFERED": unbuffered}, stdout=full
+        )
+    assert done.returncode == 1
+    assert done.stderr == b"error: cannot write the output: No space left on device\n"
+
+
+def test_a_closed_stdout_ends_no_command():
+    done = run_python(
+        "print(sys.stdout.isatty(), file=sys.stderr)", stdout=None, preexec_fn=lambda: os.close(1)
+    )
+    assert (done.returncode, done.stderr) == (0, b"False\n")
+
+
+def test_an_error_commands_no_terminal(capsys):
+    assert failing(UserError("a\x1b[2Jb\x07\n\tc"))([]) == 2
+    assert capsys.readouterr().err == "error: a\\x1b[2Jb\\x07\n\tc\n"

@@ -14,9 +14,17 @@ from bico_ds.data.store import is_store
 
 
 def refuse_output(path: Path, *, force: bool, is_ours: Callable[[Path], bool] = is_store) -> None:
-    """Raise `UserError` for an output that exists; with `force` only where it is neither empty nor `is_ours`."""
-    if not path.exists():
-        return
+    """Raise `UserError` for an output that exists; with `force` only where it is neither empty nor `is_ours`.
+
+    Raises `UserError`, too, for a name that cannot be one.
+    """
+    try:
+        if not path.exists():
+            return
+    except OSError as error:
+        raise UserError(
+            f"cannot write to '{path!s:.200}': {error.strerror}; choose another folder"
+        ) from error
     if not force:
         raise UserError(f"'{path}' exists: choose another folder, or give --force to replace it")
     if not is_ours(path) and not (path.is_dir() and not any(path.iterdir())):

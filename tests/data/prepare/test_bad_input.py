@@ -20,6 +20,7 @@ from bico_ds.data.prepare import input_files, records
 from bico_ds.data.prepare.examples import IngestOptions
 from bico_ds.data.prepare.ingest import ingest
 from bico_ds.data.prepare.input_files import find_files
+from bico_ds.data.prepare.output_folder import refuse_output
 from bico_ds.data.prepare.shards import plan_shards
 from bico_ds.data.store import TokenStore
 
@@ -255,6 +256,11 @@ def test_a_compressed_file_that_becomes_far_larger_is_taken_for_a_bomb(
 def test_an_input_whose_name_cannot_be_one_is_refused(given: str) -> None:
     with pytest.raises(UserError, match="input '"):
         find_files([given])
+
+
+def test_an_output_whose_name_cannot_be_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot write to '.*: File name too long"):
+        refuse_output(tmp_path / ("x" * 5000), force=False)
 
 
 def test_a_folder_with_links_in_a_circle_and_a_name_that_is_no_text_is_read(

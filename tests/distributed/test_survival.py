@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -19,10 +21,17 @@ from tests.distributed.survival import (
     assert_same_course,
     curve,
     final_manifest,
+    log,
     state,
 )
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+
+
+def listening(ranks: list[psutil.Process]) -> list[str]:
+    """The addresses on which these processes listen."""
+    found = [connection for rank in ranks for connection in rank.net_connections("inet")]
+    return [connection.laddr.ip for connection in found if connection.status == psutil.CONN_LISTEN]
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +49,7 @@ def battered(straight) -> Path:
     command = start(RECIPE, run, *SMALL)
     try:
         wait_until(lambda: last_step(run) >= 7, command, timeout=400)
+        (straight.with_name("listening.json")).write_text(json.dumps(listening(ranks_of(command))))
         ranks_of(command)[1].send_signal(signal.SIGTERM)
         assert command.wait(timeout=300) == 0
     finally:
@@ -64,6 +74,7 @@ def resumed(battered, stopped_state) -> Path:
     finally:
         end_tree(command)
     (battered.with_name("killed.log")).write_text(str(command.returncode))
+    (battered.with_name("killed.json")).write_text((battered / "state.json").read_text())
     done = train(RECIPE, battered, *SMALL, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return battered
@@ -88,6 +99,17 @@ def test_a_second_job_in_the_same_folder_is_refused(tmp_path):
 
 def test_a_killed_rank_fails_the_whole_job(resumed):
     assert int(resumed.with_name("killed.log").read_text()) != 0
+
+
+def test_a_killed_rank_is_named_by_the_command_and_in_the_state(resumed):
+    recorded = json.loads(resumed.with_name("killed.json").read_text())
+    assert (recorded["state"], recorded["reason"]) == ("failed", "RunError: rank 1: the process is gone")
+    assert log(resumed).count("error: rank 1: the process is gone") == 1
+
+
+def test_ranks_of_one_node_listen_where_no_other_machine_reaches_them(battered):
+    found = json.loads(battered.with_name("listening.json").read_text())
+    assert found and set(found) == {"127.0.0.1"}
 
 
 def test_the_resumed_run_is_bit_identical_to_the_uninterrupted_one(resumed, straight):

@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import re
+import stat
 import time
 
 import pytest
@@ -101,3 +102,58 @@ def test_an_architecture_that_no_one_knows_is_a_line_and_no_traceback(tmp_path, 
         UserError, match="DeepSpeed's FusedAdamBuilder does not compile here: invalid literal"
     ):
         deepspeed_ops._build_one("FusedAdamBuilder")
+
+
+@pytest.mark.parametrize("bad", ["/dev/null", "/dev/null/below", "/proc/none"])
+def test_a_folder_that_cannot_be_written_is_replaced_by_the_spare_one_and_that_is_said(
+    bad, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setenv(deepspeed_ops.FOLDER, bad)
+    spare = tmp_path / "native_ops"
+    with caplog.at_level(logging.INFO, "bico_ds"):
+        assert deepspeed_ops.choose_folder(spare) == spare
+    assert os.environ[deepspeed_ops.FOLDER] == str(spare) and not spare.exists()
+    (said,) = caplog.messages
+    assert said.startswith(f"TORCH_EXTENSIONS_DIR: cannot write into '{bad}'") and str(spare) in said
+    deepspeed_ops.open_spare_folder(spare, alone=True)
+    assert stat.S_IMODE(spare.stat().st_mode) == 0o700
+
+
+def test_a_home_that_cannot_be_written_takes_the_spare_folder_too(tmp_path, monkeypatch):
+    monkeypatch.delenv(deepspeed_ops.FOLDER, raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/dev/null")
+    assert deepspeed_ops.choose_folder(tmp_path / "spare") == tmp_path / "spare"
+
+
+def test_what_anybody_can_write_is_used_only_where_the_user_names_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "torch_extensions" / "py" / "shm"
+    folder.mkdir(parents=True)
+    monkeypatch.delenv(deepspeed_ops.FOLDER, raising=False)
+    assert deepspeed_ops.choose_folder(tmp_path / "spare") is None
+    folder.chmod(0o777)
+    assert deepspeed_ops.choose_folder(tmp_path / "spare") == tmp_path / "spare"
+    monkeypatch.setenv(deepspeed_ops.FOLDER, str(tmp_path / "torch_extensions"))
+    assert deepspeed_ops.choose_folder(tmp_path / "spare") is None
+
+
+def test_what_others_could_put_into_the_spare_folder_is_removed(tmp_path):
+    (tmp_path / "planted").mkdir(parents=True)
+    (tmp_path / "planted.so").touch()
+    tmp_path.chmod(0o777)
+    deepspeed_ops.open_spare_folder(tmp_path, alone=True)
+    assert not list(tmp_path.iterdir()) and stat.S_IMODE(tmp_path.stat().st_mode) == 0o700
+
+
+def test_a_relative_folder_is_the_same_one_wherever_the_compiler_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(deepspeed_ops.FOLDER, "operations")
+    assert deepspeed_ops.choose_folder(tmp_path / "spare") is None
+    assert os.environ[deepspeed_ops.FOLDER] == str(tmp_path / "operations")
+
+
+def test_the_batch_script_names_a_folder_that_cannot_be_written(monkeypatch):
+    monkeypatch.setenv(deepspeed_ops.FOLDER, "/dev/null/below")
+    with pytest.raises(UserError, match="TORCH_EXTENSIONS_DIR: cannot write into '/dev/null/below'"):
+        deepspeed_ops.build(load_recipe("tiny_base"))

@@ -178,7 +178,8 @@ def test_a_killed_rank_is_named_by_the_others_that_wait(folder, killed):
     each = [(60, 0.1, "killed" if rank == killed else "wait") for rank in range(2)]
     ended = run_ranks(folder, each)
     assert [code for code, _ in ended] == [-9 if rank == killed else 1 for rank in range(2)]
-    assert ended[1 - killed][1] == f"error: rank {killed}: the process is gone\n"
+    # torch's store writes a warning of its own where rank 0 is gone.
+    assert ended[1 - killed][1].endswith(f"error: rank {killed}: the process is gone\n")
     reason = read_state(folder.state_file)["reason"]
     assert reason == f"rank {killed}: the process is gone"
     folder.close()

@@ -181,7 +181,7 @@ def _read_status(run: Path, living: dict[Path, Lock]) -> RunStatus:
         job=on_one_line(job, most=_MOST_CHARACTERS),
         changed=_changed(folder, state),
         slow=_slow_rank(numbers, begun) if now == "running" else "",
-        excluded=tuple(excluded_nodes(run, job)),
+        excluded=tuple(excluded_nodes(run, tried[-1]["job"] if tried else job)),
     )
 
 

@@ -172,6 +172,12 @@ def test_the_script_excludes_the_node_after_the_job_is_requeued(tmp_path):
     assert excluded_nodes(tmp_path / "run", "9") == ["n2"]
 
 
+def test_a_task_of_an_array_is_named_by_its_number_for_the_job_id_of_the_last_means_all(tmp_path):
+    """Seen with SLURM 22.05: `scontrol requeue` with SLURM_JOB_ID of the last task restarted its running neighbours."""
+    _, output, calls = run_script(tmp_path, SLURM_ARRAY_JOB_ID="9", SLURM_ARRAY_TASK_ID="3")
+    assert calls[1:] == ["scontrol requeue 9_3", "scontrol update jobid=9_3 ExcNodeList=n2"], output
+
+
 @pytest.mark.parametrize(
     ("changed", "told"),
     [({"ENOUGH": "1"}, "too few others"), ({"MAX_EXCLUDED": "0"}, "0 nodes may be (--max-excluded)")],

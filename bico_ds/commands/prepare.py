@@ -23,7 +23,15 @@ from pydantic import ValidationError
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import atomic_folder
-from bico_ds.config.arguments import folder_or_hub_name, local_path, not_negative, path_text, positive, seed
+from bico_ds.config.arguments import (
+    folder_or_hub_name,
+    local_path,
+    not_negative,
+    number,
+    path_text,
+    positive,
+    seed,
+)
 from bico_ds.config.sections.data import Derive, FactsSpec
 from bico_ds.data.inspect_store import describe_store
 from bico_ds.data.prepare.examples import IngestOptions
@@ -322,7 +330,7 @@ def _add_document_options(documents: _ArgumentGroup) -> None:
     )
     documents.add_argument(
         "--held-out",
-        type=float,
+        type=number,
         default=0.0,
         metavar="FRACTION",
         help="fraction of documents for the store DIR/held_out; with --group-field, of groups",
@@ -459,7 +467,7 @@ def _add_facts_options(parser: ArgumentParser) -> None:
         described = field.description or "of names, groups and fillers"
         parser.add_argument(
             f"--{name.replace('_', '-')}",
-            type=int,
+            type=seed if name == "seed" else positive,
             metavar="N",
             default=field.default,
             help=f"{described} (default: %(default)s)",

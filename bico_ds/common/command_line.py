@@ -7,7 +7,10 @@ return other codes of its own. No torch here: a command imports it before its he
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
+import re
 import select
 import sys
 import time
@@ -23,6 +26,10 @@ from bico_ds.common.secrets import text_without_secrets, words_without_secrets
 INTERRUPTED = 130  # 128 + SIGINT, as a shell shows it
 _SECONDS_FOR_MESSAGE = 3.0
 _STDOUT = 1
+_HALF = re.compile("[\ud800-\udfff]")  # how Python hands on bytes of a command line that are no text
+# What moves a terminal's cursor, or sets its colours; a line or tab of ours does neither.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
 
 
 class _Parser(ArgumentParser):
@@ -54,7 +61,13 @@ class Command:
         """Parse `argv`, by default the process's own. Raises `SystemExit` with code 2 for wrong usage."""
         parser = _Parser(prog=prog, description=self.description, formatter_class=RawDescriptionHelpFormatter)
         self.add_options(parser)
-        options = parser.parse_args(argv)
+        words = sys.argv[1:] if argv is None else argv
+        if unreadable := next((word for word in words if _HALF.search(word)), None):
+            parser.error(
+                f"{unreadable!a} is no text in {sys.getfilesystemencoding()}, as this terminal's words should be; with a "
+                "UTF-8 locale, or PYTHONUTF8=1, all names can be given"
+            )
+        options = parser.parse_args(words)
         if problem := self.contradiction(options):
             parser.error(problem)
         return options
@@ -85,7 +98,10 @@ class Command:
         if self._is_first():
             # Without a reader of stderr the exit code is all that is left, and it must stay that of the error.
             with contextlib.suppress(BrokenPipeError):
-                print(f"error: {text_without_secrets(str(error))}", file=sys.stderr, flush=True)
+                message = _CONTROL.sub(
+                    lambda found: f"\\x{ord(found[0]):02x}", text_without_secrets(str(error))
+                )
+                print(f"error: {message}", file=sys.stderr, flush=True)
         else:
             time.sleep(_SECONDS_FOR_MESSAGE)
 
@@ -100,9 +116,10 @@ class Command:
 def exit_code(work: Callable[[], int]) -> int:
     """Do the work of a process, and return its exit code, whatever ends it: `end_process` is to be its end in every case.
 
-    A reader that has seen enough of a help text is no failure: 0. Other exceptions are shown as Python shows them: 1.
+    A reader that has seen enough of a help text is no failure: 0. A disk that is full is told in one line, other exceptions
+    as Python shows them: 1. Whatever the locale, all that is printed can be: what its encoding lacks as `\\u2026`.
     """
-    _open_closed_streams()
+    _print_everything()
     try:
         return work()
     except KeyboardInterrupt:
@@ -117,20 +134,24 @@ def exit_code(work: Callable[[], int]) -> int:
         return _failed(error)
 
 
-def _open_closed_streams() -> None:
-    """Give a process whose stdin, stdout or stderr was closed (`>&-`) /dev/null in its place.
-
-    Python has None there, on which libraries fail; and the next file that is opened would get its number, and the output.
-    """
+def _print_everything() -> None:
+    """Let no character, and no closed descriptor (`>&-`), end a command that prints."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))  # noqa: SIM115
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # to the end of the process
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):  # a test's, or a notebook's, is none
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _failed(error: BaseException) -> int:
     with contextlib.suppress(BrokenPipeError):
         if isinstance(error, SystemExit):
             print(error.code, file=sys.stderr)
+        elif isinstance(error, OSError) and error.errno in _FULL:
+            print(f"error: cannot write {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
+            if error.filename is None:  # what is left to be written would fail again, and be told again
+                sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         else:
             sys.excepthook(type(error), error, error.__traceback__)
     return 1

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from bico_ds.common.errors import UserError
+from bico_ds.common.printable import on_one_line
 from bico_ds.config.bounds import Bound
 from bico_ds.config.paths import FolderOrHubName, LocalPath
 from bico_ds.config.section import SEED
 
 Number = TypeVar("Number", int, float)
 _MOST, _COUNTS = 2**31 - 1, "it counts things that are at hand"
+_MOST_SHOWN = 60
 RECIPE_HELP = "a name in recipes/ or a YAML file"
 
 
@@ -42,11 +44,12 @@ def seed(text: str) -> int:
 
 def positive_number(text: str) -> float:
     """A number of minutes, seconds or gigabytes."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
-    return _within(Bound(least=1e-6, most=1e6, why="nothing here is as small, or as large"), value)
+    return _within(Bound(least=1e-6, most=1e6, why="nothing here is as small, or as large"), number(text))
+
+
+def number(text: str) -> float:
+    """A finite number; who takes it has bounds of its own."""
+    return _within(Bound(why="it is a quantity"), _read(float, text, "a number"))
 
 
 def local_path(text: str) -> Path:
@@ -110,7 +113,7 @@ def add_run_folder_option(options: argparse._ActionsContainer, *, several: bool 
 
 
 def _checked(text: str, expanded: Callable[[LocalPath], str]) -> str:
-    if not text:
+    if not text.strip():
         raise argparse.ArgumentTypeError("must not be empty")
     try:
         return expanded(LocalPath(text))
@@ -119,10 +122,17 @@ def _checked(text: str, expanded: Callable[[LocalPath], str]) -> str:
 
 
 def _whole(text: str) -> int:
+    return _read(int, text, "an integer")
+
+
+def _read(kind: Callable[[str], Number], text: str, called: str) -> Number:
+    """Python takes the digits of every script, and all but `²` of what `str.isdigit` calls so."""
     try:
-        return int(text)
+        if text.isascii():
+            return kind(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not an integer") from None
+        pass
+    raise argparse.ArgumentTypeError(f"'{on_one_line(text, most=_MOST_SHOWN)}' is not {called}")
 
 
 def _within(bound: Bound, value: Number) -> Number:

@@ -35,7 +35,7 @@ class Bound:
         """What is wrong with `value`, to follow its name; None where it is a number within the bounds."""
         if (wanted := self._wanted(value)) is None:
             return None
-        return f"must be {wanted}, found {_shown(value)}: {self.why}"
+        return f"must be {wanted}, found {shown(value)}: {self.why}"
 
     def _wanted(self, value: Any) -> str | None:
         """The first condition that `value` does not meet."""
@@ -66,6 +66,10 @@ def _written(limit: float) -> str:
     return f"{limit:,}" if isinstance(limit, int) else f"{limit:g}"
 
 
-def _shown(value: Any) -> str:
-    text = repr(without_secrets(value))
+def shown(value: Any) -> str:
+    """A value in a message; cut, where it is long."""
+    try:
+        text = repr(without_secrets(value))
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return "a number of very many digits"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bico_ds.common.errors import UserError, did_you_mean
-from bico_ds.config.load import merge_mappings
+from bico_ds.common.json_files import JsonError, read_object
+from bico_ds.config.layers import merge_mappings
 from bico_ds.config.paths import LocalPath
 from bico_ds.config.resources import DS_CONFIGS
 from bico_ds.config.schema import DeepSpeedSpec, find_deepspeed_paths
@@ -20,19 +21,20 @@ def load_ds_config(written: LocalPath) -> dict[str, Any]:
     Raises `UserError`.
     """
     name_or_path = written.expanded()
-    path = next((p for p in (Path(name_or_path), DS_CONFIGS / f"{name_or_path}.json") if p.is_file()), None)
+    candidates = (Path(name_or_path), DS_CONFIGS / f"{name_or_path}.json")
+    path = next((path for path in candidates if os.path.isfile(path)), None)
     if path is None:
         known = sorted(p.stem for p in DS_CONFIGS.glob("*.json"))
         raise UserError(
-            f"deepspeed.config: '{name_or_path}' is neither a file nor one of {', '.join(known)}"
-            f"{did_you_mean(name_or_path, known)}"
+            f"{written.where or 'deepspeed.config'}: '{name_or_path}' is neither a file that can be read nor one of "
+            f"{', '.join(known)}{did_you_mean(name_or_path, known)}"
         )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"deepspeed.config: {path} must hold one JSON object")
+        config = read_object(path)
+    except JsonError as error:
+        raise UserError(
+            f"{written.where or 'deepspeed.config'}: {error}; it must hold one JSON object"
+        ) from None
     return find_deepspeed_paths(config, f"{path}: ")
 
 

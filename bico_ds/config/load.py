@@ -2,62 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from bico_ds.common.errors import UserError, did_you_mean
-from bico_ds.common.secrets import left_out_keys, text_without_secrets, without_secrets, word_without_secrets
+from bico_ds.common.printable import on_one_line
+from bico_ds.common.secrets import left_out_keys, text_without_secrets, without_secrets
+from bico_ds.common.yaml_files import KeyPath, MappingFile, Origin, dotted, dump_yaml, read_mapping
+from bico_ds.config.bounds import shown
 from bico_ds.config.imports import import_module
+from bico_ds.config.layers import apply_override, is_override, merge_files, value_at
 from bico_ds.config.objectives.base import ObjectiveSpec
 from bico_ds.config.objectives.table import KINDS
 from bico_ds.config.paths import LocalPath, WrittenPath
 from bico_ds.config.resources import RECIPES
 from bico_ds.config.schema import Recipe
 
-KeyPath = tuple[str | int, ...]
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a value was written."""
-
-    file: str
-    line: int
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}" if self.line else self.file
-
-
-@dataclass
-class MappingFile:
-    """A plain tree of values, and where each key was written; `()` is the key of the whole file."""
-
-    values: dict[str, Any]
-    origins: dict[KeyPath, Origin]
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `2e-5` as a number and the key `on` as a word, as YAML 1.2 and every reader of a recipe does."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:bool":
-                key.tag = "tag:yaml.org,2002:str"
-        return node
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$|^[-+]?\.[0-9_]+[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
-)
+_MOST_EXTENDED = 20
+# Layers of a recipe: what it extends, itself, overrides.
+_INHERITED, _TOP, _OVERRIDES = range(3)
+_MOST_PROBLEMS, _MOST_SHOWN = 20, 100
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -67,9 +39,9 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     `imports` are loaded before it is validated. Raises `UserError` that names the key and where it was written: file and
     line, or the override; also for a secret that was left out where the recipe was kept.
     """
-    tree = _load_file(find_recipe(name_or_path), seen=())
+    tree = _load_file(find_recipe(name_or_path))
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     tree.values.setdefault("name", Path(name_or_path).stem)
     _refuse_left_out(tree)
     _import_modules(tree)
@@ -95,22 +67,48 @@ def find_recipe(name_or_path: str, *, beside: Path | None = None) -> Path:
     folders = [folder for folder in (beside, RECIPES) if folder is not None]
     candidates = [Path(name_or_path), *(folder / f"{name_or_path}.yaml" for folder in folders)]
     candidates += [folder / name_or_path for folder in folders]
+    problems = []
     for candidate in candidates:
-        if candidate.is_file():
+        problem = _no_file(candidate)
+        if problem is None:
             return candidate
-    hint = did_you_mean(name_or_path, list_recipes())
+        problems.append(problem)
+    name = on_one_line(name_or_path, most=_MOST_SHOWN)
+    if found := next((problem for problem in problems if problem), None):
+        raise UserError(f"recipe '{name}' {found}; give a YAML file, or a name in {RECIPES}")
     raise UserError(
-        f"recipe '{name_or_path}' is neither a file nor a name in {RECIPES}{hint}; "
+        f"recipe '{name}' is neither a file nor a name in {RECIPES}{did_you_mean(name, _names())}; "
         "`bico-ds train --list-recipes` shows all names"
     )
 
 
+def _no_file(path: Path) -> str | None:
+    """Why this is no file that can be opened, `""` where nothing is there; None where it is one."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except (OSError, ValueError) as error:
+        return f"cannot be read ({getattr(error, 'strerror', None) or error})"
+    if stat.S_ISREG(mode):
+        return None
+    return "is a folder" if stat.S_ISDIR(mode) else "is no regular file"
+
+
+def _names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
 def list_recipes() -> dict[str, str]:
-    """Return the names in recipes/ with their own one-line descriptions."""
+    """Return the names in recipes/ with their own one-line descriptions; of one that cannot be read, the reason."""
     found = {}
-    for path in sorted(RECIPES.glob("*.yaml")):
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
-        found[path.stem] = str(tree.get("description", ""))
+    for name in _names():
+        try:
+            found[name] = str(
+                read_mapping(RECIPES / f"{name}.yaml", "no recipe").values.get("description", "")
+            )
+        except UserError as error:
+            found[name] = f"(cannot be read: {error})"
     return found
 
 
@@ -119,7 +117,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
     Where a secret was left out it must be given anew: `load_recipe` refuses what stands there.
     """
-    return yaml.safe_dump(recorded_values(recipe), sort_keys=False, allow_unicode=True, width=100)
+    return dump_yaml(recorded_values(recipe))
 
 
 def recorded_values(recipe: Recipe) -> dict[str, Any]:
@@ -134,7 +132,7 @@ def _refuse_left_out(tree: MappingFile) -> None:
         if key != ("description",):
             raise UserError(
                 f"{_where(key, tree.origins)}: a secret that was left out where this recipe was kept; give it again: "
-                f"--set {_dotted(key)}=VALUE"
+                f"--set {dotted(key)}=VALUE"
             )
 
 
@@ -173,178 +171,56 @@ def _with_origins(value: Any, key: KeyPath, origins: dict[KeyPath, Origin]) -> A
 
 def _where(key: KeyPath, origins: dict[KeyPath, Origin]) -> str:
     """`FILE:LINE: key`."""
-    origin, dotted = _origin_of(key, origins), _dotted(key) or "recipe"
-    return f"{origin}: {dotted}" if origin else dotted
+    origin, name = _origin_of(key, origins), dotted(key) or "recipe"
+    return f"{origin}: {name}" if origin else name
 
 
-def _load_file(path: Path, *, seen: tuple[Path, ...]) -> MappingFile:
-    if path.resolve() in seen:
-        chain = " -> ".join(p.name for p in (*seen, path))
-        raise UserError(f"recipes extend each other in a circle: {chain}")
-    tree = read_mapping(path, f"a recipe is a mapping of keys, as in {RECIPES / 'tiny_bico.yaml'}")
-    base_name = tree.values.pop("extends", None)
-    if base_name is None:
-        return _merge(MappingFile({}, {}), tree)
-    if not isinstance(base_name, str):
-        raise UserError(f"{tree.origins[('extends',)]}: 'extends' must be one recipe's name or path")
-    base = LocalPath(base_name, where=_where(("extends",), tree.origins)).expanded()
-    try:
-        base_path = find_recipe(base, beside=path.parent)
-    except UserError as error:
-        raise UserError(f"{tree.origins[('extends',)]}: extends: {error}") from None
-    return _merge(_load_file(base_path, seen=(*seen, path.resolve())), tree)
-
-
-def read_mapping(path: Path, wanted: str) -> MappingFile:
-    """A YAML file that holds one mapping of keys, not validated. `wanted` ends the error about a file that holds none.
-
-    Raises `UserError` with file and line.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        loader = _Loader(text)
-        node = loader.get_single_node()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        origin = Origin(str(path), mark.line + 1 if mark else 0)
-        raise UserError(f"{origin}: not valid YAML: {error.problem or error.context}") from None
-    origins: dict[KeyPath, Origin] = {}
-    if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{path}: {wanted}")
-    return MappingFile(_construct(loader, node, (), str(path), origins), origins)
-
-
-def _construct(
-    loader: _Loader, node: yaml.Node, key: KeyPath, file: str, origins: dict[KeyPath, Origin]
-) -> Any:
-    origins.setdefault(key, Origin(file, node.start_mark.line + 1))
-    if isinstance(node, yaml.MappingNode):
-        values: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            name, line = str(loader.construct_object(key_node)), key_node.start_mark.line + 1
-            if name in values:
-                raise UserError(f"{Origin(file, line)}: key '{_dotted((*key, name))}' is given twice")
-            origins[(*key, name)] = Origin(file, line)
-            values[name] = _construct(loader, value_node, (*key, name), file, origins)
-        return values
-    if isinstance(node, yaml.SequenceNode):
-        return [_construct(loader, item, (*key, i), file, origins) for i, item in enumerate(node.value)]
-    return loader.construct_object(node)
-
-
-def _merge(base: MappingFile, top: MappingFile) -> MappingFile:
-    """Mappings merge key by key; lists and scalars of `top` replace those of `base`, those of a `key+` are added to it."""
-    additions = list(_take_additions(top.values, ()))
-    values = merge_mappings(base.values, top.values)
-    origins = {key: origin for key, origin in base.origins.items() if not _replaced(key, top.values)}
-    tree = MappingFile(values, origins | top.origins)
-    for key, added in additions:
-        _add_to_list(tree, key, added, where=_where(key, tree.origins))
+def _load_file(path: Path) -> MappingFile:
+    """The file over those that it extends."""
+    chain, files = [path], [_read(path)]
+    while (base := files[-1].values.pop("extends", None)) is not None:
+        where = f"{files[-1].origins[('extends',)]}: extends"
+        if not isinstance(base, str):
+            raise UserError(f"{where}: 'extends' must be one recipe's name or path")
+        try:
+            path = find_recipe(LocalPath(base, where=where).expanded(), beside=chain[-1].parent)
+        except UserError as error:
+            raise UserError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+        chain.append(path)
+        names = " -> ".join(link.name for link in chain)
+        if any(os.path.samefile(path, link) for link in chain[:-1]):
+            raise UserError(f"recipes extend each other in a circle: {names}")
+        if len(chain) > _MOST_EXTENDED:
+            raise UserError(f"{where}: more than {_MOST_EXTENDED} recipes extend each other: {names}")
+        files.append(_read(path))
+    tree = MappingFile({}, {})
+    for file in reversed(files):
+        tree = merge_files(tree, file)
     return tree
 
 
-def _take_additions(values: dict[str, Any], section: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
-    """Take all `key+` out of the mapping: the path with the sign, and the value."""
-    for name in list(values):
-        if name.endswith("+"):
-            yield (*section, name), values.pop(name)
-        elif isinstance(values[name], dict):
-            yield from _take_additions(values[name], (*section, name))
-
-
-def _add_to_list(tree: MappingFile, key: KeyPath, added: Any, *, where: str) -> None:
-    """Append `added`, an entry or a list of them, to the list that `key` names without its `+`."""
-    path: KeyPath = (*key[:-1], str(key[-1])[:-1])
-    node: Any = tree.values
-    for part in path:
-        node = node.get(part) if isinstance(node, dict) else None
-    if not isinstance(node, list):
-        raise UserError(f"{where}: it adds to a list, and there is no list '{_dotted(path)}' to add to")
-    first, entries = len(node), added if isinstance(added, list) else [added]
-    node.extend(entries)
-    for written in [written for written in tree.origins if written[: len(key)] == key]:
-        origin, inner = tree.origins.pop(written), written[len(key) :]
-        if isinstance(added, list) and inner:
-            tree.origins[(*path, first + int(inner[0]), *inner[1:])] = origin
-        elif not isinstance(added, list):
-            tree.origins[(*path, first, *inner)] = origin
-
-
-def merge_mappings(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """Mappings merge key by key; everything else in `top` replaces what `base` has."""
-    merged = dict(base)
-    for key, value in top.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = merge_mappings(base[key], value) if both else value
-    return merged
-
-
-def _replaced(key: KeyPath, values: Any) -> bool:
-    for part in key:
-        if not isinstance(values, dict):
-            return True
-        if part not in values:
-            return False
-        values = values[part]
-    return False
-
-
-def _apply_override(tree: MappingFile, override: str) -> None:
-    path, equals, text = override.partition("=")
-    shown = word_without_secrets(override)
-    if not equals or not path.strip():
-        raise UserError(f"--set {shown!r}: expected key.path=value, as in --set optimizer.lr=1e-4")
-    keys: KeyPath = tuple(int(part) if part.isdigit() else part for part in path.strip().split("."))
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        raise UserError(f"--set {shown!r}: the value is not valid YAML; quote it?") from None
-    if str(keys[-1]).endswith("+"):
-        tree.origins[keys] = Origin(f"--set {shown}", 0)
-        _add_to_list(tree, keys, value, where=f"--set {shown}")
-        return
-    node: Any = tree.values
-    for depth, part in enumerate(keys[:-1]):
-        node = _child(node, part, keys[: depth + 1])
-    _child(node, keys[-1], keys, value=value)
-    tree.origins = {key: origin for key, origin in tree.origins.items() if key[: len(keys)] != keys}
-    tree.origins[keys] = Origin(f"--set {shown}", 0)
-
-
-_MISSING = object()
-
-
-def _child(node: Any, part: str | int, path: KeyPath, *, value: Any = _MISSING) -> Any:
-    """Step into `node[part]`, or set it to `value`; sections that the recipe leaves out come into being."""
-    if isinstance(node, list):
-        if not isinstance(part, int) or part >= len(node):
-            raise UserError(f"--set {_dotted(path)}: this list has the indices 0 to {len(node) - 1}")
-    elif not isinstance(node, dict):
-        raise UserError(f"--set {_dotted(path)}: '{_dotted(path[:-1])}' is a single value, it has no keys")
-    if value is not _MISSING:
-        node[part] = value
-        return value
-    if isinstance(node, dict) and node.get(part) is None:
-        node[part] = {}
-    return node[part]
+def _read(path: Path) -> MappingFile:
+    return read_mapping(path, f"a recipe is a mapping of keys, as in {RECIPES / 'tiny_bico.yaml'}")
 
 
 def _explain(error: ValidationError, tree: MappingFile) -> str:
     lines: dict[str, str] = {}
-    for problem in error.errors():
+    problems = error.errors()
+    for problem in problems[:_MOST_PROBLEMS]:
         key = _real_path(problem["loc"], tree.values)
-        message, where = _message(problem, key, tree.values), _where(key, tree.origins)
+        message, where = _message(problem, key, tree), _where(key, tree.origins)
         lines[where] = f"{lines[where]}, or: {message}" if where in lines else f"{where}: {message}"
-    return "\n".join(lines.values())
+    more = len(problems) - _MOST_PROBLEMS
+    return "\n".join([*lines.values(), *([f"… and {more:,} more"] if more > 0 else [])])
 
 
 def _origin_of(key: KeyPath, origins: dict[KeyPath, Origin]) -> Origin | None:
     """The line of the key itself, of something below it (a section that an override made), or of what holds it."""
-    below = next((origin for other, origin in origins.items() if key and other[: len(key)] == key), None)
-    around = (origins[key[:n]] for n in range(len(key) - 1, -1, -1) if key[:n] in origins)
-    return origins.get(key) or below or next(around, None)
+    if key in origins:
+        return origins[key]
+    if key and (below := next((o for other, o in origins.items() if other[: len(key)] == key), None)):
+        return below
+    return next((origins[key[:n]] for n in range(len(key) - 1, -1, -1) if key[:n] in origins), None)
 
 
 def _real_path(loc: tuple[str | int, ...], values: Any) -> KeyPath:
@@ -361,33 +237,77 @@ def _real_path(loc: tuple[str | int, ...], values: Any) -> KeyPath:
     return tuple(path)
 
 
-def _message(problem: Any, key: KeyPath, values: Any) -> str:
+def _message(problem: Any, key: KeyPath, tree: MappingFile) -> str:
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(key[:-1], values)
-        return f"unknown key{did_you_mean(str(key[-1]), known)}; known keys here: {', '.join(known)}"
+        known = list(_fields(key[:-1], tree.values))
+        hint = did_you_mean(str(key[-1]), known)
+        return f"unknown key{hint}; known keys here: {', '.join(known)}"
     if problem["type"] == "missing":
         return "this key is required"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
-        return text_without_secrets(message)
+        return text_without_secrets(message) + _collision(message, key, tree)
     choices = (
         re.findall(r"'([^']*)'", problem["ctx"]["expected"]) if problem["type"] == "literal_error" else []
     )
     hint = did_you_mean(str(problem["input"]), choices) if len(choices) > 1 else ""
-    return f"{message} (found {without_secrets(problem['input'], _dotted(key))!r}){hint}"
+    return f"{message} (found {shown(without_secrets(problem['input'], dotted(key)))}){hint}"
 
 
-def _known_keys(section: KeyPath, values: Any) -> list[str]:
+def _collision(message: str, section: KeyPath, tree: MappingFile) -> str:
+    """Where the keys that a message names come from, if not all from one file; and how to do without an inherited one."""
+    words = dict.fromkeys(re.findall(r"'([\w.]+)'", message))
+    named = {key for word in words if (key := _key_named(word, section, tree)) is not None}
+    beside = {key for key in tree.origins if len(key) == len(section) + 1 and key[:-1] == section}
+    layers = {key: _layer(key, tree) for key in named | (beside if section else set())}
+    top = max(layers.values(), default=0)
+    given = [key for key in sorted(named, key=str) if value_at(key, tree.values) is not None]
+    inherited = [key for key in given if layers[key] < top]
+    if not inherited:
+        return ""
+    sources = ", ".join(
+        f"'{dotted(key[len(section) :] or key)}' is from {_origin_of(key, tree.origins)}" for key in given
+    )
+    nulls = [_null(key, tree, by_override=top == _OVERRIDES) for key in inherited if _may_be_null(key, tree)]
+    advice = f"; to do without what is inherited, write {' or '.join(nulls)}" if nulls else ""
+    return f" ({sources}{advice})"
+
+
+def _layer(key: KeyPath, tree: MappingFile) -> int:
+    origin = _origin_of(key, tree.origins)
+    if origin is None:
+        return _INHERITED
+    if is_override(origin):
+        return _OVERRIDES
+    return _TOP if origin.file == tree.origins[()].file else _INHERITED
+
+
+def _key_named(word: str, section: KeyPath, tree: MappingFile) -> KeyPath | None:
+    """The key that a message about a section calls `word`: one of the section's own, or one from the recipe's root."""
+    parts = tuple(word.split("."))
+    return next((key for key in ((*section, *parts), parts) if key in tree.origins), None)
+
+
+def _null(key: KeyPath, tree: MappingFile, *, by_override: bool) -> str:
+    return f"--set {dotted(key)}=null" if by_override else f"'{key[-1]}: null'"
+
+
+def _may_be_null(key: KeyPath, tree: MappingFile) -> bool:
+    field = _fields(key[:-1], tree.values).get(str(key[-1]))
+    return field is not None and not field.is_required() and field.default is None
+
+
+def _fields(section: KeyPath, values: Any) -> dict[str, FieldInfo]:
     """The keys that a section of the recipe may have."""
     models: list[type[BaseModel]] = [Recipe]
     for part in section:
         fields = [m.model_fields[part] for m in models if isinstance(part, str) and part in m.model_fields]
         if fields:
             models = [model for field in fields for model in _models_in(field.annotation)]
-        values = values[part]
-        if models == [ObjectiveSpec] and isinstance(values, dict):
+        values = value_at((part,), values)
+        if models == [ObjectiveSpec] and isinstance(values, dict) and values.get("kind") in KINDS:
             models = [KINDS[values["kind"]].spec]
-    return list(dict.fromkeys(name for model in models for name in model.model_fields))
+    return {name: field for model in models for name, field in model.model_fields.items()}
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -395,7 +315,3 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
     for inner in getattr(annotation, "__args__", ()):
         yield from _models_in(inner)
-
-
-def _dotted(key: KeyPath) -> str:
-    return ".".join(str(part) for part in key)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from pydantic import GetCoreSchemaHandler, ValidationInfo
 from pydantic_core import CoreSchema, core_schema
 
 from bico_ds.common.errors import UserError
+from bico_ds.common.printable import on_one_line
 
 HubName = NewType("HubName", str)
 """`owner/name` of a Hugging Face repository."""
@@ -32,6 +34,10 @@ _VARIABLE = re.compile(
 )
 # With its slash unquoted in a shell, which expands ~user as we do.
 _HOME = re.compile(r"(~[\w.-]*)(/|$)", re.ASCII)
+# What a line of a terminal, a log or a batch script would obey.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_MOST_BYTES, _MOST_BYTES_OF_NAME = 4095, 255  # Linux's PATH_MAX, with its final NUL, and NAME_MAX
+_MOST_SHOWN = 100
 _FOLDER_MARKS = ("/", ".", "~", "models/", "runs/")
 
 
@@ -50,20 +56,26 @@ class WrittenPath:
         """The text as it reads on this machine: `~`, `~user`, `$NAME` and `${NAME}` replaced.
 
         Raises `UserError`, with the line at which it was written, for a variable that is unset or empty here, for a `${` or
-        `$1` that is none (`${HOME` without its brace), and for a home folder that this machine does not have.
+        `$1` that is none (`${HOME` without its brace), for a home folder that this machine does not have, and for what can
+        be no path here.
         """
         if self.text.split("/")[0] == "~" and os.environ.get("HOME") == "":
             raise self._error("the environment variable HOME is empty on this machine; set it, or")
         path = os.path.expanduser(_VARIABLE.sub(self._variable, self.text))
         if path.startswith("~"):
             raise self._error(f"there is no home folder {path.split('/')[0]} on this machine;")
+        if problem := _no_path(path):
+            raise self._error(problem)
         return path
 
     def in_shell(self) -> str:
         """The text as a word of a shell script, which expands it by the same rule where and when it runs.
 
-        There an unset or empty variable ends the script. Raises `UserError` for a `$` that begins no variable.
+        There an unset or empty variable ends the script. Raises `UserError` for a `$` that begins no variable, and for
+        what can be no path anywhere.
         """
+        if problem := _no_path(self.text):
+            raise self._error(problem)
         words, rest, end = [], self.text, 0
         if home := _HOME.match(rest):
             words, rest = ['"${HOME:?}"' if home[1] == "~" else home[1], home[2]], rest[home.end() :]
@@ -86,7 +98,7 @@ class WrittenPath:
 
     def _error(self, problem: str) -> UserError:
         where = f"{self.where}: " if self.where else ""
-        return UserError(f"{where}'{self.text}': {problem} give another path")
+        return UserError(f"{where}'{on_one_line(self.text, most=_MOST_SHOWN)}': {problem} give another path")
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -99,7 +111,30 @@ class WrittenPath:
 
     @classmethod
     def _validated(cls, value: Any, as_text: Callable[[Any], str], info: ValidationInfo) -> Self:
-        return value if isinstance(value, cls) else cls(as_text(value), where=info.field_name or "")
+        if isinstance(value, cls):
+            return value
+        text = as_text(value)
+        if problem := _no_path(text):
+            raise ValueError(f"'{on_one_line(text, most=_MOST_SHOWN)}': {problem} give another path")
+        return cls(text, where=info.field_name or "")
+
+
+def _no_path(text: str) -> str | None:
+    """Why no file can have this name, whether or not one does; None where one can."""
+    if (found := _CONTROL.search(text)) is not None:
+        return f"it has the control character {ord(found[0]):#04x};"
+    if not text.strip():
+        return "it is blank;"
+    try:
+        written = os.fsencode(text)
+    except UnicodeEncodeError:
+        return (
+            f"it has characters that names of files have not here, which are in {sys.getfilesystemencoding()}; set "
+            "PYTHONUTF8=1, or"
+        )
+    if len(written) > _MOST_BYTES or max(map(len, written.split(b"/"))) > _MOST_BYTES_OF_NAME:
+        return f"a path has at most {_MOST_BYTES:,} bytes, and {_MOST_BYTES_OF_NAME} from one / to the next;"
+    return None
 
 
 def _quoted(text: str) -> str:
@@ -128,7 +163,7 @@ class FolderOrHubName(WrittenPath):
         looked for on the hub.
         """
         text = self.text
-        return "$" in text or text.startswith(_FOLDER_MARKS) or text.count("/") != 1 or Path(text).exists()
+        return "$" in text or text.startswith(_FOLDER_MARKS) or text.count("/") != 1 or os.path.exists(text)
 
     def here(self) -> FolderOrHub:
         """The folder on this machine, or the hub name. Raises `UserError` as `expanded` does."""

@@ -323,7 +323,8 @@ def _named_sources(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], list
 class Recipe(Section):
     """The recipe of one run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    # As long as a folder's name may be: the run's, runs/NAME.
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=255)]
     description: str = ""
     seed: Seed = Field(1, description="seed of random weights, order of the data, masks and every other draw")
     output_dir: LocalPath | None = Field(None, description="run folder; null: runs/NAME")

@@ -13,8 +13,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from bico_ds.common.errors import UserError, did_you_mean
+from bico_ds.common.yaml_files import MappingFile, read_mapping
 from bico_ds.config.bounds import Bound
-from bico_ds.config.load import MappingFile, read_mapping
 from bico_ds.config.paths import LocalPath
 
 GIB = 2**30

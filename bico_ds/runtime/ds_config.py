@@ -12,7 +12,7 @@ from typing import Any
 from bico_ds.common.errors import UserError
 from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.config.deepspeed_file import bucket_sizes, written_ds_config
-from bico_ds.config.load import merge_mappings
+from bico_ds.config.layers import merge_mappings
 from bico_ds.config.paths import WrittenPath, replace_paths
 from bico_ds.config.schema import Recipe
 from bico_ds.optim.table import kind_of

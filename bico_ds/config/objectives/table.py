@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, get_args
 
 from bico_ds.common.errors import UserError, did_you_mean
+from bico_ds.common.printable import on_one_line
 from bico_ds.config.objectives.abi import AbiSpec
 from bico_ds.config.objectives.base import MonitorPlace, ObjectiveSpec
 from bico_ds.config.objectives.bico import BicoSpec
@@ -37,6 +38,7 @@ class Kind:
 
 
 _TOTAL = "all"
+_MOST_SHOWN = 60
 _KINDS: dict[str, Kind] = {}
 KINDS: Mapping[str, Kind] = MappingProxyType(_KINDS)
 
@@ -83,7 +85,11 @@ def read_spec(value: Any) -> ObjectiveSpec:
         hint = did_you_mean(str(kind), KINDS)
         if kind in get_args(Derive):
             hint = f" (it is of the data: set 'derive: {kind}' on a data source)"
-        raise mistake_at(("kind",), f"there is no objective of kind '{kind}'{hint}: {known}", kind)
+        raise mistake_at(
+            ("kind",),
+            f"there is no objective of kind '{on_one_line(str(kind), most=_MOST_SHOWN)}'{hint}: {known}",
+            kind,
+        )
     return KINDS[kind].spec.model_validate(value)
 
 

@@ -15,11 +15,11 @@ from bico_ds.__main__ import COMMANDS
 from bico_ds.common.errors import UserError
 from bico_ds.config.load import list_recipes, load_recipe
 from tests import ROOT
-from tests.test_docs import READERS_PAGES, by_name
+from tests.test_docs import BENCHMARKS, READERS_PAGES, by_name
 
 PAGES = [ROOT / "README.md", *READERS_PAGES]
 COMMAND = re.compile(
-    r"(?:launch|tools)/[\w/]+\.py|bico-ds [a-z][\w-]*|-m bico_ds [a-z][\w-]*|bico_ds\.commands\.\w+(?:\.\w+)?"
+    r"(?:launch|tools)/(?!bench/)[\w/]+\.py|bico-ds [a-z][\w-]*|-m bico_ds [a-z][\w-]*|bico_ds\.commands\.\w+(?:\.\w+)?"
 )
 INCOMPLETE = re.compile(r"error: (?:the following arguments are|--recipe is) required")
 # What stands for a user's own, where the parser wants a number or a folder that is there.
@@ -43,10 +43,13 @@ class Line:
 
 
 def lines_of(page: Path) -> Iterator[Line]:
-    parts = re.split(r"^ *```.*$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    content = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    variables = dict(re.findall(r'^([A-Z]+)="(.*)"', content, re.MULTILINE))
+    parts = re.split(r"^ *```.*$", content, flags=re.MULTILINE)
     for number, part in enumerate(parts):
-        blocks = part.replace("\\\n", " ").splitlines() if number % 2 else re.findall(r"`([^`]+)`", part)
+        blocks = part.splitlines() if number % 2 else re.findall(r"`([^`]+)`", part)
         for text in blocks:
+            text = re.sub(r"\$(\w+)", lambda name: variables.get(name[1], name[1]), text)
             yield from lines_in(" ".join(text.split()), by_name(page), is_mentioned=number % 2 == 0)
 
 
@@ -61,7 +64,7 @@ def lines_in(text: str, where: str, *, is_mentioned: bool) -> Iterator[Line]:
     found = COMMAND.search(text)
     if found is None:
         return
-    rest = re.split(r" (?:--[\w-]+ )?(?:…|\.\.\.)", text[found.end() :])[0]
+    rest = re.split(r" (?:--[\w-]+ )?(?:…|\.\.\.)|; done", text[found.end() :])[0]
     words = shlex.split(rest, comments=True)
     if words or not is_mentioned:
         yield Line(
@@ -81,7 +84,7 @@ def module_of(command: str) -> str:
     return COMMANDS[command.split()[-1]]
 
 
-LINES = list(dict.fromkeys(line for page in PAGES for line in lines_of(page)))
+LINES = list(dict.fromkeys(line for page in [*PAGES, *BENCHMARKS] for line in lines_of(page)))
 HELPS = list(dict.fromkeys(line for module in COMMANDS.values() for line in lines_of_help(module)))
 OVERRIDE = re.compile(r"`[^`]*?--set ('[^']+'|[^\s`]+)[^`]*`")
 

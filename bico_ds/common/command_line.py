@@ -118,7 +118,6 @@ def exit_code(work: Callable[[], int]) -> int:
     A reader that has seen enough of a help text is no failure: 0. A disk that is full is told in one line, other exceptions
     as Python shows them: 1. Whatever the locale, all that is printed can be: what its encoding lacks as `\\u2026`.
     """
-    _open_closed_streams()
     _print_everything()
     try:
         return work()
@@ -134,20 +133,13 @@ def exit_code(work: Callable[[], int]) -> int:
         return _failed(error)
 
 
-def _open_closed_streams() -> None:
-    """Give a process whose stdin, stdout or stderr was closed (`>&-`) /dev/null in its place.
-
-    Python has None there, on which libraries fail; and the next file that is opened would get its number, and the output.
-    """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))  # noqa: SIM115
-
-
 def _print_everything() -> None:
-    """Let no character end a command that prints."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a test's, or a notebook's, is none
+    """Let no character, and no closed descriptor (`>&-`), end a command that prints."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # to the end of the process
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):  # a test's, or a notebook's, is none
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -85,11 +85,10 @@ def without_secrets(value: Any, key: str = "") -> Any:
         return {name: without_secrets(inner, str(name)) for name, inner in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(without_secrets(inner, key) for inner in value)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        return value
-    if _is_secret(key, str(value)):
-        return LEFT_OUT
-    return text_without_secrets(value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return LEFT_OUT if _is_secret(key, value) else text_without_secrets(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return LEFT_OUT if is_number and _is_secret_name(key) else value
 
 
 def text_without_secrets(text: str) -> str:
@@ -156,7 +155,7 @@ def _left_out(value: Any) -> Any:
         return {name: _left_out(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_left_out(inner) for inner in value)
-    if isinstance(value, bool) or value is None or _is_no_value(str(value)):
+    if isinstance(value, bool) or value is None or (isinstance(value, str) and _is_no_value(value)):
         return value
     return LEFT_OUT
 

@@ -251,8 +251,7 @@ def _message(problem: Any, key: KeyPath, tree: MappingFile) -> str:
         re.findall(r"'([^']*)'", problem["ctx"]["expected"]) if problem["type"] == "literal_error" else []
     )
     hint = did_you_mean(str(problem["input"]), choices) if len(choices) > 1 else ""
-    found = shown(without_secrets(problem["input"], dotted(key)))
-    return f"{message} (found {found}){hint}"
+    return f"{message} (found {shown(without_secrets(problem['input'], dotted(key)))}){hint}"
 
 
 def _collision(message: str, section: KeyPath, tree: MappingFile) -> str:

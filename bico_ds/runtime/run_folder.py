@@ -11,7 +11,7 @@ runs/NAME/
   last_checkpoint.json   the newest checkpoint, also where checkpoints/ is gone
   replaced-N/     what a later start set aside
   slurm/          scripts, recipe and starts of the batch system; stop: a file that forbids to requeue the job
-  native_ops/     compiled DeepSpeed operations, under a batch system
+  native_ops/     compiled DeepSpeed operations, under a batch system or where no other folder can be written
 
 A start takes the lock first, and writes the rest only when nothing can refuse it any more: until then the folder holds the
 record of the run before.

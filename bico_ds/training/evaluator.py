@@ -180,7 +180,7 @@ class Evaluator:
             )
 
     def has_result(self, step: int) -> bool:
-        """Whether this step's evaluation was completed."""
+        """Whether this step's evaluation was completed; for rank 0."""
         return self.folder.has_evaluation(step)
 
     def above_limit(self, result: EvaluationResult) -> str | None:

@@ -11,7 +11,6 @@ from bico_ds.checkpoint.manifest import FoundCheckpoint
 from bico_ds.checkpoint.state_checksums import differences, optimizer_steps, state_checksums
 from bico_ds.common.errors import RunError, UserError
 from bico_ds.common.files import write_atomically
-from bico_ds.common.json_files import JsonError, read_object
 from bico_ds.config.load import recorded_recipe, recorded_values
 from bico_ds.config.schema import Recipe
 from bico_ds.model.deepspeed_engine import Engine
@@ -205,13 +204,10 @@ def _changes(old: Any, new: Any, key: str) -> list[tuple[str, tuple[Any, Any]]]:
 def _set_later_aside(folder: RunFolder, step: int) -> None:
     """Checkpoints, evaluations and metrics after the step resumed from are damaged, or of steps that are done anew.
 
-    None may be taken later for one of the steps to come; whatever has the name of one, too. So does a broken evaluation of
-    the step itself, which is done again.
+    None may be taken later for one of the steps to come, nor may whatever has the name of one.
     """
     later = [path for of, path in STEP.in_folder(folder.checkpoints) if of > step]
     results = folder.evaluations_after(step)
-    if _is_broken(folder.evaluation_file(step)):
-        results.insert(0, folder.evaluation_file(step))
     _, lines = split_metrics(folder.metrics_file, step)
     if not (later or results or lines):
         return
@@ -225,14 +221,6 @@ def _set_later_aside(folder: RunFolder, step: int) -> None:
         write_atomically(aside / folder.metrics_file.name, "".join(lines))
         names.append(f"{len(lines)} line{'s' * (len(lines) > 1)} of {folder.metrics_file.name}")
     _print_line(f"set aside in {aside}: {', '.join(names)}")
-
-
-def _is_broken(evaluation: Path) -> bool:
-    try:
-        read_object(evaluation, strict=False)
-    except JsonError as error:
-        return not error.is_missing or evaluation.is_symlink()
-    return False
 
 
 def _written(found: FoundCheckpoint) -> str:

@@ -107,6 +107,19 @@ class RunFolder:
         """Where the evaluation after so many steps is kept."""
         return self.evaluation / EVALUATION.of(step)
 
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the evaluation after so many steps is kept. What is none, and has its name, goes to a replaced-N/."""
+        file = self.evaluation_file(step)
+        try:
+            read_object(file, strict=False)
+        except JsonError as error:
+            if os.path.lexists(file):
+                aside = self.new_aside() / file.name
+                file.rename(aside)
+                print(f"{error}; it is kept as {aside}, and the evaluation done again", flush=True)
+            return False
+        return True
+
     def evaluations_after(self, step: int) -> list[Path]:
         """The kept evaluations of later steps."""
         return [path for of, path in EVALUATION.in_folder(self.evaluation) if of > step]

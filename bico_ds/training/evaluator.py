@@ -204,8 +204,8 @@ class Evaluator:
             )
 
     def has_result(self, step: int) -> bool:
-        """Whether this step's evaluation was completed."""
-        return self.folder.evaluation_file(step).is_file()
+        """Whether this step's evaluation was completed; for rank 0."""
+        return self.folder.has_evaluation(step)
 
     def above_limit(self, result: EvaluationResult) -> str | None:
         """Which text is above its `stop_if_above`, the same on every rank."""

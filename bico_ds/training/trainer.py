@@ -175,7 +175,9 @@ class Trainer:
         """Whether that before the first step is due, or a stop or a crash cut off that of the step resumed from."""
         if not self.evaluator.is_due(self.step, self.total_steps):
             return False
-        return self.step == 0 or broadcast_object(not self.evaluator.has_result(self.step))
+        return self.step == 0 or broadcast_object(
+            self.run.ranks.is_first and not self.evaluator.has_result(self.step)
+        )
 
     def _take_step(self, agreed: AgreedStep, started: float, waited: float) -> AgreedStep | None:
         """Forward, backward and update of one global batch, and the report of the step before; returns the next step.

@@ -243,8 +243,11 @@ def test_a_damaged_record_never_lets_a_run_begin_anew(run, content):
 def test_a_broken_evaluation_of_the_step_is_kept_aside_and_owed_again(run):
     (run / "evaluation" / "step-000004.json").write_text('{"tasks": ')
     assert start(run) == 4
-    assert (run / "replaced-1" / "evaluation" / "step-000004.json").read_text() == '{"tasks": '
-    assert not RunFolder(run).evaluation_file(4).exists()
+    folder = RunFolder(run)
+    assert not folder.has_evaluation(4)
+    assert (run / "replaced-1" / "step-000004.json").read_text() == '{"tasks": '
+    folder.evaluation_file(4).write_text("{}")
+    assert folder.has_evaluation(4) and not folder.has_evaluation(6)
 
 
 def readings(folder: RunFolder) -> Iterator[Callable[[], object]]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
-from bico_ds.config.arguments import folder_or_hub_name, local_path, number, positive_number
+from bico_ds.config.arguments import folder_or_hub_name, local_path, positive_number
 from bico_ds.config.paths import FolderOrHub, FolderOrHubName
 from bico_ds.config.schema import Recipe
 
@@ -108,7 +108,10 @@ def export(options: Namespace) -> None:
 
 def _shares(text: str) -> list[float]:
     """Numbers from 0 to 1, each once."""
-    shares = [number(part) for part in text.split(",")]
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ArgumentTypeError(f"'{text}' is not a number, or several with commas between them") from None
     for share in shares:
         if not 0 <= share <= 1:
             raise ArgumentTypeError(f"{share:g} is not between 0 (the base) and 1 (the run's own weights)")

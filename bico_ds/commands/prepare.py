@@ -31,6 +31,7 @@ from bico_ds.config.arguments import (
     path_text,
     positive,
     seed,
+    whole,
 )
 from bico_ds.config.sections.data import Derive, FactsSpec
 from bico_ds.data.inspect_store import describe_store
@@ -468,7 +469,7 @@ def _add_facts_options(parser: ArgumentParser) -> None:
         described = field.description or "of names, groups and fillers"
         parser.add_argument(
             f"--{name.replace('_', '-')}",
-            type=seed if name == "seed" else positive,
+            type=whole,
             metavar="N",
             default=field.default,
             help=f"{described} (default: %(default)s)",

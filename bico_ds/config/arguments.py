@@ -24,22 +24,22 @@ RECIPE_HELP = "a name in recipes/ or a YAML file"
 
 def positive(text: str) -> int:
     """An integer of at least 1."""
-    return _within(Bound(least=1, most=_MOST, why=_COUNTS), _whole(text))
+    return _within(Bound(least=1, most=_MOST, why=_COUNTS), whole(text))
 
 
 def token_count(text: str) -> int:
     """An integer of at least 1, of any size that texts have."""
-    return _within(Bound(least=1, most=10**18, why="it counts tokens of texts"), _whole(text))
+    return _within(Bound(least=1, most=10**18, why="it counts tokens of texts"), whole(text))
 
 
 def not_negative(text: str) -> int:
     """An integer of at least 0."""
-    return _within(Bound(least=0, most=_MOST, why=_COUNTS), _whole(text))
+    return _within(Bound(least=0, most=_MOST, why=_COUNTS), whole(text))
 
 
 def seed(text: str) -> int:
     """An integer of 64 bits, signed or not."""
-    return _within(SEED, _whole(text))
+    return _within(SEED, whole(text))
 
 
 def positive_number(text: str) -> float:
@@ -121,7 +121,8 @@ def _checked(text: str, expanded: Callable[[LocalPath], str]) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _whole(text: str) -> int:
+def whole(text: str) -> int:
+    """An integer; who takes it has bounds of its own."""
     return _read(int, text, "an integer")
 
 

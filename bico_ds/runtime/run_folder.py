@@ -19,34 +19,26 @@ record of the run before.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
-import platform
 import re
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from bico_ds import __version__
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import overwrite, remove_incomplete, write_atomically
 from bico_ds.common.json_files import JsonError, is_number, object_in, parse_object, read_json, read_object
 from bico_ds.common.numbered_names import NumberedName
-from bico_ds.common.secrets import text_without_secrets, words_without_secrets
+from bico_ds.common.secrets import text_without_secrets
 from bico_ds.config.load import dump_recipe
-from bico_ds.config.resources import CHECKOUT
 from bico_ds.config.schema import Recipe
-from bico_ds.runtime.launch_environment import slurm_job
 from bico_ds.runtime.lock import FencedError, InUseError, RunLock
 from bico_ds.runtime.nodes.failed_node import is_node_name
+from bico_ds.runtime.provenance import provenance
 
 _PATIENCE_SECONDS = 10.0  # that a state waits for a disk
 _OVERWRITTEN_REASON = (
@@ -386,43 +378,3 @@ def obstacle(folder: Path, error: OSError) -> str:
     if folder.is_symlink() and not folder.exists():
         return f"it is a link to '{folder.readlink()}', which is not there"
     return "it is no folder" if folder.is_file() else str(error.strerror)
-
-
-def provenance() -> dict[str, Any]:
-    """Versions, commit, host and command line: what it takes to run the same again. No environment: it has secrets."""
-    packages = (
-        "torch",
-        "deepspeed",
-        "transformers",
-        "datasets",
-        "peft",
-        "flash-attn",
-        "liger-kernel",
-        "numpy",
-    )
-    versions = {"bico_ds": __version__}
-    for package in packages:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": words_without_secrets(sys.argv),
-        "host": socket.gethostname(),
-        "job": slurm_job(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "commit": _git_commit(),
-    }
-
-
-def _git_commit() -> str | None:
-    if CHECKOUT is None:
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=CHECKOUT, capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

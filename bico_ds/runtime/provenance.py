@@ -1,0 +1,57 @@
+"""What it takes to run the same again, for run.json: versions, commit, host and command line. No torch here."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import socket
+import subprocess
+import sys
+import time
+from importlib import metadata
+from typing import Any
+
+from bico_ds import __version__
+from bico_ds.common.secrets import words_without_secrets
+from bico_ds.config.resources import CHECKOUT
+from bico_ds.runtime.launch_environment import slurm_job
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, commit, host and command line: what it takes to run the same again. No environment: it has secrets."""
+    packages = (
+        "torch",
+        "deepspeed",
+        "transformers",
+        "datasets",
+        "peft",
+        "flash-attn",
+        "liger-kernel",
+        "numpy",
+    )
+    versions = {"bico_ds": __version__}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": words_without_secrets(sys.argv),
+        "host": socket.gethostname(),
+        "job": slurm_job(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    if CHECKOUT is None:
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=CHECKOUT, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

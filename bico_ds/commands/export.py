@@ -174,7 +174,9 @@ def _tokenizer(found: FoundCheckpoint, recipe: Recipe, named: FolderOrHubName | 
     with _option_in_errors("--tokenizer"):
         path = named.here() if named is not None else tokenizer_of_run(found.path, recipe)
         tokenizer = load_tokenizer(path)
-        check_vocabulary(config, needed_vocabulary(tokenizer, config.vocab_size), tokenizer=str(path))
+        check_vocabulary(
+            config.vocab_size, needed_vocabulary(tokenizer, config.vocab_size), tokenizer=str(path)
+        )
     return tokenizer
 
 

@@ -70,7 +70,7 @@ def import_gguf(
         # The weights are de-quantized now; with this entry nothing would load them.
         del model.config.quantization_config
     check_attention(model.config)
-    check_vocabulary(model.config, len(tokenizer), tokenizer=str(file))
+    check_vocabulary(model.config.vocab_size, len(tokenizer), tokenizer=str(file))
     _name_special_tokens(tokenizer, file)
     check_special_tokens(model.config, tokenizer)
     check_name_tokens(tokenizer, _PROBE_NAMES)

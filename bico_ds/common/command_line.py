@@ -140,7 +140,10 @@ def _print_everything() -> None:
         if stream is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # to the end of the process
         elif mode == "w" and isinstance(stream, io.TextIOWrapper):  # a test's, or a notebook's, is none
-            stream.reconfigure(errors="backslashreplace")
+            with contextlib.suppress(
+                OSError
+            ):  # it writes what waits; whoever prints next learns that nobody reads it
+                stream.reconfigure(errors="backslashreplace")
 
 
 def _failed(error: BaseException) -> int:

@@ -86,7 +86,9 @@ def load_tokenizer_and_context(
     try:
         config = _config(path)
         tokenizer = load_tokenizer(path)
-        check_vocabulary(config, needed_vocabulary(tokenizer, config.vocab_size), tokenizer=str(path))
+        check_vocabulary(
+            config.vocab_size, needed_vocabulary(tokenizer, config.vocab_size), tokenizer=str(path)
+        )
     except (OSError, ValueError) as error:  # a UserError is a ValueError
         raise UserError(f"{option} {path}: {error}") from error
     return tokenizer, getattr(config, "max_position_embeddings", None)

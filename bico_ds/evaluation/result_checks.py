@@ -72,8 +72,8 @@ def _intervals(values: Any) -> bool:
     )
 
 
-def _count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+def _whole(value: Any) -> bool:
+    return type(value) is int
 
 
 def _prompts(rows: Any) -> bool:
@@ -90,7 +90,7 @@ _TASK: dict[str, Check] = {
     "metrics": _numbers,
     "intervals": _intervals,
     "floors": _numbers,
-    "new_tokens": _count,
-    "scoring": _count,
+    "new_tokens": _whole,
+    "scoring": _whole,
     "rows": _prompts,
 }

@@ -109,17 +109,17 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
-def check_vocabulary(config: PretrainedConfig, tokenizer_size: int, *, tokenizer: str) -> None:
-    """Raise `UserError` if a tokenizer of which texts need `tokenizer_size` ids cannot belong to this model."""
-    if not _SMALLEST_VOCABULARY_SHARE * config.vocab_size <= tokenizer_size <= config.vocab_size:
+def check_vocabulary(vocab_size: int, tokenizer_size: int, *, tokenizer: str) -> None:
+    """Raise `UserError` if a tokenizer of which texts need `tokenizer_size` ids cannot belong to a model of `vocab_size`."""
+    if not _SMALLEST_VOCABULARY_SHARE * vocab_size <= tokenizer_size <= vocab_size:
         past = ""
-        if config.vocab_size < tokenizer_size < config.vocab_size / _SMALLEST_VOCABULARY_SHARE:
+        if vocab_size < tokenizer_size < vocab_size / _SMALLEST_VOCABULARY_SHARE:
             past = (
-                f", or take the tokens from id {config.vocab_size} on out of this one: only special tokens that no text "
+                f", or take the tokens from id {vocab_size} on out of this one: only special tokens that no text "
                 "needs, such as padding, may be past the model's ids"
             )
         raise UserError(
-            f"the tokenizer at '{tokenizer}' has {tokenizer_size} ids, the model {config.vocab_size}: they "
+            f"the tokenizer at '{tokenizer}' has {tokenizer_size} ids, the model {vocab_size}: they "
             f"do not belong together. Set 'model.tokenizer' to the tokenizer the model was trained with{past}."
         )
 

@@ -16,7 +16,7 @@ from bico_ds.common.errors import UserError
 from bico_ds.common.json_files import JsonError, read_object
 from bico_ds.config.objectives.table import numbers_in_kind
 from bico_ds.config.paths import FolderOrHub
-from bico_ds.config.schema import Recipe
+from bico_ds.config.schema import ModelSpec, Recipe
 from bico_ds.config.section import STEPS
 from bico_ds.data.exported_tokenizer import ExportedTokenizer, misreading
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
@@ -42,14 +42,13 @@ from bico_ds.evaluation.retention_texts import RetentionText, check_texts, read_
 from bico_ds.evaluation.scoring.choice import encode_candidates
 from bico_ds.evaluation.scoring.generation import stop_ids
 from bico_ds.evaluation.tasks.task import Task, load_tasks
-from bico_ds.model.architecture import check_vocabulary, model_config, with_own_config
+from bico_ds.model.architecture import check_vocabulary, with_own_config
 from bico_ds.model.weights.load import weight_files
 from bico_ds.objectives.base import TokenRoles
 from bico_ds.objectives.build import build_objectives
 from bico_ds.objectives.schedule import ObjectiveSchedule
 from bico_ds.planner.compute.shares import StepShares
 from bico_ds.runtime import distributed, launch_environment
-from bico_ds.training.checks import without_missing_weights
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +126,7 @@ def prepare_stores(recipe: Recipe, *, weights_needed: bool = True, progress: boo
     path = tokenizer_path(recipe, weights_needed=weights_needed)
     verify: Verify = "once" if launch_environment.local_rank() == 0 else "structure"
     check_texts(recipe, verify=verify)
-    limit = _limit_of_ids(recipe, path)
+    limit = _limit_of_ids(recipe, path, weights_needed=weights_needed)
     return [
         prepare_source(source, recipe.data, path, progress=progress, verify=verify, vocab_size=limit)
         if source.sampled is None
@@ -136,23 +135,28 @@ def prepare_stores(recipe: Recipe, *, weights_needed: bool = True, progress: boo
     ]
 
 
-def _limit_of_ids(recipe: Recipe, path: FolderOrHub) -> int | None:
+def _limit_of_ids(recipe: Recipe, path: FolderOrHub, *, weights_needed: bool) -> int | None:
     """How many ids texts may have where the model embeds fewer than the tokenizer has, and may; None: all.
 
     Nothing is known where the tokenizer only stands in for that of a model that is not here, or whose config is not.
     """
     spec = recipe.model
-    is_own = spec.tokenizer is not None or spec.path is None or spec.path.is_here()
-    if not is_own or _model_value(recipe, "vocab_size") is None:
+    if (
+        not weights_needed and spec.config is not None
+    ):  # then the path may name a variable that is not set here
+        spec = spec.model_copy(update={"path": None})
+    vocab_size = _model_value(spec, "vocab_size")
+    is_own = spec.tokenizer is not None or recipe.model.path is None or recipe.model.path.is_here()
+    if not is_own or not isinstance(vocab_size, int):
         return None
-    config, tokenizer = model_config(without_missing_weights(recipe).model), load_tokenizer(path)
-    check_vocabulary(config, needed_vocabulary(tokenizer, config.vocab_size), tokenizer=str(path))
-    if vocabulary_size(tokenizer) <= config.vocab_size:
+    tokenizer = load_tokenizer(path)
+    check_vocabulary(vocab_size, needed_vocabulary(tokenizer, vocab_size), tokenizer=str(path))
+    if vocabulary_size(tokenizer) <= vocab_size:
         return None
     for source in recipe.data.sources:
         if source.store is not None:
-            _check_ids(TokenStore.open(source.store.here(), verify="structure"), config.vocab_size)
-    return int(config.vocab_size)
+            _check_ids(TokenStore.open(source.store.here(), verify="structure"), vocab_size)
+    return vocab_size
 
 
 def _check_ids(store: TokenStore, limit: int) -> None:
@@ -246,7 +250,7 @@ def open_inputs(recipe: Recipe, *, weights_needed: bool = True) -> RunInputs:
         ),
         teachers=open_teachers(recipe, stores, verify="structure", weights_needed=weights_needed),
     )
-    context = _model_value(recipe, "max_position_embeddings")
+    context = _model_value(recipe.model, "max_position_embeddings")
     inputs = replace(
         inputs, texts=read_texts(recipe, tokenizer, stores, context=context, add_bos=inputs.add_bos)
     )
@@ -339,7 +343,7 @@ def export_warnings(inputs: RunInputs, config: PretrainedConfig) -> list[str]:
 
 def _token_roles(recipe: Recipe, tokenizer: Tokenizer) -> TokenRoles:
     candidates = (tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
-    vocabulary = _model_value(recipe, "vocab_size") or vocabulary_size(tokenizer)
+    vocabulary = _model_value(recipe.model, "vocab_size") or vocabulary_size(tokenizer)
     return TokenRoles(
         special_ids=tuple(sorted(special_ids(tokenizer))),
         placeholder_id=next(
@@ -350,13 +354,13 @@ def _token_roles(recipe: Recipe, tokenizer: Tokenizer) -> TokenRoles:
     )
 
 
-def _model_value(recipe: Recipe, key: str) -> int | None:
+def _model_value(model: ModelSpec, key: str) -> int | None:
     """Of the model's config, where recipe or model folder give it; `vocab_size` is often more than the tokenizer has."""
-    if recipe.model.config is not None:
-        return recipe.model.config.get(key)
-    if recipe.model.path is None or not recipe.model.path.is_here():
+    if model.config is not None:
+        return model.config.get(key)
+    if model.path is None or not model.path.is_here():
         return None
-    file = Path(recipe.model.path.here()) / "config.json"
+    file = Path(model.path.here()) / "config.json"
     try:
         return read_object(file, strict=False).get(key)
     except JsonError as error:

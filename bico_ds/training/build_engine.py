@@ -25,7 +25,7 @@ def build_engine(run: Run, inputs: RunInputs, steps: int, *, is_universal: bool)
     recipe = run.recipe
     config = model_config(recipe.model)
     needed = needed_vocabulary(inputs.tokenizer, config.vocab_size)
-    check_vocabulary(config, needed, tokenizer=str(inputs.tokenizer_path))
+    check_vocabulary(config.vocab_size, needed, tokenizer=str(inputs.tokenizer_path))
     ds_config = dict(run.ds_config)
     if is_universal:
         ds_config["checkpoint"] = {**ds_config.get("checkpoint", {}), "load_universal": True}

@@ -69,7 +69,7 @@ def dry_run(recipe: Recipe, *, output_dir: Path | None = None) -> None:
     )
     if not stands_in:
         check_vocabulary(
-            config,
+            config.vocab_size,
             needed_vocabulary(inputs.tokenizer, config.vocab_size),
             tokenizer=str(inputs.tokenizer_path),
         )

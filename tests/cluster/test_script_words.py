@@ -15,6 +15,7 @@ import pytest
 from bico_ds.cluster.batch_words import sbatch_line, sbatch_line_of
 from bico_ds.cluster.submission import Job, Resources, Settings, render_batch_script
 from bico_ds.commands.slurm import submit as command
+from bico_ds.common.command_line import exit_code
 from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
 from bico_ds.config.paths import LocalPath
@@ -140,7 +141,7 @@ def test_an_option_of_slurm_without_a_value_is_refused(name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--output-dir", "a\ntouch ran"], "output_dir"),
+        (["--output-dir", "a\ntouch ran"], "--output-dir"),
         (["--set", 'output_dir="a\\ntouch ran"'], "output_dir"),
         (["--partition", "gpu\ntouch ran"], "--partition"),
         (["--output-dir", "a\\b"], "backslash"),
@@ -152,7 +153,7 @@ def test_the_command_refuses_them_and_writes_nothing(monkeypatch, tmp_path, caps
     monkeypatch.setenv("LITERAL", "a$HOME")
     monkeypatch.chdir(tmp_path)
     words = ["--recipe", "tiny_base", "--nodes", "1", "--gpus-per-node", "0", "--ranks-per-node", "1"]
-    assert command.main([*words, "--time", "10", *arguments]) == 2
+    assert exit_code(lambda: command.main([*words, "--time", "10", *arguments])) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 

@@ -18,7 +18,7 @@ from bico_ds.common.patient_output import outlive_full_disks
 def run(options):
     outlive_full_disks()
     outlive_full_disks()
-    for _ in range(1000):
+    for _ in range(LINES):
         print("a line of a long log", flush=True)
 Command(description=None, add_options=lambda parser: None, run=run).start([])
 """
@@ -28,13 +28,16 @@ Command(description=None, add_options=lambda parser: None, run=run).start([])
 def test_a_process_whose_log_is_on_a_full_disk_ends_as_it_would():
     with open("/dev/full", "w") as full:
         assert (
-            subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, stdout=full, stderr=full).returncode
+            subprocess.run(
+                [sys.executable, "-c", PROGRAM.replace("LINES", "1000")], cwd=ROOT, stdout=full, stderr=full
+            ).returncode
             == 0
         )
 
 
 def test_a_reader_that_is_gone_is_not_taken_for_a_full_disk():
-    command = f"{sys.executable} -c '{PROGRAM}' | head -n 1; exit ${{PIPESTATUS[0]}}"
+    more_than_a_pipe_holds = PROGRAM.replace("LINES", "100_000")
+    command = f"{sys.executable} -c '{more_than_a_pipe_holds}' | head -n 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "not read any more" in done.stderr

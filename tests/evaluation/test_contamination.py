@@ -320,6 +320,7 @@ def evaluator(world, tmp_path) -> Evaluator:
         f"data.facts={{{facts}}}",
         f"data.sources=[{{facts: all}}, {leak}]",
         f"model.tokenizer={world}/facts/tokenizer",
+        "model.config.vocab_size=57",
         "evaluation.max_new_tokens=3",
     ]
     recipe = load_recipe("tiny_bico", overrides)

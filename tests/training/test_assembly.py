@@ -107,8 +107,8 @@ def test_where_some_texts_begin_with_bos_most_decide_and_a_warning_counts_them(t
 def test_texts_with_a_leading_space_that_prompts_do_not_have_are_warned_of(tmp_path, bpe_tokenizer):
     (tmp_path / "a.txt").write_text("today | fox\n" * 3)
     source = f"{{files: [{tmp_path}/a.txt], leading_space: true}}"
-    changes = [f"model.tokenizer={bpe_tokenizer}", f"data.sources=[{source}]"]
-    recipe = load_recipe("tiny_bico", [*_common(tmp_path), *changes])
+    model = [f"model.tokenizer={bpe_tokenizer}", "model.config.vocab_size=600"]
+    recipe = load_recipe("tiny_bico", [*_common(tmp_path), *model, f"data.sources=[{source}]"])
     warnings = assembly.export_warnings(assembly.open_inputs(recipe, weights_needed=False), LlamaConfig())
     assert [True for line in warnings if "3 of 3 texts begin with a space (leading_space)" in line] == [True]
 

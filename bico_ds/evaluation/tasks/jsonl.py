@@ -75,7 +75,9 @@ def parse_object(line: str, where: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
     except (RecursionError, ValueError) as error:  # the latter for a number of thousands of digits
-        raise UserError(f"{where}: nested too deeply, or a number of thousands of digits") from error
+        raise UserError(
+            f"{where}: not valid JSON (nested too deeply, or a number of thousands of digits)"
+        ) from error
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
     return record

@@ -145,10 +145,10 @@ def test_typing_errors_in_a_recipe_are_named(tmp_path: Path) -> None:
 
 def test_a_foreign_tokenizer_is_refused_and_a_padded_vocabulary_is_not() -> None:
     config = LlamaConfig(vocab_size=128256)
-    check_vocabulary(config, 128000, tokenizer="t")
+    check_vocabulary(config.vocab_size, 128000, tokenizer="t")
     for size in (128257, 32000):
         with pytest.raises(UserError, match="do not belong together"):
-            check_vocabulary(config, size, tokenizer="t")
+            check_vocabulary(config.vocab_size, size, tokenizer="t")
 
 
 def test_parameters_are_counted_without_memory() -> None:

@@ -104,7 +104,7 @@ class Watchdog:
                 self._publish(_of_gone(gone, node_name()))  # unless it has reported before
                 reported = self._reported()
         except RuntimeError:  # torch's DistError: the store went with rank 0's process
-            reported = _of_gone([0])
+            reported = _of_gone([0], self._processes.first_node)
         return reported if reported is not None and reported.rank != self._ranks.rank else None
 
     def _reported(self) -> Failure | None:
@@ -123,7 +123,7 @@ class Watchdog:
             time.sleep(POLL_SECONDS / 10)
         self._publish(own)
         silent = self._silent(own)
-        return own if not silent else _of_silent(silent, own)
+        return own if not silent else self._of_silent(silent, own)
 
     def _leave(self, failure: Failure) -> None:
         if not failure.stalled and self._closed.wait(GRACE_SECONDS):
@@ -145,7 +145,7 @@ class Watchdog:
             return
         silent = [] if failure.is_certain else self._silent(failure)
         if silent and not failure.stalled:
-            failure = _of_silent(silent, failure)
+            failure = self._of_silent(silent, failure)
         where = f"; stacks in {self._stacks().parent}" if failure.stalled else ""
         where += f"; {_do_not_answer(silent)}" if failure.stalled and silent else ""
         print(f"error: {failure}{where}", file=sys.stderr, flush=True)
@@ -160,9 +160,9 @@ class Watchdog:
         return failure_facts(self._folder.logs, self._folder.lock.run_id, failure.rank, failure.host)
 
     def _report_node(self, failure: Failure) -> None:
-        """Once for each node, and for certain of the rank that fails: it ends first."""
+        """Once for each node, and for certain by the rank that fails, which ends first, or the next one if it is gone."""
         if failure.code != UserError.exit_code and (
-            self._ranks.local_rank == 0 or failure.rank == self._ranks.rank
+            self._ranks.local_rank == 0 or failure.rank in (self._ranks.rank, self._ranks.rank - 1)
         ):
             write_node_report(self._folder.logs, self._folder.lock.run_id)
 
@@ -182,6 +182,12 @@ class Watchdog:
             return self._processes.silent(but=but, seconds=GRACE_SECONDS)
         return []
 
+    def _of_silent(self, ranks: list[int], seen: Failure) -> Failure:
+        host = None
+        with contextlib.suppress(RuntimeError):
+            host = self._processes.node_of(ranks)
+        return Failure(rank=None, text=f"{_do_not_answer(ranks)} ({seen})", host=host)
+
     def _publish(self, failure: Failure) -> None:
         """The first report counts; one that is certain takes the place of one that is not."""
         with contextlib.suppress(RuntimeError):
@@ -199,12 +205,8 @@ def _may_be_anothers(error: BaseException) -> bool:
     return isinstance(error, DistError) or _OF_A_COLLECTIVE.search(str(error)) is not None
 
 
-def _of_gone(ranks: list[int], host: str | None = None) -> Failure:
+def _of_gone(ranks: list[int], host: str | None) -> Failure:
     return Failure(rank=ranks[0], text=is_gone(ranks), host=host)
-
-
-def _of_silent(ranks: list[int], seen: Failure) -> Failure:
-    return Failure(rank=None, text=f"{_do_not_answer(ranks)} ({seen})")
 
 
 def _do_not_answer(ranks: list[int]) -> str:

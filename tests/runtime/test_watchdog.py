@@ -11,6 +11,7 @@ import pytest
 
 from bico_ds.runtime import watchdog
 from bico_ds.runtime.launch_environment import free_port
+from bico_ds.runtime.nodes.failed_node import node_name
 from bico_ds.runtime.run_folder import RunFolder, read_state
 
 RANK = """
@@ -180,8 +181,9 @@ def test_a_killed_rank_is_named_by_the_others_that_wait(folder, killed):
     assert [code for code, _ in ended] == [-9 if rank == killed else 1 for rank in range(2)]
     # torch's store writes a warning of its own where rank 0 is gone.
     assert ended[1 - killed][1].endswith(f"error: rank {killed}: the process is gone\n")
-    reason = read_state(folder.state_file)["reason"]
-    assert reason == f"rank {killed}: the process is gone"
+    told = read_state(folder.state_file)
+    assert told["reason"] == f"rank {killed}: the process is gone"
+    assert (told["failed_rank"], told["failed_host"]) == (killed, node_name()), "rank 0's, too"
     folder.close()
 
 

@@ -20,6 +20,7 @@ from torch.distributed import Store
 from bico_ds.common.json_files import JsonError, parse_object
 from bico_ds.runtime import launch_environment
 from bico_ds.runtime.host_memory import machine
+from bico_ds.runtime.nodes.failed_node import is_node_name, node_name
 
 _PROCESS, _ANSWER = "bico_ds/process/{}", "bico_ds/here/{}"
 _CLOCK_SECONDS = 1.0  # psutil's times of a process's start, of two readers
@@ -28,15 +29,16 @@ _POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class ProcessIdentity:
-    """A process: where its number means anything, its number, and when it began, since numbers are used again."""
+    """A process: where its number means anything, its number, and when it began, since numbers are used again; its node."""
 
     space: str
     pid: int
     began: float
+    node: str
 
     @classmethod
     def own(cls) -> ProcessIdentity:
-        return cls(_space(), os.getpid(), psutil.Process().create_time())
+        return cls(_space(), os.getpid(), psutil.Process().create_time(), node_name())
 
     def is_gone(self) -> bool:
         """Whether this was a process of this machine, and has ended; a process elsewhere never counts as gone."""
@@ -58,8 +60,11 @@ class RankProcesses:
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
         self._store, self._rank, self._world_size = store, rank, world_size
         self._missing = set(range(world_size)) - {rank}
-        self._unread = _neighbours(rank, world_size)
+        self._unread = _neighbours(rank, world_size) | {0} - {rank}
         self._beside: dict[int, ProcessIdentity] = {}  # of this machine
+        self.first_node: str | None = (
+            None  # rank 0's, which nobody can look up once the store is gone with it
+        )
         store.set(_PROCESS.format(rank), json.dumps(asdict(ProcessIdentity.own())))
 
     def missing(self) -> list[int]:
@@ -71,10 +76,17 @@ class RankProcesses:
         """The ranks of this machine whose processes have ended."""
         for rank in [rank for rank in self._unread if self._store.check([_PROCESS.format(rank)])]:
             self._unread.discard(rank)
-            process = _identity(self._store.get(_PROCESS.format(rank)))
+            process = self._read(rank)
+            if process is not None and rank == 0:
+                self.first_node = process.node
             if process is not None and process.space == _space():
                 self._beside[rank] = process
         return [rank for rank, process in self._beside.items() if process.is_gone()]
+
+    def node_of(self, ranks: Collection[int]) -> str | None:
+        """The node of these ranks, which have come; None where they are of several."""
+        nodes = {process.node for process in map(self._read, ranks) if process is not None}
+        return nodes.pop() if len(nodes) == 1 else None
 
     def answer(self) -> None:
         """Say that this rank lives, and knows of the failure."""
@@ -89,6 +101,17 @@ class RankProcesses:
             if waiting <= set(self.gone()) or time.monotonic() > deadline:
                 return sorted(waiting)
             time.sleep(_POLL_SECONDS)
+
+    def _read(self, rank: int) -> ProcessIdentity | None:
+        """What a rank that has come has left, or None: anybody who reaches the store may have written there."""
+        try:
+            found = parse_object(self._store.get(_PROCESS.format(rank))[:1000], Path("process of a rank"))
+        except JsonError:
+            return None
+        space, pid, began, node = (found.get(name) for name in ("space", "pid", "began", "node"))
+        if not isinstance(space, str) or not isinstance(pid, int) or not isinstance(began, float):
+            return None
+        return ProcessIdentity(space, pid, began, node) if 0 < pid < 1 << 31 and is_node_name(node) else None
 
 
 def _neighbours(rank: int, world_size: int) -> set[int]:
@@ -108,18 +131,6 @@ def is_gone(ranks: Sequence[int]) -> str:
 def are_gone(ranks: Sequence[int]) -> str:
     """A message that these ranks' processes have ended."""
     return f"rank {ranks[0]}: {is_gone(ranks)}"
-
-
-def _identity(text: bytes) -> ProcessIdentity | None:
-    """What a rank has left, or None: anybody who reaches the store may have written there."""
-    try:
-        found = parse_object(text[:1000], Path("process of a rank"))
-    except JsonError:
-        return None
-    space, pid, began = (found.get(name) for name in ("space", "pid", "began"))
-    if not isinstance(space, str) or not isinstance(pid, int) or not isinstance(began, float):
-        return None
-    return ProcessIdentity(space, pid, began) if 0 < pid < 1 << 31 else None
 
 
 def _space() -> str:

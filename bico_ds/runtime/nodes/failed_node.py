@@ -64,9 +64,9 @@ def node_reports(logs: Path, run_id: str) -> dict[str, dict[str, Any]]:
 def failure_facts(logs: Path, run_id: str, rank: int | None, host: str | None) -> dict[str, Any]:
     """For the state file: which rank failed, on which node, and the GPU errors of all nodes that have told some.
 
-    Waits some seconds for that node's report. None: not known.
+    Waits some seconds for that node's report, unless its ranks do not answer, so that `rank` is None. None: not known.
     """
-    if host is not None:
+    if host is not None and rank is not None:
         await_node_report(logs, run_id, host)
     reports = node_reports(logs, run_id)
     return {

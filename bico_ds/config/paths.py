@@ -64,7 +64,7 @@ class WrittenPath:
         path = os.path.expanduser(_VARIABLE.sub(self._variable, self.text))
         if path.startswith("~"):
             raise self._error(f"there is no home folder {path.split('/')[0]} on this machine;")
-        if problem := _no_path(path):
+        if problem := no_path(path):
             raise self._error(problem)
         return path
 
@@ -74,7 +74,7 @@ class WrittenPath:
         There an unset or empty variable ends the script. Raises `UserError` for a `$` that begins no variable, and for
         what can be no path anywhere.
         """
-        if problem := _no_path(self.text):
+        if problem := no_path(self.text):
             raise self._error(problem)
         words, rest, end = [], self.text, 0
         if home := _HOME.match(rest):
@@ -114,12 +114,12 @@ class WrittenPath:
         if isinstance(value, cls):
             return value
         text = as_text(value)
-        if problem := _no_path(text):
+        if problem := no_path(text):
             raise ValueError(f"'{on_one_line(text, most=_MOST_SHOWN)}': {problem} give another path")
         return cls(text, where=info.field_name or "")
 
 
-def _no_path(text: str) -> str | None:
+def no_path(text: str) -> str | None:
     """Why no file can have this name, whether or not one does; None where one can."""
     if (found := _CONTROL.search(text)) is not None:
         return f"it has the control character {ord(found[0]):#04x};"

@@ -24,7 +24,7 @@ from bico_ds.config.objectives.table import read_spec
 from bico_ds.config.optimizers import ADAMW, OptimizerState
 from bico_ds.config.paths import FolderOrHubName, LocalPath, WrittenPath, replace_paths
 from bico_ds.config.section import Minutes, PositiveInt, Section, Seed, Steps, mistake_at
-from bico_ds.config.sections.data import DataSpec
+from bico_ds.config.sections.data import LEAST_REST, DataSpec
 from bico_ds.config.sections.evaluation import EvaluationSpec
 from bico_ds.config.sections.retention import REPLAY, ReplaySpec, RetentionSpec
 
@@ -401,10 +401,11 @@ class Recipe(Section):
         for index, members in enumerate(sets):
             shares = [self.data.sources[number].token_share for number in members]
             total = sum(share for share in shares if share is not None)
-            if None in shares and total >= 1:
+            if None in shares and total > 1 - LEAST_REST:
                 raise mistake_at(
                     ("objectives", index),
-                    f"the 'token_share' of its data sources sum to {total:g}, which leaves nothing for those without one",
+                    f"the 'token_share' of its data sources sum to {total:.10g}, which leaves "
+                    f"{'nothing' if total >= 1 else f'less than {LEAST_REST:g}'} for those without one",
                     total,
                 )
         return self

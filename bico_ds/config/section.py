@@ -10,7 +10,9 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from bico_ds.config.bounds import Bound
 
 Probability = Annotated[float, Bound(above=0, most=1, why="it is a share, and one of 0 would change nothing")]
-PositiveInt = Annotated[int, Bound(least=1, why="it is a number of things, and none is no choice")]
+PositiveInt = Annotated[
+    int, Bound(least=1, most=10**12, why="it is a number of things that are at hand, and none is no choice")
+]
 STEPS = Bound(least=1, most=10**9, why="it counts optimizer steps, and a run of more never ends")
 Steps = Annotated[int, STEPS]
 Minutes = Annotated[float, Bound(least=1e-3, most=1e6, why="it is a time that somebody waits, in minutes")]

@@ -7,11 +7,12 @@ from collections.abc import Iterable
 
 def unique_names(wanted: Iterable[str]) -> list[str]:
     """Return the wanted names in order, all different: one that is taken gets the first free number (`x`, `x_2`, …)."""
-    names: list[str] = []
+    names: dict[str, None] = {}
+    numbers: dict[str, int] = {}  # of a name the last that was given: a lower one is never free again
     for name in wanted:
-        unique, number = name, 1
+        unique = name
         while unique in names:
-            number += 1
-            unique = f"{name}_{number}"
-        names.append(unique)
-    return names
+            numbers[name] = numbers.get(name, 1) + 1
+            unique = f"{name}_{numbers[name]}"
+        names[unique] = None
+    return list(names)

@@ -101,9 +101,17 @@ def parameter_count(config: PretrainedConfig) -> int:
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The Hugging Face causal LM of this architecture on the meta device: shapes without memory."""
-    with torch.device("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=False)
+    """The Hugging Face causal LM of this architecture on the meta device: shapes without memory.
+
+    Raises `UserError` where transformers makes no model of the config: it takes keys of its own as they come.
+    """
+    try:
+        with torch.device("meta"), no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=False)
+    except _BAD_VALUES as error:
+        raise UserError(
+            f"the model's config makes no model ({one_line(error)}): remove the keys that are not of its architecture"
+        ) from error
     model.tie_weights()
     model.config.architectures = [type(model).__name__]
     return model

@@ -49,7 +49,12 @@ def read_ranks() -> Ranks:
     """
     launch_environment.check()
     local_rank = launch_environment.local_rank()
-    on_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    accelerator = os.environ.get("DS_ACCELERATOR")
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "DS_ACCELERATOR='cuda' in the environment, and torch finds no CUDA device; unset it to train on the CPU"
+        )
+    on_cuda = torch.cuda.is_available() and accelerator != "cpu"
     device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     return Ranks(launch_environment.rank(), local_rank, launch_environment.world_size(), device)
 

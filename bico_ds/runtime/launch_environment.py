@@ -22,7 +22,16 @@ def is_launched() -> bool:
 
 
 def check() -> None:
-    """Raise `UserError`, with the variable's name, where a launcher's variables are no numbers or contradict one another."""
+    """Raise `UserError`, with the variable's name, where a launcher's variables are no numbers or contradict one another.
+
+    Also for a DS_ACCELERATOR that names no device which is trained on.
+    """
+    accelerator = os.environ.get("DS_ACCELERATOR")
+    if accelerator not in (None, "cpu", "cuda"):
+        raise UserError(
+            f"DS_ACCELERATOR={accelerator[:40]!r} in the environment is neither 'cpu' nor 'cuda'; unset it to take a GPU "
+            "where there is one"
+        )
     master_port()
     _refuse_beyond("RANK", rank(), "WORLD_SIZE", world_size())
     local, per_node = local_rank(), ranks_per_node()

@@ -212,3 +212,9 @@ def test_an_option_is_bounded_too(kind, text, words):
     with pytest.raises(argparse.ArgumentTypeError) as caught:
         kind(text)
     assert words in str(caught.value) and len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("key", ["evaluation.likelihood_others", "evaluation.limit", "checkpoint.keep_last"])
+def test_numbers_of_things_are_such_as_can_be_at_hand(key: str) -> None:
+    with pytest.raises(UserError, match=f"{key}: must be at most 1,000,000,000,000, found"):
+        load_recipe("tiny_bico", [f"{key}={2**63}"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 from bico_ds.config.unique_names import unique_names
 
@@ -24,3 +25,11 @@ def test_the_same_name_again_is_numbered_from_two():
 def test_a_number_that_is_taken_is_passed_over():
     assert unique_names(["a", "a_2", "a"]) == ["a", "a_2", "a_3"]
     assert unique_names(["a", "a", "a_2"]) == ["a", "a_2", "a_2_2"]
+
+
+def test_thousands_of_equal_names_are_given_within_a_second():
+    started = time.process_time()
+    names = unique_names(["both_orders"] * 20_000)
+    assert len(set(names)) == 20_000
+    assert names[-1] == "both_orders_20000"
+    assert time.process_time() - started < 1

@@ -232,3 +232,12 @@ def test_one_layer_stands_for_all(model_type):
     assert len(whole) == config.num_hidden_layers == 5 and len(first) == 1
     shapes = [{name: p.shape for name, p in layers[-1].named_parameters()} for layers in (whole, first)]
     assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("attn_implementation", 2), ("base_model_tp_plan", 2), ("base_model_tp_plan", "a/b")]
+)
+def test_a_key_that_transformers_takes_as_it_comes_is_refused_where_it_makes_no_model(tmp_path, key, value):
+    (tmp_path / "config.json").write_text(json.dumps({**SMALL, "model_type": "llama", key: value}))
+    with pytest.raises(UserError, match="makes no model"):
+        meta_model(model_config(ModelSpec(path=str(tmp_path))))

@@ -6,12 +6,23 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from bico_ds.common.errors import UserError
 from bico_ds.runtime import launch_environment
+from bico_ds.runtime.distributed import read_ranks
 from tests import ROOT
 
-NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_JOB_ID", "MASTER_PORT")
+NAMES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "LOCAL_SIZE",
+    "SLURM_JOB_ID",
+    "MASTER_PORT",
+    "DS_ACCELERATOR",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -86,3 +97,19 @@ def test_torchrun_and_we_mean_the_same(tmp_path):
     subprocess.run([*torchrun, str(script), str(tmp_path)], cwd=ROOT, timeout=120, check=True)
     places = {file.name: file.read_text() for file in tmp_path.glob("rank-*")}
     assert places == {"rank-0": "0 0 2 2", "rank-1": "1 1 2 2"}
+
+
+@pytest.mark.parametrize("text", ["", "nope", "CPU", "xpu"])
+def test_an_accelerator_that_is_not_trained_on_is_named_with_those_that_are(monkeypatch, text):
+    monkeypatch.setenv("DS_ACCELERATOR", text)
+    with pytest.raises(
+        UserError, match=f"DS_ACCELERATOR='{text}' in the environment is neither 'cpu' nor 'cuda'"
+    ):
+        launch_environment.check()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_an_accelerator_that_the_machine_lacks_is_refused(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    with pytest.raises(UserError, match="DS_ACCELERATOR='cuda' .* finds no CUDA device"):
+        read_ranks()

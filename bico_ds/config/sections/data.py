@@ -6,18 +6,23 @@ import re
 from pathlib import PurePath
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from bico_ds.common.printable import on_one_line
 from bico_ds.config.bounds import Bound
-from bico_ds.config.paths import LocalPath
+from bico_ds.config.paths import LocalPath, no_path
 from bico_ds.config.section import PositiveInt, Section, Seed
 from bico_ds.config.unique_names import unique_names
 
 _MOST_SAMPLED = 10**8
+_MOST_SHOWN = 60
+
+LEAST_REST = 1e-4
+"""What token shares leave to the sources without one: a data epoch is so many times as large, and planned as a whole."""
 
 Derive = Literal["other_order", "identity_bridge"]
 TokenShare = Annotated[
-    float, Bound(above=0, below=1, why="it is a share of the tokens, and the other sources have the rest")
+    float, Bound(least=1e-9, below=1, why="it is a share of the tokens, and the other sources have the rest")
 ]
 SampledTokens = Annotated[
     int,
@@ -54,10 +59,22 @@ _READING_OPTIONS = (
 )
 
 
+def _begins_a_folder(name: str) -> str:
+    """The name of a source, with which that of its store in `cache_dir` begins. Raises `ValueError` where it cannot."""
+    problem = no_path(name)
+    if problem is None and (name.startswith("/") or ".." in name.split("/")):
+        problem = "it leads out of 'data.cache_dir', in which its store's name begins so;"
+    if problem is not None:
+        raise ValueError(f"'{on_one_line(name, most=_MOST_SHOWN)}': {problem} give another name")
+    return name
+
+
 class SourceSpec(Section):
     """One data source; exactly one of `store`, `files`, `facts` and `sampled`."""
 
-    name: str | None = Field(None, description="name in logs; null: taken from the path")
+    name: Annotated[str, AfterValidator(_begins_a_folder)] | None = Field(
+        None, description="name in logs; null: taken from the path"
+    )
     store: LocalPath | None = Field(None, description="a token store that `bico-ds prepare` wrote")
     files: list[LocalPath] | None = Field(
         None,

@@ -32,6 +32,9 @@ from bico_ds.data.tokenizer import (
 
 logger = logging.getLogger(__name__)
 
+# Of a store's name before its fingerprint; with that, and the endings of what is being written, a file system takes it.
+_MOST_NAME_BYTES = 160
+
 
 def facts_folder(data: DataSpec) -> Path:
     """Return the folder of the embedded task's files under `data.cache_dir`, written at the first call.
@@ -130,6 +133,7 @@ def _store_names(
     name = source.name or (f"facts-{source.facts}" if source.facts else inputs.files[0].name.split(".")[0])
     if source.name is None and source.derive is not None:
         name += f"-{source.derive}"
+    name = name.encode()[:_MOST_NAME_BYTES].decode(errors="ignore")
     key = {
         "format": FORMAT_VERSION,
         "options": _as_named(options),

@@ -210,6 +210,14 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, bpe_tokenizer: 
         _prepare(_data(source, tmp_path / "a_file" / "cache"), bpe_tokenizer)
 
 
+def test_a_file_of_the_longest_name_has_a_store_all_the_same(tmp_path: Path, bpe_tokenizer: str) -> None:
+    file = tmp_path / ("é" * 124 + ".jsonl")
+    file.write_text('{"text": "one"}\n')
+    store = _prepare(_data(SourceSpec(files=[str(file)]), tmp_path / "cache"), bpe_tokenizer)
+    assert store.is_dir()
+    assert store.name.startswith("é" * 80 + "-")
+
+
 @pytest.mark.parametrize("add_bos", [True, False])
 @pytest.mark.parametrize("kind", [{}, {"messages_field": "messages"}])
 def test_the_store_of_a_base_is_found_for_the_tokenizer_of_its_export(

@@ -17,12 +17,14 @@ LEFT_OUT = "(not recorded)"
 # Of a name with such a word, or such a part, every value is a secret.
 _SECRET_WORDS = re.compile(r"secrets?|pwd|authorization")
 _SECRET_PARTS = re.compile(
-    r"passw|passphrase|credential|secret(?:access)?key|api[_-]?key|access[_-]?key|private[_-]?key|sshpass|"
+    r"passw|pass[_-]?(?:phrase|word|code)|credential|connection[_-]?string|secret(?:access)?key|api[_-]?key|access[_-]?key|private[_-]?key|sshpass|"
     r"(?:auth|access|api|refresh|bearer|security)[_-]?token",
     re.IGNORECASE,
 )
 # Of a name whose last word is one of these a text is, but for ordinary names: these words before it.
-_LAST_WORDS = re.compile(r"tokens?|key|pass|auth|bearer|cookies?|jwt|sig|signature|pat")
+_LAST_WORDS = re.compile(
+    r"[a-z]*tokens?|(?:auth|master|account|ssh)?key|pass|pw|creds?|auth|bearer|cookies?|jwt|otp|sig|signature|pat"
+)
 _ORDINARY_NAMES = re.compile(
     r"(?:bos|eos|pad|unk|sep|cls|mask|start|end|stop|next|image|added|extra|special) tokens?|"
     r"(?:text|prompt|completion|answer|question|field|column|primary|foreign|sort|group|label|dict|json|row|cache|mask|"
@@ -47,7 +49,7 @@ _SHAPES = [
     for shape in (
         r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?-----[\s\S]*?(?:-----END [A-Z0-9 ]*-----|\Z)",
         # A port (`host:80/…@…`) is no password, and what an image's digest follows is none.
-        r"""((?<![\w+.-])[A-Za-z][\w+.-]*://[^\s/@:?#'"]*:)(?!\d+(?:[/?#]|$)|\(not recorded\)@)"""
+        r"""((?<![\w+.:-])(?:[A-Za-z][\w+.-]*:)?//[^\s/@:?#'"]*:)(?!\d+(?:[/?#]|$)|\(not recorded\)@)"""
         r"""(?:(?!://)[^\s'"])+(?=@(?!sha256:))""",
         r"""(https?://)(?!git@)[^\s/@:?#'"()]+(?=@)""",
         r"(?i:(\bauthorization['\"]?\s*[:=]\s*['\"]?(?:basic|bearer|token)\s+))[\w.~+/=-]+",
@@ -60,8 +62,8 @@ _SHAPES = [
         r"(?<![A-Za-z0-9])AIza[\w-]{20,}",
         r"(?<![A-Za-z0-9])eyJ[\w-]{6,}\.[\w-]{4,}(?:\.[\w-]*)?",
         r"(?<![A-Za-z0-9])xox[abeoprs]-[\w-]{8,}",
-        r"(?<![A-Za-z0-9])(?:glpat|nvapi|pypi|xapp)-[\w-]{12,}",
-        r"(?<![A-Za-z0-9])(?:npm|gsk|dckr_pat|dop_v1|wandb_v1)_[A-Za-z0-9_]{16,}",
+        r"(?<![A-Za-z0-9])(?:glpat|nvapi|pypi|xapp|xai|pplx|GOCSPX)-[\w-]{12,}",
+        r"(?<![A-Za-z0-9])(?:npm|gsk|dckr_pat|dop_v1|wandb_v1|whsec|r8|rpa)_[A-Za-z0-9_]{16,}",
         r"(?<![A-Za-z0-9])(?:ya29\.|hvs\.|SG\.)[\w-]{16,}(?:\.[\w-]+)?",
         r"(https://hooks\.slack\.com/services/)[\w/-]+",
     )
@@ -77,12 +79,16 @@ _IN_QUERY = frozenset(("key", "code"))
 def without_secrets(value: Any, key: str = "") -> Any:
     """A copy of a value, or of nested mappings and lists, in which `LEFT_OUT` stands in the place of secrets.
 
-    `key` is the name that the value has. A number is a secret where the name is of nothing else. Twice is as once.
+    `key` is the name that the value has, after those of the mappings around it, with dots. A number is a secret where the
+    name is of nothing else. Twice is as once.
     """
     if isinstance(value, dict):
         if _is_secret_name(key):
             return {name: _left_out(inner) for name, inner in value.items()}
-        return {name: without_secrets(inner, str(name)) for name, inner in value.items()}
+        return {
+            name: without_secrets(inner, f"{key}.{name}" if key else str(name))
+            for name, inner in value.items()
+        }
     if isinstance(value, list | tuple):
         return type(value)(without_secrets(inner, key) for inner in value)
     if isinstance(value, str):
@@ -181,9 +187,10 @@ def _is_secret_name(key: str) -> bool:
 
 
 def _may_name_a_secret(key: str) -> bool:
-    words = _words(key.rpartition(".")[2]) or _words(key)  # of a list's entry, the list's name
-    return bool(
-        words and _LAST_WORDS.fullmatch(words[-1]) and not _ORDINARY_NAMES.fullmatch(" ".join(words[-2:]))
+    names = (_words(part)[-2:] for part in key.split("."))  # what lies below `tokens` is one of them
+    return any(
+        words and _LAST_WORDS.fullmatch(words[-1]) and not _ORDINARY_NAMES.fullmatch(" ".join(words))
+        for words in names
     )
 
 

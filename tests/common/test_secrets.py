@@ -36,6 +36,13 @@ SECRET_WORDS = [
     "MYSQL_PWD=s3cr3tvalue",
     "hub.password=s3cr3tvalue and more of it",
     "hub.secrets.database=s3cr3tvalue",
+    "hub.tokens.read=s3cr3tvalue",
+    "hf_token={value: s3cr3tvalue}",
+    "HFTOKEN=s3cr3tvalue",
+    "authkey=s3cr3tvalue",
+    "creds=s3cr3tvalue",
+    "pass-word=s3cr3tvalue",
+    "//user:s3cr3tvalue@host/path",
     "--api-key=s3cr3tvalue",
     "--set=hub.api_key=s3cr3tvalue",
     "--sbatch=--export=ALL,HF_TOKEN=s3cr3tvalue",
@@ -72,6 +79,8 @@ SHAPES = {
     "jwt": "eyJ" + "hbGciOi." + "eyJ" + "zdWIi.aB-1",
     "slack": "xoxb-" + "1234-abcd-" * 3,
     "gitlab": "glpat-" + "aBc1" * 5,
+    "replicate": "r8_" + "aBc1" * 9,
+    "xai": "xai-" + "aBc1" * 20,
     "bearer": "Bearer " + "aBc1" * 5,
     "pem": "-----BEGIN RSA PRIVATE KEY-----\nabcd\nefgh\n-----END RSA PRIVATE KEY-----",
     "cut pem": "-----BEGIN PRIVATE KEY-----\nabcd",
@@ -178,11 +187,13 @@ def test_nested_mappings_and_lists_keep_their_form():
         "hub": [{"token": "abc"}, {"url": "s3://me:abc@host/x", "rate": 0.5, "none": None}],
         "token": None,
         "bos_token": "<s>",
+        "HF_TOKEN": {"of": [{"reader": "abc", "limit": 3}]},
     }
     assert without_secrets(tree) == tree | {
         "password": LEFT_OUT,
         "credentials": {"user": LEFT_OUT, "ids": [LEFT_OUT, LEFT_OUT], "on": True},
         "hub": [{"token": LEFT_OUT}, {"url": f"s3://me:{LEFT_OUT}@host/x", "rate": 0.5, "none": None}],
+        "HF_TOKEN": {"of": [{"reader": LEFT_OUT, "limit": 3}]},
     }
     found = [
         "password",
@@ -191,6 +202,7 @@ def test_nested_mappings_and_lists_keep_their_form():
         "credentials.ids.1",
         "hub.0.token",
         "hub.1.url",
+        "HF_TOKEN.of.0.reader",
     ]
     assert list(secret_keys(tree)) == found
     assert [".".join(map(str, key)) for key in left_out_keys(without_secrets(tree))] == found

@@ -20,6 +20,8 @@ from bico_ds.data.prepare.shards import Shard
 MOST_RECORD_BYTES = 1 << 28
 _PART_BYTES = 1 << 22
 _KEPT_BYTES = 1000  # of a line that is too long, in the file of skipped ones
+# Of a compressed file, on average at least: a bomb of empty lines takes longer than one of as many bytes.
+_BYTES_OF_LINE = 64
 _MOST_DETAIL = 2000
 
 
@@ -153,6 +155,7 @@ def _raw_lines(shard: Shard) -> Iterator[tuple[int, bytes]]:
     """
     number, read = shard.first_record, 0
     most = most_bytes_of(Path(shard.path), shard.size)
+    most_lines = most / _BYTES_OF_LINE
     try:
         with open_lines(Path(shard.path)) as file:
             if shard.start:
@@ -164,10 +167,11 @@ def _raw_lines(shard: Shard) -> Iterator[tuple[int, bytes]]:
                 read += len(line)
                 if len(line) > MOST_RECORD_BYTES and not line.endswith(b"\n"):
                     read += _pass_over_line(file, most - read)
-                if read > most:
+                if read > most or number - shard.first_record > most_lines:
                     raise UserError(
-                        f"{shard.where(number)}: the file of {shard.size:,} bytes becomes more than {most:,} when it is "
-                        "decompressed: is it a bomb? If it is meant, decompress it yourself, and give that file"
+                        f"{shard.where(number)}: the file of {shard.size:,} bytes becomes more than {most:,}, or more than "
+                        f"{most_lines:,.0f} lines, when it is decompressed: is it a bomb? If it is meant, decompress it "
+                        "yourself, and give that file"
                     )
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(

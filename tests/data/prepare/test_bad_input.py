@@ -252,6 +252,15 @@ def test_a_compressed_file_that_becomes_far_larger_is_taken_for_a_bomb(
         _ingest(tmp_path / name, bpe_tokenizer, tmp_path / "s", {"on_error": "skip"})
 
 
+def test_a_compressed_file_of_empty_lines_is_a_bomb_long_before_its_bytes_are_many(
+    tmp_path: Path, bpe_tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(input_files, "_ALWAYS_ALLOWED_BYTES", 1 << 18)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(GOOD + b"\n" * (1 << 13)))
+    with pytest.raises(UserError, match="more than 4,096 lines, when it is decompressed: is it a bomb"):
+        _ingest(tmp_path / "a.jsonl.gz", bpe_tokenizer, tmp_path / "s", {})
+
+
 @pytest.mark.parametrize("given", ["x" * 5000, "a\0b", "[" + "/root/x/" * 900, "\ud83d.jsonl"])
 def test_an_input_whose_name_cannot_be_one_is_refused(given: str) -> None:
     with pytest.raises(UserError, match="input '"):

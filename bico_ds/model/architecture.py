@@ -151,8 +151,9 @@ def adopt_special_tokens(
 
 
 def id_list(ids: int | list[int] | None) -> list[int]:
-    """The ids in a key of a config, which may hold one, several or none."""
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+    """The ids in a key of a config, which may hold one, several or none; as published ones have it, -1 is none."""
+    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    return [index for index in listed if index >= 0]
 
 
 def _config_at(path: FolderOrHub) -> PretrainedConfig:

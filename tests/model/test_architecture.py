@@ -12,7 +12,7 @@ from transformers import AutoConfig, GenerationConfig, LlamaConfig
 from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
 from bico_ds.config.schema import ModelSpec
-from bico_ds.model.architecture import adopt_special_tokens, first_layers, meta_model, model_config
+from bico_ds.model.architecture import adopt_special_tokens, first_layers, id_list, meta_model, model_config
 from bico_ds.model.families import FAMILIES
 
 
@@ -241,3 +241,8 @@ def test_a_key_that_transformers_takes_as_it_comes_is_refused_where_it_makes_no_
     (tmp_path / "config.json").write_text(json.dumps({**SMALL, "model_type": "llama", key: value}))
     with pytest.raises(UserError, match="makes no model"):
         meta_model(model_config(ModelSpec(path=str(tmp_path))))
+
+
+@pytest.mark.parametrize(("ids", "stops"), [(-1, []), ([2, -1, 5], [2, 5]), (None, []), (0, [0])])
+def test_minus_one_is_no_token(ids, stops):
+    assert id_list(ids) == stops

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 import time
@@ -23,7 +22,7 @@ from bico_ds.checkpoint import manifest
 from bico_ds.checkpoint.disk import in_units, lack_of_room
 from bico_ds.checkpoint.manifest import FoundCheckpoint
 from bico_ds.common.errors import UserError
-from bico_ds.common.files import atomic_folder
+from bico_ds.common.files import atomic_folder, remove
 from bico_ds.optim.state import drop_tensors
 
 _WORKERS = max(1, min(8, (os.cpu_count() or 1) // 2))
@@ -50,7 +49,7 @@ def convert(found: FoundCheckpoint, layout: dict[str, Any], report: Callable[[st
             manifest.verify(target)
             report(f"universal form found: {target}")
             return
-        shutil.rmtree(target)
+        remove(target)  # whatever somebody may have put there
     if lack := lack_of_room(found.path, int(_PEAK * found.bytes)):
         raise UserError(
             f"no room to convert the checkpoint: {lack}; free some, or resume with {found.layout['ranks']} ranks"

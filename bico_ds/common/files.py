@@ -113,7 +113,7 @@ def publish_folder(complete: Path, folder: Path, *, replace: bool = False) -> No
     previous = _previous(folder)
     replaces = replace and folder.exists()
     if replaces:
-        _remove(previous)
+        remove(previous)
         folder.rename(previous)
     try:
         complete.rename(folder)
@@ -123,7 +123,7 @@ def publish_folder(complete: Path, folder: Path, *, replace: bool = False) -> No
         raise
     sync_names(folder.parent)
     if replace:
-        _remove(previous)
+        remove(previous)
 
 
 def recover_folder(folder: Path) -> None:
@@ -134,7 +134,7 @@ def recover_folder(folder: Path) -> None:
     previous = _previous(folder)
     if previous.exists() and not folder.exists():
         previous.rename(folder)
-    _remove(previous)
+    remove(previous)
     remove_incomplete(folder.parent, glob.escape(folder.name))
 
 
@@ -145,7 +145,7 @@ def remove_incomplete(parent: Path, names: str = "*") -> None:
     """
     for left in parent.glob(_temporary_name(names, "?" * _DIGITS)):
         with contextlib.suppress(OSError):
-            _remove(left)
+            remove(left)
 
 
 def checksum(path: Path, algorithm: Literal["sha256", "blake2b"]) -> str:
@@ -183,7 +183,8 @@ def sync_names(folder: Path) -> None:
             raise
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, a link (not what it names), or a folder with all that it holds. Of a folder nothing is said that fails."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     else:

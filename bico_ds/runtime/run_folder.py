@@ -266,9 +266,13 @@ class RunFolder:
         except (FencedError, OSError):
             self._overwrite_own_state("failed", None, reason)
             raise
-        recorded = read_state(self.state_file) or {}
-        if recorded.get("run_id") == self.lock.run_id or not self.recipe_file.is_file():
+        if not self.is_of_earlier_start():
             self.write_state("failed", step=None, reason=reason, **facts)
+
+    def is_of_earlier_start(self) -> bool:
+        """Whether an earlier start is recorded here: this one has not begun training, and leaves all as it was."""
+        recorded = read_state(self.state_file) or {}
+        return recorded.get("run_id") != self.lock.run_id and self.recipe_file.is_file()
 
     def preempt(self, reason: str) -> None:
         """Record that a start was stopped before it began training, unless the run was finished already.

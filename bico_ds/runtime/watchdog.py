@@ -155,15 +155,18 @@ class Watchdog:
 
     def facts(self, failure: Failure) -> dict[str, Any]:
         """What the state file keeps of a failure that may be a node's; may wait some seconds for that node."""
-        if failure.code == UserError.exit_code:
+        if not self._concerns_nodes(failure):
             return {}
         return failure_facts(self._folder.logs, self._folder.lock.run_id, failure.rank, failure.host)
 
+    def _concerns_nodes(self, failure: Failure) -> bool:
+        """Whether a failure may be a node's, and the run folder is this start's to write it into."""
+        return failure.code != UserError.exit_code and not self._folder.is_of_earlier_start()
+
     def _report_node(self, failure: Failure) -> None:
         """Once for each node, and for certain by the rank that fails, which ends first, or the next one if it is gone."""
-        if failure.code != UserError.exit_code and (
-            self._ranks.local_rank == 0 or failure.rank in (self._ranks.rank, self._ranks.rank - 1)
-        ):
+        is_mine = self._ranks.local_rank == 0 or failure.rank in (self._ranks.rank, self._ranks.rank - 1)
+        if is_mine and self._concerns_nodes(failure):
             write_node_report(self._folder.logs, self._folder.lock.run_id)
 
     def _stacks(self) -> Path:

@@ -184,7 +184,7 @@ def sync_names(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link (not what it names), or a folder with all that it holds. Of a folder nothing is said that fails."""
+    """Remove a file, a link (not what it names), or a folder with all that it holds, as far as that can be done."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     else:

@@ -40,6 +40,18 @@ class ProcessIdentity:
     def own(cls) -> ProcessIdentity:
         return cls(_space(), os.getpid(), psutil.Process().create_time(), node_name())
 
+    @classmethod
+    def from_store(cls, content: bytes) -> ProcessIdentity | None:
+        """What a rank has left, or None: anybody who reaches the store may have written there."""
+        try:
+            found = parse_object(content[:1000], Path("process of a rank"))
+        except JsonError:
+            return None
+        space, pid, began, node = (found.get(name) for name in ("space", "pid", "began", "node"))
+        if not isinstance(space, str) or not isinstance(pid, int) or not isinstance(began, float):
+            return None
+        return cls(space, pid, began, node) if 0 < pid < 1 << 31 and is_node_name(node) else None
+
     def is_gone(self) -> bool:
         """Whether this was a process of this machine, and has ended; a process elsewhere never counts as gone."""
         if self.space != _space():
@@ -103,15 +115,8 @@ class RankProcesses:
             time.sleep(_POLL_SECONDS)
 
     def _read(self, rank: int) -> ProcessIdentity | None:
-        """What a rank that has come has left, or None: anybody who reaches the store may have written there."""
-        try:
-            found = parse_object(self._store.get(_PROCESS.format(rank))[:1000], Path("process of a rank"))
-        except JsonError:
-            return None
-        space, pid, began, node = (found.get(name) for name in ("space", "pid", "began", "node"))
-        if not isinstance(space, str) or not isinstance(pid, int) or not isinstance(began, float):
-            return None
-        return ProcessIdentity(space, pid, began, node) if 0 < pid < 1 << 31 and is_node_name(node) else None
+        """What a rank that has come has left; None where that is nothing of ours."""
+        return ProcessIdentity.from_store(self._store.get(_PROCESS.format(rank)))
 
 
 def _neighbours(rank: int, world_size: int) -> set[int]:

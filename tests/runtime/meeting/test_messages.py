@@ -11,7 +11,7 @@ import pytest
 
 from bico_ds.common.errors import RunError
 from bico_ds.runtime.meeting.messages import FOREIGN, Failure, Verdict
-from bico_ds.runtime.meeting.processes import _identity
+from bico_ds.runtime.meeting.processes import ProcessIdentity
 
 OURS = Failure(rank=1, text="no such file", code=2, stalled=False, is_certain=True)
 VALUES = (
@@ -63,17 +63,17 @@ def test_what_is_no_message_ends_the_run_as_a_failure(raw):
     assert (failure.code, failure.rank, str(failure)) == (1, None, FOREIGN)
     with pytest.raises(RunError, match="somebody else reaches MASTER_ADDR:MASTER_PORT"):
         Verdict.from_store(raw)
-    assert _identity(raw) is None
+    assert ProcessIdentity.from_store(raw) is None
 
 
 def test_no_message_has_exit_code_0_a_rank_that_is_none_or_control_characters():
     draw, verdict = random.Random(random.getrandbits(64)), {"kind": "UserError", "text": "no such file"}
-    identity, started = {"space": "here", "pid": 7, "began": 1.5}, time.process_time()
+    identity, started = {"space": "here", "pid": 7, "began": 1.5, "node": "n1"}, time.process_time()
     for _ in range(300):
         failure = Failure.from_store(mutated(draw, json.loads(OURS.to_json())), world_size=2)
         assert failure.code in (1, 2) and failure.rank in (None, 0, 1)
         assert all(character == "\n" or character >= " " for character in failure.text)
-        _identity(mutated(draw, identity))
+        ProcessIdentity.from_store(mutated(draw, identity))
         with contextlib.suppress(RunError):
             Verdict.from_store(mutated(draw, verdict))
     assert time.process_time() - started < 3

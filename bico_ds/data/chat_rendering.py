@@ -89,7 +89,7 @@ class ChatRenderer:
         self._texts += 1
         limits = resource.getrlimit(resource.RLIMIT_AS)
         most = self._process_bytes + _MOST_BYTES
-        if limits[0] == resource.RLIM_INFINITY or most < limits[0]:
+        if self._process_bytes and (limits[0] == resource.RLIM_INFINITY or most < limits[0]):
             resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
         if self._in_time:
             signal.setitimer(signal.ITIMER_PROF, MOST_SECONDS)
@@ -106,9 +106,12 @@ def _stop(*_: object) -> NoReturn:
 
 
 def _size_of_process() -> int:
-    """Bytes of this process's address space."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of this process's address space; 0 where the system does not tell (it is no Linux): memory has no bound then."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 def _raises_to_a_power(template: str | None) -> bool:

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 NATIVE_DTYPES = (torch.bfloat16, torch.float32)
 
+_AN_OPERATION = "tiles_forward"
 _SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 _HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 _FLAGS = (
@@ -57,9 +58,14 @@ def native_refusal() -> str | None:
 
 
 def _load(library: int) -> None:
-    """Load what an open file holds, and close it; by its path another one could be loaded meanwhile."""
+    """Load what an open file holds, and close it; by its path another one could be loaded meanwhile.
+
+    Once per process: the loader does not know the same library again where another process has built it anew meanwhile,
+    and torch aborts where operations are registered twice.
+    """
     try:
-        ctypes.CDLL(f"/dev/fd/{library}")
+        if not hasattr(torch.ops.bico_ds, _AN_OPERATION):
+            ctypes.CDLL(f"/dev/fd/{library}")
     finally:
         os.close(library)
 
@@ -71,7 +77,11 @@ def _built(compiler: str) -> int:
     key = repr((contents, _FLAGS, version, torch.__version__, torch.__file__))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bico_ds"
     library = cache / f"fused_kernels_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if open_private_folder(cache) and (found := _opened(library)) is not None:
+    if not open_private_folder(cache):
+        library.unlink(
+            missing_ok=True
+        )  # before another rank, which finds the folder private, takes it for ours
+    elif (found := _opened(library)) is not None:
         return found
     logger.info("building the fused CPU kernels once (about half a minute) into %s", library)
     started = time.monotonic()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from bico_ds.common.private_folder import NotPrivateError
 from bico_ds.native import library
+from tests import ROOT
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
@@ -40,7 +43,33 @@ def test_a_library_is_built_once_into_a_folder_of_this_user_alone(cache):
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
     written = file.stat().st_mtime_ns
     assert build() == built == file.read_bytes() and file.stat().st_mtime_ns == written
-    library._load(os.open(file, os.O_RDONLY))
+
+
+BUILT_ANEW = """
+import os, shutil
+from bico_ds.native import library
+first = library.native_refusal()
+folder = library.Path(os.environ["XDG_CACHE_HOME"]) / "bico_ds"
+for file in folder.glob("*.so"):
+    other = shutil.copy(file, f"{file}.other")
+    os.chmod(other, 0o700)
+    os.replace(other, file)
+kept = os.open(os.devnull, os.O_RDONLY)  # the loader knows a library again by its name, a descriptor's number
+library.native_refusal.cache_clear()
+print([first, library.native_refusal()])
+"""
+
+
+@pytest.mark.skipif(library.native_refusal() is not None, reason=f"the kernels {library.native_refusal()}")
+def test_a_library_that_another_process_has_built_anew_is_not_loaded_again(tmp_path):
+    of_user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bico_ds"
+    shutil.copytree(of_user, tmp_path / "bico_ds")
+    (tmp_path / "bico_ds").chmod(0o700)
+    done = subprocess.run(
+        [sys.executable, "-c", BUILT_ANEW],
+        cwd=ROOT, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "[None, None]\n"), done.stderr
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o1777, 0o755, 0o750])

@@ -7,7 +7,6 @@ return other codes of its own. No torch here: a command imports it before its he
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import os
 import re
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from bico_ds.common.errors import RunError, UserError
+from bico_ds.common.files import DISK_ERRORS
 from bico_ds.common.process_end import end_process
 from bico_ds.common.secrets import text_without_secrets, words_without_secrets
 
@@ -29,7 +29,6 @@ _STDOUT = 1
 _HALF = re.compile("[\ud800-\udfff]")  # how Python hands on bytes of a command line that are no text
 # What moves a terminal's cursor, or sets its colours; a line or tab of ours does neither.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
 
 
 class _Parser(ArgumentParser):
@@ -150,7 +149,7 @@ def _failed(error: BaseException) -> int:
     with contextlib.suppress(BrokenPipeError):
         if isinstance(error, SystemExit):
             print(error.code, file=sys.stderr)
-        elif isinstance(error, OSError) and error.errno in _FULL:
+        elif isinstance(error, OSError) and error.errno in DISK_ERRORS:
             print(f"error: cannot write {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
             if error.filename is None:  # what is left to be written would fail again, and be told again
                 sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115

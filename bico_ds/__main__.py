@@ -25,16 +25,16 @@ GROUPS = {
         "import-gguf": "import_gguf",
         "prepare": "prepare",
         "search-split": "search_split",
-        "inspect": "inspect_batch",
+        "inspect": "show.inspect_batch",
     },
     "training": {
-        "plan": "plan",
+        "plan": "show.plan",
         "train": "train",
         "preflight": "preflight",
         "submit": "slurm.submit",
         "status": "slurm.status",
     },
-    "results": {"evaluate": "evaluate", "compare": "compare", "export": "export"},
+    "results": {"evaluate": "evaluate", "compare": "show.compare", "export": "export"},
 }
 COMMANDS = {name: module for group in GROUPS.values() for name, module in group.items()}
 

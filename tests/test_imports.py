@@ -100,9 +100,9 @@ TORCH_FREE = (
     "cluster.run_status",
     "cluster.submission",
     "proof.prove",
-    "commands.compare",
+    "commands.show.compare",
     "commands.gpu_proof",
-    "commands.plan",
+    "commands.show.plan",
     "commands.slurm.attempt",
     "commands.slurm.status",
 )

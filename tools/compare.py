@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""`bico-ds compare` of this checkout: bico_ds/commands/compare.py."""
+"""`bico-ds compare` of this checkout: bico_ds/commands/show/compare.py."""
 
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from bico_ds.commands.compare import main
+    from bico_ds.commands.show.compare import main
 
     main.start()

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""`bico-ds inspect` of this checkout: bico_ds/commands/inspect_batch.py."""
+"""`bico-ds inspect` of this checkout: bico_ds/commands/show/inspect_batch.py."""
 
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from bico_ds.commands.inspect_batch import main
+    from bico_ds.commands.show.inspect_batch import main
 
     main.start()

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""`bico-ds plan` of this checkout: bico_ds/commands/plan.py."""
+"""`bico-ds plan` of this checkout: bico_ds/commands/show/plan.py."""
 
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from bico_ds.commands.plan import main
+    from bico_ds.commands.show.plan import main
 
     main.start()

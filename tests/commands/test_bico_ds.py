@@ -124,7 +124,7 @@ def test_every_argument_has_a_help_text_and_every_value_a_name(module):
 
 def test_the_same_option_has_the_same_words_in_every_command():
     found: dict[str, set[tuple[object, ...]]] = {}
-    for module in ("train", "inspect_batch", "preflight", "slurm.submit", "slurm.native_ops"):
+    for module in ("train", "show.inspect_batch", "preflight", "slurm.submit", "slurm.native_ops"):
         parser = argparse.ArgumentParser()
         import_module(f"bico_ds.commands.{module}").main.add_options(parser)
         for action in parser._actions:
@@ -223,7 +223,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("module", ["bico_ds.commands.inspect_batch", "bico_ds.training.assembly"])
+@pytest.mark.parametrize("module", ["bico_ds.commands.show.inspect_batch", "bico_ds.training.assembly"])
 def test_ctrl_c_while_modules_are_imported_is_no_traceback(module):
     command = [sys.executable, "-c", SIGNALS_ITSELF, module, "inspect", "--recipe", "tiny_base"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)

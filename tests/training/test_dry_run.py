@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bico_ds.commands.cures import CURES
-from bico_ds.commands.inspect_batch import main as inspect_batch
+from bico_ds.commands.show.inspect_batch import main as inspect_batch
 from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
 from bico_ds.planner.devices import DEVICES

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from bico_ds.commands.compare import main
+from bico_ds.commands.show.compare import main
 from bico_ds.common.errors import UserError
 from bico_ds.evaluation.report.comparison import compare_runs
 from bico_ds.evaluation.report.frontier import Panel, Point, Series, panels

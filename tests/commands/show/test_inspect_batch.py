@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from bico_ds.commands.inspect_batch import main
+from bico_ds.commands.show.inspect_batch import main
 from bico_ds.config.load import load_recipe
 from bico_ds.data.loading.loader import RankShare
 from bico_ds.training import assembly

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from bico_ds.commands.plan import main, planned_nodes
+from bico_ds.commands.show.plan import main, planned_nodes
 from bico_ds.config.load import list_recipes, load_recipe
 from bico_ds.planner.devices import DEVICES
 from bico_ds.planner.ranges import Range

@@ -35,15 +35,15 @@ class EventFile:
         start = Event(wall_time=now, step=first_step, session_log=SessionLog(status=SessionLog.START))
         head = [Event(wall_time=now, file_version="brain.Event:2"), start]
         head += [Event(wall_time=now, step=first_step - 1, summary=summary) for summary in first]
-        self.file = AppendedFile(folder / name, root=root, head=b"".join(map(_record, head)))
+        self.file = AppendedFile(folder / name, root=root, head=b"".join(map(record, head)))
         self.file.add(b"")  # the head is written before there is a number
 
     def add(self, summary: Summary, step: int) -> None:
         """Let the values of a step wait; `file.write_waiting` writes them."""
-        self.file.add(_record(Event(wall_time=time.time(), step=step, summary=summary)))
+        self.file.add(record(Event(wall_time=time.time(), step=step, summary=summary)))
 
 
-def _record(event: Event) -> bytes:
+def record(event: Event) -> bytes:
     """An event as the file holds it: with its length and checksums."""
     content = io.BytesIO()
     RecordWriter(content).write(event.SerializeToString())

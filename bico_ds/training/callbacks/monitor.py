@@ -73,6 +73,7 @@ class StepMonitor(FirstRankCallback):
                     text("summary", f"```json\n{json.dumps(start.summary, indent=1)}\n```"),
                 ],
                 mfu=self._utilization.description if self._utilization is not None else "",
+                tell=self._tell,
             )
         self._write_waiting()
 

@@ -13,13 +13,13 @@ from bico_ds.common.appended_file import AppendedFile
 from bico_ds.common.json_files import JsonError
 from bico_ds.runtime.run_folder import RunFolder, read_starts
 from bico_ds.training.callbacks.base import RunStart
-from bico_ds.training.callbacks.tensorboard.event_file import record
+from bico_ds.training.callbacks.tensorboard.event_file import TAGS, VERSION, record
 from bico_ds.training.callbacks.tensorboard.hyperparameters import session_end, session_start
 from bico_ds.training.callbacks.tensorboard.tags import DATA, DETAILS
 from bico_ds.training.callbacks.tensorboard.texts import data_text, recipe_text, text_value, versions_text
 
 # The name of an event file that sorts before those of steps: TensorBoard reads one after the other.
-NAME = "events.out.tfevents.0000000000.about"
+NAME = f"events.out.tfevents.0000000000.about{TAGS}"
 
 
 class About:
@@ -27,20 +27,26 @@ class About:
 
     def __init__(self, folder: RunFolder, start: RunStart) -> None:
         now = time.time()
-        head = [Event(wall_time=now, file_version="brain.Event:2")]
-        head += [Event(wall_time=now, summary=Summary(value=[value])) for value in _values(folder, start, now)]
+        head = [VERSION]
+        head += [
+            Event(wall_time=now, summary=Summary(value=[value])) for value in _values(folder, start, now)
+        ]
         self._file = AppendedFile(
             folder.tensorboard / NAME, root=folder.path, head=b"".join(map(record, head))
         )
         self._is_begun = False
 
     def write(self) -> None:
-        """Write the file, where it is not there. Raises OSError; the next call then does it."""
+        """Write the file, at first in the place of the earlier one. Raises OSError; the next call then does it."""
         if not self._is_begun:
             self._file.path.unlink(missing_ok=True)
             self._is_begun = True
-        self._file.add(b"")
+            self._file.add(b"")
         self._file.write_waiting()
+
+    def keep(self) -> None:
+        """Let the file be written again where it was removed."""
+        self._file.add(b"")
 
     def end(self) -> None:
         """Let it be written that the run is done."""

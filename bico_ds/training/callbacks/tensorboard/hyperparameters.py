@@ -10,8 +10,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 
-from bico_ds.common.yaml_files import KeyPath
-from bico_ds.config.layers import entry_names, leaves
+from bico_ds.config.layers import entry_names, leaves, value_at
 from bico_ds.config.load import recorded_values
 from bico_ds.config.schema import Recipe
 
@@ -20,7 +19,7 @@ Setting = bool | float | str
 # What a run is called is no setting, and stands beside them.
 _NAMES = ("name", "description", "output_dir")
 # TensorBoard compares a key only where two runs have it: what one of them lacks shows in the list of what each has.
-_LISTS: tuple[KeyPath, ...] = (("objectives",), ("data", "sources"))
+_LISTS = (("objectives",), ("data", "sources"))
 
 
 def settings(recipe: Recipe) -> dict[str, Setting]:
@@ -31,11 +30,7 @@ def settings(recipe: Recipe) -> dict[str, Setting]:
     values = recorded_values(recipe)
     found = {leaf.path: _setting(leaf.value) for leaf in leaves(values) if leaf.path not in _NAMES}
     for key in _LISTS:
-        entries = values
-        for part in key:
-            entries = entries[part]
-        assert isinstance(entries, list)
-        found[".".join(key)] = ", ".join(entry_names(entries, key))
+        found[".".join(key)] = ", ".join(entry_names(value_at(key, values), key))
     return found
 
 

@@ -1,4 +1,4 @@
-"""TensorBoard's IMAGES: the scores over the steps, and which tokens of a document see which. Low in resolution: made often."""
+"""TensorBoard's IMAGES: scores over the steps, and which tokens of a document see which. Of low resolution: training waits."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def visibility_picture(tag: str, batch: PackedBatch, objective: str, decode: Dec
 
 def readable_document(documents: list[DocumentView]) -> DocumentView | None:
     """The shortest one that is long enough to show something, else the longest; None where none has two tokens."""
-    documents = sorted((view for view in documents if len(view.tokens) > 1), key=lambda view: len(view.tokens))
+    documents = sorted(
+        (view for view in documents if len(view.tokens) > 1), key=lambda view: len(view.tokens)
+    )
     enough = (view for view in documents if len(view.tokens) >= _LEAST)
     return next(enough, documents[-1] if documents else None)
 

@@ -6,6 +6,7 @@ Whatever a model or a file says is shown as it is: no character of it is Markdow
 from __future__ import annotations
 
 import re
+import shlex
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -119,12 +120,32 @@ def _written(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
+def data_text(streams: Sequence[Mapping[str, Any]]) -> str:
+    """What a data epoch of each stream of bins holds (`bico_ds.data.loading.sample_order.StreamReport`)."""
+    rows = [
+        (
+            literal(", ".join(stream["objectives"])),
+            literal(source),
+            f"{stream['cut'][source]['documents']:,}",
+            f"{stream['cut'][source]['tokens']:,}",
+            f"{stream['passes'][source]:.3g}",
+            f"{stream['shares'][source]:.1%}",
+            f"{stream['bins']:,}",
+            f"{stream['fill']:.1%}",
+        )
+        for stream in streams
+        for source in stream["passes"]
+    ]
+    headers = ("objectives", "source", "documents", "tokens", "passes", "share", "bins of the stream", "fill")
+    return table(headers, rows)
+
+
 def versions_text(start: Mapping[str, Any]) -> str:
     """Versions, commit, host and command line of a start (`bico_ds.runtime.provenance`)."""
     known = {key: start.get(key) for key in ("commit", "host", "job", "time", "python")}
     rows = [(key, literal(str(value))) for key, value in known.items() if value]
     rows += [(literal(name), literal(version)) for name, version in start.get("versions", {}).items()]
-    command = textwrap.indent(" ".join(start.get("command", [])), "    ")
+    command = textwrap.indent(shlex.join(map(str, start.get("command", []))), "    ")
     return f"{table(('', 'version'), rows)}\n\n{command}"
 
 

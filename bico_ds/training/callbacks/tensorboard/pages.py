@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from bico_ds.batch import PackedBatch
 from bico_ds.common.errors import UserError
+from bico_ds.config.objectives.table import objective_names
 from bico_ds.data.loading.batch_view import Decode
 from bico_ds.evaluation.report.runs import ComparedRun, Curve, load_runs
 from bico_ds.evaluation.results import EvaluationResult
@@ -25,32 +25,29 @@ PICTURES_SECONDS = "speed/pictures_seconds"
 
 
 class BoardPages(FirstRankCallback):
-    """Pictures and answers at each evaluation; who sees whom at an objective's first step, and at the end.
+    """At each evaluation pictures and answers; who sees whom also at the end. Drawn where training pauses.
 
-    `decode`: what a token of a picture is shown as. `tell` gets the seconds that the pictures took, and a line where one
-    could not be made.
+    Who sees whom is drawn of the last batch of each objective that masks, or of all where none does. `decode`: what a token
+    is shown as there. `tell` gets the seconds that pictures took, and a line where one could not be made.
     """
 
     def __init__(self, folder: Path, monitor: StepMonitor, decode: Decode, tell: Callback) -> None:
         self._folder, self._monitor, self._decode, self._tell = folder, monitor, decode, tell
         self._effort = BestEffort(tell.on_message)
         self._curves: dict[str, Curve] = {}
-        self._batches: dict[str, PackedBatch] = {}  # of each objective the last one
-        self._shown: list[str] = []  # the objectives of which there is a picture
+        self._batches: dict[str, PackedBatch] = {}  # by objective, since the last picture
 
     def on_start(self, start: RunStart) -> None:
         self._name, self._first_step = start.recipe.name, start.first_step
         if start.first_step:
             self._curves = curves_until(self._folder, start.first_step)
-        self._shown = list(start.saved.get("shown_objectives", []))
+        specs = start.recipe.objectives
+        named = dict(zip(objective_names(specs), specs, strict=True))
+        self._drawn = {name for name, spec in named.items() if spec.attention != "causal"} or set(named)
 
     def on_batches(self, step: int, objective: str, batches: Sequence[PackedBatch]) -> None:
-        if not batches:
-            return
-        self._batches[objective] = batches[0]
-        if objective not in self._shown:
-            self._shown.append(objective)
-            self._draw(step, lambda: self._visibility([objective]))
+        if objective in self._drawn and batches:
+            self._batches[objective] = batches[0]
 
     def on_evaluation(self, step: int, result: EvaluationResult) -> None:
         for name, task in result.tasks.items():
@@ -61,9 +58,7 @@ class BoardPages(FirstRankCallback):
             text_value(f"{REVERSAL}/{name}/answers", answers(task)) for name, task in result.tasks.items()
         ]
         self._monitor.show(step, texts)
-        if result.tasks:
-            run = ComparedRun(label=self._name, final=result, curves=self._curves)
-            self._draw(step, lambda: [curves_picture(f"{REVERSAL}/curves", run)])
+        self._draw(step, result)
 
     def on_numbers(self, step: int, kind: str, numbers: dict[str, float]) -> None:
         if kind == "plan":
@@ -72,25 +67,28 @@ class BoardPages(FirstRankCallback):
             self._monitor.show(at, [text_value(f"{DETAILS}/planned beside measured", planned_text(numbers))])
 
     def on_end(self, step: int, state: str) -> None:
-        if state == "done":
-            self._draw(step, lambda: self._visibility(sorted(self._batches)))
+        if state == "done":  # after an evaluation of the last step no batch is left
+            self._draw(step, EvaluationResult(tasks={}))
 
-    def state(self) -> dict[str, Any]:
-        return {"shown_objectives": self._shown}
-
-    def _draw(self, step: int, draw: Callable[[], Iterable[Summary.Value]]) -> None:
+    def _draw(self, step: int, result: EvaluationResult) -> None:
         started = time.perf_counter()
         made: list[Summary.Value] = []
         # Whatever a library of pictures raises.
-        self._effort.attempt("TensorBoard's pictures", lambda: made.extend(draw()), errors=Exception)
+        self._effort.attempt(
+            "TensorBoard's pictures", lambda: made.extend(self._pictures(result)), errors=Exception
+        )
+        self._batches.clear()
         if made:
             self._monitor.show(step, made)
             self._tell.on_numbers(step, "timing", {PICTURES_SECONDS: time.perf_counter() - started})
 
-    def _visibility(self, objectives: Sequence[str]) -> Iterator[Summary.Value]:
-        for name in objectives:
+    def _pictures(self, result: EvaluationResult) -> Iterator[Summary.Value]:
+        if result.tasks:
+            run = ComparedRun(label=self._name, final=result, curves=self._curves)
+            yield curves_picture(f"{REVERSAL}/curves", run)
+        for name, batch in self._batches.items():
             tag = f"{DATA}/who sees whom/{name}"
-            if (picture := visibility_picture(tag, self._batches[name], name, self._decode)) is not None:
+            if (picture := visibility_picture(tag, batch, name, self._decode)) is not None:
                 yield picture
 
 

@@ -1,4 +1,4 @@
-"""TensorBoard's IMAGES: scores over the steps, and which tokens of a document see which. Of low resolution: training waits."""
+"""TensorBoard's IMAGES: scores over the steps, and which tokens of a document see which. Training waits for it."""
 
 from __future__ import annotations
 

@@ -46,6 +46,7 @@ from bico_ds.runtime.distributed import Ranks
 from bico_ds.runtime.lock import FencedError
 from bico_ds.runtime.meeting.processes import RankProcesses, are_gone
 from bico_ds.runtime.nodes.own_time import OwnTime
+from bico_ds.runtime.peak_memory import PeakMemory
 from bico_ds.runtime.run_folder import RunFolder, State, folder_of_run
 from bico_ds.runtime.signals import Interrupted, StopFlag
 from bico_ds.runtime.watchdog import Watchdog
@@ -222,9 +223,18 @@ def _train_on_all_ranks(run: Run, resume: str, resumption: Resumption | None, wa
         refuse_fewer_steps(run.recipe, steps, resumption.found)
     # While the other ranks wait for what rank 0 finds of the targets.
     planned = plan_of_start(run, loader) if run.ranks.is_first else None
+    memory = planned.memory if planned is not None else PeakMemory(run.ranks.device)
     warnings = _check_targets(run, loader)
     trainer = _build_trainer(
-        run, inputs, loader, resumption, _evaluator(run, inputs, watchdog, before), watchdog, planned, steps
+        run,
+        inputs,
+        loader,
+        resumption,
+        _evaluator(run, inputs, watchdog, before),
+        watchdog,
+        planned,
+        memory,
+        steps,
     )
     if run.ranks.is_first:
         warnings += assembly.export_warnings(inputs, trainer.engine.module.config)
@@ -280,6 +290,7 @@ def _build_trainer(
     evaluator: Evaluator,
     watchdog: Watchdog,
     planned: StartPlan | None,
+    memory: PeakMemory,
     steps: int,
 ) -> Trainer:
     """The trainer with its engine, in the state that is resumed from, for `steps` steps in all."""
@@ -301,6 +312,7 @@ def _build_trainer(
         evaluator=evaluator,
         spikes=spikes,
         watchdog=watchdog,
+        memory=memory,
         total_steps=steps,
         step=resumption.step if resumption else 0,
         targetless=TargetlessSteps.of(resumption.found.content["state"] if resumption else {}),

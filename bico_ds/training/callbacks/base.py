@@ -37,14 +37,17 @@ class StepReport:
     (`training.on_nonfinite: skip`: `grad_norm` is NaN, and `loss` may be). `kept_tokens` counts the rows that went
     through the model (kept tokens and live placeholders), `represented_tokens` the original tokens behind them. `pairs`
     counts the (query, key) pairs that attention sees, per head and layer; None in a checkpoint of before it was counted.
-    `seconds` is the wall time of the step on this rank, `wait_seconds` the part spent waiting for data (mean over ranks).
+    `seconds` is the wall time on this rank since the step before ended, or the pause before it; so what shows and writes
+    steps is in it. `wait_seconds`: the part spent waiting for data (mean over ranks).
     `fill` is the fraction of the bins' capacity that is used, as the objective expands documents. `sources` holds what was
     consumed since step 0, by data source: packed sequences (key `rows`) and their tokens. `is_spike`: the loss or the norm
     is far above its running median (`bico_ds.training.spikes`); false under `training.on_spike: off`. `divergence`: the
     mean KL(start model ‖ model) over the rows that `retention` compares, in nats; None where none was. `source_losses`: by
     data source, where there are several, the weighted mean loss of its targets and the sum of their weights.
     `own_seconds`: by rank, where there are several, what it worked since the ranks were last together and did not wait for
-    others; on GPUs of the step before (`bico_ds.runtime.nodes.own_time`).
+    others; on GPUs of the step before (`bico_ds.runtime.nodes.own_time`). `memory`: where the step is one that is logged,
+    what the ranks had before its update (`bico_ds.runtime.peak_memory.MemoryUse`): of each number of bytes the largest of any
+    rank.
     """
 
     step: int
@@ -66,6 +69,7 @@ class StepReport:
     source_losses: dict[str, list[float]] = field(default_factory=dict)
     weight: float | None = None
     own_seconds: list[float] = field(default_factory=list)
+    memory: dict[str, int] = field(default_factory=dict)
 
 
 class Callback:

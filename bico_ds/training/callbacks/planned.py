@@ -60,8 +60,7 @@ class PlannedBesideMeasured(FirstRankCallback):
         if not self._steps:
             return
         on_gpu = self._plan.deployment.device.kind == "cuda"
-        moments = [of_tensors(moment.items) for moment in self._plan.memory.moments]
-        memory = max(moments, key=lambda moment: moment.high)
+        memory = planned_memory(self._plan)
         numbers |= _numbers("memory_bytes", self._memory.allocated, memory)
         numbers["memory_bytes/reserved"] = self._memory.reserved
         # A process on a CPU has more than tensors: caches of its libraries, the loader, compiled kernels.
@@ -79,6 +78,12 @@ class PlannedBesideMeasured(FirstRankCallback):
             self._folder.add_to_start(plan=known | numbers)
         except OSError as error:  # a run goes on without it
             self._tell.on_message(f"run.json: the plan's numbers are not in it: {error.strerror}")
+
+
+def planned_memory(plan: Plan) -> Range:
+    """Bytes that tensors take on a rank at the fullest moment."""
+    moments = [of_tensors(moment.items) for moment in plan.memory.moments]
+    return max(moments, key=lambda moment: moment.high)
 
 
 def _numbers(what: str, measured: float, planned: Range) -> dict[str, float]:

@@ -137,8 +137,8 @@ def test_the_export_loads_in_plain_transformers_and_scores_the_same(runs):
 def test_tensorboard_has_losses_speed_and_the_recipe(runs):
     events = EventAccumulator(str(runs / "bico" / "tensorboard")).Reload()
     tags = set(events.Tags()["scalars"])
-    assert {"loss/all", "loss/ntp", "loss/bico", "optimizer/grad_norm", "data/fill"} <= tags
-    assert {f"evaluation/{task}/headline" for task in TASKS} <= tags
+    assert {"2 loss/all", "2 loss/ntp", "2 loss/bico", "6 optimizer/grad_norm", "7 data/fill"} <= tags
+    assert {f"1 reversal/{task}" for task in TASKS} <= tags
     assert "recipe/text_summary" in events.Tags()["tensors"]
 
 
@@ -187,7 +187,7 @@ def test_a_run_shows_what_was_planned_beside_what_was_measured(runs):
     console = (runs / "bico.log").read_text()
     assert console.count("measured beside planned: ntp step ") == 1
     tags = EventAccumulator(str(runs / "bico" / "tensorboard")).Reload().Tags()["scalars"]
-    assert "plan/step_seconds/bico/measured" in tags and "speed/mfu/bico" in tags
+    assert "8 details/plan/step_seconds/bico/measured" in tags and "4 speed/mfu/bico" in tags
 
 
 def test_the_run_folder_tells_what_was_run(runs):

@@ -5,29 +5,27 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-from torch.utils.tensorboard.summary import custom_scalars, text
+from torch.utils.tensorboard.summary import text
 
 from bico_ds.common.appended_file import AppendedFile
 from bico_ds.common.files import write_atomically
 from bico_ds.config.load import dump_recipe
-from bico_ds.config.objectives.table import objective_names
-from bico_ds.config.schema import MonitorSpec, Recipe
+from bico_ds.config.schema import MonitorSpec
 from bico_ds.model.deepspeed_engine import EventWriter
 from bico_ds.runtime.run_folder import RunFolder, split_metrics
 from bico_ds.training.callbacks.base import FirstRankCallback, RunStart, StepReport
 from bico_ds.training.callbacks.best_effort import BestEffort
 from bico_ds.training.callbacks.deepspeed_monitor import bear_failures
-from bico_ds.training.callbacks.event_file import EventFile
 from bico_ds.training.callbacks.slowest import SlowestRank
-from bico_ds.training.callbacks.utilization import TAG as MFU
+from bico_ds.training.callbacks.tensorboard.board import Board
+from bico_ds.training.callbacks.tensorboard.charts import as_summary, charts
 from bico_ds.training.callbacks.utilization import Utilization
-from bico_ds.training.callbacks.work import SHARE, SHARED, ObjectiveWork
+from bico_ds.training.callbacks.work import ObjectiveWork
 
 
 class StepMonitor(FirstRankCallback):
@@ -56,7 +54,7 @@ class StepMonitor(FirstRankCallback):
         self._effort, self._tell = BestEffort(tell), tell
         self._metrics = AppendedFile(folder.metrics_file, root=folder.path)
         self._is_cut = False  # metrics.jsonl: before the first line of this start
-        self._events: EventFile | None = None
+        self._board: Board | None = None
 
     def on_start(self, start: RunStart) -> None:
         first = start.first_step
@@ -66,18 +64,16 @@ class StepMonitor(FirstRankCallback):
             csv = self._folder.csv / start.recipe.name
             bear_failures(self._deepspeed_monitor, csv, root=self._folder.path, effort=self._effort)
         if self._spec.tensorboard:
-            self._events = EventFile(
-                self._folder.tensorboard,
-                root=self._folder.path,
-                # Hide the steps that an earlier start wrote after the checkpoint resumed from (without one: all).
-                first_step=first + 1,
+            self._board = Board(
+                self._folder,
+                first_step=first,
                 first=[
-                    custom_scalars(charts(start.recipe)),
+                    as_summary(charts(start.recipe, has_mfu=self._utilization is not None)),
                     text("recipe", f"```yaml\n{dump_recipe(start.recipe)}```"),
                     text("summary", f"```json\n{json.dumps(start.summary, indent=1)}\n```"),
                 ],
+                mfu=self._utilization.description if self._utilization is not None else "",
             )
-            self._events.add([], first)
         self._write_waiting()
 
     def on_step(self, report: StepReport) -> None:
@@ -96,7 +92,7 @@ class StepMonitor(FirstRankCallback):
         if self._pending and state == "done":  # else the checkpoint keeps them
             self._write_pending()
         self._write_waiting()
-        for file in (self._metrics, *([self._events.file] if self._events is not None else [])):
+        for file in (self._metrics, *([self._board.file] if self._board is not None else [])):
             if file.missing:
                 self._tell(f"WARNING: {file.path} lacks {file.missing:,} records, which could not be written")
 
@@ -120,16 +116,16 @@ class StepMonitor(FirstRankCallback):
         known = {tag: value for tag, value in numbers.items() if math.isfinite(value)}
         line = json.dumps({"step": step, "kind": kind, **known}, allow_nan=False)
         self._metrics.add(line.encode() + b"\n")
-        if self._events is not None:
-            self._events.add(self._scalars(charted), step)
+        if self._board is not None:
+            self._board.add(step, kind, known)
         self._write_waiting()
         if self._deepspeed_monitor is not None and self._deepspeed_monitor.enabled:
             self._deepspeed_monitor.write_events([(tag, value, step) for tag, value in charted.items()])
 
     def _write_waiting(self) -> None:
         self._effort.attempt(self._metrics.path.name, self._write_lines)
-        if self._events is not None:
-            self._effort.attempt("TensorBoard's file", self._events.file.write_waiting)
+        if self._board is not None:
+            self._effort.attempt("TensorBoard's file", self._board.write_waiting)
 
     def _write_lines(self) -> None:
         if not self._is_cut:
@@ -137,44 +133,6 @@ class StepMonitor(FirstRankCallback):
             self._metrics.path.touch()
             self._is_cut = True
         self._metrics.write_waiting()
-
-    def _scalars(self, numbers: dict[str, float]) -> Iterator[Summary.Value]:
-        """As torch's `add_scalar` writes them; MFU with the description that TensorBoard shows beside the chart."""
-        for tag, value in numbers.items():
-            if self._utilization is None or not tag.startswith(MFU):
-                yield Summary.Value(tag=tag, simple_value=value)
-                continue
-            plugin = SummaryMetadata.PluginData(plugin_name="scalars")
-            metadata = SummaryMetadata(plugin_data=plugin, summary_description=self._utilization.description)
-            yield Summary.Value(tag=tag, simple_value=value, metadata=metadata)
-
-
-def charts(recipe: Recipe) -> dict[str, dict[str, list[Any]]]:
-    """TensorBoard's CUSTOM SCALARS: losses in the charts that the objectives' specs name, tasks, and speed."""
-    losses: dict[str, list[str]] = defaultdict(list)
-    losses["loss"].append("loss/all")
-    for name, spec in zip(objective_names(recipe.objectives), recipe.objectives, strict=True):
-        losses[spec.monitor.chart].append(f"loss/{name}")
-    by_source = [
-        f"loss/{name}/{recipe.data.source_names[number]}"
-        for name, spec in zip(objective_names(recipe.objectives), recipe.objectives, strict=True)
-        for number in recipe.data.source_numbers(spec.sources)
-    ]
-    tags = {
-        **losses,
-        **({"loss by source": by_source} if len(recipe.data.sources) > 1 else {}),
-        **({"divergence from the start model": ["loss/divergence"]} if recipe.retention is not None else {}),
-        "reversal tasks": [r"evaluation/.*/headline"],
-        **({"retention": [r"evaluation/text/.*/times_base"]} if recipe.evaluation.texts else {}),
-        "tokens per second": [r"speed/.*_tokens_per_second"],
-        "MFU": [f"{MFU}.*"],
-        **(
-            {f"share of {what}": [f"{SHARE}/{what}/.*"] for what in SHARED}
-            if len(recipe.objectives) > 1
-            else {}
-        ),
-    }
-    return {"bico_ds": {chart: ["Multiline", names] for chart, names in tags.items()}}
 
 
 def _summarize(reports: list[StepReport]) -> dict[str, float]:

@@ -36,12 +36,11 @@ class EventFile:
         head = [Event(wall_time=now, file_version="brain.Event:2"), start]
         head += [Event(wall_time=now, step=first_step - 1, summary=summary) for summary in first]
         self.file = AppendedFile(folder / name, root=root, head=b"".join(map(_record, head)))
+        self.file.add(b"")  # the head is written before there is a number
 
-    def add(self, values: Iterable[Summary.Value], step: int) -> None:
+    def add(self, summary: Summary, step: int) -> None:
         """Let the values of a step wait; `file.write_waiting` writes them."""
-        now = time.time()
-        events = [Event(wall_time=now, step=step, summary=Summary(value=[value])) for value in values]
-        self.file.add(b"".join(map(_record, events)))
+        self.file.add(_record(Event(wall_time=time.time(), step=step, summary=summary)))
 
 
 def _record(event: Event) -> bytes:

@@ -1,0 +1,51 @@
+"""A run in TensorBoard. Rank 0 only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+
+from bico_ds.common.appended_file import AppendedFile
+from bico_ds.runtime.run_folder import RunFolder
+from bico_ds.training.callbacks.tensorboard.event_file import EventFile
+from bico_ds.training.callbacks.tensorboard.tags import tag_of, tagged
+from bico_ds.training.callbacks.utilization import TAG as MFU
+
+
+class Board:
+    """The event files of a run folder: each start adds one, which hides what earlier ones wrote after its `first_step`.
+
+    `first_step`: the step that the run goes on from. `first`: what the file begins with. `mfu`: what the peak of MFU is,
+    shown beside its charts.
+    """
+
+    def __init__(
+        self, folder: RunFolder, *, first_step: int, first: Iterable[Summary], mfu: str = ""
+    ) -> None:
+        self._mfu = mfu
+        self._events = EventFile(folder.tensorboard, root=folder.path, first_step=first_step + 1, first=first)
+
+    @property
+    def file(self) -> AppendedFile:
+        """The file of this start."""
+        return self._events.file
+
+    def add(self, step: int, kind: str, numbers: Mapping[str, float]) -> None:
+        """Let the numbers of a line of metrics.jsonl wait, all in one record; `write_waiting` writes them."""
+        self._events.add(Summary(value=self._scalars(kind, numbers)), step)
+
+    def write_waiting(self) -> None:
+        """Write what waits. Raises OSError; it then goes on waiting."""
+        self._events.file.write_waiting()
+
+    def _scalars(self, kind: str, numbers: Mapping[str, float]) -> list[Summary.Value]:
+        return [self._scalar(tag, value) for tag, value in tagged(kind, numbers).items()]
+
+    def _scalar(self, tag: str, value: float) -> Summary.Value:
+        """As torch's `add_scalar` writes it, or with the description that TensorBoard shows beside the chart."""
+        if not self._mfu or not tag.startswith(tag_of(MFU)):
+            return Summary.Value(tag=tag, simple_value=value)
+        plugin = SummaryMetadata.PluginData(plugin_name="scalars")
+        metadata = SummaryMetadata(plugin_data=plugin, summary_description=self._mfu)
+        return Summary.Value(tag=tag, simple_value=value, metadata=metadata)

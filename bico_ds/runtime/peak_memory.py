@@ -13,7 +13,7 @@ from bico_ds.runtime import host_memory
 class MemoryUse:
     """Of one process, in bytes. `host`: its resident memory, mapped files among it; the others as `PeakMemory` counts.
 
-    `allocated`: what tensors take now, and `peak` the most that they took; `reserved`: what is taken from the device for them.
+    `allocated`: what tensors take now; `peak`: the most that they took; `reserved`: what is taken from the device for them.
     """
 
     allocated: int

@@ -56,8 +56,9 @@ from bico_ds.training.build_engine import build_engine
 from bico_ds.training.callbacks.base import Callback, Callbacks, RunStart
 from bico_ds.training.callbacks.console import ConsoleProgress
 from bico_ds.training.callbacks.monitor import StepMonitor
-from bico_ds.training.callbacks.planned import PlannedBesideMeasured
+from bico_ds.training.callbacks.planned import PlannedBesideMeasured, planned_memory
 from bico_ds.training.callbacks.slowest import SlowestRank
+from bico_ds.training.callbacks.stopwatch import Stopwatch
 from bico_ds.training.callbacks.utilization import Utilization
 from bico_ds.training.callbacks.work import ObjectiveWork
 from bico_ds.training.checks import (
@@ -325,8 +326,18 @@ def _callbacks(run: Run, engine: Engine, spikes: SpikeDetector, planned: StartPl
     work = ObjectiveWork(plan, run.folder, console)
     utilization = Utilization.planned(plan) if plan is not None else None
     slowest = SlowestRank(run.ranks, run.folder, console) if run.ranks.world_size > 1 else None
+    watch = Stopwatch()
     monitor = StepMonitor(
-        run.recipe.monitor, run.folder, engine.monitor, utilization, work, slowest, tell=console.on_message
+        run.recipe.monitor,
+        run.folder,
+        engine.monitor,
+        utilization,
+        work,
+        slowest,
+        tell=console.on_message,
+        ranks=run.ranks.world_size,
+        planned_memory=planned_memory(plan) if plan is not None else None,
+        watch=watch,
     )
     callbacks: list[Callback] = [work, console, monitor, spikes]
     if slowest is not None:
@@ -334,7 +345,7 @@ def _callbacks(run: Run, engine: Engine, spikes: SpikeDetector, planned: StartPl
     if planned is not None:
         tell = Callbacks([console, monitor], is_first_rank=True)
         callbacks.insert(0, PlannedBesideMeasured(planned.plan, planned.memory, run.folder, tell))
-    return Callbacks(callbacks, is_first_rank=run.ranks.is_first)
+    return Callbacks(callbacks, is_first_rank=run.ranks.is_first, watch=watch)
 
 
 def _checkpointer(run: Run, inputs: RunInputs, engine: Engine, resumption: Resumption | None) -> Checkpointer:

@@ -46,7 +46,7 @@ class StepTotals:
     Losses are weighted. `source_losses` and `source_weights`: the sum of each data source's, and of their weights, where
     there are several. `norm_before`: the gradient norm of the step before, NaN where it was not given. `following`: the
     next step, where it was given. `own_seconds`: by rank, where it was given. `memory`: each number of `MemoryUse`, in bytes,
-    of the rank that has most of it; where it was given.
+    as the rank has it where it is largest; where it was given.
     """
 
     loss: float

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bico_ds.config.schema import Recipe
+from bico_ds.training.callbacks.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +46,9 @@ class StepReport:
     mean KL(start model ‖ model) over the rows that `retention` compares, in nats; None where none was. `source_losses`: by
     data source, where there are several, the weighted mean loss of its targets and the sum of their weights.
     `own_seconds`: by rank, where there are several, what it worked since the ranks were last together and did not wait for
-    others; on GPUs of the step before (`bico_ds.runtime.nodes.own_time`). `memory`: where the step is one that is logged,
-    what the ranks had before its update (`bico_ds.runtime.peak_memory.MemoryUse`): of each number of bytes the largest of any
-    rank.
+    others; on GPUs of the step before (`bico_ds.runtime.nodes.own_time`). `memory`: of a step that ends a logged
+    interval, what the ranks had before its update (`bico_ds.runtime.peak_memory.MemoryUse`): each number is the largest of
+    any rank's.
     """
 
     step: int
@@ -110,25 +111,33 @@ class FirstRankCallback(Callback):
 class Callbacks(Callback):
     """All callbacks of this rank as one."""
 
-    def __init__(self, callbacks: Sequence[Callback], *, is_first_rank: bool) -> None:
-        """`callbacks`: the same on every rank, in the same order; `is_first_rank`: whether this is rank 0."""
+    def __init__(
+        self, callbacks: Sequence[Callback], *, is_first_rank: bool, watch: Stopwatch | None = None
+    ) -> None:
+        """`callbacks`: the same on every rank, in the same order; `is_first_rank`: whether this is rank 0.
+
+        `watch` runs while steps and messages are shown and written.
+        """
         self._callbacks = [c for c in callbacks if is_first_rank or not isinstance(c, FirstRankCallback)]
+        self._watch = watch or Stopwatch()
 
     def on_start(self, start: RunStart) -> None:
         for callback in self._callbacks:
             callback.on_start(start)
 
     def on_step(self, report: StepReport) -> None:
-        for callback in self._callbacks:
-            callback.on_step(report)
+        with self._watch:
+            for callback in self._callbacks:
+                callback.on_step(report)
 
     def on_numbers(self, step: int, kind: str, numbers: dict[str, float]) -> None:
         for callback in self._callbacks:
             callback.on_numbers(step, kind, numbers)
 
     def on_message(self, text: str) -> None:
-        for callback in self._callbacks:
-            callback.on_message(text)
+        with self._watch:
+            for callback in self._callbacks:
+                callback.on_message(text)
 
     def on_end(self, step: int, state: str) -> None:
         for callback in self._callbacks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
+from collections.abc import Sequence
 
 from bico_ds.planner.items import of_tensors
 from bico_ds.planner.plan import Plan
@@ -78,6 +79,18 @@ class PlannedBesideMeasured(FirstRankCallback):
             self._folder.add_to_start(plan=known | numbers)
         except OSError as error:  # a run goes on without it
             self._tell.on_message(f"run.json: the plan's numbers are not in it: {error.strerror}")
+
+
+def memory_numbers(reports: Sequence[StepReport], planned: Range | None) -> dict[str, float]:
+    """The newest memory that these steps know, of the fullest rank, beside that of the plan; GB (1e9 bytes).
+
+    `planned`: `planned_memory`; None where there is no plan. Nothing where no step knows its memory.
+    """
+    known = [report.memory for report in reports if report.memory]
+    if not known:
+        return {}
+    bounds = {} if planned is None else {"planned_low": planned.low, "planned_high": planned.high}
+    return {f"memory/{what}_gb": amount / GB for what, amount in (known[-1] | bounds).items()}
 
 
 def planned_memory(plan: Plan) -> Range:

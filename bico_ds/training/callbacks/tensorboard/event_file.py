@@ -6,19 +6,19 @@ raises that error, and a folder that was removed never comes back.
 
 from __future__ import annotations
 
-import io
 import itertools
 import os
 import socket
+import struct
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from bico_ds.common.appended_file import AppendedFile
+from bico_ds.training.callbacks.tensorboard.checksum import masked_crc32c
 
 _numbers = itertools.count()  # of this process's event files: their names sort as they were begun
 
@@ -45,6 +45,7 @@ class EventFile:
 
 def _record(event: Event) -> bytes:
     """An event as the file holds it: with its length and checksums."""
-    content = io.BytesIO()
-    RecordWriter(content).write(event.SerializeToString())
-    return content.getvalue()
+    content = event.SerializeToString()
+    length = struct.pack("<Q", len(content))
+    checks = (struct.pack("<I", masked_crc32c(part)) for part in (length, content))
+    return length + next(checks) + content + next(checks)

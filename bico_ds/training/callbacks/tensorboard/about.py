@@ -13,7 +13,7 @@ from bico_ds.common.appended_file import AppendedFile
 from bico_ds.common.json_files import JsonError
 from bico_ds.runtime.run_folder import RunFolder, read_starts
 from bico_ds.training.callbacks.base import RunStart
-from bico_ds.training.callbacks.tensorboard.event_file import TAGS, VERSION, record
+from bico_ds.training.callbacks.tensorboard.event_file import TAGS, record, version
 from bico_ds.training.callbacks.tensorboard.hyperparameters import session_end, session_start
 from bico_ds.training.callbacks.tensorboard.tags import DATA, DETAILS
 from bico_ds.training.callbacks.tensorboard.texts import data_text, recipe_text, text_value, versions_text
@@ -27,7 +27,7 @@ class About:
 
     def __init__(self, folder: RunFolder, start: RunStart) -> None:
         now = time.time()
-        head = [VERSION]
+        head = [version()]
         head += [
             Event(wall_time=now, summary=Summary(value=[value])) for value in _values(folder, start, now)
         ]

@@ -6,26 +6,25 @@ raises that error, and a folder that was removed never comes back.
 
 from __future__ import annotations
 
-import io
 import itertools
 import os
 import socket
+import struct
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from bico_ds.common.appended_file import AppendedFile
 from bico_ds.common.files import atomic_file
+from bico_ds.training.callbacks.tensorboard.checksum import masked_crc32c
 
 _numbers = itertools.count()  # of this process's event files: their names sort as they were begun
 # The end of a name that says which tags the file has: those of bico_ds.training.callbacks.tensorboard.tags. Files of runs
 # begun before these were so end in a number.
 TAGS = ".tags2"
-VERSION = Event(file_version="brain.Event:2")
 
 
 class EventFile:
@@ -37,7 +36,7 @@ class EventFile:
     def __init__(self, folder: Path, *, root: Path, first_step: int, first: Iterable[Summary]) -> None:
         now = time.time()
         start = Event(wall_time=now, step=first_step, session_log=SessionLog(status=SessionLog.START))
-        head = [VERSION, start]
+        head = [version(), start]
         head += [Event(wall_time=now, step=first_step - 1, summary=summary) for summary in first]
         self.file = AppendedFile(folder / _new_name(), root=root, head=b"".join(map(record, head)))
         self.file.add(b"")  # the head is written before there is a number
@@ -50,12 +49,17 @@ class EventFile:
 def write_events(folder: Path, events: Iterable[Event]) -> None:
     """Write events into a file of their own, which is there as a whole or not at all. Raises OSError."""
     with atomic_file(folder / _new_name()) as temporary, temporary.open("wb") as file:
-        file.writelines(map(record, itertools.chain([VERSION], events)))
+        file.writelines(map(record, itertools.chain([version()], events)))
 
 
 def has_todays_tags(path: Path) -> bool:
     """Whether an event file was written with today's tags."""
     return path.name.endswith(TAGS)
+
+
+def version() -> Event:
+    """What an event file begins with."""
+    return Event(wall_time=time.time(), fileversion="brain.Event:2")
 
 
 def _new_name() -> str:
@@ -64,6 +68,7 @@ def _new_name() -> str:
 
 def record(event: Event) -> bytes:
     """An event as the file holds it: with its length and checksums."""
-    content = io.BytesIO()
-    RecordWriter(content).write(event.SerializeToString())
-    return content.getvalue()
+    content = event.SerializeToString()
+    length = struct.pack("<Q", len(content))
+    checks = (struct.pack("<I", masked_crc32c(part)) for part in (length, content))
+    return length + next(checks) + content + next(checks)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from bico_ds.evaluation.report.page.html import Html, element, joined, listed
-from bico_ds.evaluation.report.page.numbers import compact
+from bico_ds.evaluation.report.page.numbers import tick
 from bico_ds.evaluation.report.page.style import COLOURS_OF_RUNS
 
 Point = tuple[float, float]
@@ -57,7 +57,7 @@ class Chart:
     summary: str
     x_name: str
     curves: Sequence[Curve]
-    y_format: Callable[[float], str] = compact
+    y_format: Callable[[float], str] = tick
     y_range: tuple[float, float] | None = None
     is_log_x: bool = False
     reference: Sequence[float] = ()
@@ -137,8 +137,10 @@ def _wide(values: Sequence[float]) -> tuple[float, float]:
         low = 0.0
     if low == high:
         low, high = (low - abs(low) / 2, high + abs(high) / 2) if low else (0.0, 1.0)
-    step = _step(high - low)
-    return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+    for _ in range(3):  # a wider axis may have other ticks
+        step = _step(high - low)
+        low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+    return low, high
 
 
 def _step(width: float) -> float:
@@ -177,7 +179,7 @@ def _axes(chart: Chart, scale: _Scale) -> Iterator[Html]:
     for value in (log_ticks if scale.is_log_x else ticks)(scale.left, scale.right):
         x = f"{scale.x(value):.1f}"
         yield element("line", x1=x, x2=x, y1=floor, y2=floor + 5, class_="axis")
-        yield element("text", compact(value), x=x, y=floor + 21, text_anchor="middle")
+        yield element("text", tick(value), x=x, y=floor + 21, text_anchor="middle")
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     yield element("text", chart.x_name, x=middle, y=_HEIGHT - 8, text_anchor="middle")
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from bico_ds.common.json_files import JsonError, is_number, read_object
 from bico_ds.common.printable import on_one_line
 from bico_ds.evaluation.report.page.html import Html, element, section, table
-from bico_ds.evaluation.report.page.numbers import seconds
+from bico_ds.evaluation.report.page.numbers import amount, seconds
 from bico_ds.evaluation.report.page.scores import figure_of
 from bico_ds.evaluation.report.page.source import ReportedRun
 
@@ -58,7 +58,7 @@ def _table(run: ReportedRun) -> Html | None:
         (event.what, "–" if event.step is None else f"{event.step:,}", moment(event.when), event.more)
         for event in shown
     ]
-    return table(caption, ("event", "step", "time", "more"), rows, words=("time", "more"))
+    return table(caption, ("event", "step", "time", "more"), rows, words=("time", "more"), as_cards=True)
 
 
 def moment(when: float | None) -> str:
@@ -78,29 +78,37 @@ def time_of_start(start: dict[str, Any]) -> float | None:
 
 def _starts(run: ReportedRun) -> Iterator[_Event]:
     for number, start in enumerate(run.starts, start=1):
-        hosts = start.get("hosts")
-        on = (
-            f"{len(hosts)} ranks on {len(set(map(str, hosts)))} host(s)"
-            if isinstance(hosts, list) and hosts
-            else ""
-        )
-        host = str(start.get("host", ""))
         job = f"job {start['job']}" if start.get("job") else ""
-        more = on_one_line(", ".join(filter(None, (on, host, job))), most=_MOST_CHARACTERS)
+        more = on_one_line(", ".join(filter(None, (_where(start), job))), most=_MOST_CHARACTERS)
         yield _Event(f"start {number}", None, time_of_start(start), more, is_rare=True)
     begun = {start.get("run_id") for start in run.starts}
+    if len(run.attempts) <= len(begun):
+        return
     for attempt in run.attempts:
         step, when = attempt.get("step"), attempt.get("time")
         job = on_one_line(f"job {attempt.get('job', '')}", most=_MOST_CHARACTERS)
-        if len(run.attempts) > len(begun) and is_number(when):
-            yield _Event("attempt by SLURM", step if type(step) is int else None, when, job, is_rare=True)
+        if when is not None and is_number(when):
+            at = step if type(step) is int else None
+            yield _Event("attempt by SLURM", at, float(when), job, is_rare=True)
+
+
+def _where(start: dict[str, Any]) -> str:
+    """The ranks and nodes of a start."""
+    hosts = start.get("hosts")
+    if not isinstance(hosts, list) or not hosts:
+        return str(start.get("host", ""))
+    nodes = list(dict.fromkeys(map(str, hosts)))
+    ranks = amount(len(hosts), "rank")
+    return (
+        f"{ranks} on {nodes[0]}" if len(nodes) == 1 else f"{ranks} on {len(nodes)} nodes: {', '.join(nodes)}"
+    )
 
 
 def _steps(run: ReportedRun) -> Iterator[_Event]:
     last = _last_checkpoint(run)
     for record in run.logged.of_kind("checkpoint"):
         step, took = record["step"], record.get("speed/checkpoint_seconds")
-        more = f"held training up for {seconds(took)}" if is_number(took) else ""
+        more = f"held training up for {seconds(float(took))}" if took is not None and is_number(took) else ""
         yield _Event("checkpoint", step, last.get(step), more)
     for record in run.logged.of_kind("evaluation"):
         yield _Event(
@@ -135,7 +143,7 @@ def _last_checkpoint(run: ReportedRun) -> dict[int, float]:
     except JsonError:
         return {}
     step, when = record.get("step"), record.get("time")
-    return {step: when} if type(step) is int and is_number(when) else {}
+    return {step: float(when)} if type(step) is int and when is not None and is_number(when) else {}
 
 
 def _written(run: ReportedRun, step: int) -> float | None:

@@ -44,26 +44,42 @@ def section(identifier: str, heading: str, *children: Any) -> Html:
 
 
 def table(
-    caption: str, headers: Sequence[str], rows: Iterable[Sequence[Any]], *, words: Sequence[str] = ()
+    caption: str,
+    headers: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    *,
+    words: Sequence[str] = (),
+    as_cards: bool = False,
 ) -> Html:
     """A table that scrolls in a box of its own; the first cell of a row is its header.
 
-    Columns are of numbers, right-aligned, but for the first and those whose header is among `words`.
+    Columns are of numbers, right-aligned, but for the first and those whose header is among `words`. `as_cards`: on a
+    narrow screen each row is a card, with the headers of the columns before its cells.
     """
     kinds = ["words" if number == 0 or name in words else None for number, name in enumerate(headers)]
-    head = element(
-        "tr",
-        *(element("th", name, scope="col", class_=kind) for name, kind in zip(headers, kinds, strict=True)),
-    )
+    columns = list(zip(headers, kinds, strict=True))
+    head = [element("th", name, scope="col", class_=kind, role="columnheader") for name, kind in columns]
     body = [
         element(
             "tr",
-            element("th", row[0], scope="row", class_="words"),
-            *(element("td", cell, class_=kind) for cell, kind in zip(row[1:], kinds[1:], strict=True)),
+            element("th", row[0], scope="row", class_="words", role="rowheader"),
+            *(
+                element("td", cell, class_=kind, role="cell", data_label=name if as_cards else None)
+                for cell, (name, kind) in zip(row[1:], columns[1:], strict=True)
+            ),
+            role="row",
         )
         for row in rows
     ]
-    found = element("table", element("caption", caption), element("thead", head), element("tbody", *body))
+    # A table that is laid out as cards is none to a browser, but for the roles that are said.
+    found = element(
+        "table",
+        element("caption", caption),
+        element("thead", element("tr", *head, role="row"), role="rowgroup"),
+        element("tbody", *body, role="rowgroup"),
+        role="table",
+        class_="cards" if as_cards else None,
+    )
     # A box that scrolls must be in reach of the keyboard, and have a name there.
     return element("div", found, class_="scroll", role="region", aria_label=caption, tabindex="0")
 

@@ -30,6 +30,11 @@ def compact(value: float) -> str:
     return f"{value:,.0f}" if size >= 1000 else _digits(value)
 
 
+def tick(value: float) -> str:
+    """A number beside an axis, with little room: `5 k`."""
+    return f"{_digits(value / 1e3)} k" if 1e3 <= abs(value) < 1e6 else compact(value)
+
+
 def _digits(value: float) -> str:
     """Three digits that count, and no exponent where few zeros do."""
     if not 1e-4 <= abs(value) < 1e6:
@@ -40,15 +45,19 @@ def _digits(value: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """A time, as `0.124 s`, `2.1 min`, `3.4 h`."""
+    """A time, as `68.6 ms`, `1.24 s`, `2.1 min`, `3.4 h`."""
+    if 0 < value < 0.1:
+        return f"{_digits(value * 1e3)} ms"
     if value < 100:
         return f"{compact(value)} s"
     return f"{value / 60:.1f} min" if value < 5400 else f"{value / 3600:,.1f} h"
 
 
 def gigabytes(value: float) -> str:
-    """Bytes in GB of 1e9."""
-    return f"{_digits(value / 1e9)} GB" if value else "0 GB"
+    """Bytes in GB of 1e9, or MB of 1e6."""
+    return (
+        f"{_digits(value / 1e6)} MB" if 0 < value < 1e9 else f"{_digits(value / 1e9)} GB" if value else "0 GB"
+    )
 
 
 def amount(count: int, one: str) -> str:

@@ -34,7 +34,7 @@ def settings(runs: Sequence[ReportedRun]) -> Html | None:
     else:
         words = "is the same" if same.startswith("1 ") else "are the same"
         caption = f"Keys that differ; {same} {words} in all"
-        body = [table(caption, ("key", *labels), rows, words=labels)]
+        body = [table(caption, ("key", *labels), rows, words=labels, as_cards=True)]
     body += [
         details(f"The whole recipe of {run.label}", code(dump_yaml(run.recipe).splitlines())) for run in known
     ]

@@ -43,7 +43,10 @@ class Series(NamedTuple):
 
 @dataclass
 class Logged:
-    """A metrics.jsonl. `series`: by key, of lines of training. `other`: all other lines. `last`: the last one of training."""
+    """A metrics.jsonl.
+
+    `series`: by key, of lines of training. `last`: the last of these. `other`: all other lines.
+    """
 
     series: dict[str, Series] = field(default_factory=dict)
     other: list[Line] = field(default_factory=list)
@@ -133,7 +136,11 @@ def _read_folder(path: Path, label: str) -> ReportedRun:
     logged = faults.reading(folder.metrics_file, _read_metrics, Logged())
     if logged.unreadable:
         faults.note(f"{folder.metrics_file.name}: {logged.unreadable} lines are damaged and left out")
-    recipe = faults.reading(folder.recipe_file, lambda file: read_mapping(file, "no recipe").values, {})
+    recipe: dict[str, Any] = faults.reading(
+        folder.recipe_file, lambda file: read_mapping(file, "no recipe").values, {}
+    )
+    nothing: list[dict[str, Any]] = []
+    attempts = faults.reading(path / "slurm" / "attempts.jsonl", read_object_lines, nothing)
     if read_state(folder.state_file) is None and os.path.lexists(folder.state_file):
         faults.note(f"{folder.state_file.name}: damaged")
     return ReportedRun(
@@ -145,8 +152,8 @@ def _read_folder(path: Path, label: str) -> ReportedRun:
         ),
         logged=logged,
         recipe=without_secrets(recipe),
-        starts=without_secrets(faults.reading(folder.run_file, read_starts, [])),
-        attempts=faults.reading(path / "slurm" / "attempts.jsonl", read_object_lines, []),
+        starts=without_secrets(faults.reading(folder.run_file, read_starts, nothing)),
+        attempts=attempts,
         state=read_state(folder.state_file) or {},
         model=str(path / "export"),
         faults=faults.told,

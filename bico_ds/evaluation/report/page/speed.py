@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from bico_ds.common.json_files import is_number
-from bico_ds.evaluation.report.page.chart import Chart, Curve, draw
+from bico_ds.evaluation.report.page.chart import Chart, Curve, draw, legend
 from bico_ds.evaluation.report.page.curves import thinned
 from bico_ds.evaluation.report.page.html import Html, element, section, table
 from bico_ds.evaluation.report.page.numbers import compact, gigabytes, percent, seconds
@@ -16,6 +16,7 @@ from bico_ds.evaluation.report.page.source import ReportedRun
 from bico_ds.evaluation.report.tables import WORK_COLUMNS, work_lines
 
 _WORK = "work/"
+_PARTS = ("measured", "low", "high", "ratio")  # of what the planner said
 
 
 class _Quantity(NamedTuple):
@@ -32,10 +33,10 @@ def _gb(value: float) -> str:
 
 
 _QUANTITIES = (
-    _Quantity("speed/kept_tokens_per_second", "tokens of the texts per second", compact),
-    _Quantity("speed/represented_tokens_per_second", "tokens through the model per second", compact),
-    _Quantity("speed/kept_tokens_per_second_per_rank", "tokens of the texts per second and rank", compact),
-    _Quantity("speed/represented_tokens_per_second_per_rank", "tokens through the model per second and rank", compact),
+    _Quantity("speed/represented_tokens_per_second", "tokens of the texts per second", compact),
+    _Quantity("speed/represented_tokens_per_second_per_rank", "tokens of the texts per second and rank", compact),
+    _Quantity("speed/kept_tokens_per_second", "tokens through the model per second", compact),
+    _Quantity("speed/kept_tokens_per_second_per_rank", "tokens through the model per second and rank", compact),
     _Quantity("speed/step_seconds", "time of a step", seconds),
     _Quantity("speed/data_wait_share", "of it, waiting for data", percent),
     _Quantity("speed/monitor_share", "of the time, showing and writing", percent),
@@ -46,6 +47,11 @@ _QUANTITIES = (
     _Quantity("memory/reserved_gb", "reserved memory, at most", _gb, max),
     _Quantity("memory/host_gb", "memory of the process, at most", _gb, max),
 )  # fmt: skip
+_CHARTS = {
+    "speed/represented_tokens_per_second": "Tokens of the texts per second",
+    "speed/step_seconds": "Seconds of a step",
+    "memory/allocated_gb": "Memory of tensors, GB",
+}
 
 
 def speed(runs: Sequence[ReportedRun]) -> Html | None:
@@ -60,21 +66,30 @@ def speed(runs: Sequence[ReportedRun]) -> Html | None:
         "speed",
         "Speed, memory and work",
         *_machines(runs),
-        element("div", *_charts(runs), class_="panels") if measured else None,
+        *_figures(runs),
         table("Measured: medians over the logged lines", ("", *labels), measured) if measured else None,
         table(
             "Planned beside measured, in the last start of each run",
             ("run", "what", "measured", "planned", "measured / middle of the plan"),
             planned,
             words=("what",),
+            as_cards=True,
         )
         if planned
         else None,
-        table("Work done. FLOPs: useful ones, as MFU counts them", WORK_COLUMNS, work_lines(work))
+        table(
+            "Work done. FLOPs: useful ones, as MFU counts them", WORK_COLUMNS, work_lines(work), as_cards=True
+        )
         if any(work.values())
         else None,
         _by_objective(runs),
     )
+
+
+def _figures(runs: Sequence[ReportedRun]) -> Iterator[Html]:
+    if figures := list(_charts(runs)):
+        yield legend([run.label if run.logged.series else "" for run in runs])
+        yield element("div", *figures, class_="panels")
 
 
 def _rows(runs: Sequence[ReportedRun]) -> list[_Quantity]:
@@ -99,27 +114,22 @@ def _values(run: ReportedRun, key: str) -> list[float]:
 
 
 def _charts(runs: Sequence[ReportedRun]) -> Iterator[Html]:
-    charts = {
-        "speed/represented_tokens_per_second": ("Tokens through the model per second", compact),
-        "speed/step_seconds": ("Time of a step", seconds),
-        "memory/allocated_gb": ("Memory of tensors", _gb),
-    }
-    for number, (key, (title, written)) in enumerate(charts.items()):
+    for number, (key, title) in enumerate(_CHARTS.items()):
         known = [
             (index, run, run.logged.series[key]) for index, run in enumerate(runs) if key in run.logged.series
         ]
         if known:
             curves = [Curve(index, run.label, thinned(series)[0]) for index, run, series in known]
+            medians = [statistics.median(y for _, y in curve.points) for curve in curves]
             chart = Chart(
                 identifier=f"speed-{number}",
                 title=f"{title}, over the steps",
                 summary=" ".join(
-                    f"{curve.label}: median {written(statistics.median(y for _, y in curve.points))}."
-                    for curve in curves
+                    f"{curve.label}: median {compact(median)}."
+                    for curve, median in zip(curves, medians, strict=True)
                 ),
                 x_name="optimizer step",
                 curves=curves,
-                y_format=written,
             )
             yield element("figure", element("h3", title), draw(chart))
 
@@ -133,7 +143,7 @@ def _machines(runs: Sequence[ReportedRun]) -> Iterator[Html]:
     for run in runs:
         device, peak = _plan(run).get("device"), _plan(run).get("peak_flops")
         if isinstance(device, str):
-            of = f"; MFU is of {compact(peak)}FLOP/s" if is_number(peak) else ""
+            of = f"; MFU is of {compact(float(peak))}FLOP/s" if peak is not None and is_number(peak) else ""
             is_cpu = device.startswith("a CPU")
             how = ", the speed of a matrix product measured on it" if of and is_cpu else ""
             yield element("p", f"{run.label} ran on {device}{of}{how}.", class_="soft")
@@ -142,8 +152,10 @@ def _machines(runs: Sequence[ReportedRun]) -> Iterator[Html]:
 def _planned(run: ReportedRun) -> Iterator[list[str]]:
     plan = _plan(run)
     for key in (key.removesuffix("/measured") for key in plan if key.endswith("/measured")):
-        numbers = [plan.get(f"{key}/{part}") for part in ("measured", "low", "high", "ratio")]
-        if not all(map(is_number, numbers)):
+        numbers = [
+            x for x in (plan.get(f"{key}/{part}") for part in _PARTS) if x is not None and is_number(x)
+        ]
+        if len(numbers) < len(_PARTS):
             continue
         measured, low, high, ratio = numbers
         written = gigabytes if key.startswith("memory") else seconds
@@ -165,7 +177,7 @@ def _by_objective(runs: Sequence[ReportedRun]) -> Html | None:
     if not rows:
         return None
     headers = ("run", "objective", "steps", "tokens of the texts", "FLOPs", "share of FLOPs")
-    return table("The work by objective", headers, rows, words=("objective",))
+    return table("The work by objective", headers, rows, words=("objective",), as_cards=True)
 
 
 def _objectives(run: ReportedRun) -> Iterator[list[str]]:

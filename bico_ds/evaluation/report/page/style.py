@@ -98,26 +98,29 @@ thead th{border-top:0;border-bottom:2px solid var(--rule);color:var(--soft);font
 tbody tr:first-child>*{border-top:0}
 th.words,td.words{text-align:left}
 tbody th{font-weight:600}
-td .interval{display:block;color:var(--soft);font-size:13px;white-space:nowrap}
+td .interval,th .interval{font-weight:400;display:block;color:var(--soft);font-size:13px;white-space:nowrap}
 .score{min-width:118px}
 .score svg{margin-top:5px;width:110px;margin-left:auto}
 .bar-back{fill:var(--rule)}
 details{margin:.8em 0}
 summary{cursor:pointer;color:var(--accent);padding:3px 0}
-pre{overflow-x:auto;background:var(--panel);border:1px solid var(--rule);border-radius:8px;padding:12px 14px;margin:.5em 0 1em;
- font:14px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
+pre{overflow-x:auto;background:var(--panel);border:1px solid var(--rule);border-radius:8px;padding:12px 14px;
+ margin:.5em 0 1em;font:14px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
 code,.quoted{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;font-size:.92em}
 .samples{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:14px;padding:0;margin:.6em 0;list-style:none}
 .samples>li{background:var(--panel);border:1px solid var(--rule);border-radius:10px;padding:12px 14px}
 .asked{margin:0 0 .2em;font-weight:600}
 .expected{margin:0 0 .5em;color:var(--soft);font-size:14px}
 .said{list-style:none;padding:0;margin:0;font-size:15px}
-.said li{display:grid;grid-template-columns:auto minmax(0,1fr);gap:2px 8px;padding:3px 0}
-.said .who{color:var(--soft);font-size:14px}
-.said p{margin:0;grid-column:2}
+.said li{display:grid;grid-template-columns:1.4em minmax(0,9em) minmax(0,1fr);gap:2px 10px;padding:3px 0;
+ align-items:baseline}
+.said .who{color:var(--soft);font-size:14px;overflow-wrap:anywhere}
+.said p{margin:0}
 .right{color:var(--good)}
 .wrong{color:var(--bad)}
-.mark{font-weight:700;width:1.2em;text-align:center}
+.mark{font-weight:700;text-align:center}
+.mark-graded{font-size:13px}
+.example{font-size:16px;margin:-.2em 0 .6em}
 dl{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:4px 18px;margin:.6em 0}
 dt{color:var(--soft)}
 dd{margin:0}
@@ -130,6 +133,15 @@ footer{color:var(--soft);font-size:14px;padding-top:18px;padding-bottom:40px;bor
  figure{padding:12px 10px 6px}
  svg text{font-size:17px}
  th,td{padding:6px 9px}
+ .cards,.cards tbody,.cards tr,.cards th,.cards td,.cards caption{display:block;width:100%}
+ .cards thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
+ .cards tr{padding:8px 12px;border-top:1px solid var(--rule)}
+ .cards th,.cards td{border:0;padding:2px 0;text-align:left}
+ .cards td{display:flex;justify-content:space-between;gap:16px;text-align:right;overflow-wrap:anywhere}
+ .cards td::before{content:attr(data-label);color:var(--soft);text-align:left;flex:0 0 auto;max-width:55%}
+ .said li{grid-template-columns:1.4em minmax(0,1fr)}
+ .said p{grid-column:2}
+ .card-row{grid-template-columns:minmax(0,7em) minmax(0,1fr) 3.6em}
  dl{grid-template-columns:minmax(0,1fr);gap:0}
  dd{margin:0 0 .5em}
 }

@@ -39,6 +39,7 @@ def task_table(runs: Sequence[ReportedRun]) -> Html | None:
             ("task", "metric", *results, "another person's answer", "questions"),
             rows,
             words=("metric",),
+            as_cards=True,
         ),
         element(
             "p",
@@ -88,9 +89,9 @@ def _differences(runs: Sequence[ReportedRun]) -> Iterator[Html]:
         pairs = {name: paired_differences(first.final.tasks[name], run.final.tasks[name]) for name in both}
         rows = list(difference_lines({name: found for name, found in pairs.items() if found}))
         if rows:
-            caption = f"{run.label} minus {first.label}, question by question"
+            caption = f"Difference: {run.label} minus {first.label}, question by question"
             headers = ("task", "metric", "difference [95 % interval]", "questions", "persons")
-            yield details(caption[:1].upper() + caption[1:], table(caption, headers, rows, words=("metric",)))
+            yield details(caption, table(caption, headers, rows, words=("metric",)))
 
 
 class _Question(NamedTuple):

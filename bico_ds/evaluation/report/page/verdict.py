@@ -13,7 +13,7 @@ from bico_ds.evaluation.results import ORDERS, TaskResult
 
 _MOST_NAMED = 3  # runs in a sentence
 _MOST_IN_CARD = 6
-_MOST_OF_REASON = 300
+_MOST_OF_REASON, _MOST_OF_EXAMPLE = 300, 120
 _READ = {
     "same": "in the direction asked, so that the answer can be recalled",
     "reverse": "the other way round alone",
@@ -32,16 +32,17 @@ def verdict(runs: Sequence[ReportedRun]) -> Html:
     forward = [name for name in names if name in WORDINGS and not WORDINGS[name].is_reverse]
     words = [
         element("p", _question(first), class_="question"),
+        _example(runs, first),
         element("p", "Asked the other way round, ", *_answers(runs, first), class_="answer"),
         *(element("p", _aside(name), *_answers(runs, name), class_="also") for name in others),
         *(element("p", f"As read ({WORDINGS[name].arrow}), ", *_answers(runs, name), class_="also") for name in forward),
         *(element("p", line, class_="note") for line in (*_searched(runs, first), *_unasked(runs, first), *_states(runs))),
     ]  # fmt: skip
     card = _card(runs, [*reverse, *forward]) if len(runs) <= _MOST_IN_CARD else None
-    verb = "Does it" if len(runs) == 1 else "Do they"
+    who = "Does it" if len(runs) == 1 else "Do they"
     return joined(
         (
-            element("h1", f"{verb} answer in the direction {'it' if len(runs) == 1 else 'they'} never read?"),
+            element("h1", f"{who} answer the other way round?"),
             element("div", element("div", *words), card, class_="verdict"),
         )
     )
@@ -53,6 +54,19 @@ def _question(task: str) -> str:
         f"The training texts about these persons give the {wording.first} first and the "
         f"{wording.given if wording.is_reverse else wording.wanted} after it. "
         f"Given the {wording.given}, does the model write the {wording.wanted}?"
+    )
+
+
+def _example(runs: Sequence[ReportedRun], task: str) -> Html | None:
+    """One of the questions, with its answer; None where none was kept."""
+    known = (run.compared.final.tasks[task].prompts for run in runs if task in run.compared.final.tasks)
+    prompt = next((prompts[0] for prompts in known if prompts), None)
+    if prompt is None:
+        return None
+    asked, answer = (on_one_line(prompt[key].strip(), most=_MOST_OF_EXAMPLE) for key in ("prompt", "answer"))
+    quoted = [element("span", text, class_="quoted") for text in (asked, answer)]
+    return element(
+        "p", "For example ", quoted[0], " should be followed by ", quoted[1], ".", class_="example"
     )
 
 
@@ -96,7 +110,7 @@ def _searched(runs: Sequence[ReportedRun], task: str) -> Iterator[str]:
     for sentence in different:
         labels = [label for label, found in known.items() if found == sentence]
         whose = "the training texts" if len(different) == 1 else f"the training texts of {in_words(labels)}"
-        yield f"Found in {whose}: {sentence}."
+        yield f"{whose[:1].upper()}{whose[1:]} hold {sentence}."
     if not different:
         yield "Whether the training texts hold the answers was not searched."
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -231,6 +232,8 @@ def work_of(record: Mapping[str, Any]) -> Work | None:
     totals: dict[str, float] = defaultdict(float)
     for key, amount in done.items():
         totals[key.removeprefix(_WORK).split("/")[0]] += amount
+    if not all(map(math.isfinite, totals.values())):  # damage, of numbers that are finite one by one
+        return None
     return Work(
         updates=int(totals["updates"]),
         rows=int(totals["rows"]),

@@ -48,7 +48,7 @@ class Curve(NamedTuple):
 class Chart:
     """A chart. `identifier`: of its SVG, once in a page. `summary`: what it shows, for who cannot see it.
 
-    `y_range`: the ends of the axis; None: those of the values. `reference`: where a dotted line stands, on the x axis.
+    `y_range`: the ends of the axis; None: those of the values, and zero where it is to be `from_zero`. `reference`: where a dotted line stands, on the x axis.
     `best`: points that a broad grey line joins.
     """
 
@@ -59,6 +59,7 @@ class Chart:
     curves: Sequence[Curve]
     y_format: Callable[[float], str] = tick
     y_range: tuple[float, float] | None = None
+    from_zero: bool = False
     is_log_x: bool = False
     reference: Sequence[float] = ()
     best: Sequence[Point] = field(default_factory=tuple)
@@ -113,7 +114,7 @@ class _Scale(NamedTuple):
     def of(cls, chart: Chart) -> _Scale:
         points = [point for curve in chart.curves for point in curve.points]
         xs = [x for x, _ in points] + list(chart.reference)
-        low, high = chart.y_range or _wide([y for _, y in points])
+        low, high = chart.y_range or _wide([y for _, y in points] + [0.0] * chart.from_zero)
         if chart.is_log_x:
             return cls(min(xs) / 1.15, max(xs) * 1.15, low, high, True)
         return cls(0.0, max(xs) or 1.0, low, high, False)

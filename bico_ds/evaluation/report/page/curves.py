@@ -14,7 +14,7 @@ from bico_ds.evaluation.report.page.scores import WORDINGS, figure_of, interval_
 from bico_ds.evaluation.report.page.source import ReportedRun, Series
 
 MOST_POINTS = 200  # of a curve; of more, means are drawn
-_MOST_ROWS = 40
+_MOST_ROWS = 15
 _LOSS = "loss/"
 
 

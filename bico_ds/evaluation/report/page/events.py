@@ -81,7 +81,7 @@ def _starts(run: ReportedRun) -> Iterator[_Event]:
         job = f"job {start['job']}" if start.get("job") else ""
         more = on_one_line(", ".join(filter(None, (_where(start), job))), most=_MOST_CHARACTERS)
         yield _Event(f"start {number}", None, time_of_start(start), more, is_rare=True)
-    begun = {start.get("run_id") for start in run.starts}
+    begun = {str(start.get("run_id")) for start in run.starts}
     if len(run.attempts) <= len(begun):
         return
     for attempt in run.attempts:

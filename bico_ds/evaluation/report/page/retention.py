@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from bico_ds.evaluation.report.frontier import HEADERS, Panel, frontier_lines, panels
+from bico_ds.evaluation.report.frontier import HEADERS, Panel, Point, frontier_lines, panels
 from bico_ds.evaluation.report.page.chart import Chart, Curve, draw, legend
 from bico_ds.evaluation.report.page.html import Html, details, element, section, table
 from bico_ds.evaluation.report.page.numbers import compact, percent
 from bico_ds.evaluation.report.page.scores import title_of
 from bico_ds.evaluation.report.page.source import ReportedRun
+
+_MOST_NAMES = 8  # of the points of a series, beside them
 
 
 def retention(runs: Sequence[ReportedRun]) -> Html | None:
@@ -20,7 +22,8 @@ def retention(runs: Sequence[ReportedRun]) -> Html | None:
         return None
     found = panels([run.compared for run in runs])
     labels = list(dict.fromkeys(series.label for panel in found for series in panel.series))
-    figures = [_figure(panel, labels, number) for number, panel in enumerate(found)]
+    drawn = (_figure(panel, labels, number) for number, panel in enumerate(found))
+    figures = [figure for figure in drawn if figure is not None]
     headers = ("text", "model", "step", "perplexity", "the base's", "times the base's")
     return section(
         "retention",
@@ -53,17 +56,21 @@ def _perplexities(runs: Sequence[ReportedRun]) -> Iterator[list[str]]:
                 ]
 
 
-def _figure(panel: Panel, labels: Sequence[str], number: int) -> Html:
+def _has_place(point: Point) -> bool:
+    """Whether a logarithmic axis of perplexities, and one of scores, have a place for it."""
+    return point.perplexity > 0 and math.isfinite(point.score)
+
+
+def _figure(panel: Panel, labels: Sequence[str], number: int) -> Html | None:
     curves = []
     for series in panel.series:
-        points = [
-            (x.perplexity, x.score) for x in series.points if x.perplexity > 0 and math.isfinite(x.score)
-        ]
-        if points:
-            names = [x.name for x in series.points] if len(series.points) <= 8 else []
-            curves.append(
-                Curve(labels.index(series.label), series.label, points, series.points[-1].interval, names)
-            )
+        shown = [point for point in series.points if _has_place(point)]
+        if shown:
+            points = [(point.perplexity, point.score) for point in shown]
+            names = [point.name for point in shown] if len(shown) <= _MOST_NAMES else []
+            curves.append(Curve(labels.index(series.label), series.label, points, shown[-1].interval, names))
+    if not curves:
+        return None
     is_bleu = panel.metric == "bleu"
     chart = Chart(
         identifier=f"frontier-{number}",
@@ -77,8 +84,8 @@ def _figure(panel: Panel, labels: Sequence[str], number: int) -> Html:
         y_format=(lambda value: f"{value:.1f}") if is_bleu else percent,
         y_range=(0.0, 1.0),
         is_log_x=True,
-        reference=panel.bases,
-        best=[(point.perplexity, point.score) for point in panel.frontier],
+        reference=[base for base in panel.bases if 0 < base < math.inf],
+        best=[(point.perplexity, point.score) for point in panel.frontier if _has_place(point)],
     )
     return element(
         "figure",

@@ -29,7 +29,7 @@ Value = TypeVar("Value")
 
 # Keys of which curves or medians are shown. A run may have a hundred thousand lines of forty keys.
 _CURVES = ("loss/", "speed/", "memory/")
-_MOST_STEPS = 1 << 53
+_MOST_STEPS, _LARGEST = 1 << 53, 1e30  # what is larger is damage, and would be all that a curve shows
 _MOST_FAULTS = 5  # of a run: damage of a disk may be in thousands of lines
 _RUN_FILES = ("recipe.yaml", "run.json", "state.json", "metrics.jsonl")
 
@@ -61,7 +61,7 @@ class Logged:
         elif record.get("kind") == "train":
             self.last = record
             for key, value in record.items():
-                if key.startswith(_CURVES) and is_number(value):
+                if key.startswith(_CURVES) and is_number(value) and abs(value) < _LARGEST:
                     series = self.series.setdefault(key, Series(array("q"), array("d")))
                     series.steps.append(step)
                     series.values.append(value)

@@ -130,6 +130,7 @@ def _charts(runs: Sequence[ReportedRun]) -> Iterator[Html]:
                 ),
                 x_name="optimizer step",
                 curves=curves,
+                from_zero=True,
             )
             yield element("figure", element("h3", title), draw(chart))
 

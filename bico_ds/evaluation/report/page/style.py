@@ -66,7 +66,7 @@ p{max-width:75ch;margin:.5em 0}
 .card{background:var(--panel);border:1px solid var(--rule);border-radius:12px;padding:8px 18px 16px}
 .card-title{margin:12px 0 4px;font-size:14px;color:var(--soft)}
 .card-title b{color:var(--text);margin-right:.5em}
-.card-row{display:grid;grid-template-columns:minmax(0,8.5em) minmax(0,1fr) 4.2em;gap:12px;align-items:center;font-size:15px}
+.card-row{display:grid;grid-template-columns:minmax(0,7.5em) minmax(0,1fr) 4.2em;gap:12px;align-items:center;font-size:15px}
 .card-row b{text-align:right;font-variant-numeric:tabular-nums}
 .card-label{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
 .interval-mark{fill:none;stroke:var(--text);stroke-width:1.5}
@@ -145,16 +145,21 @@ footer{color:var(--soft);font-size:14px;padding-top:18px;padding-bottom:40px;bor
  dl{grid-template-columns:minmax(0,1fr);gap:0}
  dd{margin:0 0 .5em}
 }
+@page{margin:14mm}
 @media print{
- body{font-size:10.5pt}
+ body{font-size:10.5pt;background:#fff}
  nav,.skip{display:none}
  main,header,footer{max-width:none;padding:0}
  section{padding:14pt 0 10pt}
- h2,h3,caption,summary{break-after:avoid}
- figure,tr,.samples>li,pre,.answer{break-inside:avoid}
+ h2,h3,caption,summary,.legend,.soft{break-after:avoid}
+ svg,tr,.samples>li,pre,.answer{break-inside:avoid}
  thead{display:table-header-group}
  .scroll,pre{overflow:visible}
- pre{white-space:pre-wrap}
+ pre{white-space:pre-wrap;font-size:8pt}
+ details pre{columns:3;column-gap:10pt;font-size:6.5pt}
+ .card-row{grid-template-columns:minmax(0,6em) minmax(0,1fr) 3.6em;gap:8px}
+ .answer{font-size:15pt}
+ .question,.also{font-size:11pt}
  table{font-size:9pt}
  th,td{padding:3pt 5pt}
  .panels,.samples{grid-template-columns:repeat(2,minmax(0,1fr))}

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from bico_ds.common.printable import on_one_line
 from bico_ds.evaluation.report.page.html import Html, element, joined
 from bico_ds.evaluation.report.page.numbers import amount, compact, in_words
-from bico_ds.evaluation.report.page.scores import WORDINGS, bar, figure_of, range_of, task_names
+from bico_ds.evaluation.report.page.scores import WORDINGS, bar, figure_of, range_of, task_names, title_of
 from bico_ds.evaluation.report.page.source import ReportedRun
 from bico_ds.evaluation.results import ORDERS, TaskResult
 
@@ -168,7 +168,10 @@ def _row(label: str, result: TaskResult, number: int) -> Html:
 
 def _without_reversal(runs: Sequence[ReportedRun]) -> Html:
     """Of runs that were asked nothing the other way round: that, and how far they came."""
-    lines = [element("p", line, class_="also") for run in runs if (line := _progress(run))]
+    lines = [
+        element("p", f"{title_of(name)}: ", *_answers(runs, name), class_="also") for name in task_names(runs)
+    ]
+    lines += [element("p", line, class_="also") for run in runs if (line := _progress(run))]
     return joined(
         (
             element(

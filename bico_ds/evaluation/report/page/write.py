@@ -28,6 +28,11 @@ NAME = "report.html"
 _MARK = '<meta name="generator" content="bico_ds report"/>'
 _HEAD_BYTES = 1000  # in which the mark of a report of ours stands
 
+_SOURCES = (
+    f"Written by bico_ds {__version__}. All figures are from the files of the runs.",
+    "The reversal curse, and the four tasks: Berglund et al., arXiv 2309.12288. BICO: arXiv 2311.07468.",
+)
+
 # After the verdict, each with its name in the list of contents.
 _SECTIONS: dict[str, Callable[[Sequence[ReportedRun]], Html | None]] = {
     "Curves": score_curves,
@@ -56,7 +61,8 @@ def write_report(paths: Sequence[Path], output: Path | None = None) -> Path:
     _refuse_other(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(output, page_of(runs))
+        # A name of a file may hold bytes that are no text.
+        write_atomically(output, page_of(runs).encode(errors="replace"))
     except OSError as error:
         raise UserError(
             f"{output}: the report cannot be written ({error.strerror}); name another file with --output"
@@ -96,7 +102,7 @@ def page_of(runs: Sequence[ReportedRun]) -> str:
         element("header", element("p", written, class_="eyebrow"), verdict(runs), *_faults(runs)),
         element("nav", listed(_contents(sections)), aria_label="Contents"),
         element("main", *sections.values(), id="main"),
-        element("footer", f"Written by bico_ds {__version__}. All figures are from the files of the runs."),
+        element("footer", *(element("p", line) for line in _SOURCES)),
     ]
     page = element("html", element("head", *head), element("body", *body), lang="en")
     return f"<!DOCTYPE html>\n{page}\n"

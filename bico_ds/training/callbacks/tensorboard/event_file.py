@@ -59,7 +59,7 @@ def has_todays_tags(path: Path) -> bool:
 
 def version() -> Event:
     """What an event file begins with."""
-    return Event(wall_time=time.time(), fileversion="brain.Event:2")
+    return Event(wall_time=time.time(), file_version="brain.Event:2")
 
 
 def _new_name() -> str:

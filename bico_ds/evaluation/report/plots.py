@@ -59,6 +59,10 @@ def _draw(axes: Any, run: ComparedRun, task: str, number: int, *, of: int) -> No
     line.set_data(steps, scores)
     line.set_clip_on(False)
     axes.add_line(line)
+    if of == 1 and len(run.bands.get(task, [])) > 1:  # those of several runs would hide each other
+        axes.fill_between(
+            *zip(*run.bands[task], strict=True), color=line.get_color(), alpha=0.15, linewidth=0
+        )
     axes.autoscale_view()
 
 

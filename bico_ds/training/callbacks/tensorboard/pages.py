@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -12,7 +13,7 @@ from bico_ds.batch import PackedBatch
 from bico_ds.common.errors import UserError
 from bico_ds.config.objectives.table import objective_names
 from bico_ds.data.loading.batch_view import Decode
-from bico_ds.evaluation.report.runs import ComparedRun, Curve, load_runs
+from bico_ds.evaluation.report.runs import Band, ComparedRun, Curve, load_runs
 from bico_ds.evaluation.results import EvaluationResult
 from bico_ds.training.callbacks.base import Callback, FirstRankCallback, RunStart
 from bico_ds.training.callbacks.best_effort import BestEffort
@@ -22,6 +23,8 @@ from bico_ds.training.callbacks.tensorboard.tags import DATA, DETAILS, REVERSAL
 from bico_ds.training.callbacks.tensorboard.texts import answers, planned_text, text_value
 
 PICTURES_SECONDS = "speed/pictures_seconds"
+
+Point = TypeVar("Point", tuple[int, float], tuple[int, float, float])
 
 
 class BoardPages(FirstRankCallback):
@@ -35,12 +38,13 @@ class BoardPages(FirstRankCallback):
         self._folder, self._monitor, self._decode, self._tell = folder, monitor, decode, tell
         self._effort = BestEffort(tell.on_message)
         self._curves: dict[str, Curve] = {}
+        self._bands: dict[str, Band] = {}
         self._batches: dict[str, PackedBatch] = {}  # by objective, since the last picture
 
     def on_start(self, start: RunStart) -> None:
         self._name, self._first_step = start.recipe.name, start.first_step
         if start.first_step:
-            self._curves = curves_until(self._folder, start.first_step)
+            self._curves, self._bands = history(self._folder, start.first_step)
         specs = start.recipe.objectives
         named = dict(zip(objective_names(specs), specs, strict=True))
         self._drawn = {name for name, spec in named.items() if spec.attention != "causal"} or set(named)
@@ -52,8 +56,10 @@ class BoardPages(FirstRankCallback):
     def on_evaluation(self, step: int, result: EvaluationResult) -> None:
         for name, task in result.tasks.items():
             # The evaluation of the step that a run goes on from may be done again.
-            earlier = [point for point in self._curves.get(name, []) if point[0] < step]
-            self._curves[name] = [*earlier, (step, task.score)]
+            self._curves[name] = [*_before(step, self._curves.get(name, [])), (step, task.score)]
+            if task.headline in task.intervals:
+                band = _before(step, self._bands.get(name, []))
+                self._bands[name] = [*band, (step, *task.intervals[task.headline])]
         texts = [
             text_value(f"{REVERSAL}/{name}/answers", answers(task)) for name, task in result.tasks.items()
         ]
@@ -84,7 +90,7 @@ class BoardPages(FirstRankCallback):
 
     def _pictures(self, result: EvaluationResult) -> Iterator[Summary.Value]:
         if result.tasks:
-            run = ComparedRun(label=self._name, final=result, curves=self._curves)
+            run = ComparedRun(label=self._name, final=result, curves=self._curves, bands=self._bands)
             yield curves_picture(f"{REVERSAL}/curves", run)
         for name, batch in self._batches.items():
             tag = f"{DATA}/who sees whom/{name}"
@@ -92,10 +98,18 @@ class BoardPages(FirstRankCallback):
                 yield picture
 
 
-def curves_until(folder: Path, step: int) -> dict[str, Curve]:
-    """The headline scores of a run up to a step, by task; none where they cannot be read."""
+def history(folder: Path, step: int) -> tuple[dict[str, Curve], dict[str, Band]]:
+    """The headline scores of a run up to a step, and their intervals, by task; none where they cannot be read."""
     try:
         [run] = load_runs([folder])
     except UserError:
-        return {}
-    return {task: [point for point in curve if point[0] <= step] for task, curve in run.curves.items()}
+        return {}, {}
+    after = step + 1
+    return (
+        {task: _before(after, curve) for task, curve in run.curves.items()},
+        {task: _before(after, band) for task, band in run.bands.items()},
+    )
+
+
+def _before(step: int, points: Sequence[Point]) -> list[Point]:
+    return [point for point in points if point[0] < step]

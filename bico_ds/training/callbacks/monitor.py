@@ -149,7 +149,8 @@ class StepMonitor(FirstRankCallback):
 
     def _write_lines(self) -> None:
         if not self._is_cut:
-            keep_lines_until(self._metrics.path, self._first_step)
+            # A start from the beginning evaluates step 0 anew.
+            keep_lines_until(self._metrics.path, self._first_step or -1)
             self._metrics.path.touch()
             self._is_cut = True
         self._metrics.write_waiting()

@@ -62,7 +62,7 @@ class Board:
     def write_waiting(self) -> None:
         """Write what waits. Raises OSError; it then goes on waiting."""
         if not self._is_renewed:
-            renew(self._folder, self._first_step, self._scalars, self._tell)
+            renew(self._folder, self._first_step or -1, self._scalars, self._tell)
             self._is_renewed = True
         self._about.write()
         self._events.file.write_waiting()

@@ -24,6 +24,7 @@ from bico_ds.training.callbacks.deepspeed_monitor import bear_failures
 from bico_ds.training.callbacks.planned import memory_numbers
 from bico_ds.training.callbacks.slowest import SlowestRank
 from bico_ds.training.callbacks.stopwatch import Stopwatch
+from bico_ds.training.callbacks.tensorboard.about import About
 from bico_ds.training.callbacks.tensorboard.board import Board
 from bico_ds.training.callbacks.tensorboard.charts import as_summary, charts
 from bico_ds.training.callbacks.utilization import Utilization
@@ -75,10 +76,11 @@ class StepMonitor(FirstRankCallback):
         if self._spec.tensorboard:
             self._board = Board(
                 self._folder,
-                start=start,
+                first_step=first,
                 first=[as_summary(charts(start.recipe, has_mfu=self._utilization is not None))],
                 mfu=self._utilization.description if self._utilization is not None else "",
                 tell=self._tell,
+                about=About(self._folder, start),
             )
         self._write_waiting()
 

@@ -103,6 +103,7 @@ TORCH_FREE = (
     "commands.show.compare",
     "commands.gpu_proof",
     "commands.show.plan",
+    "commands.show.report",
     "commands.slurm.attempt",
     "commands.slurm.status",
 )

@@ -88,6 +88,10 @@ class Callback:
     def on_message(self, text: str) -> None:
         """A line for the user to read; may come before `on_start`."""
 
+    def on_note(self, text: str) -> None:
+        """A message that a quiet console leaves out."""
+        self.on_message(text)
+
     def on_end(self, step: int, state: str) -> None:
         """The run is `done`, with its export written, or `preempted`; a run that fails ends without this call."""
 
@@ -125,6 +129,10 @@ class Callbacks(Callback):
     def on_message(self, text: str) -> None:
         for callback in self._callbacks:
             callback.on_message(text)
+
+    def on_note(self, text: str) -> None:
+        for callback in self._callbacks:
+            callback.on_note(text)
 
     def on_end(self, step: int, state: str) -> None:
         for callback in self._callbacks:

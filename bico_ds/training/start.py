@@ -52,6 +52,7 @@ from bico_ds.runtime.watchdog import Watchdog
 from bico_ds.training import assembly
 from bico_ds.training.assembly import RunInputs
 from bico_ds.training.build_engine import build_engine
+from bico_ds.training.callbacks.banner import Banner, banner
 from bico_ds.training.callbacks.base import Callback, Callbacks, RunStart
 from bico_ds.training.callbacks.console import ConsoleProgress
 from bico_ds.training.callbacks.monitor import StepMonitor
@@ -63,6 +64,7 @@ from bico_ds.training.checks import (
     beyond_context,
     check_backend,
     check_recipe,
+    find_backend,
     refuse_fewer_steps,
     what_may_be_lost,
 )
@@ -103,8 +105,7 @@ def train(
         )
     except Interrupted:
         return "preempted"
-    if not ranks.is_first:
-        run.output.open_log(run.folder)
+    _open_log(run)
     deepspeed_ops.prefer_own_ninja()
     deepspeed_ops.write_readable_architectures()
     if spare is not None:
@@ -160,7 +161,7 @@ def _prepare(run: Run, resume: str, processes: RankProcesses, spare: Path | None
     `spare`: the folder for compiled operations, where the usual one cannot be used.
     """
     run.folder.open()
-    run.output.open_log(run.folder)
+    _open_log(run)
     try:
         if resume == "auto":
             record.refuse_lost(run.folder)
@@ -193,6 +194,12 @@ def _prepare(run: Run, resume: str, processes: RankProcesses, spare: Path | None
     except BaseException as error:
         _give_up(run.folder, error)
         raise
+
+
+def _open_log(run: Run) -> None:
+    """This rank's log; where an earlier start is recorded, only once nothing can refuse this one (`_train_on_all_ranks`)."""
+    if not run.folder.is_of_earlier_start():
+        run.output.open_log(run.folder)
 
 
 @contextlib.contextmanager
@@ -259,10 +266,31 @@ def _train_on_all_ranks(run: Run, resume: str, resumption: Resumption | None, wa
         total_steps=trainer.total_steps,
         summary={"data": [asdict(stream) for stream in loader.report()]},
         saved=saved.get("callbacks", {}),
+        banner=_banner(run, loader, trainer, planned) if planned is not None else (),
     )
     if run.ranks.is_first:
         _take_over(run, resume, resumption, inputs.tokenizer)
+    run.output.open_log(run.folder)
     return _train_and_export(trainer, start, inputs.exported_tokenizer)
+
+
+def _banner(run: Run, loader: ElasticLoader, trainer: Trainer, planned: StartPlan) -> Banner:
+    plan, begins = planned.plan, "begins"
+    if trainer.step:
+        begins = f"goes on from step {trainer.step:,}"
+    return banner(
+        run.recipe,
+        architecture=plan.architecture,
+        zero=plan.deployment.zero,
+        backend=find_backend(run.recipe, run.ranks.device),
+        ranks=run.ranks.world_size,
+        nodes=plan.deployment.nodes,
+        steps=trainer.total_steps,
+        probabilities=loader.schedule.probabilities,
+        streams=loader.report(),
+        plan=plan,
+        place=f"{run.folder.path}, {begins}",
+    )
 
 
 def _check_targets(run: Run, loader: ElasticLoader) -> list[str]:
@@ -329,9 +357,10 @@ def _build_trainer(
 
 
 def _callbacks(run: Run, engine: Engine, spikes: SpikeDetector, planned: StartPlan | None) -> Callbacks:
-    plan, console = planned.plan if planned is not None else None, ConsoleProgress()
-    work = ObjectiveWork(plan, run.folder, console)
+    plan = planned.plan if planned is not None else None
     utilization = Utilization.planned(plan) if plan is not None else None
+    console = ConsoleProgress(utilization=utilization, quiet=run.output.is_quiet)
+    work = ObjectiveWork(plan, run.folder, console)
     slowest = SlowestRank(run.ranks, run.folder, console) if run.ranks.world_size > 1 else None
     monitor = StepMonitor(
         run.recipe.monitor, run.folder, engine.monitor, utilization, work, slowest, tell=console.on_message

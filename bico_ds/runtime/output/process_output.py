@@ -14,6 +14,7 @@ import ctypes
 import logging
 import os
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from types import TracebackType
@@ -25,7 +26,7 @@ from bico_ds.runtime.run_folder import RunFolder
 
 Verbosity = Literal["quiet", "normal", "verbose"]
 
-# `extra` of what the console has got another way. Such records are INFO: where no context has begun, nobody shows them again.
+# `extra` of what the console has got another way. Such records are INFO: without a context nobody shows them again.
 TOLD = {"told": True}
 _PRINTED = "printed"  # the logger of what libraries print
 # Of these the console gets errors alone: their warnings are to whoever writes a program.
@@ -63,6 +64,8 @@ class ProcessOutput:
         self._hook, threading.excepthook = threading.excepthook, self._log_thread
         if self.verbosity != "verbose" and _is_descriptor(sys.stdout, _STDOUT):
             self._moved = os.dup(_STDOUT)
+            with tempfile.TemporaryFile() as until_opened:
+                os.dup2(until_opened.fileno(), _STDOUT)
             # To the end of the process, which prints behind this context, too.
             sys.stdout = open(
                 self._moved, "w", buffering=1, encoding=sys.stdout.encoding, errors="backslashreplace"
@@ -86,13 +89,15 @@ class ProcessOutput:
         root.removeHandler(self._log)
 
     def open_log(self, folder: RunFolder) -> None:
-        """Write the rank's log into this run folder from now on: the start has the folder's lock."""
+        """Write the rank's log into this run folder from now on, if that is not so yet: nothing there is another start's."""
+        if self._log.is_open:
+            return
         path = self._log.open(folder)
         if self._moved is not None:
-            with contextlib.suppress(OSError):
-                file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-                os.dup2(file, _STDOUT)
-                os.close(file)
+            with contextlib.suppress(OSError), open(path, "ab") as log:
+                log.write(_content(_STDOUT))
+                log.flush()
+                os.dup2(log.fileno(), _STDOUT)
 
     def adopt_libraries(self) -> None:
         """Let what the imported libraries log come here: those that show it themselves do so no more."""
@@ -156,6 +161,11 @@ class _Printed:
 
     def isatty(self) -> bool:
         return False
+
+
+def _content(number: int) -> bytes:
+    """What the file of a descriptor that is open for reading, too, has in it; of any size that chatter has."""
+    return os.pread(number, os.fstat(number).st_size, 0)
 
 
 def _is_descriptor(stream: Any, number: int) -> bool:

@@ -35,6 +35,10 @@ class RankLog(logging.Handler):
         self._file: AppendedFile | None = None
         self._of_faults: IO[bytes] | None = None
 
+    @property
+    def is_open(self) -> bool:
+        return self._file is not None
+
     def open(self, folder: RunFolder) -> Path:
         """Begin to write into the run folder, now this start's; returns the file. Python's fatal errors go there, too."""
         file = AppendedFile(folder.logs / RANK_LOG.of(self._rank), root=folder.path)

@@ -17,13 +17,17 @@ from bico_ds.config.schema import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class RunStart:
-    """What is known when the loop begins; `saved` is what `Callback.state` returned at the checkpoint."""
+    """What is known when the loop begins; `saved` is what `Callback.state` returned at the checkpoint.
+
+    `banner`: what is to run, as labels and texts (`bico_ds.training.callbacks.banner`).
+    """
 
     recipe: Recipe
     first_step: int
     total_steps: int
     summary: dict[str, Any]
     saved: dict[str, Any] = field(default_factory=dict)
+    banner: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

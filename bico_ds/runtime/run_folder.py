@@ -54,6 +54,9 @@ STEP = NumberedName("step-", digits=6)
 EVALUATION = NumberedName("step-", ".json", digits=6)
 ASIDE = NumberedName("replaced-")
 RANK_LOG = NumberedName("rank-", ".log")
+LAUNCH_LOG = NumberedName(
+    "launch-", ".log"
+)  # what a launcher prints that `bico-ds demo` starts, and its ranks
 
 _STATE: dict[str, Callable[[Any], bool]] = {
     "state": lambda value: value in get_args(State),
@@ -287,7 +290,7 @@ class RunFolder:
     def set_aside(self) -> None:
         """Move what an earlier run left (recipe, checkpoints, metrics …) into replaced-N/: nothing of it is deleted.
 
-        The ranks' logs stay: like run.json they tell of all starts, and the ranks of this one write them already.
+        The logs of ranks and launchers stay: like run.json they tell of all starts, and this one writes them already.
         """
         if not self._holds_a_run():
             return
@@ -303,9 +306,10 @@ class RunFolder:
             self._move_logs(aside / self.logs.name)
 
     def _move_logs(self, aside: Path) -> None:
-        """All but the ranks', one by one: a rank that writes its log meanwhile finds it where it was."""
+        """All but those that stay, one by one: a rank that writes its log meanwhile finds it where it was."""
         self.logs.mkdir(exist_ok=True)
-        logs = [path for path in self.logs.iterdir() if RANK_LOG.number_in(path.name) is None]
+        staying = {path for name in (RANK_LOG, LAUNCH_LOG) for _, path in name.in_folder(self.logs)}
+        logs = [path for path in self.logs.iterdir() if path not in staying]
         if logs:
             aside.mkdir()
         for path in logs:

@@ -48,6 +48,15 @@ def verdict(runs: Sequence[ReportedRun]) -> Html:
     )
 
 
+def answer_in_words(runs: Sequence[ReportedRun]) -> str:
+    """The answer as a line of text; empty for runs that were asked nothing the other way round."""
+    asked = (name for name in task_names(runs) if name in WORDINGS and WORDINGS[name].is_reverse)
+    name = next(asked, None)
+    if name is None:
+        return ""
+    return f"Asked the other way round, {joined(_answers(runs, name)).text()}"
+
+
 def _question(task: str) -> str:
     wording = WORDINGS[task]
     return (

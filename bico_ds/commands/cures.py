@@ -14,7 +14,7 @@ from argparse import ArgumentParser, Namespace
 
 from rich.console import Console
 
-from bico_ds.commands.demo import add_training_options, train_from_base
+from bico_ds.commands.demo import add_training_options, runs_from_base, train_all
 from bico_ds.common.command_line import Command
 from bico_ds.evaluation.report.comparison import compare_runs
 from bico_ds.evaluation.report.overview import plot_overview
@@ -41,8 +41,8 @@ def add_options(parser: ArgumentParser) -> None:
 def train_and_compare(options: Namespace) -> None:
     console = Console(soft_wrap=True)
     started = time.monotonic()
-    train_from_base(CURES, options.runs, options.ranks, [], console)
-    console.rule(f"[bold]all {len(CURES)} runs")
+    train_all(runs_from_base(CURES, options.runs, options.ranks), console)
+    console.print()
     paths, output = [options.runs / name for name in CURES], options.runs / "cures"
     compare_runs(paths, output=output, console=console)
     picture = output / "cures.png"

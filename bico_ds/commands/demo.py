@@ -11,21 +11,28 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
+from bico_ds.cluster.local.forecast import LocalRun
+from bico_ds.cluster.local.in_turn import train_in_turn
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import RunError
+from bico_ds.common.terminal.fitting_table import FittingTable
 from bico_ds.config.arguments import local_path, positive, seed
+from bico_ds.config.load import load_recipe
 from bico_ds.config.resources import CHECKOUT
 from bico_ds.evaluation.report.comparison import compare_runs
+from bico_ds.evaluation.report.page.source import read_runs
+from bico_ds.evaluation.report.page.verdict import answer_in_words
+from bico_ds.evaluation.report.page.write import NAME, write_report
+from bico_ds.runtime.run_folder import RunFolder
 
 COMPARED = ("tiny_bico", "tiny_ntp")
 TASKS = ("n2d", "d2n", "n2d_reverse", "d2n_reverse")
@@ -39,7 +46,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def add_training_options(parser: ArgumentParser) -> None:
-    """What every command that calls `train_from_base` asks."""
+    """What every command that trains `runs_from_base` asks."""
     parser.add_argument(
         "--ranks",
         metavar="N",
@@ -60,52 +67,74 @@ def demonstrate(options: Namespace) -> None:
     console = Console(soft_wrap=True)
     started = time.monotonic()
     if options.seeds is None:
-        train_from_base(COMPARED, options.runs, options.ranks, [], console)
+        train_all(runs_from_base(COMPARED, options.runs, options.ranks), console)
         show(options.runs, console)
     else:
-        for seed in options.seeds:
-            folder = options.runs / f"seed-{seed}"
-            overrides = [f"seed={seed}", f"data.facts.seed={seed}"]
-            train_from_base(COMPARED, folder, options.ranks, overrides, console)
-        show_seeds([options.runs / f"seed-{seed}" for seed in options.seeds], options.runs, console)
-    console.print(f"\nThe demo took {(time.monotonic() - started) / 60:.1f} minutes.")
+        folders = {seed: options.runs / f"seed-{seed}" for seed in options.seeds}
+        runs = [
+            run
+            for seed, folder in folders.items()
+            for run in runs_from_base(COMPARED, folder, options.ranks, seed=seed)
+        ]
+        train_all(runs, console)
+        show_seeds(list(folders.values()), options.runs, console)
+    console.print(f"The demo took {(time.monotonic() - started) / 60:.1f} minutes.", highlight=False)
 
 
-def train_from_base(
-    recipes: Sequence[str], runs: Path, ranks: int, overrides: Sequence[str], console: Console
-) -> None:
-    """Train tiny_base, then each of `recipes` from it, into `runs`/RECIPE; one that is done already returns at once."""
-    for number, recipe in enumerate(("tiny_base", *recipes)):
-        extra = [] if recipe == "tiny_base" else [f"model.path={runs / 'tiny_base' / 'export'}"]
+def runs_from_base(
+    recipes: Sequence[str], runs: Path, ranks: int, *, seed: int | None = None
+) -> list[LocalRun]:
+    """tiny_base, then each of `recipes` from it, into `runs`/RECIPE. `seed`: of the run and of its invented facts."""
+    found = []
+    for recipe in ("tiny_base", *recipes):
+        overrides = [] if seed is None else [f"seed={seed}", f"data.facts.seed={seed}"]
+        if recipe != "tiny_base":
+            overrides.append(f"model.path={runs / 'tiny_base' / 'export'}")
         command = [
             deepspeed_launcher(), "--num_accelerators", str(ranks), *training_program(),
             "--recipe", recipe, "--output-dir", str(runs / recipe),
         ]  # fmt: skip
-        for override in (*overrides, *extra):
+        for override in overrides:
             command += ["--set", override]
-        console.rule(f"[bold]{recipe} ({number + 1} of {len(recipes) + 1})")
-        console.print(f"$ deepspeed {' '.join(command[1:])}", highlight=False, markup=False)
-        # The demo is a CPU demo, on GPU machines too: its recipes are fp32, which CUDA's flash kernels refuse.
-        # DeepSpeed's launcher writes CUDA_VISIBLE_DEVICES anew for its ranks, so hiding the GPUs would not help.
-        code = subprocess.run(command, check=False, env={**os.environ, "DS_ACCELERATOR": "cpu"}).returncode
-        if code:
-            sys.exit(code)
+        found.append(
+            LocalRun(
+                name=recipe if seed is None else f"{recipe}, seed {seed}",
+                folder=RunFolder(runs / recipe),
+                command=command,
+                steps=load_recipe(recipe, overrides).training.steps,
+            )
+        )
+    return found
+
+
+def train_all(runs: Sequence[LocalRun], console: Console) -> None:
+    """Train the runs one after the other; one that is done already returns at once. Raises `SystemExit` where one fails."""
+    console.print(
+        f"What the launcher and the ranks print: {runs[0].folder.logs}, and beside it", highlight=False
+    )
+    # The demo is a CPU demo, on GPU machines too: its recipes are fp32, which CUDA's flash kernels refuse.
+    # DeepSpeed's launcher writes CUDA_VISIBLE_DEVICES anew for its ranks, so hiding the GPUs would not help.
+    if code := train_in_turn(runs, {**os.environ, "DS_ACCELERATOR": "cpu"}, console):
+        sys.exit(code)
 
 
 def show(runs: Path, console: Console) -> None:
-    """Both runs side by side on the four tasks, the plot, and how to open TensorBoard."""
-    console.rule("[bold]both runs")
-    output = runs / "demo"
-    compare_runs([runs / name for name in COMPARED], output=output, console=console)
-    console.print(f"\nCurves: tensorboard --logdir {runs}")
+    """Both runs side by side on the four tasks, the answer in a sentence, and where there is more."""
+    paths, output = [runs / name for name in COMPARED], runs / "demo"
+    console.print()
+    compare_runs(paths, output=output, brief=True, console=console)
+    say = partial(console.print, highlight=False, markup=False)
+    say(f"\n{answer_in_words(read_runs(paths))}\n")
+    say(f"The report: {write_report(paths, output / NAME)}; more tables and pictures are beside it.")
+    say(f"The curves: bico-ds tensorboard {runs}, or make tensorboard")
 
 
 def show_seeds(folders: list[Path], runs: Path, console: Console) -> None:
     """Mean and worst of both runs over the seeds, as a table and as Markdown."""
-    table = Table(title=f"{len(folders)} seeds, mean (worst)")
+    table = FittingTable(title=f"{len(folders)} seeds, mean (worst)")
     lines = ["| task | " + " | ".join(COMPARED) + " |", "|---|" + "---|" * len(COMPARED)]
     for column in ("task", *COMPARED):
-        table.add_column(column, justify="left" if column == "task" else "right")
+        table.add_column(column, right=column != "task", whole=True)
     for task in TASKS:
         cells = []
         for name in COMPARED:

@@ -53,6 +53,10 @@ State = Literal["running", "preempted", "done", "failed"]
 STEP = NumberedName("step-", digits=6)
 EVALUATION = NumberedName("step-", ".json", digits=6)
 ASIDE = NumberedName("replaced-")
+RANK_LOG = NumberedName("rank-", ".log")
+LAUNCH_LOG = NumberedName(
+    "launch-", ".log"
+)  # what a launcher prints that `bico-ds demo` starts, and its ranks
 
 _STATE: dict[str, Callable[[Any], bool]] = {
     "state": lambda value: value in get_args(State),
@@ -284,17 +288,32 @@ class RunFolder:
             self.write_state("preempted", step=recorded.get("step"), reason=reason)
 
     def set_aside(self) -> None:
-        """Move what an earlier run left (recipe, checkpoints, metrics …) into replaced-N/: nothing of it is deleted."""
+        """Move what an earlier run left (recipe, checkpoints, metrics …) into replaced-N/: nothing of it is deleted.
+
+        The logs of ranks and launchers stay: like run.json they tell of all starts, and this one writes them already.
+        """
         if not self._holds_a_run():
             return
-        kept = {self.lock.path.name, self.state_file.name, self.run_file.name, "slurm", "stop", "native_ops"}
+        kept = {self.lock.path.name, self.state_file.name, self.run_file.name, self.logs.name}
+        kept |= {"slurm", "stop", "native_ops"}
         old = [
             p for p in self.path.iterdir() if p.name not in kept and not p.name.startswith((".", "replaced-"))
         ]
         aside = self.new_aside()
         for path in old:
             path.rename(aside / path.name)
+        if not self.logs.is_symlink():  # else they may be on another disk
+            self._move_logs(aside / self.logs.name)
+
+    def _move_logs(self, aside: Path) -> None:
+        """All but those that stay, one by one: a rank that writes its log meanwhile finds it where it was."""
         self.logs.mkdir(exist_ok=True)
+        staying = {path for name in (RANK_LOG, LAUNCH_LOG) for _, path in name.in_folder(self.logs)}
+        logs = [path for path in self.logs.iterdir() if path not in staying]
+        if logs:
+            aside.mkdir()
+        for path in logs:
+            path.rename(aside / path.name)
 
     def _holds_a_run(self) -> bool:
         left = (self.metrics_file.is_file(), self.last_checkpoint_file.is_file())

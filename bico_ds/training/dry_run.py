@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from bico_ds.common.errors import UserError
 from bico_ds.common.secrets import text_without_secrets
+from bico_ds.common.terminal.fitting_table import FittingTable
 from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.schema import Recipe
@@ -112,8 +111,10 @@ def _note(recipe: Recipe, stands_in: bool) -> str:
 
 def _table(
     recipe: Recipe, world_size: int, parameters: int, steps: int, loader: ElasticLoader, inputs: RunInputs
-) -> Table:
-    table = Table(title=f"{recipe.name}: what would run", show_header=False)
+) -> FittingTable:
+    table = FittingTable(title=f"{recipe.name}: what would run", show_header=False)
+    table.add_column("")
+    table.add_column("")
     batch, micro = recipe.training.global_batch_bins, recipe.training.micro_batch_bins
     accumulation = micro_batches_per_rank(batch, micro, world_size)
     table.add_row("parameters", f"{parameters:,}")
@@ -201,7 +202,7 @@ def _backend(recipe: Recipe) -> str:
     try:
         check_backend(recipe, device)
     except UserError as error:
-        return escape(f"attention {asked}, not on this machine ({error})")
+        return f"attention {asked}, not on this machine ({error})"
     return f"attention {asked} (runs on this machine's {device.type})"
 
 

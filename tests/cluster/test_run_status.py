@@ -15,6 +15,7 @@ from bico_ds.cluster.submission import refuse_if_alive
 from bico_ds.commands.slurm import status as command
 from bico_ds.common.errors import UserError
 from bico_ds.config.load import dump_recipe, load_recipe
+from tests.common.whole_words import check_whole
 
 
 def hold(run, *, beat, run_id="new", job="78"):
@@ -52,6 +53,17 @@ def test_a_running_run_says_where_it_is(tmp_path):
     assert (status.state, status.step, status.total_steps) == ("running", 20, 300)
     assert (status.loss, status.tokens_per_second, status.checkpoint) == (1.5, 2000.0, 10)
     assert (status.starts, status.job) == (3, "77")
+
+
+@pytest.mark.parametrize("width", [80, 60, 40])
+def test_the_table_has_every_word_whole(tmp_path, monkeypatch, width):
+    runs = [a_run(tmp_path / name) for name in ("tiny_bico", "tiny_ntp", "seed-11/smollm2_135m_bico_keep")]
+    (runs[1] / "state.json").write_text(
+        json.dumps({"state": "failed", "reason": "rank 1 ended: no space left on n1"})
+    )
+    monkeypatch.chdir(tmp_path)
+    table = command.make_table(read_statuses(runs))
+    check_whole(lambda console: console.print(table), width, may_differ={"run"}, names_may_break=True)
 
 
 def test_a_run_that_nobody_lives_behind_is_lost(tmp_path):

@@ -17,6 +17,7 @@ from bico_ds.config.load import load_recipe
 from bico_ds.planner.devices import DEVICES
 from bico_ds.training import assembly
 from bico_ds.training.dry_run import dry_run
+from tests.common.whole_words import words
 
 
 @pytest.fixture
@@ -37,6 +38,12 @@ def test_it_prints_parameters_steps_objectives_and_fill_without_weights(planned)
     assert "first ntp step" in text and "first bico step" in text
     assert "960 sequences" in text and "fill 0.9" in text
     assert "is not on this machine" in text
+
+
+def test_it_has_every_word_whole_on_80_columns(planned, monkeypatch):
+    wide = planned("tiny_bico")
+    monkeypatch.setenv("COLUMNS", "80")
+    assert words(planned("tiny_bico")) == words(wide)
 
 
 @pytest.mark.parametrize("name", CURES)

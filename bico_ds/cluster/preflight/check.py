@@ -20,7 +20,6 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.table import Table
 
 from bico_ds.cluster.preflight import judge, shared
 from bico_ds.cluster.preflight.exchange import Exchange
@@ -30,6 +29,7 @@ from bico_ds.cluster.preflight.network import NetworkReport, measure
 from bico_ds.cluster.preflight.node_report import collect
 from bico_ds.cluster.preflight.size import next_checkpoints_bytes
 from bico_ds.common.errors import UserError
+from bico_ds.common.terminal.fitting_table import FittingTable
 from bico_ds.config.paths import WrittenPath, replace_paths
 from bico_ds.config.schema import Recipe
 from bico_ds.model.architecture import with_own_config
@@ -201,7 +201,9 @@ def _check_network(
 
 
 def _print_table(console: Console, reports: list[dict[str, Any]], network: NetworkReport) -> None:
-    table = Table("node", "ranks", "device", "memory free", "TFLOP/s", "disk free", "best link GB/s")
+    table = FittingTable()
+    for name in ("node", "ranks", "device", "memory free", "TFLOP/s", "disk free", "best link GB/s"):
+        table.add_column(name, right=name not in ("node", "device"))
     links = judge.node_speeds(network.links)
     nodes: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for report in reports:

@@ -21,13 +21,13 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from bico_ds.cluster.run_status import RunStatus, find_runs, read_statuses
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
 from bico_ds.common.printable import on_one_line
+from bico_ds.common.terminal.fitting_table import FittingTable
 from bico_ds.config.arguments import local_path, positive_number
 
 _REASON, _NAME = 60, 1000  # characters that are shown
@@ -79,13 +79,12 @@ def watch(paths: list[Path], seconds: float, console: Console) -> None:
                 statuses = read_statuses(find_runs(paths), on_watch=lambda count, seconds: None)
 
 
-def make_table(statuses: list[RunStatus]) -> Table:
-    table = Table(caption=None if statuses else "no runs there")
+def make_table(statuses: list[RunStatus]) -> FittingTable:
+    table = FittingTable(caption="" if statuses else "no runs there")
     for name in ("run", "state", "step", "loss", "tokens/s", "checkpoint", "starts", "job", "last sign"):
         left = name in ("run", "state", "job")
-        table.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=not left)
+        table.add_column(name, right=not left, whole=not left)
     for status in statuses:
-        # As texts: what stands in square brackets in a name or a reason would be markup.
         state = Text(status.state, style=COLORS.get(status.state, "white"))
         state.append(
             f" ({on_one_line(status.reason, most=_REASON)})" if status.reason else "", style="default"
@@ -97,10 +96,10 @@ def make_table(statuses: list[RunStatus]) -> Table:
         total = "?" if status.total_steps is None else str(status.total_steps)
         name = on_one_line(shorten(status.run), most=_NAME)
         table.add_row(
-            Text(name), state, "-" if status.step is None else f"{status.step}/{total}",
+            name, state, "-" if status.step is None else f"{status.step}/{total}",
             "-" if status.loss is None else f"{status.loss:.3f}",
             "-" if status.tokens_per_second is None else f"{status.tokens_per_second:,.0f}",
-            str(status.checkpoint or "-"), str(status.starts), Text(status.job or "-"), ago(status.changed),
+            str(status.checkpoint or "-"), str(status.starts), status.job or "-", ago(status.changed),
         )  # fmt: skip
     return table
 

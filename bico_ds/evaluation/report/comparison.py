@@ -37,10 +37,12 @@ def compare_runs(
     output: Path,
     task: str | None = None,
     text: str | None = None,
+    brief: bool = False,
     console: Console | None = None,
 ) -> None:
     """Print the tables of the tasks and of the work, and every later run minus the first, paired by prompt.
 
+    `brief`: prints the table of the tasks alone, and no names of files; what is written is the same.
     `paths`: run folders, or result files of `bico-ds evaluate`. Writes comparison.md, comparison.json, scores.png and, where
     there are curves, curves.png to `output`; where a perplexity is known, frontier.png, of `task` (None: `frontier.TASK`)
     and all texts, or `text`. Raises `UserError` for a run that cannot be read, for a task whose headline metric is not the
@@ -55,7 +57,10 @@ def compare_runs(
     except OSError as error:
         raise UserError(f"--output {output}: no folder can be made there ({error})") from error
     differences = {run.label: _differences(runs[0], run) for run in runs[1:]}
-    _show(runs, differences, frontier, console)
+    if brief:
+        console.print(result_table({run.label: run.final for run in runs}))
+    else:
+        _show(runs, differences, frontier, console)
     written = [_write_page(runs, differences, frontier, output), _write_figures(runs, differences, output)]
     plot_scores(runs, output / "scores.png")
     written.append(output / "scores.png")
@@ -65,7 +70,8 @@ def compare_runs(
     if frontier:
         plot_frontier(frontier, output / "frontier.png")
         written.append(output / "frontier.png")
-    console.print("written: " + ", ".join(map(str, written)), soft_wrap=True, markup=False)
+    if not brief:
+        console.print("written: " + ", ".join(map(str, written)), soft_wrap=True, markup=False)
 
 
 Differences = Mapping[str, Mapping[str, Difference]]  # by task and metric

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from bico_ds.common.terminal.fitting_table import FittingTable
 from bico_ds.evaluation.report.frontier import HEADERS, Panel, frontier_lines
 from bico_ds.evaluation.report.paired import Difference
 from bico_ds.evaluation.report.runs import Work
@@ -39,16 +38,9 @@ WORK_COLUMNS = (
     "beside the first",
     "seconds",
 )
-_TEXT_COLUMNS = (
-    "run",
-    "measure",
-    "model",
-    "on the frontier",
-    "task",
-    "metric",
-    "text",
-    "in the training texts",
-)
+# All other columns are figures. The cells of the first kind have blanks, or are names of any length.
+_TEXT_COLUMNS = ("run", "measure", "model", "text")
+_WORD_COLUMNS = ("task", "metric", "in the training texts", "on the frontier")
 _PIPE_COLUMNS = 200
 
 
@@ -57,15 +49,10 @@ def console_for_tables() -> Console:
     return Console(width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
 
 
-def result_table(results: Mapping[str, EvaluationResult], *, title: str = "Reversal tasks") -> Table:
+def result_table(results: Mapping[str, EvaluationResult], *, title: str = "Reversal tasks") -> FittingTable:
     """The headline metric of every task with its 95 % interval, one column per model."""
-    table = Table(title=title)
-    for header in ("task", "metric", *results, "floor", "prompts"):
-        justify: Literal["left", "right"] = "left" if header in _TEXT_COLUMNS else "right"
-        table.add_column(escape(header), justify=justify, no_wrap=header not in results)
-    for cells in _lines(results):
-        table.add_row(*map(escape, cells))
-    return table
+    lines = _lines(results)
+    return _score_table(("task", "metric"), results, ("floor", "prompts"), lines, title=title)
 
 
 def result_markdown(results: Mapping[str, EvaluationResult]) -> str:
@@ -76,16 +63,13 @@ def result_markdown(results: Mapping[str, EvaluationResult]) -> str:
     return _markdown([headers, ruler, *lines])
 
 
-def contamination_table(results: Mapping[str, EvaluationResult]) -> Table:
+def contamination_table(results: Mapping[str, EvaluationResult]) -> FittingTable:
     """The headline metric by what the training texts hold of the questions, one column per model."""
-    table = _table(
-        ("task", "in the training texts", "metric", *results, "prompts"),
+    return _score_table(
+        ("task", "in the training texts", "metric"), results, ("prompts",), contamination_lines(results),
         title="By the order in the training texts",
         caption="same: what is asked about, then the answer; reverse: the answer first. Same and both are recall",
-    )
-    for cells in contamination_lines(results):
-        table.add_row(*map(escape, cells))
-    return table
+    )  # fmt: skip
 
 
 def contamination_markdown(results: Mapping[str, EvaluationResult]) -> str:
@@ -142,7 +126,7 @@ def _score(scores: Mapping[str, Any] | None, metric: str) -> str:
     return f"{scores['metrics'][metric]:.3f} [{low:.2f}, {high:.2f}]"
 
 
-def work_table(work: Mapping[str, Work | None]) -> Table:
+def work_table(work: Mapping[str, Work | None]) -> FittingTable:
     """What every run had done when it was evaluated last."""
     table = _table(
         WORK_COLUMNS,
@@ -150,7 +134,7 @@ def work_table(work: Mapping[str, Work | None]) -> Table:
         caption="FLOPs: useful ones, as MFU counts them; seconds: of the training steps",
     )
     for cells in work_lines(work):
-        table.add_row(*map(escape, cells))
+        table.add_row(*cells)
     return table
 
 
@@ -172,14 +156,16 @@ def work_lines(work: Mapping[str, Work | None]) -> Iterator[list[str]]:
         yield [label, *counts, flops, ratio, f"{done.seconds:,.1f}"]
 
 
-def difference_table(differences: Mapping[str, Mapping[str, Difference]], *, of: str, minus: str) -> Table:
+def difference_table(
+    differences: Mapping[str, Mapping[str, Difference]], *, of: str, minus: str
+) -> FittingTable:
     """Paired differences by task and metric, with 95 % intervals."""
     table = _table(
         ("task", "metric", "difference [95 % interval]", "prompts", "persons"),
-        title=escape(f"{of} minus {minus}, paired by prompt"),
+        title=f"{of} minus {minus}, paired by prompt",
     )
     for cells in difference_lines(differences):
-        table.add_row(*map(escape, cells))
+        table.add_row(*cells)
     return table
 
 
@@ -201,7 +187,7 @@ def _markdown(lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
-def choice_tables(choices: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
+def choice_tables(choices: Mapping[str, Mapping[str, Any]]) -> Iterator[FittingTable]:
     """The log-probability tests, and their p-values: two tables that fit into 80 columns."""
     table = _table(
         ("task", "difference", "rank", "best", "nats/token"),
@@ -212,7 +198,7 @@ def choice_tables(choices: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
         low, high = values["intervals"]["difference"]
         table.add_row(
             name,
-            f"{values['difference']:+.1f} \\[{low:+.1f}, {high:+.1f}]",
+            f"{values['difference']:+.1f} [{low:+.1f}, {high:+.1f}]",
             f"{values['rank']:.2f} of {values['candidates']}",
             f"{values['forced_choice']:.3f}",
             f"{values['nll_per_token']:.3f}",
@@ -225,11 +211,32 @@ def choice_tables(choices: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
     yield table
 
 
-def _table(headers: Sequence[str], **options: Any) -> Table:
-    table = Table(**options)
+def _table(headers: Sequence[str], **options: Any) -> FittingTable:
+    table = FittingTable(**options)
     for header in headers:
-        justify: Literal["left", "right"] = "left" if header in _TEXT_COLUMNS else "right"
-        table.add_column(escape(header), justify=justify, no_wrap=True)
+        is_text = header in _TEXT_COLUMNS
+        table.add_column(header, right=not is_text and header not in _WORD_COLUMNS, whole=not is_text)
+    return table
+
+
+def _score_table(
+    before: Sequence[str],
+    results: Mapping[str, EvaluationResult],
+    after: Sequence[str],
+    lines: Iterable[Sequence[str]],
+    **options: Any,
+) -> FittingTable:
+    """A column of scores per model, between the others; where these models do not fit side by side, a row per model."""
+    by_model = _table((*before, "run", "score", *after)) if len(results) > 1 else None
+    table = _table((*before, *results, *after), instead=by_model, **options)
+    for cells in lines:
+        table.add_row(*cells)
+        if by_model is None:
+            continue
+        keys, rest = cells[: len(before)], cells[len(cells) - len(after) :]
+        for label, score in zip(results, cells[len(before) :], strict=False):
+            by_model.add_row(*keys, label, score, *rest)
+            keys, rest = [""] * len(keys), [""] * len(rest)
     return table
 
 
@@ -237,7 +244,7 @@ def _p_value(test: Mapping[str, Any] | None) -> str:
     return "–" if test is None or test["p_value"] is None else f"{test['p_value']:.0e}"
 
 
-def retention_table(after: Mapping[str, Any], before: Mapping[str, Any]) -> Table:
+def retention_table(after: Mapping[str, Any], before: Mapping[str, Any]) -> FittingTable:
     """Perplexity on running texts, beside the base model's where that was measured on the same text, tokens and window."""
     headers = ("text", "tokens", "window", "perplexity\nbefore", "\nafter", "bits/byte\nbefore", "\nafter")
     table = _table(headers, title="Retention")
@@ -257,7 +264,7 @@ def retention_table(after: Mapping[str, Any], before: Mapping[str, Any]) -> Tabl
     return table
 
 
-def agreement_table(found: Mapping[str, Any]) -> Table:
+def agreement_table(found: Mapping[str, Any]) -> FittingTable:
     """Agreement with the base's own greedy answers to instructions, with 95 % intervals."""
     table = _table(
         ("text", "measure", "figure [95 % interval]"),
@@ -267,16 +274,16 @@ def agreement_table(found: Mapping[str, Any]) -> Table:
     for name, values in found.items():
         for measure, title in _AGREEMENT.items():
             low, high = values["intervals"][measure]
-            table.add_row(name, title, f"{values[measure]:.3f} \\[{low:.3f}, {high:.3f}]")
+            table.add_row(name, title, f"{values[measure]:.3f} [{low:.3f}, {high:.3f}]")
             name = ""
     return table
 
 
-def frontier_table(panel: Panel) -> Table:
+def frontier_table(panel: Panel) -> FittingTable:
     """Score and perplexity of every model of a panel."""
-    table = _table(HEADERS, title=escape(f"{panel.task} ({panel.metric}) and the perplexity of {panel.text}"))
+    table = _table(HEADERS, title=f"{panel.task} ({panel.metric}) and the perplexity of {panel.text}")
     for cells in frontier_lines(panel):
-        table.add_row(*map(escape, cells))
+        table.add_row(*cells)
     return table
 
 

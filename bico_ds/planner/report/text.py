@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
+from bico_ds.common.terminal.fitting_table import FittingTable
 from bico_ds.config.deepspeed_file import bucket_size
 from bico_ds.planner.communication import LINK_EFFICIENCY
 from bico_ds.planner.decisions import NOTABLE_SHARE, Change, Decisions, largest_item, most_micro_batch
@@ -98,7 +97,7 @@ def print_plan(plan: Plan, decisions: Decisions, notes: Sequence[str], console: 
         say(f"note: {line}")
 
 
-def _tables(plan: Plan, decisions: Decisions) -> dict[str, Table]:
+def _tables(plan: Plan, decisions: Decisions) -> dict[str, FittingTable]:
     """By their titles."""
     peak = plan.memory.peak
     by_nodes = {str(other.deployment.nodes): other for other in decisions.nodes}
@@ -224,18 +223,18 @@ def _micro_batch(plan: Plan, decisions: Decisions) -> str:
     return f"Largest micro-batch that fits: {bins} bins of {tokens} (now {now})."
 
 
-def _table(first: str, *columns: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column(first, overflow="fold")
+def _table(first: str, *columns: str) -> FittingTable:
+    table = FittingTable(boxed=False)
+    table.add_column(first)
     for column in columns:
-        table.add_column(column, justify="right", overflow="fold")
+        table.add_column(column, right=True)
     return table
 
 
-def _items_table(items: Sequence[Item], *, unit: float) -> Table:
+def _items_table(items: Sequence[Item], *, unit: float) -> FittingTable:
     """A row per item, low and high in units of `unit` bytes, and their sum; no row where there are no items."""
     table = _table("", "low", "high")
-    table.add_column("how", overflow="fold", style="dim")
+    table.add_column("how", style="dim")
     for item in items:
         table.add_row(item.name, *_bounds(item.bytes, unit), item.how)
     if items:
@@ -243,7 +242,7 @@ def _items_table(items: Sequence[Item], *, unit: float) -> Table:
     return table
 
 
-def _moments_table(plan: Plan) -> Table:
+def _moments_table(plan: Plan) -> FittingTable:
     table = _table("", "low", "high")
     table.add_row("between steps", *_bounds(total(plan.memory.resident), GIB))
     for moment in plan.memory.moments:
@@ -259,7 +258,7 @@ def _bounds(found: Range, unit: float) -> tuple[str, str]:
     return number(found.low / unit), number(found.high / unit)
 
 
-def _steps_table(plan: Plan) -> Table:
+def _steps_table(plan: Plan) -> FittingTable:
     """A column per objective; rows of a micro-batch, then of a step."""
     table = _table("", *(batch.objective for batch in plan.batches))
     batches, steps = plan.batches, plan.steps
@@ -300,15 +299,15 @@ def _times(plan: Plan, event: Event) -> str:
     return "once" if event.count == 1 else f"{event.count:,} times"
 
 
-def _events_table(plan: Plan) -> Table:
+def _events_table(plan: Plan) -> FittingTable:
     table = _table("", "how often", "each", "share of the run")
-    table.add_column("how", overflow="fold", style="dim")
+    table.add_column("how", style="dim")
     for event in plan.run.events:
         table.add_row(event.name, _times(plan, event), time(event.seconds), percent(event.share), event.how)
     return table
 
 
-def _choices_table(what: str, plans: Mapping[str, Plan], chosen: Plan) -> Table:
+def _choices_table(what: str, plans: Mapping[str, Plan], chosen: Plan) -> FittingTable:
     """A row per alternative; the plan's own has a star."""
     money = "GPU-hours" if chosen.price is None else "cost"
     table = _table(what, "memory", "GiB", "tokens/s of a device", "hours", money)

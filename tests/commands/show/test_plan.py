@@ -15,11 +15,16 @@ import yaml
 
 from bico_ds.commands.show.plan import main, planned_nodes
 from bico_ds.config.load import list_recipes, load_recipe
+from bico_ds.data.planned_texts import texts_of
+from bico_ds.planner.decisions import decide
 from bico_ds.planner.devices import DEVICES
+from bico_ds.planner.plan import make_plan
 from bico_ds.planner.ranges import Range
 from bico_ds.planner.report import as_json
 from bico_ds.planner.report.quantities import GIB, number, span, time
+from bico_ds.planner.report.text import print_plan
 from tests import ROOT
+from tests.common.whole_words import check_whole
 
 SMOLLM2 = {
     "model_type": "llama",
@@ -83,6 +88,16 @@ def test_every_shipped_recipe_is_planned_on_100_columns_with_the_verdict_first(t
     assert max(map(len, lines)) <= 100
     assert lines[0].startswith(f"{recipe} on ")
     assert re.match(r"(fits|may not fit|does not fit): ", lines[1])
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_no_table_of_a_plan_has_a_word_in_two_lines(width):
+    recipe = load_recipe("llama70b_bico")
+    plan = make_plan(
+        recipe, DEVICES["h100-80g"], nodes=8, ranks_per_node=8, texts=texts_of(recipe), price=2.5
+    )
+    decisions = decide(plan)
+    check_whole(lambda console: print_plan(plan, decisions, [], console), width, names_may_break=width < 80)
 
 
 def test_the_report_shows_the_numbers_of_the_object(tool, planned):

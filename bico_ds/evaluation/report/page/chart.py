@@ -46,10 +46,11 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A chart. `identifier`: of its SVG, once in a page. `summary`: what it shows, for who cannot see it.
+    """A chart.
 
-    `y_range`: the ends of the axis; None: those of the values, and zero where it is to be `from_zero`. `reference`: where a dotted line stands, on the x axis.
-    `best`: points that a broad grey line joins.
+    `identifier`: of its SVG, once in a page. `summary`: what it shows, for who cannot see it. `y_range`: the ends of the
+    axis; None: those of the values, and zero where it is to be `from_zero`. `reference`: where dotted lines stand, on the x
+    axis. `best`: points that a broad grey line joins.
     """
 
     identifier: str
@@ -199,7 +200,7 @@ def _curve(curve: Curve, scale: _Scale, width: float, place: float) -> Html:
             _line(points, scale, class_="curve", stroke_width=f"{width:.1f}", stroke_dasharray=dashes)
         )
     if curve.interval is not None:
-        x = scale.x(points[-1][0]) + 3.0 * place
+        x = scale.x(points[-1][0]) + (0.0 if scale.is_log_x else 3.0 * place)
         low, high = (f"{scale.y(end):.1f}" for end in curve.interval)
         parts.append(
             element(
@@ -208,7 +209,7 @@ def _curve(curve: Curve, scale: _Scale, width: float, place: float) -> Html:
         )
     parts += [_marker(curve.number, scale.x(x), scale.y(y)) for x, y in _spread(points, curve.number)]
     for (x, y), name in zip(points, curve.names, strict=False):
-        parts.append(element("text", name, x=f"{scale.x(x) + 8:.1f}", y=f"{scale.y(y) + 15:.1f}"))
+        parts.append(element("text", name, x=f"{scale.x(x) + 8:.1f}", y=f"{scale.y(y) - 7:.1f}"))
     return element("g", *parts, class_=look(curve.number))
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
-from html import escape
+from html import escape, unescape
 from typing import Any
 
 _VOID = frozenset(("meta", "circle", "rect", "line", "path", "polyline", "use"))
@@ -13,6 +14,10 @@ class Html(str):
     """Markup that is complete: it is written as it is."""
 
     __slots__ = ()
+
+    def text(self) -> str:
+        """Without its elements, as a reader sees it."""
+        return unescape(re.sub(r"<[^>]*>", "", self))
 
 
 def element(tag: str, *children: Any, **attributes: Any) -> Html:

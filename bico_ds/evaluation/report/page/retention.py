@@ -12,7 +12,7 @@ from bico_ds.evaluation.report.page.numbers import compact, percent
 from bico_ds.evaluation.report.page.scores import title_of
 from bico_ds.evaluation.report.page.source import ReportedRun
 
-_MOST_NAMES = 8  # of the points of a series, beside them
+_MOST_NAMED, _MOST_NAMES = 3, 8  # series whose points have their names beside them, and points of one
 
 
 def retention(runs: Sequence[ReportedRun]) -> Html | None:
@@ -65,9 +65,10 @@ def _figure(panel: Panel, labels: Sequence[str], number: int) -> Html | None:
     curves = []
     for series in panel.series:
         shown = [point for point in series.points if _has_place(point)]
+        has_names = len(panel.series) <= _MOST_NAMED and len(shown) <= _MOST_NAMES
         if shown:
             points = [(point.perplexity, point.score) for point in shown]
-            names = [point.name for point in shown] if len(shown) <= _MOST_NAMES else []
+            names = [point.name for point in shown] if has_names else []
             curves.append(Curve(labels.index(series.label), series.label, points, shown[-1].interval, names))
     if not curves:
         return None

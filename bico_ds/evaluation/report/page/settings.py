@@ -35,9 +35,10 @@ def settings(runs: Sequence[ReportedRun]) -> Html | None:
         words = "is the same" if same.startswith("1 ") else "are the same"
         caption = f"Keys that differ; {same} {words} in all"
         body = [table(caption, ("key", *labels), rows, words=labels, as_cards=True)]
-    body += [
-        details(f"The whole recipe of {run.label}", code(dump_yaml(run.recipe).splitlines())) for run in known
+    recipes_shown = [
+        part for run in known for part in (element("p", run.label), code(dump_yaml(run.recipe).splitlines()))
     ]
+    body.append(details("The whole recipe" if len(known) == 1 else "The whole recipes", *recipes_shown))
     return section("settings", "Settings" if len(known) == 1 else "Settings that differ", *body)
 
 

@@ -94,6 +94,7 @@ svg text{font:13px system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","DejaVu
 table{border-collapse:collapse;width:100%;font-size:15px;font-variant-numeric:tabular-nums}
 caption{text-align:left;color:var(--soft);padding:10px 12px 6px;font-size:14px}
 th,td{padding:7px 12px;text-align:right;vertical-align:top;border-top:1px solid var(--rule)}
+.scroll table:not(.cards) tbody th{position:sticky;left:0;background:var(--panel)}
 thead th{border-top:0;border-bottom:2px solid var(--rule);color:var(--soft);font-weight:600;vertical-align:bottom}
 tbody tr:first-child>*{border-top:0}
 th.words,td.words{text-align:left}
@@ -155,6 +156,7 @@ footer{color:var(--soft);font-size:14px;padding-top:18px;padding-bottom:40px;bor
  svg,tr,.samples>li,pre,.answer{break-inside:avoid}
  thead{display:table-header-group}
  .scroll,pre{overflow:visible}
+ .scroll tbody th{position:static}
  pre{white-space:pre-wrap;font-size:8pt}
  details pre{columns:3;column-gap:10pt;font-size:6.5pt}
  .card-row{grid-template-columns:minmax(0,6em) minmax(0,1fr) 3.6em;gap:8px}

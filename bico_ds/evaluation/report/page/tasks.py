@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bico_ds.common.printable import on_one_line
 from bico_ds.evaluation.report.comparison import remarks
-from bico_ds.evaluation.report.page.html import Html, details, element, joined, listed, section, table
+from bico_ds.evaluation.report.page.html import Html, details, element, joined, section, table
 from bico_ds.evaluation.report.page.scores import METRICS, cell, figure_of, task_names, title_of
 from bico_ds.evaluation.report.page.source import ReportedRun
 from bico_ds.evaluation.report.paired import paired_differences
 from bico_ds.evaluation.report.tables import contamination_lines, difference_lines
+from bico_ds.evaluation.results import EvaluationResult, TaskResult
 
-_SAMPLES = 2  # right ones, and wrong ones, of each run and task
-_MOST_ASKED = 8  # different questions of a task that are shown
+_CAPTION = "Scores with 95 % intervals over persons"
+_MOST_COLUMNS = 4
+_SAMPLES = 2  # right ones, and wrong ones, of each run and task; of more runs than `_MOST_COLUMNS` one
+_MOST_ASKED = 6  # different questions of a task that are shown
 _MOST_CHARACTERS = 320
 
 
@@ -23,24 +26,15 @@ def task_table(runs: Sequence[ReportedRun]) -> Html | None:
     names = task_names(runs)
     if not names:
         return None
-    compared = [run.compared for run in runs]
-    results = {run.label: run.final for run in compared}
-    rows = [_task_row(runs, name) for name in names]
+    results = {run.label: run.compared.final for run in runs}
     metrics = dict.fromkeys(
-        run.final.tasks[n].headline for n in names for run in compared if n in run.final.tasks
+        run.tasks[n].headline for n in names for run in results.values() if n in run.tasks
     )
-    apart = list(contamination_lines(results))
     return section(
         "tasks",
         "Every task",
         *(element("p", f"{name}: {METRICS[name]}.", class_="soft") for name in metrics if name in METRICS),
-        table(
-            "Scores with 95 % intervals over persons",
-            ("task", "metric", *results, "another person's answer", "questions"),
-            rows,
-            words=("metric",),
-            as_cards=True,
-        ),
+        _scores_by_run(runs, names) if len(runs) > _MOST_COLUMNS else _scores_by_task(runs, names),
         element(
             "p",
             "Persons, not questions, were resampled for the intervals: the questions about one person are right or wrong "
@@ -48,50 +42,81 @@ def task_table(runs: Sequence[ReportedRun]) -> Html | None:
             "another person's answer is what guessing would reach.",
             class_="note",
         ),
-        listed(remarks(compared), class_="note"),
-        *_differences(runs),
-        details(
-            "Scores by what the training texts hold of the questions",
-            table(
-                "same: what is asked about, then the answer; reverse: the answer first; same and both are recall",
-                ("task", "in the training texts", "metric", *results, "questions"),
-                apart,
-                words=("in the training texts", "metric"),
-            ),
+        *(element("p", f"{remark}.", class_="note") for remark in remarks([run.compared for run in runs])),
+        _differences(runs),
+        _apart(results),
+    )
+
+
+def _scores_by_task(runs: Sequence[ReportedRun], names: Sequence[str]) -> Html:
+    """A row for each task, a column for each run."""
+    rows = []
+    for name in names:
+        found = [run.compared.final.tasks.get(name) for run in runs]
+        cells = (cell(task, number) for number, task in enumerate(found))
+        rows.append(
+            (_heading(name), _known(runs, name)[0].headline, *cells, _floor(runs, name), _count(runs, name))
         )
-        if apart
-        else None,
-    )
+    headers = ("task", "metric", *(run.label for run in runs), "another person's answer", "questions")
+    return table(_CAPTION, headers, rows, words=("metric",), as_cards=True)
 
 
-def _task_row(runs: Sequence[ReportedRun], name: str) -> list[Any]:
-    found = [run.compared.final.tasks.get(name) for run in runs]
-    known = [task for task in found if task is not None]
-    floors = [task.floors[task.headline] for task in known if task.headline in task.floors]
-    counts = dict.fromkeys(str(len(task.prompts) or "–") for task in known)
-    title = (
-        joined((title_of(name), element("span", name, class_="interval"))) if title_of(name) != name else name
-    )
-    return [
-        title,
-        known[0].headline,
-        *(cell(task, number) for number, task in enumerate(found)),
-        figure_of(known[0], floors[0]) if floors else "–",
-        " / ".join(counts),
+def _scores_by_run(runs: Sequence[ReportedRun], names: Sequence[str]) -> Html:
+    """A row for each run, a column for each task: of many runs."""
+    rows: list[list[Any]] = [
+        [run.label, *(cell(run.compared.final.tasks.get(name), number) for name in names)]
+        for number, run in enumerate(runs)
     ]
+    rows.append(["another person's answer", *(_floor(runs, name) for name in names)])
+    rows.append(["questions", *(_count(runs, name) for name in names)])
+    return table(_CAPTION, ("run", *map(title_of, names)), rows, as_cards=True)
 
 
-def _differences(runs: Sequence[ReportedRun]) -> Iterator[Html]:
+def _heading(name: str) -> Html | str:
+    """A task as a reader would call it, and as recipes do."""
+    title = title_of(name)
+    return title if title == name else joined((title, element("span", name, class_="interval")))
+
+
+def _known(runs: Sequence[ReportedRun], name: str) -> list[TaskResult]:
+    return [run.compared.final.tasks[name] for run in runs if name in run.compared.final.tasks]
+
+
+def _floor(runs: Sequence[ReportedRun], name: str) -> str:
+    known = _known(runs, name)
+    floors = [task.floors[task.headline] for task in known if task.headline in task.floors]
+    return figure_of(known[0], floors[0]) if floors else "–"
+
+
+def _count(runs: Sequence[ReportedRun], name: str) -> str:
+    return " / ".join(dict.fromkeys(str(len(task.prompts) or "–") for task in _known(runs, name)))
+
+
+def _differences(runs: Sequence[ReportedRun]) -> Html | None:
     """Each later run minus the first, where both were asked the same."""
     first = runs[0].compared
+    tables = []
     for run in (run.compared for run in runs[1:]):
         both = [name for name in first.final.tasks if name in run.final.tasks]
         pairs = {name: paired_differences(first.final.tasks[name], run.final.tasks[name]) for name in both}
         rows = list(difference_lines({name: found for name, found in pairs.items() if found}))
         if rows:
-            caption = f"Difference: {run.label} minus {first.label}, question by question"
             headers = ("task", "metric", "difference [95 % interval]", "questions", "persons")
-            yield details(caption, table(caption, headers, rows, words=("metric",)))
+            tables.append(table(f"{run.label} minus {first.label}", headers, rows, words=("metric",)))
+    return details(f"Differences from {first.label}, question by question", *tables) if tables else None
+
+
+def _apart(results: Mapping[str, EvaluationResult]) -> Html | None:
+    """Scores by what the training texts hold, where they were searched."""
+    rows = list(contamination_lines(results))
+    if not rows:
+        return None
+    caption = (
+        "same: what is asked about, then the answer; reverse: the answer first; same and both are recall"
+    )
+    headers = ("task", "in the training texts", "metric", *results, "questions")
+    found = table(caption, headers, rows, words=("in the training texts", "metric"))
+    return details("Scores by what the training texts hold of the questions", found)
 
 
 class _Question(NamedTuple):
@@ -123,6 +148,7 @@ def _answered(run: ReportedRun, name: str) -> dict[_Question, dict[str, Any]]:
 def _chosen(answered: Sequence[dict[_Question, dict[str, Any]]], tasks: Sequence[Any]) -> list[_Question]:
     """Questions such that each run has some of its best answers among them, and some of its worst."""
     chosen: dict[_Question, None] = {}
+    samples = _SAMPLES if len(tasks) <= _MOST_COLUMNS else 1
     for rows, task in zip(answered, tasks, strict=True):
         if not rows:
             continue
@@ -130,9 +156,9 @@ def _chosen(answered: Sequence[dict[_Question, dict[str, Any]]], tasks: Sequence
         for ends in (max(scores.values()), min(scores.values())):
             same = [question for question in rows if scores[question] == ends]
             known = sum(question in chosen for question in same)
-            every = max(1, len(same) // _SAMPLES)
+            every = max(1, len(same) // samples)
             # Spread over the task: neighbours are about the same person.
-            chosen |= dict.fromkeys(same[::every][: max(0, _SAMPLES - known)])
+            chosen |= dict.fromkeys(same[::every][: max(0, samples - known)])
     return list(chosen)[:_MOST_ASKED]
 
 

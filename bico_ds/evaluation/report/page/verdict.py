@@ -12,7 +12,7 @@ from bico_ds.evaluation.report.page.source import ReportedRun
 from bico_ds.evaluation.results import ORDERS, TaskResult
 
 _MOST_NAMED = 3  # runs in a sentence
-_MOST_IN_CARD = 6
+_MOST_IN_CARD = 6  # of more the first task alone is drawn
 _MOST_OF_REASON, _MOST_OF_EXAMPLE = 300, 120
 _READ = {
     "same": "in the direction asked, so that the answer can be recalled",
@@ -38,7 +38,7 @@ def verdict(runs: Sequence[ReportedRun]) -> Html:
         *(element("p", f"As read ({WORDINGS[name].arrow}), ", *_answers(runs, name), class_="also") for name in forward),
         *(element("p", line, class_="note") for line in (*_searched(runs, first), *_unasked(runs, first), *_states(runs))),
     ]  # fmt: skip
-    card = _card(runs, [*reverse, *forward]) if len(runs) <= _MOST_IN_CARD else None
+    card = _card(runs, [*reverse, *forward][: None if len(runs) <= _MOST_IN_CARD else 1])
     who = "Does it" if len(runs) == 1 else "Do they"
     return joined(
         (
@@ -46,6 +46,15 @@ def verdict(runs: Sequence[ReportedRun]) -> Html:
             element("div", element("div", *words), card, class_="verdict"),
         )
     )
+
+
+def answer_in_words(runs: Sequence[ReportedRun]) -> str:
+    """The answer as a line of text; empty for runs that were asked nothing the other way round."""
+    asked = (name for name in task_names(runs) if name in WORDINGS and WORDINGS[name].is_reverse)
+    name = next(asked, None)
+    if name is None:
+        return ""
+    return f"Asked the other way round, {joined(_answers(runs, name)).text()}"
 
 
 def _question(task: str) -> str:
@@ -85,11 +94,10 @@ def _answers(runs: Sequence[ReportedRun], task: str) -> Iterator[Html | str]:
         yield "."
         return
     ranked = sorted(asked, key=lambda run: -run.compared.final.tasks[task].score)
-    yield f"of {len(asked)} runs the best, "
     yield from _answer(ranked[0], task, is_first=True)
-    yield ", and the worst, "
+    yield f", the best of {len(asked)} runs; the worst, "
     yield from _answer(ranked[-1], task, is_first=False)
-    yield "; the others are in the table below."
+    yield "."
 
 
 def _answer(run: ReportedRun, task: str, *, is_first: bool) -> Iterator[Html | str]:

@@ -204,7 +204,7 @@ def _changes(old: Any, new: Any, key: str) -> list[tuple[str, tuple[Any, Any]]]:
 def _set_later_aside(folder: RunFolder, step: int) -> None:
     """Checkpoints, evaluations and metrics after the step resumed from are damaged, or of steps that are done anew.
 
-    None may be taken later for one of the steps to come, nor may whatever has the name of one.
+    Before the first step also TensorBoard's files: what they have of step 0 cannot be hidden. None may be taken later for one of the steps to come, nor may whatever has the name of one.
     """
     later = [path for of, path in STEP.in_folder(folder.checkpoints) if of > step]
     results = folder.evaluations_after(step)
@@ -214,8 +214,10 @@ def _set_later_aside(folder: RunFolder, step: int) -> None:
     aside = folder.new_aside()
     if results:
         (aside / folder.evaluation.name).mkdir()
+    board = [folder.tensorboard] if step == 0 and folder.tensorboard.is_dir() else []
     names = [path.name for path in later] + [f"{folder.evaluation.name}/{path.name}" for path in results]
-    for path, name in zip(later + results, names, strict=True):
+    names += [path.name for path in board]
+    for path, name in zip(later + results + board, names, strict=True):
         path.rename(aside / name)
     if lines:
         write_atomically(aside / folder.metrics_file.name, "".join(lines))

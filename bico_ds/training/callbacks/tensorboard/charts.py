@@ -1,7 +1,8 @@
 """TensorBoard's CUSTOM SCALARS: which curves share a chart.
 
 TensorBoard merges the layouts of all runs that it shows, in the order of their names: charts that are equal become one, and
-a category stands where the first run has it. So the charts name what any run may have, and each run has every category.
+a category stands where the first run has it. So the charts name what any run may have, and each run has the categories that
+nearly all fill.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ from bico_ds.training.callbacks.tensorboard.tags import DETAILS, DIVERGENCE, HEL
 from bico_ds.training.callbacks.utilization import TAG as MFU
 from bico_ds.training.callbacks.work import SHARE, SHARED
 
-# In this order: of each pair of tasks the forward one, and beside it the reverse one.
+# Each pair of tasks side by side. The other way round: TensorBoard 2.21 shows the charts with margins of a category from its
+# end to its beginning.
 _QUESTIONS = {
-    "n2d": "forward: name → description",
-    "n2d_reverse": "REVERSE: description → name",
-    "d2n": "forward: description → name",
-    "d2n_reverse": "REVERSE: name → description",
+    "d2n_reverse": "D2N, REVERSE: name → description",
+    "d2n": "D2N, forward: description → name",
+    "n2d_reverse": "N2D, REVERSE: description → name",
+    "n2d": "N2D, forward: name → description",
 }
 # The task whose score stands beside what it costs.
 _FRONTIER = "n2d_reverse"
@@ -50,7 +52,7 @@ def charts(recipe: Recipe, *, has_mfu: bool) -> Layout:
     tasks = recipe.evaluation.reversal_tasks
     categories = {
         "reversal": [_with_interval(title, task) for task, title in _QUESTIONS.items() if task in tasks],
-        "frontier: the reverse task and what it costs": _frontier(recipe),
+        **({"frontier": _frontier(recipe)} if recipe.evaluation.texts else {}),
         "loss": _losses(recipe),
         "speed": _speed(recipe, has_mfu=has_mfu),
     }
@@ -64,12 +66,10 @@ def _with_interval(title: str, task: str) -> Chart:
 
 
 def _frontier(recipe: Recipe) -> list[Chart]:
-    """Where a text is measured: the score, and the text's perplexity beside that of the start."""
-    if not recipe.evaluation.texts:
-        return []
+    """The score, and what it costs: the perplexity of other texts."""
     asked = _FRONTIER in recipe.evaluation.reversal_tasks
-    score = [_lines(_FRONTIER, [_exactly(tag_of(f"evaluation/{_FRONTIER}/headline"))])] if asked else []
-    return [*score, _lines("perplexity of texts, times the start's", [_TEXTS])]
+    score = _lines(f"{_FRONTIER}: score", [_exactly(tag_of(f"evaluation/{_FRONTIER}/headline"))])
+    return [*([score] if asked else []), _lines("perplexity of other texts, times the start's", [_TEXTS])]
 
 
 def _losses(recipe: Recipe) -> list[Chart]:

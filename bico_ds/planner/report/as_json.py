@@ -16,7 +16,7 @@ multiples; rates are per second and device. Keys are added in later versions, an
     host[], nvme[], disk[]   items; the first two of a node
     steps[]             per objective: objective, probability, micro_batch {rows, live_rows, head_rows, pairs, documents},
                         useful_flops, executed_flops, attention_flops (of the executed), products, elementwise,
-                        optimizer, transfers[], parts {name: range} (they add up to the seconds), seconds,
+                        optimizer, transfers[], parts[]: {"name", "seconds"} (which add up to the step's), seconds,
                         kept_per_second, represented_per_second, mfu
     run                 steps (or null), mean_step_seconds, hours, device_hours, cost, price,
                         events[]: {"name", "seconds", "count", "share", "how"}
@@ -122,7 +122,9 @@ def _steps(plan: Plan) -> list[dict[str, Any]]:
                 {"name": t.name, "bytes": t.bytes, "seconds": _range(t.seconds), "how": t.how}
                 for t in step.transfers
             ],
-            "parts": {part.value: _range(seconds) for part, seconds in step.parts.items()},
+            "parts": [
+                {"name": part.value, "seconds": _range(seconds)} for part, seconds in step.parts.items()
+            ],
         }
         for batch, step in zip(plan.batches, plan.steps, strict=True)
     ]

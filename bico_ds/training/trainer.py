@@ -31,15 +31,18 @@ from bico_ds.data.loading.sample_order import Consumed
 from bico_ds.evaluation.results import EvaluationResult
 from bico_ds.model.deepspeed_engine import Engine
 from bico_ds.model.head import Losses
+from bico_ds.planner.report.step_parts import StepPart
 from bico_ds.runtime import host_memory
 from bico_ds.runtime.distributed import broadcast_object
 from bico_ds.runtime.nodes.own_time import OwnTime
 from bico_ds.runtime.run_folder import State
 from bico_ds.runtime.watchdog import Watchdog
+from bico_ds.spans import span
 from bico_ds.training import nonfinite
 from bico_ds.training.callbacks.base import Callbacks, StepReport
 from bico_ds.training.evaluator import Evaluator, scalars
 from bico_ds.training.micro_batches import name_worst
+from bico_ds.training.profile.profiler import StepProfiler
 from bico_ds.training.run import Run
 from bico_ds.training.spikes import SpikeDetector
 from bico_ds.training.step_totals import AgreedStep, StepCounts, StepTotals, add_up, agree
@@ -97,6 +100,7 @@ class Trainer:
         step: int = 0,
         targetless: TargetlessSteps | None = None,
         own_time: OwnTime | None = None,
+        profiler: StepProfiler | None = None,
     ) -> None:
         self.run, self.engine, self.loader, self.watchdog = run, engine, loader, watchdog
         self.callbacks, self.checkpointer, self.evaluator = callbacks, checkpointer, evaluator
@@ -104,6 +108,7 @@ class Trainer:
         self.step, self.total_steps = step, total_steps
         self.targetless = targetless or TargetlessSteps()
         self.own_time = own_time  # None of a single rank
+        self.profiler = profiler
         self.consumed = loader.start_consumed
         self._saved_step = step  # at step 0 there is nothing to save
         self._cut_evaluation = False
@@ -120,6 +125,9 @@ class Trainer:
             # On all ranks alike, so that the step before can still be reported.
             self._report()
             raise
+        finally:
+            if self.profiler is not None:
+                self.profiler.close()
         if self._saved_step != self.step:
             self._save(required=True)
         self.targetless.require_some(self.step, self.total_steps)
@@ -131,6 +139,8 @@ class Trainer:
         agreed: AgreedStep | None = None
         while self.step < self.total_steps:
             self.watchdog.note_progress()
+            if self.profiler is not None:
+                self.profiler.begin(self.step + 1)
             started, waited = time.perf_counter(), self.loader.wait_seconds
             agreed = agreed or self._agree()
             if agreed.stop:
@@ -148,10 +158,14 @@ class Trainer:
 
     def _agree(self) -> AgreedStep:
         """Make the step after a pause known."""
-        agreed = agree(self.loader.step(self.step), self.run)
+        agreed = agree(self._rank_step(self.step), self.run)
         if self.own_time is not None:
             self.own_time.begin()
         return agreed
+
+    def _rank_step(self, step: int) -> RankStep:
+        with span(StepPart.DATA.value):
+            return self.loader.step(step)
 
     def _pauses_after(self, step: int) -> bool:
         """Whether training pauses after so many steps, or ends; the same on all ranks."""
@@ -199,12 +213,22 @@ class Trainer:
         # DeepSpeed's is a scalar tensor, on the device or (with offload) the host; None where it computes none.
         norm = norm if isinstance(norm, torch.Tensor) else torch.tensor(norm or 0.0)
         self.consumed = self.consumed.plus(rank_step.counts)
-        seconds = time.perf_counter() - started
+        seconds = self._end_step(started, report)
         report = replace(report, applied=applied, sources=self.consumed.by_source(), seconds=seconds)
         # After the update has begun, so that what shows and writes a step does not hold it up.
         self._report(totals.norm_before)
         self._unreported = _TakenStep(report=report, norm=norm, batches=rank_step.batches, losses=losses)
         return totals.following
+
+    def _end_step(self, started: float, report: StepReport) -> float:
+        """The wall time of the step."""
+        if self.profiler is None:
+            return time.perf_counter() - started
+        self.profiler.settle()
+        seconds = time.perf_counter() - started
+        if self.profiler.end(report.step, report.objective, seconds) and self.own_time is not None:
+            self.own_time.begin()  # writing what was recorded is none of a step's work
+        return seconds
 
     def _report_of(self, agreed: AgreedStep, totals: StepTotals) -> StepReport:
         """What is known of a step before its update."""
@@ -256,7 +280,9 @@ class Trainer:
         scale = ranks.world_size / counts.weight  # DeepSpeed averages the gradients over the ranks
         found = []
         for number, batch in enumerate(batches, start=1):
-            losses = self.engine(batch.to(ranks.device, non_blocking=True))
+            with span(StepPart.DATA.value):
+                batch = batch.to(ranks.device, non_blocking=True)
+            losses = self.engine(batch)
             total = losses.loss * scale
             if retention is not None:
                 # Where nothing is compared, too: all that the head gives takes part in the backward pass.
@@ -275,7 +301,7 @@ class Trainer:
         `found`: of each batch, none of a step without targets; `waited`: what the loader had waited when the step began.
         """
         # While the device works; the batches are built by then, as a rule.
-        following = None if self._pauses_after(self.step + 1) else self.loader.step(self.step + 1)
+        following = None if self._pauses_after(self.step + 1) else self._rank_step(self.step + 1)
         totals = add_up(
             batches if found else [],
             found,
@@ -304,7 +330,8 @@ class Trainer:
             # No step of the engine: without a gradient it would still decay the weights and move Adam's averages.
             self.engine.lr_scheduler.step()
             return False
-        self.engine.step()
+        with span(StepPart.OPTIMIZER.value):
+            self.engine.step()
         applied = bool(self.engine.was_step_applied())
         if applied and not loss_is_finite:
             raise nonfinite.NonFiniteError(

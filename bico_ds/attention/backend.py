@@ -19,6 +19,7 @@ from bico_ds.attention.layout import FlashRows, Layout, LayoutPolicy, SpanRows
 from bico_ds.attention.passes import TORCH_PASSES, FlashProblem, Passes, merge
 from bico_ds.attention.triton.ops import triton_backward, triton_forward
 from bico_ds.attention.two_pass import two_pass_backward, two_pass_forward
+from bico_ds.spans import in_span, span
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +57,20 @@ class Backend:
             out=q.new_empty(num_rows + 1, *q.shape[1:]),
             lse=_empty_lse(q, num_rows + 1, by_head=layout.blocks is not None),
         )
-        if layout.fused is not None:
-            fused_forward(layout.fused, inputs, results)
-        if layout.blocks is not None:
-            triton_forward(layout.blocks, inputs, results)
-        for tile in layout.tiles:
-            dense_forward(tile, inputs, results)
+        with span(_served_besides_flash(layout)):
+            if layout.fused is not None:
+                fused_forward(layout.fused, inputs, results)
+            if layout.blocks is not None:
+                triton_forward(layout.blocks, inputs, results)
+            for tile in layout.tiles:
+                dense_forward(tile, inputs, results)
         if layout.tiles:
             results.lse[-1] = float("inf")
         for group in layout.flash:
             two_pass_forward(self.kernel, self.passes, self._problem(group, inputs), results)
         return results
 
+    @in_span("live rows")
     def _merge_spans(self, inputs: AttentionInputs, spans: SpanRows, results: AttentionResults) -> None:
         """What live rows see of their spans, into the one softmax of `results`, in place."""
         if spans.layout is not None:
@@ -92,19 +95,22 @@ class Backend:
             return two_pass_backward(self.kernel, self.passes, problem, results, grad_out)
         grads = _empty_gradients(inputs, layout, results.lse.dtype)
         if layout.blocks is not None:
-            triton_backward(layout.blocks, inputs, results, grad_out, grads)
+            with span(_served_besides_flash(layout)):
+                triton_backward(layout.blocks, inputs, results, grad_out, grads)
         for group in layout.flash:
             problem, adds = self._problem(group, inputs), layout.blocks is not None
             two_pass_backward(self.kernel, self.passes, problem, results, grad_out, grads, adds=adds)
-        if layout.fused is not None:
-            fused_backward(layout.fused, inputs, results, grad_out, grads)
-        for tile in layout.tiles:
-            dense_backward(tile, inputs, results, grad_out, grads, is_part=is_part)
+        with span(_served_besides_flash(layout)):
+            if layout.fused is not None:
+                fused_backward(layout.fused, inputs, results, grad_out, grads)
+            for tile in layout.tiles:
+                dense_backward(tile, inputs, results, grad_out, grads, is_part=is_part)
         if layout.spans is not None:
             self._add_spans(inputs, layout.spans, results, grad_out, grads)
         (dq, dk, dv), num_rows = grads, layout.outline.num_rows
         return dq[:num_rows], dk[:num_rows].to(inputs.k.dtype), dv[:num_rows].to(inputs.v.dtype)
 
+    @in_span("live rows")
     def _add_spans(
         self,
         inputs: AttentionInputs,
@@ -132,6 +138,11 @@ class Backend:
         """What the flash kernel computes for a group."""
         widens = group.hidden is not None and not self.kernel.hides_keys
         return FlashProblem(inputs=inputs, rows=group, widens=widens)
+
+
+def _served_besides_flash(layout: Layout) -> str:
+    """What the fused kernel, the Triton kernels and tiles serve, as a part of a step."""
+    return "live rows" if layout.flash_serves_all_kept else "attention fused"
 
 
 def _empty_lse(q: Tensor, rows: int, *, by_head: bool) -> Tensor:

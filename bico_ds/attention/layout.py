@@ -125,10 +125,14 @@ class Layout:
     spans: SpanRows | None
 
     @property
+    def flash_serves_all_kept(self) -> bool:
+        """All kept rows of the batch, in place, through the two flash passes; what serves others serves live rows."""
+        return len(self.flash) == 1 and self.flash[0].query_rows is None
+
+    @property
     def is_one_flash_problem(self) -> bool:
         """All rows of the batch, in place, through the two flash passes: results need no gathering."""
-        serves_all = len(self.flash) == 1 and self.flash[0].query_rows is None
-        return serves_all and not self.tiles and self.fused is None and self.blocks is None
+        return self.flash_serves_all_kept and not self.tiles and self.fused is None and self.blocks is None
 
     @property
     def is_one_table_of_blocks(self) -> bool:

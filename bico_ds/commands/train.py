@@ -26,6 +26,7 @@ from bico_ds.runtime import launch_environment
 from bico_ds.runtime.launcher import follow_launcher
 from bico_ds.runtime.output.process_output import ProcessOutput, libraries_apart
 from bico_ds.runtime.signals import StopFlag
+from bico_ds.training.profile.request import profile_request
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -49,6 +50,11 @@ def add_options(parser: ArgumentParser) -> None:
         help="save a checkpoint and stop after so many minutes",
     )
     parser.add_argument(
+        "--profile", metavar="STEP[:STEPS]", type=profile_request,
+        help="record where STEPS steps from STEP on go, into the run's profile/: a trace for Perfetto from each rank, and a "
+        "table. STEP alone: from there one step of each objective, looked for in 50 steps. Recorded steps are slower",
+    )  # fmt: skip
+    parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print what would run, train nothing"
     )
     parser.add_argument("--list-recipes", action="store_true", help="list the names in recipes/")
@@ -67,6 +73,8 @@ def add_options(parser: ArgumentParser) -> None:
 def contradiction(options: Namespace) -> str | None:
     if not options.list_recipes and options.recipe is None:
         return "--recipe is required; --list-recipes shows the names"
+    if options.dry_run and options.profile is not None:
+        return "--dry-run makes no step that --profile could record"
     return None
 
 
@@ -116,7 +124,14 @@ def train_recipe(recipe: Recipe, options: Namespace) -> None:
         with libraries_apart():
             from bico_ds.training.start import train
         output.adopt_libraries()
-        train(recipe, output_dir=options.output_dir, resume=options.resume, stop=stop, output=output)
+        train(
+            recipe,
+            output_dir=options.output_dir,
+            resume=options.resume,
+            stop=stop,
+            output=output,
+            profile=options.profile,
+        )
 
 
 main = Command(

@@ -30,6 +30,7 @@ from bico_ds.model.weights.load import (
     verify_loaded,
 )
 from bico_ds.model.weights.materialize import WeightSource, materialize
+from bico_ds.spans import span
 
 
 class TrainableModel(nn.Module):
@@ -92,7 +93,8 @@ class TrainableModel(nn.Module):
         """
         decoder = self.causal_lm.model
         branch_1TE, total_1TE = decoder.embed_tokens(batch.input_ids[None]), None
-        tables = decoder.rotary_emb(branch_1TE, position_ids=batch.position_ids[None])
+        with span("rotation"):
+            tables = decoder.rotary_emb(branch_1TE, position_ids=batch.position_ids[None])
         layout = None if batch.layout is None else batch.layout.with_masks(branch_1TE.dtype)
         shared: dict[str, Any] = {"position_embeddings": tables, "plan": batch.plan, "layout": layout}
         for index, layer in enumerate(decoder.layers):

@@ -68,7 +68,7 @@ def largest_micro_batch(plan: Plan) -> int:
 
     def left(bins: int) -> float:
         batch = bins * plan.deployment.ranks
-        changed = _with(recipe, "training", micro_batch_bins=bins, global_batch_bins=batch)
+        changed = with_values(recipe, "training", micro_batch_bins=bins, global_batch_bins=batch)
         batches = micro_batches(changed, plan.texts, fullest=True)
         memory = device_memory(changed, plan.architecture, plan.deployment, batches)
         return memory.available - memory.peak.bytes.high
@@ -106,7 +106,7 @@ def over_variants(plan: Plan) -> dict[str, Plan]:
     """The plan with each file of ds_configs/, and with its own."""
     own = str(plan.recipe.deepspeed.config)
     names = sorted({own, *(file.stem for file in DS_CONFIGS.glob("*.json"))})
-    return {name: plan if name == own else plan.changed(_configured(plan.recipe, name)) for name in names}
+    return {name: plan if name == own else plan.changed(with_ds_config(plan.recipe, name)) for name in names}
 
 
 def suggest(plan: Plan) -> str | None:
@@ -165,7 +165,7 @@ def _fits(change: Change | None) -> bool:
 def _recomputing(plan: Plan) -> Change | None:
     if plan.recipe.model.activation_checkpointing == 1:
         return None
-    recipe = _with(plan.recipe, "model", activation_checkpointing=1)
+    recipe = with_values(plan.recipe, "model", activation_checkpointing=1)
     return _set("model.activation_checkpointing=1", plan.changed(recipe))
 
 
@@ -175,7 +175,7 @@ def _smaller_micro_batch(plan: Plan) -> Change | None:
     return _first_that_fits(
         _set(
             f"training.micro_batch_bins={number}",
-            plan.changed(_with(plan.recipe, "training", micro_batch_bins=number)),
+            plan.changed(with_values(plan.recipe, "training", micro_batch_bins=number)),
         )
         for number in range(bins - 1, 0, -1)
         if bins % number == 0
@@ -185,7 +185,7 @@ def _smaller_micro_batch(plan: Plan) -> Change | None:
 def _fewer_loss_rows(plan: Plan) -> Change | None:
     if plan.recipe.model.loss_chunk_rows <= _FEW_LOSS_ROWS:
         return None
-    recipe = _with(plan.recipe, "model", loss_chunk_rows=_FEW_LOSS_ROWS)
+    recipe = with_values(plan.recipe, "model", loss_chunk_rows=_FEW_LOSS_ROWS)
     return _set(f"model.loss_chunk_rows={_FEW_LOSS_ROWS}", plan.changed(recipe))
 
 
@@ -193,7 +193,7 @@ def _divided_weights(plan: Plan) -> Change | None:
     zero = plan.deployment.zero
     if zero.stage == 3 and zero.secondary_ranks is None:
         return None
-    return _set("deepspeed.config=zero3_bf16", plan.changed(_configured(plan.recipe, "zero3_bf16")))
+    return _set("deepspeed.config=zero3_bf16", plan.changed(with_ds_config(plan.recipe, "zero3_bf16")))
 
 
 def _more_devices(plan: Plan) -> Change | None:
@@ -216,14 +216,14 @@ def _more_devices(plan: Plan) -> Change | None:
 def _offloaded(plan: Plan) -> Change | None:
     if plan.deployment.device.kind == "cpu" or plan.deployment.zero.offload_optimizer != "none":
         return None
-    changed = plan.changed(_configured(plan.recipe, "zero3_offload_cpu"))
+    changed = plan.changed(with_ds_config(plan.recipe, "zero3_offload_cpu"))
     return _set("deepspeed.config=zero3_offload_cpu", changed)
 
 
 def _adapters_alone(plan: Plan) -> Change | None:
     if plan.recipe.model.lora is not None:
         return None
-    return _set("model.lora={}", plan.changed(_with(plan.recipe, "model", lora=LoraSpec())))
+    return _set("model.lora={}", plan.changed(with_values(plan.recipe, "model", lora=LoraSpec())))
 
 
 _STEPS: tuple[Step, ...] = (
@@ -255,10 +255,11 @@ def _divides(plan: Plan, ranks: int) -> bool:
     return training.global_batch_bins % (training.micro_batch_bins * ranks) == 0
 
 
-def _configured(recipe: Recipe, name: str) -> Recipe:
-    return _with(recipe, "deepspeed", config=LocalPath(name))
+def with_ds_config(recipe: Recipe, name: str) -> Recipe:
+    """The recipe with another file of ds_configs/."""
+    return with_values(recipe, "deepspeed", config=LocalPath(name))
 
 
-def _with(recipe: Recipe, section: str, **values: object) -> Recipe:
+def with_values(recipe: Recipe, section: str, **values: object) -> Recipe:
     """The recipe with other values in one section."""
     return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=values)})

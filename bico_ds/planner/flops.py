@@ -7,12 +7,14 @@ memory bounds it: `planner/compute/elementwise.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from bico_ds.config.schema import LOW_PRECISION_CHUNKS, ModelSpec
 from bico_ds.planner.architecture import Architecture, Linear
-from bico_ds.planner.compute.attention import Visits, expected_visits
+from bico_ds.planner.compute.attention import Visits, expected_visits, part_of
+from bico_ds.planner.report.step_parts import StepPart
 from bico_ds.planner.workload import MicroBatch
 
 
@@ -21,16 +23,35 @@ class StepFlops:
     """Floating-point operations, a multiplication with an addition as two, of one micro-batch forward and backward.
 
     `useful`: the convention of MFU (PaLM, arXiv 2204.02311, appendix B), without recomputation, visible pairs only.
-    `products` and `attention`: what is executed, recomputation among it.
+    `linear`, `head` and `of_attention`, by the part of a step in which its kernels run: what is executed, recomputation
+    among it.
     """
 
     useful: float
-    products: float
-    attention: float
+    linear: float
+    head: float
+    of_attention: Mapping[StepPart, float]
+
+    @property
+    def products(self) -> float:
+        return self.linear + self.head
+
+    @property
+    def attention(self) -> float:
+        return sum(self.of_attention.values())
 
     @property
     def executed(self) -> float:
         return self.products + self.attention
+
+    def times(self, factor: float) -> StepFlops:
+        """Of so many micro-batches."""
+        return StepFlops(
+            useful=factor * self.useful,
+            linear=factor * self.linear,
+            head=factor * self.head,
+            of_attention={part: factor * flops for part, flops in self.of_attention.items()},
+        )
 
 
 def step_flops(
@@ -40,17 +61,20 @@ def step_flops(
 
     `on_cuda`: whether it runs on a GPU, or on a CPU that has the fused kernel; it decides what `attention_backend: auto` is.
     """
+    compared = comparison_flops(architecture, model, batch)
+    once = base_flops(architecture, batch)
+    of_attention: dict[StepPart, float] = defaultdict(float)
+    expected = expected_visits(model, batch, on_cuda=on_cuda)
+    kernels = [visits.kernel for visits in expected]
+    for visits in expected:
+        of_attention[part_of(visits.kernel, kernels, on_cuda=on_cuda)] += attention_flops(
+            architecture, model, [visits], repeats_base=batch.repeats_base
+        )
     return StepFlops(
         useful=useful_flops(architecture, model, rows=batch.rows, targets=batch.head_rows, pairs=batch.pairs),
-        products=linear_flops(architecture, model, batch.rows)
-        + head_flops(architecture, model, batch.head_rows)
-        + comparison_flops(architecture, model, batch),
-        attention=attention_flops(
-            architecture,
-            model,
-            expected_visits(model, batch, on_cuda=on_cuda),
-            repeats_base=batch.repeats_base,
-        ),
+        linear=linear_flops(architecture, model, batch.rows) + once,
+        head=head_flops(architecture, model, batch.head_rows) + compared - once,
+        of_attention=dict(of_attention),
     )
 
 
@@ -144,8 +168,13 @@ def comparison_flops(architecture: Architecture, model: ModelSpec, batch: MicroB
     """
     products = 3 if batch.repeats_base or model.lora is None else 2
     head = products * architecture.embedding_parameters * batch.compared_rows
+    return 2.0 * head + base_flops(architecture, batch)
+
+
+def base_flops(architecture: Architecture, batch: MicroBatch) -> float:
+    """Executed in the linear layers of the start model's forward pass; 0 where there is none."""
     once = architecture.layers * architecture.layer_matrix_elements * batch.rows
-    return 2.0 * (head + (once if batch.repeats_base else 0.0))
+    return 2.0 * once if batch.repeats_base else 0.0
 
 
 def head_repeats_logits(model: ModelSpec, targets: float) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 from bico_ds.config.batch_size import micro_batches_per_rank
 from bico_ds.config.schema import Recipe
@@ -11,8 +12,10 @@ from bico_ds.planner.architecture import Architecture
 from bico_ds.planner.communication import Transfer, gather_all_weights, transfers
 from bico_ds.planner.compute.elementwise import elementwise_bytes, optimizer_bytes
 from bico_ds.planner.deployment import ELEMENT_BYTES, Deployment
+from bico_ds.planner.devices import Device
 from bico_ds.planner.flops import StepFlops, step_flops
 from bico_ds.planner.ranges import Range
+from bico_ds.planner.report.step_parts import StepPart
 from bico_ds.planner.workload import MicroBatch
 
 # Shares of the data-sheet peaks that are reached, from publications; none is fitted to the runs that
@@ -34,8 +37,9 @@ class StepTime:
     """One optimizer step of an objective; `flops` of all ranks and micro-batches, seconds of wall time.
 
     `products`, `elementwise`: of a rank's micro-batches. `optimizer`: of the update, and of
-    adding up gradients. `kept_per_second` counts rows through
-    the model and `represented_per_second` original tokens, both per device; `mfu`: of useful operations.
+    adding up gradients. `parts` add up to `seconds`: of communication the lower bound is what is not hidden.
+    `kept_per_second` counts rows through the model and `represented_per_second` original tokens, both per device; `mfu`: of
+    useful operations.
     """
 
     objective: str
@@ -45,6 +49,7 @@ class StepTime:
     elementwise: Range
     optimizer: Range
     transfers: tuple[Transfer, ...]
+    parts: Mapping[StepPart, Range]
     seconds: Range
     kept_per_second: Range
     represented_per_second: Range
@@ -67,36 +72,64 @@ def step_time(
     on_cuda = device.kind == "cuda"
     flops = step_flops(architecture, recipe.model, batch, on_cuda=on_cuda)
     peak = device.peak_flops(recipe.model.dtype)
-    products = (
-        _seconds(flops.products, peak, PRODUCT_EFFICIENCY)
-        + _seconds(flops.attention, peak, ATTENTION_EFFICIENCY)
-    ).times(accumulation)
-    moved = elementwise_bytes(architecture, recipe.model, batch, on_cuda=on_cuda)
-    elementwise = _seconds(moved, device.memory_bandwidth, MEMORY_EFFICIENCY).times(accumulation)
+    products, elementwise = _of_products(flops, peak), _of_memory(recipe, architecture, device, batch)
+    products, elementwise = (
+        {part: found.times(accumulation) for part, found in parts.items()}
+        for parts in (products, elementwise)
+    )
     optimizer = _optimizer_seconds(recipe, architecture, deployment, accumulation)
     sent = tuple(transfers(recipe, architecture, deployment))
     if batch.repeats_base and deployment.zero.stage == 3:
         sent += (_gathered_for_base(recipe, architecture, deployment, accumulation),)
     hidden = [on_cuda and (deployment.zero.overlap_comm or not transfer.reduces) for transfer in sent]
-    seconds = _together(products + elementwise, sent, optimizer, hidden)
-    per_step = accumulation * deployment.ranks
+    computed = _sum([*products.values(), *elementwise.values()])
+    seconds = _together(computed, sent, optimizer, hidden)
+    communication = Range(
+        max(seconds.low - computed.low - optimizer.low, 0.0), sum(transfer.seconds.high for transfer in sent)
+    )
     return StepTime(
         objective=batch.objective,
         probability=batch.probability,
-        flops=StepFlops(
-            useful=per_step * flops.useful,
-            products=per_step * flops.products,
-            attention=per_step * flops.attention,
-        ),
-        products=products,
-        elementwise=elementwise,
+        flops=flops.times(accumulation * deployment.ranks),
+        products=_sum(products.values()),
+        elementwise=_sum(elementwise.values()),
         optimizer=optimizer,
         transfers=sent,
+        parts=_in_order(
+            products, elementwise, {StepPart.COMMUNICATION: communication, StepPart.OPTIMIZER: optimizer}
+        ),
         seconds=seconds,
         kept_per_second=_rate(accumulation * batch.rows, seconds),
         represented_per_second=_rate(accumulation * batch.tokens, seconds),
         mfu=_rate(accumulation * flops.useful / peak, seconds),
     )
+
+
+def _of_products(flops: StepFlops, peak: float) -> dict[StepPart, Range]:
+    return {
+        StepPart.LINEAR_LAYERS: _seconds(flops.linear, peak, PRODUCT_EFFICIENCY),
+        StepPart.HEAD_AND_LOSS: _seconds(flops.head, peak, PRODUCT_EFFICIENCY),
+        **{part: _seconds(found, peak, ATTENTION_EFFICIENCY) for part, found in flops.of_attention.items()},
+    }
+
+
+def _of_memory(
+    recipe: Recipe, architecture: Architecture, device: Device, batch: MicroBatch
+) -> dict[StepPart, Range]:
+    moved = elementwise_bytes(architecture, recipe.model, batch, on_cuda=device.kind == "cuda")
+    return {
+        part: _seconds(found, device.memory_bandwidth, MEMORY_EFFICIENCY) for part, found in moved.items()
+    }
+
+
+def _in_order(*found: Mapping[StepPart, Range]) -> dict[StepPart, Range]:
+    """What several know of the parts, added up."""
+    sums = {part: _sum(parts[part] for parts in found if part in parts) for part in StepPart}
+    return {part: seconds for part, seconds in sums.items() if seconds.high}
+
+
+def _sum(ranges: Iterable[Range]) -> Range:
+    return reduce(Range.__add__, ranges, Range.exactly(0))
 
 
 def _gathered_for_base(

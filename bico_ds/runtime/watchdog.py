@@ -23,6 +23,7 @@ from torch.distributed import DistError, Store
 from bico_ds.common.errors import RunError, UserError
 from bico_ds.runtime.distributed import Ranks
 from bico_ds.runtime.lock import FencedError
+from bico_ds.runtime.meeting.flight_recorder import write_flight_record
 from bico_ds.runtime.meeting.messages import Failure
 from bico_ds.runtime.meeting.processes import RankProcesses, is_gone
 from bico_ds.runtime.nodes.failed_node import failure_facts, node_name, write_node_report
@@ -35,12 +36,18 @@ POLL_SECONDS = 1.0
 # After another rank's failure: most ranks run into it themselves, and report more than this thread can. After a stall:
 # rank 0 waits as long for the others' stacks.
 GRACE_SECONDS = 5.0
+# The flight record is written within this time, or not at all.
+RECORD_SECONDS = 3.0
 _KEY = "bico_ds/failure"
 _OF_A_COLLECTIVE = re.compile(r"gloo|nccl|c10d|connection (closed|reset)|broken pipe", re.IGNORECASE)
 
 
 class Watchdog:
-    """Ends this rank when any rank fails, or stands still for `minutes`: then stacks of every rank are on file first."""
+    """Ends this rank when any rank fails, or stands still for `minutes`.
+
+    Of a stall, stacks and the last collectives of every rank are on file first; of a collective that fails and nobody knows
+    why, the collectives.
+    """
 
     def __init__(self, store: Store, ranks: Ranks, folder: RunFolder, *, minutes: float) -> None:
         self._store = store.clone()  # type: ignore[attr-defined]  # torch has it, its stub has not
@@ -68,6 +75,8 @@ class Watchdog:
         self._thread.join(GRACE_SECONDS)  # the store may be out of reach
         failure = Failure.of(error, self._ranks.rank, is_certain=not _may_be_anothers(error))
         cause = failure if failure.is_certain else self._cause(failure)
+        if not cause.is_certain:
+            self._write_flight_record()
         self._publish(cause)
         self._answer()
         self._report_node(cause)
@@ -137,6 +146,7 @@ class Watchdog:
     def _end(self, failure: Failure) -> None:
         if failure.stalled:
             write_stacks(self._stacks())
+            self._write_flight_record()
         self._answer()
         self._report_node(failure)
         _logger.info("error: %s", failure, extra=TOLD)
@@ -176,6 +186,9 @@ class Watchdog:
 
     def _stacks(self) -> Path:
         return self._folder.logs / f"stacks-rank-{self._ranks.rank}.txt"
+
+    def _write_flight_record(self) -> None:
+        write_flight_record(self._folder.logs, self._ranks.rank, seconds=RECORD_SECONDS)
 
     def _answer(self) -> None:
         with contextlib.suppress(RuntimeError):

@@ -75,6 +75,9 @@ from bico_ds.training.checks import (
 from bico_ds.training.evaluator import Evaluator, refuse_above_limit, texts_before
 from bico_ds.training.fit import refuse_what_cannot_fit
 from bico_ds.training.planning import StartPlan, plan_of_start
+from bico_ds.training.profile.profiler import StepProfiler
+from bico_ds.training.profile.request import ProfileRequest
+from bico_ds.training.profile.table import FOLDER as PROFILE_FOLDER
 from bico_ds.training.run import Run
 from bico_ds.training.spikes import SpikeDetector
 from bico_ds.training.targetless import TargetlessSteps
@@ -90,13 +93,17 @@ def train(
     resume: str,
     stop: StopFlag,
     output: ProcessOutput | None = None,
+    profile: ProfileRequest | None = None,
 ) -> State:
     """Train a recipe to its end, or until a stop is agreed. Every rank calls it, and gets the same `done` or `preempted`.
 
-    `output`: where this rank's messages go; None: as Python has them, and no log of the rank.
+    `output`: where this rank's messages go; None: as Python has them, and no log of the rank. `profile`: which steps are
+    recorded, in the folder `profile` of the run's.
     Raises `UserError`, `RunError`, or whatever else failed; the ranks on which nothing failed end a moment later.
     """
     run = _checked_run(recipe, output_dir, stop, output or ProcessOutput())
+    if profile is not None and recipe.training.steps is not None:
+        profile.check_end(recipe.training.steps)
     ranks, timeout_minutes = run.ranks, recipe.distributed.timeout_minutes
     store = distributed.connect(ranks, timeout_minutes=timeout_minutes)
     spare = deepspeed_ops.choose_folder(run.folder.path / "native_ops")
@@ -123,7 +130,7 @@ def train(
             (chosen[0], run.folder.lock.run_id) if chosen else None
         )
         with _disk_failures_told(run.folder):
-            state = _train_on_all_ranks(run, resume, resumption, watchdog)
+            state = _train_on_all_ranks(run, resume, resumption, watchdog, profile)
     except BaseException as error:
         cause = watchdog.report(error)
         if ranks.is_first:
@@ -240,7 +247,13 @@ def _give_up(folder: RunFolder, error: BaseException, watchdog: Watchdog | None 
         folder.close()
 
 
-def _train_on_all_ranks(run: Run, resume: str, resumption: Resumption | None, watchdog: Watchdog) -> State:
+def _train_on_all_ranks(
+    run: Run,
+    resume: str,
+    resumption: Resumption | None,
+    watchdog: Watchdog,
+    profile: ProfileRequest | None,
+) -> State:
     """Everything that needs all ranks, from the stores to the end of the run."""
     inputs = assembly.open_inputs(run.recipe)
     saved = resumption.found.content["state"] if resumption else {}
@@ -249,6 +262,7 @@ def _train_on_all_ranks(run: Run, resume: str, resumption: Resumption | None, wa
     steps = assembly.total_steps(run.recipe, loader)
     if resumption is not None:
         refuse_fewer_steps(run.recipe, steps, resumption.found)
+    profiled = _profiled_steps(profile, loader, steps) if profile is not None else []
     # While the other ranks wait for what rank 0 finds of the targets.
     planned = plan_of_start(run, loader) if run.ranks.is_first else None
     memory = planned.memory if planned is not None else PeakMemory(run.ranks.device)
@@ -264,6 +278,9 @@ def _train_on_all_ranks(run: Run, resume: str, resumption: Resumption | None, wa
         memory,
         steps,
     )
+    if profiled:
+        folder, tell = run.folder.path / PROFILE_FOLDER, trainer.callbacks.on_message
+        trainer.profiler = StepProfiler(profiled, run.ranks, folder, tell)
     if run.ranks.is_first:
         warnings += assembly.export_warnings(inputs, trainer.engine.module.config)
     for warning in warnings:
@@ -304,6 +321,9 @@ def _banner(run: Run, loader: ElasticLoader, trainer: Trainer, planned: StartPla
         plan=plan,
         place=f"{run.folder.path}, {begins}",
     )
+def _profiled_steps(profile: ProfileRequest, loader: ElasticLoader, steps: int) -> list[int]:
+    """The numbers of the steps to record, of a run of `steps` steps."""
+    return profile.numbers(lambda step: loader.schedule(step - 1).name, begins=loader.start_step, total=steps)
 
 
 def _check_targets(run: Run, loader: ElasticLoader) -> list[str]:

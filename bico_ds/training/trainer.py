@@ -31,16 +31,19 @@ from bico_ds.data.loading.sample_order import Consumed
 from bico_ds.evaluation.results import EvaluationResult
 from bico_ds.model.deepspeed_engine import Engine
 from bico_ds.model.head import Losses
+from bico_ds.planner.report.step_parts import StepPart
 from bico_ds.runtime import host_memory
 from bico_ds.runtime.distributed import broadcast_object
 from bico_ds.runtime.nodes.own_time import OwnTime
 from bico_ds.runtime.peak_memory import PeakMemory
 from bico_ds.runtime.run_folder import State
 from bico_ds.runtime.watchdog import Watchdog
+from bico_ds.spans import span
 from bico_ds.training import nonfinite
 from bico_ds.training.callbacks.base import Callbacks, StepReport
 from bico_ds.training.evaluator import Evaluator, scalars
 from bico_ds.training.micro_batches import name_worst
+from bico_ds.training.profile.profiler import StepProfiler
 from bico_ds.training.run import Run
 from bico_ds.training.spikes import SpikeDetector
 from bico_ds.training.step_totals import AgreedStep, StepCounts, StepTotals, add_up, agree
@@ -99,6 +102,7 @@ class Trainer:
         step: int = 0,
         targetless: TargetlessSteps | None = None,
         own_time: OwnTime | None = None,
+        profiler: StepProfiler | None = None,
     ) -> None:
         self.run, self.engine, self.loader, self.watchdog = run, engine, loader, watchdog
         self.callbacks, self.checkpointer, self.evaluator = callbacks, checkpointer, evaluator
@@ -106,6 +110,7 @@ class Trainer:
         self.step, self.total_steps = step, total_steps
         self.targetless = targetless or TargetlessSteps()
         self.own_time = own_time  # None of a single rank
+        self.profiler = profiler
         self.consumed = loader.start_consumed
         self._saved_step = step  # at step 0 there is nothing to save
         self._cut_evaluation = False
@@ -122,6 +127,9 @@ class Trainer:
             # On all ranks alike, so that the step before can still be reported.
             self._report()
             raise
+        finally:
+            if self.profiler is not None:
+                self.profiler.close()
         if self._saved_step != self.step:
             self._save(required=True)
         self.targetless.require_some(self.step, self.total_steps)
@@ -134,6 +142,7 @@ class Trainer:
         self._last_moment = time.perf_counter()
         while self.step < self.total_steps:
             self.watchdog.note_progress()
+            self._begin_step()
             waited = self.loader.wait_seconds
             agreed = agreed or self._agree()
             if agreed.stop:
@@ -153,7 +162,7 @@ class Trainer:
 
     def _agree(self) -> AgreedStep:
         """Make the step after a pause known."""
-        agreed = agree(self.loader.step(self.step), self.run)
+        agreed = agree(self._rank_step(self.step), self.run)
         if self.own_time is not None:
             self.own_time.begin()
         return agreed
@@ -161,6 +170,9 @@ class Trainer:
     def _is_logged(self, step: int) -> bool:
         """Whether a line of metrics ends with this step; the same on all ranks."""
         return step == self.total_steps or step % self.run.recipe.monitor.every_steps == 0
+    def _rank_step(self, step: int) -> RankStep:
+        with span(StepPart.DATA.value):
+            return self.loader.step(step)
 
     def _pauses_after(self, step: int) -> bool:
         """Whether training pauses after so many steps, or ends; the same on all ranks."""
@@ -188,11 +200,6 @@ class Trainer:
             self.run.ranks.is_first and not self.evaluator.has_result(self.step)
         )
 
-    def _seconds(self) -> float:
-        """Since the last call, or the pause after it: each moment of training is one step's, and none is left out."""
-        before, self._last_moment = self._last_moment, time.perf_counter()
-        return self._last_moment - before
-
     def _take_step(self, agreed: AgreedStep, waited: float) -> AgreedStep | None:
         """Forward, backward and update of one global batch, and the report of the step before; returns the next step.
 
@@ -213,11 +220,29 @@ class Trainer:
         # DeepSpeed's is a scalar tensor, on the device or (with offload) the host; None where it computes none.
         norm = norm if isinstance(norm, torch.Tensor) else torch.tensor(norm or 0.0)
         self.consumed = self.consumed.plus(rank_step.counts)
-        report = replace(report, applied=applied, sources=self.consumed.by_source(), seconds=self._seconds())
+        seconds = self._end_step(report)
+        report = replace(report, applied=applied, sources=self.consumed.by_source(), seconds=seconds)
         # After the update has begun, so that what shows and writes a step does not hold it up.
         self._report(totals.norm_before)
         self._unreported = _TakenStep(report=report, norm=norm, batches=rank_step.batches, losses=losses)
         return totals.following
+
+    def _begin_step(self) -> None:
+        if self.profiler is not None and self.profiler.begin(self.step + 1):
+            self._last_moment = time.perf_counter()  # to begin to record is none of a step's work
+
+    def _end_step(self, report: StepReport) -> float:
+        """Seconds since the end of the step before, or the pause after it: no moment of training is left out."""
+        if self.profiler is not None:
+            self.profiler.settle()
+        before, self._last_moment = self._last_moment, time.perf_counter()
+        seconds = self._last_moment - before
+        if self.profiler is not None and self.profiler.end(report.step, report.objective, seconds):
+            # Writing what was recorded is none of a step's work.
+            self._last_moment = time.perf_counter()
+            if self.own_time is not None:
+                self.own_time.begin()
+        return seconds
 
     def _report_of(self, agreed: AgreedStep, totals: StepTotals) -> StepReport:
         """What is known of a step before its update."""
@@ -271,7 +296,9 @@ class Trainer:
         scale = ranks.world_size / counts.weight  # DeepSpeed averages the gradients over the ranks
         found = []
         for number, batch in enumerate(batches, start=1):
-            losses = self.engine(batch.to(ranks.device, non_blocking=True))
+            with span(StepPart.DATA.value):
+                batch = batch.to(ranks.device, non_blocking=True)
+            losses = self.engine(batch)
             total = losses.loss * scale
             if retention is not None:
                 # Where nothing is compared, too: all that the head gives takes part in the backward pass.
@@ -290,7 +317,7 @@ class Trainer:
         `found`: of each batch, none of a step without targets; `waited`: what the loader had waited when the step began.
         """
         # While the device works; the batches are built by then, as a rule.
-        following = None if self._pauses_after(self.step + 1) else self.loader.step(self.step + 1)
+        following = None if self._pauses_after(self.step + 1) else self._rank_step(self.step + 1)
         totals = add_up(
             batches if found else [],
             found,
@@ -320,7 +347,8 @@ class Trainer:
             # No step of the engine: without a gradient it would still decay the weights and move Adam's averages.
             self.engine.lr_scheduler.step()
             return False
-        self.engine.step()
+        with span(StepPart.OPTIMIZER.value):
+            self.engine.step()
         applied = bool(self.engine.was_step_applied())
         if applied and not loss_is_finite:
             raise nonfinite.NonFiniteError(

@@ -20,6 +20,7 @@ for word in "$@"; do case $word in --output=*) log=${word#--output=} ;; esac; do
 case "$*" in
 *bico_ds.commands.train*)
     echo train >> "$CALLS"
+    printenv TORCH_NCCL_DUMP_ON_TIMEOUT TORCH_FR_BUFFER_SIZE TORCH_FR_DUMP_TEMP_FILE > "$CALLS.recorder"
     echo '{"state": "done", "step": 7, "reason": "", "run_id": "new"}' > "$RUN/state.json"
     exit 0 ;;
 esac
@@ -75,6 +76,21 @@ def test_a_killed_pre_flight_is_tried_again_in_a_new_step(tmp_path, end):
 def test_without_a_checkout_and_a_python_the_one_on_path_is_taken(tmp_path):
     code, output, steps = run_script(tmp_path, "0 |", PROJECT="", PYTHON="", PYTHONPATH=str(ROOT))
     assert (code, steps) == (0, ["preflight", "train"]), output
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, ["1", "2000", "logs/flight_recorder/rank-"]),
+     ({"TORCH_NCCL_TRACE_BUFFER_SIZE": "9", "TORCH_FR_DUMP_TEMP_FILE": "/tmp/fr/run/of-"}, ["1", "9", "of-"])],
+)  # fmt: skip
+def test_what_a_timed_out_collective_leaves_lies_beside_the_stacks_unless_the_user_says_otherwise(
+    tmp_path, given, expected
+):
+    code, output, _ = run_script(tmp_path, "0 |", **given)
+    assert code == 0, output
+    *numbers, prefix = (tmp_path / "calls.recorder").read_text().split()
+    assert [*numbers, prefix.rpartition("/run/")[2]] == expected
+    assert (tmp_path / "run" / "logs" / "flight_recorder").is_dir()
 
 
 def test_a_pre_flight_that_is_killed_each_time_fails_the_job(tmp_path):

@@ -12,6 +12,7 @@ from bico_ds.config.schema import Recipe
 from bico_ds.planner.architecture import read_architecture
 from bico_ds.planner.deployment import Deployment, read_zero
 from bico_ds.planner.devices import DEVICES, Device, cpu_device
+from bico_ds.planner.report.step_parts import StepPart
 from bico_ds.planner.step_time import StepTime, step_time
 from bico_ds.planner.workload import Texts, micro_batches
 
@@ -43,6 +44,23 @@ def test_the_bounds_hide_transfers_or_add_them():
     assert found.seconds.high == pytest.approx(
         computed.high + sum(s.high for s in sent) + found.optimizer.high
     )
+
+
+@pytest.mark.parametrize(
+    "device", [DEVICES["h100-80g"], cpu_device(64 * 2**30, 1e11, 8)], ids=lambda d: d.kind
+)
+@pytest.mark.parametrize("objective", ["ntp", "bico"])
+@pytest.mark.parametrize("more", [(), ("model.lora={}",), ("model.dtype=fp32",)])
+def test_the_parts_add_up_to_the_step(device, objective, more):
+    overrides = [f"objectives=[{{kind: {objective}}}]", "model.activation_checkpointing=2", *more]
+    recipe, found = step(*overrides, name="llama3_8b_bico", device=device, nodes=1)
+    assert sum(part.low for part in found.parts.values()) == pytest.approx(found.seconds.low)
+    assert sum(part.high for part in found.parts.values()) == pytest.approx(found.seconds.high)
+    has_flash = device.kind == "cuda" and recipe.model.dtype == "bf16"
+    assert (StepPart.ATTENTION_PASSES in found.parts) == has_flash
+    assert (StepPart.ATTENTION_FUSED in found.parts) == (not has_flash)
+    assert (StepPart.LIVE_ROWS in found.parts) == (has_flash and objective != "ntp")
+    assert found.parts[StepPart.LINEAR_LAYERS].low > found.parts[StepPart.NORMS].low > 0
 
 
 def test_on_cpus_nothing_is_hidden():

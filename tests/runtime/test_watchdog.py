@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import subprocess
 import sys
@@ -35,6 +36,15 @@ dog.note_progress()
 
 def waiting_in_a_collective():
     time.sleep(60)
+
+if what in ("joins", "does not join"):
+    import torch.distributed as dist
+    from bico_ds.runtime.distributed import begin_group
+    begin_group(ranks.device, store=store, rank=ranks.rank, world_size=ranks.world_size)
+    dist.all_reduce(torch.ones(3))
+    dog.note_progress()
+    if what == "joins":
+        dist.all_reduce(torch.ones(5))
 
 if what == "stranger":  # whoever reaches the store
     time.sleep(1)
@@ -143,6 +153,20 @@ def test_ranks_that_stand_still_leave_their_stacks_and_end(folder):
         assert "waiting_in_a_collective" in (folder.logs / f"stacks-rank-{rank}.txt").read_text()
     assert "no progress for 1.8 seconds (distributed.watchdog_minutes)" in ended[0][1]
     assert read_state(folder.state_file)["state"] == "failed"
+    folder.close()
+
+
+def test_of_a_stall_the_record_of_every_rank_tells_who_joined_which_collective(folder):
+    """In the format of torch's flight recorder. The rank that does not join learns of the stall, and writes its own."""
+    ended = run_ranks(folder, [(0.05, 0.1, "joins"), (60, 0.1, "does not join")])
+    assert [code for code, _ in ended] == [1, 1]
+    sizes = []
+    for rank in (0, 1):
+        with open(folder.logs / "flight_recorder" / f"rank-{rank}", "rb") as file:
+            entries = pickle.load(file)["entries"]
+        sizes.append([entry["input_sizes"] for entry in entries if "all_reduce" in entry["profiling_name"]])
+        assert entries[0]["frames"], "with the lines that asked for it"
+    assert sizes == [[[[3]], [[5]]], [[[3]]]]
     folder.close()
 
 

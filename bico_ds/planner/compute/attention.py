@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from bico_ds.config.schema import ModelSpec
+from bico_ds.planner.report.step_parts import StepPart
 from bico_ds.planner.workload import MicroBatch
 
 # `span_flash_from` of CUDA_POLICY in bico_ds/attention/layout.py: rows of the spans that a flash kernel serves.
@@ -70,6 +72,13 @@ def expected_visits(model: ModelSpec, batch: MicroBatch, *, on_cuda: bool) -> tu
         visited = _square(batch.span_pairs, batch.live_rows) if kernel is DENSE_CAUSAL else batch.span_pairs
         pairs[kernel] = pairs.get(kernel, 0.0) + visited
     return tuple(Visits(kernel=kernel, pairs=visited) for kernel, visited in pairs.items() if visited)
+
+
+def part_of(kernel: Kernel, kernels: Collection[Kernel], *, on_cuda: bool) -> StepPart:
+    """The part of a step in which one of the `kernels` of a layer runs: beside flash passes the others serve live rows."""
+    if kernel in (FLASH, ORACLE) and on_cuda:
+        return StepPart.ATTENTION_PASSES
+    return StepPart.LIVE_ROWS if FLASH in kernels and on_cuda else StepPart.ATTENTION_FUSED
 
 
 def span_kernel(model: ModelSpec, batch: MicroBatch) -> Kernel:

@@ -7,6 +7,7 @@ with the operations of real steps.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -20,10 +21,12 @@ from bico_ds.planner.compute.attention import (
     TRITON,
     Kernel,
     expected_visits,
+    part_of,
     span_kernel,
 )
 from bico_ds.planner.deployment import ELEMENT_BYTES
 from bico_ds.planner.flops import head_repeats_logits, recomputed_layers
+from bico_ds.planner.report.step_parts import StepPart
 from bico_ds.planner.workload import MicroBatch
 
 _FP32 = 4
@@ -53,7 +56,8 @@ class Operation:
     backward: Passes = Passes()
 
 
-Work: TypeAlias = list[tuple[Operation, float]]  # operations, each with the number of its elements
+# Operations, each with the part of a step that it belongs to, and the number of its elements.
+Work: TypeAlias = list[tuple[StepPart, Operation, float]]
 
 # Passes over memory of one kernel each: `bico_ds/native` on a CPU, liger-kernel on CUDA (model/elementwise_kernels.py).
 # RMSNorm; on CUDA its backward pass zeroes what it then writes. With the residual: the sum is read apart and written on a
@@ -127,30 +131,42 @@ TIED_GRADIENTS = Operation(forward=Passes(), backward=Passes(own=3))
 
 def elementwise_bytes(
     architecture: Architecture, model: ModelSpec, batch: MicroBatch, *, on_cuda: bool = True
-) -> float:
-    """Bytes that a micro-batch reads and writes beside its matrix products, forward, backward and recomputation.
+) -> dict[StepPart, float]:
+    """Bytes that a micro-batch reads and writes beside its matrix products, forward, backward and recomputation, by part.
 
     `on_cuda`: whether it runs on a GPU, or on a CPU that has the fused kernels.
     """
     layer = _layer(architecture, model, batch.rows, on_cuda=on_cuda)
     layer += _attention(architecture, model, batch, on_cuda=on_cuda)
     again = recomputed_layers(architecture, model)
-    forward, backward = _bytes(layer, model)
-    ends = _bytes(_ends(architecture, model, batch, on_cuda=on_cuda), model)
-    found = (architecture.layers + again) * forward + architecture.layers * backward + sum(ends)
-    return found + _comparison(architecture, model, batch, on_cuda=on_cuda)
+    found: dict[StepPart, float] = defaultdict(float)
+    for part, operation, elements in layer:
+        forward, backward = operation.forward.bytes(model), operation.backward.bytes(model)
+        found[part] += ((architecture.layers + again) * forward + architecture.layers * backward) * elements
+    for part, operation, elements in _ends(architecture, model, batch, on_cuda=on_cuda):
+        found[part] += (operation.forward.bytes(model) + operation.backward.bytes(model)) * elements
+    _add_comparison(found, architecture, model, batch, on_cuda=on_cuda)
+    return dict(found)
 
 
-def _comparison(architecture: Architecture, model: ModelSpec, batch: MicroBatch, *, on_cuda: bool) -> float:
-    """Bytes of the divergence from the start model, and of that model's forward pass, which has no adapters."""
+def _add_comparison(
+    found: dict[StepPart, float],
+    architecture: Architecture,
+    model: ModelSpec,
+    batch: MicroBatch,
+    *,
+    on_cuda: bool,
+) -> None:
+    """Add the bytes of the divergence from the start model, and of that model's forward pass, which has no adapters."""
     operation = DIVERGENCE if batch.repeats_base else STORED_DIVERGENCE
-    found = operation.forward.bytes(model) * batch.compared_rows * architecture.vocabulary
+    compared = batch.compared_rows * architecture.vocabulary
+    found[StepPart.HEAD_AND_LOSS] += operation.forward.bytes(model) * compared
     if batch.repeats_base:
         base = model.model_copy(update={"lora": None})
         layer = _layer(architecture, base, batch.rows, on_cuda=on_cuda)
         layer += _attention(architecture, base, batch, on_cuda=on_cuda)
-        found += architecture.layers * _bytes(layer, base)[0]
-    return found
+        for part, repeated, elements in layer:
+            found[part] += architecture.layers * repeated.forward.bytes(base) * elements
 
 
 def optimizer_bytes(parameters: float, model: ModelSpec, *, partition: float, micro_batches: int) -> float:
@@ -167,18 +183,14 @@ def optimizer_bytes(parameters: float, model: ModelSpec, *, partition: float, mi
     return micro_batches * gradients + partition * update.bytes(model)
 
 
-def _bytes(work: Work, model: ModelSpec) -> tuple[float, float]:
-    """Forward and backward."""
-    forward = sum(operation.forward.bytes(model) * elements for operation, elements in work)
-    backward = sum(operation.backward.bytes(model) * elements for operation, elements in work)
-    return forward, backward
-
-
 def _norms(width: float, rows: float, *, on_cuda: bool, adds: bool = False) -> Work:
     """Of an RMSNorm over `width` elements of each of `rows`; `adds`: the residual, too."""
     if not on_cuda:
-        return [(CPU_ADD_NORM if adds else CPU_NORM, rows * width)]
-    return [(ADD_NORM if adds else NORM, rows * width), (NORM_GRADIENT, NORM_PROGRAMS * width)]
+        return [(StepPart.NORMS, CPU_ADD_NORM if adds else CPU_NORM, rows * width)]
+    return [
+        (StepPart.NORMS, ADD_NORM if adds else NORM, rows * width),
+        (StepPart.NORMS, NORM_GRADIENT, NORM_PROGRAMS * width),
+    ]
 
 
 def _layer(architecture: Architecture, model: ModelSpec, rows: float, *, on_cuda: bool) -> Work:
@@ -187,17 +199,21 @@ def _layer(architecture: Architecture, model: ModelSpec, rows: float, *, on_cuda
     if architecture.qk_norms:
         for heads in (architecture.heads, architecture.key_heads):
             work += _norms(architecture.head_dim, rows * heads, on_cuda=on_cuda)
-    work += [
+    others = [
         (GATE, rows * architecture.intermediate),
         (SHARED_ROWS, rows * architecture.hidden),
     ]
     if model.lora is not None:
         adapted = architecture.adapted(model.lora)
         inputs, outputs = sum(linear.inputs for linear in adapted), sum(linear.outputs for linear in adapted)
-        work += [(ADAPTER_IN, rows * inputs), (ADAPTER_OUT, rows * outputs)]
+        others += [(ADAPTER_IN, rows * inputs), (ADAPTER_OUT, rows * outputs)]
         if model.lora.dropout:
-            work.append((DROPOUT, rows * inputs))
-    return work
+            others.append((DROPOUT, rows * inputs))
+    return work + _of(StepPart.GATES_AND_OTHER_ELEMENTWISE, *others)
+
+
+def _of(part: StepPart, *operations: tuple[Operation, float]) -> Work:
+    return [(part, operation, elements) for operation, elements in operations]
 
 
 def _attention(architecture: Architecture, model: ModelSpec, batch: MicroBatch, *, on_cuda: bool) -> Work:
@@ -205,66 +221,86 @@ def _attention(architecture: Architecture, model: ModelSpec, batch: MicroBatch, 
     query, key = (heads * architecture.head_dim for heads in (architecture.heads, architecture.key_heads))
     spans = _spans(model, batch, query, key, on_cuda=on_cuda) if batch.span_pairs else []
     if not on_cuda or model.attention_backend == "oracle":
-        return [(FUSED_QUERIES, batch.rows * query), (FUSED_KEYS, batch.rows * key), *spans]
+        fused = [(FUSED_QUERIES, batch.rows * query), (FUSED_KEYS, batch.rows * key)]
+        return [*_of(StepPart.ATTENTION_FUSED, *fused), *spans]
     visits = expected_visits(model, batch, on_cuda=on_cuda)
     kernels, kept = {visit.kernel for visit in visits}, batch.kept_rows
-    work: Work = []
-    if FLASH in kernels and batch.mode == "causal":
-        work += [(ROTATION, kept * (query + key)), (PASS_GRADIENTS, kept * (query + 2 * key))]
-    elif FLASH in kernels:
-        work += [(BOTH_ROTATIONS, kept * (query + key)), (FLIPPED_VALUES, kept * key)]
-        work += [(MERGED_QUERIES, kept * query), (BOTH_GRADIENTS, kept * (query + 2 * key))]
+    work = _around_passes(batch, query, key) if FLASH in kernels else []
     queries = batch.live_rows if FLASH in kernels else batch.rows
     if TRITON in kernels:
-        work += [(TRITON_QUERIES, queries * query), (TRITON_KEYS, kept * key)]
-        work += [(ADDED_KEYS, kept * key)] if FLASH in kernels else []
+        others = [(TRITON_QUERIES, queries * query), (TRITON_KEYS, kept * key)]
+        others += [(ADDED_KEYS, kept * key)] if FLASH in kernels else []
+        work += _of(part_of(TRITON, kernels, on_cuda=True), *others)
     if kernels & {DENSE_CAUSAL, DENSE_BIDIRECTIONAL}:
-        work += [(TILE_QUERIES, queries * query), (TILE_KEYS, kept * key)]
-        work += [(TILED_KEYS, kept * key)] if FLASH in kernels else []
+        others = [(TILE_QUERIES, queries * query), (TILE_KEYS, kept * key)]
+        others += [(TILED_KEYS, kept * key)] if FLASH in kernels else []
         scores = {DENSE_CAUSAL: CAUSAL_SCORE, DENSE_BIDIRECTIONAL: SCORE}
-        work += [
+        others += [
             (scores[visit.kernel], visit.pairs * architecture.heads)
             for visit in visits
             if visit.kernel in scores
         ]
         if batch.span_pairs:
             tiled = sum(visit.pairs for visit in visits if visit.kernel in scores)
-            work += [(PART_SCORE, tiled * architecture.heads), (PART_QUERIES, queries * query)]
+            others += [(PART_SCORE, tiled * architecture.heads), (PART_QUERIES, queries * query)]
+        work += _of(part_of(DENSE_BIDIRECTIONAL, kernels, on_cuda=True), *others)
     return work + spans
+
+
+def _around_passes(batch: MicroBatch, query: int, key: int) -> Work:
+    """Of kept rows, whose queries have `query` elements, keys and values `key` each."""
+    kept = batch.kept_rows
+    if batch.mode == "causal":
+        return _of(
+            StepPart.ROTATION,
+            (ROTATION, kept * (query + key)),
+            (PASS_GRADIENTS, kept * (query + 2 * key)),
+        )
+    rotated = _of(
+        StepPart.ROTATION,
+        (BOTH_ROTATIONS, kept * (query + key)),
+        (FLIPPED_VALUES, kept * key),
+        (BOTH_GRADIENTS, kept * (query + 2 * key)),
+    )
+    return rotated + _of(StepPart.ATTENTION_MERGE, (MERGED_QUERIES, kept * query))
 
 
 def _spans(model: ModelSpec, batch: MicroBatch, query: int, key: int, *, on_cuda: bool) -> Work:
     """Of the live rows as a causal batch of their own, but for the scores of tiles."""
     queries, keys = batch.live_rows * query, batch.live_rows * key
-    work: Work = [(SPAN_QUERIES, queries), (SPAN_KEYS, 2 * keys)]
+    work = _of(StepPart.ATTENTION_MERGE, (SPAN_QUERIES, queries))
+    work += _of(StepPart.LIVE_ROWS, (SPAN_KEYS, 2 * keys))
     if not on_cuda:
-        return [*work, (FUSED_QUERIES, queries), (FUSED_KEYS, keys)]
-    of_kernel: dict[Kernel, Work] = {
-        FLASH: [(ROTATION, queries + keys), (PASS_GRADIENTS, queries + 2 * keys)],
+        return work + _of(StepPart.ATTENTION_FUSED, (FUSED_QUERIES, queries), (FUSED_KEYS, keys))
+    kernel = span_kernel(model, batch)
+    if kernel is FLASH:
+        return work + _of(StepPart.ROTATION, (ROTATION, queries + keys), (PASS_GRADIENTS, queries + 2 * keys))
+    of_kernel: dict[Kernel, list[tuple[Operation, float]]] = {
         TRITON: [(TRITON_QUERIES, queries), (TRITON_KEYS, keys)],
         DENSE_CAUSAL: [(TILE_QUERIES, queries), (PART_QUERIES, queries), (TILE_KEYS, keys)],
     }
-    return work + of_kernel[span_kernel(model, batch)]
+    return work + _of(StepPart.ATTENTION_FUSED, *of_kernel[kernel])
 
 
 def _ends(architecture: Architecture, model: ModelSpec, batch: MicroBatch, *, on_cuda: bool) -> Work:
     """Of the embedding, the last norm, and the head with its loss."""
     rows, targets = batch.rows * architecture.hidden, batch.head_rows * architecture.hidden
     logits = batch.head_rows * architecture.vocabulary
+    logits *= 2 if head_repeats_logits(model, batch.head_rows) else 1
     is_trained = model.lora is None
-    work = [
+    head = [(LOGITS if on_cuda else CPU_LOGITS, logits)]
+    others = [
         (EMBEDDED if is_trained else FROZEN_EMBEDDED, rows),
-        *_norms(architecture.hidden, batch.rows, on_cuda=on_cuda),
         (LOSS_ROWS, targets),
         (UNGATHERED, rows),
-        (
-            LOGITS if on_cuda else CPU_LOGITS,
-            logits * (2 if head_repeats_logits(model, batch.head_rows) else 1),
-        ),
     ]
     if is_trained:
-        work += [(HEAD_GRADIENT, architecture.embedding_parameters)]
-        work += [(EMBEDDING_GRADIENT, architecture.embedding_parameters)]
+        head += [(HEAD_GRADIENT, architecture.embedding_parameters)]
+        others += [(EMBEDDING_GRADIENT, architecture.embedding_parameters)]
         if architecture.tied_head:
-            work += [(TIED_GRADIENTS, architecture.embedding_parameters)]
-    return work
+            others += [(TIED_GRADIENTS, architecture.embedding_parameters)]
+    return [
+        *_norms(architecture.hidden, batch.rows, on_cuda=on_cuda),
+        *_of(StepPart.HEAD_AND_LOSS, *head),
+        *_of(StepPart.GATES_AND_OTHER_ELEMENTWISE, *others),
+    ]

@@ -16,7 +16,8 @@ multiples; rates are per second and device. Keys are added in later versions, an
     host[], nvme[], disk[]   items; the first two of a node
     steps[]             per objective: objective, probability, micro_batch {rows, live_rows, head_rows, pairs, documents},
                         useful_flops, executed_flops, attention_flops (of the executed), products, elementwise,
-                        optimizer, transfers[], seconds, kept_per_second, represented_per_second, mfu
+                        optimizer, transfers[], parts[]: {"name", "seconds"} (which add up to the step's), seconds,
+                        kept_per_second, represented_per_second, mfu
     run                 steps (or null), mean_step_seconds, hours, device_hours, cost, price,
                         events[]: {"name", "seconds", "count", "share", "how"}
     nodes[], variants[] alternatives: nodes, deepspeed, verdict, memory, represented_per_second, mean_step_seconds,
@@ -120,6 +121,9 @@ def _steps(plan: Plan) -> list[dict[str, Any]]:
             "transfers": [
                 {"name": t.name, "bytes": t.bytes, "seconds": _range(t.seconds), "how": t.how}
                 for t in step.transfers
+            ],
+            "parts": [
+                {"name": part.value, "seconds": _range(seconds)} for part, seconds in step.parts.items()
             ],
         }
         for batch, step in zip(plan.batches, plan.steps, strict=True)

@@ -25,7 +25,7 @@ from bico_ds.planner.step_time import (
 )
 
 # In a ring of more ranks bf16 loses a part of what they agree on: docs/benchmarks/communication.md.
-_MOST_RANKS_IN_BF16 = 128
+MOST_RANKS_IN_BF16 = 128
 _COLORS = {"fits": "green", "may not fit": "yellow", "does not fit": "red"}
 
 
@@ -63,7 +63,7 @@ def _gradients_in_fp32(plan: Plan) -> Iterator[str]:
     """Where nodes wait for each other and half of what the gradients send would do, the option that sends it."""
     deployment = plan.deployment
     is_in_fp32 = deployment.zero.communication_bytes == 4 and plan.recipe.model.dtype == "bf16"
-    if deployment.nodes == 1 or deployment.ranks > _MOST_RANKS_IN_BF16 or not is_in_fp32:
+    if deployment.nodes == 1 or deployment.ranks > MOST_RANKS_IN_BF16 or not is_in_fp32:
         return
     step = max(plan.steps, key=lambda step: _sent(step).low / step.seconds.low)
     gradients = _sent(step, only_gradients=True)

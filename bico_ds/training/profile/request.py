@@ -32,8 +32,11 @@ class ProfileRequest:
         """
         self.check_end(total)
         if self.first <= begins:
+            given = (
+                f"give a step from {begins + 1} to {total}" if begins < total else "which is the run's last"
+            )
             raise UserError(
-                f"--profile {self.first}: this start begins after step {begins}; give a step from {begins + 1} to {total}"
+                f"--profile: step {self.first} is made; this start begins after step {begins}: {given}"
             )
         if self.steps is not None:
             return list(range(self.first, self.first + self.steps))

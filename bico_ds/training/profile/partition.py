@@ -56,7 +56,7 @@ def seconds_by_part(events: Sequence[Event], *, on_cuda: bool) -> dict[StepPart,
             raise ValueError("the profiler has recorded no work of the GPU; another profiler may hold it")
         found = list(_device_stretches(kernels, launched, found))
     else:
-        found = _to_the_next(found)
+        found = _to_the_next([stretch for stretch in found if stretch.start < stretch.end])
     seconds: dict[StepPart, float] = defaultdict(float)
     for stretch in found:
         seconds[stretch.part] += (stretch.end - stretch.start) / 1e6

@@ -320,6 +320,8 @@ def _banner(run: Run, loader: ElasticLoader, trainer: Trainer, planned: StartPla
         plan=plan,
         place=f"{run.folder.path}, {begins}",
     )
+
+
 def _profiled_steps(profile: ProfileRequest, loader: ElasticLoader, steps: int) -> list[int]:
     """The numbers of the steps to record, of a run of `steps` steps."""
     return profile.numbers(lambda step: loader.schedule(step - 1).name, begins=loader.start_step, total=steps)

@@ -170,6 +170,7 @@ class Trainer:
     def _is_logged(self, step: int) -> bool:
         """Whether a line of metrics ends with this step; the same on all ranks."""
         return step == self.total_steps or step % self.run.recipe.monitor.every_steps == 0
+
     def _rank_step(self, step: int) -> RankStep:
         with span(StepPart.DATA.value):
             return self.loader.step(step)

@@ -9,7 +9,7 @@ from bico_ds.evaluation.report.frontier import HEADERS, Panel, Point, frontier_l
 from bico_ds.evaluation.report.page.chart import Chart, Curve, draw, legend
 from bico_ds.evaluation.report.page.html import Html, details, element, section, table
 from bico_ds.evaluation.report.page.numbers import compact, percent
-from bico_ds.evaluation.report.page.scores import title_of
+from bico_ds.evaluation.report.page.scores import interval_of, title_of
 from bico_ds.evaluation.report.page.source import ReportedRun
 
 _MOST_NAMED, _MOST_NAMES = 3, 8  # series whose points have their names beside them, and points of one
@@ -22,7 +22,7 @@ def retention(runs: Sequence[ReportedRun]) -> Html | None:
         return None
     found = panels([run.compared for run in runs])
     labels = list(dict.fromkeys(series.label for panel in found for series in panel.series))
-    drawn = (_figure(panel, labels, number) for number, panel in enumerate(found))
+    drawn = (_figure(panel, labels, number, runs) for number, panel in enumerate(found))
     figures = [figure for figure in drawn if figure is not None]
     headers = ("text", "model", "step", "perplexity", "the base's", "times the base's")
     return section(
@@ -61,7 +61,9 @@ def _has_place(point: Point) -> bool:
     return point.perplexity > 0 and math.isfinite(point.score)
 
 
-def _figure(panel: Panel, labels: Sequence[str], number: int) -> Html | None:
+def _figure(panel: Panel, labels: Sequence[str], number: int, runs: Sequence[ReportedRun]) -> Html | None:
+    asked = (run for run in runs if panel.task in run.compared.final.tasks)
+    intervals = {run.label: interval_of(run.compared.final.tasks[panel.task]) for run in asked}
     curves = []
     for series in panel.series:
         shown = [point for point in series.points if _has_place(point)]
@@ -69,7 +71,9 @@ def _figure(panel: Panel, labels: Sequence[str], number: int) -> Html | None:
         if shown:
             points = [(point.perplexity, point.score) for point in shown]
             names = [point.name for point in shown] if has_names else []
-            curves.append(Curve(labels.index(series.label), series.label, points, shown[-1].interval, names))
+            known = shown[-1].interval
+            interval = intervals.get(series.label, known) if known is not None else None
+            curves.append(Curve(labels.index(series.label), series.label, points, interval, names))
     if not curves:
         return None
     is_bleu = panel.metric == "bleu"

@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from bico_ds.common.json_files import is_number
+from bico_ds.common.printable import on_one_line
 from bico_ds.evaluation.report.page.chart import Chart, Curve, draw, legend
 from bico_ds.evaluation.report.page.curves import thinned
 from bico_ds.evaluation.report.page.html import Html, element, section, table
-from bico_ds.evaluation.report.page.numbers import compact, gigabytes, percent, seconds
+from bico_ds.evaluation.report.page.numbers import compact, gigabytes, in_words, percent, seconds
 from bico_ds.evaluation.report.page.source import ReportedRun
 from bico_ds.evaluation.report.tables import WORK_COLUMNS, work_lines
 
-_WORK = "work/"
+_WORK, _MOST_CHARACTERS = "work/", 200
 _PARTS = ("measured", "low", "high", "ratio")  # of what the planner said
 
 
@@ -141,13 +142,16 @@ def _plan(run: ReportedRun) -> dict[str, Any]:
 
 
 def _machines(runs: Sequence[ReportedRun]) -> Iterator[Html]:
+    """On what the runs ran, those on the same in one sentence."""
+    found: dict[str, list[str]] = defaultdict(list)
     for run in runs:
         device, peak = _plan(run).get("device"), _plan(run).get("peak_flops")
         if isinstance(device, str):
             of = f"; MFU is of {compact(float(peak))}FLOP/s" if peak is not None and is_number(peak) else ""
-            is_cpu = device.startswith("a CPU")
-            how = ", the speed of a matrix product measured on it" if of and is_cpu else ""
-            yield element("p", f"{run.label} ran on {device}{of}{how}.", class_="soft")
+            how = ", a matrix product's speed measured there" if of and device.startswith("a CPU") else ""
+            found[f"{on_one_line(device, most=_MOST_CHARACTERS)}{of}{how}"].append(run.label)
+    for machine, labels in found.items():
+        yield element("p", f"{in_words(labels)} ran on {machine}.", class_="soft")
 
 
 def _planned(run: ReportedRun) -> Iterator[list[str]]:

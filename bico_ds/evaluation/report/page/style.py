@@ -98,7 +98,7 @@ th,td{padding:7px 12px;text-align:right;vertical-align:top;border-top:1px solid 
 thead th{border-top:0;border-bottom:2px solid var(--rule);color:var(--soft);font-weight:600;vertical-align:bottom}
 tbody tr:first-child>*{border-top:0}
 th.words,td.words{text-align:left}
-tbody th{font-weight:600}
+tbody th{font-weight:600;min-width:8em}
 td .interval,th .interval{font-weight:400;display:block;color:var(--soft);font-size:13px;white-space:nowrap}
 .score{min-width:118px}
 .score svg{margin-top:5px;width:110px;margin-left:auto}
@@ -137,7 +137,7 @@ footer{color:var(--soft);font-size:14px;padding-top:18px;padding-bottom:40px;bor
  .cards,.cards tbody,.cards tr,.cards th,.cards td,.cards caption{display:block;width:100%}
  .cards thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
  .cards tr{padding:8px 12px;border-top:1px solid var(--rule)}
- .cards th,.cards td{border:0;padding:2px 0;text-align:left}
+ .cards th,.cards td{border:0;min-width:0;padding:2px 0;text-align:left}
  .cards td{display:flex;justify-content:space-between;gap:16px;text-align:right;overflow-wrap:anywhere}
  .cards td::before{content:attr(data-label);color:var(--soft);text-align:left;flex:0 0 auto;max-width:55%}
  .said li{grid-template-columns:1.4em minmax(0,1fr)}

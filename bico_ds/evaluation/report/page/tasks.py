@@ -38,8 +38,8 @@ def task_table(runs: Sequence[ReportedRun]) -> Html | None:
         element(
             "p",
             "Persons, not questions, were resampled for the intervals: the questions about one person are right or wrong "
-            "together. Where all answers are right, or all wrong, the interval is the exact one over persons. The score of "
-            "another person's answer is what guessing would reach.",
+            "together. Where all answers are right, or all wrong, the one shown here is exact instead, over persons. The "
+            "score of another person's answer is what guessing would reach.",
             class_="note",
         ),
         *(element("p", f"{remark}.", class_="note") for remark in remarks([run.compared for run in runs])),

@@ -110,7 +110,7 @@ def page_of(runs: Sequence[ReportedRun]) -> str:
 
 def _contents(sections: dict[str, Html]) -> Iterator[Html]:
     for title, found in sections.items():
-        identifier = found.partition('id="')[2].partition('-heading"')[0]
+        identifier = found.partition('id="')[2].partition('"')[0]
         yield element("a", title, href=f"#{identifier}")
 
 

@@ -98,6 +98,7 @@ TORCH_FREE = (
     "cluster.attempts",
     "cluster.bad_nodes",
     "cluster.batch_words",
+    "cluster.local",
     "cluster.run_status",
     "cluster.submission",
     "training.callbacks.tensorboard.tags",

@@ -110,7 +110,7 @@ def runs_from_base(
 def train_all(runs: Sequence[LocalRun], console: Console) -> None:
     """Train the runs one after the other; one that is done already returns at once. Raises `SystemExit` where one fails."""
     console.print(
-        f"What the launcher and the ranks print: {runs[0].folder.logs}, and beside it", highlight=False
+        "What the launcher and the ranks print: logs/launch-N.log in each run folder.", highlight=False
     )
     # The demo is a CPU demo, on GPU machines too: its recipes are fp32, which CUDA's flash kernels refuse.
     # DeepSpeed's launcher writes CUDA_VISIBLE_DEVICES anew for its ranks, so hiding the GPUs would not help.

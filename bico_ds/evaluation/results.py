@@ -99,7 +99,7 @@ class EvaluationResult:
 
 def _task_from_json(task: Mapping[str, Any]) -> TaskResult:
     values = {"prompts" if key == "rows" else key: value for key, value in task.items()}
-    return TaskResult(**{**values, "intervals": {m: tuple(i) for m, i in task["intervals"].items()}})
+    return TaskResult(**{**values, "intervals": {m: tuple(i) for m, i in task.get("intervals", {}).items()}})
 
 
 def load_result(path: Path) -> EvaluationResult:

@@ -76,10 +76,10 @@ class _Turn:
         now = time.monotonic()
         watch.look(now)
         self.forecast.learn(watch)
-        step = f"step {watch.step} of {self.run.steps or '?'}" if watch.last is not None else "starting"
         left = self._time_left(watch, now)
-        text = left if left or watch.last is not None else "starting"
-        progress.update(watch.step, f"{self.title}: {step}{left and ', '}{left}", text=text)
+        if watch.last is not None or left:  # else there is nothing to say but that it starts, which is said
+            step = f"step {watch.step} of {self.run.steps or '?'}" if watch.last is not None else "starting"
+            progress.update(watch.step, f"{self.title}: {step}{left and ', '}{left}", text=left)
 
     def _time_left(self, watch: Watch, now: float) -> str:
         """In words, of this run and of all; empty where it is not known yet."""

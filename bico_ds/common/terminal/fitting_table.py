@@ -105,7 +105,8 @@ class FittingTable:
                 for frame in form._frames(width, ends):
                     room = width - frame.outside - frame.between * (len(form._columns) - 1)
                     if (widths := form._widths(room, ends)) is not None:
-                        yield Padding(form._table(widths, ends, frame), (0, 0, 0, frame.indent))
+                        table = form._table(widths, ends, frame)
+                        yield Padding(table, (0, 0, 0, frame.indent), expand=False)
                         return
         yield from self._list(width)
 

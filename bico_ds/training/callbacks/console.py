@@ -133,14 +133,14 @@ class ConsoleProgress(FirstRankCallback):
         report = self._recent[-1]
         where = Text(f"step {report.step}/{self._total}", style="bold")
         losses = {name: self._live_loss(name, report.objective) for name in sorted(self._losses)}
-        rates = [Text(text) for text in self._rates()]
-        left = [Text(text) for text in filter(None, [self._left(report.step)])]
+        speed, *rates = map(Text, self._rates())
+        left = list(map(Text, filter(None, [self._left(report.step)])))
         rest = [Text(f"lr {report.learning_rate:.1e}"), Text(self._name)]
         of_last = [loss for name, loss in losses.items() if name == report.objective]
         of_others = [loss for name, loss in losses.items() if name != report.objective]
         return _fitted(
-            [where, *losses.values(), *rates, *left, *rest],
-            [where, *of_last, *left, *of_others, *rates, *rest],
+            [where, *losses.values(), speed, *rates, *left, *rest],
+            [where, *of_last, *left, speed, *of_others, *rates, *rest],
             self._console.width,
         )
 

@@ -204,14 +204,16 @@ def test_broken_files_cost_their_section_alone_and_are_named(tmp_path):
 
 def test_any_damage_of_any_file_of_a_run_makes_a_report_or_one_message(tmp_path):
     run = run_folder(tmp_path / "a", scores_of(0.5), steps=(2, 4), logged=4, texts={"prose": [13.0, 20.0]})
+    (run / "recipe.yaml").write_text("training: {steps: 4}\nobjectives: [{kind: ntp}, {kind: bico}]\n")
     (run / "slurm").mkdir()
     attempt = {"job": "1", "restarts": 0, "step": 2, "run_id": None, "time": 1.0}
     (run / "slurm" / "attempts.jsonl").write_text(json.dumps(attempt) + "\n")
     kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     for path, before in kept.items():
-        of_a_line = before.split(b"\n")[0] + b"\n" if path.suffix == ".jsonl" else before
-        for content in [*damaged(before, count=3), *damaged(of_a_line, count=3)]:
-            path.write_bytes(content)
+        *lines, last = before.splitlines(keepends=True)
+        earlier = b"".join(lines) if path.suffix == ".jsonl" else b""
+        for content in damaged(last if earlier else before, count=2):
+            path.write_bytes(earlier + content + b"\n")
             try:
                 written = write_report([run], tmp_path / "r.html")
             except UserError as error:

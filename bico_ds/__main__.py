@@ -38,6 +38,7 @@ GROUPS = {
         "tensorboard": "show.tensorboard",
         "evaluate": "evaluate",
         "compare": "show.compare",
+        "report": "show.report",
         "export": "export",
     },
 }

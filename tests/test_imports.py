@@ -105,6 +105,7 @@ TORCH_FREE = (
     "commands.gpu_proof",
     "commands.show.plan",
     "commands.show.tensorboard",
+    "commands.show.report",
     "commands.slurm.attempt",
     "commands.slurm.status",
 )

@@ -34,6 +34,7 @@ from bico_ds.common.errors import RunError, UserError
 from bico_ds.common.files import DISK_ERRORS, atomic_folder
 from bico_ds.config.schema import Recipe
 from bico_ds.data.exported_tokenizer import ExportedTokenizer, save_tokenizer
+from bico_ds.data.loading.batch_view import shown_text
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.tokenizer import FastTokenizer
 from bico_ds.model.architecture import id_list
@@ -59,6 +60,7 @@ from bico_ds.training.callbacks.monitor import StepMonitor
 from bico_ds.training.callbacks.planned import PlannedBesideMeasured, planned_memory
 from bico_ds.training.callbacks.slowest import SlowestRank
 from bico_ds.training.callbacks.stopwatch import Stopwatch
+from bico_ds.training.callbacks.tensorboard.pages import BoardPages
 from bico_ds.training.callbacks.utilization import Utilization
 from bico_ds.training.callbacks.work import ObjectiveWork
 from bico_ds.training.checks import (
@@ -308,7 +310,7 @@ def _build_trainer(
         run=run,
         engine=engine,
         loader=loader,
-        callbacks=_callbacks(run, engine, spikes, planned),
+        callbacks=_callbacks(run, inputs, engine, spikes, planned),
         checkpointer=_checkpointer(run, inputs, engine, resumption),
         evaluator=evaluator,
         spikes=spikes,
@@ -321,7 +323,9 @@ def _build_trainer(
     )
 
 
-def _callbacks(run: Run, engine: Engine, spikes: SpikeDetector, planned: StartPlan | None) -> Callbacks:
+def _callbacks(
+    run: Run, inputs: RunInputs, engine: Engine, spikes: SpikeDetector, planned: StartPlan | None
+) -> Callbacks:
     plan, console = planned.plan if planned is not None else None, ConsoleProgress()
     work = ObjectiveWork(plan, run.folder, console)
     utilization = Utilization.planned(plan) if plan is not None else None
@@ -342,8 +346,12 @@ def _callbacks(run: Run, engine: Engine, spikes: SpikeDetector, planned: StartPl
     callbacks: list[Callback] = [work, console, monitor, spikes]
     if slowest is not None:
         callbacks.append(slowest)
+    tell = Callbacks([console, monitor], is_first_rank=True)
+    if run.recipe.monitor.tensorboard:
+        pages = BoardPages(run.folder.path, monitor, shown_text(inputs.tokenizer), tell)
+        callbacks.insert(0, pages)
+        tell = Callbacks([pages, console, monitor], is_first_rank=True)
     if planned is not None:
-        tell = Callbacks([console, monitor], is_first_rank=True)
         callbacks.insert(0, PlannedBesideMeasured(planned.plan, planned.memory, run.folder, tell))
     return Callbacks(callbacks, is_first_rank=run.ranks.is_first, watch=watch)
 

@@ -253,6 +253,7 @@ class Trainer:
             report = replace(report, is_spike=is_spike)
         elif report.targets:
             self.callbacks.on_message(f"step {report.step}: loss or gradient not finite, update skipped")
+        self.callbacks.on_batches(report.step, report.objective, taken.batches)
         self.callbacks.on_step(report)
         if (message := self.targetless.count(report)) is not None:
             self.callbacks.on_message(message)
@@ -371,6 +372,7 @@ class Trainer:
             self.callbacks.on_numbers(
                 self.step, "timing", {"speed/evaluation_seconds": time.perf_counter() - started}
             )
+            self.callbacks.on_evaluation(self.step, result)
             self._stop_above_limit(result)
 
     def _stop_above_limit(self, result: EvaluationResult) -> None:

@@ -139,7 +139,7 @@ def test_tensorboard_has_losses_speed_and_the_recipe(runs):
     tags = set(events.Tags()["scalars"])
     assert {"2 loss/all", "2 loss/ntp", "2 loss/bico", "6 optimizer/grad_norm", "7 data/fill"} <= tags
     assert {f"1 reversal/{task}" for task in TASKS} <= tags
-    assert "recipe/text_summary" in events.Tags()["tensors"]
+    assert "8 details/recipe" in events.Tags()["tensors"]
 
 
 def test_mfu_is_useful_operations_of_the_batches_over_seconds_and_the_peak(runs, monkeypatch):

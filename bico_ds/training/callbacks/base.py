@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from bico_ds.batch import PackedBatch
 from bico_ds.config.schema import Recipe
+from bico_ds.evaluation.results import EvaluationResult
 from bico_ds.training.callbacks.stopwatch import Stopwatch
 
 
@@ -87,8 +89,15 @@ class Callback:
     def on_numbers(self, step: int, kind: str, numbers: dict[str, float]) -> None:
         """Numbers other than a step's, by `kind`: `evaluation`, `timing` (of an evaluation), `checkpoint`.
 
-        Of the kind `plan` (`bico_ds.training.callbacks.planned`) rank 0's console and monitor alone get some.
+        Of the kind `plan` (`bico_ds.training.callbacks.planned`) those of rank 0 that show or write get some, and so they do
+        of `timing`: of pictures (`bico_ds.training.callbacks.tensorboard.pages`).
         """
+
+    def on_batches(self, step: int, objective: str, batches: Sequence[PackedBatch]) -> None:
+        """What this rank's part of a step was made of, on the CPU; called before the step's `on_step`."""
+
+    def on_evaluation(self, step: int, result: EvaluationResult) -> None:
+        """An evaluation with all its answers, after its numbers and its time were told."""
 
     def on_message(self, text: str) -> None:
         """A line for the user to read; may come before `on_start`."""
@@ -133,6 +142,14 @@ class Callbacks(Callback):
     def on_numbers(self, step: int, kind: str, numbers: dict[str, float]) -> None:
         for callback in self._callbacks:
             callback.on_numbers(step, kind, numbers)
+
+    def on_batches(self, step: int, objective: str, batches: Sequence[PackedBatch]) -> None:
+        for callback in self._callbacks:
+            callback.on_batches(step, objective, batches)
+
+    def on_evaluation(self, step: int, result: EvaluationResult) -> None:
+        for callback in self._callbacks:
+            callback.on_evaluation(step, result)
 
     def on_message(self, text: str) -> None:
         with self._watch:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard.summary import text
+from tensorboard.compat.proto.summary_pb2 import Summary
 
 from bico_ds.common.appended_file import AppendedFile
 from bico_ds.common.files import write_atomically
-from bico_ds.config.load import dump_recipe
 from bico_ds.config.schema import MonitorSpec
 from bico_ds.model.deepspeed_engine import EventWriter
 from bico_ds.planner.ranges import Range
@@ -25,6 +24,7 @@ from bico_ds.training.callbacks.deepspeed_monitor import bear_failures
 from bico_ds.training.callbacks.planned import memory_numbers
 from bico_ds.training.callbacks.slowest import SlowestRank
 from bico_ds.training.callbacks.stopwatch import Stopwatch
+from bico_ds.training.callbacks.tensorboard.about import About
 from bico_ds.training.callbacks.tensorboard.board import Board
 from bico_ds.training.callbacks.tensorboard.charts import as_summary, charts
 from bico_ds.training.callbacks.utilization import Utilization
@@ -77,13 +77,10 @@ class StepMonitor(FirstRankCallback):
             self._board = Board(
                 self._folder,
                 first_step=first,
-                first=[
-                    as_summary(charts(start.recipe, has_mfu=self._utilization is not None)),
-                    text("recipe", f"```yaml\n{dump_recipe(start.recipe)}```"),
-                    text("summary", f"```json\n{json.dumps(start.summary, indent=1)}\n```"),
-                ],
+                first=[as_summary(charts(start.recipe, has_mfu=self._utilization is not None))],
                 mfu=self._utilization.description if self._utilization is not None else "",
                 tell=self._tell,
+                about=About(self._folder, start),
             )
         self._write_waiting()
 
@@ -97,11 +94,19 @@ class StepMonitor(FirstRankCallback):
         done = self._work.numbers() if kind == "evaluation" and self._work is not None else {}
         self._write(step, kind, numbers | done, charted=numbers)
 
+    def show(self, step: int, values: Sequence[Summary.Value]) -> None:
+        """Write texts and pictures of a step, for TensorBoard alone."""
+        if self._board is not None:
+            self._board.show(step, values)
+            self._write_waiting()
+
     def on_message(self, text: str) -> None: ...
 
     def on_end(self, step: int, state: str) -> None:
         if self._pending and state == "done":  # else the checkpoint keeps them
             self._write_pending()
+        if self._board is not None and state == "done":
+            self._board.end()
         self._write_waiting()
         for file in (self._metrics, *([self._board.file] if self._board is not None else [])):
             if file.missing:
@@ -146,7 +151,8 @@ class StepMonitor(FirstRankCallback):
 
     def _write_lines(self) -> None:
         if not self._is_cut:
-            keep_lines_until(self._metrics.path, self._first_step)
+            # A start from the beginning evaluates step 0 anew.
+            keep_lines_until(self._metrics.path, self._first_step or -1)
             self._metrics.path.touch()
             self._is_cut = True
         self._metrics.write_waiting()

@@ -24,7 +24,7 @@ from bico_ds.training.callbacks.tensorboard.checksum import masked_crc32c
 _numbers = itertools.count()  # of this process's event files: their names sort as they were begun
 # The end of a name that says which tags the file has: those of bico_ds.training.callbacks.tensorboard.tags. Files of runs
 # begun before these were so end in a number.
-_TAGS = ".tags2"
+TAGS = ".tags2"
 
 
 class EventFile:
@@ -36,36 +36,37 @@ class EventFile:
     def __init__(self, folder: Path, *, root: Path, first_step: int, first: Iterable[Summary]) -> None:
         now = time.time()
         start = Event(wall_time=now, step=first_step, session_log=SessionLog(status=SessionLog.START))
-        head = [_version(), start]
+        head = [version(), start]
         head += [Event(wall_time=now, step=first_step - 1, summary=summary) for summary in first]
-        self.file = AppendedFile(folder / _new_name(now), root=root, head=b"".join(map(_record, head)))
+        self.file = AppendedFile(folder / _new_name(now), root=root, head=b"".join(map(record, head)))
         self.file.add(b"")  # the head is written before there is a number
 
     def add(self, summary: Summary, step: int) -> None:
         """Let the values of a step wait; `file.write_waiting` writes them."""
-        self.file.add(_record(Event(wall_time=time.time(), step=step, summary=summary)))
+        self.file.add(record(Event(wall_time=time.time(), step=step, summary=summary)))
 
 
 def write_events(folder: Path, events: Iterable[Event]) -> None:
     """Write events into a file that is read before all others, and is there as a whole or not at all. Raises OSError."""
     with atomic_file(folder / _new_name(0)) as temporary, temporary.open("wb") as file:
-        file.writelines(map(_record, itertools.chain([_version()], events)))
+        file.writelines(map(record, itertools.chain([version()], events)))
 
 
 def has_todays_tags(path: Path) -> bool:
     """Whether an event file was written with today's tags."""
-    return path.name.endswith(_TAGS)
+    return path.name.endswith(TAGS)
 
 
-def _version() -> Event:
+def version() -> Event:
+    """What an event file begins with."""
     return Event(wall_time=time.time(), file_version="brain.Event:2")
 
 
 def _new_name(now: float) -> str:
-    return f"events.out.tfevents.{now:010.0f}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}{_TAGS}"
+    return f"events.out.tfevents.{now:010.0f}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}{TAGS}"
 
 
-def _record(event: Event) -> bytes:
+def record(event: Event) -> bytes:
     """An event as the file holds it: with its length and checksums."""
     content = event.SerializeToString()
     length = struct.pack("<Q", len(content))

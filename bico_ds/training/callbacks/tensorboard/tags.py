@@ -13,10 +13,10 @@ import re
 from collections.abc import Mapping
 from functools import cache
 
-REVERSAL, LOSS, RETENTION, DETAILS = "1 reversal", "2 loss", "3 retention", "8 details"
+REVERSAL, LOSS, RETENTION, DATA, DETAILS = "1 reversal", "2 loss", "3 retention", "7 data", "8 details"
 HELD_OUT, DIVERGENCE = f"{LOSS}/held-out", f"{RETENTION}/divergence"
 
-_GROUPS = {"speed": "4 speed", "memory": "5 memory", "optimizer": "6 optimizer", "data": "7 data"}
+_GROUPS = {"speed": "4 speed", "memory": "5 memory", "optimizer": "6 optimizer", "data": DATA}
 _HEADLINE = re.compile("evaluation/(.+)/headline")
 _TEXT = re.compile("evaluation/text/(.+)/(perplexity|times_base)")
 # The lines of steps have them, and those of evaluations again.

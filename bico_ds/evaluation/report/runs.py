@@ -259,11 +259,10 @@ def _task_results(record: dict[str, Any]) -> dict[str, TaskResult]:
                 metrics.setdefault(task, {})[metric] = float(value)
     found = {}
     for task, values in metrics.items():
-        headline = next((name for name in ("bleu", "contains") if name in values), None)
+        headline: str | None = next((name for name in ("bleu", "contains") if name in values), None)
         if headline is not None:
-            bounds = [record.get(f"{_PREFIX}{task}/headline_{end}") for end in ("low", "high")]
-            low, high = (float(bound) if is_number(bound) else None for bound in bounds)
-            known = {} if low is None or high is None else {headline: (low, high)}
+            bounds: list[Any] = [record.get(f"{_PREFIX}{task}/headline_{end}") for end in ("low", "high")]
+            known = {headline: (float(bounds[0]), float(bounds[1]))} if all(map(is_number, bounds)) else {}
             found[task] = TaskResult(headline=headline, metrics=values, intervals=known)
     return found
 

@@ -24,6 +24,7 @@ from bico_ds.training.callbacks.deepspeed_monitor import bear_failures
 from bico_ds.training.callbacks.planned import memory_numbers
 from bico_ds.training.callbacks.slowest import SlowestRank
 from bico_ds.training.callbacks.stopwatch import Stopwatch
+from bico_ds.training.callbacks.tensorboard.about import About
 from bico_ds.training.callbacks.tensorboard.board import Board
 from bico_ds.training.callbacks.tensorboard.charts import as_summary, charts
 from bico_ds.training.callbacks.utilization import Utilization
@@ -75,10 +76,11 @@ class StepMonitor(FirstRankCallback):
         if self._spec.tensorboard:
             self._board = Board(
                 self._folder,
-                start=start,
+                first_step=first,
                 first=[as_summary(charts(start.recipe, has_mfu=self._utilization is not None))],
                 mfu=self._utilization.description if self._utilization is not None else "",
                 tell=self._tell,
+                about=About(self._folder, start),
             )
         self._write_waiting()
 
@@ -149,7 +151,8 @@ class StepMonitor(FirstRankCallback):
 
     def _write_lines(self) -> None:
         if not self._is_cut:
-            keep_lines_until(self._metrics.path, self._first_step)
+            # A start from the beginning evaluates step 0 anew.
+            keep_lines_until(self._metrics.path, self._first_step or -1)
             self._metrics.path.touch()
             self._is_cut = True
         self._metrics.write_waiting()

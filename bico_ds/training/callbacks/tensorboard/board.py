@@ -8,7 +8,6 @@ from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 
 from bico_ds.common.appended_file import AppendedFile
 from bico_ds.runtime.run_folder import RunFolder
-from bico_ds.training.callbacks.base import RunStart
 from bico_ds.training.callbacks.tensorboard.about import About
 from bico_ds.training.callbacks.tensorboard.event_file import EventFile
 from bico_ds.training.callbacks.tensorboard.history import renew
@@ -17,9 +16,9 @@ from bico_ds.training.callbacks.utilization import TAG as MFU
 
 
 class Board:
-    """The event files of a run folder: each start adds one, which hides what earlier ones wrote after its first step.
+    """The event files of a run folder: each start adds one, which hides what earlier ones wrote after its `first_step`.
 
-    `first`: what the file begins with. `mfu`: what the peak of MFU is, shown beside its charts. `tell` gets a line where
+    `first_step`: the step that the run goes on from. `first`: what the file begins with. `about`: what is there once. `mfu`: what the peak of MFU is, shown beside its charts. `tell` gets a line where
     files of a run begun before are replaced.
     """
 
@@ -27,20 +26,19 @@ class Board:
         self,
         folder: RunFolder,
         *,
-        start: RunStart,
+        first_step: int,
         first: Iterable[Summary],
         mfu: str = "",
         tell: Callable[[str], None],
+        about: About | None = None,
     ) -> None:
-        self._folder, self._first_step, self._tell = folder, start.first_step, tell
+        self._folder, self._first_step, self._tell = folder, first_step, tell
         self._mfu = mfu
         self._described: set[str] = set()
         self._is_renewed = False  # the files of earlier starts: before the first record of this one
-        self._about = About(folder, start)
+        self._about = about
         # Hide the steps that an earlier start wrote after the checkpoint resumed from (without one: all).
-        self._events = EventFile(
-            folder.tensorboard, root=folder.path, first_step=start.first_step + 1, first=first
-        )
+        self._events = EventFile(folder.tensorboard, root=folder.path, first_step=first_step + 1, first=first)
 
     @property
     def file(self) -> AppendedFile:
@@ -53,19 +51,22 @@ class Board:
 
     def show(self, step: int, values: Sequence[Summary.Value]) -> None:
         """Let other values of a step wait: pictures, texts."""
-        self._about.keep()
+        if self._about is not None:
+            self._about.keep()
         self._events.add(Summary(value=values), step)
 
     def end(self) -> None:
         """Let it be written that the run is done."""
-        self._about.end()
+        if self._about is not None:
+            self._about.end()
 
     def write_waiting(self) -> None:
         """Write what waits. Raises OSError; it then goes on waiting."""
         if not self._is_renewed:
-            renew(self._folder, self._first_step, self._scalars, self._tell)
+            renew(self._folder, self._first_step or -1, self._scalars, self._tell)
             self._is_renewed = True
-        self._about.write()
+        if self._about is not None:
+            self._about.write()
         self._events.file.write_waiting()
 
     def _scalars(self, kind: str, numbers: Mapping[str, float]) -> list[Summary.Value]:

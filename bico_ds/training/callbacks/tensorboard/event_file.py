@@ -38,7 +38,7 @@ class EventFile:
         start = Event(wall_time=now, step=first_step, session_log=SessionLog(status=SessionLog.START))
         head = [version(), start]
         head += [Event(wall_time=now, step=first_step - 1, summary=summary) for summary in first]
-        self.file = AppendedFile(folder / _new_name(), root=root, head=b"".join(map(record, head)))
+        self.file = AppendedFile(folder / _new_name(now), root=root, head=b"".join(map(record, head)))
         self.file.add(b"")  # the head is written before there is a number
 
     def add(self, summary: Summary, step: int) -> None:
@@ -47,8 +47,8 @@ class EventFile:
 
 
 def write_events(folder: Path, events: Iterable[Event]) -> None:
-    """Write events into a file of their own, which is there as a whole or not at all. Raises OSError."""
-    with atomic_file(folder / _new_name()) as temporary, temporary.open("wb") as file:
+    """Write events into a file that is read before all others, and is there as a whole or not at all. Raises OSError."""
+    with atomic_file(folder / _new_name(0)) as temporary, temporary.open("wb") as file:
         file.writelines(map(record, itertools.chain([version()], events)))
 
 
@@ -62,8 +62,8 @@ def version() -> Event:
     return Event(wall_time=time.time(), file_version="brain.Event:2")
 
 
-def _new_name() -> str:
-    return f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}{TAGS}"
+def _new_name(now: float) -> str:
+    return f"events.out.tfevents.{now:010.0f}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}{TAGS}"
 
 
 def record(event: Event) -> bytes:

@@ -77,6 +77,8 @@ class BoardPages(FirstRankCallback):
             self._draw(step, EvaluationResult(tasks={}))
 
     def _draw(self, step: int, result: EvaluationResult) -> None:
+        if not result.tasks and not self._batches:
+            return
         started = time.perf_counter()
         made: list[Summary.Value] = []
         # Whatever a library of pictures raises.

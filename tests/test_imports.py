@@ -13,7 +13,7 @@ from tests import ROOT
 
 FLOORS = (
     {"common"},
-    {"config", "native"},
+    {"config", "native", "spans"},
     {"documents", "attention"},
     {"batch", "optim", "planner"},
     {"runtime"},
@@ -90,6 +90,7 @@ TORCH_FREE = (
     "config",
     "documents",
     "planner",
+    "spans",
     *(f"runtime.{name}" for name in ("run_folder", "lock", "launch_environment", "signals", "launcher")),
     *(f"runtime.nodes.{name}" for name in ("failed_node", "gpu_errors", "slow_rank")),
     "evaluation.results",
@@ -99,6 +100,7 @@ TORCH_FREE = (
     "cluster.batch_words",
     "cluster.run_status",
     "cluster.submission",
+    *(f"training.profile.{name}" for name in ("names", "partition", "request", "table", "trace_file")),
     "proof.prove",
     "commands.show.compare",
     "commands.gpu_proof",

@@ -36,6 +36,9 @@ _OURS = (
     ("gloo:", StepPart.COMMUNICATION),
     ("nccl:", StepPart.COMMUNICATION),
     ("record_param_comms", StepPart.COMMUNICATION),
+    # DeepSpeed's functions around modules, which fetch and release weights.
+    ("PreBackwardFunctionForModule", StepPart.COMMUNICATION),
+    ("PostBackwardFunctionModule", StepPart.COMMUNICATION),
 )
 # Of torch's own, where nothing of ours is around them; the first that is around an event counts.
 _TORCH = (
@@ -54,6 +57,7 @@ _TORCH = (
             "aten::linear",
         )
     ),
+    ("LinearFunctionForZeroStage3", StepPart.LINEAR_LAYERS),  # of DeepSpeed, forward and backward
     *((f"{node}Backward", StepPart.LINEAR_LAYERS) for node in ("Mm", "Addmm", "Bmm", "T")),
     ("aten::", StepPart.GATES_AND_OTHER_ELEMENTWISE),
 )

@@ -1,6 +1,7 @@
 """The seconds of a step by its parts, from the events of torch's profiler: every moment of the step has one part.
 
-On a CPU each moment of the training thread belongs to the innermost event that runs (`names.py`). On a GPU the moments are
+On a CPU each moment of the training thread belongs to the innermost event that runs (`names.py`), and what Python does
+between two events to the one that it leads to. On a GPU the moments are
 those of the stream that computes: a kernel belongs to what launched it. Where that stream stands still, communication on
 another one is what nothing hides; else the device waits for the host, which may be waiting for data, or make the update
 itself. No torch here.
@@ -35,13 +36,13 @@ class _Stretch(NamedTuple):
     part: StepPart
 
 
-def seconds_by_part(events: Sequence[Event]) -> dict[StepPart, float]:
+def seconds_by_part(events: Sequence[Event], *, on_cuda: bool) -> dict[StepPart, float]:
     """Seconds of each part of the one step that the events of a Chrome trace hold; their sum is the step's.
 
-    Raises `ValueError` where no step is among them.
+    Raises `ValueError` where no step is among them, or `on_cuda` no work of the GPU.
     """
     complete = [event for event in events if event.get("ph") == "X"]
-    step = next((event for event in complete if event["name"].startswith(STEP)), None)
+    step = next((event for event in complete if _is_step(event)), None)
     if step is None:
         raise ValueError("the profiler has recorded no step")
     start, end = step["ts"], step["ts"] + step["dur"]
@@ -49,12 +50,22 @@ def seconds_by_part(events: Sequence[Event]) -> dict[StepPart, float]:
     threads = _threads(complete, start, end)
     stretches = {thread: list(_host_stretches(of_thread, launched)) for thread, of_thread in threads.items()}
     found = stretches[step["tid"]]
-    if kernels := [event for event in complete if event.get("cat") in _DEVICE]:
+    if on_cuda:
+        kernels = [event for event in complete if event.get("cat") in _DEVICE]
+        if not kernels:
+            raise ValueError("the profiler has recorded no work of the GPU; another profiler may hold it")
         found = list(_device_stretches(kernels, launched, found))
+    else:
+        found = _to_the_next([stretch for stretch in found if stretch.start < stretch.end])
     seconds: dict[StepPart, float] = defaultdict(float)
     for stretch in found:
         seconds[stretch.part] += (stretch.end - stretch.start) / 1e6
     return dict(seconds)
+
+
+def _is_step(event: Event) -> bool:
+    """On the host: a GPU has an event of that name of its own."""
+    return event.get("cat") == "user_annotation" and event["name"].startswith(STEP)
 
 
 def _threads(events: Iterable[Event], start: float, end: float) -> dict[Any, list[Event]]:
@@ -64,7 +75,7 @@ def _threads(events: Iterable[Event], start: float, end: float) -> dict[Any, lis
         if event.get("cat") in _HOST and start <= event["ts"] < end:
             threads[event["tid"]].append(event)
     for of_thread in threads.values():
-        of_thread.sort(key=lambda event: (event["ts"], -event["dur"], not event["name"].startswith(STEP)))
+        of_thread.sort(key=lambda event: (event["ts"], -event["dur"], not _is_step(event)))
     return threads
 
 
@@ -84,6 +95,15 @@ def _host_stretches(events: Sequence[Event], launched: dict[int, StepPart]) -> I
         running.append((min(event["ts"] + event["dur"], end), place))  # the clock's digits may overlap
         if event.get("cat") in _LAUNCHES:
             launched[event["args"]["correlation"]] = place.part
+
+
+def _to_the_next(stretches: Sequence[_Stretch]) -> list[_Stretch]:
+    """In order, with those of no name given to the first that follows and has one."""
+    found, following = [], StepPart.OTHER
+    for stretch in reversed(stretches):
+        following = following if stretch.part is StepPart.OTHER else stretch.part
+        found.append(stretch._replace(part=following))
+    return found[::-1]
 
 
 def _device_stretches(

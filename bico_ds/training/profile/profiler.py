@@ -48,11 +48,21 @@ _MEMORY_EVENTS = 1_000_000  # of a memory snapshot, the last ones
 class StepProfiler:
     """Records the steps of the numbers `steps`, which count from 1; the same calls on every rank.
 
-    `folder`: the run's for profiles. `tell` shows a text to the user; rank 0 calls it.
+    `folder`: the run's for profiles. `tell` shows a text to the user; rank 0 calls it. `at_end` is called after the last of
+    the steps.
     """
 
-    def __init__(self, steps: Sequence[int], ranks: Ranks, folder: Path, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        steps: Sequence[int],
+        ranks: Ranks,
+        folder: Path,
+        tell: Callable[[str], None],
+        *,
+        at_end: Callable[[], None],
+    ) -> None:
         self._steps, self._ranks, self._tell = frozenset(steps), ranks, tell
+        self._at_end = at_end
         self._last = max(steps, default=0)
         self._folder = folder / STEP_FOLDER.of(min(steps, default=0))
         self._trace = TraceFile(self._folder / f"trace-rank-{ranks.rank}.json.gz")
@@ -91,6 +101,7 @@ class StepProfiler:
             self._take(step, of_ranks)
         if step == self._last:
             self.close()
+            self._at_end()
         return True
 
     def close(self) -> None:
@@ -129,7 +140,7 @@ class StepProfiler:
             trace = json.loads(path.read_bytes())
         finally:
             path.unlink(missing_ok=True)
-        parts = seconds_by_part(trace["traceEvents"])
+        parts = seconds_by_part(trace["traceEvents"], on_cuda=self._ranks.device.type == "cuda")
         self._trace.add(trace)
         known = self._ordinary.get(objective)
         ordinary = statistics.median(known) if known else None

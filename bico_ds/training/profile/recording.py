@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,11 +18,14 @@ from bico_ds.planner.report.step_parts import StepPart
 from bico_ds.spans import recording, span
 from bico_ds.training.profile.names import DEEPSPEED, SPAN, STEP
 
+_SILENT = "6"  # torch's recorder, Kineto, else writes two lines to the terminal at each step
+
 
 class StepRecording:
     """Records from `start` to `stop`; `write` then gives a Chrome trace. `begin` to `end` is the step in it."""
 
     def __init__(self, device: torch.device) -> None:
+        os.environ.setdefault("KINETO_LOG_LEVEL", _SILENT)
         cuda = [ProfilerActivity.CUDA] if device.type == "cuda" else []
         self._profile = profile(activities=[ProfilerActivity.CPU, *cuda])
         self._names, self._step = ExitStack(), ExitStack()

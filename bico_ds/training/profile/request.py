@@ -15,10 +15,14 @@ MOST_STEPS = 50
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileRequest:
-    """From step `first` on, which counts from 1 as the console does, `steps` steps; None: one of each objective."""
+    """From step `first` on, which counts from 1 as the console does, `steps` steps; None: one of each objective.
+
+    `then_stop`: the run is asked to stop after the last of them.
+    """
 
     first: int
     steps: int | None
+    then_stop: bool = False
 
     def numbers(self, objective: Callable[[int], str], *, begins: int, total: int) -> list[int]:
         """The numbers of the steps to profile, from 1, in a start of a run of `total` steps that has made `begins`.
@@ -28,8 +32,11 @@ class ProfileRequest:
         """
         self.check_end(total)
         if self.first <= begins:
+            given = (
+                f"give a step from {begins + 1} to {total}" if begins < total else "which is the run's last"
+            )
             raise UserError(
-                f"--profile {self.first}: this start begins after step {begins}; give a step from {begins + 1} to {total}"
+                f"--profile: step {self.first} is made; this start begins after step {begins}: {given}"
             )
         if self.steps is not None:
             return list(range(self.first, self.first + self.steps))

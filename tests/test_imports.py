@@ -13,7 +13,7 @@ from tests import ROOT
 
 FLOORS = (
     {"common"},
-    {"config", "native"},
+    {"config", "native", "spans"},
     {"documents", "attention"},
     {"batch", "optim", "planner"},
     {"runtime"},
@@ -90,6 +90,7 @@ TORCH_FREE = (
     "config",
     "documents",
     "planner",
+    "spans",
     *(f"runtime.{name}" for name in ("run_folder", "lock", "launch_environment", "signals", "launcher")),
     "runtime.output",
     *(f"runtime.nodes.{name}" for name in ("failed_node", "gpu_errors", "slow_rank")),
@@ -102,6 +103,7 @@ TORCH_FREE = (
     "cluster.run_status",
     "cluster.submission",
     "training.callbacks.tensorboard.tags",
+    *(f"training.profile.{name}" for name in ("names", "partition", "request", "table", "trace_file")),
     "proof.prove",
     "commands.show.compare",
     "commands.gpu_proof",

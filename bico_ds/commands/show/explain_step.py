@@ -10,6 +10,8 @@ saves 2 % of the time or more: by the planner, which plans the changed recipe fo
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import sys
@@ -102,11 +104,9 @@ def run(options: Namespace) -> None:
 
 def explain_recipe(options: Namespace) -> Explained:
     """Train some steps of the recipe here. Raises `UserError` and `RunError` as the training does."""
-    from bico_ds.training.checks import without_missing_weights
-
     ranks, steps, overrides, notes = options.ranks or 1, options.steps or _STEPS, [*options.overrides], []
     recipe = load_recipe(options.recipe, overrides)
-    if (planned := without_missing_weights(recipe)) is not recipe:
+    if (planned := _checks().without_missing_weights(recipe)) is not recipe:
         overrides.append("model.path=null")
         notes.append(f"model.path '{recipe.model.path}' is not on this machine: random weights take as long")
     print(f"training {2 * steps} steps on {ranks} rank{'s' * (ranks > 1)} …", file=sys.stderr, flush=True)
@@ -198,12 +198,10 @@ def _mean(table: StepTable, part: StepPart) -> float:
 
 
 def _is_allowed(name: str, overrides: Sequence[str], plan: Plan) -> bool:
-    from bico_ds.training.checks import check_recipe, without_missing_weights
-
-    deployment = plan.deployment
+    checks, deployment = _checks(), plan.deployment
     try:
-        check_recipe(
-            without_missing_weights(load_recipe(name, overrides)),
+        checks.check_recipe(
+            checks.without_missing_weights(load_recipe(name, overrides)),
             world_size=deployment.ranks,
             on_cuda=deployment.device.kind == "cuda",
             run_folder=Path("runs"),
@@ -213,6 +211,13 @@ def _is_allowed(name: str, overrides: Sequence[str], plan: Plan) -> bool:
     except UserError:
         return False
     return True
+
+
+def _checks() -> Any:
+    """`bico_ds.training.checks`, which imports DeepSpeed: what that logs to stdout would stand among the tables."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        from bico_ds.training import checks
+    return checks
 
 
 def show(explained: Explained, console: Console) -> None:
@@ -238,7 +243,7 @@ def _headline(table: StepTable, planned: StepTime | None) -> str:
 def _table(table: StepTable, planned: StepTime | None) -> Table:
     found = Table(box=SIMPLE_HEAD, pad_edge=False)
     found.add_column("part")
-    for column in ("recorded", "share", "planned", "share"):
+    for column in ("recorded", "share", *(() if planned is None else ("planned", "share"))):
         found.add_column(column, justify="right")
     for part, recorded, expected in _rows(table, planned):
         cells = [_one(recorded), percent(Range.exactly(recorded / table.seconds))]
@@ -277,9 +282,8 @@ def _advice_lines(advice: Sequence[Advice]) -> Iterator[str]:
     for one in advice:
         saved = f"{percent(one.saves)} of the planned time"
         if one.is_measured:
-            saved = f"at most {percent(Range.exactly(one.middle))} of the time, measured"
-        yield f"  --set {one.override}"
-        yield f"    saves {saved}: {one.why}"
+            saved = f"at most {percent(Range.exactly(one.middle))} of the time, as measured"
+        yield f"  --set {one.override}\n    saves {saved}:\n    {one.why}"
 
 
 def _beyond_plan(explained: Explained) -> str | None:

@@ -135,9 +135,9 @@ def _gradients_sent_in_bf16(plan: Plan) -> Iterator[Changed]:
 
 _KINDS: dict[str, Callable[[Plan], Iterator[Changed]]] = {
     "fewer layers are computed a second time, and it still fits": _less_recomputation,
-    "fewer passes per step: weights are gathered, and gradients reduced, less often": _larger_micro_batches,
+    "fewer passes: weights are gathered and gradients reduced less often": _larger_micro_batches,
     "logits are computed once": _larger_loss_chunks,
     "the kernels that are chosen by themselves do less": _other_backend,
     "less is sent, or copied to the host and back": _other_ds_config,
-    "half as many bytes of gradients; its error: docs/benchmarks/communication.md": _gradients_sent_in_bf16,
+    "half as much of gradients is sent (error: docs/benchmarks/communication.md)": _gradients_sent_in_bf16,
 }

@@ -100,10 +100,13 @@ TORCH_FREE = (
     "cluster.batch_words",
     "cluster.run_status",
     "cluster.submission",
+    "training.callbacks.tensorboard.tags",
     "proof.prove",
     "commands.show.compare",
     "commands.gpu_proof",
     "commands.show.plan",
+    "commands.show.tensorboard",
+    "commands.show.report",
     "commands.slurm.attempt",
     "commands.slurm.status",
 )

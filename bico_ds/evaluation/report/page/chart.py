@@ -14,7 +14,7 @@ from bico_ds.evaluation.report.page.style import COLOURS_OF_RUNS
 Point = tuple[float, float]
 
 _WIDTH, _HEIGHT = 460.0, 280.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 18.0, 14.0, 50.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62.0, 18.0, 14.0, 50.0
 _TICKS = 5
 _MOST_MARKERS = 8  # of a line with many points
 _DASHES = (None, "8 5", "2 5", "12 4 2 4")

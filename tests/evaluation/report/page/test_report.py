@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -254,7 +255,7 @@ def test_the_page_can_be_read_without_eyes_and_asks_for_nothing(page):
     assert root["lang"] == "en"
     levels = [int(tag[1]) for tag, _, _ in html.found if re.fullmatch(r"h[1-6]", tag)]
     assert levels[0] == 1 and levels.count(1) == 1
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
     assert all(cell.get("scope") in ("col", "row") for cell in html.of("th"))
     assert len(html.of("caption")) == len(html.of("table")) > 8
     pictures = [x for x in html.of("svg") if x.get("aria-hidden") != "true"]

@@ -4,8 +4,9 @@
     python tools/bench/watching.py [--ranks N] [--steps N] [--json]
 
 Part 1: tiny_bico (random weights, no evaluation) is trained in turn with everything on, with a line of metrics at every
-step and at every tenth, and with everything off. Both sides take the same steps. What the run itself says of its cost
-(`speed/monitor_share`) stands beside the ratio of the step times, which other work on the machine moves by more than that.
+step and at every tenth, and with everything off. All take the same steps. What the run itself says of its cost
+(`speed/monitor_share`) is wall time; the CPU time of the same calls stands beside that of rank 0's process, since other work
+on the machine counts less there. It moves the ratio of the step times by more than the cost is.
 
 Part 2: the steps of such a run are shown and written in this process, by all and by each alone; between two of them it
 multiplies matrices, as a step would, so that no cache keeps what showing and writing need. CPU time, so that other work on
@@ -57,18 +58,42 @@ EVERY = {1: "a line at every step", 10: "at every tenth"}
 MODEL = ["model.path=null", "evaluation.tasks=[]"]
 
 
+# What a run imports: it notes, by step, the CPU seconds of rank 0's process and those of showing and writing among them.
+NOTING = """\
+import json, time
+from pathlib import Path
+from bico_ds.training.callbacks.base import Callbacks
+
+shown, found = Callbacks.on_step, []
+
+def on_step(self, report):
+    before, process = time.thread_time(), time.process_time()
+    shown(self, report)
+    found.append((process, time.thread_time() - before))
+    if len(self._callbacks) > 3 and report.step == {steps}:  # rank 0 has those that show and write
+        Path({file!r}).write_text(json.dumps(found))
+
+Callbacks.on_step = on_step
+"""
+
+
 @dataclass(frozen=True)
 class Watched:
-    """Means over the second half of a run: seconds in a step, and what of them the run's own timer says it was watched."""
+    """Of a step, means over the second half of a run: seconds, those of watching by its own timer, and CPU seconds of both."""
 
     step: float
     watching: float
+    step_cpu: float
+    watching_cpu: float
 
 
 def train(folder: Path, *settings: str, ranks: int, steps: int) -> Watched:
     """Run tiny_bico as a user at a terminal does."""
+    noted, imported = folder.with_suffix(".json"), folder.with_suffix(".py")
+    imported.write_text(NOTING.format(steps=steps, file=str(noted)))
     schedule = [f"training.steps={steps}", "schedule.warmup_steps=1", "schedule.decay_steps=1"]
-    overrides = [word for setting in (*MODEL, *schedule, *settings) for word in ("--set", setting)]
+    given = (*MODEL, *schedule, f"imports=[{imported}]", *settings)
+    overrides = [word for setting in given for word in ("--set", setting)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -94,7 +119,13 @@ def train(folder: Path, *settings: str, ranks: int, steps: int) -> Watched:
     late = [line for line in lines if line["kind"] == "train" and line["step"] > steps // 2]
     seconds = [line["speed/step_seconds"] for line in late]
     watching = [line["speed/step_seconds"] * line["speed/monitor_share"] for line in late]
-    return Watched(statistics.fmean(seconds), statistics.fmean(watching))
+    cpu = json.loads(noted.read_text())[steps // 2 :]
+    return Watched(
+        step=statistics.fmean(seconds),
+        watching=statistics.fmean(watching),
+        step_cpu=(cpu[-1][0] - cpu[0][0]) / (len(cpu) - 1),
+        watching_cpu=statistics.fmean(of_step for _, of_step in cpu[:-1]),
+    )
 
 
 def read_all(terminal: int, printed: list[bytes]) -> None:
@@ -120,6 +151,7 @@ def measure_runs(ranks: int, steps: int) -> tuple[list[dict[str, Any]], float]:
     rows = []
     for every, found in watched.items():
         rows.append(row(f"run, {EVERY[every]}: by its own timer", found.watching, found.step))
+        rows.append(row(f"run, {EVERY[every]}: CPU time", found.watching_cpu, found.step_cpu))
         rows.append(row(f"run, {EVERY[every]}: step, all on against all off", found.step, bare.step))
     return rows, bare.step
 

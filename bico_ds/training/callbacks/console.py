@@ -26,7 +26,7 @@ from bico_ds.training.callbacks.utilization import Utilization
 _logger = logging.getLogger(__name__)
 
 _RECENT = 20  # steps over which rates are taken
-_BETWEEN_DRAWINGS = 0.5  # seconds: drawing the live line takes the loop a millisecond
+_BETWEEN_DRAWINGS = 1.0  # seconds: drawing the live line takes the loop a millisecond
 
 
 class ConsoleProgress(FirstRankCallback):

@@ -6,7 +6,7 @@ runs/NAME/
   lock.json       which run may write here
   state.json      running | preempted | done | failed, with step and reason
   metrics.jsonl   one line per logged step, evaluation and checkpoint
-  evaluation/     step-N.json: every prompt with its answer and scores
+  evaluation/     step-N.json: every prompt with its answer and scores          report.html   what `bico-ds report` wrote
   tensorboard/    checkpoints/    export/    logs/    csv/
   last_checkpoint.json   the newest checkpoint, also where checkpoints/ is gone
   replaced-N/     what a later start set aside

@@ -10,7 +10,7 @@ from scipy import stats
 
 from bico_ds.evaluation.report.tables import choice_tables
 from bico_ds.evaluation.scoring.choice import choice_statistics
-from bico_ds.evaluation.scoring.statistics import clustered_interval, group_means
+from bico_ds.evaluation.scoring.statistics import clustered_interval, group_means, unanimous_interval
 
 
 @pytest.fixture
@@ -87,3 +87,10 @@ def test_the_tables_of_the_log_probability_test_fit_into_80_columns(draw):
             Console(file=out, width=80).print(table)
         assert "…" not in out.getvalue()
         assert f"{result['person_t_test']['p_value']:.0e}" in out.getvalue()
+
+
+def test_the_interval_of_a_unanimous_answer_is_scipys_exact_one():
+    for groups in (1, 20, 300):
+        for score in (0.0, 1.0):
+            exact = stats.binomtest(round(score * groups), groups).proportion_ci(0.95, method="exact")
+            assert unanimous_interval(score, groups) == pytest.approx((exact.low, exact.high))

@@ -14,7 +14,7 @@ from bico_ds.evaluation.report.page.style import COLOURS_OF_RUNS
 Point = tuple[float, float]
 
 _WIDTH, _HEIGHT = 460.0, 280.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 18.0, 14.0, 50.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62.0, 18.0, 14.0, 50.0
 _TICKS = 5
 _MOST_MARKERS = 8  # of a line with many points
 _DASHES = (None, "8 5", "2 5", "12 4 2 4")
@@ -160,13 +160,16 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Ticks of a logarithmic axis: of each power of ten 1, 2 and 5, or fewer where these are many."""
+    """Ticks of a logarithmic axis: of each power of ten 1, 2 and 5, or fewer where these are many.
+
+    Where they are less than three, those of a linear axis.
+    """
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for times in ((1, 2, 5), (1, 3), (1,)):
         found = [t * 10.0**power for power in powers for t in times if low <= t * 10.0**power <= high]
         if len(found) <= _TICKS + 1:
             break
-    return found[:: max(1, len(found) // _TICKS)] or [low]
+    return found[:: max(1, len(found) // _TICKS)] if len(found) > 2 else ticks(low, high)
 
 
 def _axes(chart: Chart, scale: _Scale) -> Iterator[Html]:

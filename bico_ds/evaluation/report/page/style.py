@@ -104,6 +104,7 @@ td .interval,th .interval{font-weight:400;display:block;color:var(--soft);font-s
 .score svg{margin-top:5px;width:110px;margin-left:auto}
 .bar-back{fill:var(--rule)}
 details{margin:.8em 0}
+figure details{margin:.2em 0}
 summary{cursor:pointer;color:var(--accent);padding:3px 0}
 pre{overflow-x:auto;background:var(--panel);border:1px solid var(--rule);border-radius:8px;padding:12px 14px;
  margin:.5em 0 1em;font:14px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
@@ -132,7 +133,8 @@ footer{color:var(--soft);font-size:14px;padding-top:18px;padding-bottom:40px;bor
  .panels,.samples,.verdict{grid-template-columns:minmax(0,1fr)}
  .question,.also{font-size:16px}
  figure{padding:12px 10px 6px}
- svg text{font-size:17px}
+ svg text{font-size:16px}
+ pre{white-space:pre-wrap;overflow-wrap:anywhere}
  th,td{padding:6px 9px}
  .cards,.cards tbody,.cards tr,.cards th,.cards td,.cards caption{display:block;width:100%}
  .cards thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -35,7 +36,9 @@ def two(tmp_path_factory) -> tuple[Path, Path]:
     """A run that answers in reverse, and one that does not."""
     runs = tmp_path_factory.mktemp("runs")
     bico = run_folder(runs / "tiny_bico", scores_of(0.9), prediction="it is {}<script>alert(1)</script>")
-    ntp = run_folder(runs / "tiny_ntp", scores_of(0.0), recipe="tiny_ntp", texts={"prose": [13.0, 20.0, 31.0]})
+    ntp = run_folder(
+        runs / "tiny_ntp", scores_of(0.0), recipe="tiny_ntp", texts={"prose": [13.0, 20.0, 31.0]}
+    )
     return bico, ntp
 
 
@@ -83,7 +86,9 @@ def test_samples_are_right_and_wrong_ones_of_each_run_and_nothing_of_them_is_mar
     cards = html.partition('id="answers"')[2].partition("</section>")[0].split('<p class="asked')[1:]
     seen = {
         (task, run, mark)
-        for task, part in enumerate(html.partition('id="answers"')[2].partition("</section>")[0].split("<h3>")[1:])
+        for task, part in enumerate(
+            html.partition('id="answers"')[2].partition("</section>")[0].split("<h3>")[1:]
+        )
         for mark, run in re.findall(r'aria-label="(right|wrong)">.</span><span class="who">(\w+)<', part)
     }
     assert {(0, "tiny_bico", "right"), (0, "tiny_bico", "wrong"), (0, "tiny_ntp", "wrong")} <= seen
@@ -113,15 +118,21 @@ def test_a_run_without_a_reversal_question_is_reported_with_its_losses(tmp_path)
 def test_a_run_that_failed_says_so_at_once(tmp_path):
     run = run_folder(tmp_path / "a", scores_of(0.5))
     state = json.loads((run / "state.json").read_text())
-    (run / "state.json").write_text(json.dumps(state | {"state": "failed", "reason": "NCCL <timeout>", "step": 120}))
+    (run / "state.json").write_text(
+        json.dumps(state | {"state": "failed", "reason": "NCCL <timeout>", "step": 120})
+    )
     said = text_of(write_report([run]))
-    assert "a is not done: failed at step 120 (NCCL &lt;timeout&gt;)." in said.partition("How it was learnt")[0]
+    assert (
+        "a is not done: failed at step 120 (NCCL &lt;timeout&gt;)." in said.partition("How it was learnt")[0]
+    )
     assert "failed 120" in said.partition("What happened")[2]
 
 
 def test_of_many_runs_the_best_and_the_worst_are_said_and_all_stand_in_the_table(tmp_path):
     scores = np.random.default_rng().permutation(12) / 20
-    runs = [run_folder(tmp_path / f"run{n}", {"n2d_reverse": score}, logged=3) for n, score in enumerate(scores)]
+    runs = [
+        run_folder(tmp_path / f"run{n}", {"n2d_reverse": score}, logged=3) for n, score in enumerate(scores)
+    ]
     said = text_of(write_report(runs))
     assert f"run{scores.argmax()} answers 55 %" in said and f"the worst, run{scores.argmin()} 0 %" in said
     rows = said.partition("Every task")[2].partition("another person's answer")[0]
@@ -244,7 +255,7 @@ def test_the_page_can_be_read_without_eyes_and_asks_for_nothing(page):
     assert root["lang"] == "en"
     levels = [int(tag[1]) for tag, _, _ in html.found if re.fullmatch(r"h[1-6]", tag)]
     assert levels[0] == 1 and levels.count(1) == 1
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
     assert all(cell.get("scope") in ("col", "row") for cell in html.of("th"))
     assert len(html.of("caption")) == len(html.of("table")) > 8
     pictures = [x for x in html.of("svg") if x.get("aria-hidden") != "true"]
@@ -256,7 +267,11 @@ def test_the_page_can_be_read_without_eyes_and_asks_for_nothing(page):
     assert all(x["href"][1:] in ids and x["href"][0] == "#" for x in html.of("a"))
     assert not html.of("script", "link", "img", "iframe", "object", "use", "image")
     assert not [x for _, x, _ in html.found if {"src", "srcset", "style", "onclick", "onload"} & set(x)]
-    assert "http" not in page.read_text() and "url(" not in page.read_text() and "@import" not in page.read_text()
+    assert (
+        "http" not in page.read_text()
+        and "url(" not in page.read_text()
+        and "@import" not in page.read_text()
+    )
 
 
 def test_two_runs_with_thousands_of_lines_make_a_small_page(tmp_path):

@@ -95,7 +95,7 @@ drills: setup
 	$(BIN)/pytest -m drill -s
 
 tensorboard: setup
-	$(BIN)/tensorboard --logdir runs
+	$(BIN)/python tools/show_tensorboard.py runs
 
 # As high as question, answer and the first two curves. As root chromium wants no sandbox; the page is our own.
 picture:

@@ -35,6 +35,7 @@ GROUPS = {
         "status": "slurm.status",
     },
     "results": {
+        "tensorboard": "show.tensorboard",
         "evaluate": "evaluate",
         "compare": "show.compare",
         "report": "show.report",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from bico_ds.model.deepspeed_engine import Engine
 from bico_ds.model.weights.checksums import base_fingerprint
 from bico_ds.optim.schedule import follow_recipe
 from bico_ds.optim.state import separate_step_counters
+from bico_ds.runtime.output.process_output import TOLD
 from bico_ds.runtime.run_folder import STEP, RunFolder, split_metrics
+
+_logger = logging.getLogger(__name__)
 
 # What DeepSpeed's own checkpoint depends on; where a value differs, the universal form is loaded.
 StateLayout = dict[str, Any]
@@ -99,7 +103,7 @@ def set_aside(folder: RunFolder, option: str, chosen: Resumption | None) -> None
     if option == "none" or is_foreign:
         folder.set_aside()
     else:
-        _set_later_aside(folder, chosen.step if chosen is not None else 0)
+        _set_later_aside(folder, chosen.step if chosen is not None else -1)
 
 
 def restore(engine: Engine, resumption: Resumption, recipe: Recipe) -> None:
@@ -204,7 +208,8 @@ def _changes(old: Any, new: Any, key: str) -> list[tuple[str, tuple[Any, Any]]]:
 def _set_later_aside(folder: RunFolder, step: int) -> None:
     """Checkpoints, evaluations and metrics after the step resumed from are damaged, or of steps that are done anew.
 
-    None may be taken later for one of the steps to come, nor may whatever has the name of one.
+    None may be taken later for one of the steps to come, nor may whatever has the name of one. A start from the beginning
+    (`step` is -1) does step 0 anew, too, of which TensorBoard's files can hide nothing.
     """
     later = [path for of, path in STEP.in_folder(folder.checkpoints) if of > step]
     results = folder.evaluations_after(step)
@@ -214,8 +219,10 @@ def _set_later_aside(folder: RunFolder, step: int) -> None:
     aside = folder.new_aside()
     if results:
         (aside / folder.evaluation.name).mkdir()
+    board = [folder.tensorboard] if step < 0 and folder.tensorboard.is_dir() else []
     names = [path.name for path in later] + [f"{folder.evaluation.name}/{path.name}" for path in results]
-    for path, name in zip(later + results, names, strict=True):
+    names += [path.name for path in board]
+    for path, name in zip(later + results + board, names, strict=True):
         path.rename(aside / name)
     if lines:
         write_atomically(aside / folder.metrics_file.name, "".join(lines))
@@ -229,3 +236,4 @@ def _written(found: FoundCheckpoint) -> str:
 
 def _print_line(text: str) -> None:
     print(text, flush=True)
+    _logger.info("%s", text, extra=TOLD)

@@ -34,6 +34,7 @@ from bico_ds.common.errors import RunError, UserError
 from bico_ds.common.files import DISK_ERRORS, atomic_folder
 from bico_ds.config.schema import Recipe
 from bico_ds.data.exported_tokenizer import ExportedTokenizer, save_tokenizer
+from bico_ds.data.loading.batch_view import shown_text
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.tokenizer import FastTokenizer
 from bico_ds.model.architecture import id_list
@@ -46,6 +47,7 @@ from bico_ds.runtime.lock import FencedError
 from bico_ds.runtime.meeting.processes import RankProcesses, are_gone
 from bico_ds.runtime.nodes.own_time import OwnTime
 from bico_ds.runtime.output.process_output import ProcessOutput, libraries_apart
+from bico_ds.runtime.peak_memory import PeakMemory
 from bico_ds.runtime.run_folder import RunFolder, State, folder_of_run
 from bico_ds.runtime.signals import Interrupted, StopFlag
 from bico_ds.runtime.watchdog import Watchdog
@@ -56,8 +58,10 @@ from bico_ds.training.callbacks.banner import Banner, banner
 from bico_ds.training.callbacks.base import Callback, Callbacks, RunStart
 from bico_ds.training.callbacks.console import ConsoleProgress
 from bico_ds.training.callbacks.monitor import StepMonitor
-from bico_ds.training.callbacks.planned import PlannedBesideMeasured
+from bico_ds.training.callbacks.planned import PlannedBesideMeasured, planned_memory
 from bico_ds.training.callbacks.slowest import SlowestRank
+from bico_ds.training.callbacks.stopwatch import Stopwatch
+from bico_ds.training.callbacks.tensorboard.pages import BoardPages
 from bico_ds.training.callbacks.utilization import Utilization
 from bico_ds.training.callbacks.work import ObjectiveWork
 from bico_ds.training.checks import (
@@ -247,9 +251,18 @@ def _train_on_all_ranks(run: Run, resume: str, resumption: Resumption | None, wa
         refuse_fewer_steps(run.recipe, steps, resumption.found)
     # While the other ranks wait for what rank 0 finds of the targets.
     planned = plan_of_start(run, loader) if run.ranks.is_first else None
+    memory = planned.memory if planned is not None else PeakMemory(run.ranks.device)
     warnings = _check_targets(run, loader)
     trainer = _build_trainer(
-        run, inputs, loader, resumption, _evaluator(run, inputs, watchdog, before), watchdog, planned, steps
+        run,
+        inputs,
+        loader,
+        resumption,
+        _evaluator(run, inputs, watchdog, before),
+        watchdog,
+        planned,
+        memory,
+        steps,
     )
     if run.ranks.is_first:
         warnings += assembly.export_warnings(inputs, trainer.engine.module.config)
@@ -326,6 +339,7 @@ def _build_trainer(
     evaluator: Evaluator,
     watchdog: Watchdog,
     planned: StartPlan | None,
+    memory: PeakMemory,
     steps: int,
 ) -> Trainer:
     """The trainer with its engine, in the state that is resumed from, for `steps` steps in all."""
@@ -344,11 +358,12 @@ def _build_trainer(
         run=run,
         engine=engine,
         loader=loader,
-        callbacks=_callbacks(run, engine, spikes, planned),
+        callbacks=_callbacks(run, inputs, engine, spikes, planned),
         checkpointer=_checkpointer(run, inputs, engine, resumption),
         evaluator=evaluator,
         spikes=spikes,
         watchdog=watchdog,
+        memory=memory,
         total_steps=steps,
         step=resumption.step if resumption else 0,
         targetless=TargetlessSteps.of(resumption.found.content["state"] if resumption else {}),
@@ -356,22 +371,38 @@ def _build_trainer(
     )
 
 
-def _callbacks(run: Run, engine: Engine, spikes: SpikeDetector, planned: StartPlan | None) -> Callbacks:
+def _callbacks(
+    run: Run, inputs: RunInputs, engine: Engine, spikes: SpikeDetector, planned: StartPlan | None
+) -> Callbacks:
     plan = planned.plan if planned is not None else None
     utilization = Utilization.planned(plan) if plan is not None else None
     console = ConsoleProgress(utilization=utilization, quiet=run.output.is_quiet)
     work = ObjectiveWork(plan, run.folder, console)
     slowest = SlowestRank(run.ranks, run.folder, console) if run.ranks.world_size > 1 else None
+    watch = Stopwatch()
     monitor = StepMonitor(
-        run.recipe.monitor, run.folder, engine.monitor, utilization, work, slowest, tell=console.on_message
+        run.recipe.monitor,
+        run.folder,
+        engine.monitor,
+        utilization,
+        work,
+        slowest,
+        tell=console.on_message,
+        ranks=run.ranks.world_size,
+        planned_memory=planned_memory(plan) if plan is not None else None,
+        watch=watch,
     )
     callbacks: list[Callback] = [work, console, monitor, spikes]
     if slowest is not None:
         callbacks.append(slowest)
+    tell = Callbacks([console, monitor], is_first_rank=True)
+    if run.recipe.monitor.tensorboard:
+        pages = BoardPages(run.folder.path, monitor, shown_text(inputs.tokenizer), tell)
+        callbacks.insert(0, pages)
+        tell = Callbacks([pages, console, monitor], is_first_rank=True)
     if planned is not None:
-        tell = Callbacks([console, monitor], is_first_rank=True)
         callbacks.insert(0, PlannedBesideMeasured(planned.plan, planned.memory, run.folder, tell))
-    return Callbacks(callbacks, is_first_rank=run.ranks.is_first)
+    return Callbacks(callbacks, is_first_rank=run.ranks.is_first, watch=watch)
 
 
 def _checkpointer(run: Run, inputs: RunInputs, engine: Engine, resumption: Resumption | None) -> Checkpointer:

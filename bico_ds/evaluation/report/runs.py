@@ -24,6 +24,7 @@ _PERPLEXITY = re.compile(rf"{_PREFIX}text/(.+)/perplexity$")
 _BLEND = re.compile(r"(?:^|/)([^/]+)/blend-(\d+(?:\.\d+)?)/?$")
 
 Curve = list[tuple[int, float]]
+Band = list[tuple[int, float, float]]
 Line = tuple[str, dict[str, Any]]  # of a run's metrics, with its place
 
 
@@ -65,7 +66,7 @@ class ComparedRun:
 
     `curves`: (step, headline score) by task, in the order of steps. `texts`: perplexities, in that order. `blend`: what the
     model was blended from, where it is a blend. `work`: None where that is not known: of a result file, and of a run of
-    before it was logged.
+    before it was logged. `bands`: (step, lower, upper bound of the score's 95 % interval) by task, as far as they are known.
     """
 
     label: str
@@ -74,6 +75,7 @@ class ComparedRun:
     texts: TextFigures = field(default_factory=dict)
     blend: Blend | None = None
     work: Work | None = None
+    bands: dict[str, Band] = field(default_factory=dict)
 
 
 def load_runs(paths: Sequence[Path]) -> list[ComparedRun]:
@@ -134,9 +136,12 @@ def run_of_folder(
     records = _evaluations(lines, on_fault)
     evaluations = {step: tasks for step, (tasks, _) in records.items() if tasks}
     curves: dict[str, Curve] = {}
+    bands: dict[str, Band] = {}
     for step, tasks in evaluations.items():
         for name, task in tasks.items():
             curves.setdefault(name, []).append((step, task.score))
+            if task.headline in task.intervals:
+                bands.setdefault(name, []).append((step, *task.intervals[task.headline]))
     texts: TextFigures = {}
     for step, (_, figures) in records.items():
         for name, figure in figures.items():
@@ -150,7 +155,9 @@ def run_of_folder(
             final = load_result(result_file)
         except UserError as error:
             on_fault(error)
-    return ComparedRun(label=label, final=final, curves=curves, texts=texts, work=_work(lines, last))
+    return ComparedRun(
+        label=label, final=final, curves=curves, texts=texts, work=_work(lines, last), bands=bands
+    )
 
 
 def _raise(error: UserError) -> None:
@@ -250,11 +257,14 @@ def _task_results(record: dict[str, Any]) -> dict[str, TaskResult]:
             _, task, metric = key.split("/")
             if metric in METRICS:
                 metrics.setdefault(task, {})[metric] = float(value)
-    return {
-        task: TaskResult(headline="bleu" if "bleu" in values else "contains", metrics=values)
-        for task, values in metrics.items()
-        if "bleu" in values or "contains" in values
-    }
+    found = {}
+    for task, values in metrics.items():
+        headline: str | None = next((name for name in ("bleu", "contains") if name in values), None)
+        if headline is not None:
+            bounds: list[Any] = [record.get(f"{_PREFIX}{task}/headline_{end}") for end in ("low", "high")]
+            known = {headline: (float(bounds[0]), float(bounds[1]))} if all(map(is_number, bounds)) else {}
+            found[task] = TaskResult(headline=headline, metrics=values, intervals=known)
+    return found
 
 
 def _text_figures(record: dict[str, Any]) -> dict[str, TextFigure]:

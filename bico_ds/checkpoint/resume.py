@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from bico_ds.model.deepspeed_engine import Engine
 from bico_ds.model.weights.checksums import base_fingerprint
 from bico_ds.optim.schedule import follow_recipe
 from bico_ds.optim.state import separate_step_counters
+from bico_ds.runtime.output.process_output import TOLD
 from bico_ds.runtime.run_folder import STEP, RunFolder, split_metrics
+
+_logger = logging.getLogger(__name__)
 
 # What DeepSpeed's own checkpoint depends on; where a value differs, the universal form is loaded.
 StateLayout = dict[str, Any]
@@ -230,3 +234,4 @@ def _written(found: FoundCheckpoint) -> str:
 
 def _print_line(text: str) -> None:
     print(text, flush=True)
+    _logger.info("%s", text, extra=TOLD)

@@ -80,7 +80,8 @@ def run(options: Namespace) -> None:
     allowed = ["data.allow_change=true"] if options.allow_data_change else []
     recipe = load_recipe(options.recipe, [*options.overrides, *allowed])
     if options.dry_run:
-        from bico_ds.training.dry_run import dry_run
+        with libraries_apart():
+            from bico_ds.training.dry_run import dry_run
 
         dry_run(recipe, output_dir=options.output_dir)
         return

@@ -165,8 +165,9 @@ class Callbacks(Callback):
                 callback.on_message(text)
 
     def on_note(self, text: str) -> None:
-        for callback in self._callbacks:
-            callback.on_note(text)
+        with self._watch:
+            for callback in self._callbacks:
+                callback.on_note(text)
 
     def on_end(self, step: int, state: str) -> None:
         for callback in self._callbacks:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import sys
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -59,8 +61,10 @@ class ConsoleProgress(FirstRankCallback):
                 get_renderable=self._live_line,
                 auto_refresh=False,  # nothing changes between steps, and a thread's share of them would not be counted
                 transient=True,
+                redirect_stderr=sys.stderr.isatty(),  # else it is a file, which errors are to be in
             )
             self._live.start(refresh=True)
+            atexit.register(self._live.stop)  # a run that fails ends without `on_end`
             # It would stay hidden where the process ends at once, as a rank that fails does.
             self._console.show_cursor(True)
 

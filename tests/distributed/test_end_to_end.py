@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from bico_ds.config.load import load_recipe
 from bico_ds.planner.architecture import read_architecture
 from bico_ds.planner.deployment import read_zero
 from bico_ds.planner.storage import checkpoint_bytes
+from bico_ds.training.callbacks.tensorboard.tags import tag_of, tagged
 from tests.distributed.launching import ROOT, metrics, train
 
 pytestmark = pytest.mark.distributed
@@ -140,6 +143,33 @@ def test_tensorboard_has_losses_speed_and_the_recipe(runs):
     assert {"2 loss/all", "2 loss/ntp", "2 loss/bico", "6 optimizer/grad_norm", "7 data/fill"} <= tags
     assert {f"1 reversal/{task}" for task in TASKS} <= tags
     assert "8 details/recipe" in events.Tags()["tensors"]
+
+
+@pytest.mark.parametrize("name", ["base", "bico"])
+def test_tensorboard_shows_every_number_of_metrics_once_and_charts_what_is_there(runs, name):
+    points: dict[str, list[tuple[int, float]]] = {}
+    for line in map(json.loads, (runs / name / "metrics.jsonl").read_text().splitlines()):
+        step, kind = line.pop("step"), line.pop("kind")
+        tags = {tag_of(key): key for key in line}
+        assert len(tags) == len(line)
+        shown = tagged(kind, line)
+        for tag, value in shown.items():
+            points.setdefault(tag, []).append((step, pytest.approx(value)))
+        left_out = {key for tag, key in tags.items() if tag not in shown}
+        again = {key for key in line if key.startswith(("work/", "share/"))}
+        headlines = {f"evaluation/{task}/contains" for task in TASKS}
+        assert left_out == (again | headlines if kind == "evaluation" else set())
+    events = EventAccumulator(str(runs / name / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    found = {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
+    assert found == points
+    layout = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    for chart in (chart for category in layout.category for chart in category.chart):
+        for pattern in chart.multiline.tag:
+            assert any(re.match(pattern, tag) for tag in points), (chart.title, pattern)
+        for series in chart.margin.series:
+            assert {series.value, series.lower, series.upper} <= set(points), chart.title
 
 
 def test_mfu_is_useful_operations_of_the_batches_over_seconds_and_the_peak(runs, monkeypatch):

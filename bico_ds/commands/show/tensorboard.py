@@ -2,7 +2,7 @@
 
     bico-ds tensorboard
     bico-ds tensorboard runs/tiny_bico runs/tiny_ntp --port 6007
-    bico-ds tensorboard runs -- --samples_per_plugin=scalars=5000
+    bico-ds tensorboard runs --bind-all
 
 All runs below each FOLDER are shown, those that begin later too, and event files of other programs; what a later start set
 aside (replaced-N/) is not. What follows `--` goes to tensorboard as it is. Ctrl-C ends it.
@@ -33,7 +33,7 @@ _WITHOUT_EVENTS = {
     folder.name for folder in (_RUN.checkpoints, _RUN.export, _RUN.logs, _RUN.tokenizer, _RUN.evaluation)
 }
 _EVENTS = "tfevents"  # is in the name of every event file
-_SECONDS = 5.0  # between two looks for new files, as often as TensorBoard looks itself
+_SECONDS = 2.0  # between two looks for new files; TensorBoard itself looks every 5
 _MOST_OF_TIME = 0.02  # that looking may take: network file systems are slow
 _SECONDS_TO_END = 10.0
 _MOST_NAMES = 8
@@ -44,7 +44,8 @@ def add_options(parser: ArgumentParser) -> None:
         "folders",
         metavar="FOLDER",
         nargs="*",
-        default=["runs"],
+        type=local_path,
+        default=[Path("runs")],
         help="a run folder, or what holds some at any depth (default: runs)",
     )
     parser.add_argument(
@@ -61,8 +62,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 def show(options: Namespace) -> int:
     """Serve until TensorBoard ends, or is ended; returns its exit code, and 0 where the user ended it."""
-    folders, passed_on = _split(options.folders)
-    for folder in folders:
+    for folder in options.folders:
         if not folder.is_dir():
             raise UserError(
                 f"{folder}: no such folder; name the one that holds your runs: bico-ds tensorboard FOLDER"
@@ -70,22 +70,17 @@ def show(options: Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     with tempfile.TemporaryDirectory(prefix="bico-ds-tensorboard-") as temporary:
-        links = RunLinks(folders, Path(temporary))
+        links = RunLinks(options.folders, Path(temporary))
         links.refresh()
-        print(_found(links.names, folders), flush=True)
-        return _serve(links, [*_options_of_tensorboard(options), *passed_on])
-
-
-def _split(words: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """The folders, and the words for tensorboard, of which the first is an option."""
-    end = next((number for number, word in enumerate(words) if word.startswith("-")), len(words))
-    return [local_path(word) for word in words[:end] or ["runs"]], list(words[end:])
+        print(_found(links.names, options.folders), flush=True)
+        return _serve(links, _options_of_tensorboard(options))
 
 
 def _options_of_tensorboard(options: Namespace) -> list[str]:
     port = [] if options.port is None else ["--port", str(options.port)]
     host = [] if options.host is None else ["--host", options.host]
-    return [*port, *host, *(["--bind_all"] if options.bind_all else [])]
+    everywhere = ["--bind_all"] if options.bind_all else []
+    return [*port, *host, *everywhere, *options.passed_on]
 
 
 def _found(names: Sequence[str], folders: Sequence[Path]) -> str:
@@ -180,7 +175,7 @@ def _event_files(root: Path) -> Iterator[Path]:
         yield from (Path(at, name) for name in sorted(names) if _EVENTS in name and not name.startswith("."))
 
 
-main = Command(description=__doc__, add_options=add_options, run=show)
+main = Command(description=__doc__, add_options=add_options, run=show, passes_on=True)
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ def test_the_plan_stands_beside_what_was_measured():
     rows = cells(planned_text(numbers | {"plan/memory_bytes/reserved": 4e9}))
     assert rows == [
         ["a step of bico, ms", "200", "100 to 300", "1.00"],
-        ["memory of tensors, GB", "3.00", "1.00 to 2.00", "2.00"],
+        ["memory (planned: tensors alone), GB", "3.00", "1.00 to 2.00", "2.00"],
     ]
 
 

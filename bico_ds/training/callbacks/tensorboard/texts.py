@@ -33,6 +33,7 @@ from bico_ds.planner.report.quantities import GB, number, span
 _EACH = 3
 _MOST_SHOWN = 300  # characters of a cell
 _RIGHT = 0.5  # a score from here on
+_ARCHITECTURE = ("model", "config")
 
 
 def text_value(tag: str, markdown: str) -> Summary.Value:
@@ -89,7 +90,8 @@ def recipe_text(recipe: Recipe) -> str:
     """What of the recipe is not the default, as a table, and all of it as YAML; secrets left out."""
     rows = [
         (literal(leaf.path), literal(_written(leaf.value)), default)
-        for leaf in leaves(recorded_values(recipe))
+        # The architecture, which is long, last.
+        for leaf in sorted(leaves(recorded_values(recipe)), key=lambda leaf: leaf.key[:2] == _ARCHITECTURE)
         if leaf.path not in ("name", "description")
         and (default := _other_default(recipe, leaf.key)) is not None
     ]
@@ -173,7 +175,7 @@ def planned_text(numbers: Mapping[str, float]) -> str:
 
 def _named(what: str) -> str:
     if what.startswith("memory_bytes"):
-        return "memory of tensors, GB"
+        return "memory (planned: tensors alone), GB"
     return f"a step of {what.partition('/')[2]}, ms"
 
 

@@ -91,6 +91,7 @@ TORCH_FREE = (
     "documents",
     "planner",
     *(f"runtime.{name}" for name in ("run_folder", "lock", "launch_environment", "signals", "launcher")),
+    "runtime.output",
     *(f"runtime.nodes.{name}" for name in ("failed_node", "gpu_errors", "slow_rank")),
     "evaluation.results",
     "evaluation.report",

@@ -43,10 +43,10 @@ from bico_ds.model.weights.export_checkpoint import export_record
 from bico_ds.model.weights.export_model import export_model
 from bico_ds.optim.schedule import check_schedule
 from bico_ds.runtime import deepspeed_ops, distributed, host_memory
-from bico_ds.runtime.distributed import Ranks
 from bico_ds.runtime.lock import FencedError
 from bico_ds.runtime.meeting.processes import RankProcesses, are_gone
 from bico_ds.runtime.nodes.own_time import OwnTime
+from bico_ds.runtime.output.process_output import ProcessOutput, libraries_apart
 from bico_ds.runtime.peak_memory import PeakMemory
 from bico_ds.runtime.run_folder import RunFolder, State, folder_of_run
 from bico_ds.runtime.signals import Interrupted, StopFlag
@@ -54,6 +54,7 @@ from bico_ds.runtime.watchdog import Watchdog
 from bico_ds.training import assembly
 from bico_ds.training.assembly import RunInputs
 from bico_ds.training.build_engine import build_engine
+from bico_ds.training.callbacks.banner import Banner, banner
 from bico_ds.training.callbacks.base import Callback, Callbacks, RunStart
 from bico_ds.training.callbacks.console import ConsoleProgress
 from bico_ds.training.callbacks.monitor import StepMonitor
@@ -67,6 +68,7 @@ from bico_ds.training.checks import (
     beyond_context,
     check_backend,
     check_recipe,
+    find_backend,
     refuse_fewer_steps,
     what_may_be_lost,
 )
@@ -81,12 +83,20 @@ from bico_ds.training.trainer import Trainer
 _logger = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe, *, output_dir: Path | None, resume: str, stop: StopFlag) -> State:
+def train(
+    recipe: Recipe,
+    *,
+    output_dir: Path | None,
+    resume: str,
+    stop: StopFlag,
+    output: ProcessOutput | None = None,
+) -> State:
     """Train a recipe to its end, or until a stop is agreed. Every rank calls it, and gets the same `done` or `preempted`.
 
+    `output`: where this rank's messages go; None: as Python has them, and no log of the rank.
     Raises `UserError`, `RunError`, or whatever else failed; the ranks on which nothing failed end a moment later.
     """
-    run = _checked_run(recipe, output_dir, stop)
+    run = _checked_run(recipe, output_dir, stop, output or ProcessOutput())
     ranks, timeout_minutes = run.ranks, recipe.distributed.timeout_minutes
     store = distributed.connect(ranks, timeout_minutes=timeout_minutes)
     spare = deepspeed_ops.choose_folder(run.folder.path / "native_ops")
@@ -99,6 +109,7 @@ def train(recipe: Recipe, *, output_dir: Path | None, resume: str, stop: StopFla
         )
     except Interrupted:
         return "preempted"
+    _open_log(run)
     deepspeed_ops.prefer_own_ninja()
     deepspeed_ops.write_readable_architectures()
     if spare is not None:
@@ -106,7 +117,8 @@ def train(recipe: Recipe, *, output_dir: Path | None, resume: str, stop: StopFla
     watchdog = Watchdog(store, ranks, run.folder, minutes=recipe.distributed.watchdog_minutes)
     run.folder.lock.on_lost = lambda: watchdog.abandon(run.folder.lock.loss())
     try:
-        distributed.join(ranks, store, timeout_minutes=timeout_minutes)
+        with libraries_apart():
+            distributed.join(ranks, store, timeout_minutes=timeout_minutes)
         resumption, run.folder.lock.run_id = distributed.broadcast_object(
             (chosen[0], run.folder.lock.run_id) if chosen else None
         )
@@ -125,9 +137,9 @@ def train(recipe: Recipe, *, output_dir: Path | None, resume: str, stop: StopFla
     return state
 
 
-def _checked_run(recipe: Recipe, output_dir: Path | None, stop: StopFlag) -> Run:
+def _checked_run(recipe: Recipe, output_dir: Path | None, stop: StopFlag, output: ProcessOutput) -> Run:
     """This rank's part in the run, once the recipe was found to be good; raises `UserError` where it is not."""
-    _quiet()
+    _ignore_warnings()
     ranks = distributed.read_ranks()
     if ranks.device.type == "cpu":
         host_memory.bound_primitive_cache()
@@ -135,10 +147,15 @@ def _checked_run(recipe: Recipe, output_dir: Path | None, stop: StopFlag) -> Run
     ds_config = check_recipe(
         recipe, world_size=ranks.world_size, on_cuda=ranks.device.type == "cuda", run_folder=folder.path
     )
-    _log_to_console(ranks)
     policy = check_backend(recipe, ranks.device)
     return Run(
-        recipe=recipe, ranks=ranks, folder=folder, stop=stop, ds_config=ds_config, layout_policy=policy
+        recipe=recipe,
+        ranks=ranks,
+        folder=folder,
+        stop=stop,
+        ds_config=ds_config,
+        layout_policy=policy,
+        output=output,
     )
 
 
@@ -148,6 +165,7 @@ def _prepare(run: Run, resume: str, processes: RankProcesses, spare: Path | None
     `spare`: the folder for compiled operations, where the usual one cannot be used.
     """
     run.folder.open()
+    _open_log(run)
     try:
         if resume == "auto":
             record.refuse_lost(run.folder)
@@ -160,7 +178,8 @@ def _prepare(run: Run, resume: str, processes: RankProcesses, spare: Path | None
                 world_size=run.ranks.world_size,
                 timeout_minutes=run.recipe.distributed.timeout_minutes,
             )
-            assembly.check_teachers(run.recipe, assembly.prepare_stores(run.recipe))
+            stores = assembly.prepare_stores(run.recipe, progress=not run.output.is_quiet)
+            assembly.check_teachers(run.recipe, stores)
             resumption = choose(run.folder, resume, run.recipe, _layout(run))
             if resumption is not None and record.is_own(resumption.found.path, run.folder):
                 refuse_above_limit(run.recipe.evaluation, run.folder, resumption.step)
@@ -179,6 +198,12 @@ def _prepare(run: Run, resume: str, processes: RankProcesses, spare: Path | None
     except BaseException as error:
         _give_up(run.folder, error)
         raise
+
+
+def _open_log(run: Run) -> None:
+    """This rank's log; where an earlier start is recorded, only once nothing can refuse this one (`_train_on_all_ranks`)."""
+    if not run.folder.is_of_earlier_start():
+        run.output.open_log(run.folder)
 
 
 @contextlib.contextmanager
@@ -247,17 +272,38 @@ def _train_on_all_ranks(run: Run, resume: str, resumption: Resumption | None, wa
         trainer.callbacks.on_message(f"resumed although it changed: {change}")
     for note in (beyond_context(run.recipe, loader.report()), what_may_be_lost(run.recipe)):
         if note is not None:
-            trainer.callbacks.on_message(f"note: {note}")
+            trainer.callbacks.on_note(f"note: {note}")
     start = RunStart(
         recipe=run.recipe,
         first_step=trainer.step,
         total_steps=trainer.total_steps,
         summary={"data": [asdict(stream) for stream in loader.report()]},
         saved=saved.get("callbacks", {}),
+        banner=_banner(run, loader, trainer, planned) if planned is not None else (),
     )
     if run.ranks.is_first:
         _take_over(run, resume, resumption, inputs.tokenizer)
+    run.output.open_log(run.folder)
     return _train_and_export(trainer, start, inputs.exported_tokenizer)
+
+
+def _banner(run: Run, loader: ElasticLoader, trainer: Trainer, planned: StartPlan) -> Banner:
+    plan, begins = planned.plan, "begins"
+    if trainer.step:
+        begins = f"goes on from step {trainer.step:,}"
+    return banner(
+        run.recipe,
+        architecture=plan.architecture,
+        zero=plan.deployment.zero,
+        backend=find_backend(run.recipe, run.ranks.device),
+        ranks=run.ranks.world_size,
+        nodes=plan.deployment.nodes,
+        steps=trainer.total_steps,
+        probabilities=loader.schedule.probabilities,
+        streams=loader.report(),
+        plan=plan,
+        place=f"{run.folder.path}, {begins}",
+    )
 
 
 def _check_targets(run: Run, loader: ElasticLoader) -> list[str]:
@@ -300,7 +346,9 @@ def _build_trainer(
     recipe = run.recipe
     check_schedule(recipe.schedule, steps)
     refuse_what_cannot_fit(run, loader)
-    engine = build_engine(run, inputs, steps, is_universal=resumption is not None and resumption.is_universal)
+    with libraries_apart():
+        is_universal = resumption is not None and resumption.is_universal
+        engine = build_engine(run, inputs, steps, is_universal=is_universal)
     if resumption is not None:
         restore(engine, resumption, recipe)
     if run.ranks.device.type == "cpu":
@@ -326,9 +374,10 @@ def _build_trainer(
 def _callbacks(
     run: Run, inputs: RunInputs, engine: Engine, spikes: SpikeDetector, planned: StartPlan | None
 ) -> Callbacks:
-    plan, console = planned.plan if planned is not None else None, ConsoleProgress()
-    work = ObjectiveWork(plan, run.folder, console)
+    plan = planned.plan if planned is not None else None
     utilization = Utilization.planned(plan) if plan is not None else None
+    console = ConsoleProgress(utilization=utilization, quiet=run.output.is_quiet)
+    work = ObjectiveWork(plan, run.folder, console)
     slowest = SlowestRank(run.ranks, run.folder, console) if run.ranks.world_size > 1 else None
     watch = Stopwatch()
     monitor = StepMonitor(
@@ -431,19 +480,8 @@ def _export(trainer: Trainer, tokenizer: ExportedTokenizer) -> str:
     return f"exported to {run.folder.export}: {tokenizer.describe(stops)}"
 
 
-def _log_to_console(ranks: Ranks) -> None:
-    """Show what this package logs (which attention backend runs, and why) on rank 0's console."""
-    logger = logging.getLogger("bico_ds")
-    logger.setLevel(logging.INFO if ranks.is_first else logging.WARNING)
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
-
-
-def _quiet() -> None:
-    """Keep the console for what the user can act on."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+def _ignore_warnings() -> None:
+    """Those that come with every step and mean nothing would fill the logs."""
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed: a warning for each call, in every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # The schedule counts steps: one without a target comes before the first update, or between two.

@@ -65,6 +65,19 @@ def test_both_objectives_are_trained_and_told_apart(runs):
     )
 
 
+def test_the_console_begins_with_what_runs_and_the_ranks_logs_have_what_libraries_say(runs):
+    console = (runs / "bico.log").read_text()
+    banner = [line.split("  ")[0] for line in console.splitlines()]
+    for label in ("model", "parameters", "ranks", "objectives", "data", "global batch", "memory", "time"):
+        assert banner.count(label) == 1, label
+    assert f"from {runs / 'base' / 'export'}" in console and "ZeRO 3" in console
+    assert "built successfully" not in console and "[WARNING] [real_accelerator" not in console
+    for rank in (0, 1):
+        log = (runs / "bico" / "logs" / f"rank-{rank}.log").read_text()
+        assert "built successfully" in log and log.count("──── start ") == 1
+    assert "done after step 20" in (runs / "bico" / "logs" / "rank-0.log").read_text()
+
+
 def test_a_step_is_saved_before_it_is_evaluated(runs):
     lines = (runs / "bico" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     kinds = [(line["step"], line["kind"]) for line in map(json.loads, lines)]

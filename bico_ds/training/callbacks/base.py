@@ -20,13 +20,17 @@ from bico_ds.training.callbacks.stopwatch import Stopwatch
 
 @dataclass(frozen=True, kw_only=True)
 class RunStart:
-    """What is known when the loop begins; `saved` is what `Callback.state` returned at the checkpoint."""
+    """What is known when the loop begins; `saved` is what `Callback.state` returned at the checkpoint.
+
+    `banner`: what is to run, as labels and texts (`bico_ds.training.callbacks.banner`).
+    """
 
     recipe: Recipe
     first_step: int
     total_steps: int
     summary: dict[str, Any]
     saved: dict[str, Any] = field(default_factory=dict)
+    banner: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +106,10 @@ class Callback:
     def on_message(self, text: str) -> None:
         """A line for the user to read; may come before `on_start`."""
 
+    def on_note(self, text: str) -> None:
+        """A message that a quiet console leaves out."""
+        self.on_message(text)
+
     def on_end(self, step: int, state: str) -> None:
         """The run is `done`, with its export written, or `preempted`; a run that fails ends without this call."""
 
@@ -155,6 +163,10 @@ class Callbacks(Callback):
         with self._watch:
             for callback in self._callbacks:
                 callback.on_message(text)
+
+    def on_note(self, text: str) -> None:
+        for callback in self._callbacks:
+            callback.on_note(text)
 
     def on_end(self, step: int, state: str) -> None:
         for callback in self._callbacks:

@@ -67,7 +67,7 @@ class PlannedBesideMeasured(FirstRankCallback):
         # A process on a CPU has more than tensors: caches of its libraries, the loader, compiled kernels.
         of_what = "memory of tensors" if on_gpu else "growth of the process, beside its tensors alone,"
         parts.append(f"{of_what} {_beside(self._memory.allocated / GB, memory.times(1 / GB), 'GB')}")
-        self._tell.on_message(f"measured beside planned: {'; '.join(parts)}")
+        self._tell.on_note(f"measured beside planned: {'; '.join(parts)}")
         self._tell.on_numbers(step, "plan", {f"plan/{name}": value for name, value in numbers.items()})
         self._record(numbers)
 

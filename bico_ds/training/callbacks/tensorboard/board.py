@@ -34,6 +34,7 @@ class Board:
     ) -> None:
         self._folder, self._first_step, self._tell = folder, first_step, tell
         self._mfu = mfu
+        self._described: set[str] = set()
         self._is_renewed = False  # the files of earlier starts: before the first record of this one
         self._about = about
         # From TensorBoards that are open: hide what an earlier start wrote after the checkpoint resumed from.
@@ -74,9 +75,10 @@ class Board:
         return [self._scalar(tag, value) for tag, value in tagged(kind, numbers).items()]
 
     def _scalar(self, tag: str, value: float) -> Summary.Value:
-        """As torch's `add_scalar` writes it, or with the description that TensorBoard shows beside the chart."""
-        if not self._mfu or not tag.startswith(tag_of(MFU)):
+        """As torch's `add_scalar` writes it; MFU with the description that TensorBoard takes from a tag's first value."""
+        if not self._mfu or tag in self._described or not tag.startswith(tag_of(MFU)):
             return Summary.Value(tag=tag, simple_value=value)
+        self._described.add(tag)
         plugin = SummaryMetadata.PluginData(plugin_name="scalars")
         metadata = SummaryMetadata(plugin_data=plugin, summary_description=self._mfu)
         return Summary.Value(tag=tag, simple_value=value, metadata=metadata)

@@ -93,7 +93,7 @@ def cells(markdown: str) -> list[list[str]]:
 def test_whatever_a_model_says_stands_in_its_own_cell_as_it_said_it():
     draw = np.random.default_rng()
     said = ["".join(draw.choice(HOSTILE, 6)) + "." for _ in range(3)]
-    rows = cells(answers(task([0.0, 0.0, 0.0], says=said.__getitem__)))
+    rows = cells(answers("n2d", task([0.0, 0.0, 0.0], says=said.__getitem__)))
     plain = [
         "".join(letter if letter.isprintable() else " " for letter in " ".join(text.split())) for text in said
     ]
@@ -105,14 +105,14 @@ def test_whatever_a_model_says_stands_in_its_own_cell_as_it_said_it():
 def test_answers_are_wrong_and_right_ones_of_different_persons():
     result = task([1.0] * 5 + [0.0] * 4)
     twice = replace(result, prompts=[row for row in result.prompts for _ in range(2)])
-    rows = cells(answers(twice))
+    rows = cells(answers("n2d", twice))
     assert [row[0] for row in rows] == ["✗"] * 3 + ["✓"] * 3
     assert len({row[1] for row in rows}) == 6
-    assert "18 questions" in answers(twice)
+    assert "18 questions" in answers("n2d", twice)
 
 
 def test_a_score_between_right_and_wrong_is_shown_as_a_number():
-    rows = cells(answers(task([0.25, 0.75, 1.0], headline="bleu")))
+    rows = cells(answers("n2d", task([0.25, 0.75, 1.0], headline="bleu")))
     assert [row[0] for row in rows] == ["0.25", "0.75", "✓"]
 
 
@@ -175,7 +175,7 @@ def test_the_plan_stands_beside_what_was_measured():
     rows = cells(planned_text(numbers | {"plan/memory_bytes/reserved": 4e9}))
     assert rows == [
         ["a step of bico, ms", "200", "100 to 300", "1.00"],
-        ["memory of tensors, GB", "3.00", "1.00 to 2.00", "2.00"],
+        ["memory (planned: tensors alone), GB", "3.00", "1.00 to 2.00", "2.00"],
     ]
 
 

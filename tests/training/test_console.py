@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+import threading
 
 import pytest
 from rich.console import Console
@@ -153,3 +154,21 @@ def test_a_banner_says_what_the_plan_and_the_recipe_say():
     assert lines["data"].endswith("fill 0.984; 8.00 epochs"), "100 steps of 4 bins are 8 times 50 bins"
     assert (lines["memory"], lines["time"]) == ("not planned", "not planned")
     assert lines["run folder"] == "runs/x, goes on from step 5"
+
+
+def test_the_loop_draws_the_live_line_itself_and_at_most_once_a_second(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    threads = threading.active_count()
+    progress = started(terminal(120))
+    assert threading.active_count() == threads
+    drawn: list[str] = []
+    refresh = progress._live.refresh
+    monkeypatch.setattr(
+        progress._live, "refresh", lambda: (drawn.append(progress._live_line().plain), refresh())
+    )
+    for step in range(1, 30):
+        progress.on_step(report_of(step))
+        now[0] += 0.25
+    assert [re.match(r"step \d+", line)[0] for line in drawn] == [f"step {n}" for n in range(1, 30, 4)]
+    progress.on_end(29, "preempted")

@@ -79,7 +79,7 @@ Callbacks.on_step = on_step
 
 @dataclass(frozen=True)
 class Watched:
-    """Of a step, means over the second half of a run: seconds, those of watching by its own timer, and CPU seconds of both."""
+    """Of a step, means over the second half of a run: seconds, those of watching by its own timer, CPU seconds of both."""
 
     step: float
     watching: float

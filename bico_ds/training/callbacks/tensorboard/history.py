@@ -105,7 +105,7 @@ def _event_files(folder: RunFolder) -> list[Path]:
 
 
 def _records(content: bytes) -> Iterator[tuple[Event, bytes]]:
-    """The events of a file up to what is none, each with its record: its length (8 bytes), a checksum (4), itself, another."""
+    """The events of a file up to what is none, each with its record: length (8 bytes), checksum (4), event, checksum (4)."""
     at = 0
     while at + 16 <= len(content):
         (length,) = struct.unpack_from("<Q", content, at)

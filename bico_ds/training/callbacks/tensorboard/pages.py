@@ -61,7 +61,8 @@ class BoardPages(FirstRankCallback):
                 band = _before(step, self._bands.get(name, []))
                 self._bands[name] = [*band, (step, *task.intervals[task.headline])]
         texts = [
-            text_value(f"{REVERSAL}/{name}/answers", answers(task)) for name, task in result.tasks.items()
+            text_value(f"{REVERSAL}/{name}/answers", answers(name, task))
+            for name, task in result.tasks.items()
         ]
         self._monitor.show(step, texts)
         self._draw(step, result)

@@ -23,6 +23,7 @@ from bico_ds.common.yaml_files import KeyPath
 from bico_ds.config.layers import leaves
 from bico_ds.config.load import dump_recipe, recorded_values
 from bico_ds.config.schema import Recipe
+from bico_ds.evaluation.report.page.scores import interval_of, title_of
 from bico_ds.evaluation.report.plots import METRIC_NAMES
 from bico_ds.evaluation.results import TaskResult
 from bico_ds.planner.ranges import Range
@@ -32,6 +33,7 @@ from bico_ds.planner.report.quantities import GB, number, span
 _EACH = 3
 _MOST_SHOWN = 300  # characters of a cell
 _RIGHT = 0.5  # a score from here on
+_ARCHITECTURE = ("model", "config")
 
 
 def text_value(tag: str, markdown: str) -> Summary.Value:
@@ -47,12 +49,12 @@ def text_value(tag: str, markdown: str) -> Summary.Value:
     )
 
 
-def answers(task: TaskResult) -> str:
+def answers(name: str, task: TaskResult) -> str:
     """The score of a task, and some of its questions with their answers: first wrong ones, then right ones."""
-    low, high = task.intervals.get(task.headline, (None, None))
-    within = "" if low is None or high is None else f" (95 %: {low:.3f} to {high:.3f})"
+    interval = interval_of(task)
+    within = "" if interval is None else f" (95 %: {interval[0]:.3f} to {interval[1]:.3f})"
     metric = METRIC_NAMES.get(task.headline, task.headline)
-    head = f"{len(task.prompts)} questions, {metric} **{task.score:.3f}**{within}"
+    head = f"{literal(title_of(name))}: {len(task.prompts)} questions, {metric} **{task.score:.3f}**{within}"
     chosen = [
         *_of_different_persons(row for row in task.prompts if row[task.headline] < _RIGHT),
         *_of_different_persons(row for row in task.prompts if row[task.headline] >= _RIGHT),
@@ -88,7 +90,8 @@ def recipe_text(recipe: Recipe) -> str:
     """What of the recipe is not the default, as a table, and all of it as YAML; secrets left out."""
     rows = [
         (literal(leaf.path), literal(_written(leaf.value)), default)
-        for leaf in leaves(recorded_values(recipe))
+        # The architecture, which is long, last.
+        for leaf in sorted(leaves(recorded_values(recipe)), key=lambda leaf: leaf.key[:2] == _ARCHITECTURE)
         if leaf.path not in ("name", "description")
         and (default := _other_default(recipe, leaf.key)) is not None
     ]
@@ -172,7 +175,7 @@ def planned_text(numbers: Mapping[str, float]) -> str:
 
 def _named(what: str) -> str:
     if what.startswith("memory_bytes"):
-        return "memory of tensors, GB"
+        return "memory (planned: tensors alone), GB"
     return f"a step of {what.partition('/')[2]}, ms"
 
 

@@ -104,6 +104,7 @@ TORCH_FREE = (
     "proof.prove",
     "commands.show.compare",
     "commands.gpu_proof",
+    "commands.show.explain_step",
     "commands.show.plan",
     "commands.slurm.attempt",
     "commands.slurm.status",

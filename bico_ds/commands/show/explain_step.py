@@ -41,6 +41,7 @@ from bico_ds.planner.report.advice import Advice, advise, of_data_wait
 from bico_ds.planner.report.quantities import percent, time
 from bico_ds.planner.report.step_parts import StepPart
 from bico_ds.planner.step_time import StepTime
+from bico_ds.runtime.launch_environment import free_port
 from bico_ds.runtime.run_folder import RunFolder, read_starts
 from bico_ds.training.profile.short_run import MOST_RECORDED, profile_recipe
 from bico_ds.training.profile.table import Profile, StepTable, read_profile
@@ -125,9 +126,10 @@ def explain_run(folder: Path) -> Explained:
 
 
 def _program(ranks: int) -> list[str]:
-    """The command that trains."""
+    """The command that trains, beside whatever else trains on this machine."""
     if ranks > 1:
-        return [deepspeed_launcher(), "--num_accelerators", str(ranks), *training_program()]
+        launcher = [deepspeed_launcher(), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+        return [*launcher, *training_program()]
     return [sys.executable, *(word.replace("--module", "-m") for word in training_program())]
 
 

@@ -8,6 +8,7 @@ runs/NAME/
   metrics.jsonl   one line per logged step, evaluation and checkpoint
   evaluation/     step-N.json: every prompt with its answer and scores
   tensorboard/    checkpoints/    export/    logs/    csv/
+  profile/        step-N/: where the steps from N on went, as `--profile` asked
   last_checkpoint.json   the newest checkpoint, also where checkpoints/ is gone
   replaced-N/     what a later start set aside
   slurm/          scripts, recipe and starts of the batch system; stop: a file that forbids to requeue the job

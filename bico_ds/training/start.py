@@ -246,8 +246,9 @@ def _train_on_all_ranks(
     trainer = _build_trainer(
         run, inputs, loader, resumption, _evaluator(run, inputs, watchdog, before), watchdog, planned, steps
     )
-    if profile is not None:
-        trainer.profiler = _profiler(run, profile, profiled, trainer.callbacks)
+    if profiled:
+        folder, tell = run.folder.path / PROFILE_FOLDER, trainer.callbacks.on_message
+        trainer.profiler = StepProfiler(profiled, run.ranks, folder, tell)
     if run.ranks.is_first:
         warnings += assembly.export_warnings(inputs, trainer.engine.module.config)
     for warning in warnings:
@@ -272,16 +273,6 @@ def _train_on_all_ranks(
 def _profiled_steps(profile: ProfileRequest, loader: ElasticLoader, steps: int) -> list[int]:
     """The numbers of the steps to record, of a run of `steps` steps."""
     return profile.numbers(lambda step: loader.schedule(step - 1).name, begins=loader.start_step, total=steps)
-
-
-def _profiler(run: Run, profile: ProfileRequest, steps: list[int], callbacks: Callbacks) -> StepProfiler:
-    return StepProfiler(
-        steps,
-        run.ranks,
-        run.folder.path / PROFILE_FOLDER,
-        callbacks.on_message,
-        at_end=lambda: run.stop.set("the profile is made") if profile.then_stop else None,
-    )
 
 
 def _check_targets(run: Run, loader: ElasticLoader) -> list[str]:

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from bico_ds.common.files import temporary_sibling, write_atomically
+from bico_ds.common.files import remove_incomplete, temporary_sibling, write_atomically
+from bico_ds.planner.report.step_parts import StepPart
 from bico_ds.runtime.distributed import Ranks, all_gather_objects
 from bico_ds.training.callbacks.best_effort import reason_of
 from bico_ds.training.profile.partition import seconds_by_part
@@ -48,27 +49,17 @@ _MEMORY_EVENTS = 1_000_000  # of a memory snapshot, the last ones
 class StepProfiler:
     """Records the steps of the numbers `steps`, which count from 1; the same calls on every rank.
 
-    `folder`: the run's for profiles. `tell` shows a text to the user; rank 0 calls it. `at_end` is called after the last of
-    the steps.
+    `folder`: the run's for profiles. `tell` shows a text to the user; rank 0 calls it.
     """
 
-    def __init__(
-        self,
-        steps: Sequence[int],
-        ranks: Ranks,
-        folder: Path,
-        tell: Callable[[str], None],
-        *,
-        at_end: Callable[[], None],
-    ) -> None:
+    def __init__(self, steps: Sequence[int], ranks: Ranks, folder: Path, tell: Callable[[str], None]) -> None:
         self._steps, self._ranks, self._tell = frozenset(steps), ranks, tell
-        self._at_end = at_end
-        self._last = max(steps, default=0)
-        self._folder = folder / STEP_FOLDER.of(min(steps, default=0))
+        self._last = max(steps)
+        self._folder = folder / STEP_FOLDER.of(min(steps))
         self._trace = TraceFile(self._folder / f"trace-rank-{ranks.rank}.json.gz")
         self._ordinary: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_ORDINARY_STEPS))
         self._recording: StepRecording | None = None
-        self._failure: Exception | None = None  # of this rank, in the step that is recorded
+        self._failure: Exception | None = None  # why this rank does not record the step
         self._found: list[list[RankStep]] = []
         self._is_warm = False
 
@@ -76,10 +67,10 @@ class StepProfiler:
         """This step is about to begin. Collective where it is to be recorded."""
         if step not in self._steps:
             return
-        self._failure = None
-        self._attempt(self._start)
+        self._failure = _failure_of(self._start)
         dist.barrier()  # or a rank's waiting for others that start their profilers would be the step's
         if self._recording is not None:
+            self.settle()
             self._recording.begin(step)
 
     def settle(self) -> None:
@@ -92,24 +83,19 @@ class StepProfiler:
         if step not in self._steps:
             self._ordinary[objective].append(seconds)
             return False
-        found: list[RankStep] = []
-        self._attempt(lambda: found.append(self._step_found(step, objective, seconds)))
-        of_ranks = all_gather_objects(
-            found[0] if found else reason_of(self._failure or ValueError("no step"))
-        )
+        of_ranks = all_gather_objects(self._found_or_why_not(step, objective, seconds))
         if self._ranks.is_first:
             self._take(step, of_ranks)
         if step == self._last:
             self.close()
-            self._at_end()
         return True
 
     def close(self) -> None:
         """Complete this rank's files and show the table, after the last step to record or where the run ends before it."""
         recording, self._recording = self._recording, None
         if recording is not None:
-            self._attempt(recording.stop)
-        self._attempt(self._close_files)
+            _warn_of(recording.stop)
+        _warn_of(self._close_files)
         if self._found:
             table = as_markdown(profile_of(self._found, device=self._ranks.device.type))
             self._tell(f"{table}\nthe traces lie in {self._folder}; {_HOW_TO_READ[self._ranks.device.type]}")
@@ -119,6 +105,7 @@ class StepProfiler:
         self._folder.mkdir(parents=True, exist_ok=True)
         if not self._is_warm:
             self._is_warm = True
+            remove_incomplete(self._folder, f"*-rank-{self._ranks.rank}.json*")
             once = StepRecording(self._ranks.device)  # what the first one loads must not be a step's
             once.start()
             once.stop()
@@ -128,12 +115,22 @@ class StepProfiler:
         recording.start()
         self._recording = recording
 
-    def _step_found(self, step: int, objective: str, seconds: float) -> RankStep:
-        """Stop the recording, and add it to the trace. Raises one of `_FAILURES`."""
-        recording, self._recording = self._recording, None
-        if recording is None:
-            raise self._failure or ValueError("nothing was recorded")
-        recording.stop()
+    def _found_or_why_not(self, step: int, objective: str, seconds: float) -> RankStep | str:
+        """Stop the recording, and add it to the trace."""
+        try:
+            if self._recording is None:
+                raise self._failure or RuntimeError("nothing was recorded")
+            recording, self._recording = self._recording, None
+            recording.stop()
+            parts = self._parts_of(recording, step)
+        except _FAILURES as error:
+            return reason_of(error)
+        known = self._ordinary.get(objective)
+        ordinary = statistics.median(known) if known else None
+        return RankStep(objective=objective, step=step, seconds=seconds, ordinary=ordinary, parts=parts)
+
+    def _parts_of(self, recording: StepRecording, step: int) -> dict[StepPart, float]:
+        """Seconds by part, once the recording is in the trace. Raises one of `_FAILURES`."""
         path = temporary_sibling(self._folder / f"step-{step}-rank-{self._ranks.rank}.json")
         try:
             recording.write(path)
@@ -142,9 +139,7 @@ class StepProfiler:
             path.unlink(missing_ok=True)
         parts = seconds_by_part(trace["traceEvents"], on_cuda=self._ranks.device.type == "cuda")
         self._trace.add(trace)
-        known = self._ordinary.get(objective)
-        ordinary = statistics.median(known) if known else None
-        return RankStep(objective=objective, step=step, seconds=seconds, ordinary=ordinary, parts=parts)
+        return parts
 
     def _take(self, step: int, of_ranks: Sequence[RankStep | str]) -> None:
         """On rank 0: one step more in the table, unless a rank could not record it."""
@@ -156,7 +151,7 @@ class StepProfiler:
         self._found.append([found for found in of_ranks if isinstance(found, RankStep)])
         profile = profile_of(self._found, device=self._ranks.device.type)
         for name, content in ((TABLE, as_json(profile)), (MARKDOWN, as_markdown(profile))):
-            self._attempt(partial(write_atomically, self._folder / name, content))
+            _warn_of(partial(write_atomically, self._folder / name, content))
 
     def _close_files(self) -> None:
         self._trace.close()
@@ -165,10 +160,17 @@ class StepProfiler:
             torch.cuda.memory._dump_snapshot(str(self._folder / f"memory-rank-{self._ranks.rank}.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
 
-    def _attempt(self, work: Callable[[], object]) -> None:
-        """What fails is kept as the step's failure; no profile is worth a run."""
-        try:
-            work()
-        except _FAILURES as error:
-            self._failure = error
-            _logger.warning("WARNING: the profile: %s", reason_of(error))
+
+def _failure_of(work: Callable[[], object]) -> Exception | None:
+    """Why it failed; None: it did not."""
+    try:
+        work()
+    except _FAILURES as error:
+        return error
+    return None
+
+
+def _warn_of(work: Callable[[], object]) -> None:
+    """No profile is worth a run: what fails is told."""
+    if (failure := _failure_of(work)) is not None:
+        _logger.warning("WARNING: a part of the profile is missing: %s; training goes on", reason_of(failure))

@@ -15,14 +15,10 @@ MOST_STEPS = 50
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileRequest:
-    """From step `first` on, which counts from 1 as the console does, `steps` steps; None: one of each objective.
-
-    `then_stop`: the run is asked to stop after the last of them.
-    """
+    """From step `first` on, which counts from 1 as the console does, `steps` steps; None: one of each objective."""
 
     first: int
     steps: int | None
-    then_stop: bool = False
 
     def numbers(self, objective: Callable[[int], str], *, begins: int, total: int) -> list[int]:
         """The numbers of the steps to profile, from 1, in a start of a run of `total` steps that has made `begins`.

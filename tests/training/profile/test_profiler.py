@@ -89,7 +89,9 @@ def test_what_cannot_be_written_is_told_and_no_step_fails(tmp_path):
     for step in range(1, 5):
         take(found, step)
     assert [line.split(":")[0] for line in told] == ["WARNING"] * 2
-    assert "step 2 is not in the profile: rank 0: Not a directory" in told[0] and "training goes on" in told[0]
+    assert (
+        "step 2 is not in the profile: rank 0: Not a directory" in told[0] and "training goes on" in told[0]
+    )
 
 
 def test_outside_of_recorded_steps_nothing_is_changed(tmp_path):

@@ -255,15 +255,15 @@ def _headline(table: StepTable, planned: StepTime | None) -> str:
 
 def _table(table: StepTable, planned: StepTime | None) -> Table:
     found = Table(box=SIMPLE_HEAD, pad_edge=False)
-    found.add_column("part")
+    found.add_column("part", no_wrap=True)
     for column in ("recorded", "share", *(() if planned is None else ("planned", "share"))):
         found.add_column(column, justify="right")
     for part, recorded, expected in _rows(table, planned):
-        cells = [_one(recorded), percent(Range.exactly(recorded / table.seconds))]
+        cells = [_one(recorded), f"{recorded / table.seconds:.1%}"]
         if planned is not None:
             cells += ["not planned", ""] if expected is None else _planned_cells(expected, planned)
         found.add_row(part.value, *cells)
-    whole = [_one(table.seconds), "100 %", *(() if planned is None else (time(planned.seconds), "100 %"))]
+    whole = [_one(table.seconds), "100%", *(() if planned is None else (time(planned.seconds), "100%"))]
     found.add_row("the step", *whole, style="bold")
     return found
 
@@ -280,7 +280,7 @@ def _rows(table: StepTable, planned: StepTime | None) -> Iterator[tuple[StepPart
 def _planned_cells(expected: Range, planned: StepTime) -> list[str]:
     if not expected.high:
         return ["0", ""]
-    return [time(expected), percent(Range.exactly(expected.middle / planned.seconds.middle))]
+    return [time(expected), f"{expected.middle / planned.seconds.middle:.1%}"]
 
 
 def _one(seconds: float) -> str:

@@ -94,7 +94,7 @@ drills: setup
 	$(BIN)/pytest -m drill -s
 
 tensorboard: setup
-	$(BIN)/tensorboard --logdir runs
+	$(BIN)/python tools/show_tensorboard.py runs
 
 clean:
 	rm -rf runs build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -35,7 +35,13 @@ GROUPS = {
         "submit": "slurm.submit",
         "status": "slurm.status",
     },
-    "results": {"evaluate": "evaluate", "compare": "show.compare", "export": "export"},
+    "results": {
+        "tensorboard": "show.tensorboard",
+        "evaluate": "evaluate",
+        "compare": "show.compare",
+        "report": "show.report",
+        "export": "export",
+    },
 }
 COMMANDS = {name: module for group in GROUPS.values() for name, module in group.items()}
 

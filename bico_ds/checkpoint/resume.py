@@ -99,7 +99,7 @@ def set_aside(folder: RunFolder, option: str, chosen: Resumption | None) -> None
     if option == "none" or is_foreign:
         folder.set_aside()
     else:
-        _set_later_aside(folder, chosen.step if chosen is not None else 0)
+        _set_later_aside(folder, chosen.step if chosen is not None else -1)
 
 
 def restore(engine: Engine, resumption: Resumption, recipe: Recipe) -> None:
@@ -204,7 +204,8 @@ def _changes(old: Any, new: Any, key: str) -> list[tuple[str, tuple[Any, Any]]]:
 def _set_later_aside(folder: RunFolder, step: int) -> None:
     """Checkpoints, evaluations and metrics after the step resumed from are damaged, or of steps that are done anew.
 
-    None may be taken later for one of the steps to come, nor may whatever has the name of one.
+    None may be taken later for one of the steps to come, nor may whatever has the name of one. A start from the beginning
+    (`step` is -1) does step 0 anew, too.
     """
     later = [path for of, path in STEP.in_folder(folder.checkpoints) if of > step]
     results = folder.evaluations_after(step)

@@ -24,6 +24,7 @@ from bico_ds.config.load import list_recipes, load_recipe
 from bico_ds.config.schema import Recipe
 from bico_ds.runtime import launch_environment
 from bico_ds.runtime.launcher import follow_launcher
+from bico_ds.runtime.output.process_output import ProcessOutput, libraries_apart
 from bico_ds.runtime.signals import StopFlag
 from bico_ds.training.profile.request import profile_request
 
@@ -57,6 +58,15 @@ def add_options(parser: ArgumentParser) -> None:
         "--dry-run", action="store_true", help="check everything, print what would run, train nothing"
     )
     parser.add_argument("--list-recipes", action="store_true", help="list the names in recipes/")
+    told = parser.add_mutually_exclusive_group()
+    told.add_argument(
+        "--quiet", action="store_const", const="quiet", dest="verbosity", default="normal",
+        help="show warnings, evaluations and the end alone; RUN/logs/rank-N.log has the rest",
+    )  # fmt: skip
+    told.add_argument(
+        "--verbose", action="store_const", const="verbose", dest="verbosity",
+        help="show what libraries log and print, too",
+    )  # fmt: skip
     parser.add_argument("--local_rank", type=int, default=None, help=SUPPRESS)  # deepspeed's launcher adds it
 
 
@@ -103,22 +113,25 @@ def show_recipes() -> None:
 def train_recipe(recipe: Recipe, options: Namespace) -> None:
     """Handlers come before the heavy imports, which take seconds in which a signal may come."""
     launch_environment.check()
-    outlive_full_disks()
     stop = StopFlag()
     stop.install(recipe.distributed.preempt_signals)
     if options.max_minutes is not None:
         stop.limit(options.max_minutes)
     if launch_environment.is_launched():
         follow_launcher(stop)
-    from bico_ds.training.start import train
-
-    train(
-        recipe,
-        output_dir=options.output_dir,
-        resume=options.resume,
-        stop=stop,
-        profile=options.profile,
-    )
+    with ProcessOutput(options.verbosity, rank=launch_environment.rank()) as output:
+        outlive_full_disks()
+        with libraries_apart():
+            from bico_ds.training.start import train
+        output.adopt_libraries()
+        train(
+            recipe,
+            output_dir=options.output_dir,
+            resume=options.resume,
+            stop=stop,
+            output=output,
+            profile=options.profile,
+        )
 
 
 main = Command(

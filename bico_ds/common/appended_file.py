@@ -9,6 +9,7 @@ from collections import deque
 from pathlib import Path
 
 MOST_KEPT = 10_000  # records that wait for room; beyond them the oldest are dropped
+_FLAGS, _MODE = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666
 _BLOCK = 1 << 20  # bytes written at once: where there is room for a part of what waits, that part is written
 
 
@@ -21,7 +22,7 @@ class AppendedFile:
 
     def __init__(self, path: Path, *, root: Path, head: bytes = b"") -> None:
         self.path = path
-        self._root, self._head = root, head
+        self._name, self._root, self._head = str(path), root, head
         self._waiting: deque[bytes] = deque()
         self._dropped = 0
         # Device, inode, and end of the last whole record of a file in which a failed write may have left a part of one.
@@ -53,13 +54,9 @@ class AppendedFile:
 
     def _write(self, block: bytes) -> None:
         """The whole block, or nothing of it."""
-        if not self._root.is_dir():
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._root))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        descriptor = self._open()
         try:
             end = self._cut_torn(descriptor)
-            self._torn = (*_identity(descriptor), end)
             try:
                 _write_all(descriptor, block if end else self._head + block)
             except OSError:
@@ -70,18 +67,25 @@ class AppendedFile:
             os.close(descriptor)  # a file system over the network may say only here that its disk is full
         self._torn = None
 
+    def _open(self) -> int:
+        """The file's descriptor. A run with a file for each number has no time to look for folders that are there."""
+        try:
+            return os.open(self._name, _FLAGS, _MODE)
+        except FileNotFoundError:
+            if not self._root.is_dir():
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._root)) from None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(self._name, _FLAGS, _MODE)
+
     def _cut_torn(self, descriptor: int) -> int:
-        """Cut what a failed write left at the end; returns the size of the file."""
-        size = os.fstat(descriptor).st_size
-        if self._torn is not None and self._torn[:2] == _identity(descriptor) and size > self._torn[2]:
+        """Cut what a failed write left at the end; returns the size of the file, where the next one may leave a part."""
+        status = os.fstat(descriptor)
+        identity, size = (status.st_dev, status.st_ino), status.st_size
+        if self._torn is not None and self._torn[:2] == identity and size > self._torn[2]:
             size = self._torn[2]
             os.ftruncate(descriptor, size)
+        self._torn = (*identity, size)
         return size
-
-
-def _identity(descriptor: int) -> tuple[int, int]:
-    status = os.fstat(descriptor)
-    return status.st_dev, status.st_ino
 
 
 def _write_all(descriptor: int, content: bytes) -> None:

@@ -46,7 +46,7 @@ class Command:
     options that are right one by one. `only_shows` tells whether these options only show something: then a reader of
     stdout that has seen enough (`… | head`) is no failure; any other work that it stops has failed. `rank` returns the
     number of this process among those of which the first alone shows an error; a command that never runs as several has
-    none.
+    none. `passes_on`: the words after `--` are another program's, and are in the options as `passed_on`.
     """
 
     description: str | None
@@ -55,18 +55,23 @@ class Command:
     contradiction: Callable[[Namespace], str | None] = lambda options: None
     only_shows: Callable[[Namespace], bool] = lambda options: False
     rank: Callable[[], int] | None = None
+    passes_on: bool = False
 
     def parse(self, argv: Sequence[str] | None = None, *, prog: str | None = None) -> Namespace:
         """Parse `argv`, by default the process's own. Raises `SystemExit` with code 2 for wrong usage."""
         parser = _Parser(prog=prog, description=self.description, formatter_class=RawDescriptionHelpFormatter)
         self.add_options(parser)
-        words = sys.argv[1:] if argv is None else argv
+        words = list(sys.argv[1:] if argv is None else argv)
         if unreadable := next((word for word in words if _HALF.search(word)), None):
             parser.error(
                 f"{unreadable!a} is no text in {sys.getfilesystemencoding()}, as this terminal's words should be; with a "
                 "UTF-8 locale, or PYTHONUTF8=1, all names can be given"
             )
-        options = parser.parse_args(words)
+        if self.passes_on:
+            end = words.index("--") if "--" in words else len(words)
+            options = parser.parse_args(words[:end], Namespace(passed_on=words[end + 1 :]))
+        else:
+            options = parser.parse_args(words)
         if problem := self.contradiction(options):
             parser.error(problem)
         return options

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -82,6 +82,44 @@ def value_at(path: KeyPath, values: Any) -> Any:
         else:
             return None
     return values
+
+
+class Leaf(NamedTuple):
+    """A value of a recipe that holds no keys; `path` is how `--set` names it: `objectives.bico.mask.rate`."""
+
+    key: KeyPath
+    path: str
+    value: Any
+
+
+def leaves(values: Any, key: KeyPath = (), path: str = "") -> Iterator[Leaf]:
+    """The values of a recipe that hold no keys; `key` and `path`: where `values` stand.
+
+    A list without keys is one value, and so is an empty mapping.
+    """
+    if isinstance(values, list) and any(isinstance(entry, dict) for entry in values):
+        for index, name in enumerate(entry_names(values, key)):
+            yield from leaves(values[index], (*key, index), _longer(path, name))
+    elif isinstance(values, dict) and values:
+        for name, value in values.items():
+            yield from leaves(value, (*key, name), _longer(path, name))
+    else:
+        yield Leaf(key, path, values)
+
+
+def entry_names(entries: list[Any], key: KeyPath) -> list[str]:
+    """What each entry of the list `key` is called in `--set`: by the name or kind that it alone has, else by its index."""
+    names = [_names(entry, key) for entry in entries]
+    return [
+        next((name for name in own if sum(name in others for others in names) == 1), str(index))
+        for index, own in enumerate(names)
+    ]
+
+
+def _longer(path: str, part: str) -> str:
+    if re.search(r"[.\[\]]", part):
+        return f"{path}[{part}]"
+    return f"{path}.{part}" if path else part
 
 
 def is_override(origin: Origin) -> bool:

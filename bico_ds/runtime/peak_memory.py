@@ -1,10 +1,25 @@
-"""The most memory that a process has taken, as a running training can know it."""
+"""The memory that a process has, and the most that it has taken, as a running training can know it."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
 from bico_ds.runtime import host_memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryUse:
+    """Of one process, in bytes. `host`: its resident memory, mapped files among it; the others as `PeakMemory` counts.
+
+    `allocated`: what tensors take now; `peak`: the most that they took; `reserved`: what is taken from the device for them.
+    """
+
+    allocated: int
+    reserved: int
+    peak: int
+    host: int
 
 
 class PeakMemory:
@@ -34,3 +49,16 @@ class PeakMemory:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_reserved(self._device)
         return self.allocated
+
+    def now(self) -> MemoryUse:
+        """What this process has at this moment; the host does not wait for the device."""
+        host = host_memory.resident_bytes()
+        if self._device.type == "cuda":
+            stats = torch.cuda.memory_stats(self._device)
+            allocated, reserved = (
+                stats.get(f"{what}_bytes.all.current", 0) for what in ("allocated", "reserved")
+            )
+            return MemoryUse(allocated=allocated, reserved=reserved, peak=self.allocated, host=host)
+        self.note()
+        grown = max(host_memory.anonymous_bytes() - self._level, 0)
+        return MemoryUse(allocated=grown, reserved=grown, peak=self.allocated, host=host)

@@ -19,6 +19,19 @@ from bico_ds.runtime.launch_environment import slurm_job
 
 def provenance() -> dict[str, Any]:
     """Versions, commit, host and command line: what it takes to run the same again. No environment: it has secrets."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": words_without_secrets(sys.argv),
+        "host": socket.gethostname(),
+        "job": slurm_job(),
+        "python": platform.python_version(),
+        "versions": versions(),
+        "commit": _git_commit(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of this package, and of those that a run's numbers depend on, as far as they are installed."""
     packages = (
         "torch",
         "deepspeed",
@@ -29,19 +42,11 @@ def provenance() -> dict[str, Any]:
         "liger-kernel",
         "numpy",
     )
-    versions = {"bico_ds": __version__}
+    found = {"bico_ds": __version__}
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": words_without_secrets(sys.argv),
-        "host": socket.gethostname(),
-        "job": slurm_job(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "commit": _git_commit(),
-    }
+            found[package] = metadata.version(package)
+    return found
 
 
 def _git_commit() -> str | None:

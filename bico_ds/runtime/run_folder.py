@@ -54,6 +54,7 @@ State = Literal["running", "preempted", "done", "failed"]
 STEP = NumberedName("step-", digits=6)
 EVALUATION = NumberedName("step-", ".json", digits=6)
 ASIDE = NumberedName("replaced-")
+RANK_LOG = NumberedName("rank-", ".log")
 
 _STATE: dict[str, Callable[[Any], bool]] = {
     "state": lambda value: value in get_args(State),
@@ -285,17 +286,31 @@ class RunFolder:
             self.write_state("preempted", step=recorded.get("step"), reason=reason)
 
     def set_aside(self) -> None:
-        """Move what an earlier run left (recipe, checkpoints, metrics …) into replaced-N/: nothing of it is deleted."""
+        """Move what an earlier run left (recipe, checkpoints, metrics …) into replaced-N/: nothing of it is deleted.
+
+        The ranks' logs stay: like run.json they tell of all starts, and the ranks of this one write them already.
+        """
         if not self._holds_a_run():
             return
-        kept = {self.lock.path.name, self.state_file.name, self.run_file.name, "slurm", "stop", "native_ops"}
+        kept = {self.lock.path.name, self.state_file.name, self.run_file.name, self.logs.name}
+        kept |= {"slurm", "stop", "native_ops"}
         old = [
             p for p in self.path.iterdir() if p.name not in kept and not p.name.startswith((".", "replaced-"))
         ]
         aside = self.new_aside()
         for path in old:
             path.rename(aside / path.name)
+        if not self.logs.is_symlink():  # else they may be on another disk
+            self._move_logs(aside / self.logs.name)
+
+    def _move_logs(self, aside: Path) -> None:
+        """All but the ranks', one by one: a rank that writes its log meanwhile finds it where it was."""
         self.logs.mkdir(exist_ok=True)
+        logs = [path for path in self.logs.iterdir() if RANK_LOG.number_in(path.name) is None]
+        if logs:
+            aside.mkdir()
+        for path in logs:
+            path.rename(aside / path.name)
 
     def _holds_a_run(self) -> bool:
         left = (self.metrics_file.is_file(), self.last_checkpoint_file.is_file())
@@ -319,7 +334,13 @@ class RunFolder:
         )
         for file in (*files, self.run_file):
             remove_incomplete(self.path, file.name)
-        for folder, names in ((self.evaluation, "step-*"), (self.logs, "*"), (self.checkpoints, "*")):
+        folders = {
+            self.evaluation: "step-*",
+            self.logs: "*",
+            self.checkpoints: "*",
+            self.tensorboard: "events.*",
+        }
+        for folder, names in folders.items():
             remove_incomplete(folder, names)
         for path in self.path.iterdir():
             if _TEMPORARY_OF_0_1_0.fullmatch(path.name):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import logging
 import os
 import re
 import sys
@@ -26,7 +27,10 @@ from bico_ds.runtime.meeting.flight_recorder import write_flight_record
 from bico_ds.runtime.meeting.messages import Failure
 from bico_ds.runtime.meeting.processes import RankProcesses, is_gone
 from bico_ds.runtime.nodes.failed_node import failure_facts, node_name, write_node_report
+from bico_ds.runtime.output.process_output import TOLD
 from bico_ds.runtime.run_folder import RunFolder
+
+_logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 # After another rank's failure: most ranks run into it themselves, and report more than this thread can. After a stall:
@@ -145,6 +149,7 @@ class Watchdog:
             self._write_flight_record()
         self._answer()
         self._report_node(failure)
+        _logger.info("error: %s", failure, extra=TOLD)
         self._tell(failure)
         os._exit(failure.code)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub import constants
 
+from bico_ds.attention.backend import Backend
 from bico_ds.attention.backends import resolve
 from bico_ds.attention.layout import LayoutPolicy
 from bico_ds.checkpoint.manifest import FoundCheckpoint
@@ -141,17 +142,22 @@ def hub_has_an_address() -> bool:
     return True
 
 
-def check_backend(recipe: Recipe, device: torch.device) -> LayoutPolicy | None:
-    """The layout policy of the attention backend that will run (the oracle has none); logs once what `auto` takes.
+def find_backend(recipe: Recipe, device: torch.device) -> Backend | None:
+    """The attention backend that will run, None for the oracle; logs once what `auto` takes.
 
     Raises `UserError` where the backend that the recipe names cannot run here.
     """
     config = model_config(recipe.model)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     try:
-        backend = resolve(recipe.model.attention_backend, config.dtype, head_dim, device)
+        return resolve(recipe.model.attention_backend, config.dtype, head_dim, device)
     except ValueError as error:
         raise UserError(f"model.attention_backend: {error}") from None
+
+
+def check_backend(recipe: Recipe, device: torch.device) -> LayoutPolicy | None:
+    """The layout policy of the attention backend that will run; the oracle has none. Raises as `find_backend` does."""
+    backend = find_backend(recipe, device)
     return None if backend is None else backend.policy
 
 

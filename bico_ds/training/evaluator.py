@@ -248,6 +248,14 @@ def refuse_above_limit(spec: EvaluationSpec, folder: RunFolder, step: int) -> No
 
 
 def scalars(result: EvaluationResult) -> dict[str, float]:
-    """All metrics by tag, and each task's headline metric as `evaluation/TASK/headline`."""
+    """All metrics by tag, and each task's headline metric as `evaluation/TASK/headline`.
+
+    The bounds of its 95 % interval are `headline_low` and `headline_high` beside it, where the result has them.
+    """
     headlines = {f"evaluation/{name}/headline": task.score for name, task in result.tasks.items()}
-    return headlines | result.scalars()
+    bounds = {
+        f"evaluation/{name}/headline_{end}": bound
+        for name, task in result.tasks.items()
+        for end, bound in zip(("low", "high"), task.intervals.get(task.headline, ()), strict=False)
+    }
+    return headlines | bounds | result.scalars()

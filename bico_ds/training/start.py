@@ -34,6 +34,7 @@ from bico_ds.common.errors import RunError, UserError
 from bico_ds.common.files import DISK_ERRORS, atomic_folder
 from bico_ds.config.schema import Recipe
 from bico_ds.data.exported_tokenizer import ExportedTokenizer, save_tokenizer
+from bico_ds.data.loading.batch_view import shown_text
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.tokenizer import FastTokenizer
 from bico_ds.model.architecture import id_list
@@ -42,27 +43,32 @@ from bico_ds.model.weights.export_checkpoint import export_record
 from bico_ds.model.weights.export_model import export_model
 from bico_ds.optim.schedule import check_schedule
 from bico_ds.runtime import deepspeed_ops, distributed, host_memory
-from bico_ds.runtime.distributed import Ranks
 from bico_ds.runtime.lock import FencedError
 from bico_ds.runtime.meeting.processes import RankProcesses, are_gone
 from bico_ds.runtime.nodes.own_time import OwnTime
+from bico_ds.runtime.output.process_output import ProcessOutput, libraries_apart
+from bico_ds.runtime.peak_memory import PeakMemory
 from bico_ds.runtime.run_folder import RunFolder, State, folder_of_run
 from bico_ds.runtime.signals import Interrupted, StopFlag
 from bico_ds.runtime.watchdog import Watchdog
 from bico_ds.training import assembly
 from bico_ds.training.assembly import RunInputs
 from bico_ds.training.build_engine import build_engine
+from bico_ds.training.callbacks.banner import Banner, banner
 from bico_ds.training.callbacks.base import Callback, Callbacks, RunStart
 from bico_ds.training.callbacks.console import ConsoleProgress
 from bico_ds.training.callbacks.monitor import StepMonitor
-from bico_ds.training.callbacks.planned import PlannedBesideMeasured
+from bico_ds.training.callbacks.planned import PlannedBesideMeasured, planned_memory
 from bico_ds.training.callbacks.slowest import SlowestRank
+from bico_ds.training.callbacks.stopwatch import Stopwatch
+from bico_ds.training.callbacks.tensorboard.pages import BoardPages
 from bico_ds.training.callbacks.utilization import Utilization
 from bico_ds.training.callbacks.work import ObjectiveWork
 from bico_ds.training.checks import (
     beyond_context,
     check_backend,
     check_recipe,
+    find_backend,
     refuse_fewer_steps,
     what_may_be_lost,
 )
@@ -86,14 +92,16 @@ def train(
     output_dir: Path | None,
     resume: str,
     stop: StopFlag,
+    output: ProcessOutput | None = None,
     profile: ProfileRequest | None = None,
 ) -> State:
     """Train a recipe to its end, or until a stop is agreed. Every rank calls it, and gets the same `done` or `preempted`.
 
+    `output`: where this rank's messages go; None: as Python has them, and no log of the rank.
     `profile`: which steps are recorded, in the folder `profile` of the run's.
     Raises `UserError`, `RunError`, or whatever else failed; the ranks on which nothing failed end a moment later.
     """
-    run = _checked_run(recipe, output_dir, stop)
+    run = _checked_run(recipe, output_dir, stop, output or ProcessOutput())
     if profile is not None and recipe.training.steps is not None:
         profile.check_end(recipe.training.steps)
     ranks, timeout_minutes = run.ranks, recipe.distributed.timeout_minutes
@@ -108,6 +116,7 @@ def train(
         )
     except Interrupted:
         return "preempted"
+    _open_log(run)
     deepspeed_ops.prefer_own_ninja()
     deepspeed_ops.write_readable_architectures()
     if spare is not None:
@@ -115,7 +124,8 @@ def train(
     watchdog = Watchdog(store, ranks, run.folder, minutes=recipe.distributed.watchdog_minutes)
     run.folder.lock.on_lost = lambda: watchdog.abandon(run.folder.lock.loss())
     try:
-        distributed.join(ranks, store, timeout_minutes=timeout_minutes)
+        with libraries_apart():
+            distributed.join(ranks, store, timeout_minutes=timeout_minutes)
         resumption, run.folder.lock.run_id = distributed.broadcast_object(
             (chosen[0], run.folder.lock.run_id) if chosen else None
         )
@@ -134,9 +144,9 @@ def train(
     return state
 
 
-def _checked_run(recipe: Recipe, output_dir: Path | None, stop: StopFlag) -> Run:
+def _checked_run(recipe: Recipe, output_dir: Path | None, stop: StopFlag, output: ProcessOutput) -> Run:
     """This rank's part in the run, once the recipe was found to be good; raises `UserError` where it is not."""
-    _quiet()
+    _ignore_warnings()
     ranks = distributed.read_ranks()
     if ranks.device.type == "cpu":
         host_memory.bound_primitive_cache()
@@ -144,10 +154,15 @@ def _checked_run(recipe: Recipe, output_dir: Path | None, stop: StopFlag) -> Run
     ds_config = check_recipe(
         recipe, world_size=ranks.world_size, on_cuda=ranks.device.type == "cuda", run_folder=folder.path
     )
-    _log_to_console(ranks)
     policy = check_backend(recipe, ranks.device)
     return Run(
-        recipe=recipe, ranks=ranks, folder=folder, stop=stop, ds_config=ds_config, layout_policy=policy
+        recipe=recipe,
+        ranks=ranks,
+        folder=folder,
+        stop=stop,
+        ds_config=ds_config,
+        layout_policy=policy,
+        output=output,
     )
 
 
@@ -157,6 +172,7 @@ def _prepare(run: Run, resume: str, processes: RankProcesses, spare: Path | None
     `spare`: the folder for compiled operations, where the usual one cannot be used.
     """
     run.folder.open()
+    _open_log(run)
     try:
         if resume == "auto":
             record.refuse_lost(run.folder)
@@ -169,7 +185,8 @@ def _prepare(run: Run, resume: str, processes: RankProcesses, spare: Path | None
                 world_size=run.ranks.world_size,
                 timeout_minutes=run.recipe.distributed.timeout_minutes,
             )
-            assembly.check_teachers(run.recipe, assembly.prepare_stores(run.recipe))
+            stores = assembly.prepare_stores(run.recipe, progress=not run.output.is_quiet)
+            assembly.check_teachers(run.recipe, stores)
             resumption = choose(run.folder, resume, run.recipe, _layout(run))
             if resumption is not None and record.is_own(resumption.found.path, run.folder):
                 refuse_above_limit(run.recipe.evaluation, run.folder, resumption.step)
@@ -188,6 +205,12 @@ def _prepare(run: Run, resume: str, processes: RankProcesses, spare: Path | None
     except BaseException as error:
         _give_up(run.folder, error)
         raise
+
+
+def _open_log(run: Run) -> None:
+    """This rank's log; where an earlier start is recorded, only once nothing can refuse this one (`_train_on_all_ranks`)."""
+    if not run.folder.is_of_earlier_start():
+        run.output.open_log(run.folder)
 
 
 @contextlib.contextmanager
@@ -242,9 +265,18 @@ def _train_on_all_ranks(
     profiled = _profiled_steps(profile, loader, steps) if profile is not None else []
     # While the other ranks wait for what rank 0 finds of the targets.
     planned = plan_of_start(run, loader) if run.ranks.is_first else None
+    memory = planned.memory if planned is not None else PeakMemory(run.ranks.device)
     warnings = _check_targets(run, loader)
     trainer = _build_trainer(
-        run, inputs, loader, resumption, _evaluator(run, inputs, watchdog, before), watchdog, planned, steps
+        run,
+        inputs,
+        loader,
+        resumption,
+        _evaluator(run, inputs, watchdog, before),
+        watchdog,
+        planned,
+        memory,
+        steps,
     )
     if profiled:
         folder, tell = run.folder.path / PROFILE_FOLDER, trainer.callbacks.on_message
@@ -257,22 +289,43 @@ def _train_on_all_ranks(
         trainer.callbacks.on_message(f"resumed although it changed: {change}")
     for note in (beyond_context(run.recipe, loader.report()), what_may_be_lost(run.recipe)):
         if note is not None:
-            trainer.callbacks.on_message(f"note: {note}")
+            trainer.callbacks.on_note(f"note: {note}")
     start = RunStart(
         recipe=run.recipe,
         first_step=trainer.step,
         total_steps=trainer.total_steps,
         summary={"data": [asdict(stream) for stream in loader.report()]},
         saved=saved.get("callbacks", {}),
+        banner=_banner(run, loader, trainer, planned) if planned is not None else (),
     )
     if run.ranks.is_first:
         _take_over(run, resume, resumption, inputs.tokenizer)
+    run.output.open_log(run.folder)
     return _train_and_export(trainer, start, inputs.exported_tokenizer)
 
 
 def _profiled_steps(profile: ProfileRequest, loader: ElasticLoader, steps: int) -> list[int]:
     """The numbers of the steps to record, of a run of `steps` steps."""
     return profile.numbers(lambda step: loader.schedule(step - 1).name, begins=loader.start_step, total=steps)
+
+
+def _banner(run: Run, loader: ElasticLoader, trainer: Trainer, planned: StartPlan) -> Banner:
+    plan, begins = planned.plan, "begins"
+    if trainer.step:
+        begins = f"goes on from step {trainer.step:,}"
+    return banner(
+        run.recipe,
+        architecture=plan.architecture,
+        zero=plan.deployment.zero,
+        backend=find_backend(run.recipe, run.ranks.device),
+        ranks=run.ranks.world_size,
+        nodes=plan.deployment.nodes,
+        steps=trainer.total_steps,
+        probabilities=loader.schedule.probabilities,
+        streams=loader.report(),
+        plan=plan,
+        place=f"{run.folder.path}, {begins}",
+    )
 
 
 def _check_targets(run: Run, loader: ElasticLoader) -> list[str]:
@@ -308,13 +361,16 @@ def _build_trainer(
     evaluator: Evaluator,
     watchdog: Watchdog,
     planned: StartPlan | None,
+    memory: PeakMemory,
     steps: int,
 ) -> Trainer:
     """The trainer with its engine, in the state that is resumed from, for `steps` steps in all."""
     recipe = run.recipe
     check_schedule(recipe.schedule, steps)
     refuse_what_cannot_fit(run, loader)
-    engine = build_engine(run, inputs, steps, is_universal=resumption is not None and resumption.is_universal)
+    with libraries_apart():
+        is_universal = resumption is not None and resumption.is_universal
+        engine = build_engine(run, inputs, steps, is_universal=is_universal)
     if resumption is not None:
         restore(engine, resumption, recipe)
     if run.ranks.device.type == "cpu":
@@ -324,11 +380,12 @@ def _build_trainer(
         run=run,
         engine=engine,
         loader=loader,
-        callbacks=_callbacks(run, engine, spikes, planned),
+        callbacks=_callbacks(run, inputs, engine, spikes, planned),
         checkpointer=_checkpointer(run, inputs, engine, resumption),
         evaluator=evaluator,
         spikes=spikes,
         watchdog=watchdog,
+        memory=memory,
         total_steps=steps,
         step=resumption.step if resumption else 0,
         targetless=TargetlessSteps.of(resumption.found.content["state"] if resumption else {}),
@@ -336,21 +393,38 @@ def _build_trainer(
     )
 
 
-def _callbacks(run: Run, engine: Engine, spikes: SpikeDetector, planned: StartPlan | None) -> Callbacks:
-    plan, console = planned.plan if planned is not None else None, ConsoleProgress()
-    work = ObjectiveWork(plan, run.folder, console)
+def _callbacks(
+    run: Run, inputs: RunInputs, engine: Engine, spikes: SpikeDetector, planned: StartPlan | None
+) -> Callbacks:
+    plan = planned.plan if planned is not None else None
     utilization = Utilization.planned(plan) if plan is not None else None
+    console = ConsoleProgress(utilization=utilization, quiet=run.output.is_quiet)
+    work = ObjectiveWork(plan, run.folder, console)
     slowest = SlowestRank(run.ranks, run.folder, console) if run.ranks.world_size > 1 else None
+    watch = Stopwatch()
     monitor = StepMonitor(
-        run.recipe.monitor, run.folder, engine.monitor, utilization, work, slowest, tell=console.on_message
+        run.recipe.monitor,
+        run.folder,
+        engine.monitor,
+        utilization,
+        work,
+        slowest,
+        tell=console.on_message,
+        ranks=run.ranks.world_size,
+        planned_memory=planned_memory(plan) if plan is not None else None,
+        watch=watch,
     )
     callbacks: list[Callback] = [work, console, monitor, spikes]
     if slowest is not None:
         callbacks.append(slowest)
+    tell = Callbacks([console, monitor], is_first_rank=True)
+    if run.recipe.monitor.tensorboard:
+        pages = BoardPages(run.folder.path, monitor, shown_text(inputs.tokenizer), tell)
+        callbacks.insert(0, pages)
+        tell = Callbacks([pages, console, monitor], is_first_rank=True)
     if planned is not None:
-        tell = Callbacks([console, monitor], is_first_rank=True)
         callbacks.insert(0, PlannedBesideMeasured(planned.plan, planned.memory, run.folder, tell))
-    return Callbacks(callbacks, is_first_rank=run.ranks.is_first)
+    return Callbacks(callbacks, is_first_rank=run.ranks.is_first, watch=watch)
 
 
 def _checkpointer(run: Run, inputs: RunInputs, engine: Engine, resumption: Resumption | None) -> Checkpointer:
@@ -428,19 +502,8 @@ def _export(trainer: Trainer, tokenizer: ExportedTokenizer) -> str:
     return f"exported to {run.folder.export}: {tokenizer.describe(stops)}"
 
 
-def _log_to_console(ranks: Ranks) -> None:
-    """Show what this package logs (which attention backend runs, and why) on rank 0's console."""
-    logger = logging.getLogger("bico_ds")
-    logger.setLevel(logging.INFO if ranks.is_first else logging.WARNING)
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
-
-
-def _quiet() -> None:
-    """Keep the console for what the user can act on."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+def _ignore_warnings() -> None:
+    """Those that come with every step and mean nothing would fill the logs."""
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed: a warning for each call, in every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # The schedule counts steps: one without a target comes before the first update, or between two.

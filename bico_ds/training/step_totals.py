@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 
 import torch
@@ -17,6 +17,7 @@ from bico_ds.batch import PackedBatch, total_weight
 from bico_ds.data.loading.loader import RankStep
 from bico_ds.model.head import Losses
 from bico_ds.runtime.distributed import all_reduce_sum
+from bico_ds.runtime.peak_memory import MemoryUse
 from bico_ds.training.run import Run
 
 
@@ -44,7 +45,8 @@ class StepTotals:
 
     Losses are weighted. `source_losses` and `source_weights`: the sum of each data source's, and of their weights, where
     there are several. `norm_before`: the gradient norm of the step before, NaN where it was not given. `following`: the
-    next step, where it was given. `own_seconds`: by rank, where it was given.
+    next step, where it was given. `own_seconds`: by rank, where it was given. `memory`: of each number of `MemoryUse`, in
+    bytes, the largest of any rank; where it was given.
     """
 
     loss: float
@@ -58,6 +60,7 @@ class StepTotals:
     norm_before: float
     following: AgreedStep | None
     own_seconds: Sequence[float] = ()
+    memory: dict[str, int] = field(default_factory=dict)
 
 
 def agree(rank_step: RankStep, run: Run) -> AgreedStep:
@@ -75,11 +78,12 @@ def add_up(
     norm_before: torch.Tensor | None,
     following: RankStep | None,
     own_seconds: float | None = None,
+    memory: MemoryUse | None = None,
 ) -> StepTotals:
     """Add up a step of these micro-batches, of which the model found `found`. Collective; waits for the device, once.
 
     `sources`: how many data sources there are; `norm_before`: a scalar, on the device or the host, the first rank's counts;
-    `own_seconds`: what this rank worked and did not wait, on all ranks or none.
+    `own_seconds`: what this rank worked and did not wait, and `memory`: what it has; on all ranks or none.
     """
     device, work = run.ranks.device, _work(batches)
     norm = torch.tensor(math.nan) if norm_before is None else norm_before
@@ -87,9 +91,10 @@ def add_up(
     norm = norm if run.ranks.is_first else torch.zeros_like(norm)
     on_device = torch.cat([norm, _sums(batches, found, sources, device)])
     votes = [] if following is None else _votes(following, run)
-    own = _in_own_slot(own_seconds, run)
-    numbers = iter(all_reduce_sum([*votes, *work, wait_seconds, *own], device, on_device))
-    # In the order of the votes, the work, the seconds, and what is on the device.
+    own = _in_own_slot([] if own_seconds is None else [own_seconds], run)
+    used = _in_own_slot([] if memory is None else list(asdict(memory).values()), run)
+    numbers = iter(all_reduce_sum([*votes, *work, wait_seconds, *own, *used], device, on_device))
+    # In the order of the votes, the work, the seconds, the memory, and what is on the device.
     votes = list(islice(numbers, len(votes)))
     rows, represented, pairs = map(int, islice(numbers, len(work)))
     return StepTotals(
@@ -99,6 +104,7 @@ def add_up(
         pairs=pairs,
         wait_seconds=next(numbers),
         own_seconds=list(islice(numbers, len(own))),
+        memory=_largest(list(islice(numbers, len(used)))),
         norm_before=next(numbers),
         loss=next(numbers),
         divergence=next(numbers),
@@ -107,11 +113,18 @@ def add_up(
     )
 
 
-def _in_own_slot(seconds: float | None, run: Run) -> list[float]:
-    """A number for each rank, of which this one gives its own: their sums are all ranks' numbers."""
-    if seconds is None:
-        return []
-    return [seconds if rank == run.ranks.rank else 0.0 for rank in range(run.ranks.world_size)]
+def _in_own_slot(numbers: list[float], run: Run) -> list[float]:
+    """A slot for the numbers of each rank, of which this one fills its own: the sums are all ranks' numbers."""
+    rank, others = run.ranks.rank, [0.0] * len(numbers)
+    return others * rank + numbers + others * (run.ranks.world_size - rank - 1)
+
+
+def _largest(numbers: list[float]) -> dict[str, int]:
+    """Of all ranks' numbers of `MemoryUse`, the largest of each."""
+    if not numbers:
+        return {}
+    names = [part.name for part in fields(MemoryUse)]
+    return {name: int(max(numbers[place :: len(names)])) for place, name in enumerate(names)}
 
 
 def _votes(rank_step: RankStep, run: Run) -> list[float]:

@@ -35,6 +35,7 @@ from bico_ds.planner.report.step_parts import StepPart
 from bico_ds.runtime import host_memory
 from bico_ds.runtime.distributed import broadcast_object
 from bico_ds.runtime.nodes.own_time import OwnTime
+from bico_ds.runtime.peak_memory import PeakMemory
 from bico_ds.runtime.run_folder import State
 from bico_ds.runtime.watchdog import Watchdog
 from bico_ds.spans import span
@@ -96,6 +97,7 @@ class Trainer:
         evaluator: Evaluator,
         spikes: SpikeDetector,
         watchdog: Watchdog,
+        memory: PeakMemory,
         total_steps: int,
         step: int = 0,
         targetless: TargetlessSteps | None = None,
@@ -104,7 +106,7 @@ class Trainer:
     ) -> None:
         self.run, self.engine, self.loader, self.watchdog = run, engine, loader, watchdog
         self.callbacks, self.checkpointer, self.evaluator = callbacks, checkpointer, evaluator
-        self.spikes = spikes
+        self.spikes, self.memory = spikes, memory
         self.step, self.total_steps = step, total_steps
         self.targetless = targetless or TargetlessSteps()
         self.own_time = own_time  # None of a single rank
@@ -137,16 +139,18 @@ class Trainer:
         if self._evaluation_is_missing():
             self._evaluate()
         agreed: AgreedStep | None = None
+        self._last_moment = time.perf_counter()
         while self.step < self.total_steps:
             self.watchdog.note_progress()
-            if self.profiler is not None:
-                self.profiler.begin(self.step + 1)
-            started, waited = time.perf_counter(), self.loader.wait_seconds
+            if self.profiler is not None and self.profiler.begin(self.step + 1):
+                self._last_moment = time.perf_counter()
+            waited = self.loader.wait_seconds
             agreed = agreed or self._agree()
             if agreed.stop:
                 break
-            agreed = self._take_step(agreed, started, waited)
+            agreed = self._take_step(agreed, waited)
             self.step += 1
+            self.memory.note()
             if self.run.ranks.device.type == "cpu":
                 host_memory.release_freed_pages()
             if self.run.recipe.training.on_spike == "stop":
@@ -154,6 +158,7 @@ class Trainer:
                 self._report()
             if agreed is None:
                 self._pause()
+                self._last_moment = time.perf_counter()
         self._report()
 
     def _agree(self) -> AgreedStep:
@@ -166,6 +171,10 @@ class Trainer:
     def _rank_step(self, step: int) -> RankStep:
         with span(StepPart.DATA.value):
             return self.loader.step(step)
+
+    def _is_logged(self, step: int) -> bool:
+        """Whether a line of metrics ends with this step; the same on all ranks."""
+        return step == self.total_steps or step % self.run.recipe.monitor.every_steps == 0
 
     def _pauses_after(self, step: int) -> bool:
         """Whether training pauses after so many steps, or ends; the same on all ranks."""
@@ -193,7 +202,12 @@ class Trainer:
             self.run.ranks.is_first and not self.evaluator.has_result(self.step)
         )
 
-    def _take_step(self, agreed: AgreedStep, started: float, waited: float) -> AgreedStep | None:
+    def _seconds(self) -> float:
+        """Since the last call, or the pause after it: each moment of training is one step's, and none is left out."""
+        before, self._last_moment = self._last_moment, time.perf_counter()
+        return self._last_moment - before
+
+    def _take_step(self, agreed: AgreedStep, waited: float) -> AgreedStep | None:
         """Forward, backward and update of one global batch, and the report of the step before; returns the next step.
 
         The loss is the weighted mean over all targets. Without any target there is no forward and no update, but the
@@ -213,21 +227,23 @@ class Trainer:
         # DeepSpeed's is a scalar tensor, on the device or (with offload) the host; None where it computes none.
         norm = norm if isinstance(norm, torch.Tensor) else torch.tensor(norm or 0.0)
         self.consumed = self.consumed.plus(rank_step.counts)
-        seconds = self._end_step(started, report)
+        seconds = self._end_step(report)
         report = replace(report, applied=applied, sources=self.consumed.by_source(), seconds=seconds)
         # After the update has begun, so that what shows and writes a step does not hold it up.
         self._report(totals.norm_before)
         self._unreported = _TakenStep(report=report, norm=norm, batches=rank_step.batches, losses=losses)
         return totals.following
 
-    def _end_step(self, started: float, report: StepReport) -> float:
-        """The wall time of the step."""
+    def _end_step(self, report: StepReport) -> float:
+        """The wall time of the step. What begins and writes a recording is no step's."""
         if self.profiler is None:
-            return time.perf_counter() - started
+            return self._seconds()
         self.profiler.settle()
-        seconds = time.perf_counter() - started
-        if self.profiler.end(report.step, report.objective, seconds) and self.own_time is not None:
-            self.own_time.begin()  # writing what was recorded is none of a step's work
+        seconds = self._seconds()
+        if self.profiler.end(report.step, report.objective, seconds):
+            self._last_moment = time.perf_counter()
+            if self.own_time is not None:
+                self.own_time.begin()
         return seconds
 
     def _report_of(self, agreed: AgreedStep, totals: StepTotals) -> StepReport:
@@ -250,6 +266,7 @@ class Trainer:
             divergence=totals.divergence / counts.compared if counts.targets and counts.compared else None,
             source_losses=self._source_losses(totals),
             own_seconds=list(totals.own_seconds),
+            memory=totals.memory,
         )
 
     def _report(self, norm: float | None = None) -> None:
@@ -263,6 +280,7 @@ class Trainer:
             report = replace(report, is_spike=is_spike)
         elif report.targets:
             self.callbacks.on_message(f"step {report.step}: loss or gradient not finite, update skipped")
+        self.callbacks.on_batches(report.step, report.objective, taken.batches)
         self.callbacks.on_step(report)
         if (message := self.targetless.count(report)) is not None:
             self.callbacks.on_message(message)
@@ -311,6 +329,7 @@ class Trainer:
             norm_before=None if self._unreported is None else self._unreported.norm,
             following=following,
             own_seconds=None if self.own_time is None else self.own_time.end(),
+            memory=self.memory.now() if self._is_logged(self.step + 1) else None,
         )
         if self.own_time is not None:
             self.own_time.begin()
@@ -383,6 +402,7 @@ class Trainer:
             self.callbacks.on_numbers(
                 self.step, "timing", {"speed/evaluation_seconds": time.perf_counter() - started}
             )
+            self.callbacks.on_evaluation(self.step, result)
             self._stop_above_limit(result)
 
     def _stop_above_limit(self, result: EvaluationResult) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from bico_ds.config.load import load_recipe
 from bico_ds.planner.architecture import read_architecture
 from bico_ds.planner.deployment import read_zero
 from bico_ds.planner.storage import checkpoint_bytes
+from bico_ds.training.callbacks.tensorboard.tags import tag_of, tagged
 from tests.distributed.launching import ROOT, metrics, train
 
 pytestmark = pytest.mark.distributed
@@ -60,6 +63,19 @@ def test_both_objectives_are_trained_and_told_apart(runs):
         line["speed/kept_tokens_per_second"] < line["speed/represented_tokens_per_second"]
         for line in bico_steps
     )
+
+
+def test_the_console_begins_with_what_runs_and_the_ranks_logs_have_what_libraries_say(runs):
+    console = (runs / "bico.log").read_text()
+    banner = [line.split("  ")[0] for line in console.splitlines()]
+    for label in ("model", "parameters", "ranks", "objectives", "data", "global batch", "memory", "time"):
+        assert banner.count(label) == 1, label
+    assert f"from {runs / 'base' / 'export'}" in console and "ZeRO 3" in console
+    assert "built successfully" not in console and "[WARNING] [real_accelerator" not in console
+    for rank in (0, 1):
+        log = (runs / "bico" / "logs" / f"rank-{rank}.log").read_text()
+        assert "built successfully" in log and log.count("──── start ") == 1
+    assert "done after step 20" in (runs / "bico" / "logs" / "rank-0.log").read_text()
 
 
 def test_a_step_is_saved_before_it_is_evaluated(runs):
@@ -137,9 +153,36 @@ def test_the_export_loads_in_plain_transformers_and_scores_the_same(runs):
 def test_tensorboard_has_losses_speed_and_the_recipe(runs):
     events = EventAccumulator(str(runs / "bico" / "tensorboard")).Reload()
     tags = set(events.Tags()["scalars"])
-    assert {"loss/all", "loss/ntp", "loss/bico", "optimizer/grad_norm", "data/fill"} <= tags
-    assert {f"evaluation/{task}/headline" for task in TASKS} <= tags
-    assert "recipe/text_summary" in events.Tags()["tensors"]
+    assert {"2 loss/all", "2 loss/ntp", "2 loss/bico", "6 optimizer/grad_norm", "7 data/fill"} <= tags
+    assert {f"1 reversal/{task}" for task in TASKS} <= tags
+    assert "8 details/recipe" in events.Tags()["tensors"]
+
+
+@pytest.mark.parametrize("name", ["base", "bico"])
+def test_tensorboard_shows_every_number_of_metrics_once_and_charts_what_is_there(runs, name):
+    points: dict[str, list[tuple[int, float]]] = {}
+    for line in map(json.loads, (runs / name / "metrics.jsonl").read_text().splitlines()):
+        step, kind = line.pop("step"), line.pop("kind")
+        tags = {tag_of(key): key for key in line}
+        assert len(tags) == len(line)
+        shown = tagged(kind, line)
+        for tag, value in shown.items():
+            points.setdefault(tag, []).append((step, pytest.approx(value)))
+        left_out = {key for tag, key in tags.items() if tag not in shown}
+        again = {key for key in line if key.startswith(("work/", "share/"))}
+        headlines = {f"evaluation/{task}/contains" for task in TASKS}
+        assert left_out == (again | headlines if kind == "evaluation" else set())
+    events = EventAccumulator(str(runs / name / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    found = {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
+    assert found == points
+    layout = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    for chart in (chart for category in layout.category for chart in category.chart):
+        for pattern in chart.multiline.tag:
+            assert any(re.match(pattern, tag) for tag in points), (chart.title, pattern)
+        for series in chart.margin.series:
+            assert {series.value, series.lower, series.upper} <= set(points), chart.title
 
 
 def test_mfu_is_useful_operations_of_the_batches_over_seconds_and_the_peak(runs, monkeypatch):
@@ -187,7 +230,7 @@ def test_a_run_shows_what_was_planned_beside_what_was_measured(runs):
     console = (runs / "bico.log").read_text()
     assert console.count("measured beside planned: ntp step ") == 1
     tags = EventAccumulator(str(runs / "bico" / "tensorboard")).Reload().Tags()["scalars"]
-    assert "plan/step_seconds/bico/measured" in tags and "speed/mfu/bico" in tags
+    assert "8 details/plan/step_seconds/bico/measured" in tags and "4 speed/mfu/bico" in tags
 
 
 def test_the_run_folder_tells_what_was_run(runs):

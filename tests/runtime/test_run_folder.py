@@ -221,3 +221,18 @@ def test_metrics_without_permission_are_refused_before_the_training():
                 folder.check_writable()
             folder.check_writable(begins_anew=True)
         folder.close()
+
+
+def test_starting_anew_keeps_the_ranks_logs_where_they_are_written(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.open()
+    folder.metrics_file.write_text("{}\n")
+    for name in ("rank-0.log", "rank-1.log", "stacks-rank-0.txt"):
+        (folder.logs / name).write_text("of the start before\n")
+    with open(folder.logs / "rank-0.log", "a") as log:
+        folder.set_aside()
+        log.write("of this one\n")
+    assert (folder.logs / "rank-0.log").read_text() == "of the start before\nof this one\n"
+    assert sorted(path.name for path in folder.logs.iterdir()) == ["rank-0.log", "rank-1.log"]
+    assert [path.name for path in (tmp_path / "replaced-1" / "logs").iterdir()] == ["stacks-rank-0.txt"]
+    folder.close()

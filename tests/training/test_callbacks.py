@@ -21,7 +21,8 @@ from bico_ds.planner.workload import Texts
 from bico_ds.runtime.run_folder import RunFolder
 from bico_ds.training.callbacks.base import Callback, Callbacks, FirstRankCallback, RunStart, StepReport
 from bico_ds.training.callbacks.console import ConsoleProgress
-from bico_ds.training.callbacks.monitor import StepMonitor, charts, keep_lines_until
+from bico_ds.training.callbacks.monitor import StepMonitor, keep_lines_until
+from bico_ds.training.callbacks.tensorboard.charts import charts
 from bico_ds.training.callbacks.utilization import Utilization
 from tests.full_disk import files_limited_to
 
@@ -156,7 +157,7 @@ def test_tensorboard_shows_no_step_twice_where_a_run_died_before_its_first_check
     monitored(folder, [report(step, loss=9.0) for step in range(1, 5)], every=1)
     monitored(folder, [report(step, loss=1.0) for step in range(1, 3)], every=1)
     events = EventAccumulator(str(folder.tensorboard)).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss/all")] == [(1, 1.0), (2, 1.0)]
+    assert [(e.step, e.value) for e in events.Scalars("2 loss/all")] == [(1, 1.0), (2, 1.0)]
 
 
 def test_what_each_source_has_given_so_far_is_in_tensorboard_and_metrics(folder):
@@ -167,7 +168,7 @@ def test_what_each_source_has_given_so_far_is_in_tensorboard_and_metrics(folder)
     events = EventAccumulator(str(folder.tensorboard)).Reload()
     for tag, value in {"books/rows": 6, "books/tokens": 80, "web/rows": 2, "web/tokens": 18}.items():
         assert lines[0][f"data/{tag}"] == value
-        assert [(e.step, e.value) for e in events.Scalars(f"data/{tag}")] == [(2, value)]
+        assert [(e.step, e.value) for e in events.Scalars(f"7 data/{tag}")] == [(2, value)]
 
 
 def useful(plan: Plan, rows: int, targets: int, pairs: int) -> float:
@@ -202,8 +203,9 @@ def test_utilization_is_useful_operations_over_time_and_the_peak_of_all_ranks(fo
 def test_tensorboard_says_by_which_peak_utilization_is_measured(folder):
     monitored(folder, [report(1)], every=1, utilization=Utilization.planned(tiny_plan(flops=3e9)))
     events = EventAccumulator(str(folder.tensorboard)).Reload()
-    _, (chart,) = charts(load_recipe("tiny_bico"))["bico_ds"]["MFU"]
-    for tag in ("speed/mfu", "speed/mfu/ntp"):
+    layout = charts(load_recipe("tiny_bico"), has_mfu=True)
+    ((chart,),) = (one.multiline.tag for part in layout.category for one in part.chart if one.title == "MFU")
+    for tag in ("4 speed/mfu", "4 speed/mfu/ntp"):
         assert re.match(chart, tag)
         assert len(events.Scalars(tag)) == 1
         described = events.SummaryMetadata(tag)
@@ -315,7 +317,7 @@ class Watched:
 
     def events(self) -> list[int]:
         events = EventAccumulator(str(self.folder.tensorboard)).Reload()
-        return [event.step for event in events.Scalars("loss/all")]
+        return [event.step for event in events.Scalars("2 loss/all")]
 
     def csv(self) -> list[str]:
         return (self.folder.csv / self.name / "loss_all.csv").read_text().splitlines()

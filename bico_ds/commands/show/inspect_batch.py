@@ -126,7 +126,7 @@ def check_reach(step: int, total: int, streams: Sequence[StreamReport], global_b
 
 def inspect(options: Namespace) -> None:
     """Build the step's micro-batch of that rank, print it, and draw it on request."""
-    from bico_ds.data.loading.batch_view import print_batch
+    from bico_ds.data.loading.batch_view import print_batch, shown_text
     from bico_ds.data.loading.loader import RankShare
     from bico_ds.training import assembly
 
@@ -150,7 +150,7 @@ def inspect(options: Namespace) -> None:
             f"--micro-batch {options.micro_batch}: a step has {len(rank_step.batches)} of them per rank"
         )
     batch = rank_step.batches[options.micro_batch]
-    decode = lambda token: repr(inputs.tokenizer.batch_decode([[token]])[0])[1:-1]  # noqa: E731
+    decode = shown_text(inputs.tokenizer)
     terminal = sys.stdout.isatty()
     console = Console(soft_wrap=not terminal, width=None if terminal else 160, markup=False)
     console.print(

@@ -351,13 +351,14 @@ def explain(job_id: str, script: Path, job: Job) -> None:
     first = next(iter(job.runs))
     watched = shlex.quote(str(first.parent if job.is_array else first))
     print(f"job {job_id}: {len(job.runs)} run(s), {job.resources.world_size} ranks each; script {script}")
-    status = "bico-ds status"
+    status, curves = "bico-ds status", "bico-ds tensorboard"
     if CHECKOUT is not None:
         status = f"python {shlex.quote(f'{CHECKOUT}/launch/slurm/status.py')}"
+        curves = f"python {shlex.quote(f'{CHECKOUT}/tools/show_tensorboard.py')}"
     print(f"  state    {status} {watched}")
     print(f"  output   tail -F {output}")
     print(f"  ranks    tail -F {watched}/{'*/' if job.is_array else ''}logs/train-*.log")
-    print(f"  curves   tensorboard --logdir {watched}")
+    print(f"  curves   {curves} {watched}")
     print(f"  queue    squeue --job {job_id}")
     print(f"  stop     {stop_command(job_id, job)}      (saves a checkpoint; submit again to go on)")
 

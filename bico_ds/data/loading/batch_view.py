@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from rich.text import Text
 
 from bico_ds.attention.plan import AttentionPlan
 from bico_ds.batch import PackedBatch, total_weight
+from bico_ds.data.tokenizer import Tokenizer
 
 State = Literal["kept", "live", "dead"]
 _STYLE: dict[State, str] = {"kept": "", "live": "bold yellow", "dead": "dim red"}
@@ -96,6 +97,11 @@ def view_batch(batch: PackedBatch) -> list[DocumentView]:
             )
         views.append(DocumentView(source=source, id=document, piece=piece, tokens=tuple(seen)))
     return views
+
+
+def shown_text(tokenizer: Tokenizer) -> Decode:
+    """What a token is shown as: its text, with blanks and line ends made visible by Python's escapes."""
+    return lambda token: repr(tokenizer.batch_decode([[token]])[0])[1:-1]
 
 
 def _keys_before(plan: AttentionPlan, row: int | None, document_start: int) -> int:
@@ -196,13 +202,12 @@ def _document(view: DocumentView, decode: Decode, source_names: Sequence[str], m
     return Group(table, Text(f"… {more} more tokens (--tokens shows more)") if more > 0 else Text(""))
 
 
-def plot_visibility(document: DocumentView, mode: str, decode: Decode, path: Path) -> None:
-    """Draw which tokens of one document see which, and write the picture to `path`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def plot_visibility(
+    document: DocumentView, mode: str, decode: Decode, to: Path | BinaryIO, *, title: str = "", dpi: int = 130
+) -> None:
+    """Draw which tokens of one document see which, and write the picture, a PNG, to a path or an open file."""
     from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     names = {-1: "no row (dead)", 0: "unseen", 1: "forward rotation", 2: "reversed rotation"}
@@ -210,7 +215,8 @@ def plot_visibility(document: DocumentView, mode: str, decode: Decode, path: Pat
     labels = [decode(token.token).replace("$", r"\$") for token in document.tokens]
     masked = [token.state != "kept" for token in document.tokens]
     size = max(4.0, 0.22 * len(labels))
-    figure, axes = plt.subplots(figsize=(size + 2.5, size + 1.0), layout="constrained")
+    figure = Figure(figsize=(size + 2.5, size + 1.0))
+    axes = figure.subplots()
     axes.imshow(visibility(document, mode), cmap=ListedColormap(list(colours.values())), vmin=-1, vmax=2)
     axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
     axes.set_yticks(
@@ -227,7 +233,7 @@ def plot_visibility(document: DocumentView, mode: str, decode: Decode, path: Pat
     axes.set(
         xlabel="key (red: masked)",
         ylabel="query → what it predicts",
-        title=f"{mode} attention",
+        title=title or f"{mode} attention",
     )
     axes.legend(
         handles=[Patch(facecolor=colours[k], edgecolor="grey", label=names[k]) for k in names],
@@ -235,6 +241,6 @@ def plot_visibility(document: DocumentView, mode: str, decode: Decode, path: Pat
         bbox_to_anchor=(1.01, 1.0),
         fontsize=8,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    if isinstance(to, Path):
+        to.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(to, format="png", dpi=dpi, bbox_inches="tight")

@@ -48,7 +48,7 @@ def compare_runs(
     """
     console = console or console_for_tables()
     runs = load_runs(paths)
-    _check_comparable(runs)
+    check_comparable(runs)
     frontier = panels(runs, task=task, text=text)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -180,7 +180,7 @@ def _is_ascii(result: TaskResult) -> bool:
     return all((x["answer"] + x.get("prediction", "")).isascii() for x in result.prompts)
 
 
-def _check_comparable(runs: Sequence[ComparedRun]) -> None:
+def check_comparable(runs: Sequence[ComparedRun]) -> None:
     """Raise `UserError` where a task has not the same headline metric in all runs: other questions were asked."""
     first: dict[str, tuple[str, str]] = {}
     for run in runs:

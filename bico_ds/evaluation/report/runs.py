@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ _PERPLEXITY = re.compile(rf"{_PREFIX}text/(.+)/perplexity$")
 _BLEND = re.compile(r"(?:^|/)([^/]+)/blend-(\d+(?:\.\d+)?)/?$")
 
 Curve = list[tuple[int, float]]
+Band = list[tuple[int, float, float]]
+Line = tuple[str, dict[str, Any]]  # of a run's metrics, with its place
 
 
 class TextFigure(NamedTuple):
@@ -63,7 +66,7 @@ class ComparedRun:
 
     `curves`: (step, headline score) by task, in the order of steps. `texts`: perplexities, in that order. `blend`: what the
     model was blended from, where it is a blend. `work`: None where that is not known: of a result file, and of a run of
-    before it was logged.
+    before it was logged. `bands`: (step, lower, upper bound of the score's 95 % interval) by task, as far as they are known.
     """
 
     label: str
@@ -72,6 +75,7 @@ class ComparedRun:
     texts: TextFigures = field(default_factory=dict)
     blend: Blend | None = None
     work: Work | None = None
+    bands: dict[str, Band] = field(default_factory=dict)
 
 
 def load_runs(paths: Sequence[Path]) -> list[ComparedRun]:
@@ -81,47 +85,83 @@ def load_runs(paths: Sequence[Path]) -> list[ComparedRun]:
     one, adds intervals, floors and answers. Raises `UserError` for a run that was never evaluated, a file that is neither,
     and a run that is named twice.
     """
+    return [_load_run(path, label) for path, label in zip(paths, labels_of(paths), strict=True)]
+
+
+def labels_of(paths: Sequence[Path]) -> list[str]:
+    """What runs are called: by their names alone, where these differ. Raises `UserError` for one that is named twice."""
     stems = [path.resolve().stem if path.is_file() else path.resolve().name for path in paths]
     labels = stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
     if len(set(labels)) != len(labels):
         raise UserError(f"the same run is named twice: {', '.join(labels)}")
-    return [_load_run(path, label) for path, label in zip(paths, labels, strict=True)]
+    return labels
 
 
 def _load_run(path: Path, label: str) -> ComparedRun:
     if path.is_file():
         values = read_result(path)
-        return ComparedRun(
-            label=label,
-            final=result_in(values, path),
-            curves={},
-            texts=_texts_of_file(values),
-            blend=_blend_of(str(values.get("model", ""))),
-        )
+        return run_of_file(values, path, label, result_in(values, path))
     if not path.is_dir():
         raise UserError(f"{path}: no such run folder or result file")
     folder = RunFolder(path)
     lines = _lines(folder.metrics_file)
-    records = _evaluations(lines)
-    evaluations = {step: tasks for step, (tasks, _) in records.items() if tasks}
-    curves: dict[str, Curve] = {}
-    for step, tasks in evaluations.items():
-        for name, task in tasks.items():
-            curves.setdefault(name, []).append((step, task.score))
-    if not evaluations:
-        found = "only texts were evaluated, no reversal task," if records else "no evaluation"
+    run = run_of_folder(folder, label, lines, _raise)
+    if not run.curves:
+        found = "only texts were evaluated, no reversal task," if run.texts else "no evaluation"
         raise UserError(
             f"{path}: {found} in {folder.metrics_file.name}; set 'evaluation.tasks' in the recipe, or evaluate the "
             "run's export with bico-ds evaluate and name the result file here"
         )
-    last = max(evaluations)
-    result_file = folder.evaluation_file(last)
-    final = load_result(result_file) if result_file.is_file() else EvaluationResult(tasks=evaluations[last])
+    return run
+
+
+def run_of_file(values: Mapping[str, Any], path: Path, label: str, final: EvaluationResult) -> ComparedRun:
+    """The run of a result file with these values (`read_result`), which hold this result."""
+    return ComparedRun(
+        label=label,
+        final=final,
+        curves={},
+        texts=_texts_of_file(values),
+        blend=_blend_of(str(values.get("model", ""))),
+    )
+
+
+def run_of_folder(
+    folder: RunFolder, label: str, lines: Sequence[Line], on_fault: Callable[[UserError], None]
+) -> ComparedRun:
+    """The run of a folder whose metrics have these lines; one that was never evaluated has no tasks and no curves.
+
+    `on_fault` gets what is wrong with a line, or with the result file of the last step; where it returns, the rest is read.
+    """
+    records = _evaluations(lines, on_fault)
+    evaluations = {step: tasks for step, (tasks, _) in records.items() if tasks}
+    curves: dict[str, Curve] = {}
+    bands: dict[str, Band] = {}
+    for step, tasks in evaluations.items():
+        for name, task in tasks.items():
+            curves.setdefault(name, []).append((step, task.score))
+            if task.headline in task.intervals:
+                bands.setdefault(name, []).append((step, *task.intervals[task.headline]))
     texts: TextFigures = {}
     for step, (_, figures) in records.items():
         for name, figure in figures.items():
             texts.setdefault(name, {})[step] = figure
-    return ComparedRun(label=label, final=final, curves=curves, texts=texts, work=_work(lines, last))
+    last = max(evaluations, default=None)
+    if last is None:
+        return ComparedRun(label=label, final=EvaluationResult(tasks={}), curves=curves, texts=texts)
+    final = EvaluationResult(tasks=evaluations[last])
+    if (result_file := folder.evaluation_file(last)).is_file():
+        try:
+            final = load_result(result_file)
+        except UserError as error:
+            on_fault(error)
+    return ComparedRun(
+        label=label, final=final, curves=curves, texts=texts, work=_work(lines, last), bands=bands
+    )
+
+
+def _raise(error: UserError) -> None:
+    raise error
 
 
 def _texts_of_file(values: Mapping[str, Any]) -> TextFigures:
@@ -149,7 +189,7 @@ def _blend_of(model: str) -> Blend | None:
 Record = tuple[dict[str, TaskResult], dict[str, TextFigure]]
 
 
-def _lines(metrics: Path) -> list[tuple[str, dict[str, Any]]]:
+def _lines(metrics: Path) -> list[Line]:
     """The lines of a run's metrics, each with its place."""
     if not metrics.is_file():
         return []
@@ -162,7 +202,7 @@ def _lines(metrics: Path) -> list[tuple[str, dict[str, Any]]]:
     return [(place, parse_object(line, place)) for place, line in zip(places, complete_lines, strict=True)]
 
 
-def _evaluations(lines: Sequence[tuple[str, dict[str, Any]]]) -> dict[int, Record]:
+def _evaluations(lines: Sequence[Line], on_fault: Callable[[UserError], None]) -> dict[int, Record]:
     """Task results and texts by step, in the order of steps.
 
     A resumed run may have written a step twice: the last one counts.
@@ -174,7 +214,7 @@ def _evaluations(lines: Sequence[tuple[str, dict[str, Any]]]) -> dict[int, Recor
         try:
             found[int(record["step"])] = (_task_results(record), _text_figures(record))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise UserError(f"{place}: not an evaluation as a run writes it ({error!r})") from error
+            on_fault(UserError(f"{place}: not an evaluation as a run writes it ({error!r})"))
     return dict(sorted(found.items()))
 
 
@@ -185,19 +225,22 @@ def work_in(metrics: Path) -> Work | None:
     return _work(lines, steps[-1]) if steps else None
 
 
-def _work(lines: Sequence[tuple[str, dict[str, Any]]], step: int) -> Work | None:
+def _work(lines: Sequence[Line], step: int) -> Work | None:
     """What was done until that step, by the last line of it that says so."""
-    written = [
-        {key: amount for key, amount in record.items() if key.startswith(_WORK) and is_number(amount)}
-        for _, record in lines
-        if record.get("step") == step
-    ]
-    done = next(filter(None, reversed(written)), None)
-    if done is None:
+    written = (work_of(record) for _, record in reversed(lines) if record.get("step") == step)
+    return next(filter(None, written), None)
+
+
+def work_of(record: Mapping[str, Any]) -> Work | None:
+    """What was done, by the keys `work/…` of a line of metrics; None where it has none."""
+    done = {key: amount for key, amount in record.items() if key.startswith(_WORK) and is_number(amount)}
+    if not done:
         return None
     totals: dict[str, float] = defaultdict(float)
     for key, amount in done.items():
         totals[key.removeprefix(_WORK).split("/")[0]] += amount
+    if not all(map(math.isfinite, totals.values())):  # damage, of numbers that are finite one by one
+        return None
     return Work(
         updates=int(totals["updates"]),
         rows=int(totals["rows"]),
@@ -214,10 +257,14 @@ def _task_results(record: dict[str, Any]) -> dict[str, TaskResult]:
             _, task, metric = key.split("/")
             if metric in METRICS:
                 metrics.setdefault(task, {})[metric] = float(value)
-    return {
-        task: TaskResult(headline="bleu" if "bleu" in values else "contains", metrics=values)
-        for task, values in metrics.items()
-    }
+    found = {}
+    for task, values in metrics.items():
+        headline: str | None = next((name for name in ("bleu", "contains") if name in values), None)
+        if headline is not None:
+            bounds: list[Any] = [record.get(f"{_PREFIX}{task}/headline_{end}") for end in ("low", "high")]
+            known = {headline: (float(bounds[0]), float(bounds[1]))} if all(map(is_number, bounds)) else {}
+            found[task] = TaskResult(headline=headline, metrics=values, intervals=known)
+    return found
 
 
 def _text_figures(record: dict[str, Any]) -> dict[str, TextFigure]:

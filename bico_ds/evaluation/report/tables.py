@@ -30,7 +30,7 @@ _AGREEMENT = {
     "base_log_prob": "log-probability under the base",
     "log_prob_change": "model minus base",
 }
-_WORK_COLUMNS = (
+WORK_COLUMNS = (
     "run",
     "updates",
     "tokens through the model",
@@ -83,7 +83,7 @@ def contamination_table(results: Mapping[str, EvaluationResult]) -> Table:
         title="By the order in the training texts",
         caption="same: what is asked about, then the answer; reverse: the answer first. Same and both are recall",
     )
-    for cells in _contamination_lines(results):
+    for cells in contamination_lines(results):
         table.add_row(*map(escape, cells))
     return table
 
@@ -92,7 +92,7 @@ def contamination_markdown(results: Mapping[str, EvaluationResult]) -> str:
     """The same table as Markdown."""
     headers = ["task", "in the training texts", "metric", *results, "prompts"]
     ruler = ["---"] * 3 + ["--:"] * (len(results) + 1)
-    return _markdown([headers, ruler, *_contamination_lines(results)])
+    return _markdown([headers, ruler, *contamination_lines(results)])
 
 
 def contamination_line(result: EvaluationResult) -> str:
@@ -123,7 +123,7 @@ def search_notes(training_texts: Mapping[str, Mapping[str, Any]]) -> Iterator[st
             )
 
 
-def _contamination_lines(results: Mapping[str, EvaluationResult]) -> Iterator[list[str]]:
+def contamination_lines(results: Mapping[str, EvaluationResult]) -> Iterator[list[str]]:
     """By task and order: both, headline metric, a score for every model, number of prompts (all, where models differ)."""
     searched = [result for result in results.values() if result.training_texts]
     for name in dict.fromkeys(name for result in searched for name in result.training_texts):
@@ -145,26 +145,26 @@ def _score(scores: Mapping[str, Any] | None, metric: str) -> str:
 def work_table(work: Mapping[str, Work | None]) -> Table:
     """What every run had done when it was evaluated last."""
     table = _table(
-        _WORK_COLUMNS,
+        WORK_COLUMNS,
         title="The work of each run",
         caption="FLOPs: useful ones, as MFU counts them; seconds: of the training steps",
     )
-    for cells in _work_lines(work):
+    for cells in work_lines(work):
         table.add_row(*map(escape, cells))
     return table
 
 
 def work_markdown(work: Mapping[str, Work | None]) -> str:
     """The same table as Markdown."""
-    ruler = ["---"] + ["--:"] * (len(_WORK_COLUMNS) - 1)
-    return _markdown([_WORK_COLUMNS, ruler, *_work_lines(work)])
+    ruler = ["---"] + ["--:"] * (len(WORK_COLUMNS) - 1)
+    return _markdown([WORK_COLUMNS, ruler, *work_lines(work)])
 
 
-def _work_lines(work: Mapping[str, Work | None]) -> Iterator[list[str]]:
+def work_lines(work: Mapping[str, Work | None]) -> Iterator[list[str]]:
     first = next((done.flops for done in [*work.values()][:1] if done is not None), None)
     for label, done in work.items():
         if done is None:
-            yield [label, *["–"] * (len(_WORK_COLUMNS) - 1)]
+            yield [label, *["–"] * (len(WORK_COLUMNS) - 1)]
             continue
         counts = [f"{count:,}" for count in (done.updates, done.rows, done.tokens)]
         flops = "–" if done.flops is None else f"{done.flops:.3g}"
@@ -178,7 +178,7 @@ def difference_table(differences: Mapping[str, Mapping[str, Difference]], *, of:
         ("task", "metric", "difference [95 % interval]", "prompts", "persons"),
         title=escape(f"{of} minus {minus}, paired by prompt"),
     )
-    for cells in _difference_lines(differences):
+    for cells in difference_lines(differences):
         table.add_row(*map(escape, cells))
     return table
 
@@ -186,10 +186,10 @@ def difference_table(differences: Mapping[str, Mapping[str, Difference]], *, of:
 def difference_markdown(differences: Mapping[str, Mapping[str, Difference]], *, of: str, minus: str) -> str:
     """The same table as Markdown."""
     headers = ["task", "metric", f"{of} minus {minus}, paired by prompt", "prompts", "persons"]
-    return _markdown([headers, ["---"] * 2 + ["--:"] * 3, *_difference_lines(differences)])
+    return _markdown([headers, ["---"] * 2 + ["--:"] * 3, *difference_lines(differences)])
 
 
-def _difference_lines(differences: Mapping[str, Mapping[str, Difference]]) -> Iterator[list[str]]:
+def difference_lines(differences: Mapping[str, Mapping[str, Difference]]) -> Iterator[list[str]]:
     for task, metrics in differences.items():
         for metric, found in metrics.items():
             low, high = found.interval

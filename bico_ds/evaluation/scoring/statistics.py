@@ -28,6 +28,15 @@ def clustered_interval(
     return float(low), float(high)
 
 
+def unanimous_interval(score: float, groups: int, *, level: float = 0.95) -> tuple[float, float]:
+    """The exact interval (Clopper and Pearson's) of a mean where all scores, of so many groups, are 0, or all are 1.
+
+    No resample differs there, so that `clustered_interval` has no width.
+    """
+    end = ((1 - level) / 2) ** (1 / groups)
+    return (end, 1.0) if score else (0.0, 1 - end)
+
+
 def group_means(scores: ArrayLike, groups: Sequence[str]) -> NDArray[np.float64]:
     """The mean of each group's scores, groups in sorted order."""
     sums, counts = _group_sums(scores, groups)

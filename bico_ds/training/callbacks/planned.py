@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
+from collections.abc import Sequence
 
 from bico_ds.planner.items import of_tensors
 from bico_ds.planner.plan import Plan
@@ -60,14 +61,13 @@ class PlannedBesideMeasured(FirstRankCallback):
         if not self._steps:
             return
         on_gpu = self._plan.deployment.device.kind == "cuda"
-        moments = [of_tensors(moment.items) for moment in self._plan.memory.moments]
-        memory = max(moments, key=lambda moment: moment.high)
+        memory = planned_memory(self._plan)
         numbers |= _numbers("memory_bytes", self._memory.allocated, memory)
         numbers["memory_bytes/reserved"] = self._memory.reserved
         # A process on a CPU has more than tensors: caches of its libraries, the loader, compiled kernels.
         of_what = "memory of tensors" if on_gpu else "growth of the process, beside its tensors alone,"
         parts.append(f"{of_what} {_beside(self._memory.allocated / GB, memory.times(1 / GB), 'GB')}")
-        self._tell.on_message(f"measured beside planned: {'; '.join(parts)}")
+        self._tell.on_note(f"measured beside planned: {'; '.join(parts)}")
         self._tell.on_numbers(step, "plan", {f"plan/{name}": value for name, value in numbers.items()})
         self._record(numbers)
 
@@ -79,6 +79,24 @@ class PlannedBesideMeasured(FirstRankCallback):
             self._folder.add_to_start(plan=known | numbers)
         except OSError as error:  # a run goes on without it
             self._tell.on_message(f"run.json: the plan's numbers are not in it: {error.strerror}")
+
+
+def memory_numbers(reports: Sequence[StepReport], planned: Range | None) -> dict[str, float]:
+    """The newest memory that these steps know, of the fullest rank, beside that of the plan; GB (1e9 bytes).
+
+    `planned`: `planned_memory`; None where there is no plan. Nothing where no step knows its memory.
+    """
+    known = [report.memory for report in reports if report.memory]
+    if not known:
+        return {}
+    bounds = {} if planned is None else {"planned_low": planned.low, "planned_high": planned.high}
+    return {f"memory/{what}_gb": amount / GB for what, amount in (known[-1] | bounds).items()}
+
+
+def planned_memory(plan: Plan) -> Range:
+    """Bytes that tensors take on a rank at the fullest moment."""
+    moments = [of_tensors(moment.items) for moment in plan.memory.moments]
+    return max(moments, key=lambda moment: moment.high)
 
 
 def _numbers(what: str, measured: float, planned: Range) -> dict[str, float]:

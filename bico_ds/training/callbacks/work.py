@@ -66,7 +66,7 @@ class ObjectiveWork(FirstRankCallback):
         if not self._done:
             return
         by_objective = self._by_objective()
-        self._tell.on_message(f"work: {'; '.join(self._lines(by_objective))}")
+        self._tell.on_note(f"work: {'; '.join(self._lines(by_objective))}")
         try:
             self._folder.add_to_start(work=by_objective)
         except OSError as error:  # a run goes on without it

@@ -63,15 +63,16 @@ class StepProfiler:
         self._found: list[list[RankStep]] = []
         self._is_warm = False
 
-    def begin(self, step: int) -> None:
-        """This step is about to begin. Collective where it is to be recorded."""
+    def begin(self, step: int) -> bool:
+        """This step is about to begin; returns whether it is to be recorded. Collective then."""
         if step not in self._steps:
-            return
+            return False
         self._failure = _failure_of(self._start)
         dist.barrier()  # or a rank's waiting for others that start their profilers would be the step's
         if self._recording is not None:
             self.settle()
             self._recording.begin(step)
+        return True
 
     def settle(self) -> None:
         """Have a recorded step end when the device has done it, and not when the host has."""

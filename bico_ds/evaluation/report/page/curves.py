@@ -1,0 +1,171 @@
+"""The sections with curves: scores over the steps, and losses by objective."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from bico_ds.evaluation.report.page.chart import Chart, Curve, Point, draw, legend
+from bico_ds.evaluation.report.page.html import Html, details, element, section, table
+from bico_ds.evaluation.report.page.numbers import compact, percent
+from bico_ds.evaluation.report.page.scores import WORDINGS, figure_of, interval_of, task_names, title_of
+from bico_ds.evaluation.report.page.source import ReportedRun, Series
+
+MOST_POINTS = 200  # of a curve; of more, means are drawn
+_MOST_ROWS = 15
+_LOSS = "loss/"
+
+
+def score_curves(runs: Sequence[ReportedRun]) -> Html | None:
+    """A panel for each task that was asked at more than one step; None without one."""
+    tasks = [name for name in task_names(runs) if any(len(_finite(run, name)) > 1 for run in runs)]
+    if not tasks:
+        return None
+    figures = [_panel(runs, task, number) for number, task in enumerate(tasks)]
+    return section(
+        "curves",
+        "How it was learnt",
+        element("p", "Scores at each evaluation; bars at the last one are 95 % intervals.", class_="soft"),
+        legend([run.label if any(_finite(run, task) for task in tasks) else "" for run in runs]),
+        element("div", *figures, class_="panels"),
+    )
+
+
+def _finite(run: ReportedRun, task: str) -> list[Point]:
+    return [(step, score) for step, score in run.compared.curves.get(task, []) if math.isfinite(score)]
+
+
+def _panel(runs: Sequence[ReportedRun], task: str, number: int) -> Html:
+    curves = []
+    for index, run in enumerate(runs):
+        if points := _finite(run, task):
+            final = run.compared.final.tasks.get(task)
+            is_same = final is not None and math.isclose(final.score, points[-1][1], abs_tol=1e-6)
+            interval = interval_of(final) if final is not None and is_same else None
+            curves.append(Curve(index, run.label, points, interval))
+    result = next(run.compared.final.tasks[task] for run in runs if task in run.compared.final.tasks)
+    is_bleu = result.headline == "bleu"
+    wording = WORDINGS.get(task)
+    said = (
+        f"Persons whose training texts give the {wording.first} first." if wording else "A task of its own."
+    )
+    chart = Chart(
+        identifier=f"score-{number}",
+        title=f"{title_of(task)}: score over the steps",
+        summary=_summary(curves, lambda score: figure_of(result, score)),
+        x_name="optimizer step",
+        curves=curves,
+        y_format=(lambda value: f"{value:.1f}") if is_bleu else percent,
+        y_range=(0.0, 1.0),
+    )
+    return element(
+        "figure",
+        element("h3", title_of(task)),
+        element("figcaption", said),
+        draw(chart),
+        _data(f"{title_of(task)}, by step", curves, lambda score: figure_of(result, score)),
+    )
+
+
+def _summary(curves: Sequence[Curve], written: Callable[[float], str]) -> str:
+    return " ".join(
+        f"{curve.label}: {written(curve.points[0][1])} at step {curve.points[0][0]:,.0f}, "
+        f"{written(curve.points[-1][1])} at step {curve.points[-1][0]:,.0f}."
+        for curve in curves
+    )
+
+
+def _data(caption: str, curves: Sequence[Curve], written: Callable[[float], str]) -> Html:
+    """The values of a chart as a table, of many steps some."""
+    steps = sorted({step for curve in curves for step, _ in curve.points})
+    every = -(-len(steps) // _MOST_ROWS)
+    shown = sorted({*steps[::every], steps[-1]})
+    known = [dict(curve.points) for curve in curves]
+    rows = [
+        (f"{step:,.0f}", *(written(values[step]) if step in values else "–" for values in known))
+        for step in shown
+    ]
+    return details("Data", table(caption, ("step", *(curve.label for curve in curves)), rows))
+
+
+def losses(runs: Sequence[ReportedRun]) -> Html | None:
+    """A panel for the loss of all steps and of each objective, as they were logged; None without one."""
+    keys = dict.fromkeys(
+        key for run in runs for key in run.logged.series if key.startswith(_LOSS) and key.count("/") == 1
+    )
+    if not keys:
+        return None
+    ordered = sorted(keys, key=lambda key: key != "loss/all")
+    figures = [_loss_panel(runs, key, number) for number, key in enumerate(ordered)]
+    return section(
+        "losses",
+        "Losses by objective",
+        element(
+            "p",
+            "Mean loss in nats per predicted token. Objectives predict different tokens under different masks: only "
+            "curves of one panel stand side by side.",
+            class_="soft",
+        ),
+        legend([run.label if run.logged.series else "" for run in runs]),
+        element("div", *figures, class_="panels"),
+        _by_source(runs),
+    )
+
+
+def _loss_panel(runs: Sequence[ReportedRun], key: str, number: int) -> Html:
+    curves, most = [], 1
+    for index, run in enumerate(runs):
+        if (series := run.logged.series.get(key)) is not None:
+            points, merged = thinned(series)
+            curves.append(Curve(index, run.label, points))
+            most = max(most, merged)
+    name = key.removeprefix(_LOSS)
+    title = {"all": "all steps", "divergence": "divergence from the start model"}.get(name, name)
+    chart = Chart(
+        identifier=f"loss-{number}",
+        title=f"Loss, {title}",
+        summary=_summary(curves, compact),
+        x_name="optimizer step",
+        curves=curves,
+    )
+    caption = f"Each point is the mean of {most} logged values." if most > 1 else None
+    return element(
+        "figure",
+        element("h3", title),
+        element("figcaption", caption) if caption else None,
+        draw(chart),
+        _data(f"Loss, {title}, by step", curves, compact),
+    )
+
+
+def thinned(series: Series) -> tuple[list[Point], int]:
+    """At most `MOST_POINTS` points in the order of steps, and of how many logged values each is the mean.
+
+    Of a step that was logged twice the last value counts, as after a resume.
+    """
+    values = dict(zip(series.steps, series.values, strict=True))
+    steps = sorted(values)
+    merged = -(-len(steps) // MOST_POINTS)
+    parts = [steps[start : start + merged] for start in range(0, len(steps), merged)]
+    return [(float(part[-1]), float(np.mean([values[step] for step in part]))) for part in parts], merged
+
+
+def _by_source(runs: Sequence[ReportedRun]) -> Html | None:
+    """The last losses by objective and source, where an objective has several sources."""
+    keys = sorted(
+        {key for run in runs for key in run.logged.series if key.startswith(_LOSS) and key.count("/") > 1}
+    )
+    if not keys:
+        return None
+    rows = [(key.removeprefix(_LOSS), *_last(runs, key)) for key in keys]
+    return table(
+        "Last logged loss by objective and source", ("objective/source", *(r.label for r in runs)), rows
+    )
+
+
+def _last(runs: Sequence[ReportedRun], key: str) -> Iterator[str]:
+    for run in runs:
+        series = run.logged.series.get(key)
+        yield "–" if series is None else compact(series.values[-1])

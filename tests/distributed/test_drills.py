@@ -143,6 +143,7 @@ def test_a_rank_that_stands_still(tmp_path, report):
     finally:
         end_tree(command)
     stacks = (run / "logs" / "stacks-rank-0.txt").read_text()
+    assert (run / "logs" / "flight_recorder" / "rank-0").stat().st_size > 0
     assert "trainer.py" in stacks
     assert "no progress for 15 seconds" in log(run)
     assert state(run)["state"] == "failed"

@@ -165,7 +165,6 @@ def test_of_a_stall_the_record_of_every_rank_tells_who_joined_which_collective(f
         with open(folder.logs / "flight_recorder" / f"rank-{rank}", "rb") as file:
             entries = pickle.load(file)["entries"]
         sizes.append([entry["input_sizes"] for entry in entries if "all_reduce" in entry["profiling_name"]])
-        assert entries[0]["frames"], "with the lines that asked for it"
     assert sizes == [[[[3]], [[5]]], [[[3]]]]
     folder.close()
 

@@ -18,7 +18,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from rich.table import Table
 from bico_ds.commands.demo import deepspeed_launcher, training_program
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
-from bico_ds.common.json_files import JsonError
+from bico_ds.common.json_files import JsonError, is_number
 from bico_ds.config.arguments import RECIPE_HELP, add_overrides_option, local_path, path_text, positive
 from bico_ds.config.load import load_recipe
 from bico_ds.config.schema import Recipe
@@ -41,6 +41,7 @@ from bico_ds.planner.report.advice import Advice, advise, of_data_wait
 from bico_ds.planner.report.quantities import percent, time
 from bico_ds.planner.report.step_parts import StepPart
 from bico_ds.planner.step_time import StepTime
+from bico_ds.runtime.launch_environment import free_port, is_launched
 from bico_ds.runtime.run_folder import RunFolder, read_starts
 from bico_ds.training.profile.short_run import MOST_RECORDED, profile_recipe
 from bico_ds.training.profile.table import Profile, StepTable, read_profile
@@ -87,10 +88,14 @@ class Explained:
     advice: Sequence[Advice]
     notes: Sequence[str]
 
+    @property
+    def has_times(self) -> bool:
+        """Whether the planner knows how long a step takes on these devices."""
+        return self.plan is not None and math.isfinite(self.plan.run.mean_step_seconds.high)
+
     def planned(self, objective: str) -> StepTime | None:
-        steps = () if self.plan is None else self.plan.steps
-        found = next((step for step in steps if step.objective == objective), None)
-        return found if found is not None and math.isfinite(found.seconds.high) else None
+        steps = self.plan.steps if self.plan is not None and self.has_times else ()
+        return next((step for step in steps if step.objective == objective), None)
 
 
 def run(options: Namespace) -> None:
@@ -104,6 +109,8 @@ def run(options: Namespace) -> None:
 
 def explain_recipe(options: Namespace) -> Explained:
     """Train some steps of the recipe here. Raises `UserError` and `RunError` as the training does."""
+    if is_launched():
+        raise UserError("explain-step starts its ranks itself: give --ranks N, without a launcher before it")
     ranks, steps, overrides, notes = options.ranks or 1, options.steps or _STEPS, [*options.overrides], []
     recipe = load_recipe(options.recipe, overrides)
     if (planned := _checks().without_missing_weights(recipe)) is not recipe:
@@ -125,9 +132,10 @@ def explain_run(folder: Path) -> Explained:
 
 
 def _program(ranks: int) -> list[str]:
-    """The command that trains."""
+    """The command that trains, beside whatever else trains on this machine."""
     if ranks > 1:
-        return [deepspeed_launcher(), "--num_accelerators", str(ranks), *training_program()]
+        launcher = [deepspeed_launcher(), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+        return [*launcher, *training_program()]
     return [sys.executable, *(word.replace("--module", "-m") for word in training_program())]
 
 
@@ -144,20 +152,22 @@ def _devices_of_run(folder: Path, ranks: int) -> tuple[Device, int, int]:
     Raises `UserError` where its run.json does not say.
     """
     try:
-        starts = [start for start in read_starts(RunFolder(folder).run_file) if "plan" in start]
+        starts = [
+            start for start in read_starts(RunFolder(folder).run_file) if isinstance(start.get("plan"), dict)
+        ]
     except JsonError as error:
         raise UserError(str(error)) from None
     if not starts:
         raise UserError("run.json does not say which devices the run had")
     planned, hosts = starts[-1]["plan"], starts[-1].get("hosts") or [""] * ranks
-    nodes, title = len(Counter(hosts)), planned.get("device")
+    nodes, title, peak = len(Counter(hosts)), planned.get("device"), planned.get("peak_flops")
     known = next((device for device in DEVICES.values() if device.title == title), None)
-    if known is None and not str(title).startswith("a CPU"):
-        raise UserError(f"no data sheet of '{title}' is known")
-    if known is None:
+    if known is None and is_number(peak):  # of a CPU, which was measured
         from bico_ds.runtime import host_memory
 
-        known = cpu_device(host_memory.memory_limit(), float(planned["peak_flops"]), ranks // nodes)
+        known = cpu_device(host_memory.memory_limit(), peak, ranks // nodes)
+    if known is None:
+        raise UserError(f"no data sheet of '{title}' is known")
     return known, nodes, ranks // nodes
 
 
@@ -177,12 +187,15 @@ def _explained(
         return Explained(
             name=recipe.name, profile=profile, plan=None, advice=[], notes=[*notes, f"no plan: {error}"]
         )
-    advice = list(_of_data(plan, profile))
-    if math.isfinite(plan.run.mean_step_seconds.high):
-        advice += advise(plan, is_allowed=lambda override: _is_allowed(name, [*overrides, override], plan))
-    else:
-        notes = [*notes, f"no data sheet of {device.name} is known, so that times are not planned"]
-    return Explained(name=recipe.name, profile=profile, plan=plan, advice=advice, notes=notes)
+    explained = Explained(
+        name=recipe.name, profile=profile, plan=plan, advice=list(_of_data(plan, profile)), notes=notes
+    )
+    if not explained.has_times:
+        return replace(
+            explained, notes=[*notes, f"no data sheet of {device.name} is known: times are not planned"]
+        )
+    found = advise(plan, is_allowed=lambda override: _is_allowed(name, [*overrides, override], plan))
+    return replace(explained, advice=[*explained.advice, *found])
 
 
 def _of_data(plan: Plan, profile: Profile) -> Iterator[Advice]:
@@ -227,7 +240,7 @@ def show(explained: Explained, console: Console) -> None:
         planned = explained.planned(table.objective)
         say(f"\n{_headline(table, planned)}", style="bold")
         say(_table(table, planned))
-    for line in _advice_lines(explained.advice) if explained.plan is not None else ():
+    for line in _advice_lines(explained.advice) if explained.advice or explained.has_times else ():
         say(line)
     for note in filter(None, [_beyond_plan(explained), *explained.notes]):
         say(f"note: {note}")
@@ -242,15 +255,15 @@ def _headline(table: StepTable, planned: StepTime | None) -> str:
 
 def _table(table: StepTable, planned: StepTime | None) -> Table:
     found = Table(box=SIMPLE_HEAD, pad_edge=False)
-    found.add_column("part")
+    found.add_column("part", no_wrap=True)
     for column in ("recorded", "share", *(() if planned is None else ("planned", "share"))):
         found.add_column(column, justify="right")
     for part, recorded, expected in _rows(table, planned):
-        cells = [_one(recorded), percent(Range.exactly(recorded / table.seconds))]
+        cells = [_one(recorded), f"{recorded / table.seconds:.1%}"]
         if planned is not None:
             cells += ["not planned", ""] if expected is None else _planned_cells(expected, planned)
         found.add_row(part.value, *cells)
-    whole = [_one(table.seconds), "100 %", *(() if planned is None else (time(planned.seconds), "100 %"))]
+    whole = [_one(table.seconds), "100%", *(() if planned is None else (time(planned.seconds), "100%"))]
     found.add_row("the step", *whole, style="bold")
     return found
 
@@ -267,7 +280,7 @@ def _rows(table: StepTable, planned: StepTime | None) -> Iterator[tuple[StepPart
 def _planned_cells(expected: Range, planned: StepTime) -> list[str]:
     if not expected.high:
         return ["0", ""]
-    return [time(expected), percent(Range.exactly(expected.middle / planned.seconds.middle))]
+    return [time(expected), f"{expected.middle / planned.seconds.middle:.1%}"]
 
 
 def _one(seconds: float) -> str:

@@ -20,8 +20,9 @@ FOLDER = "flight_recorder"
 def write_flight_record(logs: Path, rank: int, *, seconds: float) -> None:
     """Write `flight_recorder/rank-N` into `logs`, for `python -m torch.distributed.flight_recorder.fr_trace`.
 
-    Nothing before the ranks are joined; what cannot be written is left out. The recorder asks CUDA which collectives are
-    done, and no other thread of Python's runs meanwhile: if that takes longer than `seconds`, the process ends with code 1.
+    Nothing before the ranks are joined; what cannot be written is left out. Without stacks, for which torch imports its
+    compiler: seconds, in a process that is about to end. The recorder asks CUDA which collectives are done, and no other
+    thread of Python's runs meanwhile: if that takes longer than `seconds`, the process ends with code 1.
     """
     if not dist.is_initialized():
         return
@@ -31,7 +32,7 @@ def write_flight_record(logs: Path, rank: int, *, seconds: float) -> None:
     with contextlib.suppress(OSError, RuntimeError):
         faulthandler.dump_traceback_later(seconds, exit=True)
         try:
-            record = dump()
+            record = dump(includeStackTraces=False)
         finally:
             faulthandler.cancel_dump_traceback_later()
         (logs / FOLDER).mkdir(exist_ok=True)

@@ -61,8 +61,8 @@ def test_a_reader_gets_tables_of_80_columns_and_the_options_to_set(tmp_path, cap
     assert max(map(len, shown.splitlines())) <= 80
     lines = [" ".join(line.split()) for line in shown.splitlines()]
     assert lines[1].startswith("ntp: 80.0 ms a step, 100 ms recorded (mean of 1), planned ")
-    assert any(line.startswith("linear layers 50.0 ms 50.0 % ") for line in lines)
-    assert "data 30.0 ms 30.0 % not planned" in lines
+    assert any(line.startswith("linear layers 50.0 ms 50.0% ") for line in lines)
+    assert "data 30.0 ms 30.0% not planned" in lines
     assert "--set data.workers=2" in lines
     assert "saves at most 30.0 % of the time, as measured:" in lines
     assert any(line.startswith("note: steps take up to ") for line in lines)
@@ -82,12 +82,15 @@ def test_a_gpu_is_planned_by_the_data_sheet_of_the_name_that_the_run_recorded(tm
 
 @pytest.mark.parametrize(
     ("planned", "why"),
-    [({}, "does not say which devices"), ({"device": "a toaster"}, "no data sheet of 'a toaster'")],
+    [
+        ({}, "does not say which devices"),
+        ({"device": "a toaster", "peak_flops": None}, "no data sheet of 'a toaster'"),
+    ],
 )
 def test_of_devices_that_are_not_known_the_profile_alone_is_shown(tmp_path, capsys, planned, why):
     assert main(["--run", str(run_with_profile(tmp_path, planned))]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "linear layers 50.0 ms 50.0 %" in shown and why in shown
+    assert "linear layers 50.0 ms 50.0%" in shown and why in shown
     assert "planned" not in shown.replace("no plan", "") and "--set" not in shown
 
 
@@ -111,6 +114,13 @@ def test_options_that_contradict_each_other_are_refused(words, problem, capsys):
         main(words)
     assert ended.value.code == 2
     assert problem in capsys.readouterr().err
+
+
+def test_a_launcher_before_it_is_refused(monkeypatch, capsys):
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert main(["tiny_base"]) == 2
+    assert "give --ranks N" in capsys.readouterr().err
 
 
 def test_what_the_training_refuses_is_told_as_it_says_it(tmp_path, monkeypatch):

@@ -209,7 +209,7 @@ def _set_later_aside(folder: RunFolder, step: int) -> None:
     """Checkpoints, evaluations and metrics after the step resumed from are damaged, or of steps that are done anew.
 
     None may be taken later for one of the steps to come, nor may whatever has the name of one. A start from the beginning
-    (`step` is -1) does step 0 anew, too, of which TensorBoard's files can hide nothing.
+    (`step` is -1) does step 0 anew, too.
     """
     later = [path for of, path in STEP.in_folder(folder.checkpoints) if of > step]
     results = folder.evaluations_after(step)
@@ -219,10 +219,8 @@ def _set_later_aside(folder: RunFolder, step: int) -> None:
     aside = folder.new_aside()
     if results:
         (aside / folder.evaluation.name).mkdir()
-    board = [folder.tensorboard] if step < 0 and folder.tensorboard.is_dir() else []
     names = [path.name for path in later] + [f"{folder.evaluation.name}/{path.name}" for path in results]
-    names += [path.name for path in board]
-    for path, name in zip(later + results + board, names, strict=True):
+    for path, name in zip(later + results, names, strict=True):
         path.rename(aside / name)
     if lines:
         write_atomically(aside / folder.metrics_file.name, "".join(lines))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ class Architecture:
         """Of one decoder layer, norms and biases among them."""
         return sum(linear.parameters for linear in self.linears) + self.norm_elements
 
-    @property
+    @cached_property
     def layer_matrix_elements(self) -> int:
         """Of one decoder layer's linear weights."""
         return sum(linear.weight_elements for linear in self.linears)

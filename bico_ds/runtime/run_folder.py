@@ -333,7 +333,13 @@ class RunFolder:
         )
         for file in (*files, self.run_file):
             remove_incomplete(self.path, file.name)
-        for folder, names in ((self.evaluation, "step-*"), (self.logs, "*"), (self.checkpoints, "*")):
+        folders = {
+            self.evaluation: "step-*",
+            self.logs: "*",
+            self.checkpoints: "*",
+            self.tensorboard: "events.*",
+        }
+        for folder, names in folders.items():
             remove_incomplete(folder, names)
         for path in self.path.iterdir():
             if _TEMPORARY_OF_0_1_0.fullmatch(path.name):

@@ -45,8 +45,8 @@ class StepTotals:
 
     Losses are weighted. `source_losses` and `source_weights`: the sum of each data source's, and of their weights, where
     there are several. `norm_before`: the gradient norm of the step before, NaN where it was not given. `following`: the
-    next step, where it was given. `own_seconds`: by rank, where it was given. `memory`: each number of `MemoryUse`, in bytes,
-    as the rank has it where it is largest; where it was given.
+    next step, where it was given. `own_seconds`: by rank, where it was given. `memory`: of each number of `MemoryUse`, in
+    bytes, the largest of any rank; where it was given.
     """
 
     loss: float

@@ -2,7 +2,7 @@
 
     bico-ds tensorboard
     bico-ds tensorboard runs/tiny_bico runs/tiny_ntp --port 6007
-    bico-ds tensorboard runs -- --samples_per_plugin=scalars=5000
+    bico-ds tensorboard runs --bind-all
 
 All runs below each FOLDER are shown, those that begin later too, and event files of other programs; what a later start set
 aside (replaced-N/) is not. What follows `--` goes to tensorboard as it is. Ctrl-C ends it.

@@ -26,7 +26,7 @@ from bico_ds.training.callbacks.utilization import Utilization
 _logger = logging.getLogger(__name__)
 
 _RECENT = 20  # steps over which rates are taken
-_PER_SECOND = 2  # how often the live line is drawn: each time takes the loop a millisecond
+_BETWEEN_DRAWINGS = 1.0  # seconds: drawing the live line takes the loop a millisecond
 
 
 class ConsoleProgress(FirstRankCallback):
@@ -47,7 +47,7 @@ class ConsoleProgress(FirstRankCallback):
         self._losses: dict[str, float] = {}
         self._recent: deque[StepReport] = deque(maxlen=_RECENT)
         self._pace = _Pace()
-        self._last_line = time.monotonic()
+        self._last_line = self._last_drawing = time.monotonic()
         self._live: Live | None = None
 
     def on_start(self, start: RunStart) -> None:
@@ -59,11 +59,11 @@ class ConsoleProgress(FirstRankCallback):
             self._live = Live(
                 console=self._console,
                 get_renderable=self._live_line,
-                refresh_per_second=_PER_SECOND,
+                auto_refresh=False,  # nothing changes between steps, and a thread's share of them would not be counted
                 transient=True,
                 redirect_stderr=sys.stderr.isatty(),  # else it is a file, which errors are to be in
             )
-            self._live.start()
+            self._live.start(refresh=True)
             atexit.register(self._live.stop)  # a run that fails ends without `on_end`
             # It would stay hidden where the process ends at once, as a rank that fails does.
             self._console.show_cursor(True)
@@ -73,10 +73,13 @@ class ConsoleProgress(FirstRankCallback):
         self._pace.step()
         if report.targets:
             self._losses[report.objective] = report.loss
-        is_due = time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES
-        if is_due or report.step in (self._first, self._total):
-            self._last_line = time.monotonic()
+        now, is_end = time.monotonic(), report.step in (self._first, self._total)
+        if is_end or now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
             self._say(self._plain_line(), shown=self._live is None and not self._quiet)
+        if self._live is not None and (is_end or now - self._last_drawing >= _BETWEEN_DRAWINGS):
+            self._last_drawing = now
+            self._live.refresh()
 
     def on_numbers(self, step: int, kind: str, numbers: dict[str, float]) -> None:
         if kind == "evaluation":

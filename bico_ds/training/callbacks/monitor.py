@@ -69,6 +69,8 @@ class StepMonitor(FirstRankCallback):
         first = start.first_step
         self._pending = [StepReport(**report) for report in start.saved.get("unwritten_steps", [])]
         self._earlier = len(self._pending)
+        if self._watch is not None:
+            self._watch.take()  # messages of the start are no step's
         self._first_step, self._max_grad_norm = first, start.recipe.training.max_grad_norm
         if self._deepspeed_monitor is not None and self._deepspeed_monitor.enabled:
             csv = self._folder.csv / start.recipe.name

@@ -10,7 +10,7 @@ from bico_ds.common.appended_file import AppendedFile
 from bico_ds.runtime.run_folder import RunFolder
 from bico_ds.training.callbacks.tensorboard.about import About
 from bico_ds.training.callbacks.tensorboard.event_file import EventFile
-from bico_ds.training.callbacks.tensorboard.history import renew
+from bico_ds.training.callbacks.tensorboard.history import forget_after, renew
 from bico_ds.training.callbacks.tensorboard.tags import tag_of, tagged
 from bico_ds.training.callbacks.utilization import TAG as MFU
 
@@ -18,8 +18,8 @@ from bico_ds.training.callbacks.utilization import TAG as MFU
 class Board:
     """The event files of a run folder: each start adds one, which hides what earlier ones wrote after its `first_step`.
 
-    `first_step`: the step that the run goes on from. `first`: what the file begins with. `about`: what is there once. `mfu`: what the peak of MFU is, shown beside its charts. `tell` gets a line where
-    files of a run begun before are replaced.
+    `first_step`: the step that the run goes on from. `first`: what the file begins with. `mfu`: what the peak of MFU is,
+    shown beside its charts. `tell` gets a line where files of a run begun before are replaced. `about`: what is there once.
     """
 
     def __init__(
@@ -34,9 +34,10 @@ class Board:
     ) -> None:
         self._folder, self._first_step, self._tell = folder, first_step, tell
         self._mfu = mfu
+        self._described: set[str] = set()
         self._is_renewed = False  # the files of earlier starts: before the first record of this one
         self._about = about
-        # Hide the steps that an earlier start wrote after the checkpoint resumed from (without one: all).
+        # From TensorBoards that are open: hide what an earlier start wrote after the checkpoint resumed from.
         self._events = EventFile(folder.tensorboard, root=folder.path, first_step=first_step + 1, first=first)
 
     @property
@@ -62,7 +63,9 @@ class Board:
     def write_waiting(self) -> None:
         """Write what waits. Raises OSError; it then goes on waiting."""
         if not self._is_renewed:
-            renew(self._folder, self._first_step or -1, self._scalars, self._tell)
+            until = self._first_step or -1  # a start from the beginning does step 0 anew
+            renew(self._folder, until, self._scalars, self._tell)
+            forget_after(self._folder, until)
             self._is_renewed = True
         if self._about is not None:
             self._about.write()
@@ -72,9 +75,10 @@ class Board:
         return [self._scalar(tag, value) for tag, value in tagged(kind, numbers).items()]
 
     def _scalar(self, tag: str, value: float) -> Summary.Value:
-        """As torch's `add_scalar` writes it, or with the description that TensorBoard shows beside the chart."""
-        if not self._mfu or not tag.startswith(tag_of(MFU)):
+        """As torch's `add_scalar` writes it; MFU with the description that TensorBoard takes from a tag's first value."""
+        if not self._mfu or tag in self._described or not tag.startswith(tag_of(MFU)):
             return Summary.Value(tag=tag, simple_value=value)
+        self._described.add(tag)
         plugin = SummaryMetadata.PluginData(plugin_name="scalars")
         metadata = SummaryMetadata(plugin_data=plugin, summary_description=self._mfu)
         return Summary.Value(tag=tag, simple_value=value, metadata=metadata)

@@ -37,7 +37,9 @@ def _table() -> NDArray[np.uint32]:
     """What each byte, at each place of a block, gives to the checksum after the block: [_BLOCK, 256]."""
     bytes_alone: NDArray[np.uint32] = np.arange(256, dtype=np.uint32)
     for _ in range(8):
-        bytes_alone = (bytes_alone >> 1) ^ (bytes_alone & 1) * np.uint32(_POLYNOMIAL)
+        bytes_alone = np.where(bytes_alone & 1, bytes_alone >> 1 ^ _POLYNOMIAL, bytes_alone >> 1).astype(
+            np.uint32
+        )
     table = np.empty((_BLOCK, 256), dtype=np.uint32)
     table[-1] = bytes_alone
     for place in range(_BLOCK - 2, -1, -1):

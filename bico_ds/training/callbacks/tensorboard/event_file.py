@@ -63,7 +63,7 @@ def version() -> Event:
 
 
 def _new_name(now: float) -> str:
-    return f"events.out.tfevents.{now:010.0f}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}{TAGS}"
+    return f"events.out.tfevents.{now:010.0f}.{socket.gethostname()}.{os.getpid()}.{next(_numbers):03d}{TAGS}"
 
 
 def record(event: Event) -> bytes:

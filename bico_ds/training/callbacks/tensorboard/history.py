@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 
+from bico_ds.common.files import atomic_file
 from bico_ds.common.json_files import is_number, object_in
 from bico_ds.runtime.run_folder import RunFolder, split_metrics
 from bico_ds.training.callbacks.tensorboard.event_file import has_todays_tags, write_events
@@ -31,7 +32,7 @@ def renew(folder: RunFolder, until: int, values: Values, tell: Callable[[str], N
 
     `values`: what the numbers of a kind are in TensorBoard. Raises OSError; called again, it does what is left.
     """
-    files = sorted(path for path in folder.tensorboard.glob("*tfevents*") if path.is_file())
+    files = _event_files(folder)
     if files and all(map(has_todays_tags, files)):
         return
     times = _times(files)
@@ -74,18 +75,46 @@ def _times(files: Sequence[Path]) -> dict[int, float]:
     for path in files:
         if path.stat().st_size <= _MOST_BYTES:
             times |= {
-                event.step: event.wall_time for event in _read(path.read_bytes()) if event.summary.value
+                event.step: event.wall_time for event, _ in _records(path.read_bytes()) if event.summary.value
             }
     return times
 
 
-def _read(content: bytes) -> Iterator[Event]:
-    """The events of a file up to what is no event: a record is its length (8 bytes), a checksum (4), an event, another."""
+def forget_after(folder: RunFolder, step: int) -> None:
+    """Take the events of later steps out of the files of earlier starts. Raises OSError.
+
+    What a new file begins with hides curves and pictures of them, but no text, and not from every program that reads these
+    files.
+    """
+    for path in _event_files(folder):
+        content = path.read_bytes()
+        kept = [
+            record
+            for event, record in _records(content)
+            if event.WhichOneof("what") == "file_version" or event.step <= step
+        ]
+        if len(kept) < 2:
+            path.unlink()
+        elif sum(map(len, kept)) < len(content):
+            with atomic_file(path) as temporary:
+                temporary.write_bytes(b"".join(kept))
+
+
+def _event_files(folder: RunFolder) -> list[Path]:
+    return sorted(path for path in folder.tensorboard.glob("*tfevents*") if path.is_file())
+
+
+def _records(content: bytes) -> Iterator[tuple[Event, bytes]]:
+    """The events of a file up to what is none, each with its record: length (8 bytes), checksum (4), event, checksum (4)."""
     at = 0
     while at + 16 <= len(content):
         (length,) = struct.unpack_from("<Q", content, at)
+        record = content[at : at + 16 + length]
         try:
-            yield Event.FromString(content[at + 12 : at + 12 + length])
+            event = Event.FromString(record[12 : 12 + length])
         except DecodeError:
             return
+        if len(record) < 16 + length:  # a crash cut it
+            return
+        yield event, record
         at += 16 + length

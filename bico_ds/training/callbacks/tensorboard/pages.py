@@ -61,7 +61,7 @@ class BoardPages(FirstRankCallback):
                 band = _before(step, self._bands.get(name, []))
                 self._bands[name] = [*band, (step, *task.intervals[task.headline])]
         texts = [
-            text_value(f"{REVERSAL}/{name}/answers", answers(task)) for name, task in result.tasks.items()
+            text_value(f"{REVERSAL}/{name}/answers", answers(name, task)) for name, task in result.tasks.items()
         ]
         self._monitor.show(step, texts)
         self._draw(step, result)
@@ -77,6 +77,8 @@ class BoardPages(FirstRankCallback):
             self._draw(step, EvaluationResult(tasks={}))
 
     def _draw(self, step: int, result: EvaluationResult) -> None:
+        if not result.tasks and not self._batches:
+            return
         started = time.perf_counter()
         made: list[Summary.Value] = []
         # Whatever a library of pictures raises.

@@ -256,10 +256,10 @@ def test_any_damage_of_any_file_of_a_run_makes_a_report_or_one_message(tmp_path)
     attempt = {"job": "1", "restarts": 0, "step": 2, "run_id": None, "time": 1.0}
     (run / "slurm" / "attempts.jsonl").write_text(json.dumps(attempt) + "\n")
     kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    for path, before in kept.items():
+    for number, (path, before) in enumerate(kept.items()):
         *lines, last = before.splitlines(keepends=True)
         earlier = b"".join(lines) if path.suffix == ".jsonl" else b""
-        for content in damaged(last if earlier else before, count=2):
+        for content in [*damaged(last if earlier else before, count=4)][number % 2 :: 2]:
             path.write_bytes(earlier + content + b"\n")
             try:
                 written = write_report([run], tmp_path / "r.html")
@@ -321,7 +321,7 @@ def test_the_page_can_be_read_without_eyes_and_asks_for_nothing(page):
 
 
 def test_two_runs_with_thousands_of_lines_make_a_small_page(tmp_path):
-    runs = [run_folder(tmp_path / name, scores_of(0.5), logged=5000, steps=(2000, 5000)) for name in "ab"]
+    runs = [run_folder(tmp_path / name, scores_of(0.5), logged=2000, steps=(1000, 2000)) for name in "ab"]
     written = write_report(runs)
     assert written.stat().st_size < 300_000
-    assert "Each point is the mean of 25 logged values." in text_of(written)
+    assert "Each point is the mean of 10 logged values." in text_of(written)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import shlex
 import shutil
@@ -20,7 +21,14 @@ from bico_ds.config.load import load_recipe
 from bico_ds.evaluation.report.page.write import write_report
 from bico_ds.evaluation.results import EvaluationResult
 from tests.damaged_files import damaged
-from tests.evaluation.report.page.run_folders import PERSONS, run_folder, scores_of, task_result
+from tests.evaluation.report.page.run_folders import (
+    PERSONS,
+    SECONDS_PER_STEP,
+    STARTED,
+    run_folder,
+    scores_of,
+    task_result,
+)
 
 
 def text_of(page: Path) -> str:
@@ -128,6 +136,44 @@ def test_a_run_that_failed_says_so_at_once(tmp_path):
     assert "failed 120" in said.partition("What happened")[2]
 
 
+def test_events_of_a_resumed_run_stand_in_their_order_with_the_times_that_files_have(tmp_path):
+    run = run_folder(tmp_path / "a", scores_of(0.5), steps=(100, 200, 300))
+    (first,) = json.loads((run / "run.json").read_text())
+    again = first | {"run_id": "def", "time": "2026-09-21T14:14:50+0000"}  # 90 s later: 180 steps
+    (run / "run.json").write_text(json.dumps([first, again]))
+    for step in (100, 200, 300):
+        file = run / "evaluation" / f"step-{step:06d}.json"
+        file.touch()
+        # The last one was copied later, and its time tells nothing.
+        written = STARTED + step * SECONDS_PER_STEP if step < 300 else STARTED + 10**6
+        os.utime(file, (written, written))
+    (run / "logs").mkdir()
+    (run / "logs" / "nonfinite-step-000150-rank-1.json").write_text("[]")
+    said = text_of(write_report([run])).partition("What happened")[2].partition("Run it again")[0]
+    found = re.findall(
+        r"(start \d|evaluation \d+|not finite 150|checkpoint|done 300) (?:– )?([\d-]+ [\d:]+)?", said
+    )
+    assert [what for what, _ in found] == [
+        "start 1", "evaluation 100", "not finite 150", "start 2", "evaluation 200", "checkpoint", "evaluation 300",
+        "done 300",
+    ]  # fmt: skip
+    times = dict(found)
+    assert times["evaluation 200"] == "2026-09-21 14:15:00" and times["evaluation 300"] == ""
+
+
+def test_a_task_scored_by_bleu_is_no_per_cent_of_questions(tmp_path):
+    task = task_result([True] * 30 + [False] * 50, metric="bleu")
+    values = EvaluationResult(tasks={"d2n_reverse": task, "of my own": task}).to_json() | {
+        "model": "m",
+        "weights": "w",
+    }
+    (tmp_path / "a.json").write_text(json.dumps(values))
+    said = text_of(write_report([tmp_path / "a.json"]))
+    low, high = task.intervals["bleu"]
+    assert f"a reaches a word BLEU of 0.375 ({low:.2f} to {high:.2f}) over 80 questions." in said
+    assert "of my own bleu 0.375" in said and "bleu: word BLEU:" in said
+
+
 def test_of_many_runs_the_best_and_the_worst_are_said_and_all_stand_in_the_table(tmp_path):
     scores = np.random.default_rng().permutation(12) / 20
     runs = [
@@ -210,10 +256,10 @@ def test_any_damage_of_any_file_of_a_run_makes_a_report_or_one_message(tmp_path)
     attempt = {"job": "1", "restarts": 0, "step": 2, "run_id": None, "time": 1.0}
     (run / "slurm" / "attempts.jsonl").write_text(json.dumps(attempt) + "\n")
     kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    for path, before in kept.items():
+    for number, (path, before) in enumerate(kept.items()):
         *lines, last = before.splitlines(keepends=True)
         earlier = b"".join(lines) if path.suffix == ".jsonl" else b""
-        for content in damaged(last if earlier else before, count=2):
+        for content in [*damaged(last if earlier else before, count=4)][number % 2 :: 2]:
             path.write_bytes(earlier + content + b"\n")
             try:
                 written = write_report([run], tmp_path / "r.html")
@@ -275,7 +321,7 @@ def test_the_page_can_be_read_without_eyes_and_asks_for_nothing(page):
 
 
 def test_two_runs_with_thousands_of_lines_make_a_small_page(tmp_path):
-    runs = [run_folder(tmp_path / name, scores_of(0.5), logged=5000, steps=(2000, 5000)) for name in "ab"]
+    runs = [run_folder(tmp_path / name, scores_of(0.5), logged=2000, steps=(1000, 2000)) for name in "ab"]
     written = write_report(runs)
     assert written.stat().st_size < 300_000
-    assert "Each point is the mean of 25 logged values." in text_of(written)
+    assert "Each point is the mean of 10 logged values." in text_of(written)

@@ -99,7 +99,7 @@ def test_the_lines_are_found():
         ("train", ("--recipe", "llama70b_bico")),
         ("slurm.submit", ("--help",)),
         ("export", ("RUN", "OUT")),
-        ("inspect_batch", ("--recipe", "tiny_bico")),
+        ("show.inspect_batch", ("--recipe", "tiny_bico")),
     } <= found
 
 
@@ -157,7 +157,7 @@ SHOWS = {
     "plan": (),
     "slurm.status": (),
     "slurm.submit": ("--dry-run",),
-    "inspect_batch": ("--set", "data.cache_dir=CACHE"),
+    "show.inspect_batch": ("--set", "data.cache_dir=CACHE"),
 }
 
 

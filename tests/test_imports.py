@@ -13,7 +13,7 @@ from tests import ROOT
 
 FLOORS = (
     {"common"},
-    {"config", "native", "spans"},
+    {"config", "native", "named_parts"},
     {"documents", "attention"},
     {"batch", "optim", "planner"},
     {"runtime"},
@@ -90,7 +90,7 @@ TORCH_FREE = (
     "config",
     "documents",
     "planner",
-    "spans",
+    "named_parts",
     *(f"runtime.{name}" for name in ("run_folder", "lock", "launch_environment", "signals", "launcher")),
     "runtime.output",
     *(f"runtime.nodes.{name}" for name in ("failed_node", "gpu_errors", "slow_rank")),

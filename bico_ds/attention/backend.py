@@ -19,7 +19,7 @@ from bico_ds.attention.layout import FlashRows, Layout, LayoutPolicy, SpanRows
 from bico_ds.attention.passes import TORCH_PASSES, FlashProblem, Passes, merge
 from bico_ds.attention.triton.ops import triton_backward, triton_forward
 from bico_ds.attention.two_pass import two_pass_backward, two_pass_forward
-from bico_ds.spans import in_span, span
+from bico_ds.named_parts import as_step_part, step_part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Backend:
             out=q.new_empty(num_rows + 1, *q.shape[1:]),
             lse=_empty_lse(q, num_rows + 1, by_head=layout.blocks is not None),
         )
-        with span(_served_besides_flash(layout)):
+        with step_part(_served_besides_flash(layout)):
             if layout.fused is not None:
                 fused_forward(layout.fused, inputs, results)
             if layout.blocks is not None:
@@ -70,7 +70,7 @@ class Backend:
             two_pass_forward(self.kernel, self.passes, self._problem(group, inputs), results)
         return results
 
-    @in_span("live rows")
+    @as_step_part("live rows")
     def _merge_spans(self, inputs: AttentionInputs, spans: SpanRows, results: AttentionResults) -> None:
         """What live rows see of their spans, into the one softmax of `results`, in place."""
         if spans.layout is not None:
@@ -95,12 +95,12 @@ class Backend:
             return two_pass_backward(self.kernel, self.passes, problem, results, grad_out)
         grads = _empty_gradients(inputs, layout, results.lse.dtype)
         if layout.blocks is not None:
-            with span(_served_besides_flash(layout)):
+            with step_part(_served_besides_flash(layout)):
                 triton_backward(layout.blocks, inputs, results, grad_out, grads)
         for group in layout.flash:
             problem, adds = self._problem(group, inputs), layout.blocks is not None
             two_pass_backward(self.kernel, self.passes, problem, results, grad_out, grads, adds=adds)
-        with span(_served_besides_flash(layout)):
+        with step_part(_served_besides_flash(layout)):
             if layout.fused is not None:
                 fused_backward(layout.fused, inputs, results, grad_out, grads)
             for tile in layout.tiles:
@@ -110,7 +110,7 @@ class Backend:
         (dq, dk, dv), num_rows = grads, layout.outline.num_rows
         return dq[:num_rows], dk[:num_rows].to(inputs.k.dtype), dv[:num_rows].to(inputs.v.dtype)
 
-    @in_span("live rows")
+    @as_step_part("live rows")
     def _add_spans(
         self,
         inputs: AttentionInputs,

@@ -24,7 +24,7 @@ from bico_ds.attention.inputs import AttentionInputs, AttentionResults, Gradient
 from bico_ds.attention.kernels.base import HIDDEN_SCORE
 from bico_ds.attention.layout import FlashRows
 from bico_ds.attention.rotation import rotate_back, rotate_forward
-from bico_ds.spans import in_span
+from bico_ds.named_parts import as_step_part
 
 HIDDEN_COLUMNS = 8
 HIDDEN_KEY = -30000.0  # within fp16's range
@@ -226,7 +226,7 @@ class TorchPasses:
 TORCH_PASSES = TorchPasses()
 
 
-@in_span("attention merge")
+@as_step_part("attention merge")
 def merge(base: AttentionResults, other: AttentionResults, rows: Tensor) -> None:
     """One softmax from two: `base` of N rows, updated in place at `rows` [M] by `other` of M rows.
 

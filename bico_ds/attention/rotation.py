@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bico_ds.spans import in_span
+from bico_ds.named_parts import as_step_part
 
 
-@in_span("rotation")
+@as_step_part("rotation")
 def rotate_forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`R_m x`, contiguous."""
     half = x.shape[-1] // 2
@@ -27,7 +27,7 @@ def rotate_forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated
 
 
-@in_span("rotation")
+@as_step_part("rotation")
 def rotate_both(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """`R_m x` and `R_-m x`, both contiguous, from shared products."""
     half = x.shape[-1] // 2
@@ -39,7 +39,7 @@ def rotate_both(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     return even + odd, even.sub_(odd)
 
 
-@in_span("rotation")
+@as_step_part("rotation")
 def rotate_back(grads: Sequence[Tensor], cos: Tensor, sin: Tensor) -> Tensor:
     """Gradient of x from those of `R_m x` and, if there is a second one, of `R_-m x`.
 

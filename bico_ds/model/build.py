@@ -30,7 +30,7 @@ from bico_ds.model.weights.load import (
     verify_loaded,
 )
 from bico_ds.model.weights.materialize import WeightSource, materialize
-from bico_ds.spans import span
+from bico_ds.named_parts import step_part
 
 
 class TrainableModel(nn.Module):
@@ -93,7 +93,7 @@ class TrainableModel(nn.Module):
         """
         decoder = self.causal_lm.model
         branch_1TE, total_1TE = decoder.embed_tokens(batch.input_ids[None]), None
-        with span("rotation"):
+        with step_part("rotation"):
             tables = decoder.rotary_emb(branch_1TE, position_ids=batch.position_ids[None])
         layout = None if batch.layout is None else batch.layout.with_masks(branch_1TE.dtype)
         shared: dict[str, Any] = {"position_embeddings": tables, "plan": batch.plan, "layout": layout}

@@ -31,6 +31,7 @@ from bico_ds.data.loading.sample_order import Consumed
 from bico_ds.evaluation.results import EvaluationResult
 from bico_ds.model.deepspeed_engine import Engine
 from bico_ds.model.head import Losses
+from bico_ds.named_parts import step_part
 from bico_ds.planner.report.step_parts import StepPart
 from bico_ds.runtime import host_memory
 from bico_ds.runtime.distributed import broadcast_object
@@ -38,7 +39,6 @@ from bico_ds.runtime.nodes.own_time import OwnTime
 from bico_ds.runtime.peak_memory import PeakMemory
 from bico_ds.runtime.run_folder import State
 from bico_ds.runtime.watchdog import Watchdog
-from bico_ds.spans import span
 from bico_ds.training import nonfinite
 from bico_ds.training.callbacks.base import Callbacks, StepReport
 from bico_ds.training.evaluator import Evaluator, scalars
@@ -172,7 +172,7 @@ class Trainer:
         return step == self.total_steps or step % self.run.recipe.monitor.every_steps == 0
 
     def _rank_step(self, step: int) -> RankStep:
-        with span(StepPart.DATA.value):
+        with step_part(StepPart.DATA.value):
             return self.loader.step(step)
 
     def _pauses_after(self, step: int) -> bool:
@@ -297,7 +297,7 @@ class Trainer:
         scale = ranks.world_size / counts.weight  # DeepSpeed averages the gradients over the ranks
         found = []
         for number, batch in enumerate(batches, start=1):
-            with span(StepPart.DATA.value):
+            with step_part(StepPart.DATA.value):
                 batch = batch.to(ranks.device, non_blocking=True)
             losses = self.engine(batch)
             total = losses.loss * scale
@@ -348,7 +348,7 @@ class Trainer:
             # No step of the engine: without a gradient it would still decay the weights and move Adam's averages.
             self.engine.lr_scheduler.step()
             return False
-        with span(StepPart.OPTIMIZER.value):
+        with step_part(StepPart.OPTIMIZER.value):
             self.engine.step()
         applied = bool(self.engine.was_step_applied())
         if applied and not loss_is_finite:

@@ -1,9 +1,9 @@
 """Which part of a step an event of a profile belongs to, by its name. No torch here.
 
 Names are those of torch's profiler: of operations (`aten::mm`), of autograd's functions and their backward passes, of our
-spans (`bico_ds.spans`), and of what DeepSpeed says that it does. The events around an event decide, too: a span or a
-function of ours and a collective are what they are wherever they run, but a product of torch's is the head's inside of
-the head, and else a linear layer's.
+named parts (`bico_ds.named_parts`), and of what DeepSpeed says that it does. The events around an event decide, too: a named
+part or a function of ours and a collective are what they are wherever they run, but a product of torch's is the head's
+inside of the head, and else a linear layer's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from bico_ds.planner.report.step_parts import StepPart
 
-SPAN = "bico_ds: "
+NAMED = "bico_ds: "
 DEEPSPEED = "DeepSpeed: "
 STEP = "bico_ds, step"
 """The event around a whole step."""
@@ -63,7 +63,7 @@ _TORCH = (
 )
 _PRECEDENCE = (StepPart.OPTIMIZER, StepPart.LINEAR_LAYERS, StepPart.GATES_AND_OTHER_ELEMENTWISE)
 _EVALUATION = "autograd::engine::evaluate_function: "
-# DeepSpeed's spans around all of a forward or backward pass; in the others it works for ZeRO.
+# DeepSpeed's ranges around all of a forward or backward pass; in the others it works for ZeRO.
 _WHOLE_PASSES = ("DeepSpeedEngine.forward", "DeepSpeedEngine.backward")
 
 
@@ -82,8 +82,8 @@ class Place(NamedTuple):
 def inside(place: Place, name: str) -> Place:
     """The place of what runs in an event of this name, which is itself at `place`."""
     name = name.removeprefix(_EVALUATION)
-    if name.startswith(SPAN):
-        return place._replace(ours=StepPart(name.removeprefix(SPAN)))
+    if name.startswith(NAMED):
+        return place._replace(ours=StepPart(name.removeprefix(NAMED)))
     if name.startswith(DEEPSPEED):
         return _inside_deepspeed(place, name.removeprefix(DEEPSPEED))
     if (ours := _first(_OURS, name)) is not None:

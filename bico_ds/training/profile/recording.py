@@ -14,9 +14,9 @@ from deepspeed.accelerator import get_accelerator
 from torch.distributed import Work
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from bico_ds.named_parts import recording, step_part
 from bico_ds.planner.report.step_parts import StepPart
-from bico_ds.spans import recording, span
-from bico_ds.training.profile.names import DEEPSPEED, SPAN, STEP
+from bico_ds.training.profile.names import DEEPSPEED, NAMED, STEP
 
 _SILENT = "6"  # torch's recorder, Kineto, else writes two lines to the terminal at each step
 
@@ -52,7 +52,7 @@ class StepRecording:
 
 
 def _named(name: str) -> record_function:
-    return record_function(SPAN + name)
+    return record_function(NAMED + name)
 
 
 @contextmanager
@@ -63,14 +63,14 @@ def _deepspeed_names() -> Iterator[None]:
     running = threading.local()
 
     def begin(name: str, *arguments: Any, **options: Any) -> Any:
-        spans = running.__dict__.setdefault("spans", [])
-        spans.append(record_function(DEEPSPEED + name))
-        spans[-1].__enter__()
+        ranges = running.__dict__.setdefault("ranges", [])
+        ranges.append(record_function(DEEPSPEED + name))
+        ranges[-1].__enter__()
         return push(name, *arguments, **options)
 
     def end(*arguments: Any, **options: Any) -> Any:
-        if spans := running.__dict__.get("spans"):  # none of what began before this
-            spans.pop().__exit__(None, None, None)
+        if ranges := running.__dict__.get("ranges"):  # none of what began before this
+            ranges.pop().__exit__(None, None, None)
         return pop(*arguments, **options)
 
     accelerator.range_push, accelerator.range_pop = begin, end
@@ -86,7 +86,7 @@ def _waits_named() -> Iterator[None]:
     original: Any = Work.wait
 
     def wait(work: Work, *arguments: Any, **options: Any) -> Any:
-        with span(StepPart.COMMUNICATION.value):
+        with step_part(StepPart.COMMUNICATION.value):
             return original(work, *arguments, **options)
 
     Work.wait = wait  # type: ignore[method-assign,assignment]

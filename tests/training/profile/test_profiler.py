@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from bico_ds.named_parts import step_part
 from bico_ds.planner.report.step_parts import StepPart
 from bico_ds.runtime.distributed import Ranks
-from bico_ds.spans import span
 from bico_ds.training.profile.names import STEP
 from bico_ds.training.profile.profiler import StepProfiler
 from bico_ds.training.profile.table import read_profile
@@ -35,11 +35,11 @@ def profiler(run: Path, steps: list[int]) -> tuple[StepProfiler, list[str]]:
 
 
 def take(profiler: StepProfiler, step: int, *, objective: str = "ntp") -> float:
-    """A step with a product, a span and a collective; returns its seconds."""
+    """A step with a product, a named part and a collective; returns its seconds."""
     profiler.begin(step)
     started = time.perf_counter()
     x = torch.ones(200, 200, requires_grad=True)
-    with span("rotation"):
+    with step_part("rotation"):
         y = x * 2
     (y @ y).sum().backward()
     dist.all_reduce(torch.ones(3))

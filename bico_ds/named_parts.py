@@ -1,6 +1,6 @@
 """Names for parts of a step, in a profile of it; while none is made they cost next to nothing. No torch here.
 
-What is a kernel or an autograd function by itself has its own name in a profile; a span tells what is made of torch's
+What is a kernel or an autograd function by itself has its own name in a profile; a named part tells what is made of torch's
 operations. The names are values of `bico_ds.planner.report.step_parts.StepPart`.
 """
 
@@ -18,13 +18,13 @@ _NOTHING = nullcontext()
 _begin: Callable[[str], AbstractContextManager[object]] | None = None
 
 
-def span(name: str) -> AbstractContextManager[object]:
-    """What runs inside is the part `name` of the step, unless a span inside of it says otherwise."""
+def step_part(name: str) -> AbstractContextManager[object]:
+    """What runs inside is the part `name` of the step, unless another one inside of it says otherwise."""
     return _NOTHING if _begin is None else _begin(name)
 
 
-def in_span(name: str) -> Callable[[Callable[_Parameters, _Result]], Callable[_Parameters, _Result]]:
-    """Decorate a function that runs in a `span`. Not for generators: what runs between their values is not theirs."""
+def as_step_part(name: str) -> Callable[[Callable[_Parameters, _Result]], Callable[_Parameters, _Result]]:
+    """Decorate a function that runs in a `step_part`. Not for generators: what runs between their values is not theirs."""
 
     def decorated(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
         @functools.wraps(function)
@@ -41,7 +41,7 @@ def in_span(name: str) -> Callable[[Callable[_Parameters, _Result]], Callable[_P
 
 @contextmanager
 def recording(begin: Callable[[str], AbstractContextManager[object]]) -> Iterator[None]:
-    """Inside, every span on every thread also is what `begin` makes of its name."""
+    """Inside, every named part on every thread also is what `begin` makes of its name."""
     global _begin
     before, _begin = _begin, begin
     try:

@@ -7,14 +7,14 @@ from contextlib import contextmanager
 
 import pytest
 
+from bico_ds.named_parts import as_step_part, recording, step_part
 from bico_ds.planner.report.step_parts import StepPart
-from bico_ds.spans import in_span, recording, span
 from tests import ROOT
 
 
-@in_span("rotation")
+@as_step_part("rotation")
 def turned(x: int, *, by: int) -> int:
-    with span("data"):
+    with step_part("data"):
         return x + by
 
 
@@ -37,7 +37,7 @@ def test_spans_are_told_where_they_begin_and_end_and_only_while_recorded():
 def test_a_recording_that_fails_ends():
     with pytest.raises(ZeroDivisionError), recording(lambda name: pytest.fail(name)):
         raise ZeroDivisionError
-    with span("data"):
+    with step_part("data"):
         pass
 
 
@@ -45,7 +45,7 @@ def test_every_span_of_the_source_is_a_part_of_a_step():
     parts, found = {part.value for part in StepPart}, set()
     for path in sorted((ROOT / "bico_ds").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("span", "in_span"):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("step_part", "as_step_part"):
                 (name,) = node.args
                 if isinstance(name, ast.Constant):
                     found.add(name.value)

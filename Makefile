@@ -99,7 +99,7 @@ tensorboard: setup
 
 # As high as question, answer and the first two curves. As root chromium wants no sandbox; the page is our own.
 picture:
-	chromium --headless --no-sandbox --hide-scrollbars --force-color-profile=srgb --window-size=1200,1285 \
+	chromium --headless --no-sandbox --hide-scrollbars --force-color-profile=srgb --window-size=1200,1266 \
 		--screenshot=docs/images/demo.png runs/demo/report.html
 
 clean:

@@ -58,7 +58,7 @@ class Watch:
             self.first = self.first or self.last
 
     def is_at_work(self) -> bool:
-        """Whether this start has got as far as to record itself: one that finds the run done does not."""
+        """Whether this start has got as far as to record itself."""
         recorded = read_state(self.run.folder.state_file) or {}
         return recorded.get("run_id") != self.before
 

@@ -56,6 +56,7 @@ class _Turn:
         """Returns the exit code; 1 for a start that ended well and did not finish the run."""
         recorded = read_state(self.run.folder.state_file) or {}
         watch = Watch(self.run, began=time.monotonic(), before=recorded.get("run_id"))
+        was_done = recorded.get("state") == "done" and self.run.steps_left() == 0
         log = _new_log(self.run.folder)
         columns = (
             TextColumn("{task.description}", markup=False),
@@ -70,7 +71,11 @@ class _Turn:
             )
             code = _launch(self.run.command, environment, log, lambda: self._show(watch, progress))
             self.forecast.learn(watch, ended=time.monotonic())
-            return self._end(code or self._unfinished(), watch, progress, Path(log.name))
+            if code := code or self._unfinished():
+                return self._fail(code, watch, progress, Path(log.name))
+            took = "was done before" if was_done else f"done in {about(time.monotonic() - watch.began)}"
+            progress.update(self.run.steps or watch.step, f"{self.title}: {took}", text=took, at_once=True)
+            return 0
 
     def _show(self, watch: Watch, progress: Progress) -> None:
         now = time.monotonic()
@@ -93,20 +98,16 @@ class _Turn:
         state = read_state(self.run.folder.state_file)
         return int(state is not None and state.get("state") != "done")
 
-    def _end(self, code: int, watch: Watch, progress: Progress, log: Path) -> int:
-        """Say how it ended; of a failure on stderr, with what the run said last."""
-        if code:
-            progress.update(watch.step, f"{self.title}: failed", text="failed", at_once=True)
-            progress.stop()
-            error = "\n".join(_last_words(log, self.run.folder))
-            print(
-                f"error: {self.run.name} ended with exit code {code}; all of its output: {log}\n{error}",
-                file=sys.stderr,
-            )
-            return code
-        took = f"done in {about(time.monotonic() - watch.began)}" if watch.is_at_work() else "was done before"
-        progress.update(self.run.steps or watch.step, f"{self.title}: {took}", text=took, at_once=True)
-        return 0
+    def _fail(self, code: int, watch: Watch, progress: Progress, log: Path) -> int:
+        """Say it on stderr, with what the run said last; returns the exit code."""
+        progress.update(watch.step, f"{self.title}: failed", text="failed", at_once=True)
+        progress.stop()
+        error = "\n".join(_last_words(log, self.run.folder))
+        print(
+            f"error: {self.run.name} ended with exit code {code}; all of its output: {log}\n{error}",
+            file=sys.stderr,
+        )
+        return code
 
 
 def about(seconds: float) -> str:

@@ -17,8 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bico_ds.cluster.preflight.inputs import input_fingerprints, missing_inputs
 from bico_ds.cluster.submission import write_batch_script
-from bico_ds.commands import compare, evaluate, inspect_batch, preflight
+from bico_ds.commands import evaluate, preflight
 from bico_ds.commands import export as export_hf
+from bico_ds.commands.show import compare, inspect_batch
 from bico_ds.commands.slurm import status, submit
 from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe

@@ -76,13 +76,13 @@ class StepMonitor(FirstRankCallback):
             csv = self._folder.csv / start.recipe.name
             bear_failures(self._deepspeed_monitor, csv, root=self._folder.path, effort=self._effort)
         if self._spec.tensorboard:
+            layout = charts(start.recipe, has_mfu=self._utilization is not None)
             self._board = Board(
                 self._folder,
                 first_step=first,
-                first=[as_summary(charts(start.recipe, has_mfu=self._utilization is not None))],
+                about=About(self._folder, start, as_summary(layout)),
                 mfu=self._utilization.description if self._utilization is not None else "",
                 tell=self._tell,
-                about=About(self._folder, start),
             )
         self._write_waiting()
 

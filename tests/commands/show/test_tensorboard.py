@@ -19,6 +19,8 @@ import pytest
 from bico_ds.commands.show.tensorboard import RunLinks, main
 from bico_ds.config.load import load_recipe
 from bico_ds.runtime.run_folder import RunFolder
+from bico_ds.training.callbacks.base import RunStart
+from bico_ds.training.callbacks.tensorboard.about import About
 from bico_ds.training.callbacks.tensorboard.board import Board
 from bico_ds.training.callbacks.tensorboard.charts import as_summary, charts
 from tests import ROOT
@@ -98,7 +100,8 @@ def written_run(folder: Path, recipe_name: str, *, asks: bool) -> None:
     run, recipe = RunFolder(folder), load_recipe(recipe_name)
     run.path.mkdir(parents=True)
     layout = as_summary(charts(recipe, has_mfu=True))
-    board = Board(run, first_step=0, first=[layout], mfu="of a peak", tell=print)
+    start = RunStart(recipe=recipe, first_step=0, total_steps=20, summary={})
+    board = Board(run, first_step=0, about=About(run, start, layout), mfu="of a peak", tell=print)
     for step in (10, 20):
         numbers = {f"loss/{name}": 1 / step for name in ("all", "ntp", "bico")}
         numbers |= {"data/fill": 0.9, "speed/mfu": 0.3, "optimizer/grad_norm": 1.0, "memory/peak_gb": 0.1}

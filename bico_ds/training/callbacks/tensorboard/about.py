@@ -23,11 +23,11 @@ NAME = f"events.out.tfevents.0000000000.about{TAGS}"
 
 
 class About:
-    """One event file per run, in the place of that of the start before: nothing in it is there twice."""
+    """One event file per run, in the place of that of the start before: nothing in it is there twice. `charts`: a layout."""
 
-    def __init__(self, folder: RunFolder, start: RunStart) -> None:
+    def __init__(self, folder: RunFolder, start: RunStart, charts: Summary) -> None:
         now = time.time()
-        head = [version()]
+        head = [version(), Event(wall_time=now, summary=charts)]
         head += [
             Event(wall_time=now, summary=Summary(value=[value])) for value in _values(folder, start, now)
         ]
@@ -37,16 +37,12 @@ class About:
         self._is_begun = False
 
     def write(self) -> None:
-        """Write the file, at first in the place of the earlier one. Raises OSError; the next call then does it."""
+        """Write the file, at first in the place of the earlier one, and again where it was removed. Raises OSError."""
         if not self._is_begun:
             self._file.path.unlink(missing_ok=True)
             self._is_begun = True
-            self._file.add(b"")
-        self._file.write_waiting()
-
-    def keep(self) -> None:
-        """Let the file be written again where it was removed."""
         self._file.add(b"")
+        self._file.write_waiting()
 
     def end(self) -> None:
         """Let it be written that the run is done."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 
@@ -18,8 +18,8 @@ from bico_ds.training.callbacks.utilization import TAG as MFU
 class Board:
     """The event files of a run folder: each start adds one, which hides what earlier ones wrote after its `first_step`.
 
-    `first_step`: the step that the run goes on from. `first`: what the file begins with. `mfu`: what the peak of MFU is,
-    shown beside its charts. `tell` gets a line where files of a run begun before are replaced. `about`: what is there once.
+    `first_step`: the step that the run goes on from. `about`: what is there once. `mfu`: what the peak of MFU is, shown
+    beside its charts. `tell` gets a line where files of a run begun before are replaced.
     """
 
     def __init__(
@@ -27,10 +27,9 @@ class Board:
         folder: RunFolder,
         *,
         first_step: int,
-        first: Iterable[Summary],
+        about: About,
         mfu: str = "",
         tell: Callable[[str], None],
-        about: About | None = None,
     ) -> None:
         self._folder, self._first_step, self._tell = folder, first_step, tell
         self._mfu = mfu
@@ -38,7 +37,7 @@ class Board:
         self._is_renewed = False  # the files of earlier starts: before the first record of this one
         self._about = about
         # From TensorBoards that are open: hide what an earlier start wrote after the checkpoint resumed from.
-        self._events = EventFile(folder.tensorboard, root=folder.path, first_step=first_step + 1, first=first)
+        self._events = EventFile(folder.tensorboard, root=folder.path, first_step=first_step + 1)
 
     @property
     def file(self) -> AppendedFile:
@@ -51,14 +50,11 @@ class Board:
 
     def show(self, step: int, values: Sequence[Summary.Value]) -> None:
         """Let other values of a step wait: pictures, texts."""
-        if self._about is not None:
-            self._about.keep()
         self._events.add(Summary(value=values), step)
 
     def end(self) -> None:
         """Let it be written that the run is done."""
-        if self._about is not None:
-            self._about.end()
+        self._about.end()
 
     def write_waiting(self) -> None:
         """Write what waits. Raises OSError; it then goes on waiting."""
@@ -67,8 +63,7 @@ class Board:
             renew(self._folder, until, self._scalars, self._tell)
             forget_after(self._folder, until)
             self._is_renewed = True
-        if self._about is not None:
-            self._about.write()
+        self._about.write()
         self._events.file.write_waiting()
 
     def _scalars(self, kind: str, numbers: Mapping[str, float]) -> list[Summary.Value]:

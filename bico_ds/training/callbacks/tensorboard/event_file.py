@@ -30,14 +30,13 @@ TAGS = ".tags2"
 class EventFile:
     """A new event file in `folder`, below `root`, which is there. It hides the events of earlier files from `first_step` on.
 
-    `first` comes first in it, as of the step before `first_step`: also where the file was removed and is made again.
+    That mark comes first in it, also where the file was removed and is made again.
     """
 
-    def __init__(self, folder: Path, *, root: Path, first_step: int, first: Iterable[Summary]) -> None:
+    def __init__(self, folder: Path, *, root: Path, first_step: int) -> None:
         now = time.time()
         start = Event(wall_time=now, step=first_step, session_log=SessionLog(status=SessionLog.START))
         head = [version(), start]
-        head += [Event(wall_time=now, step=first_step - 1, summary=summary) for summary in first]
         self.file = AppendedFile(folder / _new_name(now), root=root, head=b"".join(map(record, head)))
         self.file.add(b"")  # the head is written before there is a number
 

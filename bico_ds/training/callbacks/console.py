@@ -100,7 +100,7 @@ class ConsoleProgress(FirstRankCallback):
         if self._live is not None:
             self._live.stop()
             if self._recent:
-                self._console.print(self._plain_line(), highlight=False, markup=False)
+                self._console.print(self._plain_line(), highlight=False, markup=False, soft_wrap=False)
         self._say(f"{state} after step {step}")
 
     def _say(self, text: str, *, shown: bool = True) -> None:

@@ -34,7 +34,6 @@ from bico_ds.common.errors import RunError, UserError
 from bico_ds.common.files import DISK_ERRORS, atomic_folder
 from bico_ds.config.schema import Recipe
 from bico_ds.data.exported_tokenizer import ExportedTokenizer, save_tokenizer
-from bico_ds.data.loading.batch_view import shown_text
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.tokenizer import FastTokenizer
 from bico_ds.model.architecture import id_list
@@ -55,15 +54,8 @@ from bico_ds.training import assembly
 from bico_ds.training.assembly import RunInputs
 from bico_ds.training.build_engine import build_engine
 from bico_ds.training.callbacks.banner import Banner, banner
-from bico_ds.training.callbacks.base import Callback, Callbacks, RunStart
-from bico_ds.training.callbacks.console import ConsoleProgress
-from bico_ds.training.callbacks.monitor import StepMonitor
-from bico_ds.training.callbacks.planned import PlannedBesideMeasured, planned_memory
-from bico_ds.training.callbacks.slowest import SlowestRank
-from bico_ds.training.callbacks.stopwatch import Stopwatch
-from bico_ds.training.callbacks.tensorboard.pages import BoardPages
-from bico_ds.training.callbacks.utilization import Utilization
-from bico_ds.training.callbacks.work import ObjectiveWork
+from bico_ds.training.callbacks.base import RunStart
+from bico_ds.training.callbacks.of_run import callbacks_of_run
 from bico_ds.training.checks import (
     beyond_context,
     check_backend,
@@ -380,7 +372,7 @@ def _build_trainer(
         run=run,
         engine=engine,
         loader=loader,
-        callbacks=_callbacks(run, inputs, engine, spikes, planned),
+        callbacks=callbacks_of_run(run, inputs, engine, spikes, planned),
         checkpointer=_checkpointer(run, inputs, engine, resumption),
         evaluator=evaluator,
         spikes=spikes,
@@ -391,40 +383,6 @@ def _build_trainer(
         targetless=TargetlessSteps.of(resumption.found.content["state"] if resumption else {}),
         own_time=OwnTime(run.ranks.device) if run.ranks.world_size > 1 else None,
     )
-
-
-def _callbacks(
-    run: Run, inputs: RunInputs, engine: Engine, spikes: SpikeDetector, planned: StartPlan | None
-) -> Callbacks:
-    plan = planned.plan if planned is not None else None
-    utilization = Utilization.planned(plan) if plan is not None else None
-    console = ConsoleProgress(utilization=utilization, quiet=run.output.is_quiet)
-    work = ObjectiveWork(plan, run.folder, console)
-    slowest = SlowestRank(run.ranks, run.folder, console) if run.ranks.world_size > 1 else None
-    watch = Stopwatch()
-    monitor = StepMonitor(
-        run.recipe.monitor,
-        run.folder,
-        engine.monitor,
-        utilization,
-        work,
-        slowest,
-        tell=console.on_message,
-        ranks=run.ranks.world_size,
-        planned_memory=planned_memory(plan) if plan is not None else None,
-        watch=watch,
-    )
-    callbacks: list[Callback] = [work, console, monitor, spikes]
-    if slowest is not None:
-        callbacks.append(slowest)
-    tell = Callbacks([console, monitor], is_first_rank=True)
-    if run.recipe.monitor.tensorboard:
-        pages = BoardPages(run.folder.path, monitor, shown_text(inputs.tokenizer), tell)
-        callbacks.insert(0, pages)
-        tell = Callbacks([pages, console, monitor], is_first_rank=True)
-    if planned is not None:
-        callbacks.insert(0, PlannedBesideMeasured(planned.plan, planned.memory, run.folder, tell))
-    return Callbacks(callbacks, is_first_rank=run.ranks.is_first, watch=watch)
 
 
 def _checkpointer(run: Run, inputs: RunInputs, engine: Engine, resumption: Resumption | None) -> Checkpointer:

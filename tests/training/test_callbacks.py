@@ -339,6 +339,19 @@ class Watched:
         return (self.folder.csv / self.name / "loss_all.csv").read_text().splitlines()
 
 
+def test_a_resume_writes_no_line_of_csv_twice(folder):
+    killed = Watched(folder)
+    killed.monitor.on_start(killed.start)
+    killed.steps(1, 2, 3)
+    with (folder.csv / killed.name / "loss_all.csv").open("a") as file:
+        file.write("4,1.")
+    resumed = Watched(folder, first_step=1)
+    resumed.monitor.on_start(resumed.start)
+    resumed.steps(2, 3, 4)
+    assert resumed.csv() == ["step,all", *(f"{step},1.0" for step in range(1, 5))]
+    assert resumed.told == []
+
+
 def test_a_disk_that_is_full_for_a_while_ends_no_run_and_costs_no_number(folder, capfd):
     run = Watched(folder)
     run.monitor.on_start(run.start)

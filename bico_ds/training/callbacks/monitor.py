@@ -76,7 +76,10 @@ class StepMonitor(FirstRankCallback):
         self._max_grad_norm = start.recipe.training.max_grad_norm
         if self._deepspeed_monitor is not None and self._deepspeed_monitor.enabled:
             csv = self._folder.csv / start.recipe.name
-            bear_failures(self._deepspeed_monitor, csv, root=self._folder.path, effort=self._effort)
+            until = first or -1  # a start from the beginning evaluates step 0 anew
+            bear_failures(
+                self._deepspeed_monitor, csv, root=self._folder.path, until=until, effort=self._effort
+            )
         if self._spec.tensorboard:
             layout = charts(start.recipe, has_mfu=self._utilization is not None)
             self._board = Board(

@@ -138,8 +138,9 @@ class RunLinks:
     def refresh(self) -> None:
         """Link what is there now, and nothing else."""
         wanted: dict[Path, Path] = {}
+        seen: set[tuple[int, int]] = set()
         for title, root in self._roots.items():
-            for file in _event_files(root):
+            for file in _event_files(root, seen):
                 wanted[self.folder / self._name(title, root, file) / file.name] = file
         self.names = sorted({str(link.parent.relative_to(self.folder)) for link in wanted})
         for link in [path for path in self.folder.rglob("*") if path.is_symlink()]:
@@ -160,12 +161,14 @@ def _run_of(folder: Path) -> Path:
     return folder.parent if folder.name == _RUN.tensorboard.name else folder
 
 
-def _event_files(root: Path) -> Iterator[Path]:
-    """The event files below a folder, through links, but for what runs set aside and where they have none."""
-    seen: set[tuple[int, int]] = set()
+def _event_files(root: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
+    """The event files below a folder, through links, but for what runs set aside and where they have none.
+
+    `seen`: the folders that were looked into, which grows; none is looked into twice.
+    """
     for at, folders, names in os.walk(root, followlinks=True):
         status = os.stat(at)
-        if (status.st_dev, status.st_ino) in seen:  # a link led here, too
+        if (status.st_dev, status.st_ino) in seen:  # a link, or another name, led here, too
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))

@@ -51,6 +51,13 @@ def test_runs_are_named_by_their_folders_at_any_depth(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_run_that_is_named_twice_is_one_run(tmp_path):
+    runs = tmp_path / "runs"
+    touched(runs / "mine/tensorboard" / EVENTS, runs / "other/tensorboard" / EVENTS)
+    assert names(tmp_path, runs / "mine", runs / "other" / ".." / "mine") == ["mine"]
+    assert names(tmp_path, runs / "mine", runs) == ["mine", "runs/other"]
+
+
 def test_what_a_start_set_aside_or_left_half_written_is_no_run(tmp_path):
     run = tmp_path / "runs" / "mine"
     touched(run / "replaced-1/tensorboard" / EVENTS, run / "checkpoints/step-000001" / EVENTS)

@@ -19,6 +19,7 @@ from bico_ds.common.files import write_atomically
 from bico_ds.config.sections.evaluation import EvaluationSpec
 from bico_ds.evaluation.contamination import TrainingTexts, apart, find_orders
 from bico_ds.evaluation.replica import full_replica
+from bico_ds.evaluation.report.page.scores import interval_of
 from bico_ds.evaluation.report.tables import contamination_line, search_notes
 from bico_ds.evaluation.results import EvaluationResult, Order, load_result
 from bico_ds.evaluation.retention_texts import above_limit, measure, reference
@@ -250,12 +251,13 @@ def refuse_above_limit(spec: EvaluationSpec, folder: RunFolder, step: int) -> No
 def scalars(result: EvaluationResult) -> dict[str, float]:
     """All metrics by tag, and each task's headline metric as `evaluation/TASK/headline`.
 
-    The bounds of its 95 % interval are `headline_low` and `headline_high` beside it, where the result has them.
+    The bounds of its 95 % interval are `headline_low` and `headline_high` beside it, where it is known; as in reports, the
+    exact one where all answers are right, or all wrong.
     """
     headlines = {f"evaluation/{name}/headline": task.score for name, task in result.tasks.items()}
     bounds = {
         f"evaluation/{name}/headline_{end}": bound
         for name, task in result.tasks.items()
-        for end, bound in zip(("low", "high"), task.intervals.get(task.headline, ()), strict=False)
+        for end, bound in zip(("low", "high"), interval_of(task) or (), strict=False)
     }
     return headlines | bounds | result.scalars()

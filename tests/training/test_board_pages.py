@@ -155,6 +155,12 @@ def test_runs_of_other_objectives_differ_in_a_setting_that_both_have():
     assert (bico["objectives"], ntp["objectives"]) == ("ntp, bico", "ntp")
 
 
+def test_what_is_asked_is_a_setting_also_where_texts_are_among_it():
+    text = "evaluation.tasks=[n2d, {kind: text, name: other, file: other.txt}]"
+    assert settings(load_recipe("tiny_bico", [text]))["evaluation.tasks"] == "n2d, other"
+    assert settings(load_recipe("tiny_base"))["evaluation.tasks"] == "[]"
+
+
 def test_no_secret_is_shown():
     secret = "hf_" + "Ab1" * 10
     recipe = load_recipe("tiny_bico", [f"description=by {secret}", f"evaluation.folder=/data/{secret}/x"])

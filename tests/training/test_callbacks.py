@@ -22,6 +22,7 @@ from bico_ds.runtime.run_folder import RunFolder
 from bico_ds.training.callbacks.base import Callback, Callbacks, FirstRankCallback, RunStart, StepReport
 from bico_ds.training.callbacks.console import ConsoleProgress
 from bico_ds.training.callbacks.monitor import StepMonitor, keep_lines_until
+from bico_ds.training.callbacks.stopwatch import Stopwatch
 from bico_ds.training.callbacks.tensorboard.charts import charts
 from bico_ds.training.callbacks.utilization import Utilization
 from tests.full_disk import files_limited_to
@@ -70,11 +71,15 @@ def monitored(
 ) -> list[dict]:
     recipe = load_recipe("tiny_bico", [f"monitor.every_steps={every}"])
     monitor = StepMonitor(recipe.monitor, folder, None, utilization)
-    start = RunStart(recipe=recipe, first_step=first_step, total_steps=9, summary={}, saved=saved or {})
+    last = reports[-1].step
+    start = RunStart(recipe=recipe, first_step=first_step, total_steps=last, summary={}, saved=saved or {})
     monitor.on_start(start)
     for one in reports:
         monitor.on_step(one)
-    monitor.on_end(reports[-1].step, "done")
+    assert monitor.state() == {"unwritten_steps": []}, (
+        "a run that is done, and started again, would write them twice"
+    )
+    monitor.on_end(last, "done")
     return [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
 
 
@@ -219,6 +224,17 @@ def test_without_a_known_peak_there_is_no_utilization(folder):
     assert not [tag for tag in monitored(folder, [report(1)], every=1)[0] if "mfu" in tag]
 
 
+def test_a_run_that_is_done_started_again_writes_no_line_twice(folder):
+    """Of a checkpoint of before, which kept the steps of its last line, too."""
+    recipe = load_recipe("tiny_bico", [])
+    monitor = StepMonitor(recipe.monitor, folder, None, watch=Stopwatch())
+    folder.metrics_file.write_text('{"step": 3, "kind": "train"}\n')
+    saved = {"unwritten_steps": [asdict(report(3))]}
+    monitor.on_start(RunStart(recipe=recipe, first_step=3, total_steps=3, summary={}, saved=saved))
+    monitor.on_end(3, "done")
+    assert folder.metrics_file.read_text() == '{"step": 3, "kind": "train"}\n'
+
+
 def test_steps_that_an_earlier_program_left_unwritten_count_for_all_but_utilization(folder):
     old = asdict(report(1, seconds=100.0, loss=3.0))
     del old["pairs"]
@@ -321,6 +337,19 @@ class Watched:
 
     def csv(self) -> list[str]:
         return (self.folder.csv / self.name / "loss_all.csv").read_text().splitlines()
+
+
+def test_a_resume_writes_no_line_of_csv_twice(folder):
+    killed = Watched(folder)
+    killed.monitor.on_start(killed.start)
+    killed.steps(1, 2, 3)
+    with (folder.csv / killed.name / "loss_all.csv").open("a") as file:
+        file.write("4,1.")
+    resumed = Watched(folder, first_step=1)
+    resumed.monitor.on_start(resumed.start)
+    resumed.steps(2, 3, 4)
+    assert resumed.csv() == ["step,all", *(f"{step},1.0" for step in range(1, 5))]
+    assert resumed.told == []
 
 
 def test_a_disk_that_is_full_for_a_while_ends_no_run_and_costs_no_number(folder, capfd):

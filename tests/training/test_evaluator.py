@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from bico_ds.config.load import load_recipe
-from bico_ds.evaluation.results import load_result
+from bico_ds.evaluation.results import EvaluationResult, TaskResult, load_result
 from bico_ds.runtime.distributed import Ranks
 from bico_ds.runtime.run_folder import RunFolder
 from bico_ds.runtime.signals import StopFlag
-from bico_ds.training.evaluator import Evaluator
+from bico_ds.training.evaluator import Evaluator, scalars
 
 
 @pytest.fixture
@@ -27,6 +27,21 @@ def evaluator(tmp_path) -> Evaluator:
         stop=StopFlag(),
         on_progress=lambda: None,
     )
+
+
+@pytest.mark.parametrize("score", [0.0, 1.0])
+def test_where_all_answers_are_alike_the_bounds_are_those_of_reports(score):
+    """Persons resampled give the score itself for both: nothing would be uncertain."""
+    prompts = [{"group": str(person), "contains": score} for person in range(20)]
+    task = TaskResult(
+        headline="contains",
+        metrics={"contains": score},
+        intervals={"contains": (score, score)},
+        prompts=prompts,
+    )
+    written = scalars(EvaluationResult(tasks={"n2d_reverse": task}))
+    bounds = tuple(written[f"evaluation/n2d_reverse/headline_{end}"] for end in ("low", "high"))
+    assert bounds == pytest.approx(((0, 0.1684) if score == 0 else (0.8316, 1)), abs=1e-4)
 
 
 def test_a_result_that_cannot_be_written_ends_no_run_is_told_and_comes_with_the_next(evaluator):

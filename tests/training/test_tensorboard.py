@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from bico_ds.config.load import load_recipe
 from bico_ds.config.schema import Recipe
+from bico_ds.evaluation.results import EvaluationResult, TaskResult
 from bico_ds.runtime.run_folder import RunFolder
 from bico_ds.training.callbacks.tensorboard.charts import charts
 from bico_ds.training.callbacks.tensorboard.tags import tag_of, tagged
@@ -197,6 +198,20 @@ def test_a_headline_of_before_is_shown_once_at_its_step(run):
     assert curves["8 details/evaluation/n2d/exact"] == [(4, 0.25)]
     assert "8 details/evaluation/n2d/contains" not in curves
     assert curves["8 details/work/rows/ntp"] == [(n, n) for n in range(1, 5)]
+
+
+@pytest.mark.parametrize(("written", "bounds"), [((0.25, 0.75), (0.25, 0.75)), (None, (0, 1))])
+def test_an_old_headline_has_its_interval_and_never_a_narrower_one(run, written, bounds):
+    """TensorBoard shows an error in the place of a curve of which a step has no bounds."""
+    OldRun(run, last=4)
+    if written is not None:
+        task = TaskResult(headline="contains", metrics={"contains": 0.5}, intervals={"contains": written})
+        run.evaluation_file(4).parent.mkdir()
+        run.evaluation_file(4).write_text(json.dumps(EvaluationResult(tasks={"n2d": task}).to_json()))
+    resumed(run, 4, 5)
+    curves = scalars_in(run)
+    for end, bound in zip(("low", "high"), bounds, strict=True):
+        assert curves[f"8 details/evaluation/n2d/headline_{end}"] == [(4, bound)]
 
 
 def test_a_second_resume_writes_no_history_again(run):

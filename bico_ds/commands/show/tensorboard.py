@@ -37,6 +37,7 @@ _SECONDS = 2.0  # between two looks for new files; TensorBoard itself looks ever
 _MOST_OF_TIME = 0.02  # that looking may take: network file systems are slow
 _SECONDS_TO_END = 10.0
 _MOST_NAMES = 8
+_LAST_PORT = 65535
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -61,12 +62,14 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def show(options: Namespace) -> int:
-    """Serve until TensorBoard ends, or is ended; returns its exit code, and 0 where the user ended it."""
+    """Serve until TensorBoard ends, or is ended; returns 1 where it failed, and 0 also where the user ended it."""
     for folder in options.folders:
         if not folder.is_dir():
             raise UserError(
                 f"{folder}: no such folder; name the one that holds your runs: bico-ds tensorboard FOLDER"
             )
+    if options.port is not None and options.port > _LAST_PORT:
+        raise UserError(f"--port {options.port}: the last one is {_LAST_PORT}")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     with tempfile.TemporaryDirectory(prefix="bico-ds-tensorboard-") as temporary:
@@ -102,7 +105,7 @@ def _serve(links: RunLinks, options: Sequence[str]) -> int:
         pause = _SECONDS
         while True:
             try:
-                return server.wait(timeout=pause)
+                return int(server.wait(timeout=pause) != 0)
             except subprocess.TimeoutExpired:
                 started = time.perf_counter()
                 links.refresh()
@@ -138,8 +141,9 @@ class RunLinks:
     def refresh(self) -> None:
         """Link what is there now, and nothing else."""
         wanted: dict[Path, Path] = {}
+        seen: set[tuple[int, int]] = set()
         for title, root in self._roots.items():
-            for file in _event_files(root):
+            for file in _event_files(root, seen):
                 wanted[self.folder / self._name(title, root, file) / file.name] = file
         self.names = sorted({str(link.parent.relative_to(self.folder)) for link in wanted})
         for link in [path for path in self.folder.rglob("*") if path.is_symlink()]:
@@ -160,12 +164,14 @@ def _run_of(folder: Path) -> Path:
     return folder.parent if folder.name == _RUN.tensorboard.name else folder
 
 
-def _event_files(root: Path) -> Iterator[Path]:
-    """The event files below a folder, through links, but for what runs set aside and where they have none."""
-    seen: set[tuple[int, int]] = set()
+def _event_files(root: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
+    """The event files below a folder, through links, but for what runs set aside and where they have none.
+
+    `seen`: the folders that were looked into, which grows; none is looked into twice.
+    """
     for at, folders, names in os.walk(root, followlinks=True):
         status = os.stat(at)
-        if (status.st_dev, status.st_ino) in seen:  # a link led here, too
+        if (status.st_dev, status.st_ino) in seen:  # a link, or another name, led here, too
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))

@@ -32,7 +32,8 @@ from bico_ds.training.callbacks.work import ObjectiveWork
 
 
 class StepMonitor(FirstRankCallback):
-    """Every `every_steps` steps, writes what `_summarize` makes of the steps since the last time; other numbers at once.
+    """Every `every_steps` steps, and at the last one, writes what `_summarize` makes of the steps since the last time; other
+    numbers at once. Steps that a stop leaves unwritten are kept by the checkpoint.
 
     What cannot be written does not end the run: it waits until it can be, and `tell` gets a line of both.
     `utilization`: None where no peak of the devices is known; then there is no MFU. `work`: adds up what was done, and gets
@@ -71,10 +72,14 @@ class StepMonitor(FirstRankCallback):
         self._earlier = len(self._pending)
         if self._watch is not None:
             self._watch.take()  # messages of the start are no step's
-        self._first_step, self._max_grad_norm = first, start.recipe.training.max_grad_norm
+        self._first_step, self._last_step = first, start.total_steps
+        self._max_grad_norm = start.recipe.training.max_grad_norm
         if self._deepspeed_monitor is not None and self._deepspeed_monitor.enabled:
             csv = self._folder.csv / start.recipe.name
-            bear_failures(self._deepspeed_monitor, csv, root=self._folder.path, effort=self._effort)
+            until = first or -1  # a start from the beginning evaluates step 0 anew
+            bear_failures(
+                self._deepspeed_monitor, csv, root=self._folder.path, until=until, effort=self._effort
+            )
         if self._spec.tensorboard:
             layout = charts(start.recipe, has_mfu=self._utilization is not None)
             self._board = Board(
@@ -88,7 +93,7 @@ class StepMonitor(FirstRankCallback):
 
     def on_step(self, report: StepReport) -> None:
         self._pending.append(report)
-        if report.step % self._spec.every_steps == 0:
+        if report.step % self._spec.every_steps == 0 or report.step == self._last_step:
             self._write_pending()
 
     def on_numbers(self, step: int, kind: str, numbers: dict[str, float]) -> None:
@@ -105,8 +110,6 @@ class StepMonitor(FirstRankCallback):
     def on_message(self, text: str) -> None: ...
 
     def on_end(self, step: int, state: str) -> None:
-        if self._pending and state == "done":  # else the checkpoint keeps them
-            self._write_pending()
         if self._board is not None and state == "done":
             self._board.end()
         self._write_waiting()

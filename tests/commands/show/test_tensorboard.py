@@ -51,6 +51,18 @@ def test_runs_are_named_by_their_folders_at_any_depth(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_run_that_is_named_twice_is_one_run(tmp_path):
+    runs = tmp_path / "runs"
+    touched(runs / "mine/tensorboard" / EVENTS, runs / "other/tensorboard" / EVENTS)
+    assert names(tmp_path, runs / "mine", runs / "other" / ".." / "mine") == ["mine"]
+    assert names(tmp_path, runs / "mine", runs) == ["mine", "runs/other"]
+
+
+def test_a_port_that_is_none_is_a_mistake_of_usage(tmp_path, capsys):
+    assert main([str(tmp_path), "--port", "65536"]) == 2
+    assert "--port 65536: the last one is 65535" in capsys.readouterr().err
+
+
 def test_what_a_start_set_aside_or_left_half_written_is_no_run(tmp_path):
     run = tmp_path / "runs" / "mine"
     touched(run / "replaced-1/tensorboard" / EVENTS, run / "checkpoints/step-000001" / EVENTS)

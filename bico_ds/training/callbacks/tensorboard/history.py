@@ -6,6 +6,7 @@ stay beside today's as curves of their own.
 
 from __future__ import annotations
 
+import re
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,13 +17,17 @@ from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 
+from bico_ds.common.errors import UserError
 from bico_ds.common.files import atomic_file
 from bico_ds.common.json_files import is_number, object_in
+from bico_ds.evaluation.report.page.scores import interval_of
+from bico_ds.evaluation.results import load_result
 from bico_ds.runtime.run_folder import RunFolder, split_metrics
 from bico_ds.training.callbacks.tensorboard.event_file import has_todays_tags, write_events
 
 # Of event files that are read for the times in them; those of larger ones are not worth the wait.
 _MOST_BYTES = 1 << 26
+_HEADLINE = re.compile("evaluation/(.+)/headline")
 
 Values = Callable[[str, Mapping[str, float]], Sequence[Summary.Value]]
 
@@ -47,7 +52,7 @@ def renew(folder: RunFolder, until: int, values: Values, tell: Callable[[str], N
     lines = _lines(folder.metrics_file, until)
     if lines:
         folder.tensorboard.mkdir(exist_ok=True)
-        write_events(folder.tensorboard, _events(lines, values, times))
+        write_events(folder.tensorboard, _events(folder, lines, values, times))
 
 
 def _lines(metrics: Path, until: int) -> list[dict[str, Any]]:
@@ -60,13 +65,39 @@ def _lines(metrics: Path, until: int) -> list[dict[str, Any]]:
     return [found[step, kind] for step, kind in sorted(found) if step >= 0]
 
 
-def _events(lines: Sequence[dict[str, Any]], values: Values, times: Mapping[int, float]) -> Iterator[Event]:
+def _events(
+    folder: RunFolder, lines: Sequence[dict[str, Any]], values: Values, times: Mapping[int, float]
+) -> Iterator[Event]:
     now = time.time()
     for line in lines:
         step = int(line["step"])
         numbers = {key: float(value) for key, value in line.items() if key != "step" and is_number(value)}
+        numbers = _bounds(folder.evaluation_file(step), numbers) | numbers
         now = times.get(step, now)
         yield Event(wall_time=now, step=step, summary=Summary(value=values(str(line.get("kind")), numbers)))
+
+
+def _bounds(file: Path, numbers: Mapping[str, float]) -> dict[str, float]:
+    """The bounds of the headline scores among these numbers that a line of before lacks, from its evaluation's file.
+
+    Where the file does not tell, those between which every score is: TensorBoard draws no interval of a curve, and no curve,
+    that lacks one at some step.
+    """
+    lacking = [
+        task[1]
+        for key in numbers
+        if (task := _HEADLINE.fullmatch(key)) is not None and f"{key}_low" not in numbers
+    ]
+    try:
+        tasks = load_result(file).tasks if lacking else {}
+    except UserError:
+        tasks = {}
+    found = {}
+    for name in lacking:
+        known = interval_of(tasks[name]) if name in tasks else None
+        for end, bound in zip(("low", "high"), known or (0.0, 1.0), strict=True):
+            found[f"evaluation/{name}/headline_{end}"] = bound
+    return found
 
 
 def _times(files: Sequence[Path]) -> dict[int, float]:

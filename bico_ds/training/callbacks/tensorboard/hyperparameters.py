@@ -19,7 +19,7 @@ Setting = bool | float | str
 # What a run is called is no setting, and stands beside them.
 _NAMES = ("name", "description", "output_dir")
 # TensorBoard compares a key only where two runs have it: what one of them lacks shows in the list of what each has.
-_LISTS = (("objectives",), ("data", "sources"))
+_LISTS = (("objectives",), ("data", "sources"), ("evaluation", "tasks"))
 
 
 def settings(recipe: Recipe) -> dict[str, Setting]:
@@ -30,7 +30,9 @@ def settings(recipe: Recipe) -> dict[str, Setting]:
     values = recorded_values(recipe)
     found = {leaf.path: _setting(leaf.value) for leaf in leaves(values) if leaf.path not in _NAMES}
     for key in _LISTS:
-        found[".".join(key)] = ", ".join(entry_names(value_at(key, values), key))
+        entries = value_at(key, values)
+        names = zip(entries, entry_names(entries, key), strict=True)
+        found[".".join(key)] = _setting([entry if isinstance(entry, str) else name for entry, name in names])
     return found
 
 

@@ -121,7 +121,7 @@ def explain_recipe(options: Namespace) -> Explained:
     try:
         profile = profile_recipe(_program(ranks), options.recipe, overrides, steps=steps)
     except UserError as error:
-        raise UserError("; ".join([str(error), *notes])) from None
+        raise UserError("\n".join([str(error), *(f"note: {note}" for note in notes)])) from None
     return _explained(
         options.recipe, overrides, planned, profile, lambda: (_device_here(planned, ranks), 1, ranks), notes
     )

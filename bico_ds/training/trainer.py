@@ -221,8 +221,7 @@ class Trainer:
         # DeepSpeed's is a scalar tensor, on the device or (with offload) the host; None where it computes none.
         norm = norm if isinstance(norm, torch.Tensor) else torch.tensor(norm or 0.0)
         self.consumed = self.consumed.plus(rank_step.counts)
-        seconds = self._end_step(report)
-        report = replace(report, applied=applied, sources=self.consumed.by_source(), seconds=seconds)
+        report = replace(self._end_step(report), applied=applied, sources=self.consumed.by_source())
         # After the update has begun, so that what shows and writes a step does not hold it up.
         self._report(totals.norm_before)
         self._unreported = _TakenStep(report=report, norm=norm, batches=rank_step.batches, losses=losses)
@@ -232,18 +231,19 @@ class Trainer:
         if self.profiler is not None and self.profiler.begin(self.step + 1):
             self._last_moment = time.perf_counter()  # to begin to record is none of a step's work
 
-    def _end_step(self, report: StepReport) -> float:
-        """Seconds since the end of the step before, or the pause after it: no moment of training is left out."""
+    def _end_step(self, report: StepReport) -> StepReport:
+        """With its seconds since the end of the step before, or the pause after it: no moment of training is left out."""
         if self.profiler is not None:
             self.profiler.settle()
         before, self._last_moment = self._last_moment, time.perf_counter()
         seconds = self._last_moment - before
-        if self.profiler is not None and self.profiler.end(report.step, report.objective, seconds):
+        is_recorded = self.profiler is not None and self.profiler.end(report.step, report.objective, seconds)
+        if is_recorded:
             # Writing what was recorded is none of a step's work.
             self._last_moment = time.perf_counter()
             if self.own_time is not None:
                 self.own_time.begin()
-        return seconds
+        return replace(report, seconds=seconds, is_recorded=is_recorded)
 
     def _report_of(self, agreed: AgreedStep, totals: StepTotals) -> StepReport:
         """What is known of a step before its update."""

@@ -172,3 +172,14 @@ def test_the_loop_draws_the_live_line_itself_and_at_most_once_a_second(monkeypat
         now[0] += 0.25
     assert [re.match(r"step \d+", line)[0] for line in drawn] == [f"step {n}" for n in range(1, 30, 4)]
     progress.on_end(29, "preempted")
+
+
+def test_a_message_stands_above_a_live_line_that_is_not_of_an_earlier_step():
+    console = terminal(120)
+    progress = started(console)
+    for step in range(1, 4):
+        progress.on_step(report_of(step))
+    progress.on_message("step 3  evaluation")
+    shown = Text.from_ansi(console.file.getvalue().rpartition("step 3  evaluation")[2]).plain
+    assert re.search(r"step (\d+)/400", shown)[1] == "3"
+    progress.on_end(3, "preempted")

@@ -70,6 +70,17 @@ def test_the_median_of_the_steps_after_the_first_is_compared_once_each_objective
     assert len(told.lines) == 1
 
 
+def test_steps_that_a_profile_slowed_are_not_compared(folder):
+    callback, told = beside(planned(Range(0.1, 0.3)), folder)
+    for step in range(1, 4 * LAST + 1):
+        is_recorded = step % 4 < 2
+        seconds = 9.0 if is_recorded else 0.2
+        name = "ntp" if step % 2 else "bico"
+        callback.on_step(replace(report(step, objective=name, seconds=seconds), is_recorded=is_recorded))
+    ((_, _, numbers),) = told.numbers
+    assert numbers["plan/step_seconds/ntp/measured"] == numbers["plan/step_seconds/bico/measured"] == 0.2
+
+
 @pytest.mark.parametrize(("seconds", "place"), [(0.05, "below"), (0.2, "inside"), (0.4, "above")])
 def test_the_line_says_where_in_the_range_the_run_is(folder, seconds, place):
     callback, told = beside(planned(Range(0.1, 0.3)), folder)

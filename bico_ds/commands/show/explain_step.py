@@ -43,7 +43,7 @@ from bico_ds.planner.report.step_parts import StepPart
 from bico_ds.planner.step_time import StepTime
 from bico_ds.runtime.launch_environment import free_port, is_launched
 from bico_ds.runtime.run_folder import RunFolder, read_starts
-from bico_ds.training.profile.short_run import MOST_RECORDED, profile_recipe
+from bico_ds.training.profile.short_run import MOST_RECORDED, profile_recipe, short_overrides
 from bico_ds.training.profile.table import Profile, StepTable, read_profile
 
 WIDTH = 80
@@ -116,8 +116,12 @@ def explain_recipe(options: Namespace) -> Explained:
     if (planned := _checks().without_missing_weights(recipe)) is not recipe:
         overrides.append("model.path=null")
         notes.append(f"model.path '{recipe.model.path}' is not on this machine: random weights take as long")
+    _check(options.recipe, short_overrides(overrides, steps=steps), ranks)
     print(f"training {2 * steps} steps on {ranks} rank{'s' * (ranks > 1)} …", file=sys.stderr, flush=True)
-    profile = profile_recipe(_program(ranks), options.recipe, overrides, steps=steps)
+    try:
+        profile = profile_recipe(_program(ranks), options.recipe, overrides, steps=steps)
+    except UserError as error:
+        raise UserError("\n".join([str(error), *(f"note: {note}" for note in notes)])) from None
     return _explained(
         options.recipe, overrides, planned, profile, lambda: (_device_here(planned, ranks), 1, ranks), notes
     )
@@ -128,6 +132,19 @@ def explain_run(folder: Path) -> Explained:
     profile, name = read_profile(folder), str(RunFolder(folder).recipe_file)
     return _explained(
         name, [], load_recipe(name), profile, lambda: _devices_of_run(folder, profile.ranks), []
+    )
+
+
+def _check(name: str, overrides: Sequence[str], ranks: int) -> None:
+    """Refuse what the training would refuse, before its start, which takes longer."""
+    from bico_ds.runtime.distributed import read_ranks
+
+    _checks().check_recipe(
+        load_recipe(name, overrides),
+        world_size=ranks,
+        on_cuda=read_ranks().device.type == "cuda",
+        run_folder=Path("runs"),
+        ranks_per_node=ranks,
     )
 
 

@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 import tempfile
+import textwrap
 import threading
 from collections.abc import Iterator
 from types import TracebackType
@@ -138,9 +139,19 @@ class _Console(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            print(self.format(record), file=sys.stderr, flush=True)
+            print(_with_whole_words(self.format(record)), file=sys.stderr, flush=True)
         except Exception:
             self.handleError(record)
+
+
+def _with_whole_words(text: str) -> str:
+    """With line breaks between words where stderr is a terminal, which breaks lines anywhere."""
+    if not sys.stderr.isatty():
+        return text
+    width = os.get_terminal_size(sys.stderr.fileno()).columns or len(text)
+    wrapper = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
+    lines = (line if len(line) <= width else wrapper.fill(line) for line in text.split("\n"))
+    return "\n".join(lines)
 
 
 class _Printed:

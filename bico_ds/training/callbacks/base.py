@@ -54,7 +54,7 @@ class StepReport:
     `own_seconds`: by rank, where there are several, what it worked since the ranks were last together and did not wait for
     others; on GPUs of the step before (`bico_ds.runtime.nodes.own_time`). `memory`: of a step that ends a logged
     interval, what the ranks had before its update (`bico_ds.runtime.peak_memory.MemoryUse`): each number is the largest of
-    any rank's.
+    any rank's. `is_recorded`: a profile has recorded the step, which made it slower.
     """
 
     step: int
@@ -77,6 +77,7 @@ class StepReport:
     weight: float | None = None
     own_seconds: list[float] = field(default_factory=list)
     memory: dict[str, int] = field(default_factory=dict)
+    is_recorded: bool = False
 
 
 class Callback:

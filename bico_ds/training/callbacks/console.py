@@ -105,6 +105,8 @@ class ConsoleProgress(FirstRankCallback):
 
     def _say(self, text: str, *, shown: bool = True) -> None:
         if shown:
+            if self._live is not None and self._live.is_started:
+                self._live.refresh()  # it is drawn below the text again, and must not be of an earlier step
             # Words stay whole on a terminal; elsewhere lines do, which programs may read.
             whole_lines = not self._console.is_terminal
             self._console.print(text, highlight=False, markup=False, soft_wrap=whole_lines)

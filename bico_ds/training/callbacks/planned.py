@@ -14,7 +14,8 @@ from bico_ds.runtime.peak_memory import PeakMemory
 from bico_ds.runtime.run_folder import RunFolder
 from bico_ds.training.callbacks.base import Callback, FirstRankCallback, StepReport
 
-# Steps of each objective that count: the first ones compile, and fill what later ones find filled.
+# Steps of each objective that count, of those that no profile slows: the first ones compile, and fill what later ones find
+# filled.
 FIRST, LAST = 5, 20
 # An objective that is drawn seldom keeps the others waiting for at most so many steps.
 _LATEST = 10 * LAST
@@ -37,7 +38,7 @@ class PlannedBesideMeasured(FirstRankCallback):
             return
         self._memory.note()
         self._steps += 1
-        if report.targets:
+        if report.targets and not report.is_recorded:
             self._seconds[report.objective].append(report.seconds)
         if self._steps == _LATEST or all(
             len(self._seconds[step.objective]) >= LAST for step in self._plan.steps

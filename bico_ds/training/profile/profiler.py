@@ -138,6 +138,7 @@ class StepProfiler:
             trace = json.loads(path.read_bytes())
         finally:
             path.unlink(missing_ok=True)
+            path.with_name(f"{path.name}.tmp").unlink(missing_ok=True)  # torch's, of which it makes `path`
         parts = seconds_by_part(trace["traceEvents"], on_cuda=self._ranks.device.type == "cuda")
         self._trace.add(trace)
         return parts

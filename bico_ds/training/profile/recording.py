@@ -49,6 +49,8 @@ class StepRecording:
     def write(self, path: Path) -> None:
         """Raises OSError or `RuntimeError`."""
         self._profile.export_chrome_trace(str(path))
+        if not path.exists():  # torch only logs what went wrong
+            raise RuntimeError(f"torch could not write its trace into '{path.parent}'; is the disk full?")
 
 
 def _named(name: str) -> record_function:

@@ -32,7 +32,8 @@ class ProfileRequest:
                 f"give a step from {begins + 1} to {total}" if begins < total else "which is the run's last"
             )
             raise UserError(
-                f"--profile: step {self.first} is made; this start begins after step {begins}: {given}"
+                f"--profile: step {self.first} is made; this start begins after step {begins}: {given}, "
+                "or leave --profile out"
             )
         if self.steps is not None:
             return list(range(self.first, self.first + self.steps))

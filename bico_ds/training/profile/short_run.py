@@ -37,13 +37,18 @@ _OVERRIDES = (
 )
 
 
+def short_overrides(overrides: Sequence[str], *, steps: int) -> list[str]:
+    """Those of the training that records `steps` steps of a recipe with these."""
+    return [*overrides, *_OVERRIDES, f"training.steps={2 * steps + 1}"]
+
+
 def profile_recipe(program: Sequence[str], recipe: str, overrides: Sequence[str], *, steps: int) -> Profile:
     """Train `recipe` in a temporary folder, and record `steps` steps, at most `MOST_RECORDED`, after as many others.
 
     `program`: the words of the command that trains. It is ended as soon as the profile is complete, so that no checkpoint
     is written. Raises `UserError` or `RunError` with what the training said where it ended before.
     """
-    given = [*overrides, *_OVERRIDES, f"training.steps={2 * steps + 1}"]
+    given = short_overrides(overrides, steps=steps)
     words = [*program, "--recipe", recipe, *(word for override in given for word in ("--set", override))]
     with tempfile.TemporaryDirectory(prefix="bico_ds-explain-", ignore_cleanup_errors=True) as temporary:
         run, log = Path(temporary, "run"), Path(temporary, "log")

@@ -123,6 +123,12 @@ def test_a_launcher_before_it_is_refused(monkeypatch, capsys):
     assert "give --ranks N" in capsys.readouterr().err
 
 
+def test_a_recipe_for_other_ranks_is_refused_before_anything_trains(capsys):
+    assert main(["tiny_base", "--set", "distributed.world_size=64"]) == 2
+    told = capsys.readouterr().err
+    assert "made for 64 ranks" in told and "training" not in told
+
+
 def test_what_the_training_refuses_is_told_as_it_says_it(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     program = [sys.executable, str(ROOT / "launch" / "train.py")]

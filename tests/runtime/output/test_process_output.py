@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import pty
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
 
+from bico_ds.runtime.output.process_output import ProcessOutput
 from tests import ROOT
 from tests.full_disk import files_limited_to
 
@@ -107,6 +112,18 @@ def test_another_rank_shows_warnings_and_tracebacks_alone_and_logs_all(tmp_path)
     for place in (done.stderr, log_of(tmp_path, rank=3)):
         assert place.count("Traceback") == 2 and "worker" in place
         assert "ZeroDivisionError: division by zero" in place and "IndexError: list index" in place
+
+
+def test_on_a_terminal_a_logged_line_ends_between_words(monkeypatch):
+    main, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 60))
+    with open(terminal, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with ProcessOutput("verbose"):
+            logging.getLogger("bico_ds.part").info("%s", "123456789 " * 9)
+        lines = os.read(main, 1000).decode().split("\r\n")
+    os.close(main)
+    assert lines == [" ".join(["123456789"] * count) for count in (6, 3)] + [""]
 
 
 def test_a_mistake_of_the_users_is_logged_without_a_traceback(tmp_path):

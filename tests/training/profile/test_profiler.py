@@ -18,6 +18,7 @@ from bico_ds.runtime.distributed import Ranks
 from bico_ds.training.profile.names import STEP
 from bico_ds.training.profile.profiler import StepProfiler
 from bico_ds.training.profile.table import read_profile
+from tests.full_disk import files_limited_to
 
 RANKS = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
@@ -92,6 +93,15 @@ def test_what_cannot_be_written_is_told_and_no_step_fails(tmp_path):
     assert (
         "step 2 is not in the profile: rank 0: Not a directory" in told[0] and "training goes on" in told[0]
     )
+
+
+def test_on_a_full_disk_the_reason_is_told_and_nothing_is_left(tmp_path):
+    found, told = profiler(tmp_path, [2])
+    take(found, 1)
+    with files_limited_to(1000):
+        take(found, 2)
+    assert "torch could not write its trace" in told[0] and "is the disk full?" in told[0]
+    assert not list((tmp_path / "profile" / "step-000002").iterdir())
 
 
 def test_outside_of_recorded_steps_nothing_is_changed(tmp_path):

@@ -43,7 +43,7 @@ def test_what_is_no_step_is_refused_as_an_argument(text):
         ("21", 0, "step 21 is none of this run, which ends after step 20"),
         ("20:2", 0, "step 21 is none of this run"),
         ("6", 6, "begins after step 6: give a step from 7 to 20"),
-        ("6:9", 10, "give a step from 11 to 20"),
+        ("6:9", 10, "give a step from 11 to 20, or leave --profile out"),
         ("20", 20, "which is the run's last"),
     ],
 )

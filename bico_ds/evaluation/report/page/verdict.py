@@ -95,6 +95,9 @@ def _answers(runs: Sequence[ReportedRun], task: str) -> Iterator[Html | str]:
         return
     ranked = sorted(asked, key=lambda run: -run.compared.final.tasks[task].score)
     yield from _answer(ranked[0], task, is_first=True)
+    if ranked[0].compared.final.tasks[task].score == ranked[-1].compared.final.tasks[task].score:
+        yield f", and so do all {len(asked)} runs."
+        return
     yield f", the best of {len(asked)} runs; the worst, "
     yield from _answer(ranked[-1], task, is_first=False)
     yield "."

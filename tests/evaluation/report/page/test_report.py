@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -183,6 +184,28 @@ def test_of_many_runs_the_best_and_the_worst_are_said_and_all_stand_in_the_table
     assert f"run{scores.argmax()} answers 55 %" in said and f"the worst, run{scores.argmin()} 0 %" in said
     rows = said.partition("Every task")[2].partition("another person's answer")[0]
     assert [f"run{n} {100 * score:.0f} %" in rows for n, score in enumerate(scores)] == [True] * 12
+
+
+def test_of_many_runs_that_score_the_same_none_is_the_best(tmp_path):
+    runs = [run_folder(tmp_path / f"run{n}", {"n2d_reverse": 0.5}, logged=3) for n in range(4)]
+    said = text_of(write_report(runs))
+    assert "and so do all 4 runs" in said and "the best of" not in said
+
+
+def test_a_name_that_reorders_text_leaves_the_words_after_it_in_their_order(tmp_path):
+    run = run_folder(tmp_path / "a", scores_of(0.9), logged=3).rename(tmp_path / "a\u202eb")
+    page = write_report([run])
+    assert "a b answers 90 %" in text_of(page) and "\u202e" not in page.read_text(encoding="utf-8")
+
+
+def test_a_name_that_begins_like_an_option_is_named_as_a_path(tmp_path, monkeypatch):
+    run_folder(tmp_path / "run", scores_of(0.9), logged=3).rename(tmp_path / "-run")
+    monkeypatch.chdir(tmp_path)
+    page = unescape(write_report([Path("-run")]).read_text())
+    words = shlex.split(re.search(r"launch/train.py ([^<]+)<", page)[1])
+    assert str(train_command.parse(words).output_dir) == "-run-again"
+    words = shlex.split(re.search(r"bico-ds report ([^<]+)<", page)[1])
+    assert main.parse(words).runs == [Path("-run")]
 
 
 def test_result_files_make_a_report_beside_them(tmp_path):

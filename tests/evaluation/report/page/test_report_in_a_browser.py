@@ -47,6 +47,12 @@ def test_question_and_answer_are_on_the_first_screen_and_nothing_scrolls_sideway
         assert (seen.errors, seen.requests, links.count()) == ([], [], 9)
 
 
+def test_a_name_longer_than_the_screen_is_broken(tmp_path):
+    run = run_folder(tmp_path / "run", scores_of(0.9)).rename(tmp_path / ("x" * 200))
+    with visit(write_report([run]), width=390) as seen:
+        assert seen.page.evaluate("document.scrollingElement.scrollWidth") <= 390
+
+
 def test_dark_is_dark_and_paper_is_light_and_shows_all(page):
     ground = "getComputedStyle(document.body).backgroundColor"
     with visit(page, scheme="dark") as seen:

@@ -79,7 +79,7 @@ def test_every_section_is_there_with_its_figures(page):
     assert "checkpoint 300 2026-09-21 14:15:49 held training up for 0.25 s" in text
     assert "start 1 – 2026-09-21 14:13:20 2 ranks on node7" in text
     assert "torch 2.13.0" in text and "c0ffee" * 6 in text
-    assert "peak memory of tensors 1.5 GB 1.5 GB" in text
+    assert "peak memory of tensors (on a CPU: growth of the process) 1.5 GB 1.5 GB" in text
 
 
 def test_only_keys_that_differ_are_listed(page):

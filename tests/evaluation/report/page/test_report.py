@@ -246,7 +246,7 @@ def test_what_is_no_run_is_refused(two, tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_secrets_of_recipes_and_command_lines_are_left_out(tmp_path):
+def test_secrets_of_recipes_command_lines_and_reasons_are_left_out(tmp_path):
     run = run_folder(tmp_path / "a", scores_of(0.5))
     secret = "hf_" + "A1b2C3d4" * 4
     recipe = (run / "recipe.yaml").read_text().replace("description: ", f"description: {secret} ")
@@ -254,6 +254,9 @@ def test_secrets_of_recipes_and_command_lines_are_left_out(tmp_path):
     starts = json.loads((run / "run.json").read_text())
     starts[0]["command"] += ["--api-key", "s3cr3t-value", secret]
     (run / "run.json").write_text(json.dumps(starts))
+    state = json.loads((run / "state.json").read_text())
+    reason = f"refused: Authorization: Bearer {secret}"
+    (run / "state.json").write_text(json.dumps(state | {"state": "failed", "reason": reason}))
     html = write_report([run]).read_text()
     assert secret not in html and "s3cr3t-value" not in html and "(not recorded)" in html
 

@@ -218,6 +218,15 @@ def test_result_files_make_a_report_beside_them(tmp_path):
     assert "a answers 38 %" in text_of(written) and "models/x" in text_of(written)
 
 
+def test_runs_that_were_asked_other_numbers_of_questions_each_say_theirs(tmp_path):
+    for name, right, wrong in (("a", 30, 50), ("b", 10, 30)):
+        tasks = {"n2d_reverse": task_result([True] * right + [False] * wrong)}
+        values = EvaluationResult(tasks=tasks).to_json() | {"model": "models/x", "weights": "w"}
+        (tmp_path / f"{name}.json").write_text(json.dumps(values))
+    said = text_of(write_report([tmp_path / "a.json", tmp_path / "b.json"]))
+    assert re.search(r"a answers 38 % \([^)]+\) of 80 questions and b 25 % \([^)]+\) of 40 questions", said)
+
+
 def test_what_is_no_report_is_never_overwritten(two, tmp_path, capsys):
     mine = tmp_path / "mine.html"
     mine.write_text("<html>mine")

@@ -167,6 +167,9 @@ footer{color:var(--soft);font-size:14px;padding-top:18px;padding-bottom:40px;bor
  .question,.also{font-size:11pt}
  table{font-size:9pt}
  th,td{padding:3pt 5pt}
+ figure table{font-size:7pt}
+ figure th,figure td{padding:2pt}
+ figure tbody th{min-width:0;overflow-wrap:anywhere}
  .panels,.samples{grid-template-columns:repeat(2,minmax(0,1fr))}
  svg text{font-size:13px}
  details::details-content{display:block;content-visibility:visible;height:auto}

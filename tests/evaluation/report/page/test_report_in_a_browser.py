@@ -64,6 +64,10 @@ def test_dark_is_dark_and_paper_is_light_and_shows_all(page):
         seen.page.emulate_media(media="print")
         assert seen.page.evaluate(ground) == "rgb(255, 255, 255)"
         assert data.count() >= 8 and all(data.nth(number).is_visible() for number in range(data.count()))
+        seen.page.set_viewport_size({"width": 688, "height": 900})  # of A4 between our margins
+        over = "t => t.getBoundingClientRect().right - t.closest('figure').getBoundingClientRect().right"
+        tables = seen.page.locator("figure table")
+        assert all(tables.nth(number).evaluate(over) <= 0 for number in range(tables.count()))
         assert not seen.page.locator("nav").is_visible()
         assert seen.page.pdf(format="A4").startswith(b"%PDF")
         assert (seen.errors, seen.requests) == ([], [])

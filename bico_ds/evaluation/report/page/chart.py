@@ -16,6 +16,7 @@ Point = tuple[float, float]
 _WIDTH, _HEIGHT = 460.0, 280.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62.0, 18.0, 14.0, 50.0
 _TICKS = 5
+_MOST_ASIDE = 12.0  # of an interval beside its point, which may be the last one before the edge
 _MOST_MARKERS = 8  # of a line with many points
 _DASHES = (None, "8 5", "2 5", "12 4 2 4")
 # One more than colours: the first 56 runs differ by colour or marker.
@@ -70,6 +71,7 @@ def draw(chart: Chart) -> Html:
     """The SVG of a chart, with its title and summary as its text alternative."""
     scale = _Scale.of(chart)
     width = len(chart.curves)
+    apart = min(3.0, 2 * _MOST_ASIDE / max(1, width - 1))
     parts = [
         element("title", chart.title, id=f"{chart.identifier}-title"),
         element("desc", chart.summary, id=f"{chart.identifier}-desc"),
@@ -77,7 +79,7 @@ def draw(chart: Chart) -> Html:
         *(_vertical(scale.x(x)) for x in chart.reference),
         _line(chart.best, scale, class_="best") if len(chart.best) > 1 else None,
         # The first runs show below the later ones: they are drawn wider.
-        *(_curve(curve, scale, 2.2 + 2.2 * (width - 1 - i) / max(2, width - 1), i - (width - 1) / 2)
+        *(_curve(curve, scale, 2.2 + 2.2 * (width - 1 - i) / max(2, width - 1), apart * (i - (width - 1) / 2))
           for i, curve in enumerate(chart.curves)),
     ]  # fmt: skip
     return element(
@@ -194,7 +196,7 @@ def _vertical(x: float) -> Html:
 
 
 def _curve(curve: Curve, scale: _Scale, width: float, place: float) -> Html:
-    """`place`: that of the run among the others, around 0, which keeps their intervals apart."""
+    """`place`: how far to the right its interval stands, which keeps those of the runs apart."""
     points = list(curve.points)
     dashes = _DASHES[curve.number // COLOURS_OF_RUNS % len(_DASHES)]
     parts: list[Html] = []
@@ -203,7 +205,7 @@ def _curve(curve: Curve, scale: _Scale, width: float, place: float) -> Html:
             _line(points, scale, class_="curve", stroke_width=f"{width:.1f}", stroke_dasharray=dashes)
         )
     if curve.interval is not None:
-        x = scale.x(points[-1][0]) + (0.0 if scale.is_log_x else 3.0 * place)
+        x = scale.x(points[-1][0]) + (0.0 if scale.is_log_x else place)
         low, high = (f"{scale.y(end):.1f}" for end in curve.interval)
         parts.append(
             element(

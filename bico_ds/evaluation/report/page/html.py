@@ -26,7 +26,7 @@ def element(tag: str, *children: Any, **attributes: Any) -> Html:
     `class_` is written as `class`, and `_` in other names as `-`.
     """
     written = "".join(
-        f" {name.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{escape(str(value))}"')
+        f" {name.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{_text(value)}"')
         for name, value in attributes.items()
         if value is not None and value is not False
     )
@@ -38,8 +38,14 @@ def element(tag: str, *children: Any, **attributes: Any) -> Html:
 def joined(parts: Iterable[Any]) -> Html:
     """Parts one after the other."""
     return Html(
-        "".join(part if isinstance(part, Html) else escape(str(part)) for part in parts if part is not None)
+        "".join(part if isinstance(part, Html) else _text(part) for part in parts if part is not None)
     )
+
+
+def _text(value: Any) -> str:
+    """What a reader sees as it is, a blank for what would reorder the words after it, or is no text."""
+    shown = (character if character.isprintable() or character == "\n" else " " for character in str(value))
+    return escape("".join(shown))
 
 
 def section(identifier: str, heading: str, *children: Any) -> Html:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from bico_ds.common.printable import on_one_line
@@ -18,7 +19,7 @@ _MOST_STARTS = 5
 
 def repeat(runs: Sequence[ReportedRun]) -> Html:
     """The commands that make the runs and this report again."""
-    report = shlex.join(["bico-ds", "report", *(_word(str(run.path)) for run in runs)])
+    report = shlex.join(["bico-ds", "report", *(_word(_argument(run.path)) for run in runs)])
     return section(
         "repeat",
         "Run it again",
@@ -52,9 +53,14 @@ def _again(run: ReportedRun) -> str:
     launcher = ["deepspeed", *(("--num_accelerators", str(ranks)) if is_one_host else ())]
     new = run.path.with_name(f"{run.path.resolve().name}-again")
     recipe = run.path / "recipe.yaml"
-    words = [*launcher, "launch/train.py", "--recipe", str(recipe), "--output-dir", str(new)]
+    words = [*launcher, "launch/train.py", "--recipe", _argument(recipe), "--output-dir", _argument(new)]
     device = _device(run)
     return ("DS_ACCELERATOR=cpu " if device.startswith("a CPU") else "") + shlex.join(map(_word, words))
+
+
+def _argument(path: Path) -> str:
+    """A path as no command takes for an option."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
 
 
 def _device(run: ReportedRun) -> str:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from bico_ds.common.errors import UserError
 from bico_ds.common.json_files import JsonError, is_number, object_in, read_object_lines
-from bico_ds.common.secrets import without_secrets
+from bico_ds.common.secrets import text_without_secrets, without_secrets
 from bico_ds.common.yaml_files import read_mapping
 from bico_ds.evaluation.report.runs import (
     ComparedRun,
@@ -122,7 +122,7 @@ def _read_file(path: Path, label: str) -> ReportedRun:
         starts=[],
         attempts=[],
         state={},
-        model=str(values.get("model", "")),
+        model=text_without_secrets(str(values.get("model", ""))),
         faults=[],
     )
 
@@ -153,8 +153,8 @@ def _read_folder(path: Path, label: str) -> ReportedRun:
         logged=logged,
         recipe=without_secrets(recipe),
         starts=without_secrets(faults.reading(folder.run_file, read_starts, nothing)),
-        attempts=attempts,
-        state=read_state(folder.state_file) or {},
+        attempts=without_secrets(attempts),
+        state=without_secrets(read_state(folder.state_file) or {}),
         model=str(path / "export"),
         faults=faults.told,
     )
@@ -189,7 +189,7 @@ class _Faults:
     def note(self, fault: str) -> None:
         self._count += 1
         if self._count <= _MOST_FAULTS:
-            self.told.append(fault.replace(f"{self._run}{os.sep}", ""))
+            self.told.append(text_without_secrets(fault.replace(f"{self._run}{os.sep}", "")))
         elif self._count == _MOST_FAULTS + 1:
             self.told.append("and more")
 

@@ -19,6 +19,8 @@ from bico_ds.evaluation.report.tables import WORK_COLUMNS, work_lines
 _WORK, _MOST_CHARACTERS = "work/", 200
 _PARTS = ("measured", "low", "high", "ratio")  # of what the planner said
 
+_ON_CPUS = " (on a CPU: growth of the process)"  # where tensors alone are not counted
+
 
 class _Quantity(NamedTuple):
     """What stands in a row: a key of metrics, how it is called, and how one figure is made of its values, and written."""
@@ -44,14 +46,14 @@ _QUANTITIES = (
     _Quantity("speed/mfu", "MFU", percent),
     _Quantity("speed/checkpoint_seconds", "a checkpoint holds training up for", seconds),
     _Quantity("speed/evaluation_seconds", "an evaluation takes", seconds),
-    _Quantity("memory/peak_gb", "peak memory of tensors", _gb, max),
-    _Quantity("memory/reserved_gb", "reserved memory, at most", _gb, max),
+    _Quantity("memory/peak_gb", f"peak memory of tensors{_ON_CPUS}", _gb, max),
+    _Quantity("memory/reserved_gb", f"reserved memory, at most{_ON_CPUS}", _gb, max),
     _Quantity("memory/host_gb", "memory of the process, at most", _gb, max),
 )  # fmt: skip
 _CHARTS = {
     "speed/represented_tokens_per_second": "Tokens of the texts per second",
     "speed/step_seconds": "Seconds of a step",
-    "memory/allocated_gb": "Memory of tensors, GB",
+    "memory/allocated_gb": f"Memory of tensors{_ON_CPUS}, GB",
 }
 
 
@@ -156,6 +158,7 @@ def _machines(runs: Sequence[ReportedRun]) -> Iterator[Html]:
 
 def _planned(run: ReportedRun) -> Iterator[list[str]]:
     plan = _plan(run)
+    memory = "growth of the process" if str(plan.get("device")).startswith("a CPU") else "memory"
     for key in (key.removesuffix("/measured") for key in plan if key.endswith("/measured")):
         numbers = [
             x for x in (plan.get(f"{key}/{part}") for part in _PARTS) if x is not None and is_number(x)
@@ -165,7 +168,7 @@ def _planned(run: ReportedRun) -> Iterator[list[str]]:
         measured, low, high, ratio = numbers
         written = gigabytes if key.startswith("memory") else seconds
         what, _, of = key.partition("/")
-        name = {"step_seconds": f"step of {of}", "memory_bytes": "memory"}.get(what, key)
+        name = {"step_seconds": f"step of {of}", "memory_bytes": memory}.get(what, key)
         same = written(low) == written(high)
         yield [
             run.label,

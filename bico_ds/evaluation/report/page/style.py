@@ -88,7 +88,8 @@ svg text{font:13px system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","DejaVu
 .reference{stroke:var(--soft);stroke-width:1.4;stroke-dasharray:2 4}
 .best{fill:none;stroke:var(--soft);stroke-width:9;opacity:.25;stroke-linejoin:round;stroke-linecap:round}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:4px 22px;padding:0;margin:.2em 0 1em}
-.legend li{display:flex;align-items:center;gap:8px}
+.legend li{display:flex;align-items:center;gap:8px;min-width:0}
+.legend span{min-width:0;overflow-wrap:anywhere}
 .legend svg{width:46px;height:18px;flex:none}
 .scroll{overflow-x:auto;max-width:100%;margin:.8em 0;border:1px solid var(--rule);border-radius:8px;background:var(--panel)}
 table{border-collapse:collapse;width:100%;font-size:15px;font-variant-numeric:tabular-nums}
@@ -166,6 +167,9 @@ footer{color:var(--soft);font-size:14px;padding-top:18px;padding-bottom:40px;bor
  .question,.also{font-size:11pt}
  table{font-size:9pt}
  th,td{padding:3pt 5pt}
+ figure table{font-size:7pt}
+ figure th,figure td{padding:2pt}
+ figure tbody th{min-width:0;overflow-wrap:anywhere}
  .panels,.samples{grid-template-columns:repeat(2,minmax(0,1fr))}
  svg text{font-size:13px}
  details::details-content{display:block;content-visibility:visible;height:auto}

@@ -87,27 +87,33 @@ def _aside(task: str) -> str:
 def _answers(runs: Sequence[ReportedRun], task: str) -> Iterator[Html | str]:
     """The rest of a sentence: each run with its score, or the best and the worst of many."""
     asked = [run for run in runs if task in run.compared.final.tasks]
+    counts = {len(run.compared.final.tasks[task].prompts) for run in asked}
+    same = len(counts) == 1
     if len(asked) <= _MOST_NAMED:
         for number, run in enumerate(asked):
             yield "" if number == 0 else " and " if number == len(asked) - 1 else ", "
-            yield from _answer(run, task, is_first=number == 0)
+            yield from _answer(run, task, is_first=number == 0, is_counted=number == 0 or not same)
         yield "."
         return
     ranked = sorted(asked, key=lambda run: -run.compared.final.tasks[task].score)
-    yield from _answer(ranked[0], task, is_first=True)
+    yield from _answer(ranked[0], task, is_first=True, is_counted=True)
+    if ranked[0].compared.final.tasks[task].score == ranked[-1].compared.final.tasks[task].score:
+        yield f", and so do all {len(asked)} runs."
+        return
     yield f", the best of {len(asked)} runs; the worst, "
-    yield from _answer(ranked[-1], task, is_first=False)
+    yield from _answer(ranked[-1], task, is_first=False, is_counted=not same)
     yield "."
 
 
-def _answer(run: ReportedRun, task: str, *, is_first: bool) -> Iterator[Html | str]:
+def _answer(run: ReportedRun, task: str, *, is_first: bool, is_counted: bool) -> Iterator[Html | str]:
+    """`is_counted`: with the number of its questions, which is not that of a run before it."""
     result = run.compared.final.tasks[task]
     is_bleu = result.headline == "bleu"
     verb = ("reaches a word BLEU of " if is_bleu else "answers ") if is_first else ""
     yield f"{run.label} {verb}"
     yield element("strong", figure_of(result))
     yield f" ({range_of(result)})" if range_of(result) else ""
-    if is_first and result.prompts:
+    if is_counted and result.prompts:
         yield f" {'over' if is_bleu else 'of'} {amount(len(result.prompts), 'question')}"
 
 

@@ -79,6 +79,14 @@ def test_one_point_equal_values_and_none_beyond_the_axis_make_a_picture():
     assert all(0 <= y <= charts._HEIGHT for _, y in line)
 
 
+def test_intervals_of_any_number_of_runs_are_in_the_picture_and_apart():
+    for count in (1, 2, 7, 40):
+        curves = [Curve(n, f"r{n}", [(0.0, 0.2), (9.0, 0.5)], (0.1, 0.9)) for n in range(count)]
+        found = re.findall(r'd="M([\d.]+) [^"]+" class="whisker"', draw(chart_of(curves, y_range=(0.0, 1.0))))
+        assert len({float(x) for x in found}) == count
+        assert max(float(x) for x in found) + 4 <= charts._WIDTH  # half of the bar at its end
+
+
 def test_the_first_56_runs_differ_by_colour_or_marker():
     looks = {(charts.look(n), charts._marker(n, 0, 0)) for n in range(56)}
     assert len(looks) == 56

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def test_every_section_is_there_with_its_figures(page):
     assert "checkpoint 300 2026-09-21 14:15:49 held training up for 0.25 s" in text
     assert "start 1 – 2026-09-21 14:13:20 2 ranks on node7" in text
     assert "torch 2.13.0" in text and "c0ffee" * 6 in text
-    assert "peak memory of tensors 1.5 GB 1.5 GB" in text
+    assert "peak memory of tensors (on a CPU: growth of the process) 1.5 GB 1.5 GB" in text
 
 
 def test_only_keys_that_differ_are_listed(page):
@@ -185,6 +186,28 @@ def test_of_many_runs_the_best_and_the_worst_are_said_and_all_stand_in_the_table
     assert [f"run{n} {100 * score:.0f} %" in rows for n, score in enumerate(scores)] == [True] * 12
 
 
+def test_of_many_runs_that_score_the_same_none_is_the_best(tmp_path):
+    runs = [run_folder(tmp_path / f"run{n}", {"n2d_reverse": 0.5}, logged=3) for n in range(4)]
+    said = text_of(write_report(runs))
+    assert "and so do all 4 runs" in said and "the best of" not in said
+
+
+def test_a_name_that_reorders_text_leaves_the_words_after_it_in_their_order(tmp_path):
+    run = run_folder(tmp_path / "a", scores_of(0.9), logged=3).rename(tmp_path / "a\u202eb")
+    page = write_report([run])
+    assert "a b answers 90 %" in text_of(page) and "\u202e" not in page.read_text(encoding="utf-8")
+
+
+def test_a_name_that_begins_like_an_option_is_named_as_a_path(tmp_path, monkeypatch):
+    run_folder(tmp_path / "run", scores_of(0.9), logged=3).rename(tmp_path / "-run")
+    monkeypatch.chdir(tmp_path)
+    page = unescape(write_report([Path("-run")]).read_text())
+    words = shlex.split(re.search(r"launch/train.py ([^<]+)<", page)[1])
+    assert str(train_command.parse(words).output_dir) == "-run-again"
+    words = shlex.split(re.search(r"bico-ds report ([^<]+)<", page)[1])
+    assert main.parse(words).runs == [Path("-run")]
+
+
 def test_result_files_make_a_report_beside_them(tmp_path):
     tasks = {"n2d_reverse": task_result([True] * 30 + [False] * 50)}
     for name in ("a", "b"):
@@ -193,6 +216,15 @@ def test_result_files_make_a_report_beside_them(tmp_path):
     written = write_report([tmp_path / "a.json", tmp_path / "b.json"])
     assert written == tmp_path / "report.html"
     assert "a answers 38 %" in text_of(written) and "models/x" in text_of(written)
+
+
+def test_runs_that_were_asked_other_numbers_of_questions_each_say_theirs(tmp_path):
+    for name, right, wrong in (("a", 30, 50), ("b", 10, 30)):
+        tasks = {"n2d_reverse": task_result([True] * right + [False] * wrong)}
+        values = EvaluationResult(tasks=tasks).to_json() | {"model": "models/x", "weights": "w"}
+        (tmp_path / f"{name}.json").write_text(json.dumps(values))
+    said = text_of(write_report([tmp_path / "a.json", tmp_path / "b.json"]))
+    assert re.search(r"a answers 38 % \([^)]+\) of 80 questions and b 25 % \([^)]+\) of 40 questions", said)
 
 
 def test_what_is_no_report_is_never_overwritten(two, tmp_path, capsys):
@@ -223,7 +255,7 @@ def test_what_is_no_run_is_refused(two, tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_secrets_of_recipes_and_command_lines_are_left_out(tmp_path):
+def test_secrets_of_recipes_command_lines_and_reasons_are_left_out(tmp_path):
     run = run_folder(tmp_path / "a", scores_of(0.5))
     secret = "hf_" + "A1b2C3d4" * 4
     recipe = (run / "recipe.yaml").read_text().replace("description: ", f"description: {secret} ")
@@ -231,6 +263,9 @@ def test_secrets_of_recipes_and_command_lines_are_left_out(tmp_path):
     starts = json.loads((run / "run.json").read_text())
     starts[0]["command"] += ["--api-key", "s3cr3t-value", secret]
     (run / "run.json").write_text(json.dumps(starts))
+    state = json.loads((run / "state.json").read_text())
+    reason = f"refused: Authorization: Bearer {secret}"
+    (run / "state.json").write_text(json.dumps(state | {"state": "failed", "reason": reason}))
     html = write_report([run]).read_text()
     assert secret not in html and "s3cr3t-value" not in html and "(not recorded)" in html
 

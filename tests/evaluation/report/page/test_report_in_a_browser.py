@@ -47,6 +47,12 @@ def test_question_and_answer_are_on_the_first_screen_and_nothing_scrolls_sideway
         assert (seen.errors, seen.requests, links.count()) == ([], [], 9)
 
 
+def test_a_name_longer_than_the_screen_is_broken(tmp_path):
+    run = run_folder(tmp_path / "run", scores_of(0.9)).rename(tmp_path / ("x" * 200))
+    with visit(write_report([run]), width=390) as seen:
+        assert seen.page.evaluate("document.scrollingElement.scrollWidth") <= 390
+
+
 def test_dark_is_dark_and_paper_is_light_and_shows_all(page):
     ground = "getComputedStyle(document.body).backgroundColor"
     with visit(page, scheme="dark") as seen:
@@ -58,6 +64,10 @@ def test_dark_is_dark_and_paper_is_light_and_shows_all(page):
         seen.page.emulate_media(media="print")
         assert seen.page.evaluate(ground) == "rgb(255, 255, 255)"
         assert data.count() >= 8 and all(data.nth(number).is_visible() for number in range(data.count()))
+        seen.page.set_viewport_size({"width": 688, "height": 900})  # of A4 between our margins
+        over = "t => t.getBoundingClientRect().right - t.closest('figure').getBoundingClientRect().right"
+        tables = seen.page.locator("figure table")
+        assert all(tables.nth(number).evaluate(over) <= 0 for number in range(tables.count()))
         assert not seen.page.locator("nav").is_visible()
         assert seen.page.pdf(format="A4").startswith(b"%PDF")
         assert (seen.errors, seen.requests) == ([], [])

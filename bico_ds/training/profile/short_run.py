@@ -1,4 +1,4 @@
-"""Where a step of a recipe goes on this machine: a few steps of a training of which nothing stays. No torch here."""
+"""Where a step of a recipe goes on this machine: a few steps of a training that leaves no run. No torch here."""
 
 from __future__ import annotations
 

@@ -3,9 +3,10 @@
     bico-ds explain-step tiny_bico --ranks 2
     bico-ds explain-step --run runs/tiny_bico       a profile that `bico-ds train --profile` made; trains nothing
 
-Without --run it trains a few steps in a temporary folder; a store of its data is cached, as a run's. A step by its parts, for
-each objective: seconds while it was recorded, which takes time of its own, most of all on a CPU. An advice is a change of the recipe that
-saves 2 % of the time or more: by the planner, which plans the changed recipe for the same devices, or measured.
+Without --run it trains a few steps in a temporary folder; a store of its data is cached, as a run's. A step by its parts,
+for each objective: seconds while it was recorded, which takes time of its own, most of all on a CPU. An advice is a change of
+the recipe that saves 2 % of the time or more: by the planner, which plans the changed recipe for the same devices, or
+measured.
 """
 
 from __future__ import annotations

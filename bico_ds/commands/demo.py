@@ -32,6 +32,7 @@ from bico_ds.evaluation.report.comparison import compare_runs
 from bico_ds.evaluation.report.page.source import read_runs
 from bico_ds.evaluation.report.page.verdict import answer_in_words
 from bico_ds.evaluation.report.page.write import NAME, write_report
+from bico_ds.runtime.launch_environment import free_port
 from bico_ds.runtime.run_folder import RunFolder
 
 COMPARED = ("tiny_bico", "tiny_ntp")
@@ -91,7 +92,7 @@ def runs_from_base(
         if recipe != "tiny_base":
             overrides.append(f"model.path={runs / 'tiny_base' / 'export'}")
         command = [
-            deepspeed_launcher(), "--num_accelerators", str(ranks), *training_program(),
+            *launched(ranks),
             "--recipe", recipe, "--output-dir", str(runs / recipe),
         ]  # fmt: skip
         for override in overrides:
@@ -153,6 +154,12 @@ def final_score(run: Path, task: str) -> float:
     """The headline metric of the last evaluation of a run."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if line["kind"] == "evaluation"][-1][f"evaluation/{task}/headline"]
+
+
+def launched(ranks: int) -> list[str]:
+    """The command that trains on so many processes, beside whatever else trains on this machine."""
+    launcher = [deepspeed_launcher(), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+    return [*launcher, *training_program()]
 
 
 def deepspeed_launcher() -> str:

@@ -4,8 +4,8 @@
     bico-ds explain-step --run runs/tiny_bico       a profile that `bico-ds train --profile` made; trains nothing
 
 Without --run it trains a few steps in a temporary folder; a store of its data is cached, as a run's. A step by its parts,
-for each objective: seconds while it was recorded, which takes time of its own, most of all on a CPU. An advice is a change of
-the recipe that saves 2 % of the time or more: by the planner, which plans the changed recipe for the same devices, or
+for each objective: seconds while it was recorded, which takes time of its own, most of all on a CPU. An advice is a change
+of the recipe that saves 2 % of the time or more: by the planner, which plans the changed recipe for the same devices, or
 measured.
 """
 
@@ -27,7 +27,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from bico_ds.commands.demo import deepspeed_launcher, training_program
+from bico_ds.commands.demo import launched, training_program
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
 from bico_ds.common.json_files import JsonError, is_number
@@ -42,7 +42,7 @@ from bico_ds.planner.report.advice import Advice, advise, of_data_wait
 from bico_ds.planner.report.quantities import percent, time
 from bico_ds.planner.report.step_parts import StepPart
 from bico_ds.planner.step_time import StepTime
-from bico_ds.runtime.launch_environment import free_port, is_launched
+from bico_ds.runtime.launch_environment import is_launched
 from bico_ds.runtime.run_folder import RunFolder, read_starts
 from bico_ds.training.profile.short_run import MOST_RECORDED, profile_recipe, short_overrides
 from bico_ds.training.profile.table import Profile, StepTable, read_profile
@@ -150,10 +150,8 @@ def _check(name: str, overrides: Sequence[str], ranks: int) -> None:
 
 
 def _program(ranks: int) -> list[str]:
-    """The command that trains, beside whatever else trains on this machine."""
     if ranks > 1:
-        launcher = [deepspeed_launcher(), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
-        return [*launcher, *training_program()]
+        return launched(ranks)
     return [sys.executable, *(word.replace("--module", "-m") for word in training_program())]
 
 

@@ -63,7 +63,7 @@ def test_each_call_binds_to_the_kernels_signature_and_gives_attention(
 def test_spans_are_causal_documents_of_two_rows_and_more_to_the_kernel(which, tmp_path):
     seed = int(torch.randint(2**31, ()))
     shape = {"mask_rate": 0.5, "heads": (6, 2), "head_dim": 24, "spans": "run"}
-    problem = make_problem([40, 1, 2, 77], seed=seed, **shape)
+    problem = make_problem([40, 1, 2, 577], seed=seed, **shape)
     policy = replace(HIDDEN_POLICY, span_flash_from=1)
     spans = build_layout(problem.plan, policy).spans
     assert spans.layout.is_one_flash_problem and spans.layout.flash[0].plan.cu_seqlens.diff().min() == 2

@@ -62,7 +62,7 @@ def _request(world: Path, output: Path, **changes) -> Request:
 
 def _run(request: Request, should_stop=lambda: False, out: io.StringIO | None = None) -> bool:
     share = PromptShare(batch_size=4, should_stop=should_stop)
-    return run_request(request, share, Console(file=out or io.StringIO(), width=80))
+    return run_request(request, share, Console(file=out or io.StringIO(), width=120))
 
 
 def _shown(request: Request) -> str:

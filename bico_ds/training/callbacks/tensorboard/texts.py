@@ -88,14 +88,15 @@ def _mark(score: float) -> str:
 
 def recipe_text(recipe: Recipe) -> str:
     """What of the recipe is not the default, as a table, and all of it as YAML; secrets left out."""
+    values = recorded_values(recipe)
     rows = [
         (literal(leaf.path), literal(_written(leaf.value)), default)
         # The architecture, which is long, last.
-        for leaf in sorted(leaves(recorded_values(recipe)), key=lambda leaf: leaf.key[:2] == _ARCHITECTURE)
+        for leaf in sorted(leaves(values), key=lambda leaf: leaf.key[:2] == _ARCHITECTURE)
         if leaf.path not in ("name", "description")
         and (default := _other_default(recipe, leaf.key)) is not None
     ]
-    head = f"**{literal(recipe.name)}**: {literal(recipe.description)}"
+    head = f"**{literal(values['name'])}**: {literal(values['description'])}"
     differing = table(("key", "value", "default"), rows)
     yaml = textwrap.indent(dump_recipe(recipe), "    ")
     return f"{head}\n\n#### What is not the default\n\n{differing}\n\n#### The whole recipe\n\n{yaml}"

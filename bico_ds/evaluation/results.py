@@ -11,6 +11,7 @@ from typing import Any, Literal
 from bico_ds.common.errors import UserError
 from bico_ds.common.json_files import JsonError, read_object
 from bico_ds.evaluation.result_checks import check_perplexities, check_tasks, check_training_texts
+from bico_ds.evaluation.scoring.statistics import unanimous_interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,14 @@ class TaskResult:
     @property
     def score(self) -> float:
         return self.metrics[self.headline]
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Of the score, 95 %, over persons: exact where no resample differs from another; None where it is not known."""
+        persons = len({prompt["group"] for prompt in self.prompts})
+        if persons and self.score in (0.0, 1.0):
+            return unanimous_interval(self.score, persons)
+        return self.intervals.get(self.headline)
 
 
 Order = Literal["same", "reverse", "both", "neither"]

@@ -19,7 +19,6 @@ from bico_ds.common.files import write_atomically
 from bico_ds.config.sections.evaluation import EvaluationSpec
 from bico_ds.evaluation.contamination import TrainingTexts, apart, find_orders
 from bico_ds.evaluation.replica import full_replica
-from bico_ds.evaluation.report.page.scores import interval_of
 from bico_ds.evaluation.report.tables import contamination_line, search_notes
 from bico_ds.evaluation.results import EvaluationResult, Order, load_result
 from bico_ds.evaluation.retention_texts import above_limit, measure, reference
@@ -258,6 +257,6 @@ def scalars(result: EvaluationResult) -> dict[str, float]:
     bounds = {
         f"evaluation/{name}/headline_{end}": bound
         for name, task in result.tasks.items()
-        for end, bound in zip(("low", "high"), interval_of(task) or (), strict=False)
+        for end, bound in zip(("low", "high"), task.interval or (), strict=False)
     }
     return headlines | bounds | result.scalars()

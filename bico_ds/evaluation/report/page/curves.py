@@ -10,7 +10,7 @@ import numpy as np
 from bico_ds.evaluation.report.page.chart import Chart, Curve, Point, draw, legend
 from bico_ds.evaluation.report.page.html import Html, details, element, section, table
 from bico_ds.evaluation.report.page.numbers import compact, percent
-from bico_ds.evaluation.report.page.scores import WORDINGS, figure_of, interval_of, task_names, title_of
+from bico_ds.evaluation.report.page.scores import WORDINGS, figure_of, task_names, title_of
 from bico_ds.evaluation.report.page.source import ReportedRun, Series
 
 MOST_POINTS = 200  # of a curve; of more, means are drawn
@@ -43,7 +43,7 @@ def _panel(runs: Sequence[ReportedRun], task: str, number: int) -> Html:
         if points := _finite(run, task):
             final = run.compared.final.tasks.get(task)
             is_same = final is not None and math.isclose(final.score, points[-1][1], abs_tol=1e-6)
-            interval = interval_of(final) if final is not None and is_same else None
+            interval = final.interval if final is not None and is_same else None
             curves.append(Curve(index, run.label, points, interval))
     result = next(run.compared.final.tasks[task] for run in runs if task in run.compared.final.tasks)
     is_bleu = result.headline == "bleu"

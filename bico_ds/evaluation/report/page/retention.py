@@ -9,7 +9,7 @@ from bico_ds.evaluation.report.frontier import HEADERS, Panel, Point, frontier_l
 from bico_ds.evaluation.report.page.chart import Chart, Curve, draw, legend
 from bico_ds.evaluation.report.page.html import Html, details, element, section, table
 from bico_ds.evaluation.report.page.numbers import compact, percent
-from bico_ds.evaluation.report.page.scores import interval_of, title_of
+from bico_ds.evaluation.report.page.scores import title_of
 from bico_ds.evaluation.report.page.source import ReportedRun
 
 _MOST_NAMED, _MOST_NAMES = 3, 8  # series whose points have their names beside them, and points of one
@@ -63,7 +63,7 @@ def _has_place(point: Point) -> bool:
 
 def _figure(panel: Panel, labels: Sequence[str], number: int, runs: Sequence[ReportedRun]) -> Html | None:
     asked = (run for run in runs if panel.task in run.compared.final.tasks)
-    intervals = {run.label: interval_of(run.compared.final.tasks[panel.task]) for run in asked}
+    intervals = {run.label: run.compared.final.tasks[panel.task].interval for run in asked}
     curves = []
     for series in panel.series:
         shown = [point for point in series.points if _has_place(point)]

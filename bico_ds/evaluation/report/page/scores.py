@@ -10,7 +10,6 @@ from bico_ds.evaluation.report.page.html import Html, element, joined
 from bico_ds.evaluation.report.page.numbers import percent, percent_range
 from bico_ds.evaluation.report.page.source import ReportedRun
 from bico_ds.evaluation.results import TaskResult
-from bico_ds.evaluation.scoring.statistics import unanimous_interval
 
 
 class Wording(NamedTuple):
@@ -58,15 +57,6 @@ def title_of(task: str) -> str:
     return f"{wording.arrow}, {way}"
 
 
-def interval_of(task: TaskResult) -> tuple[float, float] | None:
-    """The 95 % interval of the headline score, over persons; None where it is not known."""
-    stored = task.intervals.get(task.headline)
-    persons = len({prompt["group"] for prompt in task.prompts})
-    if persons and task.score in (0.0, 1.0):
-        return unanimous_interval(task.score, persons)
-    return stored
-
-
 def figure_of(task: TaskResult, score: float | None = None) -> str:
     """The headline score, or another one of the same metric, as a reader takes it."""
     value = task.score if score is None else score
@@ -75,7 +65,7 @@ def figure_of(task: TaskResult, score: float | None = None) -> str:
 
 def range_of(task: TaskResult) -> str:
     """The interval as `92 to 100`; empty where it is not known."""
-    found = interval_of(task)
+    found = task.interval
     if found is None:
         return ""
     return f"{found[0]:.2f} to {found[1]:.2f}" if task.headline == "bleu" else percent_range(*found)
@@ -97,7 +87,7 @@ def bar(task: TaskResult, number: int) -> Html:
             "rect", x=0, y=3, width=f"{200 * min(max(task.score, 0), 1):.1f}", height=8, rx=4, class_="dot"
         ),
     ]
-    if (found := interval_of(task)) is not None:
+    if (found := task.interval) is not None:
         low, high = (f"{200 * min(max(end, 0), 1):.1f}" for end in found)
         parts.append(element("path", d=f"M{low} 0V14M{low} 7H{high}M{high} 0V14", class_="interval-mark"))
     return element("svg", *parts, viewBox="-1 0 202 14", class_=look(number), aria_hidden="true")

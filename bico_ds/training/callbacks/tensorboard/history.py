@@ -20,7 +20,6 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import atomic_file
 from bico_ds.common.json_files import is_number, object_in
-from bico_ds.evaluation.report.page.scores import interval_of
 from bico_ds.evaluation.results import load_result
 from bico_ds.runtime.run_folder import RunFolder, split_metrics
 from bico_ds.training.callbacks.tensorboard.event_file import has_todays_tags, write_events
@@ -94,7 +93,7 @@ def _bounds(file: Path, numbers: Mapping[str, float]) -> dict[str, float]:
         tasks = {}
     found = {}
     for name in lacking:
-        known = interval_of(tasks[name]) if name in tasks else None
+        known = tasks[name].interval if name in tasks else None
         for end, bound in zip(("low", "high"), known or (0.0, 1.0), strict=True):
             found[f"evaluation/{name}/headline_{end}"] = bound
     return found

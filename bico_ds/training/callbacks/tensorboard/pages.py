@@ -13,7 +13,6 @@ from bico_ds.batch import PackedBatch
 from bico_ds.common.errors import UserError
 from bico_ds.config.objectives.table import objective_names
 from bico_ds.data.loading.batch_view import Decode
-from bico_ds.evaluation.report.page.scores import interval_of
 from bico_ds.evaluation.report.runs import Band, ComparedRun, Curve, load_runs
 from bico_ds.evaluation.results import EvaluationResult
 from bico_ds.training.callbacks.base import Callback, FirstRankCallback, RunStart
@@ -58,7 +57,7 @@ class BoardPages(FirstRankCallback):
         for name, task in result.tasks.items():
             # The evaluation of the step that a run goes on from may be done again.
             self._curves[name] = [*_before(step, self._curves.get(name, [])), (step, task.score)]
-            if (interval := interval_of(task)) is not None:
+            if (interval := task.interval) is not None:
                 self._bands[name] = [*_before(step, self._bands.get(name, [])), (step, *interval)]
         texts = [
             text_value(f"{REVERSAL}/{name}/answers", answers(name, task))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -250,6 +250,11 @@ def work_of(record: Mapping[str, Any]) -> Work | None:
     )
 
 
+def logged_headline(metrics: Container[str]) -> str | None:
+    """Which metric of a task is its headline, by those that a line of metrics has of it; None where none can be."""
+    return next((name for name in ("bleu", "contains") if name in metrics), None)
+
+
 def _task_results(record: dict[str, Any]) -> dict[str, TaskResult]:
     metrics: dict[str, dict[str, float]] = {}
     for key, value in record.items():
@@ -259,8 +264,7 @@ def _task_results(record: dict[str, Any]) -> dict[str, TaskResult]:
                 metrics.setdefault(task, {})[metric] = float(value)
     found = {}
     for task, values in metrics.items():
-        headline: str | None = next((name for name in ("bleu", "contains") if name in values), None)
-        if headline is not None:
+        if (headline := logged_headline(values)) is not None:
             bounds: list[Any] = [record.get(f"{_PREFIX}{task}/headline_{end}") for end in ("low", "high")]
             known = {headline: (float(bounds[0]), float(bounds[1]))} if all(map(is_number, bounds)) else {}
             found[task] = TaskResult(headline=headline, metrics=values, intervals=known)

@@ -13,6 +13,8 @@ import re
 from collections.abc import Mapping
 from functools import cache
 
+from bico_ds.evaluation.report.runs import logged_headline
+
 REVERSAL, LOSS, RETENTION, DATA, DETAILS = "1 reversal", "2 loss", "3 retention", "7 data", "8 details"
 HELD_OUT, DIVERGENCE = f"{LOSS}/held-out", f"{RETENTION}/divergence"
 
@@ -49,8 +51,9 @@ def _said_again(kind: str, numbers: Mapping[str, float]) -> set[str]:
     again = {key for key in numbers if key.startswith(_OF_STEPS)}
     for key in numbers:
         if task := _HEADLINE.fullmatch(key):
-            bleu, contains = (f"evaluation/{task[1]}/{metric}" for metric in ("bleu", "contains"))
-            again.add(bleu if bleu in numbers else contains)
+            of_task = f"evaluation/{task[1]}/"
+            metrics = {other.removeprefix(of_task) for other in numbers if other.startswith(of_task)}
+            again.add(f"{of_task}{logged_headline(metrics)}")
     return again
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import signal
 import threading
 import time
 
@@ -13,8 +11,7 @@ import psutil
 
 from bico_ds.runtime.signals import StopFlag
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_POLL_SECONDS = 1.0
+_POLL_SECONDS = 0.5
 _DEEPSPEED_LAUNCHER = "deepspeed.launcher.launch"  # on its command line, behind -m
 
 
@@ -23,13 +20,12 @@ def follow_launcher(stop: StopFlag) -> None:
 
     The `deepspeed` command exits 0 and leaves its ranks running when its per-node launcher is killed (its runner looks
     at positive return codes only), and leaves launcher and ranks running when it is ended itself. An orphan would go
-    on writing. On Linux the kernel sends a signal; elsewhere a thread polls. What is above another launcher (torchrun
-    under nohup: the login shell) may end and mean nothing. A rank whose parent is outside of its container sees none.
+    on writing. It is not the kernel that ends it (PR_SET_PDEATHSIG): a terminal that closes takes the launcher at once,
+    and its ranks, which got SIGHUP, too, have to save. What is above another launcher (torchrun under nohup: the login
+    shell) may end and mean nothing. A rank whose parent is outside of its container sees none.
     """
     if os.getppid() == 0:
         return
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = os.getppid()
     threading.Thread(
         target=_watch, args=(parent, _command_above(parent), stop), name="launcher-watch", daemon=True
@@ -51,4 +47,5 @@ def _watch(parent: int, command: int | None, stop: StopFlag) -> None:
             if command is not None and psutil.Process(parent).ppid() != command:
                 stop.set("the launching command is gone")
         time.sleep(_POLL_SECONDS)
-    os._exit(1)
+    if not stop.is_hung_up():
+        os._exit(1)

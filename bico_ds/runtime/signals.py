@@ -20,7 +20,7 @@ class Interrupted(BaseException):
 
 class StopFlag:
     """Set by a signal or a time limit. The same signal again ends the process at once (128 + its number), as another one
-    does after `ECHO_SECONDS`; the last checkpoint is complete.
+    does after `ECHO_SECONDS`; the last checkpoint is complete. A terminal that closes may say so twice: SIGHUP counts once.
     """
 
     def __init__(self) -> None:
@@ -28,14 +28,32 @@ class StopFlag:
         self._first: tuple[int, float] | None = None
         self._finished = False
         self._interrupts = False
+        self._arrived: int | None = None
+        self._hung_up = False
 
     def __bool__(self) -> bool:
         return bool(self.reason)
 
     def install(self, names: Iterable[str]) -> None:
-        """Handle these signals from now on (main thread only)."""
+        """Handle these signals and a closed terminal's SIGHUP from now on (main thread only)."""
         for name in names:
             signal.signal(getattr(signal, name), self._on_signal)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under `nohup`
+            signal.signal(signal.SIGHUP, self._on_signal)
+        self._arrived, told = os.pipe()
+        for end in (self._arrived, told):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+
+    def is_hung_up(self) -> bool:
+        """Whether SIGHUP has come, even if its handler has not: the main thread may be in a backward pass for seconds.
+
+        For one other thread, which asks in turn.
+        """
+        if self._arrived is not None:
+            with contextlib.suppress(BlockingIOError):
+                self._hung_up |= signal.SIGHUP in os.read(self._arrived, 1 << 16)
+        return self._hung_up
 
     def limit(self, minutes: float) -> None:
         """Set the flag after so many minutes of wall-clock time (main thread only)."""
@@ -67,7 +85,7 @@ class StopFlag:
         now = time.monotonic()
         if self._first is None:
             self._first = (number, now)
-        elif number == self._first[0] or now - self._first[1] > ECHO_SECONDS:
+        elif (number == self._first[0] != signal.SIGHUP) or now - self._first[1] > ECHO_SECONDS:
             os._exit(128 + number)
         self._ask(signal.Signals(number).name)
 

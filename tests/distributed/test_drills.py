@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,17 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from tests.distributed.launching import end_tree, last_step, metrics, ranks_of, start, train, wait_until
+from tests.distributed.launching import (
+    end_tree,
+    environment,
+    last_step,
+    launch_command,
+    metrics,
+    ranks_of,
+    start,
+    train,
+    wait_until,
+)
 from tests.distributed.survival import (
     EVERY,
     RECIPE,
@@ -169,6 +180,32 @@ def test_a_launcher_that_is_killed(tmp_path, report, victim):
         assert state(run)["state"] == "preempted"
         assert newest(run) == last_step(run)
     report(f"{victim} killed", f"all ranks ended, {state(run)['state']}", last_step(run) - newest(run))
+
+
+def test_a_terminal_that_closes(straight, tmp_path, report):
+    """As a window that is shut, or a connection that is lost: all of its processes get SIGHUP, some twice."""
+    run = tmp_path / "closed"
+    settings = [word for setting in SMALL for word in ("--set", setting)]
+    shown = launch_command("--recipe", RECIPE, "--output-dir", str(run), *settings, ranks=2)
+    window = "import pty, sys; pty.spawn(sys.argv[1:])"
+    terminal = subprocess.Popen(
+        [sys.executable, "-c", window, *shown],
+        cwd=tmp_path, env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        wait_until(lambda: last_step(run) >= EVERY + 1, terminal, timeout=600)
+        ranks = ranks_of(terminal)
+        terminal.kill()
+        psutil.wait_procs(ranks, timeout=120)
+        wait_until_gone(run)
+    finally:
+        end_tree(terminal)
+    assert (state(run)["state"], state(run)["reason"]) == ("preempted", "SIGHUP")
+    stopped = newest(run)
+    assert stopped == last_step(run)
+    complete(run)
+    assert curve(run) == curve(straight)
+    report("terminal closed", f"preempted at step {stopped}, resumed bit-identical", 0)
 
 
 @pytest.mark.parametrize("choice", ["continue", "stop"])

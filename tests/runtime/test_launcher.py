@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -42,6 +44,31 @@ def test_a_rank_stops_without_the_command_above_deepspeeds_launcher_only(launche
         assert shell.stdout.readline() == "ready\n"
         shell.kill()
         assert shell.stdout.readline() == f"{expected}\n"
+
+
+@pytest.mark.parametrize(("hung_up", "expected"), [(True, "SIGHUP\n"), (False, "")])
+def test_a_rank_outlives_its_launcher_only_where_their_terminal_closed(hung_up, expected):
+    """Its launcher dies at once; a rank that was told why has to save."""
+    own = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    rank = RANK.replace("follow_launcher(stop)", "stop.install([]); follow_launcher(stop)")
+    # As a backward pass would, in which no handler runs, and a save.
+    work = "import hashlib\nhashlib.pbkdf2_hmac('sha256', b'', b'', 4_000_000)"
+    rank = rank.replace("\nprint(stop", "\ntime.sleep(1)\nprint(stop").replace("\nwhile", f"\n{work}\nwhile")
+    command = [sys.executable, "-c", PARENT, "-c", rank, "30"]
+    try:
+        launcher = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+    finally:
+        signal.signal(signal.SIGHUP, own)
+    with launcher:
+        assert launcher.stdout is not None
+        assert launcher.stdout.readline() == "ready\n"
+        if hung_up:
+            os.killpg(launcher.pid, signal.SIGHUP)
+        else:
+            launcher.kill()
+        assert launcher.stdout.readline() == expected
 
 
 def test_a_rank_without_a_visible_parent_follows_nobody(monkeypatch):

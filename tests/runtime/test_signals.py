@@ -57,6 +57,30 @@ def test_the_launchers_sigterm_after_ctrl_c_is_the_same_wish_and_not_a_second_on
     process.wait()
 
 
+def test_a_closed_terminal_asks_once_however_often_it_says_so():
+    process = program()
+    process.send_signal(signal.SIGHUP)
+    assert process.stdout.readline() == "SIGHUP\n"
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+
+
+def test_what_nohup_started_goes_on_when_its_terminal_closes():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = program()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "SIGTERM\n"
+    process.kill()
+    process.wait()
+
+
 def test_a_time_limit_sets_the_flag():
     process = program("stop.limit(0.005)")
     assert process.stdout.readline() == "time limit of 0.005 minutes\n"
@@ -77,7 +101,7 @@ def test_after_the_work_is_done_signals_change_nothing():
 
 def test_in_start_up_a_signal_interrupts():
     stop = StopFlag()
-    before = signal.getsignal(signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGHUP)}
     stop.install(["SIGUSR1"])
     try:
         with pytest.raises(Interrupted, match="SIGUSR1"), stop.interrupting():
@@ -86,4 +110,6 @@ def test_in_start_up_a_signal_interrupts():
         with pytest.raises(Interrupted), stop.interrupting():
             pytest.fail("a stop asked for before the block was not seen")
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        signal.set_wakeup_fd(-1)
+        for number, handler in before.items():
+            signal.signal(number, handler)

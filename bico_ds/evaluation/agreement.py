@@ -17,7 +17,7 @@ from bico_ds.evaluation.instructions import Instruction
 from bico_ds.evaluation.scoring.generation import greedy_tokens
 from bico_ds.evaluation.scoring.likelihood import Scored, greedy_matches, log_probabilities
 from bico_ds.evaluation.scoring.share import ONE_PROCESS, PromptShare
-from bico_ds.evaluation.scoring.statistics import clustered_interval
+from bico_ds.evaluation.scoring.statistics import clustered_interval, share_interval
 
 BEGINNINGS = (16, 32)  # tokens by which two answers are compared
 
@@ -144,6 +144,9 @@ def _statistics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "tokens": int(tokens.sum()),
         **{name: float(values.mean()) for name, values in scores.items()},
         "intervals": {
-            name: clustered_interval(values.tolist(), groups[name]) for name, values in scores.items()
+            name: (clustered_interval if "log_prob" in name else share_interval)(
+                values.tolist(), groups[name]
+            )
+            for name, values in scores.items()
         },
     }

@@ -19,7 +19,7 @@ from bico_ds.data.store import TokenStore
 from bico_ds.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_hash
 from bico_ds.evaluation.results import ORDERS, Order, TaskResult
 from bico_ds.evaluation.scoring.share import PromptShare, gather_from_ranks
-from bico_ds.evaluation.scoring.statistics import clustered_interval
+from bico_ds.evaluation.scoring.statistics import share_interval
 from bico_ds.evaluation.tasks.task import Task
 from bico_ds.evaluation.tasks.text_search import QuestionSearch, words
 
@@ -154,5 +154,5 @@ def _scores(prompts: Sequence[Mapping[str, Any]], result: TaskResult) -> dict[st
         "prompts": len(prompts),
         "persons": len(set(groups)),
         "metrics": {metric: sum(scores) / len(scores) for metric, scores in values.items()},
-        "intervals": {metric: clustered_interval(scores, groups) for metric, scores in values.items()},
+        "intervals": {metric: share_interval(scores, groups) for metric, scores in values.items()},
     }

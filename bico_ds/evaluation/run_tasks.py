@@ -12,7 +12,7 @@ from bico_ds.evaluation.results import EvaluationResult, TaskResult
 from bico_ds.evaluation.scoring.generation import check_lengths, encode_prompts, generate_greedy
 from bico_ds.evaluation.scoring.metrics import SCORING_VERSION, floors, score_predictions
 from bico_ds.evaluation.scoring.share import ONE_PROCESS, PromptShare
-from bico_ds.evaluation.scoring.statistics import clustered_interval
+from bico_ds.evaluation.scoring.statistics import share_interval
 from bico_ds.evaluation.tasks.task import Task
 
 _SLACK_TOKENS = 8
@@ -92,7 +92,7 @@ def score_task(task: Task, predictions: Sequence[str], *, new_tokens: int) -> Ta
     return TaskResult(
         headline=task.headline,
         metrics={name: sum(values) / len(values) for name, values in scores.items()},
-        intervals={name: clustered_interval(values, groups) for name, values in scores.items()},
+        intervals={name: share_interval(values, groups) for name, values in scores.items()},
         floors=dict(floors(task)),
         new_tokens=new_tokens,
         scoring=SCORING_VERSION,

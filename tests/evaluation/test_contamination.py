@@ -28,7 +28,7 @@ from bico_ds.evaluation.contamination import TrainingTexts, find_orders, open_tr
 from bico_ds.evaluation.report.comparison import compare_runs
 from bico_ds.evaluation.report.tables import search_notes
 from bico_ds.evaluation.scoring.share import PromptShare
-from bico_ds.evaluation.scoring.statistics import clustered_interval
+from bico_ds.evaluation.scoring.statistics import share_interval
 from bico_ds.evaluation.tasks.task import TASK_NAMES, Question, Task, load_tasks
 from bico_ds.runtime.distributed import Ranks
 from bico_ds.runtime.run_folder import RunFolder
@@ -183,7 +183,7 @@ def test_the_command_scores_apart_what_the_texts_hold_in_the_order_asked(world, 
             "metrics": {m: sum(row[m] for row in own) / len(own) for m in ("contains", "prefix", "exact")},
             "intervals": found["scores"][order]["intervals"],
         }
-        assert found["scores"][order]["intervals"]["contains"] == list(clustered_interval(scores, groups))
+        assert found["scores"][order]["intervals"]["contains"] == list(share_interval(scores, groups))
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("By the order in the training texts", "both", "reverse", "same"))
     compare_runs([output], output=tmp_path / "comparison")

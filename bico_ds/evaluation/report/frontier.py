@@ -119,7 +119,7 @@ def _points(run: ComparedRun, text: str, task: str) -> Iterator[Point]:
             perplexity=figure.perplexity,
             base=figure.base,
             score=scores[step],
-            interval=final.intervals.get(final.headline) if final is not None and ends else None,
+            interval=final.interval if final is not None and ends else None,
         )
 
 

@@ -63,7 +63,7 @@ def overview(runs: Sequence[ComparedRun]) -> Figure:
 def _scores(runs: Sequence[ComparedRun], task: str) -> list[_Bar]:
     results = {number: run.final.tasks[task] for number, run in enumerate(runs) if task in run.final.tasks}
     return [
-        _Bar(number, result.score, f"{result.score:.2f}", result.intervals.get(result.headline))
+        _Bar(number, result.score, f"{result.score:.2f}", result.interval)
         for number, result in results.items()
     ]
 

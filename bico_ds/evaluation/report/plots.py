@@ -146,7 +146,7 @@ def _bars(axes: Any, run: ComparedRun, names: Sequence[str], number: int, *, of:
     scores = [task.score for _, task in present]
     axes.bar(centres, scores, width * 0.92, color=colour_of(number), label=run.label)
     for x, score, (_, task) in zip(centres, scores, present, strict=True):
-        low, high = task.intervals.get(task.headline, (score, score))
+        low, high = task.interval or (score, score)
         axes.vlines(x, low, high, color="black", linewidth=1.4)
         axes.annotate(
             f"{score:.2f}", (x, high), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8

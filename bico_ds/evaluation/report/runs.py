@@ -140,8 +140,8 @@ def run_of_folder(
     for step, tasks in evaluations.items():
         for name, task in tasks.items():
             curves.setdefault(name, []).append((step, task.score))
-            if task.headline in task.intervals:
-                bands.setdefault(name, []).append((step, *task.intervals[task.headline]))
+            if task.interval is not None:
+                bands.setdefault(name, []).append((step, *task.interval))
     texts: TextFigures = {}
     for step, (_, figures) in records.items():
         for name, figure in figures.items():

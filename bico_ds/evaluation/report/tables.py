@@ -311,7 +311,7 @@ def _lines(results: Mapping[str, EvaluationResult]) -> Iterator[list[str]]:
 def _cell(result: TaskResult | None) -> str:
     if result is None:
         return "–"
-    if result.headline not in result.intervals:
+    if result.interval is None:
         return f"{result.score:.3f}"
-    low, high = result.intervals[result.headline]
+    low, high = result.interval
     return f"{result.score:.3f} [{low:.2f}, {high:.2f}]"

@@ -23,7 +23,7 @@ from bico_ds.evaluation.scoring.generation import check_lengths
 from bico_ds.evaluation.scoring.likelihood import Scored, encode_answers, log_probabilities
 from bico_ds.evaluation.scoring.metrics import wrong_answers
 from bico_ds.evaluation.scoring.share import ONE_PROCESS, PromptShare
-from bico_ds.evaluation.scoring.statistics import clustered_interval, group_means
+from bico_ds.evaluation.scoring.statistics import clustered_interval, group_means, share_interval
 from bico_ds.evaluation.tasks.task import Task
 
 
@@ -101,7 +101,10 @@ def choice_statistics(
         "forced_choice_chance": 1.0 / log_probs.shape[1],
         **{name: float(values.mean()) for name, values in scores.items()},
         "nll_per_token": float(-right.sum() / right_tokens.sum()),
-        "intervals": {name: clustered_interval(values, groups) for name, values in scores.items()},
+        "intervals": {
+            name: (share_interval if name == "forced_choice" else clustered_interval)(values.tolist(), groups)
+            for name, values in scores.items()
+        },
         "t_test": _test(stats.ttest_ind(right, wrong[:, 0], equal_var=False)),
         "ks_test": _test(stats.ks_2samp(right, wrong[:, 0])),
         "person_t_test": _test(stats.ttest_1samp(by_person, 0.0)) if len(by_person) > 1 else None,

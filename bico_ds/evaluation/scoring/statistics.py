@@ -28,6 +28,14 @@ def clustered_interval(
     return float(low), float(high)
 
 
+def share_interval(scores: Sequence[float], groups: Sequence[str]) -> tuple[float, float]:
+    """The 95 % interval of a mean of scores in 0 … 1, groups resampled; exact where all are 0 or all are 1."""
+    first = scores[0]
+    if first in (0.0, 1.0) and all(score == first for score in scores):
+        return unanimous_interval(first, len(set(groups)))
+    return clustered_interval(scores, groups)
+
+
 def unanimous_interval(score: float, groups: int, *, level: float = 0.95) -> tuple[float, float]:
     """The exact interval (Clopper and Pearson's) of a mean where all scores, of so many groups, are 0, or all are 1.
 

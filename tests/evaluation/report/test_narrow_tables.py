@@ -25,7 +25,7 @@ from tests.common.whole_words import check_whole
 TASKS = ("n2d", "d2n", "n2d_reverse", "d2n_reverse")
 TWO = ("tiny_bico", "tiny_ntp")
 FOUR = (*TWO, "tiny_identity_bridge", "smollm2_135m_bico_keep")
-INTERVAL = "1.000 [1.00, 1.00]"
+INTERVAL = "1.000 [0.03, 1.00]"  # exact, of one person
 PROMPT = {"prompt": "q", "answer": "a", "group": "0"}
 AGREEMENT = (
     "agreement",
@@ -40,10 +40,10 @@ AGREEMENT = (
 
 def results_of(runs: tuple[str, ...]) -> dict[str, EvaluationResult]:
     task = TaskResult(
-        headline="contains", metrics={"contains": 1.0}, intervals={"contains": (1.0, 1.0)},
+        headline="contains", metrics={"contains": 1.0}, intervals={"contains": (0.025, 1.0)},
         floors={"contains": 0.0125}, prompts=[PROMPT] * 300,
     )  # fmt: skip
-    scores = {"metrics": {"contains": 1.0}, "intervals": {"contains": [1.0, 1.0]}, "prompts": 300}
+    scores = {"metrics": {"contains": 1.0}, "intervals": {"contains": [0.025, 1.0]}, "prompts": 300}
     found = {"scores": {"same": scores, "reverse": scores}}
     return {
         run: EvaluationResult(tasks=dict.fromkeys(TASKS, task), training_texts=dict.fromkeys(TASKS, found))

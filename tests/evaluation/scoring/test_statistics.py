@@ -10,7 +10,12 @@ from scipy import stats
 
 from bico_ds.evaluation.report.tables import choice_tables
 from bico_ds.evaluation.scoring.choice import choice_statistics
-from bico_ds.evaluation.scoring.statistics import clustered_interval, group_means, unanimous_interval
+from bico_ds.evaluation.scoring.statistics import (
+    clustered_interval,
+    group_means,
+    share_interval,
+    unanimous_interval,
+)
 
 
 @pytest.fixture
@@ -94,3 +99,13 @@ def test_the_interval_of_a_unanimous_answer_is_scipys_exact_one():
         for score in (0.0, 1.0):
             exact = stats.binomtest(round(score * groups), groups).proportion_ci(0.95, method="exact")
             assert unanimous_interval(score, groups) == pytest.approx((exact.low, exact.high))
+
+
+def test_no_interval_of_a_share_has_no_width(draw):
+    """Ten people of whom all were right are no proof that everybody is."""
+    groups = [str(number // 3) for number in range(30)]
+    for score in (0.0, 1.0):
+        assert share_interval([score] * 30, groups) == unanimous_interval(score, 10)
+    mixed = draw.permutation([1.0] * 29 + [0.0]).tolist()
+    assert share_interval(mixed, groups) == clustered_interval(mixed, groups)
+    assert share_interval([0.5] * 30, groups) == (0.5, 0.5)  # no count of right answers

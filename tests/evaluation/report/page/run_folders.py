@@ -11,7 +11,7 @@ import numpy as np
 
 from bico_ds.config.load import dump_recipe, load_recipe
 from bico_ds.evaluation.results import EvaluationResult, TaskResult
-from bico_ds.evaluation.scoring.statistics import clustered_interval
+from bico_ds.evaluation.scoring.statistics import share_interval
 from bico_ds.evaluation.tasks.task import TASK_NAMES
 
 STARTED, SECONDS_PER_STEP = 1_790_000_000, 0.5
@@ -34,7 +34,7 @@ def task_result(
         for number, is_right in enumerate(right)
     ]
     scores = [prompt[metric] for prompt in prompts]
-    interval = clustered_interval(scores, [prompt["group"] for prompt in prompts])
+    interval = share_interval(scores, [prompt["group"] for prompt in prompts])
     return TaskResult(
         headline=metric,
         metrics={metric: sum(scores) / len(scores)},

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 from transformers import PreTrainedModel
 
 from bico_ds.common.errors import UserError
@@ -88,6 +87,8 @@ def choice_statistics(
     `person_t_test`: difference against zero, over persons, None with one person only. A test figure that is not defined
     (all differences alike) is None: JSON has no NaN. `rows`, a key of the format: the log-probabilities of every prompt.
     """
+    from scipy import stats  # a second, which a start of training need not wait
+
     right, wrong = log_probs[:, 0], log_probs[:, 1:]
     scores = {
         "difference": right - wrong.mean(axis=1),

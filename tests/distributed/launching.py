@@ -1,4 +1,4 @@
-"""Starts real runs the way a user does: the `deepspeed` command, real ranks, a run folder."""
+"""Starts real runs the ways users do: the `deepspeed` command or ranks as `srun` starts them, a run folder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from bico_ds.runtime.launch_environment import free_port
+from bico_ds.runtime.launch_environment import free_port, without_launcher
 from tests import ROOT
 
 
@@ -37,23 +38,73 @@ def train(
     ranks: int = 2,
     options: tuple[str, ...] = (),
     timeout: float = 240,
+    by_deepspeed: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Train `recipe` into `output` and return what the command printed."""
+    """Train `recipe` into `output` and return what was printed; `by_deepspeed`: by ranks of the `deepspeed` command.
+
+    It and its launcher import nearly as much as two ranks do: others start as `srun` starts them.
+    """
     arguments = ["--recipe", recipe, "--output-dir", str(output), *options]
     for override in overrides:
         arguments += ["--set", override]
-    return subprocess.run(
-        launch_command(*arguments, ranks=ranks),
-        cwd=output.parent, env=environment(), capture_output=True, text=True, timeout=timeout, check=False,
-    )  # fmt: skip
+    if by_deepspeed or ranks == 1:
+        return subprocess.run(
+            launch_command(*arguments, ranks=ranks),
+            cwd=output.parent, env=environment(), capture_output=True, text=True, timeout=timeout, check=False,
+        )  # fmt: skip
+    return as_srun_does(launch_command(*arguments, ranks=1), ranks, output.parent, timeout)
+
+
+def as_srun_does(
+    command: list[str], ranks: int, folder: Path, timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """Run a command as so many ranks, and end all where one fails (`--kill-on-bad-exit`).
+
+    What they printed is that of rank 0, then of rank 1 …; the exit code that of the rank that failed first.
+    """
+    port, started, code = str(free_port()), time.monotonic(), 0
+    with contextlib.ExitStack() as files:
+        printed = [
+            [files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)] for _ in range(ranks)
+        ]
+        processes = []
+        for rank, (stdout, stderr) in enumerate(printed):
+            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            told = {name: str(value) for name, value in own.items()}
+            told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            processes.append(
+                subprocess.Popen(
+                    command, cwd=folder, env=environment() | told, stdout=stdout, stderr=stderr, text=True
+                )
+            )
+        try:
+            while None in (codes := [process.poll() for process in processes]) and not any(codes):
+                if time.monotonic() - started > timeout:
+                    raise subprocess.TimeoutExpired(command, timeout)
+                time.sleep(0.05)
+            code = next((code for code in codes if code), 0)
+            for seconds in (5, 30):  # as long as they take to fail, too; then to save
+                for process in processes:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(timeout=seconds)
+                    process.terminate()
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        texts = ["", ""]
+        for files_of_rank in printed:
+            for number, file in enumerate(files_of_rank):
+                file.seek(0)
+                texts[number] += file.read()
+    return subprocess.CompletedProcess(command, code, *texts)
 
 
 def environment() -> dict[str, str]:
     """One thread per rank, this environment's programs first (two versions of ninja rebuild each other's work), and
     nothing of an outer launcher."""
-    hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return {k: v for k, v in os.environ.items() if k not in hidden} | {"OMP_NUM_THREADS": "1", "PATH": path}
+    return without_launcher() | {"OMP_NUM_THREADS": "1", "PATH": path}
 
 
 def metrics(run: Path, kind: str = "train") -> list[dict[str, Any]]:

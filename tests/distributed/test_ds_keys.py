@@ -106,6 +106,7 @@ def every_key(rank: int, world_size: int, root: str, stage: int) -> None:
     assert found == pytest.approx(train_step(plain, rank, step), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", CASES)
 def test_an_accepted_key_of_zero_changes_neither_training_nor_resumes(tmp_path, stage):
     run_on_ranks(every_key, 2, str(tmp_path), stage)

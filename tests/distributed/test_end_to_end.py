@@ -34,7 +34,7 @@ TASKS = ("n2d", "d2n", "n2d_reverse", "d2n_reverse")
 def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     schedule = ("schedule.warmup_steps=5", "schedule.decay_steps=5")
-    base = train("tiny_base", folder / "base", *SMALL, *schedule, "training.steps=25")
+    base = train("tiny_base", folder / "base", *SMALL, *schedule, "training.steps=25", by_deepspeed=True)
     assert base.returncode == 0, base.stdout + base.stderr
     bico = train(
         "tiny_bico", folder / "bico", *SMALL, *schedule, "training.steps=20", "evaluation.every_steps=10",

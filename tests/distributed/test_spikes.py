@@ -75,6 +75,7 @@ def test_a_resume_within_the_divergence_warns_no_second_time_and_counts_the_same
     assert printed.count("WARNING: step") == 2
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_the_micro_batch_cannot_be_kept(healthy, warned):
     run = shutil.copytree(healthy, healthy.with_name("unwritable"))
     for file in warned[0].glob("logs/spike-*.json"):
@@ -111,6 +112,7 @@ def test_a_norm_that_jumps_stops_the_run_after_its_update_and_saves_nothing_of_i
     assert [path.name for path in (run / "checkpoints").glob("step-*")] == [f"step-{HEALTHY:06d}"]
 
 
+@pytest.mark.slow
 def test_off_says_nothing(healthy):
     run = shutil.copytree(healthy, healthy.with_name("off"))
     done = train_until(run, HEALTHY + 10, RAISED, "training.on_spike=off")

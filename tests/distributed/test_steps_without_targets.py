@@ -119,6 +119,7 @@ def test_a_run_without_a_single_target_does_not_end_as_done(tmp_path):
         assert state(run)["state"] == "failed" and not (run / "export").exists()
 
 
+@pytest.mark.slow
 def test_an_objective_that_never_has_a_target_ends_the_run(tmp_path):
     run = tmp_path / "run"
     both = f"objectives=[{{kind: ntp, probability: 0.2}}, {HARDLY.replace('mask', 'probability: 0.8, mask')}]"

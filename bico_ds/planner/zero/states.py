@@ -129,10 +129,13 @@ class States:
         A weight gets it when it is let go for the first time in a step, and loses it after the update.
         """
         if self.zero.secondary_ranks is not None:
-            everything = sum(p.share(self.ranks) * self.ranks for p in self.trained if not self._is_small(p))
-            yield self._second(
-                "second partition of weights", everything if self.micro_batches > 1 else let_go
-            )
+            elements = self._gathered_trained if self.micro_batches > 1 else let_go
+            yield self._second("second partition of weights", elements)
+
+    @cached_property
+    def _gathered_trained(self) -> int:
+        """Trained elements, padded, that are gathered and let go; asked for at every moment of a plan."""
+        return sum(p.share(self.ranks) * self.ranks for p in self.trained if not self._is_small(p))
 
     def _second(self, name: str, elements: int) -> Item:
         size = self.size * elements / (self.zero.secondary_ranks or 1)

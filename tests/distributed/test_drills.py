@@ -187,7 +187,7 @@ def test_a_terminal_that_closes(straight, tmp_path, report):
     run = tmp_path / "closed"
     settings = [word for setting in SMALL for word in ("--set", setting)]
     shown = launch_command("--recipe", RECIPE, "--output-dir", str(run), *settings, ranks=2)
-    window = "import pty, sys; pty.spawn(sys.argv[1:])"
+    window = "import pty, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); pty.spawn(sys.argv[1:])"
     terminal = subprocess.Popen(
         [sys.executable, "-c", window, *shown],
         cwd=tmp_path, env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,

@@ -27,10 +27,15 @@ time.sleep(20)
 """
 
 
-def program(extra: str = "") -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM.format(extra=extra)], stdout=subprocess.PIPE, text=True
-    )
+def program(extra: str = "", *, hang_up: signal.Handlers = signal.SIG_DFL) -> subprocess.Popen[str]:
+    """`hang_up`: what SIGHUP does to it at first, whether or not these tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, hang_up)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM.format(extra=extra)], stdout=subprocess.PIPE, text=True
+        )
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
@@ -69,11 +74,7 @@ def test_a_closed_terminal_asks_once_however_often_it_says_so():
 
 
 def test_what_nohup_started_goes_on_when_its_terminal_closes():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        process = program()
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    process = program(hang_up=signal.SIG_IGN)
     process.send_signal(signal.SIGHUP)
     process.send_signal(signal.SIGTERM)
     assert process.stdout.readline() == "SIGTERM\n"

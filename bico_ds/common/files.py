@@ -21,6 +21,9 @@ from typing import Literal
 
 # Of a disk that is full, over its quota, read-only, or broken: no bug of this program.
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
+_FOLDER = (
+    getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
+)  # O_PATH (Linux): needs no right to read it
 _DIGITS = 12  # of the random part of a temporary name
 
 
@@ -59,15 +62,22 @@ def overwrite(path: Path, content: str, *, only_if: Callable[[bytes], bool]) -> 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield the name of a file to write, which replaces `path` when the block ends without an error."""
+    """Yield the name of a file to write, which replaces `path` when the block ends without an error.
+
+    Where that fails nothing is left, also if its folder was renamed meanwhile.
+    """
     temporary = temporary_sibling(path)
+    folder = os.open(path.parent, _FOLDER)
     try:
         yield temporary
         sync(temporary)
         temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary.name, dir_fd=folder)
         raise
+    finally:
+        os.close(folder)
     sync_names(path.parent)
 
 

@@ -141,6 +141,20 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
     assert names(tmp_path) == ["state.json"]
 
 
+def test_a_write_into_a_folder_that_is_renamed_meanwhile_fails_and_leaves_nothing(tmp_path):
+    (tmp_path / "run").mkdir()
+
+    def write() -> None:
+        with atomic_file(tmp_path / "run" / "lock.json") as temporary:
+            temporary.write_text("new")
+            (tmp_path / "run").rename(tmp_path / "elsewhere")
+
+    with pytest.raises(FileNotFoundError):
+        write()
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 @pytest.mark.parametrize("replace", [False, True])
 def test_a_folder_that_fails_leaves_the_old_one_and_nothing_beside_it(tmp_path, replace):
     folder = tmp_path / "export"

@@ -62,42 +62,49 @@ def as_srun_does(
 
     What they printed is that of rank 0, then of rank 1 …; the exit code that of the rank that failed first.
     """
-    port, started, code = str(free_port()), time.monotonic(), 0
-    with contextlib.ExitStack() as files:
-        printed = [
-            [files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)] for _ in range(ranks)
-        ]
+    port, streams = free_port(), ("stdout", "stderr")
+    with tempfile.TemporaryDirectory() as printed, contextlib.ExitStack() as stack:
+        names = {stream: [Path(printed, f"{stream}-{rank}") for rank in range(ranks)] for stream in streams}
         processes = []
-        for rank, (stdout, stderr) in enumerate(printed):
-            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-            told = {name: str(value) for name, value in own.items()}
-            told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            processes.append(
-                subprocess.Popen(
-                    command, cwd=folder, env=environment() | told, stdout=stdout, stderr=stderr, text=True
-                )
-            )
+        for rank in range(ranks):
+            files = {stream: stack.enter_context(names[stream][rank].open("w")) for stream in streams}
+            told = environment() | rank_variables(rank, ranks, port)
+            processes.append(subprocess.Popen(command, cwd=folder, env=told, text=True, **files))
         try:
-            while None in (codes := [process.poll() for process in processes]) and not any(codes):
-                if time.monotonic() - started > timeout:
-                    raise subprocess.TimeoutExpired(command, timeout)
-                time.sleep(0.05)
-            code = next((code for code in codes if code), 0)
-            for seconds in (5, 30):  # as long as they take to fail, too; then to save
-                for process in processes:
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        process.wait(timeout=seconds)
-                    process.terminate()
+            code = ended(processes, command, timeout)
         finally:
             for process in processes:
                 process.kill()
                 process.wait()
-        texts = ["", ""]
-        for files_of_rank in printed:
-            for number, file in enumerate(files_of_rank):
-                file.seek(0)
-                texts[number] += file.read()
+        texts = ["".join(file.read_text() for file in names[stream]) for stream in streams]
     return subprocess.CompletedProcess(command, code, *texts)
+
+
+def rank_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What a launcher of one node tells a rank of itself."""
+    own = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": ranks,
+        "MASTER_PORT": port,
+    }
+    return {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in own.items()}
+
+
+def ended(processes: list[subprocess.Popen[str]], command: list[str], timeout: float) -> int:
+    """Wait for all; where one fails, end the others. Returns its exit code, 0 where none fails."""
+    deadline = time.monotonic() + timeout
+    while None in (codes := [process.poll() for process in processes]) and not any(codes):
+        if time.monotonic() > deadline:
+            raise subprocess.TimeoutExpired(command, timeout)
+        time.sleep(0.05)
+    for seconds in (5, 30):  # as long as they take to fail, too; then to save
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=seconds)
+            process.terminate()
+    return next((code for code in codes if code), 0)
 
 
 def environment() -> dict[str, str]:

@@ -14,6 +14,7 @@ from bico_ds.attention.plan import build_plan
 from bico_ds.batch import PackedBatch
 from bico_ds.common.process_end import end_process
 from bico_ds.runtime.launch_environment import free_port
+from tests.distributed.launching import rank_variables
 
 VOCABULARY = 101
 
@@ -51,14 +52,7 @@ def _start(
     args: tuple[Any, ...],
 ) -> None:
     os.environ.clear()
-    os.environ.update(
-        environment,
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    os.environ.update(environment | rank_variables(rank, world_size, port))
     torch.set_num_threads(1)
     import deepspeed
 

@@ -51,22 +51,18 @@ def test_the_first_signal_sets_the_flag_and_a_second_of_its_kind_ends_at_once(na
     assert process.wait(timeout=5) == 128 + number
 
 
-def test_the_launchers_sigterm_after_ctrl_c_is_the_same_wish_and_not_a_second_one():
+@pytest.mark.parametrize(
+    ("name", "echo"),
+    [
+        pytest.param("SIGINT", "SIGTERM", id="of DeepSpeed's launcher after Ctrl-C"),
+        pytest.param("SIGHUP", "SIGHUP", id="of a terminal that closes, which may say so twice"),
+    ],
+)
+def test_an_echo_is_the_same_wish_and_not_a_second_one(name, echo):
     process = program()
-    process.send_signal(signal.SIGINT)
-    assert process.stdout.readline() == "SIGINT\n"
-    process.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
-    assert process.poll() is None
-    process.kill()
-    process.wait()
-
-
-def test_a_closed_terminal_asks_once_however_often_it_says_so():
-    process = program()
-    process.send_signal(signal.SIGHUP)
-    assert process.stdout.readline() == "SIGHUP\n"
-    process.send_signal(signal.SIGHUP)
+    process.send_signal(getattr(signal, name))
+    assert process.stdout.readline() == f"{name}\n"
+    process.send_signal(getattr(signal, echo))
     time.sleep(0.5)
     assert process.poll() is None
     process.kill()

@@ -6,6 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.cures import comparing, definitions
+from tests.cures.comparing import Trained, difference
 from tests.cures.definitions import Rows
 
 ABCDEF, MASKED = [10, 11, 12, 13, 14, 15], [False, True, True, False, True, False]
@@ -18,19 +19,28 @@ def seen(rows: Rows) -> list[str]:
 
 def test_the_causal_loss_and_its_gradients_are_hugging_faces() -> None:
     config = LlamaConfig(**{k: v for k, v in comparing.SHAPE.items() if k != "model_type"})
-    theirs = LlamaForCausalLM(config)
+    theirs = LlamaForCausalLM(config).double()
     tokens = torch.randint(0, comparing.VOCABULARY, (1, 23))
     loss = theirs(tokens, labels=tokens).loss
     loss.backward()
-    weights = {name: p.detach().double().requires_grad_() for name, p in theirs.named_parameters()}
+    weights = {name: p.detach().clone().requires_grad_() for name, p in theirs.named_parameters()}
     llama = definitions.Llama(
         weights=weights, heads=4, key_value_heads=2, rope_theta=comparing.ROPE_THETA, eps=comparing.EPS
     )
     ours = definitions.batch_loss(llama, [definitions.ntp(tokens[0].tolist())])
     ours.backward()
     torch.testing.assert_close(loss.double(), ours, rtol=1e-5, atol=0)
-    for name, p in theirs.named_parameters():
-        torch.testing.assert_close(p.grad.double(), weights[name].grad, rtol=1e-3, atol=2e-5)
+    none = torch.zeros(0)
+    found, expected = (
+        Trained(loss=mean.detach(), gradients=gradients, losses=none, weights=none)
+        for mean, gradients in (
+            (loss, {name: p.grad for name, p in theirs.named_parameters()}),
+            (ours, {name: weight.grad for name, weight in weights.items()}),
+        )
+    )
+    # Theirs has norms, angles and the loss in fp32 all the same. Most gradients are within 3e-6; drawn scores that lie far
+    # apart may make it thirty times that, and a fault of the formula makes it 1e-3 at least.
+    assert difference(found, expected) < 1e-3
 
 
 def test_a_placeholder_is_nobodys_key_and_its_token_is_predicted_before_it_or_at_it() -> None:

@@ -5,14 +5,21 @@ Without a launcher a process is the only rank.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import random
 import re
 import socket
+from pathlib import Path
 
 from bico_ds.common.errors import UserError
 
 _NUMBER = re.compile(r"[0-9]{1,9}", re.ASCII)
 LARGEST_PORT = 65535
+_FIRST_PORT = 10_000  # below are those of well-known services
+_TRIES = 1000
+_GIVEN_OUT = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _HELP = "the launcher (deepspeed, torchrun, srun) sets it; unset it to start one process"
 
 
@@ -108,10 +115,33 @@ def _refuse_beyond(name: str, number: int, whole: str, count: int) -> None:
 
 
 def free_port() -> int:
-    """A TCP port that is free on this machine now, for a MASTER_PORT that no launcher set."""
+    """A TCP port that is free on this machine now, as the next one is, for a MASTER_PORT that no launcher set.
+
+    Until the ranks listen there, seconds pass: it is none of those that the system gives to whoever asks for any. Raises
+    OSError where none is found.
+    """
+    for port in random.SystemRandom().sample(_ports_not_given_out(), _TRIES):
+        if _is_free(port) and _is_free(port + 1):
+            return port
+    raise OSError(errno.EADDRINUSE, f"none of {_TRIES} ports is free")
+
+
+def _ports_not_given_out() -> range:
+    """Linux gives out those from 32768 on, unless it is told otherwise; where it gives out all, there are no better ones."""
+    first = 32768
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        first = int(_GIVEN_OUT.read_text().split()[0])
+    below = range(_FIRST_PORT, first - 1)
+    return below if len(below) >= _TRIES else range(_FIRST_PORT, LARGEST_PORT)
+
+
+def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def slurm_job() -> str:

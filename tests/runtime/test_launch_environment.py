@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 
@@ -113,3 +114,17 @@ def test_an_accelerator_that_the_machine_lacks_is_refused(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     with pytest.raises(UserError, match="DS_ACCELERATOR='cuda' .* finds no CUDA device"):
         read_ranks()
+
+
+@pytest.mark.parametrize(
+    ("given_out", "last"), [("12000\t60999\n", 11_998), ("1024\t65535\n", 65_534), ("", 32_766)]
+)
+def test_a_free_port_is_none_that_the_system_gives_out_where_there_are_others(
+    tmp_path, monkeypatch, given_out, last
+):
+    (tmp_path / "range").write_text(given_out)
+    monkeypatch.setattr(launch_environment, "_GIVEN_OUT", tmp_path / "range")
+    port = launch_environment.free_port()
+    assert 10_000 <= port <= last
+    with socket.create_server(("127.0.0.1", port)), socket.create_server(("127.0.0.1", port + 1)):
+        pass

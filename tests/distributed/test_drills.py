@@ -88,10 +88,10 @@ def test_random_kills(straight, tmp_path, report):
             if while_saving:
                 wait_until(lambda: list(run.glob("checkpoints/.step-*.incomplete")), command, timeout=300)
             time.sleep(draw.random() * 0.2)
-            reached = last_step(run)
             kill(command, target)
             command.wait(timeout=200)
             wait_until_gone(run)
+            reached = last_step(run)  # it went on until it was killed
         finally:
             end_tree(command)
         lost = reached - newest(run)

@@ -47,5 +47,6 @@ def _watch(parent: int, command: int | None, stop: StopFlag) -> None:
             if command is not None and psutil.Process(parent).ppid() != command:
                 stop.set("the launching command is gone")
         time.sleep(_POLL_SECONDS)
+    time.sleep(_POLL_SECONDS)  # the SIGHUP that took the launcher may not have been noted here yet
     if not stop.is_hung_up():
         os._exit(1)

@@ -57,7 +57,7 @@ def _exit_code_of_rank_1(folder: Path, way: str) -> int:
         subprocess.Popen([sys.executable, "-c", _RANKS, str(rank), str(folder), way]) for rank in range(2)
     )
     try:
-        return second.wait(timeout=30)
+        return second.wait(timeout=120)
     finally:
         first.kill()
         first.wait()

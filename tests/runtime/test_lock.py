@@ -32,6 +32,7 @@ from pathlib import Path
 from bico_ds.runtime import lock, run_folder
 path, skew, stamps = Path(sys.argv[1]), float(sys.argv[2]), len(sys.argv) > 3
 socket.gethostname = lambda: "another-machine"
+os.umask(0o022)  # others may read what it writes, whatever the umask of these tests
 right_time = time.time
 time.time = lambda: right_time() + skew
 lock.HEARTBEAT_SECONDS, lock.SETTLE_SECONDS = {HEARTBEAT}, 0.05
@@ -55,6 +56,34 @@ def _quick_heartbeats(monkeypatch):
     monkeypatch.setattr(lock, "SILENT_SECONDS", 6 * HEARTBEAT)
     monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.05)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+
+
+@pytest.fixture
+def _no_heartbeats(monkeypatch):
+    """For what is known without one: none comes between a test's own changes of a lock."""
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 600.0)
+
+
+@pytest.fixture
+def _long_silence(monkeypatch):
+    """So long that whoever waits for its end is not taken for one who is done at once, on a busy machine either."""
+    monkeypatch.setattr(lock, "SILENT_SECONDS", 60.0)
+
+
+@contextmanager
+def patience() -> Iterator[None]:
+    """A watch lasts as long as a busy machine may need for a heartbeat; it ends with the first one, as ever."""
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(lock, "HEARTBEAT_SECONDS", 20 * HEARTBEAT)
+        yield
+
+
+def wait_for(happened: Callable[[], object]) -> None:
+    """Until it has: a thread's heartbeat may come late."""
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(HEARTBEAT / 10)
 
 
 @contextmanager
@@ -88,6 +117,7 @@ def seconds_of(work: Callable[[], object]) -> float:
     return time.monotonic() - started
 
 
+@pytest.mark.usefixtures("_long_silence")
 def test_a_second_run_in_a_living_runs_folder_is_refused(tmp_path):
     first, second = RunFolder(tmp_path), RunFolder(tmp_path)
     first.open()
@@ -100,22 +130,24 @@ def test_a_second_run_in_a_living_runs_folder_is_refused(tmp_path):
     assert not second.lock.path.exists()
 
 
+@pytest.mark.usefixtures("_long_silence")
 def test_the_lock_of_a_dead_process_is_taken_over_at_once(tmp_path):
     folder = RunFolder(tmp_path)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     write_lock(folder, pid=dead.pid)
     assert living_locks([folder.lock.path]) == {}
-    assert seconds_of(folder.open) < 1.0
+    assert seconds_of(folder.open) < lock.SILENT_SECONDS
     folder.close()
 
 
+@pytest.mark.usefixtures("_long_silence")
 def test_an_earlier_start_of_the_same_slurm_job_is_taken_over_at_once(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     first, second = RunFolder(tmp_path), RunFolder(tmp_path)
     first.lock.path.parent.mkdir(exist_ok=True)
     first.lock.write_heartbeat()
-    assert seconds_of(second.open) < 1.0
+    assert seconds_of(second.open) < lock.SILENT_SECONDS
     second.close()
 
 
@@ -141,21 +173,25 @@ def test_an_older_writer_is_fenced_off_and_told(tmp_path):
     new.lock.write_heartbeat()  # as if the old one had been cut off, and watched in silence
     with pytest.raises(FencedError, match="lost the folder"):
         old.write_state("running", step=1)
-    time.sleep(3 * HEARTBEAT)
-    assert lost
+    wait_for(lambda: lost)
     old.close()
     new.lock.check()
 
 
 @pytest.mark.parametrize("skew", [-3600.0, 0.0, 3600.0])
-def test_a_holder_is_alive_at_once_and_dead_soon_after_its_end_whatever_its_clock_shows(tmp_path, skew):
-    path = tmp_path / "run" / "lock.json"
+def test_a_holder_is_alive_at_once_and_dead_soon_after_its_end_whatever_its_clock_shows(
+    tmp_path, monkeypatch, skew
+):
+    path, silent = tmp_path / "run" / "lock.json", lock.SILENT_SECONDS
+    watched: list[int] = []
     with held(path, skew=skew):
+        monkeypatch.setattr(lock, "SILENT_SECONDS", 60.0)  # no busy machine's heartbeat is so late
         assert abs(read_lock(path).heartbeat - time.time() - skew) < 60  # type: ignore[union-attr]
-        assert seconds_of(lambda: living_locks([path])) < HEARTBEAT
-        assert list(living_locks([path])) == [path]
+        assert list(living_locks([path], on_watch=lambda count, seconds: watched.append(count))) == [path]
+        assert not watched
         with pytest.raises(UserError, match="in use by run .* on another-machine"):
             RunFolder(path.parent).open()
+    monkeypatch.setattr(lock, "SILENT_SECONDS", silent)
     time.sleep(7 * HEARTBEAT)
     assert living_locks([path]) == {}
 
@@ -163,7 +199,7 @@ def test_a_holder_is_alive_at_once_and_dead_soon_after_its_end_whatever_its_cloc
 @pytest.mark.parametrize("skew", [-100.0, 100.0, 3600.0])
 def test_where_machines_stamp_their_own_files_a_living_holder_is_seen_by_its_heartbeat(tmp_path, skew):
     path = tmp_path / "run" / "lock.json"
-    with held(path, skew=skew, stamps=True):
+    with held(path, skew=skew, stamps=True), patience():
         assert abs(path.stat().st_mtime - time.time() - skew) < 60
         assert list(living_locks([path])) == [path]
     assert living_locks([path]) == {}
@@ -173,7 +209,7 @@ def test_where_machines_stamp_their_own_files_a_living_holder_is_seen_by_its_hea
 def test_in_a_folder_that_only_others_may_write_a_living_holder_is_seen_by_its_heartbeat():
     with tempfile.TemporaryDirectory() as root:
         path = Path(root) / "run" / "lock.json"
-        with held(path):
+        with held(path), patience():
             os.chmod(root, 0o755)
             os.seteuid(65534)
             try:
@@ -193,14 +229,14 @@ def test_many_locks_in_doubt_are_watched_together_and_old_ones_not_at_all(tmp_pa
 
     old = [lay(f"old-{n}", 2 * lock.SKEW_SECONDS) for n in range(50)]
     doubtful = [lay(f"doubtful-{n}", 100.0) for n in range(50)]
-    assert seconds_of(lambda: living_locks(old)) < HEARTBEAT
-    assert seconds_of(lambda: living_locks([*old, *doubtful])) < 4 * HEARTBEAT
     watched: list[tuple[int, float]] = []
     note = lambda count, seconds: watched.append((count, seconds))  # noqa: E731
-    assert living_locks([*old, *doubtful, tmp_path / "none" / "lock.json"], on_watch=note) == {}
-    assert watched == [(50, 1.5 * HEARTBEAT)]
+    asked = [*old, *doubtful, tmp_path / "none" / "lock.json"]
+    assert seconds_of(lambda: living_locks(asked, on_watch=note)) < 50 * HEARTBEAT, "one after another"
+    assert living_locks(asked, on_watch=note) == {}
+    assert watched == [(50, 1.5 * HEARTBEAT)] * 2
     assert living_locks(old, on_watch=note) == {}
-    assert len(watched) == 1, "what is known at once is not watched"
+    assert len(watched) == 2, "what is known at once is not watched"
 
 
 def running(path: Path) -> RunFolder:
@@ -222,6 +258,7 @@ def lost(folder: RunFolder) -> str:
     return str(error.value)
 
 
+@pytest.mark.usefixtures("_no_heartbeats")
 def test_a_lost_lock_says_whose_the_folder_is_and_no_state_stays_at_running(tmp_path):
     old = running(tmp_path)
     content = json.loads(old.lock.path.read_text())
@@ -234,6 +271,7 @@ def test_a_lost_lock_says_whose_the_folder_is_and_no_state_stays_at_running(tmp_
     assert read_lock(old.lock.path).run_id == "theirs"  # type: ignore[union-attr]
 
 
+@pytest.mark.usefixtures("_no_heartbeats")
 def test_the_state_of_the_run_that_took_the_folder_over_is_left_alone(tmp_path):
     old, new = running(tmp_path), RunFolder(tmp_path)
     new.lock.write_heartbeat()
@@ -253,13 +291,14 @@ def test_a_lock_file_that_nobody_else_took_is_written_again(tmp_path, spoil):
     spoil(folder.lock.path)
     folder.lock.check()
     spoil(folder.lock.path)
-    time.sleep(3 * HEARTBEAT)  # by its heartbeat, too
+    wait_for(lambda: read_lock(folder.lock.path))  # by its heartbeat, too
     assert read_lock(folder.lock.path).run_id == folder.lock.run_id  # type: ignore[union-attr]
     assert not told
     folder.close()
     assert not folder.lock.path.exists()
 
 
+@pytest.mark.usefixtures("_no_heartbeats")
 def test_a_lock_that_is_gone_after_another_run_was_there_is_not_taken_again(tmp_path):
     """This one was cut off, the other took the folder over, ended, and gave the lock back."""
     old, new = running(tmp_path), RunFolder(tmp_path)
@@ -276,9 +315,11 @@ def test_a_run_whose_folder_was_renamed_names_the_new_one_and_ends_there(tmp_pat
     lost_by: list[str] = []
     old.lock.on_lost = lambda: lost_by.append(old.lock.loss())
     renamed = RunFolder(old.path.rename(tmp_path / "a new name"))
-    if begun_anew:
+    wait_for(lambda: lost_by)
+    if begun_anew:  # when the old one writes no more heartbeats
         new = running(tmp_path / "run")
-    time.sleep(3 * HEARTBEAT)
+        lost_by.clear()
+        wait_for(lambda: lost_by)
     assert f"was renamed to '{renamed.path}'" in lost_by[0]
     assert f"--output-dir '{renamed.path}'" in lost(old)
     assert read_state(renamed.state_file)["state"] == "failed"  # type: ignore[index]
@@ -305,8 +346,7 @@ def test_on_a_full_disk_the_lock_keeps_beating_and_the_last_state_is_written():
             with pytest.raises(PermissionError):
                 (folder.path / "file").touch()
             before = read_lock(folder.lock.path)
-            time.sleep(3 * HEARTBEAT)
-            assert read_lock(folder.lock.path) not in (None, before)
+            wait_for(lambda: read_lock(folder.lock.path) not in (None, before))
             for state in ("preempted", "done"):
                 folder.write_state(state, step=9)
                 assert read_state(folder.state_file)["state"] == state  # type: ignore[index]

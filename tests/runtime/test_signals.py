@@ -23,7 +23,7 @@ deadline = time.monotonic() + 30
 while not stop and time.monotonic() < deadline:
     time.sleep(0.01)
 print(stop.reason, flush=True)
-time.sleep(20)
+time.sleep(200)
 """
 
 
@@ -48,7 +48,7 @@ def test_the_first_signal_sets_the_flag_and_a_second_of_its_kind_ends_at_once(na
     assert process.stdout.readline() == f"{name}\n"
     assert process.poll() is None
     process.send_signal(number)
-    assert process.wait(timeout=5) == 128 + number
+    assert process.wait(timeout=60) == 128 + number
 
 
 @pytest.mark.parametrize(

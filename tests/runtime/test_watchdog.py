@@ -32,7 +32,8 @@ folder.lock.run_id = run_id
 store = TCPStore("127.0.0.1", int(port), int(size), is_master=rank == "0", timeout=timedelta(seconds=60))
 ranks = Ranks(int(rank), int(rank), int(size), torch.device("cpu"))
 dog = watchdog.Watchdog(store, ranks, folder, minutes=float(minutes))
-dog.note_progress()
+store.set(f"watched/{rank}", "")
+store.wait([f"watched/{other}" for other in range(int(size))])
 
 def waiting_in_a_collective():
     time.sleep(60)
@@ -42,9 +43,9 @@ if what in ("joins", "does not join"):
     from bico_ds.runtime.distributed import begin_group
     begin_group(ranks.device, store=store, rank=ranks.rank, world_size=ranks.world_size)
     dist.all_reduce(torch.ones(3))
-    dog.note_progress()
-    if what == "joins":
-        dist.all_reduce(torch.ones(5))
+dog.note_progress()  # not before: a group takes seconds on a busy machine
+if what == "joins":
+    dist.all_reduce(torch.ones(5))
 
 if what == "stranger":  # whoever reaches the store
     time.sleep(1)

@@ -117,9 +117,17 @@ def test_every_rank_learns_the_seconds_of_each():
 
 
 def test_waiting_for_a_collective_is_no_work_of_one_s_own(monkeypatch):
-    monkeypatch.setattr(Work, "wait", lambda work, *timeout: time.sleep(0.3))
+    waits: list[float] = []
+
+    def wait(work: Any, *timeout: Any) -> None:
+        started = time.perf_counter()
+        time.sleep(0.3)
+        waits.append(time.perf_counter() - started)
+
+    monkeypatch.setattr(Work, "wait", wait)
     own = OwnTime(torch.device("cpu"))
     assert own.end() == 0, "before the ranks were together"
+    started = time.perf_counter()
     with own:
         own.begin()
         time.sleep(0.1)
@@ -129,8 +137,9 @@ def test_waiting_for_a_collective_is_no_work_of_one_s_own(monkeypatch):
         Work.wait(None)  # type: ignore[arg-type]
         own.begin()
         second = own.end()
-    assert 0.2 <= first < 0.3 + 0.2
-    assert second < 0.2
+    # A busy machine lengthens each of them: they are compared with what they took.
+    assert first >= 0.2
+    assert first + second <= time.perf_counter() - started - sum(waits)
     started = time.perf_counter()
     Work.wait(None)  # type: ignore[arg-type]
     waited = time.perf_counter() - started

@@ -42,7 +42,7 @@ def test_a_process_alone_listens_nowhere(launched):
     store = open_store(rank=0, world_size=1, timeout=SECONDS)
     store.set("a", "b")
     assert store.get("a") == b"b"
-    assert listening() == before
+    assert listening() <= before
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "localhost", "::1", socket.gethostname()])

@@ -63,8 +63,9 @@ def test_counters_of_all_queries_are_put_together_by_gpu(commands):
 
 
 def test_xids_since_the_start_are_found_whichever_clock_stands_before_them(commands):
-    since = time.time() - 60
-    now, old = uptime() - 5, uptime() - 600
+    age = min(uptime() / 2, 60)  # this machine may have been started a moment ago
+    since = time.time() - age
+    now, old = uptime() - age / 2, uptime() - 1.5 * age
     local = time.strftime("%a %b %d %H:%M:%S %Y")
     commands(
         dmesg=said(f"[{old:12.6f}] {xid(62)}", f"[{now:12.6f}] {xid(79)}", f"[{local}] {xid(48)}", xid(74)),
@@ -86,7 +87,7 @@ def test_an_xid_that_both_logs_have_counts_once_and_those_of_programs_blame_no_n
 
 
 def test_a_command_that_hangs_or_fails_costs_seconds_and_nothing_else(commands, monkeypatch):
-    monkeypatch.setattr(gpu_errors, "SECONDS", 0.5)
+    monkeypatch.setattr(gpu_errors, "SECONDS", 1.5)  # enough for the command that answers on a busy machine
     commands(
         nvidia_smi="sleep 30",
         dmesg="echo denied >&2; exit 1",
@@ -94,7 +95,7 @@ def test_a_command_that_hangs_or_fails_costs_seconds_and_nothing_else(commands, 
     )
     begun = time.monotonic()
     told = read_gpu_errors(time.time() - 60)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 20
     assert (told["gpus"], [found["code"] for found in told["xids"]]) == ([], [79])
 
 

@@ -6,6 +6,7 @@ transformers and `tokenizers` take values of other types, and fail much later, o
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ AGAIN = "fetch the tokenizer again, or correct the file"
 _MOST_BYTES, _MOST_TEMPLATE_BYTES = 1 << 28, 1 << 20
 # Two and a half million is the largest known vocabulary; tables have an entry for each id up to the largest.
 MOST_IDS = 1 << 24
+# Few files have one, and the others, which are long, need not be parsed.
+_HAS_PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
 _NAMED_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
@@ -33,6 +36,8 @@ def check_tokenizer_files(folder: Path) -> None:
     for name in (RULES, "tokenizer.model"):
         if (file := folder / name).is_file() and (size := file.stat().st_size) > _MOST_BYTES:
             raise UserError(f"'{file}' has {size:,} bytes, and {_MOST_BYTES:,} are the most: {AGAIN}")
+    if (file := folder / RULES).is_file() and _HAS_PREFIX.search(file.read_bytes()):
+        _check(file, _prefix_problems)
 
 
 def _check(file: Path, problems: Callable[[dict[str, Any]], Iterator[str]]) -> None:
@@ -91,6 +96,20 @@ def _ids(added: dict[str, Any]) -> Iterator[str]:
     for token, index in added.items():
         if type(index) is not int or not 0 <= index < MOST_IDS:
             yield f"{token!r:.60} must have the id of a token, found {index!r:.60}"
+
+
+def _prefix_problems(rules: dict[str, Any]) -> Iterator[str]:
+    """`tokenizers` cuts the prefix of a word's later parts off without looking: it aborts the process within a character."""
+    model = rules.get("model")
+    if not isinstance(model, dict):
+        return
+    prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
+    if not isinstance(prefix, str) or not isinstance(merges, list):
+        return
+    for merge in merges:
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if isinstance(parts, list) and not all(str(part).startswith(prefix) for part in parts[1:]):
+            yield f"model.continuing_subword_prefix is {prefix!r:.60}, which the merge {merge!r:.60} has not"
 
 
 def _is_token(value: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from bico_ds.common.errors import UserError
 from bico_ds.data.tokenizer import load_tokenizer, tokenizer_hash, vocabulary_size, word_boundaries
@@ -101,6 +102,30 @@ def test_an_id_that_no_table_can_hold_is_refused_at_once(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(rules))
     with pytest.raises(UserError, match="has ids up to 4,000,000,000"):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("prefix", ["x", "x" * 5000])
+def test_a_prefix_that_merges_have_not_is_refused_before_tokenizers_aborts_the_process(
+    folder: Path, prefix: str
+) -> None:
+    rules = json.loads((folder / "tokenizer.json").read_text())
+    _change(folder / "tokenizer.json", model=rules["model"] | {"continuing_subword_prefix": prefix})
+    with pytest.raises(
+        UserError, match=r"tokenizer\.json': model\.continuing_subword_prefix is 'xx*'?, which"
+    ):
+        load_tokenizer(folder)
+
+
+def test_merges_that_have_their_prefix_load(folder: Path) -> None:
+    rules = Tokenizer(models.BPE(unk_token="<unk>", continuing_subword_prefix="##"))
+    rules.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(
+        special_tokens=["<s>", "</s>", "<unk>"], continuing_subword_prefix="##", show_progress=False
+    )
+    rules.train_from_iterator(["über über überall"], trainer)
+    rules.save(str(folder / "tokenizer.json"))
+    assert "##" in (folder / "tokenizer.json").read_text()
+    assert load_tokenizer(folder).tokenize("überall") == rules.encode("überall").tokens
 
 
 @pytest.mark.parametrize(

@@ -398,6 +398,7 @@ def test_auto_on_a_gpu_follows_the_file_of_its_architecture_and_logs_it(tmp_path
     assert_beside_tiles(named.policy, measured)
 
 
+@pytest.mark.usefixtures("fresh_choice")
 def test_what_is_wrong_on_a_gpu_gives_way_to_torchs_operations_and_the_log_says_so(monkeypatch, caplog):
     """As above; the self-check's answers are invented, too: the tests of self_check.py ask it itself."""
     monkeypatch.setitem(backends.KERNELS, "aten-cuda", AnyKernel("aten-cuda"))

@@ -59,18 +59,17 @@ def times(short: float, long: float = 2.0) -> tuple[KernelTime, ...]:
 
 def fresh_policy(**changes) -> MeasuredPolicy:
     """A file's content with fresh figures: `aten-cuda` at head dimension 128, the Triton kernels right and faster."""
-    pick = random.Random()
     triton = Alternative(
-        flash_from=pick.uniform(500, 900),
-        causal_flash_from=pick.uniform(200, 400),
-        live_cost=pick.uniform(1, 2),
+        flash_from=random.uniform(500, 900),
+        causal_flash_from=random.uniform(200, 400),
+        live_cost=random.uniform(1, 2),
     )
-    tiles = Alternative(flash_from=1, causal_flash_from=pick.uniform(1, 60), live_cost=pick.uniform(3, 9))
+    tiles = Alternative(flash_from=1, causal_flash_from=random.uniform(1, 60), live_cost=random.uniform(3, 9))
     measurement = Measurement(
         kernel="aten-cuda",
         head_dim=128,
-        times=times(pick.uniform(1, 9)),
-        hidden_cost=pick.uniform(1.1, 1.9),
+        times=times(random.uniform(1, 9)),
+        hidden_cost=random.uniform(1.1, 1.9),
         tiles=tiles,
         triton=triton,
     )
@@ -399,6 +398,7 @@ def test_auto_on_a_gpu_follows_the_file_of_its_architecture_and_logs_it(tmp_path
     assert_beside_tiles(named.policy, measured)
 
 
+@pytest.mark.usefixtures("fresh_choice")
 def test_what_is_wrong_on_a_gpu_gives_way_to_torchs_operations_and_the_log_says_so(monkeypatch, caplog):
     """As above; the self-check's answers are invented, too: the tests of self_check.py ask it itself."""
     monkeypatch.setitem(backends.KERNELS, "aten-cuda", AnyKernel("aten-cuda"))

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from bico_ds.attention import backends
 from bico_ds.attention.backend import Backend
+from bico_ds.attention.fused import fused_refusal
 from bico_ds.attention.kernels.cpu_flash import CpuFlash
 from bico_ds.attention.layout import LayoutPolicy
 from bico_ds.attention.packed import packed_attention, run_packed_attention
 from bico_ds.attention.plan import build_plan
-from bico_ds.native.library import native_refusal
 from tests.attention.attention_problems import NoKeyMask, make_problem, relative_errors, rotary_tables
 
 # Small documents reach every path when the policy's thresholds are small. The fused kernel takes no fp64.
@@ -33,12 +33,14 @@ HALF_POLICIES = {**POLICIES, "fused": backends.CPU_FUSED_POLICY}
 
 def through(policy_name):
     """The op with the thresholds of a named policy."""
-    if policy_name == "fused" and native_refusal():
-        pytest.skip(f"the fused kernel {native_refusal()}")
     backend = Backend(kernel=CpuFlash(), policy=HALF_POLICIES[policy_name])
-    return lambda q, k, v, cos, sin, plan: run_packed_attention(
-        q, k, v, cos, sin, plan, scale=q.shape[-1] ** -0.5, backend=backend
-    )
+
+    def attend(q, k, v, cos, sin, plan):
+        if policy_name == "fused" and (refusal := fused_refusal(q.dtype)):
+            pytest.skip(f"the fused kernel {refusal}")
+        return run_packed_attention(q, k, v, cos, sin, plan, scale=q.shape[-1] ** -0.5, backend=backend)
+
+    return attend
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -45,9 +45,11 @@ def assert_same(model: ComparedModel, ours: Any, theirs: BaselineBatch) -> None:
 @pytest.mark.parametrize("recompute", [0, 1])
 def test_the_dense_formulation_has_our_bico_loss_and_gradients(recompute):
     model = compared(activation_checkpointing=recompute)
-    texts, key = random_documents(23, 7, 30)  # padded to 30
-    theirs = bico_padded(texts, BICO.policy, key, placeholder_id=PLACEHOLDER)
-    assert_same(model, BICO.build(texts, key), theirs)
+    ours = None
+    while ours is None or not len(ours.targets):  # of ten thousand draws one masks nothing
+        texts, key = random_documents(23, 7, 30)  # padded to 30
+        ours = BICO.build(texts, key)
+    assert_same(model, ours, bico_padded(texts, BICO.policy, key, placeholder_id=PLACEHOLDER))
 
 
 @pytest.mark.parametrize("recompute", [0, 1])

@@ -84,7 +84,7 @@ class NotFinite(CpuFlash):
 for kernel in (OffByOnePercent(), Dies(), Raises(), NotFinite()):
     gpu_attention.KERNELS[kernel.name] = kernel
 if __name__ == "__main__":
-    gpu_attention.main.start(["--part", "check", "--rehearse", "--json", "--seconds", "120"])
+    gpu_attention.main.start(["--part", "check", "--rehearse", "--json", "--seconds", "270"])
 """
 
 
@@ -119,28 +119,29 @@ def test_a_wrong_a_raising_and_a_dying_backend_are_named_and_cost_no_other_its_f
 
 
 def hangs(send):
-    time.sleep(100)
+    time.sleep(1000)
 
 
-@pytest.mark.parametrize(("patience", "excused"), [(30.0, True), (0.0, False)])
+# By the second, none has begun too late to be judged, however long its start took on a busy machine.
+@pytest.mark.parametrize(("patience", "excused"), [(30.0, True), (-1000.0, False)])
 def test_a_backend_that_hangs_is_wrong_and_one_that_began_too_late_is_not(patience, excused, monkeypatch):
     monkeypatch.setattr(attention_cases, "FIRST_FIGURE_S", patience)
     started = time.monotonic()
     (ended,) = attention_cases.each_alone(hangs, deadline=started + 0.2)
     assert ended == Ended(problem="was not done within --seconds", excused=excused, late=True)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 200
 
 
 def hangs_when_it_is_done(send):
-    threading.Thread(target=time.sleep, args=(100,)).start()
+    threading.Thread(target=time.sleep, args=(1000,)).start()
 
 
 def test_a_process_that_hangs_when_it_is_done_has_done_its_work(monkeypatch):
     monkeypatch.setattr(attention_cases, "_SECONDS_TO_LEAVE", 0.1)
     started = time.monotonic()
-    (ended,) = attention_cases.each_alone(hangs_when_it_is_done, deadline=started + 60)
+    (ended,) = attention_cases.each_alone(hangs_when_it_is_done, deadline=started + 200)
     assert ended == Ended(problem=None)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 200
 
 
 @pytest.mark.parametrize(("part", "left_out"), [("check", ["cpu-flash", "dense tiles"]), ("speed", [])])

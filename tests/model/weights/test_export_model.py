@@ -68,6 +68,7 @@ def test_what_a_crash_left_of_the_folder_before_last_does_not_stop_the_next_expo
     assert (folder / "model.safetensors").is_file() and not left.exists()
 
 
+@pytest.mark.usefixtures("usual_umask")
 def test_checksums_name_every_file_and_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     export_model(tiny_model(), None, folder, "fp32")

@@ -245,6 +245,7 @@ def test_pickled_weights_that_are_cut_short_or_none_are_refused(
         build_model(ModelSpec(path=str(tmp_path), allow_pickle=True), seed=1, ds_config=None, device="cpu")
 
 
+@pytest.mark.usefixtures("usual_umask")
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs a second user")
 @pytest.mark.parametrize(
     "name", ["", "config.json", "model.safetensors.index.json", "model-00001-of-00003.safetensors"]
@@ -254,6 +255,7 @@ def test_a_folder_or_file_that_may_not_be_read_is_named(name: str) -> None:
         folder = Path(root) / "model"
         save_llama(folder)
         os.chmod(root, 0o755)
+        start(folder)  # imports what it needs, which the second user may not be able to read
         (folder / name).chmod(0)
         os.seteuid(65534)
         try:

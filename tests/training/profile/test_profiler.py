@@ -72,6 +72,15 @@ def test_chosen_steps_are_recorded_beside_the_median_of_the_others(tmp_path):
     }  # fmt: skip
 
 
+def test_a_run_in_a_folder_of_any_name_has_a_profile(tmp_path):
+    run = tmp_path / 'a "b" \\c\nd\udcff'
+    found, _ = profiler(run, [2])
+    take(found, 1)
+    take(found, 2)
+    assert read_profile(run).tables[0].steps == (2,)
+    assert f"{STEP} 2" in [event["name"] for event in trace_of(run, 2)]
+
+
 def test_a_step_profiled_again_has_nothing_beside_it_of_the_start_before(tmp_path):
     folder = tmp_path / "profile" / "step-000002"
     folder.mkdir(parents=True)

@@ -208,6 +208,22 @@ def test_a_name_that_begins_like_an_option_is_named_as_a_path(tmp_path, monkeypa
     assert main.parse(words).runs == [Path("-run")]
 
 
+def test_a_run_named_by_a_dot_is_repeated_beside_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(run_folder(tmp_path / "run", scores_of(0.9), logged=3))
+    page = unescape(write_report([Path(".")]).read_text())
+    words = shlex.split(re.search(r"launch/train.py ([^<]+)<", page)[1])
+    assert train_command.parse(words).output_dir == tmp_path / "run-again"
+
+
+def test_of_tasks_without_words_it_is_not_said_that_none_is_the_other_way_round(tmp_path):
+    tasks = {"child_to_parent": task_result([True] * 80), "parent_to_child": task_result([False] * 80)}
+    values = EvaluationResult(tasks=tasks).to_json() | {"model": "models/x", "weights": "w"}
+    (tmp_path / "a.json").write_text(json.dumps(values))
+    said = text_of(write_report([tmp_path / "a.json"]))
+    assert "No name–description question was asked the other way round." in said
+    assert "parent_to_child: a answers 0 %" in said
+
+
 def test_result_files_make_a_report_beside_them(tmp_path):
     tasks = {"n2d_reverse": task_result([True] * 30 + [False] * 50)}
     for name in ("a", "b"):
@@ -252,6 +268,8 @@ def test_what_is_no_run_is_refused(two, tmp_path):
         write_report([tmp_path / "x.json"])
     with pytest.raises(UserError, match="named twice"):
         write_report([two[0], two[0]])
+    with pytest.raises(UserError, match="named twice"):
+        write_report([two[0], two[0].parent / "x" / ".." / two[0].name])
     assert not (tmp_path / "report.html").exists()
 
 

@@ -84,8 +84,8 @@ def test_a_run_in_a_folder_of_any_name_has_a_profile(tmp_path):
 def test_a_step_profiled_again_has_nothing_beside_it_of_the_start_before(tmp_path):
     folder = tmp_path / "profile" / "step-000002"
     folder.mkdir(parents=True)
-    former = ["trace-rank-0.json.gz", "trace-rank-7.json.gz", "memory-rank-7.pickle", "table.json", "table.md"]
-    former.append(".trace-rank-7.json.gz.0123456789ab.incomplete")
+    former = ["trace-rank-0.json.gz", "memory-rank-7.pickle", "table.json", "table.md"]
+    former += ["trace-rank-7.json.gz", ".trace-rank-7.json.gz.0123456789ab.incomplete"]
     for name in (*former, "trace-rank-7.json.gz (mine)"):
         (folder / name).touch()
     found, _ = profiler(tmp_path, [2])

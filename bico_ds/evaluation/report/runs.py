@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -89,12 +90,18 @@ def load_runs(paths: Sequence[Path]) -> list[ComparedRun]:
 
 
 def labels_of(paths: Sequence[Path]) -> list[str]:
-    """What runs are called: by their names alone, where these differ. Raises `UserError` for one that is named twice."""
+    """What runs are called: by their names alone, else by their paths from where these part.
+
+    Raises `UserError` for one that is named twice.
+    """
     places = [path.resolve() for path in paths]
     if len(set(places)) < len(places):
         raise UserError(f"the same run is named twice: {', '.join(map(str, paths))}")
     stems = [place.stem if place.is_file() else place.name for place in places]
-    return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
+    if len(set(stems)) == len(stems):
+        return stems
+    above = os.path.commonpath([place.parent for place in places])
+    return [str(place.relative_to(above)) for place in places]
 
 
 def _load_run(path: Path, label: str) -> ComparedRun:

@@ -74,6 +74,15 @@ def test_the_lines_of_every_task_that_training_asks_tell_its_headline(tmp_path, 
         assert logged_headline(metrics_of(task)) == task.headline
 
 
+def test_runs_of_one_name_are_called_by_what_differs_in_their_paths(tmp_path):
+    paths = [tmp_path / "x" / name / "tiny" for name in ("seed-1", "seed-2/again")]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        _run(path, [(1, 0.5)])
+    assert [run.label for run in load_runs(paths)] == ["seed-1/tiny", "seed-2/again/tiny"]
+    assert [run.label for run in load_runs(paths[:1])] == ["tiny"]
+
+
 def test_runs_without_an_evaluation_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"no evaluation in metrics.jsonl"):
         load_runs([_run(tmp_path / "empty", [])])

@@ -294,12 +294,19 @@ def test_broken_files_cost_their_section_alone_and_are_named(tmp_path):
     (run / "recipe.yaml").write_text("training: [")
     (run / "evaluation" / "step-000300.json").write_text('{"tasks": ')
     with open(run / "metrics.jsonl", "a") as file:
-        file.write('garbage\n{"step": "x"}\n{"half')
+        file.write('garbage\n{"step": "x"}\n')
+        file.write('{"step": 200, "kind": "evaluation", "evaluation/n2d/contains": "oops"}\n{"half')
     said = text_of(write_report([run]))
     faults = said.partition("Not all of a could be read:")[2].partition("Curves")[0]
-    for name in ("metrics.jsonl: 2 lines", "run.json: not valid JSON", "recipe.yaml:", "step-000300.json:"):
+    for name in (
+        "metrics.jsonl: 2 damaged lines left out",
+        "run.json: not valid JSON",
+        "recipe.yaml:",
+        "step-000300.json:",
+    ):
         assert name in faults
     assert "a answers 50 %" in said and "Losses by objective" in said and "Settings" not in said
+    assert said.partition("What happened")[2].count("evaluation 200") == 1
 
 
 def test_any_damage_of_any_file_of_a_run_makes_a_report_or_one_message(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -89,12 +90,18 @@ def load_runs(paths: Sequence[Path]) -> list[ComparedRun]:
 
 
 def labels_of(paths: Sequence[Path]) -> list[str]:
-    """What runs are called: by their names alone, where these differ. Raises `UserError` for one that is named twice."""
-    stems = [path.resolve().stem if path.is_file() else path.resolve().name for path in paths]
-    labels = stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
-    if len(set(labels)) != len(labels):
-        raise UserError(f"the same run is named twice: {', '.join(labels)}")
-    return labels
+    """What runs are called: by their names alone, else by their paths from where these part.
+
+    Raises `UserError` for one that is named twice.
+    """
+    places = [path.resolve() for path in paths]
+    if len(set(places)) < len(places):
+        raise UserError(f"the same run is named twice: {', '.join(map(str, paths))}")
+    stems = [place.stem if place.is_file() else place.name for place in places]
+    if len(set(stems)) == len(stems):
+        return stems
+    above = os.path.commonpath([place.parent for place in places])
+    return [str(place.relative_to(above)) for place in places]
 
 
 def _load_run(path: Path, label: str) -> ComparedRun:
@@ -251,7 +258,10 @@ def work_of(record: Mapping[str, Any]) -> Work | None:
 
 
 def logged_headline(metrics: Container[str]) -> str | None:
-    """Which metric of a task is its headline, by those that a line of metrics has of it; None where none can be."""
+    """Which metric of a task is its headline, by those that a line of metrics has of it; None where none can be.
+
+    No `prefix`: of the tasks that training asks, the name-description ones, it is no headline.
+    """
     return next((name for name in ("bleu", "contains") if name in metrics), None)
 
 

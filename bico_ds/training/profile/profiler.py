@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from bico_ds.common.files import remove_incomplete, temporary_sibling, write_atomically
+from bico_ds.common.numbered_names import NumberedName
 from bico_ds.planner.report.step_parts import StepPart
 from bico_ds.runtime.distributed import Ranks, all_gather_objects
 from bico_ds.training.callbacks.best_effort import reason_of
@@ -38,6 +39,7 @@ from bico_ds.training.profile.trace_file import TraceFile
 _logger = logging.getLogger(__name__)
 
 _FAILURES = (OSError, RuntimeError, ValueError)
+_TRACE, _MEMORY = NumberedName("trace-rank-", ".json.gz"), NumberedName("memory-rank-", ".pickle")
 _ORDINARY_STEPS = 50  # of an objective, the last ones, of which `ordinary` is the median
 _HOW_TO_READ = {
     "cpu": "ui.perfetto.dev shows them",
@@ -56,7 +58,7 @@ class StepProfiler:
         self._steps, self._ranks, self._tell = frozenset(steps), ranks, tell
         self._last = max(steps)
         self._folder = folder / STEP_FOLDER.of(min(steps))
-        self._trace = TraceFile(self._folder / f"trace-rank-{ranks.rank}.json.gz")
+        self._trace = TraceFile(self._folder / _TRACE.of(ranks.rank))
         self._ordinary: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_ORDINARY_STEPS))
         self._recording: StepRecording | None = None
         self._failure: Exception | None = None  # why this rank does not record the step
@@ -106,7 +108,8 @@ class StepProfiler:
         self._folder.mkdir(parents=True, exist_ok=True)
         if not self._is_warm:
             self._is_warm = True
-            remove_incomplete(self._folder, f"*-rank-{self._ranks.rank}.json*")
+            if self._ranks.is_first:  # while the others wait for it, in `begin`
+                self._remove_former()
             once = StepRecording(self._ranks.device)  # what the first one loads must not be a step's
             once.start()
             once.stop()
@@ -115,6 +118,13 @@ class StepProfiler:
         recording = StepRecording(self._ranks.device)
         recording.start()
         self._recording = recording
+
+    def _remove_former(self) -> None:
+        """What an earlier start left of a profile that begins at the same step, maybe with more ranks than this one has."""
+        remove_incomplete(self._folder, "*-rank-*.json*")
+        former = [path for name in (_TRACE, _MEMORY) for _, path in name.in_folder(self._folder)]
+        for path in (*former, self._folder / TABLE, self._folder / MARKDOWN):
+            path.unlink(missing_ok=True)
 
     def _found_or_why_not(self, step: int, objective: str, seconds: float) -> RankStep | str:
         """Stop the recording, and add it to the trace."""
@@ -159,7 +169,7 @@ class StepProfiler:
         self._trace.close()
         if self._is_warm and self._ranks.device.type == "cuda":
             self._is_warm = False
-            torch.cuda.memory._dump_snapshot(str(self._folder / f"memory-rank-{self._ranks.rank}.pickle"))
+            torch.cuda.memory._dump_snapshot(str(self._folder / _MEMORY.of(self._ranks.rank)))
             torch.cuda.memory._record_memory_history(enabled=None)
 
 

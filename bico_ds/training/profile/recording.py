@@ -48,7 +48,12 @@ class StepRecording:
 
     def write(self, path: Path) -> None:
         """Raises OSError or `RuntimeError`."""
-        self._profile.export_chrome_trace(str(path))
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            # torch changes characters of a folder's name, and writes others into the JSON as they are.
+            self._profile.export_chrome_trace(f"/proc/self/fd/{folder}/{path.name}")
+        finally:
+            os.close(folder)
         if not path.exists():  # torch only logs what went wrong
             raise RuntimeError(f"torch could not write its trace into '{path.parent}'; is the disk full?")
 

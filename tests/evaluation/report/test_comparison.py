@@ -16,8 +16,10 @@ from bico_ds.common.errors import UserError
 from bico_ds.evaluation.report.comparison import _differences, _show, compare_runs, remarks
 from bico_ds.evaluation.report.frontier import panels
 from bico_ds.evaluation.report.paired import paired_differences
-from bico_ds.evaluation.report.runs import load_runs
+from bico_ds.evaluation.report.runs import load_runs, logged_headline
 from bico_ds.evaluation.results import EvaluationResult, TaskResult
+from bico_ds.evaluation.scoring.metrics import metrics_of
+from bico_ds.evaluation.tasks.task import TASK_NAMES, load_tasks, task_file
 from tests import ROOT
 from tests.damaged_files import damaged
 
@@ -62,6 +64,23 @@ def test_the_result_file_of_a_run_wins_and_a_bare_result_can_be_compared_too(tmp
     runs = load_runs([folder, result_file])
     assert [run.final.tasks["n2d"].intervals["bleu"] for run in runs] == [(0.6, 0.8)] * 2
     assert [bool(run.curves) for run in runs] == [True, False]
+
+
+@pytest.mark.parametrize("answer", [" two words", " a description of six whole words"])
+def test_the_lines_of_every_task_that_training_asks_tell_its_headline(tmp_path, answer):
+    for name in TASK_NAMES:
+        task_file(tmp_path, name).write_text(json.dumps({"prompt": "who?", "completion": answer}) + "\n")
+    for task in load_tasks(tmp_path, TASK_NAMES):
+        assert logged_headline(metrics_of(task)) == task.headline
+
+
+def test_runs_of_one_name_are_called_by_what_differs_in_their_paths(tmp_path):
+    paths = [tmp_path / "x" / name / "tiny" for name in ("seed-1", "seed-2/again")]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        _run(path, [(1, 0.5)])
+    assert [run.label for run in load_runs(paths)] == ["seed-1/tiny", "seed-2/again/tiny"]
+    assert [run.label for run in load_runs(paths[:1])] == ["tiny"]
 
 
 def test_runs_without_an_evaluation_are_refused(tmp_path):

@@ -72,6 +72,28 @@ def test_chosen_steps_are_recorded_beside_the_median_of_the_others(tmp_path):
     }  # fmt: skip
 
 
+def test_a_run_in_a_folder_of_any_name_has_a_profile(tmp_path):
+    run = tmp_path / 'a "b" \\c\nd\udcff'
+    found, _ = profiler(run, [2])
+    take(found, 1)
+    take(found, 2)
+    assert read_profile(run).tables[0].steps == (2,)
+    assert f"{STEP} 2" in [event["name"] for event in trace_of(run, 2)]
+
+
+def test_a_step_profiled_again_has_nothing_beside_it_of_the_start_before(tmp_path):
+    folder = tmp_path / "profile" / "step-000002"
+    folder.mkdir(parents=True)
+    former = ["trace-rank-0.json.gz", "memory-rank-7.pickle", "table.json", "table.md"]
+    former += ["trace-rank-7.json.gz", ".trace-rank-7.json.gz.0123456789ab.incomplete"]
+    for name in (*former, "trace-rank-7.json.gz (mine)"):
+        (folder / name).touch()
+    found, _ = profiler(tmp_path, [2])
+    found.begin(2)
+    assert [path.name for path in folder.iterdir()] == ["trace-rank-7.json.gz (mine)"]
+    found.close()
+
+
 def test_a_run_that_ends_in_the_middle_keeps_what_is_there(tmp_path):
     found, told = profiler(tmp_path, [2, 3, 4])
     take(found, 1)

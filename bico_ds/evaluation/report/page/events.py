@@ -110,10 +110,8 @@ def _steps(run: ReportedRun) -> Iterator[_Event]:
         step, took = record["step"], record.get("speed/checkpoint_seconds")
         more = f"held training up for {seconds(float(took))}" if took is not None and is_number(took) else ""
         yield _Event("checkpoint", step, last.get(step), more)
-    for record in run.logged.of_kind("evaluation"):
-        yield _Event(
-            "evaluation", record["step"], _written(run, record["step"]), _scores(run, record["step"])
-        )
+    for step in dict.fromkeys(record["step"] for record in run.logged.of_kind("evaluation")):
+        yield _Event("evaluation", step, _written(run, step), _scores(run, step))
     if run.folder is not None:
         for pattern, what in _LEFT_BY_FAILURES.items():
             for file in sorted(run.folder.logs.glob(pattern))[:5]:

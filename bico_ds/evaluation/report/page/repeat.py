@@ -51,7 +51,8 @@ def _again(run: ReportedRun) -> str:
     ranks = len(hosts) if isinstance(hosts, list) and hosts else 1
     is_one_host = not isinstance(hosts, list) or len(set(map(str, hosts))) <= 1
     launcher = ["deepspeed", *(("--num_accelerators", str(ranks)) if is_one_host else ())]
-    new = run.path.with_name(f"{run.path.resolve().name}-again")
+    place = run.path.resolve() if run.path.name in ("", "..") else run.path
+    new = place.with_name(f"{run.path.resolve().name}-again")
     recipe = run.path / "recipe.yaml"
     words = [*launcher, "launch/train.py", "--recipe", _argument(recipe), "--output-dir", _argument(new)]
     device = _device(run)

@@ -13,6 +13,7 @@ from bico_ds.common.errors import UserError
 from bico_ds.common.json_files import JsonError, is_number, object_in, read_object_lines
 from bico_ds.common.secrets import text_without_secrets, without_secrets
 from bico_ds.common.yaml_files import read_mapping
+from bico_ds.evaluation.report.page.numbers import amount
 from bico_ds.evaluation.report.runs import (
     ComparedRun,
     Line,
@@ -135,7 +136,7 @@ def _read_folder(path: Path, label: str) -> ReportedRun:
     folder, faults = RunFolder(path), _Faults(path)
     logged = faults.reading(folder.metrics_file, _read_metrics, Logged())
     if logged.unreadable:
-        faults.note(f"{folder.metrics_file.name}: {logged.unreadable} lines are damaged and left out")
+        faults.note(f"{folder.metrics_file.name}: {amount(logged.unreadable, 'damaged line')} left out")
     recipe: dict[str, Any] = faults.reading(
         folder.recipe_file, lambda file: read_mapping(file, "no recipe").values, {}
     )

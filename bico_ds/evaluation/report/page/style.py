@@ -100,6 +100,7 @@ thead th{border-top:0;border-bottom:2px solid var(--rule);color:var(--soft);font
 tbody tr:first-child>*{border-top:0}
 th.words,td.words{text-align:left}
 tbody th{font-weight:600;min-width:8em}
+.scroll table:not(.cards) td:not(.words){white-space:nowrap}
 td .interval,th .interval{font-weight:400;display:block;color:var(--soft);font-size:13px;white-space:nowrap}
 .score{min-width:118px}
 .score svg{margin-top:5px;width:110px;margin-left:auto}
@@ -159,6 +160,7 @@ footer{color:var(--soft);font-size:14px;padding-top:18px;padding-bottom:40px;bor
  svg,tr,.samples>li,pre,.answer{break-inside:avoid}
  thead{display:table-header-group}
  .scroll,pre{overflow:visible}
+ .scroll table:not(.cards) td:not(.words){white-space:normal}
  .scroll tbody th{position:static}
  pre{white-space:pre-wrap;font-size:8pt}
  details pre{columns:3;column-gap:10pt;font-size:6.5pt}

@@ -181,17 +181,17 @@ def _row(label: str, result: TaskResult, number: int) -> Html:
 
 
 def _without_reversal(runs: Sequence[ReportedRun]) -> Html:
-    """Of runs that were asked nothing the other way round: that, and how far they came."""
-    lines = [
-        element("p", f"{title_of(name)}: ", *_answers(runs, name), class_="also") for name in task_names(runs)
-    ]
+    """Of runs that were asked nothing that is known to be the other way round: that, and how far they came."""
+    names = task_names(runs)
+    what = "question" if all(name in WORDINGS for name in names) else "name–description question"
+    lines = [element("p", f"{title_of(name)}: ", *_answers(runs, name), class_="also") for name in names]
     lines += [element("p", line, class_="also") for run in runs if (line := _progress(run))]
     return joined(
         (
             element(
                 "h1", "How the training went" if any(run.folder for run in runs) else "What was measured"
             ),
-            element("p", "No question was asked the other way round.", class_="answer"),
+            element("p", f"No {what} was asked the other way round.", class_="answer"),
             *lines,
             *(element("p", line, class_="note") for line in _states(runs)),
         )

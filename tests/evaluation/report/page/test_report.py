@@ -208,6 +208,22 @@ def test_a_name_that_begins_like_an_option_is_named_as_a_path(tmp_path, monkeypa
     assert main.parse(words).runs == [Path("-run")]
 
 
+def test_a_run_named_by_a_dot_is_repeated_beside_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(run_folder(tmp_path / "run", scores_of(0.9), logged=3))
+    page = unescape(write_report([Path(".")]).read_text())
+    words = shlex.split(re.search(r"launch/train.py ([^<]+)<", page)[1])
+    assert train_command.parse(words).output_dir == tmp_path / "run-again"
+
+
+def test_of_tasks_without_words_it_is_not_said_that_none_is_the_other_way_round(tmp_path):
+    tasks = {"child_to_parent": task_result([True] * 80), "parent_to_child": task_result([False] * 80)}
+    values = EvaluationResult(tasks=tasks).to_json() | {"model": "models/x", "weights": "w"}
+    (tmp_path / "a.json").write_text(json.dumps(values))
+    said = text_of(write_report([tmp_path / "a.json"]))
+    assert "No name–description question was asked the other way round." in said
+    assert "parent_to_child: a answers 0 %" in said
+
+
 def test_result_files_make_a_report_beside_them(tmp_path):
     tasks = {"n2d_reverse": task_result([True] * 30 + [False] * 50)}
     for name in ("a", "b"):
@@ -252,6 +268,8 @@ def test_what_is_no_run_is_refused(two, tmp_path):
         write_report([tmp_path / "x.json"])
     with pytest.raises(UserError, match="named twice"):
         write_report([two[0], two[0]])
+    with pytest.raises(UserError, match="named twice"):
+        write_report([two[0], two[0].parent / "x" / ".." / two[0].name])
     assert not (tmp_path / "report.html").exists()
 
 
@@ -276,12 +294,19 @@ def test_broken_files_cost_their_section_alone_and_are_named(tmp_path):
     (run / "recipe.yaml").write_text("training: [")
     (run / "evaluation" / "step-000300.json").write_text('{"tasks": ')
     with open(run / "metrics.jsonl", "a") as file:
-        file.write('garbage\n{"step": "x"}\n{"half')
+        file.write('garbage\n{"step": "x"}\n')
+        file.write('{"step": 200, "kind": "evaluation", "evaluation/n2d/contains": "oops"}\n{"half')
     said = text_of(write_report([run]))
     faults = said.partition("Not all of a could be read:")[2].partition("Curves")[0]
-    for name in ("metrics.jsonl: 2 lines", "run.json: not valid JSON", "recipe.yaml:", "step-000300.json:"):
+    for name in (
+        "metrics.jsonl: 2 damaged lines left out",
+        "run.json: not valid JSON",
+        "recipe.yaml:",
+        "step-000300.json:",
+    ):
         assert name in faults
     assert "a answers 50 %" in said and "Losses by objective" in said and "Settings" not in said
+    assert said.partition("What happened")[2].count("evaluation 200") == 1
 
 
 def test_any_damage_of_any_file_of_a_run_makes_a_report_or_one_message(tmp_path):

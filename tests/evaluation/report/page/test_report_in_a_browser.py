@@ -53,6 +53,15 @@ def test_a_name_longer_than_the_screen_is_broken(tmp_path):
         assert seen.page.evaluate("document.scrollingElement.scrollWidth") <= 390
 
 
+def test_a_figure_and_its_unit_stay_on_one_line(tmp_path):
+    lines = "cells => cells.map(cell => { const all = document.createRange(); all.selectNodeContents(cell); "
+    lines += "return new Set([...all.getClientRects()].map(line => line.top)).size })"
+    page = write_report([run_folder(tmp_path / name, scores_of(0.9), logged=3) for name in "abcd"])
+    with visit(page, width=390) as seen:
+        numbers = seen.page.locator("#speed table:not(.cards) td:not(.words)")
+        assert set(numbers.evaluate_all(lines)) == {1}
+
+
 def test_dark_is_dark_and_paper_is_light_and_shows_all(page):
     ground = "getComputedStyle(document.body).backgroundColor"
     with visit(page, scheme="dark") as seen:

@@ -52,13 +52,13 @@ class PeakMemory:
 
     def now(self) -> MemoryUse:
         """What this process has at this moment; the host does not wait for the device."""
-        host = host_memory.resident_bytes()
+        host, shared = host_memory.resident_and_shared()
         if self._device.type == "cuda":
             stats = torch.cuda.memory_stats(self._device)
             allocated, reserved = (
                 stats.get(f"{what}_bytes.all.current", 0) for what in ("allocated", "reserved")
             )
             return MemoryUse(allocated=allocated, reserved=reserved, peak=self.allocated, host=host)
-        self.note()
-        grown = max(host_memory.anonymous_bytes() - self._level, 0)
+        self._highest = max(self._highest, host - shared)
+        grown = max(host - shared - self._level, 0)
         return MemoryUse(allocated=grown, reserved=grown, peak=self.allocated, host=host)

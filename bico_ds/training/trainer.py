@@ -128,6 +128,7 @@ class Trainer:
             self._report()
             raise
         finally:
+            self.callbacks.on_pause()
             if self.profiler is not None:
                 self.profiler.close()
         if self._saved_step != self.step:
@@ -186,6 +187,7 @@ class Trainer:
     def _pause(self) -> None:
         """What is due between two steps."""
         self._report()
+        self.callbacks.on_pause()  # before the checkpoint: a run that goes on from it writes later steps alone
         last = self.step == self.total_steps
         if last or self.checkpointer.is_due(self.step):
             # Before the evaluation, which may take long: a crash in it must not cost steps.

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.distributed.launching import metrics, train
 from tests.distributed.survival import RECIPE, SMALL, state
@@ -98,6 +99,8 @@ def test_stop_ends_all_ranks_before_the_update_and_saves_nothing_of_it(healthy):
     assert Path(found[4]).is_file()
     assert state(run)["state"] == "failed" and "running median" in state(run)["reason"]
     assert metrics(run)[-1]["step"] == int(found[1]) - 1
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    assert events.Scalars("2 loss/all")[-1].step == int(found[1]) - 1, "nothing waits where a run fails"
     assert [path.name for path in (run / "checkpoints").glob("step-*")] == [f"step-{HEALTHY:06d}"]
 
 

@@ -23,6 +23,7 @@ from bico_ds.training.callbacks.base import Callback, Callbacks, FirstRankCallba
 from bico_ds.training.callbacks.console import ConsoleProgress
 from bico_ds.training.callbacks.monitor import StepMonitor, keep_lines_until
 from bico_ds.training.callbacks.stopwatch import Stopwatch
+from bico_ds.training.callbacks.tensorboard import board
 from bico_ds.training.callbacks.tensorboard.charts import charts
 from bico_ds.training.callbacks.utilization import Utilization
 from tests.full_disk import files_limited_to
@@ -325,8 +326,10 @@ class Watched:
         self.start = RunStart(recipe=recipe, first_step=first_step, total_steps=9, summary={})
 
     def steps(self, *numbers: int) -> None:
+        """Training pauses after each."""
         for number in numbers:
             self.monitor.on_step(report(number))
+            self.monitor.on_pause()
 
     def lines(self) -> list[int]:
         return [json.loads(line)["step"] for line in self.folder.metrics_file.read_text().splitlines()]
@@ -337,6 +340,30 @@ class Watched:
 
     def csv(self) -> list[str]:
         return (self.folder.csv / self.name / "loss_all.csv").read_text().splitlines()
+
+
+def test_tensorboard_gets_the_lines_of_a_second_together_and_all_of_them_where_training_pauses(
+    folder, monkeypatch
+):
+    clock = [100.0]
+    monkeypatch.setattr(board.time, "monotonic", lambda: clock[0])
+    run, shown = Watched(folder), []
+    run.monitor.on_start(run.start)
+    run.steps(1)
+    for step in range(2, 8):
+        clock[0] += 0.4
+        run.monitor.on_step(report(step))
+        shown.append(run.events())
+        assert run.lines() == list(range(1, step + 1)), "metrics.jsonl has each at once"
+    assert [events[-1] for events in shown] == [1, 1, 4, 4, 4, 7]
+    assert shown[-1] == list(range(1, 8))
+    run.monitor.on_step(report(8))
+    assert run.events()[-1] == 7
+    run.monitor.on_numbers(8, "evaluation", {"evaluation/n2d/headline": 0.5})
+    assert run.events()[-1] == 8, "behind the steps before it"
+    run.monitor.on_step(report(9))
+    run.monitor.on_pause()
+    assert run.events() == list(range(1, 10))
 
 
 def test_a_resume_writes_no_line_of_csv_twice(folder):

@@ -91,6 +91,12 @@ class Callback:
         A run that fails calls it for the steps before the failing one, unless the failure is of one rank alone.
         """
 
+    def on_pause(self) -> None:
+        """Training pauses, or ends in whatever way, and its last step was told: nothing should wait to be written.
+
+        It must not use collectives: after a failure it is called, too.
+        """
+
     def on_numbers(self, step: int, kind: str, numbers: dict[str, float]) -> None:
         """Numbers other than a step's, by `kind`: `evaluation`, `timing` (of an evaluation), `checkpoint`.
 
@@ -147,6 +153,11 @@ class Callbacks(Callback):
         with self._watch:
             for callback in self._callbacks:
                 callback.on_step(report)
+
+    def on_pause(self) -> None:
+        with self._watch:
+            for callback in self._callbacks:
+                callback.on_pause()
 
     def on_numbers(self, step: int, kind: str, numbers: dict[str, float]) -> None:
         for callback in self._callbacks:

@@ -33,7 +33,8 @@ from bico_ds.training.callbacks.work import ObjectiveWork
 
 class StepMonitor(FirstRankCallback):
     """Every `every_steps` steps, and at the last one, writes what `_summarize` makes of the steps since the last time; other
-    numbers at once. Steps that a stop leaves unwritten are kept by the checkpoint.
+    numbers at once. Steps that a stop leaves unwritten are kept by the checkpoint. TensorBoard gets what came within a
+    second together, and at the latest where training pauses.
 
     What cannot be written does not end the run: it waits until it can be, and `tell` gets a line of both.
     `utilization`: None where no peak of the devices is known; then there is no MFU. `work`: adds up what was done, and gets
@@ -109,6 +110,9 @@ class StepMonitor(FirstRankCallback):
 
     def on_message(self, text: str) -> None: ...
 
+    def on_pause(self) -> None:
+        self._write_waiting()
+
     def on_end(self, step: int, state: str) -> None:
         if self._board is not None and state == "done":
             self._board.end()
@@ -134,24 +138,33 @@ class StepMonitor(FirstRankCallback):
         if self._slowest is not None:
             numbers |= self._slowest.of(self._pending)
         step = self._pending[-1].step
-        self._write(step, "train", numbers, charted=numbers)
+        self._write(step, "train", numbers, charted=numbers, at_once=False)
         self._pending.clear()
         self._earlier = 0
 
-    def _write(self, step: int, kind: str, numbers: dict[str, float], *, charted: dict[str, float]) -> None:
+    def _write(
+        self,
+        step: int,
+        kind: str,
+        numbers: dict[str, float],
+        *,
+        charted: dict[str, float],
+        at_once: bool = True,
+    ) -> None:
+        """`at_once`: also into TensorBoard's file, which is not written for every line of fast steps."""
         # JSON has no NaN and no infinity; a perplexity may be either.
         known = {tag: value for tag, value in numbers.items() if math.isfinite(value)}
         line = json.dumps({"step": step, "kind": kind, **known}, allow_nan=False)
         self._metrics.add(line.encode() + b"\n")
         if self._board is not None:
             self._board.add(step, kind, known)
-        self._write_waiting()
+        self._write_waiting(at_once=at_once)
         if self._deepspeed_monitor is not None and self._deepspeed_monitor.enabled:
             self._deepspeed_monitor.write_events([(tag, value, step) for tag, value in charted.items()])
 
-    def _write_waiting(self) -> None:
+    def _write_waiting(self, *, at_once: bool = True) -> None:
         self._effort.attempt(self._metrics.path.name, self._write_lines)
-        if self._board is not None:
+        if self._board is not None and (at_once or self._board.is_due):
             self._effort.attempt("TensorBoard's file", self._board.write_waiting)
 
     def _write_lines(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -41,7 +42,8 @@ class About:
         if not self._is_begun:
             self._file.path.unlink(missing_ok=True)
             self._is_begun = True
-        self._file.add(b"")
+        if not os.path.exists(self._file.path):  # asked at every line of a run
+            self._file.add(b"")
         self._file.write_waiting()
 
     def end(self) -> None:

@@ -40,9 +40,10 @@ class EventFile:
         self.file = AppendedFile(folder / _new_name(now), root=root, head=b"".join(map(record, head)))
         self.file.add(b"")  # the head is written before there is a number
 
-    def add(self, summary: Summary, step: int) -> None:
-        """Let the values of a step wait; `file.write_waiting` writes them."""
-        self.file.add(record(Event(wall_time=time.time(), step=step, summary=summary)))
+    def add(self, summary: Summary, step: int, *, at: float | None = None) -> None:
+        """Let the values of a step wait; `file.write_waiting` writes them. `at`: when they were known, if not now."""
+        wall_time = time.time() if at is None else at
+        self.file.add(record(Event(wall_time=wall_time, step=step, summary=summary)))
 
 
 def write_events(folder: Path, events: Iterable[Event]) -> None:

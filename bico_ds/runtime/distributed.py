@@ -19,7 +19,7 @@ from bico_ds.runtime import host_memory, launch_environment
 from bico_ds.runtime.meeting.messages import Verdict
 from bico_ds.runtime.meeting.processes import RankProcesses, are_gone
 from bico_ds.runtime.meeting.rendezvous import LOOPBACK, open_store
-from bico_ds.runtime.signals import Interrupted
+from bico_ds.runtime.signals import Interrupted, StopFlag
 
 _VERDICT, _RECEIVED = "bico_ds/verdict", "bico_ds/received"
 _WAIT_SECONDS = 0.5
@@ -87,17 +87,17 @@ def begin_group(device: torch.device, **options: Any) -> None:
         dist.init_process_group("gloo", **options)
 
 
-def connect(ranks: Ranks, *, timeout_minutes: float) -> Store:
+def connect(ranks: Ranks, *, timeout_minutes: float, stop: StopFlag | None = None) -> Store:
     """Return the ranks' common store; it waits for no other rank than the first.
 
-    Raises `UserError` where the launcher's address or port cannot be used, `RunError` where rank 0 is not reached in time.
+    Raises `UserError` where the launcher's address or port cannot be used, `RunError` where rank 0 is not reached in time,
+    and `Interrupted` where it does not come soon after `stop` was set.
     """
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")
-    store = open_store(
-        rank=ranks.rank, world_size=ranks.world_size, timeout=timedelta(minutes=timeout_minutes)
-    )
+    timeout = timedelta(minutes=timeout_minutes)
+    store = open_store(rank=ranks.rank, world_size=ranks.world_size, timeout=timeout, stop=stop)
     # DeepSpeed names its shared memory by both, also where no rank listens.
     os.environ.setdefault("MASTER_ADDR", LOOPBACK)
     if launch_environment.master_port() is None:

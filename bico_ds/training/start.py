@@ -97,7 +97,10 @@ def train(
     if profile is not None and recipe.training.steps is not None:
         profile.check_end(recipe.training.steps)
     ranks, timeout_minutes = run.ranks, recipe.distributed.timeout_minutes
-    store = distributed.connect(ranks, timeout_minutes=timeout_minutes)
+    try:
+        store = distributed.connect(ranks, timeout_minutes=timeout_minutes, stop=stop)
+    except Interrupted:
+        return "preempted"
     spare = deepspeed_ops.choose_folder(run.folder.path / "native_ops")
     if ranks.local_rank == 0:  # before this rank is let in, and with it any that compiles
         deepspeed_ops.release_abandoned_locks()

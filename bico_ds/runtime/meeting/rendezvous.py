@@ -11,27 +11,35 @@ import errno
 import ipaddress
 import os
 import socket
+import threading
 import time
+from concurrent.futures import Future
 from datetime import timedelta
 
 from torch.distributed import DistNetworkError, HashStore, Store, TCPStore
 
 from bico_ds.common.errors import RunError, UserError
 from bico_ds.runtime import launch_environment
+from bico_ds.runtime.signals import Interrupted, StopFlag
 
 LOOPBACK = "127.0.0.1"
 # A name server that does not answer may in a moment; torch itself would ask until its timeout, which is half an hour.
 _NAME_SECONDS = 5.0
+# A rank 0 that comes so soon after the stop has all ranks agree on it; one that was stopped, too, is not coming.
+_STOPPED_SECONDS = 20.0
+_POLL_SECONDS = 0.5
 _WAITING_CONNECTIONS = 4096
 _LOOPBACK_INTERFACE = "lo"
 
 
-def open_store(*, rank: int, world_size: int, port_offset: int = 0, timeout: timedelta) -> Store:
+def open_store(
+    *, rank: int, world_size: int, port_offset: int = 0, timeout: timedelta, stop: StopFlag | None = None
+) -> Store:
     """The store of all ranks, by the launcher's MASTER_ADDR and MASTER_PORT, plus `port_offset`; it waits for nobody.
 
     Keeps gloo, too, on the loopback interface where all ranks are on this node. `timeout` bounds how long rank 0 is waited
     for, and every later operation. Raises `UserError` where an address or a port cannot be used, `RunError` where rank 0
-    cannot be reached.
+    cannot be reached, and `Interrupted` where it does not come soon after `stop` was set.
     """
     launch_environment.check()
     if world_size == 1:
@@ -41,7 +49,7 @@ def open_store(*, rank: int, world_size: int, port_offset: int = 0, timeout: tim
     if port_offset == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):  # torchrun's own
         if launch_environment.is_one_node():
             stay_on_this_node()
-        return _joined(rank, address, port, world_size, timeout)
+        return _joined(rank, address, port, world_size, timeout, stop)
     if launch_environment.is_one_node() or _is_loopback(address):
         stay_on_this_node()
         # On all ranks alike: DeepSpeed names its shared memory by it.
@@ -51,7 +59,7 @@ def open_store(*, rank: int, world_size: int, port_offset: int = 0, timeout: tim
     _refuse_unknown(address)
     if rank == 0:
         return _served_on_all_interfaces(address, port, world_size, timeout)
-    return _joined(rank, address, port, world_size, timeout)
+    return _joined(rank, address, port, world_size, timeout, stop)
 
 
 def stay_on_this_node() -> None:
@@ -110,14 +118,40 @@ def _served_on_all_interfaces(address: str, port: int, world_size: int, timeout:
         ) from None
 
 
-def _joined(rank: int, address: str, port: int, world_size: int, timeout: timedelta) -> Store:
+def _joined(
+    rank: int, address: str, port: int, world_size: int, timeout: timedelta, stop: StopFlag | None
+) -> Store:
+    """Torch waits in another thread: where it waits, no handler of a signal runs."""
+    found: Future[Store] = Future()
+
+    def join() -> None:
+        try:
+            found.set_result(
+                TCPStore(address, port, world_size, is_master=False, timeout=timeout, wait_for_workers=False)
+            )
+        except Exception as error:
+            found.set_exception(error)
+
+    threading.Thread(target=join, daemon=True).start()
     try:
-        return TCPStore(address, port, world_size, is_master=False, timeout=timeout, wait_for_workers=False)
+        return _found_or_stopped(found, stop)
     except DistNetworkError as error:
         raise RunError(
             f"rank {rank} on {socket.gethostname()} does not reach rank 0 at MASTER_ADDR={address}, MASTER_PORT={port}: "
             f"it has not started, or a firewall is between ({_first_line(error)})"
         ) from None
+
+
+def _found_or_stopped(found: Future[Store], stop: StopFlag | None) -> Store:
+    stopped_at: float | None = None
+    while True:
+        try:
+            return found.result(timeout=_POLL_SECONDS)
+        except TimeoutError:
+            if stop and stopped_at is None:
+                stopped_at = time.monotonic()
+            if stop and stopped_at is not None and time.monotonic() - stopped_at > _STOPPED_SECONDS:
+                raise Interrupted(stop.reason) from None
 
 
 def _cannot_listen(port: int, error: OSError) -> UserError:

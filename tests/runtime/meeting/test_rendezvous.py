@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import threading
+import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import psutil
@@ -11,7 +15,9 @@ import pytest
 
 from bico_ds.common.errors import RunError, UserError
 from bico_ds.runtime.launch_environment import free_port
+from bico_ds.runtime.meeting import rendezvous
 from bico_ds.runtime.meeting.rendezvous import open_store
+from bico_ds.runtime.signals import Interrupted, StopFlag
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SECONDS = timedelta(seconds=20)
@@ -108,3 +114,40 @@ def test_a_first_rank_that_does_not_come_is_one_message(launched):
     launched(WORLD_SIZE=2, MASTER_ADDR="localhost", MASTER_PORT=free_port())
     with pytest.raises(RunError, match="rank 1 on .* does not reach rank 0 at MASTER_ADDR=127.0.0.1"):
         open_store(rank=1, world_size=2, timeout=timedelta(seconds=1))
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """Set by SIGUSR2; a rank 0 that has not come a second later is not waited for."""
+    monkeypatch.setattr(rendezvous, "_STOPPED_SECONDS", 1.0)
+    stop = StopFlag()
+    former = signal.signal(signal.SIGUSR2, lambda number, frame: stop.set("SIGUSR2"))
+    yield stop
+    signal.signal(signal.SIGUSR2, former)
+
+
+def after(seconds: float, what: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=lambda: (time.sleep(seconds), what()), daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_rank_that_is_stopped_while_it_waits_for_the_first_does_not_wait_on(launched, stop):
+    launched(WORLD_SIZE=2, MASTER_ADDR="localhost", MASTER_PORT=free_port())
+    after(0.5, lambda: os.kill(os.getpid(), signal.SIGUSR2))
+    started = time.monotonic()
+    with pytest.raises(Interrupted, match="SIGUSR2"):
+        open_store(rank=1, world_size=2, timeout=timedelta(seconds=200), stop=stop)
+    assert time.monotonic() - started < 100
+
+
+def test_a_first_rank_that_comes_soon_after_the_stop_is_still_met(launched, stop, monkeypatch):
+    monkeypatch.setattr(rendezvous, "_STOPPED_SECONDS", 100.0)
+    launched(WORLD_SIZE=2, MASTER_ADDR="localhost", MASTER_PORT=free_port())
+    first = []
+    stop.set("SIGUSR2")
+    coming = after(1.0, lambda: first.append(open_store(rank=0, world_size=2, timeout=SECONDS)))
+    second = open_store(rank=1, world_size=2, timeout=timedelta(seconds=100), stop=stop)
+    coming.join()
+    second.set("a", "b")
+    assert first[0].get("a") == b"b"

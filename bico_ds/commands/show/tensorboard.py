@@ -38,6 +38,7 @@ _MOST_OF_TIME = 0.02  # that looking may take: network file systems are slow
 _SECONDS_TO_END = 10.0
 _MOST_NAMES = 8
 _LAST_PORT = 65535
+_LOOKS_LIKE = str.maketrans({'"': "\N{RIGHT DOUBLE QUOTATION MARK}", "\\": "\N{FULLWIDTH REVERSE SOLIDUS}"})
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -157,11 +158,18 @@ class RunLinks:
     def _name(self, title: str, root: Path, file: Path) -> Path:
         run = _run_of(file.parent)
         below = run.relative_to(root) if run.is_relative_to(root) else Path()
-        return Path(title) / below if len(self._roots) > 1 or below == Path() else below
+        named = Path(title) / below if len(self._roots) > 1 or below == Path() else below
+        return Path(_shown(str(named)))
 
 
 def _run_of(folder: Path) -> Path:
     return folder.parent if folder.name == _RUN.tensorboard.name else folder
+
+
+def _shown(name: str) -> str:
+    """Without what JSON escapes, and what is no text: TensorBoard shows no picture of a run whose name has such."""
+    shown = (character if character.isprintable() else "\ufffd" for character in name)
+    return "".join(shown).translate(_LOOKS_LIKE)
 
 
 def _event_files(root: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
@@ -170,7 +178,10 @@ def _event_files(root: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
     `seen`: the folders that were looked into, which grows; none is looked into twice.
     """
     for at, folders, names in os.walk(root, followlinks=True):
-        status = os.stat(at)
+        try:
+            status = os.stat(at)
+        except OSError:  # a start has moved it meanwhile
+            continue
         if (status.st_dev, status.st_ino) in seen:  # a link, or another name, led here, too
             folders.clear()
             continue

@@ -28,12 +28,11 @@ class ProfileRequest:
         """
         self.check_end(total)
         if self.first <= begins:
-            given = (
-                f"give a step from {begins + 1} to {total}" if begins < total else "which is the run's last"
+            left = (
+                f": give a step from {begins + 1} to {total}, or" if begins < total else ", the run's last:"
             )
             raise UserError(
-                f"--profile: step {self.first} is made; this start begins after step {begins}: {given}, "
-                "or leave --profile out"
+                f"--profile: step {self.first} is made; this start begins after step {begins}{left} leave --profile out"
             )
         if self.steps is not None:
             return list(range(self.first, self.first + self.steps))

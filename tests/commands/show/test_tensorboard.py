@@ -51,6 +51,13 @@ def test_runs_are_named_by_their_folders_at_any_depth(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_name_has_nothing_that_its_pictures_would_be_missing_for(tmp_path):
+    touched(tmp_path / "runs" / 'a "b" \\c\nd\udcff é' / "tensorboard" / EVENTS)
+    (name,) = names(tmp_path, tmp_path / "runs")
+    assert json.dumps(name, ensure_ascii=False) == f'"{name}"' and name.endswith(" é") and name.isprintable()
+    assert len(name) == len('a "b" \\c\nd\udcff é')
+
+
 def test_a_run_that_is_named_twice_is_one_run(tmp_path):
     runs = tmp_path / "runs"
     touched(runs / "mine/tensorboard" / EVENTS, runs / "other/tensorboard" / EVENTS)

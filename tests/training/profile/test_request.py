@@ -44,7 +44,7 @@ def test_what_is_no_step_is_refused_as_an_argument(text):
         ("20:2", 0, "step 21 is none of this run"),
         ("6", 6, "begins after step 6: give a step from 7 to 20"),
         ("6:9", 10, "give a step from 11 to 20, or leave --profile out"),
-        ("20", 20, "which is the run's last"),
+        ("20", 20, "begins after step 20, the run's last: leave --profile out"),
     ],
 )
 def test_a_step_that_this_start_does_not_make_is_refused(text, begins, words):

@@ -8,6 +8,7 @@ from html import escape, unescape
 from typing import Any
 
 _VOID = frozenset(("meta", "circle", "rect", "line", "path", "polyline", "use"))
+_UNBROKEN = re.compile(r"\S{12}(?=\S)")
 
 
 class Html(str):
@@ -48,6 +49,14 @@ def _text(value: Any) -> str:
     return escape("".join(shown))
 
 
+def _breakable(text: Any) -> Any:
+    """A text that a column narrower than its longest word breaks: names of runs have no blank."""
+    if isinstance(text, Html):
+        return text
+    pieces = _UNBROKEN.sub("\\g<0>\n", str(text).replace("\n", " ")).split("\n")
+    return Html("<wbr/>".join(map(_text, pieces)))
+
+
 def section(identifier: str, heading: str, *children: Any) -> Html:
     """A section of the page under its own heading."""
     title = element("h2", heading, id=f"{identifier}-heading")
@@ -69,13 +78,22 @@ def table(
     """
     kinds = ["words" if number == 0 or name in words else None for number, name in enumerate(headers)]
     columns = list(zip(headers, kinds, strict=True))
-    head = [element("th", name, scope="col", class_=kind, role="columnheader") for name, kind in columns]
+    head = [
+        element("th", _breakable(name), scope="col", class_=kind, role="columnheader")
+        for name, kind in columns
+    ]
     body = [
         element(
             "tr",
-            element("th", row[0], scope="row", class_="words", role="rowheader"),
+            element("th", _breakable(row[0]), scope="row", class_="words", role="rowheader"),
             *(
-                element("td", cell, class_=kind, role="cell", data_label=name if as_cards else None)
+                element(
+                    "td",
+                    _breakable(cell) if kind else cell,
+                    class_=kind,
+                    role="cell",
+                    data_label=name if as_cards else None,
+                )
                 for cell, (name, kind) in zip(row[1:], columns[1:], strict=True)
             ),
             role="row",

@@ -93,7 +93,7 @@ svg text{font:13px system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","DejaVu
 .legend svg{width:46px;height:18px;flex:none}
 .scroll{overflow-x:auto;max-width:100%;margin:.8em 0;border:1px solid var(--rule);border-radius:8px;background:var(--panel)}
 table{border-collapse:collapse;width:100%;font-size:15px;font-variant-numeric:tabular-nums}
-caption{text-align:left;color:var(--soft);padding:10px 12px 6px;font-size:14px}
+caption{text-align:left;overflow-wrap:anywhere;color:var(--soft);padding:10px 12px 6px;font-size:14px}
 th,td{padding:7px 12px;text-align:right;vertical-align:top;border-top:1px solid var(--rule)}
 .scroll table:not(.cards) tbody th{position:sticky;left:0;background:var(--panel)}
 thead th{border-top:0;border-bottom:2px solid var(--rule);color:var(--soft);font-weight:600;vertical-align:bottom}

@@ -47,10 +47,13 @@ def test_question_and_answer_are_on_the_first_screen_and_nothing_scrolls_sideway
         assert (seen.errors, seen.requests, links.count()) == ([], [], 9)
 
 
-def test_a_name_longer_than_the_screen_is_broken(tmp_path):
-    run = run_folder(tmp_path / "run", scores_of(0.9)).rename(tmp_path / ("x" * 200))
-    with visit(write_report([run]), width=390) as seen:
+def test_a_name_longer_than_the_screen_or_a_sheet_is_broken(tmp_path):
+    run = run_folder(tmp_path / "run", scores_of(0.9), texts={"y" * 90: [13.0, 20.0, 31.0]})
+    with visit(write_report([run.rename(tmp_path / ("x" * 200))]), width=390) as seen:
         assert seen.page.evaluate("document.scrollingElement.scrollWidth") <= 390
+        seen.page.emulate_media(media="print")
+        seen.page.set_viewport_size({"width": 688, "height": 900})  # of A4 between our margins
+        assert seen.page.evaluate("document.scrollingElement.scrollWidth") <= 688
 
 
 def test_a_figure_and_its_unit_stay_on_one_line(tmp_path):

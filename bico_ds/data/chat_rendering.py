@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Of one chat; templates take a fraction of a millisecond for a short one.
 MOST_SECONDS = 5.0
+# After that the signal comes again: what it raises in a callback of the garbage collector, or a destructor, Python drops.
+_SECONDS_BETWEEN = 1.0
 MOST_CHARS = 1 << 24
 _MOST_BYTES = 1 << 30
 # The size of this process is read once in so many texts: that takes as long as a short text.
@@ -92,7 +94,7 @@ class ChatRenderer:
         if self._process_bytes and (limits[0] == resource.RLIM_INFINITY or most < limits[0]):
             resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
         if self._in_time:
-            signal.setitimer(signal.ITIMER_PROF, MOST_SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, MOST_SECONDS, _SECONDS_BETWEEN)
         return limits
 
     def _end(self, limits: tuple[int, int]) -> None:

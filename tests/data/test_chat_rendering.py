@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,31 @@ def test_a_template_without_end_is_refused_by_one_message_that_names_it(
         assert message in str(caught.value) and str(tmp_path / "t") in str(caught.value)
     assert time.process_time() - began < 5
     assert resource.getrlimit(resource.RLIMIT_AS) == limits
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_python_drops_comes_again(
+    tmp_path: Path, bpe_tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is raised in a callback of the garbage collector goes nowhere, and hypothesis has one."""
+    for name in ("MOST_SECONDS", "_SECONDS_BETWEEN"):
+        monkeypatch.setattr(chat_rendering, name, 0.1)
+
+    def drops(*_: object) -> None:
+        if signal.getitimer(signal.ITIMER_PROF)[0]:
+            gc.callbacks.remove(drops)
+            while True:
+                pass
+
+    template, message = WITHOUT_END["calls in calls"]
+    renderer = ChatRenderer(_tokenizer(bpe_tokenizer, tmp_path / "t", template))
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(drops)
+    gc.set_threshold(50)
+    with pytest.raises(UserError, match=message):
+        renderer.write(CHAT)
+    gc.set_threshold(*thresholds)
+    assert drops not in gc.callbacks
 
 
 def test_no_skipping_goes_on_with_such_a_template_and_nothing_is_written(

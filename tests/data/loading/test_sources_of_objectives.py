@@ -169,17 +169,24 @@ def test_counters_are_of_each_source_whatever_stream_it_came_by(stores):
 
 @pytest.mark.parametrize(("source", "passes"), [(FACTS, 7.3), (REPLAY, 0.8)])
 def test_epochs_of_a_source_end_at_the_first_step_that_completes_its_passes(many, source, passes):
-    """All objectives together, by the steps that are drawn. Measured: off as far as epochs differ in bins."""
-    spec = stream(many, seed=int(np.random.default_rng().integers(2**31)), bins=16)
-    order = SampleOrder(spec)
-    end = order.total_steps(passes, source=source)
-    rates = {
-        r.objectives[0]: 16 * r.passes.get(("facts", "replay")[source], 0) / r.bins for r in order.report()
-    }
-    walked = np.cumsum([rates[spec.schedule(step).name] for step in range(end)])
-    assert walked[-2] < passes <= walked[-1]
-    taken = sum(order.batch(step).counts[source, 0] for step in range(end))
-    assert taken / len(order.sequences_of(0)[source]) == pytest.approx(passes, rel=0.03)
+    """All objectives together, by the steps that are drawn. Measured: off as far as epochs differ in bins.
+
+    A run is off by 1.2 % (standard deviation), since it ends within an epoch: the mean of several is judged.
+    """
+    taken = []
+    for seed in np.random.default_rng().integers(2**31, size=5).tolist():
+        spec = stream(many, seed=seed, bins=16)
+        order = SampleOrder(spec)
+        end = order.total_steps(passes, source=source)
+        rates = {
+            r.objectives[0]: 16 * r.passes.get(("facts", "replay")[source], 0) / r.bins
+            for r in order.report()
+        }
+        walked = np.cumsum([rates[spec.schedule(step).name] for step in range(end)])
+        assert walked[-2] < passes <= walked[-1]
+        sequences = sum(order.batch(step).counts[source, 0] for step in range(end))
+        taken.append(sequences / len(order.sequences_of(0)[source]))
+    assert np.mean(taken) == pytest.approx(passes, rel=0.03)
 
 
 def test_a_source_is_checked_for_the_objectives_that_have_it_alone(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bico_ds.commands.prepare import main as prepare
@@ -34,6 +34,7 @@ def _texts(store: Path) -> list[str]:
     return [decode(document.token_ids, skip_special_tokens=True) for document in all_documents(store)]
 
 
+@settings(deadline=None)
 @given(prompt=words, before=gaps, after=gaps, completion=words)
 def test_completion_and_prompt_change_places_and_the_white_space_between_them_stays(
     prompt: str, before: str, after: str, completion: str
@@ -46,6 +47,7 @@ def test_completion_and_prompt_change_places_and_the_white_space_between_them_st
     assert back.text == text
 
 
+@settings(deadline=None)
 @given(parts=st.lists(words, min_size=5, max_size=5), data=st.data())
 def test_two_entities_change_places_and_the_prompt_keeps_its_other_words(
     parts: list[str], data: st.DataObject
@@ -198,8 +200,8 @@ def test_texts_derived_from_the_search_split_hold_no_question_of_its_tests(tmp_p
     ]
     names = r"\b[A-Z][a-z]+ [A-Z][a-z]+\b"
     given_records = records["all_prompts_train"]
-    for kind, settings in (("other_order", {}), ("identity_bridge", {"entities_pattern": names})):
-        options = IngestOptions(**FIELDS, **settings, derive=kind)
+    for kind, more in (("other_order", {}), ("identity_bridge", {"entities_pattern": names})):
+        options = IngestOptions(**FIELDS, **more, derive=kind)
         examples = [make_example(record, options, None) for record in given_records]
         derived = [other for example in examples for other in derive(example, kind)]
         assert not any(question in text.text for text in derived for question in questions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import random
 import resource
@@ -152,12 +153,14 @@ def test_a_strangers_hidden_file_in_the_work_folder_stops_nothing(tmp_path: Path
 
 
 def test_a_second_process_says_that_it_waits(
-    tmp_path: Path, bpe_tokenizer: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, bpe_tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    shown = io.StringIO()  # capsys loses what is written between its reading and its emptying
+    monkeypatch.setattr(sys, "stderr", shown)
     shards = plan_shards(
         [write_jsonl(tmp_path / "a.jsonl", [{"text": "one"}])], text_by="line", shard_bytes=99
     )
-    work, shown = tmp_path / ".s.preparing", ""
+    work = tmp_path / ".s.preparing"
     work.mkdir()
     with (work / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -165,12 +168,11 @@ def test_a_second_process_says_that_it_waits(
         second = threading.Thread(target=ingest, args=arguments, kwargs={"processes": 1})
         second.start()
         deadline = time.monotonic() + 60
-        while "another process is preparing" not in shown and time.monotonic() < deadline:
+        while "waiting for it" not in shown.getvalue() and time.monotonic() < deadline:
             time.sleep(0.02)
-            shown += capsys.readouterr().err
         assert not (tmp_path / "s").exists()
     second.join()
-    assert f"another process is preparing {tmp_path / 's'}: waiting for it" in shown
+    assert f"another process is preparing {tmp_path / 's'}: waiting for it" in shown.getvalue()
     assert len(all_documents(tmp_path / "s")) == 1
 
 

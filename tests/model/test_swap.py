@@ -230,7 +230,7 @@ def test_every_loss_row_count_lets_every_parameter_take_part_in_the_backward() -
 
 
 def test_the_model_s_loss_and_gradients_are_those_of_its_targets_by_the_batch_s_weights() -> None:
-    model = model_of()
+    model = model_of().double()
     batch = ntp_batch([torch.arange(9)])
     weights = torch.rand(len(batch.targets))
     ones = [
@@ -239,10 +239,12 @@ def test_the_model_s_loss_and_gradients_are_those_of_its_targets_by_the_batch_s_
     ]
     expected = sum(weight * model(one).loss for weight, one in zip(weights, ones, strict=True))
     loss = model(replace(batch, loss_weights=weights)).loss
-    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     wanted = gradients(model, expected)
     for name, gradient in gradients(model, loss).items():
-        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6)
+        # Hugging Face's norms compute in fp32 whatever the dtype: of the largest entry 2e-7 was seen.
+        allowed = 1e-6 * float(wanted[name].abs().max())
+        torch.testing.assert_close(gradient, wanted[name], rtol=0, atol=allowed)
 
 
 def test_architectures_that_our_op_cannot_serve_are_refused() -> None:

@@ -4,9 +4,9 @@
     python tools/bench/watching.py [--ranks N] [--steps N] [--json]
 
 Part 1: tiny_bico (random weights, no evaluation) is trained in turn with all but CSV on, with a line of metrics at every
-step and at every tenth; with CSV, too, at every step; and with everything off. All take the same steps. What the run itself says of its cost
-(`speed/monitor_share`) is wall time; the CPU time of the same calls stands beside that of rank 0's process, since other work
-on the machine counts less there. It moves the ratio of the step times by more than the cost is.
+step and at every tenth; with CSV, too, at every step; and with everything off. All take the same steps. What the run itself
+says of its cost (`speed/monitor_share`) is wall time; the CPU time of the same calls stands beside that of rank 0's process,
+since other work on the machine counts less there. It moves the ratio of the step times by more than the cost is.
 
 Part 2: the steps of such a run are shown and written in this process, by all and by each alone; between two of them it
 multiplies matrices, as a step would, so that no cache keeps what showing and writing need. CPU time, so that other work on

@@ -138,17 +138,19 @@ def test_any_damage_to_a_header_is_one_error_and_what_passes_safetensors_reads_a
     file = min(tmp_path.glob("*.safetensors"))
     content = file.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
-    passed = 0
-    for header in damaged(content[8:end], count=150):
+
+    def passes(header: bytes) -> bool:
         file.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
         if (said := refusal(lambda: read_header(file))) is not None:
             assert str(file) in said
-            continue
-        passed += 1
+            return False
         with safe_open(file, framework="pt") as theirs:
             read = {name: tuple(theirs.get_slice(name).get_shape()) for name in theirs.keys()}  # noqa: SIM118
         assert read == {tensor.name: tensor.shape for tensor in read_header(file)}
-    assert passed
+        return True
+
+    # About 8 of 150 pass; where none does, others are drawn.
+    assert any(sum(map(passes, damaged(content[8:end], count=150))) for _ in range(10))
 
 
 def index_of(folder: Path) -> Path:

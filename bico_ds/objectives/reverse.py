@@ -65,7 +65,9 @@ class ReverseTraining:
         """All tokens but each document's first one in the new order; where that is drawn, it may be another one.
 
         A part that begins with a special token within its document seems to have it first, and its last word is then told
-        too. That misleads nobody: the special token itself is predicted in the complete document.
+        too. That misleads nobody: the special token itself is predicted in the complete document. One that ends with a
+        special token within an entity seems to have it last, and tells it, where the entity may come first: in the complete
+        document its next token is predicted.
         """
         grid, starts = TokenGrid.of(documents), documents.offsets[:-1]
         text = self._place(documents, grid) == 1

@@ -111,8 +111,9 @@ def check_blends(
         assert torch.equal(written["of-0.0"][name], base[name])
         assert torch.equal(written["of-1.0"][name], trained[name])
         mean = 0.75 * base[name].double() + 0.25 * trained[name].double()
-        # Master weights are finer than the export's bf16, so the mean of exports is right to a few of its steps.
-        torch.testing.assert_close(written["of-0.25"][name].double(), mean, rtol=2**-7, atol=1e-5)
+        # Master weights are finer than the export's bf16, in which a quarter of it is rounded, and then the mean.
+        bound = 2**-8 * (0.25 * trained[name].double().abs() + mean.abs())
+        assert ((written["of-0.25"][name].double() - mean).abs() <= 1.01 * bound).all(), name
 
 
 def test_two_ranks_load_their_slices_train_adapters_and_export(tmp_path: Path) -> None:

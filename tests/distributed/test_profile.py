@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from bico_ds.native.library import native_refusal
 from bico_ds.planner.report.step_parts import StepPart
 from bico_ds.training.profile.names import STEP
 from bico_ds.training.profile.partition import seconds_by_part
@@ -75,8 +76,10 @@ def test_the_rows_of_each_objective_sum_to_the_measured_step(run):
 
 
 def test_hardly_anything_of_a_step_has_no_name(run):
+    # Without the fused kernels norms are Hugging Face's, which have no name.
+    everywhere = EVERYWHERE - {StepPart.NORMS} if native_refusal() else EVERYWHERE
     for table in read_profile(run).tables:
-        assert set(table.parts) >= EVERYWHERE
+        assert set(table.parts) >= everywhere
         assert any(part.value.startswith("attention") for part in table.parts)
         other = table.parts.get(StepPart.OTHER)
         assert other is None or other.mean < 0.1 * table.seconds

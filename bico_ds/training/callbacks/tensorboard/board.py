@@ -16,8 +16,8 @@ from bico_ds.training.callbacks.tensorboard.history import forget_after, renew
 from bico_ds.training.callbacks.tensorboard.tags import tag_of, tagged
 from bico_ds.training.callbacks.utilization import TAG as MFU
 
-# Seconds. What a record takes is mostly to fetch code and tables that training has driven from the processor's caches: those
-# of a second, made one after the other, take little more than one.
+# Seconds. What a record takes is mostly to fetch code and tables that training has driven from the processor's caches: of
+# those that are made together, each but the first takes a quarter (docs/benchmarks/watching.md).
 _BETWEEN_WRITES = 1.0
 
 

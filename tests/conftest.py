@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Generator
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from tests.fresh_inputs import SEED, draw_for
 from tests.proof.rehearsal import Rehearsal, rehearse_once
 
 draw_for("modules")  # what they draw as they are imported
+
+# A shell's background job ignores Ctrl-C, and so does all that it starts: tests send it to what they start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -177,12 +177,11 @@ def test_ctrl_c_waits_for_the_ranks_to_save_and_ends_all(tmp_path):
     launcher = f"import subprocess\nsubprocess.Popen([sys.executable, '-c', {rank!r}]).wait()"
     run = a_run(tmp_path / "a", launcher)
     program = (
-        "import os, signal; from rich.console import Console; from bico_ds.common import progress\n"
+        "import os; from rich.console import Console; from bico_ds.common import progress\n"
         "from bico_ds.cluster.local.forecast import LocalRun\n"
         "from bico_ds.cluster.local.in_turn import train_in_turn\n"
         "from bico_ds.common.command_line import exit_code\n"
         "from bico_ds.runtime.run_folder import RunFolder\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "progress.SECONDS_BETWEEN_LINES = 0.0\n"
         f"run = LocalRun(name='a', folder=RunFolder({str(run.folder.path)!r}), command={list(run.command)!r}, steps=1)\n"
         "os._exit(exit_code(lambda: train_in_turn([run], os.environ, Console())))\n"

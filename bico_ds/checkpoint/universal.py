@@ -143,8 +143,10 @@ def _end_with(parent: int) -> None:
 
 
 def _size(folder: Path) -> int:
+    """Bytes of its files, of those that are there: the converter removes what it has merged."""
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            total += path.stat().st_size
+    for at, _, names in os.walk(folder):  # unlike `rglob` it passes over folders that are gone
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.stat(Path(at, name)).st_size
     return total

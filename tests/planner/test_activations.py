@@ -5,6 +5,7 @@ On a CPU the model runs as in training; what CUDA would run is run on the meta d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
@@ -17,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bico_ds.attention import tiles
 from bico_ds.attention.layout import CUDA_POLICY, TILES_POLICY
+from bico_ds.attention.plan import AttentionPlan
 from bico_ds.config.schema import LoraSpec, ModelSpec
 from bico_ds.model.build import TrainableModel, build_model
 from bico_ds.model.head import LOW_PRECISION_CHUNKS
@@ -71,6 +73,12 @@ def built(spec: ModelSpec, device: str) -> TrainableModel:
     return build_model(spec, seed=1, ds_config=None, device=device, longest_document=4000).train()
 
 
+def has_likely_tiles(plan: AttentionPlan) -> bool:
+    """Whether no document has more live rows than are planned: two standard deviations above the longest one's mean."""
+    mean = plan.max_seqlen * plan.num_live / plan.num_kept
+    return not plan.num_live or int(plan.live_document.bincount().max()) <= mean + 2 * math.sqrt(mean)
+
+
 def compare(
     spec: ModelSpec,
     objective: dict[str, Any],
@@ -87,7 +95,7 @@ def compare(
     sizes = {shapes.vocabulary, *(size for x in shapes.linears for size in (x.inputs, x.outputs))}
     while True:  # a tensor of rows that has the shape of a weight would be taken for its gradient
         batch = draw_batch(objective, rng.integers(*lengths, int(rng.integers(2, 5))), spec, shapes, device)
-        if not sizes & {batch.plan.num_rows, len(batch.targets)}:
+        if not sizes & {batch.plan.num_rows, len(batch.targets)} and has_likely_tiles(batch.plan):
             break
     plan = activation_memory(shapes, spec, counts_of(batch), on_cuda=device != "cpu", **how)
     found = measure(built(spec, device), batch.to(device))

@@ -24,6 +24,10 @@ draw_for("modules")  # what they draw as they are imported
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# rich, here and in the programs that tests start, would take every output for a terminal, as some CI systems ask for.
+for variable in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(variable, None)
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     draw_for(item.nodeid)

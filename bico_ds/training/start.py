@@ -17,6 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch.distributed import Store
 
 from bico_ds.checkpoint import record
 from bico_ds.checkpoint.checkpointer import Checkpointer
@@ -98,17 +99,7 @@ def train(
         profile.check_end(recipe.training.steps)
     ranks, timeout_minutes = run.ranks, recipe.distributed.timeout_minutes
     try:
-        store = distributed.connect(ranks, timeout_minutes=timeout_minutes, stop=stop)
-    except Interrupted:
-        return "preempted"
-    spare = deepspeed_ops.choose_folder(run.folder.path / "native_ops")
-    if ranks.local_rank == 0:  # before this rank is let in, and with it any that compiles
-        deepspeed_ops.release_abandoned_locks()
-    chosen: list[Resumption | None] = []
-    try:
-        distributed.first_alone(
-            ranks, store, lambda processes: chosen.append(_prepare(run, resume, processes, spare))
-        )
+        store, spare, chosen = _meet(run, resume)
     except Interrupted:
         return "preempted"
     _open_log(run)
@@ -137,6 +128,24 @@ def train(
         run.folder.close()
     distributed.leave()
     return state
+
+
+def _meet(run: Run, resume: str) -> tuple[Store, Path | None, list[Resumption | None]]:
+    """The ranks' store, once rank 0 has prepared the run; the spare folder of DeepSpeed's operations, where one is needed.
+
+    On rank 0 also the checkpoint that it chose, or None for a start from the beginning; on the others an empty list. Raises
+    `Interrupted` where a stop was asked for meanwhile.
+    """
+    ranks = run.ranks
+    store = distributed.connect(ranks, timeout_minutes=run.recipe.distributed.timeout_minutes, stop=run.stop)
+    spare = deepspeed_ops.choose_folder(run.folder.path / "native_ops")
+    if ranks.local_rank == 0:  # before this rank is let in, and with it any that compiles
+        deepspeed_ops.release_abandoned_locks()
+    chosen: list[Resumption | None] = []
+    distributed.first_alone(
+        ranks, store, lambda processes: chosen.append(_prepare(run, resume, processes, spare))
+    )
+    return store, spare, chosen
 
 
 def _checked_run(recipe: Recipe, output_dir: Path | None, stop: StopFlag, output: ProcessOutput) -> Run:

@@ -143,14 +143,15 @@ def _joined(
 
 
 def _found_or_stopped(found: Future[Store], stop: StopFlag | None) -> Store:
-    stopped_at: float | None = None
+    patience = _STOPPED_SECONDS
     while True:
         try:
             return found.result(timeout=_POLL_SECONDS)
         except TimeoutError:
-            if stop and stopped_at is None:
-                stopped_at = time.monotonic()
-            if stop and stopped_at is not None and time.monotonic() - stopped_at > _STOPPED_SECONDS:
+            if not stop:
+                continue
+            patience -= _POLL_SECONDS
+            if patience < 0:
                 raise Interrupted(stop.reason) from None
 
 

@@ -42,7 +42,7 @@ class About:
         if not self._is_begun:
             self._file.path.unlink(missing_ok=True)
             self._is_begun = True
-        if not os.path.exists(self._file.path):  # asked at every line of a run
+        if not os.path.exists(self._file.path):  # asked each time that the board is written
             self._file.add(b"")
         self._file.write_waiting()
 

@@ -6,7 +6,6 @@ import gc
 import resource
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from bico_ds.data.chat_rendering import ChatRenderer
 from bico_ds.data.prepare.chats import ChatTemplate, template_begins_with_bos
 from bico_ds.data.prepare.records import BadRecord
 from bico_ds.data.tokenizer import FastTokenizer, load_tokenizer
+from tests.cpu_time import cpu_seconds_below
 from tests.data.prepare.ingesting import ingest_files, write_jsonl
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
@@ -59,12 +59,11 @@ def test_a_template_without_end_is_refused_by_one_message_that_names_it(
     template, message = WITHOUT_END[name]
     tokenizer = _tokenizer(bpe_tokenizer, tmp_path / "t", template)
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    began = time.process_time()
-    for _ in range(2):  # nothing is left of the first time
-        with pytest.raises(UserError) as caught:
-            ChatTemplate(tokenizer).render(CHAT)
-        assert message in str(caught.value) and str(tmp_path / "t") in str(caught.value)
-    assert time.process_time() - began < 5
+    with cpu_seconds_below(5):
+        for _ in range(2):  # nothing is left of the first time
+            with pytest.raises(UserError) as caught:
+                ChatTemplate(tokenizer).render(CHAT)
+            assert message in str(caught.value) and str(tmp_path / "t") in str(caught.value)
     assert resource.getrlimit(resource.RLIMIT_AS) == limits
 
 

@@ -14,8 +14,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.browser import Visit, visit
-from tests.commands.show.test_tensorboard import TASKS, served, texts, waited
+from tests.commands.show.test_tensorboard import TASKS, served, texts
 from tests.distributed.launching import train
+from tests.waiting import waited
 
 pytestmark = pytest.mark.distributed
 

@@ -22,6 +22,7 @@ from bico_ds.runtime.lock import FencedError, living_locks, read_lock
 from bico_ds.runtime.run_folder import RunFolder, read_state
 from tests import ROOT
 from tests.full_disk import room_for_no_new_file
+from tests.waiting import waited
 
 HEARTBEAT = 0.2
 # Holds the lock of argv[1] as another machine would, its clock argv[2] seconds from ours; with a third argument the
@@ -76,14 +77,6 @@ def patience() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as changed:
         changed.setattr(lock, "HEARTBEAT_SECONDS", 20 * HEARTBEAT)
         yield
-
-
-def wait_for(happened: Callable[[], object]) -> None:
-    """Until it has: a thread's heartbeat may come late."""
-    deadline = time.monotonic() + 60
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(HEARTBEAT / 10)
 
 
 @contextmanager
@@ -173,7 +166,7 @@ def test_an_older_writer_is_fenced_off_and_told(tmp_path):
     new.lock.write_heartbeat()  # as if the old one had been cut off, and watched in silence
     with pytest.raises(FencedError, match="lost the folder"):
         old.write_state("running", step=1)
-    wait_for(lambda: lost)
+    waited(lambda: lost, pause=HEARTBEAT / 10)
     old.close()
     new.lock.check()
 
@@ -291,7 +284,7 @@ def test_a_lock_file_that_nobody_else_took_is_written_again(tmp_path, spoil):
     spoil(folder.lock.path)
     folder.lock.check()
     spoil(folder.lock.path)
-    wait_for(lambda: read_lock(folder.lock.path))  # by its heartbeat, too
+    waited(lambda: read_lock(folder.lock.path), pause=HEARTBEAT / 10)  # by its heartbeat, too
     assert read_lock(folder.lock.path).run_id == folder.lock.run_id  # type: ignore[union-attr]
     assert not told
     folder.close()
@@ -315,11 +308,11 @@ def test_a_run_whose_folder_was_renamed_names_the_new_one_and_ends_there(tmp_pat
     lost_by: list[str] = []
     old.lock.on_lost = lambda: lost_by.append(old.lock.loss())
     renamed = RunFolder(old.path.rename(tmp_path / "a new name"))
-    wait_for(lambda: lost_by)
+    waited(lambda: lost_by, pause=HEARTBEAT / 10)
     if begun_anew:  # when the old one writes no more heartbeats
         new = running(tmp_path / "run")
         lost_by.clear()
-        wait_for(lambda: lost_by)
+        waited(lambda: lost_by, pause=HEARTBEAT / 10)
     assert f"was renamed to '{renamed.path}'" in lost_by[0]
     assert f"--output-dir '{renamed.path}'" in lost(old)
     assert read_state(renamed.state_file)["state"] == "failed"  # type: ignore[index]
@@ -346,7 +339,7 @@ def test_on_a_full_disk_the_lock_keeps_beating_and_the_last_state_is_written():
             with pytest.raises(PermissionError):
                 (folder.path / "file").touch()
             before = read_lock(folder.lock.path)
-            wait_for(lambda: read_lock(folder.lock.path) not in (None, before))
+            waited(lambda: read_lock(folder.lock.path) not in (None, before), pause=HEARTBEAT / 10)
             for state in ("preempted", "done"):
                 folder.write_state(state, step=9)
                 assert read_state(folder.state_file)["state"] == state  # type: ignore[index]

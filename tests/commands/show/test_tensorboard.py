@@ -8,9 +8,8 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from bico_ds.training.callbacks.tensorboard.board import Board
 from bico_ds.training.callbacks.tensorboard.charts import as_summary, charts
 from tests import ROOT
 from tests.browser import Visit, visit
+from tests.waiting import waited
 
 TASKS = ("n2d", "d2n", "n2d_reverse", "d2n_reverse")
 EVENTS = "events.out.tfevents.1.host.1.0"
@@ -145,15 +145,6 @@ def served(runs: Path, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str
         if server.poll() is None:
             server.send_signal(signal.SIGTERM)
         server.wait(timeout=30)
-
-
-def waited(find: Callable[[], object], seconds: float = 60) -> object:
-    """What `find` finds, as soon as it finds something."""
-    end = time.monotonic() + seconds
-    while not (found := find()):
-        assert time.monotonic() < end
-        time.sleep(0.2)
-    return found
 
 
 def runs_shown(address: str) -> list[str]:

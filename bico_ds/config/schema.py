@@ -32,16 +32,24 @@ from bico_ds.config.sections.retention import REPLAY, ReplaySpec, RetentionSpec
 class LoraSpec(Section):
     """Low-rank adapters through `peft`; the base stays frozen."""
 
-    rank: Annotated[int, Bound(least=1, why="it is the inner size of the adapters' matrices")] = 32
+    rank: Annotated[int, Bound(least=1, why="it is the inner size of the adapters' matrices")] = Field(
+        32,
+        description="inner size of the adapters' matrices: a larger one learns more, and takes more memory",
+    )
     alpha: Annotated[
         float,
         Bound(least=1e-6, most=1e6, why="adapters are scaled by alpha / rank, in the model's precision"),
-    ] = 16.0
+    ] = Field(
+        16.0, description="what adapters add is scaled by alpha / rank: raise it together with the rank"
+    )
     dropout: Annotated[
         float, Bound(least=0, below=1, why="it is the share of an adapter's inputs that are dropped")
-    ] = 0.01
+    ] = Field(
+        0.01, description="share of an adapter's inputs that are dropped in training, against overfitting"
+    )
     targets: Annotated[list[str], Field(min_length=1)] = Field(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        description="the linear layers that get an adapter, by the last word of their names",
     )
 
 
@@ -55,15 +63,19 @@ class ModelSpec(Section):
     """Which network, from which weights."""
 
     path: FolderOrHubName | None = Field(
-        None, description="safetensors folder or hub name of the start weights; null: random weights"
+        None,
+        description="safetensors folder or hub name of the start weights; null: random weights",
+        examples=["meta-llama/Llama-3.1-8B"],
     )
     config: dict[str, Any] | None = Field(
         None,
         description="the values of the model's config.json; with them dry runs and plans need no weights",
+        examples=[{"model_type": "llama", "hidden_size": 128, "num_hidden_layers": 3}],
     )
     tokenizer: FolderOrHubName | None = Field(
         None,
         description="tokenizer folder or hub name; null: model.path's, else the first store's or the embedded task's",
+        examples=["meta-llama/Llama-3.1-8B"],
     )
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="precision of the forward and backward pass")
     attention_backend: Literal[
@@ -78,7 +90,10 @@ class ModelSpec(Section):
         512,
         description="rows whose logits are in memory at a time; in bf16, batches of over 16 times as many rows take longer",
     )
-    lora: LoraSpec | None = None
+    lora: LoraSpec | None = Field(
+        None,
+        description="low-rank adapters are trained, and the base stays frozen; null: all weights are trained",
+    )
     allow_pickle: bool = Field(False, description="accept pickled weights (they can run code when loaded)")
 
     @model_validator(mode="after")
@@ -108,17 +123,20 @@ SpikeFactor = Annotated[
 class TrainingSpec(Section):
     """How long the training is, and the batch sizes."""
 
-    steps: Steps | None = None
+    steps: Steps | None = Field(
+        None, description="optimizer steps of the run; give either these or 'epochs'", examples=[1000]
+    )
     epochs: (
         Annotated[
             float,
             Bound(above=0, most=1e9, why="it counts passes over the data, and a run of more never ends"),
         ]
         | None
-    ) = None
+    ) = Field(None, description="passes over the data; give either these or 'steps'", examples=[3])
     epochs_of: str | None = Field(
         None,
         description="the data source whose passes 'epochs' counts, over all objectives; null: data epochs of the mixture",
+        examples=["facts"],
     )
     global_batch_bins: Annotated[
         int, Bound(least=1, most=1_000_000, why="it counts bins, and a step of more never ends")
@@ -132,9 +150,14 @@ class TrainingSpec(Section):
             least=0, most=1e30, why="it is the largest norm of a step's gradient, and 0 stands for no limit"
         ),
     ] = Field(1.0, description="gradients of a larger norm are scaled down to it; 0: no clipping")
-    on_nonfinite: Literal["stop", "skip"] = "stop"
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="where a loss or gradient is NaN or infinite: stop before the update, or skip the update and go on",
+    )
     on_spike: Annotated[Literal["off", "warn", "stop"], BeforeValidator(_yaml_off)] = Field(
-        "warn", description="where the loss or gradient norm is far above its running median: divergence"
+        "warn",
+        description="where the loss or gradient norm is far above its running median (divergence): warn, stop the run "
+        "without a checkpoint, or do not look (off)",
     )
     spike_factors: tuple[SpikeFactor, SpikeFactor] = Field(
         (3.0, 30.0), description="so many times its running median the loss is a spike, and the gradient norm"
@@ -178,8 +201,15 @@ class OptimizerSpec(Section):
             most=1,
             why="a step moves each weight by about lr, and weights are far smaller than 1",
         ),
-    ] = 2e-5
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    ] = Field(
+        2e-5,
+        description="the learning rate after the warm-up, at its highest: the first value to search (docs/run.md, Choose "
+        "values)",
+    )
+    betas: tuple[Decay, Decay] = Field(
+        (0.9, 0.999),
+        description="the share of its old value that a step keeps of the gradient's running mean, and of its mean square",
+    )
     eps: Annotated[
         float,
         Bound(
@@ -187,10 +217,12 @@ class OptimizerSpec(Section):
             most=1,
             why="a gradient's mean is divided by the root of its mean square plus eps, in fp32",
         ),
-    ] = 1e-8
+    ] = Field(
+        1e-8, description="added to the root of the mean square, by which the gradient's mean is divided"
+    )
     weight_decay: Annotated[
         float, Bound(least=0, most=1e12, why="a step shrinks each weight by the factor 1 - lr * weight_decay")
-    ] = 0.0
+    ] = Field(0.0, description="a step shrinks each weight by the factor 1 - lr * weight_decay; 0: none")
 
     @model_validator(mode="after")
     def _decay_shrinks(self) -> OptimizerSpec:
@@ -205,10 +237,15 @@ class OptimizerSpec(Section):
 class ScheduleSpec(Section):
     """Learning-rate schedule, by transformers' names."""
 
-    name: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = "cosine"
-    warmup_steps: Annotated[int, Bound(least=0, why="it counts steps of the run")] = 0
+    name: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = Field(
+        "cosine",
+        description="the learning rate after the warm-up; warmup_stable_decay: constant, with a decay at the end",
+    )
+    warmup_steps: Annotated[int, Bound(least=0, why="it counts steps of the run")] = Field(
+        0, description="steps in which the learning rate rises from 0 to optimizer.lr"
+    )
     decay_steps: Annotated[int, Bound(least=0, why="it counts steps of the run")] | None = Field(
-        None, description="only for warmup_stable_decay: length of the final decay"
+        None, description="only for warmup_stable_decay: steps of the final decay", examples=[150]
     )
     min_lr_ratio: Annotated[float, Bound(least=0, most=1, why="it is a share of optimizer.lr")] = Field(
         0.0, description="the rate at the end of the decay, as a share of optimizer.lr"
@@ -252,7 +289,11 @@ class DeepSpeedSpec(Section):
     config: LocalPath = Field(
         LocalPath("zero3_bf16"), description="name in ds_configs/, or a path to a DeepSpeed JSON"
     )
-    overrides: dict[str, Any] = Field(default_factory=dict, description="merged over that file, key by key")
+    overrides: dict[str, Any] = Field(
+        default_factory=dict,
+        description="keys of DeepSpeed's own configuration, merged over that file, key by key",
+        examples=[{"zero_optimization": {"overlap_comm": False}}],
+    )
 
     @field_validator("overrides")
     @classmethod
@@ -267,46 +308,68 @@ class DeepSpeedSpec(Section):
 class CheckpointSpec(Section):
     """When checkpoints are written, and which of them are kept."""
 
-    every_steps: Steps | None = Field(None, description="null: only at the end")
-    keep_last: PositiveInt = 2
-    keep_every_steps: Steps | None = Field(None, description="multiples of this step are never deleted")
-    on_write_error: Literal["continue", "stop"] = "continue"
+    every_steps: Steps | None = Field(
+        None, description="a checkpoint every so many steps; null: only at the end", examples=[500]
+    )
+    keep_last: PositiveInt = Field(2, description="the newest checkpoints that stay; older ones are deleted")
+    keep_every_steps: Steps | None = Field(
+        None, description="checkpoints at multiples of this step are never deleted", examples=[5000]
+    )
+    on_write_error: Literal["continue", "stop"] = Field(
+        "continue",
+        description="where a checkpoint during training cannot be written: go on without it, or stop",
+    )
     export: bool = Field(True, description="write the model as a safetensors folder at the end")
 
 
 class WandbSpec(Section):
     """Weights & Biases, through DeepSpeed's monitor."""
 
-    project: str
-    team: str | None = None
-    group: str | None = None
+    project: str = Field(description="the project that has the run", examples=["reversal"])
+    team: str | None = Field(
+        None, description="the team that the project belongs to; null: your own account", examples=["my-lab"]
+    )
+    group: str | None = Field(
+        None, description="runs of one group are shown together; null: none", examples=["lr-search"]
+    )
 
 
 class MonitorSpec(Section):
     """Where metrics are written besides the console and metrics.jsonl."""
 
-    tensorboard: bool = True
-    csv: bool = False
-    wandb: WandbSpec | None = None
-    every_steps: Steps = 1
+    tensorboard: bool = Field(True, description="event files for TensorBoard (`bico-ds tensorboard`)")
+    csv: bool = Field(False, description="one CSV file per metric")
+    wandb: WandbSpec | None = Field(
+        None, description="Weights & Biases, through DeepSpeed's monitor; null: not used"
+    )
+    every_steps: Steps = Field(
+        1, description="steps from one point of a curve to the next; raise it where steps take milliseconds"
+    )
 
 
 class DistributedSpec(Section):
     """Number of ranks, time limits, signals."""
 
     world_size: Annotated[int, Bound(least=1, most=10_000_000, why="it counts processes")] | None = Field(
-        None, description="ranks this recipe is made for; null: any number"
+        None,
+        description="ranks this recipe is made for, and refuses to start on another number; null: any number",
+        examples=[8],
     )
     gpu: LocalPath | None = Field(
         None,
         description="the GPUs that plans and dry runs are for: a name (bico-ds plan --help), or a YAML file",
+        examples=["h100-80g"],
     )
-    timeout_minutes: Minutes = Field(30.0, description="collectives fail after this time")
+    timeout_minutes: Minutes = Field(
+        30.0, description="minutes after which ranks that wait for another one give up"
+    )
     watchdog_minutes: Minutes = Field(
-        20.0, description="after this time without a step all stacks are dumped and the run is aborted"
+        20.0,
+        description="minutes without a step after which all stacks are dumped and the run is aborted",
     )
     preempt_signals: list[Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"]] = Field(
-        ["SIGTERM", "SIGINT", "SIGUSR1"]
+        ["SIGTERM", "SIGINT", "SIGUSR1"],
+        description="signals at which the run saves a checkpoint and ends; resume it by the same command",
     )
 
 
@@ -324,26 +387,43 @@ class Recipe(Section):
     """The recipe of one run."""
 
     # As long as a folder's name may be: the run's, runs/NAME.
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=255)]
-    description: str = ""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=255)] = Field(
+        description="of the run, and of its folder runs/NAME; left out: the name of the recipe's file",
+        examples=["mine"],
+    )
+    description: str = Field(
+        "", description="one line for `bico-ds train --list-recipes`", examples=["our facts, spans"]
+    )
     seed: Seed = Field(1, description="seed of random weights, order of the data, masks and every other draw")
-    output_dir: LocalPath | None = Field(None, description="run folder; null: runs/NAME")
+    output_dir: LocalPath | None = Field(
+        None, description="run folder; null: runs/NAME", examples=["runs/mine"]
+    )
     imports: list[WrittenPath] = Field(
         default_factory=list,
         description="modules, or files that end in .py, with further objectives; loaded on every rank before anything else; "
         "a relative path begins at the working directory, as all do",
+        examples=[["my_objective.py"]],
     )
     model: ModelSpec
     data: DataSpec
-    objectives: Annotated[list[AnyObjective], Field(min_length=1)]
+    objectives: Annotated[list[AnyObjective], Field(min_length=1)] = Field(
+        description="what is trained: each step is one of these, drawn by their probabilities, which sum to 1",
+        examples=[[{"kind": "ntp", "probability": 0.5}, {"kind": "bico", "probability": 0.5}]],
+    )
     share_by: ShareBy = Field(
         "steps",
         description="what the objectives' probabilities are shares of: steps, the texts' tokens, or model FLOPs; the steps' "
         "own probabilities follow from what an average step of each objective has",
     )
     # Null once it is one more of `data.sources`.
-    replay: ReplaySpec | None = None
-    retention: RetentionSpec | None = None
+    replay: ReplaySpec | None = Field(
+        None,
+        description="other text beside the facts, against forgetting: one more data source, named `replay`; null: none",
+    )
+    retention: RetentionSpec | None = Field(
+        None,
+        description="keeps causal steps near the start model, by the divergence from it as a further term; null: no term",
+    )
     training: TrainingSpec
     optimizer: OptimizerSpec = OptimizerSpec()
     schedule: ScheduleSpec = ScheduleSpec()

@@ -56,10 +56,15 @@ class ObjectiveSpec(Section, ABC):
     plans of memory need. `as_written`: whether its rows are the documents' own tokens in their order.
     """
 
-    kind: str
-    probability: Probability = 1.0
+    kind: str = Field(description="the kind of objective; it decides which other keys there are")
+    probability: Probability = Field(
+        1.0,
+        description="its share of the steps, or of what `share_by` says; those of all objectives sum to 1",
+    )
     sources: Annotated[list[str], Field(min_length=1)] | None = Field(
-        None, description="names of the data sources that its steps draw from; null: all of them"
+        None,
+        description="names of the data sources that its steps draw from; null: all of them",
+        examples=[["facts"]],
     )
 
     identity_version: ClassVar[int] = 1

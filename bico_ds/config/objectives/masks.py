@@ -13,12 +13,22 @@ from bico_ds.config.bounds import Bound
 from bico_ds.config.objectives.base import ObjectiveCost
 from bico_ds.config.section import Probability, Section
 
-Eligible = Literal["all", "completion"]
-# What the output at a masked token's row predicts: the token at the next position, or its own.
-Predict = Literal["next", "same"]
+Eligible = Annotated[
+    Literal["all", "completion"],
+    Field(description="which tokens can be masked: all, or only those after the prompt (completion)"),
+]
+Predict = Annotated[
+    Literal["next", "same"],
+    Field(
+        description="what the output at a masked token's row predicts: the token at the next position (the BICO paper), or "
+        "its own (BERT)"
+    ),
+]
 PlaceholderId = Annotated[
     Annotated[int, Bound(least=0, why="it is a token's id")] | None,
-    Field(description="input id of a masked position; null: the tokenizer's unk, pad or eos"),
+    Field(
+        description="input id of a masked position; null: the tokenizer's unk, pad or eos", examples=[128002]
+    ),
 ]
 
 _Share = Annotated[float, Bound(least=0, most=1, why="it is a share of the eligible tokens")]
@@ -62,9 +72,15 @@ class MaskSpec(Section):
         0.15,
         description="share of the eligible tokens that are masked; [low, high]: drawn per document, uniform in that range",
     )
-    unit: Literal["token", "span", "word", "entity"] = "token"
+    unit: Literal["token", "span", "word", "entity"] = Field(
+        "token",
+        description="what is masked as a whole: a token, a run of tokens (span), a word, or an entity of the data",
+    )
     mean_span: Annotated[float, Bound(least=1, or_infinite=True, why="a span has a token, or no end")] = (
-        Field(_MEAN_SPAN, description="mean length of a span (geometric)")
+        Field(
+            _MEAN_SPAN,
+            description="mean length of a span, in tokens (geometric); with unit: entity, what plans expect",
+        )
     )
     eligible: Eligible = "all"
 

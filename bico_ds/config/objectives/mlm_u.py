@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from bico_ds.config.objectives.base import MonitorPlace, ObjectiveCost, ObjectiveSpec
 from bico_ds.config.objectives.masks import Eligible, MaskSpec, PlaceholderId, Predict
@@ -16,7 +17,9 @@ class MlmUSpec(ObjectiveSpec):
 
     kind: Literal["mlm_u"] = "mlm_u"
     predict: Predict = "same"
-    unit: Literal["token", "word", "entity"] = "token"
+    unit: Literal["token", "word", "entity"] = Field(
+        "token", description="what is masked as a whole: a token, a word, or an entity of the data"
+    )
     eligible: Eligible = "all"
     placeholder_id: PlaceholderId = None
 

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from bico_ds.config.objectives.base import AttentionMode, MonitorPlace, ObjectiveCost, ObjectiveSpec
 
@@ -14,7 +15,9 @@ class NtpSpec(ObjectiveSpec):
     """Next-token prediction under causal attention."""
 
     kind: Literal["ntp"] = "ntp"
-    loss_on: Literal["all", "completion"] = "all"
+    loss_on: Literal["all", "completion"] = Field(
+        "all", description="which tokens have a loss: all, or only those after the prompt (completion)"
+    )
 
     monitor: ClassVar[MonitorPlace] = MonitorPlace(colour="#3b75af")
     attention: ClassVar[AttentionMode] = "causal"

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from bico_ds.config.bounds import Bound
 from bico_ds.config.objectives.base import AttentionMode, MonitorPlace, ObjectiveCost, ObjectiveSpec
@@ -19,11 +19,14 @@ class ReverseSpec(ObjectiveSpec):
     """Next-token prediction on texts whose segments come in reversed order (2403.13799)."""
 
     kind: Literal["reverse"] = "reverse"
-    segments: Literal["word", "entity", "random"] = "word"
+    segments: Literal["word", "entity", "random"] = Field(
+        "word",
+        description="what keeps its inner order: a word, an entity (the rest by words), or a random run of words",
+    )
     max_words: Annotated[
         int,
         Bound(least=1, most=2**31 - 1, why="a segment has a word, and words are counted by 32-bit numbers"),
-    ] = _MAX_WORDS
+    ] = Field(_MAX_WORDS, description="the longest random run, in words; only for segments: random")
 
     monitor: ClassVar[MonitorPlace] = MonitorPlace(colour="#c0392b")
     attention: ClassVar[AttentionMode] = "causal"

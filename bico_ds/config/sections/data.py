@@ -37,7 +37,7 @@ SampledTokens = Annotated[
 class FactsSpec(Section):
     """The embedded task: fictitious persons in the form of the name-description set (2309.12288)."""
 
-    seed: Seed = 1
+    seed: Seed = Field(1, description="another seed makes other persons and texts")
     name_first: PositiveInt = Field(20, description="persons whose training texts all have the name first")
     description_first: PositiveInt = Field(
         20, description="persons whose training texts all have the description first"
@@ -73,12 +73,15 @@ class SourceSpec(Section):
     """One data source; exactly one of `store`, `files`, `facts` and `sampled`."""
 
     name: Annotated[str, AfterValidator(_begins_a_folder)] | None = Field(
-        None, description="name in logs; null: taken from the path"
+        None, description="name in logs, and in other keys; null: taken from the path", examples=["facts"]
     )
-    store: LocalPath | None = Field(None, description="a token store that `bico-ds prepare` wrote")
+    store: LocalPath | None = Field(
+        None, description="a token store that `bico-ds prepare` wrote", examples=["stores/mine"]
+    )
     files: list[LocalPath] | None = Field(
         None,
         description="JSONL, Parquet or text files, folders or patterns of them; tokenized at the first use",
+        examples=[["data/*.jsonl"]],
     )
     facts: Literal["both_orders", "all"] | None = Field(
         None, description="the embedded task: all persons, or only those whose texts come in both orders"
@@ -87,23 +90,36 @@ class SourceSpec(Section):
         None,
         description="so many tokens sampled from the start model (model.path); made at the first use below a billion "
         "parameters, else by `bico-ds prepare replay`",
+        examples=[100_000],
     )
-    text_field: str = "text"
-    prompt_field: str | None = Field(None, description="with completion_field: two fields that make one text")
-    completion_field: str | None = None
+    text_field: str = Field("text", description="the field of a record, or column, that holds the text")
+    prompt_field: str | None = Field(
+        None,
+        description="with completion_field: the first of two fields that make one text, without anything between",
+        examples=["prompt"],
+    )
+    completion_field: str | None = Field(
+        None, description="with prompt_field: the second of the two fields", examples=["completion"]
+    )
     messages_field: str | None = Field(
-        None, description="a list of {role, content}, rendered with the tokenizer's chat template"
+        None,
+        description="the field with a chat, a list of {role, content}, rendered with the tokenizer's chat template",
+        examples=["messages"],
     )
     group_field: str | None = Field(
-        None, description="the person or cluster a text is about: a number or a string"
+        None,
+        description="the field that says which person or cluster a text is about: a number or a string",
+        examples=["person"],
     )
     entities_field: str | None = Field(
         None,
-        description="[start, end] pairs of characters, for masks by entity and texts derived from entities",
+        description="the field with [start, end] pairs of characters, for masks by entity and texts derived from entities",
+        examples=["entities"],
     )
     entities_pattern: str | None = Field(
         None,
         description="a regular expression whose matches in the text are its entities, instead of a field",
+        examples=["[A-Z][a-z]+ [A-Z][a-z]+"],
     )
     derive: Derive | None = Field(
         None,
@@ -113,8 +129,10 @@ class SourceSpec(Section):
     text_by: Literal["line", "file"] = Field(
         "line", description="what is a document in a plain-text file: each line, or the file"
     )
-    add_bos: bool = True
-    add_eos: bool = True
+    add_bos: bool = Field(True, description="begin each text with the tokenizer's BOS token, if it has one")
+    add_eos: bool = Field(
+        True, description="end each text with the tokenizer's EOS token, so that the model learns to stop"
+    )
     leading_space: bool = Field(
         False,
         description="tokenize each text of 'files' with a space before it, so that its first word has the others' form",
@@ -122,17 +140,26 @@ class SourceSpec(Section):
     weight: (
         Annotated[float, Bound(least=1e-15, most=1e15, why="shares are computed from the sum of all weights")]
         | None
-    ) = Field(None, description="share of the sampled documents, relative to the other sources' weights")
+    ) = Field(
+        None,
+        description="share of the sampled documents, relative to the other sources' weights",
+        examples=[2],
+    )
     epochs: (
         Annotated[
             float,
             Bound(above=0, most=10_000, why="a data epoch is planned as a whole; training.epochs repeats it"),
         ]
         | None
-    ) = Field(None, description="passes over this source in a data epoch")
+    ) = Field(
+        None,
+        description="passes over this source in a data epoch; 0.3: another 30 % of it in each; null: one",
+        examples=[2],
+    )
     token_share: TokenShare | None = Field(
         None,
         description="share of the tokens of the steps whose objective has this source; sources without one have the rest",
+        examples=[0.25],
     )
 
     @model_validator(mode="after")
@@ -225,7 +252,10 @@ class SourceSpec(Section):
 class DataSpec(Section):
     """What is read, and how it is packed."""
 
-    sources: Annotated[list[SourceSpec], Field(min_length=1)]
+    sources: Annotated[list[SourceSpec], Field(min_length=1)] = Field(
+        description="the texts, one entry per store, set of files, or part of the embedded task; how they are mixed, too",
+        examples=[[{"store": "stores/mine"}]],
+    )
     facts: FactsSpec = FactsSpec()
     cache_dir: LocalPath = Field(
         LocalPath("runs/data"),
@@ -242,11 +272,17 @@ class DataSpec(Section):
         2048,
         description="tokens per bin, after an objective has expanded the documents; NTP and BICO expand none",
     )
-    overlong: Literal["split", "truncate", "drop"] = "split"
+    overlong: Literal["split", "truncate", "drop"] = Field(
+        "split", description="documents longer than a bin are split into pieces, truncated, or dropped"
+    )
     max_documents_per_bin: (
         Annotated[int, Bound(least=1, most=2**31 - 1, why="documents of a bin are counted by 32-bit numbers")]
         | None
-    ) = None
+    ) = Field(
+        None,
+        description="documents that share a bin; 1: every document has its own; null: as many as fit",
+        examples=[1],
+    )
     repack_every_epoch: bool = Field(
         False, description="choose anew in every epoch, by the seed, which documents share a bin"
     )

@@ -14,14 +14,18 @@ from bico_ds.config.section import PositiveInt, Section, Steps
 class TextTaskSpec(Section):
     """A retention text: its perplexity, before the first step and at every evaluation; exactly one of `file` and `store`."""
 
-    kind: Literal["text"] = "text"
+    kind: Literal["text"] = Field("text", description="a retention text, whose perplexity is measured")
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
-        description="of the text in tags and result files"
+        description="of the text in tags and result files", examples=["wiki"]
     )
-    file: LocalPath | None = Field(None, description="UTF-8 text; never one that is trained on")
-    store: LocalPath | None = Field(None, description="a token store that `bico-ds prepare` wrote")
+    file: LocalPath | None = Field(
+        None, description="UTF-8 text; never one that is trained on", examples=["wiki.txt"]
+    )
+    store: LocalPath | None = Field(
+        None, description="a token store that `bico-ds prepare` wrote", examples=["stores/wiki"]
+    )
     tokens: PositiveInt | None = Field(
-        None, description="only so many tokens from the beginning; null: all of them"
+        None, description="only so many tokens from the beginning; null: all of them", examples=[50_000]
     )
     window: Annotated[int, Bound(least=2, most=2**20, why="a token is predicted from those before it")] = (
         Field(1024, description="tokens that are read at once")
@@ -35,6 +39,7 @@ class TextTaskSpec(Section):
     ) = Field(
         None,
         description="the run saves and stops once the perplexity is above so many times that before training",
+        examples=[2],
     )
 
     @model_validator(mode="after")
@@ -56,25 +61,33 @@ class EvaluationSpec(Section):
     """Reversal tasks during training and at its end."""
 
     folder: LocalPath | None = Field(
-        None, description="folder of name-description test files; null: the embedded task's"
+        None,
+        description="folder of name-description test files; null: the embedded task's",
+        examples=["search_split"],
     )
     tasks: list[AnyTask] = Field(
         default_factory=list,
         description="names of reversal tasks, and retention texts {kind: text, name, file or store, stop_if_above}; empty: "
         "no evaluation",
     )
-    every_steps: Steps | None = Field(None, description="null: only at the end")
-    batch_size: PositiveInt = 64
+    every_steps: Steps | None = Field(
+        None, description="an evaluation every so many steps; null: only at the end", examples=[100]
+    )
+    batch_size: PositiveInt = Field(
+        64,
+        description="prompts that a rank answers at a time; lower it where an evaluation runs out of memory",
+    )
     max_new_tokens: Annotated[
         int, Bound(least=1, most=2**20, why="an answer that never ends is cut there")
-    ] = 40
+    ] = Field(40, description="tokens of an answer, at most; raise it where right answers are longer")
     limit: PositiveInt | None = Field(
-        None, description="prompts per task, spread over the persons; null: all"
+        None, description="prompts per task, spread over the persons; null: all", examples=[200]
     )
     likelihood_others: PositiveInt | None = Field(
         None,
         description="also compare the log-probability of the right answer with that of this many other persons' answers; "
         "null: no such test",
+        examples=[9],
     )
 
     @model_validator(mode="after")

@@ -18,11 +18,15 @@ class ReplaySpec(Section):
     """Other text beside the facts, as one more data source named `replay`; exactly one of `tokens` and `store`."""
 
     tokens: SampledTokens | None = Field(
-        None, description="so many tokens sampled from the start model itself, made at the first use"
+        None,
+        description="so many tokens sampled from the start model itself, made at the first use",
+        examples=[100_000],
     )
-    store: LocalPath | None = Field(None, description="a token store of other text")
+    store: LocalPath | None = Field(
+        None, description="a token store of other text", examples=["stores/other_text"]
+    )
     token_share: TokenShare = Field(
-        0.25, description="of the tokens of the steps whose objective has this source"
+        0.25, description="its share of the tokens of the steps whose objective has this source"
     )
 
     @model_validator(mode="after")
@@ -42,9 +46,14 @@ class RetentionSpec(Section):
 
     kl: Annotated[
         float, Bound(above=0, most=1e6, why="it is the weight of the divergence beside the loss")
-    ] = Field(description="weight of the divergence, the mean over the compared rows of a step, in nats")
+    ] = Field(
+        description="weight of the divergence, the mean over the compared rows of a step, in nats",
+        examples=[0.5],
+    )
     on: Annotated[list[str], Field(min_length=1)] | None = Field(
-        None, description="names of the data sources whose rows are compared; null: all of them"
+        None,
+        description="names of the data sources whose rows are compared; null: all of them",
+        examples=[["replay"]],
     )
     exclude_target: bool = Field(
         False,
@@ -54,4 +63,5 @@ class RetentionSpec(Section):
         None,
         description="stored log-probabilities of the start model, by `bico-ds prepare teacher`; null: with adapters, "
         "computed by switching them off",
+        examples=["stores/teacher"],
     )

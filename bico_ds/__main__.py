@@ -28,6 +28,7 @@ GROUPS = {
         "inspect": "show.inspect_batch",
     },
     "training": {
+        "explain": "show.explain",
         "plan": "show.plan",
         "train": "train",
         "explain-step": "show.explain_step",

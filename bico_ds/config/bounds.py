@@ -37,6 +37,15 @@ class Bound:
             return None
         return f"must be {wanted}, found {shown(value)}: {self.why}"
 
+    @property
+    def in_words(self) -> str:
+        """The range, to follow a noun: `from 1 to 10,000`; empty where there is none."""
+        low = f"from {_written(self.least)}" if self.least is not None else ""
+        low = f"above {_written(self.above)}" if self.above is not None else low
+        high = f"to {_written(self.most)}" if self.most is not None else ""
+        high = f"to below {_written(self.below)}" if self.below is not None else high
+        return f"{low} {high}".strip() + (", or .inf" if self.or_infinite else "")
+
     def _wanted(self, value: Any) -> str | None:
         """The first condition that `value` does not meet."""
         if isinstance(value, bool) or not isinstance(value, int | float):

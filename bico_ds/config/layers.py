@@ -72,6 +72,18 @@ def apply_override(tree: MappingFile, override: str) -> None:
     tree.origins[key] = Origin(where, 0)
 
 
+def named_key(tree: MappingFile, path: str, where: str) -> KeyPath:
+    """The key that `path` names as in `--set`, be it there or not. Raises `UserError`, which begins with `where`."""
+    return _resolved(tree, path_parts(path, where), where, makes_sections=False)
+
+
+def path_parts(path: str, where: str) -> list[str]:
+    """The words of a path of keys, `objectives[1].mask.rate`. Raises `UserError`, which begins with `where`."""
+    if not _PATH.fullmatch(path):
+        raise UserError(f"{where}: expected a key, as in objectives.bico.mask.rate")
+    return [name or word for name, word in _PART.findall(path)]
+
+
 def value_at(path: KeyPath, values: Any) -> Any:
     """What stands at a path of a tree of values; None where nothing does."""
     for part in path:

@@ -39,13 +39,18 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     `imports` are loaded before it is validated. Raises `UserError` that names the key and where it was written: file and
     line, or the override; also for a secret that was left out where the recipe was kept.
     """
+    return read_recipe(name_or_path, overrides)[0]
+
+
+def read_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[Recipe, MappingFile]:
+    """`load_recipe`, and what it is made of: the values as they are written, and where each of them is set."""
     tree = _load_file(find_recipe(name_or_path))
     for override in overrides:
         apply_override(tree, override)
     tree.values.setdefault("name", Path(name_or_path).stem)
     _refuse_left_out(tree)
     _import_modules(tree)
-    return _validated(tree)
+    return _validated(tree), tree
 
 
 def recorded_recipe(values: dict[str, Any], file: Path, *, objectives: bool = True) -> Recipe:

@@ -35,21 +35,27 @@ class LoraSpec(Section):
     rank: Annotated[int, Bound(least=1, why="it is the inner size of the adapters' matrices")] = Field(
         32,
         description="inner size of the adapters' matrices: a larger one learns more, and takes more memory",
+        examples=[64],
     )
     alpha: Annotated[
         float,
         Bound(least=1e-6, most=1e6, why="adapters are scaled by alpha / rank, in the model's precision"),
     ] = Field(
-        16.0, description="what adapters add is scaled by alpha / rank: raise it together with the rank"
+        16.0,
+        description="what adapters add is scaled by alpha / rank: raise it together with the rank",
+        examples=[32],
     )
     dropout: Annotated[
         float, Bound(least=0, below=1, why="it is the share of an adapter's inputs that are dropped")
     ] = Field(
-        0.01, description="share of an adapter's inputs that are dropped in training, against overfitting"
+        0.01,
+        description="share of an adapter's inputs that are dropped in training, against overfitting",
+        examples=[0.05],
     )
     targets: Annotated[list[str], Field(min_length=1)] = Field(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         description="the linear layers that get an adapter, by the last word of their names",
+        examples=[["q_proj", "v_proj"]],
     )
 
 
@@ -82,13 +88,18 @@ class ModelSpec(Section):
         "auto", "flash-attn", "aten-cuda", "flash-attn-3", "flash-attn-4", "triton", "cpu-flash", "oracle"
     ] = Field("auto", description="kernel of the attention passes, see docs/understand.md")
     activation_checkpointing: Annotated[int, Bound(least=0, most=10_000, why="it counts decoder layers")] = (
-        Field(0, description="recompute every k-th decoder layer in the backward pass; 0: none, 1: all")
+        Field(
+            0,
+            description="recompute every k-th decoder layer in the backward pass; 0: none, 1: all",
+            examples=[1],
+        )
     )
     loss_chunk_rows: Annotated[
         int, Bound(least=1, most=2**31 - 1, why="it counts rows of a batch, by 32-bit numbers")
     ] = Field(
         512,
         description="rows whose logits are in memory at a time; in bf16, batches of over 16 times as many rows take longer",
+        examples=[256],
     )
     lora: LoraSpec | None = Field(
         None,
@@ -140,16 +151,18 @@ class TrainingSpec(Section):
     )
     global_batch_bins: Annotated[
         int, Bound(least=1, most=1_000_000, why="it counts bins, and a step of more never ends")
-    ] = Field(8, description="bins per optimizer step, over all ranks")
+    ] = Field(8, description="bins per optimizer step, over all ranks", examples=[64])
     micro_batch_bins: Annotated[
         int, Bound(least=1, most=1_000_000, why="they go through the model at once")
-    ] = Field(1, description="bins per forward pass of one rank")
+    ] = Field(1, description="bins per forward pass of one rank", examples=[2])
     max_grad_norm: Annotated[
         float,
         Bound(
             least=0, most=1e30, why="it is the largest norm of a step's gradient, and 0 stands for no limit"
         ),
-    ] = Field(1.0, description="gradients of a larger norm are scaled down to it; 0: no clipping")
+    ] = Field(
+        1.0, description="gradients of a larger norm are scaled down to it; 0: no clipping", examples=[0.5]
+    )
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop",
         description="where a loss or gradient is NaN or infinite: stop before the update, or skip the update and go on",
@@ -158,9 +171,12 @@ class TrainingSpec(Section):
         "warn",
         description="where the loss or gradient norm is far above its running median (divergence): warn, stop the run "
         "without a checkpoint, or do not look (off)",
+        examples=["stop"],
     )
     spike_factors: tuple[SpikeFactor, SpikeFactor] = Field(
-        (3.0, 30.0), description="so many times its running median the loss is a spike, and the gradient norm"
+        (3.0, 30.0),
+        description="so many times its running median the loss is a spike, and the gradient norm",
+        examples=[[5, 50]],
     )
 
     @model_validator(mode="after")
@@ -205,10 +221,12 @@ class OptimizerSpec(Section):
         2e-5,
         description="the learning rate after the warm-up, at its highest: the first value to search (docs/run.md, Choose "
         "values)",
+        examples=[1e-5],
     )
     betas: tuple[Decay, Decay] = Field(
         (0.9, 0.999),
         description="the share of its old value that a step keeps of the gradient's running mean, and of its mean square",
+        examples=[[0.9, 0.95]],
     )
     eps: Annotated[
         float,
@@ -218,11 +236,17 @@ class OptimizerSpec(Section):
             why="a gradient's mean is divided by the root of its mean square plus eps, in fp32",
         ),
     ] = Field(
-        1e-8, description="added to the root of the mean square, by which the gradient's mean is divided"
+        1e-8,
+        description="added to the root of the mean square, by which the gradient's mean is divided",
+        examples=[1e-6],
     )
     weight_decay: Annotated[
         float, Bound(least=0, most=1e12, why="a step shrinks each weight by the factor 1 - lr * weight_decay")
-    ] = Field(0.0, description="a step shrinks each weight by the factor 1 - lr * weight_decay; 0: none")
+    ] = Field(
+        0.0,
+        description="a step shrinks each weight by the factor 1 - lr * weight_decay; 0: none",
+        examples=[0.1],
+    )
 
     @model_validator(mode="after")
     def _decay_shrinks(self) -> OptimizerSpec:
@@ -242,13 +266,13 @@ class ScheduleSpec(Section):
         description="the learning rate after the warm-up; warmup_stable_decay: constant, with a decay at the end",
     )
     warmup_steps: Annotated[int, Bound(least=0, why="it counts steps of the run")] = Field(
-        0, description="steps in which the learning rate rises from 0 to optimizer.lr"
+        0, description="steps in which the learning rate rises from 0 to optimizer.lr", examples=[100]
     )
     decay_steps: Annotated[int, Bound(least=0, why="it counts steps of the run")] | None = Field(
         None, description="only for warmup_stable_decay: steps of the final decay", examples=[150]
     )
     min_lr_ratio: Annotated[float, Bound(least=0, most=1, why="it is a share of optimizer.lr")] = Field(
-        0.0, description="the rate at the end of the decay, as a share of optimizer.lr"
+        0.0, description="the rate at the end of the decay, as a share of optimizer.lr", examples=[0.1]
     )
 
     @model_validator(mode="after")
@@ -287,7 +311,9 @@ class DeepSpeedSpec(Section):
     """A file of ds_configs/, and what this run changes in it."""
 
     config: LocalPath = Field(
-        LocalPath("zero3_bf16"), description="name in ds_configs/, or a path to a DeepSpeed JSON"
+        LocalPath("zero3_bf16"),
+        description="name in ds_configs/, or a path to a DeepSpeed JSON",
+        examples=["zero2_bf16"],
     )
     overrides: dict[str, Any] = Field(
         default_factory=dict,
@@ -311,7 +337,9 @@ class CheckpointSpec(Section):
     every_steps: Steps | None = Field(
         None, description="a checkpoint every so many steps; null: only at the end", examples=[500]
     )
-    keep_last: PositiveInt = Field(2, description="the newest checkpoints that stay; older ones are deleted")
+    keep_last: PositiveInt = Field(
+        2, description="the newest checkpoints that stay; older ones are deleted", examples=[3]
+    )
     keep_every_steps: Steps | None = Field(
         None, description="checkpoints at multiples of this step are never deleted", examples=[5000]
     )
@@ -343,7 +371,9 @@ class MonitorSpec(Section):
         None, description="Weights & Biases, through DeepSpeed's monitor; null: not used"
     )
     every_steps: Steps = Field(
-        1, description="steps from one point of a curve to the next; raise it where steps take milliseconds"
+        1,
+        description="steps from one point of a curve to the next; raise it where steps take milliseconds",
+        examples=[10],
     )
 
 
@@ -361,15 +391,17 @@ class DistributedSpec(Section):
         examples=["h100-80g"],
     )
     timeout_minutes: Minutes = Field(
-        30.0, description="minutes after which ranks that wait for another one give up"
+        30.0, description="minutes after which ranks that wait for another one give up", examples=[60]
     )
     watchdog_minutes: Minutes = Field(
         20.0,
         description="minutes without a step after which all stacks are dumped and the run is aborted",
+        examples=[60],
     )
     preempt_signals: list[Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"]] = Field(
         ["SIGTERM", "SIGINT", "SIGUSR1"],
         description="signals at which the run saves a checkpoint and ends; resume it by the same command",
+        examples=[["SIGTERM", "SIGINT", "SIGUSR2"]],
     )
 
 
@@ -394,7 +426,9 @@ class Recipe(Section):
     description: str = Field(
         "", description="one line for `bico-ds train --list-recipes`", examples=["our facts, spans"]
     )
-    seed: Seed = Field(1, description="seed of random weights, order of the data, masks and every other draw")
+    seed: Seed = Field(
+        1, description="seed of random weights, order of the data, masks and every other draw", examples=[2]
+    )
     output_dir: LocalPath | None = Field(
         None, description="run folder; null: runs/NAME", examples=["runs/mine"]
     )

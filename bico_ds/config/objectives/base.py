@@ -60,6 +60,7 @@ class ObjectiveSpec(Section, ABC):
     probability: Probability = Field(
         1.0,
         description="its share of the steps, or of what `share_by` says; those of all objectives sum to 1",
+        examples=[0.5],
     )
     sources: Annotated[list[str], Field(min_length=1)] | None = Field(
         None,

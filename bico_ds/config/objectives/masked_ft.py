@@ -21,8 +21,10 @@ class MaskedFtSpec(ObjectiveSpec):
     kind: Literal["masked_ft"] = "masked_ft"
     mask: MaskSpec = MaskSpec(rate=_RATE)
     mask_id: PlaceholderId = None
-    instruction: str = Field("", description="text in front of the masked copy")
-    separator: str = Field("", description="text between the masked copy and the text")
+    instruction: str = Field(
+        "", description="text in front of the masked copy", examples=["Restore the text: "]
+    )
+    separator: str = Field("", description="text between the masked copy and the text", examples=["\n"])
 
     monitor: ClassVar[MonitorPlace] = MonitorPlace(colour="#7f8c8d")
     attention: ClassVar[AttentionMode] = "causal"

@@ -71,6 +71,7 @@ class MaskSpec(Section):
     rate: Probability | tuple[_Share, _Share] = Field(
         0.15,
         description="share of the eligible tokens that are masked; [low, high]: drawn per document, uniform in that range",
+        examples=[[0.2, 0.6]],
     )
     unit: Literal["token", "span", "word", "entity"] = Field(
         "token",
@@ -80,6 +81,7 @@ class MaskSpec(Section):
         Field(
             _MEAN_SPAN,
             description="mean length of a span, in tokens (geometric); with unit: entity, what plans expect",
+            examples=[5],
         )
     )
     eligible: Eligible = "all"

@@ -26,7 +26,9 @@ class ReverseSpec(ObjectiveSpec):
     max_words: Annotated[
         int,
         Bound(least=1, most=2**31 - 1, why="a segment has a word, and words are counted by 32-bit numbers"),
-    ] = Field(_MAX_WORDS, description="the longest random run, in words; only for segments: random")
+    ] = Field(
+        _MAX_WORDS, description="the longest random run, in words; only for segments: random", examples=[10]
+    )
 
     monitor: ClassVar[MonitorPlace] = MonitorPlace(colour="#c0392b")
     attention: ClassVar[AttentionMode] = "causal"

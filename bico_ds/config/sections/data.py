@@ -37,14 +37,18 @@ SampledTokens = Annotated[
 class FactsSpec(Section):
     """The embedded task: fictitious persons in the form of the name-description set (2309.12288)."""
 
-    seed: Seed = Field(1, description="another seed makes other persons and texts")
-    name_first: PositiveInt = Field(20, description="persons whose training texts all have the name first")
-    description_first: PositiveInt = Field(
-        20, description="persons whose training texts all have the description first"
+    seed: Seed = Field(1, description="another seed makes other persons and texts", examples=[2])
+    name_first: PositiveInt = Field(
+        20, description="persons whose training texts all have the name first", examples=[30]
     )
-    both: PositiveInt = Field(60, description="persons whose training texts come in both orders")
-    variants: PositiveInt = Field(6, description="training texts per person and order")
-    test_prompts: PositiveInt = Field(4, description="held-out prompts per person and task")
+    description_first: PositiveInt = Field(
+        20, description="persons whose training texts all have the description first", examples=[30]
+    )
+    both: PositiveInt = Field(
+        60, description="persons whose training texts come in both orders", examples=[90]
+    )
+    variants: PositiveInt = Field(6, description="training texts per person and order", examples=[30])
+    test_prompts: PositiveInt = Field(4, description="held-out prompts per person and task", examples=[10])
 
 
 _READING_OPTIONS = (
@@ -92,7 +96,9 @@ class SourceSpec(Section):
         "parameters, else by `bico-ds prepare replay`",
         examples=[100_000],
     )
-    text_field: str = Field("text", description="the field of a record, or column, that holds the text")
+    text_field: str = Field(
+        "text", description="the field of a record, or column, that holds the text", examples=["body"]
+    )
     prompt_field: str | None = Field(
         None,
         description="with completion_field: the first of two fields that make one text, without anything between",
@@ -260,6 +266,7 @@ class DataSpec(Section):
     cache_dir: LocalPath = Field(
         LocalPath("runs/data"),
         description="where stores made from 'files' and 'facts' are kept, and the pack plans of large data sets",
+        examples=["~/stores"],
     )
     capacity: Annotated[
         int,
@@ -271,6 +278,7 @@ class DataSpec(Section):
     ] = Field(
         2048,
         description="tokens per bin, after an objective has expanded the documents; NTP and BICO expand none",
+        examples=[4096],
     )
     overlong: Literal["split", "truncate", "drop"] = Field(
         "split", description="documents longer than a bin are split into pieces, truncated, or dropped"
@@ -288,7 +296,7 @@ class DataSpec(Section):
     )
     workers: Annotated[
         int, Bound(least=0, most=1024, why="each is a thread of every rank, two steps ahead")
-    ] = Field(1, description="background batch builders per rank; 0: none")
+    ] = Field(1, description="background batch builders per rank; 0: none", examples=[2])
     allow_change: bool = Field(False, description="resume although the data set or recipe changed")
 
     @model_validator(mode="after")

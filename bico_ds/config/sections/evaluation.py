@@ -28,7 +28,7 @@ class TextTaskSpec(Section):
         None, description="only so many tokens from the beginning; null: all of them", examples=[50_000]
     )
     window: Annotated[int, Bound(least=2, most=2**20, why="a token is predicted from those before it")] = (
-        Field(1024, description="tokens that are read at once")
+        Field(1024, description="tokens that are read at once", examples=[2048])
     )
     stop_if_above: (
         Annotated[
@@ -69,6 +69,7 @@ class EvaluationSpec(Section):
         default_factory=list,
         description="names of reversal tasks, and retention texts {kind: text, name, file or store, stop_if_above}; empty: "
         "no evaluation",
+        examples=[["n2d", "n2d_reverse"]],
     )
     every_steps: Steps | None = Field(
         None, description="an evaluation every so many steps; null: only at the end", examples=[100]
@@ -76,10 +77,15 @@ class EvaluationSpec(Section):
     batch_size: PositiveInt = Field(
         64,
         description="prompts that a rank answers at a time; lower it where an evaluation runs out of memory",
+        examples=[16],
     )
     max_new_tokens: Annotated[
         int, Bound(least=1, most=2**20, why="an answer that never ends is cut there")
-    ] = Field(40, description="tokens of an answer, at most; raise it where right answers are longer")
+    ] = Field(
+        40,
+        description="tokens of an answer, at most; raise it where right answers are longer",
+        examples=[100],
+    )
     limit: PositiveInt | None = Field(
         None, description="prompts per task, spread over the persons; null: all", examples=[200]
     )

@@ -26,7 +26,9 @@ class ReplaySpec(Section):
         None, description="a token store of other text", examples=["stores/other_text"]
     )
     token_share: TokenShare = Field(
-        0.25, description="its share of the tokens of the steps whose objective has this source"
+        0.25,
+        description="its share of the tokens of the steps whose objective has this source",
+        examples=[0.1],
     )
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed$(if $(TORCH_INDEX),-$(notdir $(TORCH_INDEX)))
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo demo-seeds cures gpu-proof test transformers4 test-slow lowest test-lowest drills cluster-test lint tensorboard picture clean
+.PHONY: help setup demo demo-seeds cures gpu-proof test transformers4 test-slow lowest test-lowest drills cluster-test lint tensorboard picture reference clean
 
 help:
 	@echo "make demo         train tiny_base, tiny_bico and tiny_ntp on $(RANKS) ranks, print and plot the comparison"
@@ -25,6 +25,7 @@ help:
 	@echo "make drills       kill, damage and resume drills"
 	@echo "make cluster-test two SLURM nodes on this machine (root, Debian): launch, faults, refusals"
 	@echo "make tensorboard  open the last runs"
+	@echo "make reference    write docs/recipe.md and recipes/recipe.schema.json from the schema of recipes"
 	@echo "make picture      take README's picture from the report of make demo (needs chromium)"
 	@echo "make transformers4  an environment with transformers 4, for the tests of exports in make test-slow"
 	@echo "make demo-seeds   the demo over 5 seeds (half an hour)"
@@ -101,6 +102,11 @@ tensorboard: setup
 picture:
 	chromium --headless --no-sandbox --hide-scrollbars --force-color-profile=srgb --window-size=1200,1266 \
 		--screenshot=docs/images/demo.png runs/demo/report.html
+
+# In one step each: a command that fails leaves the file that was there.
+reference: setup
+	$(BIN)/bico-ds explain --markdown > docs/.recipe.md && mv docs/.recipe.md docs/recipe.md
+	$(BIN)/bico-ds explain --json-schema > recipes/.schema && mv recipes/.schema recipes/recipe.schema.json
 
 clean:
 	rm -rf runs build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -14,6 +14,8 @@ import pytest
 from bico_ds.__main__ import COMMANDS
 from tests import ROOT
 
+# Not read through, but looked into; written by `bico-ds explain --markdown`.
+REFERENCE = ROOT / "docs" / "recipe.md"
 READERS_PAGES = sorted((ROOT / "docs").glob("*.md"))
 BENCHMARKS = sorted((ROOT / "docs" / "benchmarks").glob("*.md"))
 ROOT_PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -154,13 +156,16 @@ def test_no_placeholder_is_left(page):
     assert not re.search(r"@@|TODO|FIXME|^MEASURED$", page.read_text(encoding="utf-8"), re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", READERS_PAGES, ids=by_name)
+READ_THROUGH = [page for page in READERS_PAGES if page != REFERENCE]
+
+
+@pytest.mark.parametrize("page", READ_THROUGH, ids=by_name)
 def test_a_page_can_be_read_in_one_sitting(page):
     assert words(page) <= MOST_WORDS
 
 
 def test_all_pages_together_can_be_read_in_an_afternoon():
-    assert sum(words(page) for page in [ROOT / "README.md", *READERS_PAGES]) <= MOST_WORDS_IN_ALL
+    assert sum(words(page) for page in [ROOT / "README.md", *READ_THROUGH]) <= MOST_WORDS_IN_ALL
 
 
 @pytest.mark.parametrize("page", [*READERS_PAGES, *BENCHMARKS], ids=by_name)

@@ -107,6 +107,7 @@ TORCH_FREE = (
     "proof.prove",
     "commands.show.compare",
     "commands.gpu_proof",
+    "commands.show.explain",
     "commands.show.explain_step",
     "commands.show.plan",
     "commands.show.tensorboard",

@@ -68,15 +68,16 @@ class Key:
         return isinstance(self.value, Group) and self.value.kind == self.path[-1]
 
     @property
+    def has_no_default(self) -> bool:
+        """Whether something must be given for it; its name is given to a recipe by `load_recipe`."""
+        return self.is_required or self.path == ("name",)
+
+    @property
     def default_in_words(self) -> str:
         """What holds where the key is left out; empty for a section."""
-        if self.path == ("name",):  # `load_recipe` gives it
-            return "the file's name"
-        if self.is_required:
-            return "required"
-        return (
-            "" if self.has_keys and self.default is None and not self._may_be_null else inline(self.default)
-        )
+        if self.has_no_default:
+            return "the file's name" if self.path == ("name",) else "required"
+        return "" if self.has_keys and self.default is None and not self._may_be_null else inline(self.default)
 
     @property
     def _may_be_null(self) -> bool:
@@ -220,9 +221,10 @@ def _unknown(keys: Sequence[Key], parts: Sequence[str]) -> str:
     asked = on_one_line(".".join(parts), most=_MOST_SHOWN)
     names = [key.name for key in keys]
     same = [name for name in names if name.endswith(f".{parts[-1]}")]
+    near = did_you_mean(asked, names)
     if kinds := _kinds_missed(keys, parts):
         near = f"; an entry of this list is named by its kind: {', '.join(kinds)}"
-    elif not (near := did_you_mean(asked, names)) and same:
+    elif same and (len(parts) == 1 or not near):
         near = f" (there is {', '.join(same[:_MOST_LISTED])}{', …' if len(same) > _MOST_LISTED else ''})"
     return f"there is no key '{asked}'{near}; `bico-ds explain` lists the sections"
 

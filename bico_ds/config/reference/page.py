@@ -18,7 +18,8 @@ bico-ds explain optimizer.lr --recipe tiny_bico    # also its value in a recipe,
 
 A recipe is one YAML file of these keys ([how to write one](run.md#recipes-and-overrides)). Each may be left out but those
 that are *required*, and these too in a recipe that `extends` another one which has them. `--set optimizer.lr=1e-5` sets a
-key on the command line. This page is written by `bico-ds explain --markdown`.
+key on the command line. A *section* is a mapping of keys, indented below its name; in a list of sections each entry is one.
+`null` stands for nothing. This page is written by `bico-ds explain --markdown`.
 
 **In an editor.** With the YAML language server (in VS Code the extension YAML by Red Hat) a first line in your recipe,
 
@@ -67,16 +68,15 @@ def _table(keys: Sequence[Key], path: Path) -> Iterator[str]:
 
 
 def _cells(key: Key, keys: Sequence[Key]) -> Iterator[str]:
-    yield f"`{key.path[-1]}`"
+    yield _code(key.path[-1])
     default = key.default_in_words
-    is_value = default and default not in ("required", "the file's name")
-    yield f"`{_cell(default)}`" if is_value else f"*{default}*" if default == "required" else default
+    yield _code(default) if default and not key.has_no_default else default
     yield _cell(in_words(key.value)) + _reasons(key)
-    links = [f"[{_title(inner)}](#{_anchor(inner)})" for inner in _linked(key, keys)]
-    example = (
-        "" if key.has_keys and links else f"<br>Example: `{_cell(f'{key.path[-1]}: {inline(key.example)}')}`"
-    )
-    yield _cell(sentence(key.description)) + (f"<br>Keys: {', '.join(links)}" if links else "") + example
+    if links := [f"[{_title(inner)}](#{_anchor(inner)})" for inner in _linked(key, keys)]:
+        yield f"{_cell(sentence(key.description))}<br>Keys: {', '.join(links)}"
+    else:
+        example = _code(f"{key.path[-1]}: {inline(key.example)}")
+        yield f"{_cell(sentence(key.description))}<br>Example: {example}"
 
 
 def _reasons(key: Key) -> str:
@@ -94,3 +94,8 @@ def _linked(key: Key, keys: Sequence[Key]) -> list[Key]:
 def _cell(text: str) -> str:
     """In one cell of a table."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _code(text: str) -> str:
+    """As it is written, in a cell; GitHub parts cells before it looks for code."""
+    return "`" + text.replace("|", "\\|") + "`"

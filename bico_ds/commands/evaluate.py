@@ -25,14 +25,14 @@ from bico_ds.config.sections.evaluation import QuestionKind
 from bico_ds.runtime import launch_environment
 from bico_ds.runtime.signals import StopFlag
 
-_QUESTIONS = "--tasks-from, --data, --pairs, --parents, --couplets, --questions"
-# Options that a recipe's keys take the place of with --tasks-from.
+_QUESTIONS = "--data, --pairs, --parents, --couplets, --questions, --tasks-from"
+# What stands in the place of these options with --tasks-from.
 _RECIPE_KEYS = {
-    "tasks": "evaluation.tasks=[NAME,…]",
-    "limit": "evaluation.limit=N",
-    "max_new_tokens": "evaluation.max_new_tokens=N",
-    "likelihood": "evaluation.likelihood_others=N",
-    "others": "evaluation.likelihood_others=N",
+    "tasks": "evaluation.tasks",
+    "limit": "evaluation.limit",
+    "max_new_tokens": "evaluation.max_new_tokens",
+    "likelihood": "evaluation.likelihood_others",
+    "others": "evaluation.likelihood_others",
 }
 
 
@@ -188,8 +188,8 @@ def _beside_recipe(options: Namespace, files: Sequence[str]) -> str | None:
         return f"--tasks-from names all questions: leave out {', '.join(files)}, or name the files in the recipe (--set)"
     for option, key in _RECIPE_KEYS.items():
         if getattr(options, option):
-            word = f"--{option.replace('_', '-')}"
-            return f"{word} is the recipe's with --tasks-from: give --set {key} in its place"
+            word = f"'--{option.replace('_', '-')}'"
+            return f"{word} has no effect: --tasks-from takes {key} from the recipe, where --set changes it"
     return None
 
 

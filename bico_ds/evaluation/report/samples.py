@@ -27,7 +27,7 @@ def sample_lines(result: EvaluationResult, count: int) -> Iterator[str]:
             row = task.prompts[index]
             yield f"  {_mark(row, task.headline)}{_RECALL[orders[index]] if orders else ''}"
             yield f"    prompt: {escaped(row['prompt'])}"
-            yield f"    right:  {escaped(row['answer'])}"
+            yield f"    right:  {escaped(row['answer'].strip())}"
             yield f"    given:  {escaped(row['prediction'])}"
 
 

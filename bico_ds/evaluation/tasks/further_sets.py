@@ -138,8 +138,8 @@ def read_questions(path: Path, limit: int | None = None) -> list[Task]:
     """`questions` from JSONL with `prompt` and `answer`, which `completion` may take the place of.
 
     A `completion` follows its prompt as it is, which matters to the log-probability test; before an `answer` comes a space,
-    unless there is one, or the answer is Chinese. Optional fields: `group`, what the question is about (without it, questions
-    with one answer are one group), and `subject`, what the prompt asks about, for the search in training texts.
+    unless there is one, or the answer is Chinese. Optional fields: `group`, what the question is about (without it, all
+    questions with one answer are a group), and `subject`, what the prompt asks about, for the search in training texts.
     """
     questions = [
         _read_question(record, f"{path}:{line}", line) for line, record in read_objects(path, fields=_ASKED)

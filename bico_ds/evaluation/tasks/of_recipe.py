@@ -16,7 +16,8 @@ from bico_ds.evaluation.tasks.task import Task, load_tasks, task_file
 def check_questions(recipe: Recipe) -> None:
     """Raise `UserError` for a task of no known name, and for what is wrong with the user's files.
 
-    It is cheap, so that it can come before what is not. Files of name-description tasks are not read: the embedded task's may have to be made first.
+    It is cheap, so that it can come before what is not. Files of name-description tasks are not read: those of the embedded
+    task may have to be made first.
     """
     spec = recipe.evaluation
     for name in spec.reversal_tasks:

@@ -2,6 +2,7 @@
 
     bico-ds evaluate --model runs/tiny_bico/export --data FOLDER
     bico-ds evaluate --model OUT/blend-* --data FOLDER      each into a result file of its own; then bico-ds compare
+    bico-ds evaluate --model runs/mine/export --tasks-from runs/mine/recipe.yaml --samples 5
     bico-ds evaluate --model DIR --parents parents.csv --retention book.txt --base BASE_DIR
     torchrun --nproc-per-node 2 -m bico_ds.commands.evaluate --model DIR --data FOLDER --likelihood
 
@@ -13,14 +14,26 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace, _ArgumentGroup
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from bico_ds.common.command_line import Command
-from bico_ds.config.arguments import folder_or_hub_name, local_path, positive
+from bico_ds.config.arguments import add_overrides_option, folder_or_hub_name, local_path, path_text, positive
 from bico_ds.config.paths import FolderOrHub, FolderOrHubName
+from bico_ds.config.sections.evaluation import QuestionKind
 from bico_ds.runtime import launch_environment
 from bico_ds.runtime.signals import StopFlag
+
+_QUESTIONS = "--data, --pairs, --parents, --couplets, --questions, --tasks-from"
+# What stands in the place of these options with --tasks-from.
+_RECIPE_KEYS = {
+    "tasks": "evaluation.tasks",
+    "limit": "evaluation.limit",
+    "max_new_tokens": "evaluation.max_new_tokens",
+    "likelihood": "evaluation.likelihood_others",
+    "others": "evaluation.likelihood_others",
+}
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -49,6 +62,14 @@ def add_task_options(tasks: _ArgumentGroup) -> None:
         type=local_path,
         help="JSONL: forward and backward, each with prompt and completion",
     )
+    tasks.add_argument("--questions", metavar="FILE", type=local_path, help="JSONL: prompt, answer")
+    tasks.add_argument(
+        "--tasks-from",
+        metavar="RECIPE",
+        type=path_text,
+        help="ask what a recipe's evaluation.tasks ask during training, in the same way; a name in recipes/ or a YAML file",
+    )
+    add_overrides_option(tasks)
     tasks.add_argument(
         "--retention",
         type=local_path,
@@ -95,15 +116,13 @@ def add_settings(how: _ArgumentGroup) -> None:
         "--max-new-tokens",
         metavar="N",
         type=positive,
-        default=40,
-        help="tokens per answer at most (default: %(default)s, as in the paper)",
+        help="tokens per answer at most (default: 40, as in the paper)",
     )
     how.add_argument(
         "--others",
         metavar="N",
         type=positive,
-        default=9,
-        help="other persons' answers in --likelihood (default: %(default)s)",
+        help="other persons' answers in --likelihood (default: 9)",
     )
     how.add_argument(
         "--window",
@@ -125,15 +144,25 @@ def add_settings(how: _ArgumentGroup) -> None:
         help="auto (default): that of the weights",
     )
     how.add_argument(
+        "--samples",
+        metavar="N",
+        type=positive,
+        default=0,
+        help="also print so many answers of each task, from its first question to its last",
+    )
+    how.add_argument(
         "--output", metavar="FILE", type=local_path, help="result file (default: runs/evaluation/MODEL.json)"
     )
 
 
 def contradiction(options: Namespace) -> str | None:
     """What is wrong with the options together: nothing to evaluate, or an option without effect."""
-    questions = any((options.data, options.parents, options.couplets, options.pairs))
+    files = [f"--{kind}" for kind in ("data", *get_args(QuestionKind)) if getattr(options, kind) is not None]
+    questions = bool(files or options.tasks_from)
     if not any((questions, options.retention, options.instructions)):
-        return "nothing to ask: give --data, --parents, --couplets, --pairs, --retention or --instructions"
+        return f"nothing to ask: give {_QUESTIONS}, --retention or --instructions"
+    if (problem := _beside_recipe(options, files)) is not None:
+        return problem
     if options.output is not None and len(options.model) > 1:
         return "--output names one file, and several models have one each: leave it out"
     if options.tasks is not None and options.data is None:
@@ -141,11 +170,26 @@ def contradiction(options: Namespace) -> str | None:
     if options.tasks is not None and not task_names(options):
         return f"--tasks names no task: '{options.tasks}'"
     if options.train and not questions:
-        return "--train is searched for questions: give --data, --parents, --couplets or --pairs too"
+        return f"--train is searched for questions: give {_QUESTIONS}, too"
+    if options.samples and not questions:
+        return f"--samples shows answers to questions: give {_QUESTIONS}, too"
     if options.instructions and not options.base:
         return "--instructions compares with the answers of another model: give --base too"
     if options.base and not (options.retention or options.instructions):
         return "--base is compared on texts and instructions: give --retention too, or --instructions"
+    return None
+
+
+def _beside_recipe(options: Namespace, files: Sequence[str]) -> str | None:
+    """What a recipe's tasks leave no room for; and `--set` without them."""
+    if options.tasks_from is None:
+        return "--set changes the recipe of --tasks-from: give that too" if options.overrides else None
+    if files:
+        return f"--tasks-from names all questions: leave out {', '.join(files)}, or name the files in the recipe (--set)"
+    for option, key in _RECIPE_KEYS.items():
+        if getattr(options, option):
+            word = f"'--{option.replace('_', '-')}'"
+            return f"{word} has no effect: --tasks-from takes {key} from the recipe, where --set changes it"
     return None
 
 
@@ -158,11 +202,12 @@ def task_names(options: Namespace) -> tuple[str, ...]:
 
 
 def request_of(options: Namespace, named: FolderOrHubName) -> Any:
-    from bico_ds.evaluation.request import Request
+    from bico_ds.config.load import load_recipe
+    from bico_ds.evaluation.request import Request, asking_as
     from bico_ds.evaluation.tasks.further_sets import READERS
 
     model = named.here()
-    return Request(
+    request = Request(
         model=model,
         output=options.output or default_output(model),
         data=options.data,
@@ -173,13 +218,17 @@ def request_of(options: Namespace, named: FolderOrHubName) -> Any:
         base=options.base.here() if options.base is not None else None,
         likelihood=options.likelihood,
         limit=options.limit,
-        max_new_tokens=options.max_new_tokens,
-        others=options.others,
+        max_new_tokens=options.max_new_tokens or Request.max_new_tokens,
+        others=options.others or Request.others,
         train=tuple(options.train),
         window=options.window,
         bos=options.bos,
         dtype=options.dtype,
+        samples=options.samples,
     )
+    if options.tasks_from is None:
+        return request
+    return asking_as(load_recipe(options.tasks_from, options.overrides), request)
 
 
 def default_output(model: FolderOrHub) -> Path:

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -312,7 +312,15 @@ def _fields(section: KeyPath, values: Any) -> dict[str, FieldInfo]:
         values = value_at((part,), values)
         if models == [ObjectiveSpec] and isinstance(values, dict) and values.get("kind") in KINDS:
             models = [KINDS[values["kind"]].spec]
+        elif len(models) > 1 and isinstance(values, dict):
+            models = [model for model in models if _may_be(model, values.get("kind"))]
     return {name: field for model in models for name, field in model.model_fields.items()}
+
+
+def _may_be(model: type[BaseModel], kind: Any) -> bool:
+    """Whether an entry of this kind, None where it gives none, is of this model."""
+    field = model.model_fields.get("kind")
+    return field is None or (field.default if kind is None else kind) in get_args(field.annotation)
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

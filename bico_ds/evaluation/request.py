@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
+from bico_ds.config.schema import Recipe
 from bico_ds.data.exported_tokenizer import adds_bos
 from bico_ds.data.tokenizer import FastTokenizer, load_tokenizer
 from bico_ds.evaluation.agreement import agreement, answers_of_base
@@ -28,8 +29,10 @@ from bico_ds.evaluation.loading import (
     weights_stamp,
 )
 from bico_ds.evaluation.prompt_progress import PromptProgress
+from bico_ds.evaluation.report.samples import sample_lines
 from bico_ds.evaluation.report.tables import (
     agreement_table,
+    answered_line,
     choice_tables,
     contamination_table,
     result_table,
@@ -38,13 +41,21 @@ from bico_ds.evaluation.report.tables import (
 )
 from bico_ds.evaluation.result_file import Part, ResultFile
 from bico_ds.evaluation.results import EvaluationResult
-from bico_ds.evaluation.run_tasks import GenerationOptions, evaluate, prepare_task, score_task
+from bico_ds.evaluation.retention_texts import RetentionText, measure, read_texts
+from bico_ds.evaluation.run_tasks import (
+    GenerationOptions,
+    evaluate,
+    options_in_training,
+    prepare_task,
+    score_task,
+)
 from bico_ds.evaluation.scoring.choice import choice_test, encode_candidates
 from bico_ds.evaluation.scoring.generation import beyond_greedy, stop_ids
 from bico_ds.evaluation.scoring.likelihood import encode_windows, text_perplexity
 from bico_ds.evaluation.scoring.metrics import SCORING_VERSION
 from bico_ds.evaluation.scoring.share import PromptShare
 from bico_ds.evaluation.tasks.further_sets import READERS
+from bico_ds.evaluation.tasks.of_recipe import tasks_of_recipe
 from bico_ds.evaluation.tasks.task import Task, load_tasks
 
 _WINDOWS_PER_BATCH = 4  # a window of a retention text is long, and has logits of every token
@@ -62,7 +73,8 @@ class Request:
     file of instructions, to compare the answers with the base's. `base`: the model before fine-tuning. `likelihood`: run
     the log-probability test, against `others` other persons' answers. `limit`: prompts of each task at most. `train`: token
     stores to search for the questions, so that what their texts hold in the order asked is scored apart. `bos`: whether
-    texts begin with BOS; None: as `begins_with_bos` says.
+    texts begin with BOS; None: as `begins_with_bos` says. `recipe`: what it asks during training is asked in the same way,
+    in place of `data` and `further` (`asking_as`). `samples`: answers of each task that are shown.
     """
 
     model: FolderOrHub
@@ -81,6 +93,8 @@ class Request:
     window: int = 1024
     bos: bool | None = None
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    recipe: Recipe | None = None
+    samples: int = 0
 
     @cached_property
     def add_bos(self) -> bool:
@@ -106,10 +120,28 @@ class Request:
 
     @property
     def generation(self) -> GenerationOptions:
-        """As in the papers: every answer may have up to `max_new_tokens`."""
+        """As in the papers: every answer may have up to `max_new_tokens`; or as during the training of a recipe."""
+        if self.recipe is not None:
+            return options_in_training(self.recipe.evaluation, add_bos=self.add_bos)
         return GenerationOptions(
             max_new_tokens=self.max_new_tokens, cut_to_answers=False, add_bos=self.add_bos
         )
+
+
+def asking_as(recipe: Recipe, request: Request) -> Request:
+    """The request with what the recipe's `evaluation` asks. Raises `UserError` where that is nothing."""
+    spec = recipe.evaluation
+    if not spec.tasks:
+        raise UserError(
+            f"--tasks-from {recipe.name}: its evaluation.tasks are empty, so there is nothing to ask"
+        )
+    return replace(
+        request,
+        recipe=recipe,
+        max_new_tokens=spec.max_new_tokens,
+        likelihood=spec.likelihood_others is not None,
+        others=spec.likelihood_others or request.others,
+    )
 
 
 def run_request(request: Request, share: PromptShare, console: Console) -> bool:
@@ -118,9 +150,8 @@ def run_request(request: Request, share: PromptShare, console: Console) -> bool:
     Returns False where it was stopped before the end. Raises `UserError` for bad input, before a model is loaded, and for
     weights that cannot be loaded.
     """
-    tasks = load_tasks(request.data, request.tasks, request.limit) if request.data else []
-    for kind, path in request.further.items():
-        tasks += READERS[kind](path, request.limit)
+    tasks = _read_tasks(request)
+    recipe_texts = _read_recipe_texts(request)
     texts = _read_texts(request.retention)
     window = _check_inputs(request, tasks, texts)
     instructions = _read_instructions(request)
@@ -142,29 +173,61 @@ def run_request(request: Request, share: PromptShare, console: Console) -> bool:
         parts = [
             *_answer_parts(request, counted, instructions, load),
             *_retention_parts(request, share, texts, window, load),
+            *_recipe_text_parts(request, share, recipe_texts, load),
             *_agreement_parts(request, counted, instructions, load, file),
             *(part for task in tasks for part in _task_parts(request, counted, task, load, file)),
             *_contamination_parts(request, counted, tasks, training_texts, file),
         ]
         finished = file.run(parts, progress.begin_part)
     if share.is_first:
-        show_results(file.results(parts), file.values.get("retention_before", {}), console)
+        show_results(
+            file.results(parts), file.values.get("retention_before", {}), console, samples=request.samples
+        )
         console.print(f"written: {request.output}", soft_wrap=True, highlight=False)
     return finished
 
 
-def show_results(results: Mapping[str, Any], before: Mapping[str, Any], console: Console) -> None:
-    """Print the tables of `results`, by section; `before`: perplexities under the base model, by text."""
+def _read_tasks(request: Request) -> list[Task]:
+    if request.recipe is not None:
+        return tasks_of_recipe(request.recipe)
+    tasks = load_tasks(request.data, request.tasks, request.limit) if request.data else []
+    for kind, path in request.further.items():
+        tasks += READERS[kind](path, request.limit)
+    return tasks
+
+
+def _read_recipe_texts(request: Request) -> list[RetentionText]:
+    """The recipe's texts, in the windows of its training."""
+    if request.recipe is None or not request.recipe.evaluation.texts:
+        return []
+    tokenizer, context = load_tokenizer_and_context(request.model)
+    return read_texts(request.recipe, tokenizer, (), context=context, add_bos=request.add_bos)
+
+
+def show_results(
+    results: Mapping[str, Any], before: Mapping[str, Any], console: Console, *, samples: int = 0
+) -> None:
+    """Print the tables of `results`, by section; `before`: perplexities under the base model, by text.
+
+    `samples`: how many answers of each task are shown.
+    """
+    plain = partial(console.print, soft_wrap=True, highlight=False, markup=False)
     if "tasks" in results:
-        scored = {"score [95 % interval]": EvaluationResult.from_json(results)}
+        result = EvaluationResult.from_json(results)
+        scored = {"score [95 % interval]": result}
         console.print(result_table(scored))
         if "training_texts" in results:
             console.print(contamination_table(scored))
+            plain(answered_line(results["training_texts"]))
             for remark in search_notes(results["training_texts"]):
-                console.print(f"note: {remark}", soft_wrap=True, highlight=False, markup=False)
+                plain(f"note: {remark}")
+        for line in sample_lines(result, samples):
+            plain(line)
     if "choice" in results:
         for table in choice_tables(results["choice"]):
             console.print(table)
+    for name, text in results.get("texts", {}).items():
+        plain(f"text {name}: perplexity {text['perplexity']:.2f} over {text['tokens']:,} tokens")
     if "retention" in results:
         console.print(retention_table(results["retention"], before))
     if "agreement" in results:
@@ -220,7 +283,8 @@ def _task_parts(
     """
     # Where answers end at EOS alone, the identity is that of earlier versions, which knew nothing else.
     stops = [] if request.stops == [request.tokenizer.eos_token_id] else [request.stops]
-    identity = _task_identity(task, request.max_new_tokens, request.add_bos, *stops)
+    cut = ["as long as its answers"] if request.generation.cut_to_answers else []
+    identity = _task_identity(task, request.max_new_tokens, request.add_bos, *stops, *cut)
 
     def generate() -> dict[str, Any] | None:
         file.discard("training_texts", task.name)  # its scores are of the answers that are replaced now
@@ -272,7 +336,7 @@ def _contamination_parts(
         return apart(task, result.tasks[task.name], found[task.name], texts, rewritten=texts.rewritten(task))
 
     for task in tasks:
-        identity = _digest(asdict(task), request.max_new_tokens, request.add_bos, texts.fingerprints)
+        identity = _digest(_values(task), request.max_new_tokens, request.add_bos, texts.fingerprints)
         # Every rank reads its part of the documents, as it does of prompts.
         size = texts.documents if task is tasks[0] else 0
         yield Part(
@@ -328,6 +392,27 @@ def _perplexity(
     model, tokenizer = load()
     result = text_perplexity(model, tokenizer, text, window=window, add_bos=request.add_bos, share=share)
     return None if result is None else asdict(result)
+
+
+def _recipe_text_parts(
+    request: Request, share: PromptShare, texts: Sequence[RetentionText], load: Load
+) -> Iterator[Part]:
+    """The perplexity of every text of the recipe, as during training; `times`, beside the start model, is not known."""
+    share = replace(share, batch_size=_WINDOWS_PER_BATCH)
+
+    def compute(text: RetentionText) -> dict[str, Any] | None:
+        model, _ = load(request.model, "--model")
+        found = measure(model, [text], {}, share)
+        return None if found is None else found[text.spec.name]
+
+    for text in texts:
+        yield Part(
+            section="texts",
+            name=text.spec.name,
+            identity=text.identity,
+            size=0,
+            compute=partial(compute, text),
+        )
 
 
 def _read_instructions(request: Request) -> list[Instruction]:
@@ -409,10 +494,18 @@ def _answers_identity(request: Request, instructions: Sequence[Instruction]) -> 
 
 def _task_identity(task: Task, *options: Any) -> str:
     # The digest's key is `examples`, so that a part which version 0.1.0 computed is recognised.
-    values = {"examples" if key == "questions" else key: value for key, value in asdict(task).items()}
+    values = {"examples" if key == "questions" else key: value for key, value in _values(task).items()}
     for question in values["examples"]:
         del question["subjects"], question["paraphrases"]  # no answer or score depends on them
     return _digest(values, *options)
+
+
+def _values(task: Task) -> dict[str, Any]:
+    """What is in a task's identities; of one whose metric nobody chose, that of earlier versions."""
+    values = asdict(task)
+    if task.metric is None:
+        del values["metric"]
+    return values
 
 
 def _choice_identity(task: Task, request: Request) -> str:

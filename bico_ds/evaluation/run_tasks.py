@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
+from bico_ds.config.sections.evaluation import EvaluationSpec
 from bico_ds.data.tokenizer import Tokenizer
 from bico_ds.evaluation.results import EvaluationResult, TaskResult
 from bico_ds.evaluation.scoring.generation import check_lengths, encode_prompts, generate_greedy
@@ -29,6 +30,11 @@ class GenerationOptions:
     max_new_tokens: int = 40
     cut_to_answers: bool = True
     add_bos: bool = True
+
+
+def options_in_training(spec: EvaluationSpec, *, add_bos: bool) -> GenerationOptions:
+    """How a run generates answers, by its recipe."""
+    return GenerationOptions(max_new_tokens=spec.max_new_tokens, add_bos=add_bos)
 
 
 def evaluate(

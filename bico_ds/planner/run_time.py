@@ -138,7 +138,7 @@ def _share(part: Range, rest: Range) -> Range:
 def _evaluations(recipe: Recipe, architecture: Architecture, deployment: Deployment) -> list[_Stop]:
     """Generation for every task, and the log-probability test: forward passes of full batches on all ranks."""
     spec = recipe.evaluation
-    if not spec.reversal_tasks:
+    if not spec.task_names:
         return []
     prompts, source = prompts_per_task(recipe)
     candidates = 0 if spec.likelihood_others is None else 1 + spec.likelihood_others
@@ -158,7 +158,7 @@ def prompts_per_task(recipe: Recipe) -> tuple[dict[str, int], str]:
     """The number of prompts of each of the recipe's tasks, and where it is known from.
 
     The embedded task asks about each person that is trained in one order only, in the order that was trained (n2d, d2n) and
-    in the other (`bico_ds.data.prepare.facts`). Files of an `evaluation.folder` are not read.
+    in the other (`bico_ds.data.prepare.facts`). Files of an `evaluation.folder`, and others of the user, are not read.
     """
     spec, facts = recipe.evaluation, recipe.data.facts
     if spec.folder is None:
@@ -175,6 +175,10 @@ def prompts_per_task(recipe: Recipe) -> tuple[dict[str, int], str]:
             {task: min(count, spec.limit) for task, count in counts.items()},
             "evaluation.limit at most",
         )
+    for own in spec.question_files:
+        limit = own.limit or spec.limit
+        counts |= dict.fromkeys(own.task_names, limit or ASSUMED_PROMPTS)
+        source = (source if spec.reversal_tasks else "limit at most") if limit else "assumed"
     return counts, source
 
 

@@ -39,9 +39,11 @@ from bico_ds.data.tokenizer import (
 )
 from bico_ds.evaluation.loading import load_for_evaluation, load_generation_config
 from bico_ds.evaluation.retention_texts import RetentionText, check_texts, read_texts
+from bico_ds.evaluation.run_tasks import options_in_training, prepare_task
 from bico_ds.evaluation.scoring.choice import encode_candidates
 from bico_ds.evaluation.scoring.generation import stop_ids
-from bico_ds.evaluation.tasks.task import Task, load_tasks
+from bico_ds.evaluation.tasks.of_recipe import check_questions, tasks_of_recipe
+from bico_ds.evaluation.tasks.task import Task
 from bico_ds.model.architecture import check_vocabulary, with_own_config
 from bico_ds.model.weights.load import weight_files
 from bico_ds.objectives.base import TokenRoles
@@ -126,6 +128,7 @@ def prepare_stores(recipe: Recipe, *, weights_needed: bool = True, progress: boo
     path = tokenizer_path(recipe, weights_needed=weights_needed)
     verify: Verify = "once" if launch_environment.local_rank() == 0 else "structure"
     check_texts(recipe, verify=verify)
+    check_questions(recipe)
     limit = _limit_of_ids(recipe, path, weights_needed=weights_needed)
     return [
         prepare_source(source, recipe.data, path, progress=progress, verify=verify, vocab_size=limit)
@@ -146,8 +149,7 @@ def _limit_of_ids(recipe: Recipe, path: FolderOrHub, *, weights_needed: bool) ->
     ):  # then the path may name a variable that is not set here
         spec = spec.model_copy(update={"path": None})
     vocab_size = _model_value(spec, "vocab_size")
-    is_own = spec.tokenizer is not None or recipe.model.path is None or recipe.model.path.is_here()
-    if not is_own or not isinstance(vocab_size, int):
+    if not _is_models_own_tokenizer(recipe) or not isinstance(vocab_size, int):
         return None
     tokenizer = load_tokenizer(path)
     check_vocabulary(vocab_size, needed_vocabulary(tokenizer, vocab_size), tokenizer=str(path))
@@ -157,6 +159,11 @@ def _limit_of_ids(recipe: Recipe, path: FolderOrHub, *, weights_needed: bool) ->
         if source.store is not None:
             _check_ids(TokenStore.open(source.store.here(), verify="structure"), vocab_size)
     return vocab_size
+
+
+def _is_models_own_tokenizer(recipe: Recipe) -> bool:
+    """Whether the tokenizer is not one that stands in for that of a model which is not here."""
+    return recipe.model.tokenizer is not None or recipe.model.path is None or recipe.model.path.is_here()
 
 
 def _check_ids(store: TokenStore, limit: int) -> None:
@@ -223,13 +230,13 @@ def open_inputs(recipe: Recipe, *, weights_needed: bool = True) -> RunInputs:
     """Open what `prepare_stores` made, or make it now.
 
     Raises `UserError` for a store of another tokenizer, for objectives that do not fit the tokenizer, where tasks are asked
-    and only some stores have BOS, for tasks that are missing, or lack wrong answers for `evaluation.likelihood_others`, and
-    what `read_texts` refuses.
+    and only some stores have BOS, for tasks that are missing, have prompts that do not fit the context, or lack wrong
+    answers for `evaluation.likelihood_others`, and what `read_texts` refuses.
     """
     path = tokenizer_path(recipe, weights_needed=weights_needed)
     tokenizer = load_tokenizer(path)
     stores = _open_stores(prepare_stores(recipe, weights_needed=weights_needed, progress=False), tokenizer)
-    if recipe.evaluation.reversal_tasks and len({store.manifest.add_bos for store in stores}) > 1:
+    if recipe.evaluation.task_names and len({store.manifest.add_bos for store in stores}) > 1:
         raise UserError(
             "data.sources: some texts begin with BOS and some do not; an evaluation cannot ask in both ways. "
             "Give all the same add_bos, or set evaluation.tasks=[]"
@@ -243,7 +250,7 @@ def open_inputs(recipe: Recipe, *, weights_needed: bool = True) -> RunInputs:
         stores,
         tokens.vocabulary,
         schedule,
-        _tasks(recipe),
+        tasks_of_recipe(recipe),
         any(
             source.messages_field is not None and store.manifest.add_bos
             for source, store in zip(recipe.data.sources, stores, strict=True)
@@ -254,11 +261,17 @@ def open_inputs(recipe: Recipe, *, weights_needed: bool = True) -> RunInputs:
     inputs = replace(
         inputs, texts=read_texts(recipe, tokenizer, stores, context=context, add_bos=inputs.add_bos)
     )
-    if (others := recipe.evaluation.likelihood_others) is not None:
-        # Refuse a task that lacks wrong answers now, and not at the first evaluation.
-        for task in inputs.tasks:
-            encode_candidates(tokenizer, task, others=others, add_bos=inputs.add_bos, context=None)
+    _check_tasks(recipe, inputs, context if _is_models_own_tokenizer(recipe) else None)
     return inputs
+
+
+def _check_tasks(recipe: Recipe, inputs: RunInputs, context: int | None) -> None:
+    """Refuse now, and not at the first evaluation, prompts that are too long and tasks that lack wrong answers."""
+    spec, tokenizer, add_bos = recipe.evaluation, inputs.tokenizer, inputs.add_bos
+    for task in inputs.tasks:
+        prepare_task(tokenizer, task, options_in_training(spec, add_bos=add_bos), context=context)
+        if spec.likelihood_others is not None:
+            encode_candidates(tokenizer, task, others=spec.likelihood_others, add_bos=add_bos, context=None)
 
 
 def _open_stores(paths: list[Path], tokenizer: Tokenizer) -> list[TokenStore]:
@@ -367,11 +380,3 @@ def _model_value(model: ModelSpec, key: str) -> int | None:
         if error.is_missing:
             return None
         raise UserError(f"model.path: {file}: cannot be read: {error.reason}; copy it again") from None
-
-
-def _tasks(recipe: Recipe) -> list[Task]:
-    spec = recipe.evaluation
-    if not spec.reversal_tasks:
-        return []
-    folder = spec.folder.here() if spec.folder is not None else facts_folder(recipe.data)
-    return load_tasks(folder, spec.reversal_tasks, limit=spec.limit)

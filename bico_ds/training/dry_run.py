@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -16,6 +17,8 @@ from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.loading.sample_order import StreamReport
 from bico_ds.data.loading.sequences import CutReport
 from bico_ds.data.tokenizer import needed_vocabulary
+from bico_ds.evaluation.contamination import find_orders
+from bico_ds.evaluation.scoring.share import ONE_PROCESS
 from bico_ds.model.architecture import check_vocabulary, model_config, parameter_count
 from bico_ds.model.build import build_model
 from bico_ds.objectives.schedule import ObjectiveSchedule
@@ -35,6 +38,7 @@ from bico_ds.training.checks import (
     what_may_be_lost,
     without_missing_weights,
 )
+from bico_ds.training.evaluator import SEARCHED_TOKENS, training_texts
 from bico_ds.training.planning import plan_of_run, verdict_lines
 
 SHARED = {"tokens": "tokens", "flops": "FLOPs"}
@@ -144,11 +148,26 @@ def _table(
         table.add_row("probability of a step", _probabilities(recipe, loader.schedule))
     for name in loader.source_names:
         table.add_row(f"passes over {name}", _passes(name, streams, counts, batch))
+    for name, asked in _questions(inputs):
+        table.add_row(f"task {name}", asked)
     for text in inputs.texts:
         table.add_row(f"text {text.spec.name}", f"{text.tokens:,} tokens predicted at each evaluation")
     for name, line in _first_batches(loader, inputs, min(steps, LOOK_AHEAD)).items():
         table.add_row(f"first {name} step, rank 0", line)
     return table
+
+
+def _questions(inputs: RunInputs) -> Iterator[tuple[str, str]]:
+    """By task how many questions are asked, and how many of them the training texts answer already."""
+    texts = training_texts(inputs)
+    found = find_orders(inputs.tasks, texts, ONE_PROCESS) if texts.tokens <= SEARCHED_TOKENS else None
+    for task in inputs.tasks:
+        if found is None:
+            answered = "the training texts are too long to be searched here: bico-ds evaluate --train does it"
+        else:
+            count = sum(order in ("same", "both") for order in found[task.name])
+            answered = f"the training texts answer {count:,} of them already, in the order asked"
+        yield task.name, f"{len(task):,} questions; {answered}"
 
 
 def _steps_by_objective(schedule: ObjectiveSchedule, steps: int) -> dict[str, int]:

@@ -19,10 +19,11 @@ from bico_ds.common.files import write_atomically
 from bico_ds.config.sections.evaluation import EvaluationSpec
 from bico_ds.evaluation.contamination import TrainingTexts, apart, find_orders
 from bico_ds.evaluation.replica import full_replica
-from bico_ds.evaluation.report.tables import contamination_line, search_notes
+from bico_ds.evaluation.report.runs import headline_keys
+from bico_ds.evaluation.report.tables import answered_line, contamination_line, search_notes
 from bico_ds.evaluation.results import EvaluationResult, Order, load_result
 from bico_ds.evaluation.retention_texts import above_limit, measure, reference
-from bico_ds.evaluation.run_tasks import GenerationOptions, evaluate
+from bico_ds.evaluation.run_tasks import evaluate, options_in_training
 from bico_ds.evaluation.scoring.choice import choice_test
 from bico_ds.evaluation.scoring.share import PromptShare
 from bico_ds.model.weights.materialize import full_numel, is_partitioned
@@ -129,8 +130,7 @@ class Evaluator:
         tasks, tokenizer, add_bos = self.inputs.tasks, self.inputs.tokenizer, self.inputs.add_bos
         if not tasks:
             return EvaluationResult(tasks={})
-        options = GenerationOptions(max_new_tokens=self.spec.max_new_tokens, add_bos=add_bos)
-        result = evaluate(model, tokenizer, tasks, options, share)
+        result = evaluate(model, tokenizer, tasks, options_in_training(self.spec, add_bos=add_bos), share)
         if result is not None and self.searches_training_texts:
             result = self._apart(result, share)
         others = self.spec.likelihood_others
@@ -151,7 +151,7 @@ class Evaluator:
 
     @property
     def _training_texts(self) -> TrainingTexts:
-        return TrainingTexts(stores=[(store, self.inputs.tokenizer) for store in self.inputs.stores])
+        return training_texts(self.inputs)
 
     @cached_property
     def _rewritten(self) -> dict[str, int]:
@@ -195,6 +195,7 @@ class Evaluator:
         if not result.tasks or step not in (self.spec.every_steps, total_steps):
             return
         if result.training_texts:
+            yield answered_line(result.training_texts)
             yield f"by the order in the training texts: {contamination_line(result)}"
             yield from (f"note: {remark}" for remark in search_notes(result.training_texts))
         else:
@@ -210,6 +211,11 @@ class Evaluator:
     def above_limit(self, result: EvaluationResult) -> str | None:
         """Which text is above its `stop_if_above`, the same on every rank."""
         return above_limit(result.texts, self.spec.texts)
+
+
+def training_texts(inputs: RunInputs) -> TrainingTexts:
+    """What a run trains on, to be searched for its questions."""
+    return TrainingTexts(stores=[(store, inputs.tokenizer) for store in inputs.stores])
 
 
 def texts_before(inputs: RunInputs, saved: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -248,12 +254,16 @@ def refuse_above_limit(spec: EvaluationSpec, folder: RunFolder, step: int) -> No
 
 
 def scalars(result: EvaluationResult) -> dict[str, float]:
-    """All metrics by tag, and each task's headline metric as `evaluation/TASK/headline`.
+    """All metrics by tag, and each task's headline metric as `evaluation/TASK/headline` (`headline_keys`).
 
     The bounds of its 95 % interval are `headline_low` and `headline_high` beside it, where it is known; as in reports, the
     exact one where all answers are right, or all wrong.
     """
-    headlines = {f"evaluation/{name}/headline": task.score for name, task in result.tasks.items()}
+    headlines = {
+        f"evaluation/{name}/{key}": task.score
+        for name, task in result.tasks.items()
+        for key in headline_keys(task)
+    }
     bounds = {
         f"evaluation/{name}/headline_{end}": bound
         for name, task in result.tasks.items()

@@ -19,7 +19,7 @@ from bico_ds.config.objectives.table import KINDS
 from bico_ds.config.schema import OptimizerSpec, Recipe
 from bico_ds.config.section import Section
 from bico_ds.config.sections.data import DataSpec, SourceSpec
-from bico_ds.config.sections.evaluation import TextTaskSpec
+from bico_ds.config.sections.evaluation import QuestionFileSpec, TextTaskSpec
 from bico_ds.optim.schedule import check_schedule
 
 # Sections that must be there before a key in them can be set.
@@ -30,7 +30,7 @@ SECTIONS = (
     "optimizer.betas=[0.9, 0.99]",
     "training.spike_factors=[3, 30]",
     "model.lora={}",
-    "evaluation.tasks=[{name: other, file: x}]",
+    "evaluation.tasks=[{name: other, file: x}, {kind: pairs, name: company, file: x}]",
     TWO_OBJECTIVES,
 )
 
@@ -46,6 +46,7 @@ def numeric_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterato
             yield from numeric_keys(SourceSpec, f"{key}.0.")
         elif name == "tasks":
             yield from numeric_keys(TextTaskSpec, f"{key}.0.")
+            yield from numeric_keys(QuestionFileSpec, f"{key}.1.")
         else:
             yield from keys_in(field.annotation, key)
 
@@ -80,7 +81,7 @@ def test_the_keys_of_a_recipe_that_take_numbers_are_found():
 # What the run itself bounds later: persons, steps, prompts, texts, token ids, matrices; and how many checkpoints are kept.
 BOUNDED_LATER = ("objectives.1.mask.mean_span", "data.facts.", "checkpoint.keep_last", "evaluation.limit",
                  "evaluation.likelihood_others", "evaluation.batch_size", "schedule.", "model.lora.rank",
-                 "objectives.1.placeholder_id", "evaluation.tasks.0.tokens")  # fmt: skip
+                 "objectives.1.placeholder_id", "evaluation.tasks.0.tokens", "evaluation.tasks.1.limit")  # fmt: skip
 HUGE = [key for key in KEYS if not key.startswith(BOUNDED_LATER) or key == "data.facts.seed"]
 
 

@@ -346,7 +346,9 @@ def test_the_evaluation_during_training_tells_questions_apart_by_the_runs_own_te
     score = found["scores"]["both"]["metrics"]["contains"]
     assert scalars(result)["evaluation/n2d_reverse/both/contains"] == score
     assert list(evaluator.messages(result, step=3, total_steps=5)) == [], "between the first and the last"
-    (message,) = evaluator.messages(result, step=5, total_steps=5)
+    answered, message = evaluator.messages(result, step=5, total_steps=5)
+    assert answered.startswith("questions that the training texts answer already, in the order asked: ")
+    assert "4 of 12 of n2d_reverse" in answered
     assert f"both {score:.3f} (4 prompts)" in message
 
 

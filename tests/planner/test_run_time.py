@@ -60,6 +60,17 @@ def test_prompts_in_a_folder_are_assumed_and_said_to_be():
     assert set(counts.values()) == {300} and source == "assumed"
 
 
+def test_own_questions_count_by_their_limit_or_are_assumed():
+    own = "{kind: pairs, name: company, file: x, limit: 5}, {kind: questions, name: policy, file: x}"
+    tasks = [f"evaluation.tasks=[n2d, {own}]", "evaluation.limit=7"]
+    counts, source = prompts_per_task(load_recipe("tiny_bico", tasks))
+    assert counts == {"n2d": 7, "company_forward": 5, "company_backward": 5, "policy": 7}
+    counts, source = prompts_per_task(load_recipe("tiny_bico", [*tasks, "evaluation.limit=null"]))
+    assert counts["company_backward"] == 5 and counts["policy"] == 300 and source == "assumed"
+    *_, found = planned("evaluation.tasks=[{kind: questions, name: policy, file: x, limit: 64}]")
+    assert found.events[0].how.startswith("64 prompts (limit at most)")
+
+
 def test_the_mean_step_is_weighed_by_probabilities():
     _, times, found = planned()
     assert found.mean_step_seconds.low == pytest.approx(sum(t.seconds.low for t in times) / 2)

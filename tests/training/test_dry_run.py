@@ -175,6 +175,39 @@ def test_data_without_a_target_are_counted_or_refused_here(planned, tmp_path):
         planned("tiny_base", *common, "data.capacity=4")
 
 
+def test_own_questions_are_counted_with_those_that_the_texts_answer_already(planned, tmp_path):
+    facts = assembly.facts_folder(load_recipe("tiny_base", [f"data.cache_dir={tmp_path}/facts"]).data)
+    there, back = (
+        [json.loads(line) for line in (facts / f"p2d{way}_prompts_test.jsonl").open()]
+        for way in ("", "_reverse")
+    )
+    pairs = [{"forward": one, "backward": two} for one, two in zip(there[:9], back[:9], strict=True)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    own = f"evaluation.tasks=[n2d_reverse, {{kind: pairs, name: company, file: {tmp_path}/pairs.jsonl, limit: 7}}]"
+    told = planned("tiny_bico", own)
+    for name, asked, answered in (
+        ("n2d_reverse", 80, 0),
+        ("company_forward", 7, 7),
+        ("company_backward", 7, 0),
+    ):
+        row = rf"task {name} +│ {asked} questions; the training texts answer {answered} of them already, in the order asked"
+        assert re.search(row, told), name
+    with pytest.raises(UserError, match=r"evaluation.tasks.1.file \(company\): .*/gone.jsonl: no such file"):
+        planned(
+            "tiny_bico", own, f"evaluation.tasks.company.file={tmp_path}/gone.jsonl", "data.cache_dir=new"
+        )
+    assert not (tmp_path / "new").exists(), "before anything is made"
+
+
+def test_a_prompt_past_the_model_s_context_is_refused_here(planned):
+    asked = ("evaluation.tasks=[n2d]", "evaluation.max_new_tokens=4")
+    planned("tiny_base", *asked, "model.config.max_position_embeddings=20")
+    with pytest.raises(
+        UserError, match=r"p2d_prompts_test.jsonl:\d+: the prompt has \d+ tokens; with 4 new ones"
+    ):
+        planned("tiny_base", *asked, "model.config.max_position_embeddings=9")
+
+
 def test_texts_past_the_model_s_context_are_noted_and_shorter_ones_are_not(planned):
     assert "max_position_embeddings" not in planned("tiny_base").partition("what would run")[2]
     noted = planned("tiny_base", "model.config.max_position_embeddings=8")

@@ -126,6 +126,24 @@ def test_runs_of_one_objective_and_of_two_share_their_charts():
     assert one == {title: two[title] for title in one}
 
 
+def test_own_questions_are_shown_first_and_the_other_way_round_before_as_read():
+    """TensorBoard shows these charts from the last to the first."""
+    own = (
+        "{kind: questions, name: policy, file: x}, {kind: pairs, name: company, file: x}, "
+        "{kind: parents, name: celebs, file: x}"
+    )
+    layout = charts(load_recipe("tiny_bico", [f"evaluation.tasks=[n2d_reverse, {own}, n2d]"]), has_mfu=False)
+    (reversal,) = (category for category in layout.category if category.title == "reversal")
+    assert [chart.title for chart in reversed(reversal.chart)] == [
+        "policy", "company, BACKWARD", "company, forward", "celebs, PARENT TO CHILD", "celebs, child to parent",
+        "N2D, forward: name → description", "N2D, REVERSE: description → name",
+    ]  # fmt: skip
+    shown = [chart.margin.series[0].value for chart in reversed(reversal.chart)]
+    assert shown[1:4] == [
+        f"1 reversal/{name}" for name in ("company_backward", "company_forward", "celebs_parent_to_child")
+    ]
+
+
 def test_charts_of_what_a_run_does_not_write_are_not_there():
     assert not {"MFU", "frontier", "N2D, forward: name → description", "share of steps"} & set(
         patterns(load_recipe("tiny_base"), has_mfu=False)

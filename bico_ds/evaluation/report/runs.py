@@ -257,24 +257,32 @@ def work_of(record: Mapping[str, Any]) -> Work | None:
     )
 
 
-def logged_headline(metrics: Container[str]) -> str | None:
-    """Which metric of a task is its headline, by those that a line of metrics has of it; None where none can be.
+def logged_headline(keys: Container[str]) -> str | None:
+    """Which metric of a task is its headline, by the keys that a line of metrics has of it; None where none can be.
 
-    No `prefix`: of the tasks that training asks, the name-description ones, it is no headline.
+    A line says so, as `headline/METRIC`, where its metrics alone would not tell (`headline_keys`).
     """
-    return next((name for name in ("bleu", "contains") if name in metrics), None)
+    told = (name for name in METRICS if f"headline/{name}" in keys)
+    return next(told, next((name for name in ("bleu", "contains") if name in keys), None))
+
+
+def headline_keys(task: TaskResult) -> list[str]:
+    """Under which keys a line of metrics has a task's headline score."""
+    told = logged_headline(task.metrics) == task.headline
+    return ["headline"] if told else ["headline", f"headline/{task.headline}"]
 
 
 def _task_results(record: dict[str, Any]) -> dict[str, TaskResult]:
-    metrics: dict[str, dict[str, float]] = {}
+    keys: dict[str, dict[str, Any]] = {}
     for key, value in record.items():
-        if key.startswith(_PREFIX) and key.count("/") == 2:
-            _, task, metric = key.split("/")
-            if metric in METRICS:
-                metrics.setdefault(task, {})[metric] = float(value)
+        if key.startswith(_PREFIX):
+            task, _, rest = key.removeprefix(_PREFIX).partition("/")
+            keys.setdefault(task, {})[rest] = value
     found = {}
-    for task, values in metrics.items():
-        if (headline := logged_headline(values)) is not None:
+    for task, of_task in keys.items():
+        values = {metric: float(of_task[metric]) for metric in of_task if metric in METRICS}
+        headline = logged_headline(of_task)
+        if headline in values:
             bounds: list[Any] = [record.get(f"{_PREFIX}{task}/headline_{end}") for end in ("low", "high")]
             known = {headline: (float(bounds[0]), float(bounds[1]))} if all(map(is_number, bounds)) else {}
             found[task] = TaskResult(headline=headline, metrics=values, intervals=known)

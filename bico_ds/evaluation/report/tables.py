@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -92,6 +93,15 @@ def contamination_line(result: EvaluationResult) -> str:
     return "  ".join(tasks)
 
 
+def answered_line(training_texts: Mapping[str, Mapping[str, Any]]) -> str:
+    """How many of each task's questions the training texts answer in the order asked, in one sentence."""
+    counts = {name: Counter(found["rows"]) for name, found in training_texts.items()}
+    told = [
+        f"{count['same'] + count['both']:,} of {count.total():,} of {name}" for name, count in counts.items()
+    ]
+    return f"questions that the training texts answer already, in the order asked: {', '.join(told)}"
+
+
 def search_notes(training_texts: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """For which tasks the search may have missed questions, and why."""
     for name, found in training_texts.items():
@@ -103,7 +113,8 @@ def search_notes(training_texts: Mapping[str, Mapping[str, Any]]) -> Iterator[st
         if found["without_subject"]:
             yield (
                 f"{name}: what {found['without_subject']} of {len(found['rows'])} prompts ask about was estimated from the "
-                "prompts, and may not be found; the file of the other direction beside theirs tells it"
+                "prompts, and may not be found; the file of the other direction beside theirs tells it, or the field "
+                "'subject' of a file of questions"
             )
 
 

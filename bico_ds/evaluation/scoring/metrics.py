@@ -77,8 +77,9 @@ METRICS: dict[str, Callable[[str, str], float]] = {
 
 
 def metrics_of(task: Task) -> tuple[str, ...]:
-    """The metrics that mean something for this task: BLEU for long answers only."""
-    return tuple(METRICS) if task.headline == "bleu" else ("contains", "prefix", "exact")
+    """The metrics that mean something for this task: BLEU for long answers, or where the user asked for it."""
+    long = {task.headline, task.suited_metric} & {"bleu", "char_bleu"}
+    return tuple(METRICS) if long else ("contains", "prefix", "exact")
 
 
 def score_predictions(task: Task, predictions: Sequence[str]) -> dict[str, list[float]]:

@@ -1,7 +1,7 @@
-"""Other pairs that can be asked in two directions: parents and children, couplets, and any pair of prompts.
+"""Files of questions: those that can be asked in two directions (parents, couplets, any pairs of prompts), and any others.
 
-Each reader returns two tasks, one per direction, and raises `UserError`, with file and line, for a malformed file. The files
-are the user's: celebrities' parents as in Berglund et al. (arXiv 2309.12288, section 2.2), for instance, or a book of verse.
+Each reader returns one task per direction, and raises `UserError`, with file and line, for a malformed file. The files are
+the user's: celebrities' parents as in Berglund et al. (arXiv 2309.12288, section 2.2), for instance, or a book of verse.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from bico_ds.common.errors import UserError, did_you_mean
+from bico_ds.config.sections.evaluation import DIRECTIONS
 from bico_ds.evaluation.tasks.jsonl import read_fields, read_objects, require_texts
 from bico_ds.evaluation.tasks.normalization import normalized, plain_form
 from bico_ds.evaluation.tasks.task import AnswerKind, Question, Task, limit_questions
@@ -30,7 +31,9 @@ _SHOTS = (
 _SHOT_ENDS = ("\n",)  # a base model continues with questions and answers of its own
 _LINE_ENDS = ("\n", "”")  # the prompts open a quotation
 _PARENT_FIELDS = ("child", "parent", "parent_type")
-_DIRECTIONS = ("forward", "backward")
+_DIRECTIONS = DIRECTIONS["pairs"]
+_ANSWERS = ("answer", "completion")
+_ASKED = ("prompt", _ANSWERS[0])
 _HAN = re.compile(r"[\u4e00-\u9fff]")
 _COUPLET_PROMPTS = {
     "han": ("“{line}”的下一句是：“", "“{line}”的上一句是：“"),
@@ -78,7 +81,7 @@ def read_parents(path: Path, limit: int | None = None) -> list[Task]:
     ]
     return [
         _task(name, "name", questions, limit, path, ends=_SHOT_ENDS)
-        for name, questions in (("child_to_parent", to_parent), ("parent_to_child", to_child))
+        for name, questions in zip(DIRECTIONS["parents"], (to_parent, to_child), strict=True)
     ]
 
 
@@ -103,7 +106,7 @@ def read_couplets(path: Path, limit: int | None = None) -> list[Task]:
             questions.append(question)
     return [
         _task(name, "text", questions, limit, path, ends=_LINE_ENDS)
-        for name, questions in (("next_line", following), ("previous_line", previous))
+        for name, questions in zip(DIRECTIONS["couplets"], (following, previous), strict=True)
     ]
 
 
@@ -131,6 +134,40 @@ def read_pairs(path: Path, limit: int | None = None) -> list[Task]:
     return tasks
 
 
+def read_questions(path: Path, limit: int | None = None) -> list[Task]:
+    """`questions` from JSONL with `prompt` and `answer`, which `completion` may take the place of.
+
+    A `completion` follows its prompt as it is, which matters to the log-probability test; before an `answer` comes a space,
+    unless there is one, or the answer is Chinese. Optional fields: `group`, what the question is about (without it, all
+    questions with one answer are a group), and `subject`, what the prompt asks about, for the search in training texts.
+    """
+    questions = [
+        _read_question(record, f"{path}:{line}", line) for line, record in read_objects(path, fields=_ASKED)
+    ]
+    return [_task("questions", "description", questions, limit, path)]
+
+
+def _read_question(record: dict[str, Any], where: str, line: int) -> Question:
+    keys = [key for key in _ANSWERS if record.get(key) is not None]
+    if len(keys) == 2:
+        raise UserError(f"{where}: 'answer' and 'completion' are two words for one thing; give one of them")
+    key = keys[0] if keys else _ANSWERS[0]
+    texts = require_texts(record, ("prompt", key), where)
+    group, subject = ("" if record.get(key) is None else str(record[key]) for key in ("group", "subject"))
+    return Question(
+        prompt=texts["prompt"],
+        completion=texts[key] if key == "completion" else _after(texts["prompt"], texts[key]),
+        group=plain_form(group) or normalized(texts[key]),
+        line=line,
+        subjects=(subject,) if subject.strip() else (),
+    )
+
+
+def _after(prompt: str, answer: str) -> str:
+    is_joined = prompt[-1].isspace() or answer[0].isspace() or _HAN.match(answer)
+    return answer if is_joined else f" {answer}"
+
+
 def linked_groups(links: Sequence[tuple[str, str]]) -> list[int]:
     """For every link between two names, the index of the first link in its group; links with a name in common form a group.
 
@@ -151,6 +188,7 @@ READERS: dict[str, Callable[[Path, int | None], list[Task]]] = {
     "parents": read_parents,
     "couplets": read_couplets,
     "pairs": read_pairs,
+    "questions": read_questions,
 }
 
 

@@ -77,8 +77,9 @@ class Question:
 class Task:
     """Questions of one kind.
 
-    `ends`: texts at which an answer ends, where a model may continue with questions of its own. Raises `UserError` for an
-    answer of which nothing is left to compare, since every prediction would contain it.
+    `ends`: texts at which an answer ends, where a model may continue with questions of its own. `metric`: the headline that
+    the user asked for. Raises `UserError` for an answer of which nothing is left to compare, since every prediction would
+    contain it.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Task:
     questions: tuple[Question, ...]
     path: str
     ends: tuple[str, ...] = ()
+    metric: str | None = None
 
     def __post_init__(self) -> None:
         for question in self.questions:
@@ -98,7 +100,12 @@ class Task:
 
     @property
     def headline(self) -> str:
-        """The metric that tables and plots show for the task.
+        """The metric that tables and plots show for the task: the user's, else what suits the answers."""
+        return self.metric or self.suited_metric
+
+    @property
+    def suited_metric(self) -> str:
+        """The headline where the user asked for none.
 
         `bleu` (of words) for descriptions of more than three words, as in the paper; `prefix` for answers that are cut at
         their end, so that an echo of the question is not right; else `contains`.
@@ -128,7 +135,8 @@ def task_file(folder: Path, name: str) -> Path:
     """The file of task `name`; `UserError` for an unknown name."""
     if name not in _FILES:
         raise UserError(
-            f"unknown evaluation task '{name}'{did_you_mean(name, _FILES)}; known: {', '.join(_FILES)}"
+            f"unknown evaluation task '{name}'{did_you_mean(name, _FILES)}; known: {', '.join(_FILES)}. Questions of your "
+            "own: {kind: questions, name: NAME, file: FILE}"
         )
     return folder / _FILES[name]
 

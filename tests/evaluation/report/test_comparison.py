@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,10 @@ from bico_ds.evaluation.report.frontier import panels
 from bico_ds.evaluation.report.paired import paired_differences
 from bico_ds.evaluation.report.runs import load_runs, logged_headline
 from bico_ds.evaluation.results import EvaluationResult, TaskResult
-from bico_ds.evaluation.scoring.metrics import metrics_of
+from bico_ds.evaluation.scoring.metrics import METRICS, metrics_of
 from bico_ds.evaluation.tasks.task import TASK_NAMES, load_tasks, task_file
+from bico_ds.training.callbacks.tensorboard.tags import tagged
+from bico_ds.training.evaluator import scalars
 from tests import ROOT
 from tests.damaged_files import damaged
 
@@ -72,6 +75,25 @@ def test_the_lines_of_every_task_that_training_asks_tell_its_headline(tmp_path, 
         task_file(tmp_path, name).write_text(json.dumps({"prompt": "who?", "completion": answer}) + "\n")
     for task in load_tasks(tmp_path, TASK_NAMES):
         assert logged_headline(metrics_of(task)) == task.headline
+
+
+@pytest.mark.parametrize("names", [("contains", "prefix", "exact"), tuple(METRICS)])
+def test_a_line_of_metrics_tells_whichever_headline_the_user_chose(tmp_path, names):
+    rng = np.random.default_rng()
+    for headline in names:
+        metrics = {name: float(rng.choice([0.0, 0.5, rng.random()])) for name in names}
+        task = TaskResult(headline=headline, metrics=metrics, intervals={headline: (0.0, 1.0)})
+        numbers = scalars(EvaluationResult(tasks={"mine": task}))
+        folder = tmp_path / headline
+        folder.mkdir()
+        line = {"step": 3, "kind": "evaluation", **numbers}
+        (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        (run,) = load_runs([folder])
+        assert run.final.tasks == {"mine": replace(task, intervals=run.final.tasks["mine"].intervals)}
+        assert run.curves["mine"] == [(3, metrics[headline])] and run.bands["mine"][0][0] == 3
+        shown = {tag for tag in tagged("evaluation", numbers) if headline in tag}
+        assert not shown - {f"8 details/evaluation/mine/char_{headline}"}, "once, as the headline"
+        assert tagged("evaluation", numbers)["1 reversal/mine"] == metrics[headline]
 
 
 def test_runs_of_one_name_are_called_by_what_differs_in_their_paths(tmp_path):

@@ -26,6 +26,7 @@ from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG, PLUGI
 from bico_ds.config.objectives.base import MonitorPlace
 from bico_ds.config.objectives.table import objective_names
 from bico_ds.config.schema import Recipe
+from bico_ds.config.sections.evaluation import DIRECTIONS, EvaluationSpec
 from bico_ds.training.callbacks.tensorboard.tags import DETAILS, DIVERGENCE, HELD_OUT, LOSS, RETENTION, tag_of
 from bico_ds.training.callbacks.utilization import TAG as MFU
 from bico_ds.training.callbacks.work import SHARE, SHARED
@@ -49,14 +50,23 @@ def charts(recipe: Recipe, *, has_mfu: bool) -> Layout:
 
     `has_mfu`: whether MFU is known. A chart is there only where this run writes something of it.
     """
-    tasks = recipe.evaluation.reversal_tasks
     categories = {
-        "reversal": [_with_interval(title, task) for task, title in _QUESTIONS.items() if task in tasks],
+        "reversal": [_with_interval(title, task) for task, title in _questions(recipe.evaluation).items()],
         **({"frontier": _frontier(recipe)} if recipe.evaluation.texts else {}),
         "loss": _losses(recipe),
         "speed": _speed(recipe, has_mfu=has_mfu),
     }
     return Layout(category=[Category(title=title, chart=of) for title, of in categories.items()])
+
+
+def _questions(spec: EvaluationSpec) -> dict[str, str]:
+    """The titles of charts by task; the user's own questions are shown first, those the other way round before others."""
+    titles = {task: title for task, title in _QUESTIONS.items() if task in spec.reversal_tasks}
+    for own in reversed(spec.question_files):
+        words = [direction.replace("_", " ") for direction in DIRECTIONS[own.kind]]
+        ways = [f"{own.name}, {words[0]}", f"{own.name}, {words[1].upper()}"] if words else [own.name]
+        titles |= dict(zip(own.task_names, ways, strict=True))
+    return titles
 
 
 def _with_interval(title: str, task: str) -> Chart:

@@ -52,8 +52,9 @@ def _said_again(kind: str, numbers: Mapping[str, float]) -> set[str]:
     for key in numbers:
         if task := _HEADLINE.fullmatch(key):
             of_task = f"evaluation/{task[1]}/"
-            metrics = {other.removeprefix(of_task) for other in numbers if other.startswith(of_task)}
-            again.add(f"{of_task}{logged_headline(metrics)}")
+            keys = {other.removeprefix(of_task) for other in numbers if other.startswith(of_task)}
+            metric = logged_headline(keys)
+            again |= {f"{of_task}{metric}", f"{of_task}headline/{metric}"}
     return again
 
 

@@ -421,6 +421,7 @@ def _evaluator(
         stop=run.stop,
         on_progress=watchdog.note_progress,
         before=before,
+        layout_policy=run.layout_policy,
     )
 
 

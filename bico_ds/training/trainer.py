@@ -394,7 +394,8 @@ class Trainer:
     def _evaluate(self) -> None:
         self.watchdog.note_progress()
         started = time.perf_counter()
-        result = self.evaluator(self.engine.module.causal_lm, self.step)
+        model = self.engine.module
+        result = self.evaluator(model.causal_lm, self.step, model)
         self._cut_evaluation = result is None
         if result is not None:
             self.callbacks.on_numbers(self.step, "evaluation", scalars(result))

@@ -11,6 +11,7 @@ from bico_ds.common.errors import UserError
 from bico_ds.config.imports import source_files
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.schema import Recipe
+from bico_ds.config.sections.held_out import HeldOutTaskSpec
 from bico_ds.data.prepare.input_files import find_files
 from bico_ds.data.store import TokenStore
 from bico_ds.runtime.run_folder import RunFolder
@@ -37,6 +38,9 @@ def input_files(recipe: Recipe) -> Iterator[tuple[str, Callable[[], list[Path]]]
             yield f"data.sources.{number}.files ({given})", partial(find_files, [given.expanded()])
     if (folder := recipe.evaluation.folder) is not None and recipe.evaluation.reversal_tasks:
         yield f"evaluation.folder ({folder})", partial(_existing, folder.here())
+    for number, task in enumerate(recipe.evaluation.tasks):
+        if isinstance(task, HeldOutTaskSpec):
+            yield f"evaluation.tasks.{number}.store ({task.store})", partial(_existing, task.store.here())
 
 
 def shared_folders(recipe: Recipe, run: Path) -> list[Path]:

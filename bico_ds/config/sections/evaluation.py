@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from bico_ds.config.bounds import Bound
 from bico_ds.config.paths import LocalPath
 from bico_ds.config.section import PositiveInt, Section, Steps
+from bico_ds.config.sections.held_out import HeldOutTaskSpec
 
 
 class TextTaskSpec(Section):
@@ -46,10 +47,13 @@ class TextTaskSpec(Section):
 
 def _read_task(value: Any) -> Any:
     """An object as what it describes, so that its mistakes are told of this, and not of the names that also stand there."""
-    return TextTaskSpec.model_validate(value) if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        return value
+    spec = HeldOutTaskSpec if value.get("kind") == "held_out" else TextTaskSpec
+    return spec.model_validate(value)
 
 
-AnyTask = Annotated[str | TextTaskSpec, BeforeValidator(_read_task)]
+AnyTask = Annotated[str | TextTaskSpec | HeldOutTaskSpec, BeforeValidator(_read_task)]
 
 
 class EvaluationSpec(Section):
@@ -60,8 +64,8 @@ class EvaluationSpec(Section):
     )
     tasks: list[AnyTask] = Field(
         default_factory=list,
-        description="names of reversal tasks, and retention texts {kind: text, name, file or store, stop_if_above}; empty: "
-        "no evaluation",
+        description="names of reversal tasks, retention texts {kind: text, name, file or store, stop_if_above}, and "
+        "held-out losses {kind: held_out, name, store}; empty: no evaluation",
     )
     every_steps: Steps | None = Field(None, description="null: only at the end")
     batch_size: PositiveInt = 64
@@ -79,10 +83,11 @@ class EvaluationSpec(Section):
 
     @model_validator(mode="after")
     def _text_names_differ(self) -> EvaluationSpec:
-        names = [text.name for text in self.texts]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise ValueError(f"two texts of 'tasks' are named '{twice}': their tags would be the same")
+        for kind, named in (("texts", self.texts), ("held-out stores", self.held_out)):
+            names = [task.name for task in named]
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise ValueError(f"two {kind} of 'tasks' are named '{twice}': their tags would be the same")
         return self
 
     @property
@@ -94,3 +99,8 @@ class EvaluationSpec(Section):
     def texts(self) -> list[TextTaskSpec]:
         """The texts whose perplexity is measured."""
         return [task for task in self.tasks if isinstance(task, TextTaskSpec)]
+
+    @property
+    def held_out(self) -> list[HeldOutTaskSpec]:
+        """The stores whose losses are measured."""
+        return [task for task in self.tasks if isinstance(task, HeldOutTaskSpec)]

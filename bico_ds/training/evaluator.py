@@ -5,6 +5,7 @@ It is no callback, because the loop must know whether an evaluation was cut off.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -30,7 +31,7 @@ from bico_ds.evaluation.scoring.share import PromptShare
 from bico_ds.model.build import TrainableModel
 from bico_ds.model.weights.materialize import full_numel, is_partitioned
 from bico_ds.planner.run_time import REPLICA_PARAMETERS
-from bico_ds.runtime.distributed import Ranks
+from bico_ds.runtime.distributed import Ranks, broadcast_object
 from bico_ds.runtime.run_folder import RunFolder
 from bico_ds.runtime.signals import StopFlag
 from bico_ds.training.assembly import RunInputs
@@ -229,6 +230,14 @@ class Evaluator:
                 f"the training texts have more than {SEARCHED_TOKENS:,} tokens per rank and were not searched for the "
                 "questions; bico-ds evaluate --train does it"
             )
+
+    def kept_numbers(self, step: int) -> dict[str, float]:
+        """The numbers (`scalars`) of a step's evaluation that is kept in the run folder; none without it. Collective."""
+        found: dict[str, float] = {}
+        if self.ranks.is_first and (file := self.folder.evaluation_file(step)).is_file():
+            with contextlib.suppress(UserError):  # of a damaged one nothing is known
+                found = scalars(load_result(file))
+        return broadcast_object(found)
 
     def has_result(self, step: int) -> bool:
         """Whether this step's evaluation was completed; for rank 0."""

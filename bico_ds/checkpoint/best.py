@@ -155,10 +155,11 @@ def read(folder: RunFolder) -> BestCheckpoint | None:
 
 def _known(values: Mapping[str, Any]) -> BestCheckpoint | None:
     """The record with these values; None where they are of other types."""
-    step, value = values.get("step"), values.get("value")
-    words = [values.get(key) for key in ("metric", "mode")]
-    if type(step) is not int or step < 0 or not is_number(value):
+    step, metric, mode, value = (values.get(key) for key in ("step", "metric", "mode", "value"))
+    if type(step) is not int or step < 0 or value is None or not is_number(value):
         return None
-    if not all(isinstance(word, str) and word.isprintable() for word in words):
+    if not isinstance(metric, str) or not metric.isprintable() or not isinstance(mode, str):
         return None
-    return BestCheckpoint(step=step, metric=str(words[0]), mode=str(words[1]), value=float(value))
+    if mode not in ("max", "min"):
+        return None
+    return BestCheckpoint(step=step, metric=metric, mode=mode, value=float(value))

@@ -57,7 +57,9 @@ def disk(recipe: Recipe, architecture: Architecture, zero: Zero, steps: int | No
     spec, one = recipe.checkpoint, checkpoint_bytes(recipe, architecture, zero)
     written, forever = _checkpoint_counts(recipe, steps)
     last = min(spec.keep_last, written)
-    kept = Range(max(last, forever), min(last + forever, written))
+    # Where an evaluation is the best one so far, its step gets a checkpoint, too.
+    most = written if spec.keep_best is None else math.inf
+    kept = Range(max(last, forever), min(min(spec.keep_last, most) + forever, most))
     how = f"the last {spec.keep_last}"
     if spec.keep_every_steps is not None:
         how += f", and every {spec.keep_every_steps:,} steps one that stays"

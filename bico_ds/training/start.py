@@ -476,7 +476,10 @@ def _export(trainer: Trainer, tokenizer: ExportedTokenizer) -> str:
     if best is not None and best.step != trainer.step:
         settings = export_best(run, best, tokenizer, on_progress=trainer.watchdog.note_progress)
         stops = id_list(settings.eos_token_id)
-        return f"exported the best checkpoint ({best}) to {run.folder.export}: {tokenizer.describe(stops)}"
+        return (
+            f"exported the best checkpoint ({best}), not the last step, {trainer.step:,}, to {run.folder.export}: "
+            f"{tokenizer.describe(stops)}"
+        )
     try:
         export_model(model, tokenizer, run.folder.export, dtype=run.recipe.model.dtype, overwrite=True)
     except (OSError, SafetensorError) as error:

@@ -74,7 +74,7 @@ def test_the_best_step_is_kept_and_exported_and_its_loss_is_hugging_face_s(runs)
     names = {path.name for path in (runs.whole / "checkpoints").iterdir()}
     kept = {f"step-{step:06d}" for step in (6, 12, 18, 24, found.step)}
     assert names == kept | {"latest", "best"}
-    assert f"exported the best checkpoint ({found})" in runs.done.stdout
+    assert f"exported the best checkpoint ({found}), not the last step, {STEPS}, to " in runs.done.stdout
     assert str(found) in json.loads((runs.whole / "state.json").read_text())["reason"]
     assert by_hugging_face(runs.whole / "export", runs.store) == pytest.approx(found.value, abs=1e-5)
     (file,) = (runs.whole / "evaluation").glob(f"*{found.step:06d}.json")

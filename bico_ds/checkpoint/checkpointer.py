@@ -3,6 +3,7 @@
 checkpoints/
   step-000100/                          DeepSpeed's files, and manifest.json; universal/, where a resume converted it
   latest                                the name of the newest one
+  best                                  the name of the one that `checkpoint.keep_best` keeps
   .step-000200.XXXXXXXXXXXX.incomplete/ being written, or left by a crash
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bico_ds.checkpoint import manifest, record
+from bico_ds.checkpoint.best import BestCheckpoint, BestKeeper
 from bico_ds.checkpoint.disk import PatientWriter, bytes_needed, lack_of_room
 from bico_ds.checkpoint.state_checksums import optimizer_steps, state_checksums
 from bico_ds.common.errors import RunError
@@ -46,7 +48,8 @@ class Saved:
 class Checkpointer:
     """Writes checkpoints of one engine and deletes old ones; all ranks together.
 
-    `header` goes into every manifest: the state's layout, the recipe, the fingerprint of the base.
+    `header` goes into every manifest: the state's layout, the recipe, the fingerprint of the base. `best`: which one is
+    never deleted; None: no recipe asks for that.
     """
 
     def __init__(
@@ -57,8 +60,10 @@ class Checkpointer:
         *,
         exclude_frozen: bool,
         header: dict[str, Any],
+        best: BestKeeper | None = None,
     ) -> None:
         self._spec, self._folder, self._ranks = spec, folder, ranks
+        self.best = best or BestKeeper(None, folder, ranks)
         self._exclude_frozen, self._header = exclude_frozen, header
 
     def is_due(self, step: int) -> bool:
@@ -83,6 +88,13 @@ class Checkpointer:
             if required or self._spec.on_write_error == "stop":
                 raise CheckpointError(f"checkpoint of step {step} not written: {failure}")
         return Saved(time.perf_counter() - started, failure)
+
+    def keep_best(self, best: BestCheckpoint) -> str | None:
+        """Keep this step's checkpoint as the best one, in the place of the one before. Collective; as `BestKeeper.keep`."""
+        failure = self.best.keep(best)
+        if self._ranks.is_first:
+            self._prune()
+        return failure
 
     def _make_room(self, engine: Engine, partial: Path) -> str | None:
         """Rank 0: a new folder, with room enough; incomplete ones of earlier runs are removed. Returns what prevents it."""
@@ -154,9 +166,11 @@ class Checkpointer:
             path.rename(self._folder.new_aside() / path.name)
 
     def _prune(self) -> None:
-        every = self._spec.keep_every_steps
+        """Rank 0: delete those that nothing keeps any more."""
+        every, best = self._spec.keep_every_steps, self.best.best
         for path in manifest.sealed_in(self._folder.checkpoints)[: -self._spec.keep_last]:
-            if every is None or manifest.step_of(path) % every:
+            step = manifest.step_of(path)
+            if (every is None or step % every) and (best is None or step != best.step):
                 shutil.rmtree(path, ignore_errors=True)
 
 

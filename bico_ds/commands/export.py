@@ -1,6 +1,7 @@
 """Turn a checkpoint, of any number of ranks, full or LoRA, into a Hugging Face folder.
 
-    bico-ds export runs/llama70b_bico OUT                    the newest complete checkpoint of a run
+    bico-ds export runs/llama70b_bico OUT                    the best checkpoint of a run that keeps one, else the newest
+    bico-ds export runs/llama70b_bico OUT --step last        the newest complete one in any case; --step 1000: that step's
     bico-ds export runs/llama70b_bico/checkpoints/step-001000 OUT --dtype fp32
     bico-ds export runs/llama70b_bico OUT --blend 0.5,0.7,0.9           OUT/blend-0.50 …: base + 0.5 (trained − base) …
 
@@ -33,6 +34,12 @@ if TYPE_CHECKING:
 
 def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=local_path, help="a checkpoint folder, or a run folder")
+    parser.add_argument(
+        "--step",
+        type=_step,
+        metavar="best|last|N",
+        help="which checkpoint of a run folder (default: the best where checkpoint.keep_best keeps one, else the newest)",
+    )
     parser.add_argument("output", type=local_path, help="the folder to write; must be new or empty")
     parser.add_argument(
         "--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights (default: %(default)s)"
@@ -70,16 +77,13 @@ def add_options(parser: ArgumentParser) -> None:
 def export(options: Namespace) -> None:
     from transformers import AutoConfig, GenerationConfig
 
-    from bico_ds.checkpoint import record
     from bico_ds.data.exported_tokenizer import ExportedTokenizer, misreading
     from bico_ds.model.architecture import id_list
     from bico_ds.model.weights.export_checkpoint import export_checkpoint
     from bico_ds.model.weights.shards import refuse_existing
 
     refuse_existing(options.output)
-    found = record.at(options.checkpoint, print)
-    if found is None:
-        raise UserError(f"'{options.checkpoint / 'checkpoints'}' holds no checkpoint")
+    found = _checkpoint(options.checkpoint, options.step)
     recipe = _recipe_with_base(found, options.base, blends=bool(options.blend))
     tokenizer = _tokenizer(found, recipe, options.tokenizer)
     print(
@@ -104,6 +108,47 @@ def export(options: Namespace) -> None:
     if (warning := misreading(exported, config)) is not None:
         print(f"warning: {warning}")
     print(f"done: {options.output}; {exported.describe(id_list(generation.eos_token_id))}")
+
+
+def _step(text: str) -> str | int:
+    """`best`, `last`, or the number of a step."""
+    if text in ("best", "last"):
+        return text
+    if not text.isascii() or not text.isdigit():
+        raise ArgumentTypeError(f"'{text}' is neither best nor last, nor the number of a step")
+    return int(text)
+
+
+def _checkpoint(path: Path, step: str | int | None) -> FoundCheckpoint:
+    """The checkpoint in a folder, or that of a run folder which is asked for, verified."""
+    from bico_ds.checkpoint import best, manifest, record
+    from bico_ds.runtime.run_folder import RunFolder
+
+    folder = RunFolder(path)
+    if step is not None and not folder.checkpoints.is_dir():
+        raise UserError(f"--step {step}: '{path}' is no run folder: it has no 'checkpoints'")
+    kept = best.read(folder) if step in (None, "best") else None
+    if kept is not None:
+        print(f"the best checkpoint is exported: {kept} (--step last: the newest one)")
+        return manifest.verify(kept.path(folder))
+    if step == "best":
+        raise UserError(f"--step best: '{path}' keeps none (checkpoint.keep_best); name last, or a step")
+    if isinstance(step, int):
+        return manifest.verify(_of_step(folder.checkpoints, step))
+    found = record.at(path, print)
+    if found is None:
+        raise UserError(f"'{path / 'checkpoints'}' holds no checkpoint")
+    return found
+
+
+def _of_step(checkpoints: Path, step: int) -> Path:
+    from bico_ds.checkpoint import manifest
+
+    there = {manifest.step_of(path): path for path in manifest.checkpoints_in(checkpoints)}
+    if step not in there:
+        known = ", ".join(map(str, there)) or "none"
+        raise UserError(f"--step {step}: '{checkpoints}' has no checkpoint of that step; there are {known}")
+    return there[step]
 
 
 def _shares(text: str) -> list[float]:

@@ -57,10 +57,11 @@ def recorded_recipe(values: dict[str, Any], file: Path, *, objectives: bool = Tr
     """The recipe that `file`, a manifest, recorded. Raises `UserError` that names key and file.
 
     Its `imports` are not loaded: they may be gone, or have moved. Without `objectives` next-token prediction stands in
-    their place, for commands that build none.
+    their place, for commands that build none; then `checkpoint.keep_best`, which may go by one of them, is left out, too.
     """
     if not objectives:
-        values = {**values, "objectives": [{"kind": "ntp"}]}
+        checkpoint = {**(values.get("checkpoint") or {}), "keep_best": None}
+        values = {**values, "objectives": [{"kind": "ntp"}], "checkpoint": checkpoint}
     return _validated(MappingFile(values, {(): Origin(str(file), 0)}))
 
 

@@ -20,12 +20,13 @@ from pydantic import (
 from bico_ds.common.errors import did_you_mean
 from bico_ds.config.bounds import Bound
 from bico_ds.config.objectives.base import ObjectiveSpec
-from bico_ds.config.objectives.table import read_spec
+from bico_ds.config.objectives.table import objective_names, read_spec
 from bico_ds.config.optimizers import ADAMW, OptimizerState
 from bico_ds.config.paths import FolderOrHubName, LocalPath, WrittenPath, replace_paths
 from bico_ds.config.section import Minutes, PositiveInt, Section, Seed, Steps, mistake_at
 from bico_ds.config.sections.data import LEAST_REST, DataSpec
 from bico_ds.config.sections.evaluation import EvaluationSpec
+from bico_ds.config.sections.keep_best import KeepBestSpec, metrics_of, unknown_metric
 from bico_ds.config.sections.retention import REPLAY, ReplaySpec, RetentionSpec
 
 
@@ -343,6 +344,12 @@ class CheckpointSpec(Section):
     keep_every_steps: Steps | None = Field(
         None, description="checkpoints at multiples of this step are never deleted", examples=[5000]
     )
+    keep_best: KeepBestSpec | None = Field(
+        None,
+        description="keep the checkpoint that an evaluation found best, besides the last ones, and export it; null: the end "
+        "is exported",
+        examples=[{"metric": "company_backward/headline", "mode": "max"}],
+    )
     on_write_error: Literal["continue", "stop"] = Field(
         "continue",
         description="where a checkpoint during training cannot be written: go on without it, or stop",
@@ -557,6 +564,22 @@ class Recipe(Section):
                     "them: let its 'sources' name none of those that 'retention.on' names",
                     spec.kind,
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _the_best_is_measured(self) -> Recipe:
+        best, known = self.checkpoint.keep_best, objective_names(self.objectives)
+        if best is None:
+            return self
+        if (problem := unknown_metric(best.metric, metrics_of(self.evaluation, known))) is not None:
+            raise mistake_at(("checkpoint", "keep_best", "metric"), problem, best.metric)
+        if self.evaluation.every_steps is None:
+            raise mistake_at(
+                ("checkpoint", "keep_best"),
+                "the model is evaluated at the end alone, where there is nothing to choose from: set "
+                "'evaluation.every_steps'",
+                best,
+            )
         return self
 
     @model_validator(mode="after")

@@ -47,6 +47,14 @@ def check_perplexities(section: str, texts: Any) -> None:
             raise ValueError(f"{section}.{name} has no perplexity")
 
 
+def check_losses(held_out: Any) -> None:
+    """The same for `held_out`: losses by store and objective."""
+    for name, losses in _objects("held_out", held_out):
+        for objective, found in _objects(f"held_out.{name}", losses):
+            if not _number(found.get("loss")):
+                raise ValueError(f"held_out.{name}.{objective}.loss is no number")
+
+
 def _objects(where: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
     if not isinstance(values, dict) or not all(isinstance(value, dict) for value in values.values()):
         raise ValueError(f"{where} is no object of objects")

@@ -10,7 +10,12 @@ from typing import Any, Literal
 
 from bico_ds.common.errors import UserError
 from bico_ds.common.json_files import JsonError, read_object
-from bico_ds.evaluation.result_checks import check_perplexities, check_tasks, check_training_texts
+from bico_ds.evaluation.result_checks import (
+    check_losses,
+    check_perplexities,
+    check_tasks,
+    check_training_texts,
+)
 from bico_ds.evaluation.scoring.statistics import unanimous_interval
 
 
@@ -49,6 +54,9 @@ Order = Literal["same", "reverse", "both", "neither"]
 # What the training texts hold of a question: what it asks about and then its answer, the other way round, both, or neither.
 ORDERS: tuple[Order, ...] = ("same", "reverse", "both", "neither")
 
+# Of a result file, besides `tasks`; one that is empty is left out.
+_SECTIONS = ("choice", "training_texts", "texts", "held_out")
+
 CHOICE_SCALARS = ("difference", "rank", "forced_choice", "nll")
 
 
@@ -58,18 +66,21 @@ class EvaluationResult:
 
     `choice`: log-probability tests (`choice_statistics`) by task name, where they were asked for. `training_texts`: what the
     training texts hold of each question (`contamination.apart`) by task name, where they were searched. `texts`: the
-    perplexities (`retention_texts.measure`) by the name of a text.
+    perplexities (`retention_texts.measure`) by the name of a text. `held_out`: losses (`held_out.loss.measure`) by the
+    names of a held-out store and an objective.
     """
 
     tasks: dict[str, TaskResult]
     choice: dict[str, dict[str, Any]] = field(default_factory=dict)
     training_texts: dict[str, dict[str, Any]] = field(default_factory=dict)
     texts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    held_out: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
     def scalars(self, prefix: str = "evaluation") -> dict[str, float]:
         """Every score by its tag, `{prefix}/{task}/{metric}`; headlines by order as `{prefix}/{task}/{order}/{metric}`.
 
-        Of texts `{prefix}/text/{name}/perplexity` and `times_base`, as far as they are known and finite.
+        Of texts `{prefix}/text/{name}/perplexity` and `times_base`, of held-out stores
+        `{prefix}/held_out/{name}/{objective}`, as far as they are known and finite.
         """
         figures = [(task, name, value) for task, x in self.tasks.items() for name, value in x.metrics.items()]
         figures += [(task, name, x[name]) for task, x in self.choice.items() for name in CHOICE_SCALARS]
@@ -81,6 +92,8 @@ class EvaluationResult:
         for name, x in self.texts.items():
             figures += [(f"text/{name}", "perplexity", x["perplexity"])]
             figures += [(f"text/{name}", "times_base", x["times"])] if x["times"] is not None else []
+        for name, losses in self.held_out.items():
+            figures += [(f"held_out/{name}", objective, x["loss"]) for objective, x in losses.items()]
         return {f"{prefix}/{task}/{name}": value for task, name, value in figures if math.isfinite(value)}
 
     def to_json(self, *, prompts: bool = True) -> dict[str, Any]:
@@ -90,7 +103,7 @@ class EvaluationResult:
             task["rows"] = task.pop("prompts")  # the format's key
             if task["scoring"] == 1:  # as version 0.1.0 wrote it
                 del task["scoring"]
-        for section in ("choice", "training_texts", "texts"):
+        for section in _SECTIONS:
             if not values[section]:
                 del values[section]
         if not prompts:
@@ -102,7 +115,7 @@ class EvaluationResult:
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> EvaluationResult:
         tasks = {name: _task_from_json(task) for name, task in values["tasks"].items()}
-        sections = {name: values.get(name, {}) for name in ("choice", "training_texts", "texts")}
+        sections = {name: values.get(name, {}) for name in _SECTIONS}
         return EvaluationResult(tasks=tasks, **sections)
 
 
@@ -125,6 +138,7 @@ def read_result(path: Path) -> dict[str, Any]:
             check_training_texts(values.get("training_texts", {}), values["tasks"])
         for section in ("texts", "retention", "retention_before"):
             check_perplexities(section, values.get(section, {}))
+        check_losses(values.get("held_out", {}))
     except (ValueError, KeyError, TypeError) as error:
         reason = error.reason if isinstance(error, JsonError) else error
         raise UserError(f"{path}: not a result of bico-ds evaluate or of a run ({reason})") from error

@@ -28,6 +28,7 @@ _SHARED_BUFFER = 66 * 2**20
 _LEAST_SWAPPED, _SWAP_ALIGNMENT = 2**20, 1024
 # DeepSpeed: zero/offload_config.py, where no key is given: elements of weights on NVMe that are in host memory.
 _PARAMETERS_IN_HOST, _PARAMETER_BUFFERS = 1e9, 5 * 1e8
+_BEST = "kept by checkpoint.keep_best where it is none of the last"
 _CONVERSION = 2  # times a checkpoint: `bico_ds.checkpoint.universal`
 
 
@@ -56,13 +57,17 @@ def disk(recipe: Recipe, architecture: Architecture, zero: Zero, steps: int | No
     spec, one = recipe.checkpoint, checkpoint_bytes(recipe, architecture, zero)
     written, forever = _checkpoint_counts(recipe, steps)
     last = min(spec.keep_last, written)
-    kept = Range(max(last, forever), min(last + forever, written))
+    # Where an evaluation is the best one so far, its step gets a checkpoint, too.
+    most = written if spec.keep_best is None else math.inf
+    kept = Range(max(last, forever), min(min(spec.keep_last, most) + forever, most))
     how = f"the last {spec.keep_last}"
     if spec.keep_every_steps is not None:
         how += f", and every {spec.keep_every_steps:,} steps one that stays"
         how += " (not counted, as the steps are not known here)" if steps is None else ""
+    best = [] if spec.keep_best is None else [Item(name="best checkpoint", bytes=Range(0, one), how=_BEST)]
     items = [
         Item(name="checkpoints", bytes=kept.times(one), how=how),
+        *best,
         Item(name="checkpoint being written", bytes=Range(0 if written == 1 else one, one)),
         Item(
             name="conversion to another number of ranks",

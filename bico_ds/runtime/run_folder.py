@@ -10,6 +10,8 @@ runs/NAME/
   tensorboard/    checkpoints/    export/    logs/    csv/
   profile/        step-N/: where the steps from N on went, as `--profile` asked
   last_checkpoint.json   the newest checkpoint, also where checkpoints/ is gone
+  best_checkpoint.json   the step that `checkpoint.keep_best` keeps, its metric and value; checkpoints/best names its folder,
+                  and export/ holds its weights
   replaced-N/     what a later start set aside
   slurm/          scripts, recipe and starts of the batch system; stop: a file that forbids to requeue the job
   native_ops/     compiled DeepSpeed operations, under a batch system or where no other folder can be written
@@ -91,6 +93,7 @@ class RunFolder:
     run_file = property(lambda self: self.path / "run.json")
     metrics_file = property(lambda self: self.path / "metrics.jsonl")
     last_checkpoint_file = property(lambda self: self.path / "last_checkpoint.json")
+    best_checkpoint_file = property(lambda self: self.path / "best_checkpoint.json")
     state_file = property(lambda self: self.path / "state.json")
     tensorboard = property(lambda self: self.path / "tensorboard")
     checkpoints = property(lambda self: self.path / "checkpoints")
@@ -165,7 +168,9 @@ class RunFolder:
                     f"cannot write into '{folder}': {obstacle(folder, error)}; "
                     "put that right, or choose another folder with --output-dir"
                 ) from None
-        self._refuse_no_files(self.metrics_file, self.recipe_file, self.last_checkpoint_file)
+        self._refuse_no_files(
+            self.metrics_file, self.recipe_file, self.last_checkpoint_file, self.best_checkpoint_file
+        )
         may = os.R_OK | os.W_OK
         if self.metrics_file.is_file() and not os.access(self.metrics_file, may, effective_ids=True):
             raise UserError(
@@ -335,6 +340,7 @@ class RunFolder:
             self.recipe_file,
             self.metrics_file,
             self.last_checkpoint_file,
+            self.best_checkpoint_file,
         )
         for file in (*files, self.run_file):
             remove_incomplete(self.path, file.name)

@@ -14,10 +14,11 @@ from transformers import PretrainedConfig
 from bico_ds.cluster.preflight.inputs import files_digest
 from bico_ds.common.errors import UserError
 from bico_ds.common.json_files import JsonError, read_object
-from bico_ds.config.objectives.table import numbers_in_kind
+from bico_ds.config.objectives.table import numbers_in_kind, objective_names
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.config.schema import ModelSpec, Recipe
 from bico_ds.config.section import STEPS
+from bico_ds.config.sections.keep_best import metrics_of, unknown_metric
 from bico_ds.data.exported_tokenizer import ExportedTokenizer, misreading
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.loading.sample_order import StreamSpec
@@ -37,11 +38,13 @@ from bico_ds.data.tokenizer import (
     text_ids,
     vocabulary_size,
 )
+from bico_ds.evaluation.held_out.stores import HeldOutStore, check_held_out, read_held_out
 from bico_ds.evaluation.loading import load_for_evaluation, load_generation_config
 from bico_ds.evaluation.retention_texts import RetentionText, check_texts, read_texts
 from bico_ds.evaluation.run_tasks import options_in_training, prepare_task
 from bico_ds.evaluation.scoring.choice import encode_candidates
 from bico_ds.evaluation.scoring.generation import stop_ids
+from bico_ds.evaluation.scoring.metrics import metrics_of as answer_metrics
 from bico_ds.evaluation.tasks.of_recipe import check_questions, tasks_of_recipe
 from bico_ds.evaluation.tasks.task import Task
 from bico_ds.model.architecture import check_vocabulary, with_own_config
@@ -67,6 +70,7 @@ class RunInputs:
     tasks: list[Task]
     chats_begin_with_bos: bool = False  # where a source's texts are written by the chat template
     texts: list[RetentionText] = field(default_factory=list)
+    held_out: list[HeldOutStore] = field(default_factory=list)
     teachers: Mapping[int, StoredTeacher] = field(default_factory=dict)  # by the source's number
 
     @property
@@ -129,6 +133,7 @@ def prepare_stores(recipe: Recipe, *, weights_needed: bool = True, progress: boo
     verify: Verify = "once" if launch_environment.local_rank() == 0 else "structure"
     check_texts(recipe, verify=verify)
     check_questions(recipe)
+    check_held_out(recipe, verify=verify)
     limit = _limit_of_ids(recipe, path, weights_needed=weights_needed)
     return [
         prepare_source(source, recipe.data, path, progress=progress, verify=verify, vocab_size=limit)
@@ -231,7 +236,8 @@ def open_inputs(recipe: Recipe, *, weights_needed: bool = True) -> RunInputs:
 
     Raises `UserError` for a store of another tokenizer, for objectives that do not fit the tokenizer, where tasks are asked
     and only some stores have BOS, for tasks that are missing, have prompts that do not fit the context, or lack wrong
-    answers for `evaluation.likelihood_others`, and what `read_texts` refuses.
+    answers for `evaluation.likelihood_others`, for a `checkpoint.keep_best` that nothing measures, and what `read_texts` and
+    `read_held_out` refuse.
     """
     path = tokenizer_path(recipe, weights_needed=weights_needed)
     tokenizer = load_tokenizer(path)
@@ -259,10 +265,23 @@ def open_inputs(recipe: Recipe, *, weights_needed: bool = True) -> RunInputs:
     )
     context = _model_value(recipe.model, "max_position_embeddings")
     inputs = replace(
-        inputs, texts=read_texts(recipe, tokenizer, stores, context=context, add_bos=inputs.add_bos)
+        inputs,
+        texts=read_texts(recipe, tokenizer, stores, context=context, add_bos=inputs.add_bos),
+        held_out=read_held_out(recipe, tokenizer, stores, objectives, vocabulary=tokens.vocabulary),
     )
+    _check_best(recipe, inputs.tasks)
     _check_tasks(recipe, inputs, context if _is_models_own_tokenizer(recipe) else None)
     return inputs
+
+
+def _check_best(recipe: Recipe, tasks: list[Task]) -> None:
+    """Raise `UserError` where `checkpoint.keep_best` goes by a metric that a task does not have."""
+    if (best := recipe.checkpoint.keep_best) is None:
+        return
+    answers = {task.name: answer_metrics(task) for task in tasks}
+    known = metrics_of(recipe.evaluation, objective_names(recipe.objectives), answers)
+    if (problem := unknown_metric(best.metric, known)) is not None:
+        raise UserError(f"checkpoint.keep_best.metric: {problem}")
 
 
 def _check_tasks(recipe: Recipe, inputs: RunInputs, context: int | None) -> None:

@@ -5,6 +5,7 @@ It is no callback, because the loop must know whether an evaluation was cut off.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,10 +15,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from bico_ds.attention.layout import LayoutPolicy
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import write_atomically
 from bico_ds.config.sections.evaluation import EvaluationSpec
 from bico_ds.evaluation.contamination import TrainingTexts, apart, find_orders
+from bico_ds.evaluation.held_out import loss as held_out_loss
 from bico_ds.evaluation.replica import full_replica
 from bico_ds.evaluation.report.runs import headline_keys
 from bico_ds.evaluation.report.tables import answered_line, contamination_line, search_notes
@@ -26,9 +29,10 @@ from bico_ds.evaluation.retention_texts import above_limit, measure, reference
 from bico_ds.evaluation.run_tasks import evaluate, options_in_training
 from bico_ds.evaluation.scoring.choice import choice_test
 from bico_ds.evaluation.scoring.share import PromptShare
+from bico_ds.model.build import TrainableModel
 from bico_ds.model.weights.materialize import full_numel, is_partitioned
 from bico_ds.planner.run_time import REPLICA_PARAMETERS
-from bico_ds.runtime.distributed import Ranks
+from bico_ds.runtime.distributed import Ranks, broadcast_object
 from bico_ds.runtime.run_folder import RunFolder
 from bico_ds.runtime.signals import StopFlag
 from bico_ds.training.assembly import RunInputs
@@ -45,6 +49,7 @@ class Evaluator:
 
     `inputs`: the tasks, their tokenizer, and whether prompts begin with BOS. `on_progress`: called after each of this
     rank's batches. `before`: the texts' results before training, once they are known; a checkpoint keeps them.
+    `layout_policy`: of the attention backend, for held-out losses.
     """
 
     spec: EvaluationSpec
@@ -54,22 +59,27 @@ class Evaluator:
     stop: StopFlag
     on_progress: Callable[[], None]
     before: dict[str, dict[str, Any]] = field(default_factory=dict)
+    layout_policy: LayoutPolicy | None = None
     _orders: dict[str, list[Order]] = field(default_factory=dict, init=False)
     _unwritten: dict[int, tuple[str, str]] = field(
         default_factory=dict, init=False
     )  # by step: content, and why
 
     def is_due(self, step: int, total_steps: int) -> bool:
-        """Whether the model is evaluated after so many steps; before the first one, on its texts alone."""
+        """Whether the model is evaluated after so many steps; before the first one, on texts and held-out stores alone."""
+        of_texts = bool(self.inputs.texts or self.inputs.held_out)
         if step == 0:
-            return bool(self.inputs.texts)
+            return of_texts
         every = self.spec.every_steps
-        asked = bool(self.inputs.tasks or self.inputs.texts)
+        asked = bool(self.inputs.tasks) or of_texts
         return asked and (step == total_steps or (every is not None and step % every == 0))
 
-    def __call__(self, causal_lm: PreTrainedModel, step: int) -> EvaluationResult | None:
-        """Run all tasks, and write evaluation/step-N.json on rank 0; of step 0 only the texts are measured. Collective.
+    def __call__(
+        self, causal_lm: PreTrainedModel, step: int, trained: TrainableModel | None = None
+    ) -> EvaluationResult | None:
+        """Run all tasks, and write evaluation/step-N.json on rank 0; of step 0 no task is asked. Collective.
 
+        `trained`: the same model as it is trained, by which held-out losses are measured.
         A file that cannot be written is no error: `messages` says so, and the next evaluation tries again.
         Returns the same result on every rank, or None on all of them where any was asked to stop meanwhile. Raises
         `UserError` for a prompt that does not fit the model's context.
@@ -80,7 +90,10 @@ class Evaluator:
         model = full_replica(causal_lm, device=self.ranks.device) if replicate else causal_lm.eval()
         with torch.no_grad():
             result = self._evaluate(model, step, synced=partitioned and not replicate)
+        del model  # a replica's memory
         causal_lm.train(was_training)
+        if result is not None and trained is not None and self.inputs.held_out:
+            result = self._with_held_out(result, trained, synced=partitioned)
         if result is not None and self.ranks.is_first:
             self._unwritten[step] = (json.dumps(result.to_json(), ensure_ascii=False, indent=1), "")
             self._write()
@@ -100,7 +113,15 @@ class Evaluator:
 
     def _evaluate(self, model: PreTrainedModel, step: int, *, synced: bool) -> EvaluationResult | None:
         """Perplexities of texts, and after step 0 what the tasks give."""
-        share = PromptShare(
+        share = self._share(synced=synced)
+        texts = self._measure_texts(model, step, replace(share, batch_size=_WINDOWS_PER_BATCH))
+        if texts is None:
+            return None
+        result = EvaluationResult(tasks={}) if step == 0 else self._ask(model, share)
+        return None if result is None else replace(result, texts=texts)
+
+    def _share(self, *, synced: bool) -> PromptShare:
+        return PromptShare(
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             synced=synced,
@@ -109,11 +130,15 @@ class Evaluator:
             should_stop=lambda: bool(self.stop),
             on_batch=lambda sequences: self.on_progress(),
         )
-        texts = self._measure_texts(model, step, replace(share, batch_size=_WINDOWS_PER_BATCH))
-        if texts is None:
-            return None
-        result = EvaluationResult(tasks={}) if step == 0 else self._ask(model, share)
-        return None if result is None else replace(result, texts=texts)
+
+    def _with_held_out(
+        self, result: EvaluationResult, model: TrainableModel, *, synced: bool
+    ) -> EvaluationResult | None:
+        """The result with the losses of held-out stores, by the model itself: a replica has other attention."""
+        losses = held_out_loss.measure(
+            model, self.inputs.held_out, self._share(synced=synced), self.layout_policy
+        )
+        return None if losses is None else replace(result, held_out=losses)
 
     def _measure_texts(
         self, model: PreTrainedModel, step: int, share: PromptShare
@@ -192,6 +217,9 @@ class Evaluator:
         for name, text in result.texts.items():
             times = "" if text["times"] is None else f", {text['times']:.2f} × the start"
             yield f"text {name}: perplexity {text['perplexity']:.2f}{times}"
+        for name, losses in result.held_out.items():
+            found = ", ".join(f"{objective} {x['loss']:.4f}" for objective, x in losses.items())
+            yield f"held-out store {name}: loss {found} (nats per target)"
         if not result.tasks or step not in (self.spec.every_steps, total_steps):
             return
         if result.training_texts:
@@ -203,6 +231,14 @@ class Evaluator:
                 f"the training texts have more than {SEARCHED_TOKENS:,} tokens per rank and were not searched for the "
                 "questions; bico-ds evaluate --train does it"
             )
+
+    def kept_numbers(self, step: int) -> dict[str, float]:
+        """The numbers (`scalars`) of a step's evaluation that is kept in the run folder; none without it. Collective."""
+        found: dict[str, float] = {}
+        if self.ranks.is_first and (file := self.folder.evaluation_file(step)).is_file():
+            with contextlib.suppress(UserError):  # of a damaged one nothing is known
+                found = scalars(load_result(file))
+        return broadcast_object(found)
 
     def has_result(self, step: int) -> bool:
         """Whether this step's evaluation was completed; for rank 0."""

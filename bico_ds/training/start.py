@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch.distributed import Store
 
 from bico_ds.checkpoint import record
+from bico_ds.checkpoint.best import BestKeeper
 from bico_ds.checkpoint.checkpointer import Checkpointer
 from bico_ds.checkpoint.resume import (
     Resumption,
@@ -66,6 +67,7 @@ from bico_ds.training.checks import (
     what_may_be_lost,
 )
 from bico_ds.training.evaluator import Evaluator, refuse_above_limit, texts_before
+from bico_ds.training.export.best import export_best
 from bico_ds.training.fit import refuse_what_cannot_fit
 from bico_ds.training.planning import StartPlan, plan_of_start
 from bico_ds.training.profile.profiler import StepProfiler
@@ -407,6 +409,12 @@ def _checkpointer(run: Run, inputs: RunInputs, engine: Engine, resumption: Resum
             **manifest_header(engine, run.recipe, _layout(run), resumption),
             "export": export_record(engine.module, add_bos=inputs.add_bos),
         },
+        best=BestKeeper(
+            run.recipe.checkpoint.keep_best,
+            run.folder,
+            run.ranks,
+            saved=resumption.found.content["state"].get("best") if resumption else None,
+        ),
     )
 
 
@@ -421,6 +429,7 @@ def _evaluator(
         stop=run.stop,
         on_progress=watchdog.note_progress,
         before=before,
+        layout_policy=run.layout_policy,
     )
 
 
@@ -454,13 +463,23 @@ def _train_and_export(trainer: Trainer, start: RunStart, tokenizer: ExportedToke
     callbacks.on_end(trainer.step, state)
     reasons = distributed.all_gather_objects(run.stop.reason if state == "preempted" else "")
     if run.ranks.is_first:
-        run.folder.write_state(state, step=trainer.step, reason=next(filter(None, reasons), ""))
+        best = trainer.checkpointer.best.best
+        of_best = f"the best is {best}" if best is not None and state == "done" else ""
+        reason = next(filter(None, [*reasons, of_best]), "")
+        run.folder.write_state(state, step=trainer.step, reason=reason)
     return state
 
 
 def _export(trainer: Trainer, tokenizer: ExportedTokenizer) -> str:
     """Write the run's export, and return what to say of it. Collective."""
-    run, model = trainer.run, trainer.engine.module
+    run, model, best = trainer.run, trainer.engine.module, trainer.checkpointer.best.best
+    if best is not None and best.step != trainer.step:
+        settings = export_best(run, best, tokenizer, on_progress=trainer.watchdog.note_progress)
+        stops = id_list(settings.eos_token_id)
+        return (
+            f"exported the best checkpoint ({best}), not the last step, {trainer.step:,}, to {run.folder.export}: "
+            f"{tokenizer.describe(stops)}"
+        )
     try:
         export_model(model, tokenizer, run.folder.export, dtype=run.recipe.model.dtype, overwrite=True)
     except (OSError, SafetensorError) as error:

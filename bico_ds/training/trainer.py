@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 
 from bico_ds.batch import PackedBatch
+from bico_ds.checkpoint.best import BestCheckpoint
 from bico_ds.checkpoint.checkpointer import Checkpointer
 from bico_ds.common.errors import RunError
 from bico_ds.data.loading.loader import RankStep
@@ -137,8 +138,12 @@ class Trainer:
         return "done" if self.step == self.total_steps and not self._cut_evaluation else "preempted"
 
     def _take_steps(self) -> None:
+        if (message := self.checkpointer.best.begin()) is not None:
+            self.callbacks.on_message(message)
         if self._evaluation_is_missing():
             self._evaluate()
+        elif self.step:
+            self._keep_if_best(self.evaluator.kept_numbers(self.step))
         agreed: AgreedStep | None = None
         self._last_moment = time.perf_counter()
         while self.step < self.total_steps:
@@ -394,7 +399,8 @@ class Trainer:
     def _evaluate(self) -> None:
         self.watchdog.note_progress()
         started = time.perf_counter()
-        result = self.evaluator(self.engine.module.causal_lm, self.step)
+        model = self.engine.module
+        result = self.evaluator(model.causal_lm, self.step, model)
         self._cut_evaluation = result is None
         if result is not None:
             self.callbacks.on_numbers(self.step, "evaluation", scalars(result))
@@ -405,6 +411,22 @@ class Trainer:
             )
             self.callbacks.on_evaluation(self.step, result)
             self._stop_above_limit(result)
+            self._keep_if_best(scalars(result))
+
+    def _keep_if_best(self, numbers: Mapping[str, float]) -> None:
+        """Keep this step's checkpoint where its evaluation is the best so far; it is saved where there is none yet."""
+        keeper = self.checkpointer.best
+        best, before = keeper.better(self.step, numbers), keeper.best
+        if self.step == 0 or best is None:
+            return
+        if not keeper.has(self.step) and not self._save(best=best):
+            return
+        failure = self.checkpointer.keep_best(best)
+        of_before = "" if before is None else f"; before: {before}"
+        self.callbacks.on_message(f"best checkpoint so far: {best}{of_before}")
+        if failure is not None:
+            self.callbacks.on_message(f"WARNING: the best checkpoint is kept, but not recorded: {failure}")
+        self.callbacks.on_numbers(self.step, "best", {"best/step": best.step, "best/value": best.value})
 
     def _stop_above_limit(self, result: EvaluationResult) -> None:
         """Save this step and raise `RetentionError` where a text is above its limit."""
@@ -417,19 +439,22 @@ class Trainer:
             "out, or from an earlier checkpoint (--resume RUN/checkpoints/step-N) with other settings: docs/retention.md"
         )
 
-    def _save(self, *, required: bool = False) -> None:
+    def _save(self, *, required: bool = False, best: BestCheckpoint | None = None) -> bool:
+        """Write a checkpoint of this step; `best`: it will be the best one. Returns whether it is there."""
         self.watchdog.note_progress()
         state = {
             "loader": self.loader.state_dict(self.step, self.consumed),
             "callbacks": self.callbacks.state(),
             "targetless": self.targetless.state(),
             "texts_before": self.evaluator.before,
+            "best": self.checkpointer.best.state(best),
         }
         saved = self.checkpointer.save(self.engine, self.step, state, required=required)
         if saved.failure is not None:
             self.callbacks.on_message(
                 f"step {self.step}: no checkpoint: {saved.failure}; training goes on (checkpoint.on_write_error)"
             )
-            return
+            return False
         self._saved_step = self.step
         self.callbacks.on_numbers(self.step, "checkpoint", {"speed/checkpoint_seconds": saved.seconds})
+        return True

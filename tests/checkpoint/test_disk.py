@@ -66,3 +66,15 @@ def test_the_preflight_counts_as_the_writer_does(tmp_path):
         return next_checkpoints_bytes(load_recipe("tiny_base", overrides), tmp_path) / 2
 
     assert one("zero2_bf16") / one("zero3_bf16") == 16 / 12  # its weights are fp32
+
+
+def test_the_preflight_counts_the_best_checkpoint_as_one_more(tmp_path):
+    keep = [
+        "evaluation.tasks=[d2n]",
+        "evaluation.every_steps=5",
+        "checkpoint.export=false",
+        "checkpoint.keep_last=1",
+    ]
+    usual = next_checkpoints_bytes(load_recipe("tiny_base", keep), tmp_path)
+    best = [*keep, "checkpoint.keep_best={metric: d2n/headline, mode: max}"]
+    assert next_checkpoints_bytes(load_recipe("tiny_base", best), tmp_path) == usual / 2 * 3

@@ -136,6 +136,19 @@ def test_the_disk_holds_the_kept_checkpoints_one_more_and_the_export(overrides, 
     assert "export" not in by_name(disk(kept_here, architecture, deployment.zero, None))
 
 
+@pytest.mark.parametrize("every", ["null", "100"])
+def test_the_best_checkpoint_takes_one_more_and_evaluations_write_some_of_their_own(every):
+    keep = (
+        "checkpoint.keep_best={metric: d2n/headline, mode: max}", "evaluation.tasks=[d2n]", "evaluation.every_steps=5",
+        f"checkpoint.every_steps={every}", "checkpoint.keep_last=3",
+    )  # fmt: skip
+    recipe, architecture, deployment = planned("llama70b_bico", *keep, nodes=8)
+    items = by_name(disk(recipe, architecture, deployment.zero, 1000))
+    one = checkpoint_bytes(recipe, architecture, deployment.zero)
+    assert (items["best checkpoint"].bytes.low, items["best checkpoint"].bytes.high) == (0, one)
+    assert items["checkpoints"].bytes.high == 3 * one
+
+
 @pytest.mark.parametrize(
     "name", ["llama70b_bico", "llama70b_bico_lora", "llama70b_bico_offload", "llama3_8b_bico"]
 )

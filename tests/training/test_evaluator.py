@@ -21,7 +21,7 @@ def evaluator(tmp_path) -> Evaluator:
     folder.path.mkdir()
     return Evaluator(
         spec=load_recipe("tiny_bico").evaluation,
-        inputs=SimpleNamespace(tasks=[], texts=[], tokenizer=None, add_bos=False),  # type: ignore[arg-type]  # nothing to ask: the file is what counts
+        inputs=SimpleNamespace(tasks=[], texts=[], held_out=[], tokenizer=None, add_bos=False),  # type: ignore[arg-type]  # nothing to ask: the file is what counts
         ranks=Ranks(0, 0, 1, torch.device("cpu")),
         folder=folder,
         stop=StopFlag(),

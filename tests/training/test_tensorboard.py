@@ -57,6 +57,7 @@ def test_no_two_keys_have_one_tag_whatever_names_a_recipe_gives():
         "loss/bico/books": "2 loss/bico/books",
         "evaluation/text/novel/perplexity": "2 loss/held-out/novel",
         "evaluation/text/novel/times_base": "3 retention/novel",
+        "evaluation/held_out/mine/bico_2": "2 loss/held-out/mine/bico_2",
         "loss/divergence": "3 retention/divergence",
         "speed/mfu/bico": "4 speed/mfu/bico",
         "memory/planned_low_gb": "5 memory/planned_low_gb",
@@ -86,8 +87,10 @@ def test_a_held_out_text_s_loss_is_in_nats_and_what_is_no_number_is_not_shown():
         "evaluation/text/b/perplexity": float("inf"),
         "evaluation/text/c/perplexity": 0.0,
         "evaluation/text/b/times_base": float("nan"),
+        "evaluation/held_out/d/ntp": float(draw),  # a loss already
     }
-    assert tagged("evaluation", numbers) == {"2 loss/held-out/a": pytest.approx(draw)}
+    shown = {"2 loss/held-out/a": pytest.approx(draw), "2 loss/held-out/d/ntp": float(draw)}
+    assert tagged("evaluation", numbers) == shown
 
 
 def test_what_an_evaluation_repeats_of_the_work_is_no_second_point():

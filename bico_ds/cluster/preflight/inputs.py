@@ -12,6 +12,7 @@ from bico_ds.config.imports import source_files
 from bico_ds.config.load import dump_recipe
 from bico_ds.config.schema import Recipe
 from bico_ds.config.sections.evaluation import QuestionFileSpec
+from bico_ds.config.sections.held_out import HeldOutTaskSpec
 from bico_ds.data.prepare.input_files import find_files
 from bico_ds.data.store import TokenStore
 from bico_ds.runtime.run_folder import RunFolder
@@ -41,6 +42,8 @@ def input_files(recipe: Recipe) -> Iterator[tuple[str, Callable[[], list[Path]]]
     for number, task in enumerate(recipe.evaluation.tasks):
         if isinstance(task, QuestionFileSpec):
             yield f"evaluation.tasks.{number}.file ({task.file})", partial(_existing, task.file.here())
+        elif isinstance(task, HeldOutTaskSpec):
+            yield f"evaluation.tasks.{number}.store ({task.store})", partial(_existing, task.store.here())
 
 
 def shared_folders(recipe: Recipe, run: Path) -> list[Path]:

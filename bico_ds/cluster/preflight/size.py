@@ -24,4 +24,5 @@ def next_checkpoints_bytes(recipe: Recipe, run: Path) -> float:
     one = checkpoint_bytes(recipe, architecture, zero)
     there = len(manifest.checkpoints_in(RunFolder(run).checkpoints))
     export = export_bytes(recipe, architecture) if recipe.checkpoint.export else 0
-    return max(recipe.checkpoint.keep_last + 1 - there, 1) * one + export
+    kept = recipe.checkpoint.keep_last + (recipe.checkpoint.keep_best is not None)
+    return max(kept + 1 - there, 1) * one + export

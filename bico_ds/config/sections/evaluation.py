@@ -10,6 +10,7 @@ from bico_ds.common.errors import did_you_mean
 from bico_ds.config.bounds import Bound, shown
 from bico_ds.config.paths import LocalPath
 from bico_ds.config.section import PositiveInt, Section, Steps, mistake_at
+from bico_ds.config.sections.held_out import EntryName, HeldOutTaskSpec
 
 QuestionKind = Literal["pairs", "parents", "couplets", "questions"]
 Metric = Literal["contains", "prefix", "exact", "bleu", "char_bleu"]
@@ -23,8 +24,6 @@ DIRECTIONS: dict[QuestionKind, tuple[str, ...]] = {
 }
 # What else stands where the names of tasks do: in metrics.jsonl, and in TensorBoard.
 _TAKEN = ("text", "held_out", "curves")
-
-EntryName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 class QuestionFileSpec(Section):
@@ -93,7 +92,8 @@ class TextTaskSpec(Section):
 
 # By the `kind` of an entry; one without is a text, as all were once.
 _ENTRIES: dict[str, type[Section]] = dict.fromkeys(get_args(QuestionKind), QuestionFileSpec) | {
-    "text": TextTaskSpec
+    "text": TextTaskSpec,
+    "held_out": HeldOutTaskSpec,
 }
 
 
@@ -110,7 +110,7 @@ def _read_task(value: Any) -> Any:
     return _ENTRIES[kind].model_validate(value)
 
 
-AnyTask = Annotated[str | QuestionFileSpec | TextTaskSpec, BeforeValidator(_read_task)]
+AnyTask = Annotated[str | QuestionFileSpec | TextTaskSpec | HeldOutTaskSpec, BeforeValidator(_read_task)]
 
 
 class EvaluationSpec(Section):
@@ -124,7 +124,8 @@ class EvaluationSpec(Section):
     tasks: list[AnyTask] = Field(
         default_factory=list,
         description="names of reversal tasks; questions of your own {kind: pairs, parents, couplets or questions, name, "
-        "file, metric, limit}; and retention texts {kind: text, name, file or store, stop_if_above}; empty: no evaluation",
+        "file, metric, limit}; retention texts {kind: text, name, file or store, stop_if_above}; held-out losses "
+        "{kind: held_out, name, store}; empty: no evaluation",
         examples=[["n2d", "n2d_reverse"]],
     )
     every_steps: Steps | None = Field(
@@ -195,3 +196,8 @@ class EvaluationSpec(Section):
     def texts(self) -> list[TextTaskSpec]:
         """The texts whose perplexity is measured."""
         return [task for task in self.tasks if isinstance(task, TextTaskSpec)]
+
+    @property
+    def held_out(self) -> list[HeldOutTaskSpec]:
+        """The stores whose losses are measured."""
+        return [task for task in self.tasks if isinstance(task, HeldOutTaskSpec)]

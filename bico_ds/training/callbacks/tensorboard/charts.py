@@ -93,7 +93,7 @@ def _losses(recipe: Recipe) -> list[Chart]:
     }
     if len(recipe.data.sources) > 1:
         placed["loss by source"] = [f"(?!{HELD_OUT}/){LOSS}/[^/]+/.+"]
-    if recipe.evaluation.texts:
+    if recipe.evaluation.texts or recipe.evaluation.held_out:
         placed["loss of held-out texts"] = [f"{HELD_OUT}/.+"]
     if recipe.retention is not None:
         placed["divergence from the start model"] = [_exactly(DIVERGENCE)]

@@ -21,6 +21,7 @@ HELD_OUT, DIVERGENCE = f"{LOSS}/held-out", f"{RETENTION}/divergence"
 _GROUPS = {"speed": "4 speed", "memory": "5 memory", "optimizer": "6 optimizer", "data": DATA}
 _HEADLINE = re.compile("evaluation/(.+)/headline")
 _TEXT = re.compile("evaluation/text/(.+)/(perplexity|times_base)")
+_HELD_OUT_STORE = re.compile("evaluation/held_out/([^/]+/[^/]+)")
 # The lines of steps have them, and those of evaluations again.
 _OF_STEPS = ("work/", "share/")
 
@@ -29,15 +30,15 @@ def tagged(kind: str, numbers: Mapping[str, float]) -> dict[str, float]:
     """The finite numbers of a line of metrics.jsonl by their tags; `kind` is the line's.
 
     A task's headline metric is there once, as the headline. Of a text the perplexity is shown as the mean loss of its
-    tokens, in nats.
+    tokens, in nats, beside the losses of held-out stores.
     """
     again = _said_again(kind, numbers)
     found: dict[str, float] = {}
     for key, value in numbers.items():
         if not math.isfinite(value) or key in again:
             continue
-        tag = tag_of(key)
-        if not tag.startswith(f"{HELD_OUT}/"):
+        tag, text = tag_of(key), _TEXT.fullmatch(key)
+        if text is None or text[2] != "perplexity":
             found[tag] = value
         elif value > 0:
             found[tag] = math.log(value)
@@ -70,6 +71,8 @@ def tag_of(key: str) -> str:
         return f"{LOSS}/{rest}"
     if task := _HEADLINE.fullmatch(key):
         return f"{REVERSAL}/{task[1]}"
+    if store := _HELD_OUT_STORE.fullmatch(key):
+        return f"{HELD_OUT}/{store[1]}"
     if text := _TEXT.fullmatch(key):
         if text[2] == "perplexity":
             return f"{HELD_OUT}/{text[1]}"

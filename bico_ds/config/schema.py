@@ -46,8 +46,8 @@ class LoraSpec(Section):
     )
     rslora: bool = Field(
         False,
-        description="scale the adapters by alpha / sqrt(rank), not alpha / rank, which makes high ranks learn slowly: rsLoRA "
-        "(arXiv 2312.03732)",
+        description="scale the adapters by alpha / sqrt(rank), not alpha / rank, which makes high ranks learn slowly "
+        "(rsLoRA, arXiv 2312.03732)",
     )
 
     @model_validator(mode="before")
@@ -285,7 +285,7 @@ class CheckpointSpec(Section):
     on_write_error: Literal["continue", "stop"] = "continue"
     export: bool = Field(
         True,
-        description="write RUN/export at the end: the model as a safetensors folder, of a LoRA run the adapters as a peft folder",
+        description="write RUN/export at the end: the model as a safetensors folder; of a LoRA run its adapters, for peft",
     )
     merge_adapters: bool = Field(
         False,
@@ -397,7 +397,7 @@ class Recipe(Section):
 
     @property
     def exports_adapters(self) -> bool:
-        """Whether the run's export is an adapter folder: a random base, which is in no file, is exported with its adapters."""
+        """Whether the run's export is an adapter folder; a random base, which is in no file, is exported with adapters."""
         has_base = self.model.lora is not None and self.model.path is not None
         return has_base and not self.checkpoint.merge_adapters
 

@@ -83,7 +83,11 @@ def load_for_evaluation(
             adapters.merge_into(model)
         except UserError as error:
             raise UserError(f"{option} {path}: {error}") from None
-        model = model.to(model.dtype if wanted == "auto" else wanted)
+        if wanted != "auto":
+            for (
+                parameter
+            ) in model.parameters():  # not the rotary frequencies, which are in fp32 in every model
+                parameter.data = parameter.data.to(wanted)
     return model.eval(), tokenizer
 
 

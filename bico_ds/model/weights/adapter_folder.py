@@ -1,11 +1,12 @@
 """An adapter folder as peft has it: adapter_config.json beside adapter_model.safetensors, without the base's weights.
 
-`AdapterFolder` is what one says of itself, be it ours or a stranger's. Ours also name, in the metadata of the safetensors
-file, the weights of the base by their fingerprint, and the dtype in which they were trained: peft ignores both.
+`AdapterFolder` is what one says of itself, be it ours or a stranger's. Ours have a `base.json` beside them, of which peft
+knows nothing: it names the base's weights by their fingerprint, and the dtype in which they were trained.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -30,10 +31,10 @@ from bico_ds.model.weights.shards import DTYPES
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_BASE = "base.json"
 _PICKLED = "adapter_model.bin"
 # What peft puts before a parameter's name in the model that it wraps.
 _WRAPPED = "base_model.model."
-_BASE_FINGERPRINT, _TRAINED_DTYPE = "bico_ds.base_fingerprint", "bico_ds.dtype"
 # Keys of a peft config that change nothing in base + scaling · B A, or whose values are read here. Any other key that is set
 # asks for more: DoRA, modules beside the adapters, ranks by pattern, and what later versions of peft will have.
 _PLAIN_KEYS = frozenset(
@@ -71,16 +72,12 @@ class AdapterFolder:
 
     @cached_property
     def _config(self) -> dict[str, Any]:
-        file = self.folder / ADAPTER_CONFIG
-        try:
-            return read_object(file)
-        except JsonError as error:
-            raise UserError(f"'{file}' cannot be read: {error.reason}; copy it again") from None
+        return _object(self.folder / ADAPTER_CONFIG)
 
     @cached_property
-    def _metadata(self) -> dict[str, str]:
-        with safe_open(self.folder / ADAPTER_WEIGHTS, framework="pt") as file:
-            return file.metadata() or {}
+    def _trained_on(self) -> dict[str, Any]:
+        file = self.folder / _BASE
+        return _object(file) if file.exists() else {}
 
     @property
     def base(self) -> FolderOrHub:
@@ -96,12 +93,12 @@ class AdapterFolder:
     @property
     def fingerprint(self) -> str | None:
         """The fingerprint of the base's weights; None where another program wrote the folder."""
-        return self._metadata.get(_BASE_FINGERPRINT)
+        return self._trained_on.get("fingerprint")
 
     @property
     def dtype(self) -> torch.dtype | None:
         """The dtype in which base and adapters were trained; None where another program wrote the folder."""
-        return DTYPES.get(self._metadata.get(_TRAINED_DTYPE, ""))
+        return DTYPES.get(str(self._trained_on.get("dtype")))
 
     @property
     def scaling(self) -> float:
@@ -117,8 +114,8 @@ class AdapterFolder:
             "its fingerprint is checked" if known else "no fingerprint says whether they are the trained ones"
         )
         return (
-            f"adapters of rank {self._config['r']}, scaled by {scaled} = {self.scaling:g}, merged in memory into the weights "
-            f"of '{self.base}': {checked}"
+            f"adapters of rank {self._config['r']}, scaled by {scaled} = {self.scaling:g}, merged in memory into the "
+            f"weights of '{self.base}': {checked}"
         )
 
     def check(self) -> None:
@@ -137,16 +134,16 @@ class AdapterFolder:
         base = self.base
         if isinstance(base, Path) and not base.is_dir():
             raise UserError(
-                f"the base of these adapters, '{base}', is not here; correct base_model_name_or_path in {ADAPTER_CONFIG}, or "
-                "write them again with bico-ds export RUN FOLDER --adapter --base MODEL"
+                f"the base of these adapters, '{base}', is not here; correct base_model_name_or_path in {ADAPTER_CONFIG}, "
+                "or write them again: bico-ds export RUN FOLDER --adapter --base MODEL"
             )
 
     def _check_config(self) -> None:
         for key, value in {"peft_type": None, **self._config}.items():
             if value not in _PLAIN_VALUES[key] if key in _PLAIN_VALUES else value and key not in _PLAIN_KEYS:
                 raise UserError(
-                    f"{ADAPTER_CONFIG}: {key}: {value!r:.60} asks for more than plain LoRA, which alone is merged here: merge it "
-                    "with peft (merge_and_unload), and give the folder of the merged model"
+                    f"{ADAPTER_CONFIG}: {key}: {value!r:.60} asks for more than plain LoRA, which alone is merged here: "
+                    "merge it with peft (merge_and_unload), and give the folder of the merged model"
                 )
         for key in ("r", "lora_alpha"):
             value = self._config.get(key)
@@ -178,7 +175,8 @@ class AdapterFolder:
                     or a.shape[0] != b.shape[1]
                 ):
                     raise UserError(
-                        f"{ADAPTER_WEIGHTS}: {tuple(b.shape)} times {tuple(a.shape)} does not fit {name}, {tuple(weight.shape)}"
+                        f"{ADAPTER_WEIGHTS}: {tuple(b.shape)} times {tuple(a.shape)} does not fit {name}, which is "
+                        f"{tuple(weight.shape)}"
                     )
                 weight.copy_(merge_adapters(weight, a, b, self.scaling))
 
@@ -195,7 +193,7 @@ class AdapterFolder:
         if found != self.fingerprint:
             raise UserError(
                 f"the base in '{self.base}' is not the one that these adapters were trained on: its fingerprint is "
-                f"{found[:12]}, {ADAPTER_WEIGHTS} records {self.fingerprint[:12]}"
+                f"{found[:12]}, {_BASE} records {self.fingerprint[:12]}"
             )
 
 
@@ -217,14 +215,13 @@ def write_adapters(
     config.inference_mode = True
     config.target_modules = list(spec.lora.targets)  # a set, whose order changes from process to process
     config.save_pretrained(folder)
-    known = {_TRAINED_DTYPE: spec.dtype} | (
-        {_BASE_FINGERPRINT: fingerprint} if fingerprint is not None else {}
-    )
+    known = {"base": config.base_model_name_or_path, "fingerprint": fingerprint, "dtype": spec.dtype}
+    (folder / _BASE).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     stored = {
         stored_name(name): tensor.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
         for name, tensor in tensors.items()
     }
-    save_file(stored, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"} | known)
+    save_file(stored, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     (folder / ADAPTER_WEIGHTS).chmod(0o644)  # safetensors makes it private
 
 
@@ -239,6 +236,13 @@ def base_location(spec: ModelSpec) -> str:
 def stored_name(name: str) -> str:
     """A parameter `….lora_A.default.weight` of the run's causal LM by its name in peft's files."""
     return _WRAPPED + name.replace(".default.", ".")
+
+
+def _object(file: Path) -> dict[str, Any]:
+    try:
+        return read_object(file)
+    except JsonError as error:
+        raise UserError(f"'{file}' cannot be read: {error.reason}; copy it again") from None
 
 
 def _pairs(names: Iterable[str]) -> dict[str, tuple[str, str]]:

@@ -34,10 +34,11 @@ def export_adapter(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Write the live adapters of `model`, built of `spec`, their config, the generation config and the tokenizer to `folder`.
+    """Write the live adapters of `model`, their config, the generation config and the tokenizer to `folder`.
 
-    Call it on every rank: under ZeRO-3 adapters are gathered one at a time, and rank 0 keeps a copy of all of them in the
-    host's memory, and writes. `folder` appears complete or not at all. Raises as `export_model` does.
+    `spec`: what the model was built of. Call it on every rank: under ZeRO-3 adapters are gathered one at a time, and rank 0
+    keeps a copy of all of them in the host's memory, and writes. `folder` appears complete or not at all. Raises as
+    `export_model` does.
     """
     is_writer = not dist.is_initialized() or dist.get_rank() == 0
     failures: list[Exception] = []  # kept while the ranks gather in step, raised at the end
@@ -78,7 +79,7 @@ def export_adapter_checkpoint(
         raise UserError("the run trained all weights: it has no adapters to write apart")
     base_location(spec)
     refuse_existing(folder, overwrite=overwrite)
-    config = exported_config(spec, needs_base=False)
+    config = exported_config(spec, reads_base=False)
     if generation is None:
         generation = read_generation_config(start_folder(spec), config)
     trained, model = open_checkpoint(checkpoint), meta_model(config)

@@ -88,7 +88,7 @@ def write_settings(
 
 
 def write_beside_weights(folder: Path, generation_config: Any, tokenizer: ModelTokenizer | None) -> None:
-    """Write what whole models and adapters have beside weights and config, then the checksums of everything in the folder."""
+    """Write what a folder of a model or of adapters has beside weights and config, then the checksums of all of it."""
     # `save_pretrained` refuses what published models have (a temperature without `do_sample`), once a token has changed.
     generation_config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
     if tokenizer is not None:

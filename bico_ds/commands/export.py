@@ -134,11 +134,14 @@ def _check_has_adapters(recipe: Recipe) -> None:
 def _write_adapters(
     found: FoundCheckpoint, recipe: Recipe, tokenizer: ExportedTokenizer, options: Namespace, **settings: Any
 ) -> GenerationConfig:
-    from bico_ds.model.weights.export_adapter import export_adapter_checkpoint
+    from bico_ds.model.weights.export_adapter import export_adapter_checkpoint, stops_unlike_base
+    from bico_ds.model.weights.export_checkpoint import exported_config
 
     generation = export_adapter_checkpoint(found.path, recipe.model, tokenizer, options.output, **settings)
     if recipe.model.path is not None and recipe.model.path.is_folder and not recipe.model.path.is_here():
         print(f"note: the base, '{recipe.model.path}', is not on this machine; --base says where it is")
+    elif note := stops_unlike_base(recipe.model, exported_config(recipe.model, reads_base=False), generation):
+        print(f"note: {note}")
     return generation
 
 

@@ -39,7 +39,7 @@ from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.tokenizer import FastTokenizer
 from bico_ds.model.architecture import id_list
 from bico_ds.model.deepspeed_engine import Engine
-from bico_ds.model.weights.export_adapter import export_adapter
+from bico_ds.model.weights.export_adapter import export_adapter, stops_unlike_base
 from bico_ds.model.weights.export_checkpoint import export_record
 from bico_ds.model.weights.export_model import export_model
 from bico_ds.optim.schedule import check_schedule
@@ -473,8 +473,14 @@ def _export(trainer: Trainer, tokenizer: ExportedTokenizer) -> str:
             f"command exports it once that is put right, as bico-ds export {run.folder.path} FOLDER does"
         ) from error
     stops = id_list(model.causal_lm.generation_config.eos_token_id)
-    what = f"adapters, to be loaded over '{spec.path}'; " if run.recipe.exports_adapters else ""
-    return f"exported to {run.folder.export}: {what}{tokenizer.describe(stops)}"
+    told = f"exported to {run.folder.export}: {tokenizer.describe(stops)}"
+    if run.recipe.exports_adapters:
+        told += (
+            f"; adapters, to be loaded over '{spec.path}' (merged: bico-ds export {run.folder.path} FOLDER)"
+        )
+        if note := stops_unlike_base(spec, model.config, model.causal_lm.generation_config):
+            told += f"\nnote: {note}"
+    return told
 
 
 def _ignore_warnings() -> None:

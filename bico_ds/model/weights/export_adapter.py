@@ -8,12 +8,12 @@ from typing import Literal
 
 import torch.distributed as dist
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import atomic_folder
 from bico_ds.config.schema import ModelSpec
-from bico_ds.model.architecture import ModelTokenizer, adopt_special_tokens, meta_model
+from bico_ds.model.architecture import ModelTokenizer, adopt_special_tokens, id_list, meta_model
 from bico_ds.model.build import TrainableModel
 from bico_ds.model.lora import add_lora, is_adapter
 from bico_ds.model.model_folder import read_generation_config
@@ -93,3 +93,19 @@ def export_adapter_checkpoint(
             adopt_special_tokens(tokenizer, config, generation)
         write_beside_weights(temporary, generation, tokenizer)
     return generation
+
+
+def stops_unlike_base(spec: ModelSpec, config: PretrainedConfig, generation: GenerationConfig) -> str | None:
+    """What to know where adapters that stop as `generation` says belong to a base that stops otherwise; else None.
+
+    peft and transformers take the base's generation config.
+    """
+    if spec.path is None or (spec.path.is_folder and not spec.path.is_here()):
+        return None
+    of_base = read_generation_config(spec.path.here(), config)
+    if set(id_list(of_base.eos_token_id)) == set(id_list(generation.eos_token_id)):
+        return None
+    return (
+        "the base's generation config, which peft takes, stops at other tokens than these texts end with: after loading set "
+        "model.generation_config = GenerationConfig.from_pretrained(FOLDER), with this folder"
+    )

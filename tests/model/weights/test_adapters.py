@@ -217,7 +217,9 @@ def test_weights_that_are_no_pairs_or_fit_no_weight_are_refused(tmp_path):
     first = min(stored)
     other = first.replace("layers.0", "layers.9")
     both = {
-        name.replace("layers.0", "layers.9"): tensor for name, tensor in stored.items() if "layers.0" in name
+        name.replace("layers.0", "layers.9"): tensor.clone()
+        for name, tensor in stored.items()
+        if "layers.0" in name
     }
     cases = (
         ({name: tensor for name, tensor in stored.items() if name != first}, "is not one of a pair"),

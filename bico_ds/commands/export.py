@@ -3,6 +3,7 @@
     bico-ds export runs/llama70b_bico OUT                    the best checkpoint of a run that keeps one, else the newest
     bico-ds export runs/llama70b_bico OUT --step last        the newest complete one in any case; --step 1000: that step's
     bico-ds export runs/llama70b_bico/checkpoints/step-001000 OUT --dtype fp32
+    bico-ds export runs/mine_lora OUT --adapter              a LoRA run's adapters alone, as peft loads them; else merged
     bico-ds export runs/llama70b_bico OUT --blend 0.5,0.7,0.9           OUT/blend-0.50 …: base + 0.5 (trained − base) …
 
 Needs no ranks, no GPU and none of the run's data, and memory for one shard. OUT appears complete or not at all. fp32
@@ -17,6 +18,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +29,10 @@ from bico_ds.config.paths import FolderOrHub, FolderOrHubName
 from bico_ds.config.schema import Recipe
 
 if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
     from bico_ds.checkpoint.manifest import FoundCheckpoint
+    from bico_ds.data.exported_tokenizer import ExportedTokenizer
     from bico_ds.data.tokenizer import FastTokenizer
     from bico_ds.model.weights.blend import Blend
 
@@ -42,7 +47,12 @@ def add_options(parser: ArgumentParser) -> None:
     )
     parser.add_argument("output", type=local_path, help="the folder to write; must be new or empty")
     parser.add_argument(
-        "--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights (default: %(default)s)"
+        "--dtype", choices=("bf16", "fp32"), help="of the weights (default: bf16; of --adapter, as trained)"
+    )
+    parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="of a LoRA run: write its adapters as a folder for peft, without the base that they belong to",
     )
     parser.add_argument(
         "--base",
@@ -74,40 +84,94 @@ def add_options(parser: ArgumentParser) -> None:
     )
 
 
-def export(options: Namespace) -> None:
-    from transformers import AutoConfig, GenerationConfig
+def contradiction(options: Namespace) -> str | None:
+    """What is wrong with the options together."""
+    if options.adapter and options.blend:
+        return "--blend mixes whole models: leave --adapter out"
+    return None
 
-    from bico_ds.data.exported_tokenizer import ExportedTokenizer, misreading
+
+def export(options: Namespace) -> None:
+    from transformers import GenerationConfig
+
+    from bico_ds.data.exported_tokenizer import ExportedTokenizer
     from bico_ds.model.architecture import id_list
-    from bico_ds.model.weights.export_checkpoint import export_checkpoint
     from bico_ds.model.weights.shards import refuse_existing
 
     refuse_existing(options.output)
     found = _checkpoint(options.checkpoint, options.step)
-    recipe = _recipe_with_base(found, options.base, blends=bool(options.blend))
-    tokenizer = _tokenizer(found, recipe, options.tokenizer)
-    print(
-        f"exporting step {found.step} of '{recipe.name}' to {options.output} ({options.dtype})",
-        flush=True,
-    )
+    recipe = _recipe_with_base(found, options)
+    if options.adapter:
+        _check_has_adapters(recipe)
+    tokenizer = _tokenizer(found, recipe, options)
+    dtype = options.dtype or (recipe.model.dtype if options.adapter else "bf16")
+    what = "the adapters of " if options.adapter else ""
+    print(f"exporting {what}step {found.step} of '{recipe.name}' to {options.output} ({dtype})", flush=True)
     recorded = found.content.get("export")
     exported = ExportedTokenizer(tokenizer, _adds_bos(options, recorded, recipe, tokenizer))
+    write = partial(
+        _write_adapters if options.adapter else _write_models,
+        found,
+        recipe,
+        exported,
+        options,
+        dtype=dtype,
+        generation=None if recorded is None else GenerationConfig.from_dict(recorded["generation_config"]),
+        base=found.content["base"],
+    )
+    stops = id_list(write().eos_token_id)
+    print(f"done: {options.output}; {exported.describe(stops)}")
+
+
+def _check_has_adapters(recipe: Recipe) -> None:
+    if recipe.model.lora is None:
+        raise UserError(
+            f"--adapter: '{recipe.name}' trained all weights, and has no adapters: leave the option out for the whole model"
+        )
+    if recipe.model.path is None:
+        raise UserError(
+            f"--adapter: '{recipe.name}' began with random weights (model.path: null), which are in no file: adapters alone "
+            "belong to nothing"
+        )
+
+
+def _write_adapters(
+    found: FoundCheckpoint, recipe: Recipe, tokenizer: ExportedTokenizer, options: Namespace, **settings: Any
+) -> GenerationConfig:
+    from bico_ds.model.weights.export_adapter import export_adapter_checkpoint, stops_unlike_base
+    from bico_ds.model.weights.export_checkpoint import exported_config
+
+    generation = export_adapter_checkpoint(found.path, recipe.model, tokenizer, options.output, **settings)
+    if recipe.model.path is not None and recipe.model.path.is_folder and not recipe.model.path.is_here():
+        print(f"note: the base, '{recipe.model.path}', is not on this machine; --base says where it is")
+    elif note := stops_unlike_base(recipe.model, exported_config(recipe.model, reads_base=False), generation):
+        print(f"note: {note}")
+    return generation
+
+
+def _write_models(
+    found: FoundCheckpoint, recipe: Recipe, tokenizer: ExportedTokenizer, options: Namespace, **settings: Any
+) -> GenerationConfig:
+    """The whole model, or its blends with the base."""
+    from transformers import AutoConfig
+
+    from bico_ds.data.exported_tokenizer import misreading
+    from bico_ds.model.weights.export_checkpoint import export_checkpoint
+
     blends = _blends(options.blend, found, recipe)
     generation = export_checkpoint(
         found.path,
         recipe.model,
-        exported,
+        tokenizer,
         options.output,
-        options.dtype,
-        generation=None if recorded is None else GenerationConfig.from_dict(recorded["generation_config"]),
-        base=found.content["base"],
+        **settings,
         blends=blends,
         max_shard_bytes=int(options.shard_gb * 1e9),
     )
     config = AutoConfig.from_pretrained(options.output / next(iter(blends or ["."])), trust_remote_code=False)
-    if (warning := misreading(exported, config)) is not None:
+    if (warning := misreading(tokenizer, config)) is not None:
         print(f"warning: {warning}")
-    print(f"done: {options.output}; {exported.describe(id_list(generation.eos_token_id))}")
+    return generation
 
 
 def _step(text: str) -> str | int:
@@ -189,15 +253,16 @@ def _blends(shares: list[float], found: FoundCheckpoint, recipe: Recipe) -> dict
     return {"." if len(blends) == 1 else blend.folder: blend for blend in blends}
 
 
-def _recipe_with_base(found: FoundCheckpoint, base: FolderOrHubName | None, *, blends: bool) -> Recipe:
-    """The recipe that the checkpoint recorded, with `base` in the place of its start model where that is given."""
+def _recipe_with_base(found: FoundCheckpoint, options: Namespace) -> Recipe:
+    """The recipe that the checkpoint recorded, with `--base` in the place of its start model where that is given."""
     from bico_ds.checkpoint import manifest
     from bico_ds.config.load import recorded_recipe
 
     recipe = recorded_recipe(found.content["recipe"], found.path / manifest.MANIFEST, objectives=False)
-    if base is not None:
-        return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": base})})
-    if (blends or recipe.model.lora is not None) and recipe.model.path is not None:
+    if options.base is not None:
+        return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": options.base})})
+    merges = recipe.model.lora is not None and not options.adapter
+    if (options.blend or merges) and recipe.model.path is not None:
         with _option_in_errors("--base"):
             _check_is_there(recipe.model.path)
     return recipe
@@ -208,14 +273,15 @@ def _check_is_there(path: FolderOrHubName) -> None:
         raise UserError(f"model.path: the folder '{path}' does not exist")
 
 
-def _tokenizer(found: FoundCheckpoint, recipe: Recipe, named: FolderOrHubName | None) -> FastTokenizer:
-    """The tokenizer to export: `named`, or the run's. Raises `UserError` where it cannot be this model's."""
+def _tokenizer(found: FoundCheckpoint, recipe: Recipe, options: Namespace) -> FastTokenizer:
+    """The tokenizer to export: `--tokenizer`, or the run's. Raises `UserError` where it cannot be this model's."""
     from bico_ds.data.tokenizer import load_tokenizer, needed_vocabulary
     from bico_ds.model.architecture import check_vocabulary
     from bico_ds.model.weights.export_checkpoint import exported_config
 
     with _option_in_errors("--base"):
-        config = exported_config(recipe.model)
+        config = exported_config(recipe.model, reads_base=not options.adapter)
+    named = options.tokenizer
     with _option_in_errors("--tokenizer"):
         path = named.here() if named is not None else tokenizer_of_run(found.path, recipe)
         tokenizer = load_tokenizer(path)
@@ -289,7 +355,7 @@ def _option_in_errors(option: str) -> Iterator[None]:
         raise UserError(f"{error} (here: {option})") from None
 
 
-main = Command(description=__doc__, add_options=add_options, run=export)
+main = Command(description=__doc__, add_options=add_options, contradiction=contradiction, run=export)
 
 
 if __name__ == "__main__":

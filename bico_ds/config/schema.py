@@ -27,6 +27,7 @@ from bico_ds.config.section import Minutes, PositiveInt, Section, Seed, Steps, m
 from bico_ds.config.sections.data import LEAST_REST, DataSpec
 from bico_ds.config.sections.evaluation import EvaluationSpec
 from bico_ds.config.sections.keep_best import KeepBestSpec, metrics_of, unknown_metric
+from bico_ds.config.sections.lora_keys import refuse_keys_of_peft
 from bico_ds.config.sections.retention import REPLAY, ReplaySpec, RetentionSpec
 
 
@@ -58,6 +59,17 @@ class LoraSpec(Section):
         description="the linear layers that get an adapter, by the last word of their names",
         examples=[["q_proj", "v_proj"]],
     )
+    rslora: bool = Field(
+        False,
+        description="scale the adapters by alpha / sqrt(rank), not alpha / rank, which makes high ranks learn slowly "
+        "(rsLoRA, arXiv 2312.03732)",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_are_ours(cls, values: Any) -> Any:
+        refuse_keys_of_peft(values)
+        return values
 
 
 # Up to so many chunks the head sums its weight's gradient in bf16 (bico_ds/model/head.py). Such a sum stalls once a chunk
@@ -354,7 +366,15 @@ class CheckpointSpec(Section):
         "continue",
         description="where a checkpoint during training cannot be written: go on without it, or stop",
     )
-    export: bool = Field(True, description="write the model as a safetensors folder at the end")
+    export: bool = Field(
+        True,
+        description="write RUN/export at the end: the model as a safetensors folder; of a LoRA run its adapters, for peft",
+    )
+    merge_adapters: bool = Field(
+        False,
+        description="let the export of a LoRA run be the whole model, its adapters merged into the base; where the base is "
+        "random weights it always is",
+    )
 
 
 class WandbSpec(Section):
@@ -495,6 +515,22 @@ class Recipe(Section):
             )
         data = self.data.model_copy(update={"sources": [*self.data.sources, self.replay.source]})
         return self.model_copy(update={"data": data, "replay": None})
+
+    @property
+    def exports_adapters(self) -> bool:
+        """Whether the run's export is an adapter folder; a random base, which is in no file, is exported with adapters."""
+        has_base = self.model.lora is not None and self.model.path is not None
+        return has_base and not self.checkpoint.merge_adapters
+
+    @model_validator(mode="after")
+    def _adapters_to_merge_are_there(self) -> Recipe:
+        if self.checkpoint.merge_adapters and self.model.lora is None:
+            raise mistake_at(
+                ("checkpoint", "merge_adapters"),
+                "there are no adapters to merge, as 'model.lora' is null: the export is the whole model without this key",
+                True,
+            )
+        return self
 
     @model_validator(mode="after")
     def _named_sources_exist(self) -> Recipe:

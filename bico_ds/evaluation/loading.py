@@ -28,6 +28,7 @@ from bico_ds.model.architecture import check_vocabulary
 from bico_ds.model.config_values import check_shapes, check_values
 from bico_ds.model.families import FAMILIES
 from bico_ds.model.model_folder import CONFIG, one_line, read_config, read_generation_config, readable
+from bico_ds.model.weights.adapter_folder import ADAPTER_CONFIG, AdapterFolder
 from bico_ds.model.weights.load import SAFETENSORS, refuse_adapters, weight_files
 from bico_ds.model.weights.safetensors_header import read_header
 
@@ -53,10 +54,15 @@ def load_for_evaluation(
     another vocabulary, and where a weight of the model is not in the files (transformers would draw it at random).
     """
     tokenizer, _ = load_tokenizer_and_context(path, option=option)
+    adapters = AdapterFolder.at(path)
+    wanted: Any = _DTYPES[dtype]
+    if dtype == "auto" and adapters is not None:
+        wanted = adapters.dtype or "auto"
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(path),
-            dtype=_DTYPES[dtype],
+            str(weights_at(path)),
+            # Adapters are merged into the weights that they were trained on, and rounded afterwards.
+            dtype=torch.float32 if adapters is not None and adapters.dtype is torch.float32 else wanted,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -71,7 +77,24 @@ def load_for_evaluation(
             raise UserError(
                 f"{option} {path}: {len(names)} {kind.replace('_', ' ')}, the first is {names[0]}"
             )
-    return model.to(device).eval(), tokenizer
+    model = model.to(device)
+    if adapters is not None:
+        try:
+            adapters.merge_into(model)
+        except UserError as error:
+            raise UserError(f"{option} {path}: {error}") from None
+        if wanted != "auto":
+            for (
+                parameter
+            ) in model.parameters():  # not the rotary frequencies, which are in fp32 in every model
+                parameter.data = parameter.data.to(wanted)
+    return model.eval(), tokenizer
+
+
+def weights_at(path: FolderOrHub) -> FolderOrHub:
+    """Where the config and the whole weights of the model at `path` are: there, or of adapters in their base's place."""
+    adapters = AdapterFolder.at(path)
+    return path if adapters is None else adapters.base
 
 
 def load_tokenizer_and_context(
@@ -101,7 +124,7 @@ def _config(path: FolderOrHub, where: str = "") -> PretrainedConfig:
         if values["model_type"] in FAMILIES:
             check_values(values, where=f"{where}{CONFIG}: ")
 
-    config = read_config(path, where=where, check=check)
+    config = read_config(weights_at(path), where=where, check=check)
     if config.model_type in FAMILIES:
         check_shapes(config, where=f"{where}{CONFIG}: ")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not isinstance(
@@ -140,6 +163,12 @@ def weights_stamp(path: FolderOrHub) -> str:
     """
     if not isinstance(path, Path):
         return path
+    if (adapters := AdapterFolder.at(path)) is not None:
+        files = sorted(
+            {file for pattern in _STAMPED for file in path.glob(pattern)} | {path / ADAPTER_CONFIG}
+        )
+        stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return hashlib.sha256(repr([stamps, weights_stamp(adapters.base)]).encode()).hexdigest()[:16]
     read = {*weight_files(path)}
     files = sorted({file for pattern in _STAMPED for file in path.glob(pattern)} | read)
     stamp: list[Any] = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -157,6 +186,10 @@ def check_model_folder(folder: FolderOrHub, option: str = "--model") -> None:
         return
     try:
         with readable(folder, where=""):
+            if (adapters := AdapterFolder.at(folder)) is not None:
+                adapters.check()
+                check_model_folder(adapters.base, "its base")
+                return
             _check_is_model(folder)
             refuse_adapters(folder)
             files = weight_files(folder)

@@ -57,6 +57,7 @@ from bico_ds.evaluation.scoring.share import PromptShare
 from bico_ds.evaluation.tasks.further_sets import READERS
 from bico_ds.evaluation.tasks.of_recipe import tasks_of_recipe
 from bico_ds.evaluation.tasks.task import Task, load_tasks
+from bico_ds.model.weights.adapter_folder import AdapterFolder
 
 _WINDOWS_PER_BATCH = 4  # a window of a retention text is long, and has logits of every token
 
@@ -237,6 +238,8 @@ def show_results(
 def _how_asked(request: Request) -> Iterator[str]:
     """How prompts begin and answers end, and where that is not what other programs do with this model."""
     tokenizer = request.tokenizer
+    if (adapters := AdapterFolder.at(request.model)) is not None:
+        yield f"{request.model}: {adapters.describe()}"
     name = tokenizer.convert_ids_to_tokens
     ends = [name(token) or f"token {token}, which its tokenizer lacks" for token in request.stops]
     has_bos = request.add_bos and tokenizer.bos_token_id is not None

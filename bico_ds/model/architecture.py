@@ -183,6 +183,11 @@ def _check_folder(folder: Path) -> None:
             "or give a hub name (owner/name)"
         )
     if not (folder / CONFIG).is_file() and not (folder / CONFIG).is_symlink():
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"model.path: the folder '{folder}' holds adapters, and training begins with a whole model: merge them into "
+                "their base (bico-ds export RUN FOLDER, or peft's merge_and_unload), and give that folder"
+            )
         raise UserError(
             f"model.path: the folder '{folder}' has no config.json; give a folder with config.json and *.safetensors"
         )

@@ -31,18 +31,23 @@ def add_lora(causal_lm: PreTrainedModel, spec: LoraSpec) -> None:
     Raises `UserError` as `check_lora` does.
     """
     check_lora(causal_lm, spec)
-    config = LoraConfig(
+    inject_adapter_in_model(peft_config(spec), causal_lm, low_cpu_mem_usage=True)
+    for name, parameter in causal_lm.named_parameters():
+        parameter.requires_grad_(is_adapter(name))
+        parameter.data = parameter.data.to(causal_lm.config.dtype)  # peft makes adapters fp32
+
+
+def peft_config(spec: LoraSpec) -> LoraConfig:
+    """The adapters of `spec` as peft names them."""
+    return LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
         target_modules=list(spec.targets),
+        use_rslora=spec.rslora,
         bias="none",
         task_type="CAUSAL_LM",
     )
-    inject_adapter_in_model(config, causal_lm, low_cpu_mem_usage=True)
-    for name, parameter in causal_lm.named_parameters():
-        parameter.requires_grad_(is_adapter(name))
-        parameter.data = parameter.data.to(causal_lm.config.dtype)  # peft makes adapters fp32
 
 
 def check_lora(causal_lm: PreTrainedModel, spec: LoraSpec) -> None:

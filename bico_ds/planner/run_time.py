@@ -12,7 +12,7 @@ from bico_ds.planner.communication import gather_all_weights
 from bico_ds.planner.deployment import ELEMENT_BYTES, Deployment
 from bico_ds.planner.ranges import Range
 from bico_ds.planner.step_time import MEMORY_EFFICIENCY, StepTime
-from bico_ds.planner.storage import checkpoint_bytes
+from bico_ds.planner.storage import checkpoint_bytes, export_bytes
 
 # A bf16 copy of this many parameters fits beside a training state on an 80 GB GPU; larger models generate partitioned.
 REPLICA_PARAMETERS = 4_000_000_000
@@ -224,7 +224,7 @@ def _writings(
         )
     ]
     if spec.export:
-        size = _model_bytes(recipe, architecture)
+        size = export_bytes(recipe, architecture)
         seconds = Range(size / disk_bandwidth.high, size / disk_bandwidth.low)
         stops.append(
             _Stop(name="export", seconds=seconds, every=None, how=f"{size / 1e9:.3g} GB, at the end")

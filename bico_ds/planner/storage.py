@@ -46,8 +46,9 @@ def checkpoint_bytes(recipe: Recipe, architecture: Architecture, zero: Zero) -> 
 
 
 def export_bytes(recipe: Recipe, architecture: Architecture) -> float:
-    """Bytes of the exported model: all weights in the model's dtype, adapters merged, a tied head once."""
-    return float(ELEMENT_BYTES[recipe.model.dtype] * architecture.parameters)
+    """Bytes of a run's export: all weights in the model's dtype, a tied head once; or its adapters alone."""
+    lora = recipe.model.lora if recipe.exports_adapters else None
+    return float(ELEMENT_BYTES[recipe.model.dtype] * architecture.trained_parameters(lora))
 
 
 def disk(recipe: Recipe, architecture: Architecture, zero: Zero, steps: int | None) -> tuple[Item, ...]:
@@ -77,7 +78,8 @@ def disk(recipe: Recipe, architecture: Architecture, zero: Zero, steps: int | No
     ]
     if spec.export:
         size = export_bytes(recipe, architecture)
-        items.append(_exactly("export", size, f"all weights, {recipe.model.dtype}"))
+        what = "adapters" if recipe.exports_adapters else "all weights"
+        items.append(_exactly("export", size, f"{what}, {recipe.model.dtype}"))
     return tuple(items)
 
 

@@ -40,6 +40,7 @@ from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.tokenizer import FastTokenizer
 from bico_ds.model.architecture import id_list
 from bico_ds.model.deepspeed_engine import Engine
+from bico_ds.model.weights.export_adapter import export_adapter, stops_unlike_base
 from bico_ds.model.weights.export_checkpoint import export_record
 from bico_ds.model.weights.export_model import export_model
 from bico_ds.optim.schedule import check_schedule
@@ -473,6 +474,7 @@ def _train_and_export(trainer: Trainer, start: RunStart, tokenizer: ExportedToke
 def _export(trainer: Trainer, tokenizer: ExportedTokenizer) -> str:
     """Write the run's export, and return what to say of it. Collective."""
     run, model, best = trainer.run, trainer.engine.module, trainer.checkpointer.best.best
+    spec = run.recipe.model
     if best is not None and best.step != trainer.step:
         settings = export_best(run, best, tokenizer, on_progress=trainer.watchdog.note_progress)
         stops = id_list(settings.eos_token_id)
@@ -481,14 +483,24 @@ def _export(trainer: Trainer, tokenizer: ExportedTokenizer) -> str:
             f"{tokenizer.describe(stops)}"
         )
     try:
-        export_model(model, tokenizer, run.folder.export, dtype=run.recipe.model.dtype, overwrite=True)
+        if run.recipe.exports_adapters:
+            export_adapter(model, spec, tokenizer, run.folder.export, spec.dtype, overwrite=True)
+        else:
+            export_model(model, tokenizer, run.folder.export, spec.dtype, overwrite=True)
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"the model was not exported to '{run.folder.export}': {error}. Step {trainer.step:,} is saved: the same "
             f"command exports it once that is put right, as bico-ds export {run.folder.path} FOLDER does"
         ) from error
     stops = id_list(model.causal_lm.generation_config.eos_token_id)
-    return f"exported to {run.folder.export}: {tokenizer.describe(stops)}"
+    told = f"exported to {run.folder.export}: {tokenizer.describe(stops)}"
+    if run.recipe.exports_adapters:
+        told += (
+            f"; adapters, to be loaded over '{spec.path}' (merged: bico-ds export {run.folder.path} FOLDER)"
+        )
+        if note := stops_unlike_base(spec, model.config, model.causal_lm.generation_config):
+            told += f"\nnote: {note}"
+    return told
 
 
 def _ignore_warnings() -> None:

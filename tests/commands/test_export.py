@@ -192,3 +192,21 @@ def test_shares_that_are_none_are_refused(gone, monkeypatch, capsys, shares, pro
     with pytest.raises(SystemExit) as refused:
         exported(gone, monkeypatch, "--blend", shares)
     assert refused.value.code == 2 and problem in capsys.readouterr().err
+
+
+def test_adapters_of_a_run_that_trained_all_weights_are_refused(gone, monkeypatch, capsys):
+    assert exported(gone, monkeypatch, "--adapter") == 2
+    assert "trained all weights, and has no adapters" in capsys.readouterr().err
+    assert not (gone.parent / "out").exists()
+
+
+def test_adapters_of_a_random_base_are_refused(gone, monkeypatch, capsys):
+    rewrite(gone, "model", lora=LoraSpec().model_dump(mode="json"))
+    assert exported(gone, monkeypatch, "--adapter") == 2
+    assert "began with random weights (model.path: null), which are in no file" in capsys.readouterr().err
+
+
+def test_a_blend_of_adapters_alone_is_refused(gone, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as refused:
+        exported(gone, monkeypatch, "--adapter", "--blend", "0.5")
+    assert refused.value.code == 2 and "--blend mixes whole models" in capsys.readouterr().err

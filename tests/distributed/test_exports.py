@@ -10,8 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
 from bico_ds.commands import export as export_hf
 from bico_ds.data.store import TokenStore
@@ -162,6 +170,11 @@ def piped(model: Path, prompts: list[Any]) -> list[str]:
     ]
 
 
+@pytest.fixture(scope="module")
+def adapters(base) -> str:
+    return run(base, "adapters", "model.lora={rank: 16, dropout: 0.0, rslora: true}")
+
+
 @pytest.mark.parametrize("name", ["with_bos", pytest.param("without_bos", marks=pytest.mark.slow)])
 def test_a_plain_pipeline_gives_the_answers_of_evaluate(base, name, request, tmp_path):
     request.getfixturevalue(name)
@@ -246,3 +259,34 @@ def test_a_chat_of_a_plain_pipeline_begins_with_one_bos(base, with_bos):
     output = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids) :]
     (answer,) = piped(export, [chat])
     assert answer == tokenizer.decode(output, skip_special_tokens=True)
+
+
+def test_a_lora_run_exports_adapters_with_which_peft_and_evaluate_answer_as_the_run_did(
+    base, adapters, tmp_path, monkeypatch
+):
+    export = base / "adapters" / "export"
+    assert "model.safetensors" not in {file.name for file in export.iterdir()}
+    (file,) = (base / "adapters" / "evaluation").glob("*.json")
+    expected = answers_in(file)
+    answers, shown = evaluated(export, base / "tasks", tmp_path / "own.json")
+    assert answers == expected
+    assert f"merged in memory into the weights of '{base / 'base'}': its fingerprint is checked" in shown
+
+    assert "takes, stops at other tokens than these texts end with" in adapters, "this base stops at <|eot|>"
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    model = AutoPeftModelForCausalLM.from_pretrained(export)
+    model.generation_config = GenerationConfig.from_pretrained(export)
+    by_peft = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    told = [
+        by_peft(prompt, max_new_tokens=24, do_sample=False, return_full_text=False) for prompt in expected
+    ]
+    assert [answer[0]["generated_text"] for answer in told] == list(expected.values())
+    plain, _ = evaluated(base / "base", base / "tasks", tmp_path / "base.json", "--bos")
+    assert plain != expected, "the adapters matter, or the test proves nothing"
+
+    words = [base / "adapters", tmp_path / "out", "--adapter"]
+    monkeypatch.setattr(sys, "argv", ["export_hf.py", *map(str, words)])
+    assert export_hf.main() == 0
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == {
+        file.name: file.read_bytes() for file in export.iterdir()
+    }

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bico_ds.common.errors import UserError
@@ -14,8 +15,10 @@ from bico_ds.config.load import load_recipe
 from bico_ds.config.optimizers import ADAMW
 from bico_ds.config.schema import LoraSpec, ModelSpec
 from bico_ds.model.build import build_model
+from bico_ds.model.weights.adapter_folder import AdapterFolder
 from bico_ds.model.weights.blend import Blend
 from bico_ds.model.weights.checksums import base_fingerprint
+from bico_ds.model.weights.export_adapter import export_adapter, export_adapter_checkpoint
 from bico_ds.model.weights.export_checkpoint import export_checkpoint
 from bico_ds.model.weights.export_model import export_model
 from bico_ds.planner.architecture import read_architecture
@@ -60,6 +63,9 @@ def load_train_and_export(rank: int, world_size: int, folder: str) -> None:
         engine.step()
     assert base_fingerprint(adapted.causal_lm) == before
     export_model(engine.module, None, root / "merged")
+    export_adapter(engine.module, spec, None, root / "adapters", "bf16")
+    with pytest.raises(UserError, match="exists and is not empty"):
+        export_adapter(engine.module, spec, None, root / "base", "bf16")
     engine.save_checkpoint(str(root), tag="lora", save_latest=False, exclude_frozen_parameters=True)
     recorded = base_fingerprint(engine.module)  # as in a manifest
     if rank == 0:
@@ -68,6 +74,9 @@ def load_train_and_export(rank: int, world_size: int, folder: str) -> None:
         assert engine.module.base == recorded, (
             "found when the weights were verified, without a second reading"
         )
+
+    for stage in (1, 2):
+        train_undivided_adapters(rank, world_size, root, stage)
 
     full = build_model(ModelSpec(path=f"{folder}/base"), seed=1, ds_config=config, device="cpu")
     assert full.base is not None
@@ -79,6 +88,43 @@ def load_train_and_export(rank: int, world_size: int, folder: str) -> None:
     engine.step()
     export_model(engine.module, None, root / "trained")
     engine.save_checkpoint(str(root), tag="full", save_latest=False)
+
+
+def train_undivided_adapters(rank: int, world_size: int, root: Path, stage: int) -> None:
+    """Below ZeRO-3, with rsLoRA; the live adapters and a checkpoint are left."""
+    import deepspeed
+
+    config = ds_config(world_size, stage) | {"bf16": {"enabled": True}}
+    spec = ModelSpec(path=str(root / "base"), lora=LoraSpec(rank=4, dropout=0.0, rslora=True))
+    adapted = build_model(spec, seed=1, ds_config=config, device="cpu")
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    engine, *_ = deepspeed.initialize(model=adapted, model_parameters=trained, config=config)
+    for step in range(2):
+        loss = engine(causal_batch(step, [9, 4] if rank == 0 else [6], 8 if rank == 0 else 0)).loss
+        engine.backward(loss)
+        engine.step()
+    export_adapter(engine.module, spec, None, root / f"adapters-{stage}", "bf16")
+    engine.save_checkpoint(str(root), tag=f"lora-{stage}", save_latest=False, exclude_frozen_parameters=True)
+
+
+def check_adapters(root: Path, stage: int, spec: ModelSpec) -> None:
+    """From the checkpoint the same bytes as from the live model; with peft, what the merged model computes."""
+    name = "" if stage == 3 else f"-{stage}"
+    live, later = root / f"adapters{name}", root / f"adapters-later{name}"
+    recorded = (root / "recorded").read_text()
+    export_adapter_checkpoint(root / f"lora{name}", spec, None, later, "bf16", base=recorded)
+    assert {file.name: file.read_bytes() for file in later.iterdir()} == {
+        file.name: file.read_bytes() for file in live.iterdir()
+    }
+    merged = root / f"merged-of-adapters{name}"
+    export_checkpoint(root / f"lora{name}", spec, None, merged, "bf16", base=recorded)
+    ids = torch.arange(24).view(2, 12)
+    expected = LlamaForCausalLM.from_pretrained(merged)(ids).logits
+    by_peft = AutoPeftModelForCausalLM.from_pretrained(live).eval()
+    torch.testing.assert_close(by_peft(ids).logits, expected, atol=1e-2, rtol=0)
+    model = LlamaForCausalLM.from_pretrained(root / "base")
+    AdapterFolder(live).merge_into(model)
+    assert torch.equal(model(ids).logits, expected)
 
 
 def tensor_bytes(checkpoint: Path) -> int:
@@ -143,6 +189,9 @@ def test_two_ranks_load_their_slices_train_adapters_and_export(tmp_path: Path) -
             start,
             exported_weights(tmp_path / live),
         )
+    for stage in (1, 2, 3):
+        lora = LoraSpec(rank=4, dropout=0.0, rslora=stage < 3)
+        check_adapters(tmp_path, stage, ModelSpec(path=spec.path, lora=lora))
     with pytest.raises(UserError, match="is not a checkpoint of this model"):
         export_checkpoint(
             tmp_path / "lora", ModelSpec(path=str(tmp_path / "base")), None, tmp_path / "x", "bf16"

@@ -59,7 +59,7 @@ def export_checkpoint(
     refuse_existing(folder, overwrite=overwrite)
     config = exported_config(spec)
     if generation is None:
-        generation = read_generation_config(_start_folder(spec), config)
+        generation = read_generation_config(start_folder(spec), config)
     values = _Values(spec, config, open_checkpoint(checkpoint), needs_base=blends is not None)
     shapes = {name: parameter.shape for name, parameter in meta_model(config).named_parameters()}
     shares = {name: blend.share for name, blend in blends.items()} if blends is not None else {".": 1.0}
@@ -85,10 +85,13 @@ def export_checkpoint(
     return generation
 
 
-def exported_config(spec: ModelSpec) -> PretrainedConfig:
-    """The run's architecture; where the recipe has it, start weights may be gone by now."""
-    gone = spec.path is not None and spec.path.is_folder and _start_folder(spec) is None
-    if gone and spec.config is not None and spec.lora is None:
+def exported_config(spec: ModelSpec, *, reads_base: bool = True) -> PretrainedConfig:
+    """The run's architecture; where the recipe has it, start weights may be gone by now, but for a merge.
+
+    `reads_base`: whether the base of adapters, if there are any, is about to be read.
+    """
+    gone = spec.path is not None and spec.path.is_folder and start_folder(spec) is None
+    if gone and spec.config is not None and not (reads_base and spec.lora is not None):
         spec = spec.model_copy(update={"path": None})
     return model_config(spec)
 
@@ -129,7 +132,7 @@ class _Values:
             self._adapters = _adapter_names(model)
         self._live_names = {base_name(name): PREFIX + name for name, _ in model.named_parameters()}
         self._is_adapted = spec.lora is not None
-        _check_trained({name: p.shape for name, p in model.named_parameters() if p.requires_grad}, trained)
+        check_trained({name: p.shape for name, p in model.named_parameters() if p.requires_grad}, trained)
 
     def of(self, name: str) -> tuple[Tensor, Tensor]:
         """The tensor `name` of the base, and of the exported model; where no base is needed, that of the latter twice."""
@@ -168,7 +171,8 @@ def _adapter_names(model: nn.Module) -> dict[str, tuple[str, str, float]]:
     }
 
 
-def _check_trained(expected: dict[str, torch.Size], trained: CheckpointWeights) -> None:
+def check_trained(expected: dict[str, torch.Size], trained: CheckpointWeights) -> None:
+    """Raise `UserError` where a checkpoint does not hold the `expected` parameters, or holds adapters beside them."""
     found = {name: shape for name, shape in trained.shapes.items() if name in expected or is_adapter(name)}
     wrong = sorted(name for name in expected if found.get(name) != expected[name])
     wrong += sorted(found.keys() - expected)
@@ -179,7 +183,7 @@ def _check_trained(expected: dict[str, torch.Size], trained: CheckpointWeights) 
         )
 
 
-def _start_folder(spec: ModelSpec) -> Path | None:
+def start_folder(spec: ModelSpec) -> Path | None:
     """The folder of the start weights if it is here; variables in its path may be set on the training machine only."""
     with suppress(UserError):
         if spec.path is not None and spec.path.is_here():

@@ -45,7 +45,7 @@ def export_model(
     failures: list[Exception] = []  # kept while the ranks gather in step, raised at the end
     with ExitStack() as stack:
         if is_writer:
-            with _caught(failures):
+            with caught(failures):
                 refuse_existing(Path(folder), overwrite=overwrite)
                 temporary = stack.enter_context(atomic_folder(Path(folder), replace=True))
                 shapes = {name: full_shape(parts[0]) for name, parts in tensors.items()}
@@ -53,15 +53,15 @@ def export_model(
         for name, parts in tensors.items():
             with gathered(parts[:3]):
                 if is_writer and not failures:
-                    with _caught(failures):
+                    with caught(failures):
                         writer.add(name, merge_adapters(*parts) if len(parts) > 1 else parts[0])
         if is_writer and not failures:
-            with _caught(failures):
+            with caught(failures):
                 writer.close()
                 write_settings(
                     temporary, causal_lm.config, causal_lm.generation_config, tokenizer, DTYPES[dtype]
                 )
-        _fail_together(failures)
+        fail_together(failures)
 
 
 def exported_parameters(causal_lm: nn.Module) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -84,6 +84,11 @@ def write_settings(
     settings.dtype = dtype
     settings.save_pretrained(folder)
     _add_names_of_transformers_4(folder / "config.json")
+    write_beside_weights(folder, generation_config, tokenizer)
+
+
+def write_beside_weights(folder: Path, generation_config: Any, tokenizer: ModelTokenizer | None) -> None:
+    """Write what a folder of a model or of adapters has beside weights and config, then the checksums of all of it."""
     # `save_pretrained` refuses what published models have (a temperature without `do_sample`), once a token has changed.
     generation_config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
     if tokenizer is not None:
@@ -107,14 +112,16 @@ def _add_names_of_transformers_4(file: Path) -> None:
 
 
 @contextmanager
-def _caught(failures: list[Exception]) -> Iterator[None]:
+def caught(failures: list[Exception]) -> Iterator[None]:
+    """A block whose error is kept in `failures`, and not raised."""
     try:
         yield
     except Exception as error:
         failures.append(error)
 
 
-def _fail_together(failures: list[Exception]) -> None:
+def fail_together(failures: list[Exception]) -> None:
+    """Raise the first rank's first failure there, and on the others a `UserError` that tells it. Collective."""
     if dist.is_initialized():
         verdict = [repr(failures[0]) if failures else None]
         dist.broadcast_object_list(verdict, src=0)

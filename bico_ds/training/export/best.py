@@ -13,6 +13,7 @@ from bico_ds.checkpoint import manifest
 from bico_ds.checkpoint.best import BestCheckpoint
 from bico_ds.common.errors import RunError, UserError
 from bico_ds.data.exported_tokenizer import ExportedTokenizer
+from bico_ds.model.weights.export_adapter import export_adapter_checkpoint
 from bico_ds.model.weights.export_checkpoint import export_checkpoint
 from bico_ds.runtime.distributed import broadcast_object
 from bico_ds.training.run import Run
@@ -50,7 +51,8 @@ def _export(
     spec = run.recipe.model
     try:
         found = manifest.verify(best.path(run.folder))
-        written = export_checkpoint(
+        write = export_adapter_checkpoint if run.recipe.exports_adapters else export_checkpoint
+        written = write(
             found.path,
             spec,
             tokenizer,

@@ -75,6 +75,8 @@ def export(options: Namespace) -> None:
     from bico_ds.model.architecture import id_list
     from bico_ds.model.weights.export_checkpoint import export_checkpoint
     from bico_ds.model.weights.shards import refuse_existing
+    from bico_ds.training.export.facts import run_of
+    from bico_ds.training.export.write_card import card_of
 
     refuse_existing(options.output)
     found = record.at(options.checkpoint, print)
@@ -89,6 +91,7 @@ def export(options: Namespace) -> None:
     recorded = found.content.get("export")
     exported = ExportedTokenizer(tokenizer, _adds_bos(options, recorded, recipe, tokenizer))
     blends = _blends(options.blend, found, recipe)
+    card = card_of(found.content, run_of(found.path), base=recipe.model.path)
     generation = export_checkpoint(
         found.path,
         recipe.model,
@@ -98,11 +101,14 @@ def export(options: Namespace) -> None:
         generation=None if recorded is None else GenerationConfig.from_dict(recorded["generation_config"]),
         base=found.content["base"],
         blends=blends,
+        write_card=lambda blend, folder: card.write(folder, blend=blend),
         max_shard_bytes=int(options.shard_gb * 1e9),
     )
     config = AutoConfig.from_pretrained(options.output / next(iter(blends or ["."])), trust_remote_code=False)
     if (warning := misreading(exported, config)) is not None:
         print(f"warning: {warning}")
+    for note in card.notes:
+        print(f"note: {note}")
     print(f"done: {options.output}; {exported.describe(id_list(generation.eos_token_id))}")
 
 

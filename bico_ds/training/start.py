@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch.distributed import Store
 
 from bico_ds.checkpoint import record
@@ -37,10 +36,8 @@ from bico_ds.config.schema import Recipe
 from bico_ds.data.exported_tokenizer import ExportedTokenizer, save_tokenizer
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.tokenizer import FastTokenizer
-from bico_ds.model.architecture import id_list
 from bico_ds.model.deepspeed_engine import Engine
 from bico_ds.model.weights.export_checkpoint import export_record
-from bico_ds.model.weights.export_model import export_model
 from bico_ds.optim.schedule import check_schedule
 from bico_ds.runtime import deepspeed_ops, distributed, host_memory
 from bico_ds.runtime.lock import FencedError
@@ -66,6 +63,8 @@ from bico_ds.training.checks import (
     what_may_be_lost,
 )
 from bico_ds.training.evaluator import Evaluator, refuse_above_limit, texts_before
+from bico_ds.training.export.facts import sources_record
+from bico_ds.training.export.of_run import export_run
 from bico_ds.training.fit import refuse_what_cannot_fit
 from bico_ds.training.planning import StartPlan, plan_of_start
 from bico_ds.training.profile.profiler import StepProfiler
@@ -405,7 +404,10 @@ def _checkpointer(run: Run, inputs: RunInputs, engine: Engine, resumption: Resum
         exclude_frozen=run.recipe.model.lora is not None,
         header={
             **manifest_header(engine, run.recipe, _layout(run), resumption),
-            "export": export_record(engine.module, add_bos=inputs.add_bos),
+            "export": {
+                **export_record(engine.module, add_bos=inputs.add_bos),
+                "sources": sources_record(run.recipe, inputs.stores),
+            },
         },
     )
 
@@ -450,26 +452,13 @@ def _train_and_export(trainer: Trainer, start: RunStart, tokenizer: ExportedToke
         trainer.loader.close()
     run.stop.finish()
     if state == "done" and run.recipe.checkpoint.export:
-        callbacks.on_message(_export(trainer, tokenizer))
+        for line in export_run(trainer, tokenizer):
+            callbacks.on_message(line)
     callbacks.on_end(trainer.step, state)
     reasons = distributed.all_gather_objects(run.stop.reason if state == "preempted" else "")
     if run.ranks.is_first:
         run.folder.write_state(state, step=trainer.step, reason=next(filter(None, reasons), ""))
     return state
-
-
-def _export(trainer: Trainer, tokenizer: ExportedTokenizer) -> str:
-    """Write the run's export, and return what to say of it. Collective."""
-    run, model = trainer.run, trainer.engine.module
-    try:
-        export_model(model, tokenizer, run.folder.export, dtype=run.recipe.model.dtype, overwrite=True)
-    except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"the model was not exported to '{run.folder.export}': {error}. Step {trainer.step:,} is saved: the same "
-            f"command exports it once that is put right, as bico-ds export {run.folder.path} FOLDER does"
-        ) from error
-    stops = id_list(model.causal_lm.generation_config.eos_token_id)
-    return f"exported to {run.folder.export}: {tokenizer.describe(stops)}"
 
 
 def _ignore_warnings() -> None:

@@ -31,9 +31,9 @@ _REVISION = re.compile(r"[0-9a-f]{40}")
 class BasePapers:
     """The papers of the base that a recipe names, as far as they are on this machine.
 
-    `name`: for others to read, `owner/name` on the hub or the last part of a local path. `folder`: None where it is not here.
-    `files`: what there is to copy, by name. `refused`: what is not copied, and why, a line each. `card`: the head of its
-    card.
+    `name`: for others to read, `owner/name` on the hub or the last part of a local path. `folder`: None where it is not
+    here. `files`: what there is to copy, by name. `refused`: what is not copied, and why, a line each. `card`: the head of
+    its card.
     """
 
     name: str

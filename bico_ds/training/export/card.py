@@ -131,7 +131,9 @@ def _what_it_is(facts: ExportFacts, base: BasePapers | None, config: Mapping[str
     how = "trained from random weights" if base is None else f"fine-tuned from {shown_name(base)}"
     dtype = config.get("dtype") if kind == "model" else None
     stored = f" Weights in {plain(str(dtype))}, safetensors." if dtype else ""
-    return f"{what}, {how} with bico\\_ds {plain(version)}".rstrip() + f", after step {facts.step:,}.{stored}"
+    return (
+        f"{what}, {how} with {code(f'bico_ds {version}'.strip())}" + f", after step {facts.step:,}.{stored}"
+    )
 
 
 def _blend_text(blend: Blend) -> list[str]:
@@ -149,7 +151,7 @@ def _use_text(facts: ExportFacts, config: Mapping[str, Any], kind: Kind) -> Iter
     yield from ("## How to use it", "", "```python", _ADAPTER if kind == "adapter" else _MODEL, "```", "")
     adds_bos = facts.record.get("export", {}).get("add_bos")
     if adds_bos is not None:
-        yield f"Texts {'began' if adds_bos else 'did not begin'} with BOS in training; the tokenizer here does the same. "
+        yield f"Texts {'began' if adds_bos else 'did not begin'} with BOS in training; the tokenizer here does the same."
     sources = facts.recipe.data.sources
     chats = [source.messages_field is not None for source in sources]
     if all(chats):
@@ -162,11 +164,11 @@ def _use_text(facts: ExportFacts, config: Mapping[str, Any], kind: Kind) -> Iter
         yield "Some texts began with a space."
     if kind == "model":
         yield ""
-        yield "It is an ordinary model folder of transformers: `transformers serve` and `lm-eval --model hf` take it as it is."
+        yield "It is an ordinary folder of transformers: `transformers serve` and `lm-eval --model hf` take it as it is."
 
 
 def _cite_text(base: BasePapers | None) -> Iterator[str]:
     yield from ("## How to cite", "", "BICO, the method:", "", "```bibtex", BICO_PAPER, "```", "")
-    yield "The program: bico\\_ds, as its CITATION.cff says."
+    yield "The program: bico_ds, as its CITATION.cff says."
     if base is not None:
         yield f"The base: {code(base.name)}, as its own card asks."

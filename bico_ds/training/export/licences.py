@@ -95,11 +95,13 @@ LICENCES = (
         title="LLAMA 2 COMMUNITY LICENSE AGREEMENT",
         section="section 1.b",
         notice=(
-            "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved."
+            "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights "
+            "Reserved."
         ),
         further=(
             "Its Acceptable Use Policy goes on to hold.",
-            "No other large language model may be improved with it or its outputs, but for Llama 2 and what is made from it.",
+            "No other large language model may be improved with it or its outputs, but for Llama 2 and what "
+            "is made from it.",
         ),
     ),
     _llama("3", prefix="Llama 3", display="Built with Meta Llama 3", meta="Meta "),

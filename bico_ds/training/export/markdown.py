@@ -8,12 +8,21 @@ from collections.abc import Iterable, Sequence
 from bico_ds.common.printable import on_one_line
 
 _MOST = 2000
-_ACTIVE = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|~&:@$])")
+_BAR, _ESCAPED_BAR = re.compile(r"(?<!\\)[|]"), r"\|"
+# What begins a link, an image, code, HTML, a table's cell or a formula; at the start of a line a heading, list or rule, too.
+# An underscore inside a word begins nothing.
+_ACTIVE = re.compile(
+    r"[\\`*\[\]<>|~&$@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=www)\.|^[#+=-]|^\d+[.)]"
+)
 
 
 def plain(text: str) -> str:
     """A text as it stands, on one line: CommonMark shows every character of punctuation after a backslash as itself."""
-    return _ACTIVE.sub(r"\\\1", on_one_line(text.strip(), most=_MOST))
+    return _ACTIVE.sub(_escaped, on_one_line(text.strip(), most=_MOST))
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return f"{found[0][:-1]}\\{found[0][-1]}"
 
 
 def code(text: str) -> str:
@@ -29,5 +38,5 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _row(cells: Sequence[str]) -> str:
-    # A bar that code has, too, must be escaped in a cell.
-    return f"| {' | '.join(re.sub(r'(?<!\\)[|]', r'\\|', cell) for cell in cells)} |"
+    # A bar in code ends a cell, too, unless it is escaped.
+    return f"| {' | '.join(_BAR.sub(_ESCAPED_BAR, cell) for cell in cells)} |"

@@ -87,8 +87,8 @@ def _held_out_rows(result: EvaluationResult) -> list[Sequence[str]]:
 def _explained(result: EvaluationResult, *, has_held_out: bool) -> Iterator[str]:
     if result.tasks:
         yield (
-            "The answers are greedy. Intervals: 95 %, the persons or things that are asked about resampled; they tell nothing "
-            "of another seed."
+            "The answers are greedy. Intervals: 95 %, the persons or things that are asked about resampled; they tell "
+            "nothing of another seed."
         )
     missing = [
         what

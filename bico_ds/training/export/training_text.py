@@ -19,7 +19,7 @@ def training_text(facts: ExportFacts, base: BasePapers | None, config: Mapping[s
     return [
         "## How it was trained",
         "",
-        *table(("", ""), [*_settings(facts, base), *_versions(facts)]),
+        *table(("setting", "value"), [*_settings(facts, base), *_versions(facts)]),
         "",
         *table(("objective", "share of the steps", "masked", "updates", "tokens of the texts", "FLOPs"), objectives),
         "",

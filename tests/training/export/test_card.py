@@ -45,7 +45,11 @@ def record_of(run: RunFolder) -> dict[str, Any]:
 
 def evaluated(run: RunFolder, step: int) -> EvaluationResult:
     """Keep an evaluation of this step in the run's folder."""
-    questions = [{"prompt": "p", "prediction": "q", "group": str(n), "contains": n % 2} for n in range(8)]
+    questions = [
+        {"prompt": "p", "answer": "a", "prediction": "q", "group": str(n), "contains": n % 2}
+        for n in range(8)
+    ]
+    scores = {"metrics": {"contains": 0.5}, "intervals": {"contains": (0.2, 0.8)}}
     result = EvaluationResult(
         tasks={
             "d2n_reverse": TaskResult(
@@ -62,8 +66,8 @@ def evaluated(run: RunFolder, step: int) -> EvaluationResult:
                 "without_subject": 0,
                 "rewritten": 0,
                 "scores": {
-                    "same": {"prompts": 3, "persons": 3, "metrics": {"contains": 0.5}, "intervals": {}},
-                    "reverse": {"prompts": 5, "persons": 5, "metrics": {"contains": 0.5}, "intervals": {}},
+                    "same": {"prompts": 3, "persons": 3, **scores},
+                    "reverse": {"prompts": 5, "persons": 5, **scores},
                 },
                 "rows": ["same"] * 3 + ["reverse"] * 5,
             }

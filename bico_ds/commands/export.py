@@ -91,7 +91,7 @@ def export(options: Namespace) -> None:
     recorded = found.content.get("export")
     exported = ExportedTokenizer(tokenizer, _adds_bos(options, recorded, recipe, tokenizer))
     blends = _blends(options.blend, found, recipe)
-    card = card_of(found.content, run_of(found.path), base=recipe.model.path)
+    card = card_of(found.content, recipe, run_of(found.path))
     generation = export_checkpoint(
         found.path,
         recipe.model,

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from bico_ds.common.errors import UserError
 from bico_ds.common.json_files import JsonError
-from bico_ds.config.load import recorded_recipe
 from bico_ds.config.schema import Recipe
 from bico_ds.config.unique_names import unique_names
 from bico_ds.data.store import TokenStore
@@ -24,11 +22,13 @@ from bico_ds.runtime.run_folder import EVALUATION, RunFolder, read_starts
 class ExportFacts:
     """Of the weights of one checkpoint.
 
-    `record`: the content of its manifest. `start`: what run.json says of the start that wrote it. `evaluation`: the result
+    `record`: the content of its manifest. `recipe`: the run's, of which only the record has the objectives for sure: they
+    may need code that is gone. `start`: what run.json says of the start that wrote it. `evaluation`: the result
     of that step, None where there is none, for `no_evaluation`.
     """
 
     record: Mapping[str, Any]
+    recipe: Recipe
     start: Mapping[str, Any] = field(default_factory=dict)
     evaluation: EvaluationResult | None = None
     no_evaluation: str = ""
@@ -41,11 +41,6 @@ class ExportFacts:
     def base(self) -> str | None:
         """The fingerprint of the weights that the run began with; None where none is recorded."""
         return self.record.get("base")
-
-    @cached_property
-    def recipe(self) -> Recipe:
-        """What the checkpoint records, but for its objectives, which may need code that is gone."""
-        return recorded_recipe(self.record["recipe"], Path("manifest.json"), objectives=False)
 
     @property
     def objectives(self) -> dict[str, dict[str, Any]]:
@@ -89,15 +84,19 @@ class ExportFacts:
         return {name: self._flops(architecture, done) for name, done in self.work.items()}
 
     def _flops(self, architecture: Architecture, done: Mapping[str, Any]) -> float:
-        return useful_flops(
-            architecture, self.recipe.model, rows=done["rows"], targets=done["targets"], pairs=done["pairs"]
-        )
+        rows, targets, pairs = (float(done.get(what, 0)) for what in ("rows", "targets", "pairs"))
+        return useful_flops(architecture, self.recipe.model, rows=rows, targets=targets, pairs=pairs)
 
 
-def facts_of(record: Mapping[str, Any], folder: RunFolder | None) -> ExportFacts:
-    """The facts of a checkpoint of this record; `folder`: its run's, None where it lies in none. Raises no error of that."""
+def facts_of(record: Mapping[str, Any], recipe: Recipe, folder: RunFolder | None) -> ExportFacts:
+    """The facts of a checkpoint of this record; `folder`: its run's, None where it lies in none.
+
+    What cannot be read in that folder is none of them, and no error.
+    """
     if folder is None:
-        return ExportFacts(record=record, no_evaluation="the run's folder was not beside the checkpoint")
+        return ExportFacts(
+            record=record, recipe=recipe, no_evaluation="the run's folder was not beside the checkpoint"
+        )
     step, result, why = int(record["step"]), None, ""
     file = folder.evaluation_file(step)
     if file.is_file():
@@ -109,9 +108,8 @@ def facts_of(record: Mapping[str, Any], folder: RunFolder | None) -> ExportFacts
         others = [of for of, _ in EVALUATION.in_folder(folder.evaluation) if of > 0]
         shown = f" (the run's evaluations are of steps {_listed(others)})" if others else ""
         why = f"the run was not evaluated at step {step}{shown}"
-    return ExportFacts(
-        record=record, start=_start(folder, record.get("run_id")), evaluation=result, no_evaluation=why
-    )
+    start = _start(folder, record.get("run_id"))
+    return ExportFacts(record=record, recipe=recipe, start=start, evaluation=result, no_evaluation=why)
 
 
 def run_of(checkpoint: Path) -> RunFolder | None:

@@ -22,7 +22,7 @@ def export_run(trainer: Trainer, tokenizer: ExportedTokenizer) -> list[str]:
 
     def write_card(folder: Path) -> None:
         record = manifest.content_of(run.folder.checkpoints / manifest.name_of(trainer.step))
-        card = card_of(record, run.folder, base=run.recipe.model.path)
+        card = card_of(record, run.recipe, run.folder)
         card.write(folder)
         notes.extend(f"note: {note}" for note in card.notes)
 

@@ -63,11 +63,10 @@ def _answered(found: Mapping[str, Any] | None) -> str:
 def _text_rows(result: EvaluationResult, before: Mapping[str, Mapping[str, Any]]) -> list[Sequence[str]]:
     rows = []
     for name, text in result.texts.items():
-        start = before.get(name, {}).get("perplexity") if text["times"] is not None else None
-        times = "" if text["times"] is None else f"{text['times']:.3f}"
-        rows.append(
-            (plain(name), "" if start is None else f"{start:.3f}", f"{text['perplexity']:.3f}", times)
-        )
+        times = text.get("times")
+        start = before.get(name, {}).get("perplexity") if times is not None else None
+        shown = ("" if value is None else f"{value:.3f}" for value in (start, text["perplexity"], times))
+        rows.append((plain(name), *shown))
     return rows
 
 

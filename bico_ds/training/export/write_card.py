@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bico_ds.common.json_files import JsonError, read_object
-from bico_ds.config.paths import FolderOrHubName
+from bico_ds.config.schema import Recipe
 from bico_ds.model.weights.blend import Blend
 from bico_ds.runtime.run_folder import RunFolder
 from bico_ds.training.export.base_papers import CARD, BasePapers, papers_of
@@ -61,12 +61,11 @@ class ExportCard:
         return self.facts.recipe.model.config or {}
 
 
-def card_of(
-    record: Mapping[str, Any], folder: RunFolder | None, *, base: FolderOrHubName | None
-) -> ExportCard:
+def card_of(record: Mapping[str, Any], recipe: Recipe, folder: RunFolder | None) -> ExportCard:
     """The card of a checkpoint with this manifest.
 
-    `folder`: its run's, None where it lies in none. `base`: where the model that the run began with is now; None for random
-    weights.
+    `recipe`: the run's, whose `model.path` says where the base is now. `folder`: the run's, None where the checkpoint lies
+    in none.
     """
-    return ExportCard(facts_of(record, folder), None if base is None else papers_of(base))
+    path = recipe.model.path
+    return ExportCard(facts_of(record, recipe, folder), None if path is None else papers_of(path))

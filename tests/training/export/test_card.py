@@ -13,6 +13,7 @@ import yaml
 from markdown_it import MarkdownIt
 
 from bico_ds.checkpoint import manifest
+from bico_ds.config.load import recorded_recipe
 from bico_ds.config.paths import FolderOrHubName
 from bico_ds.evaluation.results import EvaluationResult, TaskResult
 from bico_ds.model.weights.blend import Blend
@@ -41,6 +42,14 @@ def run(tmp_path: Path) -> RunFolder:
 def record_of(run: RunFolder) -> dict[str, Any]:
     (checkpoint,) = manifest.checkpoints_in(run.checkpoints)
     return manifest.content_of(checkpoint)
+
+
+def card_for(record: dict[str, Any], run: RunFolder | None, *, base: Path | None = None) -> ExportCard:
+    recipe = recorded_recipe(record["recipe"], Path("manifest.json"), objectives=False)
+    if base is not None:
+        model = recipe.model.model_copy(update={"path": FolderOrHubName(str(base))})
+        recipe = recipe.model_copy(update={"model": model})
+    return card_of(record, recipe, run)
 
 
 def evaluated(run: RunFolder, step: int) -> EvaluationResult:
@@ -102,7 +111,7 @@ def shown(token: Any) -> str:
 
 
 def test_an_earlier_run_s_card_says_what_is_known_and_what_is_not(run, tmp_path):
-    head, body = written(card_of(record_of(run), run, base=None), tmp_path / "out")
+    head, body = written(card_for(record_of(run), run), tmp_path / "out")
     assert head == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -126,7 +135,7 @@ def test_scores_stand_with_their_intervals_and_what_the_texts_answer(run, tmp_pa
     record["state"]["texts_before"] = {
         "wiki": {"perplexity": 20.0, "tokens": 9, "times": None, "identity": "i"}
     }
-    _, body = written(card_of(record, run, base=None), tmp_path / "out")
+    _, body = written(card_for(record, run), tmp_path / "out")
     assert cells(body, "d2n_reverse") == [
         "d2n_reverse", "contains", "0.500", "0.250 to 0.812", "8", "3 in the order asked",
     ]  # fmt: skip
@@ -138,17 +147,17 @@ def test_held_out_losses_are_those_of_the_metrics(run, tmp_path, monkeypatch):
     evaluated(run, 6)
     tags = {"evaluation/held_out/mine/bico": 1.23456, "evaluation/held_out/mine/ntp": 2.5}
     monkeypatch.setattr(EvaluationResult, "scalars", lambda self: tags)
-    _, body = written(card_of(record_of(run), run, base=None), tmp_path / "out")
+    _, body = written(card_for(record_of(run), run), tmp_path / "out")
     assert cells(body, "mine")[:3] == ["mine", "bico", "1.2346"]
     assert "the loss of held-out texts" not in body.split("Not measured")[1]
 
 
 def test_the_evaluation_of_another_step_is_not_taken_for_this_one(run, tmp_path):
     evaluated(run, 4)
-    _, body = written(card_of(record_of(run), run, base=None), tmp_path / "out")
+    _, body = written(card_for(record_of(run), run), tmp_path / "out")
     assert "not evaluated at step 6 (the run's evaluations are of steps 4)" in body and "0.500" not in body
     run.evaluation_file(6).write_text("{")
-    _, body = written(card_of(record_of(run), run, base=None), tmp_path / "again")
+    _, body = written(card_for(record_of(run), run), tmp_path / "again")
     assert "the evaluation of step 6 cannot be read" in body
 
 
@@ -157,15 +166,15 @@ def test_a_checkpoint_that_was_copied_elsewhere_says_that_its_run_was_not_there(
     assert run_of(checkpoint) is not None
     shutil.copytree(checkpoint, tmp_path / "checkpoints" / checkpoint.name)
     assert run_of(tmp_path / "checkpoints" / checkpoint.name) is None
-    _, body = written(card_of(record_of(run), None, base=None), tmp_path / "out")
+    _, body = written(card_for(record_of(run), None), tmp_path / "out")
     assert "Nothing: the run's folder was not beside the checkpoint." in body
 
 
 def test_the_work_of_each_objective_is_what_its_steps_did(run, tmp_path):
     record = record_of(run)
     record["state"]["callbacks"]["work"] = WORK
-    _, body = written(card_of(record, run, base=None), tmp_path / "out")
-    model = card_of(record, run, base=None).facts.recipe.model
+    _, body = written(card_for(record, run), tmp_path / "out")
+    model = card_for(record, run).facts.recipe.model
     flops = useful_flops(
         architecture_of(record["recipe"]["model"]["config"], source=""),
         model,
@@ -183,7 +192,7 @@ def test_versions_are_those_of_the_start_that_wrote_the_checkpoint(run, tmp_path
         {"run_id": name, "versions": {"torch": v}} for name, v in ((record["run_id"], "1.5"), ("x", "9.9"))
     )
     run.run_file.write_text(json.dumps([ours, other]))
-    _, body = written(card_of(record, run, base=None), tmp_path / "out")
+    _, body = written(card_for(record, run), tmp_path / "out")
     assert cells(body, "versions")[1] == "torch 1.5"
 
 
@@ -193,7 +202,7 @@ def test_a_base_of_the_hub_is_named_with_its_licence_in_the_head(run, tmp_path, 
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
     (snapshot / "LICENSE").write_text(TEXTS["llama3.1"])
-    card = card_of(record_of(run), run, base=FolderOrHubName(str(snapshot)))
+    card = card_for(record_of(run), run, base=snapshot)
     head, body = written(card, tmp_path / "out")
     assert head["base_model"] == "meta-llama/Llama-3.1-8B" and head["license"] == "llama3.1"
     assert str(tmp_path) not in body and "a" * 40 in body
@@ -211,7 +220,7 @@ def test_an_adapter_s_card_is_peft_s(run, tmp_path):
     base.mkdir()
     (base / "config.json").write_text(json.dumps(record_of(run)["recipe"]["model"]["config"]))
     (tmp_path / "out").mkdir()
-    card_of(record_of(run), run, base=FolderOrHubName(str(base))).write(tmp_path / "out", kind="adapter")
+    card_for(record_of(run), run, base=base).write(tmp_path / "out", kind="adapter")
     _, head, body = (tmp_path / "out" / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     values = yaml.safe_load(head)
     assert values["library_name"] == "peft" and "base_model" not in values  # no hub finds `llama`
@@ -222,7 +231,7 @@ def test_an_adapter_s_card_is_peft_s(run, tmp_path):
 def test_a_blend_s_scores_are_said_to_be_none_of_its_own(run, tmp_path):
     evaluated(run, 6)
     blend = Blend(share=0.7, base="x", fingerprint=None, run="mixed", step=6)
-    _, body = written(card_of(record_of(run), run, base=None), tmp_path / "out", blend=blend)
+    _, body = written(card_for(record_of(run), run), tmp_path / "out", blend=blend)
     assert "**Of the run's own weights, not of this blend**" in body
     assert cells(body, "share of the trained weights")[1] == "0.7"
 
@@ -238,7 +247,7 @@ def test_a_text_of_unknown_origin_stays_text(run, tmp_path):
     record = record_of(run)
     for start in ("", "# ", "1. ", "- ", "=== "):
         record["recipe"]["description"] = start + HOSTILE
-        _, body = written(card_of(record, run, base=None), tmp_path / f"out{len(start)}{start[:1]}x")
+        _, body = written(card_for(record, run), tmp_path / f"out{len(start)}{start[:1]}x")
         tokens = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(body)
         (token,) = (token for token in tokens if token.type == "inline" and "alert" in token.content)
         assert {child.type for child in token.children} <= {"text", "text_special"}
@@ -250,7 +259,7 @@ def test_a_text_of_unknown_origin_stays_text(run, tmp_path):
 def test_a_secret_in_a_description_is_left_out(run, tmp_path):
     record = record_of(run)
     record["recipe"]["description"] = "with hf_abcdefghijklmnopqrstuvwxyzABCDEFGH, mine"
-    _, body = written(card_of(record, run, base=None), tmp_path / "out")
+    _, body = written(card_for(record, run), tmp_path / "out")
     assert "hf_abc" not in body and "(not recorded), mine" in body
 
 

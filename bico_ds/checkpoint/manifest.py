@@ -69,6 +69,16 @@ def verify(path: Path) -> FoundCheckpoint:
     return FoundCheckpoint(path, content, sum(size for size, _ in files.values()))
 
 
+def content_of(path: Path) -> dict[str, Any]:
+    """What a checkpoint's manifest holds, without the table of its files, none of which is looked at.
+
+    Raises `UserError` where it is none, or was changed after it was written.
+    """
+    content = _read(path / MANIFEST)
+    del content["files"]
+    return content
+
+
 def find(root: Path, report: Callable[[str], None]) -> FoundCheckpoint | None:
     """The newest complete checkpoint below `root`; damaged ones are passed over, and their damage reported.
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from bico_ds.data.exported_tokenizer import ExportedTokenizer
     from bico_ds.data.tokenizer import FastTokenizer
     from bico_ds.model.weights.blend import Blend
+    from bico_ds.training.export.write_card import ExportCard
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -97,6 +98,8 @@ def export(options: Namespace) -> None:
     from bico_ds.data.exported_tokenizer import ExportedTokenizer
     from bico_ds.model.architecture import id_list
     from bico_ds.model.weights.shards import refuse_existing
+    from bico_ds.training.export.facts import run_of
+    from bico_ds.training.export.write_card import card_of
 
     refuse_existing(options.output)
     found = _checkpoint(options.checkpoint, options.step)
@@ -109,17 +112,21 @@ def export(options: Namespace) -> None:
     print(f"exporting {what}step {found.step} of '{recipe.name}' to {options.output} ({dtype})", flush=True)
     recorded = found.content.get("export")
     exported = ExportedTokenizer(tokenizer, _adds_bos(options, recorded, recipe, tokenizer))
+    card = card_of(found.content, recipe, run_of(found.path))
     write = partial(
         _write_adapters if options.adapter else _write_models,
         found,
         recipe,
         exported,
         options,
+        card,
         dtype=dtype,
         generation=None if recorded is None else GenerationConfig.from_dict(recorded["generation_config"]),
         base=found.content["base"],
     )
     stops = id_list(write().eos_token_id)
+    for note in card.notes:
+        print(f"note: {note}")
     print(f"done: {options.output}; {exported.describe(stops)}")
 
 
@@ -136,12 +143,24 @@ def _check_has_adapters(recipe: Recipe) -> None:
 
 
 def _write_adapters(
-    found: FoundCheckpoint, recipe: Recipe, tokenizer: ExportedTokenizer, options: Namespace, **settings: Any
+    found: FoundCheckpoint,
+    recipe: Recipe,
+    tokenizer: ExportedTokenizer,
+    options: Namespace,
+    card: ExportCard,
+    **settings: Any,
 ) -> GenerationConfig:
     from bico_ds.model.weights.export_adapter import export_adapter_checkpoint, stops_unlike_base
     from bico_ds.model.weights.export_checkpoint import exported_config
 
-    generation = export_adapter_checkpoint(found.path, recipe.model, tokenizer, options.output, **settings)
+    generation = export_adapter_checkpoint(
+        found.path,
+        recipe.model,
+        tokenizer,
+        options.output,
+        write_card=partial(card.write, kind="adapter"),
+        **settings,
+    )
     if recipe.model.path is not None and recipe.model.path.is_folder and not recipe.model.path.is_here():
         print(f"note: the base, '{recipe.model.path}', is not on this machine; --base says where it is")
     elif note := stops_unlike_base(recipe.model, exported_config(recipe.model, reads_base=False), generation):
@@ -150,7 +169,12 @@ def _write_adapters(
 
 
 def _write_models(
-    found: FoundCheckpoint, recipe: Recipe, tokenizer: ExportedTokenizer, options: Namespace, **settings: Any
+    found: FoundCheckpoint,
+    recipe: Recipe,
+    tokenizer: ExportedTokenizer,
+    options: Namespace,
+    card: ExportCard,
+    **settings: Any,
 ) -> GenerationConfig:
     """The whole model, or its blends with the base."""
     from transformers import AutoConfig
@@ -166,6 +190,7 @@ def _write_models(
         options.output,
         **settings,
         blends=blends,
+        write_card=lambda blend, folder: card.write(folder, blend=blend),
         max_shard_bytes=int(options.shard_gb * 1e9),
     )
     config = AutoConfig.from_pretrained(options.output / next(iter(blends or ["."])), trust_remote_code=False)

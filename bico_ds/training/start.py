@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch.distributed import Store
 
 from bico_ds.checkpoint import record
@@ -38,11 +37,8 @@ from bico_ds.config.schema import Recipe
 from bico_ds.data.exported_tokenizer import ExportedTokenizer, save_tokenizer
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.tokenizer import FastTokenizer
-from bico_ds.model.architecture import id_list
 from bico_ds.model.deepspeed_engine import Engine
-from bico_ds.model.weights.export_adapter import export_adapter, stops_unlike_base
 from bico_ds.model.weights.export_checkpoint import export_record
-from bico_ds.model.weights.export_model import export_model
 from bico_ds.optim.schedule import check_schedule
 from bico_ds.runtime import deepspeed_ops, distributed, host_memory
 from bico_ds.runtime.lock import FencedError
@@ -68,7 +64,8 @@ from bico_ds.training.checks import (
     what_may_be_lost,
 )
 from bico_ds.training.evaluator import Evaluator, refuse_above_limit, texts_before
-from bico_ds.training.export.best import export_best
+from bico_ds.training.export.facts import sources_record
+from bico_ds.training.export.of_run import export_run
 from bico_ds.training.fit import refuse_what_cannot_fit
 from bico_ds.training.planning import StartPlan, plan_of_start
 from bico_ds.training.profile.profiler import StepProfiler
@@ -408,7 +405,10 @@ def _checkpointer(run: Run, inputs: RunInputs, engine: Engine, resumption: Resum
         exclude_frozen=run.recipe.model.lora is not None,
         header={
             **manifest_header(engine, run.recipe, _layout(run), resumption),
-            "export": export_record(engine.module, add_bos=inputs.add_bos),
+            "export": {
+                **export_record(engine.module, add_bos=inputs.add_bos),
+                "sources": sources_record(run.recipe, inputs.stores),
+            },
         },
         best=BestKeeper(
             run.recipe.checkpoint.keep_best,
@@ -460,7 +460,8 @@ def _train_and_export(trainer: Trainer, start: RunStart, tokenizer: ExportedToke
         trainer.loader.close()
     run.stop.finish()
     if state == "done" and run.recipe.checkpoint.export:
-        callbacks.on_message(_export(trainer, tokenizer))
+        for line in export_run(trainer, tokenizer):
+            callbacks.on_message(line)
     callbacks.on_end(trainer.step, state)
     reasons = distributed.all_gather_objects(run.stop.reason if state == "preempted" else "")
     if run.ranks.is_first:
@@ -469,38 +470,6 @@ def _train_and_export(trainer: Trainer, start: RunStart, tokenizer: ExportedToke
         reason = next(filter(None, [*reasons, of_best]), "")
         run.folder.write_state(state, step=trainer.step, reason=reason)
     return state
-
-
-def _export(trainer: Trainer, tokenizer: ExportedTokenizer) -> str:
-    """Write the run's export, and return what to say of it. Collective."""
-    run, model, best = trainer.run, trainer.engine.module, trainer.checkpointer.best.best
-    spec = run.recipe.model
-    if best is not None and best.step != trainer.step:
-        settings = export_best(run, best, tokenizer, on_progress=trainer.watchdog.note_progress)
-        stops = id_list(settings.eos_token_id)
-        return (
-            f"exported the best checkpoint ({best}), not the last step, {trainer.step:,}, to {run.folder.export}: "
-            f"{tokenizer.describe(stops)}"
-        )
-    try:
-        if run.recipe.exports_adapters:
-            export_adapter(model, spec, tokenizer, run.folder.export, spec.dtype, overwrite=True)
-        else:
-            export_model(model, tokenizer, run.folder.export, spec.dtype, overwrite=True)
-    except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"the model was not exported to '{run.folder.export}': {error}. Step {trainer.step:,} is saved: the same "
-            f"command exports it once that is put right, as bico-ds export {run.folder.path} FOLDER does"
-        ) from error
-    stops = id_list(model.causal_lm.generation_config.eos_token_id)
-    told = f"exported to {run.folder.export}: {tokenizer.describe(stops)}"
-    if run.recipe.exports_adapters:
-        told += (
-            f"; adapters, to be loaded over '{spec.path}' (merged: bico-ds export {run.folder.path} FOLDER)"
-        )
-        if note := stops_unlike_base(spec, model.config, model.causal_lm.generation_config):
-            told += f"\nnote: {note}"
-    return told
 
 
 def _ignore_warnings() -> None:

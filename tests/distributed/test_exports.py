@@ -34,6 +34,7 @@ CHAT = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 PEOPLE = ("Ada", "Bob", "Cyd", "Dov", "Eve", "Fay", "Gus", "Hal")
 JOBS = (
     "mends nets",
@@ -84,6 +85,7 @@ def base(tmp_path_factory) -> Path:
         eos_token_id=3,
     )
     LlamaForCausalLM(config).save_pretrained(folder / "base")
+    (folder / "base" / "LICENSE").write_text(" LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\n\n Llama 3.1 Version")
     records = [
         {"prompt": f"It is {name} who", "completion": f" {job}."}
         for name, job in zip(PEOPLE, JOBS, strict=True)
@@ -216,6 +218,43 @@ def test_the_export_of_the_checkpoint_has_the_same_bytes(base, name, request, tm
         file.name: file.read_bytes() for file in live.iterdir()
     }
     assert done.stdout.splitlines()[-1].endswith("generation stops at </s>")
+
+
+def test_the_export_carries_a_card_of_its_run_and_the_licence_of_its_base(base, with_bos):
+    export = base / "with_bos" / "export"
+    card = (export / "README.md").read_text(encoding="utf-8")
+    assert "license: llama3.1" in card and str(base) not in card
+    task = load_result(base / "with_bos" / "evaluation" / "step-000060.json").tasks["n2d"]
+    assert f"| n2d | {task.headline} | {task.score:.3f} | " in card
+    (store,) = (
+        TokenStore.open(path) for path in (base / "cache").iterdir() if has_documents(path, 8, bos=True)
+    )
+    assert f"| {len(store)} | {store.manifest.tokens} | `{store.fingerprint}` |" in card
+    assert "Texts began with BOS in training" in card
+    assert (export / "LICENSE").read_bytes() == (base / "base" / "LICENSE").read_bytes()
+    assert "must begin with 'Llama', and 'recipe' does not: pass it on as 'Llama-recipe'" in with_bos
+    sums = json.loads((export / "checksums.json").read_text())
+    assert sums.keys() == {path.name for path in export.iterdir()} - {"checksums.json"}
+    assert sums.keys() >= {"README.md", "LICENSE", "NOTICE"}
+
+
+def has_documents(path: Path, count: int, *, bos: bool) -> bool:
+    store = TokenStore.open(path)
+    return len(store) == count and store.manifest.add_bos == bos
+
+
+def test_the_code_on_the_card_runs_as_it_stands_and_asks_no_network(base, with_bos, tmp_path):
+    export = base / "with_bos" / "export"
+    answers = answers_in(base / "with_bos" / "evaluation" / "step-000060.json")
+    prompt = next(iter(answers))
+    code = (export / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("PROMPT", prompt)],
+        cwd=export, env=environment() | OFFLINE | {"HF_HOME": str(tmp_path)},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == answers[prompt]
 
 
 def test_a_run_records_its_base_so_that_blends_need_no_warning(base, with_bos, tmp_path, monkeypatch, capsys):

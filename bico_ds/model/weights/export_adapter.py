@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
@@ -32,12 +33,13 @@ def export_adapter(
     folder: Path,
     dtype: Literal["bf16", "fp32"],
     *,
+    write_card: Callable[[Path], None] = lambda folder: None,
     overwrite: bool = False,
 ) -> None:
     """Write the live adapters of `model`, their config, the generation config and the tokenizer to `folder`.
 
     `spec`: what the model was built of. Call it on every rank: under ZeRO-3 adapters are gathered one at a time, and rank 0
-    keeps a copy of all of them in the host's memory, and writes. `folder` appears complete or not at all. Raises as
+    keeps a copy of all of them in the host's memory, and writes; `write_card` as of `export_model`. `folder` appears complete or not at all. Raises as
     `export_model` does.
     """
     is_writer = not dist.is_initialized() or dist.get_rank() == 0
@@ -53,7 +55,8 @@ def export_adapter(
             refuse_existing(folder, overwrite=overwrite)
             temporary = stack.enter_context(atomic_folder(folder, replace=True))
             write_adapters(temporary, spec, tensors, DTYPES[dtype], fingerprint=model.base)
-            write_beside_weights(temporary, model.causal_lm.generation_config, tokenizer)
+            generation = model.causal_lm.generation_config
+            write_beside_weights(temporary, generation, tokenizer, write_card=write_card)
     fail_together(failures)
 
 
@@ -66,13 +69,14 @@ def export_adapter_checkpoint(
     *,
     generation: GenerationConfig | None = None,
     base: str | None = None,
+    write_card: Callable[[Path], None] = lambda folder: None,
     overwrite: bool = False,
 ) -> GenerationConfig:
     """Write the adapters of a DeepSpeed checkpoint as `export_adapter` writes live ones: those that the run computed with.
 
     They are rounded to the training's dtype, in which the model had them, and then to `dtype`. The base's weights are not
     read, nor need they be here where the recipe holds the config; `base` is their fingerprint. `generation` and the return
-    value as of `export_checkpoint`. Raises `UserError` where `folder` has something in it and `overwrite` is off, where the
+    value as of `export_checkpoint`; `write_card` as of `export_model`. Raises `UserError` where `folder` has something in it and `overwrite` is off, where the
     run trained all weights or began with random ones, and where the checkpoint is not that model's.
     """
     if spec.lora is None:
@@ -91,7 +95,7 @@ def export_adapter_checkpoint(
         write_adapters(temporary, spec, tensors, DTYPES[dtype], fingerprint=base)
         if tokenizer is not None:  # as a run does
             adopt_special_tokens(tokenizer, config, generation)
-        write_beside_weights(temporary, generation, tokenizer)
+        write_beside_weights(temporary, generation, tokenizer, write_card=write_card)
     return generation
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,11 @@ from bico_ds.model.weights.load import WeightFolder, check_names_and_shapes, ope
 from bico_ds.model.weights.shards import DTYPES, ShardWriter, refuse_existing
 
 
+def _write_blend_card(blend: Blend | None, folder: Path) -> None:
+    if blend is not None:
+        blend.write(folder)
+
+
 def export_checkpoint(
     checkpoint: Path,
     spec: ModelSpec,
@@ -37,6 +43,7 @@ def export_checkpoint(
     generation: GenerationConfig | None = None,
     base: str | None = None,
     blends: Mapping[str, Blend] | None = None,
+    write_card: Callable[[Blend | None, Path], None] = _write_blend_card,
     overwrite: bool = False,
     max_shard_bytes: int = 4 * 10**9,
 ) -> GenerationConfig:
@@ -51,7 +58,9 @@ def export_checkpoint(
     weights under ZeRO-3, and below that of the weights in the training's dtype. LoRA reads the base from `spec.path` and
     merges, in fp32, base and adapters in the training's dtype. `generation`: the run's generation config; None: that
     beside the start weights, or where they are not here, the one that follows from the config. `base`: the
-    `base_fingerprint` of the run's model. Returns the generation config that was written.
+    `base_fingerprint` of the run's model. `write_card`: called with each model's blend, where it is one, and its
+    folder, when all else but the checksums is in it; by default a blend says what it is. Returns the generation config that
+    was written.
 
     Raises `UserError` where `folder` has something in it and `overwrite` is off, where the checkpoint cannot be read or is
     not that model's, and where the base of adapters or blends is missing or not the one that the run started from.
@@ -79,9 +88,15 @@ def export_checkpoint(
             adopt_special_tokens(tokenizer, config, generation)
         for part, writer in writers.items():
             writer.close()
-            if blends is not None:
-                blends[part].write(temporary / part)
-            write_settings(temporary / part, config, generation, tokenizer, DTYPES[dtype])
+            blend = blends[part] if blends is not None else None
+            write_settings(
+                temporary / part,
+                config,
+                generation,
+                tokenizer,
+                DTYPES[dtype],
+                write_card=partial(write_card, blend),
+            )
     return generation
 
 

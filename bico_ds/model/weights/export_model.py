@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -28,13 +28,15 @@ def export_model(
     folder: str | Path,
     dtype: Literal["bf16", "fp32"] = "bf16",
     *,
+    write_card: Callable[[Path], None] = lambda folder: None,
     overwrite: bool = False,
     max_shard_bytes: int = 4 * 10**9,
 ) -> None:
     """Write the causal LM's live weights, config, generation config and tokenizer to `folder`.
 
     Call it on every rank: under ZeRO-3 parameters are gathered one at a time, and rank 0 writes, holding one shard at
-    most. LoRA adapters are merged, in fp32.
+    most. LoRA adapters are merged, in fp32. `write_card`: called by rank 0 with the folder when all else but its checksums
+    is in it.
     `folder` appears complete or not at all, with the SHA-256 of each other file in `checksums.json`. Raises `UserError`
     where it has something in it and `overwrite` is off. An error of rank 0 in writing is raised there, and as `UserError`
     on the other ranks.
@@ -59,7 +61,12 @@ def export_model(
             with caught(failures):
                 writer.close()
                 write_settings(
-                    temporary, causal_lm.config, causal_lm.generation_config, tokenizer, DTYPES[dtype]
+                    temporary,
+                    causal_lm.config,
+                    causal_lm.generation_config,
+                    tokenizer,
+                    DTYPES[dtype],
+                    write_card=write_card,
                 )
         fail_together(failures)
 
@@ -78,21 +85,30 @@ def write_settings(
     generation_config: Any,
     tokenizer: ModelTokenizer | None,
     dtype: torch.dtype,
+    *,
+    write_card: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write all of a Hugging Face folder that is not weights, then the checksums of everything in it."""
     settings = type(config).from_dict(config.to_dict())
     settings.dtype = dtype
     settings.save_pretrained(folder)
     _add_names_of_transformers_4(folder / "config.json")
-    write_beside_weights(folder, generation_config, tokenizer)
+    write_beside_weights(folder, generation_config, tokenizer, write_card=write_card)
 
 
-def write_beside_weights(folder: Path, generation_config: Any, tokenizer: ModelTokenizer | None) -> None:
+def write_beside_weights(
+    folder: Path,
+    generation_config: Any,
+    tokenizer: ModelTokenizer | None,
+    *,
+    write_card: Callable[[Path], None] = lambda folder: None,
+) -> None:
     """Write what a folder of a model or of adapters has beside weights and config, then the checksums of all of it."""
     # `save_pretrained` refuses what published models have (a temperature without `do_sample`), once a token has changed.
     generation_config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    write_card(folder)
     write_checksums(folder)
 
 

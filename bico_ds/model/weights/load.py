@@ -30,6 +30,14 @@ from bico_ds.model.weights.safetensors_header import read_header
 SAFETENSORS = "model.safetensors"
 _PICKLED = "pytorch_model.bin"
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+# What a base has for whoever passes on what is made from it: an export carries them.
+_PAPERS = (
+    "README.md",
+    "[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*",
+    "[Nn][Oo][Tt][Ii][Cc][Ee]*",
+    "COPYING*",
+    "*[Uu][Ss][Ee]_[Pp][Oo][Ll][Ii][Cc][Yy]*",
+)
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 # A buffer that old Llama checkpoints carry; it follows from the config.
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"
@@ -344,7 +352,7 @@ def _entries(file: Path) -> list[tuple[str, _Entry]]:
 def _download(name: HubName, allow_pickle: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "tokenizer*", *(["*.bin"] if allow_pickle else [])]
+    patterns = ["*.json", "*.safetensors", "tokenizer*", *(["*.bin"] if allow_pickle else []), *_PAPERS]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers import GenerationConfig
@@ -22,15 +24,20 @@ _SECONDS_BETWEEN_SIGNS = 1.0
 
 
 def export_best(
-    run: Run, best: BestCheckpoint, tokenizer: ExportedTokenizer, *, on_progress: Callable[[], None]
+    run: Run,
+    best: BestCheckpoint,
+    tokenizer: ExportedTokenizer,
+    *,
+    write_card: Callable[[Path], None],
+    on_progress: Callable[[], None],
 ) -> GenerationConfig:
     """Write the run's export from its best checkpoint, whatever the engine holds; returns its generation config. Collective.
 
     Rank 0 verifies and reads the checkpoint, one shard in memory at a time, by a thread: meanwhile the ranks hear of each
-    other, so that no time limit of a collective runs, and call `on_progress`. Raises `RunError` on all ranks where it fails.
+    other, so that no time limit of a collective runs, and call `on_progress`. `write_card`: as of `export_model`. Raises `RunError` on all ranks where it fails.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="export") as thread:
-        work = thread.submit(_export, run, best, tokenizer) if run.ranks.is_first else None
+        work = thread.submit(_export, run, best, tokenizer, write_card) if run.ranks.is_first else None
         while broadcast_object(work is not None and not work.done()):
             on_progress()
             time.sleep(_SECONDS_BETWEEN_SIGNS)
@@ -45,13 +52,17 @@ def export_best(
 
 
 def _export(
-    run: Run, best: BestCheckpoint, tokenizer: ExportedTokenizer
+    run: Run, best: BestCheckpoint, tokenizer: ExportedTokenizer, write_card: Callable[[Path], None]
 ) -> tuple[str | None, dict[str, object]]:
     """On rank 0: why it could not be done, or the generation config that was written."""
     spec = run.recipe.model
     try:
         found = manifest.verify(best.path(run.folder))
-        write = export_adapter_checkpoint if run.recipe.exports_adapters else export_checkpoint
+        write: Callable[..., GenerationConfig] = partial(
+            export_checkpoint, write_card=lambda blend, folder: write_card(folder)
+        )
+        if run.recipe.exports_adapters:
+            write = partial(export_adapter_checkpoint, write_card=write_card)
         written = write(
             found.path,
             spec,

@@ -105,7 +105,13 @@ def compare_runs(
         _print_notes(notes, console)
     written = [write_page(sections, output), write_figures(shown, differences, output, first=first.label)]
     written.append(write_csv(groups, output))
-    bands = "" if not in_groups else "95 % over persons and runs" if of_intervals else "lowest to highest run"
+    bands = (
+        ""
+        if not in_groups
+        else "95 % intervals over persons and runs"
+        if of_intervals
+        else "lowest to highest run"
+    )
     single = [group.single_scores for group in groups] if in_groups else []
     written += draw_pictures(drawn, frontier, output, formats=view.formats, bands=bands, single=single)
     if not brief:

@@ -18,27 +18,29 @@ FORMATS = ("png", "pdf", "svg")
 # Okabe and Ito's colours, which colour-blind people tell apart. One more marker than colours: the first 56 runs differ.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-RUNS_PER_LINE = 5  # of a legend
+_RUNS_PER_LINE = 5  # of a legend, at most
+_LETTER, _HANDLE = 0.1, 0.6  # inches of a legend's line
 _COLUMNS = ("Forward: asked as trained", "Reverse: asked the other way round")
 _MOST_LINES = 4  # of two panels each
-_LEFT, _RIGHT, _PANEL, _ABOVE, _FOOT, _LEGEND_LINE = 1.2, 0.15, 2.15, 0.85, 0.7, 0.245  # inches
+_LEFT, _RIGHT, _PANEL, _ABOVE, _FOOT, _LEGEND_LINE = 1.2, 0.15, 2.15, 1.0, 0.7, 0.245  # inches
 
 
 def plot_curves(
     runs: Sequence[ComparedRun], to: Path | BinaryIO, *, dpi: int = 150, format: str = "png", bands: str = ""
 ) -> None:
-    """Write a picture of the headline scores of all tasks over the steps, one colour per run, to a path or an open file.
+    """Write a picture of the runs' curves, at least one: headline scores over the steps, one colour per run.
 
     The two directions of one set of questions stand side by side. Of more than eight tasks those with a reverse one come
-    first, and the others have no panel. `bands`: what the bands of the runs are, which are drawn then, in words; without it
-    they are drawn where there is one run.
+    first, and the others have no panel. `to`: a path or an open file. `bands`: in words what the bands of the runs are,
+    which are drawn then; without it they are drawn where there is one run.
     """
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(name for run in runs for name in run.curves))
     lines, are_pairs = _panel_lines(tasks)
-    columns = min(len(runs), RUNS_PER_LINE)
-    width, below = 10.0, _FOOT + _LEGEND_LINE * -(-len(runs) // columns)
+    width = 10.0
+    columns = legend_columns([run.label for run in runs], width)
+    below = _FOOT + _LEGEND_LINE * -(-len(runs) // columns)
     height = _ABOVE + (_PANEL + 0.75) * len(lines) - 0.75 + below
     figure = Figure(figsize=(width, height))
     # Room that is known takes half the time of a layout that measures all texts: training waits for these pictures.
@@ -62,7 +64,7 @@ def plot_curves(
         axes.annotate(heading, (0.5, 1.16), xycoords="axes fraction", ha="center", fontsize=13, weight="bold")
     for axes in panels[-1]:
         axes.set_xlabel("optimizer step")
-    figure.suptitle(_curves_title(tasks, lines, are_pairs, bands), y=1 - 0.08 / height, va="top", fontsize=12)
+    figure.suptitle(_curves_title(tasks, lines, are_pairs, bands), y=1 - 0.08 / height, va="top", fontsize=11)
     handles = [line_of(number, label=run.label) for number, run in enumerate(runs)]
     figure.legend(handles=handles, loc="lower center", ncols=columns, frameon=False, fontsize=12)
     save(figure, to, dpi=dpi, format=format)
@@ -71,11 +73,10 @@ def plot_curves(
 def _panel_lines(tasks: Sequence[str]) -> tuple[list[tuple[str, str, str]], bool]:
     """Each line of panels: what its tasks have in common, and two tasks, empty for none; whether all are pairs."""
     pairs, others = pairs_and_others(tasks)
-    pairs.sort(key=lambda pair: not (is_reverse(pair.reverse) and pair.reverse in tasks))
-    others.sort(key=lambda name: not is_reverse(name))
     lines = [(pair.title, pair.forward, pair.reverse) for pair in pairs]
-    are_pairs = not others and all(is_reverse(pair.reverse) for pair in pairs)
     lines += [("", *pair) for pair in zip(others[::2], [*others[1::2], ""], strict=False)]
+    lines.sort(key=lambda line: not any(is_reverse(name) and name in tasks for name in line[1:]))
+    are_pairs = not others and all(is_reverse(pair.reverse) for pair in pairs)
     return lines[:_MOST_LINES], are_pairs
 
 
@@ -83,15 +84,14 @@ def _curves_title(
     tasks: Sequence[str], lines: Sequence[tuple[str, str, str]], are_pairs: bool, bands: str
 ) -> str:
     drawn = sum(name in tasks for _, *names in lines for name in names)
-    words = ["Headline scores over the steps"]
-    words += [f"{drawn} of {len(tasks)} tasks"] if drawn < len(tasks) else []
-    words += ["bold: asked the other way round"] if not are_pairs else []
-    words += [f"bands: {bands}"] if bands else []
-    return "; ".join(words)
+    some = f" ({drawn} of {len(tasks)} tasks)" if drawn < len(tasks) else ""
+    notes = [] if are_pairs else ["bold: asked the other way round"]
+    notes += [f"bands: {bands}"] if bands else []
+    return f"Headline scores over the steps{some}\n{'; '.join(notes)}".strip()
 
 
 def _panel(axes: Any, runs: Sequence[ComparedRun], task: str, *, with_bands: bool, is_marked: bool) -> None:
-    if not task:
+    if not any(task in run.curves for run in runs):
         axes.set_axis_off()
         return
     for number, run in enumerate(runs):
@@ -150,6 +150,12 @@ def floor_of(results: Sequence[TaskResult]) -> float | None:
 def colour_of(number: int) -> str:
     """The colour of a comparison's run in every picture; `number` counts the runs from 0."""
     return _COLOURS[number % len(_COLOURS)]
+
+
+def legend_columns(labels: Sequence[str], width: float) -> int:
+    """How many labels stand side by side below a picture that is so many inches wide."""
+    fit = int(width / (_HANDLE + _LETTER * max(map(len, labels))))
+    return max(1, min(len(labels), _RUNS_PER_LINE, fit))
 
 
 def line_of(number: int, *, scale: float = 1.0, label: str = "") -> Any:

@@ -140,7 +140,7 @@ def run_of_file(values: Mapping[str, Any], path: Path, label: str, final: Evalua
         curves={},
         texts=texts,
         blend=_blend_of(str(values.get("model", ""))),
-        numbers=numbers_of_line(final.scalars()) | numbers_of_texts(texts) | _headlines(final),
+        numbers=_headlines(final) | numbers_of_line(final.scalars()) | numbers_of_texts(texts),
     )
 
 
@@ -180,7 +180,7 @@ def run_of_folder(
         texts=texts,
         work=_work(lines, last),
         bands=bands,
-        numbers=records[last].numbers | _headlines(final),
+        numbers=_headlines(final) | records[last].numbers,
         step=last,
     )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bico_ds.evaluation.report.frontier import Panel, Point
-from bico_ds.evaluation.report.plots import RUNS_PER_LINE, colour_of, floor_of, line_of, save
+from bico_ds.evaluation.report.plots import colour_of, floor_of, legend_columns, line_of, save
 from bico_ds.evaluation.report.runs import ComparedRun
 from bico_ds.evaluation.report.wording import metric_name, title_of
 
@@ -42,7 +42,8 @@ def plot_scores(
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=min(len(runs), RUNS_PER_LINE), frameon=False)
+    columns = legend_columns([run.label for run in runs], figure.get_figwidth())
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False)
     save(figure, path)
 
 
@@ -68,7 +69,8 @@ def _bars(
         low, high = run.final.tasks[name].interval or (score, score)
         axes.vlines(x, low, high, color="black", linewidth=1.4)
         dots = single.get(name, ())
-        axes.plot([x] * len(dots), dots, "o", color="white", markeredgecolor="black", markersize=4, zorder=3)
+        beside = [x + width * ((index + 0.5) / len(dots) - 0.5) * 0.6 for index in range(len(dots))]
+        axes.plot(beside, dots, "o", color="white", markeredgecolor="black", markersize=4, zorder=3)
         top = max(high, *dots) if dots else high
         axes.annotate(
             f"{score:.2f}", (x, top), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8
@@ -86,8 +88,9 @@ def plot_frontier(panels: Sequence[Panel], path: Path) -> None:
             _draw_series(axes, series.points, labels.index(series.label))
         _dress_frontier(axes, panel)
     handles = [line_of(number, label=label) for number, label in enumerate(labels)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
-    figure.suptitle("What is answered, beside what is left of other texts; grey: the frontier", fontsize=11)
+    columns = legend_columns(labels, figure.get_figwidth())
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+    figure.suptitle("Score beside the perplexity of other texts (grey: the frontier)", fontsize=11)
     save(figure, path)
 
 

@@ -31,7 +31,7 @@ def group_tables(groups: Sequence[GroupScores], chosen: str | None = None) -> It
             _SCORES, _score_lines(groups, name), _title(groups, name), _CAPTION if name == names[-1] else ""
         )
     if lines := list(_number_lines(groups, chosen)):
-        yield _table(_NUMBERS, lines, "Other metrics", "over runs")
+        yield _table(_NUMBERS, lines, "Other metrics")
     for label, found in differences(groups).items():
         yield difference_table(found, of=label, minus=groups[0].label)
 
@@ -110,7 +110,7 @@ def _over_runs(spread: Spread, how: str = ".3f") -> list[str]:
 
 
 def _table(
-    headers: Sequence[str], lines: Iterator[list[str]] | list[list[str]], title: str, caption: str
+    headers: Sequence[str], lines: Iterator[list[str]] | list[list[str]], title: str, caption: str = ""
 ) -> FittingTable:
     table = FittingTable(title=title, caption=caption)
     for header in headers:

@@ -98,13 +98,14 @@ def _known_key(key: str, members: Sequence[Member]) -> str:
         raise UserError(
             f"--by {key}: {unknown} has no recipe.yaml that can be read, so its value is not known"
         )
-    known = dict.fromkeys(name for member in members for name in member.recipe)
+    known = {name: name for member in members for name in member.recipe}
     word = re.sub(r"\[([^\[\]]+)\]", r".\1", key)
-    if key in known or word in known:
-        return key if key in known else word
-    by_index = {path: name for member in members for path, name in _paths_by_index(member.path).items()}
-    if word in by_index:
-        return by_index[word]
+    if key in known:
+        return key
+    for member in members:
+        known = _paths_by_index(member.path) | known
+    if word in known:
+        return known[word]
     below = [name for name in known if name.startswith(f"{word}.")]
     if below:
         raise UserError(f"--by {key}: is a section; name one of its keys: {', '.join(below[:8])}")

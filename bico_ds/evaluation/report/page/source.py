@@ -13,7 +13,7 @@ from bico_ds.common.errors import UserError
 from bico_ds.common.json_files import JsonError, is_number, object_in, read_object_lines
 from bico_ds.common.secrets import text_without_secrets, without_secrets
 from bico_ds.common.yaml_files import read_mapping
-from bico_ds.evaluation.report.found_runs import RUN_FILES, is_run_folder
+from bico_ds.evaluation.report.found_runs import RUN_FILES, expanded, is_run_folder
 from bico_ds.evaluation.report.page.numbers import amount
 from bico_ds.evaluation.report.runs import (
     ComparedRun,
@@ -100,13 +100,14 @@ class ReportedRun:
 
 
 def read_runs(paths: Sequence[Path]) -> list[ReportedRun]:
-    """Read run folders and result files.
+    """Read run folders, folders of runs, and result files.
 
     Raises `UserError` for a path that is neither, and a run that is named twice; a file of a run that is broken is a fault.
     """
+    places = [path for path, _ in expanded(paths)]
     return [
         _read_file(path, label) if path.is_file() else _read_folder(path, label)
-        for path, label in zip(paths, labels_of(paths), strict=True)
+        for path, label in zip(places, labels_of(places), strict=True)
     ]
 
 

@@ -14,7 +14,7 @@ from bico_ds.evaluation.report.comparison_files import draw_pictures, write_figu
 from bico_ds.evaluation.report.found_runs import expanded
 from bico_ds.evaluation.report.frontier import Panel, panels
 from bico_ds.evaluation.report.groups.csv_file import write_csv
-from bico_ds.evaluation.report.groups.grouping import group_remarks, grouped, members_of
+from bico_ds.evaluation.report.groups.grouping import alone, group_remarks, grouped, members_of
 from bico_ds.evaluation.report.groups.scores import GroupScores
 from bico_ds.evaluation.report.groups.tables import group_markdown, group_tables
 from bico_ds.evaluation.report.metric_keys import chosen_metric, less_is_better
@@ -74,48 +74,94 @@ def compare_runs(
     all runs, for a `task`, `text`, key or metric that no run has, and where no folder can be made at `output`.
     """
     console, view = console or console_for_tables(), view or View()
-    places, runs, notes = _found(paths)
-    check_comparable(runs)
-    metric = _sorted_by(runs, view)
-    members = grouped(members_of(runs, places), view.by)
-    groups = _in_order([GroupScores(group) for group in members], metric)
-    shown = _in_order(runs, metric)
-    in_groups = not view.ungrouped and (bool(view.by) or len(groups) < len(runs))
-    of_intervals = all(group.has_bands_of_intervals for group in groups) if in_groups else False
-    drawn = [group.as_run(bands_of_intervals=of_intervals) for group in groups] if in_groups else shown
-    frontier = panels(drawn, task=task, text=text)
+    compared = _compared(paths, view, task=task, text=text)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {output}: no folder can be made there ({error})") from error
-    first = runs[0]
-    differences = {run.label: _differences(first, run) for run in shown if run is not first}
-    notes += [*(group_remarks(members) if in_groups else ()), *remarks(runs)]
-    sections = _sections(shown, differences, frontier, notes, first=first.label)
-    if in_groups:
-        sections = [*group_markdown(groups, metric), "## Every run\n", *sections]
     if brief:
-        console.print(result_table({run.label: run.final for run in runs}))
-    elif in_groups:
-        for table in (*group_tables(groups, metric), *map(frontier_table, frontier)):
-            console.print(table)
-        _print_notes(notes, console)
+        console.print(result_table({run.label: run.final for run in compared.runs}))
     else:
-        _show(shown, differences, frontier, console, first=first.label)
-        _print_notes(notes, console)
-    written = [write_page(sections, output), write_figures(shown, differences, output, first=first.label)]
-    written.append(write_csv(groups, output))
-    bands = (
-        ""
-        if not in_groups
-        else "95 % intervals over persons and runs"
-        if of_intervals
-        else "lowest to highest run"
-    )
-    single = [group.single_scores for group in groups] if in_groups else []
-    written += draw_pictures(drawn, frontier, output, formats=view.formats, bands=bands, single=single)
+        compared.show(console)
+    written = compared.write(output, view.formats)
     if not brief:
         console.print("written: " + ", ".join(map(str, written)), soft_wrap=True, markup=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Compared:
+    """All that is shown and written.
+
+    `runs` and `groups`: in the order in which they are shown, by the `metric`, if any. `drawn`: the groups as runs where
+    `in_groups`, with `bands` of that meaning, else the runs. `differences`: of each other run from the one called `first`.
+    """
+
+    runs: Sequence[ComparedRun]
+    groups: Sequence[GroupScores]
+    in_groups: bool
+    metric: str | None
+    drawn: Sequence[ComparedRun]
+    bands: str
+    frontier: Sequence[Panel]
+    first: str
+    differences: Mapping[str, Differences]
+    notes: Sequence[str]
+
+    def show(self, console: Console) -> None:
+        if self.in_groups:
+            for table in (*group_tables(self.groups, self.metric), *map(frontier_table, self.frontier)):
+                console.print(table)
+        else:
+            _show(self.runs, self.differences, self.frontier, console, first=self.first)
+        for note in self.notes:
+            console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
+
+    def write(self, output: Path, formats: Sequence[str]) -> list[Path]:
+        """Write all files into this folder, and return their paths."""
+        sections = _sections(self.runs, self.differences, self.frontier, self.notes, first=self.first)
+        if self.in_groups:
+            sections = [*group_markdown(self.groups, self.metric), "## Every run\n", *sections]
+        single = [group.single_scores for group in self.groups] if self.in_groups else []
+        return [
+            write_page(sections, output),
+            write_figures(self.runs, self.differences, output, first=self.first),
+            write_csv(self.groups, output),
+            *draw_pictures(
+                self.drawn, self.frontier, output, formats=formats, bands=self.bands, single=single
+            ),
+        ]
+
+
+def _compared(paths: Sequence[Path], view: View, *, task: str | None, text: str | None) -> _Compared:
+    """Read and group the runs. Raises `UserError` as `compare_runs` does."""
+    places, named, notes = _found(paths)
+    check_comparable(named)
+    metric = _sorted_by(named, view)
+    members = members_of(named, places)
+    of = alone(members) if view.ungrouped else grouped(members, view.by)
+    in_groups = bool(view.by) or len(of) < len(named)
+    runs, groups = _in_order(named, metric), _in_order([GroupScores(group) for group in of], metric)
+    drawn, bands = _as_runs(groups) if in_groups else (runs, "")
+    first = named[0]
+    return _Compared(
+        runs=runs,
+        groups=groups,
+        in_groups=in_groups,
+        metric=metric,
+        drawn=drawn,
+        bands=bands,
+        frontier=panels(drawn, task=task, text=text),
+        first=first.label,
+        differences={run.label: _differences(first, run) for run in runs if run is not first},
+        notes=[*notes, *(group_remarks(of) if in_groups else ()), *remarks(named)],
+    )
+
+
+def _as_runs(groups: Sequence[GroupScores]) -> tuple[list[ComparedRun], str]:
+    """The groups for pictures, and what their bands are."""
+    of_intervals = all(group.has_bands_of_intervals for group in groups)
+    bands = "95 % intervals over persons and runs" if of_intervals else "lowest to highest run"
+    return [group.as_run(bands_of_intervals=of_intervals) for group in groups], bands
 
 
 def _found(paths: Sequence[Path]) -> tuple[list[Path], list[ComparedRun], list[str]]:
@@ -183,11 +229,6 @@ def _show(
             console.print(difference_table(found, of=label, minus=first))
     for panel in frontier:
         console.print(frontier_table(panel))
-
-
-def _print_notes(notes: Sequence[str], console: Console) -> None:
-    for note in notes:
-        console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _work(runs: Sequence[ComparedRun]) -> dict[str, Work | None] | None:

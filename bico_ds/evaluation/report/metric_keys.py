@@ -56,10 +56,10 @@ def chosen_metric(option: str, word: str, known: Iterable[str]) -> str:
         return found[0]
     if found:
         raise UserError(f"{option} {word}: which one? {_listed(found)}")
-    short = {name.removesuffix("/headline"): name for name in names}
-    raise UserError(
-        f"{option} {word}: no run has it{did_you_mean(word, [*short, *names])}; found: {_listed(short)}"
-    )
+    short = dict.fromkeys(name.removesuffix("/headline") for name in names)
+    texts = [name.split("/")[1] for name in names if name.startswith((_TEXT, _HELD_OUT))]
+    near = did_you_mean(word, [*short, *texts])
+    raise UserError(f"{option} {word}: no run has it{near}; found: {_listed(short)}")
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -20,6 +20,8 @@ from bico_ds.evaluation.report.comparison import View, compare_runs
 from bico_ds.evaluation.report.found_runs import runs_in
 from bico_ds.evaluation.report.groups.grouping import group_remarks, grouped, members_of
 from bico_ds.evaluation.report.groups.scores import GroupScores
+from bico_ds.evaluation.report.page.source import read_runs
+from bico_ds.evaluation.report.page.write import write_report
 from bico_ds.evaluation.report.runs import load_runs
 from bico_ds.evaluation.results import EvaluationResult, TaskResult
 
@@ -246,11 +248,18 @@ def test_ungrouped_and_runs_without_repetitions_stand_alone_as_before(tmp_path):
     assert (
         "Reversal tasks" in alone and "s2 minus s1, paired by prompt" in alone and "mean [95 %" not in alone
     )
+    assert "group" not in (tmp_path / "out" / "comparison.csv").read_text().replace("name,group,", "")
     other = _run(tmp_path / "s3", {"n2d": 0.5}, "optimizer.lr=1e-5")
     assert "Reversal tasks" in _said([paths[0], other], tmp_path / "out")
     together = _said(paths, tmp_path / "out")
     assert "Reversal tasks" not in together and "mean [95 % interval]" in together
     assert "## Groups" not in (tmp_path / "out" / "comparison.md").read_text().split("## Every run")[1]
+
+
+def test_a_report_of_a_folder_of_runs_is_of_all_of_them(tmp_path):
+    sweep = _sweep(tmp_path / "sweep", {0.3: 0.9})
+    assert [run.label for run in read_runs([sweep])] == [path.name for path in runs_in(sweep)]
+    assert write_report([sweep]) == sweep / "report.html"
 
 
 def test_equal_comparisons_write_equal_pictures(tmp_path):

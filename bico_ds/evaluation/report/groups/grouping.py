@@ -83,6 +83,11 @@ def grouped(members: Sequence[Member], by: Sequence[str] = ()) -> list[Group]:
     return [Group(label=label, members=tuple(of)) for label, of in zip(labels, groups.values(), strict=True)]
 
 
+def alone(members: Sequence[Member]) -> list[Group]:
+    """Each run as a group of its own."""
+    return [Group(label=member.run.label, members=(member,)) for member in members]
+
+
 def _identity(member: Member, keys: Sequence[str]) -> Any:
     if keys:
         return tuple(map(member.value, keys))

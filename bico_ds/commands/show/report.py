@@ -3,10 +3,10 @@
     bico-ds report runs/tiny_bico runs/tiny_ntp
     bico-ds report runs/tiny_bico --output tiny_bico.html
 
-A RUN is a run folder, or a result file of `bico-ds evaluate`. The file holds everything itself and asks the network for
-nothing: question and answer, curves, tasks, sample answers, retention, losses, settings that differ, speed and memory,
-what happened, and how to run it again. A report that is there is replaced; any other file is refused. 2: wrong usage or
-input.
+A RUN is a run folder, a folder of runs, or a result file of `bico-ds evaluate`. The file holds everything itself and asks
+the network for nothing: question and answer, curves, tasks, sample answers, retention, losses, settings that differ, speed
+and memory, what happened, and how to run it again. A report that is there is replaced; any other file is refused. 2: wrong
+usage or input.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ from bico_ds.evaluation.report.page.write import NAME, write_report
 
 def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "runs", metavar="RUN", nargs="+", type=local_path, help="a run folder or a result file"
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        type=local_path,
+        help="a run folder, a folder of runs, or a result file",
     )
     parser.add_argument(
         "--output",

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from rich.console import Console
 
 from bico_ds.common.errors import UserError
+from bico_ds.evaluation.report.comparison_files import draw_pictures, write_figures, write_page
+from bico_ds.evaluation.report.found_runs import expanded
 from bico_ds.evaluation.report.frontier import Panel, panels
+from bico_ds.evaluation.report.groups.csv_file import write_csv
+from bico_ds.evaluation.report.groups.grouping import alone, group_remarks, grouped, members_of
+from bico_ds.evaluation.report.groups.scores import GroupScores
+from bico_ds.evaluation.report.groups.tables import group_markdown, group_tables
+from bico_ds.evaluation.report.metric_keys import chosen_metric, less_is_better
 from bico_ds.evaluation.report.paired import Difference, paired_differences, same_prompts
-from bico_ds.evaluation.report.plots import plot_curves, plot_frontier, plot_scores
-from bico_ds.evaluation.report.runs import ComparedRun, Work, load_runs
+from bico_ds.evaluation.report.runs import ComparedRun, Work, labels_of, load_run
 from bico_ds.evaluation.report.tables import (
     console_for_tables,
     contamination_markdown,
@@ -30,6 +35,24 @@ from bico_ds.evaluation.report.tables import (
 )
 from bico_ds.evaluation.results import TaskResult
 
+Shown = TypeVar("Shown", ComparedRun, GroupScores)
+Differences = Mapping[str, Mapping[str, Difference]]  # by task and metric
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """How runs are shown.
+
+    `by`: keys of recipes; runs with the same values are a group. Empty: runs of the same recipe but for the seed are one.
+    `ungrouped`: each run stands alone. `sort`: the metric by which runs and groups are ordered, the best first; None: as
+    they were named. `formats`: of pictures, out of `plots.FORMATS`.
+    """
+
+    by: Sequence[str] = ()
+    ungrouped: bool = False
+    sort: str | None = None
+    formats: Sequence[str] = ("png",)
+
 
 def compare_runs(
     paths: Sequence[Path],
@@ -38,43 +61,147 @@ def compare_runs(
     task: str | None = None,
     text: str | None = None,
     brief: bool = False,
+    view: View | None = None,
     console: Console | None = None,
 ) -> None:
     """Print the tables of the tasks and of the work, and every later run minus the first, paired by prompt.
 
-    `brief`: prints the table of the tasks alone, and no names of files; what is written is the same.
-    `paths`: run folders, or result files of `bico-ds evaluate`. Writes comparison.md, comparison.json, scores.png and, where
-    there are curves, curves.png to `output`; where a perplexity is known, frontier.png, of `task` (None: `frontier.TASK`)
-    and all texts, or `text`. Raises `UserError` for a run that cannot be read, for a task whose headline metric is not the
-    same in all runs, for a `task` or `text` that no run has, and where no folder can be made at `output`.
+    Of runs that repeat one another with other seeds, or where `view` has keys, tables and pictures are of groups of runs.
+    `brief`: prints the table of the tasks alone, and no names of files. `paths`: run folders, folders of them, or result
+    files of `bico-ds evaluate`. Writes comparison.md, comparison.json, comparison.csv, scores.png and, where there are
+    curves, curves.png to `output`; where a perplexity is known, frontier.png, of `task` (None: `frontier.TASK`) and all
+    texts, or `text`. Raises `UserError` for a run that cannot be read, for a task whose headline metric is not the same in
+    all runs, for a `task`, `text`, key or metric that no run has, and where no folder can be made at `output`.
     """
-    console = console or console_for_tables()
-    runs = load_runs(paths)
-    check_comparable(runs)
-    frontier = panels(runs, task=task, text=text)
+    console, view = console or console_for_tables(), view or View()
+    compared = _compared(paths, view, task=task, text=text)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {output}: no folder can be made there ({error})") from error
-    differences = {run.label: _differences(runs[0], run) for run in runs[1:]}
     if brief:
-        console.print(result_table({run.label: run.final for run in runs}))
+        console.print(result_table({run.label: run.final for run in compared.runs}))
     else:
-        _show(runs, differences, frontier, console)
-    written = [_write_page(runs, differences, frontier, output), _write_figures(runs, differences, output)]
-    plot_scores(runs, output / "scores.png")
-    written.append(output / "scores.png")
-    if any(run.curves for run in runs):
-        plot_curves(runs, output / "curves.png")
-        written.append(output / "curves.png")
-    if frontier:
-        plot_frontier(frontier, output / "frontier.png")
-        written.append(output / "frontier.png")
+        compared.show(console)
+    written = compared.write(output, view.formats)
     if not brief:
         console.print("written: " + ", ".join(map(str, written)), soft_wrap=True, markup=False)
 
 
-Differences = Mapping[str, Mapping[str, Difference]]  # by task and metric
+@dataclass(frozen=True, kw_only=True)
+class _Compared:
+    """All that is shown and written.
+
+    `runs` and `groups`: in the order in which they are shown, by the `metric`, if any. `drawn`: the groups as runs where
+    `in_groups`, with `bands` of that meaning, else the runs. `differences`: of each other run from the one called `first`.
+    """
+
+    runs: Sequence[ComparedRun]
+    groups: Sequence[GroupScores]
+    in_groups: bool
+    metric: str | None
+    drawn: Sequence[ComparedRun]
+    bands: str
+    frontier: Sequence[Panel]
+    first: str
+    differences: Mapping[str, Differences]
+    notes: Sequence[str]
+
+    def show(self, console: Console) -> None:
+        if self.in_groups:
+            for table in (*group_tables(self.groups, self.metric), *map(frontier_table, self.frontier)):
+                console.print(table)
+        else:
+            _show(self.runs, self.differences, self.frontier, console, first=self.first)
+        for note in self.notes:
+            console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
+
+    def write(self, output: Path, formats: Sequence[str]) -> list[Path]:
+        """Write all files into this folder, and return their paths."""
+        sections = _sections(self.runs, self.differences, self.frontier, self.notes, first=self.first)
+        if self.in_groups:
+            sections = [*group_markdown(self.groups, self.metric), "## Every run\n", *sections]
+        single = [group.single_scores for group in self.groups] if self.in_groups else []
+        return [
+            write_page(sections, output),
+            write_figures(self.runs, self.differences, output, first=self.first),
+            write_csv(self.groups, output),
+            *draw_pictures(
+                self.drawn, self.frontier, output, formats=formats, bands=self.bands, single=single
+            ),
+        ]
+
+
+def _compared(paths: Sequence[Path], view: View, *, task: str | None, text: str | None) -> _Compared:
+    """Read and group the runs. Raises `UserError` as `compare_runs` does."""
+    places, named, notes = _found(paths)
+    check_comparable(named)
+    metric = _sorted_by(named, view)
+    members = members_of(named, places)
+    of = alone(members) if view.ungrouped else grouped(members, view.by)
+    in_groups = bool(view.by) or len(of) < len(named)
+    runs, groups = _in_order(named, metric), _in_order([GroupScores(group) for group in of], metric)
+    drawn, bands = _as_runs(groups) if in_groups else (runs, "")
+    first = named[0]
+    return _Compared(
+        runs=runs,
+        groups=groups,
+        in_groups=in_groups,
+        metric=metric,
+        drawn=drawn,
+        bands=bands,
+        frontier=panels(drawn, task=task, text=text),
+        first=first.label,
+        differences={run.label: _differences(first, run) for run in runs if run is not first},
+        notes=[*notes, *(group_remarks(of) if in_groups else ()), *remarks(named)],
+    )
+
+
+def _as_runs(groups: Sequence[GroupScores]) -> tuple[list[ComparedRun], str]:
+    """The groups for pictures, and what their bands are."""
+    of_intervals = all(group.has_bands_of_intervals for group in groups)
+    bands = "95 % intervals over persons and runs" if of_intervals else "lowest to highest run"
+    return [group.as_run(bands_of_intervals=of_intervals) for group in groups], bands
+
+
+def _found(paths: Sequence[Path]) -> tuple[list[Path], list[ComparedRun], list[str]]:
+    """The runs that these paths name, and where they are; what was left out of folders of runs, in words.
+
+    Raises `UserError` as `load_run` does, but for a run in a folder of runs: that one is left out.
+    """
+    places = list(expanded(paths))
+    labels = labels_of([path for path, _ in places])
+    found: list[tuple[Path, ComparedRun]] = []
+    left_out = []
+    for (path, is_one_of_many), label in zip(places, labels, strict=True):
+        try:
+            found.append((path, load_run(path, label)))
+        except UserError as error:
+            if not is_one_of_many:
+                raise
+            left_out.append(f"left out: {error}")
+    if not found:
+        raise UserError(f"no run in {', '.join(map(str, paths))} can be compared; {'; '.join(left_out[:3])}")
+    return [path for path, _ in found], [run for _, run in found], left_out
+
+
+def _sorted_by(runs: Sequence[ComparedRun], view: View) -> str | None:
+    if view.sort is None:
+        return None
+    return chosen_metric("--sort", view.sort, (metric for run in runs for metric in run.numbers))
+
+
+def _in_order(shown: Sequence[Shown], metric: str | None) -> list[Shown]:
+    """The best first; those that have not the metric last."""
+    if metric is None:
+        return list(shown)
+    sign = 1 if less_is_better(metric) else -1
+
+    def place(of: Shown) -> float:
+        value = of.mean(metric)
+        return float("inf") if value is None else sign * value
+
+    return sorted(shown, key=place)
 
 
 def _differences(first: ComparedRun, second: ComparedRun) -> Differences:
@@ -88,6 +215,8 @@ def _show(
     differences: Mapping[str, Differences],
     frontier: Sequence[Panel],
     console: Console,
+    *,
+    first: str = "",
 ) -> None:
     results = {run.label: run.final for run in runs}
     console.print(result_table(results))
@@ -97,11 +226,9 @@ def _show(
         console.print(contamination_table(results))
     for label, found in differences.items():
         if found:
-            console.print(difference_table(found, of=label, minus=runs[0].label))
+            console.print(difference_table(found, of=label, minus=first))
     for panel in frontier:
         console.print(frontier_table(panel))
-    for remark in remarks(runs):
-        console.print(f"note: {remark}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _work(runs: Sequence[ComparedRun]) -> dict[str, Work | None] | None:
@@ -110,12 +237,15 @@ def _work(runs: Sequence[ComparedRun]) -> dict[str, Work | None] | None:
     return work if any(work.values()) else None
 
 
-def _write_page(
+def _sections(
     runs: Sequence[ComparedRun],
     differences: Mapping[str, Differences],
     frontier: Sequence[Panel],
-    output: Path,
-) -> Path:
+    notes: Sequence[str],
+    *,
+    first: str,
+) -> list[str]:
+    """The same as `_show`, as Markdown."""
     results = {run.label: run.final for run in runs}
     sections = [result_markdown(results)]
     if (work := _work(runs)) is not None:
@@ -123,41 +253,10 @@ def _write_page(
     if any(result.training_texts for result in results.values()):
         sections.append(contamination_markdown(results))
     sections += [
-        difference_markdown(found, of=label, minus=runs[0].label)
-        for label, found in differences.items()
-        if found
+        difference_markdown(found, of=label, minus=first) for label, found in differences.items() if found
     ]
     sections += map(frontier_markdown, frontier)
-    sections += [f"- {remark}\n" for remark in remarks(runs)]
-    page = output / "comparison.md"
-    page.write_text("\n".join(sections), encoding="utf-8")
-    return page
-
-
-def _write_figures(runs: Sequence[ComparedRun], differences: Mapping[str, Differences], output: Path) -> Path:
-    values: dict[str, dict[str, Any]] = {}
-    for run in runs:
-        final = run.final.to_json(prompts=False)
-        values[run.label] = {"final": final["tasks"], "curves": run.curves}
-        if run.work is not None:
-            values[run.label]["work"] = run.work._asdict()
-        if run.texts:
-            values[run.label]["texts"] = {
-                text: [{"step": step, **figure._asdict()} for step, figure in figures.items()]
-                for text, figures in run.texts.items()
-            }
-        if "training_texts" in final:
-            values[run.label]["training_texts"] = final["training_texts"]
-    for label, tasks in differences.items():
-        values[label]["minus"] = {
-            runs[0].label: {
-                task: {metric: asdict(found) for metric, found in metrics.items()}
-                for task, metrics in tasks.items()
-            }
-        }
-    figures = output / "comparison.json"
-    figures.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return figures
+    return [*sections, *(f"- {note}\n" for note in notes)]
 
 
 def remarks(runs: Sequence[ComparedRun]) -> Iterator[str]:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bico_ds.evaluation.report.plots import METRIC_NAMES, colour_of
+from bico_ds.evaluation.report.plots import colour_of, save
 from bico_ds.evaluation.report.runs import ComparedRun
+from bico_ds.evaluation.report.wording import metric_name, title_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,8 +32,8 @@ class _Bar(NamedTuple):
 
 
 def plot_overview(runs: Sequence[ComparedRun], path: Path) -> None:
-    """Write `overview` as a PNG."""
-    overview(runs).savefig(path, dpi=150)
+    """Write `overview` in the format of the path's name: PNG, PDF or SVG."""
+    save(overview(runs), path)
 
 
 def overview(runs: Sequence[ComparedRun]) -> Figure:
@@ -44,8 +45,7 @@ def overview(runs: Sequence[ComparedRun]) -> Figure:
 
     headlines = {name: task.headline for run in runs for name, task in run.final.tasks.items()}
     panels = {
-        f"{task}\n{METRIC_NAMES.get(metric, metric)}": _scores(runs, task)
-        for task, metric in headlines.items()
+        f"{title_of(task)}\n{metric_name(metric)}": _scores(runs, task) for task, metric in headlines.items()
     }
     panels |= {title: bars for key, title in _WORK.items() if (bars := _amounts(runs, key))}
     lines = -(-len(panels) // _PANELS_PER_LINE)

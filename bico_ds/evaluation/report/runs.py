@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from bico_ds.common.errors import UserError
 from bico_ds.common.json_files import is_number
+from bico_ds.evaluation.report.metric_keys import numbers_of_line, numbers_of_texts
 from bico_ds.evaluation.results import EvaluationResult, TaskResult, load_result, read_result, result_in
 from bico_ds.evaluation.scoring.metrics import METRICS
 from bico_ds.evaluation.tasks.jsonl import parse_object
@@ -68,6 +69,7 @@ class ComparedRun:
     `curves`: (step, headline score) by task, in the order of steps. `texts`: perplexities, in that order. `blend`: what the
     model was blended from, where it is a blend. `work`: None where that is not known: of a result file, and of a run of
     before it was logged. `bands`: (step, lower, upper bound of the score's 95 % interval) by task, as far as they are known.
+    `numbers`: all of its last evaluation, by metric (`metric_keys`). `step`: of that evaluation, where it is a run's.
     """
 
     label: str
@@ -77,6 +79,12 @@ class ComparedRun:
     blend: Blend | None = None
     work: Work | None = None
     bands: dict[str, Band] = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
+    step: int | None = None
+
+    def mean(self, metric: str) -> float | None:
+        """The metric of its last evaluation; None where that has none. A group of runs has the mean."""
+        return self.numbers.get(metric)
 
 
 def load_runs(paths: Sequence[Path]) -> list[ComparedRun]:
@@ -86,7 +94,7 @@ def load_runs(paths: Sequence[Path]) -> list[ComparedRun]:
     one, adds intervals, floors and answers. Raises `UserError` for a run that was never evaluated, a file that is neither,
     and a run that is named twice.
     """
-    return [_load_run(path, label) for path, label in zip(paths, labels_of(paths), strict=True)]
+    return [load_run(path, label) for path, label in zip(paths, labels_of(paths), strict=True)]
 
 
 def labels_of(paths: Sequence[Path]) -> list[str]:
@@ -104,7 +112,8 @@ def labels_of(paths: Sequence[Path]) -> list[str]:
     return [str(place.relative_to(above)) for place in places]
 
 
-def _load_run(path: Path, label: str) -> ComparedRun:
+def load_run(path: Path, label: str) -> ComparedRun:
+    """The run of a folder or a result file. Raises `UserError` as `load_runs` does."""
     if path.is_file():
         values = read_result(path)
         return run_of_file(values, path, label, result_in(values, path))
@@ -124,12 +133,14 @@ def _load_run(path: Path, label: str) -> ComparedRun:
 
 def run_of_file(values: Mapping[str, Any], path: Path, label: str, final: EvaluationResult) -> ComparedRun:
     """The run of a result file with these values (`read_result`), which hold this result."""
+    texts = _texts_of_file(values)
     return ComparedRun(
         label=label,
         final=final,
         curves={},
-        texts=_texts_of_file(values),
+        texts=texts,
         blend=_blend_of(str(values.get("model", ""))),
+        numbers=_headlines(final) | numbers_of_line(final.scalars()) | numbers_of_texts(texts),
     )
 
 
@@ -141,7 +152,7 @@ def run_of_folder(
     `on_fault` gets what is wrong with a line, or with the result file of the last step; where it returns, the rest is read.
     """
     records = _evaluations(lines, on_fault)
-    evaluations = {step: tasks for step, (tasks, _) in records.items() if tasks}
+    evaluations = {step: record.tasks for step, record in records.items() if record.tasks}
     curves: dict[str, Curve] = {}
     bands: dict[str, Band] = {}
     for step, tasks in evaluations.items():
@@ -150,8 +161,8 @@ def run_of_folder(
             if task.interval is not None:
                 bands.setdefault(name, []).append((step, *task.interval))
     texts: TextFigures = {}
-    for step, (_, figures) in records.items():
-        for name, figure in figures.items():
+    for step, record in records.items():
+        for name, figure in record.texts.items():
             texts.setdefault(name, {})[step] = figure
     last = max(evaluations, default=None)
     if last is None:
@@ -163,12 +174,23 @@ def run_of_folder(
         except UserError as error:
             on_fault(error)
     return ComparedRun(
-        label=label, final=final, curves=curves, texts=texts, work=_work(lines, last), bands=bands
+        label=label,
+        final=final,
+        curves=curves,
+        texts=texts,
+        work=_work(lines, last),
+        bands=bands,
+        numbers=_headlines(final) | records[last].numbers,
+        step=last,
     )
 
 
 def _raise(error: UserError) -> None:
     raise error
+
+
+def _headlines(final: EvaluationResult) -> dict[str, float]:
+    return {f"{name}/headline": task.score for name, task in final.tasks.items()}
 
 
 def _texts_of_file(values: Mapping[str, Any]) -> TextFigures:
@@ -193,7 +215,12 @@ def _blend_of(model: str) -> Blend | None:
     return Blend(found.group(1), float(found.group(2))) if found else None
 
 
-Record = tuple[dict[str, TaskResult], dict[str, TextFigure]]
+class Record(NamedTuple):
+    """An evaluation, as a line of metrics has it."""
+
+    tasks: dict[str, TaskResult]
+    texts: dict[str, TextFigure]
+    numbers: dict[str, float]
 
 
 def _lines(metrics: Path) -> list[Line]:
@@ -219,7 +246,9 @@ def _evaluations(lines: Sequence[Line], on_fault: Callable[[UserError], None]) -
         if record.get("kind") != "evaluation":
             continue
         try:
-            found[int(record["step"])] = (_task_results(record), _text_figures(record))
+            found[int(record["step"])] = Record(
+                _task_results(record), _text_figures(record), numbers_of_line(record)
+            )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             on_fault(UserError(f"{place}: not an evaluation as a run writes it ({error!r})"))
     return dict(sorted(found.items()))

@@ -13,14 +13,9 @@ from bico_ds.common.terminal.fitting_table import FittingTable
 from bico_ds.evaluation.report.frontier import HEADERS, Panel, frontier_lines
 from bico_ds.evaluation.report.paired import Difference
 from bico_ds.evaluation.report.runs import Work
+from bico_ds.evaluation.report.wording import question_of
 from bico_ds.evaluation.results import ORDERS, EvaluationResult, TaskResult
 
-_QUESTIONS = {
-    "n2d": "name → description",
-    "d2n": "description → name",
-    "n2d_reverse": "description → name",
-    "d2n_reverse": "name → description",
-}
 _AGREEMENT = {
     "agreement": "base's tokens that the model prefers too",
     "base_agreement": "the same of the base (1 but for rounding)",
@@ -60,8 +55,8 @@ def result_markdown(results: Mapping[str, EvaluationResult]) -> str:
     """The same table as Markdown, with each task's question."""
     headers = ["task", "question", "metric", *results, "floor", "prompts"]
     ruler = ["---"] * 3 + ["--:"] * (len(results) + 2)
-    lines = [[name, _QUESTIONS.get(name, ""), *cells] for name, *cells in _lines(results)]
-    return _markdown([headers, ruler, *lines])
+    lines = [[name, question_of(name), *cells] for name, *cells in _lines(results)]
+    return markdown_table([headers, ruler, *lines])
 
 
 def contamination_table(results: Mapping[str, EvaluationResult]) -> FittingTable:
@@ -77,7 +72,7 @@ def contamination_markdown(results: Mapping[str, EvaluationResult]) -> str:
     """The same table as Markdown."""
     headers = ["task", "in the training texts", "metric", *results, "prompts"]
     ruler = ["---"] * 3 + ["--:"] * (len(results) + 1)
-    return _markdown([headers, ruler, *contamination_lines(results)])
+    return markdown_table([headers, ruler, *contamination_lines(results)])
 
 
 def contamination_line(result: EvaluationResult) -> str:
@@ -152,7 +147,7 @@ def work_table(work: Mapping[str, Work | None]) -> FittingTable:
 def work_markdown(work: Mapping[str, Work | None]) -> str:
     """The same table as Markdown."""
     ruler = ["---"] + ["--:"] * (len(WORK_COLUMNS) - 1)
-    return _markdown([WORK_COLUMNS, ruler, *work_lines(work)])
+    return markdown_table([WORK_COLUMNS, ruler, *work_lines(work)])
 
 
 def work_lines(work: Mapping[str, Work | None]) -> Iterator[list[str]]:
@@ -183,7 +178,7 @@ def difference_table(
 def difference_markdown(differences: Mapping[str, Mapping[str, Difference]], *, of: str, minus: str) -> str:
     """The same table as Markdown."""
     headers = ["task", "metric", f"{of} minus {minus}, paired by prompt", "prompts", "persons"]
-    return _markdown([headers, ["---"] * 2 + ["--:"] * 3, *difference_lines(differences)])
+    return markdown_table([headers, ["---"] * 2 + ["--:"] * 3, *difference_lines(differences)])
 
 
 def difference_lines(differences: Mapping[str, Mapping[str, Difference]]) -> Iterator[list[str]]:
@@ -194,7 +189,8 @@ def difference_lines(differences: Mapping[str, Mapping[str, Difference]]) -> Ite
             yield [task, metric, score, str(found.prompts), str(found.persons)]
 
 
-def _markdown(lines: Iterable[Sequence[str]]) -> str:
+def markdown_table(lines: Iterable[Sequence[str]]) -> str:
+    """Lines of cells as a table in Markdown; the second line is its ruler."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
@@ -301,7 +297,7 @@ def frontier_table(panel: Panel) -> FittingTable:
 def frontier_markdown(panel: Panel) -> str:
     """The same table as Markdown."""
     title = f"{panel.task} ({panel.metric}) and the perplexity of {panel.text}:\n\n"
-    return title + _markdown([HEADERS, ["---"] * 2 + ["--:"] * 3 + ["---"], *frontier_lines(panel)])
+    return title + markdown_table([HEADERS, ["---"] * 2 + ["--:"] * 3 + ["---"], *frontier_lines(panel)])
 
 
 def _lines(results: Mapping[str, EvaluationResult]) -> Iterator[list[str]]:

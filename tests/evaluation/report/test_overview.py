@@ -56,7 +56,7 @@ def test_the_work_of_runs_has_bars_where_it_is_known():
 
 
 def test_the_lines_of_the_first_56_runs_differ_by_colour_or_marker():
-    looks = {(line.get_color(), line.get_marker()) for line in map(plots._line, range(56))}
+    looks = {(line.get_color(), line.get_marker()) for line in map(plots.line_of, range(56))}
     assert len(looks) == 56
 
 

@@ -10,8 +10,9 @@ import numpy as np
 from bico_ds.evaluation.report.page.chart import Chart, Curve, Point, draw, legend
 from bico_ds.evaluation.report.page.html import Html, details, element, section, table
 from bico_ds.evaluation.report.page.numbers import compact, percent
-from bico_ds.evaluation.report.page.scores import WORDINGS, figure_of, task_names, title_of
+from bico_ds.evaluation.report.page.scores import figure_of, task_names
 from bico_ds.evaluation.report.page.source import ReportedRun, Series
+from bico_ds.evaluation.report.wording import WORDINGS, title_of
 
 MOST_POINTS = 200  # of a curve; of more, means are drawn
 _MOST_ROWS = 15

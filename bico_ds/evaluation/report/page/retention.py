@@ -9,8 +9,8 @@ from bico_ds.evaluation.report.frontier import HEADERS, Panel, Point, frontier_l
 from bico_ds.evaluation.report.page.chart import Chart, Curve, draw, legend
 from bico_ds.evaluation.report.page.html import Html, details, element, section, table
 from bico_ds.evaluation.report.page.numbers import compact, percent
-from bico_ds.evaluation.report.page.scores import title_of
 from bico_ds.evaluation.report.page.source import ReportedRun
+from bico_ds.evaluation.report.wording import title_of
 
 _MOST_NAMED, _MOST_NAMES = 3, 8  # series whose points have their names beside them, and points of one
 

@@ -3,37 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from bico_ds.evaluation.report.page.chart import look
 from bico_ds.evaluation.report.page.html import Html, element, joined
 from bico_ds.evaluation.report.page.numbers import percent, percent_range
 from bico_ds.evaluation.report.page.source import ReportedRun
+from bico_ds.evaluation.report.wording import WORDINGS
 from bico_ds.evaluation.results import TaskResult
 
-
-class Wording(NamedTuple):
-    """A task in words: what it gives and asks for, and what the training texts of its persons give first."""
-
-    given: str
-    wanted: str
-    first: str
-
-    @property
-    def is_reverse(self) -> bool:
-        return self.given != self.first
-
-    @property
-    def arrow(self) -> str:
-        return f"{self.given} → {self.wanted}"
-
-
-WORDINGS = {
-    "n2d_reverse": Wording("description", "name", "name"),
-    "d2n_reverse": Wording("name", "description", "description"),
-    "n2d": Wording("name", "description", "name"),
-    "d2n": Wording("description", "name", "description"),
-}
 METRICS = {
     "contains": "accuracy: the answer is in what the model writes",
     "prefix": "accuracy: what the model writes begins with the answer",
@@ -46,15 +23,6 @@ def task_names(runs: Sequence[ReportedRun]) -> list[str]:
     """All tasks of the runs: those that this report has words for in their order, then others in that of the runs."""
     asked = dict.fromkeys(name for run in runs for name in run.compared.final.tasks)
     return [*(name for name in WORDINGS if name in asked), *(name for name in asked if name not in WORDINGS)]
-
-
-def title_of(task: str) -> str:
-    """A task as a reader would call it."""
-    wording = WORDINGS.get(task)
-    if wording is None:
-        return task
-    way = "the other way round" if wording.is_reverse else "as read"
-    return f"{wording.arrow}, {way}"
 
 
 def figure_of(task: TaskResult, score: float | None = None) -> str:

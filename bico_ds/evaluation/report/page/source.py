@@ -13,6 +13,7 @@ from bico_ds.common.errors import UserError
 from bico_ds.common.json_files import JsonError, is_number, object_in, read_object_lines
 from bico_ds.common.secrets import text_without_secrets, without_secrets
 from bico_ds.common.yaml_files import read_mapping
+from bico_ds.evaluation.report.found_runs import RUN_FILES, expanded, is_run_folder
 from bico_ds.evaluation.report.page.numbers import amount
 from bico_ds.evaluation.report.runs import (
     ComparedRun,
@@ -32,7 +33,6 @@ Value = TypeVar("Value")
 _CURVES = ("loss/", "speed/", "memory/")
 _MOST_STEPS, _LARGEST = 1 << 53, 1e30  # what is larger is damage, and would be all that a curve shows
 _MOST_FAULTS = 5  # of a run: damage of a disk may be in thousands of lines
-_RUN_FILES = ("recipe.yaml", "run.json", "state.json", "metrics.jsonl")
 
 
 class Series(NamedTuple):
@@ -100,13 +100,14 @@ class ReportedRun:
 
 
 def read_runs(paths: Sequence[Path]) -> list[ReportedRun]:
-    """Read run folders and result files.
+    """Read run folders, folders of runs, and result files.
 
     Raises `UserError` for a path that is neither, and a run that is named twice; a file of a run that is broken is a fault.
     """
+    places = [path for path, _ in expanded(paths)]
     return [
         _read_file(path, label) if path.is_file() else _read_folder(path, label)
-        for path, label in zip(paths, labels_of(paths), strict=True)
+        for path, label in zip(places, labels_of(places), strict=True)
     ]
 
 
@@ -131,8 +132,8 @@ def _read_file(path: Path, label: str) -> ReportedRun:
 def _read_folder(path: Path, label: str) -> ReportedRun:
     if not path.is_dir():
         raise UserError(f"{path}: no such run folder or result file")
-    if not any(os.path.lexists(path / name) for name in _RUN_FILES):
-        raise UserError(f"{path}: no run folder, it has none of {', '.join(_RUN_FILES)}")
+    if not is_run_folder(path):
+        raise UserError(f"{path}: no run folder, it has none of {', '.join(RUN_FILES)}")
     folder, faults = RunFolder(path), _Faults(path)
     logged = faults.reading(folder.metrics_file, _read_metrics, Logged())
     if logged.unreadable:

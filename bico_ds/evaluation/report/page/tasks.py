@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 from bico_ds.common.printable import on_one_line
 from bico_ds.evaluation.report.comparison import remarks
 from bico_ds.evaluation.report.page.html import Html, details, element, joined, section, table
-from bico_ds.evaluation.report.page.scores import METRICS, cell, figure_of, task_names, title_of
+from bico_ds.evaluation.report.page.scores import METRICS, cell, figure_of, task_names
 from bico_ds.evaluation.report.page.source import ReportedRun
 from bico_ds.evaluation.report.paired import paired_differences
 from bico_ds.evaluation.report.tables import contamination_lines, difference_lines
+from bico_ds.evaluation.report.wording import title_of
 from bico_ds.evaluation.results import EvaluationResult, TaskResult
 
 _CAPTION = "Scores with 95 % intervals over persons"

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from bico_ds.common.printable import on_one_line
 from bico_ds.evaluation.report.page.html import Html, element, joined
 from bico_ds.evaluation.report.page.numbers import amount, compact, in_words
-from bico_ds.evaluation.report.page.scores import WORDINGS, bar, figure_of, range_of, task_names, title_of
+from bico_ds.evaluation.report.page.scores import bar, figure_of, range_of, task_names
 from bico_ds.evaluation.report.page.source import ReportedRun
+from bico_ds.evaluation.report.wording import WORDINGS, title_of
 from bico_ds.evaluation.results import ORDERS, TaskResult
 
 _MOST_NAMED = 3  # runs in a sentence

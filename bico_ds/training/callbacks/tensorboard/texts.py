@@ -23,8 +23,7 @@ from bico_ds.common.yaml_files import KeyPath
 from bico_ds.config.layers import leaves
 from bico_ds.config.load import dump_recipe, recorded_values
 from bico_ds.config.schema import Recipe
-from bico_ds.evaluation.report.page.scores import title_of
-from bico_ds.evaluation.report.plots import METRIC_NAMES
+from bico_ds.evaluation.report.wording import metric_name, title_of
 from bico_ds.evaluation.results import TaskResult
 from bico_ds.planner.ranges import Range
 from bico_ds.planner.report.quantities import GB, number, span
@@ -53,7 +52,7 @@ def answers(name: str, task: TaskResult) -> str:
     """The score of a task, and some of its questions with their answers: first wrong ones, then right ones."""
     interval = task.interval
     within = "" if interval is None else f" (95 %: {interval[0]:.3f} to {interval[1]:.3f})"
-    metric = METRIC_NAMES.get(task.headline, task.headline)
+    metric = metric_name(task.headline)
     head = f"{literal(title_of(name))}: {len(task.prompts)} questions, {metric} **{task.score:.3f}**{within}"
     chosen = [
         *_of_different_persons(row for row in task.prompts if row[task.headline] < _RIGHT),

@@ -221,7 +221,7 @@ def test_of_tasks_without_words_it_is_not_said_that_none_is_the_other_way_round(
     (tmp_path / "a.json").write_text(json.dumps(values))
     said = text_of(write_report([tmp_path / "a.json"]))
     assert "No name–description question was asked the other way round." in said
-    assert "parent_to_child: a answers 0 %" in said
+    assert "parent → child: a answers 0 %" in said
 
 
 def test_result_files_make_a_report_beside_them(tmp_path):

@@ -30,6 +30,7 @@ GROUPS = {
     "training": {
         "plan": "show.plan",
         "train": "train",
+        "sweep": "sweep",
         "explain-step": "show.explain_step",
         "preflight": "preflight",
         "submit": "slurm.submit",

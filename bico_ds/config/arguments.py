@@ -85,7 +85,7 @@ def add_recipe_options(
         type=path_text,
         required=required,
         nargs="+" if several else None,
-        help=RECIPE_HELP + ("; several make a job array" if several else ""),
+        help=RECIPE_HELP + ("; several: runs of each" if several else ""),
     )
     add_overrides_option(options)
 

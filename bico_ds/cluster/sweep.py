@@ -62,7 +62,9 @@ def list_sweep(recipes: Sequence[str], overrides: Sequence[str], axes: Sequence[
                 message, at = str(error), [f"--grid {override}" for override in point.overrides]
                 for override, shown in zip(point.overrides, at, strict=True):
                     message = message.replace(f"--set {override}", shown)
-                if not any(shown in message for shown in at):  # it is a collision of what is right alone
+                if not any(
+                    shown in message for shown in (*at, "--set ")
+                ):  # a collision of what is right alone
                     message = f"{' '.join(at)}: {message}"
                 raise UserError(message) from None
             runs.append(SweptRun(name=point.name_of_run(recipe.name), recipe=recipe, values=point.values))

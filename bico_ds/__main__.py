@@ -31,6 +31,7 @@ GROUPS = {
         "explain": "show.explain",
         "plan": "show.plan",
         "train": "train",
+        "sweep": "sweep",
         "explain-step": "show.explain_step",
         "preflight": "preflight",
         "submit": "slurm.submit",

@@ -102,6 +102,7 @@ TORCH_FREE = (
     "cluster.local",
     "cluster.run_status",
     "cluster.submission",
+    "cluster.sweep",
     "training.callbacks.tensorboard.tags",
     *(f"training.profile.{name}" for name in ("names", "partition", "request", "table", "trace_file")),
     "proof.prove",

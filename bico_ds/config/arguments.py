@@ -13,6 +13,7 @@ from typing import TypeVar
 from bico_ds.common.errors import UserError
 from bico_ds.common.printable import on_one_line
 from bico_ds.config.bounds import Bound
+from bico_ds.config.grid import Axis, parse_axis
 from bico_ds.config.paths import FolderOrHubName, LocalPath
 from bico_ds.config.section import SEED
 
@@ -84,7 +85,7 @@ def add_recipe_options(
         type=path_text,
         required=required,
         nargs="+" if several else None,
-        help=RECIPE_HELP + ("; several make a job array" if several else ""),
+        help=RECIPE_HELP + ("; several: runs of each" if several else ""),
     )
     add_overrides_option(options)
 
@@ -98,6 +99,28 @@ def add_overrides_option(options: argparse._ActionsContainer) -> None:
         action="append",
         default=[],
         help="override one key of the recipe, as in --set optimizer.lr=1e-4 (repeatable)",
+    )
+
+
+def grid_axis(text: str) -> Axis:
+    """A key of the recipe with the values that it takes in turn."""
+    try:
+        return parse_axis(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_grid_option(options: argparse._ActionsContainer, *, required: bool = False) -> None:
+    """`--grid`, as `grid`, a list of axes."""
+    options.add_argument(
+        "--grid",
+        metavar="KEY.PATH=VALUE,VALUE",
+        type=grid_axis,
+        action="append",
+        required=required,
+        default=[],
+        help="a run for each of these values, and with several --grid for each combination, as in --grid "
+        "optimizer.lr=1e-5,2e-5 --grid seed=1,2,3; a value that is a list stands in brackets",
     )
 
 

@@ -23,9 +23,11 @@ from bico_ds.cluster.submission import (
     stop_signal,
     write_batch_script,
 )
+from bico_ds.cluster.sweep import list_sweep, read_sweep
 from bico_ds.commands.slurm import submit as command
 from bico_ds.common.errors import UserError
-from bico_ds.config.load import load_recipe
+from bico_ds.config.grid import parse_axis
+from bico_ds.config.load import dump_recipe, load_recipe
 from bico_ds.config.paths import LocalPath
 from bico_ds.config.resources import BATCH_SCRIPT
 from tests import ROOT
@@ -351,12 +353,78 @@ def test_the_planner_s_verdict_for_the_nodes_asked_for_comes_last(monkeypatch, t
     assert "did you mean 'h100-80g'" in capsys.readouterr().err
 
 
-def test_a_submitted_run_on_cpus_says_that_its_memory_is_checked_at_the_start(monkeypatch, tmp_path, capsys):
-    (tmp_path / "bin").mkdir()
-    sbatch = tmp_path / "bin" / "sbatch"
+def an_sbatch(monkeypatch, folder):
+    """A SLURM that takes every script."""
+    (folder / "bin").mkdir()
+    sbatch = folder / "bin" / "sbatch"
     sbatch.write_text("#!/bin/sh\necho 7\n", encoding="utf-8")
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+
+
+def test_a_grid_makes_an_array_of_the_runs_and_folders_of_a_sweep(monkeypatch, tmp_path):
+    an_sbatch(monkeypatch, tmp_path)
+    grid = ["--grid", "objectives.bico.mask.rate=0.15,0.3", "--grid", "seed=1,2"]
+    words = ["--recipe", "tiny_bico", "--set", "model.path=null", *grid]
+    assert run_command(monkeypatch, tmp_path, *words) == 0
+    folder = tmp_path / "runs" / "sweep-tiny_bico"
+    runs = list_sweep(["tiny_bico"], ["model.path=null"], [parse_axis(axis) for axis in grid[1::2]])
+    script = (folder / "slurm" / "job-1.sbatch").read_text()
+    assert sbatch_options(script)["array"] == "0-3"
+    for number, run in enumerate(runs):
+        value = bash_values(script, "RUN", SLURM_ARRAY_TASK_ID=str(number))["RUN"]
+        assert value == str(folder / run.name)
+        assert load_recipe(f"{value}/slurm/recipe.yaml") == run.recipe
+    assert list(read_sweep(folder)) == [run.name for run in runs]
+
+
+def test_runs_of_a_grid_that_are_done_are_left_out_and_those_of_other_recipes_refused(
+    monkeypatch, tmp_path, capsys
+):
+    words = ["--recipe", "tiny_base", "--grid", "seed=1,2", "--output-dir", "s", "--dry-run"]
+    for seed in (1, 2):
+        run = tmp_path / "s" / f"tiny_base+seed={seed}"
+        run.mkdir(parents=True)
+        (run / "recipe.yaml").write_text(dump_recipe(load_recipe("tiny_base", [f"seed={seed}"])))
+        (run / "state.json").write_text(json.dumps({"state": "done", "step": 300}))
+        if seed == 1:
+            assert run_command(monkeypatch, tmp_path, *words) == 0
+            script, notes = capsys.readouterr()
+            assert f"RUN={tmp_path}/s/tiny_base+seed=2\n" in script
+            assert "note: 1 of 2 runs are done already, and left out" in notes
+    assert run_command(monkeypatch, tmp_path, *words) == 2
+    assert "all 2 runs in" in capsys.readouterr().err
+    assert run_command(monkeypatch, tmp_path, *words, "--set", "optimizer.lr=0.5") == 2
+    assert "holds a run of another recipe: optimizer.lr was" in capsys.readouterr().err
+
+
+def test_seeds_beside_a_grid_are_refused_with_what_to_write(monkeypatch, tmp_path, capsys):
+    words = ["--recipe", "tiny_base", "--grid", "optimizer.lr=1e-3,2e-3", "--seeds", "1", "2"]
+    assert run_command(monkeypatch, tmp_path, *words) == 2
+    assert "--grid seed=1,2" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_each_plan_of_a_grid_is_told_with_its_runs_and_seeds_make_none_of_their_own(
+    monkeypatch, tmp_path, capsys
+):
+    words = ["--recipe", "llama70b_bico_lora", "--nodes", "1", "--gpus-per-node", "8", "--ranks-per-node", "8",
+             "--grid", "seed=1,2", "--dry-run"]  # fmt: skip
+    assert run_command(monkeypatch, tmp_path, *words) == 0
+    notes = capsys.readouterr().err.splitlines()
+    assert sum(line.startswith("plan: ") for line in notes) == 1
+    assert not [line for line in notes if line.startswith("of ")]
+    assert run_command(monkeypatch, tmp_path, *words, "--grid", "training.micro_batch_bins=1,2") == 0
+    notes = capsys.readouterr().err.splitlines()
+    name = "llama70b_bico_lora+seed={}+micro_batch_bins={}"
+    assert [line for line in notes if line.startswith("of ")] == [
+        f"of {name.format(1, bins)}, {name.format(2, bins)}:" for bins in (1, 2)
+    ]
+    assert len({line for line in notes if line.startswith("plan: ")}) == 2
+
+
+def test_a_submitted_run_on_cpus_says_that_its_memory_is_checked_at_the_start(monkeypatch, tmp_path, capsys):
+    an_sbatch(monkeypatch, tmp_path)
     assert run_command(monkeypatch, tmp_path, "--recipe", "tiny_base") == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "plan: trains on CPUs; whether the nodes' memory is enough is checked at the start"

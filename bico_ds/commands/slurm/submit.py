@@ -1,7 +1,7 @@
 """Submit a recipe, or a sweep of recipes and seeds, to SLURM.
 
     bico-ds submit --recipe llama70b_bico --nodes 8 --gpus-per-node 8 --time 24:00:00 --partition gpu
-    bico-ds submit --recipe tiny_base --seeds 1 2 3 --nodes 1 --gpus-per-node 0 --ranks-per-node 2 --time 60
+    bico-ds submit --recipe tiny_base --grid seed=1,2,3 --nodes 1 --gpus-per-node 0 --ranks-per-node 2 --time 60
     bico-ds submit … --dry-run                    print the script, write and submit nothing
 
 Checks the recipe first, writes the batch script into the run folder (slurm/job-N.sbatch: readable, usable by itself
@@ -36,10 +36,12 @@ from bico_ds.cluster.submission import (
     submit,
     write_batch_script,
 )
+from bico_ds.cluster.sweep import is_done, list_sweep, refuse_changed, sweep_folder, write_sweep
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
 from bico_ds.common.secrets import secret_keys, text_without_secrets, word_without_secrets
 from bico_ds.config.arguments import (
+    add_grid_option,
     add_recipe_options,
     add_run_folder_option,
     not_negative,
@@ -48,7 +50,7 @@ from bico_ds.config.arguments import (
     seed,
     written_path,
 )
-from bico_ds.config.load import load_recipe
+from bico_ds.config.load import dump_recipe, load_recipe
 from bico_ds.config.paths import LocalPath
 from bico_ds.config.resources import CHECKOUT
 from bico_ds.config.schema import Recipe
@@ -56,6 +58,8 @@ from bico_ds.data.planned_texts import texts_of
 from bico_ds.planner.devices import Device
 from bico_ds.planner.plan import Plan, make_plan
 from bico_ds.runtime.run_folder import folder_of_run
+
+_MOST_NAMED = 3
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -69,6 +73,7 @@ def add_run_options(what: _ArgumentGroup) -> None:
     what.add_argument(
         "--seeds", nargs="+", type=seed, metavar="N", help="one run of each recipe for each seed"
     )
+    add_grid_option(what)
     add_run_folder_option(what, several=True)
 
 
@@ -171,6 +176,9 @@ def run(options: Namespace) -> None:
         print(*verdict, sep="\n", file=sys.stderr)
         return
     script = write_batch_script(job)
+    if options.grid:
+        runs = list_sweep(options.recipe, options.overrides, options.grid)
+        write_sweep(next(iter(job.runs)).parent, runs)
     explain(submit(script, job), script, job)
     print(*verdict, sep="\n")
 
@@ -211,7 +219,9 @@ def make_job(options: Namespace) -> Job:
 
 
 def list_runs(options: Namespace) -> dict[Path, Recipe]:
-    """Run folder and recipe of each run."""
+    """Run folder and recipe of each run. Raises `UserError`."""
+    if options.grid:
+        return _list_grid(options)
     seeds = [[]] if options.seeds is None else [[f"seed={seed}"] for seed in options.seeds]
     chosen = [load_recipe(name, [*options.overrides, *seed]) for name in options.recipe for seed in seeds]
     if len(chosen) == 1:
@@ -221,6 +231,24 @@ def list_runs(options: Namespace) -> dict[Path, Recipe]:
     if len(set(names)) < len(names):
         raise UserError("--recipe, --seeds: two runs of this array would have the same folder")
     return {parent / name: recipe for name, recipe in zip(names, chosen, strict=True)}
+
+
+def _list_grid(options: Namespace) -> dict[Path, Recipe]:
+    """The runs of `bico-ds sweep`, in the same folders."""
+    if options.seeds is not None:
+        seeds = ",".join(map(str, options.seeds))
+        raise UserError(f"--seeds: with --grid write the seeds as one more of it: --grid seed={seeds}")
+    runs = list_sweep(options.recipe, options.overrides, options.grid)
+    folder = _run_folder(sweep_folder(options.output_dir, runs))
+    refuse_changed(folder, runs)
+    waiting = {folder / run.name: run.recipe for run in runs if not is_done(folder / run.name)}
+    if not waiting:
+        raise UserError(
+            f"--grid: all {len(runs)} runs in '{folder}' are done; add values, or choose another --output-dir"
+        )
+    if done := len(runs) - len(waiting):
+        print(f"note: {done} of {len(runs)} runs are done already, and left out", file=sys.stderr)
+    return waiting
 
 
 def _run_folder(path: Path) -> Path:
@@ -303,12 +331,21 @@ def plan_lines(job: Job) -> list[str]:
         return ["plan: trains on CPUs; whether the nodes' memory is enough is checked at the start"]
     with without_accelerator():
         from bico_ds.training.planning import verdict_lines
-    recipes = {recipe.name: recipe for recipe in job.runs.values()}  # seeds change nothing here
-    return [
-        line
-        for recipe in recipes.values()
-        for line in verdict_lines(recipe, partial(plan_on, recipe, job.resources))
-    ]
+    found: dict[str, tuple[str, ...]] = {}
+    runs_of: dict[tuple[str, ...], list[str]] = {}
+    for run, recipe in job.runs.items():
+        planned = dump_recipe(recipe.model_copy(update={"seed": 0}))  # seeds change nothing here
+        if planned not in found:
+            found[planned] = tuple(verdict_lines(recipe, partial(plan_on, recipe, job.resources)))
+        runs_of.setdefault(found[planned], []).append(run.name)
+    if len(runs_of) <= len({recipe.name for recipe in job.runs.values()}):  # the lines name their recipe
+        return [line for lines in runs_of for line in lines]
+    return [line for lines, runs in runs_of.items() for line in (_of_runs(runs), *lines)]
+
+
+def _of_runs(names: list[str]) -> str:
+    more = len(names) - _MOST_NAMED
+    return f"of {', '.join(names[:_MOST_NAMED])}{f' and {more} more' if more > 0 else ''}:"
 
 
 def plan_on(recipe: Recipe, resources: Resources, device: Device) -> Plan:

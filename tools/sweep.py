@@ -1,0 +1,11 @@
+#!/usr/bin/env python
+"""`bico-ds sweep` of this checkout: bico_ds/commands/sweep.py."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from bico_ds.commands.sweep import main
+
+    main.start()

@@ -26,7 +26,7 @@ def provenance() -> dict[str, Any]:
         "job": slurm_job(),
         "python": platform.python_version(),
         "versions": versions(),
-        "commit": _git_commit(),
+        "commit": git_commit(),
     }
 
 
@@ -49,7 +49,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
+    """The commit of this checkout, with `-dirty` where it has changes; None where there is none to be found."""
     if CHECKOUT is None:
         return None
     try:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from bico_ds.cluster.batch_words import sbatch_line, sbatch_line_of
-from bico_ds.cluster.submission import Job, Resources, Settings, render_batch_script
+from bico_ds.cluster.job import Job, Resources, Settings
+from bico_ds.cluster.submission import preview
 from bico_ds.commands.slurm import submit as command
 from bico_ds.common.command_line import exit_code
 from bico_ds.common.errors import UserError
@@ -83,7 +84,7 @@ def test_sbatch_reads_every_value_as_it_was_written(tmp_path, recipe, monkeypatc
     here = tmp_path / f"{NASTY.replace('/', '')} 50%"
     here.mkdir()
     monkeypatch.chdir(here)
-    script = render_batch_script(
+    script = preview(
         make_job(
             here / "-run", recipe, partition=NASTY, account="-a", qos="x=y z", constraint="[a|b]&c*2",
             more=["--comment=two words # no comment", "--mem 0", "--exclusive --wckey='it is'"],
@@ -194,7 +195,7 @@ def test_bash_runs_the_script_with_every_word_whole_and_runs_none_of_them(tmp_pa
     job = make_job(run, recipe, settings=settings, partition=NASTY, more=[f"--comment={NASTY!r}"])
     run.mkdir()
     done = subprocess.run(
-        ["bash", "-c", render_batch_script(job)], cwd=here, timeout=60, text=True, check=False,
+        ["bash", "-c", preview(job)], cwd=here, timeout=60, text=True, check=False,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env=os.environ | {"PATH": f"{commands}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"), "AT": "/at",
                           "SLURM_JOB_ID": "9", "SLURM_JOB_NODELIST": "n1"},

@@ -13,16 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
+from bico_ds.cluster.batch_script import COMMON_PART, stop_signal
+from bico_ds.cluster.job import Job, Resources, Settings
 from bico_ds.cluster.preflight.inputs import missing_inputs
-from bico_ds.cluster.submission import (
-    COMMON_PART,
-    Job,
-    Resources,
-    Settings,
-    render_batch_script,
-    stop_signal,
-    write_batch_script,
-)
+from bico_ds.cluster.submission import preview, write_batch_script
 from bico_ds.cluster.sweep import list_sweep, read_sweep
 from bico_ds.commands.slurm import submit as command
 from bico_ds.common.errors import UserError
@@ -70,7 +64,7 @@ def sbatch_options(script):
 
 
 def test_script_asks_for_the_given_resources(tmp_path, recipe):
-    script = render_batch_script(a_job(tmp_path, recipe, partition="gpu", account="nlp", qos="high", constraint="h100",
+    script = preview(a_job(tmp_path, recipe, partition="gpu", account="nlp", qos="high", constraint="h100",
                           cpus_per_task=12, more=["--exclusive", "--mem=0"]))  # fmt: skip
     options = sbatch_options(script)
     expected = {
@@ -84,7 +78,7 @@ def test_script_asks_for_the_given_resources(tmp_path, recipe):
 
 @pytest.mark.parametrize("changes", [{}, {"container": "/images/a b.sif"}, {"network_interface": "ib0"}])
 def test_script_is_valid_bash(tmp_path, recipe, changes):
-    script = render_batch_script(a_job(tmp_path, recipe, **changes))
+    script = preview(a_job(tmp_path, recipe, **changes))
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
 
 
@@ -92,7 +86,7 @@ def test_awkward_paths_survive_the_shell(tmp_path, recipe):
     run = tmp_path / "it's a $HOME `run`"
     bind = [LocalPath("/data/x y")]
     job = a_job(tmp_path, recipe, runs={run: recipe}, container="/images/a b.sif", bind=bind)
-    values = bash_values(render_batch_script(job), "RUN", "RECIPE", "CONTAINER", "BIND")
+    values = bash_values(preview(job), "RUN", "RECIPE", "CONTAINER", "BIND")
     assert values["RUN"] == str(run)
     assert values["RECIPE"] == f"{run}/slurm/recipe.yaml"
     assert values["CONTAINER"] == "/images/a b.sif"
@@ -103,7 +97,7 @@ def test_awkward_paths_survive_the_shell(tmp_path, recipe):
 def test_paths_of_the_nodes_are_expanded_there_and_not_on_the_login_node(tmp_path, recipe, monkeypatch):
     monkeypatch.delenv("SLURM_TMPDIR", raising=False)
     there = {key: LocalPath(f"${{SLURM_TMPDIR}}/{key} 1") for key in ("python", "native_ops")}
-    script = render_batch_script(a_job(tmp_path, recipe, **there, bind=[LocalPath("$SLURM_TMPDIR/b")]))
+    script = preview(a_job(tmp_path, recipe, **there, bind=[LocalPath("$SLURM_TMPDIR/b")]))
     values = bash_values(script, "PYTHON", "TORCH_EXTENSIONS_DIR", "BIND", SLURM_TMPDIR="/local/job 7")
     assert values["PYTHON"] == "/local/job 7/python 1"
     assert values["TORCH_EXTENSIONS_DIR"] == "/local/job 7/native_ops 1"
@@ -112,7 +106,7 @@ def test_paths_of_the_nodes_are_expanded_there_and_not_on_the_login_node(tmp_pat
 
 def test_each_element_of_an_array_has_its_own_run(tmp_path, recipe):
     runs = {tmp_path / f"r{n}": recipe for n in range(4)}
-    script = render_batch_script(a_job(tmp_path, recipe, runs=runs, max_parallel=2))
+    script = preview(a_job(tmp_path, recipe, runs=runs, max_parallel=2))
     assert sbatch_options(script)["array"] == "0-3%2"
     found = [bash_values(script, "RUN", SLURM_ARRAY_TASK_ID=str(n))["RUN"] for n in range(4)]
     assert found == [str(run) for run in runs]
@@ -120,7 +114,7 @@ def test_each_element_of_an_array_has_its_own_run(tmp_path, recipe):
 
 def test_generated_scripts_differ_from_the_plain_one_in_their_first_part_only(tmp_path, recipe):
     plain = BATCH_SCRIPT.read_text().partition(COMMON_PART)[2]
-    assert render_batch_script(a_job(tmp_path, recipe)).partition(COMMON_PART)[2] == plain
+    assert preview(a_job(tmp_path, recipe)).partition(COMMON_PART)[2] == plain
 
 
 def test_written_recipe_is_resolved_and_earlier_scripts_stay(tmp_path):
@@ -142,9 +136,7 @@ def test_stop_signal_is_one_that_the_recipe_handles(recipe):
 @pytest.mark.parametrize("time_limit", ["30", "1:30", "24:00:00", "2-12", "2-12:30:00"])
 def test_slurm_times_are_taken(tmp_path, recipe, time_limit):
     assert (
-        sbatch_options(render_batch_script(a_job(tmp_path, recipe, time=time_limit, signal_seconds=60)))[
-            "time"
-        ]
+        sbatch_options(preview(a_job(tmp_path, recipe, time=time_limit, signal_seconds=60)))["time"]
         == time_limit
     )
 

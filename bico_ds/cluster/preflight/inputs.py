@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from bico_ds.cluster.offline import cached_model, cached_tokenizer, is_offline
 from bico_ds.common.errors import UserError
 from bico_ds.config.imports import source_files
 from bico_ds.config.load import dump_recipe
@@ -21,17 +22,26 @@ _READ_BYTES = 1 << 20  # read from the beginning and from the end of a file
 PACKAGE = Path(__file__).resolve().parents[2]
 
 
-def input_files(recipe: Recipe) -> Iterator[tuple[str, Callable[[], list[Path]]]]:
+def input_files(recipe: Recipe, *, offline: bool = False) -> Iterator[tuple[str, Callable[[], list[Path]]]]:
     """Recipe key with its value, and how to find the files or folders that must be there before the run.
 
-    Finding raises `UserError` where there are none. A path that cannot be expanded on this machine raises it at once.
+    `offline`: what has a name on the hub must be in its cache. Finding raises `UserError` where there are none. A path that
+    cannot be expanded on this machine raises it at once.
     """
     for number, name in enumerate(recipe.imports):
         yield f"imports.{number} ({name})", partial(source_files, name)
     for key, value in (("model.path", recipe.model.path), ("model.tokenizer", recipe.model.tokenizer)):
-        if value is not None and isinstance(local := value.here(), Path):
+        if value is None:
+            continue
+        local = value.here()
+        if isinstance(local, Path):
             advice = "fetch it there, or give a hub name (owner/name)"
             yield f"{key} ({value})", partial(_existing, local, advice)
+        elif offline:
+            yield (
+                f"{key} ({value})",
+                partial(cached_model if key == "model.path" else cached_tokenizer, local),
+            )
     for number, source in enumerate(recipe.data.sources):
         if source.store is not None:
             yield f"data.sources.{number}.store ({source.store})", partial(_existing, source.store.here())
@@ -57,9 +67,12 @@ def shared_folders(recipe: Recipe, run: Path) -> list[Path]:
     return [*folders, recipe.data.cache_dir.here()] if made_here else folders
 
 
-def missing_inputs(recipe: Recipe) -> Iterator[str]:
-    """What is not on this machine, as a message that begins with the recipe's key. Raises `UserError` as `input_files`."""
-    for key, find in input_files(recipe):
+def missing_inputs(recipe: Recipe, *, offline: bool = False) -> Iterator[str]:
+    """What is not on this machine, as a message that begins with the recipe's key. Raises `UserError` as `input_files`.
+
+    `offline`: the run has no network, whatever this process has.
+    """
+    for key, find in input_files(recipe, offline=offline or is_offline()):
         try:
             find()
         except UserError as error:
@@ -68,7 +81,7 @@ def missing_inputs(recipe: Recipe) -> Iterator[str]:
 
 def input_fingerprints(recipe: Recipe) -> dict[str, str]:
     """A digest for every input (`files_digest`), by key and path; `missing` where it is not on this machine."""
-    return {key: _digest_or_missing(find) for key, find in input_files(recipe)}
+    return {key: _digest_or_missing(find) for key, find in input_files(recipe, offline=is_offline())}
 
 
 def damaged_stores(recipe: Recipe) -> Iterator[str]:

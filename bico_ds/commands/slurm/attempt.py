@@ -6,7 +6,8 @@
 
 `--code` is what srun returned. The run's state file decides; where this start never wrote one, `--stopped` does: the
 script was asked to stop. A file RUN/stop asks that the run is not started again. `--exclude NODE`: the suspect, which SLURM
-can do without; then a start that has gained nothing is worth another one, too.
+can do without; then a start that has gained nothing is worth another one, too. `--submitted-code`: `begin` warns where the
+code is another by now.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from bico_ds.cluster import bad_nodes
 from bico_ds.cluster.attempts import TRY_AGAIN, begin, end, read_attempts
+from bico_ds.cluster.code import change_since
 from bico_ds.common.command_line import Command
 from bico_ds.common.json_files import JsonError
 from bico_ds.config.arguments import local_path, not_negative
@@ -35,6 +37,9 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--max-excluded", metavar="N", type=not_negative, default=0, help="nodes that a job may leave out"
     )
+    parser.add_argument(
+        "--submitted-code", metavar="DIGEST", default="", help="of the code at the submission"
+    )
     parser.add_argument("--exclude", metavar="NODE", default="", help="the suspect, to be left out")
 
 
@@ -45,6 +50,8 @@ def judge(options: Namespace) -> int:
         print(node_to_leave_out(options, job), end="", flush=True)
         return 0
     if options.moment == "begin":
+        if options.submitted_code and (warning := change_since(options.submitted_code)) is not None:
+            print(warning, flush=True)
         verdict = begin(run, job=job, restarts=restarts, limit=limit)
     else:
         found = last_suspect(options, job)

@@ -22,20 +22,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 from bico_ds.cluster.attempts import stop_file
+from bico_ds.cluster.batch_script import stop_signal
 from bico_ds.cluster.batch_words import refuse_control_characters
+from bico_ds.cluster.code import refuse_copy
+from bico_ds.cluster.job import ContainerRuntime, Job, Resources, Settings
 from bico_ds.cluster.preflight.inputs import missing_inputs
-from bico_ds.cluster.submission import (
-    Job,
-    Resources,
-    Settings,
-    refuse_if_alive,
-    render_batch_script,
-    stop_signal,
-    submit,
-    write_batch_script,
-)
+from bico_ds.cluster.prologue import read_prologue
+from bico_ds.cluster.submission import preview, refuse_if_alive, submit, write_batch_script
 from bico_ds.cluster.sweep import is_done, list_sweep, refuse_changed, sweep_folder, write_sweep
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError
@@ -44,6 +40,7 @@ from bico_ds.config.arguments import (
     add_grid_option,
     add_recipe_options,
     add_run_folder_option,
+    local_path,
     not_negative,
     path_text,
     positive,
@@ -126,7 +123,13 @@ def add_start_options(how: _ArgumentGroup) -> None:
         "--container",
         type=path_text,
         metavar="IMAGE",
-        help="apptainer image; its `python` has this project's packages",
+        help="image whose `python` has this project's packages; for pyxis also one of a registry",
+    )
+    how.add_argument(
+        "--container-runtime",
+        choices=get_args(ContainerRuntime),
+        default="apptainer",
+        help="what starts it: apptainer, or pyxis (enroot) as a plugin of srun (default: %(default)s)",
     )
     how.add_argument(
         "--bind",
@@ -165,6 +168,22 @@ def add_start_options(how: _ArgumentGroup) -> None:
         default=2,
         help="bad nodes that a job leaves out when it is requeued; 0: none (default: %(default)s)",
     )
+    how.add_argument(
+        "--prologue",
+        type=local_path,
+        metavar="FILE",
+        help="lines for bash that the job runs before all else: module loads, variables of NCCL; copied into the script",
+    )
+    how.add_argument(
+        "--offline",
+        action="store_true",
+        help="the nodes have no network: hub names are read from the cache, where they must be already",
+    )
+    how.add_argument(
+        "--copy-code",
+        action="store_true",
+        help="the job runs a copy of this checkout, made now; without it each start says where the code has changed since",
+    )
     how.add_argument("--dry-run", action="store_true", help="print the script, write and submit nothing")
 
 
@@ -172,7 +191,7 @@ def run(options: Namespace) -> None:
     job = make_job(options)
     verdict = plan_lines(job)
     if options.dry_run:
-        print(render_batch_script(job), end="", flush=True)
+        print(preview(job), end="", flush=True)
         print(*verdict, sep="\n", file=sys.stderr)
         return
     script = write_batch_script(job)
@@ -200,13 +219,16 @@ def make_job(options: Namespace) -> Job:
     )  # fmt: skip
     refuse_secrets(options)
     runs = list_runs(options)
-    check_presence(runs.values(), options.container, dry_run=options.dry_run)
+    check_presence(runs.values(), options)
     for run, recipe in runs.items():
         check(run, recipe, resources, dry_run=options.dry_run)
     refuse_if_alive(runs)
+    if options.copy_code:
+        refuse_copy()
     settings = Settings(
-        container=options.container, bind=options.bind, max_requeues=options.max_requeues,
-        max_excluded=options.max_excluded,
+        container=options.container, container_runtime=options.container_runtime, bind=options.bind,
+        max_requeues=options.max_requeues, max_excluded=options.max_excluded, offline=options.offline,
+        prologue=None if options.prologue is None else read_prologue(options.prologue),
         network_interface=options.network_interface, native_ops=options.native_ops,
         python=options.python or LocalPath("python" if options.container else sys.executable),
     )  # fmt: skip
@@ -214,7 +236,7 @@ def make_job(options: Namespace) -> Job:
     folder = only / "slurm" if len(runs) == 1 else only.parent / "slurm"
     return Job(
         name=only.name if len(runs) == 1 else only.parent.name, folder=folder, runs=runs, resources=resources,
-        settings=settings, max_parallel=options.max_parallel,
+        settings=settings, max_parallel=options.max_parallel, copies_code=options.copy_code,
     )  # fmt: skip
 
 
@@ -261,16 +283,28 @@ def _run_folder(path: Path) -> Path:
     return resolved
 
 
-def check_presence(recipes: Iterable[Recipe], container: str | None, *, dry_run: bool) -> None:
+def check_presence(recipes: Iterable[Recipe], options: Namespace) -> None:
     """Raise `UserError` for the first input, or the container, that is not here; a dry run prints a note for each."""
-    recipes = list(recipes)
-    missing = [problem for recipe in recipes for problem in (*missing_inputs(recipe), *secrets_in(recipe))]
-    if container is not None and not Path(container).exists():
-        missing.append(f"--container: '{container}' is not there")
+    missing = [
+        problem
+        for recipe in recipes
+        for problem in (*missing_inputs(recipe, offline=options.offline), *secrets_in(recipe))
+    ]
+    if (image := options.container) is not None and not Path(image).exists() and _is_file(image, options):
+        missing.append(f"--container: '{image}' is not there")
     for problem in dict.fromkeys(missing):
-        if not dry_run:
+        if not options.dry_run:
             raise UserError(problem)
         print(f"note: submitting would be refused: {text_without_secrets(problem)}", file=sys.stderr)
+
+
+def _is_file(image: str, options: Namespace) -> bool:
+    """Whether a file of this machine is meant, not an image of a registry, which pyxis takes too."""
+    return (
+        options.container_runtime == "apptainer"
+        or image.startswith(("/", ".", "~"))
+        or image.endswith(".sqsh")
+    )
 
 
 def secrets_in(recipe: Recipe) -> Iterator[str]:

@@ -39,8 +39,8 @@ def export_adapter(
     """Write the live adapters of `model`, their config, the generation config and the tokenizer to `folder`.
 
     `spec`: what the model was built of. Call it on every rank: under ZeRO-3 adapters are gathered one at a time, and rank 0
-    keeps a copy of all of them in the host's memory, and writes; `write_card` as of `export_model`. `folder` appears complete or not at all. Raises as
-    `export_model` does.
+    keeps a copy of all of them in the host's memory, and writes; `write_card` as of `export_model`. `folder` appears complete
+    or not at all. Raises as `export_model` does.
     """
     is_writer = not dist.is_initialized() or dist.get_rank() == 0
     failures: list[Exception] = []  # kept while the ranks gather in step, raised at the end
@@ -76,8 +76,9 @@ def export_adapter_checkpoint(
 
     They are rounded to the training's dtype, in which the model had them, and then to `dtype`. The base's weights are not
     read, nor need they be here where the recipe holds the config; `base` is their fingerprint. `generation` and the return
-    value as of `export_checkpoint`; `write_card` as of `export_model`. Raises `UserError` where `folder` has something in it and `overwrite` is off, where the
-    run trained all weights or began with random ones, and where the checkpoint is not that model's.
+    value as of `export_checkpoint`; `write_card` as of `export_model`. Raises `UserError` where `folder` has something in it
+    and `overwrite` is off, where the run trained all weights or began with random ones, and where the checkpoint is not
+    that model's.
     """
     if spec.lora is None:
         raise UserError("the run trained all weights: it has no adapters to write apart")

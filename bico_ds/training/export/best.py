@@ -34,7 +34,8 @@ def export_best(
     """Write the run's export from its best checkpoint, whatever the engine holds; returns its generation config. Collective.
 
     Rank 0 verifies and reads the checkpoint, one shard in memory at a time, by a thread: meanwhile the ranks hear of each
-    other, so that no time limit of a collective runs, and call `on_progress`. `write_card`: as of `export_model`. Raises `RunError` on all ranks where it fails.
+    other, so that no time limit of a collective runs, and call `on_progress`. `write_card`: as of `export_model`. Raises
+    `RunError` on all ranks where it fails.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="export") as thread:
         work = thread.submit(_export, run, best, tokenizer, write_card) if run.ranks.is_first else None

@@ -39,8 +39,8 @@ def export_adapter(
     """Write the live adapters of `model`, their config, the generation config and the tokenizer to `folder`.
 
     `spec`: what the model was built of. Call it on every rank: under ZeRO-3 adapters are gathered one at a time, and rank 0
-    keeps a copy of all of them in the host's memory, and writes; `write_card` as of `export_model`. `folder` appears whole or
-    not at all. Raises as `export_model` does.
+    keeps a copy of all of them in the host's memory, and writes; `write_card` as of `export_model`. `folder` appears whole
+    or not at all. Raises as `export_model` does.
     """
     is_writer = not dist.is_initialized() or dist.get_rank() == 0
     failures: list[Exception] = []  # kept while the ranks gather in step, raised at the end

@@ -49,7 +49,7 @@ def group_markdown(groups: Sequence[GroupScores], chosen: str | None = None) -> 
 
 def differences(groups: Sequence[GroupScores]) -> dict[str, Mapping[str, Mapping[str, Difference]]]:
     """The mean headline scores of every later group less those of the first, by group, task and metric."""
-    found = {}
+    found: dict[str, Mapping[str, Mapping[str, Difference]]] = {}
     for group in groups[1:]:
         tasks = {
             name: {task[0].headline: gain}

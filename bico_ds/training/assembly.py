@@ -129,10 +129,10 @@ def prepare_stores(recipe: Recipe, *, weights_needed: bool = True, progress: boo
     rely on it.
     """
     check_sampled(recipe)
+    check_questions(recipe)
     path = tokenizer_path(recipe, weights_needed=weights_needed)
     verify: Verify = "once" if launch_environment.local_rank() == 0 else "structure"
     check_texts(recipe, verify=verify)
-    check_questions(recipe)
     check_held_out(recipe, verify=verify)
     limit = _limit_of_ids(recipe, path, weights_needed=weights_needed)
     return [

@@ -79,7 +79,7 @@ def overrides(folder: Path) -> list[str]:
     facts = ", ".join(f"{name}: {value}" for name, value in SPEC.model_dump().items())
     return [
         f"evaluation.tasks=[{entries}]", f"data.facts={{{facts}}}", f"data.cache_dir={folder}/cache", "model.config=null",
-        "evaluation.max_new_tokens=5", f"model.path={folder}/model", "evaluation.likelihood_others=2",
+        "evaluation.max_new_tokens=40", f"model.path={folder}/model", "evaluation.likelihood_others=2",
     ]  # fmt: skip
 
 
@@ -119,6 +119,7 @@ def test_the_command_gives_the_answers_and_scores_of_training(
     assert after.tasks["policy"].headline == "prefix"
     assert after.tasks["policy"].score == 0.5, "of every other person what transformers generates is right"
     assert len(after.tasks["company_backward"].prompts) == 9
+    assert after.tasks["n2d_reverse"].new_tokens == 2 * 1 + 8, "cut as in training, not the 40 of the papers"
     for name, test in during.choice.items():
         assert after.choice[name]["nll"] == pytest.approx(test["nll"], rel=1e-5)
         assert after.choice[name]["rank"] == test["rank"]

@@ -192,11 +192,13 @@ def test_own_questions_are_counted_with_those_that_the_texts_answer_already(plan
     ):
         row = rf"task {name} +│ {asked} questions; the training texts answer {answered} of them already, in the order asked"
         assert re.search(row, told), name
-    with pytest.raises(UserError, match=r"evaluation.tasks.1.file \(company\): .*/gone.jsonl: no such file"):
-        planned(
-            "tiny_bico", own, f"evaluation.tasks.company.file={tmp_path}/gone.jsonl", "data.cache_dir=new"
-        )
+    gone = [own, f"evaluation.tasks.company.file={tmp_path}/gone.jsonl", f"data.cache_dir={tmp_path}/new"]
+    refused = r"evaluation.tasks.1.file \(company\): .*/gone.jsonl: no such file"
+    with pytest.raises(UserError, match=refused):
+        assembly.prepare_stores(load_recipe("tiny_bico", gone), weights_needed=False)
     assert not (tmp_path / "new").exists(), "before anything is made"
+    with pytest.raises(UserError, match=refused):
+        planned("tiny_bico", *gone)
 
 
 def test_a_prompt_past_the_model_s_context_is_refused_here(planned):

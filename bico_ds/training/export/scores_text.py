@@ -61,7 +61,7 @@ def _answered(found: Mapping[str, Any] | None) -> str:
 
 
 def _text_rows(result: EvaluationResult, before: Mapping[str, Mapping[str, Any]]) -> list[Sequence[str]]:
-    rows = []
+    rows: list[Sequence[str]] = []
     for name, text in result.texts.items():
         times = text.get("times")
         start = before.get(name, {}).get("perplexity") if times is not None else None

@@ -91,10 +91,10 @@ def sweep(options: Namespace) -> int:
     show_runs(planned, console, all_of_them=options.dry_run)
     if options.dry_run:
         return 0
+    launcher = deepspeed_launcher()
     write_sweep(planned.folder, planned.runs)
     signal.signal(signal.SIGTERM, _interrupt)
     began = time.monotonic()
-    launcher = deepspeed_launcher()
 
     def begin(run: LocalRun, place: int) -> Started:
         share = planned.shares[place]

@@ -34,7 +34,8 @@ def slow_means(
 
 def test_the_interval_is_that_of_the_definition_drawn_one_by_one(draw):
     persons = [f"p{number}" for number in draw.integers(8, size=24)]
-    scores = draw.normal(size=(4, 1)) + draw.normal(size=(4, 24))
+    # A mean far from 0 shows whether sums are divided by the number of the prompts that were drawn.
+    scores = 9 + draw.normal(size=(4, 1)) + draw.normal(size=(4, 24))
     expected = np.quantile(slow_means(scores, persons, draw, 4000), [0.025, 0.975])
     found = crossed_interval(scores, persons, resamples=20_000)
     assert found == pytest.approx(tuple(expected), abs=0.06 * (expected[1] - expected[0]) + 0.01)

@@ -47,7 +47,7 @@ def group_markdown(groups: Sequence[GroupScores], chosen: str | None = None) -> 
         yield difference_markdown(found, of=label, minus=groups[0].label)
 
 
-def differences(groups: Sequence[GroupScores]) -> dict[str, Mapping[str, Mapping[str, Difference]]]:
+def differences(groups: Sequence[GroupScores]) -> Mapping[str, Mapping[str, Mapping[str, Difference]]]:
     """The mean headline scores of every later group less those of the first, by group, task and metric."""
     found: dict[str, Mapping[str, Mapping[str, Difference]]] = {}
     for group in groups[1:]:

@@ -77,7 +77,9 @@ class Key:
         """What holds where the key is left out; empty for a section."""
         if self.has_no_default:
             return "the file's name" if self.path == ("name",) else "required"
-        return "" if self.has_keys and self.default is None and not self._may_be_null else inline(self.default)
+        return (
+            "" if self.has_keys and self.default is None and not self._may_be_null else inline(self.default)
+        )
 
     @property
     def _may_be_null(self) -> bool:

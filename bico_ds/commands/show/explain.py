@@ -1,10 +1,11 @@
 """Explain a key of the recipe: what it does, its default and range, and where a recipe sets it.
 
-bico-ds explain                                     the sections
-bico-ds explain optimizer                           the keys of one
-bico-ds explain objectives.bico.mask.rate           one key
-bico-ds explain optimizer.lr --recipe tiny_bico     and its value there, with the file and line that set it
-bico-ds explain --json-schema > recipe.schema.json  for editors; docs/recipe.md says how
+    bico-ds explain                                    the sections
+    bico-ds explain optimizer                          the keys of one
+    bico-ds explain objectives.bico.mask.rate          one key
+    bico-ds explain optimizer.lr --recipe tiny_bico    and its value there, with the file and line that set it
+
+docs/recipe.md has all keys on one page, and says how an editor knows them, too.
 """
 
 from __future__ import annotations

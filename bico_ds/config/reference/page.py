@@ -28,8 +28,7 @@ key on the command line. A *section* is a mapping of keys, indented below its na
 ```
 
 shows what a key does while you write, completes it, and underlines misspelled ones. The path begins at the recipe;
-`bico-ds explain --json-schema > recipe.schema.json` writes the file anew, with `--recipe mine` also for the objectives of
-its `imports`.
+`bico-ds explain --json-schema` prints the file, with `--recipe` also for the objectives that a recipe `imports`.
 """
 
 
@@ -40,7 +39,7 @@ def reference_page() -> str:
     contents = " · ".join(f"[{key.name}](#{_anchor(key)})" for key in sections if len(key.path) == 1)
     parts = [_HEAD, f"**Sections:** {contents}", "## The whole recipe", *_table(keys, ())]
     for key in sections:
-        if _below(key, keys):
+        if _below(key, keys) or len(key.path) == 1:
             depth = "#" * min(len([part for part in key.path if part != ANY]) + 1, 4)
             parts += [f"{depth} {_title(key)}", sentence(key.description), *_table(keys, key.path)]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
@@ -62,6 +61,8 @@ def _anchor(key: Key) -> str:
 
 def _table(keys: Sequence[Key], path: Path) -> Iterator[str]:
     rows = [key for key in keys if key.path[:-1] == path and not key.is_entry]
+    if not rows:  # a list whose entries have tables of their own
+        return
     lines = ["| key | default | value | what it does |", "|---|---|---|---|"]
     lines += [f"| {' | '.join(_cells(key, keys))} |" for key in rows]
     yield "\n".join(lines)

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from bico_ds.checkpoint import manifest
+from bico_ds.checkpoint import best, manifest
+from bico_ds.checkpoint.best import BestCheckpoint
 from bico_ds.commands import export as export_hf
 from bico_ds.config.schema import LoraSpec
+from bico_ds.runtime.run_folder import RunFolder
 from tests import EARLIER_RUN
 
 
@@ -210,3 +212,45 @@ def test_a_blend_of_adapters_alone_is_refused(gone, monkeypatch, capsys):
     with pytest.raises(SystemExit) as refused:
         exported(gone, monkeypatch, "--adapter", "--blend", "0.5")
     assert refused.value.code == 2 and "--blend mixes whole models" in capsys.readouterr().err
+
+
+def two_checkpoints(run: Path) -> RunFolder:
+    """A run with the same weights as steps 3 and 6, the former the best one."""
+    (checkpoint,) = manifest.checkpoints_in(run / "checkpoints")
+    earlier = checkpoint.with_name("step-000003")
+    shutil.copytree(checkpoint, earlier)
+    content = json.loads((earlier / manifest.MANIFEST).read_text()) | {"step": 3}
+    del content["seal"]
+    manifest.write_manifest(earlier, content)
+    shutil.copytree(EARLIER_RUN / "store" / "tokenizer", run / "tokenizer")
+    best.write(RunFolder(run), BestCheckpoint(step=3, metric="d2n/headline", mode="max", value=0.5))
+    return RunFolder(run)
+
+
+@pytest.mark.parametrize(
+    ("options", "step"),
+    [((), 3), (("--step", "best"), 3), (("--step", "last"), 6), (("--step", "3"), 3), (("--step", 6), 6)],
+)
+def test_the_best_checkpoint_is_exported_unless_another_is_asked_for(
+    gone, monkeypatch, capsys, options, step
+):
+    two_checkpoints(gone)
+    assert exported(gone, monkeypatch, *options) == 0
+    shown = capsys.readouterr().out
+    assert f"exporting step {step} of" in shown
+    assert ("the best checkpoint is exported: step 3, d2n/headline 0.5 (max)" in shown) == (
+        options in ((), ("--step", "best"))
+    )
+
+
+def test_a_step_that_is_not_there_is_named_with_those_that_are(gone, monkeypatch, capsys):
+    folder = two_checkpoints(gone)
+    assert exported(gone, monkeypatch, "--step", "4") == 2
+    assert "has no checkpoint of that step; there are 3, 6" in capsys.readouterr().err
+    assert exported(folder.checkpoints / "step-000006", monkeypatch, "--step", "last") == 2
+    assert "is no run folder" in capsys.readouterr().err
+    best.write(folder, None)
+    assert exported(gone, monkeypatch, "--step", "best") == 2
+    assert "keeps none (checkpoint.keep_best); name last, or a step" in capsys.readouterr().err
+    assert exported(gone, monkeypatch) == 0, "without a best one the newest"
+    assert "exporting step 6 of" in capsys.readouterr().out

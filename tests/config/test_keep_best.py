@@ -40,6 +40,7 @@ def test_its_words_are_those_of_the_metrics_themselves():
 )
 def test_what_an_evaluation_gives_is_accepted(tmp_path, metric):
     recipe = load_recipe(recipe_file(tmp_path, metric))
+    assert recipe.checkpoint.keep_best is not None
     assert recipe.checkpoint.keep_best.metric == metric
     (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
     assert load_recipe(str(tmp_path / "again.yaml")) == recipe

@@ -46,7 +46,7 @@ def opened(trained: str, held_out: str) -> HeldOutStore:
             "objectives=[{kind: bico, probability: 0.5}, {kind: mlm_u, probability: 0.5}]",
         ],
     )
-    TokenStore.check_tokenizer = lambda store, tokenizer: None  # type: ignore[method-assign]  # in a process of its own
+    TokenStore.check_tokenizer = lambda store, tokenizer: None  # type: ignore[assignment,method-assign]  # in a process of its own
     objectives, stores = build_objectives(recipe.objectives, ROLES), [TokenStore.open(Path(trained))]
     (found,) = read_held_out(recipe, None, stores, objectives, vocabulary=VOCABULARY)  # type: ignore[arg-type]
     assert {name: batches.count for name, batches in found.batches.items()} == {

@@ -135,7 +135,8 @@ def by_the_definitions(recipe: Recipe, store: TokenStore, number: int) -> float:
 def by_hugging_face(store: TokenStore) -> float:
     """The mean over all tokens after the first of each piece, one piece at a time."""
     ours = tiny_llama("cpu-flash", torch.float32).causal_lm
-    theirs = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in SHAPE.items() if k != "model_type"}))
+    shape: dict[str, Any] = {key: value for key, value in SHAPE.items() if key != "model_type"}
+    theirs = LlamaForCausalLM(LlamaConfig(**shape))
     theirs.load_state_dict(ours.state_dict())
     total, count = 0.0, 0
     with torch.no_grad():

@@ -269,7 +269,9 @@ def test_a_lora_run_exports_adapters_with_which_peft_and_evaluate_answer_as_the_
     (file,) = (base / "adapters" / "evaluation").glob("*.json")
     expected = answers_in(file)
     answers, shown = evaluated(export, base / "tasks", tmp_path / "own.json")
-    assert answers == expected
+    # The run cut them to the length of the right answers.
+    assert answers.keys() == expected.keys()
+    assert all(answers[prompt].startswith(answer) for prompt, answer in expected.items())
     assert f"merged in memory into the weights of '{base / 'base'}': its fingerprint is checked" in shown
 
     assert "takes, stops at other tokens than these texts end with" in adapters, "this base stops at <|eot|>"
@@ -278,11 +280,12 @@ def test_a_lora_run_exports_adapters_with_which_peft_and_evaluate_answer_as_the_
     model.generation_config = GenerationConfig.from_pretrained(export)
     by_peft = pipeline("text-generation", model=model, tokenizer=tokenizer)
     told = [
-        by_peft(prompt, max_new_tokens=24, do_sample=False, return_full_text=False) for prompt in expected
+        by_peft(prompt, max_new_tokens=24, do_sample=False, return_full_text=False)[0]["generated_text"]
+        for prompt in answers
     ]
-    assert [answer[0]["generated_text"] for answer in told] == list(expected.values())
+    assert told == list(answers.values())
     plain, _ = evaluated(base / "base", base / "tasks", tmp_path / "base.json", "--bos")
-    assert plain != expected, "the adapters matter, or the test proves nothing"
+    assert plain != answers, "the adapters matter, or the test proves nothing"
 
     words = [base / "adapters", tmp_path / "out", "--adapter"]
     monkeypatch.setattr(sys, "argv", ["export_hf.py", *map(str, words)])

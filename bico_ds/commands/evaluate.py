@@ -43,7 +43,8 @@ def add_options(parser: ArgumentParser) -> None:
         metavar="MODEL",
         required=True,
         nargs="+",
-        help="safetensors folder with its tokenizer, or a hub name; several, as OUT/blend-*, one after the other",
+        help="safetensors folder with its tokenizer, of a model or of adapters (merged in memory into their base), or a hub "
+        "name; several, as OUT/blend-*, one after the other",
     )
     add_task_options(parser.add_argument_group("what to ask"))
     add_settings(parser.add_argument_group("how"))

@@ -83,6 +83,9 @@ def load_for_evaluation(
             adapters.merge_into(model)
         except UserError as error:
             raise UserError(f"{option} {path}: {error}") from None
+        model.generation_config = load_generation_config(
+            path
+        )  # its stops are those of the texts, not the base's
         if wanted != "auto":
             for (
                 parameter

@@ -317,11 +317,12 @@ def test_a_lora_run_exports_adapters_with_which_peft_and_evaluate_answer_as_the_
     model.generation_config = GenerationConfig.from_pretrained(export)
     by_peft = pipeline("text-generation", model=model, tokenizer=tokenizer)
     told = [
-        by_peft(prompt, max_new_tokens=24, do_sample=False, return_full_text=False) for prompt in expected
+        by_peft(prompt, max_new_tokens=24, do_sample=False, return_full_text=False)[0]["generated_text"]
+        for prompt in answers
     ]
-    assert [answer[0]["generated_text"] for answer in told] == list(expected.values())
+    assert told == list(answers.values())
     plain, _ = evaluated(base / "base", base / "tasks", tmp_path / "base.json", "--bos")
-    assert plain != expected, "the adapters matter, or the test proves nothing"
+    assert plain != answers, "the adapters matter, or the test proves nothing"
 
     words = [base / "adapters", tmp_path / "out", "--adapter"]
     monkeypatch.setattr(sys, "argv", ["export_hf.py", *map(str, words)])

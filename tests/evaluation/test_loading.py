@@ -123,6 +123,11 @@ def test_adapters_are_evaluated_as_the_merged_export_is_bit_for_bit(
     assert own.dtype == merged.dtype
     ids = torch.randint(0, 50, (2, 30))
     assert torch.equal(own(ids).logits, merged(ids).logits)
+    assert (
+        own.generation_config.eos_token_id
+        == merged.generation_config.eos_token_id
+        == load_tokenizer(model).eos_token_id
+    )
     assert load_generation_config(folder).to_dict() == load_generation_config(tmp_path / "merged").to_dict()
     assert load_tokenizer_and_context(folder)[1] == load_tokenizer_and_context(tmp_path / "merged")[1]
 

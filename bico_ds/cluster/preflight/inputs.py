@@ -28,8 +28,7 @@ def input_files(recipe: Recipe) -> Iterator[tuple[str, Callable[[], list[Path]]]
         yield f"imports.{number} ({name})", partial(source_files, name)
     for key, value in (("model.path", recipe.model.path), ("model.tokenizer", recipe.model.tokenizer)):
         if value is not None and isinstance(local := value.here(), Path):
-            advice = "fetch it there, or give a hub name (owner/name)"
-            yield f"{key} ({value})", partial(_existing, local, advice)
+            yield f"{key} ({value})", partial(_existing, local, _advice(local))
     for number, source in enumerate(recipe.data.sources):
         if source.store is not None:
             yield f"data.sources.{number}.store ({source.store})", partial(_existing, source.store.here())
@@ -85,6 +84,12 @@ def code_fingerprint() -> str:
 def recipe_fingerprint(recipe: Recipe) -> str:
     """Digest of the resolved recipe, defaults included."""
     return hashlib.blake2b(dump_recipe(recipe).encode(), digest_size=8).hexdigest()
+
+
+def _advice(model: Path) -> str:
+    if model == RunFolder(model.parent).export:
+        return "a run exports it at its end: train that one first, or give another model"
+    return "fetch it there, or give a hub name (owner/name)"
 
 
 def _existing(path: Path, advice: str = "correct the path, or prepare it first") -> list[Path]:

@@ -13,7 +13,7 @@ from bico_ds.config.bounds import Bound
 from bico_ds.config.objectives.base import ObjectiveCost
 from bico_ds.config.section import Probability, Section
 
-Eligible = Literal["all", "completion"]
+Eligible = Literal["all", "completion", "replies"]
 # What the output at a masked token's row predicts: the token at the next position, or its own.
 Predict = Literal["next", "same"]
 PlaceholderId = Annotated[
@@ -66,7 +66,10 @@ class MaskSpec(Section):
     mean_span: Annotated[float, Bound(least=1, or_infinite=True, why="a span has a token, or no end")] = (
         Field(_MEAN_SPAN, description="mean length of a span (geometric)")
     )
-    eligible: Eligible = "all"
+    eligible: Eligible = Field(
+        "all",
+        description="which tokens may be masked: all; of completions, in chats the last reply; or of all replies of a chat",
+    )
 
     @model_validator(mode="after")
     def _rate_is_a_range(self) -> MaskSpec:
@@ -95,7 +98,7 @@ class MaskSpec(Section):
 
         Where the special tokens, prompts, words and entities are does not follow from a length. All tokens but the first
         count as eligible, words as single tokens, and entities as spans of `mean_span` tokens that are everywhere. Where
-        fewer tokens are eligible (special tokens, `eligible: completion`, entities), `pairs` is too low and the
+        fewer tokens are eligible (special tokens, `eligible: completion` or `replies`, entities), `pairs` is too low and the
         others are too high; words of several tokens and longer entities have more live ones.
         """
         low, high = self.rate if isinstance(self.rate, tuple) else (self.rate, self.rate)

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from bico_ds.config.objectives.base import AttentionMode, MonitorPlace, ObjectiveCost, ObjectiveSpec
 
@@ -14,13 +15,16 @@ class NtpSpec(ObjectiveSpec):
     """Next-token prediction under causal attention."""
 
     kind: Literal["ntp"] = "ntp"
-    loss_on: Literal["all", "completion"] = "all"
+    loss_on: Literal["all", "completion", "replies"] = Field(
+        "all",
+        description="which tokens have a loss: all; of completions, in chats the last reply; or of all replies of a chat",
+    )
 
     monitor: ClassVar[MonitorPlace] = MonitorPlace(colour="#3b75af")
     attention: ClassVar[AttentionMode] = "causal"
 
     def cost(self, lengths: NDArray[np.int64]) -> ObjectiveCost:
-        """Exact, but for `loss_on: completion`, which has fewer `head_rows`: one per token after the prompt."""
+        """Exact, but for `loss_on: completion` and `replies`, which have fewer `head_rows`: one per such token."""
         tokens = lengths.astype(np.float64)
         return ObjectiveCost(
             kept_rows=tokens,

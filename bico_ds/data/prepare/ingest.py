@@ -39,7 +39,7 @@ from bico_ds.data.store import FORMAT_VERSION, TokenStore
 from bico_ds.data.tokenizer import load_tokenizer
 
 # Of what a shard's small store holds beside its columns.
-_PART_VERSION = 4
+_PART_VERSION = 5
 
 
 class IngestFailure(RuntimeError):

@@ -24,6 +24,7 @@ class Document:
     group: int = -1
     word_starts: NDArray[np.bool_] | None = None  # [L]
     entity_spans: NDArray[np.int64] | None = None  # [E, 2], half-open token ranges
+    is_reply: NDArray[np.bool_] | None = None  # [L]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Documents:
     it in every run: masks and draws are keyed by them. `prompt_length` counts the leading tokens that belong to the
     prompt (0 where the text has none); `group` is the person or cluster (-1 where unknown). The optional columns are
     None when the store does not carry them. Entity spans are kept per token: 0 outside, else 1 + the span's number
-    within its document.
+    within its document. `is_reply`: the tokens of an assistant's turns, with those that end them, or of a completion.
     """
 
     token_ids: NDArray[np.int64]  # [T]
@@ -46,6 +47,7 @@ class Documents:
     group: NDArray[np.int64]  # [D]
     word_starts: NDArray[np.bool_] | None = None  # [T]
     entity_number: NDArray[np.int64] | None = None  # [T]
+    is_reply: NDArray[np.bool_] | None = None  # [T]
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -65,6 +67,7 @@ class Documents:
             group=int(self.group[index]),
             word_starts=None if self.word_starts is None else self.word_starts[start:end],
             entity_spans=None if self.entity_number is None else _spans(self.entity_number[start:end]),
+            is_reply=None if self.is_reply is None else self.is_reply[start:end],
         )
 
     def __iter__(self) -> Iterator[Document]:
@@ -76,6 +79,7 @@ class Documents:
         lengths = [len(document.token_ids) for document in documents]
         has_words = all(document.word_starts is not None for document in documents)
         has_entities = all(document.entity_spans is not None for document in documents)
+        has_replies = all(document.is_reply is not None for document in documents)
         column = lambda name: np.array([getattr(d, name) for d in documents], dtype=np.int64)  # noqa: E731
         return Documents(
             token_ids=np.concatenate([np.asarray(d.token_ids, dtype=np.int64) for d in documents]),
@@ -87,6 +91,7 @@ class Documents:
             group=column("group"),
             word_starts=np.concatenate([d.word_starts for d in documents]) if has_words else None,
             entity_number=np.concatenate([_numbers(d) for d in documents]) if has_entities else None,
+            is_reply=np.concatenate([d.is_reply for d in documents]) if has_replies else None,
         )
 
     @staticmethod
@@ -112,6 +117,7 @@ class Documents:
             group=column("group"),
             word_starts=optional("word_starts"),
             entity_number=optional("entity_number"),
+            is_reply=optional("is_reply"),
         )
 
 

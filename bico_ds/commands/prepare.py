@@ -37,9 +37,10 @@ from bico_ds.config.sections.data import Derive, FactsSpec
 from bico_ds.data.inspect_store import describe_store
 from bico_ds.data.prepare.examples import IngestOptions
 from bico_ds.data.prepare.facts import is_facts_folder, write_facts
-from bico_ds.data.prepare.ingest import IngestFailure, ingest
+from bico_ds.data.prepare.ingest import LEAST_SECONDS, IngestFailure, ingest
 from bico_ds.data.prepare.input_files import find_inputs
 from bico_ds.data.prepare.output_folder import refuse_output
+from bico_ds.data.prepare.report import IngestReport
 from bico_ds.data.prepare.shards import SHARD_BYTES, Shard, hub_shards, plan_shards
 from bico_ds.data.store import Verify, provenance
 
@@ -92,6 +93,9 @@ def prepare_texts(options: Namespace) -> None:
     # Before the input is read.
     refuse_output(output, force=options.force)
     shards, passed_over = _input(options)
+    files = {shard.path: shard.size for shard in shards}
+    size = f"{sum(files.values()) / 1e6:,.1f} MB in {len(files):,} file{'s' * (len(files) != 1)}"
+    print(f"input: {size}; starting to tokenize …", file=sys.stderr, flush=True)
     report = ingest(
         shards,
         _options(options),
@@ -102,11 +106,20 @@ def prepare_texts(options: Namespace) -> None:
         passed_over=passed_over,
         provenance=provenance(options.source, options.licence),
     )
-    seconds = time.monotonic() - started
     print(report.text)
-    print(f"{options.output}: {seconds:.1f} s, {int(report.lengths.sum()) / seconds:,.0f} tokens/s")
+    print(f"{options.output}: {_times(report, time.monotonic() - started)}")
     if report.skipped:
         print(f"skipped lines are in {options.output / 'skipped.jsonl'}")
+
+
+def _times(report: IngestReport, seconds: float) -> str:
+    """How long all took, and of it the tokenizing, with a speed where that was long enough to have one."""
+    if not report.tokenized:
+        return f"{seconds:.1f} s; all shards were tokenized by an earlier run"
+    speed = "too short to tell a speed"
+    if report.seconds >= LEAST_SECONDS:
+        speed = f"{report.tokenized / report.seconds:,.0f} tokens/s"
+    return f"{seconds:.1f} s, of which tokenizing took {report.seconds:.1f} s ({speed})"
 
 
 def prepare_facts(options: Namespace) -> None:

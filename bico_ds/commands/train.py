@@ -23,7 +23,7 @@ from bico_ds.common.command_line import Command
 from bico_ds.common.errors import RunError, UserError
 from bico_ds.common.patient_output import outlive_full_disks
 from bico_ds.config.arguments import add_recipe_options, add_run_folder_option, path_text, positive_number
-from bico_ds.config.load import list_recipes, load_recipe
+from bico_ds.config.load import dump_recipe, list_recipes, load_recipe
 from bico_ds.config.schema import Recipe
 from bico_ds.runtime import launch_environment
 from bico_ds.runtime.launcher import follow_launcher
@@ -60,6 +60,10 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print what would run, train nothing"
     )
+    parser.add_argument(
+        "--print-recipe", action="store_true",
+        help="print the resolved recipe as YAML, every key but secrets, and end; with --dry-run below what that prints",
+    )  # fmt: skip
     parser.add_argument("--list-recipes", action="store_true", help="list the names in recipes/")
     told = parser.add_mutually_exclusive_group()
     told.add_argument(
@@ -76,6 +80,8 @@ def add_options(parser: ArgumentParser) -> None:
 def contradiction(options: Namespace) -> str | None:
     if not options.list_recipes and options.recipe is None:
         return "--recipe is required; --list-recipes shows the names"
+    if options.print_recipe and options.profile is not None:
+        return "--print-recipe trains nothing that --profile could record"
     if options.dry_run and options.profile is not None:
         return "--dry-run makes no step that --profile could record"
     return None
@@ -95,6 +101,9 @@ def run(options: Namespace) -> None:
             from bico_ds.training.dry_run import dry_run
 
         dry_run(recipe, output_dir=options.output_dir)
+    if options.print_recipe and launch_environment.rank() == 0:
+        print(dump_recipe(recipe), end="")
+    if only_shows(options):
         return
     try:
         train_recipe(recipe, options)
@@ -106,6 +115,10 @@ def run(options: Namespace) -> None:
             sys.stderr.flush()
         finally:
             os._exit(1)  # leaving in good order would wait for ranks that are gone
+
+
+def only_shows(options: Namespace) -> bool:
+    return options.list_recipes or options.dry_run or options.print_recipe
 
 
 def show_recipes() -> None:
@@ -154,7 +167,7 @@ main = Command(
     add_options=add_options,
     contradiction=contradiction,
     run=run,
-    only_shows=lambda options: options.list_recipes or options.dry_run,
+    only_shows=only_shows,
     rank=launch_environment.telling_rank,
 )
 

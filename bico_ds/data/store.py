@@ -2,8 +2,9 @@
 
 A store is a folder: `tokens.bin` (uint16 or uint32), `offsets.bin` (int64, one more than documents), the per-document
 columns `prompt_lengths.bin` (int32) and `groups.bin` (int64), the bitmap `word_starts.bin` (one bit per token,
-little-endian within a byte), optionally `entity_numbers.bin` (uint16 per token), and `manifest.json`. All numbers are
-little-endian. `prepare/store_writer.py` writes stores.
+little-endian within a byte), optionally `entity_numbers.bin` (uint16 per token), and `manifest.json`. Stores of chats,
+and of prompts with completions, have a bitmap `reply_tokens.bin` beside the columns; those of earlier versions have
+none. All numbers are little-endian. `prepare/store_writer.py` writes stores.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 # A text beside the columns: where the store's texts are from, and their licence. Not every store has one.
 PROVENANCE = "provenance.txt"
+# A bitmap beside the columns: the tokens of replies. It is no part of the fingerprint; `replies_checksum` names it.
+REPLIES = "reply_tokens"
 _MANIFEST_CHECKSUM = "manifest_checksum"
 Verify = Literal["once", "checksums", "structure"]
 COLUMNS = {
@@ -74,6 +77,11 @@ class StoreManifest:
         content = self._content()
         del content["further_checksums"]
         return _digest(content)[:32]
+
+    @property
+    def replies_checksum(self) -> str | None:
+        """A name of where the replies are; None for a store that does not have it."""
+        return self.further_checksums.get(f"{REPLIES}.bin")
 
     @property
     def expected_sizes(self) -> dict[str, int]:
@@ -139,6 +147,8 @@ class TokenStore:
             manifest = _read_manifest(folder)
             for name, size in manifest.file_sizes.items():
                 check_size(folder / name, size)
+            if manifest.replies_checksum is not None:
+                check_size(folder / f"{REPLIES}.bin", manifest.expected_sizes["word_starts.bin"])
             store = TokenStore(folder, manifest)
             if tokenizer_hash is not None:
                 store._check_tokenizer_hash(tokenizer_hash)
@@ -204,6 +214,11 @@ class TokenStore:
         """Whether documents come with the spans of their entities."""
         return self.manifest.has_entities
 
+    @property
+    def has_replies(self) -> bool:
+        """Whether documents come with the tokens of their replies."""
+        return self.manifest.replies_checksum is not None
+
     def __len__(self) -> int:
         return self.manifest.documents
 
@@ -238,8 +253,9 @@ class TokenStore:
             piece=np.asarray(pieces, dtype=np.int64),
             prompt_length=np.clip(self._prompt_lengths[ids].astype(np.int64) - starts, 0, lengths),
             group=np.asarray(self._groups[ids], dtype=np.int64),
-            word_starts=self._read_word_starts(at),
+            word_starts=_read_bits(self._word_starts, at),
             entity_number=None if self._entities is None else self._entities[at].astype(np.int64),
+            is_reply=None if self._replies is None else _read_bits(self._replies, at),
         )
 
     def _token_indices(
@@ -250,14 +266,6 @@ class TokenStore:
         if len(begins) and np.array_equal(begins[1:], begins[:-1] + lengths[:-1]):
             return slice(int(begins[0]), int(begins[0] + offsets[-1]))
         return np.arange(offsets[-1]) + np.repeat(begins - offsets[:-1], lengths)
-
-    def _read_word_starts(self, at: slice | NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Unpack bits: eight per byte, the lowest first."""
-        if isinstance(at, slice):
-            first = at.start & ~7
-            bits = np.unpackbits(self._word_starts[first >> 3 : (at.stop + 7) >> 3], bitorder="little")
-            return bits[at.start - first : at.stop - first].view(bool)
-        return (self._word_starts[at >> 3] >> (at & 7).astype(np.uint8) & 1).view(bool)
 
     def whole(self, ids: NDArray[np.int64], *, source: int = 0) -> Documents:
         """Read complete documents."""
@@ -290,6 +298,7 @@ class TokenStore:
         self._prompt_lengths = _map(self.path / "prompt_lengths.bin", COLUMNS["prompt_lengths"])
         self._groups = _map(self.path / "groups.bin", COLUMNS["groups"])
         self._word_starts = _map(self.path / "word_starts.bin", COLUMNS["word_starts"])
+        self._replies = _map(self.path / f"{REPLIES}.bin", "u1") if self.has_replies else None
         self._entities = None
         if self.manifest.has_entities:
             self._entities = _map(self.path / "entity_numbers.bin", COLUMNS["entity_numbers"])
@@ -339,6 +348,15 @@ def _read_manifest(folder: Path) -> StoreManifest:
 def _digest(content: dict[str, Any]) -> str:
     """SHA-256 of these values, in whatever order."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read_bits(bitmap: NDArray[np.uint8], at: slice | NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Unpack bits: eight per byte, the lowest first."""
+    if isinstance(at, slice):
+        first = at.start & ~7
+        bits = np.unpackbits(bitmap[first >> 3 : (at.stop + 7) >> 3], bitorder="little")
+        return bits[at.start - first : at.stop - first].view(bool)
+    return (bitmap[at >> 3] >> (at & 7).astype(np.uint8) & 1).view(bool)
 
 
 def _map(path: Path, dtype: str | np.dtype) -> NDArray:

@@ -69,6 +69,11 @@ class Store(Protocol):
         """Whether documents come with the spans of their entities."""
         ...
 
+    @property
+    def has_replies(self) -> bool:
+        """Whether documents come with the tokens of their replies."""
+        ...
+
 
 class Objective(Protocol):
     """Decides what is visible and what is predicted."""
@@ -189,4 +194,16 @@ def require_completions(spec_key: str, store: Store) -> None:
         raise UserError(
             f"{spec_key} is 'completion', but none of the {len(store)} documents has a prompt with a completion: "
             f"prepare it with prompt_field and completion_field (or messages_field), or set {spec_key}: all"
+        )
+
+
+def require_replies(spec_key: str, store: Store) -> None:
+    """Raise `UserError` for a store that does not tell replies, where an objective trains on replies alone.
+
+    `spec_key` is the recipe's key whose value is `replies`.
+    """
+    if not store.has_replies:
+        raise UserError(
+            f"{spec_key} is 'replies', but the token store does not tell where replies are: prepare it (again) with "
+            f"messages_field (or prompt_field and completion_field), or set {spec_key}: completion, for last replies alone"
         )

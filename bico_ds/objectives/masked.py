@@ -19,7 +19,7 @@ from bico_ds.batch import PackedBatch
 from bico_ds.common.errors import UserError
 from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.documents import Documents
-from bico_ds.objectives.base import BatchKey, Store, TokenRoles, require_completions
+from bico_ds.objectives.base import BatchKey, Store, TokenRoles, require_completions, require_replies
 from bico_ds.objectives.masks import MaskPolicy, TokenGrid
 from bico_ds.objectives.ntp import names
 
@@ -58,11 +58,18 @@ class MaskedObjective(ABC):
         """Raises `UserError` where the store does not mark what is to be masked."""
         if self.spec.mask.eligible == "completion":
             require_completions(f"{self.key}.{self.mask_key('eligible')}", store)
+        if self.reads_replies:
+            require_replies(f"{self.key}.{self.mask_key('eligible')}", store)
         if self.spec.mask.unit == "entity" and not store.has_entities:
             raise UserError(
                 f"{self.key}.{self.mask_key('unit')} is 'entity', but the token store has no entity spans: prepare the "
                 "data again with entities_field or entities_pattern, or choose unit: token or word"
             )
+
+    @property
+    def reads_replies(self) -> bool:
+        """Whether the masks depend on where a store says that replies are."""
+        return self.spec.mask.eligible == "replies"
 
     def mask_key(self, name: str) -> str:
         """The recipe's key, within its entry, of this part of the mask."""
@@ -77,9 +84,8 @@ class MaskedObjective(ABC):
         """By the mask."""
         mask = self.spec.mask
         unit = "a token of an entity" if mask.unit == "entity" else "a token"
-        return (
-            f"{unit} after the {'prompt' if mask.eligible == 'completion' else 'first'} that is not special"
-        )
+        where = {"all": "after the first", "completion": "after the prompt", "replies": "of a reply"}
+        return f"{unit} {where[mask.eligible]} that is not special"
 
     def possible_targets(self, documents: Documents) -> NDArray[np.bool_]:
         """All tokens that may be masked: each masked token is predicted."""

@@ -75,9 +75,17 @@ class MaskPolicy:
             eligible &= documents.token_ids != special_id
         if self.spec.eligible == "completion":
             eligible &= grid.position >= documents.prompt_length[grid.document]
+        if self.spec.eligible == "replies":
+            eligible &= replies_of(documents)
         if self.spec.unit == "entity":
             eligible &= _entity_numbers(documents) > 0
         return eligible
+
+
+def replies_of(documents: Documents) -> NDArray[np.bool_]:
+    """Return bool [T]: the tokens of replies."""
+    assert documents.is_reply is not None, "`require_replies` refuses a store without them"
+    return documents.is_reply
 
 
 def draw_keys(purpose: str, documents: Documents, key: BatchKey) -> NDArray[np.uint64]:

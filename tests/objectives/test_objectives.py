@@ -27,7 +27,7 @@ UNITS = ("token", "span", "word", "entity")
 
 def make_documents(lengths: list[int], seed: int = 0, first_id: int = 0) -> Documents:
     """Random documents between BOS and EOS, with words, entities, and a prompt in front."""
-    rng = np.random.default_rng(seed)
+    rng, of_replies = np.random.default_rng(seed), np.random.default_rng(seed + 1)
     documents = []
     for index, length in enumerate(lengths):
         tokens = rng.integers(3, 1000, length)
@@ -42,6 +42,7 @@ def make_documents(lengths: list[int], seed: int = 0, first_id: int = 0) -> Docu
                 prompt_length=int(rng.integers(0, length + 1)),
                 word_starts=rng.random(length) < 0.5,
                 entity_spans=np.array([[start, int(rng.integers(start, length)) + 1]]),
+                is_reply=of_replies.random(length) < 0.4,
             )
         )
     return Documents.of(documents)
@@ -61,7 +62,7 @@ def drawn(objective: MaskDenoising, documents: Documents, key: BatchKey = KEY) -
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12),
     rate=st.sampled_from([0.15, 0.5, 1.0, (0.0, 1.0)]),
     unit=st.sampled_from(UNITS),
-    eligible=st.sampled_from(["all", "completion"]),
+    eligible=st.sampled_from(["all", "completion", "replies"]),
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=80, deadline=None)
@@ -81,7 +82,7 @@ def test_bico_batch_equals_the_slow_reference(lengths, rate, unit, eligible, see
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=10),
     unit=st.sampled_from(UNITS),
-    eligible=st.sampled_from(["all", "completion"]),
+    eligible=st.sampled_from(["all", "completion", "replies"]),
     special=st.sampled_from([(BOS, EOS), ()]),
     seed=st.integers(0, 2**31),
 )
@@ -93,7 +94,8 @@ def test_first_and_special_and_ineligible_tokens_are_never_masked(lengths, unit,
         for position, hidden in enumerate(masked):
             inside = any(start <= position < end for start, end in document.entity_spans)
             may = position > 0 and document.token_ids[position] not in special
-            may &= eligible == "all" or position >= document.prompt_length
+            may &= eligible != "completion" or position >= document.prompt_length
+            may &= eligible != "replies" or bool(document.is_reply[position])
             may &= unit != "entity" or inside
             assert hidden == may  # at rate 1 everything that may be masked is
 
@@ -189,7 +191,7 @@ def test_each_of_a_documents_entities_is_masked_by_itself_at_the_rate():
 
 @given(
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=8),
-    loss_on=st.sampled_from(["all", "completion"]),
+    loss_on=st.sampled_from(["all", "completion", "replies"]),
 )
 @settings(max_examples=40, deadline=None)
 def test_ntp_predicts_the_next_token_and_never_across_documents(lengths, loss_on):
@@ -200,7 +202,10 @@ def test_ntp_predicts_the_next_token_and_never_across_documents(lengths, loss_on
         first = document.prompt_length if loss_on == "completion" else 0
         assert read["kept"] == [(token, i) for i, token in enumerate(tokens)]
         assert read["live"] == []
-        assert read["predictions"] == {i: tokens[i + 1] for i in range(len(tokens) - 1) if i + 1 >= first}
+        counts = [loss_on != "replies" or bool(reply) for reply in document.is_reply]
+        assert read["predictions"] == {
+            i: tokens[i + 1] for i in range(len(tokens) - 1) if i + 1 >= first and counts[i + 1]
+        }
     assert batch.plan.mode == "causal"
 
 

@@ -20,7 +20,7 @@ DRAWS = 60
 
 def random_documents(lengths: list[int], seed: int) -> Documents:
     """Documents with special tokens anywhere, prompts of any length (all of a document too), and up to two entities."""
-    rng = np.random.default_rng(seed)
+    rng, of_replies = np.random.default_rng(seed), np.random.default_rng(seed + 1)
     documents = []
     for index, length in enumerate(lengths):
         edges = np.sort(rng.choice(length + 1, size=4)).reshape(2, 2)
@@ -34,6 +34,7 @@ def random_documents(lengths: list[int], seed: int) -> Documents:
                 prompt_length=int(rng.integers(0, length + 1)),
                 word_starts=rng.random(length) < 0.5,
                 entity_spans=edges[edges[:, 0] < edges[:, 1]],
+                is_reply=of_replies.random(length) < 0.5,
             )
         )
     return Documents.of(documents)
@@ -67,7 +68,7 @@ LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=6)
     lengths=LENGTHS,
     made=st.sampled_from([(bico, 1), (in_place, 0), (infilling, 1)]),
     unit=st.sampled_from(UNITS),
-    eligible=st.sampled_from(["all", "completion"]),
+    eligible=st.sampled_from(["all", "completion", "replies"]),
     special=st.sampled_from([(BOS, EOS), ()]),
     seed=st.integers(0, 2**31),
 )
@@ -82,7 +83,7 @@ def test_masked_tokens_may_be_predicted_that_are_in_some_epoch_and_no_others(
     assert told(objective, documents) == ever_predicted(objective, documents, ahead)
 
 
-@given(lengths=LENGTHS, loss_on=st.sampled_from(["all", "completion"]), seed=st.integers(0, 2**31))
+@given(lengths=LENGTHS, loss_on=st.sampled_from(["all", "completion", "replies"]), seed=st.integers(0, 2**31))
 @settings(max_examples=40, deadline=None)
 def test_ntp_may_predict_what_it_predicts(lengths, loss_on, seed):
     documents = random_documents(lengths, seed)
@@ -107,9 +108,14 @@ def test_what_may_be_predicted_in_a_part_of_a_document_may_be_in_all_of_it(lengt
         group=documents.group,
         word_starts=documents.word_starts[begin:end],
         entity_number=documents.entity_number[begin:end],
+        is_reply=documents.is_reply[begin:end],
     )
-    rules = [NextTokenPrediction(spec=NtpSpec(loss_on=loss_on)) for loss_on in ("all", "completion")]
-    rules += [bico(unit=unit, eligible=eligible) for unit in UNITS for eligible in ("all", "completion")]
+    rules = [
+        NextTokenPrediction(spec=NtpSpec(loss_on=loss_on)) for loss_on in ("all", "completion", "replies")
+    ]
+    rules += [
+        bico(unit=unit, eligible=eligible) for unit in UNITS for eligible in ("all", "completion", "replies")
+    ]
     for rule in rules:
         (in_part,), (in_all,) = told(rule, part), told(rule, documents)
         assert not [p for p, possible in enumerate(in_part) if possible and not in_all[begin + p]]

@@ -9,9 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from bico_ds.commands.cures import CURES
 from bico_ds.commands.show.inspect_batch import main as inspect_batch
+from bico_ds.commands.train import main as train
 from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
 from bico_ds.planner.devices import DEVICES
@@ -38,6 +40,78 @@ def test_it_prints_parameters_steps_objectives_and_fill_without_weights(planned)
     assert "first ntp step" in text and "first bico step" in text
     assert "960 sequences" in text and "fill 0.9" in text
     assert "is not on this machine" in text
+
+
+LABELS = ("model", "parameters", "ranks", "precision, backend", "objectives", "data", "global batch", "plan", "run folder",
+          "missing")  # fmt: skip
+
+
+def test_it_begins_with_ten_lines_for_a_reader_and_prints_no_recipe(planned):
+    ten_steps = "training={steps: 10, global_batch_bins: 4, micro_batch_bins: 2}"
+    text = planned("tiny_base", "distributed.world_size=2", ten_steps, "schedule={name: constant}")
+    ten, _, rest = text.partition("\n\n")
+    lines = dict(zip(LABELS, ten.splitlines(), strict=True))
+    assert all(line.startswith(f"{label:{len(LABELS[3])}}  ") for label, line in lines.items())
+    assert "llama, 3 layers of width 128, random weights of seed" in lines["model"]
+    assert "697,984, all trained" in lines["parameters"]
+    assert "2 on 1 node; zero3_bf16: ZeRO 3" in lines["ranks"]
+    sequences, tokens, bins, fill = re.search(
+        r"([\d,]+) sequences, ([\d,]+) tokens in ([\d,]+) bins, fill ([\d.]+);", lines["data"]
+    ).groups()
+    in_all = float(tokens.replace(",", "")) / int(bins) * 40  # 10 steps of 4 bins
+    assert f"; 10 steps, {in_all:,.0f} tokens in all" in lines["global batch"]
+    assert f"{sequences} sequences, {tokens} tokens per epoch in {bins} bins, fill {fill}" in rest
+    assert lines["plan"].partition("none, ")[2] in rest.splitlines()[-1]
+    assert lines["run folder"].endswith("runs/tiny_base, begins")
+    assert lines["missing"].endswith("  nothing that a start on this machine needs")
+    assert rest.startswith("tiny_base: what would run")
+    assert "seed: " not in text and "objectives:" not in text
+
+
+def test_the_plan_among_the_ten_lines_is_the_verdict_s_and_the_gpus_are_missing_here(planned, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    text = planned("tiny_base", "distributed.gpu=h100-80g", "distributed.world_size=16",
+                   "training.global_batch_bins=32")  # fmt: skip
+    lines = text.partition("\n\n")[0].splitlines()
+    (plan,), verdict = [line for line in lines if line.startswith("plan ")], text.splitlines()[-1]
+    fits = re.search(r"fits: .* of [\d.]+ GiB at the peak", plan)[0]
+    assert fits in verdict
+    assert plan.endswith("; 2 nodes of 8 x NVIDIA H100 SXM, 80 GB") and "tiny_base on 2 nodes of 8" in verdict
+    assert lines[9].startswith("missing ") and "GPU (distributed.gpu: h100-80g): torch" in lines[9]
+    assert len(lines) == 10
+
+
+def test_a_run_folder_with_a_run_in_it_is_told(planned, tmp_path):
+    folder = tmp_path / "runs" / "tiny_base"
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text("")
+    assert "runs/tiny_base, there already: a start goes on from its newest checkpoint" in planned("tiny_base")
+
+
+def test_all_that_is_missing_is_told_before_the_first_of_it_ends_the_dry_run(planned, tmp_path, capsys):
+    with pytest.raises(UserError, match=r"texts-\*\.jsonl' does not exist"):
+        planned("tiny_bico", f"data.sources=[{{files: [{tmp_path}/texts-*.jsonl]}}]",
+                "model.tokenizer=${HOME}/no-such-tokenizer", "evaluation.folder=none/at-all",
+                "model.path=models/none", "model.tokenizer=null", f"data.sources.0.files+={tmp_path}/more.jsonl",
+                f"model.tokenizer={assembly.facts_folder(load_recipe('tiny_base').data)}/tokenizer")  # fmt: skip
+    lines = capsys.readouterr().out.splitlines()
+    for key in ("model.path (models/none)", "data.sources.0.files", "evaluation.folder (none/at-all)"):
+        assert any(key in line for line in lines), key
+    assert all(line.startswith(("missing  ", "         ")) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("words", "dry"), [(["--print-recipe"], False), (["--dry-run", "--print-recipe"], True)]
+)
+def test_the_recipe_is_printed_on_request_alone_or_last(words, dry, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train(["--recipe", "tiny_base", "--set", "seed=7", *words]) == 0
+    shown = capsys.readouterr().out
+    before, name, recipe = shown.partition("name: tiny_base\n")
+    assert bool(before) == dry
+    (tmp_path / "printed.yaml").write_text(name + recipe)
+    assert load_recipe(str(tmp_path / "printed.yaml")) == load_recipe("tiny_base", ["seed=7"])
+    assert not (tmp_path / "runs" / "tiny_base").exists()
 
 
 def test_it_has_every_word_whole_on_80_columns(planned, monkeypatch):

@@ -35,13 +35,10 @@ def input_files(recipe: Recipe, *, offline: bool = False) -> Iterator[tuple[str,
             continue
         local = value.here()
         if isinstance(local, Path):
-            advice = "fetch it there, or give a hub name (owner/name)"
-            yield f"{key} ({value})", partial(_existing, local, advice)
+            yield f"{key} ({value})", partial(_existing, local, _advice(local))
         elif offline:
-            yield (
-                f"{key} ({value})",
-                partial(cached_model if key == "model.path" else cached_tokenizer, local),
-            )
+            cached = cached_model if key == "model.path" else cached_tokenizer
+            yield f"{key} ({value})", partial(cached, local)
     for number, source in enumerate(recipe.data.sources):
         if source.store is not None:
             yield f"data.sources.{number}.store ({source.store})", partial(_existing, source.store.here())
@@ -105,6 +102,12 @@ def code_fingerprint() -> str:
 def recipe_fingerprint(recipe: Recipe) -> str:
     """Digest of the resolved recipe, defaults included."""
     return hashlib.blake2b(dump_recipe(recipe).encode(), digest_size=8).hexdigest()
+
+
+def _advice(model: Path) -> str:
+    if model == RunFolder(model.parent).export:
+        return "a run exports it at its end: train that one first, or give another model"
+    return "fetch it there, or give a hub name (owner/name)"
 
 
 def _existing(path: Path, advice: str = "correct the path, or prepare it first") -> list[Path]:

@@ -14,8 +14,11 @@ from bico_ds.config.objectives.base import ObjectiveCost
 from bico_ds.config.section import Probability, Section
 
 Eligible = Annotated[
-    Literal["all", "completion"],
-    Field(description="which tokens can be masked: all, or only those after the prompt (completion)"),
+    Literal["all", "completion", "replies"],
+    Field(
+        description="which tokens can be masked: all; those after the prompt (completion); or of all replies of a chat "
+        "(replies)"
+    ),
 ]
 Predict = Annotated[
     Literal["next", "same"],
@@ -84,7 +87,10 @@ class MaskSpec(Section):
             examples=[5],
         )
     )
-    eligible: Eligible = "all"
+    eligible: Eligible = Field(
+        "all",
+        description="which tokens may be masked: all; of completions, in chats the last reply; or of all replies of a chat",
+    )
 
     @model_validator(mode="after")
     def _rate_is_a_range(self) -> MaskSpec:
@@ -113,7 +119,7 @@ class MaskSpec(Section):
 
         Where the special tokens, prompts, words and entities are does not follow from a length. All tokens but the first
         count as eligible, words as single tokens, and entities as spans of `mean_span` tokens that are everywhere. Where
-        fewer tokens are eligible (special tokens, `eligible: completion`, entities), `pairs` is too low and the
+        fewer tokens are eligible (special tokens, `eligible: completion` or `replies`, entities), `pairs` is too low and the
         others are too high; words of several tokens and longer entities have more live ones.
         """
         low, high = self.rate if isinstance(self.rate, tuple) else (self.rate, self.rate)

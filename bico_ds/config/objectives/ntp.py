@@ -15,15 +15,16 @@ class NtpSpec(ObjectiveSpec):
     """Next-token prediction under causal attention."""
 
     kind: Literal["ntp"] = "ntp"
-    loss_on: Literal["all", "completion"] = Field(
-        "all", description="which tokens have a loss: all, or only those after the prompt (completion)"
+    loss_on: Literal["all", "completion", "replies"] = Field(
+        "all",
+        description="which tokens have a loss: all; of completions, in chats the last reply; or of all replies of a chat",
     )
 
     monitor: ClassVar[MonitorPlace] = MonitorPlace(colour="#3b75af")
     attention: ClassVar[AttentionMode] = "causal"
 
     def cost(self, lengths: NDArray[np.int64]) -> ObjectiveCost:
-        """Exact, but for `loss_on: completion`, which has fewer `head_rows`: one per token after the prompt."""
+        """Exact, but for `loss_on: completion` and `replies`, which have fewer `head_rows`: one per such token."""
         tokens = lengths.astype(np.float64)
         return ObjectiveCost(
             kept_rows=tokens,

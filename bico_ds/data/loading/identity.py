@@ -28,11 +28,13 @@ def identity(
     teachers: Mapping[int, str],
     draws: Sequence[int],
     share_by: str,
+    replies: Mapping[int, str | None],
 ) -> dict[str, Any]:
     """Return all that the global sample stream is a function of, by recipe key; JSON-able.
 
     `sources_of`: the numbers of each objective's sources; `teachers`: the fingerprints of stored distributions, by source;
-    `draws`: the number of each objective's draws; `share_by`: what the schedule's probabilities are shares of.
+    `draws`: the number of each objective's draws; `share_by`: what the schedule's probabilities are shares of;
+    `replies`: names of where the replies are, of the sources of objectives that read it.
     What checkpoints of before do not know is in it where it is not the default alone. The number of ranks, of micro-batches
     and of workers is not in it: the stream does not depend on them.
     """
@@ -47,6 +49,8 @@ def identity(
         keys[f"data.sources[{index}].epochs"] = source.epochs
         if source.token_share is not None:
             keys[f"data.sources[{index}].token_share"] = source.token_share
+        if index in replies:
+            keys[f"data.sources[{index}] replies"] = replies[index]
         if index in teachers:
             keys[f"retention.teacher of data.sources[{index}]"] = teachers[index]
     for index, (objective, probability) in enumerate(

@@ -148,6 +148,12 @@ class SampleOrder:
             teachers={source: teacher.manifest.fingerprint for source, teacher in spec.teachers.items()},
             draws=self._draws,
             share_by=spec.shares.share_by if spec.shares else "steps",
+            replies={
+                source: spec.stores[source].manifest.replies_checksum
+                for number, objective in enumerate(spec.schedule.objectives)
+                if getattr(objective, "reads_replies", False)
+                for source in spec.sources(number)
+            },
         )
         self.changes = identity.changes(state["identity"], self._identity) if state else []
         if self.changes and not spec.data.allow_change:

@@ -67,6 +67,8 @@ class Sequences:
                 documents.word_starts[first] = True
             if documents.entity_number is not None:
                 documents.entity_number[first] = 0
+            if documents.is_reply is not None:
+                documents.is_reply[first] = False
         return documents
 
 

@@ -43,8 +43,8 @@ class _Found:
     """What documents hold for each rule.
 
     `target` bool [R, D]: a token that it may predict; `learned` bool [R, D]: a stop token that it may predict, among the
-    last tokens; `stop` bool [D]: a stop token among the last tokens. `empty` int64 [R]: the sequences that were looked at
-    and have no target.
+    last tokens, or wherever a reply ends; `stop` bool [D]: a stop token among the last tokens. `empty` int64 [R]: the
+    sequences that were looked at and have no target.
     """
 
     target: NDArray[np.bool_]
@@ -199,9 +199,14 @@ def _find(
             # In place, since several sequences may be of one document.
             found.learned[index, ids[_any(possible & is_stop, texts)]] = True
     for index, rule in enumerate(rules):
-        is_open = ~has_target[index, numbers] & (sequences.length[numbers] > _TAIL)
-        for chosen, texts in _read(source, sequences, numbers[is_open]):
-            has_target[index, chosen] = _any(_possible(rule, texts), texts)
+        is_open = ~has_target[index, numbers]
+        if getattr(rule, "reads_replies", False):  # an earlier reply may teach to stop
+            is_open |= ~found.learned[index, sequences.document[numbers]]
+        for chosen, texts in _read(source, sequences, numbers[is_open & (sequences.length[numbers] > _TAIL)]):
+            possible = _possible(rule, texts)
+            has_target[index, chosen] = _any(possible, texts)
+            stops = possible & (texts.token_ids == source.store.manifest.eos_id)
+            found.learned[index, sequences.document[chosen][_any(stops, texts)]] = True
         found.target[index, sequences.document[has_target[index]]] = True
         found.empty[index] = int((~has_target[index, numbers]).sum())
     return found

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.data.chat_rendering import ChatRenderer
+from bico_ds.data.chat_turns import Message, earlier_replies, in_common, mark_of, with_mark
 from bico_ds.data.prepare.records import BadRecord, check_unicode
 
 if TYPE_CHECKING:
     from bico_ds.data.tokenizer import FastTokenizer
 
-Message = dict[str, Any]
 # How a message's content is given to the template: as a string, as its parts, or as one part; "none" where it has none.
 Form = Literal["string", "parts", "part", "none"]
 _LISTS: tuple[Form, ...] = ("parts", "part")
@@ -40,6 +40,9 @@ class ChatText(NamedTuple):
     # The number of the first message whose content the template leaves out, or, of the last reply, a part of it, from 1;
     # 0 where it leaves out none.
     left_out: int
+    # Where earlier replies stand, half-open character spans; the number of the first that was not found, from 1, or 0.
+    replies: list[tuple[int, int]]
+    not_found: int
 
 
 class ChatTemplate:
@@ -63,6 +66,7 @@ class ChatTemplate:
             text = self._write(given)
             if has_reply and len(given) > 1:
                 prompt_chars = self._prompt_chars(text, given)
+            replies, not_found = earlier_replies(self._write, given, text)
         except UserError:
             raise
         except RecursionError as error:
@@ -74,10 +78,10 @@ class ChatTemplate:
             raise BadRecord("chat template", str(error)) from error
         _check_text(text, given)
         if not has_reply:
-            return ChatText(text, len(text), left_out)
+            return ChatText(text, len(text), left_out, replies, not_found)
         if not left_out and not _holds(text, given[-1].get("content", "")):
             left_out = len(given)
-        return ChatText(text, prompt_chars, left_out)
+        return ChatText(text, prompt_chars, left_out, replies, not_found)
 
     def ask(self, question: str) -> str:
         """A chat of one question, up to where its reply begins. Raises `BadRecord` where the template cannot write it."""
@@ -97,14 +101,13 @@ class ChatTemplate:
         prompt = self._write(given[:-1], add_generation_prompt=True)
         if text.startswith(prompt):
             return len(prompt)
-        chars = _in_common(text, prompt)
+        chars = in_common(text, prompt)
         # Some templates write earlier messages in another way once a reply follows: then the reply itself is looked for.
         try:
-            if chars < len(self._write(given[:-1]).rstrip()) and (content := given[-1].get("content")):
-                mark = _mark(len(given), 0)
-                other = [{"type": "text", "text": mark}] if isinstance(content, list) else mark
-                before, found, _ = self._write([*given[:-1], {**given[-1], "content": other}]).partition(mark)
-                return max(chars, _in_common(text, before)) if found else chars
+            if chars < len(self._write(given[:-1]).rstrip()) and given[-1].get("content"):
+                mark = mark_of(len(given), 0)
+                before, found, _ = self._write([*given[:-1], with_mark(given[-1], mark)]).partition(mark)
+                return max(chars, in_common(text, before)) if found else chars
         except UserError:
             raise
         except Exception:  # as in `_shown`: what is asked here is not what was given
@@ -135,7 +138,7 @@ class ChatTemplate:
 
     def _shown(self, messages: list[Message], form: Form, *, role: str | None) -> set[int]:
         """The messages whose content is in the text as it is: those of `role` given in this form, all others as strings."""
-        marks = [[_mark(i, part) for part in range(_parts(message))] for i, message in enumerate(messages)]
+        marks = [[mark_of(i, part) for part in range(_parts(message))] for i, message in enumerate(messages)]
         given: list[Message] = []
         for message, own in zip(messages, marks, strict=True):
             parts = [{"type": "text", "text": mark} for mark in own]
@@ -248,12 +251,6 @@ def _function(call: Any) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _in_common(one: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
-    same = (a == b for a, b in zip(one, other, strict=False))
-    return next((i for i, equal in enumerate(same) if not equal), min(len(one), len(other)))
-
-
 def _check_reply(messages: list[Message]) -> None:
     """A last reply without text would teach to answer nothing."""
     last = messages[-1]
@@ -304,11 +301,6 @@ def _in_form(message: Message, form: Form) -> Message:
     content = message["content"]
     text = content if own == "string" else " ".join(part["text"] for part in content)
     return {**message, "content": text if form == "string" else [{"type": "text", "text": text}]}
-
-
-def _mark(message: int, part: int) -> str:
-    """A content that no template contains, and none changes: a number."""
-    return f"70351{message:06d}{part:06d}94682"
 
 
 def _is_python(text: str, mark: str) -> bool:

@@ -31,6 +31,7 @@ _BATCH_RECORDS, _BATCH_CHARS = 256, 4_000_000
 
 
 SPECIAL_TOKENS = "have special tokens written out in their text, which become control tokens"
+NOT_FOUND = "have an assistant's turn that is not found in what the chat template wrote: loss_on: replies leaves it out"
 LEFT_OUT = "have a message whose content the chat template leaves out, or a part of the last reply"
 
 GIVES_NONE = "give no derived text"
@@ -73,7 +74,11 @@ def encode_shard(
     file that is damaged or changes meanwhile.
     """
     result = ShardResult()
-    with TokenStoreWriter(part, encoder.spec.header) as writer, ExitStack() as files:
+    has_replies = encoder.spec.options.has_replies
+    with (
+        TokenStoreWriter(part, encoder.spec.header, has_replies=has_replies) as writer,
+        ExitStack() as files,
+    ):
         digests = files.enter_context(writer.beside(DIGESTS).open("wb"))
         skipped = files.enter_context(writer.beside(SKIPPED).open("w", encoding="utf-8"))
         for batch in _batches(encoder, shard):
@@ -175,6 +180,8 @@ def _notice(shard: Shard, item: _Item, result: ShardResult) -> None:
         result.notice(SPECIAL_TOKENS, f"{shard.where(item.number)}, {item.special_token!r}")
     if item.example.left_out:
         result.notice(LEFT_OUT, f"{shard.where(item.number)}, message {item.example.left_out}")
+    if item.example.not_found:
+        result.notice(NOT_FOUND, f"{shard.where(item.number)}, message {item.example.not_found}")
 
 
 def _digest(example: Example) -> bytes:

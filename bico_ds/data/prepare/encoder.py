@@ -129,6 +129,7 @@ class Encoded:
     groups: NDArray[np.int64]  # [D]
     word_starts: NDArray[np.bool_]  # [T]
     entity_numbers: NDArray[np.int64] | None  # [T]
+    replies: NDArray[np.bool_] | None  # [T]
 
 
 class Encoder:
@@ -260,13 +261,23 @@ class Encoder:
             entities[at] = np.concatenate(
                 [_entity_numbers(*pair) for pair in zip(encodings, examples, strict=True)]
             )
+        prompts = self._prompts(encodings, examples)
+        replies = None
+        if self.spec.options.has_replies:
+            replies = np.zeros(len(tokens), dtype=bool)
+            ends = np.where(eos == 1, text_lengths, last - first + 1)
+            replies[at] = self._replies(text_lengths, prompts, ends, encodings, examples)
+            replies[(starts + bos + text_lengths)[(eos == 1) & (prompts < text_lengths)]] = True
+        # Where all of a text is prompt, the EOS after it is no completion.
+        after_prompt = np.where(prompts > 0, prompts + bos, 0)
         return Encoded(
             tokens=tokens,
             lengths=lengths,
-            prompt_lengths=self._prompt_lengths(text_lengths, lengths, bos, encodings, examples),
+            prompt_lengths=np.where(prompts == text_lengths, lengths, after_prompt),
             groups=np.fromiter((x.group for x in examples), dtype=np.int64, count=len(examples)),
             word_starts=self._word_starts(tokens, starts),
             entity_numbers=entities,
+            replies=replies,
         )
 
     def _last_tokens(
@@ -281,20 +292,33 @@ class Encoder:
         last = [_last_token(*pair) for pair in zip(encodings, examples, strict=True)]
         return np.array(last, dtype=np.int64)
 
-    def _prompt_lengths(
-        self,
-        text_lengths: NDArray[np.int64],
-        lengths: NDArray[np.int64],
-        bos: NDArray[np.int64],
-        encodings: list[Encoding],
-        examples: list[Example],
-    ) -> NDArray[np.int64]:
-        """Tokens of each prompt. Where all of a text is prompt, the EOS after it is no completion."""
+    def _prompts(self, encodings: list[Encoding], examples: list[Example]) -> NDArray[np.int64]:
+        """Tokens of each prompt."""
         if not self._needs_offsets:
             return np.zeros(len(examples), dtype=np.int64)
         prompts = [_prompt_tokens(*pair) for pair in zip(encodings, examples, strict=True)]
-        counts = np.array(prompts, dtype=np.int64)
-        return np.where(counts == text_lengths, lengths, np.where(counts > 0, counts + bos, 0))
+        return np.array(prompts, dtype=np.int64)
+
+    def _replies(
+        self,
+        lengths: NDArray[np.int64],
+        prompts: NDArray[np.int64],
+        ends: NDArray[np.int64],
+        encodings: list[Encoding],
+        examples: list[Example],
+    ) -> NDArray[np.bool_]:
+        """The texts' tokens that belong to a reply: from the prompt to `ends`, and those of earlier replies.
+
+        In chats the white space after the token that ends a turn is nobody's, but before an EOS that is added.
+        """
+        first = np.cumsum(lengths) - lengths
+        position = np.arange(int(lengths.sum())) - np.repeat(first, lengths)
+        replies = (position >= np.repeat(prompts, lengths)) & (position < np.repeat(ends, lengths))
+        for begin, encoding, example in zip(first.tolist(), encodings, examples, strict=True):
+            for start, end in example.replies:
+                if (tokens := _tokens_of(encoding, start, end)) is not None:
+                    replies[begin + tokens.start : begin + tokens.stop] = True
+        return replies
 
     def _word_starts(self, tokens: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.bool_]:
         word_starts = self.spec.begins_word[tokens]
@@ -326,16 +350,23 @@ def _entity_numbers(encoding: Encoding, example: Example) -> NDArray[np.int64]:
     """The number of each token's entity, from 1; 0 outside. A token that touches a span is inside."""
     numbers = np.zeros(len(encoding), dtype=np.int64)
     for number, (start, end) in enumerate(example.entities or (), start=1):
-        first, last = (
-            _token_at(encoding, range(start, end)),
-            _token_at(encoding, range(end - 1, start - 1, -1)),
-        )
-        if first is not None and last is not None:
-            # A character of several bytes can be several tokens, and the first of them was found.
-            while (after := encoding.token_to_chars(last + 1)) is not None and after[0] < end:
-                last += 1
-            numbers[first : last + 1] = number
+        if (tokens := _tokens_of(encoding, start, end)) is not None:
+            numbers[tokens.start : tokens.stop] = number
     return numbers
+
+
+def _tokens_of(encoding: Encoding, start: int, end: int) -> range | None:
+    """The tokens that touch these characters; None where there is none."""
+    first, last = (
+        _token_at(encoding, range(start, end)),
+        _token_at(encoding, range(end - 1, start - 1, -1)),
+    )
+    if first is None or last is None:
+        return None
+    # A character of several bytes can be several tokens, and the first of them was found.
+    while (after := encoding.token_to_chars(last + 1)) is not None and after[0] < end:
+        last += 1
+    return range(first, last + 1)
 
 
 def _token_at(encoding: Encoding, characters: range) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -97,6 +98,11 @@ class IngestOptions:
         return bool(self.entities_field or self.entities_pattern)
 
     @property
+    def has_replies(self) -> bool:
+        """Whether documents have replies: the turns of an assistant, or a completion."""
+        return bool(self.messages_field or self.prompt_field)
+
+    @property
     def drops_duplicates(self) -> bool:
         """Whether the first of equal texts is kept alone; an entity of many records has one bridge."""
         return self.deduplicate or self.derive == "identity_bridge"
@@ -128,6 +134,9 @@ class Example(NamedTuple):  # made once per record: a frozen dataclass takes thr
     # Of a chat: the first message whose content its template leaves out, from 1, and what a template could write of all.
     left_out: int = 0
     messages: Any = None
+    # Half-open character spans of a chat's earlier replies; the number of the first that is not found, from 1, or 0.
+    replies: Sequence[tuple[int, int]] = ()
+    not_found: int = 0
 
 
 def make_example(record: dict[str, Any], options: IngestOptions, chat: ChatTemplate | None) -> Example:
@@ -137,11 +146,12 @@ def make_example(record: dict[str, Any], options: IngestOptions, chat: ChatTempl
             if name in record:
                 raise BadRecord("missing field", f"'{name}' is null")
             raise BadRecord("missing field", _what_is_there(name, record, options))
-    left_out, messages = 0, None
+    left_out, messages, not_found = 0, None, 0
+    replies: Sequence[tuple[int, int]] = ()
     if options.messages_field:
         assert chat is not None
         messages = record[options.messages_field]
-        text, prompt_chars, left_out = chat.render(messages)
+        text, prompt_chars, left_out, replies, not_found = chat.render(messages)
     elif options.prompt_field and options.completion_field:
         prompt, completion = _text(record, options.prompt_field), _text(record, options.completion_field)
         text, prompt_chars = prompt + completion, len(prompt)
@@ -157,7 +167,7 @@ def make_example(record: dict[str, Any], options: IngestOptions, chat: ChatTempl
         entities = _entities(record[options.entities_field], len(text))
     elif options.entities_pattern is not None:
         entities = _limited([m.span() for m in re.finditer(options.entities_pattern, text) if m.group()])
-    return Example(text, prompt_chars, group, entities, left_out, messages)
+    return Example(text, prompt_chars, group, entities, left_out, messages, replies, not_found)
 
 
 def _what_is_there(name: str, record: dict[str, Any], options: IngestOptions) -> str:

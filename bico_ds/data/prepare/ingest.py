@@ -16,7 +16,7 @@ import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing.sharedctypes import SynchronizedArray
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ from bico_ds.data.store import FORMAT_VERSION, TokenStore
 from bico_ds.data.tokenizer import load_tokenizer
 
 # Of what a shard's small store holds beside its columns.
-_PART_VERSION = 4
+_PART_VERSION = 5
+LEAST_SECONDS = 1.0  # of tokenizing, for a speed to be told
 
 
 class IngestFailure(RuntimeError):
@@ -83,6 +84,7 @@ def ingest(
         _remove_leftovers(work, parts, shown)
         try:
             _tokenize(shards, parts, spec, processes or _cores(), shown)
+            tokenized, seconds = shown.tokenized, shown.seconds
             shown.print(f"writing {output}")
             report = merge_parts(
                 parts,
@@ -100,7 +102,7 @@ def ingest(
                 shutil.rmtree(work)
             raise
         shutil.rmtree(work)
-    return report
+    return replace(report, tokenized=tokenized, seconds=seconds)
 
 
 def _restore_replaced(output: Path) -> None:
@@ -169,6 +171,7 @@ def _tokenize(
         _tokenize_in_processes(jobs, done, spec, min(processes, len(jobs)), shown)
         return
     encoder = Encoder(spec) if jobs else None
+    shown.ready(time.monotonic_ns())
     counts = [0, 0]
     for finished, (shard, part) in enumerate(jobs, start=done):
 
@@ -185,7 +188,7 @@ def _tokenize_in_processes(
     jobs: list[tuple[Shard, Path]], done: int, spec: EncoderSpec, processes: int, shown: _IngestProgress
 ) -> None:
     context = multiprocessing.get_context("spawn")  # fork is not safe beside torch, gloo or CUDA
-    counts = context.Array("q", 2)
+    counts = context.Array("q", 3)
     with ProcessPoolExecutor(processes, context, _start_worker, (spec, counts)) as pool:
         pending: set[Future[Any]] = {pool.submit(_encode_job, shard, part) for shard, part in jobs}
         try:
@@ -194,6 +197,7 @@ def _tokenize_in_processes(
                 for future in finished:
                     future.result()
                     done += 1
+                shown.ready(counts[2])
                 shown.count(done, counts[0], counts[1])
         except BrokenProcessPool as error:
             raise IngestFailure(
@@ -214,6 +218,8 @@ def _start_worker(spec: EncoderSpec, counts: SynchronizedArray[int]) -> None:
     spare_the_collector()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder, _counts = Encoder(spec), counts
+    with counts.get_lock():
+        counts[2] = counts[2] or time.monotonic_ns()  # one clock for all processes of a machine
 
 
 def _end_with_parent() -> None:
@@ -256,14 +262,23 @@ class _IngestProgress(Progress):
             TimeRemainingColumn(),
         )
         super().__init__(Console(stderr=True), *columns, enabled=enabled, transient=True)
-        self._shards, self._started = shards, time.monotonic()
+        self._shards = shards
+        # Tokens of this run, and the time that they took from when the first process was ready.
+        self.tokenized, self.seconds = 0, 0.0
+        self._ready_ns = 0
         self.begin("tokenizing", total=shards)
+
+    def ready(self, at_ns: int) -> None:
+        """The first process began to tokenize at this time of `time.monotonic_ns`; 0: none has yet."""
+        self._ready_ns = at_ns
 
     def count(self, shards: int, documents: int, tokens: int) -> None:
         """Show counts so far; `documents` and `tokens` count this run's work only."""
-        rate = tokens / max(time.monotonic() - self._started, 1e-9)
-        text = (
-            f"{shards}/{self._shards} shards, {documents:,} documents, {tokens / 1e6:,.1f} M tokens, "
-            f"{rate:,.0f} tokens/s"
-        )
+        if not self._ready_ns:
+            self.update(shards, "starting the tokenizing processes", text="starting its processes")
+            return
+        self.tokenized, self.seconds = tokens, (time.monotonic_ns() - self._ready_ns) / 1e9
+        text = f"{shards}/{self._shards} shards, {documents:,} documents, {tokens / 1e6:,.1f} M tokens"
+        if self.seconds >= LEAST_SECONDS:
+            text += f", {tokens / self.seconds:,.0f} tokens/s"
         self.update(shards, f"tokenizing: {text}", text=text)

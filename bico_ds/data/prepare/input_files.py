@@ -70,7 +70,7 @@ def _files_of(given: str, passed_over: dict[Path, str]) -> list[Path]:
     path = Path(given)
     matches = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(given, recursive=True))]
     if not matches:
-        raise UserError(f"input '{printable(given)}' does not exist")
+        raise UserError(f"input '{printable(given)}' does not exist; correct the path, or copy it here")
     inside = [path] if path.is_file() else list(_files_among(matches, passed_over))
     if not inside:
         first = "".join(f"; passed over: {printable(p)} ({why})" for p, why in list(passed_over.items())[:1])

@@ -48,10 +48,14 @@ def merge_parts(
     stores = [TokenStore.open(part, verify="structure") for part in parts]
     fate, share_held = _fate(parts, stores, spec.options)
     with ExitStack() as writers:
-        train = writers.enter_context(TokenStoreWriter(output, spec.header, overwrite=overwrite))
+        train = writers.enter_context(
+            TokenStoreWriter(output, spec.header, overwrite=overwrite, has_replies=spec.options.has_replies)
+        )
         targets = [(train, _TRAIN)]
         if spec.options.held_out:
-            beside = writers.enter_context(TokenStoreWriter(train.beside(HELD_OUT), spec.header))
+            beside = writers.enter_context(
+                TokenStoreWriter(train.beside(HELD_OUT), spec.header, has_replies=spec.options.has_replies)
+            )
             targets.append((beside, _HELD_OUT))
         first = 0
         for store in stores:
@@ -117,6 +121,7 @@ def _copy(store: TokenStore, ids: NDArray[np.int64], writer: TokenStoreWriter) -
                 groups=documents.group,
                 word_starts=documents.word_starts,
                 entity_numbers=documents.entity_number,
+                replies=documents.is_reply,
             )
 
 

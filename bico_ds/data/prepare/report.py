@@ -37,6 +37,9 @@ class IngestReport:
     # Which texts of the input's these are; None: its own.
     derived: Derive | None = None
     path: Path | None = None
+    # Tokens that this run tokenized, not those of an interrupted one before it, and in which time, without starting.
+    tokenized: int = 0
+    seconds: float = 0.0
 
     @property
     def text(self) -> str:

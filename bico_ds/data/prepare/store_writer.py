@@ -22,7 +22,15 @@ from bico_ds.common.files import (
     write_atomically,
 )
 from bico_ds.data.prepare.output_folder import refuse_output
-from bico_ds.data.store import COLUMNS, FORMAT_VERSION, MANIFEST, PROVENANCE, StoreHeader, StoreManifest
+from bico_ds.data.store import (
+    COLUMNS,
+    FORMAT_VERSION,
+    MANIFEST,
+    PROVENANCE,
+    REPLIES,
+    StoreHeader,
+    StoreManifest,
+)
 
 
 class TokenStoreWriter:
@@ -30,10 +38,12 @@ class TokenStoreWriter:
 
     Use as a context manager: leaving it without `finish` removes the temporary folder. A store that is already at `path`
     is replaced only with `overwrite=True`, and only when the new one is complete; anything else there never is. Raises
-    `UserError` for what it may not replace.
+    `UserError` for what it may not replace. `has_replies`: whether documents come with where their replies are.
     """
 
-    def __init__(self, path: Path, header: StoreHeader, *, overwrite: bool = False) -> None:
+    def __init__(
+        self, path: Path, header: StoreHeader, *, overwrite: bool = False, has_replies: bool = False
+    ) -> None:
         refuse_output(path, force=overwrite)
         self._path, self._header, self._overwrite = path, header, overwrite
         self._folder = incomplete_folder(path)
@@ -44,8 +54,11 @@ class TokenStoreWriter:
         self._put("offsets", np.zeros(1, dtype=np.int64))
         self._documents = self._tokens = 0
         self._max_token_id = -1
-        # Word starts that do not fill a byte yet.
-        self._bit_rest = np.zeros(0, dtype=bool)
+        self._bitmaps = {"word_starts": _Bitmap(self._files["word_starts"])}
+        if has_replies:
+            # Beside the columns: the fingerprint, and what versions of before read, are those of a store without it.
+            self._files[REPLIES] = _CheckedFile(self._folder / f"{REPLIES}.bin")
+            self._bitmaps[REPLIES] = _Bitmap(self._files[REPLIES])
 
     def __enter__(self) -> TokenStoreWriter:
         return self
@@ -66,13 +79,15 @@ class TokenStoreWriter:
         groups: NDArray[np.integer],
         word_starts: NDArray[np.bool_],
         entity_numbers: NDArray[np.integer] | None = None,
+        replies: NDArray[np.bool_] | None = None,
     ) -> None:
         """Append D documents of T tokens in all.
 
-        `tokens`, `word_starts` and `entity_numbers` are [T], the other columns [D].
+        `tokens`, `word_starts`, `entity_numbers` and `replies` are [T], the other columns [D].
         """
         assert int(lengths.sum()) == len(tokens) == len(word_starts), "columns disagree"
         assert (entity_numbers is not None) == self._header.has_entities, "entities as the header promised"
+        assert (replies is not None) == (REPLIES in self._bitmaps), "replies as promised"
         if len(lengths) == 0:
             return
         self._max_token_id = max(self._max_token_id, int(tokens.max(initial=-1)))
@@ -81,7 +96,9 @@ class TokenStoreWriter:
         self._put("offsets", self._tokens + np.cumsum(lengths))
         self._put("prompt_lengths", prompt_lengths)
         self._put("groups", groups)
-        self._put_bits(word_starts)
+        self._bitmaps["word_starts"].append(word_starts)
+        if replies is not None:
+            self._bitmaps[REPLIES].append(replies)
         if entity_numbers is not None:
             self._put("entity_numbers", entity_numbers)
         self._documents += len(lengths)
@@ -103,9 +120,15 @@ class TokenStoreWriter:
 
         Raises `UserError` where something has appeared at `path` meanwhile, without `overwrite`.
         """
-        self._files["word_starts"].write(np.packbits(self._bit_rest, bitorder="little"))
+        for bitmap in self._bitmaps.values():
+            bitmap.finish()
         for file in self._files.values():
             file.close()
+        columns = {name: file for name, file in self._files.items() if name != REPLIES}
+        further = [
+            *with_checksums,
+            *(file.path.name for name, file in self._files.items() if name == REPLIES),
+        ]
         manifest = StoreManifest(
             format_version=FORMAT_VERSION,
             documents=self._documents,
@@ -113,11 +136,11 @@ class TokenStoreWriter:
             token_dtype=self._token_dtype,
             max_token_id=self._max_token_id,
             **asdict(self._header),
-            file_sizes={file.path.name: file.size for file in self._files.values()},
-            checksums={file.path.name: file.checksum for file in self._files.values()},
+            file_sizes={file.path.name: file.size for file in columns.values()},
+            checksums={file.path.name: file.checksum for file in columns.values()},
             further_checksums={
                 str(file.relative_to(self._folder)): checksum(file, "sha256")
-                for name in with_checksums
+                for name in further
                 for file in _files_of(self._folder / name)
             },
         )
@@ -132,15 +155,27 @@ class TokenStoreWriter:
         dtype = np.dtype(self._token_dtype).newbyteorder("<") if name == "tokens" else np.dtype(COLUMNS[name])
         self._files[name].write(np.ascontiguousarray(values, dtype=dtype))
 
-    def _put_bits(self, bits: NDArray[np.bool_]) -> None:
-        bits = np.concatenate([self._bit_rest, bits])
-        full = len(bits) // 8 * 8
-        self._files["word_starts"].write(np.packbits(bits[:full], bitorder="little"))
-        self._bit_rest = bits[full:]
-
 
 def _files_of(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+class _Bitmap:
+    """Bits to a file, eight per byte, the lowest first."""
+
+    def __init__(self, file: _CheckedFile) -> None:
+        self._file = file
+        # What does not fill a byte yet.
+        self._rest = np.zeros(0, dtype=bool)
+
+    def append(self, bits: NDArray[np.bool_]) -> None:
+        bits = np.concatenate([self._rest, bits])
+        full = len(bits) // 8 * 8
+        self._file.write(np.packbits(bits[:full], bitorder="little"))
+        self._rest = bits[full:]
+
+    def finish(self) -> None:
+        self._file.write(np.packbits(self._rest, bitorder="little"))
 
 
 class _CheckedFile:

@@ -36,7 +36,7 @@ def fit_word(memory: MemoryPlan) -> str:
 
 def verdict(plan: Plan, change: Change | None) -> str:
     """One sentence on memory, with the `change` that would fit where it does not, and one on time and cost."""
-    return " ".join([f"{plan.recipe.name} on {_where(plan)} {_memory_verdict(plan, change)}", _run(plan)])
+    return " ".join([f"{plan.recipe.name} on {where(plan)} {_memory_verdict(plan, change)}", _run(plan)])
 
 
 def warnings(plan: Plan) -> list[str]:
@@ -84,7 +84,7 @@ def _sent(step: StepTime, *, only_gradients: bool = False) -> Range:
 def print_plan(plan: Plan, decisions: Decisions, notes: Sequence[str], console: Console) -> None:
     """Everything, for a reader, on a console without markup: formulas have brackets."""
     say = console.print
-    say(f"{plan.recipe.name} on {_where(plan)}")
+    say(f"{plan.recipe.name} on {where(plan)}")
     say(_memory_verdict(plan, decisions.change), style=_COLORS[fit_word(plan.memory)])
     say(_run(plan))
     for line in warnings(plan):
@@ -175,7 +175,7 @@ def _buckets(plan: Plan) -> Iterator[str]:
     yield f"gradients reduced together: {zero.reduce_bucket:,} ({why}){ahead}"
 
 
-def _where(plan: Plan) -> str:
+def where(plan: Plan) -> str:
     """As in `8 nodes of 8 NVIDIA H100 SXM, 80 GB`."""
     deployment = plan.deployment
     nodes = "1 node" if deployment.nodes == 1 else f"{deployment.nodes} nodes"

@@ -1,4 +1,4 @@
-"""What is to run, in ten lines: what is known before the first step, in the words of dry runs and of the planner."""
+"""What is to run, in ten lines: what is known before the first step, in the same words at a start and in a dry run."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from bico_ds.planner.architecture import Architecture
 from bico_ds.planner.deployment import Zero
 from bico_ds.planner.plan import Plan
 from bico_ds.planner.report.quantities import GIB, gib, number, time
-from bico_ds.planner.report.text import fit_word
+from bico_ds.planner.report.text import fit_word, where
 
 Banner = list[tuple[str, str]]
 _SIZES = (("B", 1e9), ("M", 1e6))
+_MOST_MISSING = 12
 
 
 def banner(
@@ -40,20 +41,65 @@ def banner(
 
     `backend`: None for the oracle. `plan`: None where there is none; then memory and time are said to be unknown.
     """
+    return [
+        *what_runs(
+            recipe,
+            architecture=architecture,
+            zero=zero,
+            attention="oracle" if backend is None else backend.kernel.name,
+            ranks=ranks,
+            nodes=nodes,
+            steps=steps,
+            probabilities=probabilities,
+            streams=streams,
+        ),
+        ("memory", _planned(None if plan is None else memory_text(plan))),
+        ("time", _planned(None if plan is None else time_text(plan))),
+        ("run folder", place),
+    ]
+
+
+def plan_row(plan: Plan | str) -> tuple[str, str]:
+    """Memory, time and the deployment that they are for; or why there is no plan."""
+    if isinstance(plan, str):
+        return "plan", plan
+    return "plan", "; ".join(filter(None, [memory_text(plan), time_text(plan), where(plan)]))
+
+
+def missing_rows(missing: Sequence[str]) -> Banner:
+    """A row for each thing, the first of them labelled, of as many as a reader takes in."""
+    shown = list(missing[:_MOST_MISSING])
+    if (more := len(missing) - len(shown)) > 0:
+        shown.append(f"and {more} more")
+    return [("" if number else "missing", line) for number, line in enumerate(shown)]
+
+
+def what_runs(
+    recipe: Recipe,
+    *,
+    architecture: Architecture,
+    zero: Zero | None,
+    attention: str,
+    ranks: int,
+    nodes: int,
+    steps: int,
+    probabilities: Sequence[float],
+    streams: Sequence[StreamReport],
+) -> Banner:
+    """The seven lines that no plan is needed for, from the model to the steps.
+
+    `zero`: None where it cannot be read for a plan. `attention`: by what it is computed.
+    """
     path = recipe.model.path
     begins = f"from {path}" if path is not None else f"random weights of seed {recipe.seed}"
-    kernel = "oracle" if backend is None else backend.kernel.name
     return [
         ("model", f"{architecture.model_type}, {architecture.layers} layers of width {architecture.hidden}, {begins}"),
         ("parameters", _parameters(recipe, architecture)),
-        ("ranks", f"{ranks} on {nodes} node{'s' * (nodes > 1)}; {recipe.deepspeed.config}: {_zero(zero)}"),
-        ("precision, backend", f"{recipe.model.dtype}, attention {kernel}"),
+        ("ranks", f"{ranks} on {nodes} node{'s' * (nodes > 1)}; {_deepspeed(recipe, zero)}"),
+        ("precision, backend", f"{recipe.model.dtype}, attention {attention}"),
         ("objectives", ", ".join(map(_objective, objective_names(recipe.objectives), recipe.objectives, probabilities))),
         ("data", "; ".join(_data(stream, recipe, steps, probabilities) for stream in streams)),
-        ("global batch", _batch(recipe, ranks, steps)),
-        ("memory", _memory(plan)),
-        ("time", _time(plan)),
-        ("run folder", place),
+        ("global batch", _batch(recipe, ranks, steps, streams, probabilities)),
     ]  # fmt: skip
 
 
@@ -68,14 +114,19 @@ def _parameters(recipe: Recipe, architecture: Architecture) -> str:
 
 
 def _size(count: int) -> str:
+    """As `8.03 B`, `41.9 M` or `960`."""
     name, unit = next((entry for entry in _SIZES if count >= entry[1]), ("", 1.0))
     return f"{number(count / unit)} {name}".rstrip()
 
 
-def _zero(zero: Zero) -> str:
+def _deepspeed(recipe: Recipe, zero: Zero | None) -> str:
+    """As `zero3_offload_cpu: ZeRO 3, optimizer offloaded to cpu`."""
+    config = str(recipe.deepspeed.config)
+    if zero is None:
+        return config
     parts = (("optimizer", zero.offload_optimizer), ("parameters", zero.offload_parameters))
     offloaded = [f"{what} offloaded to {where}" for what, where in parts if where != "none"]
-    return ", ".join([f"ZeRO {zero.stage}", *offloaded])
+    return f"{config}: {', '.join([f'ZeRO {zero.stage}', *offloaded])}"
 
 
 def _objective(name: str, spec: ObjectiveSpec, probability: float) -> str:
@@ -92,33 +143,44 @@ def _objective(name: str, spec: ObjectiveSpec, probability: float) -> str:
 
 def _data(stream: StreamReport, recipe: Recipe, steps: int, probabilities: Sequence[float]) -> str:
     names = objective_names(recipe.objectives)
-    share = sum(p for name, p in zip(names, probabilities, strict=True) if name in stream.objectives)
-    epochs = steps * share * recipe.training.global_batch_bins / stream.bins
     whose = f"for {', '.join(stream.objectives)}: " if len(stream.objectives) < len(names) else ""
     return (
         f"{whose}{stream.sequences:,} sequences, {stream.tokens:,} tokens in {stream.bins:,} bins, "
-        f"fill {stream.fill:.3f}; {number(epochs)} epochs"
+        f"fill {stream.fill:.3f}; {number(_epochs(stream, recipe, steps, probabilities))} epochs"
     )
 
 
-def _batch(recipe: Recipe, ranks: int, steps: int) -> str:
+def _epochs(stream: StreamReport, recipe: Recipe, steps: int, probabilities: Sequence[float]) -> float:
+    names = objective_names(recipe.objectives)
+    share = sum(p for name, p in zip(names, probabilities, strict=True) if name in stream.objectives)
+    return steps * share * recipe.training.global_batch_bins / stream.bins
+
+
+def _batch(
+    recipe: Recipe, ranks: int, steps: int, streams: Sequence[StreamReport], probabilities: Sequence[float]
+) -> str:
     batch, micro = recipe.training.global_batch_bins, recipe.training.micro_batch_bins
     accumulation = micro_batches_per_rank(batch, micro, ranks)
+    tokens = sum(stream.tokens * _epochs(stream, recipe, steps, probabilities) for stream in streams)
     return (
         f"{batch} bins = {ranks} ranks x {accumulation} micro-batches x {micro} bins, at most "
-        f"{batch * recipe.data.capacity:,} tokens; {steps:,} steps"
+        f"{batch * recipe.data.capacity:,} tokens; {steps:,} steps, {_size(round(tokens))} tokens in all"
     )
 
 
-def _memory(plan: Plan | None) -> str:
-    if plan is None:
-        return "not planned"
+def _planned(text: str | None) -> str:
+    return "not planned" if text is None else f"{text}, planned"
+
+
+def memory_text(plan: Plan) -> str:
+    """As `fits: 27.9 to 37.4 of 79.1 GiB at the peak`."""
     memory = plan.memory
-    return f"{fit_word(memory)}: {gib(memory.peak.bytes)} of {number(memory.available / GIB)} GiB at the peak, planned"
+    return f"{fit_word(memory)}: {gib(memory.peak.bytes)} of {number(memory.available / GIB)} GiB at the peak"
 
 
-def _time(plan: Plan | None) -> str:
-    if plan is None or not math.isfinite(plan.run.mean_step_seconds.high):
-        return "not planned"
+def time_text(plan: Plan) -> str | None:
+    """As `1.89 to 5.90 s per step, 0.329 to 3.27 h in all`; None where the device's speed is not known."""
+    if not math.isfinite(plan.run.mean_step_seconds.high):
+        return None
     whole = "" if plan.run.hours is None else f", {time(plan.run.hours.times(3600))} in all"
-    return f"{time(plan.run.mean_step_seconds)} per step{whole}, planned"
+    return f"{time(plan.run.mean_step_seconds)} per step{whole}"

@@ -113,9 +113,8 @@ class ConsoleProgress(FirstRankCallback):
         _logger.info("%s", text, extra=TOLD)
 
     def _show_banner(self, banner: Sequence[tuple[str, str]]) -> None:
-        width = max((len(label) for label, _ in banner), default=0)
-        for label, text in banner:
-            self._say(f"{label:{width}}  {text}", shown=not (self._quiet or self._console.is_terminal))
+        for line in banner_lines(banner):
+            self._say(line, shown=not (self._quiet or self._console.is_terminal))
         if banner and self._console.is_terminal and not self._quiet:
             self._console.print(banner_table(banner))
 
@@ -190,6 +189,12 @@ class _Pace:
     def seconds_for(self, steps: int) -> float | None:
         """How long so many more will take; None before the second step."""
         return None if self.steps < 2 else (self.last - self.began) / (self.steps - 1) * steps
+
+
+def banner_lines(banner: Sequence[tuple[str, str]]) -> list[str]:
+    """What is to run, a line each, for files and programs."""
+    width = max((len(label) for label, _ in banner), default=0)
+    return [f"{label:{width}}  {text}" for label, text in banner]
 
 
 def banner_table(banner: Sequence[tuple[str, str]]) -> Table:

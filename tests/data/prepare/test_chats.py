@@ -68,7 +68,7 @@ def test_one_part_is_written_as_the_string_and_no_content_is_lost(
         want = "".join(f"[{m['role']}] {m['content']}" for m in _chat(*texts))
         contents = [_parts(text) if rng.random() < 0.5 else text for text in texts]
         for given in (texts, [_parts(text) for text in texts], contents):
-            text, prompt, left_out = template.render(_chat(*given))
+            text, prompt, left_out, *_ = template.render(_chat(*given))
             assert left_out == 0
             assert "'type'" not in text and '"type"' not in text
             if name == "writes json":
@@ -224,7 +224,7 @@ def test_questions_are_no_completion_where_a_reply_changes_how_they_are_written(
     template: str, chat: list[dict[str, Any]], completion: str, tmp_path: Path, bpe_tokenizer: str
 ) -> None:
     folder = _tokenizer(bpe_tokenizer, tmp_path / "t", template)
-    text, prompt, _ = ChatTemplate(load_tokenizer(folder)).render(chat)
+    text, prompt, *_ = ChatTemplate(load_tokenizer(folder)).render(chat)
     assert text[prompt:] == completion
 
 
@@ -242,7 +242,7 @@ def test_a_reply_that_is_written_completely_is_not_counted_as_shortened(
     folder = _tokenizer(bpe_tokenizer, tmp_path / "t", (TEMPLATES | more)[name])
     template = ChatTemplate(load_tokenizer(folder))
     for reply in (THOUGHT, _parts(THOUGHT)):
-        text, _, left_out = template.render(_chat("s", "who?", reply))
+        text, _, left_out, *_ = template.render(_chat("s", "who?", reply))
         assert left_out == 0 and "text" not in text
 
 

@@ -23,7 +23,8 @@ def earlier_replies(write: Write, messages: list[Message], text: str) -> tuple[l
     A reply begins where the prompt for it ends, and ends with the token that ends its turn, before white space. Returns also
     the number, from 1, of the first one that is not found; 0 where all are. Raises `UserError` as `ChatRenderer.write` does.
     """
-    spans, lost = [], 0
+    spans: list[tuple[int, int]] = []
+    lost = 0
     for index, message in enumerate(messages[:-1]):
         if message["role"] != "assistant":
             continue

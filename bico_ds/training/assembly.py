@@ -387,7 +387,7 @@ def _stops_of_export(recipe: Recipe, tokenizer: FastTokenizer, vocabulary: int) 
     if path is not None and path.is_here():
         generation = load_generation_config(path.here())
     adopt_special_tokens(
-        ExportedTokenizer(tokenizer, None), PretrainedConfig(vocab_size=vocabulary), generation
+        ExportedTokenizer(tokenizer, None), PretrainedConfig.from_dict({"vocab_size": vocabulary}), generation
     )
     return id_list(generation.eos_token_id)
 

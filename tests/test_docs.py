@@ -18,8 +18,9 @@ from tests import ROOT
 REFERENCE = ROOT / "docs" / "recipe.md"
 READERS_PAGES = sorted((ROOT / "docs").glob("*.md"))
 BENCHMARKS = sorted((ROOT / "docs" / "benchmarks").glob("*.md"))
+EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*/README.md"))
 ROOT_PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
-PAGES = [*ROOT_PAGES, *READERS_PAGES, *BENCHMARKS]
+PAGES = [*ROOT_PAGES, *READERS_PAGES, *BENCHMARKS, *EXAMPLES]
 
 MOST_WORDS = 2000
 MOST_WORDS_IN_ALL = 12_000

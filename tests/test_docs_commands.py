@@ -15,7 +15,7 @@ from bico_ds.__main__ import COMMANDS
 from bico_ds.common.errors import UserError
 from bico_ds.config.load import list_recipes, load_recipe
 from tests import ROOT
-from tests.test_docs import BENCHMARKS, READERS_PAGES, by_name
+from tests.test_docs import BENCHMARKS, EXAMPLES, READERS_PAGES, by_name
 
 PAGES = [ROOT / "README.md", *READERS_PAGES]
 COMMAND = re.compile(
@@ -84,7 +84,7 @@ def module_of(command: str) -> str:
     return COMMANDS[command.split()[-1]]
 
 
-LINES = list(dict.fromkeys(line for page in [*PAGES, *BENCHMARKS] for line in lines_of(page)))
+LINES = list(dict.fromkeys(line for page in [*PAGES, *BENCHMARKS, *EXAMPLES] for line in lines_of(page)))
 HELPS = list(dict.fromkeys(line for module in COMMANDS.values() for line in lines_of_help(module)))
 OVERRIDE = re.compile(r"`[^`]*?--set ('[^']+'|[^\s`]+)[^`]*`")
 

@@ -19,7 +19,7 @@ class HeldOutTaskSpec(Section):
     kind: Literal["held_out"] = Field("held_out", description="a held-out store, whose loss is measured")
     name: EntryName = Field(description="of the store in tags and result files", examples=["facts"])
     store: LocalPath = Field(
-        description="a token store that is not trained on, as `bico-ds prepare --held-out` writes it",
+        description="a token store that is not trained on, as `bico-ds prepare` writes one with --held-out",
         examples=["stores/mine/held_out"],
     )
     limit: PositiveInt | None = Field(

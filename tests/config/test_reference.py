@@ -81,7 +81,8 @@ objectives: [OBJECTIVE]
 retention: {kl: 1, teacher: stores/teacher, on: [other]}
 training: {steps: 10}
 monitor: {wandb: {project: mine}}
-evaluation: {tasks: [{kind: text, name: wiki, file: wiki.txt}]}
+evaluation: {tasks: [{kind: text, name: wiki, file: wiki.txt}], every_steps: 5}
+checkpoint: {keep_best: {metric: text/wiki/perplexity, mode: min}}
 """
 
 

@@ -183,13 +183,16 @@ def _plain_example(value: Value) -> Any:
 
 
 def example_file(key: Key, keys: Sequence[Key]) -> Any:
-    """The example of a key as a recipe with no other key."""
+    """The example of a key as a recipe with no other key, but for those that an entry of a list must have."""
     entries = {other.path for other in keys if other.is_entry}
     value = key.example
     for end in range(len(key.path), 0, -1):
-        part = key.path[end - 1]
-        if key.path[:end] in entries:
-            value = [value] if part == ANY else [{"kind": part, **value}]
+        part, place = key.path[end - 1], key.path[:end]
+        if place in entries:
+            if isinstance(value, dict):
+                needed = {k.path[-1]: k.example for k in keys if k.path[:-1] == place and k.is_required}
+                value = {**({} if part == ANY else {"kind": part}), **needed, **value}
+            value = [value]
         else:
             value = {part: value}
     return value

@@ -32,20 +32,26 @@ class QuestionFileSpec(Section):
     kind: QuestionKind = Field(
         description="what the file holds: `pairs`, JSONL with `forward` and `backward`, each with `prompt` and "
         "`completion`; `parents`, CSV with child, parent, parent_type; `couplets`, JSONL with `first` and `second`; "
-        "`questions`, JSONL with `prompt` and `answer`"
+        "`questions`, JSONL with `prompt` and `answer`",
+        examples=["pairs"],
     )
     name: EntryName = Field(
         description="of the questions in tags and result files; of a file that is asked in two directions, followed by the "
-        "direction: NAME_forward, NAME_backward"
+        "direction: NAME_forward, NAME_backward",
+        examples=["company"],
     )
-    file: LocalPath = Field(description="the file with the questions and their right answers")
+    file: LocalPath = Field(
+        description="the file with the questions and their right answers", examples=["questions.jsonl"]
+    )
     metric: Metric | None = Field(
         None,
         description="the score that tables, charts and `NAME/headline` show; null: what suits the answers",
+        examples=["exact"],
     )
     limit: PositiveInt | None = Field(
         None,
         description="questions that are asked, spread over what they are about; null: `evaluation.limit`",
+        examples=[50],
     )
 
     @property

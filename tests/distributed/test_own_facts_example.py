@@ -19,13 +19,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from tests import ROOT
 from tests.distributed.launching import environment
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 PAGE = ROOT / "docs" / "examples" / "own_facts" / "README.md"
 # A download of 100 MB (tests/commands/test_import_gguf.py has what it does), and a server, whose packages are not here.
 NOT_HERE = ("tools/fetch_model.py", "transformers serve", "curl ")
 IN_THE_CHECKOUT = ("docs", "launch", "tools", "recipes", "ds_configs", "bico_ds")
-FEW = {"steps: 500": "steps: 8", "every_steps: 100": "every_steps: 4", "tokens: 40000": "tokens: 400",
+FEW = {"steps: 400": "steps: 8", "every_steps: 100": "every_steps: 4", "tokens: 40000": "tokens: 400",
        "warmup_steps: 30": "warmup_steps: 1", "limit: 30": "limit: 6"}  # fmt: skip
 
 

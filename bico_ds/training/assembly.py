@@ -16,9 +16,10 @@ from bico_ds.common.errors import UserError
 from bico_ds.common.json_files import JsonError, read_object
 from bico_ds.config.objectives.table import numbers_in_kind, objective_names
 from bico_ds.config.paths import FolderOrHub
-from bico_ds.config.schema import ModelSpec, Recipe
+from bico_ds.config.schema import Recipe
 from bico_ds.config.section import STEPS
 from bico_ds.config.sections.keep_best import metrics_of, unknown_metric
+from bico_ds.config.sections.model import ModelSpec
 from bico_ds.data.exported_tokenizer import ExportedTokenizer, misreading
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.loading.sample_order import StreamSpec

@@ -20,7 +20,7 @@ from bico_ds.batch import PackedBatch
 from bico_ds.config.objectives.abi import AbiSpec
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
-from bico_ds.config.schema import ModelSpec
+from bico_ds.config.sections.model import ModelSpec
 from bico_ds.documents import Document, Documents
 from bico_ds.model.build import build_model
 from bico_ds.native.triton_kernels import Launch

@@ -27,7 +27,7 @@ from bico_ds.common.files import (
     temporary_sibling,
     write_atomically,
 )
-from bico_ds.config.schema import CheckpointSpec
+from bico_ds.config.sections.checkpoint import CheckpointSpec
 from bico_ds.model.deepspeed_engine import Engine
 from bico_ds.runtime.distributed import Ranks, all_gather_objects, broadcast_object
 from bico_ds.runtime.run_folder import RunFolder

@@ -75,10 +75,7 @@ def _variables(job: Job, code: Code) -> list[str]:
     runs, settings = list(job.runs), job.settings
     ours = [shlex.quote(path) for path in job.bound]
     bind = ",".join(dict.fromkeys([*ours, *(path.in_shell() for path in settings.bind)]))
-    lines = [
-        f"PROJECT={shlex.quote(str(code.checkout or ''))}",
-        f"SUBMITTED_CODE={shlex.quote(code.fingerprint)}",
-    ]
+    lines = [f"PROJECT={shlex.quote(str(code.checkout or ''))}"]
     if job.is_array:
         names = "\n".join(f"    {shlex.quote(str(run))}" for run in runs)
         lines += [f"runs=(\n{names}\n)", "RUN=${runs[$SLURM_ARRAY_TASK_ID]}"]
@@ -87,6 +84,7 @@ def _variables(job: Job, code: Code) -> list[str]:
     lines += [
         "RECIPE=$RUN/slurm/recipe.yaml # resolved when this script was written",
         "OVERRIDES=()",
+        f"SUBMITTED_CODE={shlex.quote(code.fingerprint)}",
         f"PYTHON={settings.python.in_shell()}",
         f"CONTAINER={shlex.quote(_no_option(settings.container or ''))}",
         f"CONTAINER_RUNTIME={settings.container_runtime}",

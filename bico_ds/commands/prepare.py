@@ -192,7 +192,7 @@ def prepare_replay(options: Namespace) -> None:
 
 def prepare_teacher(options: Namespace) -> None:
     """Store a model's distributions over the texts of stores; every rank of torchrun takes part."""
-    from bico_ds.config.schema import ModelSpec
+    from bico_ds.config.sections.model import ModelSpec
     from bico_ds.data.store import TokenStore
     from bico_ds.data.teacher.prepare import TextCut, find_tasks, prepare_parts
     from bico_ds.data.tokenizer import load_tokenizer

@@ -12,7 +12,7 @@ from bico_ds.common.json_files import JsonError, read_object
 from bico_ds.config.layers import merge_mappings
 from bico_ds.config.paths import LocalPath
 from bico_ds.config.resources import DS_CONFIGS
-from bico_ds.config.schema import DeepSpeedSpec, find_deepspeed_paths
+from bico_ds.config.sections.deepspeed import DeepSpeedSpec, find_deepspeed_paths
 
 
 def load_ds_config(written: LocalPath) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from transformers.initialization import no_init_weights
 from bico_ds.common.errors import UserError, did_you_mean
 from bico_ds.config.bounds import Bound
 from bico_ds.config.paths import FolderOrHub
-from bico_ds.config.schema import ModelSpec
+from bico_ds.config.sections.model import ModelSpec
 from bico_ds.model.config_values import check_shapes, check_values
 from bico_ds.model.families import FAMILIES, family_of
 from bico_ds.model.model_folder import CONFIG, one_line, read_config, readable

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from bico_ds.batch import PackedBatch
 from bico_ds.common.errors import UserError
-from bico_ds.config.schema import ModelSpec
+from bico_ds.config.sections.model import ModelSpec
 from bico_ds.model.architecture import meta_model, model_config
 from bico_ds.model.elementwise_kernels import kernels_for
 from bico_ds.model.head import Comparison, Losses, swap_head

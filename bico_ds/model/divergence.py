@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bico_ds.batch import TeacherRows
-from bico_ds.config.schema import LOW_PRECISION_CHUNKS
+from bico_ds.config.sections.model import LOW_PRECISION_CHUNKS
 
 # Of what the stored tokens of a row leave of 1: less is the rounding of their sum in fp32.
 _LEAST_REST = 1e-6

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from bico_ds.batch import TeacherRows
-from bico_ds.config.schema import LOW_PRECISION_CHUNKS
+from bico_ds.config.sections.model import LOW_PRECISION_CHUNKS
 from bico_ds.model.divergence import divergence_from_hidden, divergence_from_stored
 from bico_ds.model.head_softmax import HeadSoftmax, head_softmax
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bico_ds.common.errors import UserError, did_you_mean
-from bico_ds.config.schema import LoraSpec
+from bico_ds.config.sections.model import LoraSpec
 from bico_ds.model.weights.initialize import named_generator
 from bico_ds.model.weights.materialize import WeightSource
 

@@ -9,7 +9,7 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
 from bico_ds.common.errors import UserError, did_you_mean
-from bico_ds.config.schema import OptimizerSpec
+from bico_ds.config.sections.optimizer import OptimizerSpec
 
 # Parameters that DeepSpeed takes out of `optimizer.params`, to choose among its Adams and torch's.
 _CHOOSE_ADAM = ("torch_adam", "adam_w_mode")

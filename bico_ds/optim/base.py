@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch.optim import Optimizer
 
-from bico_ds.config.schema import OptimizerSpec
+from bico_ds.config.sections.optimizer import OptimizerSpec
 
 
 class OptimizerKind(Protocol):

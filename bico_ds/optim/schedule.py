@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 
 from bico_ds.common.errors import UserError
-from bico_ds.config.schema import OptimizerSpec, ScheduleSpec
+from bico_ds.config.sections.optimizer import OptimizerSpec, ScheduleSpec
 from bico_ds.optim.table import kind_of
 
 # transformers' name and its name for the floor; its `linear` knows none

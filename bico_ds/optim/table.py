@@ -1,7 +1,7 @@
 """The optimizers that a run can have, found by the recipe's section, by DeepSpeed's name, or by what runs.
 
-To add one: its bytes in `config/optimizers.py`, its keys in `config/schema.py`, a file beside this one with a class that
-fulfils `OptimizerKind`, and its place in `OPTIMIZERS`.
+To add one: its bytes in `config/optimizers.py`, its keys in `config/sections/optimizer.py`, a file beside this one with a
+class that fulfils `OptimizerKind`, and its place in `OPTIMIZERS`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch.optim import Optimizer
 
 from bico_ds.common.errors import UserError, did_you_mean
-from bico_ds.config.schema import OptimizerSpec
+from bico_ds.config.sections.optimizer import OptimizerSpec
 from bico_ds.optim.adamw import AdamW
 from bico_ds.optim.base import OptimizerKind
 

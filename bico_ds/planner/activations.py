@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bico_ds.config.schema import LOW_PRECISION_CHUNKS, ModelSpec
+from bico_ds.config.sections.model import LOW_PRECISION_CHUNKS, ModelSpec
 from bico_ds.planner.architecture import Architecture
 from bico_ds.planner.items import Item
 from bico_ds.planner.ranges import Range

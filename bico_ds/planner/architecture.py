@@ -15,7 +15,7 @@ from typing import Any
 from bico_ds.common.errors import UserError, did_you_mean
 from bico_ds.common.json_files import JsonError, read_object
 from bico_ds.config.model_sizes import SIZES
-from bico_ds.config.schema import LoraSpec, ModelSpec
+from bico_ds.config.sections.model import LoraSpec, ModelSpec
 
 # What transformers takes where a config leaves a key out, by model type.
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {

@@ -16,7 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bico_ds.config.batch_size import micro_batches_per_rank
-from bico_ds.config.schema import ModelSpec, Recipe
+from bico_ds.config.schema import Recipe
+from bico_ds.config.sections.model import ModelSpec
 from bico_ds.planner.architecture import Architecture
 from bico_ds.planner.deployment import ELEMENT_BYTES, Deployment, Zero
 from bico_ds.planner.ranges import Range

@@ -8,7 +8,8 @@ from itertools import chain
 
 from bico_ds.config.paths import LocalPath
 from bico_ds.config.resources import DS_CONFIGS
-from bico_ds.config.schema import LoraSpec, Recipe
+from bico_ds.config.schema import Recipe
+from bico_ds.config.sections.model import LoraSpec
 from bico_ds.planner.items import Item
 from bico_ds.planner.memory import device_memory
 from bico_ds.planner.plan import Plan

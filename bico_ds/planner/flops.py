@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from bico_ds.config.schema import LOW_PRECISION_CHUNKS, ModelSpec
+from bico_ds.config.sections.model import LOW_PRECISION_CHUNKS, ModelSpec
 from bico_ds.planner.architecture import Architecture, Linear
 from bico_ds.planner.compute.attention import Visits, expected_visits, part_of
 from bico_ds.planner.report.step_parts import StepPart

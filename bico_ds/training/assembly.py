@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,9 +17,10 @@ from bico_ds.common.errors import UserError
 from bico_ds.common.json_files import JsonError, read_object
 from bico_ds.config.objectives.table import numbers_in_kind, objective_names
 from bico_ds.config.paths import FolderOrHub
-from bico_ds.config.schema import ModelSpec, Recipe
+from bico_ds.config.schema import Recipe
 from bico_ds.config.section import STEPS
 from bico_ds.config.sections.keep_best import metrics_of, unknown_metric
+from bico_ds.config.sections.model import ModelSpec
 from bico_ds.data.exported_tokenizer import ExportedTokenizer, misreading
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.loading.sample_order import StreamSpec
@@ -171,7 +173,11 @@ def _limit_of_ids(recipe: Recipe, path: FolderOrHub, *, weights_needed: bool) ->
 
 def _is_models_own_tokenizer(recipe: Recipe) -> bool:
     """Whether the tokenizer is not one that stands in for that of a model which is not here."""
-    return recipe.model.tokenizer is not None or recipe.model.path is None or recipe.model.path.is_here()
+    if recipe.model.tokenizer is not None or recipe.model.path is None:
+        return True
+    with suppress(UserError):  # a variable that is not set here
+        return recipe.model.path.is_here()
+    return False
 
 
 def _check_ids(store: TokenStore, limit: int) -> None:

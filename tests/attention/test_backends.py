@@ -15,7 +15,7 @@ from bico_ds.attention import backends
 from bico_ds.attention.kernels.flash_attn3 import FlashAttn3
 from bico_ds.attention.kernels.flash_limits import flash3_refusal
 from bico_ds.attention.packed import packed_attention
-from bico_ds.config.schema import ModelSpec
+from bico_ds.config.sections.model import ModelSpec
 from tests import ROOT
 from tests.attention.attention_problems import make_problem, relative_errors
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from bico_ds.config.schema import ModelSpec
+from bico_ds.config.sections.model import ModelSpec
 from bico_ds.documents import Document, Documents
 from bico_ds.model.build import TrainableModel, build_model
 from bico_ds.objectives.base import BatchKey

@@ -15,7 +15,7 @@ from bico_ds.checkpoint import best, manifest
 from bico_ds.checkpoint.best import BestCheckpoint, BestKeeper
 from bico_ds.checkpoint.checkpointer import Checkpointer
 from bico_ds.common.errors import UserError
-from bico_ds.config.schema import CheckpointSpec
+from bico_ds.config.sections.checkpoint import CheckpointSpec
 from bico_ds.config.sections.keep_best import KeepBestSpec
 from bico_ds.runtime.distributed import Ranks
 from bico_ds.runtime.run_folder import RunFolder

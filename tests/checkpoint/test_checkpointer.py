@@ -11,7 +11,7 @@ import torch
 from bico_ds.checkpoint import manifest
 from bico_ds.checkpoint.checkpointer import Checkpointer
 from bico_ds.common.files import write_atomically
-from bico_ds.config.schema import CheckpointSpec
+from bico_ds.config.sections.checkpoint import CheckpointSpec
 from bico_ds.runtime.distributed import Ranks
 from bico_ds.runtime.lock import FencedError, read_lock
 from bico_ds.runtime.run_folder import RunFolder

@@ -60,7 +60,12 @@ def commands_in(folder: Path) -> Path:
 def submitted(monkeypatch, folder, capsys, *words):
     """(exit code, the script or None, stderr) of `submit` with these words, where there is no sbatch."""
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("PATH", f"{folder / 'none'}:/usr/bin:/bin")
+    commands = folder / "none"  # no sbatch, whatever this machine has
+    commands.mkdir(exist_ok=True)
+    for name in ("bash", "git"):
+        if (found := shutil.which(name)) is not None and not (commands / name).exists():
+            (commands / name).symlink_to(found)
+    monkeypatch.setenv("PATH", str(commands))
     given = [
         "--recipe",
         "tiny_base",
@@ -82,7 +87,7 @@ def run_script(folder: Path, script: Path, **changed):
     """Exit code and output of the script on a node."""
     commands = commands_in(folder)
     environment = os.environ | {
-        "PATH": f"{commands}:{os.environ['PATH']}", "CALLS": str(folder / "calls"), "RUN_FOLDER": str(folder / "run"),
+        "PATH": f"{commands}:/usr/bin:/bin", "CALLS": str(folder / "calls"), "RUN_FOLDER": str(folder / "run"),
         "SLURM_JOB_ID": "9", "SLURM_JOB_NODELIST": "n1", "SLURMD_NODENAME": "n1",
         "SLURM_SUBMIT_DIR": str(folder), **changed,
     }  # fmt: skip

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from bico_ds.checkpoint import best, manifest
 from bico_ds.checkpoint.best import BestCheckpoint
 from bico_ds.commands import export as export_hf
-from bico_ds.config.schema import LoraSpec
+from bico_ds.config.sections.model import LoraSpec
 from bico_ds.runtime.run_folder import RunFolder
 from tests import EARLIER_RUN
 

@@ -16,10 +16,11 @@ from bico_ds.config import arguments
 from bico_ds.config.bounds import Bound
 from bico_ds.config.load import load_recipe
 from bico_ds.config.objectives.table import KINDS
-from bico_ds.config.schema import OptimizerSpec, Recipe
+from bico_ds.config.schema import Recipe
 from bico_ds.config.section import Section
 from bico_ds.config.sections.data import DataSpec, SourceSpec
 from bico_ds.config.sections.evaluation import QuestionFileSpec, TextTaskSpec
+from bico_ds.config.sections.optimizer import OptimizerSpec
 from bico_ds.optim.schedule import check_schedule
 
 # Sections that must be there before a key in them can be set.

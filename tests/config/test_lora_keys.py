@@ -6,7 +6,7 @@ import pytest
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
-from bico_ds.config.schema import LoraSpec
+from bico_ds.config.sections.model import LoraSpec
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from bico_ds.common.errors import UserError
 from bico_ds.config import arguments
 from bico_ds.config.load import dump_recipe, load_recipe, recorded_recipe
 from bico_ds.config.paths import FolderOrHubName, LocalPath, WrittenPath
-from bico_ds.config.schema import ModelSpec, Recipe
+from bico_ds.config.schema import Recipe
+from bico_ds.config.sections.model import ModelSpec
 from tests import ROOT
 
 SOURCES = [p for folder in ("bico_ds", "launch", "tools") for p in sorted((ROOT / folder).rglob("*.py"))]

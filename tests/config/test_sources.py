@@ -181,7 +181,7 @@ def test_a_mistake_in_what_is_added_is_named_where_it_was_written(recipe_file):
 @pytest.mark.parametrize(
     ("task", "expected"),
     [
-        ("{kind: txt, name: a, file: a}", "questions, text (found 'txt') (did you mean 'text'?)"),
+        ("{kind: txt, name: a, file: a}", "questions, text, held_out (found 'txt') (did you mean 'text'?)"),
         ("{kind: text, name: a}", "evaluation.tasks.0: give exactly one of 'file' and 'store'"),
         (
             "{name: a, file: a, stop_if_above: 0.5}",

@@ -19,7 +19,7 @@ from bico_ds.attention.kernels.cpu_flash import CpuFlash
 from bico_ds.attention.layout import CPU_FUSED_POLICY, LayoutPolicy
 from bico_ds.batch import PackedBatch
 from bico_ds.config.objectives.table import read_spec
-from bico_ds.config.schema import ModelSpec
+from bico_ds.config.sections.model import ModelSpec
 from bico_ds.documents import Document, Documents
 from bico_ds.model.build import TrainableModel, build_model
 from bico_ds.objectives.base import BatchKey, Objective, TokenRoles, check_batch

@@ -12,7 +12,7 @@ import torch
 
 from bico_ds.attention.plan import build_plan
 from bico_ds.batch import ComparedRows, PackedBatch
-from bico_ds.config.schema import LoraSpec, ModelSpec
+from bico_ds.config.sections.model import LoraSpec, ModelSpec
 from bico_ds.config.sections.retention import RetentionSpec
 from bico_ds.model.build import TrainableModel, build_model
 from bico_ds.model.weights.checksums import base_fingerprint

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bico_ds.config.load import load_recipe
-from bico_ds.config.schema import LoraSpec, ModelSpec
+from bico_ds.config.sections.model import LoraSpec, ModelSpec
 from bico_ds.data.store import TokenStore
 from bico_ds.evaluation.held_out.loss import measure
 from bico_ds.evaluation.held_out.stores import HeldOutStore, read_held_out

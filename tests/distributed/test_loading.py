@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
 from bico_ds.config.optimizers import ADAMW
-from bico_ds.config.schema import LoraSpec, ModelSpec
+from bico_ds.config.sections.model import LoraSpec, ModelSpec
 from bico_ds.model.build import build_model
 from bico_ds.model.weights.adapter_folder import AdapterFolder
 from bico_ds.model.weights.blend import Blend

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from bico_ds.config.schema import ModelSpec
+from bico_ds.config.sections.model import ModelSpec
 from bico_ds.model.architecture import meta_model, model_config
 from bico_ds.model.build import build_model
 from bico_ds.model.weights.export_model import write_settings

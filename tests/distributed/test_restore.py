@@ -15,7 +15,8 @@ from bico_ds.checkpoint.resume import NotRestoredError, Resumption, manifest_hea
 from bico_ds.checkpoint.state_checksums import optimizer_steps, state_checksums
 from bico_ds.config.load import load_recipe
 from bico_ds.config.optimizers import ADAMW
-from bico_ds.config.schema import CheckpointSpec, LoraSpec, ModelSpec
+from bico_ds.config.sections.checkpoint import CheckpointSpec
+from bico_ds.config.sections.model import LoraSpec, ModelSpec
 from bico_ds.model.build import build_model
 from bico_ds.model.weights.checksums import base_fingerprint, slice_checksum
 from bico_ds.runtime.run_folder import RunFolder

@@ -18,7 +18,8 @@ from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.objectives.mlm_u import MlmUSpec
 from bico_ds.config.objectives.ntp import NtpSpec
-from bico_ds.config.schema import ModelSpec, Recipe
+from bico_ds.config.schema import Recipe
+from bico_ds.config.sections.model import ModelSpec
 from bico_ds.documents import Document, Documents
 from bico_ds.model.build import TrainableModel, build_model, check_rotary
 from bico_ds.objectives.base import BatchKey

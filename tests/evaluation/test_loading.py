@@ -11,8 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bico_ds.common.errors import UserError
-from bico_ds.config.schema import LoraSpec, ModelSpec
 from bico_ds.config.sections.data import FactsSpec
+from bico_ds.config.sections.model import LoraSpec, ModelSpec
 from bico_ds.data.exported_tokenizer import ExportedTokenizer
 from bico_ds.data.prepare.facts import write_facts
 from bico_ds.data.tokenizer import load_tokenizer

@@ -11,7 +11,7 @@ from transformers import AutoConfig, GenerationConfig, LlamaConfig
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
-from bico_ds.config.schema import ModelSpec
+from bico_ds.config.sections.model import ModelSpec
 from bico_ds.model.architecture import adopt_special_tokens, first_layers, id_list, meta_model, model_config
 from bico_ds.model.families import FAMILIES
 

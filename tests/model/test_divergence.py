@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from bico_ds.batch import TeacherRows
-from bico_ds.config.schema import LOW_PRECISION_CHUNKS
+from bico_ds.config.sections.model import LOW_PRECISION_CHUNKS
 from bico_ds.model.divergence import divergence_from_hidden, divergence_from_stored
 from bico_ds.model.head import Comparison, LossHead
 

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from bico_ds.attention.plan import build_plan
 from bico_ds.batch import PackedBatch
-from bico_ds.config.schema import ModelSpec
+from bico_ds.config.sections.model import ModelSpec
 from bico_ds.model import elementwise
 from bico_ds.model.build import TrainableModel, build_model
 from bico_ds.model.elementwise import add_rms_norm, rms_norm, swiglu

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 from bico_ds.common.traffic import Traffic, counting_traffic
-from bico_ds.config.schema import LOW_PRECISION_CHUNKS
+from bico_ds.config.sections.model import LOW_PRECISION_CHUNKS
 from bico_ds.model.head import chunked_cross_entropy
 from bico_ds.model.head_softmax import TritonSoftmax, head_softmax, head_softmax_fault, head_softmax_refusal
 from tests.attention.triton.interpreter import interpreted, needs_triton

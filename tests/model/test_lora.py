@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from bico_ds.attention.plan import build_plan
 from bico_ds.batch import PackedBatch
 from bico_ds.common.errors import UserError
-from bico_ds.config.schema import LoraSpec, ModelSpec
+from bico_ds.config.sections.model import LoraSpec, ModelSpec
 from bico_ds.model.build import TrainableModel, build_model
 from bico_ds.model.weights.checksums import base_fingerprint
 from bico_ds.model.weights.export_model import export_model

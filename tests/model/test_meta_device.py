@@ -22,7 +22,7 @@ from bico_ds.batch import PackedBatch
 from bico_ds.common.traffic import counting_traffic
 from bico_ds.config.load import load_recipe
 from bico_ds.config.objectives.table import KINDS, read_spec
-from bico_ds.config.schema import LoraSpec
+from bico_ds.config.sections.model import LoraSpec
 from bico_ds.documents import Document, Documents
 from bico_ds.model.build import TrainableModel, build_model
 from bico_ds.model.elementwise_kernels import without_kernels

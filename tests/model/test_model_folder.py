@@ -13,8 +13,8 @@ from transformers import LlamaConfig
 
 from bico_ds.commands.evaluate import main as evaluate
 from bico_ds.common.errors import UserError
-from bico_ds.config.schema import ModelSpec
 from bico_ds.config.sections.data import FactsSpec
+from bico_ds.config.sections.model import ModelSpec
 from bico_ds.data.exported_tokenizer import ExportedTokenizer
 from bico_ds.data.prepare.facts import write_facts
 from bico_ds.data.prepare.shards import hub_shards

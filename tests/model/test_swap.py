@@ -14,7 +14,7 @@ from bico_ds.attention.oracle import dense_attention
 from bico_ds.attention.plan import build_plan
 from bico_ds.batch import PackedBatch
 from bico_ds.common.errors import UserError
-from bico_ds.config.schema import ModelSpec
+from bico_ds.config.sections.model import ModelSpec
 from bico_ds.model.build import TrainableModel, build_model
 from bico_ds.model.families import FAMILIES
 

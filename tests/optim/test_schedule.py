@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import get_linear_schedule_with_warmup
 
-from bico_ds.config.schema import OptimizerSpec, ScheduleSpec
+from bico_ds.config.sections.optimizer import OptimizerSpec, ScheduleSpec
 from bico_ds.optim.schedule import build_scheduler, follow_recipe
 
 

@@ -16,7 +16,7 @@ from bico_ds.attention.kernels.aten_cuda import AtenCuda
 from bico_ds.attention.layout import build_layout
 from bico_ds.batch import PackedBatch
 from bico_ds.config.objectives.table import read_spec
-from bico_ds.config.schema import ModelSpec
+from bico_ds.config.sections.model import ModelSpec
 from bico_ds.documents import Document, Documents
 from bico_ds.model.build import TrainableModel
 from bico_ds.objectives.base import BatchKey, TokenRoles

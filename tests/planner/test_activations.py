@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from bico_ds.attention import tiles
 from bico_ds.attention.layout import CUDA_POLICY, TILES_POLICY
 from bico_ds.attention.plan import AttentionPlan
-from bico_ds.config.schema import LoraSpec, ModelSpec
+from bico_ds.config.sections.model import LoraSpec, ModelSpec
 from bico_ds.model.build import TrainableModel, build_model
 from bico_ds.model.head import LOW_PRECISION_CHUNKS
 from bico_ds.planner import activations

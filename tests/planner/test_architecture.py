@@ -10,7 +10,7 @@ import torch
 
 from bico_ds.common.errors import UserError
 from bico_ds.config.load import list_recipes, load_recipe
-from bico_ds.config.schema import LoraSpec, ModelSpec
+from bico_ds.config.sections.model import LoraSpec, ModelSpec
 from bico_ds.model.architecture import meta_model, model_config, parameter_count
 from bico_ds.model.families import FAMILIES
 from bico_ds.model.lora import add_lora

@@ -14,7 +14,7 @@ from bico_ds.attention.layout import build_layout
 from bico_ds.batch import PackedBatch
 from bico_ds.config.objectives.abi import AbiSpec
 from bico_ds.config.objectives.masks import MaskSpec
-from bico_ds.config.schema import ModelSpec
+from bico_ds.config.sections.model import ModelSpec
 from bico_ds.model.build import TrainableModel, build_model
 from bico_ds.model.elementwise_kernels import StatedKernels
 from bico_ds.native.library import native_refusal

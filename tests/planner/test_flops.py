@@ -22,7 +22,7 @@ from bico_ds.config.objectives.abi import AbiSpec
 from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.objectives.ntp import NtpSpec
-from bico_ds.config.schema import ModelSpec
+from bico_ds.config.sections.model import ModelSpec
 from bico_ds.model.build import TrainableModel, build_model
 from bico_ds.native.library import native_refusal
 from bico_ds.objectives.abi import BlankInfilling

@@ -10,7 +10,8 @@ from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerSwapper
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from bico_ds.config.load import load_recipe
-from bico_ds.config.schema import LoraSpec, ModelSpec, Recipe
+from bico_ds.config.schema import Recipe
+from bico_ds.config.sections.model import LoraSpec, ModelSpec
 from bico_ds.model.architecture import meta_model, model_config
 from bico_ds.model.families import FAMILIES
 from bico_ds.model.lora import add_lora

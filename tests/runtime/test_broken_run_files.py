@@ -23,7 +23,7 @@ from bico_ds.commands.slurm import status as command
 from bico_ds.commands.slurm.status import make_table
 from bico_ds.common.errors import RunError, UserError
 from bico_ds.config.load import dump_recipe
-from bico_ds.config.schema import CheckpointSpec
+from bico_ds.config.sections.checkpoint import CheckpointSpec
 from bico_ds.runtime import lock
 from bico_ds.runtime.lock import FencedError, living_locks, read_lock
 from bico_ds.runtime.run_folder import RunFolder, read_state

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import this_checkout  # noqa: F401  first on sys.path
 
 from bico_ds.config.load import load_recipe
-from bico_ds.config.schema import LoraSpec, Recipe
+from bico_ds.config.schema import Recipe
+from bico_ds.config.sections.model import LoraSpec
 from bico_ds.planner.architecture import Architecture, Linear, read_architecture
 from bico_ds.planner.devices import DEVICES, GIB, Device
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bico_ds.batch import PackedBatch
-from bico_ds.config.schema import ModelSpec
+from bico_ds.config.sections.model import ModelSpec
 from bico_ds.planner.architecture import read_architecture
 from bico_ds.planner.flops import useful_flops
 

@@ -36,7 +36,7 @@ from bico_ds.config.objectives.bico import BicoSpec
 from bico_ds.config.objectives.masks import MaskSpec
 from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.resources import RECIPES
-from bico_ds.config.schema import ModelSpec
+from bico_ds.config.sections.model import ModelSpec
 from bico_ds.documents import Document, Documents
 from bico_ds.model import build, head
 from bico_ds.model.build import TrainableModel, build_model

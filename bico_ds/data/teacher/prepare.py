@@ -27,7 +27,7 @@ from bico_ds.common.errors import UserError
 from bico_ds.common.files import atomic_file, checksum, flush_folder, publish_folder, sync, write_atomically
 from bico_ds.common.progress import Progress
 from bico_ds.config.objectives.ntp import NtpSpec
-from bico_ds.config.schema import ModelSpec
+from bico_ds.config.sections.model import ModelSpec
 from bico_ds.data.loading.sequences import Overlong, Sequences, cut_store
 from bico_ds.data.prepare.output_folder import refuse_output, work_folder, work_of
 from bico_ds.data.store import TokenStore

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from bico_ds.common.errors import UserError
 from bico_ds.common.json_files import JsonError, read_object
 from bico_ds.config.paths import FolderOrHub, FolderOrHubName
-from bico_ds.config.schema import ModelSpec
+from bico_ds.config.sections.model import ModelSpec
 from bico_ds.model.lora import is_adapter, merge_adapters, peft_config
 from bico_ds.model.weights.checkpoint_weights import PREFIX
 from bico_ds.model.weights.checksums import fingerprint_of, slice_checksum

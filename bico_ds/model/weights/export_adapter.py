@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import atomic_folder
-from bico_ds.config.schema import ModelSpec
+from bico_ds.config.sections.model import ModelSpec
 from bico_ds.model.architecture import ModelTokenizer, adopt_special_tokens, id_list, meta_model
 from bico_ds.model.build import TrainableModel
 from bico_ds.model.lora import add_lora, is_adapter

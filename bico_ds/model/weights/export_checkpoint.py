@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import atomic_folder
-from bico_ds.config.schema import ModelSpec
+from bico_ds.config.sections.model import ModelSpec
 from bico_ds.model.architecture import ModelTokenizer, adopt_special_tokens, meta_model, model_config
 from bico_ds.model.build import TrainableModel
 from bico_ds.model.lora import adapters_by_base_name, add_lora, base_name, is_adapter, merge_adapters

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from bico_ds.config.schema import ModelSpec
+from bico_ds.config.sections.model import ModelSpec
 from bico_ds.planner.report.step_parts import StepPart
 from bico_ds.planner.workload import MicroBatch
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from bico_ds.config.optimizers import ADAMW
-from bico_ds.config.schema import ModelSpec
+from bico_ds.config.sections.model import ModelSpec
 from bico_ds.planner.architecture import Architecture
 from bico_ds.planner.compute.attention import (
     DENSE_BIDIRECTIONAL,

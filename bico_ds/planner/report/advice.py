@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from bico_ds.config.resources import DS_CONFIGS
-from bico_ds.config.schema import LOW_PRECISION_CHUNKS
+from bico_ds.config.sections.model import LOW_PRECISION_CHUNKS
 from bico_ds.planner.decisions import with_ds_config, with_values
 from bico_ds.planner.flops import head_repeats_logits
 from bico_ds.planner.plan import Plan

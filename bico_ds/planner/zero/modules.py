@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from bico_ds.config.schema import LoraSpec
+from bico_ds.config.sections.model import LoraSpec
 from bico_ds.planner.architecture import Architecture, Linear
 
 

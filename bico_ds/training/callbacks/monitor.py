@@ -14,7 +14,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 
 from bico_ds.common.appended_file import AppendedFile
 from bico_ds.common.files import write_atomically
-from bico_ds.config.schema import MonitorSpec
+from bico_ds.config.sections.monitor import MonitorSpec
 from bico_ds.model.deepspeed_engine import EventWriter
 from bico_ds.planner.ranges import Range
 from bico_ds.runtime.run_folder import RunFolder, split_metrics

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bico_ds.config.schema import ModelSpec
+from bico_ds.config.sections.model import ModelSpec
 from bico_ds.planner.architecture import Architecture
 from bico_ds.planner.flops import useful_flops
 from bico_ds.planner.plan import Plan

@@ -15,8 +15,8 @@ from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
 from bico_ds.config.objectives.ntp import NtpSpec
 from bico_ds.config.paths import FolderOrHubName
-from bico_ds.config.schema import ModelSpec
 from bico_ds.config.sections.data import DataSpec, SourceSpec
+from bico_ds.config.sections.model import ModelSpec
 from bico_ds.config.sections.retention import RetentionSpec
 from bico_ds.data.loading.loader import ElasticLoader, RankShare
 from bico_ds.data.loading.sample_order import StreamSpec

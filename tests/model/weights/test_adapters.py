@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from bico_ds.common.errors import UserError
-from bico_ds.config.schema import LoraSpec, ModelSpec
+from bico_ds.config.sections.model import LoraSpec, ModelSpec
 from bico_ds.model.build import TrainableModel, build_model
 from bico_ds.model.weights.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFolder
 from bico_ds.model.weights.export_adapter import export_adapter

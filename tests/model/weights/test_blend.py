@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bico_ds.common.errors import UserError
-from bico_ds.config.schema import LoraSpec, ModelSpec
+from bico_ds.config.sections.model import LoraSpec, ModelSpec
 from bico_ds.model.build import TrainableModel, build_model
 from bico_ds.model.weights import shards
 from bico_ds.model.weights.blend import Blend

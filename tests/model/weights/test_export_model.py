@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from bico_ds.common.errors import UserError
-from bico_ds.config.schema import ModelSpec
+from bico_ds.config.sections.model import ModelSpec
 from bico_ds.data.exported_tokenizer import ExportedTokenizer
 from bico_ds.data.tokenizer import load_tokenizer
 from bico_ds.model.architecture import adopt_special_tokens, model_config

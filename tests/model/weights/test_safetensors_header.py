@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from bico_ds.common.errors import UserError
-from bico_ds.config.schema import ModelSpec
+from bico_ds.config.sections.model import ModelSpec
 from bico_ds.model.build import build_model
 from bico_ds.model.weights.load import weight_files
 from bico_ds.model.weights.safetensors_header import StoredTensor, read_header

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from bico_ds.config.schema import ModelSpec
+from bico_ds.config.sections.model import ModelSpec
 from bico_ds.data.exported_tokenizer import ExportedTokenizer
 from bico_ds.data.tokenizer import load_tokenizer
 from bico_ds.model.architecture import adopt_special_tokens

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -51,6 +50,7 @@ from bico_ds.evaluation.scoring.metrics import metrics_of as answer_metrics
 from bico_ds.evaluation.tasks.of_recipe import check_questions, tasks_of_recipe
 from bico_ds.evaluation.tasks.task import Task
 from bico_ds.model.architecture import adopt_special_tokens, check_vocabulary, id_list, with_own_config
+from bico_ds.model.weights.export_checkpoint import start_folder
 from bico_ds.model.weights.load import weight_files
 from bico_ds.objectives.base import TokenRoles
 from bico_ds.objectives.build import build_objectives
@@ -173,11 +173,8 @@ def _limit_of_ids(recipe: Recipe, path: FolderOrHub, *, weights_needed: bool) ->
 
 def _is_models_own_tokenizer(recipe: Recipe) -> bool:
     """Whether the tokenizer is not one that stands in for that of a model which is not here."""
-    if recipe.model.tokenizer is not None or recipe.model.path is None:
-        return True
-    with suppress(UserError):  # a variable that is not set here
-        return recipe.model.path.is_here()
-    return False
+    model = recipe.model
+    return model.tokenizer is not None or model.path is None or start_folder(model) is not None
 
 
 def _check_ids(store: TokenStore, limit: int) -> None:
@@ -389,9 +386,9 @@ def export_warnings(inputs: RunInputs, config: PretrainedConfig) -> list[str]:
 
 def _stops_of_export(recipe: Recipe, tokenizer: FastTokenizer, vocabulary: int) -> list[int]:
     """The ids at which generation from the run's export stops, as `adopt_special_tokens` decides."""
-    path, generation = recipe.model.path, GenerationConfig()
-    if path is not None and path.is_here():
-        generation = load_generation_config(path.here())
+    folder, generation = start_folder(recipe.model), GenerationConfig()
+    if folder is not None:
+        generation = load_generation_config(folder)
     adopt_special_tokens(
         ExportedTokenizer(tokenizer, None), PretrainedConfig.from_dict({"vocab_size": vocabulary}), generation
     )

@@ -57,7 +57,7 @@ def test_kinds_and_metrics_are_those_that_can_be_read_and_scored():
     ("entries", "expected"),
     [
         ("{kind: pair, name: a, file: x}", "evaluation.tasks.0.kind: must be one of pairs, parents, couplets, questions, "
-         "text (found 'pair') (did you mean 'pairs'?)"),
+         "text, held_out (found 'pair') (did you mean 'pairs'?)"),
         ("{kind: [pairs], name: a, file: x}", "evaluation.tasks.0.kind: must be one of pairs"),
         ("n2d, {kind: pairs, name: a}", "evaluation.tasks.1.file: this key is required"),
         ("{kind: pairs, name: a, file: x, metrik: exact}", "unknown key (did you mean 'metric'?); known keys here: kind, "

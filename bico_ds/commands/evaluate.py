@@ -68,7 +68,8 @@ def add_task_options(tasks: _ArgumentGroup) -> None:
         "--tasks-from",
         metavar="RECIPE",
         type=path_text,
-        help="ask what a recipe's evaluation.tasks ask during training, in the same way; a name in recipes/ or a YAML file",
+        help="ask and measure what a recipe's evaluation.tasks do during training, in the same way; a name in recipes/ or a "
+        "YAML file",
     )
     add_overrides_option(tasks)
     tasks.add_argument(

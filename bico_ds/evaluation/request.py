@@ -6,29 +6,37 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 from transformers import GenerationConfig
 
+from bico_ds.attention.backends import resolve
+from bico_ds.attention.layout import LayoutPolicy
 from bico_ds.common.errors import UserError
 from bico_ds.config.paths import FolderOrHub
 from bico_ds.config.schema import Recipe
 from bico_ds.data.exported_tokenizer import adds_bos
+from bico_ds.data.store import TokenStore
+from bico_ds.data.token_roles import token_roles
 from bico_ds.data.tokenizer import FastTokenizer, load_tokenizer
 from bico_ds.evaluation.agreement import agreement, answers_of_base
 from bico_ds.evaluation.contamination import TrainingTexts, apart, find_orders, open_training_texts
+from bico_ds.evaluation.held_out import loss as held_out_loss
+from bico_ds.evaluation.held_out.stores import HeldOutStore, check_held_out, read_held_out
 from bico_ds.evaluation.instructions import Instruction, read_instructions
 from bico_ds.evaluation.loading import (
     begins_with_bos,
+    config_at,
     load_for_evaluation,
     load_generation_config,
     load_tokenizer_and_context,
     weights_stamp,
 )
 from bico_ds.evaluation.prompt_progress import PromptProgress
+from bico_ds.evaluation.report.held_out import loss_table
 from bico_ds.evaluation.report.samples import sample_lines
 from bico_ds.evaluation.report.tables import (
     agreement_table,
@@ -57,7 +65,10 @@ from bico_ds.evaluation.scoring.share import PromptShare
 from bico_ds.evaluation.tasks.further_sets import READERS
 from bico_ds.evaluation.tasks.of_recipe import tasks_of_recipe
 from bico_ds.evaluation.tasks.task import Task, load_tasks
+from bico_ds.model.build import TrainableModel, as_trained
+from bico_ds.model.swap import check_attention
 from bico_ds.model.weights.adapter_folder import AdapterFolder
+from bico_ds.objectives.build import build_objectives
 
 _WINDOWS_PER_BATCH = 4  # a window of a retention text is long, and has logits of every token
 
@@ -157,6 +168,7 @@ def run_request(request: Request, share: PromptShare, console: Console) -> bool:
     window = _check_inputs(request, tasks, texts)
     instructions = _read_instructions(request)
     training_texts = open_training_texts(request.train, request.model)
+    held_out = _read_held_out(request, [store for store, _ in training_texts.stores], share)
     load = lru_cache(maxsize=1)(  # one model in memory at a time
         lambda path, option: load_for_evaluation(
             path, option=option, dtype=request.dtype, device=share.device
@@ -177,6 +189,7 @@ def run_request(request: Request, share: PromptShare, console: Console) -> bool:
             *_recipe_text_parts(request, share, recipe_texts, load),
             *_agreement_parts(request, counted, instructions, load, file),
             *(part for task in tasks for part in _task_parts(request, counted, task, load, file)),
+            *_held_out_parts(request, counted, held_out, load),
             *_contamination_parts(request, counted, tasks, training_texts, file),
         ]
         finished = file.run(parts, progress.begin_part)
@@ -229,6 +242,8 @@ def show_results(
             console.print(table)
     for name, text in results.get("texts", {}).items():
         plain(f"text {name}: perplexity {text['perplexity']:.2f} over {text['tokens']:,} tokens")
+    if "held_out" in results:
+        console.print(loss_table({"loss": EvaluationResult(tasks={}, held_out=results["held_out"])}))
     if "retention" in results:
         console.print(retention_table(results["retention"], before))
     if "agreement" in results:
@@ -415,6 +430,61 @@ def _recipe_text_parts(
             identity=text.identity,
             size=0,
             compute=partial(compute, text),
+        )
+
+
+def _read_held_out(request: Request, trained: Sequence[TokenStore], share: PromptShare) -> list[HeldOutStore]:
+    """The recipe's held-out stores, as its objectives read them; `trained`: the stores that --train names.
+
+    Raises `UserError` as `read_held_out` does, and for a model that has another attention than those that are trained.
+    """
+    recipe = request.recipe
+    if recipe is None or not recipe.evaluation.held_out:
+        return []
+    check_held_out(recipe, verify="once" if share.is_first else "structure")
+    config = config_at(request.model)
+    try:
+        check_attention(config, longest_document=recipe.data.capacity)
+    except UserError as error:
+        raise UserError(
+            f"--model {request.model}: held-out losses are measured with the attention of training: {error}"
+        ) from None
+    tokens = token_roles(request.tokenizer, vocabulary=config.vocab_size)
+    objectives = build_objectives(recipe.objectives, tokens)
+    return read_held_out(recipe, request.tokenizer, trained, objectives, vocabulary=config.vocab_size)
+
+
+def _held_out_parts(
+    request: Request, share: PromptShare, stores: Sequence[HeldOutStore], load: Load
+) -> Iterator[Part]:
+    """The loss of every held-out store, as during training.
+
+    They come after all that the model itself is asked, because it is changed in place: no memory is needed for a second one.
+    """
+    recipe = request.recipe
+
+    @cache
+    def trained() -> tuple[TrainableModel, LayoutPolicy | None]:
+        assert recipe is not None, "the stores are of its evaluation.tasks"
+        causal_lm, _ = load(request.model, "--model")
+        rows, longest = recipe.model.loss_chunk_rows, recipe.data.capacity
+        model = as_trained(causal_lm, longest_document=longest, loss_chunk_rows=rows)
+        head_dim = causal_lm.model.layers[0].self_attn.head_dim
+        backend = resolve("auto", causal_lm.dtype, head_dim, share.device)
+        return model, backend and backend.policy
+
+    def compute(store: HeldOutStore) -> dict[str, Any] | None:
+        model, policy = trained()
+        found = held_out_loss.measure(model, [store], share, policy)
+        return None if found is None else found[store.spec.name]
+
+    for store in stores:
+        yield Part(
+            section="held_out",
+            name=store.spec.name,
+            identity=_digest({name: batches.identity for name, batches in store.batches.items()}),
+            size=sum(batches.count for batches in store.batches.values()),
+            compute=partial(compute, store),
         )
 
 

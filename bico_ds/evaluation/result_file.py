@@ -39,7 +39,7 @@ class ResultFile:
     """The JSON file at `path`.
 
     It holds `model`, `weights`, `identities`, and where asked for `tasks`, `training_texts`, `choice`, `retention`,
-    `retention_before`, `texts`, `agreement` and `base_answers`.
+    `retention_before`, `texts`, `held_out`, `agreement` and `base_answers`.
     Only the first rank reads and writes. Raises `UserError` on every rank where the file holds results of other weights,
     and on the first rank where it is no result file, or none can be written.
     """

@@ -205,7 +205,7 @@ def task_names(options: Namespace) -> tuple[str, ...]:
 
 def request_of(options: Namespace, named: FolderOrHubName) -> Any:
     from bico_ds.config.load import load_recipe
-    from bico_ds.evaluation.request import Request, asking_as
+    from bico_ds.evaluation.request.asked import Request, asking_as
     from bico_ds.evaluation.tasks.further_sets import READERS
 
     model = named.here()
@@ -245,7 +245,7 @@ def evaluate_model(options: Namespace, stop: StopFlag) -> bool:
     """Join the other ranks, if torchrun started any, and ask one model after the other. False: stopped before the end."""
     from bico_ds.evaluation.loading import check_model_folder
     from bico_ds.evaluation.report.tables import console_for_tables
-    from bico_ds.evaluation.request import run_request
+    from bico_ds.evaluation.request.run import run_request
     from bico_ds.evaluation.scoring.share import PromptShare
     from bico_ds.runtime.distributed import ranks_of_torchrun
 

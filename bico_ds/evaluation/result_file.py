@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -33,6 +34,11 @@ class Part:
     size: int
     compute: Compute
     is_current: Callable[[dict[str, Any]], bool] = lambda content: True
+
+
+def identity_of(*values: Any) -> str:
+    """A digest of JSON-able values, for a part that depends on them alone."""
+    return hashlib.sha256(json.dumps(values, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 class ResultFile:

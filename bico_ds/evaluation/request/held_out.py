@@ -60,7 +60,7 @@ def held_out_parts(
         model = as_trained(causal_lm, longest_document=longest, loss_chunk_rows=rows)
         head_dim = causal_lm.model.layers[0].self_attn.head_dim
         backend = resolve("auto", causal_lm.dtype, head_dim, share.device)
-        return model, backend and backend.policy
+        return model, None if backend is None else backend.policy
 
     def compute(store: HeldOutStore) -> dict[str, Any] | None:
         model, policy = trained()

@@ -68,7 +68,8 @@ def add_task_options(tasks: _ArgumentGroup) -> None:
         "--tasks-from",
         metavar="RECIPE",
         type=path_text,
-        help="ask what a recipe's evaluation.tasks ask during training, in the same way; a name in recipes/ or a YAML file",
+        help="ask and measure what a recipe's evaluation.tasks do during training, in the same way; a name in recipes/ or a "
+        "YAML file",
     )
     add_overrides_option(tasks)
     tasks.add_argument(
@@ -204,7 +205,7 @@ def task_names(options: Namespace) -> tuple[str, ...]:
 
 def request_of(options: Namespace, named: FolderOrHubName) -> Any:
     from bico_ds.config.load import load_recipe
-    from bico_ds.evaluation.request import Request, asking_as
+    from bico_ds.evaluation.request.asked import Request, asking_as
     from bico_ds.evaluation.tasks.further_sets import READERS
 
     model = named.here()
@@ -244,7 +245,7 @@ def evaluate_model(options: Namespace, stop: StopFlag) -> bool:
     """Join the other ranks, if torchrun started any, and ask one model after the other. False: stopped before the end."""
     from bico_ds.evaluation.loading import check_model_folder
     from bico_ds.evaluation.report.tables import console_for_tables
-    from bico_ds.evaluation.request import run_request
+    from bico_ds.evaluation.request.run import run_request
     from bico_ds.evaluation.scoring.share import PromptShare
     from bico_ds.runtime.distributed import ranks_of_torchrun
 

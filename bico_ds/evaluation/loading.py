@@ -110,7 +110,7 @@ def load_tokenizer_and_context(
     """
     check_model_folder(path, option)
     try:
-        config = _config(path)
+        config = config_at(path)
         tokenizer = load_tokenizer(path)
         check_vocabulary(
             config.vocab_size, needed_vocabulary(tokenizer, config.vocab_size), tokenizer=str(path)
@@ -120,7 +120,7 @@ def load_tokenizer_and_context(
     return tokenizer, getattr(config, "max_position_embeddings", None)
 
 
-def _config(path: FolderOrHub, where: str = "") -> PretrainedConfig:
+def config_at(path: FolderOrHub, where: str = "") -> PretrainedConfig:
     """The config at `path`, of any model that transformers has. Raises `UserError` where it makes no model."""
 
     def check(values: Mapping[str, Any]) -> None:
@@ -155,7 +155,7 @@ def load_generation_config(path: FolderOrHub) -> GenerationConfig:
 
     Raises `UserError` where it cannot be read.
     """
-    return read_generation_config(path, _config(path, f"{path}: "))
+    return read_generation_config(path, config_at(path, f"{path}: "))
 
 
 def weights_stamp(path: FolderOrHub) -> str:

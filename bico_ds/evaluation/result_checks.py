@@ -53,6 +53,8 @@ def check_losses(held_out: Any) -> None:
         for objective, found in _objects(f"held_out.{name}", losses):
             if not _number(found.get("loss")):
                 raise ValueError(f"held_out.{name}.{objective}.loss is no number")
+            if not _whole(found.get("targets", 0)):
+                raise ValueError(f"held_out.{name}.{objective}.targets is no whole number")
 
 
 def _objects(where: str, values: Any) -> list[tuple[str, dict[str, Any]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -35,11 +36,16 @@ class Part:
     is_current: Callable[[dict[str, Any]], bool] = lambda content: True
 
 
+def identity_of(*values: Any) -> str:
+    """A digest of JSON-able values, for a part that depends on them alone."""
+    return hashlib.sha256(json.dumps(values, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
 class ResultFile:
     """The JSON file at `path`.
 
     It holds `model`, `weights`, `identities`, and where asked for `tasks`, `training_texts`, `choice`, `retention`,
-    `retention_before`, `texts`, `agreement` and `base_answers`.
+    `retention_before`, `texts`, `held_out`, `agreement` and `base_answers`.
     Only the first rank reads and writes. Raises `UserError` on every rank where the file holds results of other weights,
     and on the first rank where it is no result file, or none can be written.
     """

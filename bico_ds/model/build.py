@@ -111,6 +111,19 @@ class TrainableModel(nn.Module):
         return normed_1TE[0]
 
 
+def as_trained(
+    causal_lm: PreTrainedModel, *, longest_document: int | None, loss_chunk_rows: int
+) -> TrainableModel:
+    """A Hugging Face causal LM that has its weights, changed in place, with the attention and loss of training.
+
+    The backend is the one that `auto` means. `longest_document`: as `swap_layers` takes it. Raises `UserError` where the
+    architecture is none that can be trained.
+    """
+    swap_layers(causal_lm, longest_document=longest_document)
+    swap_head(causal_lm, loss_chunk_rows)
+    return TrainableModel(causal_lm)
+
+
 def build_model(
     spec: ModelSpec,
     *,

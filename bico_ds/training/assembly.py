@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +30,12 @@ from bico_ds.data.reply_ends import unstopped_replies
 from bico_ds.data.store import TokenStore, Verify
 from bico_ds.data.teacher.opening import open_teachers
 from bico_ds.data.teacher.stored import StoredTeacher
+from bico_ds.data.token_roles import token_roles
 from bico_ds.data.tokenizer import (
     FastTokenizer,
     Tokenizer,
     load_tokenizer,
     needed_vocabulary,
-    special_ids,
-    text_ids,
     vocabulary_size,
 )
 from bico_ds.evaluation.held_out.stores import HeldOutStore, check_held_out, read_held_out
@@ -52,7 +50,6 @@ from bico_ds.evaluation.tasks.task import Task
 from bico_ds.model.architecture import adopt_special_tokens, check_vocabulary, id_list, with_own_config
 from bico_ds.model.weights.export_checkpoint import start_folder
 from bico_ds.model.weights.load import weight_files
-from bico_ds.objectives.base import TokenRoles
 from bico_ds.objectives.build import build_objectives
 from bico_ds.objectives.schedule import ObjectiveSchedule
 from bico_ds.planner.compute.shares import StepShares
@@ -253,7 +250,8 @@ def open_inputs(recipe: Recipe, *, weights_needed: bool = True) -> RunInputs:
             "data.sources: some texts begin with BOS and some do not; an evaluation cannot ask in both ways. "
             "Give all the same add_bos, or set evaluation.tasks=[]"
         )
-    tokens = _token_roles(recipe, tokenizer)
+    vocabulary = _model_value(recipe.model, "vocab_size") or vocabulary_size(tokenizer)
+    tokens = token_roles(tokenizer, vocabulary=vocabulary)
     objectives = build_objectives(recipe.objectives, tokens)
     schedule = ObjectiveSchedule(objectives, [spec.probability for spec in recipe.objectives], recipe.seed)
     inputs = RunInputs(
@@ -393,19 +391,6 @@ def _stops_of_export(recipe: Recipe, tokenizer: FastTokenizer, vocabulary: int) 
         ExportedTokenizer(tokenizer, None), PretrainedConfig.from_dict({"vocab_size": vocabulary}), generation
     )
     return id_list(generation.eos_token_id)
-
-
-def _token_roles(recipe: Recipe, tokenizer: Tokenizer) -> TokenRoles:
-    candidates = (tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
-    vocabulary = _model_value(recipe.model, "vocab_size") or vocabulary_size(tokenizer)
-    return TokenRoles(
-        special_ids=tuple(sorted(special_ids(tokenizer))),
-        placeholder_id=next(
-            (token for token in candidates if token is not None and token < vocabulary), None
-        ),
-        vocabulary=vocabulary,
-        encode=partial(text_ids, tokenizer),
-    )
 
 
 def _model_value(model: ModelSpec, key: str) -> int | None:

@@ -19,7 +19,8 @@ from bico_ds.commands.evaluate import main
 from bico_ds.common.errors import UserError
 from bico_ds.data.exported_tokenizer import ExportedTokenizer
 from bico_ds.evaluation.loading import load_for_evaluation
-from bico_ds.evaluation.request import Request, run_request
+from bico_ds.evaluation.request.asked import Request
+from bico_ds.evaluation.request.run import run_request
 from bico_ds.evaluation.results import load_result
 from bico_ds.evaluation.scoring.share import PromptShare
 from tests import ROOT

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,7 @@ from bico_ds.data.store import TokenStore
 from bico_ds.evaluation.results import load_result
 from bico_ds.runtime.run_folder import RunFolder
 from bico_ds.training.assembly import facts_folder, prepare_stores
-from tests.distributed.launching import exported_weights, metrics, train
+from tests.distributed.launching import ROOT, environment, exported_weights, metrics, train
 
 pytestmark = pytest.mark.distributed
 
@@ -79,6 +81,32 @@ def test_the_best_step_is_kept_and_exported_and_its_loss_is_hugging_face_s(runs)
     assert by_hugging_face(runs.whole / "export", runs.store) == pytest.approx(found.value, abs=1e-5)
     (file,) = (runs.whole / "evaluation").glob(f"*{found.step:06d}.json")
     assert load_result(file).held_out["mine"]["ntp"]["loss"] == found.value
+
+
+def test_the_command_gives_the_export_the_losses_of_the_run(runs, tmp_path):
+    """Of the step that was exported, under each objective, over the same targets, on two ranks."""
+    output = tmp_path / "result.json"
+    asked = [
+        "-m", "bico_ds.commands.evaluate", "--model", runs.whole / "export", "--tasks-from", runs.whole / "recipe.yaml",
+        "--output", output,
+    ]  # fmt: skip
+    shown = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *asked)
+    (file,) = (runs.whole / "evaluation").glob(f"*{best_of(runs.whole).step:06d}.json")
+    during, after = load_result(file).held_out["mine"], json.loads(output.read_text())["held_out"]["mine"]
+    assert list(after) == list(during) == ["ntp", "bico"]
+    for name, expected in during.items():
+        assert after[name]["loss"] == pytest.approx(expected["loss"], abs=1e-6), name
+        assert after[name]["targets"] == expected["targets"]
+        assert after[name]["identity"] == expected["identity"]
+        assert f"{expected['loss']:.4f}" in shown and f"{expected['targets']:,}" in shown
+
+
+def python(*words: object) -> str:
+    """What this command prints."""
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @torch.no_grad()

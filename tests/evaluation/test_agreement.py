@@ -16,7 +16,8 @@ from bico_ds.commands.evaluate import main
 from bico_ds.common.errors import UserError
 from bico_ds.evaluation.agreement import agreement, answers_of_base
 from bico_ds.evaluation.instructions import Instruction, read_instructions
-from bico_ds.evaluation.request import Request, run_request
+from bico_ds.evaluation.request.asked import Request
+from bico_ds.evaluation.request.run import run_request
 from bico_ds.evaluation.scoring.share import PromptShare
 
 NEW_TOKENS = 36

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from bico_ds.evaluation.request import _task_identity
+from bico_ds.evaluation.request.questions import _task_identity
 from bico_ds.evaluation.results import EvaluationResult, TaskResult
 from bico_ds.evaluation.tasks.task import Question, Task
 

@@ -49,9 +49,10 @@ def read_held_out(
 ) -> list[HeldOutStore]:
     """The recipe's held-out stores as each of its objectives reads them, and NTP.
 
-    `stores`: those that are trained on. `objectives`: the run's. `vocabulary`: ids that the model embeds. Raises `UserError`
-    as `check_held_out` does, for a store of another tokenizer, with the content of one in `stores`, whose texts begin with
-    BOS where none in `stores` does or the other way round, and for one of which an objective has nothing to predict.
+    `stores`: those that are trained on, as far as they are known. `objectives`: the run's. `vocabulary`: ids that the model
+    embeds. Raises `UserError` as `check_held_out` does, for a store of another tokenizer, with the content of one in
+    `stores`, whose texts begin with BOS where none in `stores` does or the other way round, and for one of which an
+    objective has nothing to predict.
     """
     draws = dict(zip([o.name for o in objectives], numbers_in_kind(recipe.objectives), strict=True))
     by_name = {objective.name: objective for objective in objectives}
@@ -111,7 +112,7 @@ def _check_store(
         raise UserError(f"{key}: {error}") from error
     if store.fingerprint in {other.fingerprint for other in trained}:
         raise _is_trained_on(key, spec)
-    if store.manifest.add_bos not in {other.manifest.add_bos for other in trained}:
+    if trained and store.manifest.add_bos not in {other.manifest.add_bos for other in trained}:
         begins, others = ("begin", "do not") if store.manifest.add_bos else ("do not begin", "do")
         raise UserError(
             f"{key}: the texts of '{store.path}' {begins} with BOS, and those that are trained on {others}: the losses "

@@ -17,6 +17,7 @@ from bico_ds.evaluation.report.groups.csv_file import write_csv
 from bico_ds.evaluation.report.groups.grouping import alone, group_remarks, grouped, members_of
 from bico_ds.evaluation.report.groups.scores import GroupScores
 from bico_ds.evaluation.report.groups.tables import group_markdown, group_tables
+from bico_ds.evaluation.report.held_out import has_losses, loss_markdown, loss_remarks, loss_table
 from bico_ds.evaluation.report.metric_keys import chosen_metric, less_is_better
 from bico_ds.evaluation.report.paired import Difference, paired_differences, same_prompts
 from bico_ds.evaluation.report.runs import ComparedRun, Work, labels_of, load_run
@@ -224,6 +225,8 @@ def _show(
         console.print(work_table(work))
     if any(result.training_texts for result in results.values()):
         console.print(contamination_table(results))
+    if has_losses(results):
+        console.print(loss_table(results))
     for label, found in differences.items():
         if found:
             console.print(difference_table(found, of=label, minus=first))
@@ -252,6 +255,8 @@ def _sections(
         sections.append(work_markdown(work))
     if any(result.training_texts for result in results.values()):
         sections.append(contamination_markdown(results))
+    if has_losses(results):
+        sections.append(loss_markdown(results))
     sections += [
         difference_markdown(found, of=label, minus=first) for label, found in differences.items() if found
     ]
@@ -278,6 +283,7 @@ def remarks(runs: Sequence[ComparedRun]) -> Iterator[str]:
                     f"{name}: up to {ours.new_tokens} new tokens in {first.label}, {theirs.new_tokens} in "
                     f"{run.label}: the longer an answer, the more it can contain"
                 )
+        yield from loss_remarks((first.label, first.final), (run.label, run.final))
 
 
 def _is_ascii(result: TaskResult) -> bool:

@@ -35,8 +35,8 @@ WORK_COLUMNS = (
     "seconds",
 )
 # All other columns are figures. The cells of the first kind have blanks, or are names of any length.
-_TEXT_COLUMNS = ("run", "measure", "model", "text")
-_WORD_COLUMNS = ("task", "metric", "in the training texts", "on the frontier")
+_TEXT_COLUMNS = ("run", "measure", "model", "text", "store")
+_WORD_COLUMNS = ("task", "metric", "objective", "in the training texts", "on the frontier")
 _PIPE_COLUMNS = 200
 
 
@@ -48,7 +48,7 @@ def console_for_tables() -> Console:
 def result_table(results: Mapping[str, EvaluationResult], *, title: str = "Reversal tasks") -> FittingTable:
     """The headline metric of every task with its 95 % interval, one column per model."""
     lines = _lines(results)
-    return _score_table(("task", "metric"), results, ("floor", "prompts"), lines, title=title)
+    return score_table(("task", "metric"), results, ("floor", "prompts"), lines, title=title)
 
 
 def result_markdown(results: Mapping[str, EvaluationResult]) -> str:
@@ -61,7 +61,7 @@ def result_markdown(results: Mapping[str, EvaluationResult]) -> str:
 
 def contamination_table(results: Mapping[str, EvaluationResult]) -> FittingTable:
     """The headline metric by what the training texts hold of the questions, one column per model."""
-    return _score_table(
+    return score_table(
         ("task", "in the training texts", "metric"), results, ("prompts",), contamination_lines(results),
         title="By the order in the training texts",
         caption="same: what is asked about, then the answer; reverse: the answer first. Same and both are recall",
@@ -226,7 +226,7 @@ def _table(headers: Sequence[str], **options: Any) -> FittingTable:
     return table
 
 
-def _score_table(
+def score_table(
     before: Sequence[str],
     results: Mapping[str, EvaluationResult],
     after: Sequence[str],

@@ -14,7 +14,7 @@ from rich.console import Console
 from scipy import stats
 
 from bico_ds.common.errors import UserError
-from bico_ds.evaluation.report.comparison import _differences, _show, compare_runs, remarks
+from bico_ds.evaluation.report.comparison import View, _differences, _show, compare_runs, remarks
 from bico_ds.evaluation.report.frontier import panels
 from bico_ds.evaluation.report.paired import paired_differences
 from bico_ds.evaluation.report.runs import load_runs, logged_headline
@@ -207,6 +207,35 @@ def test_other_prompts_and_other_lengths_are_reported_and_never_paired(tmp_path)
     assert "not the same prompts" in (tmp_path / "out" / "comparison.md").read_text()
 
 
+def test_held_out_losses_stand_side_by_side_are_sorted_by_and_told_where_they_do_not_compare(tmp_path):
+    paths = [_result(tmp_path / f"{name}.json", [0, 1, 1, 1, 0, 0]) for name in ("first", "second")]
+    losses = {"ntp": (3.25, 2.125, 0), "bico": (4.5, 4.75, 1)}
+    for path, number in zip(paths, (0, 1), strict=True):
+        found = {
+            name: {
+                "loss": values[number],
+                "targets": 1200 + number,
+                "identity": f"{name} {number * values[2]}",
+            }
+            for name, values in losses.items()
+        }
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"held_out": {"mine": found}}))
+    first, second = load_runs(paths)
+    assert (first.numbers["held_out/mine/ntp"], second.numbers["held_out/mine/ntp"]) == (3.25, 2.125)
+    out = io.StringIO()
+    view = View(sort="held_out/mine/ntp")
+    compare_runs(paths, output=tmp_path / "out", view=view, console=Console(file=out, width=160))
+    page = (tmp_path / "out" / "comparison.md").read_text()
+    assert "| mine | ntp | 2.1250 | 3.2500 | 1,201 / 1,200 |" in page, "the best first"
+    assert "2.1250" in out.getvalue() and "Held-out loss" in out.getvalue()
+    for shown in (page, out.getvalue()):
+        assert (
+            "held-out store mine, bico: other texts, or cut or masked otherwise, in second than in first"
+            in shown
+        )
+        assert "held-out store mine, ntp: other" not in shown
+
+
 def test_texts_beyond_ascii_that_other_rules_have_scored_are_reported(tmp_path):
     def result(name: str, prediction: str, **version: int) -> Path:
         prompt = {"prompt": "q", "answer": " x", "prediction": prediction, "group": "a", "contains": 1.0}
@@ -316,6 +345,7 @@ def test_any_damage_of_a_result_file_is_a_user_error_or_a_comparison(tmp_path):
     values["texts"] = {"prose": {"perplexity": 9.0, "times": 2.0}}
     scores = {"metrics": {"contains": 0.5}, "intervals": {"contains": [0.0, 1.0]}, "prompts": 6}
     values["training_texts"] = {"n2d": {"scores": {"same": scores}, "rows": []}}
+    values["held_out"] = {"mine": {"ntp": {"loss": 2.5, "targets": 1000, "identity": "a"}}}
     whole.write_text(json.dumps(values))
     bico = tmp_path / "bico.json"
     console = Console(file=io.StringIO(), width=80)

@@ -7,16 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from bico_ds.evaluation.report.metric_keys import numbers_of_line
 from bico_ds.evaluation.report.page.chart import Chart, Curve, Point, draw, legend
 from bico_ds.evaluation.report.page.html import Html, details, element, section, table
 from bico_ds.evaluation.report.page.numbers import compact, percent
 from bico_ds.evaluation.report.page.scores import figure_of, task_names
-from bico_ds.evaluation.report.page.source import ReportedRun, Series
+from bico_ds.evaluation.report.page.source import LARGEST, ReportedRun, Series
 from bico_ds.evaluation.report.wording import WORDINGS, title_of
 
 MOST_POINTS = 200  # of a curve; of more, means are drawn
 _MOST_ROWS = 15
-_LOSS = "loss/"
+_LOSS, _HELD_OUT = "loss/", "held_out/"
 
 
 def score_curves(runs: Sequence[ReportedRun]) -> Html | None:
@@ -124,21 +125,95 @@ def _loss_panel(runs: Sequence[ReportedRun], key: str, number: int) -> Html:
             most = max(most, merged)
     name = key.removeprefix(_LOSS)
     title = {"all": "all steps", "divergence": "divergence from the start model"}.get(name, name)
+    caption = f"Each point is the mean of {most} logged values." if most > 1 else None
+    return _loss_figure(f"loss-{number}", f"Loss, {title}", title, curves, caption=caption)
+
+
+def _loss_figure(
+    identifier: str,
+    name: str,
+    heading: str,
+    curves: Sequence[Curve],
+    *,
+    caption: str | None = None,
+    written: Callable[[float], str] = compact,
+) -> Html:
     chart = Chart(
-        identifier=f"loss-{number}",
-        title=f"Loss, {title}",
-        summary=_summary(curves, compact),
+        identifier=identifier,
+        title=name,
+        summary=_summary(curves, written),
         x_name="optimizer step",
         curves=curves,
     )
-    caption = f"Each point is the mean of {most} logged values." if most > 1 else None
     return element(
         "figure",
-        element("h3", title),
+        element("h3", heading),
         element("figcaption", caption) if caption else None,
         draw(chart),
-        _data(f"Loss, {title}, by step", curves, compact),
+        _data(f"{name}, by step", curves, written),
     )
+
+
+def held_out_losses(runs: Sequence[ReportedRun]) -> Html | None:
+    """The losses of held-out stores by objective: those at the last evaluation, and a panel for each; None without one."""
+    found = [_held_out(run) for run in runs]
+    keys = list(dict.fromkeys(key for losses in found for key in losses))
+    if not keys:
+        return None
+    figures = []
+    for number, key in enumerate(keys):
+        curves = [
+            Curve(index, run.label, points)
+            for index, (run, losses) in enumerate(zip(runs, found, strict=True))
+            if len(points := losses.get(key, [])) > 1
+        ]
+        if curves:
+            store, _, objective = key.rpartition("/")
+            heading = f"{objective}, on {store}"
+            figures.append(
+                _loss_figure(
+                    f"held-out-{number}", f"Held-out loss, {heading}", heading, curves, written=_digits
+                )
+            )
+    rows = [(key, *(_digits(x[key][-1][1]) if key in x else "–" for x in found)) for key in keys]
+    return section(
+        "held-out",
+        "Held-out losses",
+        element(
+            "p",
+            "Mean loss in nats per predicted token of texts that are not trained on, by the same masks at every evaluation: "
+            "where it rises while the training loss falls, the model learns its texts by heart.",
+            class_="soft",
+        ),
+        legend([run.label if losses else "" for run, losses in zip(runs, found, strict=True)])
+        if figures
+        else None,
+        element("div", *figures, class_="panels") if figures else None,
+        table("Held-out loss at the last evaluation", ("store/objective", *(r.label for r in runs)), rows),
+    )
+
+
+def _digits(loss: float) -> str:
+    """Of a mean over thousands of targets more digits count than of one step's."""
+    return f"{loss:.4f}"
+
+
+def _held_out(run: ReportedRun) -> dict[str, list[Point]]:
+    """Steps and losses, by `STORE/OBJECTIVE`, in the order of steps; a result file has one loss, of no step."""
+    by_step: dict[str, dict[float, float]] = {}
+    for record in run.logged.of_kind("evaluation"):
+        for metric, loss in numbers_of_line(record).items():
+            by_step.setdefault(metric, {})[float(record["step"])] = loss
+    if run.folder is None:
+        by_step = {metric: {0.0: loss} for metric, loss in run.compared.numbers.items()}
+    shown = {
+        metric.removeprefix(_HELD_OUT): sorted(
+            (step, loss) for step, loss in losses.items() if abs(loss) < LARGEST
+        )
+        for metric, losses in by_step.items()
+        if metric.startswith(_HELD_OUT)
+    }
+    return {key: points for key, points in shown.items() if points}
 
 
 def thinned(series: Series) -> tuple[list[Point], int]:

@@ -31,7 +31,7 @@ Value = TypeVar("Value")
 
 # Keys of which curves or medians are shown. A run may have a hundred thousand lines of forty keys.
 _CURVES = ("loss/", "speed/", "memory/")
-_MOST_STEPS, _LARGEST = 1 << 53, 1e30  # what is larger is damage, and would be all that a curve shows
+_MOST_STEPS, LARGEST = 1 << 53, 1e30  # what is larger is damage, and would be all that a curve shows
 _MOST_FAULTS = 5  # of a run: damage of a disk may be in thousands of lines
 
 
@@ -62,7 +62,7 @@ class Logged:
         elif record.get("kind") == "train":
             self.last = record
             for key, value in record.items():
-                if key.startswith(_CURVES) and is_number(value) and abs(value) < _LARGEST:
+                if key.startswith(_CURVES) and is_number(value) and abs(value) < LARGEST:
                     series = self.series.setdefault(key, Series(array("q"), array("d")))
                     series.steps.append(step)
                     series.values.append(value)
@@ -113,7 +113,11 @@ def read_runs(paths: Sequence[Path]) -> list[ReportedRun]:
 
 def _read_file(path: Path, label: str) -> ReportedRun:
     values = read_result(path)
-    final = result_in(values, path) if "tasks" in values else EvaluationResult(tasks={})
+    final = (
+        result_in(values, path)
+        if "tasks" in values
+        else EvaluationResult(tasks={}, held_out=values.get("held_out", {}))
+    )
     return ReportedRun(
         label=label,
         path=path,

@@ -11,7 +11,7 @@ from bico_ds import __version__
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import write_atomically
 from bico_ds.evaluation.report.comparison import check_comparable
-from bico_ds.evaluation.report.page.curves import losses, score_curves
+from bico_ds.evaluation.report.page.curves import held_out_losses, losses, score_curves
 from bico_ds.evaluation.report.page.events import events
 from bico_ds.evaluation.report.page.html import Html, element, listed
 from bico_ds.evaluation.report.page.numbers import amount, in_words
@@ -40,6 +40,7 @@ _SECTIONS: dict[str, Callable[[Sequence[ReportedRun]], Html | None]] = {
     "Answers": sample_answers,
     "Retention": retention,
     "Losses": losses,
+    "Held-out losses": held_out_losses,
     "Settings": settings,
     "Speed": speed,
     "Events": events,

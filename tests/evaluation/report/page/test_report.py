@@ -124,6 +124,35 @@ def test_a_run_without_a_reversal_question_is_reported_with_its_losses(tmp_path)
     assert "Losses by objective" in said and "Every task" not in said and "Sample answers" not in said
 
 
+def test_held_out_losses_have_a_curve_and_the_last_ones_a_table_also_of_a_result_file(tmp_path):
+    run = run_folder(tmp_path / "a", scores_of(0.5))
+    # Step 200 was done again after a resume.
+    found = [(0, 5.5), (100, 4.25), (200, 9.75), (200, 3.5), (300, 3.625)]
+    lines = [
+        {"step": step, "kind": "evaluation", "evaluation/held_out/mine/ntp": loss,
+         "evaluation/held_out/mine/bico": bad, "evaluation/held_out/mine/once": 2.25 if step == 300 else None}
+        for (step, loss), bad in zip(found, (6.0, 1e300, "x", 1e999, 5.25), strict=True)
+    ]  # fmt: skip
+    with (run / "metrics.jsonl").open("a") as metrics:
+        metrics.writelines(json.dumps(line) + "\n" for line in lines)
+    losses = {"mine": {"ntp": {"loss": 2.875, "targets": 9, "identity": "x"}}}
+    file = tmp_path / "b.json"
+    file.write_text(json.dumps({"model": "b", "weights": "w", "identities": {}, "held_out": losses}))
+    html = write_report([run, file]).read_text(encoding="utf-8")
+    part = html.partition('id="held-out"')[2].partition("</section>")[0]
+    said = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", part))
+    assert re.findall(r"<h3>(.*?)</h3>", part) == ["ntp, on mine", "bico, on mine"], (
+        "of one step there is no curve"
+    )
+    assert (
+        "a: 5.5000 at step 0, 3.6250 at step 300." in said
+        and "a: 6.0000 at step 0, 5.2500 at step 300." in said
+    )
+    assert "0 5.5000 100 4.2500 200 3.5000 300 3.6250" in said and "9.75" not in said
+    assert "mine/ntp 3.6250 2.8750 mine/bico 5.2500 – mine/once 2.2500 –" in said
+    assert 'href="#held-out"' in html
+
+
 def test_a_run_that_failed_says_so_at_once(tmp_path):
     run = run_folder(tmp_path / "a", scores_of(0.5))
     state = json.loads((run / "state.json").read_text())

@@ -23,7 +23,7 @@ GROUPS = {
     "models and data": {
         "fetch-model": "fetch_model",
         "import-gguf": "import_gguf",
-        "prepare": "prepare",
+        "prepare": "prepare.command",
         "search-split": "search_split",
         "inspect": "show.inspect_batch",
     },

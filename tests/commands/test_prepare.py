@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from bico_ds.commands.prepare import _times, main
+from bico_ds.commands.prepare.command import main
+from bico_ds.commands.prepare.texts import _times
 from bico_ds.data.prepare import ingest as ingest_module
 from bico_ds.data.prepare.ingest import IngestFailure
 from tests import ROOT

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from bico_ds.commands.prepare import main
+from bico_ds.commands.prepare.command import main
 from tests.distributed.launching import metrics, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]

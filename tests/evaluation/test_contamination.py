@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bico_ds.commands.evaluate import main
-from bico_ds.commands.prepare import main as prepare
+from bico_ds.commands.prepare.command import main as prepare
 from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
 from bico_ds.config.sections.data import DataSpec, FactsSpec, SourceSpec

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bico_ds.commands.prepare import main as prepare
+from bico_ds.commands.prepare.command import main as prepare
 from bico_ds.commands.search_split import split
 from bico_ds.common.errors import UserError
 from bico_ds.config.sections.data import Derive

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from bico_ds.commands.prepare import main
+from bico_ds.commands.prepare.command import main
 from bico_ds.common.errors import UserError
 from bico_ds.data.replay.sampled_store import SampleShare, SampleSpec, sample_store, start_token
 from bico_ds.data.replay.sampling import sample_texts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -386,7 +387,8 @@ def _stops_of_export(recipe: Recipe, tokenizer: FastTokenizer, vocabulary: int) 
     """The ids at which generation from the run's export stops, as `adopt_special_tokens` decides."""
     folder, generation = start_folder(recipe.model), GenerationConfig()
     if folder is not None:
-        generation = load_generation_config(folder)
+        with suppress(UserError):  # a config that makes no model is refused where the model is built
+            generation = load_generation_config(folder)
     adopt_special_tokens(
         ExportedTokenizer(tokenizer, None), PretrainedConfig.from_dict({"vocab_size": vocabulary}), generation
     )

@@ -14,8 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from bico_ds.attention.backends import resolve
 from bico_ds.commands.evaluate import main
 from bico_ds.config.load import dump_recipe, load_recipe
-from bico_ds.config.schema import LoraSpec, ModelSpec
 from bico_ds.config.sections.data import FactsSpec
+from bico_ds.config.sections.model import LoraSpec, ModelSpec
 from bico_ds.data.exported_tokenizer import ExportedTokenizer
 from bico_ds.data.prepare.facts import write_facts
 from bico_ds.data.tokenizer import load_tokenizer

@@ -228,7 +228,7 @@ def test_a_bad_line_ends_without_a_traceback(tmp_path: Path) -> None:
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines()[-1].startswith("error: no tokenizer at 'absent'")
+    assert done.stderr.startswith("error: no tokenizer at 'absent'")
 
 
 def test_a_store_keeps_where_its_texts_are_from_and_is_the_same_store_without(command, tmp_path, capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from argparse import ArgumentParser, Namespace, _ArgumentGroup, _SubParsersAction
 from typing import get_args
@@ -27,9 +26,6 @@ def prepare_texts(options: Namespace) -> None:
     # Before the input is read.
     refuse_output(output, force=options.force)
     shards, passed_over = _input(options)
-    files = {shard.path: shard.size for shard in shards}
-    size = f"{sum(files.values()) / 1e6:,.1f} MB in {len(files):,} file{'s' * (len(files) != 1)}"
-    print(f"input: {size}; starting to tokenize …", file=sys.stderr, flush=True)
     report = ingest(
         shards,
         _options(options),

@@ -82,6 +82,7 @@ def ingest(
         refuse_output(output, force=force)  # another process may have finished it while this one waited
         parts = _name_parts(work, shards, spec)
         _remove_leftovers(work, parts, shown)
+        shown.print(f"input: {_size(shards)}; starting to tokenize …")
         try:
             _tokenize(shards, parts, spec, processes or _cores(), shown)
             tokenized, seconds = shown.tokenized, shown.seconds
@@ -103,6 +104,11 @@ def ingest(
             raise
         shutil.rmtree(work)
     return replace(report, tokenized=tokenized, seconds=seconds)
+
+
+def _size(shards: list[Shard]) -> str:
+    files = {shard.path: shard.size for shard in shards}
+    return f"{sum(files.values()) / 1e6:,.1f} MB in {len(files):,} file{'s' * (len(files) != 1)}"
 
 
 def _restore_replaced(output: Path) -> None:

@@ -39,7 +39,7 @@ def test_a_copy_runs_with_its_prologue_though_the_checkout_is_broken_meanwhile(m
     lines = mine.folder / "it's lines.sh"
     lines.write_text("set -e\ncd /\nexport NCCL_DRILL='two words'\n")
     python = mine.folder / "telling-python"
-    python.write_text(f'#!/bin/sh\necho "drill=$NCCL_DRILL $(hostname)"\nexec {PYTHON} "$@"\n')
+    python.write_text(f'#!/bin/sh\necho "drill=$NCCL_DRILL $(hostname)" >&2\nexec {PYTHON} "$@"\n')
     python.chmod(0o755)
     words = ("--copy-code", "--prologue", str(lines), "--python", str(python), "--sbatch=--export=NONE")
     run = held(mine, "copy it's", *words)
@@ -47,7 +47,7 @@ def test_a_copy_runs_with_its_prologue_though_the_checkout_is_broken_meanwhile(m
         file.write_text("raise SystemExit('this is the changed checkout')\n")
     mine.cluster.slurm("scontrol", "release", run.job)
     completed(run)
-    assert "WARNING" not in run.output and "changed checkout" not in run.story()
+    assert "WARNING: the code" not in run.output and "changed checkout" not in run.story()
     for node in ("n1", "n2"):
         log = (run.path / "logs" / f"train-{run.job}-{node}.log").read_text()
         assert f"drill=two words {node}" in log

@@ -73,7 +73,7 @@ def _no_option(path: str) -> str:
 
 def _variables(job: Job, code: Code) -> list[str]:
     runs, settings = list(job.runs), job.settings
-    ours = [shlex.quote(path) for path in job.bound]
+    ours = [*(shlex.quote(str(path)) for path in job.shared), '"$RUN"']
     bind = ",".join(dict.fromkeys([*ours, *(path.in_shell() for path in settings.bind)]))
     lines = [f"PROJECT={shlex.quote(str(code.checkout or ''))}"]
     if job.is_array:
@@ -96,6 +96,7 @@ def _variables(job: Job, code: Code) -> list[str]:
     ]
     if settings.offline:
         lines.append("export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1")
+    lines += [f"export {name}={shlex.quote(str(path))}" for name, path in settings.caches.items()]
     if settings.native_ops is not None:
         lines.append(f"export TORCH_EXTENSIONS_DIR={settings.native_ops.in_shell()}")
     return lines

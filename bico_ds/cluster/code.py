@@ -15,7 +15,7 @@ from bico_ds.cluster.preflight.inputs import PACKAGE, files_digest
 from bico_ds.common.errors import UserError
 from bico_ds.common.files import atomic_folder
 from bico_ds.config.resources import CHECKOUT, DS_CONFIGS
-from bico_ds.runtime.provenance import git_commit
+from bico_ds.runtime.provenance import COMMIT_FILE, git_commit
 
 _COPIED = ("bico_ds", "recipes", "ds_configs", "launch", "tools", "pyproject.toml", "LICENSE")
 _NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.pyc")
@@ -62,9 +62,12 @@ def copy_code(to: Path) -> Code:
         for name in _COPIED:
             source = CHECKOUT / name
             if source.is_dir():
-                shutil.copytree(source, folder / name, ignore=_NOT_COPIED)
+                # An editor's lock on a file is a link to nowhere.
+                shutil.copytree(source, folder / name, ignore=_NOT_COPIED, ignore_dangling_symlinks=True)
             elif source.is_file():
                 shutil.copy2(source, folder / name)
+        if (commit := git_commit()) is not None:
+            (folder / COMMIT_FILE).write_text(f"{commit}\n", encoding="utf-8")
     return Code(checkout=to, fingerprint=fingerprint_of(to / "bico_ds", to / "ds_configs"))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -66,14 +66,15 @@ class Settings:
     """The values of the script's variables. `bind`, `python` and `native_ops` are paths of the nodes, expanded there.
 
     `container`: of apptainer an image file; of pyxis (enroot under SLURM's srun) a .sqsh file, or an image of a registry.
-    `offline`: Hugging Face's libraries read their cache alone. Raises `UserError` for texts that have no place in a batch
-    script.
+    `offline`: Hugging Face's libraries read their cache alone, which is where `caches` says, by its variable. Raises
+    `UserError` for texts that have no place in a batch script.
     """
 
     container: str | None = None
     container_runtime: ContainerRuntime = "apptainer"
     bind: Sequence[LocalPath] = ()
     offline: bool = False
+    caches: Mapping[str, Path] = field(default_factory=dict)
     prologue: Prologue | None = None
     max_requeues: int = 20
     max_excluded: int = 2
@@ -92,6 +93,11 @@ class Settings:
         for option, text in given:
             if text is not None:
                 _check_text(text, option)
+        for path in self.bind if self.container_runtime == "pyxis" else ():
+            if set(path.text) & set(",:"):
+                raise UserError(
+                    f"--bind {path}: of pyxis the path of one folder, which is bound under its own name"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +127,8 @@ class Job:
                     raise UserError(
                         f"--container: {self.settings.container_runtime} cannot bind '{path}', for it holds a comma or colon"
                     )
+        if self.copies_code and ":" in str(self.folder):
+            raise UserError(f"--copy-code: Python finds no code below '{self.folder}', for it holds a colon")
 
     @property
     def is_array(self) -> bool:
@@ -128,9 +136,15 @@ class Job:
 
     @property
     def bound(self) -> list[str]:
-        """The folders of the login node that a container sees, too."""
+        """The folders of the login node that a container sees, too; of the runs each sees its own."""
+        return [*map(str, self.shared), *map(str, self.runs)]
+
+    @property
+    def shared(self) -> list[Path]:
+        """Those folders of the login node that all runs see."""
         code = [self.folder] if self.copies_code else [CHECKOUT] if CHECKOUT is not None else []
-        return [str(path) for path in (*code, Path.cwd(), *self.runs)]
+        cache = [path for path in self.settings.caches.values() if path.is_dir()]
+        return [*code, Path.cwd(), *cache]
 
 
 def _check_text(text: str, option: str) -> None:

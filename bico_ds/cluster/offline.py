@@ -11,7 +11,7 @@ from bico_ds.config.paths import HubName
 
 _TRUE = {"1", "ON", "YES", "TRUE"}  # as huggingface_hub reads its variables
 _INDEX = "model.safetensors.index.json"
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def is_offline() -> bool:
@@ -19,6 +19,14 @@ def is_offline() -> bool:
     return any(
         os.environ.get(name, "").upper() in _TRUE for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     )
+
+
+def caches() -> dict[str, Path]:
+    """The variables that name this process's cache of the hub, by which a job finds the same one."""
+    from huggingface_hub import constants
+
+    home, hub = Path(constants.HF_HOME), Path(constants.HF_HUB_CACHE)
+    return {"HF_HOME": home} | ({"HF_HUB_CACHE": hub} if hub != home / "hub" else {})
 
 
 def cached_model(name: HubName) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ from bico_ds.common.errors import UserError
 from bico_ds.common.secrets import text_without_secrets
 
 _MOST_BYTES = 1 << 16
+# What bash puts in when the line runs: the output of a command, or a variable.
+_PUT_IN = re.compile(r"\$\((?P<command>[^()]*)\)|`(?P<quoted>[^`]*)`|\$\{\w+:?[-?](?P<default>)\}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,9 @@ class Prologue:
     def in_script(self) -> str:
         """The part of a batch script that runs them. A line that fails, or ends the shell, ends the job and is named.
 
-        The ERR trap is not inherited by functions (no `set -E`): what `module` itself runs may fail on the way.
+        What fails within a function (no `set -E`) or a sourced file fails nobody, for `module` and the files of
+        /etc/profile.d do so on their way: what they return counts. The rest of the script is in its own folder again,
+        whatever the lines did, and leaves an EXIT trap of theirs.
         """
         name = shlex.quote(f"prologue ({self.file})")
         return f"""\
@@ -35,11 +40,17 @@ prologue_failed() {{
     echo "[$(date '+%F %T')]" {name}"$1; nothing was trained"
     exit 1
 }}
-trap 'prologue_failed ", line $((LINENO - prologue_line)): exit code $?"' ERR
+prologue_line_failed() {{
+    [ "$3" -gt 1 ] || prologue_failed ", line $(($2 - prologue_line)): exit code $1"
+}}
+trap 'prologue_line_failed $? $LINENO ${{#BASH_SOURCE[@]}}' ERR
 trap 'prologue_failed ": the shell was to end (exit code $?)"' EXIT
+prologue_folder=$PWD
 prologue_line=$LINENO
 {self.text}
-trap - ERR EXIT
+trap - ERR
+case $(trap -p EXIT) in *prologue_failed*) trap - EXIT ;; esac
+cd "$prologue_folder" || exit 1
 # ---- End of the prologue
 """
 
@@ -74,26 +85,34 @@ def _check_lines(text: str, where: str) -> None:
                 f"{where}:{number}: SLURM reads no #SBATCH line after the first command; give --sbatch="
                 f"{line.removeprefix('#SBATCH').strip() or '--OPTION'}"
             )
-        if text_without_secrets(line) != line:
+        if _shows_a_secret(line):
             raise UserError(
                 f"{where}:{number}: the batch script would show a secret; set it in the environment of this command, which "
                 "sbatch hands to the job"
             )
 
 
+def _shows_a_secret(line: str) -> bool:
+    """Whether a secret is written in the line, not only read from elsewhere, as in `HF_TOKEN=$(cat FILE)`."""
+    commands = [found["command"] or found["quoted"] or "" for found in _PUT_IN.finditer(line)]
+    return any(text_without_secrets(text) != text for text in (_PUT_IN.sub("$VALUE", line), *commands))
+
+
 def _check_syntax(text: str, where: str) -> None:
-    """By bash itself, which warns of a here-document without its end and goes on: the rest of the script would be in it."""
+    """By bash itself, which warns of a here-document without its end and goes on: the rest of the script would be in it.
+
+    Without this shell's variables: bash warns of a locale that is not installed, and reads the file in BASH_ENV, too.
+    """
     if text.endswith("\\"):
         raise UserError(
             f"{where}: the last line ends in a backslash, which would join it with the script's next"
         )
     if (bash := shutil.which("bash")) is None:
         return
-    done = subprocess.run([bash, "-n"], input=f"{text}\n", capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [bash, "-n"], input=f"{text}\n".encode(), env={"LC_ALL": "C"}, capture_output=True, check=False
+    )
+    said = done.stderr.decode(errors="replace").strip()
     if done.returncode or done.stderr:
-        reason = (
-            done.stderr.strip().splitlines()[0].removeprefix("bash: ")
-            if done.stderr.strip()
-            else "a syntax error"
-        )
+        reason = said.splitlines()[0].removeprefix("bash: ") if said else "a syntax error"
         raise UserError(f"{where}: bash cannot read it: {reason}")

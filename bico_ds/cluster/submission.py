@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -28,6 +29,7 @@ from bico_ds.runtime.run_folder import RunFolder
 
 SCRIPT = NumberedName("job-", ".sbatch")
 CODE = NumberedName("code-")
+_SECONDS_FOR_SBATCH = 120.0
 
 
 def refuse_if_alive(runs: Iterable[Path]) -> None:
@@ -53,6 +55,8 @@ def write_batch_script(job: Job) -> Path:
     """
     try:
         return _write(job)
+    except shutil.Error as error:
+        raise UserError(f"--copy-code: cannot copy '{error.args[0][0][0]}': {error.args[0][0][2]}") from None
     except OSError as error:
         raise UserError(
             f"--output-dir: cannot write '{error.filename or job.folder}': {error.strerror}; choose another folder"
@@ -88,16 +92,27 @@ def preview(job: Job) -> str:
 
 
 def submit(script: Path, job: Job) -> str:
-    """Give the script to SLURM; return the job id. Raises `UserError` with SLURM's own message."""
+    """Give the script to SLURM, and show what it warns of; return the job id.
+
+    Raises `UserError` with SLURM's own message, or where it does not answer.
+    """
     if shutil.which("sbatch") is None:
         raise UserError(
             f"no `sbatch` on this machine; the script is ready: on a login node run  sbatch {shlex.quote(str(script))}"
         )
-    done = subprocess.run(
-        ["sbatch", "--parsable", str(script)], capture_output=True, text=True, timeout=120, check=False
-    )
+    try:
+        done = subprocess.run(
+            ["sbatch", "--parsable", str(script)],
+            capture_output=True, text=True, timeout=_SECONDS_FOR_SBATCH, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"sbatch has not answered within {_SECONDS_FOR_SBATCH:.0f} s, and may have taken the job: look with squeue; "
+            f"where it is not, submit {script} with sbatch"
+        ) from None
     if done.returncode:
         raise UserError(f"sbatch refused {script}: {done.stderr.strip()}")
+    print(done.stderr, end="", file=sys.stderr)
     job_id = done.stdout.strip().split(";")[0]
     for index, run in enumerate(job.runs):
         line = {

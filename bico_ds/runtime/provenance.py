@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import socket
 import subprocess
@@ -15,6 +16,8 @@ from bico_ds import __version__
 from bico_ds.common.secrets import words_without_secrets
 from bico_ds.config.resources import CHECKOUT
 from bico_ds.runtime.launch_environment import slurm_job
+
+COMMIT_FILE = "copied-commit"  # in a job's copy of a checkout
 
 
 def provenance() -> dict[str, Any]:
@@ -50,13 +53,21 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of this checkout, with `-dirty` where it has changes; None where there is none to be found."""
+    """The commit of this checkout, with `-dirty` where it has changes; None where there is none to be found.
+
+    Of a job's copy that of the checkout when it was copied. A repository around it has another project's.
+    """
     if CHECKOUT is None:
         return None
+    try:
+        return (CHECKOUT / COMMIT_FILE).read_text(encoding="utf-8").strip()
+    except OSError:  # no copy
+        pass
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40"],
             cwd=CHECKOUT, capture_output=True, text=True, timeout=10, check=True,
+            env=os.environ | {"GIT_CEILING_DIRECTORIES": str(CHECKOUT.parent)},
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None

@@ -34,6 +34,8 @@ def input_files(recipe: Recipe, *, offline: bool = False) -> Iterator[tuple[str,
         if value is None:
             continue
         local = value.here()
+        if key == "model.path" and recipe.model.tokenizer is None and offline and not isinstance(local, Path):
+            yield f"{key} ({value}), tokenizer", partial(cached_tokenizer, local)
         if isinstance(local, Path):
             yield f"{key} ({value})", partial(_existing, local, _advice(local))
         elif offline:

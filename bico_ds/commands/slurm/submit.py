@@ -29,6 +29,7 @@ from bico_ds.cluster.batch_script import stop_signal
 from bico_ds.cluster.batch_words import refuse_control_characters
 from bico_ds.cluster.code import refuse_copy
 from bico_ds.cluster.job import ContainerRuntime, Job, Resources, Settings
+from bico_ds.cluster.offline import caches
 from bico_ds.cluster.preflight.inputs import missing_inputs
 from bico_ds.cluster.prologue import read_prologue
 from bico_ds.cluster.submission import preview, refuse_if_alive, submit, write_batch_script
@@ -226,8 +227,9 @@ def make_job(options: Namespace) -> Job:
     if options.copy_code:
         refuse_copy()
     settings = Settings(
-        container=options.container, container_runtime=options.container_runtime, bind=options.bind,
+        container=_container(options), container_runtime=options.container_runtime, bind=options.bind,
         max_requeues=options.max_requeues, max_excluded=options.max_excluded, offline=options.offline,
+        caches=caches() if options.offline else {},
         prologue=None if options.prologue is None else read_prologue(options.prologue),
         network_interface=options.network_interface, native_ops=options.native_ops,
         python=options.python or LocalPath("python" if options.container else sys.executable),
@@ -305,6 +307,13 @@ def _is_file(image: str, options: Namespace) -> bool:
         or image.startswith(("/", ".", "~"))
         or image.endswith(".sqsh")
     )
+
+
+def _container(options: Namespace) -> str | None:
+    """The image as its runtime reads it: pyxis takes a path for one of a registry unless it begins with a slash or dot."""
+    image = options.container
+    is_path = image is not None and options.container_runtime == "pyxis" and _is_file(image, options)
+    return str(Path(image).absolute()) if is_path else image
 
 
 def secrets_in(recipe: Recipe) -> Iterator[str]:

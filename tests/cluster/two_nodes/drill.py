@@ -33,11 +33,12 @@ class Workspace:
     cluster: TwoNodes
     folder: Path
     environment: dict[str, str] = field(default_factory=dict)
+    checkout: Path = ROOT
 
     def command(self, script: str, *arguments: str, python: str = PYTHON) -> subprocess.CompletedProcess[str]:
         """Run one of the project's scripts from here."""
         return subprocess.run(
-            [python, str(ROOT / script), *arguments], cwd=self.folder, env=self.variables(),
+            [python, str(self.checkout / script), *arguments], cwd=self.folder, env=self.variables(),
             capture_output=True, text=True, timeout=JOB_SECONDS, check=False,
         )  # fmt: skip
 

@@ -91,7 +91,7 @@ class EvaluationResult:
             ]
         for name, x in self.texts.items():
             figures += [(f"text/{name}", "perplexity", x["perplexity"])]
-            figures += [(f"text/{name}", "times_base", x["times"])] if x["times"] is not None else []
+            figures += [(f"text/{name}", "times_base", x["times"])] if x.get("times") is not None else []
         for name, losses in self.held_out.items():
             figures += [(f"held_out/{name}", objective, x["loss"]) for objective, x in losses.items()]
         return {f"{prefix}/{task}/{name}": value for task, name, value in figures if math.isfinite(value)}

@@ -20,10 +20,10 @@ from bico_ds.common.errors import UserError
 from bico_ds.common.files import write_atomically
 from bico_ds.common.json_files import JsonError, read_object
 from bico_ds.common.printable import on_one_line
-from bico_ds.common.yaml_files import KeyPath, read_mapping
-from bico_ds.config.grid import Axis, points
-from bico_ds.config.layers import leaves
-from bico_ds.config.load import dump_recipe, load_recipe, recorded_recipe, recorded_values
+from bico_ds.common.yaml_files import KeyPath, MappingFile, read_mapping
+from bico_ds.config.grid import Axis, Point, points
+from bico_ds.config.layers import leaves, named_key, value_at
+from bico_ds.config.load import dump_recipe, read_recipe, recorded_recipe, recorded_values
 from bico_ds.config.schema import Recipe
 from bico_ds.runtime.run_folder import RunFolder, read_state
 
@@ -31,6 +31,7 @@ SWEEP_FILE = "sweep.json"
 _RECIPES = "recipes"
 # What of a recipe may be other than in a run which is there: nothing that is learnt or measured depends on it.
 _FREE = {"description", "output_dir", "monitor", "distributed"}
+_UNNAMED = {"name": "x", "description": "", "output_dir": None}
 _MOST_SHOWN, _MOST_LISTED = 60, 5
 
 
@@ -57,7 +58,7 @@ def list_sweep(recipes: Sequence[str], overrides: Sequence[str], axes: Sequence[
     for source in recipes:
         for point in points(axes):
             try:
-                recipe = load_recipe(source, [*overrides, *point.overrides])
+                recipe, tree = read_recipe(source, [*overrides, *point.overrides])
             except UserError as error:
                 message, at = str(error), [f"--grid {override}" for override in point.overrides]
                 for override, shown in zip(point.overrides, at, strict=True):
@@ -67,13 +68,36 @@ def list_sweep(recipes: Sequence[str], overrides: Sequence[str], axes: Sequence[
                 ):  # a collision of what is right alone
                     message = f"{' '.join(at)}: {message}"
                 raise UserError(message) from None
+            _refuse_overwritten(point, tree)
             runs.append(SweptRun(name=point.name_of_run(recipe.name), recipe=recipe, values=point.values))
     _refuse_twins(runs)
     return runs
 
 
+def _refuse_overwritten(point: Point, tree: MappingFile) -> None:
+    """Raise `UserError` where a value of the point is not in its recipe: the run's name would tell what is not so."""
+    for key, value in point.values.items():
+        try:
+            found = value_at(named_key(tree, key.removesuffix("+"), key), tree.values)
+        except UserError:  # an entry that another key has taken away
+            found = None
+        if not key.endswith("+") and not _has(found, value):
+            others = ", ".join(other for other in point.values if other != key)
+            raise UserError(
+                f"--grid {key}: overwritten by another key of the grid ({others}), so that the names of runs would tell "
+                "what is not so; leave one of them out, or write both as one mapping"
+            )
+
+
+def _has(found: Any, value: Any) -> bool:
+    """Whether all that is in `value` is in what was found; keys beside those of a mapping may be there, too."""
+    if isinstance(value, dict) and isinstance(found, dict):
+        return all(name in found and _has(found[name], inner) for name, inner in value.items())
+    return bool(found == value)
+
+
 def _refuse_twins(runs: Sequence[SweptRun]) -> None:
-    """By other names, or other keys that overwrite one another, two points may be one."""
+    """By other names, or other keys that overwrite one another, two points may be one, and so may two recipes."""
     names: dict[str, SweptRun] = {}
     recipes: dict[str, SweptRun] = {}
     for run in runs:
@@ -81,11 +105,11 @@ def _refuse_twins(runs: Sequence[SweptRun]) -> None:
             raise UserError(
                 f"--recipe, --grid: two runs of this sweep would have the same folder, '{run.name}'"
             )
-        other = recipes.get(recipe := dump_recipe(run.recipe))
+        other = recipes.get(recipe := dump_recipe(run.recipe.model_copy(update=_UNNAMED)))
         if other is not None:
             raise UserError(
-                f"--grid: the runs '{other.name}' and '{run.name}' would be the same: their recipes do not differ, for two "
-                "of the values mean one thing, or one key overwrites the other"
+                f"--recipe, --grid: the runs '{other.name}' and '{run.name}' would be the same: their recipes do not differ "
+                "but in names, for two of the values mean one thing, or one key overwrites the other"
             )
         names[run.name] = recipes[recipe] = run
 
@@ -143,6 +167,17 @@ def is_done(run: Path) -> bool:
 def recipe_file(folder: Path, run: SweptRun) -> Path:
     """Where `write_sweep` keeps the run's recipe."""
     return folder / _RECIPES / f"{run.name}.yaml"
+
+
+def refuse_rewritten(folder: Path, run: SweptRun) -> None:
+    """Raise `UserError` where another sweep has come to this folder with another recipe for the run, since `write_sweep`."""
+    file = recipe_file(folder, run)
+    if not file.is_file() or file.read_bytes() != dump_recipe(run.recipe).encode():
+        raise UserError(
+            f"'{file}' is no longer the recipe that this sweep has for it: another one was begun in this folder. Let that "
+            "one end, or choose another --output-dir"
+        )
+    refuse_changed(folder, [run])
 
 
 def write_sweep(folder: Path, runs: Sequence[SweptRun]) -> None:

@@ -39,6 +39,7 @@ from bico_ds.cluster.sweep import (
     read_sweep,
     recipe_file,
     refuse_changed,
+    refuse_rewritten,
     sweep_folder,
     write_sweep,
 )
@@ -95,8 +96,10 @@ def sweep(options: Namespace) -> int:
     write_sweep(planned.folder, planned.runs)
     signal.signal(signal.SIGTERM, _interrupt)
     began = time.monotonic()
+    swept = {run.name: run for run in planned.to_do}
 
     def begin(run: LocalRun, place: int) -> Started:
+        refuse_rewritten(planned.folder, swept[run.name])
         share = planned.shares[place]
         return [*share.launcher_words(launcher, free_port()), *run.command], share.environment(os.environ)
 

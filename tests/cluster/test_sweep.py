@@ -57,13 +57,31 @@ def test_every_recipe_has_a_run_at_every_point_over_the_common_overrides():
         (["objectives.bicoo.mask.rate=0.1"], r"--grid objectives\.bicoo\.mask\.rate=0\.1: the list 'objectives' has"),
         (["seed=1,x"], r'--grid seed="x": seed: '),
         (["objectives.0.probability=0.4,0.3"], r"--grid objectives\.0\.probability=0\.4: .*must sum to 1"),
-        ([f"{RATE}=0.1,0.2", "objectives.1.mask.rate=0.3"], "would be the same: their recipes do not differ"),
+        ([f"{RATE}=0.1,0.2", "objectives.1.mask.rate=0.3"], rf"--grid {RATE}: overwritten by another key of the grid \(obj"),
+        ([f"{RATE}=0.1", "objectives.1.mask.rate=0.3"], rf"--grid {RATE}: overwritten by"),
+        (["optimizer.lr=1", "optimizer={lr: 0.2}"], r"--grid optimizer\.lr: overwritten by"),
+        (["optimizer={lr: 0.2}", "optimizer.lr=1,0.5"], "--grid optimizer: overwritten by"),
+        ([f"{RATE}=0.1", "objectives=[{kind: ntp}]"], rf"--grid {RATE}: overwritten by"),
+        (["name=a,b"], r"'a\+name=a' and 'b\+name=b' would be the same: their recipes do not differ but in names"),
+        (["description=a,b"], "would be the same"),
+        (["output_dir=a,b"], "would be the same"),
         (["optimizer.lr=1,1.0"], "would be the same"),
     ],
 )  # fmt: skip
 def test_a_point_that_is_no_recipe_or_one_that_is_there_already_is_refused(axes, message):
     with pytest.raises(UserError, match=message):
         sweep(*axes)
+
+
+def test_a_section_and_a_key_that_it_leaves_open_make_one_recipe():
+    (run,) = sweep("optimizer={lr: 2e-3, weight_decay: 0}", "optimizer.betas=[0.9, 0.9]")
+    assert (run.recipe.optimizer.lr, list(run.recipe.optimizer.betas)) == (2e-3, [0.9, 0.9])
+
+
+def test_a_recipe_and_its_copy_under_another_name_are_one(tmp_path):
+    (tmp_path / "mine.yaml").write_text("extends: tiny_bico\ndescription: mine\n")
+    with pytest.raises(UserError, match=r"'tiny_bico\+seed=1' and 'mine\+seed=1' would be the same"):
+        sweep("seed=1", recipes=["tiny_bico", str(tmp_path / "mine.yaml")])
 
 
 def test_two_recipes_of_one_name_have_one_folder_and_are_refused(tmp_path):

@@ -112,6 +112,19 @@ def test_what_is_edited_in_a_recipe_meanwhile_does_not_reach_runs_that_wait(star
     assert {load_recipe(f"s/mine+seed={seed}/recipe.yaml").optimizer.lr for seed in (1, 2)} == {0.002}
 
 
+def test_a_run_that_waits_is_not_begun_with_the_recipe_of_another_sweep_in_the_folder(
+    started, tmp_path, capsys
+):
+    """The launcher of the first run stands for a command that begins while it trains."""
+    launcher = tmp_path / "bin" / "deepspeed"
+    other = "pathlib.Path('s/recipes/tiny_bico+seed=2.yaml').write_text(recipe.read_text())\n"
+    launcher.write_text(launcher.read_text().replace("print(", f"{other}print("))
+    assert command.main([*WORDS, "--grid", "seed=1,2,3", "--output-dir", "s"]) == 1
+    assert [name for name, _, _ in started()] == ["tiny_bico+seed=1", "tiny_bico+seed=3"]
+    error = capsys.readouterr().err
+    assert "tiny_bico+seed=2.yaml' is no longer the recipe that this sweep has for it" in error
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

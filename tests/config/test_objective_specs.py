@@ -344,7 +344,8 @@ def test_a_class_that_the_table_names_and_nobody_wrote_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("objective", "expected"),
     [
-        ("kind: abi, mask: {mean_span: 5}", "'mean_span' is the length of spans, and 'unit' is 'token'"),
+        # whole: `token': leave` would look like a secret, which messages leave out
+        ("kind: abi, mask: {mean_span: 5}", "'unit' is 'token', which has none; leave it out, or set unit: span"),
         ("kind: identity_bridge", "there is no objective of kind 'identity_bridge' (it is of the data: set 'derive:"),
         ("kind: abi, spans: left_to_rigth", "(found 'left_to_rigth') (did you mean 'left_to_right'?)"),
     ],

@@ -35,3 +35,8 @@ def test_a_part_of_a_result_file_has_the_identity_that_version_0_1_0_gave_it():
     question = Question(prompt="a", completion=" b", group="g", line=1, alternatives=(" c",))
     task = Task(name="t", answer_kind="name", path="p", ends=("\n",), questions=(question,))
     assert _task_identity(task, 40, True) == "3745b1a57b9add15"
+
+
+def test_a_text_whose_times_of_the_base_are_not_in_the_file_has_its_perplexity_alone():
+    result = EvaluationResult.from_json({"tasks": {}, "texts": {"prose": {"perplexity": 9.0}}})
+    assert result.scalars() == {"evaluation/text/prose/perplexity": 9.0}

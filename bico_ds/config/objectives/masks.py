@@ -104,7 +104,8 @@ class MaskSpec(Section):
     def _only_spans_have_a_length(self) -> MaskSpec:
         if self.mean_span != _MEAN_SPAN and self.unit in ("token", "word"):
             raise ValueError(
-                f"'mean_span' is the length of spans, and 'unit' is '{self.unit}': leave it out, or set unit: span"
+                f"'mean_span' is the length of spans, and 'unit' is '{self.unit}', which has none; leave it out, or set "
+                "unit: span"
             )
         return self
 

@@ -316,9 +316,21 @@ class Encoder:
         replies = (position >= np.repeat(prompts, lengths)) & (position < np.repeat(ends, lengths))
         for begin, encoding, example in zip(first.tolist(), encodings, examples, strict=True):
             for start, end in example.replies:
+                end = self._without_next_token(encoding, example.text, start, end)
                 if (tokens := _tokens_of(encoding, start, end)) is not None:
                     replies[begin + tokens.start : begin + tokens.stop] = True
         return replies
+
+    def _without_next_token(self, encoding: Encoding, text: str, start: int, end: int) -> int:
+        """The end of a reply, or that before a special token of which it holds the first characters alone.
+
+        What a template writes after a reply, and at a chat's end, may begin alike beyond the turn's end: `<|user|>`, `</s>`.
+        """
+        token = encoding.char_to_token(end - 1)
+        if token is None or not self._is_special[encoding.ids[token]]:
+            return end
+        first, stop = encoding.token_to_chars(token)
+        return end if stop <= end else start + len(text[start:first].rstrip())
 
     def _word_starts(self, tokens: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.bool_]:
         word_starts = self.spec.begins_word[tokens]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bico_ds.evaluation.results import TaskResult
-from bico_ds.evaluation.scoring.statistics import clustered_interval
+from bico_ds.evaluation.scoring.statistics import gain_interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ def paired_differences(first: TaskResult, second: TaskResult) -> dict[str, Diffe
         gains = scores[1] - scores[0]
         differences[metric] = Difference(
             mean=float(gains.mean()),
-            interval=clustered_interval(gains.tolist(), groups),
+            interval=gain_interval(gains.tolist(), groups),
             prompts=len(groups),
             persons=len(set(groups)),
         )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from bico_ds.evaluation.scoring.statistics import unanimous_interval
+from bico_ds.evaluation.scoring.statistics import unanimous_interval, widened
 
 
 def crossed_interval(
@@ -28,7 +28,8 @@ def crossed_interval(
     or 3 of them say little: it then covers 74 or 83 %. So the lowest and highest run belong beside it.
 
     `minus` [other runs, prompts]: the interval is that of the difference of both means, with the same persons
-    drawn for both. Scores in 0 … 1 that are all 0, or all 1, have the exact interval over persons.
+    drawn for both; of scores in 0 … 1, and `widened` where no resample differs. Scores in 0 … 1 that are all 0, or all 1,
+    have the exact interval over persons.
     """
     values, others = np.atleast_2d(scores), None if minus is None else np.atleast_2d(minus)
     if others is None and values[0, 0] in (0.0, 1.0) and (values == values[0, 0]).all():
@@ -41,7 +42,8 @@ def crossed_interval(
     if others is not None:
         means -= _drawn_sums(others, member, drawn, draw) / prompts
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    found = float(low), float(high)
+    return found if others is None else widened(found, len(names), level=level)
 
 
 def _drawn_sums(

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+_NO_WIDTH = 1e-9  # resamples of the same gains differ by rounding
+
 
 def clustered_interval(
     scores: Sequence[float],
@@ -43,6 +45,24 @@ def unanimous_interval(score: float, groups: int, *, level: float = 0.95) -> tup
     """
     end = ((1 - level) / 2) ** (1 / groups)
     return (end, 1.0) if score else (0.0, 1 - end)
+
+
+def gain_interval(gains: Sequence[float], groups: Sequence[str]) -> tuple[float, float]:
+    """The 95 % interval of a mean of differences of scores in 0 … 1, groups resampled; `widened` where none differs."""
+    return widened(clustered_interval(gains, groups), len(set(groups)))
+
+
+def widened(interval: tuple[float, float], groups: int, *, level: float = 0.95) -> tuple[float, float]:
+    """An interval of a mean of differences in −1 … 1; one without width gets that of what so many groups cannot show.
+
+    If all groups have the same gain, the share of those that have it is at least `unanimous_interval`'s lower end; the
+    others may have lost or gained all. Of two shares that are unanimous themselves it is as wide as both intervals.
+    """
+    low, high = interval
+    if high - low > _NO_WIDTH:
+        return interval
+    share, _ = unanimous_interval(1.0, groups, level=level)
+    return max(low * share - (1 - share), -1.0), min(high * share + (1 - share), 1.0)
 
 
 def group_means(scores: ArrayLike, groups: Sequence[str]) -> NDArray[np.float64]:

@@ -69,6 +69,13 @@ TEMPLATES = {
         "</s>",
         r"\[/INST\](.*?</s>)",
     ),
+    # Ends every chat with an EOS, which begins with the character that the next turn's special token begins with.
+    "phi3": (
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+        "{{ '<|assistant|>\n' if add_generation_prompt else eos_token }}",
+        "<|end|>",
+        r"<\|assistant\|>\n(.*?<\|end\|>(?:\n</s>$)?)",
+    ),
     # Its author marks nothing; a reply's thoughts are shown in the last turn alone, and its prompt does not write them.
     "thinks last": (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
@@ -80,7 +87,10 @@ TEMPLATES = {
     ),
 }
 MARKED = [name for name, (template, *_) in TEMPLATES.items() if "{% generation" in template]
-SPECIAL = ["<|eot_id|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>"]
+SPECIAL = [
+    *("<|eot_id|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>"),
+    *("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+]
 
 
 @pytest.fixture

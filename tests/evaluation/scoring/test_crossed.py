@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bico_ds.evaluation.scoring.crossed import crossed_interval
-from bico_ds.evaluation.scoring.statistics import clustered_interval, unanimous_interval
+from bico_ds.evaluation.scoring.statistics import clustered_interval, gain_interval, unanimous_interval
 
 
 @pytest.fixture
@@ -72,6 +72,16 @@ def test_where_no_answer_differs_the_interval_is_exact_over_persons():
     persons = [str(number // 5) for number in range(50)]
     for score in (0.0, 1.0):
         assert crossed_interval(np.full((3, 50), score), persons) == unanimous_interval(score, 10)
+
+
+def test_a_difference_in_which_no_answer_differs_is_as_wide_as_that_of_two_runs(draw):
+    persons = [str(number // 5) for number in range(50)]
+    for ours, theirs in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.0, 0.0)):
+        found = crossed_interval(np.full((3, 50), ours), persons, minus=np.full((2, 50), theirs))
+        assert found == pytest.approx(gain_interval([ours - theirs] * 50, persons))
+        assert found[1] - found[0] > 0.3
+    same = draw.integers(2, size=(1, 50)).astype(float)
+    assert crossed_interval(same, persons, minus=same) == gain_interval([0.0] * 50, persons)
 
 
 @pytest.mark.parametrize(("runs", "seed_sd", "least"), [(3, 0.05, 0.90), (10, 0.2, 0.88)])

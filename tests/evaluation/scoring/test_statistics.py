@@ -12,6 +12,7 @@ from bico_ds.evaluation.report.tables import choice_tables
 from bico_ds.evaluation.scoring.choice import choice_statistics
 from bico_ds.evaluation.scoring.statistics import (
     clustered_interval,
+    gain_interval,
     group_means,
     share_interval,
     unanimous_interval,
@@ -109,3 +110,16 @@ def test_no_interval_of_a_share_has_no_width(draw):
     mixed = draw.permutation([1.0] * 29 + [0.0]).tolist()
     assert share_interval(mixed, groups) == clustered_interval(mixed, groups)
     assert share_interval([0.5] * 30, groups) == (0.5, 0.5)  # no count of right answers
+
+
+def test_no_interval_of_a_difference_has_no_width(draw):
+    """Twelve persons of whom all gained, or none did, are no proof that everybody does."""
+    groups = [str(number // 3) for number in range(36)]
+    zeros, ones = unanimous_interval(0.0, 12), unanimous_interval(1.0, 12)
+    assert gain_interval([0.0] * 36, groups) == pytest.approx((zeros[0] - zeros[1], zeros[1] - zeros[0]))
+    assert gain_interval([1.0] * 36, groups) == pytest.approx((ones[0] - zeros[1], 1.0))
+    assert gain_interval([-1.0] * 36, groups) == pytest.approx((-1.0, zeros[1] - ones[0]))
+    # What one person gained and lost is no gain of hers, and again all persons are alike.
+    assert gain_interval([1.0, -1.0, 0.0] * 12, groups) == gain_interval([0.0] * 36, groups)
+    mixed = draw.permutation([1.0] * 20 + [0.0] * 16).tolist()
+    assert gain_interval(mixed, groups) == clustered_interval(mixed, groups)

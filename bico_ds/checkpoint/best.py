@@ -44,7 +44,8 @@ class BestCheckpoint:
 class BestKeeper:
     """Which checkpoint of a run is the best, the same on every rank; without `spec` none is.
 
-    `saved`: what the checkpoint that the run goes on from records of it, as `state` returns it.
+    `saved`: what the checkpoint that the run goes on from records of it, as `state` returns it. `measured_on`: a digest of
+    what the metric is measured on; values compare where it is equal, or not recorded.
     """
 
     def __init__(
@@ -54,9 +55,12 @@ class BestKeeper:
         ranks: Ranks,
         *,
         saved: Mapping[str, Any] | None = None,
+        measured_on: str | None = None,
     ) -> None:
         self._spec, self._folder, self._ranks = spec, folder, ranks
         self._saved = _known(saved) if saved else None
+        self._measured_on = measured_on
+        self.is_remeasured = _differ(saved, spec, measured_on)
         self.best: BestCheckpoint | None = None
 
     def begin(self) -> str | None:
@@ -72,6 +76,8 @@ class BestKeeper:
                 None,
                 f"the best so far was {saved}; checkpoint.keep_best goes by {self._spec.metric} now",
             )
+        elif saved is not None and self.is_remeasured:
+            saved, lost = None, f"the best so far was {saved}; what this is measured on was changed since"
         elif saved is not None and not self.has(saved.step):
             saved, lost = None, f"the best so far was {saved}, and its checkpoint is not here any more"
         self.best = saved
@@ -112,7 +118,10 @@ class BestKeeper:
     def state(self, best: BestCheckpoint | None = None) -> dict[str, Any] | None:
         """What a checkpoint keeps, JSON-able; `best`: what will be the best once it is written."""
         chosen = best or self.best
-        return None if chosen is None else asdict(chosen)
+        values = {} if chosen is None else asdict(chosen)
+        if self._spec is not None and self._measured_on is not None:
+            values |= {"metric": self._spec.metric, "measured_on": self._measured_on}
+        return values or None
 
     def _write(self) -> str | None:
         failure = None
@@ -151,6 +160,14 @@ def read(folder: RunFolder) -> BestCheckpoint | None:
     if best is None:
         raise UserError(f"{folder.best_checkpoint_file}: damaged: no record as a run writes it")
     return best
+
+
+def _differ(saved: Mapping[str, Any] | None, spec: KeepBestSpec | None, measured_on: str | None) -> bool:
+    """Whether the same metric was measured on something else when the checkpoint was written."""
+    if not saved or spec is None or saved.get("metric") != spec.metric:
+        return False
+    before = saved.get("measured_on")
+    return before is not None and measured_on is not None and before != measured_on
 
 
 def _known(values: Mapping[str, Any]) -> BestCheckpoint | None:

@@ -21,6 +21,7 @@ from bico_ds.common.files import write_atomically
 from bico_ds.config.sections.evaluation import EvaluationSpec
 from bico_ds.evaluation.contamination import TrainingTexts, apart, find_orders
 from bico_ds.evaluation.held_out import loss as held_out_loss
+from bico_ds.evaluation.metric_identity import metric_identity
 from bico_ds.evaluation.replica import full_replica
 from bico_ds.evaluation.report.runs import headline_keys
 from bico_ds.evaluation.report.tables import answered_line, contamination_line, search_notes
@@ -239,6 +240,17 @@ class Evaluator:
             with contextlib.suppress(UserError):  # of a damaged one nothing is known
                 found = scalars(load_result(file))
         return broadcast_object(found)
+
+    def identity_of(self, metric: str) -> str:
+        """A digest of what a metric is measured on (`metric_identity`)."""
+        return metric_identity(
+            metric,
+            tasks=self.inputs.tasks,
+            texts=self.inputs.texts,
+            held_out=self.inputs.held_out,
+            options=options_in_training(self.spec, add_bos=self.inputs.add_bos),
+            others=self.spec.likelihood_others,
+        )
 
     def has_result(self, step: int) -> bool:
         """Whether this step's evaluation was completed; for rank 0."""

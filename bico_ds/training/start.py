@@ -385,7 +385,7 @@ def _build_trainer(
         engine=engine,
         loader=loader,
         callbacks=callbacks_of_run(run, inputs, engine, spikes, planned),
-        checkpointer=_checkpointer(run, inputs, engine, resumption),
+        checkpointer=_checkpointer(run, inputs, engine, resumption, evaluator),
         evaluator=evaluator,
         spikes=spikes,
         watchdog=watchdog,
@@ -397,7 +397,10 @@ def _build_trainer(
     )
 
 
-def _checkpointer(run: Run, inputs: RunInputs, engine: Engine, resumption: Resumption | None) -> Checkpointer:
+def _checkpointer(
+    run: Run, inputs: RunInputs, engine: Engine, resumption: Resumption | None, evaluator: Evaluator
+) -> Checkpointer:
+    keep_best = run.recipe.checkpoint.keep_best
     return Checkpointer(
         run.recipe.checkpoint,
         run.folder,
@@ -411,10 +414,11 @@ def _checkpointer(run: Run, inputs: RunInputs, engine: Engine, resumption: Resum
             },
         },
         best=BestKeeper(
-            run.recipe.checkpoint.keep_best,
+            keep_best,
             run.folder,
             run.ranks,
             saved=resumption.found.content["state"].get("best") if resumption else None,
+            measured_on=None if keep_best is None else evaluator.identity_of(keep_best.metric),
         ),
     )
 

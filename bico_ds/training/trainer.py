@@ -142,7 +142,7 @@ class Trainer:
             self.callbacks.on_message(message)
         if self._evaluation_is_missing():
             self._evaluate()
-        elif self.step:
+        elif self.step and not self.checkpointer.best.is_remeasured:
             self._keep_if_best(self.evaluator.kept_numbers(self.step))
         agreed: AgreedStep | None = None
         self._last_moment = time.perf_counter()

@@ -183,3 +183,38 @@ def test_a_record_that_cannot_be_written_is_told_and_ends_no_run(folder):
     assert failure is not None
     assert "best_checkpoint.json" in failure
     assert run.saves.best.best == found
+
+
+def keeper_of(folder: RunFolder, measured_on: str | None, saved: dict | None = None) -> BestKeeper:
+    return BestKeeper(LEAST, folder, RANKS, saved=saved, measured_on=measured_on)
+
+
+def test_a_best_that_was_measured_on_something_else_is_told_and_not_compared(folder):
+    """A run that goes on with other questions: the old score may never be reached again."""
+    checkpoint(folder, 1)
+    first = keeper_of(folder, "old questions")
+    first.begin()
+    found = first.better(1, {"evaluation/held_out/mine/ntp": 0.5})
+    assert found is not None
+    saved = json.loads(json.dumps(first.state(found)))
+    same = keeper_of(folder, "old questions", saved)
+    assert same.begin() is None
+    assert same.best == found
+    other = keeper_of(folder, "new questions", saved)
+    told = other.begin()
+    assert told is not None
+    assert "step 1, held_out/mine/ntp 0.5 (min); what this is measured on was changed since" in told
+    assert other.is_remeasured, "its evaluation of the step itself is of the old questions, too"
+    assert other.better(2, {"evaluation/held_out/mine/ntp": 9.0}) is not None
+    assert best.read(folder) is None
+
+
+def test_a_checkpoint_before_the_first_best_records_what_is_measured_on_and_an_older_one_need_not(folder):
+    saved = keeper_of(folder, "old questions").state()
+    assert keeper_of(folder, "new questions", saved).is_remeasured
+    assert not keeper_of(folder, "old questions", saved).is_remeasured
+    checkpoint(folder, 1)
+    older = {"step": 1, "metric": LEAST.metric, "mode": "min", "value": 0.5}
+    keeper = keeper_of(folder, "new questions", older)
+    assert keeper.begin() is None
+    assert keeper.best == BestCheckpoint(step=1, metric=LEAST.metric, mode="min", value=0.5)

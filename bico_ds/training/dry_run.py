@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 
+from bico_ds.checkpoint import record
 from bico_ds.cluster.preflight.missing import what_is_missing
 from bico_ds.common.errors import UserError
 from bico_ds.common.secrets import text_without_secrets
@@ -60,9 +62,10 @@ def dry_run(recipe: Recipe, *, output_dir: Path | None = None) -> None:
     """
     if launch_environment.rank() != 0:
         return
-    console, missing = Console(soft_wrap=True), what_is_missing(recipe)
+    console, run_folder = Console(soft_wrap=True), folder_of_run(recipe, output_dir)
+    missing = [*what_is_missing(recipe), *_no_place(run_folder)]
     try:
-        _show(console, recipe, folder_of_run(recipe, output_dir), missing)
+        _show(console, recipe, run_folder, missing)
     except UserError:
         _print_rows(console, missing_rows(missing))
         raise
@@ -99,7 +102,7 @@ def _show(console: Console, recipe: Recipe, run_folder: Path, missing: list[str]
         rows = [
             *_what_runs(recipe, planned, world_size, steps, loader, plan),
             plan_row(plan),
-            ("run folder", _place(run_folder)),
+            ("run folder", _place(run_folder, steps)),
             *missing_rows(missing or ["nothing that a start on this machine needs"]),
         ]
         notes = [beyond_context(planned, loader.report()), what_may_be_lost(recipe)]
@@ -149,11 +152,25 @@ def _zero(recipe: Recipe, hidden_size: int, ranks: int, ranks_per_node: int) -> 
         return None
 
 
-def _place(run_folder: Path) -> str:
-    begun = RunFolder(run_folder).is_of_earlier_start()
-    return (
-        f"{run_folder}, {'there already: a start goes on from its newest checkpoint' if begun else 'begins'}"
-    )
+def _place(run_folder: Path, steps: int) -> str:
+    folder = RunFolder(run_folder)
+    if not folder.is_of_earlier_start():
+        return f"{run_folder}, begins"
+    last = record.read(folder)
+    if last is None:
+        return f"{run_folder}, there already: a start goes on from its newest checkpoint"
+    if last.step > steps:
+        return f"{run_folder}, there already at step {last.step:,}: a start of {steps:,} steps is refused (training.steps)"
+    return f"{run_folder}, there already: a start goes on from step {last.step:,}"
+
+
+def _no_place(run_folder: Path) -> Iterator[str]:
+    """Why there can be no folder of this run here."""
+    there = next(path for path in (run_folder, *run_folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        yield f"output_dir: there can be no folder '{run_folder}': '{there}' is none; choose another with --output-dir"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        yield f"output_dir: cannot write into '{there}'; choose another folder with --output-dir"
 
 
 def _print_rows(console: Console, rows: Banner) -> None:

@@ -11,13 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from bico_ds.checkpoint import record
+from bico_ds.checkpoint.manifest import MANIFEST
 from bico_ds.commands.cures import CURES
 from bico_ds.commands.show.inspect_batch import main as inspect_batch
 from bico_ds.commands.train import main as train
 from bico_ds.common.errors import UserError
 from bico_ds.config.load import load_recipe
 from bico_ds.planner.devices import DEVICES
+from bico_ds.runtime.run_folder import RunFolder
 from bico_ds.training import assembly
+from bico_ds.training import dry_run as command
 from bico_ds.training.dry_run import dry_run
 from tests.common.whole_words import words
 
@@ -308,3 +312,29 @@ def test_a_run_that_does_not_fit_is_warned_of_and_not_refused(planned, tmp_path)
     (tmp_path / "small.yaml").write_text(json.dumps(small))
     last = planned("tiny_base", "distributed.gpu=small.yaml").splitlines()[-1]
     assert "does not fit: " in last and "the largest item is " in last
+
+
+def test_the_ten_lines_tell_a_place_where_no_run_can_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "run"):
+        (missing,) = command._no_place(place)
+        assert missing.startswith(
+            f"output_dir: there can be no folder '{place}': '{tmp_path / 'file'}' is none"
+        )
+    assert not list(command._no_place(tmp_path / "new" / "run"))
+
+
+def test_the_ten_lines_tell_from_which_step_a_start_goes_on_or_that_it_is_refused(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    assert command._place(folder.path, 9) == f"{folder.path}, begins"
+    folder.open()
+    folder.recipe_file.write_text("")
+    folder.write_state("preempted", step=20)
+    (checkpoint := folder.checkpoints / "step-000020").mkdir(parents=True)
+    (checkpoint / MANIFEST).write_text("{}")
+    record.write(folder, checkpoint, 20)
+    folder.close()
+    assert command._place(folder.path, 20).endswith("there already: a start goes on from step 20")
+    assert command._place(folder.path, 12).endswith(
+        "at step 20: a start of 12 steps is refused (training.steps)"
+    )

@@ -329,9 +329,7 @@ class Encoder:
         token = encoding.char_to_token(end - 1)
         if token is None or not self._is_special[encoding.ids[token]]:
             return end
-        chars = encoding.token_to_chars(token)
-        assert chars is not None, "it was found by one of its characters"
-        first, stop = chars
+        first, stop = encoding.token_to_chars(token) or (start, end)
         return end if stop <= end else start + len(text[start:first].rstrip())
 
     def _word_starts(self, tokens: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -62,6 +62,7 @@ class BestKeeper:
         self._measured_on = measured_on
         self.is_remeasured = _differ(saved, spec, measured_on)
         self.best: BestCheckpoint | None = None
+        self._recorded: BestCheckpoint | None = None
 
     def begin(self) -> str | None:
         """Take over what the checkpoint recorded, and bring the run folder's record up to it. Collective.
@@ -107,6 +108,11 @@ class BestKeeper:
         path = self._folder.checkpoints / manifest.name_of(step)
         return bool(broadcast_object(self._ranks.is_first and path in manifest.sealed_in(path.parent)))
 
+    @property
+    def kept_steps(self) -> set[int]:
+        """On rank 0: whose checkpoints must stay, the best one's, and that of a record which could not be replaced."""
+        return {kept.step for kept in (self.best, self._recorded) if kept is not None}
+
     def keep(self, best: BestCheckpoint) -> str | None:
         """Make it the best, once its checkpoint is there. Collective. Returns why the record could not be written.
 
@@ -131,6 +137,8 @@ class BestKeeper:
                 write(self._folder, self.best)
             except OSError as error:
                 failure = f"{error.filename or self._folder.best_checkpoint_file}: {error.strerror}"
+            else:
+                self._recorded = self.best
         return broadcast_object(failure)
 
 

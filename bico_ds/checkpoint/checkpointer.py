@@ -167,10 +167,10 @@ class Checkpointer:
 
     def _prune(self) -> None:
         """Rank 0: delete those that nothing keeps any more."""
-        every, best = self._spec.keep_every_steps, self.best.best
+        every, best = self._spec.keep_every_steps, self.best.kept_steps
         for path in manifest.sealed_in(self._folder.checkpoints)[: -self._spec.keep_last]:
             step = manifest.step_of(path)
-            if (every is None or step % every) and (best is None or step != best.step):
+            if (every is None or step % every) and step not in best:
                 shutil.rmtree(path, ignore_errors=True)
 
 

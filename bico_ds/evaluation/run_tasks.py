@@ -79,6 +79,15 @@ def prepare_task(
     return prompts, new_tokens
 
 
+def unreachable_answers(tokenizer: Tokenizer, task: Task, options: GenerationOptions) -> int:
+    """How many questions have right answers of more tokens than `options.max_new_tokens` alone: none can be given."""
+    answers = [question.right_answers for question in task.questions]
+    encoded = iter(
+        tokenizer([text for texts in answers for text in texts], add_special_tokens=False)["input_ids"]
+    )
+    return sum(min(len(next(encoded)) for _ in texts) > options.max_new_tokens for texts in answers)
+
+
 def score_task(task: Task, predictions: Sequence[str], *, new_tokens: int) -> TaskResult:
     """Metrics, intervals and floors of one task. `predictions`: in the order of its questions; `task.cut` of each counts."""
     predictions = [task.cut(prediction) for prediction in predictions]

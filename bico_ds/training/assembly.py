@@ -41,8 +41,9 @@ from bico_ds.data.tokenizer import (
 )
 from bico_ds.evaluation.held_out.stores import HeldOutStore, check_held_out, read_held_out
 from bico_ds.evaluation.loading import load_for_evaluation, load_generation_config
+from bico_ds.evaluation.report.metric_keys import less_is_better
 from bico_ds.evaluation.retention_texts import RetentionText, check_texts, read_texts
-from bico_ds.evaluation.run_tasks import options_in_training, prepare_task
+from bico_ds.evaluation.run_tasks import options_in_training, prepare_task, unreachable_answers
 from bico_ds.evaluation.scoring.choice import encode_candidates
 from bico_ds.evaluation.scoring.generation import stop_ids
 from bico_ds.evaluation.scoring.metrics import metrics_of as answer_metrics
@@ -349,6 +350,24 @@ def total_steps(recipe: Recipe, loader: ElasticLoader) -> int:
     if (problem := STEPS.problem(steps)) is not None:
         raise UserError(f"training.epochs: {recipe.training.epochs:g} are {steps:,} steps, which {problem}")
     return steps
+
+
+def question_warnings(recipe: Recipe, inputs: RunInputs) -> list[str]:
+    """What makes the scores of the evaluations other than they seem, or the best checkpoint the worst, a line each."""
+    spec, best = recipe.evaluation, recipe.checkpoint.keep_best
+    options, lines = options_in_training(spec, add_bos=inputs.add_bos), []
+    for task in inputs.tasks:
+        if count := unreachable_answers(inputs.tokenizer, task, options):
+            lines.append(
+                f"task {task.name}: {count:,} of {len(task):,} answers have more tokens than evaluation.max_new_tokens "
+                f"({spec.max_new_tokens}), so that no model can give them whole; raise it"
+            )
+    if best is not None and (best.mode == "min") != less_is_better(best.metric):
+        better = "less" if best.mode == "max" else "more"
+        lines.append(
+            f"checkpoint.keep_best: {better} of {best.metric} is better, and mode {best.mode} keeps and exports the worst"
+        )
+    return lines
 
 
 def export_warnings(inputs: RunInputs, config: PretrainedConfig) -> list[str]:

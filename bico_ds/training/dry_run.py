@@ -112,6 +112,7 @@ def _show(console: Console, recipe: Recipe, run_folder: Path, missing: list[str]
     console.print()
     console.print(table)
     if not stands_in:
+        warnings += assembly.question_warnings(recipe, inputs)
         warnings += assembly.export_warnings(inputs, config)
     lines = [f"note: {note}" for note in notes if note is not None]
     lines += [f"warning: {warning}" for warning in warnings]

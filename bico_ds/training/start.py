@@ -286,6 +286,7 @@ def _train_on_all_ranks(
         folder, tell = run.folder.path / PROFILE_FOLDER, trainer.callbacks.on_message
         trainer.profiler = StepProfiler(profiled, run.ranks, folder, tell)
     if run.ranks.is_first:
+        warnings += assembly.question_warnings(run.recipe, inputs)
         warnings += assembly.export_warnings(inputs, trainer.engine.module.config)
     for warning in warnings:
         trainer.callbacks.on_message(f"warning: {warning}")

@@ -218,3 +218,25 @@ def test_a_checkpoint_before_the_first_best_records_what_is_measured_on_and_an_o
     keeper = keeper_of(folder, "new questions", older)
     assert keeper.begin() is None
     assert keeper.best == BestCheckpoint(step=1, metric=LEAST.metric, mode="min", value=0.5)
+
+
+def test_the_checkpoint_that_the_record_names_stays_until_another_is_recorded(folder, monkeypatch):
+    """A disk that is full for a moment: `bico-ds export` goes by the record, and must find what it names."""
+    run = Evaluated(folder, MOST, keep_last=1)
+    assert run.step(1, 0.5)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", str(folder.best_checkpoint_file))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(best, "write_atomically", full)
+        checkpoint(folder, 2)
+        found = run.saves.best.better(2, {"evaluation/n2d/headline": 0.6})
+        assert found is not None
+        assert run.saves.keep_best(found) is not None
+    run.save(3)
+    assert step_kept(folder) == 1
+    assert steps_in(folder) == [1, 2, 3]
+    assert run.step(4, 0.7)
+    assert step_kept(folder) == 4
+    assert steps_in(folder) == [4]

@@ -19,7 +19,7 @@ from bico_ds.training.export.licences import Licence, licence_of_card, licence_o
 CARD = "README.md"
 NOTICE = "NOTICE"
 _NAMES = re.compile(r"(licen[cs]e|notice|copying|(acceptable_?)?use_?policy)([^a-z].*)?", re.IGNORECASE)
-_NO_TEXT = (".py", ".json", ".bin", ".safetensors")
+_NO_TEXT = (".py", ".json", ".bin", ".safetensors", ".key", ".pem", ".env")
 _MOST_BYTES = 1 << 20  # the longest licence that is in use has some 50 KB
 _MOST_FILES = 20
 _MOST_CARD = 1 << 20

@@ -60,7 +60,11 @@ def _what_is_trained(facts: ExportFacts) -> str:
     lora = facts.recipe.model.lora
     if lora is None:
         return "all weights"
-    return f"LoRA adapters of rank {lora.rank}, alpha {lora.alpha:g}, of {plain(', '.join(lora.targets))}"
+    scaled = "alpha / sqrt(rank)" if lora.rslora else "alpha / rank"
+    return (
+        f"LoRA adapters of rank {lora.rank}, alpha {lora.alpha:g}, scaled by {scaled}, of "
+        f"{plain(', '.join(lora.targets))}"
+    )
 
 
 def _versions(facts: ExportFacts) -> Iterator[tuple[str, str]]:

@@ -40,6 +40,7 @@ def test_licences_notices_and_policies_are_copied_byte_by_byte(base: Path, tmp_p
     for name in (
         "LICENSES.py",
         "license.json",
+        "license.key",
         "licensed_data.txt",
         "notices.bin",
         "weights.safetensors",

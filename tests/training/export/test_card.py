@@ -269,3 +269,13 @@ def test_the_paper_is_cited_as_in_the_project_s_own_file():
     entry = dict(re.findall(r"^  (\w+)=\{(.*)\},?$", BICO_PAPER, re.MULTILINE))
     assert (entry["title"], entry["author"], entry["year"]) == (cited["title"], authors, str(cited["year"]))
     assert cited["identifiers"][0]["value"] in entry["journal"]
+
+
+@pytest.mark.parametrize(("rslora", "scaled"), [(False, "alpha / rank"), (True, "alpha / sqrt(rank)")])
+def test_the_scaling_of_adapters_stands_beside_their_rank(run, tmp_path, rslora, scaled):
+    """Rank 8 and alpha 16 are two scalings, 2 and 5.7."""
+    record = record_of(run)
+    record["recipe"]["model"]["lora"] = {"rank": 8, "alpha": 16, "targets": ["q_proj"], "rslora": rslora}
+    card_for(record, run).write(tmp_path)
+    expected = f"| trained | LoRA adapters of rank 8, alpha 16, scaled by {scaled}, of q_proj |"
+    assert expected in (tmp_path / "README.md").read_text(encoding="utf-8")

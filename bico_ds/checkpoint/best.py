@@ -88,9 +88,10 @@ class BestKeeper:
         return None if lost is None else f"{lost}: the best is looked for from here on"
 
     def better(self, step: int, numbers: Mapping[str, float]) -> BestCheckpoint | None:
-        """This step, where the numbers of its evaluation are better than the best so far; of equal ones the earlier is.
+        """This step, where the numbers of its evaluation are better than the best so far.
 
-        `numbers`: by their keys in metrics.jsonl. What is no finite number is never better.
+        `numbers`: by their keys in metrics.jsonl. What is no finite number is never better. Of equal ones the earlier
+        is, but of scores of 0 the later: where nothing is answered yet, the model that was trained least is not the best.
         """
         if self._spec is None:
             return None
@@ -99,7 +100,8 @@ class BestKeeper:
             return None
         if self.best is not None:
             gain = value - self.best.value
-            if not (gain > 0 if self._spec.mode == "max" else gain < 0):
+            is_nothing_yet = self._spec.mode == "max" and value == self.best.value == 0
+            if not is_nothing_yet and not (gain > 0 if self._spec.mode == "max" else gain < 0):
                 return None
         return BestCheckpoint(step=step, metric=self._spec.metric, mode=self._spec.mode, value=float(value))
 

@@ -104,6 +104,14 @@ def test_the_best_of_drawn_values_is_kept_and_the_earlier_of_equal_ones(folder, 
     assert len(steps_in(folder)) <= 2
 
 
+@pytest.mark.parametrize(("spec", "kept"), [(MOST, 30), (LEAST, 10)])
+def test_of_scores_of_zero_the_later_is_kept_and_of_losses_the_earlier(folder, spec, kept):
+    run = Evaluated(folder, spec)
+    for step in (10, 20, 30):
+        run.step(step, 0.0)
+    assert step_kept(folder) == kept
+
+
 def test_the_best_stays_beside_the_last_ones_until_a_better_one_comes(folder):
     run = Evaluated(folder, MOST, keep_last=2)
     assert run.step(1, 0.5)

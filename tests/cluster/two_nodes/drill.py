@@ -136,7 +136,8 @@ class Run:
 
     def story(self) -> str:
         """All that was written about this job, for a failing assertion."""
-        logs = [f"--- {p.name}\n{p.read_text()[-3000:]}" for p in sorted((self.path / "logs").glob("*"))]
+        files = sorted(path for path in (self.path / "logs").glob("*") if path.is_file())
+        logs = [f"--- {path.name}\n{path.read_text()[-3000:]}" for path in files]
         return "\n".join([self.output[-3000:], *logs])
 
 

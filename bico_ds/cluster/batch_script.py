@@ -73,7 +73,8 @@ def _no_option(path: str) -> str:
 
 def _variables(job: Job, code: Code) -> list[str]:
     runs, settings = list(job.runs), job.settings
-    ours = [*(shlex.quote(str(path)) for path in job.shared), '"$RUN"']
+    own = '"$RUN"' if job.is_array else shlex.quote(str(runs[0]))
+    ours = [*(shlex.quote(str(path)) for path in job.shared), own]
     bind = ",".join(dict.fromkeys([*ours, *(path.in_shell() for path in settings.bind)]))
     lines = [f"PROJECT={shlex.quote(str(code.checkout or ''))}"]
     if job.is_array:
@@ -82,6 +83,7 @@ def _variables(job: Job, code: Code) -> list[str]:
     else:
         lines += [f"RUN={shlex.quote(str(runs[0]))}"]
     lines += [
+        f"SUBMITTED_CODE={shlex.quote(code.fingerprint)}",
         "RECIPE=$RUN/slurm/recipe.yaml # resolved when this script was written",
         "OVERRIDES=()",
         f"SUBMITTED_CODE={shlex.quote(code.fingerprint)}",

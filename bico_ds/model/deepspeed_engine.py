@@ -61,6 +61,10 @@ class Engine(Protocol):
 
     def zero_optimization_stage(self) -> int: ...
 
+    def empty_partition_cache(self) -> None:
+        """ZeRO-3: wait for what is being gathered, and release all that is."""
+        ...
+
     def save_checkpoint(
         self, save_dir: str, *, tag: str, save_latest: bool, exclude_frozen_parameters: bool
     ) -> Any: ...

@@ -401,6 +401,9 @@ class Trainer:
         started = time.perf_counter()
         model = self.engine.module
         result = self.evaluator(model.causal_lm, self.step, model)
+        # ZeRO-3 fetches ahead for the backward pass that an evaluation does not have, and an export or a checkpoint meets
+        # parameters in flight.
+        self.engine.empty_partition_cache()
         self._cut_evaluation = result is None
         if result is not None:
             self.callbacks.on_numbers(self.step, "evaluation", scalars(result))

@@ -163,3 +163,19 @@ def test_a_resume_before_the_best_by_another_number_of_ranks_finds_it_again_and_
     assert (found.step, found.metric, found.mode) == (expected.step, expected.metric, expected.mode)
     assert found.value == pytest.approx(expected.value, abs=1e-2)
     assert by_hugging_face(copy / "export", runs.store) == pytest.approx(found.value, abs=1e-5)
+
+
+def test_the_export_after_an_evaluation_meets_no_parameter_in_flight(runs):
+    """ZeRO-3 fetches ahead once it knows the order of modules; with a small bucket a tiny model shows it, too."""
+    zero = "{stage3_param_persistence_threshold: 0, stage3_prefetch_bucket_size: 2000}"
+    few = [
+        "schedule={name: constant, warmup_steps: 0, decay_steps: null}",
+        "training.steps=2",
+        "evaluation.every_steps=2",
+        "checkpoint.every_steps=null",
+        "checkpoint.keep_every_steps=null",
+    ]
+    options = [*runs.options, *few, f"deepspeed.overrides.zero_optimization={zero}"]
+    done = train("tiny_base", runs.folder / "ahead", *options)
+    assert done.returncode == 0, done.stderr
+    assert exported_weights(runs.folder / "ahead" / "export")

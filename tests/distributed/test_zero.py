@@ -59,6 +59,7 @@ def recipe_of(stage: int, weights: str) -> Recipe:
             f"deepspeed.config=zero{stage}_bf16", f"deepspeed.overrides.zero_optimization.{zero}",
             "deepspeed.overrides.zero_optimization.reduce_bucket_size=1500",
             "training.micro_batch_bins=1", f"training.steps={ADAM_STEPS}",
+            "optimizer.eps=1e-5",  # beside it, a gradient near zero moves its weight by no more than its rounding does
             "schedule.warmup_steps=2", "schedule.decay_steps=3",
         ],
     )  # fmt: skip
@@ -223,10 +224,7 @@ def test_ten_steps_of_the_recipe_s_adam_on_two_ranks_are_those_of_plain_torch(
         assert norms[step] == pytest.approx(norm, rel=1e-5)
     assert set(final) == set(expected)
     for name, weight in expected.items():
-        # Adam divides by the root of the mean square: of a gradient near zero the step is mostly its rounding.
-        torch.testing.assert_close(final[name], weight, atol=1e-6, rtol=1e-5)
-        is_close = torch.isclose(final[name], weight, atol=1e-7, rtol=1e-5)
-        assert int((~is_close).sum()) <= max(1, weight.numel() // 1000)
+        torch.testing.assert_close(final[name], weight, atol=1e-7, rtol=1e-5)
         assert final[name].equal(other_final[name]), "one model on all ranks"
 
 

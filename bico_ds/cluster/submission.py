@@ -113,13 +113,13 @@ def submit(script: Path, job: Job) -> str:
     if done.returncode:
         raise UserError(f"sbatch refused {script}: {done.stderr.strip()}")
     print(done.stderr, end="", file=sys.stderr)
-    job_id = done.stdout.strip().split(";")[0]
+    job_id, code = done.stdout.strip().split(";")[0], code_of_this_program().in_words()
     for index, run in enumerate(job.runs):
         line = {
             "job": f"{job_id}_{index}" if job.is_array else job_id,
             "script": str(script),
             "time": time.time(),
-            **code_of_this_program().in_words(),
+            **code,
         }
         append_object(run / "slurm" / "jobs.jsonl", line)
     return job_id

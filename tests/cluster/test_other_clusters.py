@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,9 @@ exec {sys.executable} "$@"
 """
 
 
+ASKED = shlex.split("--recipe tiny_base --nodes 1 --gpus-per-node 0 --ranks-per-node 1 --time 60")
+
+
 def commands_in(folder: Path) -> Path:
     commands = folder / "commands"
     commands.mkdir(exist_ok=True)
@@ -68,19 +72,7 @@ def submitted(monkeypatch, folder, capsys, *words):
         if not (tools / name).exists():
             (tools / name).symlink_to(shutil.which(name) or name)
     monkeypatch.setenv("PATH", f"{folder / 'none'}:{tools}")
-    given = [
-        "--recipe",
-        "tiny_base",
-        "--nodes",
-        "1",
-        "--gpus-per-node",
-        "0",
-        "--ranks-per-node",
-        "1",
-        "--time",
-        "60",
-    ]
-    code = command.main([*given, "--output-dir", str(folder / "run"), *words])
+    code = command.main([*ASKED, "--output-dir", str(folder / "run"), *words])
     scripts = sorted((folder / "run" / "slurm").glob("job-*.sbatch"))
     return code, scripts[-1] if scripts else None, capsys.readouterr().err
 
@@ -440,19 +432,7 @@ def test_what_sbatch_warns_of_is_shown_and_its_silence_is_no_traceback(monkeypat
 
 def test_a_preview_writes_nothing_and_names_the_copy_that_would_be_made(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    words = [
-        "--recipe",
-        "tiny_base",
-        "--nodes",
-        "1",
-        "--gpus-per-node",
-        "0",
-        "--ranks-per-node",
-        "1",
-        "--time",
-        "60",
-    ]
-    assert command.main([*words, "--copy-code", "--dry-run"]) == 0
+    assert command.main([*ASKED, "--copy-code", "--dry-run"]) == 0
     assert f"PROJECT={tmp_path}/runs/tiny_base/slurm/code-1\n" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 

@@ -28,7 +28,7 @@ from rich.console import Console
 
 from bico_ds.cluster.local.forecast import LocalRun
 from bico_ds.cluster.local.in_turn import about
-from bico_ds.cluster.local.shares import Share, divide, usable_cores, visible_gpus
+from bico_ds.cluster.local.shares import Share, divide, visible_gpus
 from bico_ds.cluster.local.side_by_side import Failure, Started, train_side_by_side
 from bico_ds.cluster.preflight.inputs import missing_inputs
 from bico_ds.cluster.submission import refuse_if_alive
@@ -49,7 +49,7 @@ from bico_ds.common.errors import UserError
 from bico_ds.common.secrets import secret_keys, text_without_secrets
 from bico_ds.config.arguments import add_grid_option, add_recipe_options, local_path, positive
 from bico_ds.config.resources import CHECKOUT
-from bico_ds.runtime.launch_environment import free_port
+from bico_ds.runtime.launch_environment import free_port, usable_cores
 from bico_ds.runtime.output.process_output import libraries_apart
 from bico_ds.runtime.run_folder import RunFolder, read_state
 

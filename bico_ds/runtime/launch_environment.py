@@ -162,3 +162,8 @@ def without_launcher() -> dict[str, str]:
     )
     prefixes = ("TORCHELASTIC_", "GROUP_", "ROLE_", "CROSS_", "OMPI_", "PMI_", "PMIX_")
     return {k: v for k, v in os.environ.items() if k not in names and not k.startswith(prefixes)}
+
+
+def usable_cores() -> int:
+    """The CPU cores that a launcher, or a batch system, has left to this process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -71,8 +70,3 @@ def visible_gpus(count: int, environment: Mapping[str, str]) -> list[str]:
             f"{_GPUS}: DeepSpeed's launcher knows GPUs by their numbers alone, not as '{wrong[:40]}'; give numbers"
         )
     return [gpu.strip() for gpu in gpus]
-
-
-def usable_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

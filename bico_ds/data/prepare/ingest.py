@@ -37,6 +37,7 @@ from bico_ds.data.prepare.report import IngestReport, describe_passed_over
 from bico_ds.data.prepare.shards import Shard
 from bico_ds.data.store import FORMAT_VERSION, TokenStore
 from bico_ds.data.tokenizer import load_tokenizer
+from bico_ds.runtime.launch_environment import usable_cores
 
 # Of what a shard's small store holds beside its columns.
 _PART_VERSION = 5
@@ -84,7 +85,7 @@ def ingest(
         _remove_leftovers(work, parts, shown)
         shown.print(f"input: {_size(shards)}; starting to tokenize …")
         try:
-            _tokenize(shards, parts, spec, processes or _cores(), shown)
+            _tokenize(shards, parts, spec, processes or usable_cores(), shown)
             tokenized, seconds = shown.tokenized, shown.seconds
             shown.print(f"writing {output}")
             report = merge_parts(
@@ -243,10 +244,6 @@ def _count(documents: int, tokens: int) -> None:
     with _counts.get_lock():
         _counts[0] += documents
         _counts[1] += tokens
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _disk_failure(error: OSError, output: Path) -> IngestFailure:
